@@ -1,0 +1,50 @@
+# Each target sets up what it needs, from nothing but python3 (>= 3.11) and make.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= auto
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+EXTRAS = --extra dev --extra test --extra docker --extra check
+
+.PHONY: help install demo test check lock clean
+.DEFAULT_GOAL := help
+
+help: ## Show what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Create the virtual environment with everything the other targets need
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "beatless needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Run the main job on throw-away services and check it
+	$(BIN)/beatless demo
+
+test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with coverage
+	@rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered
+
+check: $(STAMP) ## Format, lint, strict types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+lock: ## Pin what is installed, with hashes, in requirements.txt
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
+	PIP_CONFIG_FILE=/dev/null $(VENV)-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --no-emit-options --no-header $(EXTRAS) --all-build-deps --output-file requirements.txt pyproject.toml
+	rm -rf $(VENV)-lock
+
+clean: ## Remove what the other targets made
+	rm -rf .venv* .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
+	  build dist *.egg-info census census-report
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""The composition root: the only place where the parts are put together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+import sqlalchemy
+from celery import Celery
+from redis import asyncio as aioredis
+
+from jobs.client import Client
+from jobs.settings import Settings, engine_url, libpq_url
+from jobs.stream import Streams
+from jobs.tasks import register
+from jobs.worker import Executors, celery_settings
+from orchestrator.journal import Journal
+from orchestrator.lease import Leases
+from orchestrator.plan import Plan, PlanError
+from outbox.doorbell import KEEPALIVE, DirectConnection
+from outbox.faults import CrashPoints
+from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
+from outbox.queries import Queries
+from outbox.relay import Relay
+
+REDIS_TIMEOUTS: dict[str, Any] = {
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+}
+
+
+class App:
+    """Your plans and where they run. Opens no connection before something is done with it.
+
+    `app.client` starts and follows runs, `app.celery` is the Celery app for workers and Flower
+    (`celery -A myproject.app:celery worker`), `app.relay()` makes a relay.
+    """
+
+    def __init__(self, settings: Settings, plans: Sequence[Plan]) -> None:
+        """Raises PlanError when two plans share a name."""
+        self.settings = settings
+        self.plans = {plan.name: plan for plan in plans}
+        if len(self.plans) < len(plans):
+            names = [plan.name for plan in plans]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise PlanError(f"two plans are called {', '.join(twice)}")
+        self.journal = Journal(settings.schema, max_event_bytes=settings.max_event_bytes)
+        self.leases = Leases(settings.schema, seconds=settings.lease_seconds)
+        self.queries = Queries(settings.schema)
+        self.faults = CrashPoints(settings.fault)
+        self.engine = sqlalchemy.create_engine(
+            engine_url(settings.database_url),
+            connect_args={
+                "prepare_threshold": None if settings.pooled else 5,
+                "application_name": "beatless",
+                **KEEPALIVE,
+            },
+        )
+        # One statement is its own transaction: no BEGIN and COMMIT around it.
+        autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.streams = Streams(
+            journal=self.journal,
+            engine=autocommit,
+            redis_client=self.redis,
+            aredis_client=self._aredis,
+            prefix=settings.prefix,
+        )
+        self.client = Client(
+            plans=self.plans, journal=self.journal, engine=self.engine, streams=self.streams
+        )
+        self.executors = Executors(
+            settings=settings,
+            journal=self.journal,
+            leases=self.leases,
+            engine=self.engine,
+            faults=self.faults,
+        )
+        self.celery = Celery(settings.prefix, set_as_current=False)
+        self.celery.conf.update(celery_settings(settings, plans))
+        for plan in plans:
+            register(self.celery, plan, self.executors)
+
+    def redis(self) -> "redis.Redis":
+        """A new Redis client for events."""
+        return redis.Redis.from_url(self.settings.redis_url, **REDIS_TIMEOUTS)
+
+    def _aredis(self) -> "aioredis.Redis":
+        return aioredis.Redis.from_url(
+            self.settings.redis_url, socket_connect_timeout=5, socket_keepalive=True
+        )
+
+    def direct_connection(self) -> DirectConnection:
+        """A new session of the relay: autocommit, never through a pooler."""
+        return DirectConnection.connect(
+            libpq_url(self.settings.listen_url),
+            autocommit=True,
+            prepare_threshold=1,
+            application_name="beatless relay",
+            **KEEPALIVE,
+        )
+
+    def relay(self, **options: Any) -> Relay:
+        """A relay for this app's schema; options are those of `Relay`."""
+        return Relay(
+            connect=self.direct_connection,
+            queries=self.queries,
+            events=RedisEventPublisher(self.redis(), self.settings.prefix),
+            tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
+            **{
+                "redispatch": self.settings.redispatch_seconds,
+                "faults": self.faults,
+                **options,
+            },
+        )
+
+    def close(self) -> None:
+        """Close what this process has opened."""
+        self.engine.dispose()
+        self.celery.close()

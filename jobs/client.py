@@ -1,0 +1,313 @@
+"""What people do with runs: start, read, follow, cancel. Holds no state of a run."""
+
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import exc
+
+from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable, WaitTimeout
+from jobs.migrations import head
+from jobs.stream import Streams
+from orchestrator.events import Event, encode
+from orchestrator.journal import Journal, NewRun, Run
+from orchestrator.plan import Plan
+from outbox.queries import Caller
+
+T = TypeVar("T")
+
+RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """One run of a `start_runs` call; the members are those of `start_run`."""
+
+    plan: str
+    input: Any = None
+    run_id: str | None = None
+    key: str | None = None
+    queue: str | None = None
+    delay: float | timedelta | None = None
+    not_before: datetime | None = None
+    priority: int = 0
+    tags: Mapping[str, str] | None = None
+
+
+def new_run_id() -> str:
+    """A UUID of version 7 (RFC 9562): its order is the order of creation, within a millisecond."""
+    stamp = time.time_ns() // 1_000_000
+    number = (stamp << 80) | secrets.randbits(80)
+    number = number & ~(0xF << 76) | 0x7 << 76
+    number = number & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=number))
+
+
+class Client:
+    """Starts, reads and follows the runs of one app. Threads may share it."""
+
+    def __init__(
+        self,
+        *,
+        plans: Mapping[str, Plan],
+        journal: Journal,
+        engine: sqlalchemy.Engine,
+        streams: Streams,
+        namespace: str = "default",
+    ) -> None:
+        self._plans = plans
+        self._journal = journal
+        self._engine = engine
+        self._streams = streams
+        self._namespace = namespace
+
+    # Starting
+
+    def start_run(
+        self,
+        plan: str,
+        input: Any = None,
+        *,
+        run_id: str | None = None,
+        key: str | None = None,
+        queue: str | None = None,
+        delay: float | timedelta | None = None,
+        not_before: datetime | None = None,
+        priority: int = 0,
+        tags: Mapping[str, str] | None = None,
+        connection: Caller | None = None,
+    ) -> Run:
+        """Store a run; it will be executed if and when the transaction commits.
+
+        `connection` is your own SQLAlchemy Connection or Session, or psycopg connection: the run is
+        then part of your transaction, and nothing is committed here. `key` names the run's purpose:
+        a second start with the same key and content gives back the first run. `delay` is seconds or
+        a timedelta; higher `priority` (0 to 9) goes first within a queue.
+
+        Raises UnknownPlan, BadRequest, BadPayload, RunConflict (key or id used with other content).
+        """
+        request = RunRequest(
+            plan=plan,
+            input=input,
+            run_id=run_id,
+            key=key,
+            queue=queue,
+            delay=delay,
+            not_before=not_before,
+            priority=priority,
+            tags=tags,
+        )
+        return self.start_runs([request], connection=connection)[0]
+
+    def start_runs(
+        self, requests: Sequence[RunRequest], *, connection: Caller | None = None
+    ) -> list[Run]:
+        """Store many runs in one statement and one transaction; the runs in the given order."""
+        new = [self._new_run(request) for request in requests]
+        if not new:
+            return []
+        return self._do(connection, lambda caller: self._journal.create_runs(caller, new))
+
+    def _new_run(self, request: RunRequest) -> NewRun:
+        plan = self._plans.get(request.plan)
+        if plan is None:
+            raise UnknownPlan(request.plan, list(self._plans))
+        run_id = new_run_id() if request.run_id is None else request.run_id
+        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
+            raise BadRequest("run_id", f"is {run_id!r}, which does not match ^{RUN_ID.pattern}$")
+        queue = plan.queue if request.queue is None else request.queue
+        if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
+            raise BadRequest("queue", f"is {queue!r}, which does not match ^{QUEUE.pattern}$")
+        if request.key is not None and not (
+            isinstance(request.key, str) and 0 < len(request.key) <= 256 and "\0" not in request.key
+        ):
+            raise BadRequest("key", "must be a string of 1 to 256 characters without NUL")
+        if not isinstance(request.priority, int) or not 0 <= request.priority <= 9:
+            raise BadRequest("priority", f"is {request.priority!r}, which is not 0 to 9")
+        if request.delay is not None and request.not_before is not None:
+            raise BadRequest("delay", "and not_before cannot both be given")
+        if request.not_before is not None and request.not_before.tzinfo is None:
+            raise BadRequest("not_before", "has no time zone: use datetime.now(UTC) + …")
+        delay = request.delay
+        if isinstance(delay, timedelta):
+            delay = delay.total_seconds()
+        if delay is not None and not 0 <= delay < 10 * 365 * 86400:
+            raise BadRequest("delay", f"is {delay!r}, which is not 0 seconds to ten years")
+        return NewRun(
+            run_id=run_id,
+            namespace=self._namespace,
+            plan=plan.name,
+            plan_version=plan.version,
+            queue=queue,
+            priority=request.priority,
+            input=encode(
+                request.input, where="the run's input", limit=self._journal.max_event_bytes
+            ),
+            key=request.key,
+            not_before=request.not_before,
+            delay=delay,
+            tags=_tags(request.tags),
+        )
+
+    # Reading
+
+    def get_run(self, run_id: str, *, connection: Caller | None = None) -> Run:
+        """The run as it is stored now. Raises RunNotFound."""
+        return self._do(
+            connection,
+            lambda caller: self._journal.get(caller, run_id, namespace=self._namespace),
+        )
+
+    def list_runs(
+        self,
+        *,
+        state: str | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        before: Run | None = None,
+        limit: int = 50,
+        connection: Caller | None = None,
+    ) -> list[Run]:
+        """Runs, newest first. `before` is the last run of the page before."""
+        return self._do(
+            connection,
+            lambda caller: self._journal.list_runs(
+                caller,
+                namespace=self._namespace,
+                state=state,
+                plan=plan,
+                queue=queue,
+                tags=_tags(tags) if tags else None,
+                before=(before.created_at, before.run_id) if before else None,
+                limit=limit,
+            ),
+        )
+
+    def events(
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        limit: int | None = None,
+        *,
+        connection: Caller | None = None,
+    ) -> list[Event]:
+        """The stored events after `from_seq`. Raises RunNotFound."""
+        if from_seq < 0:
+            raise BadRequest("from_seq", "is negative; 0 gives everything")
+
+        def read(caller: Caller) -> list[Event]:
+            self._journal.get(caller, run_id, namespace=self._namespace)
+            return self._journal.read(caller, run_id, after=from_seq, limit=limit)
+
+        return self._do(connection, read)
+
+    # Following
+
+    def stream_run(
+        self, run_id: str, from_seq: int = 0, *, timeout: float | None = None
+    ) -> Iterator[Event]:
+        """Every event after `from_seq`, in order and once, as it is committed, to RunFinished.
+
+        Goes on through the loss of Redis (then slower) and of Postgres. Ends at once for a run that
+        ended at or before `from_seq`. Raises RunNotFound, BadRequest for a `from_seq` beyond the
+        head, and WaitTimeout if no RunFinished came within `timeout` seconds.
+        """
+        run = self._check_stream(run_id, from_seq)
+        return self._streams.follow(run, from_seq, timeout=timeout)
+
+    def astream_run(
+        self, run_id: str, from_seq: int = 0, *, timeout: float | None = None
+    ) -> AsyncIterator[Event]:
+        """`stream_run` for asyncio. All streams of a loop share one connection to Redis."""
+
+        async def events() -> AsyncIterator[Event]:
+            run = await self._streams.in_thread(self._check_stream, run_id, from_seq)
+            async for event in self._streams.afollow(run, from_seq, timeout=timeout):
+                yield event
+
+        return events()
+
+    def _check_stream(self, run_id: str, from_seq: int) -> Run:
+        run = self.get_run(run_id)
+        if from_seq < 0:
+            raise BadRequest("from_seq", "is negative; 0 gives everything")
+        if from_seq > run.last_seq:
+            raise BadRequest(
+                "from_seq", f"is {from_seq}, beyond the last event {run.last_seq} of run {run_id}"
+            )
+        return run
+
+    def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
+        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        for event in self.stream_run(run_id, self.get_run(run_id).last_seq, timeout=timeout):
+            if event.final:
+                break
+        return self.get_run(run_id)
+
+    # Acting
+
+    def cancel_run(
+        self, run_id: str, *, reason: str | None = None, connection: Caller | None = None
+    ) -> Run:
+        """Ask a run to stop, durably; the run as it is then.
+
+        A run that waits ends at once. One that runs ends after the step in flight. One that has
+        ended stays as it is. Raises RunNotFound.
+        """
+        return self._do(
+            connection,
+            lambda caller: self._journal.cancel(
+                caller, run_id, namespace=self._namespace, reason=reason
+            ),
+        )
+
+    def _do(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
+        """Act on the caller's connection, or on one of ours, in a transaction of its own.
+
+        A pooled connection may have died since its last use. Everything here can be repeated: a
+        start has its run id, a cancel is stored once.
+        """
+        if given is not None:
+            return act(given)
+        with reaching_postgres(self._journal.schema):
+            try:
+                with self._engine.begin() as connection:
+                    return act(connection)
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            with self._engine.begin() as connection:
+                return act(connection)
+
+
+@contextmanager
+def reaching_postgres(schema: str) -> Iterator[None]:
+    """Turn the errors of an absent server or schema into ours, which say what to do."""
+    try:
+        yield
+    except (exc.OperationalError, psycopg.OperationalError) as error:
+        cause = error.orig if isinstance(error, exc.DBAPIError) else error
+        raise Unreachable("Postgres", str(cause).strip().splitlines()[0]) from error
+    except exc.ProgrammingError as error:
+        if isinstance(
+            error.orig, (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
+        ):
+            raise SchemaBehind(schema, None, head()) from error
+        raise
+
+
+def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:
+    for name, value in (tags or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str) or "\0" in name + value:
+            raise BadRequest("tags", "must map strings to strings, without NUL characters")
+    return dict(tags or {})

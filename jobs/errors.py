@@ -1,0 +1,99 @@
+"""Everything that can go wrong for people who use beatless.
+
+JobsError
+├── BadSetting          a BEATLESS_* variable is unknown or has a bad value
+├── UnknownPlan         no plan of this app has this name
+├── BadRequest          an argument is not usable
+├── SchemaBehind        the database lacks migrations that this version needs
+├── Unreachable         Postgres, Redis or the broker does not answer
+└── WaitTimeout         the run did not end in the time given
+"""
+
+from collections.abc import Sequence
+
+
+class JobsError(Exception):
+    """Base of this package's errors."""
+
+
+class BadSetting(JobsError):
+    """A setting cannot be used."""
+
+    def __init__(self, name: str, problem: str, example: str) -> None:
+        super().__init__(name, problem, example)
+        self.name = name
+        self.problem = problem
+        self.example = example
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.problem}; for example {self.name}={self.example}"
+
+
+class UnknownPlan(JobsError):
+    """No plan of this app has this name."""
+
+    def __init__(self, plan: str, known: Sequence[str]) -> None:
+        super().__init__(plan, known)
+        self.plan = plan
+        self.known = known
+
+    def __str__(self) -> str:
+        known = ", ".join(sorted(self.known)) or "none"
+        return f"no plan is called {self.plan!r}; this app has: {known}"
+
+
+class BadRequest(JobsError):
+    """An argument is not usable."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}"
+
+
+class SchemaBehind(JobsError):
+    """The database lacks migrations that this version needs."""
+
+    def __init__(self, schema: str, found: str | None, needed: str) -> None:
+        super().__init__(schema, found, needed)
+        self.schema = schema
+        self.found = found
+        self.needed = needed
+
+    def __str__(self) -> str:
+        return (
+            f"schema {self.schema!r} is at migration {self.found or 'none'}, this version needs "
+            f"{self.needed}: run `beatless migrate`"
+        )
+
+
+class Unreachable(JobsError):
+    """A server does not answer."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        super().__init__(server, reason)
+        self.server = server
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.server} cannot be reached: {self.reason}"
+
+
+class WaitTimeout(JobsError):
+    """The run did not end in the time given; it goes on all the same."""
+
+    def __init__(self, run_id: str, seconds: float, state: str, last_seq: int) -> None:
+        super().__init__(run_id, seconds, state, last_seq)
+        self.run_id = run_id
+        self.seconds = seconds
+        self.state = state
+        self.last_seq = last_seq
+
+    def __str__(self) -> str:
+        return (
+            f"run {self.run_id} did not end within {self.seconds:g} s: "
+            f"it is {self.state} at seq {self.last_seq}"
+        )

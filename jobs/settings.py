@@ -1,0 +1,142 @@
+"""The settings of an app. The only reader of the environment."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from jobs.errors import BadSetting
+from outbox.faults import CrashPoints
+
+NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
+
+ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
+"""Names that the HTTP client and the command line read, and an app does not."""
+
+
+def _setting(example: str, parse: Callable[[str], Any] = str, **options: Any) -> Any:
+    return field(metadata={"example": example, "parse": parse}, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where things are and how long they may take. Each is `BEATLESS_<NAME>` in the environment."""
+
+    database_url: str = _setting("postgresql://user:password@db.example/app")
+    listen_url: str = _setting("postgresql://user:password@db-direct.example/app", default="")
+    """A direct connection for the relay, when `database_url` goes through a pooler."""
+    redis_url: str = _setting("redis://:password@redis.example:6379/0")
+    broker_url: str = _setting("amqp://user:password@rabbit.example//", default="")
+    """Default: `redis_url`."""
+    schema: str = _setting("beatless", default="beatless")
+    prefix: str = _setting("beatless", default="beatless")
+    """Starts the name of every queue, channel and key."""
+    app: str = _setting("myproject.app:app", default="")
+    lease_seconds: float = _setting("30", float, default=30.0)
+    """How long a dead worker's run waits for another worker."""
+    redispatch_seconds: float = _setting("15", float, default=15.0)
+    """How long a sent message may stay unclaimed before it is sent again."""
+    max_event_bytes: int = _setting("262144", int, default=262_144)
+    retention_days: float = _setting("30", float, default=30.0)
+    fault: str = _setting("step.before@1:kill", default="")
+    """Crash points for tests of recovery; see outbox.faults."""
+
+    def __post_init__(self) -> None:
+        for name in ("schema", "prefix"):
+            if not NAME.fullmatch(value := getattr(self, name)):
+                self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
+        for name in ("lease_seconds", "redispatch_seconds", "max_event_bytes", "retention_days"):
+            if not 0 < (number := getattr(self, name)) < 1e9:
+                self._refuse(name, f"is {number!r}, which is not a number above 0")
+        for name in ("database_url", "listen_url"):
+            if (value := getattr(self, name)) or name == "database_url":
+                self._check_postgres(name, value)
+        if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
+            self._refuse("redis_url", "is not a redis://, rediss://, unix:// or sentinel:// URL")
+        try:
+            CrashPoints(self.fault)
+        except ValueError as error:
+            self._refuse("fault", f"is wrong: {error}")
+        object.__setattr__(self, "listen_url", self.listen_url or self.database_url)
+        object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
+
+    def _check_postgres(self, name: str, value: str) -> None:
+        try:
+            drivername = make_url(value).drivername
+        except ArgumentError:
+            self._refuse(name, "is not a URL" if value else "is empty")
+        else:
+            if drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
+                self._refuse(name, f"starts with {drivername}://, not with postgresql://")
+
+    def _refuse(self, name: str, problem: str) -> None:
+        examples = {entry.name: entry.metadata["example"] for entry in fields(self)}
+        raise BadSetting(f"BEATLESS_{name.upper()}", problem, examples[name])
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Read BEATLESS_* (default: this process's environment); keyword arguments win.
+
+        Raises BadSetting, with an example, for unknown names, missing ones and bad values.
+        """
+        source = os.environ if environ is None else environ
+        known = {f"BEATLESS_{entry.name.upper()}": entry for entry in fields(cls)}
+        given = {name: value for name, value in source.items() if name.startswith("BEATLESS_")}
+        for name in sorted(given.keys() - known.keys() - ELSEWHERE):
+            raise BadSetting(name, "is not a setting of beatless; remove it", "…")
+        values: dict[str, Any] = {}
+        for name, entry in known.items():
+            text = given.get(name, "")
+            if entry.name in overrides or not text:
+                continue
+            try:
+                values[entry.name] = entry.metadata["parse"](text)
+            except ValueError:
+                problem = f"is {text!r}, which is not a number"
+                raise BadSetting(name, problem, entry.metadata["example"]) from None
+        values |= overrides
+        for name in ("database_url", "redis_url"):
+            if name not in values:
+                variable = f"BEATLESS_{name.upper()}"
+                raise BadSetting(variable, "is not set", known[variable].metadata["example"])
+        return cls(**values)
+
+    def to_env(self) -> dict[str, str]:
+        """The settings as environment variables, for a process of the same app."""
+        return {
+            f"BEATLESS_{entry.name.upper()}": str(value)
+            for entry in fields(self)
+            if (value := getattr(self, entry.name)) != ""
+        }
+
+    @property
+    def pooled(self) -> bool:
+        """Whether `database_url` seems to go through a pooler: prepared statements are off then."""
+        return self.listen_url != self.database_url
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{entry.name}={redact(getattr(self, entry.name))!r}" for entry in fields(self)
+        )
+        return f"Settings({shown})"
+
+
+def redact(value: Any) -> Any:
+    """A URL without its password; anything else unchanged."""
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", value)
+    return value
+
+
+def engine_url(url: str) -> URL:
+    """The URL for SQLAlchemy, on the psycopg driver."""
+    return make_url(url).set(drivername="postgresql+psycopg")
+
+
+def libpq_url(url: str) -> str:
+    """The URL for psycopg itself."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)

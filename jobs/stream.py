@@ -1,0 +1,435 @@
+"""Live streams of runs: the journal first, then Redis, in order and each event once.
+
+1. subscribe, and wait for Redis to acknowledge
+2. read the journal: whatever was committed before is there
+3. put what arrives into order; a hole, a reconnect or a long silence reads the journal again
+4. end after RunFinished
+
+A Redis message is a hint. It may be late, doubled or lost; the journal is the truth.
+"""
+
+import asyncio
+import logging
+import select
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from time import monotonic
+from typing import Any, TypeVar
+
+import redis
+import sqlalchemy
+from redis import asyncio as aioredis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.retry import Retry
+from sqlalchemy import exc
+
+from jobs.errors import WaitTimeout
+from orchestrator.events import Event
+from orchestrator.journal import Journal, Run
+from outbox.backoff import Backoff
+from outbox.publishers import channel_for
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAGE = 500
+"""Events read from the journal at once: what a slow reader holds in memory."""
+
+
+class Cursor:
+    """Puts backfilled and live events into order, each exactly once. Does no I/O."""
+
+    def __init__(self, after: int) -> None:
+        self.seq = after
+        self._early: dict[int, Event] = {}
+
+    def feed(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events that are now next in order."""
+        self._early.update((event.seq, event) for event in events if event.seq > self.seq)
+        while event := self._early.pop(self.seq + 1, None):
+            self.seq = event.seq
+            yield event
+
+    @property
+    def missing(self) -> bool:
+        """True while a later event has arrived before an earlier one: read the journal again."""
+        return bool(self._early)
+
+
+class Streams:
+    """Makes streams for one app."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        engine: sqlalchemy.Engine,
+        redis_client: Callable[[], "redis.Redis"],
+        aredis_client: Callable[[], "aioredis.Redis"],
+        prefix: str,
+        head_check: float = 15.0,
+        without_redis: float = 1.0,
+    ) -> None:
+        """`head_check` bounds how long a lost last message goes unnoticed, in seconds.
+
+        `without_redis` is how often the journal is read while Redis is away.
+        """
+        self._journal = journal
+        self._engine = engine
+        self._redis_client = redis_client
+        self._prefix = prefix
+        self._head_check = head_check
+        self._without_redis = without_redis
+        self._hub = Hub(aredis_client, prefix)
+
+    def follow(self, run: Run, after: int, *, timeout: float | None = None) -> Iterator[Event]:
+        """Events after a seq until RunFinished, for a thread that may block."""
+        if run.state.final and after >= run.last_seq:
+            return
+        deadline = None if timeout is None else monotonic() + timeout
+        cursor = Cursor(after)
+        subscription = Subscription(self._redis_client, channel_for(self._prefix, run.run_id))
+        try:
+            while True:
+                # The journal is read after every (re)subscription: what was published before it
+                # is never heard, and only the journal knows what that was.
+                live = subscription.ensure()
+                yield from (events := _Once(self._backfill(cursor, run.run_id)))
+                if events.final:
+                    return
+                wait = self._head_check if live else self._without_redis
+                quiet_at = monotonic() + wait
+                while not cursor.missing and monotonic() < quiet_at:
+                    patience = _remaining(quiet_at, deadline, run.run_id, timeout, self._state)
+                    arrived = subscription.next(patience)
+                    if arrived is None:
+                        break
+                    yield from (events := _Once(cursor.feed(arrived)))
+                    if events.final:
+                        return
+                    if arrived:
+                        quiet_at = monotonic() + wait
+        finally:
+            subscription.close()
+
+    def _backfill(self, cursor: Cursor, run_id: str) -> Iterator[Event]:
+        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        while True:
+            try:
+                page = self._read(run_id, cursor.seq)
+            except exc.OperationalError as error:
+                failures += 1
+                logger.warning(
+                    "journal cannot be read, stream waits",
+                    extra={"action": "stream_waits", "run_id": run_id, "reason": str(error.orig)},
+                )
+                threading.Event().wait(backoff.delay(failures))
+                continue
+            yield from cursor.feed(page)
+            if len(page) < PAGE:
+                return
+
+    def _read(self, run_id: str, after: int) -> list[Event]:
+        with self._engine.connect() as connection:
+            return self._journal.read(connection, run_id, after=after, limit=PAGE)
+
+    def _state(self, run_id: str) -> tuple[str, int]:
+        with self._engine.connect() as connection:
+            head = self._journal.heads(connection, [run_id])
+        return "unfinished", head.get(run_id, 0)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call something that reads Postgres without blocking the loop."""
+        return await asyncio.to_thread(function, *arguments)
+
+    async def afollow(
+        self, run: Run, after: int, *, timeout: float | None = None
+    ) -> AsyncIterator[Event]:
+        """`follow` for asyncio."""
+        if run.state.final and after >= run.last_seq:
+            return
+        deadline = None if timeout is None else monotonic() + timeout
+        cursor = Cursor(after)
+        async with self._hub.subscribe(run.run_id) as mailbox:
+            while True:
+                await mailbox.ready()
+                while True:
+                    page = await self._aread(run.run_id, cursor.seq)
+                    for event in cursor.feed(page):
+                        yield event
+                        if event.final:
+                            return
+                    if len(page) < PAGE:
+                        break
+                wait = self._head_check if mailbox.live else self._without_redis
+                quiet_at = monotonic() + wait
+                while not cursor.missing and monotonic() < quiet_at:
+                    if deadline is not None and monotonic() >= deadline:
+                        state, head = await asyncio.to_thread(self._state, run.run_id)
+                        raise WaitTimeout(run.run_id, timeout or 0, state, head)
+                    until = quiet_at if deadline is None else min(quiet_at, deadline)
+                    arrived = await mailbox.next(until - monotonic())
+                    if arrived is None:
+                        break
+                    for event in cursor.feed(arrived):
+                        yield event
+                        if event.final:
+                            return
+                    if arrived:
+                        quiet_at = monotonic() + wait
+
+    async def _aread(self, run_id: str, after: int) -> list[Event]:
+        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        while True:
+            try:
+                return await asyncio.to_thread(self._read, run_id, after)
+            except exc.OperationalError as error:
+                failures += 1
+                logger.warning(
+                    "journal cannot be read, stream waits",
+                    extra={"action": "stream_waits", "run_id": run_id, "reason": str(error.orig)},
+                )
+                await asyncio.sleep(backoff.delay(failures))
+
+    async def aclose(self) -> None:
+        """Close the connection that this loop's streams share."""
+        await self._hub.aclose()
+
+
+class _Once:
+    """Passes events on and remembers whether the last one was final."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self._events = events
+        self.final = False
+
+    def __iter__(self) -> Iterator[Event]:
+        for event in self._events:
+            self.final = event.final
+            yield event
+            if self.final:
+                return
+
+
+def _remaining(
+    quiet_at: float,
+    deadline: float | None,
+    run_id: str,
+    timeout: float | None,
+    state: Callable[[str], tuple[str, int]],
+) -> float:
+    now = monotonic()
+    if deadline is not None and now >= deadline:
+        raise WaitTimeout(run_id, timeout or 0, *state(run_id))
+    return max(0.0, min(quiet_at, deadline or quiet_at) - now)
+
+
+def parse(body: bytes) -> list[Event]:
+    """The events of one Redis message."""
+    return [Event.from_json(line) for line in body.split(b"\n") if line]
+
+
+class Subscription:
+    """One blocking subscription to one run. Knows when it may have missed something."""
+
+    def __init__(self, client: Callable[[], "redis.Redis"], channel: str) -> None:
+        self._client = client
+        self._channel = channel
+        self._pubsub: Any = None
+        self._redis: redis.Redis | None = None
+        self._fresh = False
+
+    def ensure(self) -> bool:
+        """Subscribe, if we are not, and wait for the acknowledgement; False without Redis."""
+        if self._pubsub is not None:
+            return True
+        try:
+            self._redis = self._client()
+            # Without retries a lost connection is an error; with them redis-py reconnects in
+            # silence, and what was published meanwhile would be missed without a trace.
+            self._redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
+            pubsub = self._redis.pubsub()
+            pubsub.subscribe(self._channel)
+            while (message := pubsub.get_message(timeout=5.0)) is not None:
+                if message["type"] == "subscribe":
+                    self._pubsub = pubsub
+                    return True
+        except (RedisError, OSError) as error:
+            logger.warning(
+                "Redis is away, stream reads the journal",
+                extra={"action": "stream_without_redis", "reason": str(error)},
+            )
+        self.close()
+        return False
+
+    def next(self, timeout: float) -> list[Event] | None:
+        """The next message's events; [] after `timeout` seconds; None if one may be lost."""
+        if self._pubsub is None:
+            select.select([], [], [], timeout)
+            return None
+        try:
+            message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout)
+        except (RedisError, OSError):
+            self.close()
+            return None
+        return parse(message["data"]) if message else []
+
+    def close(self) -> None:
+        if self._pubsub is not None:
+            self._pubsub.close()
+        if self._redis is not None:
+            self._redis.close()
+        self._pubsub = self._redis = None
+
+
+class Hub:
+    """One asynchronous Redis connection for all streams of a loop, with counted channels."""
+
+    def __init__(self, client: Callable[[], "aioredis.Redis"], prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._mailboxes: dict[str, set[Mailbox]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._pubsub: Any = None
+        self._acknowledged: set[str] = set()
+
+    def subscribe(self, run_id: str) -> "Mailbox":
+        """A mailbox for the run's messages, to be used with `async with`."""
+        return Mailbox(self, channel_for(self._prefix, run_id))
+
+    async def add(self, mailbox: "Mailbox") -> None:
+        boxes = self._mailboxes.setdefault(mailbox.channel, set())
+        boxes.add(mailbox)
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._read(), name="beatless-streams")
+        elif len(boxes) == 1 and self._pubsub is not None:
+            try:
+                await self._pubsub.subscribe(mailbox.channel)
+            except (RedisError, OSError):
+                pass  # the reader sees the same error and subscribes to everything again
+        elif mailbox.channel in self._acknowledged:
+            mailbox.connected(live=True)
+
+    async def remove(self, mailbox: "Mailbox") -> None:
+        boxes = self._mailboxes.get(mailbox.channel, set())
+        boxes.discard(mailbox)
+        if boxes:
+            return
+        self._mailboxes.pop(mailbox.channel, None)
+        self._acknowledged.discard(mailbox.channel)
+        if not self._mailboxes:
+            await self.aclose()
+        elif self._pubsub is not None:
+            try:
+                await self._pubsub.unsubscribe(mailbox.channel)
+            except (RedisError, OSError):
+                pass  # a lost connection has no subscriptions
+
+    async def aclose(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self) -> None:
+        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        while self._mailboxes:
+            client = self._client()
+            client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
+            pubsub = client.pubsub()
+            try:
+                await pubsub.subscribe(*self._mailboxes)
+                self._pubsub = pubsub
+                while self._mailboxes:
+                    message = await pubsub.get_message(timeout=None)
+                    if message is not None:
+                        failures = 0
+                        self._deliver(message)
+            except (RedisError, OSError) as error:
+                failures += 1
+                logger.warning(
+                    "Redis is away, streams read the journal",
+                    extra={"action": "stream_without_redis", "reason": str(error)},
+                )
+            finally:
+                self._pubsub = None
+                self._acknowledged.clear()
+                for boxes in self._mailboxes.values():
+                    for mailbox in boxes:
+                        mailbox.connected(live=False)
+                await pubsub.aclose()
+                await client.aclose()
+            if failures:
+                await asyncio.sleep(backoff.delay(failures))
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        channel = message["channel"].decode()
+        if message["type"] == "subscribe":
+            self._acknowledged.add(channel)
+            for mailbox in self._mailboxes.get(channel, ()):
+                mailbox.connected(live=True)
+        elif message["type"] == "message":
+            for mailbox in self._mailboxes.get(channel, ()):
+                mailbox.put(message["data"])
+
+
+class Mailbox:
+    """What the hub has heard for one stream. Bounded: a slow reader reads the journal instead."""
+
+    LIMIT = 1024 * 1024
+    """Bytes that may wait for the reader."""
+
+    def __init__(self, hub: Hub, channel: str) -> None:
+        self.channel = channel
+        self.live = False
+        self._hub = hub
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._missed = False
+        self._news = asyncio.Event()
+        self._state_known = asyncio.Event()
+
+    async def __aenter__(self) -> "Mailbox":
+        await self._hub.add(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._hub.remove(self)
+
+    def connected(self, *, live: bool) -> None:
+        """The subscription begins, or is lost: either way something may have been missed."""
+        self.live = live
+        self._missed = True
+        self._state_known.set()
+        self._news.set()
+
+    def put(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size > self.LIMIT:
+            self._waiting.clear()
+            self._size = 0
+            self._missed = True
+        else:
+            self._waiting.append(body)
+        self._news.set()
+
+    async def ready(self) -> None:
+        """Wait until the subscription is acknowledged, or known not to be possible now."""
+        await self._state_known.wait()
+        self._missed = False
+
+    async def next(self, timeout: float) -> list[Event] | None:
+        """The events that have come; [] after `timeout` seconds; None if some may be lost."""
+        if not self._waiting and not self._missed:
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), max(0.0, timeout))
+            except TimeoutError:
+                return [] if self.live else None
+        if self._missed:
+            return None
+        bodies, self._waiting, self._size = self._waiting, [], 0
+        return [event for body in bodies for event in parse(body)]

@@ -1,0 +1,210 @@
+"""Celery workers: their configuration, and the executors inside their processes.
+
+The broker holds what waits, the lease holds what runs, Postgres knows both. So messages are
+acknowledged early, nothing is prefetched, and whatever the broker loses is sent again.
+"""
+
+import mmap
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from celery import Celery, signals
+from kombu import Queue
+
+from jobs.settings import Settings, libpq_url
+from orchestrator.executor import Executor
+from orchestrator.journal import Journal
+from orchestrator.lease import Heartbeat, Leases
+from orchestrator.plan import Plan
+from outbox.doorbell import KEEPALIVE
+from outbox.faults import CrashPoints
+from outbox.publishers import worker_queue
+
+REDIS_OPTIONS: dict[str, Any] = {
+    # No unacked hash and no visibility timeout: a running task is never delivered a second time.
+    "ack_emulation": False,
+    "socket_timeout": 15,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "retry_on_timeout": False,
+    "priority_steps": [0],
+    "client_name": "beatless",
+}
+
+
+def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]:
+    """The configuration of the Celery app; each line avoids a pitfall named in docs/workers.md."""
+    on_redis = settings.broker_url.startswith(("redis", "rediss", "sentinel", "unix"))
+    options = {"global_keyprefix": f"{settings.prefix}:", **REDIS_OPTIONS} if on_redis else {}
+    names = sorted({"default", *(plan.queue for plan in plans)})
+    return {
+        "broker_url": settings.broker_url,
+        "broker_transport_options": options,
+        "result_backend": None,
+        "task_ignore_result": True,
+        "task_acks_late": not on_redis,
+        "task_reject_on_worker_lost": False,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": on_redis,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_connection_timeout": 5,
+        "broker_channel_error_retry": True,
+        "broker_pool_limit": 10,
+        "task_queues": [worker_queue(settings.prefix, name) for name in names],
+        "task_default_queue": f"{settings.prefix}.default",
+        "task_default_exchange": f"{settings.prefix}.default",
+        "task_default_routing_key": f"{settings.prefix}.default",
+        "task_create_missing_queues": False,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "event_serializer": "json",
+        "enable_utc": True,
+        "timezone": "UTC",
+        "worker_proc_alive_timeout": 60,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_send_task_events": True,
+        "task_send_sent_event": False,
+    }
+
+
+def queues_of(settings: Settings, names: Sequence[str]) -> list[Queue]:
+    """The broker's queues for our queue names."""
+    return [worker_queue(settings.prefix, name) for name in names]
+
+
+class Draining(threading.Event):
+    """Tells all children of a worker to give their runs back at the next boundary.
+
+    One byte of memory shared across fork: nothing that a killed child could leave locked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shared = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._shared[0] = 1
+        super().set()
+
+    def is_set(self) -> bool:
+        return self._shared[0] == 1
+
+    def wait(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else monotonic() + timeout
+        while not self.is_set() and (deadline is None or monotonic() < deadline):
+            left = 0.1 if deadline is None else min(0.1, max(0.0, deadline - monotonic()))
+            super().wait(left)
+        return self.is_set()
+
+
+class Executors:
+    """Gives each thread of each worker process its executor, opened after fork."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        journal: Journal,
+        leases: Leases,
+        engine: sqlalchemy.Engine,
+        faults: CrashPoints,
+    ) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._leases = leases
+        self._engine = engine
+        self._faults = faults
+        self._mutex = threading.Lock()
+        self._pid = 0
+        self._worker = ""
+        self._threads = threading.local()
+        self._heartbeat: Heartbeat | None = None
+        self.draining = Draining()
+
+    def __call__(self) -> Executor:
+        with self._mutex:
+            if self._pid != os.getpid():
+                self._after_fork()
+        executor: Executor | None = getattr(self._threads, "executor", None)
+        if executor is None:
+            executor = self.new()
+            self._threads.executor = executor
+        return executor
+
+    def _after_fork(self) -> None:
+        # A socket that was open before the fork belongs to the parent.
+        self._engine.dispose(close=False)
+        self._threads = threading.local()
+        self._heartbeat = Heartbeat(self._leases, self.connect)
+        # Never the host name alone: a restarted container has the name of the one that died.
+        self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._pid = os.getpid()
+
+    def new(self, **options: Any) -> Executor:
+        """An executor of its own, for a caller that looks after it."""
+        if self._heartbeat is None:
+            self._after_fork()
+        assert self._heartbeat is not None  # noqa: S101 - set by _after_fork
+        return Executor(
+            journal=self._journal,
+            leases=self._leases,
+            connect=self.connect,
+            engine=self._engine,
+            heartbeat=self._heartbeat,
+            worker=self._worker,
+            stopping=self.draining,
+            faults=self._faults,
+            **options,
+        )
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """An autocommit connection of a worker."""
+        return psycopg.connect(
+            libpq_url(self._settings.database_url),
+            autocommit=True,
+            prepare_threshold=None if self._settings.pooled else 5,
+            application_name="beatless worker",
+            **KEEPALIVE,
+        )
+
+
+def run_worker(
+    celery: Celery,
+    settings: Settings,
+    executors: Callable[[], Executor],
+    draining: Draining,
+    *,
+    queues: Sequence[str] = (),
+    concurrency: int | None = None,
+    arguments: Sequence[str] = (),
+) -> int:
+    """Run a Celery worker in this process until it is told to stop; its exit status."""
+    if queues:
+        celery.conf.task_queues = queues_of(settings, queues)
+
+    def give_back(**_: Any) -> None:
+        draining.set()
+
+    signals.worker_shutting_down.connect(give_back, weak=False)
+    argv = ["worker", "--without-gossip", "--without-mingle"]
+    argv += ["--hostname", f"beatless-{os.getpid()}@%h"]
+    if concurrency is not None:
+        argv += ["--concurrency", str(concurrency)]
+    try:
+        celery.worker_main([*argv, *arguments])
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    finally:
+        signals.worker_shutting_down.disconnect(give_back)
+    return 0

@@ -1,0 +1,97 @@
+"""What a step is given: its input, what went before, and ways to speak while it works."""
+
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import Any
+
+import sqlalchemy
+
+from orchestrator.errors import RunCancelled
+from orchestrator.events import EventType, NewEvent
+from orchestrator.journal import Journal
+from orchestrator.lease import Lease
+
+PROGRESS_EVERY = 0.25
+"""Seconds between two progress events of a step: a tight loop cannot flood the journal."""
+
+CANCEL_EVERY = 0.25
+"""Seconds between two looks of `raise_if_cancelled` at Postgres."""
+
+
+class StepContext:
+    """One attempt of one step. Made by the executor."""
+
+    def __init__(
+        self,
+        *,
+        lease: Lease,
+        step: str,
+        attempt: int,
+        results: Mapping[str, Any],
+        journal: Journal,
+        append: Callable[[NewEvent], None],
+        check_cancel: Callable[[], bool],
+        connection: sqlalchemy.Connection | None,
+    ) -> None:
+        self.run_id = lease.run.run_id
+        self.plan = lease.run.plan
+        self.input = lease.run.input
+        self.tags = lease.run.tags
+        self.step = step
+        """The occurrence: `name`, then `name#2` when a route returns to the step."""
+        self.attempt = attempt
+        self.results = results
+        """Results of finished steps: the latest under the step's name, each under its occurrence."""
+        self._lease = lease
+        self._journal = journal
+        self._append = append
+        self._check_cancel = check_cancel
+        self._connection = connection
+        self._next_progress = 0.0
+        self._next_cancel_check = 0.0
+
+    @property
+    def key(self) -> str:
+        """Idempotency key of this step occurrence: the same in every attempt. Pass it to others."""
+        return f"{self.run_id}:{self.step}"
+
+    @property
+    def connection(self) -> sqlalchemy.Connection:
+        """The transaction that also commits this step's StepFinished: transactional steps only.
+
+        Raises RuntimeError in other steps.
+        """
+        if self._connection is None:
+            raise RuntimeError(
+                f"step {self.step} has no connection: declare it @step(transactional=True)"
+            )
+        return self._connection
+
+    def trace(self, name: str, /, **data: Any) -> None:
+        """Commit a DebugTrace event now. Raises BadPayload, or LeaseLost if the run was taken."""
+        self._append(
+            self._journal.new_event(
+                EventType.DEBUG_TRACE,
+                step=self.step,
+                attempt=self.attempt,
+                where=f"step {self.step}: trace {name!r}",
+                **{"name": name, **data},
+            )
+        )
+
+    def progress(self, pct: float, note: str | None = None) -> None:
+        """Tell how far the step is, in percent. At most four a second are stored."""
+        now = monotonic()
+        if now < self._next_progress:
+            return
+        self._next_progress = now + PROGRESS_EVERY
+        self.trace("progress", pct=max(0.0, min(100.0, float(pct))), note=note)
+
+    def raise_if_cancelled(self) -> None:
+        """Raise RunCancelled if somebody asked to cancel. Cheap enough for every turn of a loop."""
+        now = monotonic()
+        if not self._lease.cancelled and now >= self._next_cancel_check:
+            self._next_cancel_check = now + CANCEL_EVERY
+            self._lease.cancelled = self._check_cancel()
+        if self._lease.cancelled:
+            raise RunCancelled(self.run_id)

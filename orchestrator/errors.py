@@ -1,0 +1,87 @@
+"""Everything that can go wrong with a run.
+
+OrchestratorError
+├── BadPayload          a value is not JSON, too large, or holds what Postgres cannot store
+├── RunConflict         the key or id was used before, with other content
+├── RunNotFound         no run has this id
+├── LeaseLost           another worker took the run over: nothing may be written any more
+├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
+└── Fatal               raised by a step: fail the run now, no retry
+"""
+
+
+class OrchestratorError(Exception):
+    """Base of this package's errors."""
+
+
+class BadPayload(OrchestratorError):
+    """A value cannot be stored in the journal."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.reason}"
+
+
+class RunConflict(OrchestratorError):
+    """The same key or run id was used before with other content."""
+
+    def __init__(self, run_id: str, field: str, differs: str) -> None:
+        super().__init__(run_id, field, differs)
+        self.run_id = run_id
+        self.field = field
+        self.differs = differs
+
+    def __str__(self) -> str:
+        return (
+            f"run {self.run_id} already has this {self.field} but another {self.differs}: "
+            f"use another {self.field}, or start it with the same content"
+        )
+
+
+class RunNotFound(OrchestratorError):
+    """No run has this id."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"no run has id {self.run_id}"
+
+
+class LeaseLost(OrchestratorError):
+    """Another worker holds the run, or it has ended; this one wrote nothing."""
+
+    def __init__(self, run_id: str, token: int) -> None:
+        super().__init__(run_id, token)
+        self.run_id = run_id
+        self.token = token
+
+    def __str__(self) -> str:
+        return f"the lease {self.token} on run {self.run_id} is gone: nothing was written"
+
+
+class RunCancelled(OrchestratorError):
+    """The run was asked to stop. Let it pass through: the run then ends as cancelled."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} was asked to stop"
+
+
+class Fatal(OrchestratorError):
+    """Raise it in a step when trying again cannot help: the run fails at once."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,0 +1,142 @@
+"""The committed facts of a run, as readers get them and as writers hand them in."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from orchestrator.errors import BadPayload
+
+
+class EventType(StrEnum):
+    RUN_STARTED = "RunStarted"
+    STEP_STARTED = "StepStarted"
+    STEP_FINISHED = "StepFinished"
+    STEP_FAILED = "StepFailed"
+    DEBUG_TRACE = "DebugTrace"
+    CANCEL_REQUESTED = "CancelRequested"
+    RUN_FINISHED = "RunFinished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One committed fact. `seq` is its place in the run: 1, 2, 3 … without a gap."""
+
+    run_id: str
+    seq: int
+    ts: int
+    """Milliseconds since 1970, by the clock of Postgres."""
+    type: str
+    source: str
+    """Who wrote it: api, worker or relay."""
+    step: str | None = None
+    attempt: int | None = None
+    data: dict[str, Any] | None = None
+    v: int = 1
+
+    @property
+    def final(self) -> bool:
+        """True for RunFinished: nothing follows."""
+        return self.type == EventType.RUN_FINISHED
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what Postgres or Redis delivered. Unknown members are ignored."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, members: Mapping[str, Any]) -> Self:
+        return cls(
+            run_id=members["run_id"],
+            seq=members["seq"],
+            ts=members["ts"],
+            type=members["type"],
+            source=members["source"],
+            step=members.get("step"),
+            attempt=members.get("attempt"),
+            data=members.get("data"),
+            v=members.get("v", 1),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as interface.md's JSON object: absent members are left out."""
+        members: dict[str, Any] = {
+            "run_id": self.run_id,
+            "seq": self.seq,
+            "ts": self.ts,
+            "type": self.type,
+            "v": self.v,
+            "source": self.source,
+        }
+        for name in ("step", "attempt", "data"):
+            if (value := getattr(self, name)) is not None:
+                members[name] = value
+        return members
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEvent:
+    """An event before it has a seq. `data` is JSON text, already checked by `encode`."""
+
+    type: EventType
+    step: str | None = None
+    attempt: int | None = None
+    data: str | None = None
+
+
+def encode(value: Any, *, where: str, limit: int) -> str:
+    """A value as JSON text that Postgres can store.
+
+    Raises BadPayload, naming the place, for what is not JSON, NaN and infinities, NUL characters,
+    and anything above `limit` bytes.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        path, reason = _offence(value, where)
+        raise BadPayload(path, reason or f"cannot be stored as JSON: {error}") from error
+    # Twice the backslash: json.dumps writes the character NUL as the six characters \u0000.
+    if "\\u0000" in text and (found := _offence(value, where))[1]:
+        raise BadPayload(*found)
+    if size > limit:
+        raise BadPayload(
+            where,
+            f"is {size} bytes as JSON, the limit is {limit} (BEATLESS_MAX_EVENT_BYTES): "
+            "store it elsewhere and keep a reference",
+        )
+    return text
+
+
+def _offence(value: Any, path: str) -> tuple[str, str]:
+    """The first thing inside a value that cannot be stored: its path and the reason."""
+    match value:
+        case None | bool() | int():
+            return path, ""
+        case str():
+            if "\0" in value:
+                return path, "holds a NUL character, which Postgres cannot store"
+            if any(0xD800 <= ord(character) < 0xE000 for character in value):
+                return path, "holds half of a surrogate pair, which is not valid text"
+            return path, ""
+        case float():
+            finite = math.isfinite(value)
+            return path, "" if finite else f"is {value!r}, which is not JSON: use None or a string"
+        case list() | tuple():
+            members = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        case dict():
+            for key in value:
+                if not isinstance(key, str):
+                    return path, f"has the key {key!r}: JSON object keys are strings"
+                if "\0" in key:
+                    return path, f"has the key {key!r}, which holds a NUL character"
+            members = [(f"{path}.{key}", item) for key, item in value.items()]
+        case _:
+            return path, f"is a {type(value).__name__}, which is not JSON"
+    for member_path, item in members:
+        found = _offence(item, member_path)
+        if found[1]:
+            return found
+    return path, ""

@@ -1,0 +1,625 @@
+"""Executes one run: claim it, fold its journal, run what is left, commit each boundary."""
+
+import json
+import logging
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import exc
+
+from orchestrator.context import StepContext
+from orchestrator.errors import BadPayload, Fatal, LeaseLost, RunCancelled
+from orchestrator.events import Event, EventType, NewEvent, encode
+from orchestrator.journal import Appended, Journal, Settlement, cancel_error
+from orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
+from orchestrator.plan import Finish, Goto, Plan, Snooze, Step
+from orchestrator.state import RunState
+from outbox.backoff import Backoff
+from outbox.faults import CrashPoints
+from outbox.queries import Caller
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+T = TypeVar("T")
+
+SNOOZED = "beatless.snoozed"
+"""The trace that a Snooze leaves: the attempt before it was not a failure."""
+
+TRACEBACK_LIMIT = 4000
+"""Characters of a traceback that are kept with a failure: its end, where the reason is."""
+
+AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+"""Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
+
+
+def ignore(_name: str, _facts: dict[str, Any]) -> None:
+    """The observer of an executor that nobody observes."""
+
+
+def no_limit(_step: Step, _lease: Lease) -> AbstractContextManager[None]:
+    """The time limit of an executor that cannot end a step: none."""
+    return nullcontext()
+
+
+class UnknownStep(Exception):
+    """The journal is at a step that this version of the plan does not have."""
+
+    def __init__(self, plan: str, step: str) -> None:
+        super().__init__(plan, step)
+        self.plan = plan
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"plan {self.plan} has no step {self.step} in this version: the run is given back"
+
+
+class BodyFailed(Exception):
+    """Carries what a step's body raised, apart from what writing its outcome may raise."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run is, folded from its events."""
+
+    step: Step | None
+    """What comes next; None when every step has finished."""
+    results: dict[str, Any] = field(default_factory=dict)
+    visits: Counter[str] = field(default_factory=Counter)
+    starts: int = 0
+    failures: int = 0
+
+    @property
+    def occurrence(self) -> str:
+        """The name of this visit to the step: `name`, then `name#2`."""
+        if self.step is None:
+            return ""
+        visit = self.visits[self.step.name] + 1
+        return self.step.name if visit == 1 else f"{self.step.name}#{visit}"
+
+    @property
+    def crashes(self) -> int:
+        """Attempts that ended without a word: their process died."""
+        return self.starts - self.failures
+
+    def finished(self, result: Any, following: Step | None) -> None:
+        """The step returned; go on to the one that follows."""
+        if self.step is not None:
+            self.results[self.occurrence] = self.results[self.step.name] = result
+            self.visits[self.step.name] += 1
+        self.step, self.starts, self.failures = following, 0, 0
+
+
+def fold(plan: Plan, events: Sequence[Event]) -> Progress:
+    """The place of a run in its plan. Raises UnknownStep."""
+    progress = Progress(step=plan.first)
+    for event in events:
+        data = event.data or {}
+        match event.type:
+            case EventType.RUN_STARTED:
+                reused = data.get("reused", {})
+                progress.results.update(reused.get("results", {}))
+                progress.visits.update(reused.get("visits", {}))
+                if "next" in reused:
+                    progress.step = _named(plan, reused["next"])
+            case EventType.STEP_STARTED:
+                progress.starts += 1
+            case EventType.STEP_FAILED:
+                progress.failures += 1
+            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
+                progress.starts -= 1
+            case EventType.STEP_FINISHED:
+                name = (event.step or "").partition("#")[0]
+                if progress.step is None or progress.step.name != name:
+                    progress.step = _named(plan, name)
+                following = plan.after(name)
+                if "next" in data:
+                    following = _named(plan, data["next"]) if data["next"] else None
+                progress.finished(data.get("result"), following)
+    return progress
+
+
+def _named(plan: Plan, name: str) -> Step:
+    found = plan.get(name)
+    if found is None:
+        raise UnknownStep(plan.name, name)
+    return found
+
+
+class Executor:
+    """Executes runs, one at a time. Keeps one connection; make one executor for each thread."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        leases: Leases,
+        connect: Callable[[], Connection],
+        engine: sqlalchemy.Engine,
+        heartbeat: Heartbeat,
+        worker: str,
+        stopping: threading.Event | None = None,
+        limit: Callable[[Step, Lease], AbstractContextManager[None]] = no_limit,
+        faults: CrashPoints | None = None,
+        observer: Observer = ignore,
+    ) -> None:
+        """`worker` is unique to this process for ever; `stopping` ends runs at their boundary."""
+        self.journal = journal
+        self.leases = leases
+        self.engine = engine
+        self.heartbeat = heartbeat
+        self.worker = worker
+        self.stopping = stopping or threading.Event()
+        self.limit = limit
+        self.faults = faults or CrashPoints()
+        self.observer = observer
+        self._connect = connect
+        self._connection: Connection | None = None
+
+    def connection(self) -> Connection:
+        """This executor's autocommit connection, opened when it is first needed."""
+        if self._connection is None or self._connection.closed:
+            self._connection = self._connect()
+        return self._connection
+
+    def disconnect(self) -> None:
+        """Close the connection; the next use opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def execute(self, plan: Plan, run_id: str, dispatch: int, *, max_steps: int = 0) -> bool:
+        """Execute the remaining steps of a run; False if it was not ours to execute.
+
+        Another worker may hold it, or it has ended, waits, or its queue is paused: a second
+        delivery is nothing. `max_steps` gives the run back after that many steps (0: no limit).
+        """
+        try:
+            lease = self._claim(plan, run_id, dispatch)
+        except AWAY:
+            # Whether the claim was committed is unknown: the dispatch or the lease brings it back.
+            self.disconnect()
+            raise
+        if lease is None:
+            self.observer("not_claimed", {"run_id": run_id})
+            logger.info(
+                "message dropped: the run is not to be executed now",
+                extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
+            )
+            return False
+        self.faults.reach("claim.committed")
+        logger.info("run claimed", extra={"action": "claimed", "run_id": run_id})
+        self.heartbeat.hold(lease)
+        try:
+            Execution(self, plan, lease, max_steps).work()
+        except LeaseLost as error:
+            self.observer("lease_lost", {"run_id": run_id})
+            logger.warning(
+                "lease lost: another worker has the run, nothing was written",
+                extra={"action": "lease_lost", "run_id": run_id, "token": error.token},
+            )
+        finally:
+            self.heartbeat.release(lease)
+        self.faults.reach("task.before_ack")
+        return True
+
+    def _claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
+        return self.leases.claim(
+            self.connection(),
+            run_id,
+            worker=self.worker,
+            first_step=plan.first.name,
+            dispatch=dispatch,
+        )
+
+
+class Execution:
+    """One worker's work on one run, from the claim to the end or to giving it back.
+
+    1. fold the journal: what has finished is not done again
+    2. start the next step's attempt (counted in Postgres before the body runs)
+    3. call the body
+    4. settle: the step's outcome and the next step's start are one commit
+    5. go on at 3, until the run ends, waits, or the worker stops
+    """
+
+    def __init__(self, executor: Executor, plan: Plan, lease: Lease, max_steps: int) -> None:
+        self._executor = executor
+        self._journal = executor.journal
+        self._plan = plan
+        self._lease = lease
+        self._run_id = lease.run.run_id
+        self._last_seq = lease.run.last_seq
+        self._steps_left = max_steps or -1
+
+    def work(self) -> None:
+        progress = self._resume()
+        while progress is not None and progress.step is not None:
+            progress = self._take_step(progress, progress.step)
+
+    def _resume(self) -> Progress | None:
+        if self._lease.run.attempt == 1 and self._last_seq == 2:
+            return Progress(step=self._plan.first, starts=1)  # started by the claim itself
+        progress = self._fold()
+        return None if progress is None else self._attempt(progress)
+
+    def _fold(self) -> Progress | None:
+        """Where the journal says the run is; None if this worker does not know the place."""
+        events = self._patiently(lambda connection: self._journal.read(connection, self._run_id))
+        self._last_seq = events[-1].seq
+        try:
+            return fold(self._plan, events)
+        except UnknownStep as error:
+            logger.warning(
+                "run given back: its plan is newer or older than this worker's",
+                extra={"action": "unknown_step", "run_id": self._run_id, "reason": str(error)},
+            )
+            self._settle(self._give_back("unknown_step", delay=5.0))
+            return None
+
+    def _attempt(self, progress: Progress) -> Progress | None:
+        """Start the next attempt of where the run is; None if there is none to start."""
+        if progress.step is None:
+            self._settle(self._completed([], None))
+            return None
+        if progress.crashes >= progress.step.retry.max_crashes:
+            self._settle(self._poisoned(progress))
+            return None
+        return progress if self._start(progress) else None
+
+    def _start(self, progress: Progress) -> bool:
+        """Count an attempt before its body runs; False if the run was cancelled instead."""
+        progress.starts += 1
+        started = self._event(EventType.STEP_STARTED, progress)
+        return not self._settle(
+            Settlement(events=[started], state=RunState.RUNNING, **self._cancelled([]))
+        ).cancelled
+
+    def _take_step(self, progress: Progress, step: Step) -> Progress | None:
+        """Run one attempt; the progress to go on with, or None when the run leaves this worker."""
+        executor = self._executor
+        executor.faults.reach("step.before")
+        try:
+            with self._transaction(step) as transaction:
+                outcome, settlement, following = self._call(progress, step, transaction)
+                executor.faults.reach("step.effect_done")
+                appended = self._settle(settlement, transaction)
+        except BodyFailed as failure:
+            if transaction_lost(failure.error) and step.transactional:
+                return self._after_lost_transaction()
+            self._settle(self._failed(progress, step, failure.error))
+            return None
+        except RunCancelled:
+            self._settle(self._stopped(progress))
+            return None
+        except exc.DBAPIError as error:
+            if transaction_lost(error):
+                return self._after_lost_transaction()
+            self._settle(self._failed(progress, step, error))
+            return None
+        executor.faults.reach("step.committed")
+        executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
+        if appended.cancelled or settlement.state is not RunState.RUNNING:
+            return None
+        progress.finished(_result(outcome), following)
+        progress.starts = 1
+        return progress
+
+    def _call(
+        self, progress: Progress, step: Step, transaction: sqlalchemy.Connection | None
+    ) -> tuple[Any, Settlement, Step | None]:
+        """Call the body and decide what its outcome writes. Raises BodyFailed."""
+        context = self._context(progress, transaction)
+        try:
+            with self._executor.limit(step, self._lease):
+                outcome = step.function(context)
+            return outcome, *self._outcome(progress, step, outcome)
+        except (RunCancelled, LeaseLost):
+            raise
+        except Exception as error:
+            raise BodyFailed(error) from error
+
+    @contextmanager
+    def _transaction(self, step: Step) -> Iterator[sqlalchemy.Connection | None]:
+        if not step.transactional:
+            yield None
+            return
+        with self._executor.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def _context(
+        self, progress: Progress, transaction: sqlalchemy.Connection | None
+    ) -> StepContext:
+        return StepContext(
+            lease=self._lease,
+            step=progress.occurrence,
+            attempt=progress.starts,
+            results=progress.results,
+            journal=self._journal,
+            append=self._append,
+            check_cancel=self._cancel_requested,
+            connection=transaction,
+        )
+
+    # What a boundary writes
+
+    def _outcome(
+        self, progress: Progress, step: Step, outcome: Any
+    ) -> tuple[Settlement, Step | None]:
+        """The settlement of what the step returned, and the step that follows."""
+        match outcome:
+            case Snooze(seconds):
+                note = self._event(EventType.DEBUG_TRACE, progress, name=SNOOZED, seconds=seconds)
+                return (
+                    Settlement(
+                        events=[note],
+                        state=RunState.QUEUED,
+                        delay=seconds,
+                        reason="snooze",
+                        **self._cancelled([]),
+                    ),
+                    step,
+                )
+            case Finish():
+                following = None
+                data = {"result": outcome.result, "next": None}
+            case Goto(target):
+                if not self._plan.may_go(step.name, target):
+                    raise Fatal(
+                        f"step {step.name} returned Goto({target!r}), which plan "
+                        f"{self._plan.name} does not declare in its routes"
+                    )
+                following = self._plan.get(target)
+                data = {"result": outcome.result, "next": target}
+            case _:
+                following = self._plan.after(step.name)
+                data = {"result": outcome}
+        finished = self._event(EventType.STEP_FINISHED, progress, **data)
+        if following is None:
+            return self._completed([finished], data["result"]), None
+        self._steps_left -= 1
+        if self._executor.stopping.is_set() or self._steps_left == 0:
+            return self._give_back("shutdown", [finished]), following
+        upcoming = Progress(step=following, visits=progress.visits.copy(), starts=1)
+        upcoming.visits[step.name] += 1
+        started = self._event(EventType.STEP_STARTED, upcoming)
+        return (
+            Settlement(
+                events=[finished, started],
+                state=RunState.RUNNING,
+                **self._cancelled([finished]),
+            ),
+            following,
+        )
+
+    def _completed(self, events: Sequence[NewEvent], result: Any) -> Settlement:
+        text = self._encode(result, "result")
+        ended = NewEvent(
+            type=EventType.RUN_FINISHED, data=f'{{"outcome":"completed","result":{text}}}'
+        )
+        return Settlement(
+            events=[*events, ended],
+            state=RunState.COMPLETED,
+            result=text,
+            **self._cancelled(events),
+        )
+
+    def _failed(self, progress: Progress, step: Step, error: Exception) -> Settlement:
+        """Try again later, or end the run as failed."""
+        delay = step.retry.delay(progress.failures + 1)
+        if isinstance(error, (Fatal, BadPayload)):
+            delay = None
+        facts = _describe(error, progress.occurrence)
+        logger.warning(
+            "step failed",
+            extra={
+                "action": "step_failed",
+                "run_id": self._run_id,
+                "step": progress.occurrence,
+                "attempt": progress.starts,
+                "retry_in": delay,
+            },
+            exc_info=error,
+        )
+        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        if delay is None:
+            return self._ended(RunState.FAILED, [failed], facts)
+        return Settlement(
+            events=[failed],
+            state=RunState.QUEUED,
+            delay=delay,
+            reason="retry",
+            **self._cancelled([failed]),
+        )
+
+    def _poisoned(self, progress: Progress) -> Settlement:
+        facts = {
+            "type": "StepCrashed",
+            "message": f"step {progress.occurrence} ended its process {progress.crashes} times",
+            "step": progress.occurrence,
+        }
+        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        return self._ended(RunState.FAILED, [failed], facts)
+
+    def _stopped(self, progress: Progress) -> Settlement:
+        """The body itself noticed the cancel."""
+        facts = cancel_error(None) | {"step": progress.occurrence}
+        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        return self._ended(RunState.CANCELLED, [failed], facts)
+
+    def _ended(
+        self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
+    ) -> Settlement:
+        text = self._encode(facts, "error")
+        ended = NewEvent(
+            type=EventType.RUN_FINISHED, data=f'{{"outcome":"{state.value}","error":{text}}}'
+        )
+        return Settlement(
+            events=[*events, ended], state=state, error=text, **self._cancelled(events)
+        )
+
+    def _give_back(
+        self, reason: str, events: Sequence[NewEvent] = (), delay: float = 0.0
+    ) -> Settlement:
+        return Settlement(
+            events=events,
+            state=RunState.QUEUED,
+            delay=delay,
+            reason=reason,
+            **self._cancelled(events),
+        )
+
+    def _cancelled(self, events: Sequence[NewEvent]) -> dict[str, Any]:
+        """The other way of a settlement: the step in flight commits, then the run is over."""
+        text = self._encode(cancel_error(None), "error")
+        ended = NewEvent(
+            type=EventType.RUN_FINISHED, data=f'{{"outcome":"cancelled","error":{text}}}'
+        )
+        return {"if_cancelled": [*events, ended], "error_if_cancelled": text}
+
+    def _event(self, type: EventType, progress: Progress, **data: Any) -> NewEvent:
+        return self._journal.new_event(
+            type,
+            step=progress.occurrence,
+            attempt=progress.starts,
+            where=f"step {progress.occurrence}:",
+            **data,
+        )
+
+    def _encode(self, value: Any, what: str) -> str:
+        return encode(
+            value,
+            where=f"the {what} of run {self._run_id}",
+            limit=self._journal.max_event_bytes,
+        )
+
+    # Writing, and finding out whether it was written
+
+    def _append(self, event: NewEvent) -> None:
+        """Commit one event in the middle of a step."""
+        appended = self._write(
+            lambda connection: self._journal.append(
+                connection, self._run_id, self._lease.token, [event]
+            )
+        )
+        self._lease.cancelled = appended.cancelled
+
+    def _settle(
+        self, settlement: Settlement, transaction: sqlalchemy.Connection | None = None
+    ) -> Appended:
+        def write(connection: Caller) -> Appended | None:
+            return self._journal.settle(connection, self._run_id, self._lease.token, settlement)
+
+        if transaction is None:
+            appended = self._write(write)
+        else:
+            found = write(transaction)
+            if found is None:
+                raise LeaseLost(self._run_id, self._lease.token)
+            appended = found
+        state = RunState.CANCELLED if appended.cancelled else settlement.state
+        if state.final:
+            logger.info(
+                "run finished",
+                extra={"action": "finished", "run_id": self._run_id, "state": state.value},
+            )
+        return appended
+
+    def _write(self, write: Callable[[Connection], Appended | None]) -> Appended:
+        """Write once, whatever happens to the connection. Raises LeaseLost.
+
+        A commit whose answer was lost may have happened. Only the owner of the lease writes as a
+        worker, so one look at the journal tells.
+        """
+        tried = False
+
+        def act(connection: Connection) -> Appended | None:
+            nonlocal tried
+            if tried:
+                seen = self._look(connection)
+                if seen.written:
+                    cancelled = seen.state is RunState.CANCELLED
+                    return Appended(last_seq=seen.last_seq, cancelled=cancelled)
+            tried = True
+            return write(connection)
+
+        appended = self._patiently(act)
+        if appended is None:
+            raise LeaseLost(self._run_id, self._lease.token)
+        self._last_seq = appended.last_seq
+        return appended
+
+    def _patiently(self, act: Callable[[Connection], T]) -> T:
+        """Do it as soon as Postgres can be reached, unless the worker stops first."""
+        backoff, failures = Backoff(initial=0.05, cap=5.0), 0
+        while True:
+            try:
+                return act(self._executor.connection())
+            except AWAY as error:
+                self._executor.disconnect()
+                failures += 1
+                delay = backoff.delay(failures)
+                logger.warning(
+                    "Postgres is away, will try again",
+                    extra={
+                        "action": "postgres_away",
+                        "run_id": self._run_id,
+                        "retry_in": delay,
+                        "reason": str(error),
+                    },
+                )
+                if self._executor.stopping.wait(delay):
+                    raise
+
+    def _look(self, connection: Connection) -> Seen:
+        return self._executor.leases.look(connection, self._lease, self._last_seq)
+
+    def _after_lost_transaction(self) -> Progress | None:
+        """The connection broke in a transactional step: go on if it was committed, else again."""
+        seen = self._patiently(self._look)
+        if seen.state.final:
+            return None
+        if not seen.held:
+            raise LeaseLost(self._run_id, self._lease.token)
+        progress = self._fold()
+        if progress is None or seen.written:
+            return progress
+        return self._attempt(progress)
+
+    def _cancel_requested(self) -> bool:
+        self._patiently(self._look)
+        return self._lease.cancelled
+
+
+def transaction_lost(error: Exception) -> bool:
+    """Whether it was the connection that failed and not the statement."""
+    return isinstance(error, exc.DBAPIError) and (
+        error.connection_invalidated or isinstance(error, exc.OperationalError)
+    )
+
+
+def _result(outcome: Any) -> Any:
+    value = outcome.result if isinstance(outcome, (Goto, Finish)) else outcome
+    return json.loads(json.dumps(value))  # what a resumed run would read
+
+
+def _describe(error: Exception, step: str) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
+    return {
+        "type": type(error).__name__,
+        "message": str(error).replace("\0", "\\0"),
+        "step": step,
+        "traceback": text.replace("\0", "\\0"),
+    }

@@ -1,0 +1,490 @@
+"""The journal: the ordered events of every run, in Postgres. The only writer of runs and events.
+
+Each function is one statement and takes the connection it shall run on. None commits: on an
+autocommit connection a statement is its own transaction, in the caller's transaction it is part of
+that. `Journal` holds the statements of one schema.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from orchestrator.errors import RunConflict, RunNotFound
+from orchestrator.events import Event, EventType, NewEvent, encode
+from orchestrator.state import RunState
+from outbox.message import shard_of
+from outbox.queries import EVENT_JSON, Caller, doorbell, execute, outbox_row
+
+RUN_COLUMNS = (
+    "run_id",
+    "namespace",
+    "plan",
+    "plan_version",
+    "queue",
+    "priority",
+    "state",
+    "input",
+    "result",
+    "error",
+    "key",
+    "last_seq",
+    "attempt",
+    "worker",
+    "cancel_requested_at",
+    "not_before",
+    "tags",
+    "retry_of",
+    "created_at",
+    "started_at",
+    "finished_at",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One execution of a plan, as it is stored now."""
+
+    run_id: str
+    namespace: str
+    plan: str
+    plan_version: str
+    queue: str
+    priority: int
+    state: RunState
+    input: Any
+    result: Any
+    error: dict[str, Any] | None
+    key: str | None
+    last_seq: int
+    attempt: int
+    """How often a worker has taken the run."""
+    worker: str | None
+    cancel_requested_at: datetime | None
+    not_before: datetime | None
+    tags: dict[str, str]
+    retry_of: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Self:
+        members = dict(zip(RUN_COLUMNS, row, strict=True))
+        return cls(**members | {"state": RunState(members["state"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as a JSON object; times are ISO 8601."""
+        return {
+            name: value.isoformat() if isinstance(value, datetime) else value
+            for name in RUN_COLUMNS
+            for value in [getattr(self, name)]
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """What a caller asks for, checked. `input` is JSON text."""
+
+    run_id: str
+    namespace: str
+    plan: str
+    plan_version: str
+    queue: str
+    priority: int
+    input: str
+    key: str | None
+    not_before: datetime | None
+    delay: float | None
+    tags: Mapping[str, str]
+    retry_of: str | None = None
+    trace_context: Mapping[str, str] | None = None
+    reused: str | None = None
+    """JSON text of the step results that a retried run takes over."""
+
+    def to_json(self) -> str:
+        members = {
+            "run_id": self.run_id,
+            "shard": shard_of(self.run_id),
+            "namespace": self.namespace,
+            "plan": self.plan,
+            "plan_version": self.plan_version,
+            "queue": self.queue,
+            "priority": self.priority,
+            "key": self.key,
+            "not_before": self.not_before.isoformat() if self.not_before else None,
+            "delay": self.delay,
+            "tags": dict(self.tags),
+            "retry_of": self.retry_of,
+            "trace_context": dict(self.trace_context) if self.trace_context else None,
+        }
+        text = json.dumps(members)[:-1] + f',"input":{self.input}'
+        if self.reused is not None:
+            text += f',"reused":{self.reused}'
+        return text + "}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Appended:
+    """What an append tells its writer."""
+
+    last_seq: int
+    cancelled: bool
+    """A cancel was accepted before this append."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What a step boundary writes: one way if nobody asked to cancel, another if somebody did.
+
+    The choice is made by Postgres on the locked row, so a cancel is before or after, never between.
+    """
+
+    events: Sequence[NewEvent]
+    state: RunState
+    result: str | None = None
+    error: str | None = None
+    delay: float | None = None
+    """Seconds until the run is due again, when the state is queued."""
+    reason: str = "retry"
+    if_cancelled: Sequence[NewEvent] = ()
+    state_if_cancelled: RunState = RunState.CANCELLED
+    error_if_cancelled: str | None = None
+
+
+class Journal:
+    """The statements of one schema over runs and their events."""
+
+    def __init__(self, schema: str, *, max_event_bytes: int) -> None:
+        self.schema = schema
+        self.max_event_bytes = max_event_bytes
+        s = schema
+        columns = ", ".join(RUN_COLUMNS)
+        bell = doorbell(s, "%(shard)s")
+        self._create = f"""
+WITH input AS (
+  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
+    run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
+    priority smallint, input jsonb, key text, not_before timestamptz, delay float8, tags jsonb,
+    retry_of text, trace_context jsonb, reused jsonb)
+), u AS (
+  INSERT INTO {s}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input, key,
+                        last_seq, not_before, tags, retry_of, trace_context)
+  SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
+         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)), tags, retry_of,
+         trace_context
+    FROM input
+  ON CONFLICT DO NOTHING
+  RETURNING *
+), e AS (
+  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
+         jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
+           'queue', u.queue, 'retry_of', u.retry_of, 'reused', i.reused))
+    FROM u JOIN input i USING (run_id)
+), o AS (
+  INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
+), d AS (
+  INSERT INTO {s}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason)
+  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority, 'waiting',
+         coalesce(u.not_before, u.created_at),
+         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END
+    FROM u JOIN input i USING (run_id)
+)
+SELECT {", ".join("u." + column for column in RUN_COLUMNS)}, {doorbell(s, "i.shard")}
+  FROM u JOIN input i USING (run_id)"""
+        self._find = f"""
+SELECT {columns} FROM {s}.runs
+ WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)"""
+        # An append that stays in the run: nothing but events, under the lease.
+        self._append = f"""
+WITH u AS (
+  UPDATE {s}.runs SET last_seq = last_seq + %(n)s
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+  RETURNING run_id, last_seq, cancel_requested_at IS NOT NULL AS cancelled
+), e AS (
+  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT u.run_id, u.last_seq - %(n)s + x.n, clock_timestamp(), x.type, 'worker', x.step,
+         x.attempt, x.data::jsonb
+    FROM u, unnest(%(types)s::text[], %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])
+         WITH ORDINALITY AS x(type, step, attempt, data, n)
+), o AS ({outbox_row(s, "u", "%(shard)s", "%(n)s")})
+SELECT last_seq, cancelled, {bell} FROM u"""
+        live = "cancel_requested_at IS NULL"
+        state = f"CASE WHEN {live} THEN %(state)s ELSE %(state_cancelled)s END"
+        self._settle = f"""
+WITH u AS (
+  UPDATE {s}.runs
+     SET last_seq = last_seq + CASE WHEN {live} THEN %(n)s ELSE %(n_cancelled)s END,
+         state = {state},
+         result = CASE WHEN {live} THEN %(result)s::jsonb END,
+         error = CASE WHEN {live} THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
+         lease_expires_at = CASE WHEN {state} = 'running' THEN lease_expires_at END,
+         not_before = CASE WHEN {state} = 'queued'
+                           THEN clock_timestamp() + make_interval(secs => %(delay)s) END,
+         finished_at = CASE WHEN {state} NOT IN ('running', 'queued') THEN clock_timestamp() END
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+  RETURNING run_id, last_seq, state, not_before, NOT ({live}) AS cancelled,
+            CASE WHEN {live} THEN %(n)s ELSE %(n_cancelled)s END AS n
+), e AS (
+  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT u.run_id, u.last_seq - u.n + row_number() OVER (ORDER BY x.n), clock_timestamp(), x.type,
+         'worker', x.step, x.attempt,
+         CASE WHEN x.type = 'StepFailed'
+              THEN x.data::jsonb || jsonb_build_object(
+                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
+              ELSE x.data::jsonb END
+    FROM u, unnest(%(branches)s::bool[], %(types)s::text[], %(steps)s::text[], %(attempts)s::int[],
+                   %(datas)s::text[]) WITH ORDINALITY AS x(branch, type, step, attempt, data, n)
+   WHERE x.branch = u.cancelled
+), o AS ({outbox_row(s, "u WHERE n > 0", "%(shard)s", "n")}
+), gone AS (
+  DELETE FROM {s}.dispatches d USING u
+   WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
+), later AS (
+  UPDATE {s}.dispatches d SET state = 'waiting', due_at = u.not_before, reason = %(reason)s
+    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
+)
+SELECT last_seq, cancelled, {bell} FROM u"""
+        # A run that waits ends at once; one that runs is told, and ends at its next boundary.
+        self._cancel = f"""
+WITH u AS (
+  UPDATE {s}.runs
+     SET cancel_requested_at = clock_timestamp(),
+         last_seq = last_seq + CASE WHEN state = 'queued' THEN 2 ELSE 1 END,
+         state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
+         not_before = NULL,
+         error = CASE WHEN state = 'queued' THEN %(error)s::jsonb ELSE error END,
+         finished_at = CASE WHEN state = 'queued' THEN clock_timestamp() END
+   WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')
+     AND cancel_requested_at IS NULL
+  RETURNING *
+), e AS (
+  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
+         'CancelRequested', 'api', jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text))
+    FROM u
+  UNION ALL
+  SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
+         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb)
+    FROM u WHERE u.state = 'cancelled'
+), o AS ({outbox_row(s, "u", "%(shard)s", "CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END")}
+), gone AS (
+  DELETE FROM {s}.dispatches d USING u WHERE d.run_id = u.run_id AND u.state = 'cancelled'
+)
+SELECT {columns}, {bell} FROM u"""
+        self._get = f"""
+SELECT {columns} FROM {s}.runs WHERE run_id = %(run_id)s AND namespace = %(namespace)s"""
+        self._list = f"""
+SELECT {columns} FROM {s}.runs
+ WHERE namespace = %(namespace)s
+   AND (%(state)s::text IS NULL OR state = %(state)s)
+   AND (%(plan)s::text IS NULL OR plan = %(plan)s)
+   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+   AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
+   AND (%(before_at)s::timestamptz IS NULL
+        OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
+ ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
+        self._read = f"""
+SELECT {EVENT_JSON} FROM {s}.run_events e
+ WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
+        self._heads = f"""
+SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
+
+    def create_runs(self, connection: Caller, new: Sequence[NewRun]) -> list[Run]:
+        """Store runs, their RunStarted, outbox rows and dispatches; the runs in the given order.
+
+        A run whose key or id was used before is returned as it is stored, if it has the same
+        content. Raises RunConflict if it has not.
+        """
+        rows = execute(
+            connection, self._create, {"runs": f"[{','.join(run.to_json() for run in new)}]"}
+        )
+        created = {row[0]: Run.from_row(row[:-1]) for row in rows}
+        if len(created) == len(new):
+            return [created[run.run_id] for run in new]
+        return [created.get(run.run_id) or self._existing(connection, run) for run in new]
+
+    def _existing(self, connection: Caller, new: NewRun) -> Run:
+        rows = execute(
+            connection,
+            self._find,
+            {"run_id": new.run_id, "namespace": new.namespace, "key": new.key},
+        )
+        found = [Run.from_row(row) for row in rows]
+        by_key = [run for run in found if new.key is not None and run.key == new.key]
+        existing = (by_key or found)[0]
+        field = "key" if by_key else "run id"
+        differs = [
+            name
+            for name, same in (
+                ("namespace", existing.namespace == new.namespace),
+                ("plan", existing.plan == new.plan),
+                ("queue", existing.queue == new.queue),
+                ("input", existing.input == json.loads(new.input)),
+                ("key", existing.key == new.key),
+            )
+            if not same
+        ]
+        if differs:
+            raise RunConflict(existing.run_id, field, differs[0])
+        return existing
+
+    def append(
+        self, connection: Caller, run_id: str, token: int, events: Sequence[NewEvent]
+    ) -> Appended | None:
+        """Commit events under a lease; None if the lease is gone and nothing was written."""
+        rows = execute(
+            connection,
+            self._append,
+            {
+                "run_id": run_id,
+                "token": token,
+                "shard": shard_of(run_id),
+                "n": len(events),
+                "types": [event.type.value for event in events],
+                "steps": [event.step for event in events],
+                "attempts": [event.attempt for event in events],
+                "datas": [event.data for event in events],
+            },
+        )
+        return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
+
+    def settle(
+        self, connection: Caller, run_id: str, token: int, settlement: Settlement
+    ) -> Appended | None:
+        """Commit a boundary under a lease; None if the lease is gone and nothing was written."""
+        events = (*settlement.events, *settlement.if_cancelled)
+        rows = execute(
+            connection,
+            self._settle,
+            {
+                "run_id": run_id,
+                "token": token,
+                "shard": shard_of(run_id),
+                "n": len(settlement.events),
+                "n_cancelled": len(settlement.if_cancelled),
+                "state": settlement.state.value,
+                "state_cancelled": settlement.state_if_cancelled.value,
+                "result": settlement.result,
+                "error": settlement.error,
+                "error_cancelled": settlement.error_if_cancelled,
+                "delay": settlement.delay or 0.0,
+                "reason": settlement.reason,
+                "branches": [False] * len(settlement.events) + [True] * len(settlement.if_cancelled),
+                "types": [event.type.value for event in events],
+                "steps": [event.step for event in events],
+                "attempts": [event.attempt for event in events],
+                "datas": [event.data for event in events],
+            },
+        )
+        return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
+
+    def cancel(
+        self, connection: Caller, run_id: str, *, namespace: str, reason: str | None
+    ) -> Run:
+        """Store a cancel. A run that has ended, or was cancelled before, is returned unchanged.
+
+        Raises RunNotFound.
+        """
+        error = encode(
+            cancel_error(reason), where="the reason of the cancel", limit=self.max_event_bytes
+        )
+        rows = execute(
+            connection,
+            self._cancel,
+            {
+                "run_id": run_id,
+                "namespace": namespace,
+                "shard": shard_of(run_id),
+                "reason": reason,
+                "error": error,
+            },
+        )
+        if rows:
+            return Run.from_row(rows[0][:-1])
+        return self.get(connection, run_id, namespace=namespace)
+
+    def get(self, connection: Caller, run_id: str, *, namespace: str) -> Run:
+        """Raises RunNotFound."""
+        rows = execute(connection, self._get, {"run_id": run_id, "namespace": namespace})
+        if not rows:
+            raise RunNotFound(run_id)
+        return Run.from_row(rows[0])
+
+    def list_runs(
+        self,
+        connection: Caller,
+        *,
+        namespace: str,
+        state: str | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        before: tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Run]:
+        """Newest first. `before` is (created_at, run_id) of the last run of the page before."""
+        rows = execute(
+            connection,
+            self._list,
+            {
+                "namespace": namespace,
+                "state": state,
+                "plan": plan,
+                "queue": queue,
+                "tags": json.dumps(dict(tags)) if tags else None,
+                "before_at": before[0] if before else None,
+                "before_id": before[1] if before else None,
+                "limit": limit,
+            },
+        )
+        return [Run.from_row(row) for row in rows]
+
+    def read(
+        self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[Event]:
+        """The events with a seq above `after`, in order."""
+        rows = execute(
+            connection, self._read, {"run_id": run_id, "after": after, "limit": limit}
+        )
+        return [Event.from_json(text) for (text,) in rows]
+
+    def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:
+        """The last seq of each of these runs, in one statement."""
+        return dict(execute(connection, self._heads, {"run_ids": list(run_ids)}))
+
+    def epoch(self, connection: Caller) -> str:
+        """Changes when the database's history may have changed: restore, or failover.
+
+        The cluster's identity and its timeline (idea: Centrifugo's stream epoch).
+        """
+        rows = execute(
+            connection,
+            "SELECT to_hex(s.system_identifier) || 't' || c.timeline_id"
+            "  FROM pg_control_system() s, pg_control_checkpoint() c",
+            {},
+        )
+        return str(rows[0][0])
+
+    def new_event(
+        self,
+        type: EventType,
+        *,
+        step: str | None = None,
+        attempt: int | None = None,
+        where: str,
+        **data: Any,
+    ) -> NewEvent:
+        """An event with its data checked. Raises BadPayload, naming `where` and the member."""
+        text = None
+        if data:
+            text = encode(data, where=where, limit=self.max_event_bytes)
+        return NewEvent(type=type, step=step, attempt=attempt, data=text)
+
+
+def cancel_error(reason: str | None) -> dict[str, Any]:
+    """What a cancelled run stores as its error."""
+    return {"type": "RunCancelled", "message": reason or "the run was cancelled"}

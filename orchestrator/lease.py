@@ -1,0 +1,239 @@
+"""The exclusive right to execute a run, with a fencing token.
+
+A claim raises the token; every later write of the owner names it, so a worker that was frozen past
+its lease writes nothing (Kleppmann, "How to do distributed locking", 2016). All clocks are the
+server's.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from orchestrator.journal import RUN_COLUMNS, Run
+from orchestrator.state import RunState
+from outbox.message import shard_of
+from outbox.queries import doorbell, execute
+
+logger = logging.getLogger(__name__)
+
+Connection = psycopg.Connection[Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Lease:
+    """One claim of one run. `cancelled` and `lost` are news that the heartbeat brings."""
+
+    run: Run
+    token: int
+    cancelled: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a look at a run found. Only the owner of the lease writes as a worker."""
+
+    held: bool
+    written: bool
+    """The owner has written something after the seq that it was sure of."""
+    last_seq: int
+    state: RunState
+
+
+class Leases:
+    """The statements over leases for one schema."""
+
+    def __init__(self, schema: str, *, seconds: float) -> None:
+        self.seconds = seconds
+        s = schema
+        columns = ", ".join("u." + column for column in RUN_COLUMNS)
+        # The first step of a fresh run starts in the claim itself: one commit less for each run.
+        # A paused queue sends its message back to wait; `pause` makes that exact (see jobs.queues).
+        self._claim = f"""
+WITH u AS (
+  UPDATE {s}.runs r
+     SET state = 'running', attempt = attempt + 1, lease_token = lease_token + 1,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL,
+         last_seq = last_seq + CASE WHEN {{fresh}} THEN 1 ELSE 0 END
+   WHERE run_id = %(run_id)s
+     AND (state = 'running' AND lease_expires_at < clock_timestamp()
+          OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
+             AND NOT EXISTS (SELECT FROM {s}.queues q
+                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
+  RETURNING r.*
+), e AS (
+  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
+    FROM u WHERE last_seq = 2 AND attempt = 1
+), o AS (
+  INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE last_seq = 2 AND attempt = 1
+), d AS (
+  UPDATE {s}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = greatest(d.attempts, %(dispatch)s)
+    FROM u WHERE d.run_id = u.run_id
+), back AS (
+  UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
+   WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND NOT EXISTS (SELECT FROM u)
+     AND EXISTS (SELECT FROM {s}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
+)
+SELECT {columns}, u.lease_token, {doorbell(s, "%(shard)s")} FROM u""".replace(
+            "{fresh}",
+            "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL",
+        )
+        self._extend = f"""
+WITH u AS (
+  UPDATE {s}.runs
+     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+  RETURNING run_id, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
+), d AS (
+  UPDATE {s}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
+)
+SELECT cancelled FROM u"""
+        self._look = f"""
+SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
+       EXISTS (SELECT FROM {s}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s
+                                              AND e.source = 'worker')
+  FROM {s}.runs r WHERE r.run_id = %(run_id)s"""
+
+    def claim(
+        self, connection: Connection, run_id: str, *, worker: str, first_step: str, dispatch: int
+    ) -> Lease | None:
+        """Take the run if it waits and is due, or if its lease has run out; else None.
+
+        For a run that was never claimed this also commits StepStarted of `first_step`.
+        """
+        rows = execute(
+            connection,
+            self._claim,
+            {
+                "run_id": run_id,
+                "worker": worker,
+                "seconds": self.seconds,
+                "shard": shard_of(run_id),
+                "first": first_step,
+                "dispatch": dispatch,
+            },
+        )
+        if not rows:
+            return None
+        run = Run.from_row(rows[0][:-2])
+        return Lease(run=run, token=rows[0][-2], cancelled=run.cancel_requested_at is not None)
+
+    def extend(self, connection: Connection, lease: Lease) -> bool:
+        """Keep the lease for its full time from now; False if it is gone."""
+        rows = execute(
+            connection,
+            self._extend,
+            {"run_id": lease.run.run_id, "token": lease.token, "seconds": self.seconds},
+        )
+        if not rows:
+            lease.lost = True
+            return False
+        lease.cancelled = rows[0][0]
+        return True
+
+    def look(self, connection: Connection, lease: Lease, after: int) -> Seen:
+        """What has become of a lease and of our writes: the answer to an interrupted commit."""
+        rows = execute(
+            connection, self._look, {"run_id": lease.run.run_id, "after": after}
+        )
+        if not rows:
+            return Seen(held=False, written=False, last_seq=0, state=RunState.CANCELLED)
+        token, last_seq, lease.cancelled, state, written = rows[0]
+        return Seen(
+            held=token == lease.token and state == RunState.RUNNING,
+            written=token == lease.token and written,
+            last_seq=last_seq,
+            state=RunState(state),
+        )
+
+
+class Heartbeat:
+    """A thread that keeps this process's leases while their steps run.
+
+    1. sleep until a third of the lease time has gone, or until stopped
+    2. extend every lease that is held
+    3. note on each lease whether it was lost, or a cancel was asked for
+
+    It opens a connection when a step first outlives that third, so short steps cost nothing.
+    """
+
+    def __init__(self, leases: Leases, connect: Callable[[], Connection]) -> None:
+        self._leases = leases
+        self._connect = connect
+        self._by_id: dict[int, Lease] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def hold(self, lease: Lease) -> None:
+        """Keep this lease from now on."""
+        with self._changed:
+            self._by_id[id(lease)] = lease
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="beatless-heartbeat", daemon=True
+                )
+                self._thread.start()
+            elif len(self._by_id) == 1:
+                self._changed.notify()
+
+    def release(self, lease: Lease) -> None:
+        """Keep it no longer."""
+        with self._changed:
+            self._by_id.pop(id(lease), None)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def once(self, connection: Connection) -> None:
+        """Extend every lease that is held now."""
+        with self._changed:
+            held = list(self._by_id.values())
+        for lease in held:
+            if not self._leases.extend(connection, lease):
+                logger.warning(
+                    "lease lost while its step runs",
+                    extra={"action": "lease_lost", "run_id": lease.run.run_id, "token": lease.token},
+                )
+                self.release(lease)
+
+    def _run(self) -> None:
+        connection: Connection | None = None
+        while True:
+            with self._changed:
+                while not self._by_id and not self._stopping:
+                    self._changed.wait()
+                if not self._stopping:
+                    self._changed.wait(self._leases.seconds / 3)
+                if self._stopping:
+                    break
+                if not self._by_id:
+                    continue
+            try:
+                if connection is None or connection.closed:
+                    connection = self._connect()
+                self.once(connection)
+            except psycopg.Error as error:
+                # Postgres is away: try again in a third of the lease. The token protects the run.
+                logger.warning(
+                    "heartbeat failed, will retry",
+                    extra={"action": "heartbeat_failed", "reason": str(error)},
+                )
+                if connection is not None:
+                    connection.close()
+        if connection is not None:
+            connection.close()

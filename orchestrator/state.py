@@ -1,0 +1,32 @@
+"""The states of a run and which may follow which. Pure."""
+
+from enum import StrEnum
+
+
+class RunState(StrEnum):
+    QUEUED = "queued"
+    """Waits: for a worker, for its start time, or for the next attempt (`not_before`)."""
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in FINAL
+
+
+FINAL = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
+
+TRANSITIONS = {
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
+    RunState.RUNNING: frozenset({RunState.RUNNING, RunState.QUEUED}) | FINAL,
+    RunState.COMPLETED: frozenset[RunState](),
+    RunState.FAILED: frozenset[RunState](),
+    RunState.CANCELLED: frozenset[RunState](),
+}
+
+
+def allowed(before: RunState, after: RunState) -> bool:
+    """Whether a run may go from one state to the other."""
+    return after in TRANSITIONS[before]

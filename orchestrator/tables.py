@@ -1,0 +1,53 @@
+"""The table of runs, for reads and for the migration check. The DDL is in `jobs/migrations`."""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from outbox.tables import Id, Time, metadata
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("namespace", Id, nullable=False, server_default=text("'default'")),
+    Column("plan", Text, nullable=False),
+    Column("plan_version", Text, nullable=False),
+    Column("queue", Id, nullable=False),
+    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
+    Column("state", Text, nullable=False),
+    Column("input", JSONB),
+    Column("result", JSONB),
+    Column("error", JSONB),
+    Column("key", Text),
+    Column("last_seq", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
+    Column("lease_expires_at", Time),
+    Column("worker", Text),
+    Column("cancel_requested_at", Time),
+    Column("not_before", Time),
+    Column("deadline_at", Time),
+    Column("tags", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("retry_of", Id),
+    Column("trace_context", JSONB),
+    Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Column("started_at", Time),
+    Column("finished_at", Time),
+    CheckConstraint(
+        "state IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name="runs_state"
+    ),
+    Index("runs_key", "namespace", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
+    Index("runs_created", "namespace", "created_at", "run_id"),
+    postgresql_with={"fillfactor": "70"},
+)
+"""No index on a column that changes while a run lives: its updates stay HOT."""

@@ -1,0 +1,28 @@
+"""How long to wait before trying again. Does no waiting itself."""
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Exponential delays with a cap and jitter, in seconds.
+
+    Jitter takes away up to the given share of a delay, so that many waiters do not come back at
+    once ("equal jitter", AWS Architecture Blog, 2015).
+    """
+
+    initial: float = 0.1
+    factor: float = 2.0
+    cap: float = 15.0
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.initial < 0 or self.cap < 0 or self.factor < 1 or not 0 <= self.jitter <= 1:
+            raise ValueError("need initial >= 0, cap >= 0, factor >= 1 and 0 <= jitter <= 1")
+
+    def delay(self, failures: int) -> float:
+        """Seconds to wait after this many failures in a row (1 is the first)."""
+        exponent = min(failures - 1, 64)  # beyond that a float power overflows, the cap rules
+        full = min(self.cap, self.initial * self.factor**exponent)
+        return full * (1 - self.jitter * random.random())  # noqa: S311 - spread, not secrecy

@@ -1,0 +1,281 @@
+"""The relay's side of the wake-up protocol. Holds sessions; moves no messages.
+
+A writer rings (`queries.doorbell`) only if it cannot get the bell lock of its shard in shared mode.
+The relay holds that lock exclusively while it sleeps, so under load nobody sends a NOTIFY at all:
+
+AWAKE    no lock held, writers are silent; the relay looks again until nothing is left
+DROWSY   the exclusive lock is requested and not yet granted; new writers already ring
+ASLEEP   the lock is held; every commit rings
+
+Why nothing is lost: a silent writer holds its shared lock until its rows are visible, and the
+relay looks once more after the grant. The sessions live and die together: a bell lock that outlived
+the listener, or the reverse, would be a sleeper that nobody can wake.
+"""
+
+import json
+import secrets
+import select
+import socket
+from collections.abc import Callable, Generator, Sequence
+from enum import StrEnum
+from time import monotonic
+from typing import Any, Self, TypeVar
+
+import psycopg
+from psycopg import errors as pg_errors
+from psycopg import pq
+
+from outbox.errors import DirectConnectionRequired, SchemaMissing
+from outbox.queries import Queries
+
+RV = TypeVar("RV")
+
+PATIENCE = 10.0
+"""Seconds that one statement of the relay may take before its session counts as dead."""
+
+KEEPALIVE = {
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+    "connect_timeout": 5,
+}
+
+
+class DirectConnection(psycopg.Connection[Any]):
+    """A connection whose statements cannot hang: a proxy may hold a dead socket open for ever."""
+
+    def wait(
+        self,
+        gen: Generator[Any, Any, RV],
+        interval: float = 0.1,
+        timeout: float | None = None,
+    ) -> RV:
+        return super().wait(gen, interval=interval, timeout=timeout or PATIENCE)
+
+
+class State(StrEnum):
+    AWAKE = "awake"
+    DROWSY = "drowsy"
+    ASLEEP = "asleep"
+
+
+class Alarm:
+    """Lets another thread, or a signal handler, interrupt a wait on sockets."""
+
+    def __init__(self) -> None:
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._ear.fileno()
+
+    def ring(self) -> None:
+        """Wake the waiter. Never blocks: a full pipe has already woken it."""
+        try:
+            self._mouth.send(b"!")
+        except (BlockingIOError, OSError):
+            return
+
+    def quiet(self) -> None:
+        """Forget all rings so far."""
+        try:
+            while self._ear.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        self._ear.close()
+        self._mouth.close()
+
+
+class Sessions:
+    """The relay's three direct sessions.
+
+    1. `work` runs every statement, hears the notifications and holds the leader locks
+    2. `bell` holds or awaits the bell locks
+    3. `watch` holds nothing and awaits a leader lock of another relay, to notice its death
+
+    Any failure of any of them raises: the caller closes all and opens new ones.
+    """
+
+    def __init__(self, queries: Queries, connect: Callable[[], DirectConnection]) -> None:
+        self.queries = queries
+        self.state = State.AWAKE
+        self.rung = False
+        self.members_changed = False
+        self._pongs: set[str] = set()
+        self._watching: int | None = None
+        opened: list[DirectConnection] = []
+        try:
+            for _ in range(3):
+                opened.append(connect())
+            self.work, self.bell, self.watch = opened
+            self._prepare()
+        except BaseException:
+            for connection in opened:
+                connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        for connection in (self.work, self.bell, self.watch):
+            connection.execute(
+                "SELECT set_config(name, '0', false) FROM unnest(%s::text[]) AS name",
+                (["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"],),
+            )
+        found = self.work.execute(
+            "SELECT to_regclass(%s)", (f"{self.queries.schema}.dispatches",)
+        ).fetchone()
+        if not found or found[0] is None:
+            raise SchemaMissing(self.queries.schema)
+        prepare_to_drain(self.work)
+        self.work.add_notify_handler(self._heard)
+        self.work.execute(f'LISTEN "{self.queries.channel}"')
+        self.work.execute(f"SELECT pg_advisory_lock_shared({self.queries.leader_key}, -1)")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in (self.watch, self.bell, self.work):
+            connection.close()
+
+    def prove_listening(self, seconds: float = 3.0) -> None:
+        """Send ourselves a NOTIFY and wait for it.
+
+        Raises DirectConnectionRequired when it does not come back: PgBouncer in transaction mode
+        accepts LISTEN and never delivers.
+        """
+        nonce = self.ping()
+        deadline = monotonic() + seconds
+        while not self.pong(nonce):
+            if monotonic() >= deadline:
+                raise DirectConnectionRequired(seconds)
+            self.wait(deadline - monotonic())
+
+    def ping(self) -> str:
+        """Ask for a notification through the bell session; `pong` tells whether it came."""
+        nonce = secrets.token_hex(8)
+        self.bell.pgconn.send_query_params(
+            b"SELECT pg_notify($1, $2)",
+            [self.queries.channel.encode(), json.dumps({"ping": nonce}).encode()],
+        )
+        self.bell.pgconn.flush()
+        return nonce
+
+    def pong(self, nonce: str) -> bool:
+        """Whether the notification of this ping has come."""
+        if nonce not in self._pongs:
+            return False
+        self._pongs.discard(nonce)
+        _finish(self.bell)
+        return True
+
+    def announce(self) -> None:
+        """Tell the other relays that one came, went or gave shards back."""
+        self.work.execute(
+            "SELECT pg_notify(%s, %s)", (self.queries.channel, json.dumps({"relays": "changed"}))
+        )
+
+    def _heard(self, notification: psycopg.Notify) -> None:
+        if notification.payload.startswith("{"):
+            message = json.loads(notification.payload)
+            if "ping" in message:
+                self._pongs.add(message["ping"])
+                return
+            if notification.pid != self.work.pgconn.backend_pid:
+                self.members_changed = True
+        self.rung = True
+
+    def doze(self, shards: Sequence[int]) -> None:
+        """AWAKE to DROWSY: ask for the bell locks without waiting for them."""
+        keys = ",".join(map(str, shards))
+        self.bell.pgconn.send_query(
+            f"SELECT pg_advisory_lock({self.queries.bell_key}, s) "
+            f"FROM unnest('{{{keys}}}'::int[]) AS s".encode()
+        )
+        self.bell.pgconn.flush()
+        self.state = State.DROWSY
+
+    def granted(self) -> bool:
+        """Whether the bell locks have come; then the caller must look once more and may sleep."""
+        self.bell.pgconn.consume_input()
+        if self.bell.pgconn.is_busy():
+            return False
+        _finish(self.bell)
+        self.state = State.ASLEEP
+        return True
+
+    def rouse(self) -> None:
+        """To AWAKE: give the bell locks back, or stop asking for them, so that nobody rings."""
+        if self.state is State.DROWSY and self.bell.pgconn.is_busy():
+            self.bell.cancel_safe(timeout=PATIENCE)
+        _finish(self.bell, ignore=pg_errors.QueryCanceled)
+        self.bell.execute("SELECT pg_advisory_unlock_all()")
+        self.state = State.AWAKE
+
+    def watch_shard(self, shard: int | None) -> None:
+        """Await the leader lock of this shard, which another relay holds, instead of the last."""
+        if self._watching is not None:
+            if self.watch.pgconn.is_busy():
+                self.watch.cancel_safe(timeout=PATIENCE)
+            _finish(self.watch, ignore=pg_errors.QueryCanceled)
+            self.watch.execute("SELECT pg_advisory_unlock_all()")
+        self._watching = shard
+        if shard is not None:
+            self.watch.pgconn.send_query(
+                f"SELECT pg_advisory_lock({self.queries.leader_key}, {shard})".encode()
+            )
+            self.watch.pgconn.flush()
+
+    def wait(self, timeout: float | None, *others: Alarm) -> None:
+        """Return when a notification, a lock, an alarm or the end of a session came, or in time.
+
+        Raises OperationalError when a session is gone.
+        """
+        ready, _, _ = select.select([self.work, self.bell, self.watch, *others], [], [], timeout)
+        for connection in (self.work, self.bell, self.watch):
+            if connection in ready:
+                connection.pgconn.consume_input()
+                if connection.pgconn.status != pq.ConnStatus.OK:
+                    raise psycopg.OperationalError("a session of the relay was closed")
+        while notification := self.work.pgconn.notifies():
+            self._heard(
+                psycopg.Notify(
+                    notification.relname.decode(), notification.extra.decode(), notification.be_pid
+                )
+            )
+        if self._watching is not None and not self.watch.pgconn.is_busy():
+            self.members_changed = True
+
+
+def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:
+    """Session settings of a connection that drains.
+
+    A queue table's statistics swing between empty and full, so the measured plans are pinned. A
+    delete that a crash takes back is a duplicate that subscribers drop: no need to await its fsync.
+    """
+    connection.execute(
+        "SELECT set_config(name, value, false) FROM (VALUES ('synchronous_commit', 'off'), "
+        "('enable_hashjoin', 'off'), ('enable_mergejoin', 'off'), ('enable_seqscan', 'off'), "
+        "('jit', 'off'), ('plan_cache_mode', 'force_generic_plan')) AS s(name, value)"
+    )
+
+
+def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> None:
+    """Take the results of a statement that was sent without waiting, and check them."""
+    pgconn = connection.pgconn
+    deadline = monotonic() + PATIENCE
+    while pgconn.is_busy():
+        if not select.select([connection], [], [], deadline - monotonic())[0]:
+            raise psycopg.OperationalError("a session of the relay does not answer")
+        pgconn.consume_input()
+    while result := pgconn.get_result():
+        if result.status in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+            continue
+        error = psycopg.errors.error_from_result(result)
+        if ignore is None or not isinstance(error, ignore):
+            raise error

@@ -1,0 +1,61 @@
+"""Everything that can go wrong between a commit and its delivery.
+
+OutboxError
+├── SchemaMissing               the tables are not there
+├── DirectConnectionRequired    LISTEN does not arrive: a transaction pooler is in the way
+├── PublishFailed               a door (Redis or the broker) cannot be reached now; try again later
+└── PublishRefused              the door answered, and said no to this very message
+"""
+
+
+class OutboxError(Exception):
+    """Base of this package's errors."""
+
+
+class SchemaMissing(OutboxError):
+    """The tables of this schema do not exist."""
+
+    def __init__(self, schema: str) -> None:
+        super().__init__(schema)
+        self.schema = schema
+
+    def __str__(self) -> str:
+        return f"schema {self.schema!r} has no beatless tables: run `beatless migrate` first"
+
+
+class DirectConnectionRequired(OutboxError):
+    """A NOTIFY sent to ourselves did not come back."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return (
+            f"a NOTIFY to ourselves did not arrive within {self.seconds:g} s: the listen URL goes "
+            "through a transaction pooler; set BEATLESS_LISTEN_URL to a direct connection"
+        )
+
+
+class PublishFailed(OutboxError):
+    """The door cannot be reached; every message of the batch must be sent again."""
+
+    def __init__(self, door: str, reason: str) -> None:
+        super().__init__(door, reason)
+        self.door = door
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.door} cannot be reached: {self.reason}"
+
+
+class PublishRefused(OutboxError):
+    """The door is up and refuses the batch: sending it again will not help."""
+
+    def __init__(self, door: str, reason: str) -> None:
+        super().__init__(door, reason)
+        self.door = door
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.door} refuses the message: {self.reason}"

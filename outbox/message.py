@@ -1,0 +1,34 @@
+"""What leaves Postgres: an event message goes to Redis, a task message to the Celery broker."""
+
+import zlib
+from dataclasses import dataclass
+
+SHARDS = 16
+
+
+def shard_of(run_id: str) -> int:
+    """The shard whose relay carries this run's messages. The same for ever: it is stored."""
+    return zlib.crc32(run_id.encode()) % SHARDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventMessage:
+    """The committed events of one run and one batch, as newline-joined JSON."""
+
+    run_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskMessage:
+    """The order to execute a run: ids only, everything else is read from Postgres."""
+
+    run_id: str
+    task: str
+    queue: str
+    attempt: int
+
+    @property
+    def task_id(self) -> str:
+        """Distinct for every attempt, because Celery remembers revoked ids for hours."""
+        return f"{self.run_id}.{self.attempt}"

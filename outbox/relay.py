@@ -1,0 +1,585 @@
+"""Moves committed messages to their publishers. Knows shards and doors, nothing of runs."""
+
+import logging
+import math
+import select
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg.types.string import ByteaBinaryLoader
+
+from outbox.backoff import Backoff
+from outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
+from outbox.errors import (
+    DirectConnectionRequired,
+    PublishFailed,
+    PublishRefused,
+    SchemaMissing,
+)
+from outbox.faults import CrashPoints
+from outbox.message import SHARDS, EventMessage, TaskMessage, shard_of
+from outbox.publishers import EventPublisher, TaskPublisher
+from outbox.queries import ALL_SHARDS, Floor, PickedEvents, Queries, task_messages
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+STRIKES = 5
+"""Refusals of one message, while its door is open to others, after which it is parked."""
+
+FLOOR_EVERY = 1000
+"""Messages between two attempts to raise the scan floor."""
+
+
+def ignore(_name: str, _facts: dict[str, Any]) -> None:
+    """The observer of a relay that nobody observes."""
+
+
+class Door:
+    """One publisher and its back-off: the other door stays open while this one is shut."""
+
+    def __init__(self, name: str, backoff: Backoff, observer: Observer) -> None:
+        self.name = name
+        self.failures = 0
+        self._backoff = backoff
+        self._observer = observer
+        self._retry_at = 0.0
+
+    @property
+    def open(self) -> bool:
+        return monotonic() >= self._retry_at
+
+    @property
+    def opens_in(self) -> float | None:
+        """Seconds until the next try, or None while nothing is wrong."""
+        return max(0.0, self._retry_at - monotonic()) if self.failures else None
+
+    def succeeded(self) -> bool:
+        """Note a success; True if it ended a series of failures."""
+        recovered, self.failures, self._retry_at = self.failures > 0, 0, 0.0
+        return recovered
+
+    def failed(self, error: Exception) -> None:
+        self.failures += 1
+        delay = self._backoff.delay(self.failures)
+        self._retry_at = monotonic() + delay
+        self._observer("publish_failed", {"door": self.name, "failures": self.failures})
+        logger.warning(
+            "publish failed, will retry",
+            extra={"action": "publish_failed", "door": self.name, "retry_in": delay},
+            exc_info=error,
+        )
+
+
+class Drain:
+    """Publishes what is due, one batch per step, and forgets a batch in the step after it.
+
+    1. one round trip: delete what the last step published, select what comes next
+    2. publish the events, then the tasks
+    3. remember both as published; nothing is deleted that a door has not accepted
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        queries: Queries,
+        events: EventPublisher,
+        tasks: TaskPublisher,
+        *,
+        event_door: Door,
+        task_door: Door,
+        redispatch: float,
+        faults: CrashPoints,
+        observer: Observer,
+    ) -> None:
+        self._connection = connection
+        self._queries = queries
+        self._events = events
+        self._tasks = tasks
+        self._event_door = event_door
+        self._task_door = task_door
+        self._redispatch = redispatch
+        self._faults = faults
+        self._observer = observer
+        self._published: list[PickedEvents] = []
+        self._sent: list[TaskMessage] = []
+        self._strikes: Counter[str] = Counter()
+        self._floor = 0
+        self._candidate: Floor | None = None
+        self._decided = False
+        self._since_floor = 0
+
+    def step(
+        self, shards: Sequence[int], *, run_id: str | None = None, now: datetime | None = None
+    ) -> int:
+        """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
+        with self._connection.pipeline():
+            self._forget(now)
+            events = self._pick_events(shards, run_id)
+            tasks = self._pick_tasks(shards, run_id, now)
+        picked = [PickedEvents(*row) for row in events.fetchall()] if events else []
+        messages = task_messages(tasks.fetchall()) if tasks else []
+        if picked or messages:
+            self._faults.reach("relay.after_claim")
+        moved = self._publish_events(picked) + self._publish_tasks(messages, shards)
+        if moved:
+            self._faults.reach("relay.after_publish")
+            self._observer("drained", {"events": len(picked), "tasks": len(messages)})
+        if run_id is None:
+            self._raise_floor(picked, shards)
+        return moved
+
+    def finish(self) -> None:
+        """Delete what the last step published, without selecting more."""
+        self._forget(None)
+
+    def next_due(self, shards: Sequence[int]) -> float | None:
+        """Seconds until the next dispatch of these shards is due, or None."""
+        row = self._connection.execute(
+            self._queries.next_due_sql, {"shards": list(shards)}
+        ).fetchone()
+        return row[0] if row else None
+
+    def _forget(self, now: datetime | None) -> None:
+        if self._published:
+            self._connection.execute(
+                self._queries.forget_events_sql,
+                {
+                    "shards": [picked.shard for picked in self._published],
+                    "ids": [picked.id for picked in self._published],
+                },
+            )
+            self._published = []
+        if self._sent:
+            self._connection.execute(
+                self._queries.mark_sent_sql,
+                {
+                    "run_ids": [message.run_id for message in self._sent],
+                    "attempts": [message.attempt for message in self._sent],
+                    "redispatch": self._redispatch,
+                    "now": now,
+                },
+            )
+            self._sent = []
+
+    def _pick_events(
+        self, shards: Sequence[int], run_id: str | None
+    ) -> psycopg.Cursor[tuple[Any, ...]] | None:
+        if not self._event_door.open:
+            return None
+        # Binary, and text left as bytes: what Postgres built goes to Redis untouched.
+        cursor = self._connection.cursor(binary=True)
+        cursor.adapters.register_loader("text", ByteaBinaryLoader)
+        if run_id is None:
+            return cursor.execute(
+                self._queries.pick_events_sql, {"shards": list(shards), "floor": self._floor}
+            )
+        return cursor.execute(
+            self._queries.pick_run_sql, {"shard": shard_of(run_id), "run_id": run_id}
+        )
+
+    def _pick_tasks(
+        self, shards: Sequence[int], run_id: str | None, now: datetime | None
+    ) -> psycopg.Cursor[tuple[Any, ...]] | None:
+        if not self._task_door.open:
+            return None
+        return self._connection.execute(
+            self._queries.pick_tasks_sql,
+            {"shards": list(shards), "run_id": run_id, "now": now},
+        )
+
+    def _publish_events(self, picked: list[PickedEvents]) -> int:
+        if not picked:
+            return 0
+        rows: dict[bytes, list[PickedEvents]] = {}
+        for row in picked:
+            rows.setdefault(row.run_id, []).append(row)
+        messages = [
+            EventMessage(run_id=run.decode(), body=b"\n".join(row.body for row in group))
+            for run, group in rows.items()
+        ]
+        try:
+            self._events.publish(messages)
+        except PublishFailed as error:
+            self._event_door.failed(error)
+            return 0
+        except PublishRefused as error:
+            accepted = self._publish_singly(messages, rows, error)
+        else:
+            accepted = picked
+            self._event_door.succeeded()
+        self._published = list(accepted)
+        return len(accepted)
+
+    def _publish_singly(
+        self,
+        messages: Sequence[EventMessage],
+        rows: dict[bytes, list[PickedEvents]],
+        refusal: PublishRefused,
+    ) -> list[PickedEvents]:
+        """One bad message must not hold up the rest of its batch."""
+        accepted: list[PickedEvents] = []
+        refused: list[tuple[EventMessage, PublishRefused]] = []
+        for message in messages:
+            try:
+                if len(messages) == 1:
+                    raise refusal
+                self._events.publish([message])
+            except PublishRefused as error:
+                refused.append((message, error))
+            except PublishFailed as error:
+                self._event_door.failed(error)
+                break
+            else:
+                accepted += rows[message.run_id.encode()]
+        if not accepted:
+            self._event_door.failed(refusal)  # it refuses everything: the door, not the message
+        for message, error in refused:
+            self._strike(message.run_id, rows[message.run_id.encode()], error)
+        return accepted
+
+    def _strike(self, run_id: str, rows: Sequence[PickedEvents], error: PublishRefused) -> None:
+        self._strikes[run_id] += 1
+        if self._strikes[run_id] < STRIKES:
+            return
+        del self._strikes[run_id]
+        self._connection.execute(
+            self._queries.park_sql,
+            {
+                "shard": rows[0].shard,
+                "ids": [row.id for row in rows],
+                "run_id": run_id,
+                "reason": str(error),
+            },
+        )
+        self._observer("parked", {"run_id": run_id})
+        logger.error(
+            "message parked as a dead letter",
+            extra={"action": "parked", "run_id": run_id, "reason": str(error)},
+        )
+
+    def _publish_tasks(self, messages: list[TaskMessage], shards: Sequence[int]) -> int:
+        if not messages:
+            return 0
+        try:
+            self._tasks.publish(messages)
+        except PublishFailed as error:
+            self._task_door.failed(error)
+            return 0
+        self._sent = messages
+        if self._task_door.succeeded():
+            # The broker may have come back empty: what it held and nobody claimed is sent again.
+            self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
+        return len(messages)
+
+    def _raise_floor(self, picked: Sequence[PickedEvents], shards: Sequence[int]) -> None:
+        """Skip the dead rows that an old snapshot keeps VACUUM from removing.
+
+        1. remember the last id m that was given out and the next transaction id x
+        2. once no transaction below x runs, every id up to m is visible or will never be
+        3. after one complete look since then, everything up to m has been published
+        Ids commit out of order, so "the last id seen" would lose rows.
+        """
+        per_shard = Counter(row.shard for row in picked)
+        complete = len(self._published) == len(picked) and (
+            not picked or max(per_shard.values()) < self._queries.per_shard
+        )
+        if complete and self._decided and self._candidate:
+            self._floor = self._candidate.id
+            self._candidate, self._decided = None, False
+        self._since_floor += len(picked)
+        if self._since_floor < FLOOR_EVERY:
+            return
+        self._since_floor = 0
+        if self._candidate is None:
+            # The id first: whoever drew an id up to it already had its transaction id.
+            last = self._connection.execute(self._queries.last_id_sql).fetchone()
+            xmax = self._connection.execute(
+                "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+            ).fetchone()
+            if last and xmax:
+                self._candidate = Floor(last[0], xmax[0])
+        elif not self._decided:
+            xmin = self._connection.execute(
+                "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+            ).fetchone()
+            self._decided = xmin is not None and xmin[0] >= self._candidate.xmax
+
+    def reset_floor(self) -> None:
+        """Look at everything again, because the set of shards has changed."""
+        self._floor, self._candidate, self._decided = 0, None, False
+
+
+class Relay:
+    """Moves committed messages to their publishers, on any number of machines at once.
+
+    1. lead a share of the shards, by session locks
+    2. drain until nothing is left
+    3. fall asleep by the doorbell protocol, until a commit rings or a dispatch is due
+    4. on any error: close everything, back off, start over with a drain
+    """
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], DirectConnection],
+        queries: Queries,
+        events: EventPublisher,
+        tasks: TaskPublisher,
+        redispatch: float = 15.0,
+        linger: float = 0.01,
+        nap: float = 0.0003,
+        watchdog: float = 15.0,
+        backoff: Backoff | None = None,
+        faults: CrashPoints | None = None,
+        observer: Observer = ignore,
+    ) -> None:
+        """All times are seconds. `redispatch` is how long a sent message may stay unclaimed."""
+        self._connect = connect
+        self.queries = queries
+        self._events = events
+        self._tasks = tasks
+        self._redispatch = redispatch
+        self._linger = linger
+        self._nap = nap
+        self._watchdog = watchdog
+        self._backoff = backoff or Backoff()
+        self._faults = faults or CrashPoints()
+        self._observer = observer
+        self._alarm = Alarm()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._once_lock = threading.Lock()
+        self._once: tuple[psycopg.Connection[Any], Drain] | None = None
+
+    def start(self, on_error: Callable[[Exception], None] | None = None) -> None:
+        """Run in a thread of this process. `on_error` hears of every failure it recovers from.
+
+        Raises RuntimeError when it was started before.
+        """
+        if self._thread is not None:
+            raise RuntimeError("this relay was started before: make a new one")
+        self._thread = threading.Thread(
+            target=self.run, args=(on_error,), name="beatless-relay", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the current step, release the shards and return. May be called more than once."""
+        self._stopping.set()
+        self._alarm.ring()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._once_lock:
+            if self._once is not None:
+                self._once[0].close()
+                self._once = None
+
+    def drain_once(self, run_id: str | None = None, now: datetime | None = None) -> int:
+        """Publish everything that is due, of one run or of all, and return how many messages.
+
+        Needs no running relay and ignores leadership: a double publication is harmless. `now` is
+        the time by which a dispatch must be due (default: the server's clock).
+        """
+        with self._once_lock:
+            if self._once is None:
+                connection = self._connect()
+                prepare_to_drain(connection)
+                self._once = (connection, self._drain(connection))
+            drain = self._once[1]
+            total = 0
+            try:
+                while moved := drain.step(ALL_SHARDS, run_id=run_id, now=now):
+                    total += moved
+                drain.finish()
+            except BaseException:
+                self._once[0].close()
+                self._once = None
+                raise
+            return total
+
+    def run(self, on_error: Callable[[Exception], None] | None = None) -> None:
+        """Work until `stop()`. Raises SchemaMissing or DirectConnectionRequired at the start."""
+        failures, proven = 0, False
+        while not self._stopping.is_set():
+            try:
+                with Sessions(self.queries, self._connect) as sessions:
+                    sessions.prove_listening()
+                    failures, proven = 0, True
+                    self._observer("relay_started", {})
+                    Shift(self, sessions).work()
+            except (psycopg.Error, OSError, DirectConnectionRequired, SchemaMissing) as error:
+                if not proven and isinstance(error, (DirectConnectionRequired, SchemaMissing)):
+                    raise
+                failures += 1
+                delay = self._backoff.delay(failures)
+                logger.warning(
+                    "relay lost its sessions, will start over",
+                    extra={"action": "relay_restart", "retry_in": delay, "reason": str(error)},
+                )
+                self._observer("relay_failed", {"error": str(error)})
+                if on_error is not None:
+                    on_error(error)
+                select.select([self._alarm], [], [], delay)
+        self._observer("relay_stopped", {})
+
+    def _drain(self, connection: psycopg.Connection[Any]) -> Drain:
+        return Drain(
+            connection,
+            self.queries,
+            self._events,
+            self._tasks,
+            event_door=Door("Redis", self._backoff, self._observer),
+            task_door=Door("broker", self._backoff, self._observer),
+            redispatch=self._redispatch,
+            faults=self._faults,
+            observer=self._observer,
+        )
+
+
+class Shift:
+    """One life of a relay, from its sessions' start to their end."""
+
+    def __init__(self, relay: Relay, sessions: Sessions) -> None:
+        self._relay = relay
+        self._sessions = sessions
+        self._drain = relay._drain(sessions.work)
+        self._shards: tuple[int, ...] = ()
+        self._next_due: float | None = None
+        self._watchdog_at = monotonic() + relay._watchdog
+        self._last_wake = 0.0
+
+    def work(self) -> None:
+        """Drain and sleep until the relay stops. Raises when a session is lost."""
+        self._sessions.announce()
+        self._share_shards()
+        while not self._relay._stopping.is_set():
+            if self._sessions.members_changed:
+                self._share_shards()
+            match self._sessions.state:
+                case State.AWAKE:
+                    self._stay_awake()
+                case State.DROWSY:
+                    self._fall_asleep()
+                case State.ASLEEP:
+                    self._sleep()
+        self._drain.finish()
+
+    def _stay_awake(self) -> None:
+        quiet_since = monotonic()
+        while monotonic() - quiet_since < self._relay._linger:
+            if self._relay._stopping.is_set() or self._sessions.members_changed:
+                return
+            if self._drain.step(self._shards):
+                quiet_since = monotonic()
+            else:
+                self._sessions.wait(self._relay._nap, self._relay._alarm)
+        self._sessions.doze(self._shards)
+
+    def _fall_asleep(self) -> None:
+        # Forget the ring before looking: one that comes while we look must wake us again.
+        self._sessions.rung = False
+        self._drain_all()
+        if self._sessions.granted():
+            self._drain_all()
+            self._relay._observer("relay_asleep", {"shards": self._shards})
+        elif not self._sessions.rung:
+            self._sessions.wait(self._patience(), self._relay._alarm)
+            self._look_after_sessions()
+
+    def _sleep(self) -> None:
+        if not self._sessions.rung:
+            self._sessions.wait(self._patience(), self._relay._alarm)
+        if self._relay._stopping.is_set() or self._sessions.members_changed:
+            return
+        rung, self._sessions.rung = self._sessions.rung, False
+        due = self._next_due is not None and monotonic() >= self._next_due
+        if rung or due:
+            woke, before = monotonic(), self._last_wake
+            self._last_wake = woke
+            moved = self._drain_all()
+            self._relay._observer("relay_woke", {"source": "notify" if rung else "timer"})
+            # As Linux' NAPI: interrupts while idle, none under load.
+            if moved > 32 or (moved and woke - before < 0.004):
+                self._sessions.rouse()
+        self._look_after_sessions()
+
+    def _drain_all(self) -> int:
+        total = 0
+        while moved := self._drain.step(self._shards):
+            total += moved
+        waits = [self._drain.next_due(self._shards)]
+        waits += [self._drain._event_door.opens_in, self._drain._task_door.opens_in]
+        known = [wait for wait in waits if wait is not None]
+        self._next_due = monotonic() + max(0.0, min(known)) if known else None
+        return total
+
+    def _patience(self) -> float:
+        until = self._watchdog_at
+        if self._next_due is not None:
+            until = min(until, self._next_due)
+        # Due times are the server's: look a moment after them, not a moment before.
+        return max(0.0, until - monotonic()) + 0.0005
+
+    def _look_after_sessions(self) -> None:
+        """The only periodic statement of an idle relay: prove that a NOTIFY still arrives."""
+        if monotonic() < self._watchdog_at:
+            return
+        if self._sessions.state is State.ASLEEP:
+            self._sessions.prove_listening(5.0)
+        else:
+            self._sessions.work.execute("SELECT 1")
+        self._relay._observer("relay_watchdog", {})
+        self._watchdog_at = monotonic() + self._relay._watchdog
+
+    def _share_shards(self) -> None:
+        """Lead an equal share of the shards, and watch the next relay in the ring for its death."""
+        sessions, key = self._sessions, self._relay.queries.leader_key
+        if sessions.state is not State.AWAKE:
+            sessions.rouse()
+        sessions.watch_shard(None)
+        sessions.members_changed = False
+        me = sessions.work.pgconn.backend_pid
+        holders, members = self._holders()
+        share = math.ceil(SHARDS / max(1, len(members)))
+        mine = sorted(shard for shard, pid in holders.items() if pid == me)
+        changed = False
+        for shard in mine[share:]:
+            sessions.work.execute(f"SELECT pg_advisory_unlock({key}, %s)", (shard,))
+            changed = True
+        mine = mine[:share]
+        for shard in (s for s in range(SHARDS) if s not in holders):
+            if len(mine) >= share:
+                break
+            row = sessions.work.execute(
+                f"SELECT pg_try_advisory_lock({key}, %s)", (shard,)
+            ).fetchone()
+            if row and row[0]:
+                mine.append(shard)
+                changed = True
+        self._shards = tuple(sorted(mine))
+        self._drain.reset_floor()
+        if changed:
+            sessions.announce()
+        self._relay._observer("relay_leads", {"shards": self._shards})
+        ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
+        others, _ = self._holders()
+        theirs = [(ring.index(pid), shard) for shard, pid in others.items() if pid in ring]
+        sessions.watch_shard(min(theirs)[1] if theirs else None)
+
+    def _holders(self) -> tuple[dict[int, int], list[int]]:
+        """Which session leads which shard, and the sessions of all relays."""
+        rows = self._sessions.work.execute(
+            "SELECT objid::int8, pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            f"AND classid = ({self._relay.queries.leader_key})::oid AND objsubid = 2"
+        ).fetchall()
+        holders = {shard: pid for shard, pid in rows if shard < SHARDS}
+        members = sorted({pid for shard, pid in rows if shard >= SHARDS})
+        return holders, members

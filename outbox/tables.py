@@ -1,0 +1,88 @@
+"""The tables that carry facts out of Postgres, for reads and for the migration check.
+
+The DDL is in `jobs/migrations`; a test compares the two.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+
+Id = Text(collation="C")
+Time = DateTime(timezone=True)
+
+run_events = Table(
+    "run_events",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("ts", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Column("type", Text, nullable=False),
+    Column("v", SmallInteger, nullable=False, server_default=text("1")),
+    Column("source", Text, nullable=False),
+    Column("step", Text),
+    Column("attempt", Integer),
+    Column("data", JSONB),
+)
+
+run_outbox = Table(
+    "run_outbox",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("run_id", Id, nullable=False),
+    Column("from_seq", Integer, nullable=False),
+    Column("to_seq", Integer, nullable=False),
+)
+
+dispatches = Table(
+    "dispatches",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("shard", SmallInteger, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("queue", Id, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("due_at", Time, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Index(
+        "dispatches_waiting",
+        "queue",
+        "priority",
+        "due_at",
+        postgresql_where=text("state = 'waiting'"),
+    ),
+    Index("dispatches_out", "due_at", postgresql_where=text("state <> 'waiting'")),
+)
+
+queues = Table(
+    "queues",
+    metadata,
+    Column("name", Id, primary_key=True),
+    Column("paused_at", Time),
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("run_id", Id, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("message", JSONB, nullable=False),
+    Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
