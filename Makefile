@@ -41,7 +41,7 @@ lock: ## Pin what is installed, with hashes, in requirements.txt
 	$(VENV)-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
 	PIP_CONFIG_FILE=/dev/null $(VENV)-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-	  --no-emit-options --no-header $(EXTRAS) --all-build-deps --output-file requirements.txt pyproject.toml
+	  --no-emit-options --no-header --no-annotate $(EXTRAS) --all-build-deps --output-file requirements.txt pyproject.toml
 	rm -rf $(VENV)-lock
 
 clean: ## Remove what the other targets made

@@ -6,6 +6,7 @@ from typing import Any
 import redis
 import sqlalchemy
 from celery import Celery
+from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
 from jobs.client import Client
@@ -92,11 +93,13 @@ class App:
     def direct_connection(self) -> DirectConnection:
         """A new session of the relay: autocommit, never through a pooler."""
         return DirectConnection.connect(
-            libpq_url(self.settings.listen_url),
+            make_conninfo(
+                libpq_url(self.settings.listen_url),
+                application_name="beatless relay",
+                **KEEPALIVE,
+            ),
             autocommit=True,
             prepare_threshold=1,
-            application_name="beatless relay",
-            **KEEPALIVE,
         )
 
     def relay(self, **options: Any) -> Relay:

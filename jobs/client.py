@@ -14,7 +14,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable, WaitTimeout
+from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable
 from jobs.migrations import head
 from jobs.stream import Streams
 from orchestrator.events import Event, encode

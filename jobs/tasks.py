@@ -11,6 +11,7 @@ from orchestrator.plan import Plan
 def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> None:
     """Let workers of this app execute runs of the plan."""
 
-    @celery.task(name=plan.name, shared=False, ignore_result=True)
     def execute_run(run_id: str, dispatch: int) -> None:
         executor().execute(plan, run_id, dispatch)
+
+    celery.task(execute_run, name=plan.name, shared=False, ignore_result=True)

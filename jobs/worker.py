@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -17,6 +17,7 @@ import psycopg
 import sqlalchemy
 from celery import Celery, signals
 from kombu import Queue
+from psycopg.conninfo import make_conninfo
 
 from jobs.settings import Settings, libpq_url
 from orchestrator.executor import Executor
@@ -171,18 +172,19 @@ class Executors:
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""
         return psycopg.connect(
-            libpq_url(self._settings.database_url),
+            make_conninfo(
+                libpq_url(self._settings.database_url),
+                application_name="beatless worker",
+                **KEEPALIVE,
+            ),
             autocommit=True,
             prepare_threshold=None if self._settings.pooled else 5,
-            application_name="beatless worker",
-            **KEEPALIVE,
         )
 
 
 def run_worker(
     celery: Celery,
     settings: Settings,
-    executors: Callable[[], Executor],
     draining: Draining,
     *,
     queues: Sequence[str] = (),

@@ -41,7 +41,7 @@ class StepContext:
         """The occurrence: `name`, then `name#2` when a route returns to the step."""
         self.attempt = attempt
         self.results = results
-        """Results of finished steps: the latest under the step's name, each under its occurrence."""
+        """Results of finished steps: each occurrence's, and the latest under the step's name."""
         self._lease = lease
         self._journal = journal
         self._append = append

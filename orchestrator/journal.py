@@ -373,7 +373,8 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "error_cancelled": settlement.error_if_cancelled,
                 "delay": settlement.delay or 0.0,
                 "reason": settlement.reason,
-                "branches": [False] * len(settlement.events) + [True] * len(settlement.if_cancelled),
+                "branches": [False] * len(settlement.events)
+                + [True] * len(settlement.if_cancelled),
                 "types": [event.type.value for event in events],
                 "steps": [event.step for event in events],
                 "attempts": [event.attempt for event in events],
@@ -382,9 +383,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         )
         return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
 
-    def cancel(
-        self, connection: Caller, run_id: str, *, namespace: str, reason: str | None
-    ) -> Run:
+    def cancel(self, connection: Caller, run_id: str, *, namespace: str, reason: str | None) -> Run:
         """Store a cancel. A run that has ended, or was cancelled before, is returned unchanged.
 
         Raises RunNotFound.
@@ -447,9 +446,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
         """The events with a seq above `after`, in order."""
-        rows = execute(
-            connection, self._read, {"run_id": run_id, "after": after, "limit": limit}
-        )
+        rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
         return [Event.from_json(text) for (text,) in rows]
 
     def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:

@@ -143,9 +143,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
 
     def look(self, connection: Connection, lease: Lease, after: int) -> Seen:
         """What has become of a lease and of our writes: the answer to an interrupted commit."""
-        rows = execute(
-            connection, self._look, {"run_id": lease.run.run_id, "after": after}
-        )
+        rows = execute(connection, self._look, {"run_id": lease.run.run_id, "after": after})
         if not rows:
             return Seen(held=False, written=False, last_seq=0, state=RunState.CANCELLED)
         token, last_seq, lease.cancelled, state, written = rows[0]
@@ -207,7 +205,11 @@ class Heartbeat:
             if not self._leases.extend(connection, lease):
                 logger.warning(
                     "lease lost while its step runs",
-                    extra={"action": "lease_lost", "run_id": lease.run.run_id, "token": lease.token},
+                    extra={
+                        "action": "lease_lost",
+                        "run_id": lease.run.run_id,
+                        "token": lease.token,
+                    },
                 )
                 self.release(lease)
 

@@ -148,7 +148,9 @@ class Plan:
         self.routes = {label: tuple(targets) for label, targets in (routes or {}).items()}
         for label, targets in self.routes.items():
             for unknown in {label, *targets} - set(self._by_name):
-                raise PlanError(f"plan {name}: routes name {unknown!r}, which is not one of its steps")
+                raise PlanError(
+                    f"plan {name}: routes name {unknown!r}, which is not one of its steps"
+                )
         self.version = self._hash()
 
     def __repr__(self) -> str:

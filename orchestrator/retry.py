@@ -23,9 +23,7 @@ class Retry:
         self._delays()
 
     def _delays(self) -> Backoff:
-        return Backoff(
-            initial=self.initial, factor=self.backoff, cap=self.cap, jitter=self.jitter
-        )
+        return Backoff(initial=self.initial, factor=self.backoff, cap=self.cap, jitter=self.jitter)
 
     def delay(self, failures: int) -> float | None:
         """Seconds until the next attempt after this many failures, or None to give up."""

@@ -111,8 +111,7 @@ class Sessions:
         self._watching: int | None = None
         opened: list[DirectConnection] = []
         try:
-            for _ in range(3):
-                opened.append(connect())
+            opened += [connect(), connect(), connect()]
             self.work, self.bell, self.watch = opened
             self._prepare()
         except BaseException:
@@ -236,7 +235,8 @@ class Sessions:
 
         Raises OperationalError when a session is gone.
         """
-        ready, _, _ = select.select([self.work, self.bell, self.watch, *others], [], [], timeout)
+        sockets: list[DirectConnection | Alarm] = [self.work, self.bell, self.watch, *others]
+        ready, _, _ = select.select(sockets, [], [], timeout)
         for connection in (self.work, self.bell, self.watch):
             if connection in ready:
                 connection.pgconn.consume_input()

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import kombu
 import redis
 from celery import Celery
+from kombu import Exchange, Queue
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
@@ -74,7 +74,7 @@ class CeleryTaskPublisher:
     def __init__(self, app: Celery, prefix: str) -> None:
         self._app = app
         self._prefix = prefix
-        self._queues: dict[str, kombu.Queue] = {}
+        self._queues: dict[str, Queue] = {}
 
     def publish(self, messages: Sequence[TaskMessage]) -> None:
         try:
@@ -101,13 +101,13 @@ class CeleryTaskPublisher:
                 argsrepr=f"({message.run_id!r}, {message.attempt})",
             )
 
-    def _queue(self, name: str) -> kombu.Queue:
+    def _queue(self, name: str) -> Queue:
         if name not in self._queues:
             self._queues[name] = worker_queue(self._prefix, name)
         return self._queues[name]
 
 
-def worker_queue(prefix: str, name: str) -> kombu.Queue:
+def worker_queue(prefix: str, name: str) -> Queue:
     """The broker's queue for one of our queue names: direct and durable, no exchange of its own."""
     physical = f"{prefix}.{name}"
-    return kombu.Queue(physical, kombu.Exchange(physical, type="direct"), routing_key=physical)
+    return Queue(physical, Exchange(physical, type="direct"), routing_key=physical)

@@ -132,7 +132,7 @@ class Drain:
             self._faults.reach("relay.after_publish")
             self._observer("drained", {"events": len(picked), "tasks": len(messages)})
         if run_id is None:
-            self._raise_floor(picked, shards)
+            self._raise_floor(picked)
         return moved
 
     def finish(self) -> None:
@@ -240,11 +240,11 @@ class Drain:
                 accepted += rows[message.run_id.encode()]
         if not accepted:
             self._event_door.failed(refusal)  # it refuses everything: the door, not the message
-        for message, error in refused:
-            self._strike(message.run_id, rows[message.run_id.encode()], error)
+        for message, reason in refused:
+            self._strike(message.run_id, rows[message.run_id.encode()], reason)
         return accepted
 
-    def _strike(self, run_id: str, rows: Sequence[PickedEvents], error: PublishRefused) -> None:
+    def _strike(self, run_id: str, rows: Sequence[PickedEvents], refusal: PublishRefused) -> None:
         self._strikes[run_id] += 1
         if self._strikes[run_id] < STRIKES:
             return
@@ -255,13 +255,13 @@ class Drain:
                 "shard": rows[0].shard,
                 "ids": [row.id for row in rows],
                 "run_id": run_id,
-                "reason": str(error),
+                "reason": str(refusal),
             },
         )
         self._observer("parked", {"run_id": run_id})
         logger.error(
             "message parked as a dead letter",
-            extra={"action": "parked", "run_id": run_id, "reason": str(error)},
+            extra={"action": "parked", "run_id": run_id, "reason": str(refusal)},
         )
 
     def _publish_tasks(self, messages: list[TaskMessage], shards: Sequence[int]) -> int:
@@ -278,7 +278,7 @@ class Drain:
             self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
         return len(messages)
 
-    def _raise_floor(self, picked: Sequence[PickedEvents], shards: Sequence[int]) -> None:
+    def _raise_floor(self, picked: Sequence[PickedEvents]) -> None:
         """Skip the dead rows that an old snapshot keeps VACUUM from removing.
 
         1. remember the last id m that was given out and the next transaction id x

@@ -1,5 +1,7 @@
 """Alembic's entry: runs the revisions in the schema that `jobs.migrations` names."""
 
+from typing import Any
+
 from alembic import context
 
 from jobs.migrations import VERSION_TABLE
@@ -13,7 +15,7 @@ PREPARE = (
     # A migration that waits for a lock makes everybody behind it wait: give up early instead.
     "SET lock_timeout TO '2s'",
 )
-options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+options: dict[str, Any] = {"version_table": VERSION_TABLE, "version_table_schema": schema}
 
 if connection is None:
     context.configure(dialect_name="postgresql", literal_binds=True, **options)
