@@ -370,10 +370,14 @@ class Relay:
         )
         self._thread.start()
 
-    def stop(self) -> None:
-        """Finish the current step, release the shards and return. May be called more than once."""
+    def ask_to_stop(self) -> None:
+        """Let `run` return after its current step. Safe in a signal handler."""
         self._stopping.set()
         self._alarm.ring()
+
+    def stop(self) -> None:
+        """Finish the current step, release the shards and return. May be called more than once."""
+        self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._once_lock:

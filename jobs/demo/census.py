@@ -4,8 +4,9 @@ Discover → Parse → Rank → Report. Parse works through the tree in chunks a
 chunk in a file of its own before it says so, so a worker that is killed in the middle loses one
 chunk at most: the next attempt skips what is there.
 
-Input: `root` (a folder, default: the standard library of the running Python), `out` (a folder,
-default: ./census/<run id>), `chunk` (files per chunk, default: a fortieth of the tree).
+Folders called `test` or `tests` are left out. Input: `root` (a folder, default: the standard
+library of the running Python), `out` (a folder, default: ./census/<run id>), `chunk` (files per
+chunk, default: a fortieth of the tree).
 """
 
 import ast
@@ -23,7 +24,9 @@ from orchestrator.context import StepContext
 from orchestrator.plan import Fatal, Plan, step
 from orchestrator.retry import retry
 
-SKIPPED = frozenset({"site-packages", "__pycache__", "node_modules", ".git", ".venv"})
+SKIPPED = frozenset(
+    {"site-packages", "__pycache__", "node_modules", ".git", ".venv", "test", "tests"}
+)
 BRANCHES = (ast.If, ast.For, ast.While, ast.Try, ast.With, ast.BoolOp, ast.IfExp, ast.comprehension)
 TOP = 20
 
@@ -204,7 +207,9 @@ def parse(ctx: StepContext) -> dict[str, Any]:
             tally.add(count(root, file))
         write_durably(chunk_file(work, index), tally.to_json())
         ctx.trace("census.chunk", index=index, files=tally.files, of=chunks)
-        ctx.progress(100 * (index + 1) / chunks, f"{(index + 1) * size:,} of {len(files):,} files")
+        ctx.progress(
+            round(100 * (index + 1) / chunks, 1), f"{(index + 1) * size:,} of {len(files):,} files"
+        )
     return {"chunks": chunks}
 
 

@@ -1,0 +1,207 @@
+"""`beatless demo`: the main job on throw-away servers, with a worker killed in the middle."""
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.app import App
+from jobs.cli import render
+from jobs.cli.environment import Environment
+from jobs.client import RunRequest
+from jobs.demo import PLANS
+from jobs.dev import Stack, stop_on_signals
+from jobs.verify import verify
+from orchestrator.events import Event, EventType
+
+GOLDEN = [
+    "RunStarted",
+    "StepStarted",
+    "DebugTrace",
+    "StepFinished",
+    *["StepStarted", "StepFinished"] * 4,
+    "RunFinished",
+]
+"""The 13 events of `agents.run`."""
+
+
+class DemoFailed(click.ClickException):
+    """What the demo was to show is not so."""
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("census-report"),
+    show_default=True,
+    help="Where the report and the chart go.",
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The source tree to count; default: the standard library of this Python.",
+)
+@click.option("--runs", "count", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@click.pass_obj
+def demo(env: Environment, out: Path, root: Path | None, count: int) -> None:
+    """Run the main job on throw-away servers, kill a worker in the middle, and check everything."""
+    # A short lease, so that the demo need not wait long for a dead worker's run.
+    stack = Stack(Path(f".beatless-demo-{os.getpid()}"), ephemeral=True, workers=2, lease_seconds=2)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with stop_on_signals(interrupt), stack:
+        began = monotonic()
+        env.out.print(
+            "[bold]Starting[/] Postgres, Valkey, a relay and two workers", highlight=False
+        )
+        stack.start()
+        env.out.print(f"[dim]ready after {monotonic() - began:.1f} s[/]\n")
+        assert stack.settings is not None  # noqa: S101 - started above
+        app = App(stack.settings, PLANS)
+        try:
+            proofs = [
+                golden_run(env, app),
+                census(env, app, stack, out, root),
+                many_runs(env, app, count),
+                everything_holds(app),
+            ]
+        finally:
+            app.close()
+    env.out.print("[bold]Proved[/]")
+    for proof in proofs:
+        env.out.print(f"  [green]✓[/] {proof}")
+
+
+def golden_run(env: Environment, app: App) -> str:
+    """One agents.run, live."""
+    env.out.print("[bold]agents.run[/], live: every event was committed before it was shown")
+    run = app.client.start_run("agents.run", {"device": "demo-1"})
+    seen = list(watched(env, app, run.run_id))
+    types = [event.type for event in seen]
+    if types != GOLDEN or [event.seq for event in seen] != list(range(1, 14)):
+        raise DemoFailed(f"agents.run gave {types}")
+    env.out.print()
+    return "agents.run gave exactly its 13 events, seq 1 to 13, ending with RunFinished"
+
+
+def watched(env: Environment, app: App, run_id: str) -> Iterator[Event]:
+    """Show a run's stream and pass it on."""
+    seen: list[Event] = []
+
+    def remember() -> Iterator[Event]:
+        for event in app.client.stream_run(run_id, timeout=120):
+            seen.append(event)
+            yield event
+
+    render.follow(env.out, remember())
+    return iter(seen)
+
+
+def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | None) -> str:
+    """One code_census, whose worker is killed in the middle of Parse."""
+    env.out.print("[bold]code_census[/], live: its worker is killed with SIGKILL in the middle")
+    given = {"out": str(out.resolve()), "root": str(root) if root else None}
+    for stale in (out / "work").glob("*"):
+        stale.unlink()
+    run = app.client.start_run("code_census", given)
+    killed: list[int] = []
+
+    def kill_once() -> Iterator[Event]:
+        for event in app.client.stream_run(run.run_id, timeout=300):
+            yield event
+            data = event.data or {}
+            half_way = data.get("name") == "census.chunk" and data["index"] * 2 >= data["of"]
+            if half_way and not killed:
+                killed.append(kill_worker_of(app, stack, run.run_id))
+                env.out.print(f"[red]      worker {killed[0]} killed with SIGKILL[/]")
+
+    last = render.follow(env.out, without_chunks(kill_once()))
+    result = (last.data or {}).get("result") if last else None
+    if not killed or not isinstance(result, dict):
+        raise DemoFailed(f"code_census did not complete: {last}")
+    ledger = [json.loads(line) for line in (out / "work" / "ledger.jsonl").read_text().splitlines()]
+    begun = Counter(entry["chunk"] for entry in ledger)
+    traced = Counter(
+        (event.data or {})["index"]
+        for event in app.client.events(run.run_id)
+        if (event.data or {}).get("name") == "census.chunk"
+    )
+    again = [chunk for chunk, times in begun.items() if times > 1]
+    if len(again) > 1 or max(traced.values()) > 1 or len({e["pid"] for e in ledger}) < 2:
+        raise DemoFailed(f"chunks {again} were parsed again")
+    env.out.print(
+        f"      {result['files']:,} files, {result['lines']:,} lines, "
+        f"{result['functions']:,} functions\n"
+        f"      report [link=file://{result['report']}]{result['report']}[/link]\n"
+        f"      chart  [link=file://{result['chart']}]{result['chart']}[/link]\n"
+    )
+    return (
+        f"code_census survived kill -9 of its worker: of {len(begun)} chunks "
+        f"{len(again)} (the one in flight) was begun twice, no finished one was parsed again"
+    )
+
+
+def kill_worker_of(app: App, stack: Stack, run_id: str) -> int:
+    """SIGKILL to the worker that executes this run: its main process and so its children."""
+    worker = app.client.get_run(run_id).worker or ""
+    child = int(worker.split(":")[1])
+    stat = Path(f"/proc/{child}/stat").read_text()
+    parent = int(stat.rpartition(")")[2].split()[1])
+    for process in stack.workers:
+        if process.pid == parent:
+            os.kill(parent, signal.SIGKILL)
+            return parent
+    raise DemoFailed(f"worker {worker} is not one of this demo's")
+
+
+def without_chunks(events: Iterator[Event]) -> Iterator[Event]:
+    """The chunk traces are for the proof, the progress bar is for the person."""
+    for event in events:
+        if (event.data or {}).get("name") != "census.chunk":
+            yield event
+
+
+def many_runs(env: Environment, app: App, count: int) -> str:
+    """Many agents.run at once."""
+    env.out.print(f"[bold]{count} agents.run[/] at once")
+    began = monotonic()
+    requests = [RunRequest(plan="agents.run", input={"device": f"d{n}"}) for n in range(count)]
+    started = app.client.start_runs(requests)
+    with Progress(
+        TextColumn("     "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=env.out,
+        disable=not env.out.is_terminal,
+    ) as progress:
+        task = progress.add_task("runs", total=count)
+        for run in started:
+            app.client.wait_for_run(run.run_id, timeout=120)
+            progress.advance(task)
+    took = monotonic() - began
+    for run in started:
+        types = [event.type for event in app.client.events(run.run_id)]
+        if types != GOLDEN or types[-1] != EventType.RUN_FINISHED:
+            raise DemoFailed(f"run {run.run_id} gave {types}")
+    env.out.print(f"      {count} runs in {took:.1f} s\n")
+    return f"{count} runs at once completed, each with its own seq 1 to 13"
+
+
+def everything_holds(app: App) -> str:
+    """`verify` over everything that the demo has stored."""
+    with app.engine.connect() as connection:
+        found = verify(connection, app.settings.schema)
+    if found:
+        raise DemoFailed("; ".join(str(violation) for violation in found))
+    total = len(app.client.list_runs(limit=100_000))
+    return f"verify: every guarantee holds for all {total} runs"

@@ -1,0 +1,140 @@
+"""What a command works with: the app, its settings, and the way to write."""
+
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from jobs.app import App
+from jobs.demo import PLANS
+from jobs.dev import Stack
+from jobs.errors import BadRequest, BadSetting
+from jobs.settings import Settings
+
+SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Environment:
+    """Made once for each command; loads the app when the command first asks for it."""
+
+    def __init__(self, *, app: str | None, as_json: bool) -> None:
+        self.as_json = as_json
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._named = app
+        self._app: App | None = None
+
+    @property
+    def app(self) -> App:
+        """The named app, or one with the demo plans.
+
+        Without settings in the environment, a `beatless dev` of this directory gives them.
+        Raises BadSetting.
+        """
+        if self._app is None:
+            if not os.environ.get("BEATLESS_DATABASE_URL"):
+                # For the user's own module too: it reads its settings when it is imported.
+                os.environ.update(Stack.settings_of_running(Path(".beatless")))
+            name = self._named or os.environ.get("BEATLESS_APP", "")
+            self._app = load(name) if name else App(Settings.from_env(), PLANS)
+        return self._app
+
+    @property
+    def app_name(self) -> str:
+        """How another process finds the same app."""
+        return self._named or os.environ.get("BEATLESS_APP", "")
+
+    def document(self, value: Any) -> None:
+        """One JSON document on stdout."""
+        click.echo(json.dumps(value, ensure_ascii=False))
+
+    def note(self, text: str) -> None:
+        """Something for the person, never part of the output."""
+        self.err.print(text)
+
+    def log(self) -> None:
+        """Log lines to stderr, for the commands that run for long."""
+        logging.basicConfig(
+            level=logging.INFO,
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        )
+
+
+def load(name: str) -> App:
+    """The app at `module:attribute`. Raises BadSetting."""
+    module_name, _, attribute = name.partition(":")
+    example = "myproject.app:app"
+    if not module_name or not attribute:
+        raise BadSetting("BEATLESS_APP", f"is {name!r}, which is not module:attribute", example)
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        problem = f"names the module {module_name}, which cannot be found from {here}"
+        raise BadSetting("BEATLESS_APP", problem, example) from error
+    found = getattr(module, attribute, None)
+    if not isinstance(found, App):
+        problem = f"names {name}, which is {type(found).__name__} and not an App"
+        raise BadSetting("BEATLESS_APP", problem, example)
+    return found
+
+
+def seconds(text: str) -> float:
+    """`30s`, `5m`, `2h`, `7d`, or a number of seconds. Raises BadRequest."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    if not found:
+        raise BadRequest("duration", f"is {text!r}; write it like 30s, 5m, 2h or 7d")
+    return float(found[1]) * SECONDS[found[2] or "s"]
+
+
+def moment(text: str) -> datetime:
+    """An ISO 8601 time; without a zone it is UTC. Raises BadRequest."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadRequest("time", f"is {text!r}; write it like 2026-12-24T18:00:00+01:00") from None
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def json_input(text: str | None) -> Any:
+    """JSON text, `@FILE`, or `-` for standard input. Raises BadRequest."""
+    if text is None:
+        return None
+    where = "input"
+    if text == "-":
+        where, text = "standard input", sys.stdin.read()
+    elif text.startswith("@"):
+        where = text[1:]
+        try:
+            text = Path(where).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRequest("input", f"cannot be read from {where}: {error}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRequest(
+            where, f"is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from error
+
+
+def pairs(values: tuple[str, ...]) -> dict[str, str]:
+    """`k=v` options as a dict. Raises BadRequest."""
+    found = {}
+    for value in values:
+        name, equals, content = value.partition("=")
+        if not name or not equals:
+            raise BadRequest("tag", f"is {value!r}; write it like customer=42")
+        found[name] = content
+    return found

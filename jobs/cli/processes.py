@@ -1,0 +1,178 @@
+"""Commands that are processes of a fleet, or start one."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+from celery import signals
+
+from jobs import migrations
+from jobs.cli.environment import Environment
+from jobs.client import reaching_postgres
+from jobs.dev import Stack, stop_on_signals
+from jobs.errors import BadRequest
+from jobs.services import free_port
+from jobs.worker import run_worker
+
+READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
+
+
+def tell(ready_fd: int | None) -> None:
+    """Say to whoever started us that we are ready."""
+    if ready_fd is not None:
+        os.write(ready_fd, b"!")
+
+
+@click.command()
+@click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
+@click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
+@click.pass_obj
+def migrate(env: Environment, sql: bool, check: bool) -> None:
+    """Create the tables, or bring them to this version."""
+    schema = env.app.settings.schema
+    if sql:
+        click.echo(migrations.migration_sql(schema))
+        return
+    with reaching_postgres(schema):
+        if not check:
+            migrations.migrate(env.app.engine, schema)
+        migrations.check(env.app.engine, schema)
+    env.note(f"schema {schema} is at migration {migrations.head()}")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--queues", metavar="A,B", help="Only these queues; default: all of the app's plans.")
+@click.option("--concurrency", type=click.IntRange(1), help="Default: the number of cores.")
+@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- CELERY ARGS]")
+@READY_FD
+@click.pass_obj
+def worker(
+    env: Environment,
+    queues: str | None,
+    concurrency: int | None,
+    celery_arguments: tuple[str, ...],
+    ready_fd: int | None,
+) -> None:
+    """Run a Celery worker for the app's plans."""
+    env.log()
+    app = env.app
+    with reaching_postgres(app.settings.schema):
+        migrations.check(app.engine, app.settings.schema)
+    app.engine.dispose()
+
+    def ready(**_: Any) -> None:
+        tell(ready_fd)
+
+    signals.worker_ready.connect(ready)
+    status = run_worker(
+        app.celery,
+        app.settings,
+        app.executors.draining,
+        queues=[name.strip() for name in queues.split(",") if name.strip()] if queues else (),
+        concurrency=concurrency,
+        arguments=celery_arguments,
+    )
+    raise click.exceptions.Exit(status)
+
+
+@click.command()
+@READY_FD
+@click.pass_obj
+def relay(env: Environment, ready_fd: int | None) -> None:
+    """Run a relay: it publishes events and hands runs to the broker."""
+    env.log()
+    app = env.app
+    with reaching_postgres(app.settings.schema):
+        migrations.check(app.engine, app.settings.schema)
+
+    def observe(name: str, _facts: dict[str, Any]) -> None:
+        if name == "relay_started":
+            tell(ready_fd)
+
+    running = app.relay(observer=observe)
+    with stop_on_signals(running.ask_to_stop):
+        running.run()
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--basic-auth", metavar="USER:PASSWORD", help="Required unless on loopback.")
+@READY_FD
+@click.pass_obj
+def flower(
+    env: Environment, port: int, host: str, basic_auth: str | None, ready_fd: int | None
+) -> None:
+    """Run Flower on the app's workers and runs."""
+    if basic_auth is None and not is_loopback(host):
+        raise BadRequest(
+            "--host", f"{host} can be reached by others: give --basic-auth USER:PASSWORD as well"
+        )
+    port = port or free_port()
+    arguments = ["flower", f"--address={host}", f"--port={port}"]
+    if basic_auth is not None:
+        arguments.append(f"--basic_auth={basic_auth}")
+    env.note(f"flower on http://{host}:{port}")
+    tell(ready_fd)
+    env.app.celery.start(arguments)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on this host."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+@click.command()
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".beatless")
+)
+@click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
+@click.option("--no-flower", is_flag=True, help="Leave Flower out.")
+@click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
+@click.option("--ephemeral", is_flag=True, help="Keep nothing: the data goes when it stops.")
+@click.option(
+    "--env-file", type=click.Path(path_type=Path, dir_okay=False), help="Write the settings here."
+)
+@click.pass_obj
+def dev(
+    env: Environment,
+    data_dir: Path,
+    flower_port: int,
+    no_flower: bool,
+    workers: int,
+    ephemeral: bool,
+    env_file: Path | None,
+) -> None:
+    """A whole beatless in the foreground: servers, relay, workers, Flower; Ctrl-C ends it."""
+    stack = Stack(
+        data_dir,
+        ephemeral=ephemeral,
+        app_name=env.app_name,
+        workers=workers,
+        flower_port=None if no_flower else flower_port,
+    )
+
+    def stop() -> None:
+        stack.stopping = True
+        stack.alarm.ring()
+
+    with stop_on_signals(stop), stack:
+        try:
+            stack.start(click.echo)
+        except KeyboardInterrupt:
+            return
+        if env_file is not None:
+            lines = [f"{name}={value}\n" for name, value in stack.environ().items()]
+            with os.fdopen(
+                os.open(env_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
+            ) as f:
+                f.writelines(lines)
+        click.echo("ready")
+        stack.watch(env.note)

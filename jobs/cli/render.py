@@ -1,0 +1,154 @@
+"""How events and runs look to a person."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from orchestrator.events import Event, EventType
+from orchestrator.journal import Run
+
+STYLES = {
+    EventType.RUN_STARTED: "bold",
+    EventType.STEP_STARTED: "cyan",
+    EventType.STEP_FINISHED: "green",
+    EventType.STEP_FAILED: "red",
+    EventType.DEBUG_TRACE: "dim",
+    EventType.CANCEL_REQUESTED: "yellow",
+    EventType.RUN_FINISHED: "bold",
+}
+STATES = {
+    "queued": "yellow",
+    "running": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+}
+
+
+def brief(value: Any, width: int = 72) -> str:
+    """A value on one short line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def facts(event: Event) -> str:
+    """What an event says beyond its type and step."""
+    data = dict(event.data or {})
+    match event.type:
+        case EventType.STEP_FINISHED:
+            return brief(data.get("result"))
+        case EventType.STEP_FAILED:
+            error = data.get("error") or {}
+            again = " (will be tried again)" if data.get("retry_at") else ""
+            return f"{error.get('type')}: {error.get('message')}{again}"
+        case EventType.DEBUG_TRACE:
+            name = data.pop("name", "")
+            return f"{name} {brief(data)}" if data else str(name)
+        case EventType.RUN_FINISHED:
+            outcome = str(data.get("outcome"))
+            if outcome == "completed":
+                return f"{outcome} {brief(data.get('result'))}"
+            return f"{outcome}: {(data.get('error') or {}).get('message')}"
+    return brief(data) if data else ""
+
+
+def line(event: Event, since: int) -> str:
+    """One event as one line: seq, seconds since the start, type, step, facts."""
+    attempt = f" (attempt {event.attempt})" if (event.attempt or 1) > 1 else ""
+    elapsed = (event.ts - since) / 1000
+    style = STYLES.get(EventType(event.type), "") if event.type in list(EventType) else ""
+    kind = f"[{style}]{event.type:<15}[/]" if style else f"{event.type:<15}"
+    text = escape(f"{event.step or ''}{attempt}  {facts(event)}".strip())
+    return f"[dim]{event.seq:>4}  {elapsed:>8.3f}s[/]  {kind}  {text}".rstrip()
+
+
+def is_progress(event: Event) -> bool:
+    """Whether the event only moves a progress bar."""
+    return event.type == EventType.DEBUG_TRACE and (event.data or {}).get("name") == "progress"
+
+
+def follow(console: Console, events: Iterable[Event]) -> Event | None:
+    """Show events as they come, and a bar for a step that reports its progress; the last event."""
+    last: Event | None = None
+    since = 0
+    with bars(console) as (progress, tasks):
+        for event in events:
+            since = since or event.ts
+            if is_progress(event) and console.is_terminal:
+                _advance(progress, tasks, event)
+            else:
+                progress.console.print(line(event, since))
+            if event.type in (EventType.STEP_FINISHED, EventType.STEP_FAILED):
+                task = tasks.pop(event.step or "", None)
+                if task is not None:
+                    progress.remove_task(task)
+            last = event
+    return last
+
+
+def _advance(progress: Progress, tasks: dict[str, TaskID], event: Event) -> None:
+    data, step = event.data or {}, event.step or ""
+    if step not in tasks:
+        tasks[step] = progress.add_task(step, total=100.0, note="")
+    note = str(data.get("note") or "")
+    progress.update(tasks[step], completed=float(data.get("pct") or 0), note=note)
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[tuple[Progress, dict[str, TaskID]]]:
+    """Progress bars below the lines; nothing but the lines when not on a terminal."""
+    progress = Progress(
+        TextColumn("      {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("[dim]{task.fields[note]}[/]"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        yield progress, {}
+
+
+def age(when: datetime | None) -> str:
+    """How long ago, roughly."""
+    if when is None:
+        return ""
+    passed = (datetime.now(UTC) - when).total_seconds()
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if passed >= size:
+            return f"{passed / size:.0f}{unit}"
+    return f"{max(0.0, passed):.0f}s"
+
+
+def run_table(found: Iterable[Run]) -> Table:
+    """Runs as a table."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("run", "plan", "state", "queue", "events", "age"):
+        table.add_column(title, no_wrap=True)
+    for run in found:
+        state = f"[{STATES[run.state]}]{run.state}[/]"
+        table.add_row(
+            run.run_id, run.plan, state, run.queue, str(run.last_seq), age(run.created_at)
+        )
+    return table
+
+
+def run_sheet(run: Run) -> Table:
+    """Everything about one run."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in run.to_dict().items():
+        if value is not None and value != {}:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            table.add_row(name, escape(str(shown)))
+    return table

@@ -1,0 +1,177 @@
+"""Commands about runs."""
+
+import json
+from collections.abc import Iterator
+
+import click
+
+from jobs.cli import render
+from jobs.cli.environment import Environment, json_input, moment, pairs, seconds
+from jobs.errors import BadRequest
+from jobs.verify import verify as find_violations
+from orchestrator.events import Event
+from orchestrator.state import RunState
+
+
+@click.command()
+@click.argument("plan")
+@click.option("--input", "input_", metavar="JSON|@FILE|-", help="The run's input.")
+@click.option("--run-id", metavar="ID", help="Your own id for the run.")
+@click.option("--key", help="Start it once: the same key gives back the same run.")
+@click.option("--queue", metavar="Q")
+@click.option("--delay", metavar="30s", help="Start it so much later.")
+@click.option("--at", metavar="TIME", help="Start it then, e.g. 2026-12-24T18:00:00+01:00.")
+@click.option("--priority", type=click.IntRange(0, 9), default=0, help="Higher goes first.")
+@click.option("--tag", "tags", metavar="K=V", multiple=True)
+@click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
+@click.pass_obj
+def start(
+    env: Environment,
+    plan: str,
+    input_: str | None,
+    run_id: str | None,
+    key: str | None,
+    queue: str | None,
+    delay: str | None,
+    at: str | None,
+    priority: int,
+    tags: tuple[str, ...],
+    follow: bool,
+) -> None:
+    """Start a run of PLAN; prints its id."""
+    run = env.app.client.start_run(
+        plan,
+        json_input(input_),
+        run_id=run_id,
+        key=key,
+        queue=queue,
+        delay=None if delay is None else seconds(delay),
+        not_before=None if at is None else moment(at),
+        priority=priority,
+        tags=pairs(tags),
+    )
+    if not follow:
+        env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
+        return
+    if env.as_json:
+        click.echo(run.run_id, err=True)
+    else:
+        click.echo(run.run_id)
+    follow_to_end(env, run.run_id, env.app.client.stream_run(run.run_id))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--from-seq", type=click.IntRange(0), default=0, help="Only events after this one.")
+@click.option("--follow", is_flag=True, help="Go on until RunFinished.")
+@click.pass_obj
+def events(env: Environment, run: str, from_seq: int, follow: bool) -> None:
+    """The events of RUN."""
+    client = env.app.client
+    if follow:
+        follow_to_end(env, run, client.stream_run(run, from_seq))
+        return
+    stored = client.events(run, from_seq)
+    if env.as_json:
+        for event in stored:
+            env.document(event.to_dict())
+    else:
+        first = client.events(run, 0, limit=1)
+        for event in stored:
+            env.out.print(render.line(event, first[0].ts))
+
+
+def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> None:
+    """Show a stream; exit status 1 if the run did not complete."""
+    if env.as_json:
+        for event in stream:
+            env.document(event.to_dict())
+    else:
+        render.follow(env.out, stream)
+    if env.app.client.get_run(run_id).state is not RunState.COMPLETED:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("run")
+@click.pass_obj
+def show(env: Environment, run: str) -> None:
+    """Everything that is stored about RUN."""
+    found = env.app.client.get_run(run)
+    env.document(found.to_dict()) if env.as_json else env.out.print(render.run_sheet(found))
+
+
+@click.command()
+@click.option("--state", type=click.Choice([state.value for state in RunState]))
+@click.option("--plan")
+@click.option("--queue", metavar="Q")
+@click.option("--tag", "tags", metavar="K=V", multiple=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.pass_obj
+def runs(
+    env: Environment,
+    state: str | None,
+    plan: str | None,
+    queue: str | None,
+    tags: tuple[str, ...],
+    limit: int,
+) -> None:
+    """Runs, newest first."""
+    found = env.app.client.list_runs(
+        state=state, plan=plan, queue=queue, tags=pairs(tags), limit=limit
+    )
+    if env.as_json:
+        for run in found:
+            env.document(run.to_dict())
+    else:
+        env.out.print(render.run_table(found))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--reason", help="Kept with the run.")
+@click.pass_obj
+def cancel(env: Environment, run: str, reason: str | None) -> None:
+    """Ask RUN to stop. A run that waits ends at once, one that runs after its step."""
+    found = env.app.client.cancel_run(run, reason=reason)
+    if env.as_json:
+        env.document(found.to_dict())
+    elif found.cancel_requested_at is None:
+        click.echo(f"{run} had ended before: it is {found.state}")
+    elif found.state is RunState.CANCELLED:
+        click.echo(f"{run} is cancelled")
+    else:
+        click.echo(f"{run} will end after its step")
+
+
+@click.command()
+@click.argument("run", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every stored run.")
+@click.pass_obj
+def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
+    """Check the guarantees on what is stored about RUN…: one line for each violation."""
+    if everything == bool(run):
+        raise BadRequest("verify", "takes either run ids or --all")
+    client = env.app.client
+    for run_id in run:
+        client.get_run(run_id)
+    with env.app.engine.connect() as connection:
+        found = find_violations(
+            connection, env.app.settings.schema, None if everything else list(run)
+        )
+    for violation in found:
+        if env.as_json:
+            click.echo(
+                json.dumps(
+                    {
+                        "invariant": violation.invariant,
+                        "run_id": violation.run_id,
+                        "problem": violation.problem,
+                    }
+                )
+            )
+        else:
+            click.echo(str(violation))
+    if found:
+        raise click.exceptions.Exit(1)
+    env.note("every guarantee holds" if everything else f"every guarantee holds for {len(run)} run")

@@ -1,0 +1,108 @@
+"""Checks the promises of docs/guarantees.md on what is stored. Reads only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outbox.queries import Caller, execute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One promise that one run breaks."""
+
+    invariant: str
+    run_id: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant} run {self.run_id}: {self.problem}"
+
+
+def verify(
+    connection: Caller, schema: str, run_ids: Sequence[str] | None = None
+) -> list[Violation]:
+    """Every violation in these runs, or in all that are stored. Safe while runs are running."""
+    parameters = {"run_ids": None if run_ids is None else list(run_ids)}
+    return [
+        Violation(invariant=invariant, run_id=run_id, problem=problem)
+        for invariant, run_id, problem in execute(connection, _checks(schema), parameters)
+    ]
+
+
+def _checks(s: str) -> str:
+    """One statement, so that everything is seen at one instant."""
+    return f"""
+WITH run AS MATERIALIZED (
+  SELECT run_id, state, last_seq, attempt, finished_at FROM {s}.runs
+   WHERE %(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s)
+), event AS MATERIALIZED (
+  SELECT e.* FROM {s}.run_events e JOIN run USING (run_id)
+), head AS (
+  SELECT run_id, count(*) AS events, min(seq) AS first, max(seq) AS last,
+         count(*) FILTER (WHERE type = 'RunFinished') AS finished,
+         max(seq) FILTER (WHERE type = 'RunFinished') AS finished_seq,
+         max(data ->> 'outcome') FILTER (WHERE type = 'RunFinished') AS outcome,
+         min(seq) FILTER (WHERE type = 'CancelRequested') AS cancel_seq,
+         bool_or(type = 'RunStarted' AND seq = 1) AS started
+    FROM event GROUP BY run_id
+), step AS (
+  SELECT run_id, step,
+         count(*) FILTER (WHERE type = 'StepStarted') AS starts,
+         count(*) FILTER (WHERE type = 'StepFinished') AS finishes,
+         count(*) FILTER (WHERE type = 'StepFailed') AS failures,
+         count(*) FILTER (WHERE data ->> 'name' = 'beatless.snoozed') AS snoozes,
+         min(seq) FILTER (WHERE type = 'StepFinished') AS finished_seq,
+         max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
+    FROM event WHERE step IS NOT NULL GROUP BY run_id, step
+), final AS (
+  SELECT run.*, state IN ('completed', 'failed', 'cancelled') AS ended FROM run
+)
+SELECT 'I2', run_id,
+       format('its events are not 1 to %%s without a gap: it has %%s, from %%s to %%s',
+              last_seq, coalesce(events, 0), first, last)
+  FROM final LEFT JOIN head USING (run_id)
+ WHERE (events, first, last) IS DISTINCT FROM (last_seq::bigint, 1, last_seq)
+UNION ALL
+SELECT 'I2', run_id, 'its first event is not RunStarted' FROM head WHERE NOT started
+UNION ALL
+SELECT 'I4', run_id, format('step %%s has %%s results', step, finishes) FROM step WHERE finishes > 1
+UNION ALL
+SELECT 'I4', run_id, format('step %%s was started again after its result', step)
+  FROM step WHERE last_start_seq > finished_seq
+UNION ALL
+SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))
+  FROM final LEFT JOIN head USING (run_id) WHERE coalesce(finished, 0) <> ended::int
+UNION ALL
+SELECT 'I5', run_id, format('RunFinished is event %%s of %%s', finished_seq, last)
+  FROM head WHERE finished_seq < last
+UNION ALL
+SELECT 'I5', run_id, format('it is %%s, its RunFinished says %%s', state, outcome)
+  FROM final JOIN head USING (run_id) WHERE ended AND outcome IS DISTINCT FROM state
+UNION ALL
+SELECT 'I7', run_id, format('it is %%s and nothing will ever look at it again', final.state)
+  FROM final LEFT JOIN {s}.dispatches d USING (run_id) WHERE NOT ended AND d.run_id IS NULL
+UNION ALL
+SELECT 'I7', run_id, format('it is %%s and would be dispatched again', final.state)
+  FROM final JOIN {s}.dispatches d USING (run_id) WHERE ended
+UNION ALL
+SELECT 'I8', run_id, format('events %%s to %%s still wait to be published, %%s after its end',
+       o.from_seq, o.to_seq, date_trunc('second', clock_timestamp() - finished_at))
+  FROM final JOIN {s}.run_outbox o USING (run_id)
+ WHERE ended AND finished_at < clock_timestamp() - interval '1 minute'
+UNION ALL
+SELECT 'I8', run_id, format('outbox row %%s names events that do not exist', o.id)
+  FROM final JOIN {s}.run_outbox o USING (run_id) WHERE o.to_seq > last_seq OR o.from_seq < 1
+UNION ALL
+SELECT 'I9', run_id, format('%%s steps finished after its cancel was accepted', count(*))
+  FROM head JOIN event USING (run_id)
+ WHERE event.type = 'StepFinished' AND event.seq > cancel_seq
+ GROUP BY run_id HAVING count(*) > 1
+UNION ALL
+SELECT 'I9', run_id, format('its cancel was accepted, yet it ended as %%s', state)
+  FROM final JOIN head USING (run_id)
+ WHERE ended AND cancel_seq IS NOT NULL AND state <> 'cancelled'
+UNION ALL
+SELECT 'I10', run_id, format('step %%s was started %%s times, with %%s failures in %%s claims',
+       step, starts, failures, attempt)
+  FROM step JOIN run USING (run_id) WHERE starts > attempt + failures + snoozes
+ ORDER BY 2, 1"""
