@@ -12,11 +12,9 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
@@ -24,9 +22,15 @@ from typing import IO, Any, Self
 
 import sqlalchemy
 
-from jobs.errors import JobsError
+from jobs.errors import BadRequest, JobsError
 from jobs.migrations import migrate
-from jobs.services import EmbeddedPostgres, EmbeddedValkey, die_with_parent, free_port
+from jobs.services import (
+    EmbeddedPostgres,
+    EmbeddedValkey,
+    ServiceFailed,
+    die_with_parent,
+    free_port,
+)
 from jobs.settings import Settings, engine_url
 from outbox.backoff import Backoff
 from outbox.doorbell import Alarm
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 GRACE_SECONDS = 15.0
+LOCK_SECONDS = 0.3
 
 
 class AlreadyRunning(JobsError):
@@ -74,12 +79,11 @@ class Child:
         *,
         environ: dict[str, str],
         log: Path,
-        command: Sequence[str] = (sys.executable, "-m", "jobs.cli"),
+        # -P: a folder called `jobs` in the current directory must not stand in for ours.
+        command: Sequence[str] = (sys.executable, "-P", "-m", "jobs.cli"),
     ) -> None:
         self.name = name
         self.log = log
-        self.failures = 0
-        self.restart_at: float | None = None
         self._arguments = [*command, *arguments]
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
@@ -110,10 +114,12 @@ class Child:
                 preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
             )
         os.close(writer)
-        if self._ready is not None:
-            os.close(self._ready)
         self._ready = reader
-        self.restart_at = None
+
+    def restart(self) -> None:
+        """Start it again after its end."""
+        self.reap(monotonic())
+        self.start()
 
     def wait_ready(self, alarm: Alarm | None = None) -> None:
         """Return when it said so. Raises NotReady, with its last words, if it ends before."""
@@ -123,8 +129,12 @@ class Child:
         if alarm in ready:
             raise KeyboardInterrupt
         if self._ready not in ready or not os.read(self._ready, 1):
-            lines = self.log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise NotReady(self.name, " | ".join(lines))
+            raise NotReady(self.name, self.last_words())
+
+    def last_words(self) -> str:
+        """The end of its log, as one line."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+        return " | ".join(lines) or "nothing"
 
     def kill(self) -> None:
         """SIGKILL to this process alone."""
@@ -149,6 +159,60 @@ class Child:
         if self._ready is not None:
             os.close(self._ready)
             self._ready = None
+
+
+class Guard:
+    """Starts one process again when it has ended, ever later the more often it ends."""
+
+    STEADY_SECONDS = 30.0
+    """A process that lived so long starts again without delay."""
+
+    def __init__(self, part: Child | EmbeddedPostgres | EmbeddedValkey) -> None:
+        self._part = part
+        self._backoff = Backoff(initial=0.2, cap=10.0)
+        self._failures = 0
+        self._began = monotonic()
+        self.restart_at: float | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._part.pid
+
+    def look(self, say: Callable[[str], None]) -> None:
+        """Notice that the process has ended, or start it again once it is time."""
+        now = monotonic()
+        if self.restart_at is None and _ended(self.pid):
+            self._failures = 1 if now - self._began > self.STEADY_SECONDS else self._failures + 1
+            self._later(f"{self._part.name} (PID {self.pid}) ended", say)
+        elif self.restart_at is not None and now >= self.restart_at:
+            try:
+                self._start()
+            except ServiceFailed as error:
+                self._failures += 1
+                self._later(str(error), say)
+            else:
+                self._began, self.restart_at = monotonic(), None
+                say(f"{self._part.name} started again, PID {self.pid}")
+
+    def _later(self, what: str, say: Callable[[str], None]) -> None:
+        delay = self._backoff.delay(self._failures)
+        self.restart_at = monotonic() + delay
+        say(f"{what}; starting it again in {delay:.1f} s, its log is {self._part.log}")
+
+    def _start(self) -> None:
+        if isinstance(self._part, Child):
+            self._part.restart()
+        else:
+            self._part.crash()  # what is left of it
+            self._part.start()
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child of ours has ended; it stays to be reaped."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 class Stack:
@@ -187,21 +251,25 @@ class Stack:
         self.stopping = False
 
     @staticmethod
-    def settings_of_running(directory: Path) -> dict[str, str]:
-        """The BEATLESS_* variables of the stack that runs on this directory now, or none."""
-        state = directory / "stack.json"
-        try:
-            with (directory / "dev.lock").open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                return dict(json.loads(state.read_text())["environ"])
-        except OSError:
-            pass  # there is no such directory: nothing has run here
+    def settings_of_running(here: Path) -> dict[str, str]:
+        """The BEATLESS_* variables of a stack that runs now on a data directory below `here`."""
+        others = sorted(path.parent for path in here.glob("*/stack.json"))
+        for directory in (here / ".beatless", *others):
+            try:
+                with (directory / "dev.lock").open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                    return dict(json.loads((directory / "stack.json").read_text())["environ"])
+            except OSError:
+                continue  # nothing has run here
         return {}
 
     def start(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Bring everything up; `say` gets a line for each part. Raises AlreadyRunning, NotReady."""
+        """Bring everything up; `say` gets a line for each part.
+
+        Raises AlreadyRunning, NotReady, ServicesMissing, ServiceFailed and BadSetting.
+        """
         self._take_directory()
         fast = {"fsync": "off", "full_page_writes": "off"} if self._ephemeral else {}
         self.postgres = EmbeddedPostgres(self._data / "postgres", settings=fast)
@@ -210,9 +278,12 @@ class Stack:
         self.valkey.start()
         say(f"postgres {self.postgres.url}")
         say(f"redis {self.valkey.url}")
-        self.settings = Settings(
+        # The other settings (schema, prefix, lease …) are the user's own.
+        self.settings = Settings.from_env(
             database_url=self.postgres.url,
+            listen_url="",
             redis_url=self.valkey.url,
+            broker_url="",
             app=self._app_name,
             **self._options,
         )
@@ -228,16 +299,14 @@ class Stack:
         ]
         for child in self._children():
             child.start()
-        if self._flower_port is not None:
-            self._start_flower(self._flower_port)
         for child in self._children():
             child.wait_ready(self.alarm)
+        if self._flower_port is not None:
+            self._start_flower(self._flower_port)
+            say(f"flower {self.flower_url}")
         for worker in self.workers:
             say(f"worker PID {worker.pid}")
         say(f"relay PID {self.relay.pid}")
-        if self.flower is not None:
-            self._await_flower()
-            say(f"flower {self.flower_url}")
         self._write_state()
 
     def environ(self) -> dict[str, str]:
@@ -246,30 +315,34 @@ class Stack:
             raise RuntimeError("the stack has not been started")
         return self.settings.to_env()
 
+    def facts(self) -> dict[str, Any]:
+        """Where everything is, as JSON."""
+        return {
+            "postgres": self.postgres.url if self.postgres else None,
+            "redis": self.valkey.url if self.valkey else None,
+            "flower": self.flower_url or None,
+            "workers": [worker.pid for worker in self.workers],
+            "relay": self.relay.pid if self.relay else None,
+            "environ": self.environ(),
+        }
+
     def watch(self, say: Callable[[str], None]) -> None:
-        """Restart what dies, until `alarm` rings after `stopping` was set."""
-        backoff = Backoff(initial=0.5, cap=10.0)
+        """Start again what ends, until `alarm` rings after `stopping` was set."""
+        servers = [server for server in (self.postgres, self.valkey) if server is not None]
+        guards = [Guard(part) for part in (*servers, *self._children())]
         while not self.stopping:
-            pidfds = {os.pidfd_open(child.pid): child for child in self._children() if child.alive}
+            for guard in guards:
+                guard.look(say)
+            # One that has ended since that look can be opened all the same: nobody reaped it.
+            pidfds = [os.pidfd_open(guard.pid) for guard in guards if guard.restart_at is None]
+            waits = [at - monotonic() for guard in guards if (at := guard.restart_at) is not None]
             try:
-                waits = [c.restart_at - monotonic() for c in self._children() if c.restart_at]
                 sockets: list[int | Alarm] = [*pidfds, self.alarm]
                 select.select(sockets, [], [], max(0.0, min(waits)) if waits else None)
             finally:
-                for fd in pidfds:
-                    os.close(fd)
+                for pidfd in pidfds:
+                    os.close(pidfd)
             self.alarm.quiet()
-            for child in self._children():
-                if self.stopping or child.alive:
-                    continue
-                if child.restart_at is None:
-                    child.failures += 1
-                    delay = backoff.delay(child.failures)
-                    child.restart_at = monotonic() + delay
-                    say(f"{child.name} ended, starting it again in {delay:.1f} s; see {child.log}")
-                elif monotonic() >= child.restart_at:
-                    child.start()
-                    self._write_state()
 
     def stop(self) -> None:
         """End every process; with `ephemeral` remove the data. May be called more than once."""
@@ -303,21 +376,34 @@ class Stack:
 
     def _take_directory(self) -> None:
         self._made_directory = not self.directory.exists()
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (self.directory / "dev.lock").open("a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            pid = int(lock.read().strip() or 0)
-            lock.close()
-            raise AlreadyRunning(str(self.directory), pid) from None
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = (self.directory / "dev.lock").open("a+")
+        except OSError as error:
+            raise BadRequest("--data-dir", f"{self.directory} cannot be used: {error}") from error
+        deadline = monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # It may be a command that only looks whether a stack runs here.
+                if monotonic() < deadline:
+                    select.select([self.alarm], [], [], 0.02)
+                    continue
+                lock.seek(0)
+                pid = int(lock.read().strip() or 0)
+                lock.close()
+                raise AlreadyRunning(str(self.directory), pid) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
+        (self.directory / "stack.json").unlink(missing_ok=True)  # of one that was killed
         if self._ephemeral:
-            self._data = Path(tempfile.mkdtemp(prefix="beatless-"))
+            self._data = self.directory / "ephemeral"
+            shutil.rmtree(self._data, ignore_errors=True)
+            self._data.mkdir(mode=0o700)
 
     def _child(self, name: str, arguments: Sequence[str]) -> Child:
         environ = {
@@ -337,22 +423,27 @@ class Stack:
     def _start_flower(self, port: int) -> None:
         port = port or free_port()
         self.flower_url = f"http://127.0.0.1:{port}"
-        self.flower = self._child("flower", ["flower", "--port", str(port)])
-        self.flower.start()
-
-    def _await_flower(self) -> None:
+        flower = self.flower = self._child("flower", ["flower", "--port", str(port)])
+        flower.start()
+        flower.wait_ready(self.alarm)
         deadline = monotonic() + READY_SECONDS
-        while self.flower is not None and self.flower.alive and monotonic() < deadline:
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{self.flower_url}/healthcheck", timeout=2).close()  # noqa: S310
-                return
-            select.select([self.alarm], [], [], 0.1)
-        raise NotReady("flower", "see flower.log in the data directory")
+        while not _accepts(port):
+            if self.stopping:
+                raise KeyboardInterrupt
+            if not flower.alive or monotonic() > deadline:
+                raise NotReady("flower", flower.last_words())
+            select.select([self.alarm], [], [], 0.05)
 
     def _write_state(self) -> None:
         path = self.directory / "stack.json"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "environ": self.environ()}, file)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(2)
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ class Executors:
         self._engine = engine
         self._faults = faults
         self._mutex = threading.Lock()
+        self._made_in = os.getpid()
         self._pid = 0
         self._worker = ""
         self._threads = threading.local()
@@ -144,8 +145,9 @@ class Executors:
         return executor
 
     def _after_fork(self) -> None:
-        # A socket that was open before the fork belongs to the parent.
-        self._engine.dispose(close=False)
+        if self._made_in != os.getpid():
+            # A socket that was open before the fork belongs to the parent.
+            self._engine.dispose(close=False)
         self._threads = threading.local()
         self._heartbeat = Heartbeat(self._leases, self.connect)
         # Never the host name alone: a restarted container has the name of the one that died.
@@ -168,6 +170,11 @@ class Executors:
             faults=self._faults,
             **options,
         )
+
+    def close(self) -> None:
+        """Stop this process's heartbeat. Its executors close their own connections."""
+        if self._heartbeat is not None and self._pid == os.getpid():
+            self._heartbeat.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

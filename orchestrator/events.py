@@ -128,9 +128,9 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
             members = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
         case dict():
             for key in value:
-                if not isinstance(key, str):
+                if not isinstance(key, str | int | float | None):
                     return path, f"has the key {key!r}: JSON object keys are strings"
-                if "\0" in key:
+                if "\0" in str(key):
                     return path, f"has the key {key!r}, which holds a NUL character"
             members = [(f"{path}.{key}", item) for key, item in value.items()]
         case _:

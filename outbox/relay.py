@@ -384,6 +384,7 @@ class Relay:
             if self._once is not None:
                 self._once[0].close()
                 self._once = None
+        self._alarm.close()
 
     def drain_once(self, run_id: str | None = None, now: datetime | None = None) -> int:
         """Publish everything that is due, of one run or of all, and return how many messages.

@@ -1,6 +1,8 @@
 """The command `beatless`. Exit status: 0 done, 1 failed, 2 bad input, 3 a server is unreachable."""
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -27,7 +29,7 @@ from outbox.errors import OutboxError, PublishFailed
 __all__ = ["cli", "main"]
 
 BAD_INPUT = (BadPayload, BadRequest, BadSetting, PlanError, RunConflict, RunNotFound, UnknownPlan)
-UNREACHABLE = (
+UNREACHABLE: tuple[type[Exception], ...] = (
     BrokerError,
     PublishFailed,
     Unreachable,
@@ -42,6 +44,12 @@ OURS = (JobsError, OrchestratorError, OutboxError, exc.DBAPIError, psycopg.Error
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--app", metavar="MODULE:ATTRIBUTE", help="Your App; default: BEATLESS_APP.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout, everything else on stderr.")
+@click.option(
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    help="Show where an unexpected error came from.",
+)
 @click.version_option(package_name="beatless", prog_name="beatless")
 @click.pass_context
 def cli(context: click.Context, app: str | None, as_json: bool) -> None:
@@ -67,32 +75,57 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: every expected error is one line on stderr."""
+    """The entry point: every error is one line on stderr."""
     try:
-        cli.main(args=arguments, prog_name="beatless", standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
     except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does.
-        sys.stderr.close()
+        # The reader of our output has gone, as `| head` does: nothing is left to be flushed to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; its exit status."""
+    try:
+        status = cli.main(args=arguments, prog_name="beatless", standalone_mode=False)
+    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as ended:
+        if isinstance(ended, click.exceptions.NoArgsIsHelpError):
+            ended.show()
+        return ended.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "beatless"
+        return fail(f"{error.format_message()} Try '{command} --help'.", error.exit_code)
+    except click.ClickException as error:
+        return fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return fail("interrupted", 130)
+    except BrokenPipeError:
+        raise
     except BAD_INPUT as error:
-        fail(error, 2)
+        return fail(said(error), 2)
     except UNREACHABLE as error:
-        fail(error, 3)
+        return fail(said(error), 3)
     except OURS as error:
-        fail(error, 1)
+        return fail(said(error), 1)
+    except UnicodeError as error:
+        return fail(f"an argument is not valid text: {error}", 2)
+    except OSError as error:
+        return fail(said(error), 1)
+    except Exception as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        kind = type(error).__name__
+        return fail(f"unexpected {kind}: {said(error)} (beatless --traceback shows where)", 1)
+    return status if isinstance(status, int) else 0
 
 
-def fail(error: Exception, status: int) -> None:
-    """Say in one line what went wrong and end the process."""
+def said(error: BaseException) -> str:
+    """The first line of what an error says; a driver's own words rather than SQLAlchemy's."""
     cause = getattr(error, "orig", None) or error
-    first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    click.echo(f"beatless: {first}", err=True)
-    sys.exit(status)
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+def fail(text: str, status: int) -> int:
+    """Say in one line what went wrong."""
+    click.echo(f"beatless: {' '.join(text.split())}", err=True)
+    return status

@@ -16,8 +16,10 @@ from rich.console import Console
 from jobs.app import App
 from jobs.demo import PLANS
 from jobs.dev import Stack
-from jobs.errors import BadRequest, BadSetting
+from jobs.errors import BadRequest, BadSetting, JobsError
 from jobs.settings import Settings
+from orchestrator.errors import OrchestratorError
+from orchestrator.plan import PlanError
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -27,8 +29,9 @@ class Environment:
 
     def __init__(self, *, app: str | None, as_json: bool) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        # No emoji codes: what runs carry is shown as it is.
+        self.out = Console(stderr=as_json, highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._named = app
         self._app: App | None = None
 
@@ -42,9 +45,9 @@ class Environment:
         if self._app is None:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
-                os.environ.update(Stack.settings_of_running(Path(".beatless")))
+                os.environ.update(Stack.settings_of_running(Path.cwd()))
             name = self._named or os.environ.get("BEATLESS_APP", "")
-            self._app = load(name) if name else App(Settings.from_env(), PLANS)
+            self._app = load(name) if name else App(settings(), PLANS)
         return self._app
 
     @property
@@ -69,8 +72,31 @@ class Environment:
         )
 
 
+class AppFailed(JobsError):
+    """The module of the named app raises an error when it is imported."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be imported: {self.reason}"
+
+
+def settings() -> Settings:
+    """The environment's settings. Raises BadSetting."""
+    try:
+        return Settings.from_env()
+    except BadSetting as error:
+        if error.problem != "is not set":
+            raise
+        problem = "is not set, and no `beatless dev` runs in this directory"
+        raise BadSetting(error.name, problem, error.example) from error
+
+
 def load(name: str) -> App:
-    """The app at `module:attribute`. Raises BadSetting."""
+    """The app at `module:attribute`. Raises BadSetting and AppFailed."""
     module_name, _, attribute = name.partition(":")
     example = "myproject.app:app"
     if not module_name or not attribute:
@@ -79,21 +105,29 @@ def load(name: str) -> App:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        problem = f"names the module {module_name}, which cannot be found from {here}"
-        raise BadSetting("BEATLESS_APP", problem, example) from error
-    found = getattr(module, attribute, None)
+    except (JobsError, OrchestratorError, PlanError):
+        raise  # each says what to do
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            problem = f"names the module {module_name}, which cannot be found from {here}"
+            raise BadSetting("BEATLESS_APP", problem, example) from error
+        raise AppFailed(module_name, f"{type(error).__name__}: {error}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            problem = f"names {name}, but {module_name} has no {attribute}"
+            raise BadSetting("BEATLESS_APP", problem, example)
+        found = getattr(found, part)
     if not isinstance(found, App):
-        problem = f"names {name}, which is {type(found).__name__} and not an App"
+        problem = f"names {name}, which is a {type(found).__name__} and not an App"
         raise BadSetting("BEATLESS_APP", problem, example)
     return found
 
 
 def seconds(text: str) -> float:
     """`30s`, `5m`, `2h`, `7d`, or a number of seconds. Raises BadRequest."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)?", text)
     if not found:
         raise BadRequest("duration", f"is {text!r}; write it like 30s, 5m, 2h or 7d")
     return float(found[1]) * SECONDS[found[2] or "s"]
@@ -112,21 +146,21 @@ def json_input(text: str | None) -> Any:
     """JSON text, `@FILE`, or `-` for standard input. Raises BadRequest."""
     if text is None:
         return None
-    where = "input"
-    if text == "-":
-        where, text = "standard input", sys.stdin.read()
-    elif text.startswith("@"):
-        where = text[1:]
+    where = "--input"
+    if text == "-" or text.startswith("@"):
+        where = "standard input" if text == "-" else text[1:]
         try:
-            text = Path(where).read_text()
+            text = sys.stdin.read() if text == "-" else Path(where).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadRequest("input", f"cannot be read from {where}: {error}") from error
+            raise BadRequest("--input", f"cannot be read from {where}: {error}") from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRequest(
             where, f"is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    except RecursionError:
+        raise BadRequest(where, "is nested too deeply") from None
 
 
 def pairs(values: tuple[str, ...]) -> dict[str, str]:

@@ -3,17 +3,22 @@
 import ipaddress
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+import redis
 from celery import signals
+from click.core import ParameterSource
+from kombu.exceptions import KombuError
 
 from jobs import migrations
+from jobs.app import App
 from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
 from jobs.dev import Stack, stop_on_signals
-from jobs.errors import BadRequest
+from jobs.errors import BadRequest, Unreachable
 from jobs.services import free_port
 from jobs.worker import run_worker
 
@@ -26,6 +31,28 @@ def tell(ready_fd: int | None) -> None:
         os.write(ready_fd, b"!")
 
 
+def check_servers(app: App) -> None:
+    """Refuse to start what could not work: later, the same troubles are waited out.
+
+    Raises Unreachable and SchemaBehind.
+    """
+    with reaching_postgres(app.settings.schema):
+        migrations.check(app.engine, app.settings.schema)
+    app.engine.dispose()  # a worker's children must not inherit it
+    client = app.redis()
+    try:
+        client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise Unreachable("Redis", str(error)) from error
+    finally:
+        client.close()
+    try:
+        with app.celery.connection_for_write() as broker:
+            broker.ensure_connection(max_retries=1, timeout=5)
+    except (KombuError, redis.RedisError, OSError) as error:
+        raise Unreachable("the broker", str(error)) from error
+
+
 @click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
 @click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
@@ -34,13 +61,17 @@ def migrate(env: Environment, sql: bool, check: bool) -> None:
     """Create the tables, or bring them to this version."""
     schema = env.app.settings.schema
     if sql:
-        click.echo(migrations.migration_sql(schema))
+        text = migrations.migration_sql(schema)
+        env.document({"schema": schema, "sql": text}) if env.as_json else click.echo(text)
         return
     with reaching_postgres(schema):
         if not check:
             migrations.migrate(env.app.engine, schema)
         migrations.check(env.app.engine, schema)
-    env.note(f"schema {schema} is at migration {migrations.head()}")
+    if env.as_json:
+        env.document({"schema": schema, "migration": migrations.head()})
+    else:
+        click.echo(f"schema {schema} is at migration {migrations.head()}")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -59,9 +90,7 @@ def worker(
     """Run a Celery worker for the app's plans."""
     env.log()
     app = env.app
-    with reaching_postgres(app.settings.schema):
-        migrations.check(app.engine, app.settings.schema)
-    app.engine.dispose()
+    check_servers(app)
 
     def ready(**_: Any) -> None:
         tell(ready_fd)
@@ -85,8 +114,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     """Run a relay: it publishes events and hands runs to the broker."""
     env.log()
     app = env.app
-    with reaching_postgres(app.settings.schema):
-        migrations.check(app.engine, app.settings.schema)
+    check_servers(app)
 
     def observe(name: str, _facts: dict[str, Any]) -> None:
         if name == "relay_started":
@@ -133,6 +161,7 @@ def is_loopback(host: str) -> bool:
 @click.option(
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".beatless")
 )
+@click.option("--port", type=click.IntRange(0, 65535), default=8400, hidden=True)
 @click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
 @click.option("--no-flower", is_flag=True, help="Leave Flower out.")
 @click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
@@ -140,10 +169,11 @@ def is_loopback(host: str) -> bool:
 @click.option(
     "--env-file", type=click.Path(path_type=Path, dir_okay=False), help="Write the settings here."
 )
-@click.pass_obj
+@click.pass_context
 def dev(
-    env: Environment,
+    context: click.Context,
     data_dir: Path,
+    port: int,  # noqa: ARG001 - for the HTTP API
     flower_port: int,
     no_flower: bool,
     workers: int,
@@ -151,6 +181,12 @@ def dev(
     env_file: Path | None,
 ) -> None:
     """A whole beatless in the foreground: servers, relay, workers, Flower; Ctrl-C ends it."""
+    env: Environment = context.obj
+    if not is_free(flower_port):
+        if context.get_parameter_source("flower_port") is ParameterSource.COMMANDLINE:
+            raise BadRequest("--flower-port", f"{flower_port} is taken: choose another, or 0")
+        env.note(f"port {flower_port} is taken: Flower takes another")
+        flower_port = 0
     stack = Stack(
         data_dir,
         ephemeral=ephemeral,
@@ -165,14 +201,31 @@ def dev(
 
     with stop_on_signals(stop), stack:
         try:
-            stack.start(click.echo)
+            stack.start(env.note if env.as_json else click.echo)
         except KeyboardInterrupt:
             return
         if env_file is not None:
-            lines = [f"{name}={value}\n" for name, value in stack.environ().items()]
-            with os.fdopen(
-                os.open(env_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
-            ) as f:
-                f.writelines(lines)
-        click.echo("ready")
+            write_env_file(env_file, stack.environ())
+        env.document(stack.facts()) if env.as_json else click.echo("ready")
         stack.watch(env.note)
+
+
+def write_env_file(path: Path, environ: Mapping[str, str]) -> None:
+    """Settings as lines that a shell, Docker and systemd can read. Only for the owner's eyes."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as error:
+        raise BadRequest("--env-file", f"{path} cannot be written: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        file.writelines(f"{name}={value}\n" for name, value in environ.items())
+
+
+def is_free(port: int) -> bool:
+    """Whether something could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,109 @@
+"""A cancel is stored first; it can come at any time."""
+
+import pytest
+
+from jobs import RunNotFound, RunState
+from jobs.testing import Kit
+
+
+def test_cancelled_while_queued_ends_without_a_worker(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+
+    cancelled = beatless.client.cancel_run(run.run_id, reason="changed my mind")
+
+    assert cancelled.state is RunState.CANCELLED
+    assert cancelled.error["message"] == "changed my mind"
+    assert beatless.work_until_idle() == 0
+    assert beatless.event_types(run.run_id) == ["RunStarted", "CancelRequested", "RunFinished"]
+    assert beatless.collect_stream(run.run_id)[-1].data["outcome"] == "cancelled"
+    beatless.verify()
+
+
+def test_cancelled_after_dispatch_the_message_is_dropped(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()  # the message is in the broker now
+    beatless.client.cancel_run(run.run_id)
+
+    beatless.work_until_idle()
+
+    assert beatless.event_types(run.run_id) == ["RunStarted", "CancelRequested", "RunFinished"]
+
+
+def test_cancelled_between_steps_finishes_without_running_the_next(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    beatless.client.cancel_run(run.run_id)
+
+    beatless.work_until_idle()
+
+    assert beatless.event_types(run.run_id) == [
+        "RunStarted",
+        "StepStarted",
+        "StepFinished",
+        "CancelRequested",
+        "RunFinished",
+    ]
+    beatless.verify()
+
+
+def test_cancelled_while_running_commits_the_step_in_flight_and_ends(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.before"):
+        beatless.work_until_idle()
+    requested = beatless.client.cancel_run(run.run_id)
+    assert requested.state is RunState.RUNNING
+
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    # The next worker sees the cancel before it starts the step again.
+    assert beatless.event_types(run.run_id) == [
+        "RunStarted",
+        "StepStarted",
+        "CancelRequested",
+        "RunFinished",
+    ]
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+def test_cancelled_while_waiting_for_a_retry_ends_at_once(beatless: Kit) -> None:
+    run = beatless.start_run("retries", {"failures": 2})
+    beatless.work_until_idle()
+
+    assert beatless.client.cancel_run(run.run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+def test_cancelled_when_finished_is_a_clear_no_op(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    before = beatless.client.events(run.run_id)
+
+    after = beatless.client.cancel_run(run.run_id)
+
+    assert after.state is RunState.COMPLETED
+    assert after.cancel_requested_at is None
+    assert beatless.client.events(run.run_id) == before
+
+
+def test_a_second_cancel_changes_nothing(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    first = beatless.client.cancel_run(run.run_id)
+    assert beatless.client.cancel_run(run.run_id) == first
+
+
+def test_cancelling_an_unknown_run_says_so(beatless: Kit) -> None:
+    with pytest.raises(RunNotFound, match="no run has id nobody"):
+        beatless.client.cancel_run("nobody")
+
+
+def test_a_cancel_rolls_back_with_its_transaction(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.app.engine.connect() as connection:
+        transaction = connection.begin()
+        beatless.client.cancel_run(run.run_id, connection=connection)
+        transaction.rollback()
+
+    assert beatless.work_until_idle() == 1
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED

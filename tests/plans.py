@@ -1,0 +1,167 @@
+"""The plans that the suite runs, and the app by which worker processes find them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from jobs import App, Fatal, Finish, Goto, Plan, Settings, Snooze, StepContext, retry, step
+from jobs.demo import PLANS
+
+
+@step
+def first(ctx: StepContext) -> str:
+    return "one"
+
+
+@step
+def second(ctx: StepContext) -> str:
+    return ctx.results["first"] + " two"
+
+
+two_steps = Plan("two_steps", [first, second])
+
+
+@step
+def many(ctx: StepContext) -> int:
+    """As many traces as the input says."""
+    for number in range(ctx.input["traces"]):
+        ctx.trace("tick", number=number)
+    return ctx.input["traces"]
+
+
+traces = Plan("traces", [many])
+
+
+def note(ctx: StepContext, step_name: str) -> None:
+    """One line in the ledger that the input names: an effect outside of Postgres."""
+    with Path(ctx.input["ledger"]).open("a") as ledger:
+        ledger.write(json.dumps({"step": step_name, "key": ctx.key, "pid": os.getpid()}) + "\n")
+
+
+@step(name="a")
+def ledger_a(ctx: StepContext) -> str:
+    note(ctx, "a")
+    return "a"
+
+
+@step(name="b")
+def ledger_b(ctx: StepContext) -> str:
+    """Kills its own process in the first attempt, after its effect."""
+    note(ctx, "b")
+    if ctx.attempt <= ctx.input.get("kills", 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ctx.results["a"] + "b"
+
+
+@step(name="c")
+def ledger_c(ctx: StepContext) -> str:
+    note(ctx, "c")
+    return ctx.results["b"] + "c"
+
+
+ledger = Plan("ledger", [ledger_a, ledger_b, ledger_c])
+
+
+@step(retry=retry(max_attempts=3, initial=10, backoff=2, jitter=0))
+def flaky(ctx: StepContext) -> int:
+    """Fails as often as the input says."""
+    if ctx.attempt <= ctx.input["failures"]:
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return ctx.attempt
+
+
+retries = Plan("retries", [flaky])
+
+
+@step
+def fatal(ctx: StepContext) -> None:
+    raise Fatal("no use trying again")
+
+
+fatally = Plan("fatally", [fatal])
+
+
+@step
+def turn(ctx: StepContext) -> Any:
+    """Counts its visits, and goes round until the input's number of turns."""
+    turns = ctx.results.get("turn", 0) + 1
+    if turns < ctx.input["turns"]:
+        return Goto("turn", result=turns)
+    if ctx.input.get("finish"):
+        return Finish({"turns": turns})
+    return turns
+
+
+@step
+def stop(ctx: StepContext) -> str:
+    return f"stopped after {ctx.results['turn']}"
+
+
+loop = Plan("loop", [turn, stop], routes={"turn": ["turn"]})
+
+
+@step
+def doze(ctx: StepContext) -> Any:
+    """Snoozes until its ledger file exists."""
+    return "awake" if Path(ctx.input["wake"]).exists() else Snooze(60)
+
+
+sleepy = Plan("sleepy", [doze])
+
+
+@step(transactional=True)
+def insert(ctx: StepContext) -> int:
+    """One row for each execution, in the transaction that commits the step."""
+    ctx.connection.exec_driver_sql(
+        f"INSERT INTO {ctx.input['table']} VALUES (%(key)s)", {"key": ctx.key}
+    )
+    if ctx.input.get("fail"):
+        raise ValueError("after the insert")
+    return 1
+
+
+@step
+def after_insert(ctx: StepContext) -> str:
+    return "done"
+
+
+transactional = Plan("transactional", [insert, after_insert])
+
+
+@step
+def returns_input(ctx: StepContext) -> Any:
+    """Returns what the input names, so that tests can return what is not JSON."""
+    return {"nan": float("nan"), "set": {1}, "nul": "a\0b", "big": "x" * 300_000}[ctx.input["what"]]
+
+
+bad_results = Plan("bad_results", [returns_input])
+
+
+@step
+def wait_for_file(ctx: StepContext) -> str:
+    """Looks for a cancel until the file of the input exists."""
+    Path(ctx.input["started"]).touch()
+    while not Path(ctx.input["go"]).exists():
+        ctx.raise_if_cancelled()
+    return "gone"
+
+
+patient = Plan("patient", [wait_for_file, first])
+
+ALL = [
+    *PLANS,
+    two_steps,
+    traces,
+    ledger,
+    retries,
+    fatally,
+    loop,
+    sleepy,
+    transactional,
+    bad_results,
+    patient,
+]
+
+app = App(Settings.from_env(), ALL)
