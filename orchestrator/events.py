@@ -9,8 +9,13 @@ from typing import Any, Self
 
 from orchestrator.errors import BadPayload
 
+NESTING = 100
+"""Levels of lists and objects in a value: every reader must get it back, on any Python's stack."""
+
 
 class EventType(StrEnum):
+    """What an event tells."""
+
     RUN_STARTED = "RunStarted"
     STEP_STARTED = "StepStarted"
     STEP_FINISHED = "StepFinished"
@@ -90,14 +95,17 @@ def encode(value: Any, *, where: str, limit: int) -> str:
     """A value as JSON text that Postgres can store.
 
     Raises BadPayload, naming the place, for what is not JSON, NaN and infinities, NUL characters,
-    and anything above `limit` bytes.
+    deep nesting, and anything above `limit` bytes.
     """
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
+        _check_nesting(value, where)
         path, reason = _offence(value, where)
         raise BadPayload(path, reason or f"cannot be stored as JSON: {error}") from error
+    if text.count("[") + text.count("{") > NESTING:
+        _check_nesting(value, where)
     # Twice the backslash: json.dumps writes the character NUL as the six characters \u0000.
     if "\\u0000" in text and (found := _offence(value, where))[1]:
         raise BadPayload(*found)
@@ -108,6 +116,25 @@ def encode(value: Any, *, where: str, limit: int) -> str:
             "store it elsewhere and keep a reference",
         )
     return text
+
+
+def _check_nesting(value: Any, where: str) -> None:
+    """Raises BadPayload for a value that is nested too deeply, or that holds itself."""
+    level = [value]
+    for _ in range(NESTING):
+        # By identity: one list that holds itself twice must not double with each level.
+        level = list(
+            {
+                id(item): item
+                for outer in level
+                if isinstance(outer, (list, tuple, dict))
+                for item in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(item, (list, tuple, dict))
+            }.values()
+        )
+        if not level:
+            return
+    raise BadPayload(where, f"holds itself, or is nested deeper than {NESTING} levels")
 
 
 def _offence(value: Any, path: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@ from enum import StrEnum
 
 
 class RunState(StrEnum):
+    """Where a run is in its life."""
+
     QUEUED = "queued"
     """Waits: for a worker, for its start time, or for the next attempt (`not_before`)."""
     RUNNING = "running"

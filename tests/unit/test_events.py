@@ -1,0 +1,118 @@
+"""Events and the encoding of what users hand in."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import BadPayload
+from orchestrator.events import Event, EventType, encode
+
+LIMIT = 1000
+
+# What JSON and Postgres can hold: no NUL, no lone surrogates, no NaN.
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | text
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+    max_leaves=12,
+)
+unstorable = st.sampled_from([math.nan, math.inf, -math.inf, "a\0b", "\ud800", {1}, b"x", object()])
+
+
+@given(values)
+def test_what_is_json_is_encoded_and_read_back_the_same(value):
+    assert json.loads(encode(value, where="x", limit=10**6)) == value
+
+
+@given(values, unstorable, st.lists(st.sampled_from(["k", 0]), max_size=5))
+def test_an_offence_is_found_at_any_depth_and_named(good, bad, path):
+    value, expected = bad, "x"
+    for place in path:
+        value = {"k": value, "other": good} if place == "k" else [value, good]
+    for place in reversed(path):
+        expected += ".k" if place == "k" else "[0]"
+
+    with pytest.raises(BadPayload) as raised:
+        encode(value, where="x", limit=10**6)
+
+    assert raised.value.where == expected
+
+
+@given(text.map(lambda tail: "\\u0000" + tail))
+def test_the_six_characters_that_spell_a_nul_are_no_nul(value):
+    assert json.loads(encode({"a": [value]}, where="x", limit=LIMIT)) == {"a": [value]}
+
+
+def test_a_nul_in_a_key_is_refused():
+    with pytest.raises(BadPayload, match=r"^input\.a has the key 'x\\x00', which holds a NUL"):
+        encode({"a": {"x\0": 1}}, where="input", limit=LIMIT)
+
+
+def test_the_limit_counts_bytes_not_characters():
+    assert encode("é" * 499, where="x", limit=LIMIT)
+    with pytest.raises(BadPayload, match=r"^x is 1002 bytes as JSON, the limit is 1000 "):
+        encode("é" * 500, where="x", limit=LIMIT)
+
+
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def holding_itself() -> list:
+    value: list = []
+    value += [value, value]
+    return value
+
+
+@pytest.mark.parametrize("make", [lambda: nested(101), lambda: nested(5000), holding_itself])
+def test_what_a_reader_could_not_read_back_is_refused(make):
+    with pytest.raises(BadPayload, match=r"^x holds itself, or is nested deeper than 100 levels$"):
+        encode(make(), where="x", limit=10**6)
+
+
+def test_a_hundred_levels_are_fine():
+    assert json.loads(encode(nested(100), where="x", limit=10**6)) == nested(100)
+    assert encode([{}] * 1000, where="x", limit=10**6)
+
+
+events = st.builds(
+    Event,
+    run_id=st.from_regex(r"[A-Za-z0-9._:-]{1,128}", fullmatch=True),
+    seq=st.integers(1, 2**31 - 1),
+    ts=st.integers(0, 2**53),
+    type=st.sampled_from([member.value for member in EventType]),
+    source=st.sampled_from(["api", "worker", "relay"]),
+    step=st.none() | text,
+    attempt=st.none() | st.integers(1, 100),
+    data=st.none() | st.dictionaries(text, values, max_size=3),
+    v=st.integers(1, 9),
+)
+
+
+@given(events)
+def test_an_event_survives_the_wire(event):
+    assert Event.from_json(json.dumps(event.to_dict())) == event
+
+
+@given(events)
+def test_members_that_a_newer_version_adds_are_ignored(event):
+    assert Event.from_dict(event.to_dict() | {"colour": "blue"}) == event
+
+
+@given(events)
+def test_absent_members_are_left_out(event):
+    assert None not in event.to_dict().values()
+    assert event.final == (event.type == "RunFinished")
