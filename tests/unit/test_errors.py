@@ -1,0 +1,83 @@
+"""Errors cross process borders, and every one is in the tree of its package."""
+
+import inspect
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+import jobs.dev
+import jobs.errors
+import jobs.services
+import orchestrator.errors
+import orchestrator.executor
+import orchestrator.plan
+import outbox.errors
+import outbox.faults
+
+MODULES = [
+    jobs.dev,
+    jobs.errors,
+    jobs.services,
+    orchestrator.errors,
+    orchestrator.executor,
+    orchestrator.plan,
+    outbox.errors,
+    outbox.faults,
+]
+
+
+def errors_of(module) -> Iterator[type[BaseException]]:
+    for found in vars(module).values():
+        if (
+            inspect.isclass(found)
+            and issubclass(found, BaseException)
+            and found.__module__ == module.__name__
+        ):
+            yield found
+
+
+ERRORS = [error for module in MODULES for error in errors_of(module)]
+
+
+def example(error: type[BaseException]) -> BaseException:
+    """An instance with a plausible argument for each parameter."""
+    if "__init__" not in vars(error):
+        return error("what happened")
+    samples = {"float": 1.5, "int": 7, "Exception": ValueError("inner"), "Sequence": ["b", "a"]}
+    arguments = []
+    for name, parameter in list(inspect.signature(error.__init__).parameters.items())[1:]:
+        kind = str(getattr(parameter.annotation, "__name__", parameter.annotation))
+        arguments.append(samples.get(kind.partition("[")[0], f"the {name}"))
+    return error(*arguments)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_an_error_survives_pickling_with_its_text_and_members(error):
+    before = example(error)
+
+    after = pickle.loads(pickle.dumps(before))
+
+    assert type(after) is error
+    assert str(after) == str(before)
+    assert vars(after).keys() == vars(before).keys()
+    assert str(before).strip()
+    assert "\n" not in str(before)
+
+
+@pytest.mark.parametrize(
+    "module", [jobs.errors, orchestrator.errors, outbox.errors], ids=lambda m: m.__name__
+)
+def test_the_tree_in_the_docstring_is_the_tree(module):
+    base, *leaves = errors_of(module)
+    drawn = [
+        line.split()[1] for line in module.__doc__.splitlines() if line.startswith(("├──", "└──"))
+    ]
+    assert base.__name__ in module.__doc__.splitlines()
+    assert sorted(drawn) == sorted(leaf.__name__ for leaf in leaves)
+    assert all(issubclass(leaf, base) for leaf in leaves)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_says_what_it_means(error):
+    assert error.__doc__

@@ -1,0 +1,34 @@
+"""How long to wait before trying again."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import retry
+from orchestrator.retry import Retry
+from outbox.backoff import Backoff
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1))
+def test_delays_grow_to_the_cap_and_jitter_only_takes_away(failures, jitter):
+    full = min(60.0, 1.0 * 2.0 ** min(failures - 1, 64))
+    delay = Backoff(initial=1, factor=2, cap=60, jitter=jitter).delay(failures)
+    assert full * (1 - jitter) <= delay <= full
+
+
+def test_a_retry_gives_up_after_its_last_attempt():
+    policy = retry(max_attempts=3, initial=10, backoff=2, cap=15, jitter=0)
+    assert [policy.delay(failures) for failures in (1, 2, 3)] == [10, 15, None]
+
+
+def test_a_step_is_tried_once_unless_told_otherwise():
+    assert Retry().delay(1) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_attempts": 0}, {"max_crashes": 0}, {"initial": -1}, {"backoff": 0.5}, {"jitter": 2}],
+)
+def test_a_policy_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match=r"need initial|at least one attempt"):
+        retry(**options)

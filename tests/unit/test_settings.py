@@ -1,0 +1,96 @@
+"""Settings: what the environment may say, and how a refusal reads."""
+
+import dataclasses
+
+import pytest
+
+from jobs import BadSetting, Settings
+from jobs.settings import engine_url, libpq_url, redact
+
+MINIMAL = {
+    "BEATLESS_DATABASE_URL": "postgresql://me:secret@db/app",
+    "BEATLESS_REDIS_URL": "redis://:secret@cache:6379/0",
+}
+
+
+def test_two_settings_are_enough():
+    settings = Settings.from_env(MINIMAL)
+    assert settings.listen_url == settings.database_url
+    assert settings.broker_url == settings.redis_url
+    assert (settings.schema, settings.prefix) == ("beatless", "beatless")
+    assert not settings.pooled
+
+
+def test_keyword_arguments_win_over_the_environment():
+    assert Settings.from_env(MINIMAL | {"BEATLESS_SCHEMA": "a"}, schema="b").schema == "b"
+
+
+def test_an_empty_variable_is_as_good_as_none():
+    assert Settings.from_env(MINIMAL | {"BEATLESS_LEASE_SECONDS": ""}).lease_seconds == 30
+
+
+def test_variables_of_others_are_not_ours():
+    assert Settings.from_env(MINIMAL | {"PATH": "/", "BEATLESS_TOKEN": "t"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("BEATLESS_DATABSE_URL", "postgresql://db/app", "is not a setting of beatless; remove it"),
+        ("BEATLESS_DATABASE_URL", "", "is not set; for example BEATLESS_DATABASE_URL=postgresql:"),
+        ("BEATLESS_REDIS_URL", "", "is not set; for example BEATLESS_REDIS_URL=redis:"),
+        ("BEATLESS_DATABASE_URL", "mysql://db/app", "starts with mysql://, not with postgresql://"),
+        ("BEATLESS_DATABASE_URL", "nonsense", "is not a URL"),
+        ("BEATLESS_LISTEN_URL", "postgresql+asyncpg://db/app", "not with postgresql://"),
+        ("BEATLESS_REDIS_URL", "http://cache", "is not a redis://"),
+        ("BEATLESS_SCHEMA", "Beatless", "is 'Beatless', which does not match"),
+        ("BEATLESS_SCHEMA", "a" * 32, "does not match"),
+        ("BEATLESS_SCHEMA", 'a"; DROP TABLE runs', "does not match"),
+        ("BEATLESS_SCHEMA", "a\n", "does not match"),
+        ("BEATLESS_PREFIX", "a:b", "does not match"),
+        ("BEATLESS_LEASE_SECONDS", "soon", "is 'soon', which is not a number"),
+        ("BEATLESS_LEASE_SECONDS", "0", "which is not a number above 0"),
+        ("BEATLESS_LEASE_SECONDS", "nan", "which is not a number above 0"),
+        ("BEATLESS_LEASE_SECONDS", "inf", "which is not a number above 0"),
+        ("BEATLESS_MAX_EVENT_BYTES", "1.5", "which is not a number"),
+        ("BEATLESS_RETENTION_DAYS", "-1", "which is not a number above 0"),
+        ("BEATLESS_FAULT", "nowhere", "no crash point 'nowhere': choose one of claim.committed"),
+        ("BEATLESS_FAULT", "step.before:explode", "no crash action 'explode'"),
+        ("BEATLESS_FAULT", "step.before@often", "is wrong"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_name_its_problem_and_an_example(name, value, problem):
+    with pytest.raises(BadSetting) as raised:
+        Settings.from_env(MINIMAL | {name: value})
+    assert str(raised.value).startswith(name)
+    assert problem in str(raised.value)
+    assert f"for example {name}=" in str(raised.value)
+
+
+def test_what_goes_to_another_process_comes_back_the_same():
+    settings = Settings.from_env(
+        MINIMAL
+        | {
+            "BEATLESS_LISTEN_URL": "postgresql://direct/app",
+            "BEATLESS_LEASE_SECONDS": "2.5",
+            "BEATLESS_FAULT": "step.before@2:kill",
+            "BEATLESS_MAX_EVENT_BYTES": "1000",
+        }
+    )
+    assert settings.pooled
+    assert Settings.from_env(settings.to_env()) == settings
+    assert Settings.from_env({}, **dataclasses.asdict(settings)) == settings
+
+
+def test_passwords_are_never_shown():
+    settings = Settings.from_env(MINIMAL)
+    assert "secret" not in repr(settings)
+    assert redact("amqp://me:secret@rabbit//") == "amqp://me:***@rabbit//"
+    assert redact(5) == 5
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_both_drivers_get_a_url_that_they_understand(scheme):
+    url = f"{scheme}://me:s%40cret@db:5433/app?sslmode=require"
+    assert engine_url(url).drivername == "postgresql+psycopg"
+    assert libpq_url(url) == "postgresql://me:s%40cret@db:5433/app?sslmode=require"
