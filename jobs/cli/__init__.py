@@ -54,7 +54,18 @@ OURS = (JobsError, OrchestratorError, OutboxError, exc.DBAPIError, psycopg.Error
 @click.pass_context
 def cli(context: click.Context, app: str | None, as_json: bool) -> None:
     """Durable, transactional, live-streamed runs for Celery."""
-    context.obj = Environment(app=app, as_json=as_json)
+    context.obj = Environment()
+    context.obj.named, context.obj.as_json = app, as_json
+
+
+def _json(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    if given:
+        context.ensure_object(Environment).as_json = True
+
+
+def _app(context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
+    if given is not None:
+        context.ensure_object(Environment).named = given
 
 
 for command in (
@@ -71,6 +82,11 @@ for command in (
     verify,
     worker,
 ):
+    # The global options are understood after the command as well: that is where people type them.
+    command.params += [
+        click.Option(["--app"], hidden=True, expose_value=False, callback=_app),
+        click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=_json),
+    ]
     cli.add_command(command)
 
 

@@ -27,13 +27,19 @@ SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 class Environment:
     """Made once for each command; loads the app when the command first asks for it."""
 
-    def __init__(self, *, app: str | None, as_json: bool) -> None:
-        self.as_json = as_json
+    def __init__(self) -> None:
+        self.as_json = False
+        self.named: str | None = None
+        """The app as the command line names it."""
         # No emoji codes: what runs carry is shown as it is.
-        self.out = Console(stderr=as_json, highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self._named = app
+        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
         self._app: App | None = None
+
+    @property
+    def out(self) -> Console:
+        """For the person: standard output, unless that is for JSON."""
+        return self.err if self.as_json else self._out
 
     @property
     def app(self) -> App:
@@ -46,14 +52,14 @@ class Environment:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
                 os.environ.update(Stack.settings_of_running(Path.cwd()))
-            name = self._named or os.environ.get("BEATLESS_APP", "")
+            name = self.named or os.environ.get("BEATLESS_APP", "")
             self._app = load(name) if name else App(settings(), PLANS)
         return self._app
 
     @property
     def app_name(self) -> str:
         """How another process finds the same app."""
-        return self._named or os.environ.get("BEATLESS_APP", "")
+        return self.named or os.environ.get("BEATLESS_APP", "")
 
     def document(self, value: Any) -> None:
         """One JSON document on stdout."""

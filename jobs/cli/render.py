@@ -1,7 +1,7 @@
 """How events and runs look to a person."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from orchestrator.events import Event, EventType
 from orchestrator.journal import Run
@@ -32,9 +31,14 @@ STATES = {
 }
 
 
+def plain(text: str) -> str:
+    """Text on one line, without what would command the terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
 def brief(value: Any, width: int = 72) -> str:
     """A value on one short line."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = plain(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -65,7 +69,7 @@ def line(event: Event, since: int) -> str:
     elapsed = (event.ts - since) / 1000
     style = STYLES.get(EventType(event.type), "") if event.type in list(EventType) else ""
     kind = f"[{style}]{event.type:<15}[/]" if style else f"{event.type:<15}"
-    text = escape(f"{event.step or ''}{attempt}  {facts(event)}".strip())
+    text = escape(plain(f"{event.step or ''}{attempt}  {facts(event)}".strip()))
     return f"[dim]{event.seq:>4}  {elapsed:>8.3f}s[/]  {kind}  {text}".rstrip()
 
 
@@ -74,10 +78,12 @@ def is_progress(event: Event) -> bool:
     return event.type == EventType.DEBUG_TRACE and (event.data or {}).get("name") == "progress"
 
 
-def follow(console: Console, events: Iterable[Event]) -> Event | None:
-    """Show events as they come, and a bar for a step that reports its progress; the last event."""
+def follow(console: Console, events: Iterable[Event], since: int = 0) -> Event | None:
+    """Show events as they come, and a bar for a step that reports its progress; the last event.
+
+    `since` is when the run began, in milliseconds; default: the time of the first event.
+    """
     last: Event | None = None
-    since = 0
     with bars(console) as (progress, tasks):
         for event in events:
             since = since or event.ts
@@ -129,26 +135,31 @@ def age(when: datetime | None) -> str:
     return f"{max(0.0, passed):.0f}s"
 
 
-def run_table(found: Iterable[Run]) -> Table:
-    """Runs as a table."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("run", "plan", "state", "queue", "events", "age"):
-        table.add_column(title, no_wrap=True)
-    for run in found:
-        state = f"[{STATES[run.state]}]{run.state}[/]"
-        table.add_row(
-            run.run_id, run.plan, state, run.queue, str(run.last_seq), age(run.created_at)
-        )
-    return table
+def run_table(found: Sequence[Run]) -> Iterator[str]:
+    """Runs as a table, one line each and never shortened: people pipe it into other commands."""
+    titles = ("run", "state", "plan", "queue", "events", "age")
+    rows = [
+        (run.run_id, run.state.value, run.plan, run.queue, str(run.last_seq), age(run.created_at))
+        for run in found
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    yield "[dim]" + _columns(titles, widths) + "[/]"
+    for row in rows:
+        yield _columns(row, widths).replace(row[1], f"[{STATES[row[1]]}]{row[1]}[/]", 1)
 
 
-def run_sheet(run: Run) -> Table:
-    """Everything about one run."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (escape(cell.ljust(width)) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(padded).rstrip()
+
+
+def run_sheet(run: Run) -> Iterator[str]:
+    """Everything about one run, a line for each member."""
     for name, value in run.to_dict().items():
-        if value is not None and value != {}:
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            table.add_row(name, escape(str(shown)))
-    return table
+        if value is None or value == {}:
+            continue
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        yield f"[dim]{name:<20}[/]{escape(plain(shown))}"
+    if run.error and "traceback" in run.error:
+        yield ""
+        yield escape(str(run.error["traceback"]).rstrip())

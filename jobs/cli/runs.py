@@ -12,6 +12,8 @@ from jobs.verify import verify as find_violations
 from orchestrator.events import Event
 from orchestrator.state import RunState
 
+TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit status 1 then.")
+
 
 @click.command()
 @click.argument("plan")
@@ -24,6 +26,7 @@ from orchestrator.state import RunState
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="Higher goes first.")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
+@TIMEOUT
 @click.pass_obj
 def start(
     env: Environment,
@@ -37,8 +40,10 @@ def start(
     priority: int,
     tags: tuple[str, ...],
     follow: bool,
+    timeout: str | None,
 ) -> None:
     """Start a run of PLAN; prints its id."""
+    limit = None if timeout is None else seconds(timeout)
     run = env.app.client.start_run(
         plan,
         json_input(input_),
@@ -57,28 +62,35 @@ def start(
         click.echo(run.run_id, err=True)
     else:
         click.echo(run.run_id)
-    follow_to_end(env, run.run_id, env.app.client.stream_run(run.run_id))
+    follow_to_end(env, run.run_id, env.app.client.stream_run(run.run_id, timeout=limit))
 
 
 @click.command()
 @click.argument("run")
 @click.option("--from-seq", type=click.IntRange(0), default=0, help="Only events after this one.")
 @click.option("--follow", is_flag=True, help="Go on until RunFinished.")
+@TIMEOUT
 @click.pass_obj
-def events(env: Environment, run: str, from_seq: int, follow: bool) -> None:
+def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str | None) -> None:
     """The events of RUN."""
     client = env.app.client
     if follow:
-        follow_to_end(env, run, client.stream_run(run, from_seq))
+        limit = None if timeout is None else seconds(timeout)
+        follow_to_end(env, run, client.stream_run(run, from_seq, timeout=limit))
         return
     stored = client.events(run, from_seq)
     if env.as_json:
         for event in stored:
             env.document(event.to_dict())
     else:
-        first = client.events(run, 0, limit=1)
+        began = beginning(env, run)
         for event in stored:
-            env.out.print(render.line(event, first[0].ts))
+            env.out.print(render.line(event, began))
+
+
+def beginning(env: Environment, run_id: str) -> int:
+    """When the run was accepted, in milliseconds."""
+    return round(env.app.client.get_run(run_id).created_at.timestamp() * 1000)
 
 
 def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> None:
@@ -87,7 +99,7 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
         for event in stream:
             env.document(event.to_dict())
     else:
-        render.follow(env.out, stream)
+        render.follow(env.out, stream, beginning(env, run_id))
     if env.app.client.get_run(run_id).state is not RunState.COMPLETED:
         raise click.exceptions.Exit(1)
 
@@ -98,7 +110,11 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
 def show(env: Environment, run: str) -> None:
     """Everything that is stored about RUN."""
     found = env.app.client.get_run(run)
-    env.document(found.to_dict()) if env.as_json else env.out.print(render.run_sheet(found))
+    if env.as_json:
+        env.document(found.to_dict())
+        return
+    for line in render.run_sheet(found):
+        env.out.print(line)
 
 
 @click.command()
@@ -124,7 +140,8 @@ def runs(
         for run in found:
             env.document(run.to_dict())
     else:
-        env.out.print(render.run_table(found))
+        for line in render.run_table(found):
+            env.out.print(line)
 
 
 @click.command()
@@ -137,7 +154,7 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
     if env.as_json:
         env.document(found.to_dict())
     elif found.cancel_requested_at is None:
-        click.echo(f"{run} had ended before: it is {found.state}")
+        click.echo(f"{run} had ended before: it has {found.state}")
     elif found.state is RunState.CANCELLED:
         click.echo(f"{run} is cancelled")
     else:
@@ -174,4 +191,4 @@ def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
             click.echo(str(violation))
     if found:
         raise click.exceptions.Exit(1)
-    env.note("every guarantee holds" if everything else f"every guarantee holds for {len(run)} run")
+    env.note(f"every guarantee holds for {'all runs' if everything else ', '.join(run)}")
