@@ -375,8 +375,12 @@ class Stack:
         self.stop()
 
     def _take_directory(self) -> None:
-        self._made_directory = not self.directory.exists()
         try:
+            # What a killed one has left is ours to remove as well.
+            self._made_directory = not self.directory.exists() or (
+                {path.name for path in self.directory.iterdir()}
+                == {"dev.lock", "ephemeral", "stack.json"}
+            )
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = (self.directory / "dev.lock").open("a+")
         except OSError as error:

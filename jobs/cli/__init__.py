@@ -102,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; its exit status."""
+    for place, argument in enumerate(arguments, 1):
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            return fail(f"argument {place} is not valid UTF-8", 2)
     try:
         status = cli.main(args=arguments, prog_name="beatless", standalone_mode=False)
     except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as ended:
@@ -123,8 +126,6 @@ def run(arguments: list[str]) -> int:
         return fail(said(error), 3)
     except OURS as error:
         return fail(said(error), 1)
-    except UnicodeError as error:
-        return fail(f"an argument is not valid text: {error}", 2)
     except OSError as error:
         return fail(said(error), 1)
     except Exception as error:

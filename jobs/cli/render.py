@@ -158,6 +158,8 @@ def run_sheet(run: Run) -> Iterator[str]:
     for name, value in run.to_dict().items():
         if value is None or value == {}:
             continue
+        if name == "error":
+            value = {member: fact for member, fact in value.items() if member != "traceback"}
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         yield f"[dim]{name:<20}[/]{escape(plain(shown))}"
     if run.error and "traceback" in run.error:
