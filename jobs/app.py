@@ -105,11 +105,11 @@ class App:
     def relay(self, **options: Any) -> Relay:
         """A relay for this app's schema; options are those of `Relay`."""
         return Relay(
-            connect=self.direct_connection,
-            queries=self.queries,
             events=RedisEventPublisher(self.redis(), self.settings.prefix),
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             **{
+                "connect": self.direct_connection,
+                "queries": self.queries,
                 "redispatch": self.settings.redispatch_seconds,
                 "faults": self.faults,
                 **options,

@@ -2,14 +2,14 @@
 
 Each test has a schema, a prefix, a NOTIFY channel, advisory keys and a Celery app of its own, named
 after the xdist worker and the number of the test. A test that leaves something outside of them
-fails. Nothing is started before a test asks for it.
+fails; what others have there is never touched. Nothing is started before a test asks for it.
 """
 
 import itertools
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jobs.settings import Settings, engine_url, libpq_url
 from jobs.testing import Kit
 from orchestrator.plan import Plan
 from orchestrator.tables import runs
+from outbox.message import SHARDS
 
 FAST = {
     # A test's data need not survive a power cut; a killed server keeps it all the same.
@@ -43,6 +44,8 @@ class Services:
 
     database_url: str
     redis_url: str
+    ours: bool
+    """Whether nobody else uses them, so that whatever is on them was left by a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,6 +75,7 @@ class SharedServices:
         node.workerinput["beatless"] = (
             self._services.database_url,
             self._services.redis_url,
+            self._services.ours,
         )
 
     def pytest_unconfigure(self) -> None:
@@ -88,12 +92,14 @@ def start_services(config: pytest.Config, stack: ExitStack) -> Services:
     """The servers that `--beatless-services` asks for, until the stack is closed."""
     if config.getoption("--beatless-services") == "external":
         settings = Settings.from_env()
-        return Services(database_url=settings.database_url, redis_url=settings.redis_url)
+        return Services(
+            database_url=settings.database_url, redis_url=settings.redis_url, ours=False
+        )
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
     extra = dict(line.split("=", 1) for line in config.getini("beatless_embedded_settings"))
     postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", settings=FAST | extra))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-    return Services(database_url=postgres.url, redis_url=valkey.url)
+    return Services(database_url=postgres.url, redis_url=valkey.url, ours=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +107,7 @@ def beatless_services(pytestconfig: pytest.Config) -> Iterator[Services]:
     """Postgres and Redis: shared by all xdist workers of a session, or given from outside."""
     shared = getattr(pytestconfig, "workerinput", {}).get("beatless")
     if shared is not None:
-        yield Services(database_url=shared[0], redis_url=shared[1])
+        yield Services(database_url=shared[0], redis_url=shared[1], ours=shared[2])
         return
     with ExitStack() as stack:
         yield start_services(pytestconfig, stack)
@@ -112,16 +118,30 @@ class Schemas:
 
     def __init__(self, services: Services, worker: str) -> None:
         self.services = services
-        self.worker = worker
         self.tests = itertools.count(1)
         self.connection = psycopg.connect(libpq_url(services.database_url), autocommit=True)
+        self.connection.execute("SET lock_timeout TO '3s'")
+        self.worker = self._claim_name(worker)
         self.redis = redis.Redis.from_url(services.redis_url)
+        self.reported = self._tables()
         self._numbers = itertools.count(1)
         self._free: list[str] = []
-        # Hears what is published under the default name and under this worker's names.
+        self._abandoned: list[str] = []
+        # Hears what is published under this worker's names, and under the default name.
         self.ear = self.redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
-        self.ear.psubscribe("beatless:*", f"t_{worker}_*")
+        self.ear.psubscribe(f"t_{self.worker}_*", *(["beatless:*"] if services.ours else []))
         self.heard()
+
+    def _claim_name(self, worker: str) -> str:
+        """A name that no other session on the same servers uses, for as long as ours lives."""
+        for number in itertools.count(1):
+            name = worker if number == 1 else f"{worker}x{number}"
+            row = self.connection.execute(
+                "SELECT pg_try_advisory_lock(hashtext('beatless tests'), hashtext(%s))", (name,)
+            ).fetchone()
+            if row and row[0]:
+                return name
+        raise AssertionError("unreachable")
 
     def take(self) -> str:
         if self._free:
@@ -133,10 +153,63 @@ class Schemas:
         engine.dispose()
         return schema
 
-    def give_back(self, schema: str) -> None:
+    def give_back(self, schema: str) -> list[str]:
+        """Empty the schema for the next test, or tell who still holds something of it."""
         tables = ", ".join(f'"{schema}".{table.name}' for table in runs.metadata.sorted_tables)
-        self.connection.execute(f"TRUNCATE {tables}".encode())
+        # A connection that was closed a moment ago still holds its locks: all of them are awaited.
+        clean = (
+            "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
+            f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
+            f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {tables}"
+        )
+        try:
+            self.connection.execute(clean.encode())
+        except psycopg.errors.LockNotAvailable:
+            self._abandoned.append(schema)
+            return self._holders(schema)
         self._free.append(schema)
+        return []
+
+    def _holders(self, schema: str) -> list[str]:
+        rows = self.connection.execute(
+            """
+SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
+ WHERE a.pid <> pg_backend_pid() AND a.backend_type = 'client backend' AND a.pid IN (
+   SELECT l.pid FROM pg_locks l LEFT JOIN pg_class c ON c.oid IN (l.relation, l.classid)
+    WHERE c.relnamespace = %s::regnamespace)""",
+            (f'"{schema}"',),
+        ).fetchall()
+        return [
+            f"a session of {name!r} ({state}) with a lock in the test's schema, last: {query[:200]}"
+            for name, state, query in rows
+        ]
+
+    def left_outside(self, prefix: str) -> list[str]:
+        """What has appeared outside of this test's names. Each is told once and left in place."""
+        ours = re.compile(rf"{re.escape(prefix)}[:.]")
+        # On servers that others use too, only names that this worker made can be judged.
+        mine = re.compile(rf"t_{re.escape(self.worker)}_\d+[:.]")
+        others = re.compile(r"t_\w+?_\d+[:.]")
+        found = [
+            f"the Redis key {name}"
+            for name in (key.decode(errors="replace") for key in self.redis.scan_iter(count=1000))
+            if not ours.match(name)
+            and (mine.match(name) or (self.services.ours and not others.match(name)))
+        ]
+        found += [f"a message on {name}" for name in sorted(self.heard()) if not ours.match(name)]
+        new = sorted({*found, *self._tables()} - self.reported)
+        self.reported |= {name for name in new if not name.startswith("a message")}
+        return new
+
+    def _tables(self) -> set[str]:
+        return {
+            f"the table {name}"
+            for (name,) in self.connection.execute(
+                "SELECT schemaname || '.' || tablename FROM pg_tables "
+                "WHERE schemaname = 'beatless' OR schemaname = 'public' AND tablename = ANY(%s)",
+                ([table.name for table in runs.metadata.sorted_tables],),
+            )
+        }
 
     def heard(self) -> set[str]:
         """The channels that something was published on since the last call."""
@@ -152,8 +225,10 @@ class Schemas:
         return channels
 
     def close(self) -> None:
-        for schema in self._free:
-            self.connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE'.encode())
+        for schema in (*self._free, *self._abandoned):
+            # Whoever held an abandoned one may hold it still; the next session drops it then.
+            with suppress(psycopg.errors.LockNotAvailable):
+                self.connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE'.encode())
         self.connection.close()
         self.ear.close()
         self.redis.close()
@@ -212,11 +287,16 @@ def beatless_app(
     app.celery.conf.broker_transport_options["polling_interval"] = 0.05
     yield app
     app.close()
-    try:
-        check_leaks(schemas, schema, prefix)
-    finally:
-        remove_keys(schemas.redis, f"{prefix}[:.]*")
-    schemas.give_back(schema)
+    # Even if the test failed: what it has left says more about why.
+    problems = schemas.left_outside(prefix)
+    remove_keys(schemas.redis, f"{prefix}[:.]*")
+    problems += schemas.give_back(schema)
+    if problems:
+        pytest.fail(
+            "this test, or one that ran beside it, left something outside of its own names:\n  "
+            + "\n  ".join(problems),
+            pytrace=False,
+        )
 
 
 @pytest.fixture
@@ -226,41 +306,6 @@ def beatless(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
     kit = Kit(beatless_app, run_prefix=f"test-{prefix}", directory=tmp_path)
     yield kit
     kit.close()
-
-
-def check_leaks(schemas: Schemas, schema: str, prefix: str) -> None:
-    """Fail the test that wrote, published or kept a lock outside of its own names."""
-    problems = []
-    ours = re.compile(rf"{re.escape(prefix)}[:.]")
-    others = re.compile(rf"t_(?!{schemas.worker}_)\w+?_\d+[:.]")
-    for key in schemas.redis.scan_iter(count=1000):
-        name = key.decode(errors="replace")
-        if not ours.match(name) and not others.match(name):
-            problems.append(f"Redis key {name}")
-            schemas.redis.unlink(key)
-    problems += [
-        f"message published on {channel}"
-        for channel in sorted(schemas.heard())
-        if not ours.match(channel)
-    ]
-    for table in ("public", "beatless"):
-        row = schemas.connection.execute("SELECT to_regclass(%s)", (f"{table}.runs",)).fetchone()
-        if row and row[0] is not None:
-            problems.append(f"table {row[0]}")
-    problems += [
-        f"a session of {name} ({state}) still holds a lock of the test's relay"
-        for name, state in schemas.connection.execute(
-            "SELECT a.application_name, a.state FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted"
-            "   AND l.classid IN (%s::regclass, %s::regclass)",
-            (f'"{schema}".run_outbox', f'"{schema}".dispatches'),
-        ).fetchall()
-    ]
-    if problems:
-        pytest.fail(
-            "the test left something outside of its own names:\n  " + "\n  ".join(problems),
-            pytrace=False,
-        )
 
 
 def remove_keys(client: "redis.Redis", pattern: str) -> None:

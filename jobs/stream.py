@@ -241,12 +241,16 @@ class Subscription:
         self._channel = channel
         self._pubsub: Any = None
         self._redis: redis.Redis | None = None
-        self._fresh = False
+        self._backoff = Backoff(initial=0.5, cap=10.0)
+        self._failures = 0
+        self._retry_at = 0.0
 
     def ensure(self) -> bool:
         """Subscribe, if we are not, and wait for the acknowledgement; False without Redis."""
         if self._pubsub is not None:
             return True
+        if monotonic() < self._retry_at:
+            return False
         try:
             self._redis = self._client()
             # Without retries a lost connection is an error; with them redis-py reconnects in
@@ -256,7 +260,7 @@ class Subscription:
             pubsub.subscribe(self._channel)
             while (message := pubsub.get_message(timeout=5.0)) is not None:
                 if message["type"] == "subscribe":
-                    self._pubsub = pubsub
+                    self._pubsub, self._failures = pubsub, 0
                     return True
         except (RedisError, OSError) as error:
             logger.warning(
@@ -264,6 +268,8 @@ class Subscription:
                 extra={"action": "stream_without_redis", "reason": str(error)},
             )
         self.close()
+        self._failures += 1
+        self._retry_at = monotonic() + self._backoff.delay(self._failures)
         return False
 
     def next(self, timeout: float) -> list[Event] | None:
@@ -302,16 +308,15 @@ class Hub:
         return Mailbox(self, channel_for(self._prefix, run_id))
 
     async def add(self, mailbox: "Mailbox") -> None:
-        boxes = self._mailboxes.setdefault(mailbox.channel, set())
-        boxes.add(mailbox)
+        self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read(), name="beatless-streams")
-        elif len(boxes) == 1 and self._pubsub is not None:
-            # The reader sees the same error and subscribes to everything again.
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(mailbox.channel)
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
+        elif self._pubsub is not None:
+            # If this fails, the reader sees the same error and subscribes to everything again.
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.subscribe(mailbox.channel)
 
     async def remove(self, mailbox: "Mailbox") -> None:
         boxes = self._mailboxes.get(mailbox.channel, set())
@@ -340,7 +345,11 @@ class Hub:
             client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
             pubsub = client.pubsub()
             try:
-                await pubsub.subscribe(*self._mailboxes)
+                asked: set[str] = set()
+                # Others may come while we wait for the connection: they count on us until then.
+                while late := self._mailboxes.keys() - asked:
+                    await pubsub.subscribe(*late)
+                    asked |= late
                 self._pubsub = pubsub
                 while self._mailboxes:
                     message = await pubsub.get_message(timeout=None)

@@ -126,6 +126,8 @@ class Kit:
             self.forget_worker()
         else:
             raise AssertionError(f"the crash point {at} was not reached {nth} times")
+        finally:
+            self.app.faults.disarm(at)
 
     def executor(self) -> Executor:
         """The worker of `work_once` and `step`."""
@@ -268,7 +270,7 @@ class Kit:
         """End the test's processes and close its connections."""
         for child in self._children:
             child.terminate()
-        deadline = monotonic() + 10
+        deadline = monotonic() + 3
         for child in self._children:
             child.reap(deadline)
         self.forget_worker()

@@ -71,6 +71,8 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
         "enable_utc": True,
         "timezone": "UTC",
         "worker_proc_alive_timeout": 60,
+        # A killed child keeps its place in the pool so long, for a result that nobody reads here.
+        "worker_lost_wait": 0.5,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,

@@ -34,6 +34,9 @@ T = TypeVar("T")
 SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
 
+CONNECTION_LOST = "beatless.connection_lost"
+"""The trace of a transaction that Postgres took back: its attempt is made again."""
+
 TRACEBACK_LIMIT = 4000
 """Characters of a traceback that are kept with a failure: its end, where the reason is."""
 
@@ -269,7 +272,7 @@ class Execution:
             self._settle(self._give_back("unknown_step", delay=5.0))
             return None
 
-    def _attempt(self, progress: Progress) -> Progress | None:
+    def _attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Progress | None:
         """Start the next attempt of where the run is; None if there is none to start."""
         if progress.step is None:
             self._settle(self._completed([], None))
@@ -277,14 +280,14 @@ class Execution:
         if progress.crashes >= progress.step.retry.max_crashes:
             self._settle(self._poisoned(progress))
             return None
-        return progress if self._start(progress) else None
+        return progress if self._start(progress, before) else None
 
-    def _start(self, progress: Progress) -> bool:
+    def _start(self, progress: Progress, before: Sequence[NewEvent]) -> bool:
         """Count an attempt before its body runs; False if the run was cancelled instead."""
         progress.starts += 1
         started = self._event(EventType.STEP_STARTED, progress)
         return not self._settle(
-            Settlement(events=[started], state=RunState.RUNNING, **self._cancelled([]))
+            Settlement(events=[*before, started], state=RunState.RUNNING, **self._cancelled(before))
         ).cancelled
 
     def _take_step(self, progress: Progress, step: Step) -> Progress | None:
@@ -596,7 +599,8 @@ class Execution:
         progress = self._fold()
         if progress is None or seen.written:
             return progress
-        return self._attempt(progress)
+        lost = self._event(EventType.DEBUG_TRACE, progress, name=CONNECTION_LOST)
+        return self._attempt(progress, [lost])
 
     def _cancel_requested(self) -> bool:
         self._patiently(self._look)

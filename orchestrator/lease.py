@@ -202,7 +202,10 @@ class Heartbeat:
         with self._changed:
             held = list(self._by_id.values())
         for lease in held:
-            if not self._leases.extend(connection, lease):
+            if self._leases.extend(connection, lease):
+                continue
+            self.release(lease)
+            if not self._leases.look(connection, lease, 0).state.final:
                 logger.warning(
                     "lease lost while its step runs",
                     extra={
@@ -211,7 +214,6 @@ class Heartbeat:
                         "token": lease.token,
                     },
                 )
-                self.release(lease)
 
     def _run(self) -> None:
         connection: Connection | None = None

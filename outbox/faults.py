@@ -55,6 +55,10 @@ class CrashPoints:
         self._armed[point] = (nth, action)
         self._passes[point] = 0
 
+    def disarm(self, point: str) -> None:
+        """Do not crash there after all."""
+        self._armed.pop(point, None)
+
     def reach(self, point: str) -> None:
         """Say that this point was passed."""
         if not self._armed:

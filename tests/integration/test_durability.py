@@ -1,0 +1,313 @@
+"""A worker dies at any point; the run goes on as if nothing had happened."""
+
+import json
+import logging
+import threading
+from collections import Counter
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from jobs import App, LeaseLost, RunState
+from jobs.testing import Kit
+from orchestrator.events import EventType
+from orchestrator.journal import Settlement
+from orchestrator.lease import Heartbeat
+from outbox.faults import CrashPoints
+
+POINTS = ("claim.committed", "step.before", "step.effect_done", "step.committed", "task.before_ack")
+
+
+def begun(ledger: Path) -> Counter[str]:
+    if not ledger.exists():
+        return Counter()
+    return Counter(json.loads(line)["step"] for line in ledger.read_text().splitlines())
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_at_any_point_of_any_step_loses_and_doubles_nothing(
+    beatless: Kit, tmp_path: Path, point: str, nth: int
+) -> None:
+    if point in ("claim.committed", "task.before_ack") and nth > 1:
+        nth = 1  # passed once in a run that nothing else disturbs
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("ledger", {"ledger": str(ledger)})
+
+    with beatless.crash(at=point, nth=nth):
+        beatless.work_until_idle()
+    finished = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
+    before = begun(ledger)
+    assert beatless.work_until_idle() <= 1  # the dead worker's lease still holds
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == "abc"
+    after = begun(ledger)
+    for step in finished:
+        assert after[step] == before[step], f"{step} had finished and was begun again"
+    for step in "abc":
+        assert after[step] <= 2
+    beatless.verify()
+
+
+def test_the_key_of_a_step_is_the_same_in_every_attempt(beatless: Kit, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("ledger", {"ledger": str(ledger)})
+    with beatless.crash(at="step.effect_done"):
+        beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [line["key"] for line in lines[:2]] == [f"{run.run_id}:a"] * 2
+
+
+@pytest.mark.parametrize("point", ["step.before", "step.effect_done", "step.committed"])
+def test_a_transactional_step_has_its_effect_exactly_once(
+    beatless: Kit, postgres: psycopg.Connection, point: str
+) -> None:
+    table = f"{beatless.app.settings.schema}.effects"
+    postgres.execute("CREATE TABLE effects (key text)")
+    run = beatless.start_run("transactional", {"table": table})
+
+    with beatless.crash(at=point):
+        beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    assert postgres.execute("SELECT key FROM effects").fetchall() == [(f"{run.run_id}:insert",)]
+    postgres.execute("DROP TABLE effects")
+    beatless.verify()
+
+
+def test_a_failed_transactional_step_leaves_no_row(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("CREATE TABLE effects (key text)")
+    table = f"{beatless.app.settings.schema}.effects"
+    run = beatless.start_run("transactional", {"table": table, "fail": True})
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.FAILED
+    assert postgres.execute("SELECT count(*) FROM effects").fetchone() == (0,)
+    postgres.execute("DROP TABLE effects")
+
+
+def test_a_poison_step_ends_as_a_failed_run_with_its_reason(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    for _ in range(5):
+        with beatless.crash(at="step.before"):
+            beatless.work_until_idle()
+        beatless.advance(60)
+    beatless.work_until_idle()
+
+    failed = beatless.client.get_run(run.run_id)
+    assert failed.state is RunState.FAILED
+    assert failed.error["message"] == "step first ended its process 5 times"
+    beatless.verify()
+
+
+def test_a_frozen_worker_that_wakes_up_writes_nothing(
+    beatless: Kit, beatless_app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.before"):  # as if it was stopped there
+        beatless.work_until_idle()
+    token = 1
+    beatless.advance(60)
+    beatless.step(run.run_id)  # another worker takes over
+    before = beatless.client.events(run.run_id)
+
+    connection = beatless_app.executors.connect()
+    event = beatless_app.journal.new_event(EventType.DEBUG_TRACE, where="x", name="zombie")
+    settlement = Settlement(events=[event], state=RunState.COMPLETED, result="0")
+    assert beatless_app.journal.append(connection, run.run_id, token, [event]) is None
+    assert beatless_app.journal.settle(connection, run.run_id, token, settlement) is None
+    connection.close()
+
+    assert beatless.client.events(run.run_id) == before
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == "one two"
+    beatless.verify()
+
+
+def test_an_executor_that_lost_its_lease_stops_and_says_so(
+    beatless: Kit, beatless_app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step of the first worker lets time pass, and a second worker finish the run."""
+    caplog.set_level(logging.WARNING)
+    run = beatless.start_run("traces", {"traces": 1})
+    second = beatless_app.executors.new()
+    original = beatless_app.journal.append
+
+    def overtaken(*arguments, **named):
+        beatless_app.journal.append = original
+        beatless.advance(60)
+        assert second.execute(beatless_app.plans["traces"], run.run_id, 9) is True
+        return original(*arguments, **named)
+
+    beatless_app.journal.append = overtaken
+    beatless.work_once()
+    second.disconnect()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    assert "lease lost: another worker has the run, nothing was written" in caplog.messages
+    beatless.verify()
+
+
+def test_a_heartbeat_keeps_the_lease_and_brings_the_cancel(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    leases, connection = beatless_app.leases, beatless_app.executors.connect()
+    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+    heartbeat = Heartbeat(leases, beatless_app.executors.connect)
+    heartbeat.hold(lease)
+
+    beatless.advance(29)
+    heartbeat.once(connection)
+    left = "extract(epoch FROM {} - clock_timestamp())"
+    for table, column in (("runs", "lease_expires_at"), ("dispatches", "due_at")):
+        row = postgres.execute(f"SELECT {left.format(column)} FROM {table}").fetchone()
+        assert 25 < row[0] <= 30
+    assert not lease.cancelled
+
+    beatless.client.cancel_run(run.run_id)
+    heartbeat.once(connection)
+    assert lease.cancelled
+
+    postgres.execute("UPDATE runs SET lease_token = lease_token + 1")
+    heartbeat.once(connection)
+    assert lease.lost
+    heartbeat.stop()
+    connection.close()
+
+
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 0.2}])
+def test_the_heartbeat_thread_beats_by_itself(beatless: Kit, beatless_app: App) -> None:
+    beats = threading.Semaphore(0)
+
+    class Counting(Heartbeat):
+        def once(self, connection) -> None:
+            super().once(connection)
+            beats.release()
+
+    run = beatless.start_run("two_steps")
+    connection = beatless_app.executors.connect()
+    lease = beatless_app.leases.claim(
+        connection, run.run_id, worker="w", first_step="first", dispatch=1
+    )
+    heartbeat = Counting(beatless_app.leases, beatless_app.executors.connect)
+    heartbeat.hold(lease)
+    for _ in range(4):
+        assert beats.acquire(timeout=10)
+    assert not lease.lost
+    heartbeat.release(lease)
+    heartbeat.stop()
+    connection.close()
+
+
+def test_a_worker_without_the_step_gives_the_run_back(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("loop", {"turns": 3})
+    beatless.step(run.run_id)
+    older = beatless_app.plans["two_steps"]
+
+    beatless.executor().execute(older, run.run_id, 1)
+
+    assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+    beatless.advance(6)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == "stopped after 3"
+
+
+def test_a_terminated_connection_in_the_middle_of_a_step_is_survived(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """The backend is gone before the append; the executor looks, sees nothing, and repeats."""
+    run = beatless.start_run("traces", {"traces": 3})
+    original = beatless_app.journal.append
+
+    def cut(connection, *arguments):
+        beatless_app.journal.append = original
+        pid = connection.info.backend_pid
+        postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        return original(connection, *arguments)
+
+    beatless_app.journal.append = cut
+    beatless.work_until_idle()
+
+    events = beatless.client.events(run.run_id)
+    assert [e.data["number"] for e in events if e.type == "DebugTrace"] == [0, 1, 2]
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+@pytest.mark.parametrize("which", ["append", "settle"])
+def test_a_commit_whose_answer_was_lost_is_not_repeated(
+    beatless: Kit, beatless_app: App, which: str
+) -> None:
+    """The classic double: the write was committed, and the writer was told that it failed."""
+    run = beatless.start_run("traces", {"traces": 3})
+    original = getattr(beatless_app.journal, which)
+
+    def lose_answer(*arguments):
+        setattr(beatless_app.journal, which, original)
+        original(*arguments)
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    setattr(beatless_app.journal, which, lose_answer)
+    beatless.work_until_idle()
+
+    events = beatless.client.events(run.run_id)
+    assert [e.data["number"] for e in events if e.type == "DebugTrace"] == [0, 1, 2]
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_a_lost_commit_of_a_transactional_step_is_looked_up(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("CREATE TABLE effects (key text)")
+    table = f"{beatless_app.settings.schema}.effects"
+    run = beatless.start_run("transactional", {"table": table})
+    original = beatless_app.journal.settle
+
+    def cut(connection, *arguments):
+        beatless_app.journal.settle = original
+        found = original(connection, *arguments)
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        return found
+
+    beatless_app.journal.settle = cut
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    assert postgres.execute("SELECT count(*) FROM effects").fetchone() == (1,)
+    attempts = [e.attempt for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
+    assert attempts == [1, 2, 1]  # it was not committed, so the step was tried again
+    postgres.execute("DROP TABLE effects")
+    beatless.verify()
+
+
+def test_crash_points_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no crash point 'step\.never'"):
+        CrashPoints("step.never@1:kill")
+    with pytest.raises(ValueError, match="choose kill or raise"):
+        CrashPoints("step.before@1:explode")
+
+
+def test_a_crash_that_never_happens_fails_the_test(beatless: Kit) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"step.before was not reached"),
+        beatless.crash(at="step.before"),
+    ):
+        pass
+
+
+def test_a_lease_lost_error_names_the_run() -> None:
+    assert "lease 3 on run r" in str(LeaseLost("r", 3))

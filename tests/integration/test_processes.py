@@ -1,0 +1,137 @@
+"""Real workers and relays as processes, killed with SIGKILL."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from jobs import App, RunState
+from jobs.client import RunRequest
+from jobs.testing import Kit
+
+APP = "tests.plans:app"
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    """Short, because these tests wait for real time to pass."""
+    return {"lease_seconds": 1, "redispatch_seconds": 1}
+
+
+def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_path: Path) -> None:
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("ledger", {"ledger": str(ledger), "kills": 2})
+
+    finished = beatless.wait_for_run_completion(run.run_id)
+
+    assert finished.result == "abc"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert Counter(line["step"] for line in lines) == {"a": 1, "b": 3, "c": 1}
+    assert len({line["pid"] for line in lines}) >= 3
+    beatless.verify()
+
+
+def test_kill_9_of_the_whole_worker_lets_another_finish(
+    beatless: Kit, beatless_app: App, tmp_path: Path
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    started, go = tmp_path / "started", tmp_path / "go"
+    run = beatless.start_run("patient", {"started": str(started), "go": str(go)})
+    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    while next(stream).type != "StepStarted":
+        pass
+
+    worker.kill()
+    go.touch()
+    beatless.worker_process(APP)
+
+    assert beatless.wait_for_run_completion(run.run_id).result == "one"
+    assert beatless.client.get_run(run.run_id).attempt == 2
+    assert [event.seq for event in stream][-1] == len(beatless.client.events(run.run_id))
+    beatless.verify()
+
+
+def test_a_relay_killed_and_restarted_goes_on_where_it_was(beatless: Kit) -> None:
+    relay = beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    first = beatless.start_run("agents.run")
+    beatless.wait_for_run_completion(first.run_id)
+
+    relay.kill()
+    runs = beatless.client.start_runs([RunRequest(plan="agents.run") for _ in range(20)])
+    beatless.relay_process(APP)
+
+    for run in runs:
+        assert len(beatless.collect_stream(run.run_id)) == 13
+    beatless.wait_for_outbox_flush(runs[-1].run_id)
+    beatless.verify()
+
+
+def test_a_standby_relay_takes_over_from_a_killed_one(beatless: Kit) -> None:
+    relay = beatless.relay_process(APP)
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+
+    relay.kill()
+
+    for run in beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(20)]):
+        assert beatless.wait_for_run_completion(run.run_id).result == "one two"
+    beatless.verify()
+
+
+def test_a_cancel_reaches_a_step_that_looks_for_it(beatless: Kit, tmp_path: Path) -> None:
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    run = beatless.start_run(
+        "patient", {"started": str(tmp_path / "started"), "go": str(tmp_path / "never")}
+    )
+    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    while next(stream).type != "StepStarted":
+        pass
+
+    beatless.client.cancel_run(run.run_id)
+
+    assert [event.type for event in stream] == ["CancelRequested", "StepFailed", "RunFinished"]
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    started, go = tmp_path / "started", tmp_path / "go"
+    run = beatless.start_run("patient", {"started": str(started), "go": str(go)})
+    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    while next(stream).type != "StepStarted":
+        pass
+
+    os.kill(worker.pid, signal.SIGTERM)
+    go.touch()
+    beatless.worker_process(APP)
+
+    assert beatless.wait_for_run_completion(run.run_id).result == "one"
+    beatless.verify()
+
+
+def test_a_broker_that_lost_everything_is_filled_again(beatless: Kit, beatless_app: App) -> None:
+    runs = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(10)])
+    beatless.drain_outbox_once()
+    client = beatless_app.redis()
+    lost = list(client.scan_iter(match=f"{beatless_app.settings.prefix}:*"))
+    assert client.unlink(*lost) > 0
+    client.close()
+
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+
+    for run in runs:
+        assert beatless.wait_for_run_completion(run.run_id).result == "one two"
+    beatless.verify()

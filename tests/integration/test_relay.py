@@ -1,0 +1,474 @@
+"""The relay: order, doors, doorbell, shards, takeover. Real Postgres and Redis, no worker."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import App
+from jobs.client import RunRequest
+from jobs.settings import libpq_url
+from jobs.stream import parse
+from jobs.testing import Kit
+from outbox.backoff import Backoff
+from outbox.doorbell import DirectConnection
+from outbox.errors import (
+    DirectConnectionRequired,
+    PublishFailed,
+    PublishRefused,
+    SchemaMissing,
+)
+from outbox.message import SHARDS, shard_of
+from outbox.queries import Queries, channel_of
+from outbox.relay import STRIKES, Relay
+
+QUICK = Backoff(initial=0.01, cap=0.05)
+
+
+class Announcements:
+    """What a relay announced, to be waited for."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self._news = threading.Condition()
+
+    def __call__(self, name: str, facts: dict[str, Any]) -> None:
+        with self._news:
+            self.seen.append((name, facts))
+            self._news.notify_all()
+
+    def wait(self, name: str, count: int = 1) -> dict[str, Any]:
+        with self._news:
+            assert self._news.wait_for(lambda: len(self.all(name)) >= count, timeout=20), (
+                f"{name} not announced {count} times: {self.seen[-20:]}"
+            )
+            return self.all(name)[count - 1]
+
+    def wait_until(self, condition) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: condition(self.seen), timeout=20), self.seen[-20:]
+
+    def all(self, name: str) -> list[dict[str, Any]]:
+        return [facts for seen, facts in self.seen if seen == name]
+
+
+class Door:
+    """A publisher that records, and fails when told to. The real ones have tests of their own."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.error: Exception | None = None
+        self.refused: set[str] = set()
+
+    def publish(self, messages) -> None:
+        if self.error is not None:
+            raise self.error
+        if any(message.run_id in self.refused for message in messages):
+            raise PublishRefused("Redis", "too big")
+        self.batches.append(list(messages))
+
+    @property
+    def messages(self) -> list[Any]:
+        return [message for batch in self.batches for message in batch]
+
+
+def seqs(door: Door) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for message in door.messages:
+        found[message.run_id] += [event.seq for event in parse(message.body)]
+    return found
+
+
+@pytest.fixture
+def doors() -> tuple[Door, Door]:
+    return Door(), Door()
+
+
+def recording(app: App, doors: tuple[Door, Door], **options) -> Relay:
+    return Relay(
+        connect=app.direct_connection,
+        queries=app.queries,
+        events=doors[0],
+        tasks=doors[1],
+        **{"backoff": QUICK, **options},
+    )
+
+
+@contextmanager
+def running(app: App, **options) -> Iterator[tuple[Relay, Announcements]]:
+    announcements = Announcements()
+    relay = app.relay(observer=announcements, backoff=QUICK, **options)
+    relay.start()
+    try:
+        announcements.wait("relay_asleep")
+        yield relay, announcements
+    finally:
+        relay.stop()
+
+
+def pending(postgres: psycopg.Connection) -> int:
+    return postgres.execute("SELECT count(*) FROM run_outbox").fetchone()[0]
+
+
+def test_outbox_publishes_in_order_with_seeded_rows_and_no_worker(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, doors
+) -> None:
+    runs = beatless.client.start_runs([RunRequest(plan="loop", input={"turns": 5})] * 20)
+    for _ in range(3):
+        for run in runs:
+            beatless.step(run.run_id)
+    relay = recording(beatless_app, doors)
+
+    waiting = pending(postgres)
+    assert relay.drain_once() == waiting + 20  # each run is also due again
+
+    for run in runs:
+        last = beatless.client.get_run(run.run_id).last_seq
+        assert seqs(doors[0])[run.run_id] == list(range(1, last + 1))
+    assert pending(postgres) == 0
+    assert relay.drain_once() == 0
+    relay.stop()
+
+
+def test_a_drain_of_one_run_leaves_the_others(beatless: Kit, beatless_app: App, doors) -> None:
+    one, other = beatless.start_run("two_steps"), beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+
+    assert relay.drain_once(one.run_id) == 2
+
+    assert {message.run_id for message in doors[0].messages} == {one.run_id}
+    assert {message.run_id for message in doors[1].messages} == {one.run_id}
+    assert relay.drain_once() == 2
+    assert {message.run_id for message in doors[0].messages} == {one.run_id, other.run_id}
+    relay.stop()
+
+
+def test_a_task_message_names_plan_queue_run_and_attempt(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    run = beatless.start_run("two_steps", queue="mail")
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    beatless.advance(16)  # nobody claimed it: it is sent again
+    relay.drain_once()
+    relay.stop()
+
+    assert [(m.task, m.queue, m.run_id, m.attempt, m.task_id) for m in doors[1].messages] == [
+        ("two_steps", "mail", run.run_id, 1, f"{run.run_id}.1"),
+        ("two_steps", "mail", run.run_id, 2, f"{run.run_id}.2"),
+    ]
+
+
+def test_a_claimed_run_is_not_sent_again_before_its_lease_ends(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="claim.committed"):
+        beatless.work_until_idle()
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    assert doors[1].messages == []
+
+    beatless.advance(31)
+    relay.drain_once()
+    relay.stop()
+    assert [message.run_id for message in doors[1].messages] == [run.run_id]
+
+
+def test_the_broker_holds_few_messages_and_priority_is_decided_in_sql(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    requests = [RunRequest(plan="two_steps", priority=n % 2) for n in range(300)]
+    beatless.client.start_runs(requests)
+    relay = recording(beatless_app, doors)
+
+    relay.drain_once()
+    relay.stop()
+
+    assert len(doors[1].messages) == 64
+    high = postgres.execute(
+        "SELECT count(*) FROM dispatches WHERE state = 'sent' AND priority = 1"
+    ).fetchone()
+    assert high == (64,)
+
+
+def test_a_paused_queue_is_skipped_and_holds_nobody_up(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("INSERT INTO queues (name, paused_at) VALUES ('stuck', now())")
+    beatless.client.start_runs([RunRequest(plan="two_steps", queue="stuck") for _ in range(100)])
+    free = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+
+    relay.drain_once()
+
+    assert [message.run_id for message in doors[1].messages] == [free.run_id]
+    postgres.execute("UPDATE queues SET paused_at = NULL")
+    relay.drain_once()
+    relay.stop()
+    assert len(doors[1].messages) == 65
+
+
+def test_a_closed_event_door_does_not_stop_dispatches(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    doors[0].error = PublishFailed("Redis", "gone")
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+
+    assert [message.run_id for message in doors[1].messages] == [run.run_id]
+    assert pending(postgres) == 1
+    doors[0].error = None
+    until(lambda: relay.drain_once() > 0)
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1]}
+
+
+def test_a_closed_task_door_does_not_stop_events(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    doors[1].error = PublishFailed("the broker", "gone")
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+
+    assert seqs(doors[0]) == {run.run_id: [1]}
+    assert postgres.execute("SELECT state FROM dispatches").fetchone() == ("waiting",)
+    doors[1].error = None
+    until(lambda: relay.drain_once() > 0)
+    relay.stop()
+    assert [message.run_id for message in doors[1].messages] == [run.run_id]
+
+
+def until(condition) -> None:
+    """Wait for a back-off of some hundredths of a second to pass."""
+    ticking = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        ticking.wait(0.01)
+    raise AssertionError("it did not come true within 10 s")
+
+
+def test_what_a_broker_held_is_sent_again_when_it_is_back(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    doors[1].error = PublishFailed("the broker", "restarted empty")
+    other = beatless.start_run("two_steps")
+    relay.drain_once()
+    doors[1].error = None
+
+    until(lambda: relay.drain_once() > 0)
+    relay.stop()
+
+    sent = [(message.run_id, message.attempt) for message in doors[1].messages]
+    assert sorted(sent) == [(run.run_id, 1), (run.run_id, 2), (other.run_id, 1)]
+
+
+def test_a_refused_message_is_parked_and_the_others_flow(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    bad = beatless.start_run("two_steps")
+    doors[0].refused.add(bad.run_id)
+    relay = recording(beatless_app, doors)
+    good = []
+    for _ in range(STRIKES):
+        good.append(beatless.start_run("two_steps").run_id)
+        relay.drain_once()
+    until(lambda: relay.drain_once() >= 0 and pending(postgres) == 0)
+    relay.stop()
+
+    assert set(seqs(doors[0])) == set(good)
+    kind, run_id, reason = postgres.execute(
+        "SELECT kind, run_id, reason FROM dead_letters"
+    ).fetchone()
+    assert (kind, run_id) == ("event", bad.run_id)
+    assert "too big" in reason
+    assert len(beatless.client.events(bad.run_id)) == 1  # viewers still get it from the journal
+
+
+def test_a_relay_that_dies_after_publishing_publishes_again(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    run = beatless.start_run("two_steps")
+    dying = recording(beatless_app, doors, faults=beatless_app.faults)
+    with beatless.crash(at="relay.after_publish"):
+        dying.drain_once()
+    dying.stop()
+
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1, 1]}  # doubled on the wire, dropped by the cursor
+
+
+def test_a_relay_that_dies_before_publishing_loses_nothing(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    run = beatless.start_run("two_steps")
+    dying = recording(beatless_app, doors, faults=beatless_app.faults)
+    with beatless.crash(at="relay.after_claim"):
+        dying.drain_once()
+    dying.stop()
+
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1]}
+
+
+def test_a_sleeping_relay_is_woken_by_a_commit(beatless: Kit, beatless_app: App) -> None:
+    with running(beatless_app) as (_, announcements):
+        run = beatless.start_run("two_steps")
+        beatless.wait_for_outbox_flush(run.run_id)
+        assert announcements.wait("relay_woke")["source"] == "notify"
+
+
+def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(beatless: Kit, beatless_app: App) -> None:
+    with running(beatless_app) as (_, announcements):
+        run = beatless.start_run("two_steps", delay=0.4)
+        beatless.wait_for_outbox_flush(run.run_id)
+        announcements.wait_until(lambda seen: ("relay_woke", {"source": "timer"}) in seen)
+        assert sum(facts["tasks"] for facts in announcements.all("drained")) == 1
+
+
+def test_an_idle_relay_sends_nothing_but_its_watchdog(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    with running(beatless_app, watchdog=0.3) as (_, announcements):
+        announcements.wait("relay_watchdog", 3)
+        names = {name for name, _ in announcements.seen[-3:]}
+        last = postgres.execute(
+            "SELECT query FROM pg_stat_activity WHERE application_name = 'beatless relay'"
+            " AND query LIKE '%%advisory%%' OR query LIKE '%%pg_notify%%'"
+        ).fetchall()
+    assert names == {"relay_watchdog"}
+    assert last
+
+
+def test_a_transaction_that_stays_open_does_not_hold_up_the_others(
+    beatless: Kit, beatless_app: App
+) -> None:
+    with running(beatless_app), beatless_app.engine.connect() as caller:
+        transaction = caller.begin()
+        held = beatless.start_run("two_steps", connection=caller)
+        for _ in range(5):
+            free = beatless.start_run("two_steps")
+            beatless.wait_for_outbox_flush(free.run_id)
+        transaction.commit()
+        beatless.wait_for_outbox_flush(held.run_id)
+
+
+@pytest.mark.parametrize("session", ["work", "bell", "watch"])
+def test_a_relay_whose_session_is_terminated_starts_over_and_drains(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, session: str
+) -> None:
+    pids: list[int] = []
+
+    def connect() -> DirectConnection:
+        connection = beatless_app.direct_connection()
+        pids.append(connection.pgconn.backend_pid)
+        return connection
+
+    announcements = Announcements()
+    relay = beatless_app.relay(connect=connect, observer=announcements, backoff=QUICK)
+    errors: list[Exception] = []
+    relay.start(errors.append)
+    announcements.wait("relay_asleep")
+
+    place = ["work", "bell", "watch"].index(session)
+    postgres.execute("SELECT pg_terminate_backend(%s)", (pids[place],))
+    run = beatless.start_run("two_steps")
+    announcements.wait("relay_started", 2)
+    beatless.wait_for_outbox_flush(run.run_id)
+    relay.stop()
+
+    assert [type(error) for error in errors] == [psycopg.OperationalError]
+
+
+def test_two_relays_share_the_shards_and_one_takes_over_when_the_other_goes(
+    beatless: Kit, beatless_app: App
+) -> None:
+    first, second = Announcements(), Announcements()
+    one = beatless_app.relay(observer=first, backoff=QUICK)
+    two = beatless_app.relay(observer=second, backoff=QUICK)
+    one.start()
+    first.wait("relay_asleep")
+    assert first.wait("relay_leads")["shards"] == tuple(range(SHARDS))
+
+    two.start()
+    second.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
+    first.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
+    runs = [beatless.start_run("two_steps") for _ in range(40)]
+    assert len({shard_of(run.run_id) for run in runs}) > SHARDS // 2
+    for run in runs:
+        beatless.wait_for_outbox_flush(run.run_id)
+
+    one.stop()
+    second.wait_until(lambda seen: shards_of(seen) == SHARDS)
+    for run in [beatless.start_run("two_steps") for _ in range(20)]:
+        beatless.wait_for_outbox_flush(run.run_id)
+    two.stop()
+
+
+def shards_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
+    leads = [facts["shards"] for name, facts in seen if name == "relay_leads"]
+    return len(leads[-1]) if leads else 0
+
+
+def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatless_app: App) -> None:
+    with running(beatless_app) as (_, announcements):
+        for _ in range(10):
+            runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
+        for run in runs:
+            beatless.wait_for_outbox_flush(run.run_id)
+        assert len(announcements.all("relay_woke")) < 100
+
+
+def test_start_and_stop_in_any_order_leave_nothing(beatless: Kit, beatless_app: App) -> None:
+    for _ in range(10):
+        relay = beatless_app.relay()
+        relay.start()
+        with pytest.raises(RuntimeError, match="started before"):
+            relay.start()
+        relay.stop()
+        relay.stop()
+
+
+def test_a_relay_refuses_a_schema_without_tables(beatless_app: App) -> None:
+    relay = beatless_app.relay(queries=Queries("no_such_schema"))
+    with pytest.raises(SchemaMissing, match="beatless migrate"):
+        relay.run()
+    relay.stop()
+
+
+def test_a_relay_refuses_a_connection_that_hears_nothing(beatless_app: App) -> None:
+    settings = beatless_app.settings
+    relay = beatless_app.relay(
+        connect=lambda: Unlistening.connect(libpq_url(settings.listen_url), autocommit=True)
+    )
+    with pytest.raises(DirectConnectionRequired, match="BEATLESS_LISTEN_URL"):
+        relay.run()
+    relay.stop()
+
+
+class Unlistening(DirectConnection):
+    """Accepts LISTEN and never delivers, as PgBouncer in transaction mode does."""
+
+    def execute(self, query, *args, **kwargs):
+        if isinstance(query, str) and query.startswith("LISTEN"):
+            query = "SELECT 1"
+        return super().execute(query, *args, **kwargs)
+
+
+def test_a_channel_that_listen_would_truncate_is_refused() -> None:
+    with pytest.raises(ValueError, match="longer than 63 bytes"):
+        channel_of("s" * 60)

@@ -1,0 +1,284 @@
+"""Streams give everything from any seq, in order, once, until RunFinished."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import redis
+from redis import asyncio as aioredis
+
+from jobs import App, BadRequest, Event, RunNotFound, WaitTimeout
+from jobs.cli.demo import GOLDEN
+from jobs.services import free_port
+from jobs.stream import Mailbox, Streams
+from jobs.testing import Kit
+from outbox.publishers import channel_for
+
+
+def streams(app: App, **options) -> Streams:
+    """Streams with other timings than the app's."""
+    return Streams(
+        **{
+            "journal": app.journal,
+            "engine": app.engine,
+            "redis_client": app.redis,
+            "aredis_client": app._aredis,
+            "prefix": app.settings.prefix,
+            **options,
+        }
+    )
+
+
+def no_redis() -> redis.Redis:
+    """A client of a port where nobody listens."""
+    return redis.Redis(host="127.0.0.1", port=free_port())
+
+
+class Watcher:
+    """Follows a run in a thread; `subscribed` waits until Redis knows it."""
+
+    def __init__(self, beatless: Kit, run_id: str, stream: Iterator[Event]) -> None:
+        self.events: list[Event] = []
+        self._redis = beatless.app.redis()
+        self._channel = channel_for(beatless.app.settings.prefix, run_id)
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._follow, args=(stream,))
+        self._thread.start()
+
+    def _follow(self, stream: Iterator[Event]) -> None:
+        for event in stream:
+            with self._news:
+                self.events.append(event)
+                self._news.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: len(self.events) >= count, timeout=20)
+
+    def end(self) -> list[Event]:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self._redis.close()
+        return self.events
+
+
+def test_backfill_from_every_seq_gives_exactly_the_rest(beatless: Kit) -> None:
+    run = beatless.start_run("agents.run")
+    beatless.work_until_idle()
+    everything = beatless.client.events(run.run_id)
+
+    for seq in range(14):
+        assert beatless.collect_stream(run.run_id, seq) == everything[seq:]
+
+
+def test_backfill_from_seq_and_live_without_duplicates(beatless: Kit) -> None:
+    run = beatless.start_run("agents.run")
+    for _ in range(2):
+        beatless.step(run.run_id)
+    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id, 5))
+    watcher.wait_for(1)
+
+    while not beatless.client.get_run(run.run_id).state.final:
+        beatless.step(run.run_id)
+        beatless.drain_outbox_once()
+
+    assert [event.seq for event in watcher.end()] == list(range(6, 14))
+
+
+def test_subscribe_for_live_after_backfill(beatless: Kit) -> None:
+    run = beatless.start_run("agents.run")
+    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id))
+    watcher.wait_for(1)  # the journal had one event; the rest comes live
+
+    beatless.work_until_idle()
+
+    assert [event.type for event in watcher.end()] == GOLDEN
+
+
+def test_a_viewer_that_reconnects_at_seq_5_sees_the_rest_once(beatless: Kit) -> None:
+    run = beatless.start_run("agents.run")
+    beatless.work_until_idle()
+    first = beatless.client.stream_run(run.run_id)
+    seen = [next(first) for _ in range(5)]
+    first.close()
+
+    seen += beatless.client.stream_run(run.run_id, seen[-1].seq)
+
+    assert [event.seq for event in seen] == list(range(1, 14))
+
+
+def test_run_finished_lost_on_redis_is_found_in_the_journal(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    stream = streams(beatless_app, head_check=0.2).follow(run, 0)
+    watcher = Watcher(beatless, run.run_id, stream)
+    watcher.wait_for(1)
+
+    # Executed, and the messages taken away before any relay could publish them.
+    while beatless.step(run.run_id):
+        pass
+    with beatless_app.engine.begin() as connection:
+        connection.exec_driver_sql(f"DELETE FROM {beatless_app.settings.schema}.run_outbox")
+
+    assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_subscription_misses_nothing(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("traces", {"traces": 50})
+    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id))
+    watcher.wait_for(1)
+    control = beatless_app.redis()
+    ours = [
+        client["id"]
+        for client in control.client_list(_type="pubsub")
+        if client["sub"] == "1" and client["psub"] == "0"
+    ]
+
+    for client_id in ours:
+        control.client_kill_filter(_id=client_id)
+    beatless.work_until_idle()
+
+    assert [event.seq for event in watcher.end()] == list(range(1, 55))
+    control.close()
+
+
+def test_streams_work_without_redis(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("two_steps")
+    stream = streams(beatless_app, redis_client=no_redis, without_redis=0.05).follow(run, 0)
+    watcher = Watcher(beatless, run.run_id, stream)
+    watcher.wait_for(1)
+
+    beatless.work_until_idle()
+
+    assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_doubled_and_reordered_messages_are_put_right(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("two_steps")
+    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id))
+    watcher.wait_for(1)
+    while beatless.step(run.run_id):
+        pass
+
+    # The bodies as a relay would publish them, backwards, and then again in order.
+    with beatless_app.engine.begin() as connection:
+        schema = beatless_app.settings.schema
+        connection.exec_driver_sql(f"DELETE FROM {schema}.run_outbox")
+    publisher = beatless_app.redis()
+    channel = channel_for(beatless_app.settings.prefix, run.run_id)
+    bodies = [
+        str(event.to_dict()).replace("'", '"') for event in beatless.client.events(run.run_id)
+    ]
+    for body in [*reversed(bodies), *bodies]:
+        publisher.publish(channel, body)
+
+    assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+    publisher.close()
+
+
+def test_a_stream_of_a_finished_run_ends_at_once(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    assert list(beatless.client.stream_run(run.run_id, 6)) == []
+
+
+def test_a_stream_beyond_the_head_is_refused(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with pytest.raises(BadRequest, match="from_seq is 2, beyond the last event 1"):
+        beatless.client.stream_run(run.run_id, 2)
+    with pytest.raises(BadRequest, match="negative"):
+        beatless.client.stream_run(run.run_id, -1)
+    with pytest.raises(RunNotFound):
+        beatless.client.stream_run("nobody")
+
+
+def test_waiting_gives_up_in_time_and_says_where_the_run_is(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with pytest.raises(WaitTimeout, match="at seq 1"):
+        beatless.client.wait_for_run(run.run_id, timeout=0.05)
+    with pytest.raises(AssertionError, match=r"dispatch \('waiting'"):
+        beatless.wait_for_run_completion(run.run_id, timeout=0.05)
+
+
+def test_astream_gives_the_same_as_stream(beatless: Kit) -> None:
+    runs = [beatless.start_run("agents.run") for _ in range(5)]
+
+    async def follow(run_id: str) -> list[Event]:
+        return [event async for event in beatless.client.astream_run(run_id)]
+
+    async def main() -> list[list[Event]]:
+        following = [asyncio.create_task(follow(run.run_id)) for run in runs]
+        await asyncio.to_thread(beatless.work_until_idle)
+        return await asyncio.wait_for(asyncio.gather(*following), 20)
+
+    for run, seen in zip(runs, asyncio.run(main()), strict=True):
+        assert seen == beatless.collect_stream(run.run_id)
+        assert [event.type for event in seen] == GOLDEN
+
+
+def test_astream_live_from_the_middle(beatless: Kit) -> None:
+    run = beatless.start_run("agents.run")
+    beatless.step(run.run_id)
+
+    async def main() -> list[int]:
+        seen = []
+        async for event in beatless.client.astream_run(run.run_id, 2):
+            seen.append(event.seq)
+            if event.seq == 4:
+                await asyncio.to_thread(beatless.work_until_idle)
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(3, 14))
+
+
+def test_astream_survives_killed_subscriptions_and_works_without_redis(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("traces", {"traces": 30})
+    without = streams(
+        beatless_app,
+        aredis_client=lambda: aioredis.Redis(host="127.0.0.1", port=free_port()),
+        without_redis=0.05,
+    )
+
+    async def kill() -> None:
+        control = beatless_app._aredis()
+        for client in await control.client_list(_type="pubsub"):
+            if client["sub"] == "1" and client["psub"] == "0":
+                await control.client_kill_filter(_id=client["id"])
+        await control.aclose()
+
+    async def follow(stream) -> list[int]:
+        seen = []
+        async for event in stream:
+            seen.append(event.seq)
+            if event.seq == 1:
+                await kill()
+                beatless.step(run.run_id)
+                await asyncio.to_thread(beatless.work_until_idle)
+        return seen
+
+    async def main() -> list[list[int]]:
+        return await asyncio.gather(
+            follow(beatless.client.astream_run(run.run_id)), follow(without.afollow(run, 0))
+        )
+
+    for seen in asyncio.run(asyncio.wait_for(main(), 30)):
+        assert seen == list(range(1, 35))
+
+
+def test_a_slow_async_reader_falls_back_to_the_journal(beatless: Kit, monkeypatch) -> None:
+    monkeypatch.setattr(Mailbox, "LIMIT", 500)
+    run = beatless.start_run("traces", {"traces": 60})
+
+    async def main() -> list[int]:
+        seen = []
+        async for event in beatless.client.astream_run(run.run_id):
+            seen.append(event.seq)
+            if event.seq == 1:
+                await asyncio.to_thread(beatless.work_until_idle)
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(1, 65))
