@@ -36,6 +36,14 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def test_a_test_that_leaves_something_outside_of_its_names_fails(project):
+    project.makeconftest(
+        PROJECT
+        + """
+@pytest.fixture(scope="session", autouse=True)
+def impatient(_beatless_schemas):
+    _beatless_schemas.connection.execute("SET lock_timeout TO '200ms'")
+"""
+    )
     project.makepyfile(
         """
         from dataclasses import replace
@@ -135,14 +143,14 @@ def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, mo
 
 def test_two_sessions_on_the_same_servers_do_not_meet(beatless_services):
     """As two checkouts of a project on one machine, whose xdist workers have the same names."""
-    with closing(Schemas(beatless_services, "same")) as one:
-        with closing(Schemas(beatless_services, "same")) as other:
-            assert one.worker != other.worker
-            ours, theirs = one.take(), other.take()
-            assert ours != theirs
-            one.give_back(ours)
-            other.give_back(theirs)
-            assert other.left_outside("t_none_1") == []
+    with (
+        closing(Schemas(beatless_services, "same")) as one,
+        closing(Schemas(beatless_services, "same")) as other,
+    ):
+        assert one.worker != other.worker
+        ours, theirs = one.take(), other.take()
+        assert ours != theirs
+        assert one.give_back(ours) == other.give_back(theirs) == []
     with closing(Schemas(beatless_services, "same")) as next_one:
         assert next_one.worker == one.worker
 
