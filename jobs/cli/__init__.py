@@ -56,6 +56,7 @@ def cli(context: click.Context, app: str | None, as_json: bool) -> None:
     """Durable, transactional, live-streamed runs for Celery."""
     context.obj = Environment()
     context.obj.named, context.obj.as_json = app, as_json
+    context.call_on_close(context.obj.close)
 
 
 def _json(context: click.Context, _parameter: click.Parameter, given: bool) -> None:

@@ -61,6 +61,11 @@ class Environment:
         """How another process finds the same app."""
         return self.named or os.environ.get("BEATLESS_APP", "")
 
+    def close(self) -> None:
+        """Close what the app has opened."""
+        if self._app is not None:
+            self._app.close()
+
     def document(self, value: Any) -> None:
         """One JSON document on stdout."""
         click.echo(json.dumps(value, ensure_ascii=False))

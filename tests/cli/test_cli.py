@@ -1,0 +1,280 @@
+"""The command line, in this process: what it prints, and its exit status."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from jobs import App
+from jobs.cli import run
+from jobs.testing import Kit
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def documents(self) -> list[dict]:
+        """Standard output as JSON, one document a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Beatless = Callable[..., Said]
+
+
+@pytest.fixture
+def command(
+    beatless_app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Beatless:
+    """Runs one command with the settings of the test's app."""
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Said:
+        status = run(list(arguments))
+        return Said(status, *capsys.readouterr())
+
+    return call
+
+
+def refused(said: Said, status: int, *words: str) -> None:
+    """One line on standard error, nothing on standard output."""
+    assert said.status == status
+    assert said.out == ""
+    assert said.err.startswith("beatless: ")
+    assert said.err.count("\n") == 1
+    for word in words:
+        assert word in said.err
+
+
+def test_start_prints_the_id_of_the_stored_run(command: Beatless, beatless_app: App) -> None:
+    said = command("start", "agents.run", "--input", '{"device": "d1"}', "--tag", "a=b")
+
+    stored = beatless_app.client.get_run(said.out.strip())
+    assert said.status == 0
+    assert stored.input == {"device": "d1"}
+    assert stored.tags == {"a": "b"}
+
+
+def test_start_takes_every_option(command: Beatless) -> None:
+    said = command(
+        *("start", "agents.run", "--json", "--run-id", "mine", "--key", "k", "--queue", "default"),
+        *("--delay", "5m", "--priority", "3"),
+    )
+
+    (run,) = said.documents
+    assert (run["run_id"], run["key"], run["queue"], run["priority"]) == ("mine", "k", "default", 3)
+    assert run["state"] == "queued"
+    assert run["not_before"] is not None
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_json_is_understood_before_and_after_the_command(command: Beatless, place: str) -> None:
+    words = ["--json", "runs"] if place == "before" else ["runs", "--json"]
+    command("start", "agents.run", "--run-id", "r")
+
+    assert [run["run_id"] for run in command(*words).documents] == ["r"]
+
+
+def test_input_comes_from_a_file_and_from_standard_input(
+    command: Beatless, beatless_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "input.json").write_text('{"device": "file"}')
+    with (tmp_path / "input.json").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        piped = command("start", "agents.run", "--input", "-").out.strip()
+    read = command("start", "agents.run", "--input", "@input.json").out.strip()
+
+    for run_id in (piped, read):
+        assert beatless_app.client.get_run(run_id).input == {"device": "file"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["start", "nosuch"], ["'nosuch'", "agents.run"]),
+        (["start", "it's"], ['"it\'s"', "agents.run"]),
+        (["start"], ["PLAN", "beatless start --help"]),
+        (["start", "agents.run", "--bogus"], ["--bogus"]),
+        (["start", "agents.run", "--input", '{"a":'], ["not JSON", "column"]),
+        (["start", "agents.run", "--input", "NaN"], ["nan"]),
+        (["start", "agents.run", "--input", "[" * 100_000], ["nested too deeply"]),
+        (["start", "agents.run", "--input", "@nowhere"], ["nowhere"]),
+        (["start", "agents.run", "--run-id", "a b"], ["run_id"]),
+        (["start", "agents.run", "--queue", "a b"], ["queue"]),
+        (["start", "agents.run", "--key", ""], ["key"]),
+        (["start", "agents.run", "--key", "\udcff"], ["UTF-8"]),
+        (["start", "agents.run", "--delay", "5x"], ["5x", "30s"]),
+        (["start", "agents.run", "--delay", "5s", "--at", "2030-01-01"], ["delay"]),
+        (["start", "agents.run", "--at", "soon"], ["soon"]),
+        (["start", "agents.run", "--tag", "x"], ["'x'"]),
+        (["start", "agents.run", "--priority", "10"], ["10"]),
+        (["show", "nobody"], ["nobody"]),
+        (["events", "nobody"], ["nobody"]),
+        (["events", "nobody", "--follow"], ["nobody"]),
+        (["cancel", "nobody"], ["nobody"]),
+        (["verify", "nobody"], ["nobody"]),
+        (["verify"], ["--all"]),
+        (["runs", "--state", "asleep"], ["asleep"]),
+        (["runs", "--app", "plans"], ["module:attribute"]),
+        (["runs", "--app", "no.such.module:app"], ["no.such.module"]),
+        (["runs", "--app", "json:nothing"], ["nothing"]),
+        (["runs", "--app", "json:dumps"], ["not an App"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    command: Beatless, arguments: list[str], words: list[str]
+) -> None:
+    refused(command(*arguments), 2, *words)
+
+
+def test_an_id_used_twice_with_other_content_is_refused(command: Beatless) -> None:
+    first = command("start", "agents.run", "--run-id", "r", "--input", "{}")
+    again = command("start", "agents.run", "--run-id", "r", "--input", "{}")
+    other = command("start", "agents.run", "--run-id", "r", "--input", "[]")
+
+    assert (first.status, again.status) == (0, 0)
+    refused(other, 2, "r", "input")
+
+
+def test_unknown_settings_are_refused(command: Beatless, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEATLESS_REDIS_ULR", "redis://127.0.0.1")
+
+    refused(command("runs"), 2, "BEATLESS_REDIS_ULR")
+
+
+def test_without_settings_the_message_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("BEATLESS_DATABASE_URL", "BEATLESS_REDIS_URL", "BEATLESS_APP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    refused(Said(run(["runs"]), *capsys.readouterr()), 2, "BEATLESS_DATABASE_URL", "beatless dev")
+
+
+@pytest.mark.parametrize("arguments", [["runs"], ["start", "agents.run"], ["migrate"], ["relay"]])
+def test_an_absent_postgres_is_one_line_and_status_3(
+    command: Beatless, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    for name in ("DATABASE", "LISTEN"):
+        monkeypatch.setenv(f"BEATLESS_{name}_URL", "postgresql://nobody@127.0.0.1:1/nothing")
+
+    refused(command(*arguments), 3, "Postgres cannot be reached")
+
+
+def test_an_absent_redis_stops_a_relay_with_status_3_and_a_start_not_at_all(
+    command: Beatless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEATLESS_REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("BEATLESS_BROKER_URL", "redis://127.0.0.1:1/0")
+
+    assert command("start", "agents.run").status == 0
+    refused(command("relay"), 3, "Redis cannot be reached")
+
+
+def test_an_app_whose_module_raises_is_named(command: Beatless, tmp_path: Path) -> None:
+    (tmp_path / "app_that_raises.py").write_text("1 / 0")
+
+    refused(command("runs", "--app", "app_that_raises:app"), 1, "ZeroDivisionError")
+
+
+def test_follow_streams_the_13_events_and_ends(command: Beatless, beatless: Kit) -> None:
+    command("start", "agents.run", "--run-id", "r")
+    beatless.work_until_idle()
+
+    said = command("events", "r", "--follow", "--json")
+
+    assert said.status == 0
+    assert [event["seq"] for event in said.documents] == list(range(1, 14))
+    assert said.documents == command("events", "r", "--json").documents
+    assert [e["seq"] for e in command("events", "r", "--from-seq", "11", "--json").documents] == [
+        12,
+        13,
+    ]
+
+
+def test_follow_of_a_failed_run_ends_with_status_1(command: Beatless, beatless: Kit) -> None:
+    command("start", "agents.run", "--run-id", "r", "--input", "7")
+    beatless.work_until_idle()
+
+    said = command("events", "r", "--follow")
+
+    assert said.status == 1
+    assert "RunFinished      failed: 'int' object has no attribute 'get'" in said.out
+
+
+def test_a_stream_that_outlives_its_timeout_ends_with_status_1(command: Beatless) -> None:
+    said = command("start", "agents.run", "--follow", "--timeout", "200ms", "--json")
+
+    assert said.status == 1
+    assert [event["type"] for event in said.documents] == ["RunStarted"]
+    assert "did not end within 0.2 s" in said.err.splitlines()[-1]
+
+
+def test_cancel_ends_a_waiting_run(command: Beatless) -> None:
+    command("start", "agents.run", "--run-id", "r")
+
+    assert command("cancel", "r", "--reason", "changed my mind").out == "r is cancelled\n"
+    assert command("show", "r", "--json").documents[0]["state"] == "cancelled"
+    assert command("cancel", "r").status == 0
+
+
+def test_show_and_runs_are_readable(command: Beatless, beatless: Kit) -> None:
+    command("start", "agents.run", "--run-id", "r:key:x")
+    command("start", "agents.run", "--run-id", "r" * 128, "--input", "7")
+    beatless.work_until_idle()
+
+    assert "state               failed\n" in command("show", "r" * 128).out
+    table = command("runs").out.splitlines()
+    assert len(table) == 3
+    assert table[1].split()[:3] == ["r" * 128, "failed", "agents.run"]
+
+
+def test_runs_filters(command: Beatless) -> None:
+    command("start", "agents.run", "--run-id", "a", "--tag", "team=x")
+    command("start", "agents.run", "--run-id", "b")
+    command("cancel", "b")
+
+    assert [r["run_id"] for r in command("runs", "--json", "--tag", "team=x").documents] == ["a"]
+    assert [r["run_id"] for r in command("runs", "--json", "--state", "cancelled").documents] == [
+        "b"
+    ]
+    assert command("runs", "--json", "--plan", "code_census").documents == []
+
+
+def test_migrate_says_where_the_schema_is(command: Beatless, beatless_app: App) -> None:
+    schema = beatless_app.settings.schema
+
+    assert command("migrate", "--json").documents[0]["schema"] == schema
+    assert command("migrate", "--check").status == 0
+    assert f'CREATE SCHEMA IF NOT EXISTS "{schema}"' in command("migrate", "--sql").out
+
+
+def test_migrate_check_fails_on_an_empty_schema(
+    command: Beatless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEATLESS_SCHEMA", "nothing_here")
+
+    refused(command("migrate", "--check"), 1, "nothing_here", "beatless migrate")
+    refused(command("start", "agents.run"), 1, "nothing_here", "beatless migrate")
+
+
+def test_what_a_run_carries_cannot_command_the_terminal(command: Beatless, beatless: Kit) -> None:
+    command(
+        "start", "agents.run", "--run-id", "r", "--input", '{"device": "\\u001b[31m[red]:key:"}'
+    )
+    beatless.work_until_idle()
+
+    out = command("events", "r").out
+    assert "\x1b" not in out
+    assert "[red]:key:" in out
