@@ -7,12 +7,14 @@ import zlib
 from typing import Any
 
 from orchestrator.context import StepContext
-from orchestrator.plan import Plan, step
+from orchestrator.plan import Fatal, Plan, step
 
 
 def _device(ctx: StepContext) -> str:
-    wanted = (ctx.input or {}).get("device")
-    return str(wanted or f"device-{zlib.crc32(ctx.run_id.encode()) % 1000:03d}")
+    given = {} if ctx.input is None else ctx.input
+    if not isinstance(given, dict):
+        raise Fatal('the input must be an object, for example {"device": "d1", "app": "browser"}')
+    return str(given.get("device") or f"device-{zlib.crc32(ctx.run_id.encode()) % 1000:03d}")
 
 
 @step(name="EnsureDevice")
