@@ -103,6 +103,14 @@ SELECT 'I9', run_id, format('its cancel was accepted, yet it ended as %%s', stat
   FROM final JOIN head USING (run_id)
  WHERE ended AND cancel_seq IS NOT NULL AND state <> 'cancelled'
 UNION ALL
+SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string_agg(name, ', '))
+  FROM (SELECT DISTINCT run_id, 'run_events' FROM {s}.run_events
+         UNION SELECT run_id, 'run_outbox' FROM {s}.run_outbox
+         UNION SELECT run_id, 'dispatches' FROM {s}.dispatches) AS stored(run_id, name)
+ WHERE %(run_ids)s::text[] IS NULL
+   AND NOT EXISTS (SELECT FROM {s}.runs WHERE runs.run_id = stored.run_id)
+ GROUP BY run_id
+UNION ALL
 SELECT 'I10', run_id, format('step %%s was started %%s times, with %%s failures in %%s claims',
        step, starts, failures, attempt)
   FROM step JOIN run USING (run_id) WHERE starts > attempt + failures + repeats

@@ -1,0 +1,158 @@
+"""`beatless verify` sees each violation that is planted in stored data, and nothing else."""
+
+import psycopg
+import pytest
+
+from jobs import App
+from jobs.cli import run
+from jobs.testing import Kit
+from jobs.verify import verify
+
+
+def found(app: App, run_ids: list[str] | None = None) -> list[tuple[str, str]]:
+    with app.engine.connect() as connection:
+        violations = verify(connection, app.settings.schema, run_ids)
+    return sorted({(violation.invariant, violation.run_id) for violation in violations})
+
+
+@pytest.fixture
+def finished(beatless: Kit) -> None:
+    """A completed run r, and another one that must never be blamed."""
+    beatless.start_run("agents.run", run_id="r")
+    beatless.start_run("agents.run", run_id="other")
+    beatless.work_until_idle()
+    beatless.start_run("agents.run", run_id="waits")
+
+
+DISPATCH = """
+INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)
+VALUES ('r', 0, 'agents.run', 'default', 0, 'waiting', now(), 'start');"""
+
+PLANTED = {
+    "I2 an event is missing": "DELETE FROM run_events WHERE run_id = 'r' AND seq = 3",
+    "I2 last_seq is beyond the events": "UPDATE runs SET last_seq = 14 WHERE run_id = 'r'",
+    "I2 a seq is left out": """
+UPDATE run_events SET seq = 14 WHERE run_id = 'r' AND seq = 13;
+UPDATE runs SET last_seq = 14 WHERE run_id = 'r'""",
+    "I2 the first event is another": """
+UPDATE run_events SET type = 'DebugTrace' WHERE run_id = 'r' AND seq = 1""",
+    "I4 a step has two results": """
+UPDATE run_events SET step = 'Warmup' WHERE run_id = 'r' AND type = 'StepFinished' AND seq = 12""",
+    "I4 a step is started after its result": """
+UPDATE runs SET attempt = 9 WHERE run_id = 'r';
+UPDATE run_events SET step = 'Ping', type = 'StepStarted' WHERE run_id = 'r' AND seq = 12""",
+    "I5 there is no RunFinished": """
+UPDATE run_events SET type = 'DebugTrace' WHERE run_id = 'r' AND seq = 13""",
+    "I5 there are two RunFinished": """
+UPDATE run_events SET type = 'RunFinished', data = '{"outcome": "completed"}'
+ WHERE run_id = 'r' AND seq = 12""",
+    "I5 something follows RunFinished": """
+UPDATE runs SET last_seq = 14 WHERE run_id = 'r';
+INSERT INTO run_events (run_id, seq, type, source) VALUES ('r', 14, 'DebugTrace', 'worker')""",
+    "I5 the state is not the outcome": "UPDATE runs SET state = 'failed' WHERE run_id = 'r'",
+    "I5 an unfinished run has RunFinished": DISPATCH
+    + "UPDATE runs SET state = 'running' WHERE run_id = 'r'",
+    "I7 a finished run would be dispatched": DISPATCH,
+    "I8 the outbox names an event that is not there": """
+INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (0, 'r', 13, 14)""",
+    "I8 the outbox is not empty long after the end": """
+INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (0, 'r', 13, 13);
+UPDATE runs SET finished_at = now() - interval '2 minutes' WHERE run_id = 'r'""",
+    "I9 steps went on after a cancel": """
+UPDATE run_events SET type = 'CancelRequested' WHERE run_id = 'r' AND seq = 2;
+UPDATE runs SET state = 'cancelled' WHERE run_id = 'r';
+UPDATE run_events SET data = '{"outcome": "cancelled"}' WHERE run_id = 'r' AND seq = 13""",
+    "I9 a cancelled run completed": """
+UPDATE run_events SET type = 'CancelRequested', step = NULL WHERE run_id = 'r' AND seq = 12""",
+    "I10 a step was tried too often": """
+UPDATE run_events SET type = 'StepStarted' WHERE run_id = 'r' AND seq = 3""",
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+@pytest.mark.usefixtures("finished")
+def test_a_planted_violation_is_found(
+    beatless_app: App, postgres: psycopg.Connection, what: str
+) -> None:
+    invariant = what.split()[0]
+    assert found(beatless_app) == []
+
+    postgres.execute(PLANTED[what])
+
+    assert found(beatless_app) == [(invariant, "r")]
+    assert found(beatless_app, ["r"]) == [(invariant, "r")]
+    assert found(beatless_app, ["other", "waits"]) == []
+
+
+@pytest.mark.usefixtures("finished")
+def test_an_unfinished_run_that_nobody_will_look_at_is_found(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("DELETE FROM dispatches WHERE run_id = 'waits'")
+
+    assert found(beatless_app) == [("I7", "waits")]
+
+
+@pytest.mark.usefixtures("finished")
+def test_rows_of_a_run_that_does_not_exist_are_found(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("DELETE FROM runs WHERE run_id IN ('other', 'waits')")
+
+    assert found(beatless_app) == [("I12", "other"), ("I12", "waits")]
+
+
+@pytest.mark.usefixtures("finished")
+def test_an_outbox_row_of_a_run_that_ended_just_now_is_no_violation(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    postgres.execute(
+        "INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (0, 'r', 13, 13)"
+    )
+
+    assert found(beatless_app) == []
+
+
+def test_failures_retries_crashes_and_cancels_are_no_violations(beatless: Kit) -> None:
+    beatless.start_run("retries", {"failures": 2})
+    beatless.start_run("agents.run", 7)
+    cancelled = beatless.start_run("agents.run")
+    beatless.step(cancelled.run_id)
+    beatless.client.cancel_run(cancelled.run_id)
+    beatless.start_run("agents.run")
+    with beatless.crash("step.effect_done"):
+        beatless.work_until_idle()
+    for _ in range(5):
+        beatless.advance(120)
+        beatless.work_until_idle()
+
+    assert {run.state for run in beatless.client.list_runs()} == {
+        "completed",
+        "failed",
+        "cancelled",
+    }
+    beatless.verify()
+
+
+@pytest.mark.usefixtures("finished")
+def test_the_command_prints_one_line_for_each_violation_and_ends_with_1(
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    assert run(["verify", "--all"]) == 0
+    assert "every guarantee holds" in capsys.readouterr().err
+    postgres.execute("UPDATE runs SET state = 'failed' WHERE run_id = 'r'")
+    postgres.execute("DELETE FROM dispatches WHERE run_id = 'waits'")
+
+    assert run(["verify", "--all"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "I5 run r: it is failed, its RunFinished says completed",
+        "I7 run waits: it is queued and nothing will ever look at it again",
+    ]
+    assert run(["verify", "r", "--json"]) == 1
+    assert '"invariant": "I5"' in capsys.readouterr().out
+    assert run(["verify", "other"]) == 0
