@@ -1,14 +1,18 @@
 """`beatless demo`: the main job on throw-away servers, with a worker killed in the middle."""
 
+import asyncio
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 
 import click
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs.app import App
@@ -18,7 +22,8 @@ from jobs.client import RunRequest
 from jobs.demo import PLANS
 from jobs.dev import Stack, stop_on_signals
 from jobs.verify import verify
-from orchestrator.events import Event, EventType
+from orchestrator.events import Event
+from orchestrator.state import RunState
 
 GOLDEN = [
     "RunStarted",
@@ -29,6 +34,8 @@ GOLDEN = [
     "RunFinished",
 ]
 """The 13 events of `agents.run`."""
+
+GOLDEN_SEQS = list(range(1, len(GOLDEN) + 1))
 
 
 class DemoFailed(click.ClickException):
@@ -52,17 +59,18 @@ class DemoFailed(click.ClickException):
 @click.pass_obj
 def demo(env: Environment, out: Path, root: Path | None, count: int) -> None:
     """Run the main job on throw-away servers, kill a worker in the middle, and check everything."""
-    # A short lease, so that the demo need not wait long for a dead worker's run.
-    stack = Stack(Path(f".beatless-demo-{os.getpid()}"), ephemeral=True, workers=2, lease_seconds=2)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with stop_on_signals(interrupt), stack:
+    with (
+        stop_on_signals(interrupt),
+        tempfile.TemporaryDirectory(prefix="beatless-demo-") as directory,
+        # A short lease, so that the demo need not wait long for a dead worker's run.
+        Stack(Path(directory) / "stack", ephemeral=True, workers=2, lease_seconds=2) as stack,
+    ):
         began = monotonic()
-        env.out.print(
-            "[bold]Starting[/] Postgres, Valkey, a relay and two workers", highlight=False
-        )
+        env.out.print("[bold]Starting[/] Postgres, Valkey, a relay and two workers")
         stack.start()
         env.out.print(f"[dim]ready after {monotonic() - began:.1f} s[/]\n")
         assert stack.settings is not None  # noqa: S101 - started above
@@ -79,74 +87,88 @@ def demo(env: Environment, out: Path, root: Path | None, count: int) -> None:
     env.out.print("[bold]Proved[/]")
     for proof in proofs:
         env.out.print(f"  [green]✓[/] {proof}")
+    if env.as_json:
+        env.document(
+            {
+                "proved": proofs,
+                "report": str(out.resolve() / "census.md"),
+                "chart": str(out.resolve() / "census.svg"),
+                "seconds": round(monotonic() - began, 1),
+            }
+        )
 
 
 def golden_run(env: Environment, app: App) -> str:
     """One agents.run, live."""
     env.out.print("[bold]agents.run[/], live: every event was committed before it was shown")
     run = app.client.start_run("agents.run", {"device": "demo-1"})
-    seen = list(watched(env, app, run.run_id))
+    seen: list[Event] = []
+
+    def remember() -> Iterator[Event]:
+        for event in app.client.stream_run(run.run_id, timeout=120):
+            seen.append(event)
+            yield event
+
+    render.follow(env.out, remember())
     types = [event.type for event in seen]
-    if types != GOLDEN or [event.seq for event in seen] != list(range(1, 14)):
+    if types != GOLDEN or [event.seq for event in seen] != GOLDEN_SEQS:
         raise DemoFailed(f"agents.run gave {types}")
     env.out.print()
     return "agents.run gave exactly its 13 events, seq 1 to 13, ending with RunFinished"
 
 
-def watched(env: Environment, app: App, run_id: str) -> Iterator[Event]:
-    """Show a run's stream and pass it on."""
-    seen: list[Event] = []
-
-    def remember() -> Iterator[Event]:
-        for event in app.client.stream_run(run_id, timeout=120):
-            seen.append(event)
-            yield event
-
-    render.follow(env.out, remember())
-    return iter(seen)
-
-
 def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | None) -> str:
     """One code_census, whose worker is killed in the middle of Parse."""
     env.out.print("[bold]code_census[/], live: its worker is killed with SIGKILL in the middle")
-    given = {"out": str(out.resolve()), "root": str(root) if root else None}
-    for stale in (out / "work").glob("*"):
-        stale.unlink()
+    work = out / "work"
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier demo: nothing would be left to do
+    given = {"out": str(out.resolve()), "root": str(root.resolve()) if root else None}
     run = app.client.start_run("code_census", given)
     killed: list[int] = []
 
     def kill_once() -> Iterator[Event]:
         for event in app.client.stream_run(run.run_id, timeout=300):
-            yield event
             data = event.data or {}
-            half_way = data.get("name") == "census.chunk" and data["index"] * 2 >= data["of"]
-            if half_way and not killed:
+            if data.get("name") != "census.chunk":
+                # The chunk traces are for the proof, the progress bar is for the person.
+                yield event
+            elif (data["index"] + 1) * 2 >= data["of"] and not killed:
                 killed.append(kill_worker_of(app, stack, run.run_id))
                 env.out.print(f"[red]      worker {killed[0]} killed with SIGKILL[/]")
 
-    last = render.follow(env.out, without_chunks(kill_once()))
-    result = (last.data or {}).get("result") if last else None
-    if not killed or not isinstance(result, dict):
-        raise DemoFailed(f"code_census did not complete: {last}")
-    ledger = [json.loads(line) for line in (out / "work" / "ledger.jsonl").read_text().splitlines()]
-    begun = Counter(entry["chunk"] for entry in ledger)
-    traced = Counter(
-        (event.data or {})["index"]
-        for event in app.client.events(run.run_id)
-        if (event.data or {}).get("name") == "census.chunk"
+    render.follow(env.out, kill_once())
+    ended = app.client.get_run(run.run_id)
+    if ended.state is not RunState.COMPLETED:
+        raise DemoFailed(f"code_census is {ended.state}: {ended.error}")
+    begun = Counter(
+        json.loads(line)["chunk"] for line in (work / "ledger.jsonl").read_text().splitlines()
     )
     again = [chunk for chunk, times in begun.items() if times > 1]
-    if len(again) > 1 or max(traced.values()) > 1 or len({e["pid"] for e in ledger}) < 2:
+    finished_twice = [
+        chunk
+        for chunk, times in Counter(
+            (event.data or {})["index"]
+            for event in app.client.events(run.run_id)
+            if (event.data or {}).get("name") == "census.chunk"
+        ).items()
+        if times > 1
+    ]
+    if len(again) > 1 or finished_twice:
         raise DemoFailed(f"chunks {again} were parsed again")
+    shutil.rmtree(work)
+    result = ended.result
     env.out.print(
         f"      {result['files']:,} files, {result['lines']:,} lines, "
         f"{result['functions']:,} functions\n"
-        f"      report [link=file://{result['report']}]{result['report']}[/link]\n"
-        f"      chart  [link=file://{result['chart']}]{result['chart']}[/link]\n"
+        f"      report {escape(result['report'])}\n"
+        f"      chart  {escape(result['chart'])}\n"
     )
+    if ended.attempt == 1:
+        return f"code_census completed: {len(begun)} chunks, too few to kill its worker in between"
+    twice = "the one in flight was begun twice" if again else "none was begun twice"
     return (
-        f"code_census survived kill -9 of its worker: of {len(begun)} chunks "
-        f"{len(again)} (the one in flight) was begun twice, no finished one was parsed again"
+        f"code_census survived kill -9 of its worker: of {len(begun)} chunks {twice}, "
+        "no finished one was parsed again"
     )
 
 
@@ -163,16 +185,9 @@ def kill_worker_of(app: App, stack: Stack, run_id: str) -> int:
     raise DemoFailed(f"worker {worker} is not one of this demo's")
 
 
-def without_chunks(events: Iterator[Event]) -> Iterator[Event]:
-    """The chunk traces are for the proof, the progress bar is for the person."""
-    for event in events:
-        if (event.data or {}).get("name") != "census.chunk":
-            yield event
-
-
 def many_runs(env: Environment, app: App, count: int) -> str:
-    """Many agents.run at once."""
-    env.out.print(f"[bold]{count} agents.run[/] at once")
+    """Many agents.run at once, and a live stream of each."""
+    env.out.print(f"[bold]{count} agents.run[/] at once, each watched live")
     began = monotonic()
     requests = [RunRequest(plan="agents.run", input={"device": f"d{n}"}) for n in range(count)]
     started = app.client.start_runs(requests)
@@ -185,16 +200,22 @@ def many_runs(env: Environment, app: App, count: int) -> str:
         disable=not env.out.is_terminal,
     ) as progress:
         task = progress.add_task("runs", total=count)
-        for run in started:
-            app.client.wait_for_run(run.run_id, timeout=120)
+
+        async def watch(run_id: str) -> list[Event]:
+            seen = [event async for event in app.client.astream_run(run_id, timeout=120)]
             progress.advance(task)
+            return seen
+
+        async def watch_all() -> list[list[Event]]:
+            return await asyncio.gather(*(watch(run.run_id) for run in started))
+
+        streams = asyncio.run(watch_all())
     took = monotonic() - began
-    for run in started:
-        types = [event.type for event in app.client.events(run.run_id)]
-        if types != GOLDEN or types[-1] != EventType.RUN_FINISHED:
-            raise DemoFailed(f"run {run.run_id} gave {types}")
+    for run, seen in zip(started, streams, strict=True):
+        if [event.type for event in seen] != GOLDEN or [e.seq for e in seen] != GOLDEN_SEQS:
+            raise DemoFailed(f"run {run.run_id} gave {[(e.seq, e.type) for e in seen]}")
     env.out.print(f"      {count} runs in {took:.1f} s\n")
-    return f"{count} runs at once completed, each with its own seq 1 to 13"
+    return f"{count} runs at once completed, each stream its own seq 1 to 13, in order and once"
 
 
 def everything_holds(app: App) -> str:
