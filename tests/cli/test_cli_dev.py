@@ -1,0 +1,177 @@
+"""`beatless dev` and `beatless demo` as people run them: real processes, from start to end."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+SECONDS = 60.0
+
+
+class Dev:
+    """One `beatless dev`, started and ready."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        self.process = subprocess.Popen(
+            beatless("dev", "--flower-port", "0", *arguments),
+            cwd=directory,
+            env=environ(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            if line == "ready\n":
+                break
+        else:
+            assert self.process.stderr is not None
+            raise AssertionError(self.process.stderr.read())
+
+    def pid_of(self, name: str) -> int:
+        return next(int(line.split()[-1]) for line in self.lines if line.startswith(name))
+
+    def processes(self) -> list[int]:
+        """Every process below this one."""
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+        found, below = [], [self.process.pid]
+        while below:
+            below = [pid for pid, parent in parents.items() if parent in below]
+            found += below
+        return found
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.communicate(timeout=SECONDS)
+
+
+def beatless(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "jobs.cli", *arguments]
+
+
+def environ() -> dict[str, str]:
+    """What a person has who has set nothing."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("BEATLESS_")}
+
+
+def call(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        beatless(*arguments),
+        cwd=directory,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+def gone(pids: list[int]) -> None:
+    """Wait for the end of processes that are not our children."""
+    deadline = monotonic() + 20
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            ready = select.select([descriptor], [], [], max(0.0, deadline - monotonic()))[0]
+            assert ready, f"process {pid} is left: {Path(f'/proc/{pid}/cmdline').read_bytes()!r}"
+        finally:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
+    started: list[Dev] = []
+
+    def start(*arguments: str) -> Dev:
+        started.append(Dev(tmp_path, *arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
+    stack = dev("--ephemeral", "--workers", "2", "--env-file", "beatless.env")
+
+    names = [line.split()[0] for line in stack.lines]
+    assert names == ["postgres", "redis", "flower", "worker", "worker", "relay", "ready"]
+    lines = (tmp_path / "beatless.env").read_text().splitlines()
+    assert all(line.startswith("BEATLESS_") and "=" in line for line in lines)
+    assert (tmp_path / "beatless.env").stat().st_mode & 0o077 == 0
+
+    # Other commands find it by the directory.
+    followed = call(tmp_path, "start", "agents.run", "--follow", "--json")
+    assert followed.returncode == 0, followed.stderr
+    events = [json.loads(line) for line in followed.stdout.splitlines()]
+    assert [event["seq"] for event in events] == list(range(1, 14))
+    assert followed.stderr.strip() == events[0]["run_id"]
+
+    second = call(tmp_path, "dev")
+    assert second.returncode == 1
+    assert f"kill {stack.process.pid}" in second.stderr
+    assert "--data-dir" in second.stderr
+
+    # A worker that is killed is replaced.
+    os.kill(stack.pid_of("worker"), signal.SIGKILL)
+    assert stack.process.stderr is not None
+    assert "worker-1" in stack.process.stderr.readline()
+    assert "started again" in stack.process.stderr.readline()
+
+    everything = stack.processes()
+    stack.process.send_signal(signal.SIGTERM)
+    assert stack.process.wait(SECONDS) == 0
+    gone(everything)
+    assert [path.name for path in tmp_path.iterdir()] == ["beatless.env"]
+
+
+def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
+    dev: Callable[..., Dev], tmp_path: Path
+) -> None:
+    first = dev("--data-dir", "here")
+    run_id = call(tmp_path, "start", "agents.run", "--follow").stdout.split()[0]
+    everything = first.processes()
+    assert len(everything) >= 6
+
+    first.process.kill()
+    gone(everything)
+    assert "beatless dev" in call(tmp_path, "runs").stderr
+
+    dev("--data-dir", "here")
+    assert call(tmp_path, "show", run_id, "--json").returncode == 0
+    assert call(tmp_path, "start", "agents.run", "--follow").returncode == 0
+
+
+def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(80):
+        (tree / f"module_{number}.py").write_text("def f(x):\n    return x if x else 0\n" * 200)
+
+    done = call(tmp_path, "demo", "--root", "tree", "--out", "report", "--runs", "5", "--json")
+
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert len(said["proved"]) == 4
+    assert "survived kill -9 of its worker: of 40 chunks" in said["proved"][1]
+    assert "80 files" in Path(said["report"]).read_text()
+    assert Path(said["chart"]).read_text().startswith("<svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "tree"]
