@@ -274,8 +274,9 @@ class Client:
     def _do(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
-        A pooled connection may have died since its last use. Everything here can be repeated: a
-        start has its run id, a cancel is stored once.
+        A pooled connection may have died since its last use, and two starts of the same keys in
+        another order may deadlock. Everything here can be repeated: a start has its run id, a
+        cancel is stored once.
         """
         if given is not None:
             return act(given)
@@ -284,7 +285,8 @@ class Client:
                 with self._engine.begin() as connection:
                     return act(connection)
             except exc.DBAPIError as error:
-                if not error.connection_invalidated:
+                deadlock = isinstance(error.orig, psycopg.errors.DeadlockDetected)
+                if not error.connection_invalidated and not deadlock:
                     raise
             with self._engine.begin() as connection:
                 return act(connection)

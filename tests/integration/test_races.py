@@ -1,0 +1,203 @@
+"""Two do the same thing at the same time."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import App, RunConflict, RunState
+from jobs.client import RunRequest
+from jobs.testing import Kit
+from orchestrator.executor import Executor
+
+
+def at_once(*acts: Callable[[], Any]) -> list[Any]:
+    """Call them in threads that start together; their results or exceptions, in order."""
+    results: list[Any] = [None] * len(acts)
+    start = threading.Barrier(len(acts))
+
+    def work(number: int, act: Callable[[], Any]) -> None:
+        start.wait(20)
+        try:
+            results[number] = act()
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+@pytest.fixture
+def executors(beatless_app: App):
+    made: list[Executor] = []
+
+    def make() -> Executor:
+        made.append(beatless_app.executors.new())
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.disconnect()
+
+
+def test_of_two_workers_with_the_same_message_one_executes(
+    beatless: Kit, beatless_app: App, executors
+) -> None:
+    plan = beatless_app.plans["agents.run"]
+    pair = [executors(), executors()]
+    for executor in pair:
+        executor.connection()
+    for _ in range(10):
+        run = beatless.start_run("agents.run")
+        claimed = at_once(*(partial(executor.execute, plan, run.run_id, 1) for executor in pair))
+        assert sorted(claimed) == [False, True]
+        assert len(beatless.client.events(run.run_id)) == 13
+    beatless.verify()
+
+
+def test_the_same_key_from_many_callers_is_one_run(beatless: Kit) -> None:
+    runs = at_once(*[lambda: beatless.client.start_run("two_steps", {"n": 1}, key="order:1")] * 8)
+    assert len({run.run_id for run in runs}) == 1
+    beatless.assert_started("two_steps", key="order:1")
+
+
+def test_the_same_key_with_different_content_is_one_run_and_conflicts(beatless: Kit) -> None:
+    found = at_once(
+        *(
+            lambda n=n: beatless.client.start_run("two_steps", {"n": n}, key="order:1")
+            for n in range(6)
+        )
+    )
+    assert [type(one) for one in found].count(RunConflict) == 5
+    beatless.assert_started("two_steps", key="order:1")
+
+
+def until(postgres: psycopg.Connection, blocked_by: int) -> None:
+    """Return once a session waits for that one: Postgres announces it nowhere."""
+    deadline, pause = monotonic() + 20, threading.Event()
+    while not postgres.execute(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid)))",
+        (blocked_by,),
+    ).fetchone()[0]:
+        assert monotonic() < deadline, "nobody waits"
+        pause.wait(0.002)
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback"])
+def test_a_second_start_waits_for_the_first_ones_transaction(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, ending: str
+) -> None:
+    """Neither of the two answers may be wrong: it exists, or it does not."""
+    first = beatless_app.executors.connect()
+    first.autocommit = False
+    beatless.client.start_run("two_steps", 1, run_id="same", connection=first)
+    found: list[Any] = []
+
+    def start_again() -> None:
+        found.extend(at_once(lambda: beatless.client.start_run("two_steps", 2, run_id="same")))
+
+    thread = threading.Thread(target=start_again)
+    thread.start()
+    until(postgres, blocked_by=first.info.backend_pid)
+    getattr(first, ending)()
+    thread.join(20)
+    first.close()
+
+    if ending == "commit":
+        assert isinstance(found[0], RunConflict)
+    else:
+        assert found[0].input == 2
+
+
+def test_a_deadlock_of_two_starts_is_nobodys_problem(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    settings = beatless_app.settings
+    patient = beatless_app.executors.connect()
+    patient.autocommit = False
+    quick = App(
+        replace(
+            settings,
+            database_url=f"{settings.database_url}?options=-c%20deadlock_timeout%3D20ms",
+            listen_url=settings.listen_url,
+        ),
+        list(beatless_app.plans.values()),
+    )
+    requests = [RunRequest(plan="two_steps", key="k1"), RunRequest(plan="two_steps", key="k2")]
+    found: list[Any] = []
+    beatless.client.start_runs(requests[1:], connection=patient)
+    thread = threading.Thread(
+        target=lambda: found.extend(at_once(lambda: quick.client.start_runs(requests)))
+    )
+    thread.start()
+    until(postgres, blocked_by=patient.info.backend_pid)  # it has k1 and wants k2
+
+    beatless.client.start_runs(requests[:1], connection=patient)  # has k2 and wants k1
+    patient.commit()
+    thread.join(20)
+    patient.close()
+    quick.close()
+
+    assert [run.key for run in found[0]] == ["k1", "k2"]
+    assert len(beatless.client.list_runs()) == 2
+    beatless.verify()
+
+
+def test_cancel_and_finish_race_to_one_end(beatless: Kit, beatless_app: App, executors) -> None:
+    plan = beatless_app.plans["two_steps"]
+    executor = executors()
+    outcomes = set()
+    for _ in range(15):
+        run = beatless.start_run("two_steps")
+        at_once(
+            partial(executor.execute, plan, run.run_id, 1),
+            partial(beatless.client.cancel_run, run.run_id),
+        )
+        ended = beatless.client.get_run(run.run_id)
+        assert ended.state in (RunState.COMPLETED, RunState.CANCELLED)
+        outcomes.add(ended.state)
+    beatless.drain_outbox_once()
+    beatless.verify()
+    assert outcomes
+
+
+def test_many_cancels_at_once_are_one(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    found = at_once(*[lambda: beatless.client.cancel_run(run.run_id)] * 6)
+    assert {one.state for one in found} == {RunState.CANCELLED}
+    assert beatless.event_types(run.run_id).count("CancelRequested") == 1
+    beatless.verify()
+
+
+def test_two_drains_at_once_publish_everything_and_leave_nothing(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
+    relays = [beatless_app.relay() for _ in range(3)]
+    moved = at_once(*(relay.drain_once for relay in relays))
+    for relay in relays:
+        relay.stop()
+
+    assert all(isinstance(count, int) for count in moved), moved
+    assert sum(moved) >= 200  # doubles are harmless
+    assert postgres.execute("SELECT count(*) FROM run_outbox").fetchone() == (0,)
+    assert beatless.work_until_idle() >= 100
+    assert len(beatless.client.list_runs(state="completed", limit=200)) == 100
+    beatless.verify()
+
+
+def test_a_client_is_shared_by_threads(beatless: Kit) -> None:
+    def session(number: int) -> list[int]:
+        run = beatless.client.start_run("two_steps", number, run_id=f"thread-{number}")
+        return [event.seq for event in beatless.client.events(run.run_id)]
+
+    assert at_once(*(lambda n=n: session(n) for n in range(8))) == [[1]] * 8
