@@ -84,7 +84,13 @@ class Streams:
         self._prefix = prefix
         self._head_check = head_check
         self._without_redis = without_redis
-        self._hub = Hub(aredis_client, prefix)
+        self._hub = Hub(
+            aredis_client,
+            prefix,
+            heads=self._heads,
+            head_check=head_check,
+            without_redis=without_redis,
+        )
 
     def follow(self, run: Run, after: int, *, timeout: float | None = None) -> Iterator[Event]:
         """Events after a seq until RunFinished, for a thread that may block."""
@@ -137,10 +143,12 @@ class Streams:
         with self._engine.connect() as connection:
             return self._journal.read(connection, run_id, after=after, limit=PAGE)
 
-    def _state(self, run_id: str) -> tuple[str, int]:
+    def _heads(self, run_ids: list[str]) -> dict[str, int]:
         with self._engine.connect() as connection:
-            head = self._journal.heads(connection, [run_id])
-        return "unfinished", head.get(run_id, 0)
+            return self._journal.heads(connection, run_ids)
+
+    def _state(self, run_id: str) -> tuple[str, int]:
+        return "unfinished", self._heads([run_id]).get(run_id, 0)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call something that reads Postgres without blocking the loop."""
@@ -154,33 +162,31 @@ class Streams:
             return
         deadline = None if timeout is None else monotonic() + timeout
         cursor = Cursor(after)
-        async with self._hub.subscribe(run.run_id) as mailbox:
+        async with self._hub.subscribe(run.run_id, after) as mailbox:
             while True:
                 await mailbox.ready()
                 while True:
                     page = await self._aread(run.run_id, cursor.seq)
                     for event in cursor.feed(page):
+                        mailbox.seq = event.seq
                         yield event
                         if event.final:
                             return
                     if len(page) < PAGE:
                         break
-                wait = self._head_check if mailbox.live else self._without_redis
-                quiet_at = monotonic() + wait
-                while not cursor.missing and monotonic() < quiet_at:
-                    if deadline is not None and monotonic() >= deadline:
+                while not cursor.missing:
+                    left = None if deadline is None else deadline - monotonic()
+                    if left is not None and left <= 0:
                         state, head = await asyncio.to_thread(self._state, run.run_id)
                         raise WaitTimeout(run.run_id, timeout or 0, state, head)
-                    until = quiet_at if deadline is None else min(quiet_at, deadline)
-                    arrived = await mailbox.next(until - monotonic())
+                    arrived = await mailbox.next(left)
                     if arrived is None:
                         break
                     for event in cursor.feed(arrived):
+                        mailbox.seq = event.seq
                         yield event
                         if event.final:
                             return
-                    if arrived:
-                        quiet_at = monotonic() + wait
 
     async def _aread(self, run_id: str, after: int) -> list[Event]:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
@@ -194,6 +200,11 @@ class Streams:
                     extra={"action": "stream_waits", "run_id": run_id, "reason": str(error.orig)},
                 )
                 await asyncio.sleep(backoff.delay(failures))
+
+    @property
+    def open_streams(self) -> int:
+        """How many asynchronous streams are being followed."""
+        return self._hub.open_streams
 
     async def aclose(self) -> None:
         """Close the connection that this loop's streams share."""
@@ -293,24 +304,47 @@ class Subscription:
 
 
 class Hub:
-    """One asynchronous Redis connection for all streams of a loop, with counted channels."""
+    """One asynchronous Redis connection for all streams of a loop, with counted channels.
 
-    def __init__(self, client: Callable[[], "aioredis.Redis"], prefix: str) -> None:
+    It also asks Postgres, once for all watched runs, whether a last message was lost: every
+    `head_check` seconds, or every `without_redis` while Redis is away.
+    """
+
+    def __init__(
+        self,
+        client: Callable[[], "aioredis.Redis"],
+        prefix: str,
+        *,
+        heads: Callable[[list[str]], dict[str, int]],
+        head_check: float,
+        without_redis: float,
+    ) -> None:
         self._client = client
         self._prefix = prefix
+        self._heads = heads
+        self._head_check = head_check
+        self._without_redis = without_redis
         self._mailboxes: dict[str, set[Mailbox]] = {}
-        self._reader: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._pubsub: Any = None
         self._acknowledged: set[str] = set()
 
-    def subscribe(self, run_id: str) -> "Mailbox":
+    @property
+    def open_streams(self) -> int:
+        """How many streams are being followed."""
+        return sum(len(boxes) for boxes in self._mailboxes.values())
+
+    def subscribe(self, run_id: str, after: int) -> "Mailbox":
         """A mailbox for the run's messages, to be used with `async with`."""
-        return Mailbox(self, channel_for(self._prefix, run_id))
+        return Mailbox(self, run_id, channel_for(self._prefix, run_id), after)
 
     async def add(self, mailbox: "Mailbox") -> None:
         self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
-        if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read(), name="beatless-streams")
+        if not self._tasks or any(task.done() for task in self._tasks):
+            self._tasks = [
+                asyncio.create_task(self._read(), name="beatless-streams"),
+                asyncio.create_task(self._check_heads(), name="beatless-heads"),
+            ]
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
         elif self._pubsub is not None:
@@ -333,10 +367,28 @@ class Hub:
                 await self._pubsub.unsubscribe(mailbox.channel)
 
     async def aclose(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None and not reader.done():
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _check_heads(self) -> None:
+        while self._mailboxes:
+            live = self._pubsub is not None
+            await asyncio.sleep(self._head_check if live else self._without_redis)
+            run_ids = [next(iter(boxes)).run_id for boxes in self._mailboxes.values()]
+            try:
+                heads = await asyncio.to_thread(self._heads, run_ids)
+            except exc.DBAPIError as error:
+                logger.warning(
+                    "heads of the watched runs cannot be read, will retry",
+                    extra={"action": "head_check_failed", "reason": str(error.orig)},
+                )
+                continue
+            for boxes in list(self._mailboxes.values()):
+                for mailbox in boxes:
+                    if heads.get(mailbox.run_id, 0) > mailbox.seq:
+                        mailbox.missed()
 
     async def _read(self) -> None:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
@@ -390,8 +442,11 @@ class Mailbox:
     LIMIT = 1024 * 1024
     """Bytes that may wait for the reader."""
 
-    def __init__(self, hub: Hub, channel: str) -> None:
+    def __init__(self, hub: Hub, run_id: str, channel: str, seq: int) -> None:
+        self.run_id = run_id
         self.channel = channel
+        self.seq = seq
+        """The last event that the reader has passed on."""
         self.live = False
         self._hub = hub
         self._waiting: list[bytes] = []
@@ -410,18 +465,23 @@ class Mailbox:
     def connected(self, *, live: bool) -> None:
         """The subscription begins, or is lost: either way something may have been missed."""
         self.live = live
-        self._missed = True
         self._state_known.set()
+        self.missed()
+
+    def missed(self) -> None:
+        """Something may have been lost: the reader shall look into the journal."""
+        self._missed = True
         self._news.set()
 
     def put(self, body: bytes) -> None:
+        """A message. What does not fit is read from the journal instead."""
         self._size += len(body)
         if self._size > self.LIMIT:
             self._waiting.clear()
             self._size = 0
-            self._missed = True
-        else:
-            self._waiting.append(body)
+            self.missed()
+            return
+        self._waiting.append(body)
         self._news.set()
 
     async def ready(self) -> None:
@@ -429,14 +489,14 @@ class Mailbox:
         await self._state_known.wait()
         self._missed = False
 
-    async def next(self, timeout: float) -> list[Event] | None:
+    async def next(self, timeout: float | None) -> list[Event] | None:
         """The events that have come; [] after `timeout` seconds; None if some may be lost."""
         if not self._waiting and not self._missed:
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), max(0.0, timeout))
+                await asyncio.wait_for(self._news.wait(), timeout)
             except TimeoutError:
-                return [] if self.live else None
+                return []
         if self._missed:
             return None
         bodies, self._waiting, self._size = self._waiting, [], 0
