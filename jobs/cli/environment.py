@@ -81,6 +81,7 @@ class Environment:
             stream=sys.stderr,
             format="%(asctime)s %(levelname)s %(name)s %(message)s",
         )
+        logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class AppFailed(JobsError):
