@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -120,8 +119,6 @@ def golden_run(env: Environment, app: App) -> str:
 def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | None) -> str:
     """One code_census, whose worker is killed in the middle of Parse."""
     env.out.print("[bold]code_census[/], live: its worker is killed with SIGKILL in the middle")
-    work = out / "work"
-    shutil.rmtree(work, ignore_errors=True)  # of an earlier demo: nothing would be left to do
     given = {"out": str(out.resolve()), "root": str(root.resolve()) if root else None}
     run = app.client.start_run("code_census", given)
     killed: list[int] = []
@@ -140,21 +137,22 @@ def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | Non
     ended = app.client.get_run(run.run_id)
     if ended.state is not RunState.COMPLETED:
         raise DemoFailed(f"code_census is {ended.state}: {ended.error}")
-    begun = Counter(
-        json.loads(line)["chunk"] for line in (work / "ledger.jsonl").read_text().splitlines()
+    events = app.client.events(run.run_id)
+    work = next(
+        Path(event.data["result"]["work"])
+        for event in events
+        if event.step == "Discover" and event.type == "StepFinished" and event.data
     )
-    again = [chunk for chunk, times in begun.items() if times > 1]
-    finished_twice = [
-        chunk
-        for chunk, times in Counter(
-            (event.data or {})["index"]
-            for event in app.client.events(run.run_id)
-            if (event.data or {}).get("name") == "census.chunk"
-        ).items()
-        if times > 1
-    ]
-    if len(again) > 1 or finished_twice:
-        raise DemoFailed(f"chunks {again} were parsed again")
+    begun = [json.loads(line) for line in (work / "ledger.jsonl").read_text().splitlines()]
+    chunks = {entry["index"] for entry in begun}
+    finished_before = {
+        event.data["index"]
+        for event in events
+        if event.data and event.data.get("name") == "census.chunk" and event.attempt == 1
+    }
+    begun_after = {entry["index"] for entry in begun if entry["attempt"] > 1}
+    if finished_before & begun_after or len(begun) > len(chunks) + 1:
+        raise DemoFailed(f"chunks {sorted(finished_before & begun_after)} were parsed again")
     shutil.rmtree(work)
     result = ended.result
     env.out.print(
@@ -164,10 +162,11 @@ def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | Non
         f"      chart  {escape(result['chart'])}\n"
     )
     if ended.attempt == 1:
-        return f"code_census completed: {len(begun)} chunks, too few to kill its worker in between"
+        return f"code_census completed: {len(chunks)} chunks, too few to kill its worker in between"
+    again = len(begun) > len(chunks)
     twice = "the one in flight was begun twice" if again else "none was begun twice"
     return (
-        f"code_census survived kill -9 of its worker: of {len(begun)} chunks {twice}, "
+        f"code_census survived kill -9 of its worker: of {len(chunks)} chunks {twice}, "
         "no finished one was parsed again"
     )
 

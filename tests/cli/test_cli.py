@@ -204,13 +204,13 @@ def test_follow_streams_the_13_events_and_ends(command: Beatless, beatless: Kit)
 
 
 def test_follow_of_a_failed_run_ends_with_status_1(command: Beatless, beatless: Kit) -> None:
-    command("start", "agents.run", "--run-id", "r", "--input", "7")
+    beatless.start_run("fatally", run_id="r")
     beatless.work_until_idle()
 
     said = command("events", "r", "--follow")
 
     assert said.status == 1
-    assert "RunFinished      failed: 'int' object has no attribute 'get'" in said.out
+    assert "RunFinished      failed: no use trying again" in said.out
 
 
 def test_a_stream_that_outlives_its_timeout_ends_with_status_1(command: Beatless) -> None:
