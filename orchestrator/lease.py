@@ -171,6 +171,7 @@ class Heartbeat:
         self._by_id: dict[int, Lease] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._resting = False
         self._stopping = False
 
     def hold(self, lease: Lease) -> None:
@@ -182,7 +183,7 @@ class Heartbeat:
                     target=self._run, name="beatless-heartbeat", daemon=True
                 )
                 self._thread.start()
-            elif len(self._by_id) == 1:
+            elif self._resting:
                 self._changed.notify()
 
     def release(self, lease: Lease) -> None:
@@ -205,7 +206,9 @@ class Heartbeat:
             if self._leases.extend(connection, lease):
                 continue
             self.release(lease)
-            if not self._leases.look(connection, lease, 0).state.final:
+            seen = self._leases.look(connection, lease, 0)
+            # With our token still in place, it was this process that ended it or gave it back.
+            if not seen.written and not seen.state.final:
                 logger.warning(
                     "lease lost while its step runs",
                     extra={
@@ -219,10 +222,11 @@ class Heartbeat:
         connection: Connection | None = None
         while True:
             with self._changed:
-                while not self._by_id and not self._stopping:
-                    self._changed.wait()
-                if not self._stopping:
-                    self._changed.wait(self._leases.seconds / 3)
+                self._resting = True
+                self._changed.wait_for(lambda: self._by_id or self._stopping)
+                self._resting = False
+                # A lease that comes meanwhile is younger than this wait: it can bear its end.
+                self._changed.wait_for(lambda: self._stopping, self._leases.seconds / 3)
                 if self._stopping:
                     break
                 if not self._by_id:
