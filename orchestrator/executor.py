@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import psycopg
@@ -616,7 +617,13 @@ def transaction_lost(error: Exception) -> bool:
 
 def _result(outcome: Any) -> Any:
     value = outcome.result if isinstance(outcome, (Goto, Finish)) else outcome
-    return json.loads(json.dumps(value))  # what a resumed run would read
+    # What a resumed run would read.
+    return json.loads(json.dumps(value), parse_float=_as_jsonb)
+
+
+def _as_jsonb(number: str) -> float | int:
+    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
+    return int(Decimal(number)) if "e+" in number else float(number)
 
 
 def _describe(error: Exception, step: str) -> dict[str, Any]:
