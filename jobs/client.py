@@ -39,6 +39,7 @@ class RunRequest:
     queue: str | None = None
     delay: float | timedelta | None = None
     not_before: datetime | None = None
+    deadline: float | timedelta | None = None
     priority: int = 0
     tags: Mapping[str, str] | None = None
 
@@ -82,6 +83,7 @@ class Client:
         queue: str | None = None,
         delay: float | timedelta | None = None,
         not_before: datetime | None = None,
+        deadline: float | timedelta | None = None,
         priority: int = 0,
         tags: Mapping[str, str] | None = None,
         connection: Caller | None = None,
@@ -91,7 +93,8 @@ class Client:
         `connection` is your own SQLAlchemy Connection or Session, or psycopg connection: the run is
         then part of your transaction, and nothing is committed here. `key` names the run's purpose:
         a second start with the same key and content gives back the first run. `delay` is seconds or
-        a timedelta; higher `priority` (0 to 9) goes first within a queue.
+        a timedelta; higher `priority` (0 to 9) goes first within a queue. A run that has not ended
+        `deadline` (seconds or a timedelta) from now fails then, in the middle of a step if need be.
 
         Raises UnknownPlan, BadRequest, BadPayload, RunConflict (key or id used with other content).
         """
@@ -103,6 +106,7 @@ class Client:
             queue=queue,
             delay=delay,
             not_before=not_before,
+            deadline=deadline,
             priority=priority,
             tags=tags,
         )
@@ -137,11 +141,10 @@ class Client:
             raise BadRequest("delay", "and not_before cannot both be given")
         if request.not_before is not None and request.not_before.tzinfo is None:
             raise BadRequest("not_before", "has no time zone: use datetime.now(UTC) + …")
-        delay = request.delay
-        if isinstance(delay, timedelta):
-            delay = delay.total_seconds()
-        if delay is not None and not 0 <= delay < 10 * 365 * 86400:
-            raise BadRequest("delay", f"is {delay!r}, which is not 0 seconds to ten years")
+        delay = _seconds("delay", request.delay)
+        deadline = _seconds("deadline", request.deadline)
+        if deadline is not None and deadline <= (delay or 0):
+            raise BadRequest("deadline", f"is {deadline:g} s from now, before the run may start")
         return NewRun(
             run_id=run_id,
             namespace=self._namespace,
@@ -150,11 +153,14 @@ class Client:
             queue=queue,
             priority=request.priority,
             input=encode(
-                request.input, where="the run's input", limit=self._journal.max_event_bytes
+                plan.default_input if request.input is None else request.input,
+                where="the run's input",
+                limit=self._journal.max_event_bytes,
             ),
             key=request.key,
             not_before=request.not_before,
             delay=delay,
+            deadline=deadline,
             tags=_tags(request.tags),
         )
 
@@ -174,11 +180,12 @@ class Client:
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
-        before: Run | None = None,
+        before: Run | tuple[datetime, str] | None = None,
         limit: int = 50,
         connection: Caller | None = None,
     ) -> list[Run]:
-        """Runs, newest first. `before` is the last run of the page before."""
+        """Runs, newest first. `before` is the last run of the page before, or its time and id."""
+        last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._do(
             connection,
             lambda caller: self._journal.list_runs(
@@ -188,7 +195,7 @@ class Client:
                 plan=plan,
                 queue=queue,
                 tags=_tags(tags) if tags else None,
-                before=(before.created_at, before.run_id) if before else None,
+                before=last,
                 limit=limit,
             ),
         )
@@ -210,6 +217,10 @@ class Client:
             return self._journal.read(caller, run_id, after=from_seq, limit=limit)
 
         return self._do(connection, read)
+
+    def epoch(self) -> str:
+        """Changes when the database's history may have changed: a seq means nothing beyond it."""
+        return self._do(None, self._journal.epoch)
 
     # Following
 
@@ -261,13 +272,15 @@ class Client:
     ) -> Run:
         """Ask a run to stop, durably; the run as it is then.
 
-        A run that waits ends at once. One that runs ends after the step in flight. One that has
-        ended stays as it is. Raises RunNotFound.
+        A run that waits ends at once. One that runs ends after the step in flight. One whose plan
+        has an `on_cancel` step, and that has begun, ends after that step. One that has ended stays
+        as it is. Raises RunNotFound.
         """
+        plain = [name for name, plan in self._plans.items() if plan.on_cancel is None]
         return self._do(
             connection,
             lambda caller: self._journal.cancel(
-                caller, run_id, namespace=self._namespace, reason=reason
+                caller, run_id, namespace=self._namespace, reason=reason, plain=plain
             ),
         )
 
@@ -306,6 +319,14 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         ):
             raise SchemaBehind(schema, None, head()) from error
         raise
+
+
+def _seconds(name: str, given: float | timedelta | None) -> float | None:
+    """Seconds from now, checked."""
+    seconds = given.total_seconds() if isinstance(given, timedelta) else given
+    if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
+        raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
+    return seconds
 
 
 def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:

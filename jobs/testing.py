@@ -150,7 +150,7 @@ class Kit:
         with self.app.engine.begin() as connection:
             for table, columns in (
                 ("dispatches", ["due_at"]),
-                ("runs", ["lease_expires_at", "not_before"]),
+                ("runs", ["lease_expires_at", "not_before", "deadline_at"]),
             ):
                 changes = ", ".join(
                     f"{column} = {column} - make_interval(secs => %(seconds)s)"

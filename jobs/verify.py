@@ -97,6 +97,7 @@ UNION ALL
 SELECT 'I9', run_id, format('%%s steps finished after its cancel was accepted', count(*))
   FROM head JOIN event USING (run_id)
  WHERE event.type = 'StepFinished' AND event.seq > cancel_seq
+   AND NOT event.data @> '{{"on_cancel": true}}'
  GROUP BY run_id HAVING count(*) > 1
 UNION ALL
 SELECT 'I9', run_id, format('its cancel was accepted, yet it ended as %%s', state)

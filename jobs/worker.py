@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import sqlalchemy
+from billiard.process import current_process
 from celery import Celery, signals
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
@@ -24,6 +25,7 @@ from orchestrator.executor import Executor
 from orchestrator.journal import Journal
 from orchestrator.lease import Heartbeat, Leases
 from orchestrator.plan import Plan
+from orchestrator.watchdog import Watchdog
 from outbox.doorbell import KEEPALIVE
 from outbox.faults import CrashPoints
 from outbox.publishers import worker_queue
@@ -134,6 +136,7 @@ class Executors:
         self._worker = ""
         self._threads = threading.local()
         self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
         self.draining = Draining()
 
     def __call__(self) -> Executor:
@@ -152,6 +155,9 @@ class Executors:
             self._engine.dispose(close=False)
         self._threads = threading.local()
         self._heartbeat = Heartbeat(self._leases, self.connect)
+        # Only a child of the prefork pool has nothing but its run to lose.
+        pool_child = current_process().name != "MainProcess"
+        self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
         # Never the host name alone: a restarted container has the name of the one that died.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._pid = os.getpid()
@@ -161,6 +167,7 @@ class Executors:
         if self._heartbeat is None:
             self._after_fork()
         assert self._heartbeat is not None  # noqa: S101 - set by _after_fork
+        assert self._watchdog is not None  # noqa: S101 - set by _after_fork
         return Executor(
             journal=self._journal,
             leases=self._leases,
@@ -169,14 +176,17 @@ class Executors:
             heartbeat=self._heartbeat,
             worker=self._worker,
             stopping=self.draining,
+            limit=self._watchdog.call,
             faults=self._faults,
             **options,
         )
 
     def close(self) -> None:
-        """Stop this process's heartbeat. Its executors close their own connections."""
+        """Stop this process's threads. Its executors close their own connections."""
         if self._heartbeat is not None and self._pid == os.getpid():
             self._heartbeat.stop()
+        if self._watchdog is not None and self._pid == os.getpid():
+            self._watchdog.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy
 
-from orchestrator.errors import RunCancelled
+from orchestrator.errors import LeaseLost, RunCancelled
 from orchestrator.events import EventType, NewEvent
 from orchestrator.journal import Journal
 from orchestrator.lease import Lease
@@ -32,6 +32,7 @@ class StepContext:
         append: Callable[[NewEvent], None],
         check_cancel: Callable[[], bool],
         connection: sqlalchemy.Connection | None,
+        cancellable: bool = True,
     ) -> None:
         self.run_id = lease.run.run_id
         self.plan = lease.run.plan
@@ -47,6 +48,7 @@ class StepContext:
         self._append = append
         self._check_cancel = check_cancel
         self._connection = connection
+        self._cancellable = cancellable
         self._next_progress = 0.0
         self._next_cancel_check = 0.0
 
@@ -88,7 +90,15 @@ class StepContext:
         self.trace("progress", pct=max(0.0, min(100.0, float(pct))), note=note)
 
     def raise_if_cancelled(self) -> None:
-        """Raise RunCancelled if somebody asked to cancel. Cheap enough for every turn of a loop."""
+        """Raise RunCancelled if somebody asked to cancel. Cheap enough for every turn of a loop.
+
+        Raises LeaseLost if the run was taken from this worker. In a plan's `on_cancel` step the
+        cancel is no news.
+        """
+        if self._lease.lost:
+            raise LeaseLost(self.run_id, self._lease.token)
+        if not self._cancellable:
+            return
         now = monotonic()
         if not self._lease.cancelled and now >= self._next_cancel_check:
             self._next_cancel_check = now + CANCEL_EVERY

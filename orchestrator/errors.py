@@ -6,6 +6,8 @@ OrchestratorError
 ├── RunNotFound         no run has this id
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
+├── StepTimeout         an attempt took longer than its step may; it counts as a failure
+├── DeadlineExceeded    the run took longer than `deadline` allows: it ends as failed
 └── Fatal               raised by a step: fail the run now, no retry
 """
 
@@ -74,6 +76,29 @@ class RunCancelled(OrchestratorError):
 
     def __str__(self) -> str:
         return f"run {self.run_id} was asked to stop"
+
+
+class StepTimeout(OrchestratorError):
+    """An attempt took longer than its step's `timeout`."""
+
+    def __init__(self, step: str, seconds: float) -> None:
+        super().__init__(step, seconds)
+        self.step = step
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"step {self.step} took longer than its timeout of {self.seconds:g} s"
+
+
+class DeadlineExceeded(OrchestratorError):
+    """The run has reached the deadline that it was started with."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} did not end before its deadline"
 
 
 class Fatal(OrchestratorError):

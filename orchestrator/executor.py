@@ -6,9 +6,9 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from decimal import Decimal
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any, TypeVar
 
 import psycopg
@@ -16,12 +16,20 @@ import sqlalchemy
 from sqlalchemy import exc
 
 from orchestrator.context import StepContext
-from orchestrator.errors import BadPayload, Fatal, LeaseLost, RunCancelled
+from orchestrator.errors import (
+    BadPayload,
+    DeadlineExceeded,
+    Fatal,
+    LeaseLost,
+    RunCancelled,
+    StepTimeout,
+)
 from orchestrator.events import Event, EventType, NewEvent, encode
 from orchestrator.journal import Appended, Journal, Settlement, cancel_error
 from orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
 from orchestrator.plan import Finish, Goto, Plan, Snooze, Step
 from orchestrator.state import RunState
+from orchestrator.watchdog import Attempt
 from outbox.backoff import Backoff
 from outbox.faults import CrashPoints
 from outbox.queries import Caller
@@ -49,9 +57,9 @@ def ignore(_name: str, _facts: dict[str, Any]) -> None:
     """The observer of an executor that nobody observes."""
 
 
-def no_limit(_step: Step, _lease: Lease) -> AbstractContextManager[None]:
+def no_limit(_attempt: Attempt, body: Callable[[], Any]) -> Any:
     """The time limit of an executor that cannot end a step: none."""
-    return nullcontext()
+    return body()
 
 
 class UnknownStep(Exception):
@@ -84,6 +92,8 @@ class Progress:
     visits: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     failures: int = 0
+    compensating: bool = False
+    """The run is cancelled, and the plan's `on_cancel` step is what comes last."""
 
     @property
     def occurrence(self) -> str:
@@ -105,6 +115,10 @@ class Progress:
             self.visits[self.step.name] += 1
         self.step, self.starts, self.failures = following, 0, 0
 
+    def compensate(self, step: Step) -> None:
+        """The run was cancelled; the step that undoes it comes next."""
+        self.step, self.starts, self.failures, self.compensating = step, 0, 0, True
+
 
 def fold(plan: Plan, events: Sequence[Event]) -> Progress:
     """The place of a run in its plan. Raises UnknownStep."""
@@ -119,9 +133,15 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 if "next" in reused:
                     progress.step = _named(plan, reused["next"])
             case EventType.STEP_STARTED:
+                undo = plan.on_cancel
+                if undo is not None and undo.name == event.step and not progress.compensating:
+                    progress.compensate(undo)
                 progress.starts += 1
             case EventType.STEP_FAILED:
                 progress.failures += 1
+                stopped = (data.get("error") or {}).get("type") == RunCancelled.__name__
+                if stopped and plan.on_cancel is not None and not progress.compensating:
+                    progress.compensate(plan.on_cancel)
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 progress.starts -= 1
             case EventType.STEP_FINISHED:
@@ -155,11 +175,14 @@ class Executor:
         heartbeat: Heartbeat,
         worker: str,
         stopping: threading.Event | None = None,
-        limit: Callable[[Step, Lease], AbstractContextManager[None]] = no_limit,
+        limit: Callable[[Attempt, Callable[[], Any]], Any] = no_limit,
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
     ) -> None:
-        """`worker` is unique to this process for ever; `stopping` ends runs at their boundary."""
+        """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
+
+        `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
+        """
         self.journal = journal
         self.leases = leases
         self.engine = engine
@@ -257,7 +280,14 @@ class Execution:
         if self._lease.run.attempt == 1 and self._last_seq == 2:
             return Progress(step=self._plan.first, starts=1)  # started by the claim itself
         progress = self._fold()
-        return None if progress is None else self._attempt(progress)
+        if progress is None:
+            return None
+        if self._lease.cancelled and self._plan.on_cancel and not progress.compensating:
+            progress.compensate(self._plan.on_cancel)
+        if self._lease.late and not progress.compensating:
+            self._settle(self._overdue([]))
+            return None
+        return self._attempt(progress)
 
     def _fold(self) -> Progress | None:
         """Where the journal says the run is; None if this worker does not know the place."""
@@ -287,9 +317,13 @@ class Execution:
         """Count an attempt before its body runs; False if the run was cancelled instead."""
         progress.starts += 1
         started = self._event(EventType.STEP_STARTED, progress)
-        return not self._settle(
-            Settlement(events=[*before, started], state=RunState.RUNNING, **self._cancelled(before))
-        ).cancelled
+        settlement = Settlement(
+            events=[*before, started], state=RunState.RUNNING, **self._cancelled(before)
+        )
+        if progress.compensating:
+            self._settle(regardless(settlement))
+            return True
+        return not self._settle(settlement).cancelled
 
     def _take_step(self, progress: Progress, step: Step) -> Progress | None:
         """Run one attempt; the progress to go on with, or None when the run leaves this worker."""
@@ -303,9 +337,13 @@ class Execution:
         except BodyFailed as failure:
             if transaction_lost(failure.error) and step.transactional:
                 return self._after_lost_transaction()
+            if isinstance(failure.error, (StepTimeout, DeadlineExceeded)):
+                self._interrupted()
             self._settle(self._failed(progress, step, failure.error))
             return None
         except RunCancelled:
+            if step.terminate_on_cancel:
+                self._interrupted()
             self._settle(self._stopped(progress))
             return None
         except exc.DBAPIError as error:
@@ -326,14 +364,45 @@ class Execution:
     ) -> tuple[Any, Settlement, Step | None]:
         """Call the body and decide what its outcome writes. Raises BodyFailed."""
         context = self._context(progress, transaction)
+        attempt = self._limited(progress, step)
         try:
-            with self._executor.limit(step, self._lease):
-                outcome = step.function(context)
+            outcome = self._executor.limit(attempt, lambda: step.function(context))
             return outcome, *self._outcome(progress, step, outcome)
         except (RunCancelled, LeaseLost):
             raise
         except Exception as error:
             raise BodyFailed(error) from error
+
+    def _limited(self, progress: Progress, step: Step) -> Attempt:
+        """The attempt as the watchdog sees it."""
+        ends_at = None if step.timeout is None else monotonic() + step.timeout
+        late: Exception = StepTimeout(progress.occurrence, step.timeout or 0.0)
+        deadline = None if progress.compensating else self._lease.deadline
+        if deadline is not None and (ends_at is None or deadline < ends_at):
+            ends_at, late = deadline, DeadlineExceeded(self._run_id)
+
+        def settle(connection: Connection, reason: Exception) -> bool:
+            settlement = (
+                self._stopped(progress)
+                if isinstance(reason, RunCancelled)
+                else self._failed(progress, step, reason)
+            )
+            token = self._lease.token
+            return self._journal.settle(connection, self._run_id, token, settlement) is not None
+
+        return Attempt(
+            lease=self._lease,
+            ends_at=ends_at,
+            late=late,
+            terminate_on_cancel=step.terminate_on_cancel,
+            gentle=not step.transactional,
+            settle=settle,
+        )
+
+    def _interrupted(self) -> None:
+        """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
+        self._executor.disconnect()
+        self._last_seq = self._patiently(self._look).last_seq
 
     @contextmanager
     def _transaction(self, step: Step) -> Iterator[sqlalchemy.Connection | None]:
@@ -355,6 +424,7 @@ class Execution:
             append=self._append,
             check_cancel=self._cancel_requested,
             connection=transaction,
+            cancellable=not progress.compensating,
         )
 
     # What a boundary writes
@@ -363,19 +433,22 @@ class Execution:
         self, progress: Progress, step: Step, outcome: Any
     ) -> tuple[Settlement, Step | None]:
         """The settlement of what the step returned, and the step that follows."""
+        if step.outcomes and not isinstance(outcome, tuple(step.outcomes)):
+            raise Fatal(
+                f"step {step.name} returned a {type(outcome).__name__}; it is annotated to return "
+                f"only {', '.join(sorted(kind.__name__ for kind in step.outcomes))}"
+            )
         match outcome:
             case Snooze(seconds):
                 note = self._event(EventType.DEBUG_TRACE, progress, name=SNOOZED, seconds=seconds)
-                return (
-                    Settlement(
-                        events=[note],
-                        state=RunState.QUEUED,
-                        delay=seconds,
-                        reason="snooze",
-                        **self._cancelled([]),
-                    ),
-                    step,
+                snoozed = Settlement(
+                    events=[note],
+                    state=RunState.QUEUED,
+                    delay=seconds,
+                    reason="snooze",
+                    **self._cancelled([]),
                 )
+                return regardless(snoozed) if progress.compensating else snoozed, step
             case Finish():
                 following = None
                 data = {"result": outcome.result, "next": None}
@@ -390,10 +463,17 @@ class Execution:
             case _:
                 following = self._plan.after(step.name)
                 data = {"result": outcome}
+        if progress.compensating:
+            data["on_cancel"] = True
         finished = self._event(EventType.STEP_FINISHED, progress, **data)
+        if progress.compensating:
+            ended = self._ended(RunState.CANCELLED, [finished], cancel_error(None))
+            return regardless(ended), None
         if following is None:
             return self._completed([finished], data["result"]), None
         self._steps_left -= 1
+        if self._lease.late:
+            return self._overdue([finished]), None
         if self._executor.stopping.is_set() or self._steps_left == 0:
             return self._give_back("shutdown", [finished]), following
         upcoming = Progress(step=following, visits=progress.visits.copy(), starts=1)
@@ -423,7 +503,7 @@ class Execution:
     def _failed(self, progress: Progress, step: Step, error: Exception) -> Settlement:
         """Try again later, or end the run as failed."""
         delay = step.retry.delay(progress.failures + 1)
-        if isinstance(error, (Fatal, BadPayload)):
+        if isinstance(error, (Fatal, BadPayload, DeadlineExceeded)):
             delay = None
         facts = _describe(error, progress.occurrence)
         logger.warning(
@@ -439,14 +519,28 @@ class Execution:
         )
         failed = self._event(EventType.STEP_FAILED, progress, error=facts)
         if delay is None:
-            return self._ended(RunState.FAILED, [failed], facts)
-        return Settlement(
+            return self._given_up(progress, failed, facts)
+        again = Settlement(
             events=[failed],
             state=RunState.QUEUED,
             delay=delay,
             reason="retry",
             **self._cancelled([failed]),
         )
+        return regardless(again) if progress.compensating else again
+
+    def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
+        """The step has failed for good. A run whose `on_cancel` step fails is cancelled still."""
+        if not progress.compensating:
+            return self._ended(RunState.FAILED, [failed], facts)
+        error = cancel_error(None) | {"on_cancel": facts}
+        return regardless(self._ended(RunState.CANCELLED, [failed], error))
+
+    def _overdue(self, events: Sequence[NewEvent]) -> Settlement:
+        """The run has reached its deadline."""
+        error = DeadlineExceeded(self._run_id)
+        facts = {"type": type(error).__name__, "message": str(error)}
+        return self._ended(RunState.FAILED, events, facts)
 
     def _poisoned(self, progress: Progress) -> Settlement:
         facts = {
@@ -455,13 +549,17 @@ class Execution:
             "step": progress.occurrence,
         }
         failed = self._event(EventType.STEP_FAILED, progress, error=facts)
-        return self._ended(RunState.FAILED, [failed], facts)
+        return self._given_up(progress, failed, facts)
 
     def _stopped(self, progress: Progress) -> Settlement:
         """The body itself noticed the cancel."""
         facts = cancel_error(None) | {"step": progress.occurrence}
         failed = self._event(EventType.STEP_FAILED, progress, error=facts)
-        return self._ended(RunState.CANCELLED, [failed], facts)
+        if progress.compensating:
+            return self._given_up(progress, failed, facts)
+        if self._plan.on_cancel is None:
+            return self._ended(RunState.CANCELLED, [failed], facts)
+        return regardless(Settlement(events=[failed], state=RunState.QUEUED, reason="cancel"))
 
     def _ended(
         self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
@@ -486,7 +584,13 @@ class Execution:
         )
 
     def _cancelled(self, events: Sequence[NewEvent]) -> dict[str, Any]:
-        """The other way of a settlement: the step in flight commits, then the run is over."""
+        """The other way of a settlement: the step in flight commits, then the run is over.
+
+        If the plan has an `on_cancel` step the run is given back instead, and is due at once: the
+        next claim begins with that step.
+        """
+        if self._plan.on_cancel is not None:
+            return {"if_cancelled": events, "state_if_cancelled": RunState.QUEUED}
         text = self._encode(cancel_error(None), "error")
         ended = NewEvent(
             type=EventType.RUN_FINISHED, data=f'{{"outcome":"cancelled","error":{text}}}'
@@ -516,7 +620,8 @@ class Execution:
         appended = self._write(
             lambda connection: self._journal.append(
                 connection, self._run_id, self._lease.token, [event]
-            )
+            ),
+            RunState.RUNNING,
         )
         self._lease.cancelled = appended.cancelled
 
@@ -527,13 +632,13 @@ class Execution:
             return self._journal.settle(connection, self._run_id, self._lease.token, settlement)
 
         if transaction is None:
-            appended = self._write(write)
+            appended = self._write(write, settlement.state)
         else:
             found = write(transaction)
             if found is None:
                 raise LeaseLost(self._run_id, self._lease.token)
             appended = found
-        state = RunState.CANCELLED if appended.cancelled else settlement.state
+        state = settlement.state_if_cancelled if appended.cancelled else settlement.state
         if state.final:
             logger.info(
                 "run finished",
@@ -541,7 +646,9 @@ class Execution:
             )
         return appended
 
-    def _write(self, write: Callable[[Connection], Appended | None]) -> Appended:
+    def _write(
+        self, write: Callable[[Connection], Appended | None], intended: RunState
+    ) -> Appended:
         """Write once, whatever happens to the connection. Raises LeaseLost.
 
         A commit whose answer was lost may have happened. Only the owner of the lease writes as a
@@ -554,7 +661,7 @@ class Execution:
             if tried:
                 seen = self._look(connection)
                 if seen.written:
-                    cancelled = seen.state is RunState.CANCELLED
+                    cancelled = seen.state is not intended
                     return Appended(last_seq=seen.last_seq, cancelled=cancelled)
             tried = True
             return write(connection)
@@ -608,6 +715,17 @@ class Execution:
         return self._lease.cancelled
 
 
+def regardless(settlement: Settlement) -> Settlement:
+    """The same whether or not somebody asked to cancel: for a run that is cancelled already."""
+    return replace(
+        settlement,
+        if_cancelled=settlement.events,
+        state_if_cancelled=settlement.state,
+        error_if_cancelled=settlement.error,
+        delay_if_cancelled=settlement.delay or 0.0,
+    )
+
+
 def transaction_lost(error: Exception) -> bool:
     """Whether it was the connection that failed and not the statement."""
     return isinstance(error, exc.DBAPIError) and (
@@ -617,13 +735,7 @@ def transaction_lost(error: Exception) -> bool:
 
 def _result(outcome: Any) -> Any:
     value = outcome.result if isinstance(outcome, (Goto, Finish)) else outcome
-    # What a resumed run would read.
-    return json.loads(json.dumps(value), parse_float=_as_jsonb)
-
-
-def _as_jsonb(number: str) -> float | int:
-    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
-    return int(Decimal(number)) if "e+" in number else float(number)
+    return json.loads(json.dumps(value))  # what a resumed run would read
 
 
 def _describe(error: Exception, step: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ RUN_COLUMNS = (
     "worker",
     "cancel_requested_at",
     "not_before",
+    "deadline_at",
     "tags",
     "retry_of",
     "created_at",
@@ -63,6 +64,7 @@ class Run:
     worker: str | None
     cancel_requested_at: datetime | None
     not_before: datetime | None
+    deadline_at: datetime | None
     tags: dict[str, str]
     retry_of: str | None
     created_at: datetime
@@ -97,6 +99,8 @@ class NewRun:
     key: str | None
     not_before: datetime | None
     delay: float | None
+    deadline: float | None
+    """Seconds from now."""
     tags: Mapping[str, str]
     retry_of: str | None = None
     trace_context: Mapping[str, str] | None = None
@@ -115,6 +119,7 @@ class NewRun:
             "key": self.key,
             "not_before": self.not_before.isoformat() if self.not_before else None,
             "delay": self.delay,
+            "deadline": self.deadline,
             "tags": dict(self.tags),
             "retry_of": self.retry_of,
             "trace_context": dict(self.trace_context) if self.trace_context else None,
@@ -151,6 +156,7 @@ class Settlement:
     if_cancelled: Sequence[NewEvent] = ()
     state_if_cancelled: RunState = RunState.CANCELLED
     error_if_cancelled: str | None = None
+    delay_if_cancelled: float = 0.0
 
 
 class Journal:
@@ -166,14 +172,14 @@ class Journal:
 WITH input AS (
   SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
     run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
-    priority smallint, input jsonb, key text, not_before timestamptz, delay float8, tags jsonb,
-    retry_of text, trace_context jsonb, reused jsonb)
+    priority smallint, input jsonb, key text, not_before timestamptz, delay float8,
+    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb)
 ), u AS (
   INSERT INTO {s}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input, key,
-                        last_seq, not_before, tags, retry_of, trace_context)
+                        last_seq, not_before, deadline_at, tags, retry_of, trace_context)
   SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
-         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)), tags, retry_of,
-         trace_context
+         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
+         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context
     FROM input
   ON CONFLICT DO NOTHING
   RETURNING *
@@ -223,7 +229,8 @@ WITH u AS (
          error = CASE WHEN {live} THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
          lease_expires_at = CASE WHEN {state} = 'running' THEN lease_expires_at END,
          not_before = CASE WHEN {state} = 'queued'
-                           THEN clock_timestamp() + make_interval(secs => %(delay)s) END,
+                           THEN least(deadline_at, clock_timestamp() + make_interval(secs =>
+                             CASE WHEN {live} THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
          finished_at = CASE WHEN {state} NOT IN ('running', 'queued') THEN clock_timestamp() END
    WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
   RETURNING run_id, last_seq, state, not_before, NOT ({live}) AS cancelled,
@@ -248,16 +255,19 @@ WITH u AS (
     FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
 )
 SELECT last_seq, cancelled, {bell} FROM u"""
-        # A run that waits ends at once; one that runs is told, and ends at its next boundary.
+        # A run that waits ends at once; one that runs is told, and ends at its next boundary. One
+        # that has begun and waits, of a plan with an `on_cancel` step, is due now for that step.
+        ends = """state = 'queued'
+           AND (plan = ANY(%(plain)s) OR attempt = 0 AND retry_of IS NULL)"""
         self._cancel = f"""
 WITH u AS (
   UPDATE {s}.runs
      SET cancel_requested_at = clock_timestamp(),
-         last_seq = last_seq + CASE WHEN state = 'queued' THEN 2 ELSE 1 END,
-         state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
+         last_seq = last_seq + CASE WHEN {ends} THEN 2 ELSE 1 END,
+         state = CASE WHEN {ends} THEN 'cancelled' ELSE state END,
          not_before = NULL,
-         error = CASE WHEN state = 'queued' THEN %(error)s::jsonb ELSE error END,
-         finished_at = CASE WHEN state = 'queued' THEN clock_timestamp() END
+         error = CASE WHEN {ends} THEN %(error)s::jsonb ELSE error END,
+         finished_at = CASE WHEN {ends} THEN clock_timestamp() END
    WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')
      AND cancel_requested_at IS NULL
   RETURNING *
@@ -273,6 +283,9 @@ WITH u AS (
 ), o AS ({outbox_row(s, "u", "%(shard)s", "CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END")}
 ), gone AS (
   DELETE FROM {s}.dispatches d USING u WHERE d.run_id = u.run_id AND u.state = 'cancelled'
+), now AS (
+  UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp(), reason = 'cancel'
+    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
 )
 SELECT {columns}, {bell} FROM u"""
         self._get = f"""
@@ -372,6 +385,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "error": settlement.error,
                 "error_cancelled": settlement.error_if_cancelled,
                 "delay": settlement.delay or 0.0,
+                "delay_cancelled": settlement.delay_if_cancelled,
                 "reason": settlement.reason,
                 "branches": [False] * len(settlement.events)
                 + [True] * len(settlement.if_cancelled),
@@ -383,10 +397,19 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         )
         return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
 
-    def cancel(self, connection: Caller, run_id: str, *, namespace: str, reason: str | None) -> Run:
+    def cancel(
+        self,
+        connection: Caller,
+        run_id: str,
+        *,
+        namespace: str,
+        reason: str | None,
+        plain: Sequence[str],
+    ) -> Run:
         """Store a cancel. A run that has ended, or was cancelled before, is returned unchanged.
 
-        Raises RunNotFound.
+        `plain` names the plans without an `on_cancel` step: their waiting runs end at once. Raises
+        RunNotFound.
         """
         error = encode(
             cancel_error(reason), where="the reason of the cancel", limit=self.max_event_bytes
@@ -400,6 +423,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "shard": shard_of(run_id),
                 "reason": reason,
                 "error": error,
+                "plain": list(plain),
             },
         )
         if rows:

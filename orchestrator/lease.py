@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -31,6 +32,13 @@ class Lease:
     token: int
     cancelled: bool = False
     lost: bool = False
+    deadline: float | None = None
+    """When the run must have ended, by this process's monotonic clock."""
+
+    @property
+    def late(self) -> bool:
+        """Whether the run has reached its deadline."""
+        return self.deadline is not None and monotonic() >= self.deadline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +92,11 @@ WITH u AS (
    WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND NOT EXISTS (SELECT FROM u)
      AND EXISTS (SELECT FROM {s}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
 )
-SELECT {columns}, u.lease_token, {doorbell(s, "%(shard)s")} FROM u""".replace(
+SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timestamp())::float8,
+       {doorbell(s, "%(shard)s")} FROM u""".replace(
             "{fresh}",
-            "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL",
+            "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
+            " AND (deadline_at IS NULL OR deadline_at > clock_timestamp())",
         )
         self._extend = f"""
 WITH u AS (
@@ -125,8 +135,14 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         )
         if not rows:
             return None
-        run = Run.from_row(rows[0][:-2])
-        return Lease(run=run, token=rows[0][-2], cancelled=run.cancel_requested_at is not None)
+        *row, token, left, _ = rows[0]
+        run = Run.from_row(row)
+        return Lease(
+            run=run,
+            token=token,
+            cancelled=run.cancel_requested_at is not None,
+            deadline=None if left is None else monotonic() + left,
+        )
 
     def extend(self, connection: Connection, lease: Lease) -> bool:
         """Keep the lease for its full time from now; False if it is gone."""

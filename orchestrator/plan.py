@@ -3,17 +3,23 @@
 import hashlib
 import inspect
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from types import UnionType
+from typing import Any, Protocol, overload
 
-from orchestrator.errors import Fatal
+from orchestrator.errors import BadPayload, Fatal
+from orchestrator.events import encode
 from orchestrator.retry import Retry
 
 __all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "step"]
 
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 STEP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+INPUT_BYTES = 262_144
+"""The largest default input of a plan: that of a run with the default settings."""
 
 
 class PlanError(ValueError):
@@ -56,6 +62,13 @@ class Step:
     retry: Retry = field(default_factory=Retry)
     transactional: bool = False
     terminate_on_cancel: bool = False
+    outcomes: frozenset[type] = frozenset()
+    """Goto, Finish or Snooze, if the function is annotated to return nothing else."""
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next step of the list may follow."""
+        return not self.outcomes
 
     def __call__(self, context: Any) -> Any:
         """Call the function itself, as a unit test would."""
@@ -87,8 +100,10 @@ def step(
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a function a step of plans. It takes one argument, the StepContext.
 
-    `timeout` is seconds per attempt. A `transactional` step gets `ctx.connection`, whose work is
-    committed together with its StepFinished. Raises PlanError for a bad name, timeout or signature.
+    `timeout` is seconds per attempt; then the attempt has failed, whatever the function does. A
+    `transactional` step gets `ctx.connection`, whose work is committed together with its
+    StepFinished. `terminate_on_cancel` ends a step that does not look for a cancel by itself.
+    Raises PlanError for a bad name, timeout or signature.
     """
 
     def decorate(function: Callable[..., Any]) -> Step:
@@ -110,16 +125,40 @@ def step(
             retry=retry or Retry(),
             transactional=transactional,
             terminate_on_cancel=terminate_on_cancel,
+            outcomes=outcomes_of(function),
         )
 
     return decorate if function is None else decorate(function)
 
 
+def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
+    """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
+    try:
+        annotated = typing.get_type_hints(function).get("return", Any)
+    except (NameError, TypeError, AttributeError):
+        return frozenset()  # it names what only a type checker has
+    union = typing.get_origin(annotated) in (typing.Union, UnionType)
+    kinds = typing.get_args(annotated) if union else (annotated,)
+    return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
+
+
+class CeleryTask(Protocol):
+    """What `Plan.task` needs of a Celery task."""
+
+    name: str
+    run: Callable[..., Any]
+
+
 class Plan:
     """An ordered list of steps. The default route is the next step; the last one completes the run.
 
-    `routes` declares where else a step may go (`Goto`): `{"Verify": ["Perceive", "Stop"]}`. Raises
-    PlanError, naming the plan and the step, for what cannot work.
+    `routes` declares where else a step may go (`Goto`): `{"Verify": ["Perceive", "Stop"]}`. A step
+    whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
+    `on_cancel` is a step that undoes what a cancelled run has done, before its RunFinished; it is
+    not called for a run that had not begun. `default_input` is for runs that are started without.
+
+    Raises PlanError, naming the plan and the step, for what cannot work: two steps of one name, a
+    route to nowhere, a step that nothing leads to, a default input that is not JSON.
     """
 
     def __init__(
@@ -129,6 +168,8 @@ class Plan:
         *,
         routes: Mapping[str, Sequence[str]] | None = None,
         queue: str = "default",
+        on_cancel: Step | None = None,
+        default_input: Any = None,
     ) -> None:
         if not PLAN_NAME.fullmatch(name):
             raise PlanError(f"plan name {name!r} must match {PLAN_NAME.pattern}")
@@ -151,7 +192,86 @@ class Plan:
                 raise PlanError(
                     f"plan {name}: routes name {unknown!r}, which is not one of its steps"
                 )
+        self.on_cancel = on_cancel
+        self.default_input = default_input
+        self._check_routes()
+        self._check_on_cancel()
+        try:
+            encode(default_input, where=f"plan {name}: default_input", limit=INPUT_BYTES)
+        except BadPayload as error:
+            raise PlanError(str(error)) from error
         self.version = self._hash()
+
+    def _check_routes(self) -> None:
+        for step in self.steps:
+            if Goto in step.outcomes and not self.routes.get(step.name):
+                raise PlanError(
+                    f"plan {self.name}: step {step.name} is annotated to return a Goto and has no "
+                    f'routes; declare them: routes={{"{step.name}": [...]}}'
+                )
+        reached, ahead = set[str](), [self.first.name]
+        while ahead:
+            name = ahead.pop()
+            if name not in reached:
+                reached.add(name)
+                ahead += self.following(name)
+        for lost in self.steps:
+            if lost.name not in reached:
+                raise PlanError(
+                    f"plan {self.name}: nothing leads to step {lost.name}: the step before it goes "
+                    "elsewhere, and no route of a step that can be reached names it"
+                )
+
+    def _check_on_cancel(self) -> None:
+        step = self.on_cancel
+        if step is None:
+            return
+        if not isinstance(step, Step):
+            raise PlanError(
+                f"plan {self.name}: on_cancel is {step!r}, which is not a step; decorate it with "
+                "@step"
+            )
+        if step.name in self._by_name:
+            raise PlanError(
+                f"plan {self.name}: on_cancel is {step.name}, which is also one of its steps; give "
+                "it a name of its own"
+            )
+        if step.terminate_on_cancel:
+            raise PlanError(
+                f"plan {self.name}: step {step.name} is called by a cancel and cannot also be "
+                "ended by it; remove terminate_on_cancel"
+            )
+
+    @staticmethod
+    def task(
+        task: CeleryTask,
+        *,
+        name: str | None = None,
+        arguments: Callable[[Any], Mapping[str, Any] | Sequence[Any]] | None = None,
+        **options: Any,
+    ) -> Step:
+        """A step that calls an existing Celery task's function, in the worker that has the run.
+
+        The run's input becomes the arguments: an object's members by name, a list's items by place,
+        null none, anything else the only one. `arguments` says otherwise: it takes the StepContext
+        and returns a mapping or a list. The step is called like the last part of the task's name;
+        other options are those of `step`. The task's own retries, limits and hooks do not apply.
+        """
+        label = name or task.name.rpartition(".")[2]
+
+        def call(ctx: Any) -> Any:
+            given = ctx.input if arguments is None else arguments(ctx)
+            match given:
+                case None:
+                    return task.run()
+                case Mapping():
+                    return task.run(**given)
+                case list() | tuple():
+                    return task.run(*given)
+            return task.run(given)
+
+        found = step(name=label, **options)(call)
+        return replace(found, outcomes=outcomes_of(task.run))
 
     def __repr__(self) -> str:
         return f"Plan({self.name!r}, [{', '.join(candidate.name for candidate in self.steps)}])"
@@ -162,12 +282,21 @@ class Plan:
 
     def get(self, name: str) -> Step | None:
         """The step of this name, or None: a newer version of the plan may have others."""
+        if self.on_cancel is not None and name == self.on_cancel.name:
+            return self.on_cancel
         return self._by_name.get(name)
 
     def after(self, name: str) -> Step | None:
         """The step that follows by default, or None at the end."""
+        if name not in self._by_name:
+            return None
         place = self.steps.index(self._by_name[name]) + 1
         return self.steps[place] if place < len(self.steps) else None
+
+    def following(self, name: str) -> list[str]:
+        """The names of all steps that may follow, the default first."""
+        default = self.after(name) if self._by_name[name].falls_through else None
+        return [*([default.name] if default else []), *self.routes.get(name, ())]
 
     def may_go(self, source: str, target: str) -> bool:
         """Whether a step may return Goto(target)."""
@@ -176,4 +305,6 @@ class Plan:
     def _hash(self) -> str:
         """Names and routes, not code: what a stored run depends on."""
         graph = repr((self.name, list(self._by_name), sorted(self.routes.items())))
+        if self.on_cancel is not None:
+            graph += self.on_cancel.name
         return hashlib.sha256(graph.encode()).hexdigest()[:12]

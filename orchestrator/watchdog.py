@@ -1,0 +1,257 @@
+"""Ends attempts of steps in time, whatever their bodies do. Decides nothing about what follows."""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import psycopg
+
+from orchestrator.errors import LeaseLost, RunCancelled
+from orchestrator.lease import Connection, Lease, Leases
+
+logger = logging.getLogger(__name__)
+
+GRACE = 1.0
+"""Seconds that a body has to leave by itself after it was told."""
+
+LOOK_EVERY = 0.5
+"""Seconds between two looks for a cancel, while a step runs that a cancel shall end."""
+
+STUCK = 10.0
+"""Seconds after which a process ends that does not even let the watchdog's thread run."""
+
+NEVER = float("inf")
+
+AGAIN = 1.0
+"""Seconds until the next try to record an end, while Postgres is away."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt:
+    """One call of a step's body, and what becomes of the run if it must be ended."""
+
+    lease: Lease
+    ends_at: float | None
+    """By the monotonic clock."""
+    late: Exception
+    """What it is then."""
+    terminate_on_cancel: bool
+    gentle: bool
+    """Whether an exception may strike anywhere in the body: not within a transaction."""
+    settle: Callable[[Connection, Exception], bool]
+    """Commit the end of the attempt under its lease; False if the lease is gone."""
+    thread: int = field(default_factory=threading.get_ident)
+    reason: Exception | None = None
+    inside: bool = False
+    struck: bool = False
+    over: bool = False
+    fenced: bool = False
+    look_at: float = 0.0
+    act_at: float | None = None
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def watched(self) -> bool:
+        return self.ends_at is not None or self.terminate_on_cancel
+
+
+class Watchdog:
+    """A thread that ends attempts that are late, or cancelled and marked for it.
+
+    1. sleep until an attempt is late, or until it is time to look for a cancel
+    2. in a process of its own: raise an exception in the body, which may clean up for a second
+    3. commit the end of the attempt under its lease: from then on the body can write nothing
+    4. in a process of its own: end the process. A thread cannot be ended; it goes on, fenced
+
+    A body that holds the interpreter's lock for ever ends its process too, by a timer in C; that
+    attempt counts as a crash.
+    """
+
+    def __init__(
+        self, leases: Leases, connect: Callable[[], Connection], *, own_process: bool
+    ) -> None:
+        """`own_process`: nothing else runs in this process, so it may be ended."""
+        self._leases = leases
+        self._connect = connect
+        self._own_process = own_process
+        self._attempts: list[Attempt] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._connection: Connection | None = None
+
+    def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
+        """Call the body and return what it returns.
+
+        Raises what it raises, the reason if it was told to end, and LeaseLost if its end has
+        already been committed.
+        """
+        if not attempt.watched:
+            return body()
+        outcome, error = None, None
+        previous = self._begin(attempt)
+        try:
+            try:
+                attempt.inside = True
+                outcome = body()
+            finally:
+                attempt.inside = False  # from here on no exception strikes
+        except Exception as raised:
+            error = raised
+        finally:
+            self._end(attempt, previous)
+        if attempt.fenced:
+            raise LeaseLost(attempt.lease.run.run_id, attempt.lease.token) from error
+        if attempt.reason is not None and error is not attempt.reason:
+            raise attempt.reason from error
+        if error is not None:
+            raise error
+        return outcome
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _begin(self, attempt: Attempt) -> Any:
+        previous = None
+        attempt.gentle &= self._own_process and threading.current_thread() is (
+            threading.main_thread()
+        )
+        if attempt.gentle:
+
+            def strike(_number: int, _frame: Any) -> None:
+                if attempt.reason is not None and attempt.inside and not attempt.struck:
+                    attempt.struck = True
+                    raise attempt.reason
+
+            previous = signal.signal(signal.SIGALRM, strike)
+        if self._own_process and attempt.ends_at is not None:
+            left = max(0.0, attempt.ends_at - monotonic())
+            faulthandler.dump_traceback_later(left + GRACE + STUCK, exit=True, file=2)
+        attempt.look_at = monotonic() + LOOK_EVERY
+        with self._changed:
+            self._attempts.append(attempt)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="beatless-watchdog", daemon=True
+                )
+                self._thread.start()
+            else:
+                self._changed.notify()
+        return previous
+
+    def _end(self, attempt: Attempt, previous: Any) -> None:
+        with attempt.mutex:  # waits for an end that is just being committed
+            attempt.over = True
+        with self._changed:
+            self._attempts.remove(attempt)
+        if self._own_process and attempt.ends_at is not None:
+            faulthandler.cancel_dump_traceback_later()
+        if attempt.gentle:
+            signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._stopping:
+                    break
+                due = min((_due(attempt) for attempt in self._attempts), default=NEVER)
+                if due > monotonic():
+                    self._changed.wait(None if due == NEVER else due - monotonic())
+                    continue
+                late = [attempt for attempt in self._attempts if _due(attempt) <= monotonic()]
+            for attempt in late:
+                try:
+                    self._act(attempt)
+                except psycopg.Error as error:
+                    self._away(attempt, error)
+        if self._connection is not None:
+            self._connection.close()
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._connect()
+        return self._connection
+
+    def _act(self, attempt: Attempt) -> None:
+        now = monotonic()
+        if attempt.reason is None:
+            if attempt.ends_at is not None and attempt.ends_at <= now:
+                self._tell(attempt, attempt.late)
+            else:
+                attempt.look_at = now + LOOK_EVERY
+                self._leases.look(self._connected(), attempt.lease, 0)
+                if attempt.lease.cancelled:
+                    self._tell(attempt, RunCancelled(attempt.lease.run.run_id))
+        elif attempt.act_at is not None and attempt.act_at <= now:
+            self._force(attempt, attempt.reason)
+
+    def _tell(self, attempt: Attempt, reason: Exception) -> None:
+        attempt.reason = reason
+        attempt.act_at = monotonic()
+        if attempt.gentle:
+            attempt.act_at += GRACE
+            signal.pthread_kill(attempt.thread, signal.SIGALRM)
+
+    def _force(self, attempt: Attempt, reason: Exception) -> None:
+        with attempt.mutex:
+            if attempt.over:
+                return
+            frame = sys._current_frames().get(attempt.thread)
+            if frame is not None:
+                reason.add_note("it was here:\n" + "".join(traceback.format_stack(frame)[-3:]))
+            attempt.settle(self._connected(), reason)
+            attempt.fenced = attempt.lease.lost = True
+            attempt.act_at = None
+            logger.warning(
+                "step ended by force",
+                extra={
+                    "action": "step_ended",
+                    "run_id": attempt.lease.run.run_id,
+                    "reason": str(reason),
+                    "process_ends": self._own_process,
+                },
+            )
+            self._end_process()
+
+    def _away(self, attempt: Attempt, error: psycopg.Error) -> None:
+        """Postgres cannot be told. A process ends all the same: its lease runs out."""
+        logger.warning(
+            "watchdog could not write, will retry",
+            extra={
+                "action": "watchdog_failed",
+                "run_id": attempt.lease.run.run_id,
+                "reason": str(error),
+            },
+        )
+        if self._connection is not None:
+            self._connection.close()
+        attempt.look_at = monotonic() + AGAIN
+        if attempt.act_at is not None:
+            attempt.act_at = monotonic() + AGAIN
+            with attempt.mutex:
+                if not attempt.over:
+                    self._end_process()
+
+    def _end_process(self) -> None:
+        if self._own_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _due(attempt: Attempt) -> float:
+    """When the watchdog must look at an attempt again."""
+    if attempt.reason is not None:
+        return NEVER if attempt.act_at is None else attempt.act_at
+    ends = NEVER if attempt.ends_at is None else attempt.ends_at
+    return min(ends, attempt.look_at) if attempt.terminate_on_cancel else ends
