@@ -301,13 +301,23 @@ def count(root: Path, file: str) -> Tally:
         return Tally(files=1, broken=[printable(f"{file}: {error}")])
 
 
-BRANCHES = frozenset(
-    {ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case},
+BRANCHES = frozenset({ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case})
+"""What adds a way through a function."""
+
+BLOCKS = frozenset(
+    {
+        ast.AsyncFor,
+        ast.AsyncWith,
+        ast.For,
+        ast.If,
+        ast.Match,
+        ast.Try,
+        ast.TryStar,
+        ast.While,
+        ast.With,
+    }
 )
-NESTS = frozenset(
-    {ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Match}
-    | {ast.Try, ast.TryStar},
-)
+"""What nests the statements inside of it one level deeper."""
 
 
 def measure(source: bytes, file: str) -> Tally:
@@ -341,7 +351,7 @@ def measure(source: bytes, file: str) -> Tally:
             case ast.ImportFrom(module=str(module), level=0):
                 tally.imports[module.partition(".")[0]] = 1
         owner.complexity += type(node) in BRANCHES
-        inner = depth + (type(node) in NESTS)
+        inner = depth + (type(node) in BLOCKS)
         owner.depth = max(owner.depth, inner)
         todo += [(child, owner, depth if is_elif(node, child) else inner) for child in inside(node)]
     tally.functions = len(functions)
