@@ -66,9 +66,7 @@ class App:
             aredis_client=self._aredis,
             prefix=settings.prefix,
         )
-        self.client = Client(
-            plans=self.plans, journal=self.journal, engine=self.engine, streams=self.streams
-        )
+        self.client = self.client_for("default")
         self.executors = Executors(
             settings=settings,
             journal=self.journal,
@@ -80,6 +78,16 @@ class App:
         self.celery.conf.update(celery_settings(settings, plans))
         for plan in plans:
             register(self.celery, plan, self.executors)
+
+    def client_for(self, namespace: str) -> Client:
+        """A client that sees the runs of one namespace, and no others."""
+        return Client(
+            plans=self.plans,
+            journal=self.journal,
+            engine=self.engine,
+            streams=self.streams,
+            namespace=namespace,
+        )
 
     def redis(self) -> "redis.Redis":
         """A new Redis client for events."""

@@ -226,6 +226,7 @@ class Stack:
         app_name: str = "",
         workers: int = 1,
         concurrency: int | None = None,
+        api_port: int | None = None,
         flower_port: int | None = None,
         **settings: Any,
     ) -> None:
@@ -235,6 +236,7 @@ class Stack:
         self._app_name = app_name
         self._workers = workers
         self._concurrency = concurrency
+        self._api_port = api_port
         self._flower_port = flower_port
         self._options = settings
         self._lock: IO[str] | None = None
@@ -244,6 +246,8 @@ class Stack:
         self.valkey: EmbeddedValkey | None = None
         self.relay: Child | None = None
         self.workers: list[Child] = []
+        self.api: Child | None = None
+        self.api_url = ""
         self.flower: Child | None = None
         self.flower_url = ""
         self.settings: Settings | None = None
@@ -297,6 +301,10 @@ class Stack:
         self.workers = [
             self._child(f"worker-{place}", arguments) for place in range(1, self._workers + 1)
         ]
+        if self._api_port is not None:
+            port = self._api_port or free_port()
+            self.api_url = f"http://127.0.0.1:{port}"
+            self.api = self._child("api", ["serve", "--port", str(port)])
         for child in self._children():
             child.start()
         for child in self._children():
@@ -304,6 +312,8 @@ class Stack:
         if self._flower_port is not None:
             self._start_flower(self._flower_port)
             say(f"flower {self.flower_url}")
+        if self.api is not None:
+            say(f"api {self.api_url}")
         for worker in self.workers:
             say(f"worker PID {worker.pid}")
         say(f"relay PID {self.relay.pid}")
@@ -353,7 +363,7 @@ class Stack:
         deadline = monotonic() + GRACE_SECONDS
         for child in children:
             child.reap(deadline)
-        self.workers, self.relay, self.flower = [], None, None
+        self.workers, self.relay, self.api, self.flower = [], None, None, None
         for server in (self.valkey, self.postgres):
             if server is not None:
                 server.stop()
@@ -421,7 +431,7 @@ class Stack:
         )
 
     def _children(self) -> list[Child]:
-        parts = [self.relay, *self.workers, self.flower]
+        parts = [self.relay, *self.workers, self.api, self.flower]
         return [child for child in parts if child is not None]
 
     def _start_flower(self, port: int) -> None:

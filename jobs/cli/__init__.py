@@ -11,6 +11,7 @@ import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import exc
 
+from jobs.cli.api import serve, token
 from jobs.cli.demo import demo
 from jobs.cli.environment import Environment
 from jobs.cli.processes import dev, flower, migrate, relay, worker
@@ -78,8 +79,10 @@ for command in (
     migrate,
     relay,
     runs,
+    serve,
     show,
     start,
+    token,
     verify,
     worker,
 ):

@@ -161,7 +161,7 @@ def is_loopback(host: str) -> bool:
 @click.option(
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".beatless")
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8400, hidden=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
 @click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
 @click.option("--no-flower", is_flag=True, help="Leave Flower out.")
 @click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
@@ -173,25 +173,23 @@ def is_loopback(host: str) -> bool:
 def dev(
     context: click.Context,
     data_dir: Path,
-    port: int,  # noqa: ARG001 - for the HTTP API
+    port: int,
     flower_port: int,
     no_flower: bool,
     workers: int,
     ephemeral: bool,
     env_file: Path | None,
 ) -> None:
-    """A whole beatless in the foreground: servers, relay, workers, Flower; Ctrl-C ends it."""
+    """A whole beatless in the foreground: servers, relay, workers, API, Flower; Ctrl-C ends it."""
     env: Environment = context.obj
-    if not is_free(flower_port):
-        if context.get_parameter_source("flower_port") is ParameterSource.COMMANDLINE:
-            raise BadRequest("--flower-port", f"{flower_port} is taken: choose another, or 0")
-        env.note(f"port {flower_port} is taken: Flower takes another")
-        flower_port = 0
+    port = usable(context, "port", port)
+    flower_port = usable(context, "flower_port", flower_port)
     stack = Stack(
         data_dir,
         ephemeral=ephemeral,
         app_name=env.app_name,
         workers=workers,
+        api_port=port,
         flower_port=None if no_flower else flower_port,
     )
 
@@ -208,6 +206,17 @@ def dev(
             write_env_file(env_file, stack.environ())
         env.document(stack.facts()) if env.as_json else click.echo("ready")
         stack.watch(env.note)
+
+
+def usable(context: click.Context, name: str, port: int) -> int:
+    """The port, or 0 if it is taken and only was the default. Raises BadRequest."""
+    if port == 0 or is_free(port):
+        return port
+    option = "--" + name.replace("_", "-")
+    if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        raise BadRequest(option, f"{port} is taken: choose another, or 0")
+    context.obj.note(f"port {port} is taken: another is taken for {option}")
+    return 0
 
 
 def write_env_file(path: Path, environ: Mapping[str, str]) -> None:

@@ -1,0 +1,83 @@
+"""Errors as problem documents (RFC 9457)."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from jobs.errors import BadRequest, JobsError, SchemaBehind, UnknownPlan, Unreachable
+from orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
+
+STATUSES: dict[type[Exception], HTTPStatus] = {
+    BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
+    BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RunConflict: HTTPStatus.CONFLICT,
+    RunNotFound: HTTPStatus.NOT_FOUND,
+    SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
+    UnknownPlan: HTTPStatus.NOT_FOUND,
+    Unreachable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+class Problem(Exception):
+    """An answer that is not a success, with everything its document says."""
+
+    def __init__(self, status: HTTPStatus, detail: str, **members: Any) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+        self.members = members
+        self.headers: dict[str, str] = {}
+
+    def with_headers(self, **headers: str) -> "Problem":
+        """The same problem with headers; underscores become dashes."""
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self
+
+
+def document(
+    status: HTTPStatus, detail: str, headers: dict[str, str] | None = None, **members: Any
+) -> JSONResponse:
+    """A problem document as a response."""
+    content = {"type": "about:blank", "title": status.phrase, "status": status.value}
+    return JSONResponse(
+        {**content, "detail": detail, **members},
+        status_code=status.value,
+        headers=headers,
+        media_type="application/problem+json",
+    )
+
+
+def install(api: FastAPI) -> None:
+    """Let every error leave as a problem document."""
+
+    def ours(_request: Request, error: Exception) -> JSONResponse:
+        status = STATUSES.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        headers = {"Retry-After": "2"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+        return document(status, str(error), headers)
+
+    def problem(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Problem)  # noqa: S101 - registered for nothing else
+        return document(error.status, error.detail, error.headers, **error.members)
+
+    def http(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+        headers = dict(error.headers or {})
+        return document(HTTPStatus(error.status_code), str(error.detail), headers)
+
+    def invalid(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
+        problems = [
+            f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}"
+            for entry in error.errors()
+        ]
+        return document(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
+
+    api.add_exception_handler(Problem, problem)
+    api.add_exception_handler(JobsError, ours)
+    api.add_exception_handler(OrchestratorError, ours)
+    api.add_exception_handler(HTTPException, http)
+    api.add_exception_handler(RequestValidationError, invalid)

@@ -1,0 +1,445 @@
+"""The routes under /v1, the health checks and the run page."""
+
+import base64
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import exc
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs import migrations
+from jobs.api import problems, sse
+from jobs.api.problems import Problem
+from jobs.app import App
+from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
+from jobs.auth import Scope as Permission
+from jobs.client import Client, new_run_id
+from jobs.errors import SchemaBehind
+from orchestrator.errors import RunNotFound
+from orchestrator.state import RunState
+from outbox.queries import execute
+
+logger = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+BODY_LIMIT = 1024 * 1024
+MAX_STREAMS = 5000
+MAX_STREAMS_PER_TOKEN = 1000
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+
+class StartRequest(BaseModel):
+    """A run to start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    plan: str
+    input: Any = None
+    run_id: str | None = None
+    key: str | None = None
+    queue: str | None = None
+    not_before: datetime | None = None
+    priority: int = Field(default=0, ge=0, le=9)
+    tags: dict[str, str] | None = None
+
+
+class CancelRequest(BaseModel):
+    """Why a run is cancelled."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str | None = Field(default=None, max_length=1000)
+
+
+class BodyLimit:
+    """Refuses requests that are too large before they are read into memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+        if lengths and lengths[0].isdigit() and int(lengths[0]) > BODY_LIMIT:
+            await self._refuse(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > BODY_LIMIT:
+                raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large())
+            return message
+
+        await self._app(scope, counted, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = problems.document(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large())
+        await refusal(scope, receive, send)
+
+
+def _too_large() -> str:
+    return (
+        f"a request may have {BODY_LIMIT} bytes: store large input elsewhere and pass a reference"
+    )
+
+
+class Gate:
+    """Who may do what: by token, or by being on this machine while there is no token."""
+
+    def __init__(self, app: App, tokens: Tokens) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._clients = {"default": app.client}
+        self._mutex = threading.Lock()
+
+    def grant(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> Grant:
+        """Raises Problem (401), saying no more than that."""
+        secret = credentials.credentials if credentials else request.query_params.get("token")
+        if secret is None:
+            host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get(
+                "host", ""
+            )
+            # Another site's page may reach a server on loopback under a name of its own.
+            if not self._tokens.any() and host in LOOPBACK:
+                return EVERYTHING
+        found = self._tokens.find(secret) if secret else None
+        if found is None or (credentials is None and found.run_id is None):
+            raise Problem(
+                HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed: `beatless token create`"
+            ).with_headers(WWW_Authenticate="Bearer")
+        return found
+
+    def client(self, namespace: str) -> Client:
+        """The client of one namespace."""
+        with self._mutex:
+            if namespace not in self._clients:
+                self._clients[namespace] = self._app.client_for(namespace)
+            return self._clients[namespace]
+
+
+def create_api(app: App) -> FastAPI:
+    """The API of an app. Opens nothing before the first request."""
+    tokens = Tokens(app.engine, app.settings.schema)
+    gate = Gate(app, tokens)
+    streams: dict[str, int] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        yield
+        await app.streams.aclose()
+
+    api = FastAPI(
+        title="beatless",
+        version="1",
+        description="Durable, transactional, live-streamed runs for Celery.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    api.add_middleware(BodyLimit)
+    problems.install(api)
+
+    def permitted(scope: Permission) -> Callable[..., Client]:
+        def check(request: Request, credentials: Credentials) -> Client:
+            grant = gate.grant(request, credentials)
+            if not grant.allows(scope) or grant.run_id is not None:
+                raise _lacks(scope)
+            return gate.client(grant.namespace)
+
+        return check
+
+    Reader = Annotated[Client, Depends(permitted(Permission.RUNS_READ))]  # noqa: N806 - a type
+    Writer = Annotated[Client, Depends(permitted(Permission.RUNS_WRITE))]  # noqa: N806 - a type
+    answers: dict[int | str, dict[str, Any]] = {
+        status: {"description": text}
+        for status, text in (
+            (401, "no valid token"),
+            (403, "the token lacks the scope"),
+            (404, "there is no such run, or not for this token"),
+            (422, "the request is invalid"),
+            (503, "Postgres cannot be reached, or a limit is reached; see Retry-After"),
+        )
+    }
+
+    @api.post(
+        "/v1/runs",
+        status_code=201,
+        responses=answers
+        | {
+            200: {"description": "it was started before"},
+            409: {"description": "used with other content"},
+            413: {"description": "too large"},
+        },
+    )
+    def start_run(body: StartRequest, client: Writer, response: Response) -> dict[str, Any]:
+        """Start a run; the same `key` or `run_id` with the same content gives the first run."""
+        existed = False
+        if body.run_id is not None:
+            with contextlib.suppress(RunNotFound):
+                existed = bool(client.get_run(body.run_id))
+        # An id of our own tells whether the run that comes back is the one we asked for.
+        wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
+        started = client.start_run(**wanted.model_dump())
+        if existed or started.run_id != wanted.run_id:
+            response.status_code = 200
+        response.headers["Location"] = f"/v1/runs/{started.run_id}"
+        return started.to_dict()
+
+    @api.get("/v1/runs", responses=answers)
+    def list_runs(
+        client: Reader,
+        state: RunState | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tag: Annotated[list[str] | None, Query(description="name=value")] = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 50,
+        cursor: str | None = None,
+    ) -> dict[str, Any]:
+        """Runs, newest first; `cursor` is the `next` of the page before."""
+        before = None if cursor is None else _decode_cursor(cursor)
+        found = client.list_runs(
+            state=None if state is None else state.value,
+            plan=_text(plan),
+            queue=_text(queue),
+            tags=dict(_pair(text) for text in tag) if tag else None,
+            before=before,
+            limit=limit,
+        )
+        following = None
+        if len(found) == limit:
+            following = _encode_cursor(found[-1].created_at, found[-1].run_id)
+        return {"runs": [run.to_dict() for run in found], "next": following}
+
+    @api.get("/v1/runs/{run_id}", responses=answers)
+    def get_run(run_id: str, client: Reader) -> dict[str, Any]:
+        """One run."""
+        return client.get_run(_text(run_id)).to_dict()
+
+    @api.get("/v1/runs/{run_id}/events", responses=answers)
+    def get_events(
+        run_id: str,
+        client: Reader,
+        from_seq: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> dict[str, Any]:
+        """Stored events after `from_seq`."""
+        run = client.get_run(_text(run_id))
+        found = client.events(run.run_id, from_seq, limit)
+        return {
+            "epoch": client.epoch(),
+            "last_seq": run.last_seq,
+            "events": [event.to_dict() for event in found],
+        }
+
+    @api.post("/v1/runs/{run_id}/cancel", status_code=202, responses=answers)
+    def cancel_run(
+        run_id: str, client: Writer, body: CancelRequest | None = None
+    ) -> dict[str, Any]:
+        """Ask a run to stop; 409 if it has ended as something else."""
+        run = client.cancel_run(_text(run_id), reason=body.reason if body else None)
+        if run.cancel_requested_at is None:
+            raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
+        return run.to_dict()
+
+    @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers)
+    def stream_token(run_id: str, request: Request, credentials: Credentials) -> dict[str, Any]:
+        """A token that may follow this run for some minutes, for EventSource's `?token=`."""
+        grant = gate.grant(request, credentials)
+        if not grant.allows(Permission.RUNS_READ) or grant.run_id is not None:
+            raise Problem(
+                HTTPStatus.FORBIDDEN, f"this token lacks the scope {Permission.RUNS_READ}"
+            )
+        gate.client(grant.namespace).get_run(_text(run_id))
+        _, secret = tokens.create(
+            [Permission.RUNS_READ],
+            namespace=grant.namespace,
+            seconds=STREAM_SECONDS,
+            run_id=run_id,
+            note="stream",
+        )
+        return {"token": secret, "seconds": STREAM_SECONDS}
+
+    @api.get(
+        "/v1/runs/{run_id}/stream",
+        responses=answers
+        | {
+            200: {"content": {"text/event-stream": {}}, "description": "the events, live"},
+            204: {"description": "the run has ended there: do not come again"},
+            400: {"description": "the cursor cannot be read"},
+            409: {"description": "the cursor is beyond the last event"},
+        },
+    )
+    def stream_run(
+        run_id: str,
+        request: Request,
+        credentials: Credentials,
+        from_seq: str | None = None,
+        fromSeq: str | None = None,  # noqa: N803 - the name that browsers' code uses
+    ) -> Response:
+        """Every event after the cursor, in order and once, until RunFinished."""
+        grant = gate.grant(request, credentials)
+        if not grant.allows(Permission.RUNS_READ) or grant.run_id not in (None, run_id):
+            raise Problem(
+                HTTPStatus.FORBIDDEN, f"this token lacks the scope {Permission.RUNS_READ}"
+            )
+        client = gate.client(grant.namespace)
+        header = request.headers.get("last-event-id")
+        name, text = ("from_seq", from_seq or fromSeq or "0")
+        if header:
+            name, text = "Last-Event-ID", header
+        given, seq = sse.parse_cursor(text, name)
+        run = client.get_run(_text(run_id))
+        epoch = client.epoch()
+        after, reset = sse.start_of(run, epoch, given, seq)
+        if after < 0:
+            return Response(status_code=204)
+        if app.streams.open_streams >= MAX_STREAMS or (
+            streams.get(grant.token_id, 0) >= MAX_STREAMS_PER_TOKEN
+        ):
+            raise Problem(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
+            ).with_headers(Retry_After="5")
+
+        @contextlib.contextmanager
+        def counted() -> Iterator[None]:
+            streams[grant.token_id] = streams.get(grant.token_id, 0) + 1
+            try:
+                yield
+            finally:
+                streams[grant.token_id] -= 1
+
+        return sse.response(client, run, epoch=epoch, after=after, reset=reset, counted=counted)
+
+    @api.get("/v1/plans", responses=answers)
+    def list_plans(client: Reader) -> dict[str, Any]:
+        """The plans that can be started, with their steps."""
+        del client
+        return {
+            "plans": [
+                {"name": plan.name, "queue": plan.queue, "steps": [s.name for s in plan.steps]}
+                for plan in app.plans.values()
+            ]
+        }
+
+    @api.get("/livez", include_in_schema=False)
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/readyz", include_in_schema=False)
+    def readyz() -> JSONResponse:
+        try:
+            migrations.check(app.engine, app.settings.schema)
+            with app.engine.connect() as connection:
+                standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
+        except (exc.DBAPIError, SchemaBehind) as error:
+            first = str(error).splitlines()[0]
+            return JSONResponse({"status": "unavailable", "reason": first}, status_code=503)
+        if standby:
+            reason = "the database URL reaches a standby: streams must read the primary"
+            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
+        redis = app.redis()
+        try:
+            redis.ping()
+        except Exception as error:
+            reason = f"Redis cannot be reached ({error}): streams read the journal"
+            return JSONResponse({"status": "degraded", "reason": reason})
+        finally:
+            redis.close()
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+
+    @api.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> FileResponse:
+        if name not in ("page.js", "page.css"):
+            raise Problem(HTTPStatus.NOT_FOUND, f"there is no {name}")
+        return FileResponse(STATIC / name, headers=PAGE_HEADERS)
+
+    return api
+
+
+def serve(app: App, *, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the API until told to stop; `ready` gets the URL once it answers."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            listening = self.servers[0].sockets[0].getsockname()
+            shown = f"[{host}]" if ":" in host else host
+            ready(f"http://{shown}:{listening[1]}")
+
+    config = uvicorn.Config(
+        create_api(app),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,  # it would hold the tokens of streams
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    Server(config).run()
+
+
+def _lacks(scope: Permission) -> Problem:
+    return Problem(HTTPStatus.FORBIDDEN, f"this token lacks the scope {scope}")
+
+
+def _text(value: str | None) -> Any:
+    if value is not None and "\0" in value:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "NUL characters are in no name of ours")
+    return value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"tag is {text!r}; write it like name=value")
+    return name, value
+
+
+def _encode_cursor(created_at: datetime, run_id: str) -> str:
+    text = json.dumps([created_at.isoformat(), run_id])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        moment, run_id = json.loads(base64.urlsafe_b64decode(padded))
+        return datetime.fromisoformat(moment), _text(str(run_id))
+    except (ValueError, TypeError) as error:
+        raise Problem(
+            HTTPStatus.BAD_REQUEST, "cursor is not one of ours: pass the `next` of the page before"
+        ) from error

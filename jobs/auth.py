@@ -1,0 +1,186 @@
+"""Bearer tokens of the HTTP API: hashed at rest, scoped, bound to a namespace."""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+import sqlalchemy
+from sqlalchemy import Column, DateTime, LargeBinary, Table, Text, text
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from jobs.errors import BadRequest
+from orchestrator.tables import runs
+from outbox.queries import execute
+from outbox.tables import Id
+
+api_tokens = Table(
+    "api_tokens",
+    runs.metadata,
+    Column("id", Id, primary_key=True),
+    Column("hash", LargeBinary, nullable=False, unique=True),
+    Column("namespace", Id, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("run_id", Id),
+    Column("note", Text),
+    Column(
+        "created_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=text("clock_timestamp()"),
+    ),
+    Column("expires_at", DateTime(timezone=True)),
+)
+
+STREAM_SECONDS = 300
+"""How long the token of one stream may be used to open it."""
+
+
+class Scope(StrEnum):
+    RUNS_READ = "runs:read"
+    RUNS_WRITE = "runs:write"
+    QUEUES = "queues"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """What somebody may do. `run_id` narrows it to following one run."""
+
+    namespace: str
+    scopes: frozenset[str]
+    run_id: str | None = None
+    token_id: str = ""
+
+    def allows(self, scope: Scope) -> bool:
+        """Admin includes everything within its namespace; writing includes reading."""
+        if Scope.ADMIN in self.scopes or scope in self.scopes:
+            return True
+        return scope is Scope.RUNS_READ and Scope.RUNS_WRITE in self.scopes
+
+
+EVERYTHING = Grant(namespace="default", scopes=frozenset(Scope))
+"""What a server without any token grants to its own machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A stored token, without its secret."""
+
+    id: str
+    namespace: str
+    scopes: tuple[str, ...]
+    note: str | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class Tokens:
+    """The tokens of one schema."""
+
+    def __init__(self, engine: sqlalchemy.Engine, schema: str) -> None:
+        self._engine = engine
+        self._table = f"{schema}.api_tokens"
+
+    def create(
+        self,
+        scopes: Sequence[str],
+        *,
+        namespace: str = "default",
+        seconds: float | None = None,
+        note: str | None = None,
+        run_id: str | None = None,
+    ) -> tuple[str, str]:
+        """(id, secret): the secret is shown once and never stored. Raises BadRequest."""
+        unknown = sorted(set(scopes) - set(Scope))
+        if unknown or not scopes:
+            raise BadRequest(
+                "scope", f"{', '.join(unknown) or 'is missing'}; choose from {', '.join(Scope)}"
+            )
+        token_id, secret = secrets.token_hex(4), f"bl_{secrets.token_urlsafe(32)}"
+        with self._engine.begin() as connection:
+            execute(
+                connection,
+                f"""
+WITH old AS (DELETE FROM {self._table} WHERE expires_at < clock_timestamp() - interval '1 day')
+INSERT INTO {self._table} (id, hash, namespace, scopes, run_id, note, expires_at)
+VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s,
+        clock_timestamp() + make_interval(secs => %(seconds)s))""",
+                {
+                    "id": token_id,
+                    "hash": _hash(secret),
+                    "namespace": namespace,
+                    "scopes": list(scopes),
+                    "run_id": run_id,
+                    "note": note,
+                    "seconds": seconds,
+                },
+            )
+        return token_id, secret
+
+    def find(self, secret: str) -> Grant | None:
+        """What this token grants now; None if it is unknown, expired or revoked."""
+        with self._engine.begin() as connection:
+            rows = execute(
+                connection,
+                f"""
+SELECT namespace, scopes, run_id, id FROM {self._table}
+ WHERE hash = %(hash)s AND (expires_at IS NULL OR expires_at > clock_timestamp())""",
+                {"hash": _hash(secret)},
+            )
+        if not rows:
+            return None
+        namespace, scopes, run_id, token_id = rows[0]
+        return Grant(
+            namespace=namespace, scopes=frozenset(scopes), run_id=run_id, token_id=token_id
+        )
+
+    def any(self) -> bool:
+        """Whether there is any token, so that everybody needs one."""
+        with self._engine.begin() as connection:
+            return bool(
+                execute(
+                    connection,
+                    f"SELECT EXISTS (SELECT FROM {self._table} WHERE run_id IS NULL)",
+                    {},
+                )[0][0]
+            )
+
+    def list(self) -> list[Token]:
+        """The tokens that are not for a single stream, oldest first."""
+        with self._engine.begin() as connection:
+            rows = execute(
+                connection,
+                f"SELECT id, namespace, scopes, note, created_at, expires_at FROM {self._table}"
+                " WHERE run_id IS NULL ORDER BY created_at",
+                {},
+            )
+        return [
+            Token(
+                id=row[0],
+                namespace=row[1],
+                scopes=tuple(row[2]),
+                note=row[3],
+                created_at=row[4],
+                expires_at=row[5],
+            )
+            for row in rows
+        ]
+
+    def revoke(self, token_id: str) -> None:
+        """Raises BadRequest if there is no such token."""
+        with self._engine.begin() as connection:
+            rows = execute(
+                connection,
+                f"DELETE FROM {self._table} WHERE id = %(id)s RETURNING id",
+                {"id": token_id},
+            )
+        if not rows:
+            raise BadRequest("token", f"{token_id} does not exist; see `beatless token ls`")
+
+
+def _hash(secret: str) -> bytes:
+    # The secret has 256 random bits: a fast hash is as good as a slow one.
+    return hashlib.sha256(secret.encode()).digest()

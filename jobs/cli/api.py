@@ -1,0 +1,100 @@
+"""Commands of the HTTP API: serve it, and the tokens it asks for."""
+
+import click
+
+from jobs import migrations
+from jobs.api import serve as serve_api
+from jobs.auth import Scope, Tokens
+from jobs.cli.environment import Environment, seconds
+from jobs.cli.processes import READY_FD, is_loopback, tell
+from jobs.client import reaching_postgres
+from jobs.errors import BadRequest
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
+@READY_FD
+@click.pass_obj
+def serve(env: Environment, host: str, port: int, ready_fd: int | None) -> None:
+    """Serve the HTTP API and the run page."""
+    env.log()
+    app = env.app
+    with reaching_postgres(app.settings.schema):
+        migrations.check(app.engine, app.settings.schema)
+        guarded = Tokens(app.engine, app.settings.schema).any()
+    if not guarded and not is_loopback(host):
+        raise BadRequest(
+            "--host",
+            f"{host} can be reached by others and there is no token yet: "
+            "make one with `beatless token create --scope admin`",
+        )
+
+    def ready(url: str) -> None:
+        env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
+        tell(ready_fd)
+
+    serve_api(app, host=host, port=port, ready=ready)
+
+
+@click.group()
+def token() -> None:
+    """Tokens of the HTTP API."""
+
+
+@token.command()
+@click.option("--scope", "scopes", multiple=True, required=True, help=", ".join(Scope))
+@click.option("--namespace", default="default", show_default=True)
+@click.option("--expires", metavar="30d", help="Valid for so long; default: until revoked.")
+@click.option("--note", help="What it is for.")
+@click.pass_obj
+def create(
+    env: Environment, scopes: tuple[str, ...], namespace: str, expires: str | None, note: str | None
+) -> None:
+    """Make a token. Its secret is printed once and never stored."""
+    tokens = Tokens(env.app.engine, env.app.settings.schema)
+    token_id, secret = tokens.create(
+        scopes,
+        namespace=namespace,
+        seconds=None if expires is None else seconds(expires),
+        note=note,
+    )
+    if env.as_json:
+        env.document({"id": token_id, "token": secret, "scopes": scopes, "namespace": namespace})
+    else:
+        click.echo(secret)
+        env.note(f"token {token_id}; revoke it with `beatless token revoke {token_id}`")
+
+
+@token.command()
+@click.pass_obj
+def ls(env: Environment) -> None:
+    """The tokens, without their secrets."""
+    for found in Tokens(env.app.engine, env.app.settings.schema).list():
+        expires = found.expires_at.isoformat() if found.expires_at else None
+        if env.as_json:
+            env.document(
+                {
+                    "id": found.id,
+                    "namespace": found.namespace,
+                    "scopes": found.scopes,
+                    "note": found.note,
+                    "created_at": found.created_at.isoformat(),
+                    "expires_at": expires,
+                }
+            )
+        else:
+            shown = f"expires {expires}" if expires else "until revoked"
+            click.echo(
+                f"{found.id}  {found.namespace}  {','.join(found.scopes)}  {shown}  "
+                f"{found.note or ''}".rstrip()
+            )
+
+
+@token.command()
+@click.argument("token_id", metavar="ID")
+@click.pass_obj
+def revoke(env: Environment, token_id: str) -> None:
+    """Revoke a token, at once."""
+    Tokens(env.app.engine, env.app.settings.schema).revoke(token_id)
+    env.note(f"token {token_id} is revoked")

@@ -1,0 +1,328 @@
+"""The HTTP API on a real server: runs, streams, tokens."""
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+
+from jobs import App
+from jobs.api import create_api
+from jobs.api.server import BODY_LIMIT
+from jobs.auth import Tokens
+from jobs.cli.demo import GOLDEN
+from jobs.testing import Kit
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Api:
+    """A client of the server, in the plainest way."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.token: str | None = None
+
+    def open(
+        self, method: str, path: str, body: Any = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if data is not None:
+            given.setdefault("Content-Type", "application/json")
+        if self.token:
+            given.setdefault("Authorization", f"Bearer {self.token}")
+        connection.request(method, path, data, given)
+        response = connection.getresponse()
+        response.connection = connection
+        return response
+
+    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        response = self.open(method, path, body, **headers)
+        with response.connection:
+            text = response.read().decode()
+            return Answer(response.status, dict(response.headers.items()), text)
+
+    @contextmanager
+    def stream(self, path: str, **headers: str) -> Iterator[Iterator[dict[str, str]]]:
+        response = self.open("GET", path, **headers)
+        try:
+            assert response.status == 200, response.read()
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            yield frames(response)
+        finally:
+            response.close()
+            response.connection.close()
+
+
+# http.client's connections are no context managers by themselves.
+http.client.HTTPConnection.__enter__ = lambda self: self
+http.client.HTTPConnection.__exit__ = lambda self, *_: self.close()
+
+
+def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
+    """Server-sent events as dicts; comments are left out."""
+    frame: dict[str, str] = {}
+    while line := response.readline():
+        text = line.decode().rstrip("\r\n")
+        if text.startswith(":"):
+            continue
+        if not text:
+            if frame:
+                yield frame
+            frame = {}
+            continue
+        name, _, value = text.partition(":")
+        frame[name] = value.removeprefix(" ")
+
+
+@pytest.fixture
+def api(beatless_app: App) -> Iterator[Api]:
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    ready = threading.Event()
+    config = uvicorn.Config(
+        create_api(beatless_app), port=0, log_level="error", timeout_graceful_shutdown=1
+    )
+    server = Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(20)
+    yield Api(server.servers[0].sockets[0].getsockname()[1])
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_run_over_http_persists_and_streams(beatless: Kit, api: Api) -> None:
+    started = api("POST", "/v1/runs", {"plan": "agents.run", "input": {"device": "d1"}})
+    assert started.status == 201
+    run_id = started.json["run_id"]
+    assert started.headers["location"] == f"/v1/runs/{run_id}"
+
+    with api.stream(f"/v1/runs/{run_id}/stream") as stream:
+        priming = next(stream)
+        assert 2000 <= int(priming["retry"]) <= 4000
+        assert priming["data"] == ""
+        epoch = priming["id"].partition(".")[0]
+        assert next(stream)["event"] == "RunStarted"
+        beatless.work_until_idle()
+        rest = list(stream)  # it ends by itself after RunFinished
+
+    assert [frame["event"] for frame in rest] == GOLDEN[1:]
+    assert [frame["id"] for frame in rest] == [f"{epoch}.{seq}" for seq in range(2, 14)]
+    assert json.loads(rest[-1]["data"])["data"]["outcome"] == "completed"
+    stored = api("GET", f"/v1/runs/{run_id}/events?from_seq=1").json
+    assert stored["events"] == [json.loads(frame["data"]) for frame in rest]
+    assert (stored["epoch"], stored["last_seq"]) == (epoch, 13)
+
+
+def test_every_cursor_gives_exactly_the_rest_and_204_at_the_end(beatless: Kit, api: Api) -> None:
+    run = beatless.start_run("agents.run")
+    beatless.work_until_idle()
+    path = f"/v1/runs/{run.run_id}/stream"
+    for seq in range(13):
+        for query, headers in (
+            (f"?from_seq={seq}", {}),
+            (f"?fromSeq={seq}", {}),
+            ("?from_seq=0", {"Last_Event_ID": str(seq)}),
+        ):
+            with api.stream(path + query, **headers) as stream:
+                ids = [frame["id"].rpartition(".")[2] for frame in stream]
+            assert ids == [str(number) for number in range(seq, 14)]
+    for seq in (13, 14, 99):
+        assert api("GET", f"{path}?from_seq={seq}").status == 204
+    epoch = api("GET", f"/v1/runs/{run.run_id}/events").json["epoch"]
+    assert api("GET", path, Last_Event_ID=f"{epoch}.13").status == 204
+
+
+def test_another_epoch_resets_the_viewer(beatless: Kit, api: Api) -> None:
+    run = beatless.start_run("agents.run")
+    beatless.work_until_idle()
+    with api.stream(f"/v1/runs/{run.run_id}/stream", Last_Event_ID="0t9.13") as stream:
+        next(stream)
+        reset = next(stream)
+        assert reset["event"] == "reset"
+        assert [frame["event"] for frame in stream] == GOLDEN
+
+
+@pytest.mark.parametrize("cursor", ["x", "-1", "1.2.3", "1e3", "a.", "é", "9999999999"])
+def test_a_cursor_that_cannot_be_read_is_refused(beatless: Kit, api: Api, cursor: str) -> None:
+    run = beatless.start_run("two_steps")
+    answer = api(
+        "GET", f"/v1/runs/{run.run_id}/stream", Last_Event_ID=cursor.encode().decode("latin1")
+    )
+    assert answer.status == 400
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_cursor_beyond_the_head_is_refused(beatless: Kit, api: Api) -> None:
+    run = beatless.start_run("two_steps")
+    answer = api("GET", f"/v1/runs/{run.run_id}/stream?from_seq=2")
+    assert (answer.status, answer.json["last_seq"]) == (409, 1)
+
+
+def test_starting_twice_is_one_run(beatless: Kit, api: Api) -> None:
+    body = {"plan": "two_steps", "input": 1, "run_id": "mine"}
+    assert api("POST", "/v1/runs", body).status == 201
+    assert api("POST", "/v1/runs", body).status == 200
+    assert api("POST", "/v1/runs", body | {"input": 2}).status == 409
+    keyed = {"plan": "two_steps", "key": "order:1"}
+    first, second = api("POST", "/v1/runs", keyed), api("POST", "/v1/runs", keyed)
+    assert (first.status, second.status) == (201, 200)
+    assert first.json["run_id"] == second.json["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"plan": "nope"}, 404),
+        ({"plan": "no'pe\""}, 404),
+        ({}, 422),
+        ({"plan": "two_steps", "bogus": 1}, 422),
+        ({"plan": "two_steps", "run_id": "a b"}, 422),
+        ({"plan": "two_steps", "priority": 11}, 422),
+        ({"plan": "two_steps", "input": "a\0b"}, 422),
+        ({"plan": "two_steps", "input": "x" * 300_000}, 422),
+        ({"plan": "two_steps", "not_before": "2030-01-01T00:00:00"}, 422),
+        (b"{broken", 422),
+        (b"[]", 422),
+        (b'"x" * ' + b"x" * BODY_LIMIT, 413),
+    ],
+)
+def test_bad_requests_are_problems(api: Api, body: Any, status: int) -> None:
+    answer = api("POST", "/v1/runs", body)
+    assert answer.status == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json["status"] == status
+    assert answer.json["detail"]
+
+
+def test_a_form_of_another_site_cannot_start_anything(beatless: Kit, api: Api) -> None:
+    answer = api("POST", "/v1/runs", b'{"plan": "two_steps"}', Content_Type="text/plain")
+    assert answer.status == 422
+    assert beatless.client.list_runs() == []
+    assert api("GET", "/v1/runs", Host="evil.example:80").status == 401
+
+
+def test_listing_pages_with_a_stable_cursor(beatless: Kit, api: Api) -> None:
+    expected = [beatless.start_run("two_steps", tags={"n": str(n % 2)}).run_id for n in range(7)]
+    expected.reverse()
+    found, cursor = [], ""
+    while cursor is not None:
+        page = api(
+            "GET", f"/v1/runs?limit=3&cursor={cursor}" if cursor else "/v1/runs?limit=3"
+        ).json
+        found += [run["run_id"] for run in page["runs"]]
+        cursor = page["next"]
+        beatless.start_run("traces", {"traces": 0})  # newer runs do not shift the pages
+    assert found == expected
+    assert len(api("GET", "/v1/runs?tag=n=1&plan=two_steps&state=queued").json["runs"]) == 3
+    assert api("GET", "/v1/runs?cursor=bogus").status == 400
+    assert api("GET", "/v1/runs?state=bogus").status == 422
+    assert api("GET", "/v1/runs?tag=bogus").status == 422
+
+
+def test_cancel_over_http(beatless: Kit, api: Api) -> None:
+    run = beatless.start_run("two_steps")
+    path = f"/v1/runs/{run.run_id}/cancel"
+    assert api("POST", path, {"reason": "no more"}).json["state"] == "cancelled"
+    assert api("POST", path).status == 202  # again: nothing changes
+    done = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    assert api("POST", f"/v1/runs/{done.run_id}/cancel").status == 409
+    assert api("POST", "/v1/runs/nobody/cancel").status == 404
+
+
+def test_once_there_is_a_token_everybody_needs_one(
+    beatless: Kit, beatless_app: App, api: Api
+) -> None:
+    run = beatless.start_run("two_steps")
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    assert api("GET", "/v1/runs").status == 200
+    token_id, secret = tokens.create(["runs:read"], note="viewer")
+
+    refused = api("GET", "/v1/runs")
+    assert refused.status == 401
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert secret not in str(tokens.list())
+
+    api.token = secret
+    assert api("GET", f"/v1/runs/{run.run_id}").status == 200
+    assert api("POST", "/v1/runs", {"plan": "two_steps"}).status == 403
+    assert api("GET", "/v1/runs", Authorization="Bearer bl_wrong").status == 401
+    # A token of a person does not belong into a URL.
+    assert api("GET", f"/v1/runs?token={secret}", Authorization="").status == 401
+
+    other_id, _ = tokens.create(["admin"])
+    tokens.revoke(token_id)
+    assert api("GET", "/v1/runs").status == 401
+    tokens.revoke(other_id)
+
+
+def test_a_tenant_never_learns_of_anothers_run(beatless: Kit, beatless_app: App, api: Api) -> None:
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    _, ours = tokens.create(["admin"], namespace="ours")
+    _, theirs = tokens.create(["admin"], namespace="theirs")
+    api.token = ours
+    run_id = api("POST", "/v1/runs", {"plan": "two_steps"}).json["run_id"]
+    api.token = theirs
+
+    unknown = api("GET", "/v1/runs/nobody")
+    for method, path in (
+        ("GET", f"/v1/runs/{run_id}"),
+        ("GET", f"/v1/runs/{run_id}/events"),
+        ("GET", f"/v1/runs/{run_id}/stream"),
+        ("POST", f"/v1/runs/{run_id}/cancel"),
+        ("POST", f"/v1/runs/{run_id}/stream-token"),
+    ):
+        answer = api(method, path)
+        assert answer.status == 404
+        assert answer.text.replace(run_id, "nobody") == unknown.text
+    assert api("GET", "/v1/runs").json["runs"] == []
+
+
+def test_a_stream_token_follows_one_run_and_does_nothing_else(
+    beatless: Kit, beatless_app: App, api: Api
+) -> None:
+    run, other = beatless.start_run("two_steps"), beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    _, api.token = tokens.create(["runs:read"])
+    made = api("POST", f"/v1/runs/{run.run_id}/stream-token").json
+    api.token = None
+
+    with api.stream(f"/v1/runs/{run.run_id}/stream?token={made['token']}") as stream:
+        assert len(list(stream)) == 7
+    assert api("GET", f"/v1/runs/{other.run_id}/stream?token={made['token']}").status == 403
+    assert api("GET", f"/v1/runs/{run.run_id}?token={made['token']}").status == 403
+
+
+def test_health_page_and_document(api: Api) -> None:
+    assert api("GET", "/livez").json == {"status": "ok"}
+    assert api("GET", "/readyz").json == {"status": "ok"}
+    page = api("GET", "/")
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert api("GET", "/static/page.js").status == 200
+    assert api("GET", "/static/../server.py").status == 404
+    document = api("GET", "/openapi.json").json
+    assert {"/v1/runs", "/v1/runs/{run_id}/stream"} <= document["paths"].keys()
+    assert api("GET", "/nothing").headers["content-type"] == "application/problem+json"
