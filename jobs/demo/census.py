@@ -86,8 +86,8 @@ def parse(ctx: StepContext) -> dict[str, Any]:
         if not counts(work, index).exists():
             note(work / "ledger.jsonl", index=index, attempt=ctx.attempt, pid=os.getpid())
             write(counts(work, index), Tally.of(count(root, file) for file in files).to_json())
-        # Told after it is kept and marked after it is told: a worker that dies in between leaves
-        # neither a chunk that is told but lost nor one that is never told.
+        # Kept, then told, then marked: a worker that dies in between leaves no chunk that is told
+        # but lost or never told. In the instant before the mark it leaves one that is told twice.
         ctx.trace("census.chunk", index=index, files=len(files), of=len(chunks))
         finished(work, index).touch()
         ctx.progress(round(100 * done / found["files"], 1), f"{done:,} of {found['files']:,} files")
