@@ -84,7 +84,8 @@ class Child:
     ) -> None:
         self.name = name
         self.log = log
-        self._arguments = [*command, *arguments]
+        self._command = [*command, arguments[0]]
+        self._arguments = arguments[1:]
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: int | None = None
@@ -103,7 +104,7 @@ class Child:
         reader, writer = os.pipe()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._arguments, "--ready-fd", str(writer)],
+                [*self._command, "--ready-fd", str(writer), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

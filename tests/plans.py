@@ -3,10 +3,24 @@
 import json
 import os
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs import App, Fatal, Finish, Goto, Plan, Settings, Snooze, StepContext, retry, step
+from jobs import (
+    App,
+    Fatal,
+    Finish,
+    Goto,
+    LeaseLost,
+    Plan,
+    Settings,
+    Snooze,
+    StepContext,
+    retry,
+    step,
+)
 from jobs.demo import PLANS
 
 
@@ -150,6 +164,98 @@ def wait_for_file(ctx: StepContext) -> str:
 
 patient = Plan("patient", [wait_for_file, first])
 
+
+def hang(ctx: StepContext) -> None:
+    """Does not come back in the time of any test, in the way that the input names."""
+    Path(ctx.input["started"]).touch()
+    how = ctx.input.get("how", "wait")
+    while how == "swallow":
+        with suppress(Exception):
+            threading.Event().wait(120)
+    while how == "spin":
+        pass
+    if how == "query":
+        ctx.connection.exec_driver_sql("SELECT pg_sleep(120)")
+    threading.Event().wait(120)
+
+
+@step(timeout=0.5, retry=retry(max_attempts=2, initial=0.1, jitter=0))
+def hangs(ctx: StepContext) -> str:
+    """Hangs in as many attempts as the input says."""
+    if ctx.attempt <= ctx.input.get("hangs", 1):
+        hang(ctx)
+    return f"attempt {ctx.attempt}"
+
+
+limited = Plan("limited", [hangs, first])
+
+
+@step(timeout=0.5, transactional=True, retry=retry(max_attempts=2, initial=0.1, jitter=0))
+def hangs_in_transaction(ctx: StepContext) -> int:
+    """Inserts, then hangs in the first attempt."""
+    ctx.connection.exec_driver_sql(
+        f"INSERT INTO {ctx.input['table']} VALUES (%(key)s)", {"key": ctx.key}
+    )
+    if ctx.attempt == 1:
+        hang(ctx)
+    return ctx.attempt
+
+
+limited_transaction = Plan("limited_transaction", [hangs_in_transaction])
+
+
+@step(timeout=0.1)
+def dawdles(ctx: StepContext) -> str:
+    """Goes on until it is told that its run was taken from it, and hides that."""
+    with suppress(LeaseLost):
+        while True:
+            ctx.raise_if_cancelled()
+    return "too late"
+
+
+late = Plan("late", [dawdles, first])
+
+
+@step(terminate_on_cancel=True)
+def deaf(ctx: StepContext) -> None:
+    """Never looks for a cancel."""
+    hang(ctx)
+
+
+terminable = Plan("terminable", [deaf])
+
+
+@step
+def unlimited(ctx: StepContext) -> None:
+    hang(ctx)
+
+
+endless = Plan("endless", [unlimited])
+
+
+@step(retry=retry(max_attempts=2, initial=10, jitter=0))
+def undo(ctx: StepContext) -> dict[str, Any]:
+    """Undoes what the steps before it have done; the cancel is no news to it."""
+    ctx.raise_if_cancelled()
+    if ctx.attempt <= (ctx.input or {}).get("undo_failures", 0):
+        raise ValueError("cannot be undone")
+    return {"undone": sorted(ctx.results)}
+
+
+@step(retry=retry(max_attempts=2, initial=10, jitter=0))
+def wavers(ctx: StepContext) -> str:
+    """Waits for a second attempt, or looks for a cancel, as the input says."""
+    if (ctx.input or {}).get("look"):
+        while True:
+            ctx.raise_if_cancelled()
+    if ctx.attempt == 1:
+        raise ValueError("try again")
+    return "done"
+
+
+compensated = Plan("compensated", [first, wavers, second], on_cancel=undo)
+undeaf = Plan("undeaf", [first, deaf], on_cancel=undo)
+
 ALL = [
     *PLANS,
     two_steps,
@@ -162,6 +268,13 @@ ALL = [
     transactional,
     bad_results,
     patient,
+    late,
+    limited,
+    limited_transaction,
+    terminable,
+    endless,
+    compensated,
+    undeaf,
 ]
 
 app = App(Settings.from_env(), ALL)

@@ -1,8 +1,9 @@
 """Plans and steps: what is refused, and that the refusal says where."""
 
 import pytest
+from celery import Celery
 
-from jobs import Goto, Plan, Snooze, StepContext, step
+from jobs import Finish, Goto, Plan, Snooze, StepContext, step
 from orchestrator.plan import PlanError
 
 
@@ -12,6 +13,14 @@ def one(ctx: StepContext) -> int:
 
 def two(ctx: StepContext) -> int:
     return 2
+
+
+def goes(ctx: StepContext) -> Goto:
+    return Goto("two")
+
+
+def goes_or_ends(ctx: StepContext) -> Goto | Finish:
+    return Finish()
 
 
 async def asynchronous(ctx: StepContext) -> int:
@@ -29,6 +38,32 @@ async def asynchronous(ctx: StepContext) -> int:
         (lambda: Plan("p", [step(one), step(one)]), "plan p has two steps called one"),
         (lambda: Plan("p", [step(one)], routes={"one": ["three"]}), "plan p: routes name 'three'"),
         (lambda: Plan("p", [step(one)], routes={"zero": []}), "plan p: routes name 'zero'"),
+        (
+            lambda: Plan("p", [step(goes), step(one), step(two)], routes={"goes": ["two"]}),
+            "plan p: nothing leads to step one: the step before it goes elsewhere",
+        ),
+        (
+            lambda: Plan(
+                "p",
+                [step(goes_or_ends), step(one), step(two)],
+                routes={"goes_or_ends": ["goes_or_ends"], "one": ["two"], "two": ["one"]},
+            ),
+            "plan p: nothing leads to step one",
+        ),
+        (lambda: Plan("p", [step(goes), step(two)]), "plan p: step goes is annotated to return a"),
+        (lambda: Plan("p", [step(one)], on_cancel=two), "plan p: on_cancel is .* not a step"),
+        (
+            lambda: Plan("p", [step(one)], on_cancel=step(one)),
+            "plan p: on_cancel is one, which is also one of its steps",
+        ),
+        (
+            lambda: Plan("p", [step(one)], on_cancel=step(terminate_on_cancel=True)(two)),
+            "plan p: step two is called by a cancel and cannot also be ended by it",
+        ),
+        (
+            lambda: Plan("p", [step(one)], default_input={"at": {1}}),
+            "plan p: default_input.at is a set, which is not JSON",
+        ),
         (lambda: step(name="a#2")(one), "step name 'a#2' must match"),
         (lambda: step(timeout=0)(one), "step one: timeout must be more than 0"),
         (lambda: step(timeout=float("nan"))(one), "step one: timeout must be more than 0"),
@@ -81,3 +116,62 @@ def test_a_snooze_takes_a_real_number_of_seconds(seconds):
 
 def test_outcomes_are_values():
     assert Goto("a", result=1) == Goto("a", 1)
+
+
+def test_a_step_that_others_route_to_need_not_follow_any():
+    plan = Plan("p", [step(goes), step(one), step(two)], routes={"goes": ["two", "one"]})
+    assert plan.following("goes") == ["two", "one"]
+    assert plan.following("one") == ["two"]
+
+
+def test_the_on_cancel_step_is_known_by_name_and_follows_nothing():
+    plan = Plan("p", [step(one)], on_cancel=step(two))
+    assert plan.get("two") is plan.on_cancel
+    assert plan.after("one") is None
+    assert plan.after("two") is None
+    assert plan.version != Plan("p", [step(one)]).version
+
+
+celery = Celery("others", set_as_current=False)
+
+
+@celery.task(name="shop.tasks.add")
+def add(a: int, b: int = 10) -> int:
+    return a + b
+
+
+@celery.task(name="shop.tasks.named", bind=True)
+def named(self) -> str:
+    return self.name
+
+
+class Given:
+    """As much of a StepContext as a Celery task's step looks at."""
+
+    def __init__(self, input) -> None:
+        self.input = input
+        self.results = {"one": 5}
+
+
+@pytest.mark.parametrize(
+    ("input", "result"), [({"a": 1, "b": 2}, 3), ([1, 2], 3), ([1], 11), (1, 11)]
+)
+def test_a_celery_task_is_a_step_with_the_input_as_its_arguments(input, result):
+    found = Plan.task(add)
+    assert found.name == "add"
+    assert found(Given(input)) == result
+
+
+def test_a_bound_celery_task_gets_itself():
+    assert Plan.task(named)(Given(None)) == "shop.tasks.named"
+
+
+def test_a_celery_task_can_be_given_other_arguments_and_options():
+    found = Plan.task(
+        add,
+        name="sum",
+        timeout=5,
+        arguments=lambda ctx: {"a": ctx.results["one"], "b": ctx.input["b"]},
+    )
+    assert (found.name, found.timeout) == ("sum", 5)
+    assert found(Given({"b": 2})) == 7

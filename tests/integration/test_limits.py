@@ -1,0 +1,225 @@
+"""Steps and runs that take too long end, whatever their bodies do."""
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import BadRequest, Event, RunState
+from jobs.testing import Kit
+
+APP = "tests.plans:app"
+
+
+def failures(events: list[Event]) -> list[dict[str, Any]]:
+    return [event.data["error"] for event in events if event.type == "StepFailed"]
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    return tmp_path / "started"
+
+
+class TestInWorkerProcesses:
+    @pytest.fixture
+    def beatless_settings(self) -> dict[str, float]:
+        """Leases that outlive the test: nothing here waits for one to run out."""
+        return {"lease_seconds": 300, "redispatch_seconds": 300}
+
+    @pytest.mark.parametrize("how", ["wait", "swallow", "spin"])
+    def test_an_attempt_that_hangs_has_failed_and_the_next_one_follows(
+        self, beatless: Kit, started: Path, how: str
+    ) -> None:
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run("limited", {"started": str(started), "how": how})
+
+        assert beatless.wait_for_run_completion(run.run_id).result == "one"
+
+        (error,) = failures(beatless.client.events(run.run_id))
+        assert error["type"] == "StepTimeout"
+        assert error["message"] == "step hangs took longer than its timeout of 0.5 s"
+        assert "in hang" in error["traceback"]  # where it was
+        assert beatless.client.events(run.run_id)[-1].data["result"] == "one"
+        beatless.verify()
+
+    def test_attempts_that_all_hang_end_as_a_failed_run(self, beatless: Kit, started: Path) -> None:
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run("limited", {"started": str(started), "hangs": 9, "how": "swallow"})
+
+        failed = beatless.wait_for_run_completion(run.run_id)
+
+        assert failed.state is RunState.FAILED
+        assert failed.error["type"] == "StepTimeout"
+        assert len(failures(beatless.client.events(run.run_id))) == 2
+        beatless.verify()
+
+    @pytest.mark.parametrize("how", ["query", "swallow"])
+    def test_a_transaction_that_hangs_leaves_nothing(
+        self, beatless: Kit, postgres: psycopg.Connection, started: Path, how: str
+    ) -> None:
+        table = f"{beatless.app.settings.schema}.effects"
+        postgres.execute("CREATE TABLE effects (key text)")
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run(
+            "limited_transaction", {"table": table, "started": str(started), "how": how}
+        )
+
+        assert beatless.wait_for_run_completion(run.run_id).result == 2
+
+        assert postgres.execute("SELECT count(*) FROM effects").fetchone() == (1,)
+        postgres.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE query LIKE '%pg_sleep(120)%' AND pid <> pg_backend_pid()"
+        )
+        postgres.execute("DROP TABLE effects")
+        beatless.verify()
+
+    def test_a_run_past_its_deadline_fails_in_the_middle_of_a_step(
+        self, beatless: Kit, started: Path
+    ) -> None:
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run("endless", {"started": str(started)}, deadline=1)
+
+        failed = beatless.wait_for_run_completion(run.run_id)
+
+        assert failed.state is RunState.FAILED
+        assert failed.error["type"] == "DeadlineExceeded"
+        assert failures(beatless.client.events(run.run_id))[0]["type"] == "DeadlineExceeded"
+        beatless.verify()
+
+    @pytest.mark.parametrize("how", ["wait", "swallow"])
+    def test_a_cancel_ends_a_marked_step_that_does_not_look_for_it(
+        self, beatless: Kit, started: Path, how: str
+    ) -> None:
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run("terminable", {"started": str(started), "how": how})
+        stream = beatless.client.stream_run(run.run_id, timeout=30)
+        while next(stream).type != "StepStarted":
+            pass
+
+        beatless.client.cancel_run(run.run_id)
+
+        assert [event.type for event in stream] == ["CancelRequested", "StepFailed", "RunFinished"]
+        assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+        beatless.verify()
+
+    def test_a_run_whose_step_was_ended_by_a_cancel_is_compensated(
+        self, beatless: Kit, started: Path
+    ) -> None:
+        beatless.relay_process(APP)
+        beatless.worker_process(APP)
+        run = beatless.start_run("undeaf", {"started": str(started), "how": "swallow"})
+        stream = beatless.client.stream_run(run.run_id, timeout=30)
+        while next(stream).step != "deaf":
+            pass
+
+        beatless.client.cancel_run(run.run_id)
+
+        assert [event.type for event in stream] == [
+            "CancelRequested",
+            "StepFailed",
+            "StepStarted",
+            "StepFinished",
+            "RunFinished",
+        ]
+        assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+        beatless.verify()
+
+    def test_in_the_threads_pool_an_attempt_that_hangs_is_fenced(
+        self, beatless: Kit, started: Path
+    ) -> None:
+        beatless.relay_process(APP)
+        worker = beatless.worker_process(APP, concurrency=2, arguments=["--", "--pool", "threads"])
+        run = beatless.start_run("limited", {"started": str(started), "how": "wait"})
+
+        assert beatless.wait_for_run_completion(run.run_id).result == "one"
+
+        assert failures(beatless.client.events(run.run_id))[0]["type"] == "StepTimeout"
+        assert worker.alive
+        os.kill(worker.pid, 9)  # its thread still hangs
+        beatless.verify()
+
+
+def test_a_body_that_comes_back_too_late_has_written_nothing(
+    beatless: Kit, caplog: pytest.LogCaptureFixture, started: Path
+) -> None:
+    """In this process nothing can end it; it looks for a cancel and learns that it was fenced."""
+    caplog.set_level(logging.WARNING)
+    run = beatless.start_run("late", {"started": str(started)})
+
+    beatless.work_once()
+
+    assert beatless.event_types(run.run_id) == [
+        "RunStarted",
+        "StepStarted",
+        "StepFailed",
+        "RunFinished",
+    ]
+    assert beatless.client.get_run(run.run_id).error["type"] == "StepTimeout"
+    assert "step ended by force" in caplog.messages
+    beatless.verify()
+
+
+def test_a_deadline_is_looked_at_before_a_run_is_begun(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps", deadline=60)
+    assert run.deadline_at is not None
+    beatless.advance(61)
+
+    beatless.work_until_idle()
+
+    assert beatless.event_types(run.run_id) == ["RunStarted", "RunFinished"]
+    assert beatless.client.get_run(run.run_id).error["type"] == "DeadlineExceeded"
+    beatless.verify()
+
+
+def test_a_deadline_is_looked_at_when_a_dead_workers_run_is_taken_over(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps", deadline=60)
+    with beatless.crash(at="step.committed"):
+        beatless.work_until_idle()
+    beatless.advance(61)
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).error["type"] == "DeadlineExceeded"
+    beatless.verify()
+
+
+def test_a_run_that_waits_for_its_next_attempt_ends_at_its_deadline(beatless: Kit) -> None:
+    run = beatless.start_run("retries", {"failures": 2}, deadline=timedelta(seconds=5))
+    beatless.work_until_idle()
+    waiting = beatless.client.get_run(run.run_id)
+    assert waiting.not_before == waiting.deadline_at  # the attempt would be 10 s later
+
+    beatless.advance(5)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).error["type"] == "DeadlineExceeded"
+    beatless.verify()
+
+
+def test_a_run_that_ends_in_time_has_its_result(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps", deadline=60)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == "one two"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deadline": 0}, "deadline is 0 s from now, before the run may start"),
+        ({"deadline": -1}, "deadline is -1, which is not 0 seconds to ten years"),
+        ({"deadline": 5, "delay": 5}, "deadline is 5 s from now, before the run may start"),
+    ],
+)
+def test_a_deadline_that_cannot_be_met_is_refused(beatless: Kit, options, message) -> None:
+    with pytest.raises(BadRequest, match=message):
+        beatless.start_run("two_steps", **options)
