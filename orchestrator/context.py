@@ -71,13 +71,15 @@ class StepContext:
 
     def trace(self, name: str, /, **data: Any) -> None:
         """Commit a DebugTrace event now. Raises BadPayload, or LeaseLost if the run was taken."""
+        if "name" in data:
+            raise TypeError("a trace has its name already: call the datum something else")
         self._append(
             self._journal.new_event(
                 EventType.DEBUG_TRACE,
                 step=self.step,
                 attempt=self.attempt,
                 where=f"step {self.step}: trace {name!r}",
-                **{"name": name, **data},
+                data={"name": name, **data},
             )
         )
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -45,6 +46,12 @@ SNOOZED = "beatless.snoozed"
 
 CONNECTION_LOST = "beatless.connection_lost"
 """The trace of a transaction that Postgres took back: its attempt is made again."""
+
+FAILURE_BYTES = 262_144
+"""Above what any failure can need, see the next two."""
+
+MESSAGE_LIMIT = 2000
+"""Characters of an error's message that are kept: its beginning."""
 
 TRACEBACK_LIMIT = 4000
 """Characters of a traceback that are kept with a failure: its end, where the reason is."""
@@ -367,6 +374,7 @@ class Execution:
         attempt = self._limited(progress, step)
         try:
             outcome = self._executor.limit(attempt, lambda: step.function(context))
+            check_transaction(step, transaction)
             return outcome, *self._outcome(progress, step, outcome)
         except (RunCancelled, LeaseLost):
             raise
@@ -517,7 +525,7 @@ class Execution:
             },
             exc_info=error,
         )
-        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        failed = self._failure(progress, facts)
         if delay is None:
             return self._given_up(progress, failed, facts)
         again = Settlement(
@@ -548,13 +556,13 @@ class Execution:
             "message": f"step {progress.occurrence} ended its process {progress.crashes} times",
             "step": progress.occurrence,
         }
-        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        failed = self._failure(progress, facts)
         return self._given_up(progress, failed, facts)
 
     def _stopped(self, progress: Progress) -> Settlement:
         """The body itself noticed the cancel."""
         facts = cancel_error(None) | {"step": progress.occurrence}
-        failed = self._event(EventType.STEP_FAILED, progress, error=facts)
+        failed = self._failure(progress, facts)
         if progress.compensating:
             return self._given_up(progress, failed, facts)
         if self._plan.on_cancel is None:
@@ -564,7 +572,7 @@ class Execution:
     def _ended(
         self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
     ) -> Settlement:
-        text = self._encode(facts, "error")
+        text = _failure_text(facts)
         ended = NewEvent(
             type=EventType.RUN_FINISHED, data=f'{{"outcome":"{state.value}","error":{text}}}'
         )
@@ -591,7 +599,7 @@ class Execution:
         """
         if self._plan.on_cancel is not None:
             return {"if_cancelled": events, "state_if_cancelled": RunState.QUEUED}
-        text = self._encode(cancel_error(None), "error")
+        text = _failure_text(cancel_error(None))
         ended = NewEvent(
             type=EventType.RUN_FINISHED, data=f'{{"outcome":"cancelled","error":{text}}}'
         )
@@ -603,7 +611,15 @@ class Execution:
             step=progress.occurrence,
             attempt=progress.starts,
             where=f"step {progress.occurrence}:",
-            **data,
+            data=data,
+        )
+
+    def _failure(self, progress: Progress, facts: dict[str, Any]) -> NewEvent:
+        return NewEvent(
+            type=EventType.STEP_FAILED,
+            step=progress.occurrence,
+            attempt=progress.starts,
+            data=f'{{"error":{_failure_text(facts)}}}',
         )
 
     def _encode(self, value: Any, what: str) -> str:
@@ -726,6 +742,19 @@ def regardless(settlement: Settlement) -> Settlement:
     )
 
 
+def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:
+    """Raises what the step's own handling of its connection may have hidden."""
+    if transaction is None or (transaction.in_transaction() and not transaction.invalidated):
+        return
+    if transaction.invalidated:
+        reason = ConnectionError("the connection was lost, and the step went on")
+        raise exc.DBAPIError(None, None, reason, connection_invalidated=True)
+    raise Fatal(
+        f"step {step.name} ended the transaction of ctx.connection: leave commit and rollback to "
+        "beatless, so that they include StepFinished"
+    )
+
+
 def transaction_lost(error: Exception) -> bool:
     """Whether it was the connection that failed and not the statement."""
     return isinstance(error, exc.DBAPIError) and (
@@ -735,14 +764,33 @@ def transaction_lost(error: Exception) -> bool:
 
 def _result(outcome: Any) -> Any:
     value = outcome.result if isinstance(outcome, (Goto, Finish)) else outcome
-    return json.loads(json.dumps(value))  # what a resumed run would read
+    # What a resumed run would read.
+    return json.loads(json.dumps(value), parse_float=_as_jsonb)
+
+
+def _as_jsonb(number: str) -> float | int:
+    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
+    return int(Decimal(number)) if "e+" in number else float(number)
 
 
 def _describe(error: Exception, step: str) -> dict[str, Any]:
-    text = "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
+    try:
+        message = str(error)
+    except Exception:  # a broken __str__ is one more thing to tell, not one more failure
+        message = f"<{type(error).__name__} whose text cannot be shown>"
     return {
         "type": type(error).__name__,
-        "message": str(error).replace("\0", "\\0"),
+        "message": _storable(message[:MESSAGE_LIMIT]),
         "step": step,
-        "traceback": text.replace("\0", "\\0"),
+        "traceback": _storable("".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]),
     }
+
+
+def _storable(text: str) -> str:
+    """Text as Postgres can hold it: without NUL and halves of surrogate pairs."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+def _failure_text(facts: dict[str, Any]) -> str:
+    """Facts of ours as JSON. The limit on users' data must not keep a failure from being told."""
+    return encode(facts, where="the error", limit=FAILURE_BYTES)

@@ -497,12 +497,12 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         step: str | None = None,
         attempt: int | None = None,
         where: str,
-        **data: Any,
+        data: Mapping[str, Any] | None = None,
     ) -> NewEvent:
         """An event with its data checked. Raises BadPayload, naming `where` and the member."""
         text = None
         if data:
-            text = encode(data, where=where, limit=self.max_event_bytes)
+            text = encode(dict(data), where=where, limit=self.max_event_bytes)
         return NewEvent(type=type, step=step, attempt=attempt, data=text)
 
 

@@ -122,7 +122,9 @@ def test_a_frozen_worker_that_wakes_up_writes_nothing(
     before = beatless.client.events(run.run_id)
 
     connection = beatless_app.executors.connect()
-    event = beatless_app.journal.new_event(EventType.DEBUG_TRACE, where="x", name="zombie")
+    event = beatless_app.journal.new_event(
+        EventType.DEBUG_TRACE, where="x", data={"name": "zombie"}
+    )
     settlement = Settlement(events=[event], state=RunState.COMPLETED, result="0")
     assert beatless_app.journal.append(connection, run.run_id, token, [event]) is None
     assert beatless_app.journal.settle(connection, run.run_id, token, settlement) is None
