@@ -6,10 +6,12 @@ from typing import Any
 import redis
 import sqlalchemy
 from celery import Celery
+from kombu import Connection
 from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
 from jobs.client import Client
+from jobs.queues import Queues
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
 from jobs.tasks import register
@@ -66,6 +68,12 @@ class App:
             aredis_client=self._aredis,
             prefix=settings.prefix,
         )
+        self.queues = Queues(
+            engine=self.engine,
+            schema=settings.schema,
+            prefix=settings.prefix,
+            broker=self._broker,
+        )
         self.client = self.client_for("default")
         self.executors = Executors(
             settings=settings,
@@ -86,8 +94,12 @@ class App:
             journal=self.journal,
             engine=self.engine,
             streams=self.streams,
+            queues=self.queues,
             namespace=namespace,
         )
+
+    def _broker(self) -> Connection:
+        return self.celery.connection_for_write()
 
     def redis(self) -> "redis.Redis":
         """A new Redis client for events."""

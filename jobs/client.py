@@ -16,10 +16,12 @@ from sqlalchemy import exc
 
 from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable
 from jobs.migrations import head
+from jobs.queues import Queues
 from jobs.stream import Streams
 from orchestrator.events import Event, encode
 from orchestrator.journal import Journal, NewRun, Run
 from orchestrator.plan import Plan
+from orchestrator.queues import QueueState
 from outbox.queries import Caller
 
 T = TypeVar("T")
@@ -63,12 +65,14 @@ class Client:
         journal: Journal,
         engine: sqlalchemy.Engine,
         streams: Streams,
+        queues: Queues,
         namespace: str = "default",
     ) -> None:
         self._plans = plans
         self._journal = journal
         self._engine = engine
         self._streams = streams
+        self._queues = queues
         self._namespace = namespace
 
     # Starting
@@ -126,11 +130,9 @@ class Client:
         if plan is None:
             raise UnknownPlan(request.plan, list(self._plans))
         run_id = new_run_id() if request.run_id is None else request.run_id
-        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
+        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id) or run_id in (".", ".."):
             raise BadRequest("run_id", f"is {run_id!r}, which does not match ^{RUN_ID.pattern}$")
-        queue = plan.queue if request.queue is None else request.queue
-        if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
-            raise BadRequest("queue", f"is {queue!r}, which does not match ^{QUEUE.pattern}$")
+        queue = _queue_name(plan.queue if request.queue is None else request.queue)
         if request.key is not None and not (
             isinstance(request.key, str) and 0 < len(request.key) <= 256 and "\0" not in request.key
         ):
@@ -284,6 +286,47 @@ class Client:
             ),
         )
 
+    def remove_run(self, run_id: str) -> None:
+        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+        self.get_run(run_id)
+        with reaching_postgres(self._journal.schema):
+            self._queues.remove_run(run_id, namespace=self._namespace)
+
+    def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
+        """Take away up to `limit` runs that ended in this state so long ago; how many."""
+        seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
+        with reaching_postgres(self._journal.schema):
+            return self._queues.clean(
+                state, seconds=seconds, limit=limit, namespace=self._namespace
+            )
+
+    # Queues, for the whole fleet
+
+    def queues(self) -> list[QueueState]:
+        """Every queue that has runs or is paused, with its counts."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.states()
+
+    def pause_queue(self, queue: str) -> None:
+        """After this returned no run of the queue starts anywhere; those that run go on."""
+        with reaching_postgres(self._journal.schema):
+            self._queues.pause(_queue_name(queue))
+
+    def resume_queue(self, queue: str) -> None:
+        """Let the queue's runs start again."""
+        with reaching_postgres(self._journal.schema):
+            self._queues.resume(_queue_name(queue))
+
+    def drain_queue(self, queue: str) -> int:
+        """Take away the runs that wait, leave those that run; how many were taken away."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.drain(_queue_name(queue))
+
+    def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
+        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.obliterate(_queue_name(queue), force=force)
+
     def _do(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
@@ -327,6 +370,12 @@ def _seconds(name: str, given: float | timedelta | None) -> float | None:
     if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
         raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
     return seconds
+
+
+def _queue_name(queue: str) -> str:
+    if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
+        raise BadRequest("queue", f"is {queue!r}, which does not match ^{QUEUE.pattern}$")
+    return queue
 
 
 def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ JobsError
 ├── BadSetting          a BEATLESS_* variable is unknown or has a bad value
 ├── UnknownPlan         no plan of this app has this name
 ├── BadRequest          an argument is not usable
+├── QueueBusy           runs of the queue are running
 ├── SchemaBehind        the database lacks migrations that this version needs
 ├── Unreachable         Postgres, Redis or the broker does not answer
 └── WaitTimeout         the run did not end in the time given
@@ -52,6 +53,21 @@ class BadRequest(JobsError):
 
     def __str__(self) -> str:
         return f"{self.field} {self.problem}"
+
+
+class QueueBusy(JobsError):
+    """Runs of the queue are running."""
+
+    def __init__(self, queue: str, active: int) -> None:
+        super().__init__(queue, active)
+        self.queue = queue
+        self.active = active
+
+    def __str__(self) -> str:
+        return (
+            f"{self.active} runs of queue {self.queue} are running: wait for them, cancel them, or "
+            "use force, which takes their leases away"
+        )
 
 
 class SchemaBehind(JobsError):

@@ -3,6 +3,7 @@
 OrchestratorError
 ├── BadPayload          a value is not JSON, too large, or holds what Postgres cannot store
 ├── RunConflict         the key or id was used before, with other content
+├── RunIsActive         a worker has the run
 ├── RunNotFound         no run has this id
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
@@ -42,6 +43,17 @@ class RunConflict(OrchestratorError):
             f"run {self.run_id} already has this {self.field} but another {self.differs}: "
             f"use another {self.field}, or start it with the same content"
         )
+
+
+class RunIsActive(OrchestratorError):
+    """A worker has the run."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} is running: cancel it and wait for its end"
 
 
 class RunNotFound(OrchestratorError):

@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 
 from orchestrator.journal import RUN_COLUMNS, Run
+from orchestrator.queues import QueueStatements
 from orchestrator.state import RunState
 from outbox.message import shard_of
 from outbox.queries import doorbell, execute
@@ -57,6 +58,7 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
+        self._fence = QueueStatements(schema).claim_fence
         s = schema
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # The first step of a fresh run starts in the claim itself: one commit less for each run.
@@ -121,18 +123,22 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
 
         For a run that was never claimed this also commits StepStarted of `first_step`.
         """
-        rows = execute(
-            connection,
-            self._claim,
-            {
-                "run_id": run_id,
-                "worker": worker,
-                "seconds": self.seconds,
-                "shard": shard_of(run_id),
-                "first": first_step,
-                "dispatch": dispatch,
-            },
-        )
+        # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
+        # seen, one that was not waits for us. It is one round trip all the same.
+        with connection.pipeline(), connection.transaction():
+            connection.execute(self._fence)
+            claimed = connection.execute(
+                self._claim,
+                {
+                    "run_id": run_id,
+                    "worker": worker,
+                    "seconds": self.seconds,
+                    "shard": shard_of(run_id),
+                    "first": first_step,
+                    "dispatch": dispatch,
+                },
+            )
+        rows = claimed.fetchall()
         if not rows:
             return None
         *row, token, left, _ = rows[0]

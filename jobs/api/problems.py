@@ -8,13 +8,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from jobs.errors import BadRequest, JobsError, SchemaBehind, UnknownPlan, Unreachable
-from orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
+from jobs.errors import BadRequest, JobsError, QueueBusy, SchemaBehind, UnknownPlan, Unreachable
+from orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunIsActive, RunNotFound
 
 STATUSES: dict[type[Exception], HTTPStatus] = {
     BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
     BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     RunConflict: HTTPStatus.CONFLICT,
+    QueueBusy: HTTPStatus.CONFLICT,
+    RunIsActive: HTTPStatus.CONFLICT,
     RunNotFound: HTTPStatus.NOT_FOUND,
     SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownPlan: HTTPStatus.NOT_FOUND,

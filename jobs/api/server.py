@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -179,6 +180,8 @@ def create_api(app: App) -> FastAPI:
 
     Reader = Annotated[Client, Depends(permitted(Permission.RUNS_READ))]  # noqa: N806 - a type
     Writer = Annotated[Client, Depends(permitted(Permission.RUNS_WRITE))]  # noqa: N806 - a type
+    # Queues are the whole fleet's, whatever a token's namespace.
+    Operator = Annotated[Client, Depends(permitted(Permission.QUEUES))]  # noqa: N806 - a type
     answers: dict[int | str, dict[str, Any]] = {
         status: {"description": text}
         for status, text in (
@@ -338,6 +341,46 @@ def create_api(app: App) -> FastAPI:
                 streams[grant.token_id] -= 1
 
         return sse.response(client, run, epoch=epoch, after=after, reset=reset, counted=counted)
+
+    @api.delete(
+        "/v1/runs/{run_id}",
+        status_code=204,
+        responses=answers | {409: {"description": "a worker has it"}},
+    )
+    def remove_run(run_id: str, client: Writer) -> Response:
+        """Take a run away with all of its events."""
+        client.remove_run(_text(run_id))
+        return Response(status_code=204)
+
+    @api.get("/v1/queues", responses=answers)
+    def list_queues(client: Operator) -> dict[str, Any]:
+        """Every queue with its counts."""
+        return {"queues": [asdict(state) for state in client.queues()]}
+
+    @api.post("/v1/queues/{queue}/pause", status_code=202, responses=answers)
+    def pause_queue(queue: str, client: Operator) -> dict[str, Any]:
+        """After the answer no run of the queue starts anywhere."""
+        client.pause_queue(queue)
+        return {"queue": queue, "paused": True}
+
+    @api.post("/v1/queues/{queue}/resume", status_code=202, responses=answers)
+    def resume_queue(queue: str, client: Operator) -> dict[str, Any]:
+        """Let its runs start again."""
+        client.resume_queue(queue)
+        return {"queue": queue, "paused": False}
+
+    @api.post("/v1/queues/{queue}/drain", status_code=202, responses=answers)
+    def drain_queue(queue: str, client: Operator) -> dict[str, Any]:
+        """Take away the runs that wait."""
+        return {"queue": queue, "removed": client.drain_queue(queue)}
+
+    @api.delete(
+        "/v1/queues/{queue}",
+        responses=answers | {409: {"description": "runs of it are running"}},
+    )
+    def obliterate_queue(queue: str, client: Operator, force: bool = False) -> dict[str, Any]:
+        """Take the queue away with all of its runs."""
+        return {"queue": queue, "removed": client.obliterate_queue(queue, force=force)}
 
     @api.get("/v1/plans", responses=answers)
     def list_plans(client: Reader) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jobs.cli.api import serve, token
 from jobs.cli.demo import demo
 from jobs.cli.environment import Environment
 from jobs.cli.processes import dev, flower, migrate, relay, worker
+from jobs.cli.queues import clean, drain, obliterate, pause, queues, remove, resume
 from jobs.cli.runs import cancel, events, runs, show, start, verify
 from jobs.errors import (
     BadRequest,
@@ -72,12 +73,19 @@ def _app(context: click.Context, _parameter: click.Parameter, given: str | None)
 
 for command in (
     cancel,
+    clean,
     demo,
     dev,
+    drain,
     events,
     flower,
     migrate,
+    obliterate,
+    pause,
+    queues,
     relay,
+    remove,
+    resume,
     runs,
     serve,
     show,

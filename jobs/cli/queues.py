@@ -1,0 +1,98 @@
+"""Commands about queues, for the whole fleet, and about taking runs away."""
+
+from dataclasses import asdict
+from datetime import datetime
+
+import click
+from rich.table import Table
+
+from jobs.cli.environment import Environment, seconds
+from jobs.cli.render import age
+from orchestrator.state import FINAL
+
+
+@click.command()
+@click.pass_obj
+def queues(env: Environment) -> None:
+    """Every queue with its counts."""
+    found = env.app.client.queues()
+    if env.as_json:
+        for state in found:
+            env.document(
+                {
+                    name: value.isoformat() if isinstance(value, datetime) else value
+                    for name, value in asdict(state).items()
+                }
+            )
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    counts = ("waiting", "delayed", "active", "completed", "failed", "cancelled")
+    for title in ("queue", "", *counts, "oldest", "per minute", "workers"):
+        table.add_column(title, no_wrap=True, justify="left" if title in ("queue", "") else "right")
+    for state in found:
+        table.add_row(
+            state.name,
+            "[yellow]paused[/]" if state.paused_at else "",
+            *(str(getattr(state, name)) for name in counts),
+            age(state.oldest),
+            str(state.per_minute),
+            str(state.workers),
+        )
+    env.out.print(table)
+
+
+@click.command()
+@click.argument("queue", metavar="Q")
+@click.pass_obj
+def pause(env: Environment, queue: str) -> None:
+    """Start no more runs of queue Q anywhere; those that run go on."""
+    env.app.client.pause_queue(queue)
+    env.note(f"queue {queue} is paused")
+
+
+@click.command()
+@click.argument("queue", metavar="Q")
+@click.pass_obj
+def resume(env: Environment, queue: str) -> None:
+    """Let the runs of queue Q start again."""
+    env.app.client.resume_queue(queue)
+    env.note(f"queue {queue} goes on")
+
+
+@click.command()
+@click.argument("queue", metavar="Q")
+@click.pass_obj
+def drain(env: Environment, queue: str) -> None:
+    """Take away the runs of queue Q that wait; prints how many."""
+    removed = env.app.client.drain_queue(queue)
+    env.document({"removed": removed}) if env.as_json else click.echo(removed)
+
+
+@click.command()
+@click.argument("queue", metavar="Q")
+@click.option("--force", is_flag=True, help="Also while runs of it are running.")
+@click.pass_obj
+def obliterate(env: Environment, queue: str, force: bool) -> None:
+    """Take away queue Q with all of its runs; prints how many."""
+    removed = env.app.client.obliterate_queue(queue, force=force)
+    env.document({"removed": removed}) if env.as_json else click.echo(removed)
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.pass_obj
+def remove(env: Environment, run: str) -> None:
+    """Take RUN away with all of its events."""
+    env.app.client.remove_run(run)
+    env.note(f"run {run} is removed")
+
+
+@click.command()
+@click.option("--state", type=click.Choice(sorted(FINAL)), required=True)
+@click.option("--older-than", metavar="7d", required=True, help="Ended so long ago.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True)
+@click.pass_obj
+def clean(env: Environment, state: str, older_than: str, limit: int) -> None:
+    """Take away runs that ended long ago; prints how many."""
+    removed = env.app.client.clean(state, seconds(older_than), limit)
+    env.document({"removed": removed}) if env.as_json else click.echo(removed)

@@ -1,0 +1,103 @@
+"""Queue control for the whole fleet: when a call returns, it is so everywhere."""
+
+import logging
+from collections.abc import Callable
+
+import sqlalchemy
+from kombu import Connection
+from kombu.exceptions import KombuError, OperationalError
+
+from jobs.errors import BadRequest, QueueBusy
+from orchestrator.errors import RunIsActive
+from orchestrator.queues import QueueState, QueueStatements
+from orchestrator.state import FINAL
+from outbox.publishers import worker_queue
+
+logger = logging.getLogger(__name__)
+
+
+class Queues:
+    """Pauses, resumes and empties queues: first in Postgres, which decides, then in the broker."""
+
+    def __init__(
+        self,
+        *,
+        engine: sqlalchemy.Engine,
+        schema: str,
+        prefix: str,
+        broker: Callable[[], Connection],
+    ) -> None:
+        self._engine = engine
+        self._statements = QueueStatements(schema)
+        self._prefix = prefix
+        self._broker = broker
+
+    def states(self) -> list[QueueState]:
+        """Every queue that has runs or is paused."""
+        with self._engine.begin() as connection:
+            return self._statements.states(connection)
+
+    def pause(self, name: str) -> None:
+        """After this no run of the queue starts anywhere; those that run go on."""
+        with self._engine.begin() as connection:
+            self._statements.pause(connection, name)
+        with self._engine.begin() as connection:
+            self._statements.await_claims(connection)
+
+    def resume(self, name: str) -> None:
+        """Let its runs start again."""
+        with self._engine.begin() as connection:
+            self._statements.resume(connection, name)
+
+    def drain(self, name: str) -> int:
+        """Take away the runs that wait and leave those that run; how many were taken away."""
+        with self._engine.begin() as connection:
+            removed = self._statements.remove_waiting(connection, name)
+        self._empty_broker(name)
+        return len(removed)
+
+    def obliterate(self, name: str, *, force: bool) -> int:
+        """Take away the queue with all of its runs; how many they were.
+
+        Raises QueueBusy while runs of it are running, unless `force`: their workers then find that
+        their lease is gone, and write nothing more.
+        """
+        self.pause(name)
+        active = sum(state.active for state in self.states() if state.name == name)
+        if active and not force:
+            self.resume(name)
+            raise QueueBusy(name, active)
+        with self._engine.begin() as connection:
+            removed = self._statements.remove_queue(connection, name)
+        self._empty_broker(name)
+        return len(removed)
+
+    def clean(self, state: str, *, seconds: float, limit: int, namespace: str) -> int:
+        """Take away runs that ended in this state so many seconds ago; how many."""
+        if state not in FINAL:
+            raise BadRequest("state", f"is {state!r}; choose {', '.join(sorted(FINAL))}")
+        with self._engine.begin() as connection:
+            removed = self._statements.remove_finished(
+                connection, state=state, seconds=seconds, limit=limit, namespace=namespace
+            )
+        return len(removed)
+
+    def remove_run(self, run_id: str, *, namespace: str) -> None:
+        """Take away one run. Raises RunIsActive while a worker has it."""
+        with self._engine.begin() as connection:
+            if not self._statements.remove_run(connection, run_id, namespace=namespace):
+                raise RunIsActive(run_id)
+
+    def _empty_broker(self, name: str) -> None:
+        """Its messages would start nothing any more, but an operator would see them."""
+        try:
+            with self._broker() as broker:
+                queue = worker_queue(self._prefix, name)(broker.default_channel)
+                queue.declare()
+                queue.purge()
+                queue.delete()
+        except (KombuError, OperationalError, OSError) as error:
+            logger.warning(
+                "the broker's queue could not be emptied; its messages will be dropped",
+                extra={"action": "purge_failed", "queue": name, "reason": str(error)},
+            )

@@ -1,0 +1,155 @@
+"""What is said about queues, for the whole fleet: pause, resume, and taking runs away.
+
+The truth is in Postgres: the relay skips a paused queue and a worker's claim looks again, so the
+few messages that the broker already holds start nothing. Functions take a connection and never
+commit; `Queues` in `jobs` puts them together.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from outbox.queries import Caller, channel_of, execute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueState:
+    """One queue as it is now."""
+
+    name: str
+    paused_at: datetime | None
+    waiting: int
+    delayed: int
+    """Waiting for a later time: a delay, a retry, a snooze."""
+    active: int
+    completed: int
+    failed: int
+    cancelled: int
+    oldest: datetime | None
+    """Since when the run that waits the longest could have started."""
+    per_minute: int
+    """Runs that ended within the last minute."""
+    workers: int
+    """Worker processes that execute runs of it now."""
+
+
+class QueueStatements:
+    """The statements of one schema over queues and the removal of runs."""
+
+    def __init__(self, schema: str) -> None:
+        s = schema
+        self._channel = channel_of(schema)
+        self._runs = f"{s}.runs"
+        self._fence = f"'{s}.queues'::regclass::oid::int4, 0"
+        self.claim_fence = f"SELECT pg_advisory_xact_lock_shared({self._fence})"
+        self._pause = f"""
+INSERT INTO {s}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp())
+ON CONFLICT (name) DO UPDATE SET paused_at = coalesce(queues.paused_at, excluded.paused_at)"""
+        self._resume = f"DELETE FROM {s}.queues WHERE name = %(name)s"
+        self._states = f"""
+WITH unfinished AS (
+  SELECT queue, count(*) FILTER (WHERE state <> 'running' AND due_at <= clock_timestamp()
+                                    OR state = 'sent') AS waiting,
+         count(*) FILTER (WHERE state = 'waiting' AND due_at > clock_timestamp()) AS delayed,
+         count(*) FILTER (WHERE state = 'running') AS active,
+         min(due_at) FILTER (WHERE state = 'waiting' AND due_at <= clock_timestamp()) AS oldest
+    FROM {s}.dispatches GROUP BY queue
+), stored AS (
+  SELECT queue, count(*) FILTER (WHERE state = 'completed') AS completed,
+         count(*) FILTER (WHERE state = 'failed') AS failed,
+         count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+         count(*) FILTER (WHERE finished_at > clock_timestamp() - interval '1 minute')
+           AS per_minute,
+         count(DISTINCT worker) FILTER (WHERE state = 'running') AS workers
+    FROM {s}.runs GROUP BY queue
+)
+SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
+       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), oldest,
+       coalesce(per_minute, 0), coalesce(workers, 0)
+  FROM (SELECT name FROM {s}.queues UNION SELECT queue FROM unfinished
+        UNION SELECT queue FROM stored) AS known(name)
+  LEFT JOIN {s}.queues q USING (name)
+  LEFT JOIN unfinished u ON u.queue = name LEFT JOIN stored st ON st.queue = name
+ ORDER BY name"""
+        # One statement takes a run away with everything of it. The runs' rows are locked first, as
+        # every writer does, so a claim comes before or finds nothing.
+        self._remove = f"""
+WITH chosen AS (
+  SELECT run_id FROM {s}.runs WHERE {{which}} FOR UPDATE
+), gone AS (
+  DELETE FROM {s}.runs USING chosen WHERE runs.run_id = chosen.run_id RETURNING runs.run_id
+), e AS (DELETE FROM {s}.run_events USING gone WHERE run_events.run_id = gone.run_id
+), o AS (DELETE FROM {s}.run_outbox USING gone WHERE run_outbox.run_id = gone.run_id
+), l AS (DELETE FROM {s}.dead_letters USING gone WHERE dead_letters.run_id = gone.run_id
+), d AS (DELETE FROM {s}.dispatches USING gone WHERE dispatches.run_id = gone.run_id)
+SELECT run_id FROM gone"""
+
+    def pause(self, connection: Caller, name: str) -> None:
+        """No run of the queue is claimed by whoever looks after this is committed."""
+        execute(connection, self._pause, {"name": name})
+
+    def await_claims(self, connection: Caller) -> None:
+        """Wait for the claims that may have looked before: they hold the fence in shared mode."""
+        execute(connection, f"SELECT pg_advisory_xact_lock({self._fence})", {})
+
+    def resume(self, connection: Caller, name: str) -> None:
+        """Let the queue's runs be dispatched again, and wake the relays."""
+        execute(connection, self._resume, {"name": name})
+        execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self._channel})
+
+    def states(self, connection: Caller) -> list[QueueState]:
+        """Every queue that has runs or was paused."""
+        names = (
+            "name",
+            "paused_at",
+            "waiting",
+            "delayed",
+            "active",
+            "completed",
+            "failed",
+            "cancelled",
+            "oldest",
+            "per_minute",
+            "workers",
+        )
+        return [
+            QueueState(**dict(zip(names, row, strict=True)))
+            for row in execute(connection, self._states, {})
+        ]
+
+    def remove_waiting(self, connection: Caller, queue: str) -> list[str]:
+        """Take away the queue's runs that no worker has."""
+        return self._removed(connection, "queue = %(queue)s AND state = 'queued'", {"queue": queue})
+
+    def remove_queue(self, connection: Caller, queue: str) -> list[str]:
+        """Take away every run of the queue, whatever its state, and the queue itself."""
+        removed = self._removed(connection, "queue = %(queue)s", {"queue": queue})
+        execute(connection, self._resume, {"name": queue})
+        return removed
+
+    def remove_finished(
+        self, connection: Caller, *, state: str, seconds: float, limit: int, namespace: str
+    ) -> list[str]:
+        """Take away runs that ended in this state so many seconds ago, oldest first."""
+        return self._removed(
+            connection,
+            f"run_id IN (SELECT run_id FROM {self._runs} WHERE namespace = %(namespace)s AND "
+            "state = %(state)s AND finished_at < clock_timestamp() - "
+            "make_interval(secs => %(seconds)s) ORDER BY created_at LIMIT %(limit)s)",
+            {"state": state, "seconds": seconds, "limit": limit, "namespace": namespace},
+        )
+
+    def remove_run(self, connection: Caller, run_id: str, *, namespace: str) -> bool:
+        """Take away one run that no worker has; False if there is none or it is running."""
+        return bool(
+            self._removed(
+                connection,
+                "run_id = %(run_id)s AND namespace = %(namespace)s AND state <> 'running'",
+                {"run_id": run_id, "namespace": namespace},
+            )
+        )
+
+    def _removed(
+        self, connection: Caller, which: str, parameters: dict[str, str | float | int]
+    ) -> list[str]:
+        statement = self._remove.replace("{which}", which)
+        return [row[0] for row in execute(connection, statement, parameters)]

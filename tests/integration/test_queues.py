@@ -1,0 +1,180 @@
+"""Queue control is exact, for the whole fleet."""
+
+import threading
+
+import psycopg
+import pytest
+
+from jobs import App, BadRequest, RunNotFound, RunState
+from jobs.client import RunRequest
+from jobs.errors import QueueBusy
+from jobs.testing import Kit
+from orchestrator.errors import RunIsActive
+
+
+def start(beatless: Kit, count: int, queue: str = "default") -> list[str]:
+    requests = [RunRequest(plan="two_steps", queue=queue) for _ in range(count)]
+    return [run.run_id for run in beatless.client.start_runs(requests)]
+
+
+def states(beatless: Kit, runs: list[str]) -> set[RunState]:
+    return {beatless.client.get_run(run_id).state for run_id in runs}
+
+
+def test_nothing_of_a_paused_queue_starts_even_if_it_was_sent(beatless: Kit) -> None:
+    runs, others = start(beatless, 5), start(beatless, 5, "other")
+    beatless.drain_outbox_once()  # all ten are in the broker now
+
+    beatless.client.pause_queue("default")
+    beatless.work_until_idle()
+
+    assert states(beatless, runs) == {RunState.QUEUED}
+    assert states(beatless, others) == {RunState.COMPLETED}
+    beatless.client.pause_queue("default")  # again: nothing changes
+    beatless.client.resume_queue("default")
+    beatless.work_until_idle()
+    assert states(beatless, runs) == {RunState.COMPLETED}
+    beatless.verify()
+
+
+def test_a_run_that_was_begun_goes_on_in_a_paused_queue(beatless: Kit) -> None:
+    (run_id,) = start(beatless, 1)
+    with beatless.crash(at="step.committed"):
+        beatless.work_until_idle()
+    beatless.client.pause_queue("default")
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert states(beatless, [run_id]) == {RunState.COMPLETED}
+
+
+def test_no_run_starts_after_pause_has_returned(beatless: Kit, beatless_app: App) -> None:
+    """Workers claim as fast as they can while the queue is paused and resumed many times."""
+    runs = start(beatless, 300)
+    ended = threading.Event()
+    remaining = iter(runs)
+    mutex = threading.Lock()
+
+    def work() -> None:
+        connection = beatless_app.executors.connect()
+        while not ended.is_set():
+            with mutex:
+                run_id = next(remaining, None)
+            if run_id is None:
+                break
+            claimed = None
+            while claimed is None and not ended.is_set():
+                claimed = beatless_app.leases.claim(
+                    connection, run_id, worker="w", first_step="first", dispatch=1
+                )
+        connection.close()
+
+    def active() -> int:
+        return sum(state.active for state in beatless.client.queues())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    pauses = 0
+    while any(thread.is_alive() for thread in threads):
+        beatless.client.pause_queue("default")
+        before = active()
+        for _ in range(3):
+            assert active() == before
+        beatless.client.resume_queue("default")
+        pauses += 1
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert pauses >= 3
+    assert active() == 300
+
+
+def test_counts_per_state(beatless: Kit) -> None:
+    start(beatless, 2, "q")
+    beatless.work_until_idle()
+    beatless.client.cancel_run(start(beatless, 1, "q")[0])
+    beatless.start_run("fatally", queue="q")
+    beatless.work_until_idle()
+    beatless.start_run("two_steps", queue="q", delay=60)
+    with beatless.crash(at="step.before"):
+        start(beatless, 1, "q")
+        beatless.work_until_idle()
+    start(beatless, 3, "q")
+    beatless.client.pause_queue("q")
+
+    (found,) = beatless.client.queues()
+
+    assert found.name == "q"
+    assert found.paused_at is not None
+    assert (found.waiting, found.delayed, found.active) == (3, 1, 1)
+    assert (found.completed, found.failed, found.cancelled) == (2, 1, 1)
+    assert found.oldest is not None
+    assert (found.per_minute, found.workers) == (4, 1)
+
+
+def test_drain_takes_what_waits_and_leaves_what_runs(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    with beatless.crash(at="step.before"):
+        (running,) = start(beatless, 1)
+        beatless.work_until_idle()
+    waiting, others = start(beatless, 4), start(beatless, 2, "other")
+    beatless.drain_outbox_once()
+
+    assert beatless.client.drain_queue("default") == 4
+
+    for run_id in waiting:
+        with pytest.raises(RunNotFound):
+            beatless.client.get_run(run_id)
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert states(beatless, [running, *others]) == {RunState.COMPLETED}
+    beatless.verify()
+
+
+def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    gone, kept = start(beatless, 20, "gone"), start(beatless, 20, "kept")
+    for _ in range(5):
+        beatless.work_once()
+    with beatless.crash(at="step.before"):
+        beatless.step(start(beatless, 1, "gone")[0])
+    with pytest.raises(QueueBusy, match="1 runs of queue gone"):
+        beatless.client.obliterate_queue("gone")
+
+    assert beatless.client.obliterate_queue("gone", force=True) == 21
+
+    assert [state.name for state in beatless.client.queues()] == ["kept"]
+    for table in ("run_events", "run_outbox", "dispatches"):
+        rows = postgres.execute(f"SELECT DISTINCT run_id FROM {table}").fetchall()
+        assert not {run_id for (run_id,) in rows} & set(gone)
+    client = beatless_app.redis()
+    keys = [key.decode() for key in client.scan_iter(match=f"{beatless_app.settings.prefix}*")]
+    assert not [key for key in keys if "gone" in key]
+    client.close()
+    beatless.work_until_idle()
+    assert states(beatless, kept) == {RunState.COMPLETED}
+    beatless.verify()
+
+
+def test_clean_and_remove(beatless: Kit) -> None:
+    done = start(beatless, 3)
+    beatless.work_until_idle()
+    (waiting,) = start(beatless, 1)
+
+    assert beatless.client.clean("completed", older_than=3600) == 0
+    assert beatless.client.clean("completed", older_than=0, limit=2) == 2
+    assert [run.run_id for run in beatless.client.list_runs(state="completed")] == [done[2]]
+    with pytest.raises(BadRequest, match="choose cancelled, completed, failed"):
+        beatless.client.clean("queued", older_than=0)
+
+    beatless.client.remove_run(waiting)
+    with pytest.raises(RunNotFound):
+        beatless.client.remove_run(waiting)
+    with beatless.crash(at="step.before"):
+        (running,) = start(beatless, 1)
+        beatless.work_until_idle()
+    with pytest.raises(RunIsActive):
+        beatless.client.remove_run(running)
+    beatless.verify()
