@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -66,17 +67,19 @@ def demo(env: Environment, out: Path, root: Path | None, count: int) -> None:
         stop_on_signals(interrupt),
         tempfile.TemporaryDirectory(prefix="beatless-demo-") as directory,
         # A short lease, so that the demo need not wait long for a dead worker's run.
-        Stack(Path(directory) / "stack", ephemeral=True, workers=2, lease_seconds=2) as stack,
+        Stack(
+            Path(directory) / "stack", ephemeral=True, workers=2, api_port=0, lease_seconds=2
+        ) as stack,
     ):
         began = monotonic()
-        env.out.print("[bold]Starting[/] Postgres, Valkey, a relay and two workers")
+        env.out.print("[bold]Starting[/] Postgres, Valkey, a relay, two workers and the API")
         stack.start()
         env.out.print(f"[dim]ready after {monotonic() - began:.1f} s[/]\n")
         assert stack.settings is not None  # noqa: S101 - started above
         app = App(stack.settings, PLANS)
         try:
             proofs = [
-                golden_run(env, app),
+                golden_run(env, app, stack.api_url),
                 census(env, app, stack, out, root),
                 many_runs(env, app, count),
                 everything_holds(app),
@@ -97,7 +100,7 @@ def demo(env: Environment, out: Path, root: Path | None, count: int) -> None:
         )
 
 
-def golden_run(env: Environment, app: App) -> str:
+def golden_run(env: Environment, app: App, api_url: str) -> str:
     """One agents.run, live."""
     env.out.print("[bold]agents.run[/], live: every event was committed before it was shown")
     run = app.client.start_run("agents.run", {"device": "demo-1"})
@@ -112,8 +115,18 @@ def golden_run(env: Environment, app: App) -> str:
     types = [event.type for event in seen]
     if types != GOLDEN or [event.seq for event in seen] != GOLDEN_SEQS:
         raise DemoFailed(f"agents.run gave {types}")
+    path = f"{api_url}/v1/runs/{run.run_id}/stream"
+    with urllib.request.urlopen(f"{path}?from_seq=5", timeout=20) as stream:  # noqa: S310 - ours
+        data = [json.loads(line[6:]) for line in stream if line.startswith(b"data: {")]
+    with urllib.request.urlopen(f"{path}?from_seq=13", timeout=20) as stream:  # noqa: S310 - ours
+        ended = stream.status
+    if [Event.from_dict(members) for members in data] != seen[5:] or ended != 204:
+        raise DemoFailed(f"over HTTP, after seq 5, agents.run gave {data}")
     env.out.print()
-    return "agents.run gave exactly its 13 events, seq 1 to 13, ending with RunFinished"
+    return (
+        "agents.run gave exactly its 13 events, seq 1 to 13, ending with RunFinished; "
+        "over HTTP from seq 5 exactly the rest, then 204"
+    )
 
 
 def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | None) -> str:

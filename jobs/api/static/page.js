@@ -89,7 +89,7 @@ async function showRuns() {
     el("table", {},
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Run"), el("th", { scope: "col" }, "Plan"),
         el("th", { scope: "col" }, "State"), el("th", { scope: "col", class: "hide" }, "Queue"),
-        el("th", { scope: "col", class: "hide" }, "Events"), el("th", { scope: "col" }, "Age"))),
+        el("th", { scope: "col", class: "number hide" }, "Events"), el("th", { scope: "col", class: "number" }, "Age"))),
       rows),
     more);
   await refresh();
@@ -117,6 +117,40 @@ function startForm(plans) {
   }, el("label", {}, "Start a run of", plan), el("label", {}, "with the JSON input", input),
      el("button", { id: "start" }, "Start"));
   return el("div", {}, form, said);
+}
+
+// Queues
+
+async function showQueues() {
+  const counts = ["waiting", "delayed", "active", "completed", "failed", "cancelled"];
+  const rows = el("tbody", { id: "queues" });
+  const said = el("div");
+  const act = (name, verb) => el("button", { onclick: async () => {
+    try { await call(`/v1/queues/${encodeURIComponent(name)}/${verb}`, { method: "POST" }); await refresh(); }
+    catch (error) { said.replaceChildren(problem(error)); }
+  } }, verb === "pause" ? "Pause" : "Resume");
+  const refresh = async () => {
+    const found = (await call("/v1/queues")).queues;
+    rows.replaceChildren(...found.map((queue) => el("tr", {},
+      el("td", {}, queue.name, queue.paused_at ? el("span", { class: "queued" }, " paused") : null),
+      ...counts.map((name) => el("td", { class: "number" }, String(queue[name]))),
+      el("td", { class: "number hide" }, queue.oldest ? span(Date.now() - Date.parse(queue.oldest)) : ""),
+      el("td", { class: "number hide" }, String(queue.per_minute)),
+      el("td", { class: "number hide" }, String(queue.workers)),
+      el("td", {}, act(queue.name, queue.paused_at ? "resume" : "pause")))));
+    if (!found.length) rows.replaceChildren(el("tr", {}, el("td", { colspan: "11", class: "empty" }, "No queues yet.")));
+    say("live");
+  };
+  const titles = ["Queue", ...counts.map((name) => name[0].toUpperCase() + name.slice(1)),
+                  "Oldest", "Per minute", "Workers", ""];
+  main.replaceChildren(el("h1", {}, "Queues"), said, el("table", {}, el("thead", {}, el("tr", {},
+    ...titles.map((title, place) => el("th", { scope: "col",
+      class: place > 6 && place < 10 ? "number hide" : place && place < 7 ? "number" : null }, title)))), rows));
+  await refresh();
+  const timer = setInterval(() => {
+    if (!document.hidden) refresh().catch(() => say("the server cannot be reached, trying again"));
+  }, 2000);
+  leave = () => clearInterval(timer);
 }
 
 // One run, live
@@ -234,8 +268,8 @@ function drawLanes(parent, events, over) {
     for (const attempt of lane.attempts) {
       const end = attempt.end || until;
       total += end - attempt.start;
-      svg.append(el("rect", { class: attempt.kind, x: (attempt.start - from) * scale, y: "1",
-        width: Math.max(2, (end - attempt.start) * scale), height: "12", rx: "2" }));
+      svg.append(el("rect", { class: attempt.kind, x: Math.min(996, (attempt.start - from) * scale), y: "1",
+        width: Math.max(4, (end - attempt.start) * scale), height: "12", rx: "2" }));
     }
     const running = lane.attempts.some((attempt) => !attempt.end);
     const note = running && lane.progress ? `${Math.round(lane.progress.pct)} %` : span(total);
@@ -251,7 +285,8 @@ async function route() {
   say("");
   try {
     const found = location.hash.match(/^#\/run\/(.+)$/);
-    await (found ? showRun(decodeURIComponent(found[1])) : showRuns());
+    if (found) await showRun(decodeURIComponent(found[1]));
+    else await (location.hash === "#/queues" ? showQueues() : showRuns());
   } catch (error) {
     main.replaceChildren(problem(error), el("p", {}, el("a", { href: "#/" }, "← all runs")));
   }
