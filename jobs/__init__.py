@@ -14,6 +14,8 @@ from jobs.errors import (
 from jobs.settings import Settings
 from orchestrator import (
     BadPayload,
+    CannotRetry,
+    DeadlineExceeded,
     Event,
     Fatal,
     Finish,
@@ -27,6 +29,7 @@ from orchestrator import (
     RunState,
     Snooze,
     StepContext,
+    StepTimeout,
     retry,
     step,
 )
@@ -36,7 +39,9 @@ __all__ = [
     "BadPayload",
     "BadRequest",
     "BadSetting",
+    "CannotRetry",
     "Client",
+    "DeadlineExceeded",
     "Event",
     "Fatal",
     "Finish",
@@ -54,6 +59,7 @@ __all__ = [
     "Settings",
     "Snooze",
     "StepContext",
+    "StepTimeout",
     "UnknownPlan",
     "Unreachable",
     "WaitTimeout",

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -18,10 +18,13 @@ from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable
 from jobs.migrations import head
 from jobs.queues import Queues
 from jobs.stream import Streams
+from orchestrator.errors import CannotRetry
 from orchestrator.events import Event, encode
+from orchestrator.executor import reusable
 from orchestrator.journal import Journal, NewRun, Run
 from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
+from orchestrator.timeline import Moment, timeline
 from outbox.queries import Caller
 
 T = TypeVar("T")
@@ -224,6 +227,16 @@ class Client:
         """Changes when the database's history may have changed: a seq means nothing beyond it."""
         return self._do(None, self._journal.epoch)
 
+    def explain(self, run_id: str, *, connection: Caller | None = None) -> list[Moment]:
+        """Its attempts, waits, leases, dispatches and publishes. Raises RunNotFound."""
+
+        def look(caller: Caller) -> list[Moment]:
+            run = self._journal.get(caller, run_id, namespace=self._namespace)
+            events = self._journal.read(caller, run_id)
+            return timeline(run, events, self._journal.standing(caller, run_id))
+
+        return self._do(connection, look)
+
     # Following
 
     def stream_run(
@@ -326,6 +339,41 @@ class Client:
         """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
         with reaching_postgres(self._journal.schema):
             return self._queues.obliterate(_queue_name(queue), force=force)
+
+    def retry_run(
+        self, run_id: str, from_step: str | None = None, *, connection: Caller | None = None
+    ) -> Run:
+        """Start a new run that goes on where an ended one has failed; the new run.
+
+        It has the same plan, input, queue, priority, tags and length of deadline, an id of its own,
+        no key, and `retry_of`. Finished steps are not executed again: their results are taken over,
+        those before `from_step` if it is given (a name, or an occurrence such as `Act#12`). A run
+        that its `on_cancel` step has undone begins at the beginning.
+
+        Raises RunNotFound, UnknownPlan and CannotRetry.
+        """
+
+        def start(caller: Caller) -> Run:
+            run = self._journal.get(caller, run_id, namespace=self._namespace)
+            if not run.state.final:
+                raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
+            request = RunRequest(
+                plan=run.plan,
+                input=run.input,
+                queue=run.queue,
+                priority=run.priority,
+                tags=run.tags,
+                deadline=run.deadline_at - run.created_at if run.deadline_at else None,
+            )
+            new = replace(self._new_run(request), retry_of=run_id)
+            reused = reusable(self._plans[run.plan], self._journal.read(caller, run_id), from_step)
+            if reused is not None:
+                limit = self._journal.max_event_bytes
+                text = encode(reused, where=f"what run {run_id} has finished", limit=limit)
+                new = replace(new, reused=text)
+            return self._journal.create_runs(caller, [new])[0]
+
+        return self._do(connection, start)
 
     def _do(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.

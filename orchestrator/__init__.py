@@ -3,12 +3,15 @@
 from orchestrator.context import StepContext
 from orchestrator.errors import (
     BadPayload,
+    CannotRetry,
+    DeadlineExceeded,
     Fatal,
     LeaseLost,
     OrchestratorError,
     RunCancelled,
     RunConflict,
     RunNotFound,
+    StepTimeout,
 )
 from orchestrator.events import Event, EventType
 from orchestrator.executor import Executor
@@ -20,6 +23,8 @@ from orchestrator.state import RunState
 
 __all__ = [
     "BadPayload",
+    "CannotRetry",
+    "DeadlineExceeded",
     "Event",
     "EventType",
     "Executor",
@@ -43,6 +48,7 @@ __all__ = [
     "Snooze",
     "Step",
     "StepContext",
+    "StepTimeout",
     "retry",
     "step",
 ]

@@ -5,6 +5,7 @@ OrchestratorError
 ├── RunConflict         the key or id was used before, with other content
 ├── RunIsActive         a worker has the run
 ├── RunNotFound         no run has this id
+├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
 ├── StepTimeout         an attempt took longer than its step may; it counts as a failure
@@ -65,6 +66,18 @@ class RunNotFound(OrchestratorError):
 
     def __str__(self) -> str:
         return f"no run has id {self.run_id}"
+
+
+class CannotRetry(OrchestratorError):
+    """A run cannot be retried, or not from there."""
+
+    def __init__(self, run_id: str, reason: str) -> None:
+        super().__init__(run_id, reason)
+        self.run_id = run_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} cannot be retried: {self.reason}"
 
 
 class LeaseLost(OrchestratorError):

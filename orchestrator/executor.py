@@ -19,6 +19,7 @@ from sqlalchemy import exc
 from orchestrator.context import StepContext
 from orchestrator.errors import (
     BadPayload,
+    CannotRetry,
     DeadlineExceeded,
     Fatal,
     LeaseLost,
@@ -160,6 +161,43 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                     following = _named(plan, data["next"]) if data["next"] else None
                 progress.finished(data.get("result"), following)
     return progress
+
+
+def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
+    """What a retry of an ended run takes over: the results, and the step to begin with.
+
+    None if it begins at the beginning, as it does for a run that its `on_cancel` step has undone.
+    `from_step` is an occurrence, or a name for the last occurrence. Raises CannotRetry.
+    """
+    run_id = events[0].run_id
+    kept = events
+    if from_step is not None:
+        places = [
+            place
+            for place, event in enumerate(events)
+            if event.type == EventType.STEP_STARTED
+            and from_step in (event.step, (event.step or "").partition("#")[0])
+        ]
+        if not places:
+            raise CannotRetry(run_id, f"it never began a step {from_step}")
+        # The last occurrence, from its first attempt on.
+        last = events[places[-1]].step
+        kept = events[: next(place for place in places if events[place].step == last)]
+    try:
+        progress = fold(plan, kept)
+    except UnknownStep as error:
+        raise CannotRetry(run_id, f"plan {plan.name} has no step {error.step} any more") from error
+    if progress.compensating:
+        return None
+    if progress.step is None:
+        raise CannotRetry(run_id, "all of its steps have finished; name the step to begin with")
+    if not progress.visits:
+        return None
+    return {
+        "results": progress.results,
+        "visits": dict(progress.visits),
+        "next": progress.step.name,
+    }
 
 
 def _named(plan: Plan, name: str) -> Step:

@@ -159,6 +159,20 @@ class Settlement:
     delay_if_cancelled: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What the rows beside a run say about it now."""
+
+    now: datetime
+    lease_expires_at: datetime | None
+    dispatch: tuple[str, datetime, str, int] | None
+    """Its state, when the relay looks at it next, the reason, and how often it was sent."""
+    paused: bool
+    unpublished: int | None
+    """The first event that is not published."""
+    dead_letters: Sequence[str]
+
+
 class Journal:
     """The statements of one schema over runs and their events."""
 
@@ -303,6 +317,15 @@ SELECT {columns} FROM {s}.runs
         self._read = f"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
+        self._standing = f"""
+SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
+       EXISTS (SELECT FROM {s}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
+       (SELECT min(from_seq) FROM {s}.run_outbox o
+         WHERE o.shard = %(shard)s AND o.run_id = r.run_id),
+       ARRAY(SELECT kind || ': ' || reason FROM {s}.dead_letters l
+              WHERE l.run_id = r.run_id ORDER BY id)
+  FROM {s}.runs r LEFT JOIN {s}.dispatches d USING (run_id)
+ WHERE r.run_id = %(run_id)s"""
         self._heads = f"""
 SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
@@ -472,6 +495,21 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         """The events with a seq above `after`, in order."""
         rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
         return [Event.from_json(text) for (text,) in rows]
+
+    def standing(self, connection: Caller, run_id: str) -> Standing:
+        """Where a run stands beside its own row. Raises RunNotFound."""
+        rows = execute(connection, self._standing, {"run_id": run_id, "shard": shard_of(run_id)})
+        if not rows:
+            raise RunNotFound(run_id)
+        now, lease, state, due_at, reason, attempts, paused, unpublished, letters = rows[0]
+        return Standing(
+            now=now,
+            lease_expires_at=lease,
+            dispatch=None if state is None else (state, due_at, reason, attempts),
+            paused=paused,
+            unpublished=unpublished,
+            dead_letters=letters,
+        )
 
     def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:
         """The last seq of each of these runs, in one statement."""

@@ -233,6 +233,14 @@ def unlimited(ctx: StepContext) -> None:
 endless = Plan("endless", [unlimited])
 
 
+@step
+def half_second(ctx: StepContext) -> None:
+    raise Fatal(f"with {ctx.results['first']}")
+
+
+half = Plan("half", [first, half_second])
+
+
 @step(retry=retry(max_attempts=2, initial=10, jitter=0))
 def undo(ctx: StepContext) -> dict[str, Any]:
     """Undoes what the steps before it have done; the cancel is no news to it."""
@@ -273,6 +281,7 @@ ALL = [
     limited_transaction,
     terminable,
     endless,
+    half,
     compensated,
     undeaf,
 ]

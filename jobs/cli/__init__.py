@@ -14,9 +14,10 @@ from sqlalchemy import exc
 from jobs.cli.api import serve, token
 from jobs.cli.demo import demo
 from jobs.cli.environment import Environment
+from jobs.cli.plans import plan
 from jobs.cli.processes import dev, flower, migrate, relay, worker
 from jobs.cli.queues import clean, drain, obliterate, pause, queues, remove, resume
-from jobs.cli.runs import cancel, events, runs, show, start, verify
+from jobs.cli.runs import cancel, events, explain, retry, runs, show, start, verify
 from jobs.errors import (
     BadRequest,
     BadSetting,
@@ -78,14 +79,17 @@ for command in (
     dev,
     drain,
     events,
+    explain,
     flower,
     migrate,
     obliterate,
     pause,
+    plan,
     queues,
     relay,
     remove,
     resume,
+    retry,
     runs,
     serve,
     show,
@@ -95,10 +99,11 @@ for command in (
     worker,
 ):
     # The global options are understood after the command as well: that is where people type them.
-    command.params += [
-        click.Option(["--app"], hidden=True, expose_value=False, callback=_app),
-        click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=_json),
-    ]
+    for each in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
+        each.params += [
+            click.Option(["--app"], hidden=True, expose_value=False, callback=_app),
+            click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=_json),
+        ]
     cli.add_command(command)
 
 

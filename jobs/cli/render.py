@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from orchestrator.events import Event, EventType
 from orchestrator.journal import Run
+from orchestrator.timeline import Moment
 
 STYLES = {
     EventType.RUN_STARTED: "bold",
@@ -71,6 +72,15 @@ def line(event: Event, since: int) -> str:
     kind = f"[{style}]{event.type:<15}[/]" if style else f"{event.type:<15}"
     text = escape(plain(f"{event.step or ''}{attempt}  {facts(event)}".strip()))
     return f"[dim]{event.seq:>4}  {elapsed:>8.3f}s[/]  {kind}  {text}".rstrip()
+
+
+def moment(found: Moment, since: int) -> str:
+    """One line of a timeline: seconds since the start, how long it took, what, and in words."""
+    elapsed = (found.at - since) / 1000
+    took = "" if found.seconds is None else f"{found.seconds:.3f}s"
+    what = found.kind if found.step is None else f"{found.step} attempt {found.attempt}"
+    text = escape(f"{what:<24}  {plain(found.text)}")
+    return f"[dim]{elapsed:>9.3f}s  {took:>9}[/]  {text}"
 
 
 def is_progress(event: Event) -> bool:

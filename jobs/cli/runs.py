@@ -162,6 +162,39 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
 
 
 @click.command()
+@click.argument("run")
+@click.option("--from-step", metavar="S", help="Begin there; default: where it failed.")
+@click.option("--follow", is_flag=True, help="Show the new run's events until RunFinished.")
+@TIMEOUT
+@click.pass_obj
+def retry(
+    env: Environment, run: str, from_step: str | None, follow: bool, timeout: str | None
+) -> None:
+    """Start a new run that reuses what RUN has finished; prints its id."""
+    limit = None if timeout is None else seconds(timeout)
+    new = env.app.client.retry_run(run, from_step)
+    if not follow:
+        env.document(new.to_dict()) if env.as_json else click.echo(new.run_id)
+        return
+    click.echo(new.run_id, err=env.as_json)
+    follow_to_end(env, new.run_id, env.app.client.stream_run(new.run_id, timeout=limit))
+
+
+@click.command()
+@click.argument("run")
+@click.pass_obj
+def explain(env: Environment, run: str) -> None:
+    """What happened to RUN: its attempts, waits, leases, dispatches and publishes."""
+    found = env.app.client.explain(run)
+    if env.as_json:
+        for moment in found:
+            env.document(moment.to_dict())
+        return
+    for moment in found:
+        env.out.print(render.moment(moment, found[0].at))
+
+
+@click.command()
 @click.argument("run", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every stored run.")
 @click.pass_obj

@@ -1,0 +1,161 @@
+"""Commands about plans: their graph, as text and as a picture."""
+
+from html import escape
+
+import click
+
+from jobs.cli.environment import Environment
+from jobs.errors import UnknownPlan
+from orchestrator.plan import Goto, Plan, Step
+
+WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
+
+
+@click.group()
+def plan() -> None:
+    """The plans of the app."""
+
+
+@plan.command()
+@click.argument("name")
+@click.option("--svg", is_flag=True, help="A picture, on stdout.")
+@click.pass_obj
+def show(env: Environment, name: str, svg: bool) -> None:
+    """Draw the steps of plan NAME and the routes between them."""
+    found = env.app.plans.get(name)
+    if found is None:
+        raise UnknownPlan(name, list(env.app.plans))
+    if env.as_json:
+        env.document(as_dict(found))
+    else:
+        click.echo(as_svg(found) if svg else as_text(found))
+
+
+def as_dict(found: Plan) -> dict[str, object]:
+    """The graph as a JSON object."""
+    return {
+        "plan": found.name,
+        "version": found.version,
+        "queue": found.queue,
+        "steps": [
+            {
+                "name": step.name,
+                "next": found.following(step.name),
+                "timeout": step.timeout,
+                "max_attempts": step.retry.max_attempts,
+                "transactional": step.transactional,
+                "terminate_on_cancel": step.terminate_on_cancel,
+            }
+            for step in found.steps
+        ],
+        "on_cancel": None if found.on_cancel is None else found.on_cancel.name,
+    }
+
+
+def notes(step: Step) -> str:
+    """What a step is beside its name, in short."""
+    found = []
+    if step.timeout is not None:
+        found.append(f"{step.timeout:g} s")
+    if step.retry.max_attempts > 1:
+        found.append(f"{step.retry.max_attempts} attempts")
+    if step.transactional:
+        found.append("transactional")
+    if step.terminate_on_cancel:
+        found.append("ended by a cancel")
+    return ", ".join(found)
+
+
+def ends(found: Plan, step: Step) -> bool:
+    """Whether the run may complete with this step, as far as the plan tells."""
+    if step.falls_through:
+        return found.after(step.name) is None
+    return step.outcomes != {Goto}
+
+
+def as_text(found: Plan) -> str:
+    """One line for each step, with the routes that leave it."""
+    lines = [f"{found.name}  version {found.version}, queue {found.queue}", ""]
+    for step in found.steps:
+        about = f"  ({notes(step)})" if notes(step) else ""
+        lines.append(f"  {step.name}{about}")
+        default = found.after(step.name)
+        if step.falls_through and default is not None:
+            lines.append("   │")
+        lines += [f"   ├─▶ {target}" for target in found.routes.get(step.name, ())]
+        if step.falls_through and default is not None:
+            lines.append("   ▼")
+        elif ends(found, step):
+            lines += ["   └─■ the run completes"]
+    if found.on_cancel is not None:
+        about = f"  ({notes(found.on_cancel)})" if notes(found.on_cancel) else ""
+        lines += ["", f"  when cancelled: {found.on_cancel.name}{about}"]
+    return "\n".join(lines)
+
+
+def as_svg(found: Plan) -> str:
+    """Steps from top to bottom, the default route between them, other routes beside them."""
+    places = {step.name: place for place, step in enumerate(found.steps)}
+    routes = [
+        (places[step.name], places[target])
+        for step in found.steps
+        for target in found.routes.get(step.name, ())
+    ]
+    # The shorter a route, the nearer to the steps it runs, so that fewer of them cross.
+    routes.sort(key=lambda route: abs(route[0] - route[1]))
+    height = MARGIN * 2 + 30 + (len(found.steps) + bool(found.on_cancel)) * (HEIGHT + GAP)
+    width = MARGIN * 2 + WIDTH + LANE * (len(routes) + 1)
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" font-family="system-ui, sans-serif" font-size="13">'
+        ),
+        f"<title>Plan {escape(found.name)}</title>",
+        (
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" '
+            'markerHeight="8" orient="auto"><path d="M0 0 8 4 0 8z" fill="#555"/></marker></defs>'
+        ),
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        (
+            f'<text x="{MARGIN}" y="{MARGIN + 10}" font-weight="600">{escape(found.name)} '
+            f'<tspan fill="#777" font-weight="400">{found.version}</tspan></text>'
+        ),
+    ]
+
+    def top(place: int) -> int:
+        return MARGIN + 30 + place * (HEIGHT + GAP)
+
+    def box(step: Step, place: int, stroke: str, label: str = "") -> None:
+        y, about = top(place), label + notes(step)
+        parts.append(
+            f'<rect x="{MARGIN}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#f6f8fa" '
+            f'stroke="{stroke}"/><text x="{MARGIN + 12}" y="{y + (19 if about else 27)}">'
+            f"{escape(step.name)}</text>"
+        )
+        if about:
+            parts.append(
+                f'<text x="{MARGIN + 12}" y="{y + 35}" font-size="11" fill="#777">'
+                f"{escape(about)}</text>"
+            )
+
+    def line(path: str) -> None:
+        parts.append(f'<path d="{path}" fill="none" stroke="#555" marker-end="url(#tip)"/>')
+
+    for step in found.steps:
+        place = places[step.name]
+        box(step, place, "#0969da")
+        middle = MARGIN + WIDTH // 2
+        if step.falls_through and found.after(step.name) is not None:
+            line(f"M{middle} {top(place) + HEIGHT}V{top(place + 1) - 1}")
+        elif ends(found, step):
+            y = top(place) + HEIGHT
+            parts.append(f'<path d="M{middle} {y}v12" stroke="#555"/>')
+            parts.append(f'<circle cx="{middle}" cy="{y + 16}" r="4" fill="#555"/>')
+    for lane, (source, target) in enumerate(routes, 1):
+        right, x = MARGIN + WIDTH, MARGIN + WIDTH + lane * LANE
+        down = 8 if target >= source else -8
+        start, end = top(source) + HEIGHT // 2 + down, top(target) + HEIGHT // 2 - down // 2
+        line(f"M{right} {start}H{x}V{end}H{right + 1}")
+    if found.on_cancel is not None:
+        box(found.on_cancel, len(found.steps), "#bf8700", "when cancelled ")
+    return "\n".join([*parts, "</svg>"])

@@ -1,0 +1,141 @@
+"""What happened to a run and when, for a person who wonders: its journal and rows, put in words."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from orchestrator.events import Event, EventType
+from orchestrator.executor import CONNECTION_LOST, SNOOZED
+from orchestrator.journal import Run, Standing
+
+HANDOVER = 0.01
+"""Seconds between two steps above which somebody else has taken the run over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """One line of the timeline."""
+
+    at: int
+    """Milliseconds since 1970, by the clock of Postgres."""
+    kind: str
+    """accepted, wait, attempt, cancel, finished, lease, dispatch, publish or dead letter."""
+    text: str
+    step: str | None = None
+    attempt: int | None = None
+    seconds: float | None = None
+    """How long it took."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def timeline(run: Run, events: Sequence[Event], standing: Standing) -> list[Moment]:
+    """Attempts, waits, leases, dispatches and publishes of a run, in order; then where it stands.
+
+    An attempt without an outcome is one whose process died or lost its lease.
+    """
+    return [*_history(events), *_now(run, events, standing)]
+
+
+def _history(events: Sequence[Event]) -> Iterator[Moment]:
+    open_attempt: Event | None = None
+    waits: tuple[int, str] | None = None
+    for event in events:
+        data = event.data or {}
+        outcome = ""
+        match event.type:
+            case EventType.RUN_STARTED:
+                text = f"accepted, plan {data.get('plan')} {data.get('version')}, "
+                text += f"queue {data.get('queue')}"
+                if "retry_of" in data:
+                    text += f", a retry of {data['retry_of']}"
+                if data.get("reused", {}).get("next"):
+                    text += f" from step {data['reused']['next']}"
+                yield Moment(at=event.ts, kind="accepted", text=text)
+                waits = event.ts, "for its time or a worker"
+            case EventType.STEP_STARTED:
+                if open_attempt is not None:
+                    yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
+                elif waits is not None and (passed := (event.ts - waits[0]) / 1000) >= HANDOVER:
+                    text = f"waited {waits[1]}"
+                    yield Moment(at=waits[0], kind="wait", text=text, seconds=passed)
+                open_attempt, waits = event, None
+            case EventType.STEP_FINISHED:
+                outcome, waits = "finished", (event.ts, "for another worker")
+                if "next" in data:
+                    outcome += f", on to {data['next'] or 'the end'}"
+            case EventType.STEP_FAILED:
+                error = data.get("error") or {}
+                outcome = f"failed: {error.get('type')}: {error.get('message')}"
+                waits = event.ts, "for its next attempt"
+            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
+                outcome, waits = "snoozed", (event.ts, f"a snooze of {data.get('seconds')} s")
+            case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
+                outcome = "its transaction was taken back: the connection broke"
+            case EventType.CANCEL_REQUESTED:
+                reason = data.get("reason")
+                text = "a cancel was accepted" + (f": {reason}" if reason else "")
+                yield Moment(at=event.ts, kind="cancel", text=text)
+            case EventType.RUN_FINISHED:
+                if open_attempt is not None:
+                    yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
+                    open_attempt = None
+                passed = (event.ts - events[0].ts) / 1000
+                text = str(data.get("outcome"))
+                yield Moment(at=event.ts, kind="finished", text=text, seconds=passed)
+        if outcome and open_attempt is not None:
+            yield _attempt(open_attempt, event.ts, outcome)
+            open_attempt = None
+    if open_attempt is not None:
+        yield Moment(
+            at=open_attempt.ts,
+            kind="attempt",
+            text="runs, or its process has died",
+            step=open_attempt.step,
+            attempt=open_attempt.attempt,
+        )
+
+
+def _attempt(started: Event, ended: int, text: str) -> Moment:
+    return Moment(
+        at=started.ts,
+        kind="attempt",
+        text=text,
+        step=started.step,
+        attempt=started.attempt,
+        seconds=(ended - started.ts) / 1000,
+    )
+
+
+def _now(run: Run, events: Sequence[Event], standing: Standing) -> Iterator[Moment]:
+    now = _ms(standing.now)
+    if run.attempt:
+        often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
+        text = f"claimed {often} by {run.worker}"
+        if standing.lease_expires_at is not None:
+            left = (standing.lease_expires_at - standing.now).total_seconds()
+            text += f"; the lease ends in {left:.1f} s" if left > 0 else "; the lease has run out"
+        yield Moment(at=now, kind="lease", text=text)
+    if standing.dispatch is not None:
+        state, due_at, reason, attempts = standing.dispatch
+        left = (due_at - standing.now).total_seconds()
+        text = {
+            "waiting": "waits to be dispatched",
+            "sent": "was sent to the broker and is not claimed yet",
+            "running": "is executed",
+        }[state]
+        when = f"in {left:.1f} s" if left > 0 else "now"
+        text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
+        if standing.paused:
+            text += f"; the queue {run.queue} is paused"
+        yield Moment(at=now, kind="dispatch", text=text)
+    published = run.last_seq if standing.unpublished is None else standing.unpublished - 1
+    yield Moment(at=now, kind="publish", text=f"{published} of {len(events)} events are published")
+    for reason in standing.dead_letters:
+        yield Moment(at=now, kind="dead letter", text=reason)
+
+
+def _ms(when: datetime) -> int:
+    return round(when.timestamp() * 1000)

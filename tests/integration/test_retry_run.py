@@ -1,0 +1,169 @@
+"""A new run that goes on where an ended one has failed; and what `explain` tells about runs."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import CannotRetry, RunNotFound, RunState
+from jobs.testing import Kit
+
+
+def bodies(kit: Kit, run_id: str) -> list[str]:
+    return [event.step for event in kit.client.events(run_id) if event.type == "StepStarted"]
+
+
+def failed_after_the_first_step(kit: Kit, **options) -> str:
+    run = kit.start_run("half", **options)
+    kit.work_until_idle()
+    assert kit.client.get_run(run.run_id).state is RunState.FAILED
+    return run.run_id
+
+
+def test_a_retry_reuses_what_has_finished_and_begins_where_it_failed(beatless: Kit) -> None:
+    failed = failed_after_the_first_step(beatless, tags={"who": "me"}, priority=3, deadline=60)
+    new = beatless.client.retry_run(failed)
+    assert (new.retry_of, new.tags, new.priority) == (failed, {"who": "me"}, 3)
+    assert round((new.deadline_at - new.created_at).total_seconds()) == 60
+    beatless.work_until_idle()
+
+    assert bodies(beatless, new.run_id) == ["half_second"]
+    events = beatless.client.events(new.run_id)
+    assert events[0].data["reused"]["results"] == {"first": "one"}
+    assert events[2].data["error"]["message"] == "with one"  # ctx.results["first"] was there
+    beatless.verify()
+
+
+def test_a_retry_from_an_earlier_step_executes_it_again(beatless: Kit) -> None:
+    failed = failed_after_the_first_step(beatless)
+    new = beatless.client.retry_run(failed, from_step="first")
+    beatless.work_until_idle()
+    assert bodies(beatless, new.run_id) == ["first", "half_second"]
+    beatless.verify()
+
+
+def test_a_retry_of_a_retry_still_reuses_the_first_results(beatless: Kit) -> None:
+    failed = failed_after_the_first_step(beatless)
+    second = beatless.client.retry_run(failed)
+    beatless.work_until_idle()
+    third = beatless.client.retry_run(second.run_id)
+    beatless.work_until_idle()
+    assert bodies(beatless, third.run_id) == ["half_second"]
+    assert beatless.client.events(third.run_id)[2].data["error"]["message"] == "with one"
+
+
+def test_a_loop_is_retried_from_any_of_its_turns(beatless: Kit) -> None:
+    run = beatless.start_run("loop", {"turns": 5})
+    beatless.work_until_idle()
+
+    new = beatless.client.retry_run(run.run_id, from_step="turn#3")
+    beatless.work_until_idle()
+    assert bodies(beatless, new.run_id) == ["turn#3", "turn#4", "turn#5", "stop"]
+    assert beatless.client.get_run(new.run_id).result == "stopped after 5"
+
+    last = beatless.client.retry_run(run.run_id, from_step="turn")
+    beatless.work_until_idle()
+    assert bodies(beatless, last.run_id) == ["turn#5", "stop"]
+    beatless.verify()
+
+
+def test_a_run_that_was_undone_begins_at_the_beginning(beatless: Kit) -> None:
+    run = beatless.start_run("compensated")
+    beatless.step(run.run_id)
+    beatless.client.cancel_run(run.run_id)
+    beatless.work_until_idle()
+
+    new = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    assert bodies(beatless, new.run_id) == ["first", "wavers"]
+
+
+def test_a_cancelled_run_goes_on_where_it_was(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    beatless.client.cancel_run(run.run_id)
+
+    new = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    assert bodies(beatless, new.run_id) == ["second"]
+    assert beatless.client.get_run(new.run_id).result == "one two"
+
+
+def test_what_cannot_be_retried_is_refused_with_the_reason(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with pytest.raises(CannotRetry, match="it is queued; wait for its end or cancel it"):
+        beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    with pytest.raises(CannotRetry, match="all of its steps have finished; name the step"):
+        beatless.client.retry_run(run.run_id)
+    with pytest.raises(CannotRetry, match="it never began a step third"):
+        beatless.client.retry_run(run.run_id, from_step="third")
+    with pytest.raises(RunNotFound):
+        beatless.client.retry_run("nobody")
+
+
+def test_a_retry_rolls_back_with_its_transaction(beatless: Kit) -> None:
+    failed = failed_after_the_first_step(beatless)
+    with beatless.app.engine.connect() as connection:
+        transaction = connection.begin()
+        new = beatless.client.retry_run(failed, connection=connection)
+        transaction.rollback()
+    with pytest.raises(RunNotFound):
+        beatless.client.get_run(new.run_id)
+
+
+def told(kit: Kit, run_id: str) -> list[tuple[str, str | None, str]]:
+    return [(moment.kind, moment.step, moment.text) for moment in kit.client.explain(run_id)]
+
+
+def test_explain_tells_attempts_waits_leases_and_publishes(beatless: Kit) -> None:
+    run = beatless.start_run("retries", {"failures": 1})
+    beatless.work_until_idle()
+    waiting = told(beatless, run.run_id)
+    assert waiting[0][0] == "accepted"
+    assert ("attempt", "flaky", "failed: ValueError: attempt 1 fails") in waiting
+    assert any("reason: retry" in text for kind, _, text in waiting if kind == "dispatch")
+
+    beatless.advance(10)
+    beatless.work_until_idle()
+
+    kinds = [kind for kind, _, _ in told(beatless, run.run_id)]
+    assert [kind for kind in kinds if kind != "wait"] == [
+        "accepted",
+        "attempt",
+        "attempt",
+        "finished",
+        "lease",
+        "publish",
+    ]
+    assert told(beatless, run.run_id)[-1][2] == "6 of 6 events are published"
+
+
+def test_explain_tells_of_an_attempt_whose_process_died(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.effect_done"):
+        beatless.work_until_idle()
+    assert ("attempt", "first", "runs, or its process has died") in told(beatless, run.run_id)
+    assert "is executed" in told(beatless, run.run_id)[-2][2]
+
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    found = told(beatless, run.run_id)
+    assert ("attempt", "first", "no outcome: its process or lease died") in found
+    assert any(kind == "lease" and "claimed 2 times" in text for kind, _, text in found)
+
+
+def test_explain_tells_of_cancels_snoozes_and_paused_queues(beatless: Kit, tmp_path: Path) -> None:
+    run = beatless.start_run("sleepy", {"wake": str(tmp_path / "wake")})
+    beatless.work_until_idle()
+    assert ("attempt", "doze", "snoozed") in told(beatless, run.run_id)
+    beatless.client.pause_queue("default")
+    assert any("the queue default is paused" in text for _, _, text in told(beatless, run.run_id))
+
+    beatless.client.cancel_run(run.run_id, reason="enough")
+
+    found = told(beatless, run.run_id)
+    assert ("cancel", None, "a cancel was accepted: enough") in found
+    assert ("finished", None, "cancelled") in found
+    with pytest.raises(RunNotFound):
+        beatless.client.explain("nobody")
