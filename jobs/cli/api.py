@@ -47,12 +47,21 @@ def token() -> None:
 @click.option("--namespace", default="default", show_default=True)
 @click.option("--expires", metavar="30d", help="Valid for so long; default: until revoked.")
 @click.option("--note", help="What it is for.")
+@click.option("--unless-any", is_flag=True, help="Do nothing if there is a token already.")
 @click.pass_obj
 def create(
-    env: Environment, scopes: tuple[str, ...], namespace: str, expires: str | None, note: str | None
+    env: Environment,
+    scopes: tuple[str, ...],
+    namespace: str,
+    expires: str | None,
+    note: str | None,
+    unless_any: bool,
 ) -> None:
     """Make a token. Its secret is printed once and never stored."""
     tokens = Tokens(env.app.engine, env.app.settings.schema)
+    if unless_any and tokens.any():
+        env.note("there is a token already")
+        return
     token_id, secret = tokens.create(
         scopes,
         namespace=namespace,
