@@ -1,0 +1,239 @@
+"""The wake-up protocol, state by state, and that a broken probe would lose messages.
+
+The relay's side is driven by hand here, so that each interleaving is exact.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from jobs import App
+from jobs.testing import Kit
+from outbox.doorbell import Alarm, Sessions, State
+from outbox.message import SHARDS, shard_of
+from outbox.queries import ALL_SHARDS
+
+
+@pytest.fixture
+def sessions(beatless_app: App) -> Iterator[Sessions]:
+    with Sessions(beatless_app.queries, beatless_app.direct_connection) as sessions:
+        yield sessions
+
+
+@pytest.fixture
+def writer(beatless_app: App) -> Iterator[psycopg.Connection]:
+    """A session that decides itself when it commits."""
+    connection = beatless_app.executors.connect()
+    connection.autocommit = False
+    yield connection
+    connection.close()
+
+
+def rings(sessions: Sessions) -> bool:
+    """Whether a notification has come. A ping that comes back proves that it would be here."""
+    nonce = sessions.ping() if sessions.state is State.AWAKE else None
+    if nonce is None:
+        # The bell session waits for its lock or holds it: ring through the session that works.
+        sessions.wait(0.2)
+    else:
+        while not sessions.pong(nonce):
+            sessions.wait(5)
+    rung, sessions.rung = sessions.rung, False
+    return rung
+
+
+def sleep(sessions: Sessions) -> None:
+    sessions.doze(ALL_SHARDS)
+    while not sessions.granted():
+        sessions.wait(5)
+
+
+def test_awake_nobody_rings(beatless: Kit, sessions: Sessions) -> None:
+    for _ in range(20):
+        beatless.start_run("two_steps")
+    assert not rings(sessions)
+
+
+def test_asleep_every_commit_rings(beatless: Kit, sessions: Sessions) -> None:
+    sleep(sessions)
+    assert sessions.state is State.ASLEEP
+    for _ in range(3):
+        beatless.start_run("two_steps")
+        sessions.wait(5)
+        assert sessions.rung
+        sessions.rung = False
+
+
+def test_a_rolled_back_transaction_rings_nobody(
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+) -> None:
+    sleep(sessions)
+    beatless.start_run("two_steps", connection=writer)
+    writer.rollback()
+    assert not rings(sessions)
+
+
+def test_a_silent_writer_keeps_the_relay_from_falling_asleep_until_its_rows_are_visible(
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection, postgres: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps", connection=writer)  # its probe found nobody asleep
+    sessions.doze(ALL_SHARDS)
+    sessions.wait(0.05)
+    assert not sessions.granted()
+    assert sessions.state is State.DROWSY
+
+    writer.commit()
+
+    while not sessions.granted():
+        sessions.wait(5)
+    # Nobody rang: this last look is what finds the rows.
+    assert not sessions.rung
+    assert postgres.execute("SELECT count(*) FROM run_outbox").fetchone() == (1,)
+
+
+def test_drowsy_new_writers_ring(
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+) -> None:
+    blocker = beatless.start_run("two_steps", connection=writer)
+    sessions.doze(ALL_SHARDS)
+    sessions.wait(0.05)
+    same_shard = next(
+        f"other-{n}" for n in range(1000) if shard_of(f"other-{n}") == shard_of(blocker.run_id)
+    )
+
+    beatless.client.start_run("two_steps", run_id=same_shard)
+
+    sessions.wait(5)
+    assert sessions.rung
+    assert not sessions.granted()
+
+
+def test_roused_from_drowsy_or_asleep_nobody_rings_any_more(
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps", connection=writer)
+    sessions.doze(ALL_SHARDS)
+    sessions.wait(0.05)
+    sessions.rouse()
+    writer.commit()
+    beatless.start_run("two_steps")
+    assert not rings(sessions)
+
+    sleep(sessions)
+    sessions.rouse()
+    beatless.start_run("two_steps")
+    assert not rings(sessions)
+
+
+def test_the_shards_of_others_ring_for_others(beatless: Kit, sessions: Sessions) -> None:
+    mine = [shard for shard in ALL_SHARDS if shard % 2]
+    sessions.doze(mine)
+    while not sessions.granted():
+        sessions.wait(5)
+    foreign = next(f"run-{n}" for n in range(100) if shard_of(f"run-{n}") not in mine)
+    beatless.client.start_run("two_steps", run_id=foreign)
+    assert not rings(sessions)
+
+
+def test_a_savepoint_that_is_taken_back_takes_its_ring_with_it(
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+) -> None:
+    sleep(sessions)
+    writer.execute("SAVEPOINT s")
+    beatless.start_run("two_steps", connection=writer)
+    writer.execute("ROLLBACK TO s")
+    writer.commit()
+    assert not rings(sessions)
+
+
+def test_the_channel_and_the_locks_are_the_schemas_own(
+    beatless: Kit, sessions: Sessions, postgres: psycopg.Connection
+) -> None:
+    """Two schemas in one database: the locks and channels of one are nothing to the other."""
+    postgres.execute(f"NOTIFY beatless_{beatless.app.settings.schema}x, 'other'")
+    assert not rings(sessions)
+    keys = {
+        name: postgres.execute(
+            f"SELECT '{beatless.app.settings.schema}.{name}'::regclass::oid::bigint"
+        ).fetchone()[0]
+        for name in ("run_outbox", "dispatches")
+    }
+    sleep(sessions)
+    held = postgres.execute(
+        "SELECT classid::bigint, count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted "
+        "AND pid = ANY(%s) GROUP BY classid",
+        ([sessions.work.info.backend_pid, sessions.bell.info.backend_pid],),
+    ).fetchall()
+    assert dict(held) == {keys["run_outbox"]: SHARDS, keys["dispatches"]: 1}
+
+
+def test_an_alarm_interrupts_every_wait_and_never_blocks_who_rings(sessions: Sessions) -> None:
+    alarm = Alarm()
+    for _ in range(100_000):
+        alarm.ring()
+    sessions.wait(10, alarm)
+    alarm.quiet()
+    timer = threading.Timer(0.01, alarm.ring)
+    timer.start()
+    sessions.wait(10, alarm)
+    timer.join()
+    alarm.close()
+    alarm.ring()
+
+
+@pytest.mark.parametrize("name", ["watch", "bell", "work"])
+def test_a_session_that_is_terminated_ends_the_waiting(
+    sessions: Sessions, postgres: psycopg.Connection, name: str
+) -> None:
+    pid = getattr(sessions, name).info.backend_pid
+    postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+    sessions.wait(10)  # the last words of the server
+    with pytest.raises(psycopg.OperationalError):
+        sessions.wait(10)
+
+
+# The negative control: what the tests above protect is really needed.
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_a_probe_that_lets_go_before_the_commit_would_lose_the_message(
+    beatless: Kit,
+    sessions: Sessions,
+    writer: psycopg.Connection,
+    postgres: psycopg.Connection,
+    careful: bool,
+) -> None:
+    run = beatless.start_run("two_steps", connection=writer)
+    if not careful:
+        # As if the probe had been released at once instead of with the transaction.
+        writer.execute("ROLLBACK")
+        schema = beatless.app.settings.schema
+        writer.execute(
+            f"INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq) VALUES (%s,%s,1,1)",
+            (shard_of(run.run_id), run.run_id),
+        )
+        writer.execute(
+            "SELECT pg_try_advisory_lock_shared(key, %(s)s), pg_advisory_unlock_shared(key, %(s)s) "
+            f"FROM (SELECT '{schema}.run_outbox'::regclass::oid::int4 AS key) k",
+            {"s": shard_of(run.run_id)},
+        )
+
+    def look() -> int:
+        return postgres.execute("SELECT count(*) FROM run_outbox").fetchone()[0]
+
+    sessions.doze(ALL_SHARDS)
+    sessions.wait(0.05)
+    asleep = sessions.granted()
+    found = look() if asleep else None
+    writer.commit()
+    while not asleep:
+        sessions.wait(5)
+        asleep = sessions.granted()
+        found = look() if asleep else None
+    woken = rings(sessions)
+
+    noticed = bool(found) or woken
+    assert noticed is careful
+    assert look() == 1
