@@ -79,18 +79,21 @@ def as_text(found: Plan) -> str:
     for step in found.steps:
         about = f"  ({notes(step)})" if notes(step) else ""
         lines.append(f"  {step.name}{about}")
-        default = found.after(step.name)
-        if step.falls_through and default is not None:
+        onward = step.falls_through and found.after(step.name) is not None
+        if onward:
             lines.append("   │")
-        lines += [f"   ├─▶ {target}" for target in found.routes.get(step.name, ())]
-        if step.falls_through and default is not None:
-            lines.append("   ▼")
-        elif ends(found, step):
-            lines += ["   └─■ the run completes"]
+        leaving = [f"─▶ {target}" for target in found.routes.get(step.name, ())]
+        if ends(found, step):
+            leaving.append("─■ the run completes")
+        corners = ["├"] * len(leaving)
+        if leaving and not onward:
+            corners[-1] = "└"
+        lines += [f"   {corner}{way}" for corner, way in zip(corners, leaving, strict=True)]
+        lines.append("   ▼" if onward else "")
     if found.on_cancel is not None:
         about = f"  ({notes(found.on_cancel)})" if notes(found.on_cancel) else ""
-        lines += ["", f"  when cancelled: {found.on_cancel.name}{about}"]
-    return "\n".join(lines)
+        lines += [f"  when cancelled: {found.on_cancel.name}{about}"]
+    return "\n".join(lines).rstrip()
 
 
 def as_svg(found: Plan) -> str:
@@ -153,8 +156,9 @@ def as_svg(found: Plan) -> str:
             parts.append(f'<circle cx="{middle}" cy="{y + 16}" r="4" fill="#555"/>')
     for lane, (source, target) in enumerate(routes, 1):
         right, x = MARGIN + WIDTH, MARGIN + WIDTH + lane * LANE
-        down = 8 if target >= source else -8
-        start, end = top(source) + HEIGHT // 2 + down, top(target) + HEIGHT // 2 - down // 2
+        # Leaves below or above the middle, where the routes from elsewhere arrive.
+        down = 12 if target >= source else -12
+        start, end = top(source) + HEIGHT // 2 + down, top(target) + HEIGHT // 2
         line(f"M{right} {start}H{x}V{end}H{right + 1}")
     if found.on_cancel is not None:
         box(found.on_cancel, len(found.steps), "#bf8700", "when cancelled ")
