@@ -22,6 +22,7 @@ from jobs import (
     step,
 )
 from jobs.demo import PLANS
+from orchestrator.plan import Step
 
 
 @step
@@ -233,6 +234,42 @@ def unlimited(ctx: StepContext) -> None:
 endless = Plan("endless", [unlimited])
 
 
+def six_step(number: int) -> Step:
+    """A step with an effect outside of Postgres; one of them kills its process if told so."""
+
+    @step(name=f"s{number}")
+    def body(ctx: StepContext) -> int:
+        with Path(ctx.input["ledger"]).open("a") as ledger:
+            ledger.write(json.dumps([ctx.run_id, ctx.step, ctx.attempt]) + "\n")
+        if ctx.input.get("kill_in") == ctx.step and ctx.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    return body
+
+
+@step(name="s3", transactional=True)
+def six_transactional(ctx: StepContext) -> int:
+    ctx.connection.exec_driver_sql(
+        f"INSERT INTO {ctx.input['table']} VALUES (%(key)s)", {"key": ctx.key}
+    )
+    return 3
+
+
+six = Plan("six", [*map(six_step, (1, 2)), six_transactional, *map(six_step, (4, 5, 6))])
+
+
+@step
+def gate(ctx: StepContext) -> str:
+    """Waits for the file of the input, without work for the processor."""
+    while not Path(ctx.input["go"]).exists():
+        threading.Event().wait(0.05)
+    return "through"
+
+
+gated = Plan("gated", [gate])
+
+
 @step
 def half_second(ctx: StepContext) -> None:
     raise Fatal(f"with {ctx.results['first']}")
@@ -281,6 +318,8 @@ ALL = [
     limited_transaction,
     terminable,
     endless,
+    six,
+    gated,
     half,
     compensated,
     undeaf,

@@ -30,7 +30,9 @@ class TestInWorkerProcesses:
         """Leases that outlive the test: nothing here waits for one to run out."""
         return {"lease_seconds": 300, "redispatch_seconds": 300}
 
-    @pytest.mark.parametrize("how", ["wait", "swallow", "spin"])
+    @pytest.mark.parametrize(
+        "how", ["wait", "swallow", pytest.param("spin", marks=pytest.mark.long)]
+    )
     def test_an_attempt_that_hangs_has_failed_and_the_next_one_follows(
         self, beatless: Kit, started: Path, how: str
     ) -> None:
@@ -47,6 +49,7 @@ class TestInWorkerProcesses:
         assert beatless.client.events(run.run_id)[-1].data["result"] == "one"
         beatless.verify()
 
+    @pytest.mark.long
     def test_attempts_that_all_hang_end_as_a_failed_run(self, beatless: Kit, started: Path) -> None:
         beatless.relay_process(APP)
         beatless.worker_process(APP)
@@ -59,7 +62,7 @@ class TestInWorkerProcesses:
         assert len(failures(beatless.client.events(run.run_id))) == 2
         beatless.verify()
 
-    @pytest.mark.parametrize("how", ["query", "swallow"])
+    @pytest.mark.parametrize("how", ["query", pytest.param("swallow", marks=pytest.mark.long)])
     def test_a_transaction_that_hangs_leaves_nothing(
         self, beatless: Kit, postgres: psycopg.Connection, started: Path, how: str
     ) -> None:
