@@ -1,7 +1,9 @@
 """What people do with runs: start, read, follow, cancel. Holds no state of a run."""
 
+import itertools
 import re
 import secrets
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -25,9 +27,13 @@ from orchestrator.journal import Journal, NewRun, Run
 from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
 from orchestrator.timeline import Moment, timeline
+from outbox.backoff import Backoff
 from outbox.queries import Caller
 
 T = TypeVar("T")
+
+TRIES = 5
+"""How often a call is tried that Postgres ends for a deadlock with another."""
 
 RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -384,16 +390,21 @@ class Client:
         """
         if given is not None:
             return act(given)
+        backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
         with reaching_postgres(self._journal.schema):
-            try:
-                with self._engine.begin() as connection:
-                    return act(connection)
-            except exc.DBAPIError as error:
-                deadlock = isinstance(error.orig, psycopg.errors.DeadlockDetected)
-                if not error.connection_invalidated and not deadlock:
-                    raise
-            with self._engine.begin() as connection:
-                return act(connection)
+            for tried in itertools.count(1):
+                try:
+                    with self._engine.begin() as connection:
+                        return act(connection)
+                except exc.DBAPIError as error:
+                    deadlock = isinstance(error.orig, psycopg.errors.DeadlockDetected)
+                    lost = error.connection_invalidated and tried == 1
+                    if not lost and (not deadlock or tried == TRIES):
+                        raise
+                    if deadlock:
+                        # At once, we would take from the winner what it was just given.
+                        pause.wait(backoff.delay(tried))
+        raise AssertionError("unreachable")
 
 
 @contextmanager
