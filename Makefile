@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra docker --extra check
 
-.PHONY: help install demo test check lock clean
+.PHONY: help install demo test test-docker check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -30,6 +30,12 @@ test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with 
 	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
 	  $(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+test-docker: $(STAMP) ## The compose deployment, restarted and killed; exit 3 without a Docker engine
+	@docker info >/dev/null 2>&1 || { echo "there is no Docker engine: start one, or run make test" >&2; exit 3; }
+	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
+	  -t beatless:local -f deploy/Dockerfile .
+	$(BIN)/python -m pytest deploy/tests -n 0
 
 check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
