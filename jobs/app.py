@@ -15,7 +15,7 @@ from jobs.queues import Queues
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
 from jobs.tasks import register
-from jobs.worker import Executors, celery_settings
+from jobs.worker import Executors, Replacements, celery_settings
 from orchestrator.journal import Journal
 from orchestrator.lease import Leases
 from orchestrator.plan import Plan, PlanError
@@ -84,6 +84,7 @@ class App:
         )
         self.celery = Celery(settings.prefix, set_as_current=False)
         self.celery.conf.update(celery_settings(settings, plans))
+        self.celery.steps["worker"].add(Replacements)
         for plan in plans:
             register(self.celery, plan, self.executors)
 
