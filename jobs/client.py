@@ -28,6 +28,7 @@ from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
 from orchestrator.timeline import Moment, timeline
 from outbox.backoff import Backoff
+from outbox.letters import DeadLetter, LetterStatements
 from outbox.queries import Caller
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Client:
         self._engine = engine
         self._streams = streams
         self._queues = queues
+        self._letters = LetterStatements(journal.schema)
         self._namespace = namespace
 
     # Starting
@@ -318,6 +320,26 @@ class Client:
             return self._queues.clean(
                 state, seconds=seconds, limit=limit, namespace=self._namespace
             )
+
+    # Dead letters
+
+    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first.
+
+        Runs that have used up their attempts are `list_runs(state="failed")`; `retry_run` starts
+        them again.
+        """
+        return self._do(None, lambda caller: self._letters.list(caller, limit=limit))
+
+    def requeue_dead_letter(self, letter_id: int) -> None:
+        """Publish the message again. Raises BadRequest if there is no such letter."""
+        if not self._do(None, lambda caller: self._letters.requeue(caller, letter_id)):
+            raise BadRequest("dead letter", f"{letter_id} does not exist")
+
+    def discard_dead_letter(self, letter_id: int) -> None:
+        """Forget the message; its events stay in the journal. Raises BadRequest."""
+        if not self._do(None, lambda caller: self._letters.discard(caller, letter_id)):
+            raise BadRequest("dead letter", f"{letter_id} does not exist")
 
     # Queues, for the whole fleet
 

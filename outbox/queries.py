@@ -185,10 +185,13 @@ UPDATE {s}.dispatches SET state = 'waiting', due_at = clock_timestamp(), reason 
         self.last_id_sql = f"SELECT last_value FROM {s}.run_outbox_id_seq"
         self.park_sql = f"""
 WITH gone AS (
-  DELETE FROM {s}.run_outbox WHERE shard = %(shard)s AND id = ANY(%(ids)s) RETURNING id
+  DELETE FROM {s}.run_outbox WHERE shard = %(shard)s AND id = ANY(%(ids)s)
+  RETURNING shard, from_seq, to_seq
 )
 INSERT INTO {s}.dead_letters (kind, run_id, reason, message)
-SELECT 'event', %(run_id)s, %(reason)s, jsonb_build_object('outbox_ids', jsonb_agg(id)) FROM gone
+SELECT 'event', %(run_id)s, %(reason)s,
+       jsonb_build_object('shard', min(shard), 'from_seq', min(from_seq), 'to_seq', max(to_seq))
+  FROM gone
 HAVING count(*) > 0"""
 
 

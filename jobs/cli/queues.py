@@ -1,4 +1,4 @@
-"""Commands about queues, for the whole fleet, and about taking runs away."""
+"""Commands about queues and dead letters, for the whole fleet, and about taking runs away."""
 
 from dataclasses import asdict
 from datetime import datetime
@@ -96,3 +96,44 @@ def clean(env: Environment, state: str, older_than: str, limit: int) -> None:
     """Take away runs that ended long ago; prints how many."""
     removed = env.app.client.clean(state, seconds(older_than), limit)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
+
+
+@click.group("dead-letters", invoke_without_command=True)
+@click.pass_context
+def dead_letters(context: click.Context) -> None:
+    """Event messages that could not be published; failed runs are `runs --state failed`."""
+    if context.invoked_subcommand is None:
+        context.invoke(ls)
+
+
+@dead_letters.command()
+@click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True)
+@click.pass_obj
+def ls(env: Environment, limit: int = 100) -> None:
+    """The letters, oldest first."""
+    for letter in env.app.client.dead_letters(limit):
+        if env.as_json:
+            env.document({**asdict(letter), "created_at": letter.created_at.isoformat()})
+        else:
+            click.echo(
+                f"{letter.id}  run {letter.run_id}  events {letter.from_seq} to {letter.to_seq}  "
+                f"{age(letter.created_at)} ago  {letter.reason}"
+            )
+
+
+@dead_letters.command()
+@click.argument("letter", metavar="ID", type=int)
+@click.pass_obj
+def requeue(env: Environment, letter: int) -> None:
+    """Publish the message again."""
+    env.app.client.requeue_dead_letter(letter)
+    env.note(f"dead letter {letter} is in the outbox again")
+
+
+@dead_letters.command()
+@click.argument("letter", metavar="ID", type=int)
+@click.pass_obj
+def discard(env: Environment, letter: int) -> None:
+    """Forget the message; its events stay in the journal."""
+    env.app.client.discard_dead_letter(letter)
+    env.note(f"dead letter {letter} is discarded")

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App
+from jobs import App, BadRequest
 from jobs.client import RunRequest
 from jobs.settings import libpq_url
 from jobs.stream import parse
@@ -293,6 +293,18 @@ def test_a_refused_message_is_parked_and_the_others_flow(
     assert (kind, run_id) == ("event", bad.run_id)
     assert "too big" in reason
     assert len(beatless.client.events(bad.run_id)) == 1  # viewers still get it from the journal
+
+    (letter,) = beatless.client.dead_letters()
+    assert (letter.run_id, letter.from_seq, letter.to_seq) == (bad.run_id, 1, 1)
+    doors[0].refused.clear()
+    beatless.client.requeue_dead_letter(letter.id)
+    again = recording(beatless_app, doors)
+    again.drain_once()
+    again.stop()
+    assert seqs(doors[0])[bad.run_id] == [1]
+    assert beatless.client.dead_letters() == []
+    with pytest.raises(BadRequest, match="does not exist"):
+        beatless.client.discard_dead_letter(letter.id)
 
 
 def test_a_relay_that_dies_after_publishing_publishes_again(

@@ -1,0 +1,59 @@
+"""Messages that were given up on, kept until a person decides. Nothing here commits."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from outbox.queries import Caller, channel_of, execute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """An event message that its door refused, while it took others."""
+
+    id: int
+    run_id: str
+    reason: str
+    from_seq: int
+    to_seq: int
+    created_at: datetime
+
+
+class LetterStatements:
+    """The statements of one schema over dead letters."""
+
+    def __init__(self, schema: str) -> None:
+        s = schema
+        self._channel = channel_of(schema)
+        self._list = f"""
+SELECT id, run_id, reason, (message ->> 'from_seq')::int, (message ->> 'to_seq')::int, created_at
+  FROM {s}.dead_letters ORDER BY id LIMIT %(limit)s"""
+        self._requeue = f"""
+WITH gone AS (DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING run_id, message)
+INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
+SELECT (message ->> 'shard')::smallint, run_id, (message ->> 'from_seq')::int,
+       (message ->> 'to_seq')::int FROM gone
+RETURNING run_id, pg_notify(%(channel)s, '')"""
+        self._discard = f"DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING id"
+
+    def list(self, connection: Caller, *, limit: int) -> list[DeadLetter]:
+        """Oldest first."""
+        rows = execute(connection, self._list, {"limit": limit})
+        return [
+            DeadLetter(
+                id=row[0],
+                run_id=row[1],
+                reason=row[2],
+                from_seq=row[3],
+                to_seq=row[4],
+                created_at=row[5],
+            )
+            for row in rows
+        ]
+
+    def requeue(self, connection: Caller, letter_id: int) -> bool:
+        """Put the message back into the outbox and wake a relay; False if there is none."""
+        return bool(execute(connection, self._requeue, {"id": letter_id, "channel": self._channel}))
+
+    def discard(self, connection: Caller, letter_id: int) -> bool:
+        """Forget the message: its events stay in the journal; False if there is none."""
+        return bool(execute(connection, self._discard, {"id": letter_id}))
