@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from contextlib import suppress
@@ -175,6 +176,8 @@ def hang(ctx: StepContext) -> None:
             threading.Event().wait(120)
     while how == "spin":
         pass
+    if how == "stuck":
+        re.match(r"(a+)+$", "a" * 64 + "b")  # holds the interpreter's lock for years
     if how == "query":
         ctx.connection.exec_driver_sql("SELECT pg_sleep(120)")
     threading.Event().wait(120)

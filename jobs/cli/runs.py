@@ -23,6 +23,7 @@ TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit 
 @click.option("--queue", metavar="Q")
 @click.option("--delay", metavar="30s", help="Start it so much later.")
 @click.option("--at", metavar="TIME", help="Start it then, e.g. 2026-12-24T18:00:00+01:00.")
+@click.option("--deadline", metavar="1h", help="Fail if it has not ended so much later.")
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="Higher goes first.")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
@@ -37,6 +38,7 @@ def start(
     queue: str | None,
     delay: str | None,
     at: str | None,
+    deadline: str | None,
     priority: int,
     tags: tuple[str, ...],
     follow: bool,
@@ -52,6 +54,7 @@ def start(
         queue=queue,
         delay=None if delay is None else seconds(delay),
         not_before=None if at is None else moment(at),
+        deadline=None if deadline is None else seconds(deadline),
         priority=priority,
         tags=pairs(tags),
     )

@@ -67,13 +67,14 @@ def test_start_prints_the_id_of_the_stored_run(command: Beatless, beatless_app: 
 def test_start_takes_every_option(command: Beatless) -> None:
     said = command(
         *("start", "agents.run", "--json", "--run-id", "mine", "--key", "k", "--queue", "default"),
-        *("--delay", "5m", "--priority", "3"),
+        *("--delay", "5m", "--priority", "3", "--deadline", "1h"),
     )
 
     (run,) = said.documents
     assert (run["run_id"], run["key"], run["queue"], run["priority"]) == ("mine", "k", "default", 3)
     assert run["state"] == "queued"
     assert run["not_before"] is not None
+    assert run["deadline_at"] is not None
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -115,6 +115,22 @@ def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
 
 
 @pytest.mark.long
+def test_a_body_that_lets_no_other_thread_run_ends_its_process_all_the_same(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    """Neither heartbeat nor watchdog can run; a timer in C ends it, and the lease runs out."""
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    run = beatless.start_run("limited", {"started": str(tmp_path / "started"), "how": "stuck"})
+
+    assert beatless.wait_for_run_completion(run.run_id, timeout=60).result == "one"
+
+    starts = [e for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
+    assert [(e.step, e.attempt) for e in starts] == [("hangs", 1), ("hangs", 2), ("first", 1)]
+    beatless.verify()
+
+
+@pytest.mark.long
 class TestBrokerThatForgets:
     @pytest.fixture
     def broker(self, tmp_path: Path) -> Iterator[EmbeddedValkey]:

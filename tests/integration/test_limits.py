@@ -31,7 +31,12 @@ class TestInWorkerProcesses:
         return {"lease_seconds": 300, "redispatch_seconds": 300}
 
     @pytest.mark.parametrize(
-        "how", ["wait", "swallow", pytest.param("spin", marks=pytest.mark.long)]
+        "how",
+        [
+            "swallow",
+            pytest.param("wait", marks=pytest.mark.long),
+            pytest.param("spin", marks=pytest.mark.long),
+        ],
     )
     def test_an_attempt_that_hangs_has_failed_and_the_next_one_follows(
         self, beatless: Kit, started: Path, how: str
@@ -98,7 +103,7 @@ class TestInWorkerProcesses:
         assert failures(beatless.client.events(run.run_id))[0]["type"] == "DeadlineExceeded"
         beatless.verify()
 
-    @pytest.mark.parametrize("how", ["wait", "swallow"])
+    @pytest.mark.parametrize("how", ["swallow", pytest.param("wait", marks=pytest.mark.long)])
     def test_a_cancel_ends_a_marked_step_that_does_not_look_for_it(
         self, beatless: Kit, started: Path, how: str
     ) -> None:
