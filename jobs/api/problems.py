@@ -9,11 +9,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from jobs.errors import BadRequest, JobsError, QueueBusy, SchemaBehind, UnknownPlan, Unreachable
-from orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunIsActive, RunNotFound
+from orchestrator.errors import (
+    BadPayload,
+    CannotRetry,
+    OrchestratorError,
+    RunConflict,
+    RunIsActive,
+    RunNotFound,
+)
 
 STATUSES: dict[type[Exception], HTTPStatus] = {
     BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
     BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
+    CannotRetry: HTTPStatus.CONFLICT,
     RunConflict: HTTPStatus.CONFLICT,
     QueueBusy: HTTPStatus.CONFLICT,
     RunIsActive: HTTPStatus.CONFLICT,

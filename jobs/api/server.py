@@ -64,6 +64,8 @@ class StartRequest(BaseModel):
     key: str | None = None
     queue: str | None = None
     not_before: datetime | None = None
+    deadline: float | None = None
+    """Seconds from now."""
     priority: int = Field(default=0, ge=0, le=9)
     tags: dict[str, str] | None = None
 
@@ -74,6 +76,14 @@ class CancelRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reason: str | None = Field(default=None, max_length=1000)
+
+
+class RetryRequest(BaseModel):
+    """Where a retry begins; default: where the run failed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    from_step: str | None = Field(default=None, max_length=200)
 
 
 class BodyLimit:
@@ -272,6 +282,15 @@ def create_api(app: App) -> FastAPI:
         if run.cancel_requested_at is None:
             raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
         return run.to_dict()
+
+    @api.post("/v1/runs/{run_id}/retry", status_code=201, responses=answers)
+    def retry_run(
+        run_id: str, client: Writer, response: Response, body: RetryRequest | None = None
+    ) -> dict[str, Any]:
+        """Start a new run that reuses what this one has finished; 409 if it cannot be retried."""
+        new = client.retry_run(_text(run_id), _text(body.from_step) if body else None)
+        response.headers["Location"] = f"/v1/runs/{new.run_id}"
+        return new.to_dict()
 
     @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers)
     def stream_token(run_id: str, request: Request, credentials: Credentials) -> dict[str, Any]:

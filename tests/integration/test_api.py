@@ -252,6 +252,19 @@ def test_cancel_over_http(beatless: Kit, api: Api) -> None:
     assert api("POST", "/v1/runs/nobody/cancel").status == 404
 
 
+def test_retry_over_http(beatless: Kit, api: Api) -> None:
+    failed = beatless.start_run("half", deadline=60)
+    assert api("POST", f"/v1/runs/{failed.run_id}/retry").status == 409
+    beatless.work_until_idle()
+
+    for body in ({}, {"from_step": "first"}):
+        answer = api("POST", f"/v1/runs/{failed.run_id}/retry", body)
+        assert answer.status == 201
+        assert answer.json["retry_of"] == failed.run_id
+    assert api("POST", "/v1/runs/nobody/retry").status == 404
+    assert api("POST", f"/v1/runs/{failed.run_id}/retry", {"from_step": "never"}).status == 409
+
+
 def test_once_there_is_a_token_everybody_needs_one(
     beatless: Kit, beatless_app: App, api: Api
 ) -> None:
