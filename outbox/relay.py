@@ -239,10 +239,20 @@ class Drain:
             else:
                 accepted += rows[message.run_id.encode()]
         if not accepted:
-            self._event_door.failed(refusal)  # it refuses everything: the door, not the message
+            self._event_door.failed(refusal)
+            if not self._door_is_open():
+                return []  # it refuses everything: the door, not the message
         for message, reason in refused:
             self._strike(message.run_id, rows[message.run_id.encode()], reason)
         return accepted
+
+    def _door_is_open(self) -> bool:
+        """Whether events can be published at all: an empty message, to nobody, is accepted."""
+        try:
+            self._events.publish([EventMessage(run_id="", body=b"")])
+        except (PublishFailed, PublishRefused):
+            return False
+        return True
 
     def _strike(self, run_id: str, rows: Sequence[PickedEvents], refusal: PublishRefused) -> None:
         self._strikes[run_id] += 1

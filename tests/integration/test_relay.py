@@ -63,17 +63,19 @@ class Door:
         self.batches: list[list[Any]] = []
         self.error: Exception | None = None
         self.refused: set[str] = set()
+        self.shut = False
 
     def publish(self, messages) -> None:
         if self.error is not None:
             raise self.error
-        if any(message.run_id in self.refused for message in messages):
+        if self.shut or any(message.run_id in self.refused for message in messages):
             raise PublishRefused("Redis", "too big")
         self.batches.append(list(messages))
 
     @property
     def messages(self) -> list[Any]:
-        return [message for batch in self.batches for message in batch]
+        """What was accepted, without the empty message that asks whether the door is open."""
+        return [message for batch in self.batches for message in batch if message.run_id]
 
 
 def seqs(door: Door) -> dict[str, list[int]]:
@@ -305,6 +307,24 @@ def test_a_refused_message_is_parked_and_the_others_flow(
     assert beatless.client.dead_letters() == []
     with pytest.raises(BadRequest, match="does not exist"):
         beatless.client.discard_dead_letter(letter.id)
+
+
+def test_a_door_that_refuses_everything_parks_nothing(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    """As a Redis that is busy with somebody's script, or whose rights have changed."""
+    runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 3)
+    doors[0].shut = True
+    relay = recording(beatless_app, doors, backoff=Backoff(initial=0, cap=0))
+    for _ in range(STRIKES * 3):
+        relay.drain_once()
+    assert postgres.execute("SELECT count(*) FROM dead_letters").fetchone() == (0,)
+    assert pending(postgres) == 3
+
+    doors[0].shut = False
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1] for run in runs}
 
 
 def test_a_relay_that_dies_after_publishing_publishes_again(
