@@ -46,7 +46,11 @@ REDIS_OPTIONS: dict[str, Any] = {
 def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]:
     """The configuration of the Celery app; each line avoids a pitfall named in docs/workers.md."""
     on_redis = settings.broker_url.startswith(("redis", "rediss", "sentinel", "unix"))
-    options = {"global_keyprefix": f"{settings.prefix}:", **REDIS_OPTIONS} if on_redis else {}
+    # Whoever publishes fails at once and backs off: by default kombu tries for seconds, on RabbitMQ
+    # for ever, and the relay's other door would wait with it.
+    options: dict[str, Any] = {"max_retries": 0}
+    if on_redis:
+        options |= {"global_keyprefix": f"{settings.prefix}:", **REDIS_OPTIONS}
     names = sorted({"default", *(plan.queue for plan in plans)})
     return {
         "broker_url": settings.broker_url,
