@@ -131,6 +131,22 @@ def test_a_body_that_lets_no_other_thread_run_ends_its_process_all_the_same(
 
 
 @pytest.mark.long
+def test_of_a_thousand_delayed_runs_none_starts_early_with_two_relays(beatless: Kit) -> None:
+    for _ in range(2):
+        beatless.relay_process(APP)
+    beatless.worker_process(APP, concurrency=4, arguments=["--", "--pool", "threads"])
+    runs = beatless.client.start_runs(
+        [RunRequest(plan="two_steps", delay=number / 200) for number in range(1000)]
+    )
+
+    for run in runs:
+        ended = beatless.wait_for_run_completion(run.run_id, timeout=60)
+        assert ended.started_at >= run.not_before
+        assert ended.attempt == 1
+    beatless.verify()
+
+
+@pytest.mark.long
 class TestBrokerThatForgets:
     @pytest.fixture
     def broker(self, tmp_path: Path) -> Iterator[EmbeddedValkey]:

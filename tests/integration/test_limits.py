@@ -2,15 +2,18 @@
 
 import logging
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
 
-from jobs import BadRequest, Event, RunState
+from jobs import BadRequest, Event, LeaseLost, RunState, StepTimeout
 from jobs.testing import Kit
+from orchestrator.watchdog import Attempt, Watchdog
 
 APP = "tests.plans:app"
 
@@ -175,6 +178,43 @@ def test_a_body_that_comes_back_too_late_has_written_nothing(
     assert beatless.client.get_run(run.run_id).error["type"] == "StepTimeout"
     assert "step ended by force" in caplog.messages
     beatless.verify()
+
+
+def test_a_watchdog_that_cannot_reach_postgres_tries_again(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    connection = beatless.app.executors.connect()
+    lease = beatless.app.leases.claim(
+        connection, run.run_id, worker="w", first_step="first", dispatch=1
+    )
+    connection.close()
+    tries = []
+
+    def settle(_connection: psycopg.Connection, reason: Exception) -> bool:
+        tries.append(reason)
+        if len(tries) == 1:
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return True
+
+    watchdog = Watchdog(beatless.app.leases, beatless.app.executors.connect, own_process=False)
+    late = StepTimeout("first", 0.1)
+    attempt = Attempt(
+        lease=lease,
+        ends_at=monotonic(),
+        late=late,
+        terminate_on_cancel=False,
+        gentle=True,
+        settle=settle,
+    )
+
+    def body() -> None:
+        while not lease.lost:
+            threading.Event().wait(0.01)
+
+    with pytest.raises(LeaseLost):
+        watchdog.call(attempt, body)
+    watchdog.stop()
+    assert tries == [late, late]
 
 
 def test_a_deadline_is_looked_at_before_a_run_is_begun(beatless: Kit) -> None:
