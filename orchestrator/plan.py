@@ -135,7 +135,7 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
     try:
         annotated = typing.get_type_hints(function).get("return", Any)
-    except (NameError, TypeError, AttributeError):
+    except (NameError, TypeError, AttributeError, SyntaxError):
         return frozenset()  # it names what only a type checker has
     union = typing.get_origin(annotated) in (typing.Union, UnionType)
     kinds = typing.get_args(annotated) if union else (annotated,)

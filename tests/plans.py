@@ -176,6 +176,8 @@ def hang(ctx: StepContext) -> None:
             threading.Event().wait(120)
     while how == "spin":
         pass
+    while how == "trace":
+        ctx.trace("tick")
     if how == "stuck":
         re.match(r"(a+)+$", "a" * 64 + "b")  # holds the interpreter's lock for years
     if how == "query":

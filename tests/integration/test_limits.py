@@ -37,6 +37,7 @@ class TestInWorkerProcesses:
         "how",
         [
             "swallow",
+            "trace",
             pytest.param("wait", marks=pytest.mark.long),
             pytest.param("spin", marks=pytest.mark.long),
         ],
