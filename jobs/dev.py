@@ -310,11 +310,11 @@ class Stack:
             child.start()
         for child in self._children():
             child.wait_ready(self.alarm)
+        if self.api is not None:
+            say(f"api {self.api_url}")
         if self._flower_port is not None:
             self._start_flower(self._flower_port)
             say(f"flower {self.flower_url}")
-        if self.api is not None:
-            say(f"api {self.api_url}")
         for worker in self.workers:
             say(f"worker PID {worker.pid}")
         say(f"relay PID {self.relay.pid}")
@@ -331,6 +331,7 @@ class Stack:
         return {
             "postgres": self.postgres.url if self.postgres else None,
             "redis": self.valkey.url if self.valkey else None,
+            "api": self.api_url or None,
             "flower": self.flower_url or None,
             "workers": [worker.pid for worker in self.workers],
             "relay": self.relay.pid if self.relay else None,

@@ -113,7 +113,7 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     stack = dev("--ephemeral", "--workers", "2", "--env-file", "beatless.env")
 
     names = [line.split()[0] for line in stack.lines]
-    assert names == ["postgres", "redis", "flower", "worker", "worker", "relay", "ready"]
+    assert names == ["postgres", "redis", "api", "flower", "worker", "worker", "relay", "ready"]
     lines = (tmp_path / "beatless.env").read_text().splitlines()
     assert all(line.startswith("BEATLESS_") and "=" in line for line in lines)
     assert (tmp_path / "beatless.env").stat().st_mode & 0o077 == 0
