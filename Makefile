@@ -37,6 +37,19 @@ test-docker: $(STAMP) ## The compose deployment, restarted and killed; exit 3 wi
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0
 
+bench: $(STAMP) ## Measure the journal and the relay against what they could be (8 minutes)
+	$(BIN)/python -m benchmarks.relay
+	$(BIN)/python -m benchmarks.table
+
+bench-table: $(STAMP) ## Write benchmarks/README.md from the last results
+	$(BIN)/python -m benchmarks.table
+
+bench-%: $(STAMP)
+	$(BIN)/python -m benchmarks.relay $*
+
+test-long: $(STAMP) ## The suite with everything that takes long: stress, kills at every point
+	@$(MAKE) test ARGS="-m 'long or not long' $(ARGS)"
+
 check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
