@@ -18,6 +18,7 @@ import psycopg
 import pytest
 import redis
 import sqlalchemy
+from sqlalchemy import make_url
 
 from jobs.app import App
 from jobs.cli.environment import load
@@ -148,8 +149,10 @@ class Schemas:
             return self._free.pop()
         schema = f"s_{self.worker}_{next(self._numbers)}"
         engine = sqlalchemy.create_engine(engine_url(self.services.database_url))
-        self.connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE'.encode())
+        for name in (schema, own_tables(schema)):
+            self.connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
         migrate(engine, schema)
+        self.connection.execute(f'CREATE SCHEMA "{own_tables(schema)}"'.encode())
         engine.dispose()
         return schema
 
@@ -162,6 +165,15 @@ class Schemas:
             f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
             f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {tables}"
         )
+        own = own_tables(schema)
+        used = self.connection.execute(
+            "SELECT 1 FROM pg_class WHERE relnamespace = %s::regnamespace UNION ALL "
+            "SELECT 1 FROM pg_proc WHERE pronamespace = %s::regnamespace UNION ALL "
+            "SELECT 1 FROM pg_type WHERE typnamespace = %s::regnamespace LIMIT 1",
+            (f'"{own}"',) * 3,
+        ).fetchone()
+        if used:
+            clean += f'; DROP SCHEMA "{own}" CASCADE; CREATE SCHEMA "{own}"'
         try:
             self.connection.execute(clean.encode())
         except psycopg.errors.LockNotAvailable:
@@ -176,8 +188,8 @@ class Schemas:
 SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
  WHERE a.pid <> pg_backend_pid() AND a.backend_type = 'client backend' AND a.pid IN (
    SELECT l.pid FROM pg_locks l LEFT JOIN pg_class c ON c.oid IN (l.relation, l.classid)
-    WHERE c.relnamespace = %s::regnamespace)""",
-            (f'"{schema}"',),
+    WHERE c.relnamespace IN (%s::regnamespace, %s::regnamespace))""",
+            (f'"{schema}"', f'"{own_tables(schema)}"'),
         ).fetchall()
         return [
             f"a session of {name!r} ({state}) with a lock in the test's schema, last: {query[:200]}"
@@ -228,7 +240,8 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
         for schema in (*self._free, *self._abandoned):
             # Whoever held an abandoned one may hold it still; the next session drops it then.
             with suppress(psycopg.errors.LockNotAvailable):
-                self.connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE'.encode())
+                for name in (schema, own_tables(schema)):
+                    self.connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
         self.connection.close()
         self.ear.close()
         self.redis.close()
@@ -270,13 +283,17 @@ def beatless_settings() -> dict[str, Any]:
 def beatless_app(
     _beatless_schemas: Schemas, beatless_plans: Sequence[Plan], beatless_settings: dict[str, Any]
 ) -> Iterator[App]:
-    """An App with a schema, prefix and channel that only this test has."""
+    """An App with a schema, prefix and channel that only this test has.
+
+    Tables that your own code names without a schema are the test's own as well: make them with
+    `metadata.create_all(beatless_app.engine)`.
+    """
     schemas = _beatless_schemas
     prefix = f"t_{schemas.worker}_{next(schemas.tests)}"
     schema = schemas.take()
     app = App(
         Settings(
-            database_url=schemas.services.database_url,
+            database_url=search(schemas.services.database_url, own_tables(schema)),
             redis_url=schemas.services.redis_url,
             schema=schema,
             prefix=prefix,
@@ -306,6 +323,17 @@ def beatless(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
     kit = Kit(beatless_app, run_prefix=f"test-{prefix}", directory=tmp_path)
     yield kit
     kit.close()
+
+
+def own_tables(schema: str) -> str:
+    """Beside a test's schema there is one for the tables of the code under test."""
+    return f"{schema}_own"
+
+
+def search(url: str, schema: str) -> str:
+    """The URL of sessions that look for, and make, tables without a schema in this one."""
+    found = make_url(url).update_query_dict({"options": f"-csearch_path={schema}"}, append=True)
+    return found.render_as_string(hide_password=False)
 
 
 def remove_keys(client: "redis.Redis", pattern: str) -> None:

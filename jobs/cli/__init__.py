@@ -14,9 +14,19 @@ from sqlalchemy import exc
 from jobs.cli.api import serve, token
 from jobs.cli.demo import demo
 from jobs.cli.environment import Environment
+from jobs.cli.init import init
 from jobs.cli.plans import plan
 from jobs.cli.processes import dev, flower, migrate, relay, worker
-from jobs.cli.queues import clean, drain, obliterate, pause, queues, remove, resume
+from jobs.cli.queues import (
+    clean,
+    dead_letters,
+    drain,
+    obliterate,
+    pause,
+    queues,
+    remove,
+    resume,
+)
 from jobs.cli.runs import cancel, events, explain, retry, runs, show, start, verify
 from jobs.errors import (
     BadRequest,
@@ -75,12 +85,14 @@ def _app(context: click.Context, _parameter: click.Parameter, given: str | None)
 for command in (
     cancel,
     clean,
+    dead_letters,
     demo,
     dev,
     drain,
     events,
     explain,
     flower,
+    init,
     migrate,
     obliterate,
     pause,

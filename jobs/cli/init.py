@@ -1,0 +1,55 @@
+"""`beatless init`: a small project of the user's own, which works as it is."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from jobs.cli.environment import Environment
+from jobs.errors import BadRequest
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+SUFFIX = ".template"
+NAME = "beatless[dev,test]"
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.pass_obj
+def init(env: Environment, directory: Path) -> None:
+    """Write a small project into DIRECTORY: a plan, its tests, a Makefile, a compose file."""
+    if directory.exists() and not directory.is_dir():
+        raise BadRequest("DIRECTORY", f"{directory} is a file: choose another name")
+    if directory.exists() and any(directory.iterdir()):
+        raise BadRequest("DIRECTORY", f"{directory} is not empty: choose a new one")
+    values = {"@NAME@": directory.resolve().name, "@BEATLESS@": requirement()}
+    written = []
+    for template in sorted(TEMPLATES.rglob(f"*{SUFFIX}")):
+        path = template.relative_to(TEMPLATES)
+        path = path.with_name(path.name.removesuffix(SUFFIX))
+        text = template.read_text()
+        for name, value in values.items():
+            text = text.replace(name, value)
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_text(text)
+        written.append(str(path))
+    if env.as_json:
+        env.document({"directory": str(directory), "files": written})
+        return
+    for name in written:
+        click.echo(f"{directory / name}")
+    env.note(f"now: cd {directory} && make test")
+
+
+def requirement() -> str:
+    """How pip finds this very beatless: on the package index, or where it was installed from."""
+    distribution = metadata.distribution("beatless")
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        source = f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    elif "url" in origin:
+        source = origin["url"]
+    else:
+        return f"{NAME}=={distribution.version}"
+    return f"{NAME} @ {source}"
