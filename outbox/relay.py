@@ -33,6 +33,12 @@ Observer = Callable[[str, dict[str, Any]], None]
 STRIKES = 5
 """Refusals of one message, while its door is open to others, after which it is parked."""
 
+BUSY = 8
+"""Messages in one look that show more load than ringing is good for."""
+
+BURST = 500
+"""Messages in one waking after which the relay lingers five times as long."""
+
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
 
@@ -487,12 +493,13 @@ class Shift:
         self._drain.finish()
 
     def _stay_awake(self) -> None:
-        quiet_since = monotonic()
-        while monotonic() - quiet_since < self._relay._linger:
+        quiet_since, total = monotonic(), 0
+        # After a burst the next one is near, and a stall of the disk is not silence.
+        while monotonic() - quiet_since < self._relay._linger * (5 if total > BURST else 1):
             if self._relay._stopping.is_set() or self._sessions.members_changed:
                 return
-            if self._drain.step(self._shards):
-                quiet_since = monotonic()
+            if moved := self._drain.step(self._shards):
+                quiet_since, total = monotonic(), total + moved
             else:
                 self._sessions.wait(self._relay._nap, self._relay._alarm)
         self._sessions.doze(self._shards)
@@ -500,9 +507,12 @@ class Shift:
     def _fall_asleep(self) -> None:
         # Forget the ring before looking: one that comes while we look must wake us again.
         self._sessions.rung = False
-        self._drain_all()
-        if self._sessions.granted():
-            self._drain_all()
+        if self._drain_all() > BUSY:
+            self._sessions.rouse()
+        elif self._sessions.granted():
+            if self._drain_all() > BUSY:
+                self._sessions.rouse()
+                return
             self._relay._observer("relay_asleep", {"shards": self._shards})
         elif not self._sessions.rung:
             self._sessions.wait(self._patience(), self._relay._alarm)
@@ -521,7 +531,7 @@ class Shift:
             moved = self._drain_all()
             self._relay._observer("relay_woke", {"source": "notify" if rung else "timer"})
             # As Linux' NAPI: interrupts while idle, none under load.
-            if moved > 32 or (moved and woke - before < 0.004):
+            if moved > BUSY or (moved and woke - before < self._relay._linger):
                 self._sessions.rouse()
         self._look_after_sessions()
 
