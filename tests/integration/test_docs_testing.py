@@ -1,0 +1,27 @@
+"""The examples of docs/testing.md are executed as they are printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs.pytest_plugin import Services
+
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+
+
+def test_every_example_of_the_page_passes(
+    pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    source = "\n\n".join(blocks)
+    pytester.makepyfile(source)
+
+    result = pytester.runpytest_subprocess(
+        *("-p", "no:cacheprovider", "-p", "no:docker_tools", "-p", "no:valkey", "-p", "no:celery"),
+        "--beatless-services=external",
+    )
+
+    result.assert_outcomes(passed=source.count("def test_"))
