@@ -60,6 +60,9 @@ TRACEBACK_LIMIT = 4000
 AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
 """Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
 
+NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
+"""What psycopg counts among them, and no waiting will change."""
+
 
 def ignore(_name: str, _facts: dict[str, Any]) -> None:
     """The observer of an executor that nobody observes."""
@@ -732,6 +735,8 @@ class Execution:
         while True:
             try:
                 return act(self._executor.connection())
+            except NEVER:
+                raise
             except AWAY as error:
                 self._executor.disconnect()
                 failures += 1
