@@ -1,0 +1,205 @@
+"""No wake-up is lost and nothing reordered, whoever dies and whenever; and the test can fail.
+
+Writers hold their transactions open, roll some back and go on; relays are killed, sessions ended.
+"""
+
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import App
+from jobs.stream import parse
+from jobs.testing import Kit
+from orchestrator.events import EventType
+from orchestrator.journal import Journal
+from outbox.backoff import Backoff
+from outbox.queries import doorbell
+from outbox.relay import Relay
+
+QUICK = Backoff(initial=0.005, cap=0.02)
+GRACE = 5.0
+"""Seconds after the last commit; one that no one rang for would lie there till the watchdog."""
+
+
+class Door:
+    """Records what was published, in order."""
+
+    def __init__(self) -> None:
+        self.seqs: dict[str, list[int]] = defaultdict(list)
+
+    def publish(self, messages) -> None:
+        for message in messages:
+            self.seqs[message.run_id] += [event.seq for event in parse(message.body)]
+
+
+class Broker:
+    def publish(self, messages) -> None:
+        """Takes everything."""
+
+
+def careless(app: App) -> Journal:
+    """A journal whose probe lets go at once, instead of with the commit."""
+    journal = Journal(app.settings.schema, max_event_bytes=app.settings.max_event_bytes)
+    key = f"'{app.settings.schema}.run_outbox'::regclass::oid::int4"
+    bell = doorbell(app.settings.schema, "%(shard)s")
+    probe = f"pg_try_advisory_xact_lock_shared({key}, %(shard)s)"
+    assert probe in bell
+    broken = bell.replace(
+        probe,
+        f"(pg_try_advisory_lock_shared({key}, %(shard)s)"
+        f" AND pg_advisory_unlock_shared({key}, %(shard)s)::text IS NOT NULL)",
+    )
+    journal._append = journal._append.replace(bell, broken)
+    return journal
+
+
+def lease_runs(postgres: psycopg.Connection, prefix: str, count: int) -> list[str]:
+    """Runs that a worker holds with token 1."""
+    names = [f"{prefix}-{number}" for number in range(count)]
+    postgres.execute(
+        "INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, lease_token)"
+        " SELECT id, 'two_steps', 'v', 'default', 'running', 0, 1 FROM unnest(%s::text[]) AS id",
+        (names,),
+    )
+    return names
+
+
+def write(
+    connect: Callable[[], psycopg.Connection[Any]],
+    journal: Journal,
+    names: list[str],
+    each: int,
+    seed: int,
+    hold: float,
+) -> None:
+    """Appends to its own runs, with random holds before the commit and some rollbacks."""
+    chance, pause = random.Random(seed), threading.Event()
+    done = dict.fromkeys(names, 0)
+    with connect() as connection:
+        connection.autocommit = False
+        while any(count < each for count in done.values()):
+            name = chance.choice([name for name, count in done.items() if count < each])
+            k = min(chance.choice([1, 1, 2, 10]), each - done[name])
+            events = [
+                journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": n})
+                for n in range(k)
+            ]
+            assert journal.append(connection, name, 1, events)
+            if chance.random() < 0.3:
+                pause.wait(chance.random() * hold)
+            if chance.random() < 0.1:
+                connection.rollback()
+                continue
+            connection.commit()
+            done[name] += k
+            if chance.random() < 0.2:
+                pause.wait(chance.random() * hold)
+
+
+def empty_in_time(postgres: psycopg.Connection, seconds: float) -> bool:
+    pause, deadline = threading.Event(), monotonic() + seconds
+    while postgres.execute("SELECT 1 FROM run_outbox LIMIT 1").fetchone():
+        if monotonic() > deadline:
+            return False
+        pause.wait(0.005)
+    return True
+
+
+@pytest.mark.long
+def test_ten_thousand_events_under_fire_are_neither_lost_nor_reordered(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    chance = random.Random(7)
+    total = 0
+    for round in range(20):
+        names = lease_runs(postgres, f"round-{round}", 8)
+        door = Door()
+        relay = Relay(
+            connect=beatless_app.direct_connection,
+            queries=beatless_app.queries,
+            events=door,
+            tasks=Broker(),
+            backoff=QUICK,
+            linger=chance.choice([0.0, 0.001, 0.01]),
+            watchdog=600,
+        )
+        relay.start()
+        writers = [
+            threading.Thread(
+                target=write,
+                args=(
+                    beatless_app.executors.connect,
+                    beatless_app.journal,
+                    names[n::4],
+                    65,
+                    round * 10 + n,
+                    0.03,
+                ),
+            )
+            for n in range(4)
+        ]
+        for writer in writers:
+            writer.start()
+        while round % 2 and any(writer.is_alive() for writer in writers):
+            victims = postgres.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'beatless relay'"
+                " AND pid IN (SELECT pid FROM pg_locks WHERE classid IN"
+                " ('dispatches'::regclass, 'run_outbox'::regclass))"
+            ).fetchall()
+            if victims:
+                postgres.execute("SELECT pg_terminate_backend(%s)", chance.choice(victims))
+            writers[0].join(chance.random() * 0.2)
+        for writer in writers:
+            writer.join()
+        assert postgres.execute(
+            "SELECT min(last_seq) FROM runs WHERE run_id = ANY(%s)", (names,)
+        ).fetchone() == (65,), "a writer has failed"
+        came = empty_in_time(postgres, GRACE)
+        relay.stop()
+        assert came, f"a wake-up was lost in round {round}"
+        for name in names:
+            assert first_arrivals(door.seqs[name]) == list(range(1, 66))
+            total += 65
+    assert total >= 10_000
+
+
+def first_arrivals(seqs: list[int]) -> list[int]:
+    """What a viewer sees: doubles are dropped."""
+    seen: list[int] = []
+    for seq in seqs:
+        if not seen or seq > seen[-1]:
+            seen.append(seq)
+    return seen
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("careful", [True, False])
+def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, careful: bool
+) -> None:
+    journal = beatless_app.journal if careful else careless(beatless_app)
+    relay = Relay(
+        connect=beatless_app.direct_connection,
+        queries=beatless_app.queries,
+        events=Door(),
+        tasks=Broker(),
+        backoff=QUICK,
+        linger=0.001,
+        watchdog=600,
+    )
+    relay.start()
+    kept = True
+    for round in range(30):
+        (name,) = lease_runs(postgres, f"control-{round}", 1)
+        write(beatless_app.executors.connect, journal, [name], 3, round, 0.05)
+        kept = kept and empty_in_time(postgres, 1.0)
+        if not kept:
+            break
+    relay.stop()
+    assert kept is careful
