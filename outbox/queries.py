@@ -101,7 +101,7 @@ class Floor(NamedTuple):
 class Queries:
     """The relay's statements for one schema."""
 
-    def __init__(self, schema: str, *, per_shard: int = 64, window: int = 64) -> None:
+    def __init__(self, schema: str, *, per_shard: int = 128, window: int = 64) -> None:
         s = schema
         self.schema = schema
         self.per_shard = per_shard
