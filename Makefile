@@ -31,11 +31,12 @@ test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with 
 	  $(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-test-docker: $(STAMP) ## The compose deployment, restarted and killed; exit 3 without a Docker engine
+test-docker: $(STAMP) ## The suite on containers, and the compose deployment; exit 3 without an engine
 	@docker info >/dev/null 2>&1 || { echo "there is no Docker engine: start one, or run make test" >&2; exit 3; }
 	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0
+	$(BIN)/python -m pytest tests/integration -n $(WORKERS) --beatless-services=testcontainers
 
 bench: $(STAMP) ## Measure the journal and the relay against what they could be (8 minutes)
 	$(BIN)/python -m benchmarks.relay

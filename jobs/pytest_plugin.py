@@ -5,6 +5,7 @@ after the xdist worker and the number of the test. A test that leaves something 
 fails; what others have there is never touched. Nothing is started before a test asks for it.
 """
 
+import importlib
 import itertools
 import re
 import tempfile
@@ -53,10 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beatless")
     group.addoption(
         "--beatless-services",
-        choices=("embedded", "external"),
+        choices=("embedded", "testcontainers", "external"),
         default="embedded",
-        help="embedded: from wheels; external: BEATLESS_DATABASE_URL and BEATLESS_REDIS_URL.",
+        help="embedded: from wheels; testcontainers: see the image options; external: "
+        "BEATLESS_DATABASE_URL and BEATLESS_REDIS_URL.",
     )
+    group.addoption("--beatless-postgres-image", default="postgres:18", help="for testcontainers")
+    group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
     parser.addini("beatless_app", "module:attribute of the App whose plans the tests run")
     parser.addini("beatless_embedded_settings", "Postgres settings, name=value", type="linelist")
 
@@ -96,8 +100,18 @@ def start_services(config: pytest.Config, stack: ExitStack) -> Services:
         return Services(
             database_url=settings.database_url, redis_url=settings.redis_url, ours=False
         )
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
     extra = dict(line.split("=", 1) for line in config.getini("beatless_embedded_settings"))
+    if config.getoption("--beatless-services") == "testcontainers":
+        # Imported when it is asked for: the extra `docker` is not installed everywhere.
+        containers = importlib.import_module("jobs.containers")
+        database_url, redis_url = containers.start_containers(
+            stack,
+            postgres_image=config.getoption("--beatless-postgres-image"),
+            redis_image=config.getoption("--beatless-redis-image"),
+            settings=FAST | extra,
+        )
+        return Services(database_url=database_url, redis_url=redis_url, ours=True)
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
     postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", settings=FAST | extra))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
     return Services(database_url=postgres.url, redis_url=valkey.url, ours=True)
