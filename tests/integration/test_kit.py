@@ -134,6 +134,7 @@ def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, mo
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
     pytester.makepyfile("def test_it(beatless): ...")
+    pytester.makeini("[pytest]")  # or the settings of a folder above would be found
 
     result = run(pytester, "--beatless-services=external")
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import psycopg
 import pytest
 from sqlalchemy import orm
 
@@ -32,26 +31,23 @@ def beatless_plans(shop: ModuleType) -> Sequence[Plan]:
 
 
 def test_the_example_runs_once_the_callers_transaction_has_committed(
-    beatless: Kit, beatless_app: App, shop: ModuleType, postgres: psycopg.Connection
+    beatless: Kit, beatless_app: App, shop: ModuleType
 ) -> None:
-    # The user's own table, where an application has it. No other test uses this name.
-    postgres.execute("CREATE TABLE public.reservations (number int PRIMARY KEY)")
+    with beatless_app.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE reservations (number int PRIMARY KEY)")
     shop.app = beatless_app
-    try:
-        with orm.Session(beatless_app.engine) as session:
-            shop.order(session, 1)
-            session.rollback()
-        assert beatless.work_until_idle() == 0
+    with orm.Session(beatless_app.engine) as session:
+        shop.order(session, 1)
+        session.rollback()
+    assert beatless.work_until_idle() == 0
 
-        with orm.Session(beatless_app.engine) as session:
-            run_id = shop.order(session, 1)
-            session.commit()
-        with beatless.crash(at="step.committed"):
-            beatless.work_until_idle()
-        beatless.advance(60)
+    with orm.Session(beatless_app.engine) as session:
+        run_id = shop.order(session, 1)
+        session.commit()
+    with beatless.crash(at="step.committed"):
         beatless.work_until_idle()
-    finally:
-        postgres.execute("DROP TABLE public.reservations")
+    beatless.advance(60)
+    beatless.work_until_idle()
 
     run = beatless.client.get_run(run_id)
     assert run.state is RunState.COMPLETED
