@@ -381,12 +381,15 @@ class Client:
         Raises RunNotFound, UnknownPlan and CannotRetry.
         """
 
+        new_id = new_run_id()  # once: a start whose answer was lost is repeated
+
         def start(caller: Caller) -> Run:
             run = self._journal.get(caller, run_id, namespace=self._namespace)
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
             request = RunRequest(
                 plan=run.plan,
+                run_id=new_id,
                 input=run.input,
                 queue=run.queue,
                 priority=run.priority,

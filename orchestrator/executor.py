@@ -325,7 +325,9 @@ class Execution:
             progress = self._take_step(progress, progress.step)
 
     def _resume(self) -> Progress | None:
-        if self._lease.run.attempt == 1 and self._last_seq == 2:
+        run = self._lease.run
+        fresh = run.retry_of is None and run.cancel_requested_at is None
+        if fresh and run.attempt == 1 and self._last_seq == 2:
             return Progress(step=self._plan.first, starts=1)  # started by the claim itself
         progress = self._fold()
         if progress is None:
@@ -399,6 +401,8 @@ class Execution:
                 return self._after_lost_transaction()
             self._settle(self._failed(progress, step, error))
             return None
+        # Only now: until the commit, what an interrupted transaction wrote is not sure.
+        self._last_seq = appended.last_seq
         executor.faults.reach("step.committed")
         executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
         if appended.cancelled or settlement.state is not RunState.RUNNING:
@@ -680,7 +684,7 @@ class Execution:
             ),
             RunState.RUNNING,
         )
-        self._lease.cancelled = appended.cancelled
+        self._lease.cancelled |= appended.cancelled
 
     def _settle(
         self, settlement: Settlement, transaction: sqlalchemy.Connection | None = None
@@ -716,6 +720,7 @@ class Execution:
         def act(connection: Connection) -> Appended | None:
             nonlocal tried
             if tried:
+                self._executor.leases.renew_token(connection, self._lease)
                 seen = self._look(connection)
                 if seen.written:
                     cancelled = seen.state is not intended
@@ -758,6 +763,9 @@ class Execution:
 
     def _after_lost_transaction(self) -> Progress | None:
         """The connection broke in a transactional step: go on if it was committed, else again."""
+        self._patiently(
+            lambda connection: self._executor.leases.renew_token(connection, self._lease)
+        )
         seen = self._patiently(self._look)
         if seen.state.final:
             return None

@@ -80,10 +80,10 @@ WITH u AS (
 ), e AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt)
   SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
-    FROM u WHERE last_seq = 2 AND attempt = 1
+    FROM u WHERE {{begun}}
 ), o AS (
   INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE last_seq = 2 AND attempt = 1
+  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE {{begun}}
 ), d AS (
   UPDATE {s}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
@@ -99,7 +99,14 @@ SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timest
             "{fresh}",
             "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
             " AND (deadline_at IS NULL OR deadline_at > clock_timestamp())",
+        ).replace(
+            "{begun}",
+            "last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL",
         )
+        self._renew = f"""
+UPDATE {s}.runs SET lease_token = lease_token + 1
+ WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+RETURNING lease_token"""
         self._extend = f"""
 WITH u AS (
   UPDATE {s}.runs
@@ -162,6 +169,16 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             return False
         lease.cancelled = rows[0][0]
         return True
+
+    def renew_token(self, connection: Connection, lease: Lease) -> None:
+        """Fence off our own write whose answer was lost: it has happened, or never will.
+
+        Its backend may still wait for a lock, or for the disk. This waits for the row behind it,
+        and a statement that comes later finds another token.
+        """
+        rows = execute(connection, self._renew, {"run_id": lease.run.run_id, "token": lease.token})
+        if rows:
+            lease.token = rows[0][0]
 
     def look(self, connection: Connection, lease: Lease, after: int) -> Seen:
         """What has become of a lease and of our writes: the answer to an interrupted commit."""

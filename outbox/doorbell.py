@@ -107,6 +107,7 @@ class Sessions:
         self.state = State.AWAKE
         self.rung = False
         self.members_changed = False
+        self.watch_granted = False
         self._pongs: set[str] = set()
         self._watching: int | None = None
         opened: list[DirectConnection] = []
@@ -124,6 +125,12 @@ class Sessions:
             connection.execute(
                 "SELECT set_config(name, '0', false) FROM unnest(%s::text[]) AS name",
                 (["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"],),
+            )
+            # The server's side as well: a host that vanished must not keep its locks for hours.
+            connection.execute(
+                "SELECT set_config(name, value, false) FROM (VALUES ('tcp_keepalives_idle', '5'), "
+                "('tcp_keepalives_interval', '1'), ('tcp_keepalives_count', '3'), "
+                "('tcp_user_timeout', '8000')) AS s(name, value)"
             )
         found = self.work.execute(
             "SELECT to_regclass(%s)", (f"{self.queries.schema}.dispatches",)
@@ -249,7 +256,7 @@ class Sessions:
                 )
             )
         if self._watching is not None and not self.watch.pgconn.is_busy():
-            self.members_changed = True
+            self.members_changed = self.watch_granted = True
 
 
 def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:

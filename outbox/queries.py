@@ -164,20 +164,25 @@ UNION ALL
         self.mark_sent_sql = f"""
 UPDATE {s}.dispatches d
    SET state = 'sent', attempts = m.attempt,
-       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s)
+       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
+         * CASE WHEN d.state = 'sent' THEN least(power(2, m.attempt - 1), 32) ELSE 1 END)
   FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
  WHERE d.run_id = m.run_id AND d.attempts = m.attempt - 1
    AND d.due_at <= coalesce(%(now)s, clock_timestamp())"""
+        # What is due and was not taken waits for a place in the window, which the claims of another
+        # relay's shards may free without a ring: look again soon.
         self.next_due_sql = f"""{lanes}
 SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
   SELECT min(due_at) AS due_at FROM {s}.dispatches
    WHERE state <> 'waiting' AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
   UNION ALL
   SELECT n.due_at FROM open CROSS JOIN LATERAL (
-    SELECT due_at FROM {s}.dispatches
+    SELECT CASE WHEN due_at > clock_timestamp() THEN due_at
+                ELSE clock_timestamp() + interval '0.25 s' END AS due_at
+      FROM {s}.dispatches
      WHERE state = 'waiting' AND queue = open.queue AND priority = open.priority
-       AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
-     ORDER BY due_at LIMIT 1) n
+       AND shard = ANY(%(shards)s)
+     ORDER BY dispatches.due_at LIMIT 1) n
 ) t"""
         self.resend_unclaimed_sql = f"""
 UPDATE {s}.dispatches SET state = 'waiting', due_at = clock_timestamp(), reason = 'broker_lost'
@@ -197,7 +202,7 @@ HAVING count(*) > 0"""
 
 def _picked(schema: str, rows: str) -> str:
     return f"""
-SELECT p.shard, p.id, p.run_id, b.body
+SELECT p.shard, p.id, p.run_id, coalesce(b.body, '')
   FROM ({rows}) p
  CROSS JOIN LATERAL (
    SELECT string_agg({EVENT_JSON}, E'\\n' ORDER BY e.seq) AS body

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
+STEADY = 5.0
+"""Seconds of work after which a relay's next failure is its first again."""
+
 STRIKES = 5
 """Refusals of one message, while its door is open to others, after which it is parked."""
 
@@ -38,6 +41,9 @@ BUSY = 8
 
 BURST = 500
 """Messages in one waking after which the relay lingers five times as long."""
+
+DROWSY_LOOK = 0.02
+"""Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
 
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
@@ -63,8 +69,8 @@ class Door:
 
     @property
     def opens_in(self) -> float | None:
-        """Seconds until the next try, or None while nothing is wrong."""
-        return max(0.0, self._retry_at - monotonic()) if self.failures else None
+        """Seconds until the next try, or None while it is open: the next step tries."""
+        return None if self.open else self._retry_at - monotonic()
 
     def succeeded(self) -> bool:
         """Note a success; True if it ended a series of failures."""
@@ -137,7 +143,7 @@ class Drain:
         if moved:
             self._faults.reach("relay.after_publish")
             self._observer("drained", {"events": len(picked), "tasks": len(messages)})
-        if run_id is None:
+        if run_id is None and events is not None:
             self._raise_floor(picked)
         return moved
 
@@ -316,11 +322,10 @@ class Drain:
         if self._candidate is None:
             # The id first: whoever drew an id up to it already had its transaction id.
             last = self._connection.execute(self._queries.last_id_sql).fetchone()
-            xmax = self._connection.execute(
-                "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-            ).fetchone()
-            if last and xmax:
-                self._candidate = Floor(last[0], xmax[0])
+            # An id of our own, not the snapshot's xmax: that leaves out who began and runs still.
+            xid = self._connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone()
+            if last and xid:
+                self._candidate = Floor(last[0], xid[0])
         elif not self._decided:
             xmin = self._connection.execute(
                 "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
@@ -427,18 +432,20 @@ class Relay:
 
     def run(self, on_error: Callable[[Exception], None] | None = None) -> None:
         """Work until `stop()`. Raises SchemaMissing or DirectConnectionRequired at the start."""
-        failures, proven = 0, False
+        failures, proven, began = 0, False, monotonic()
         while not self._stopping.is_set():
             try:
+                began = monotonic()
                 with Sessions(self.queries, self._connect) as sessions:
                     sessions.prove_listening()
-                    failures, proven = 0, True
+                    proven = True
                     self._observer("relay_started", {})
                     Shift(self, sessions).work()
-            except (psycopg.Error, OSError, DirectConnectionRequired, SchemaMissing) as error:
+            except Exception as error:
+                # Whatever it is: a relay that ends would leave its shards to nobody.
                 if not proven and isinstance(error, (DirectConnectionRequired, SchemaMissing)):
                     raise
-                failures += 1
+                failures = 1 if monotonic() - began > STEADY else failures + 1
                 delay = self._backoff.delay(failures)
                 logger.warning(
                     "relay lost its sessions, will start over",
@@ -515,7 +522,9 @@ class Shift:
                 return
             self._relay._observer("relay_asleep", {"shards": self._shards})
         elif not self._sessions.rung:
-            self._sessions.wait(self._patience(), self._relay._alarm)
+            # The locks are asked for one after another: behind a shard whose lock a caller's open
+            # transaction holds, the writers of the others are still silent. So look now and then.
+            self._sessions.wait(min(self._patience(), DROWSY_LOOK), self._relay._alarm)
             self._look_after_sessions()
 
     def _sleep(self) -> None:
@@ -569,12 +578,12 @@ class Shift:
         if sessions.state is not State.AWAKE:
             sessions.rouse()
         sessions.watch_shard(None)
-        sessions.members_changed = False
+        changed = sessions.watch_granted  # somebody died: the others must count anew as well
+        sessions.members_changed = sessions.watch_granted = False
         me = sessions.work.pgconn.backend_pid
         holders, members = self._holders()
         share = math.ceil(SHARDS / max(1, len(members)))
         mine = sorted(shard for shard, pid in holders.items() if pid == me)
-        changed = False
         for shard in mine[share:]:
             sessions.work.execute(f"SELECT pg_advisory_unlock({key}, %s)", (shard,))
             changed = True

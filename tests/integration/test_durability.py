@@ -313,3 +313,47 @@ def test_a_crash_that_never_happens_fails_the_test(beatless: Kit) -> None:
 
 def test_a_lease_lost_error_names_the_run() -> None:
     assert "lease 3 on run r" in str(LeaseLost("r", 3))
+
+
+def test_a_connection_lost_after_a_transactional_step_does_not_swallow_the_next(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """What the transaction committed is not taken for the write that was interrupted."""
+    postgres.execute("CREATE TABLE effects (key text)")
+    table = f"{beatless_app.settings.schema}.effects"
+    run = beatless.start_run("transactional", {"table": table})
+    original = beatless_app.journal.settle
+    calls = []
+
+    def cut(connection, *arguments):
+        calls.append(connection)
+        if len(calls) == 2:
+            pid = connection.info.backend_pid
+            postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        return original(connection, *arguments)
+
+    beatless_app.journal.settle = cut
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == "done"
+    finished = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
+    assert finished == ["insert", "after_insert"]
+    postgres.execute("DROP TABLE effects")
+    beatless.verify()
+
+
+def test_a_write_whose_answer_was_lost_is_fenced_off(beatless: Kit, beatless_app: App) -> None:
+    """It may still wait in the server: after the look it must not happen any more."""
+    run = beatless.start_run("two_steps")
+    connection = beatless_app.executors.connect()
+    leases, journal = beatless_app.leases, beatless_app.journal
+    beatless.drain_outbox_once()
+    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+    stale = lease.token
+
+    leases.renew_token(connection, lease)
+
+    event = journal.new_event(EventType.DEBUG_TRACE, where="x", data={"name": "late"})
+    assert journal.append(connection, run.run_id, stale, [event]) is None
+    assert journal.append(connection, run.run_id, lease.token, [event]) is not None
+    connection.close()

@@ -504,3 +504,31 @@ class Unlistening(DirectConnection):
 def test_a_channel_that_listen_would_truncate_is_refused() -> None:
     with pytest.raises(ValueError, match="longer than 63 bytes"):
         channel_of("s" * 60)
+
+
+def test_a_run_that_waits_for_a_place_in_the_window_has_a_time(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    """Another relay's claims may free the place, and ring nobody."""
+    beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(65)])
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    assert len(doors[1].messages) == 64
+
+    due = postgres.execute(
+        beatless_app.queries.next_due_sql, {"shards": list(range(SHARDS))}
+    ).fetchone()
+    relay.stop()
+    assert 0 < due[0] <= 0.25
+
+
+def test_messages_that_nobody_claims_are_sent_ever_more_rarely(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    for _ in range(20):
+        relay.drain_once()
+        beatless.advance(15.1)
+    relay.stop()
+    assert 4 <= len(doors[1].messages) <= 6
