@@ -36,7 +36,8 @@ test-docker: $(STAMP) ## The suite on containers, and the compose deployment; ex
 	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0
-	$(BIN)/python -m pytest tests/integration -n $(WORKERS) --beatless-services=testcontainers
+	$(BIN)/python -m pytest -n $(WORKERS) --beatless-services=testcontainers \
+	  $(foreach part,runs stream relay durability queues cancel,tests/integration/test_$(part).py)
 
 bench: $(STAMP) ## Measure the journal and the relay against what they could be (8 minutes)
 	$(BIN)/python -m benchmarks.relay
