@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= auto
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
-EXTRAS = --extra dev --extra test --extra docker --extra check
+EXTRAS = --extra dev --extra test --extra browser --extra docker --extra otel --extra check
 
 .PHONY: help install demo test test-docker check lock clean
 .DEFAULT_GOAL := help
