@@ -19,6 +19,8 @@ from jobs.worker import Executors, Replacements, celery_settings
 from orchestrator.journal import Journal
 from orchestrator.lease import Leases
 from orchestrator.plan import Plan, PlanError
+from orchestrator.retention import Retention
+from outbox.chores import Chore
 from outbox.doorbell import KEEPALIVE, DirectConnection
 from outbox.faults import CrashPoints
 from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
@@ -123,6 +125,19 @@ class App:
             prepare_threshold=1,
         )
 
+    def chores(self) -> list[Chore]:
+        """What a relay does beside its drains: take away what ended long ago."""
+        if self.settings.retention_days == 0:
+            return []
+        return [
+            Retention(
+                self.settings.schema,
+                events_days=self.settings.retention_days,
+                runs_days=self.settings.run_retention_days,
+                faults=self.faults,
+            )
+        ]
+
     def relay(self, **options: Any) -> Relay:
         """A relay for this app's schema; options are those of `Relay`."""
         return Relay(
@@ -132,6 +147,7 @@ class App:
                 "connect": self.direct_connection,
                 "queries": self.queries,
                 "redispatch": self.settings.redispatch_seconds,
+                "chores": self.chores(),
                 "faults": self.faults,
                 **options,
             },

@@ -221,7 +221,7 @@ class Client:
         *,
         connection: Caller | None = None,
     ) -> list[Event]:
-        """The stored events after `from_seq`. Raises RunNotFound."""
+        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
         if from_seq < 0:
             raise BadRequest("from_seq", "is negative; 0 gives everything")
 
@@ -240,7 +240,7 @@ class Client:
 
         def look(caller: Caller) -> list[Moment]:
             run = self._journal.get(caller, run_id, namespace=self._namespace)
-            events = self._journal.read(caller, run_id)
+            events = self._journal.read(caller, run_id, after=run.pruned_seq)
             return timeline(run, events, self._journal.standing(caller, run_id))
 
         return self._do(connection, look)
@@ -254,7 +254,8 @@ class Client:
 
         Goes on through the loss of Redis (then slower) and of Postgres. Ends at once for a run that
         ended at or before `from_seq`. Raises RunNotFound, BadRequest for a `from_seq` beyond the
-        head, and WaitTimeout if no RunFinished came within `timeout` seconds.
+        head, EventsPruned for events that are not kept any more, and WaitTimeout if no RunFinished
+        came within `timeout` seconds.
         """
         run = self._check_stream(run_id, from_seq)
         return self._streams.follow(run, from_seq, timeout=timeout)
@@ -279,6 +280,7 @@ class Client:
             raise BadRequest(
                 "from_seq", f"is {from_seq}, beyond the last event {run.last_seq} of run {run_id}"
             )
+        run.require_events(from_seq)
         return run
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
@@ -320,6 +322,12 @@ class Client:
             return self._queues.clean(
                 state, seconds=seconds, limit=limit, namespace=self._namespace
             )
+
+    def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
+        """(runs, events) that `clean` would take away without a limit."""
+        seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
+        with reaching_postgres(self._journal.schema):
+            return self._queues.count_finished(state, seconds=seconds, namespace=self._namespace)
 
     # Dead letters
 
@@ -387,6 +395,10 @@ class Client:
             run = self._journal.get(caller, run_id, namespace=self._namespace)
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
+            if run.pruned_seq:
+                raise CannotRetry(
+                    run_id, "what it had finished is not kept any more; start it anew"
+                )
             request = RunRequest(
                 plan=run.plan,
                 run_id=new_id,

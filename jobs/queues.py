@@ -74,13 +74,20 @@ class Queues:
 
     def clean(self, state: str, *, seconds: float, limit: int, namespace: str) -> int:
         """Take away runs that ended in this state so many seconds ago; how many."""
-        if state not in FINAL:
-            raise BadRequest("state", f"is {state!r}; choose {', '.join(sorted(FINAL))}")
+        _check_final(state)
         with self._engine.begin() as connection:
             removed = self._statements.remove_finished(
                 connection, state=state, seconds=seconds, limit=limit, namespace=namespace
             )
         return len(removed)
+
+    def count_finished(self, state: str, *, seconds: float, namespace: str) -> tuple[int, int]:
+        """(runs, events) that `clean` would take away without a limit."""
+        _check_final(state)
+        with self._engine.begin() as connection:
+            return self._statements.count_finished(
+                connection, state=state, seconds=seconds, namespace=namespace
+            )
 
     def remove_run(self, run_id: str, *, namespace: str) -> None:
         """Take away one run. Raises RunIsActive while a worker has it."""
@@ -101,3 +108,8 @@ class Queues:
                 "the broker's queue could not be emptied; its messages will be dropped",
                 extra={"action": "purge_failed", "queue": name, "reason": str(error)},
             )
+
+
+def _check_final(state: str) -> None:
+    if state not in FINAL:
+        raise BadRequest("state", f"is {state!r}; choose {', '.join(sorted(FINAL))}")

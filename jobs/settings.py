@@ -42,6 +42,9 @@ class Settings:
     """How long a sent message may stay unclaimed before it is sent again."""
     max_event_bytes: int = _setting("262144", int, default=262_144)
     retention_days: float = _setting("30", float, default=30.0)
+    """How long the events of an ended run are kept; 0: for ever."""
+    run_retention_days: float = _setting("365", float, default=365.0)
+    """How much longer the run itself is kept: state, result, error, key; 0: for ever."""
     fault: str = _setting("step.before@1:kill", default="")
     """Crash points for tests of recovery; see outbox.faults."""
 
@@ -49,9 +52,12 @@ class Settings:
         for name in ("schema", "prefix"):
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
-        for name in ("lease_seconds", "redispatch_seconds", "max_event_bytes", "retention_days"):
+        for name in ("lease_seconds", "redispatch_seconds", "max_event_bytes"):
             if not 0 < (number := getattr(self, name)) < 1e9:
                 self._refuse(name, f"is {number!r}, which is not a number above 0")
+        for name in ("retention_days", "run_retention_days"):
+            if not 0 <= (number := getattr(self, name)) < 1e6:
+                self._refuse(name, f"is {number!r}, which is not a number of days; 0 is for ever")
         for name in ("database_url", "listen_url"):
             if (value := getattr(self, name)) or name == "database_url":
                 self._check_postgres(name, value)

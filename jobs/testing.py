@@ -144,19 +144,30 @@ class Kit:
     def advance(self, seconds: float) -> None:
         """Let time pass without waiting: every stored due time moves so far into the past.
 
-        Leases, delays, retries and redispatches then behave as they would, in every process.
+        Leases, delays, retries, redispatches and retention then behave as they would, in every
+        process.
         """
         schema = self.app.settings.schema
         with self.app.engine.begin() as connection:
             for table, columns in (
                 ("dispatches", ["due_at"]),
-                ("runs", ["lease_expires_at", "not_before", "deadline_at"]),
+                (
+                    "runs",
+                    ["lease_expires_at", "not_before", "deadline_at", "finished_at", "pruned_at"],
+                ),
+                # Retention counts from the end of a run, and finds it by this event.
+                ("run_events", ["ts"]),
             ):
                 changes = ", ".join(
                     f"{column} = {column} - make_interval(secs => %(seconds)s)"
                     for column in columns
                 )
-                execute(connection, f"UPDATE {schema}.{table} SET {changes}", {"seconds": seconds})
+                which = "WHERE type = 'RunFinished'" if table == "run_events" else ""
+                execute(
+                    connection,
+                    f"UPDATE {schema}.{table} SET {changes} {which}",
+                    {"seconds": seconds},
+                )
             execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self.app.queries.channel})
 
     # Waiting for processes

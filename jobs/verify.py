@@ -33,7 +33,7 @@ def _checks(s: str) -> str:
     """One statement, so that everything is seen at one instant."""
     return f"""
 WITH run AS MATERIALIZED (
-  SELECT run_id, state, last_seq, attempt, finished_at FROM {s}.runs
+  SELECT run_id, state, last_seq, attempt, finished_at, pruned_seq FROM {s}.runs
    WHERE %(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s)
 ), event AS MATERIALIZED (
   SELECT e.* FROM {s}.run_events e JOIN run USING (run_id)
@@ -59,12 +59,17 @@ WITH run AS MATERIALIZED (
   SELECT run.*, state IN ('completed', 'failed', 'cancelled') AS ended FROM run
 )
 SELECT 'I2', run_id,
-       format('its events are not 1 to %%s without a gap: it has %%s, from %%s to %%s',
-              last_seq, coalesce(events, 0), first, last)
+       format('its events are not %%s to %%s without a gap: it has %%s, from %%s to %%s',
+              pruned_seq + 1, last_seq, coalesce(events, 0), first, last)
   FROM final LEFT JOIN head USING (run_id)
- WHERE (events, first, last) IS DISTINCT FROM (last_seq::bigint, 1, last_seq)
+ WHERE (coalesce(events, 0), coalesce(first, last_seq + 1), coalesce(last, last_seq))
+       IS DISTINCT FROM ((last_seq - pruned_seq)::bigint, pruned_seq + 1, last_seq)
 UNION ALL
-SELECT 'I2', run_id, 'its first event is not RunStarted' FROM head WHERE NOT started
+SELECT 'I2', run_id, format('it is %%s, and its events up to %%s were pruned', state, pruned_seq)
+  FROM final WHERE pruned_seq > 0 AND NOT ended
+UNION ALL
+SELECT 'I2', run_id, 'its first event is not RunStarted'
+  FROM head JOIN final USING (run_id) WHERE NOT started AND pruned_seq = 0
 UNION ALL
 SELECT 'I4', run_id, format('step %%s has %%s results', step, finishes) FROM step WHERE finishes > 1
 UNION ALL
@@ -72,7 +77,8 @@ SELECT 'I4', run_id, format('step %%s was started again after its result', step)
   FROM step WHERE last_start_seq > finished_seq
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))
-  FROM final LEFT JOIN head USING (run_id) WHERE coalesce(finished, 0) <> ended::int
+  FROM final LEFT JOIN head USING (run_id)
+ WHERE coalesce(finished, 0) <> (ended AND pruned_seq < last_seq)::int
 UNION ALL
 SELECT 'I5', run_id, format('RunFinished is event %%s of %%s', finished_seq, last)
   FROM head WHERE finished_seq < last

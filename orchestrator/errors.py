@@ -3,6 +3,7 @@
 OrchestratorError
 ├── BadPayload          a value is not JSON, too large, or holds what Postgres cannot store
 ├── RunConflict         the key or id was used before, with other content
+├── EventsPruned        the run ended long ago: its first events, or all, are not kept any more
 ├── RunIsActive         a worker has the run
 ├── RunNotFound         no run has this id
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
@@ -66,6 +67,24 @@ class RunNotFound(OrchestratorError):
 
     def __str__(self) -> str:
         return f"no run has id {self.run_id}"
+
+
+class EventsPruned(OrchestratorError):
+    """The run ended longer ago than events are kept."""
+
+    def __init__(self, run_id: str, after: int, oldest: int | None) -> None:
+        super().__init__(run_id, after, oldest)
+        self.run_id = run_id
+        self.after = after
+        self.oldest = oldest
+        """The first seq that is kept, or None if none is."""
+
+    def __str__(self) -> str:
+        kept = "no event is" if self.oldest is None else f"events from {self.oldest} on are"
+        return (
+            f"the events after {self.after} of run {self.run_id} were removed after the retention "
+            f"time: {kept} kept, beside the run's state, result and error"
+        )
 
 
 class CannotRetry(OrchestratorError):

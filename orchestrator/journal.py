@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
-from orchestrator.errors import RunConflict, RunNotFound
+from orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from orchestrator.events import Event, EventType, NewEvent, encode
 from orchestrator.state import RunState
 from outbox.message import shard_of
@@ -40,6 +40,7 @@ RUN_COLUMNS = (
     "created_at",
     "started_at",
     "finished_at",
+    "pruned_seq",
 )
 
 
@@ -70,11 +71,19 @@ class Run:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    pruned_seq: int
+    """Its events up to here were removed after the retention time."""
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Self:
         members = dict(zip(RUN_COLUMNS, row, strict=True))
         return cls(**members | {"state": RunState(members["state"])})
+
+    def require_events(self, after: int) -> None:
+        """Raises EventsPruned unless every event after this seq is kept."""
+        if after < self.pruned_seq:
+            kept = self.pruned_seq + 1 if self.pruned_seq < self.last_seq else None
+            raise EventsPruned(self.run_id, after, kept)
 
     def to_dict(self) -> dict[str, Any]:
         """The run as a JSON object; times are ISO 8601."""
@@ -317,6 +326,8 @@ SELECT {columns} FROM {s}.runs
         self._read = f"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
+        self._kept = f"""
+SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s AND pruned_seq > %(after)s"""
         self._standing = f"""
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {s}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
@@ -492,9 +503,16 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     def read(
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
-        """The events with a seq above `after`, in order."""
+        """The events with a seq above `after`, in order. Raises EventsPruned."""
         rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
-        return [Event.from_json(text) for (text,) in rows]
+        events = [Event.from_json(text) for (text,) in rows]
+        if not events or events[0].seq != after + 1:
+            # Asked second: what goes while we read was there in the statement before, or is missed.
+            gone = execute(connection, self._kept, {"run_id": run_id, "after": after})
+            if gone:
+                pruned, last = gone[0]
+                raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
+        return events
 
     def standing(self, connection: Caller, run_id: str) -> Standing:
         """Where a run stands beside its own row. Raises RunNotFound."""

@@ -10,6 +10,12 @@ from datetime import datetime
 
 from outbox.queries import Caller, channel_of, execute
 
+ENDED = (
+    "namespace = %(namespace)s AND state = %(state)s AND "
+    "finished_at < clock_timestamp() - make_interval(secs => %(seconds)s)"
+)
+"""The runs of a namespace that ended in a state, so long ago."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueState:
@@ -132,11 +138,22 @@ SELECT run_id FROM gone"""
         """Take away runs that ended in this state so many seconds ago, oldest first."""
         return self._removed(
             connection,
-            f"run_id IN (SELECT run_id FROM {self._runs} WHERE namespace = %(namespace)s AND "
-            "state = %(state)s AND finished_at < clock_timestamp() - "
-            "make_interval(secs => %(seconds)s) ORDER BY created_at LIMIT %(limit)s)",
+            f"run_id IN (SELECT run_id FROM {self._runs} WHERE {ENDED} "
+            "ORDER BY created_at LIMIT %(limit)s)",
             {"state": state, "seconds": seconds, "limit": limit, "namespace": namespace},
         )
+
+    def count_finished(
+        self, connection: Caller, *, state: str, seconds: float, namespace: str
+    ) -> tuple[int, int]:
+        """(runs, events) that `remove_finished` would take away without a limit."""
+        rows = execute(
+            connection,
+            "SELECT count(*), coalesce(sum(last_seq - pruned_seq), 0)::bigint "
+            f"FROM {self._runs} WHERE {ENDED}",
+            {"state": state, "seconds": seconds, "namespace": namespace},
+        )
+        return rows[0][0], rows[0][1]
 
     def remove_run(self, connection: Caller, run_id: str, *, namespace: str) -> bool:
         """Take away one run that no worker has; False if there is none or it is running."""

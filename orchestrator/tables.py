@@ -43,11 +43,14 @@ runs = Table(
     Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
     Column("started_at", Time),
     Column("finished_at", Time),
+    Column("pruned_seq", Integer, nullable=False, server_default=text("0")),
+    Column("pruned_at", Time),
     CheckConstraint(
         "state IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name="runs_state"
     ),
     Index("runs_key", "namespace", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
     Index("runs_created", "namespace", "created_at", "run_id"),
-    postgresql_with={"fillfactor": "70"},
+    Index("runs_pruned", "pruned_at", postgresql_where=text("pruned_at IS NOT NULL")),
+    postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
 )
 """No index on a column that changes while a run lives: its updates stay HOT."""

@@ -20,7 +20,7 @@ class Moment:
     at: int
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
-    """accepted, wait, attempt, cancel, finished, lease, dispatch, publish or dead letter."""
+    """accepted, wait, attempt, cancel, finished, pruned, lease, dispatch, publish, dead letter."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -36,7 +36,13 @@ def timeline(run: Run, events: Sequence[Event], standing: Standing) -> list[Mome
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
-    return [*_history(events), *_now(run, events, standing)]
+    return [*_pruned(run), *_history(events), *_now(run, standing)]
+
+
+def _pruned(run: Run) -> Iterator[Moment]:
+    if run.pruned_seq:
+        text = f"events 1 to {run.pruned_seq} were removed after the retention time"
+        yield Moment(at=_ms(run.created_at), kind="pruned", text=text)
 
 
 def _history(events: Sequence[Event]) -> Iterator[Moment]:
@@ -109,7 +115,7 @@ def _attempt(started: Event, ended: int, text: str) -> Moment:
     )
 
 
-def _now(run: Run, events: Sequence[Event], standing: Standing) -> Iterator[Moment]:
+def _now(run: Run, standing: Standing) -> Iterator[Moment]:
     now = _ms(standing.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
@@ -132,7 +138,7 @@ def _now(run: Run, events: Sequence[Event], standing: Standing) -> Iterator[Mome
             text += f"; the queue {run.queue} is paused"
         yield Moment(at=now, kind="dispatch", text=text)
     published = run.last_seq if standing.unpublished is None else standing.unpublished - 1
-    yield Moment(at=now, kind="publish", text=f"{published} of {len(events)} events are published")
+    yield Moment(at=now, kind="publish", text=f"{published} of {run.last_seq} events are published")
     for reason in standing.dead_letters:
         yield Moment(at=now, kind="dead letter", text=reason)
 

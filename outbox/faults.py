@@ -13,6 +13,7 @@ POINTS = frozenset(
         "task.before_ack",
         "relay.after_claim",
         "relay.after_publish",
+        "retention.pruned",
     }
 )
 

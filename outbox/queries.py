@@ -108,6 +108,7 @@ class Queries:
         self.channel = channel_of(schema)
         self.bell_key = f"'{s}.run_outbox'::regclass::oid::int4"
         self.leader_key = f"'{s}.dispatches'::regclass::oid::int4"
+        self.chore_key = f"'{s}.run_events'::regclass::oid::int4"
         # LIMIT is a literal: a generic plan would guess 10 % of the table for a parameter.
         self.pick_events_sql = _picked(
             s,

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
 from outbox.backoff import Backoff
+from outbox.chores import Chore, Chores
 from outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
 from outbox.errors import (
     DirectConnectionRequired,
@@ -357,11 +358,16 @@ class Relay:
         linger: float = 0.01,
         nap: float = 0.0003,
         watchdog: float = 15.0,
+        chores: Sequence[Chore] = (),
+        chores_after: float = 60.0,
         backoff: Backoff | None = None,
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
     ) -> None:
-        """All times are seconds. `redispatch` is how long a sent message may stay unclaimed."""
+        """All times are seconds. `redispatch` is how long a sent message may stay unclaimed.
+
+        `chores` are done beside the drains, from `chores_after` on, by one relay at a time.
+        """
         self._connect = connect
         self.queries = queries
         self._events = events
@@ -376,6 +382,9 @@ class Relay:
         self._alarm = Alarm()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._chores = Chores(
+            chores, queries=queries, connect=connect, observer=observer, after=chores_after
+        )
         self._once_lock = threading.Lock()
         self._once: tuple[psycopg.Connection[Any], Drain] | None = None
 
@@ -401,6 +410,7 @@ class Relay:
         self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        self._chores.stop()
         with self._once_lock:
             if self._once is not None:
                 self._once[0].close()
@@ -439,6 +449,7 @@ class Relay:
                 with Sessions(self.queries, self._connect) as sessions:
                     sessions.prove_listening()
                     proven = True
+                    self._chores.start()
                     self._observer("relay_started", {})
                     Shift(self, sessions).work()
             except Exception as error:
@@ -455,6 +466,7 @@ class Relay:
                 if on_error is not None:
                     on_error(error)
                 select.select([self._alarm], [], [], delay)
+        self._chores.stop()
         self._observer("relay_stopped", {})
 
     def _drain(self, connection: psycopg.Connection[Any]) -> Drain:

@@ -35,6 +35,7 @@ run_events = Table(
     Column("step", Text),
     Column("attempt", Integer),
     Column("data", JSONB),
+    Index("run_events_finished", "ts", postgresql_where=text("type = 'RunFinished'")),
 )
 
 run_outbox = Table(

@@ -12,6 +12,7 @@ from jobs.errors import BadRequest, JobsError, QueueBusy, SchemaBehind, UnknownP
 from orchestrator.errors import (
     BadPayload,
     CannotRetry,
+    EventsPruned,
     OrchestratorError,
     RunConflict,
     RunIsActive,
@@ -22,6 +23,7 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
     BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     CannotRetry: HTTPStatus.CONFLICT,
+    EventsPruned: HTTPStatus.GONE,
     RunConflict: HTTPStatus.CONFLICT,
     QueueBusy: HTTPStatus.CONFLICT,
     RunIsActive: HTTPStatus.CONFLICT,
@@ -67,7 +69,8 @@ def install(api: FastAPI) -> None:
     def ours(_request: Request, error: Exception) -> JSONResponse:
         status = STATUSES.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         headers = {"Retry-After": "2"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
-        return document(status, str(error), headers)
+        members = {"oldest_seq": error.oldest} if isinstance(error, EventsPruned) else {}
+        return document(status, str(error), headers, **members)
 
     def problem(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Problem)  # noqa: S101 - registered for nothing else

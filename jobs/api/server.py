@@ -257,7 +257,10 @@ def create_api(app: App) -> FastAPI:
         """One run."""
         return client.get_run(_text(run_id)).to_dict()
 
-    @api.get("/v1/runs/{run_id}/events", responses=answers)
+    @api.get(
+        "/v1/runs/{run_id}/events",
+        responses=answers | {410: {"description": "the events are not kept any more"}},
+    )
     def get_events(
         run_id: str,
         client: Reader,
@@ -318,6 +321,7 @@ def create_api(app: App) -> FastAPI:
             204: {"description": "the run has ended there: do not come again"},
             400: {"description": "the cursor cannot be read"},
             409: {"description": "the cursor is beyond the last event"},
+            410: {"description": "the events after it are not kept any more"},
         },
     )
     def stream_run(
@@ -344,6 +348,7 @@ def create_api(app: App) -> FastAPI:
         after, reset = sse.start_of(run, epoch, given, seq)
         if after < 0:
             return Response(status_code=204)
+        run.require_events(after)
         if app.streams.open_streams >= MAX_STREAMS or (
             streams.get(grant.token_id, 0) >= MAX_STREAMS_PER_TOKEN
         ):

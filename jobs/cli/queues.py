@@ -91,9 +91,17 @@ def remove(env: Environment, run: str) -> None:
 @click.option("--state", type=click.Choice(sorted(FINAL)), required=True)
 @click.option("--older-than", metavar="7d", required=True, help="Ended so long ago.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Only count what there is to take away.")
 @click.pass_obj
-def clean(env: Environment, state: str, older_than: str, limit: int) -> None:
+def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bool) -> None:
     """Take away runs that ended long ago; prints how many."""
+    if dry_run:
+        runs, events = env.app.client.count_finished(state, seconds(older_than))
+        if env.as_json:
+            env.document({"runs": runs, "events": events})
+        else:
+            click.echo(f"{runs} runs with {events} events")
+        return
     removed = env.app.client.clean(state, seconds(older_than), limit)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 

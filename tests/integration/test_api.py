@@ -17,6 +17,7 @@ from jobs.api.server import BODY_LIMIT
 from jobs.auth import Tokens
 from jobs.cli.demo import GOLDEN
 from jobs.testing import Kit
+from orchestrator.retention import Retention
 
 
 @dataclass
@@ -339,3 +340,26 @@ def test_health_page_and_document(api: Api) -> None:
     document = api("GET", "/openapi.json").json
     assert {"/v1/runs", "/v1/runs/{run_id}/stream"} <= document["paths"].keys()
     assert api("GET", "/nothing").headers["content-type"] == "application/problem+json"
+
+
+def test_pruned_events_are_gone_and_the_answer_says_what_is_kept(
+    beatless: Kit, beatless_app: App, api: Api
+) -> None:
+    run_id = beatless.start_run("agents.run").run_id
+    beatless.work_until_idle()
+    beatless.advance(31 * 86_400)
+    retention = Retention(beatless_app.settings.schema, events_days=30, runs_days=0, batch=10)
+    with beatless_app.direct_connection() as session:
+        retention.step(session)
+        for path in ("events", "stream"):
+            answer = api("GET", f"/v1/runs/{run_id}/{path}?from_seq=9")
+            assert (answer.status, answer.json["oldest_seq"]) == (410, 11)
+            assert "events from 11 on are kept" in answer.json["detail"]
+        assert len(api("GET", f"/v1/runs/{run_id}/events?from_seq=10").json["events"]) == 3
+        with api.stream(f"/v1/runs/{run_id}/stream?from_seq=10") as stream:
+            assert [frame["event"] for frame in stream if "event" in frame][-1] == "RunFinished"
+        retention.step(session)
+    answer = api("GET", f"/v1/runs/{run_id}/stream", last_event_id="11")
+    assert (answer.status, answer.json["oldest_seq"]) == (410, None)
+    assert api("GET", f"/v1/runs/{run_id}").json["pruned_seq"] == 13
+    assert api("GET", f"/v1/runs/{run_id}/stream?from_seq=13").status == 204

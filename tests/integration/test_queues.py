@@ -178,3 +178,17 @@ def test_clean_and_remove(beatless: Kit) -> None:
     with pytest.raises(RunIsActive):
         beatless.client.remove_run(running)
     beatless.verify()
+
+
+def test_what_clean_would_take_away_is_counted(beatless: Kit) -> None:
+    for plan in ("two_steps", "two_steps", "fatally"):
+        beatless.start_run(plan)
+    beatless.work_until_idle()
+    beatless.start_run("two_steps")
+    beatless.advance(3601)
+
+    assert beatless.client.count_finished("completed", 3600) == (2, 12)
+    assert beatless.client.count_finished("completed", 3700) == (0, 0)
+    with pytest.raises(BadRequest, match="choose cancelled, completed, failed"):
+        beatless.client.count_finished("queued", 0)
+    assert len(beatless.client.list_runs()) == 4

@@ -1,0 +1,144 @@
+"""Takes away the journals of runs that ended long ago, and later those runs. Nothing unfinished.
+
+A chore of the relay (`outbox.chores`): what is due is found by index, a step is one small
+transaction, and between two steps the database rests.
+"""
+
+import logging
+from time import monotonic
+from typing import Any
+
+import psycopg
+
+from outbox.faults import CrashPoints
+from outbox.queries import execute
+
+logger = logging.getLogger(__name__)
+
+DAY = 86_400.0
+
+REST = 3600.0
+"""Seconds between two looks while nothing is due."""
+
+SHORT_REST = 60.0
+"""Seconds until the next look after one that found nothing to do, though something is due soon."""
+
+EASE = 4.0
+"""A step is followed by a pause that is so many times as long: a fifth of one session is used."""
+
+
+class Retention:
+    """Prunes in steps of at most `batch` rows. Two at once pass over each other's runs.
+
+    1. lock the runs that ended longest ago, long enough ago, passing over locked ones
+    2. delete their first events, and note on each run up to which seq; RunFinished goes last
+    3. when no events are due, delete the runs whose events have gone long enough ago
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        events_days: float,
+        runs_days: float,
+        batch: int = 1000,
+        faults: CrashPoints | None = None,
+    ) -> None:
+        """`events_days` counts from a run's end, `runs_days` from its pruning; 0 is for ever."""
+        self._faults = faults or CrashPoints()
+        self._parameters = {
+            "events": events_days * DAY,
+            "runs": runs_days * DAY,
+            "batch": batch,
+        }
+        self._keeps_runs = runs_days == 0
+        self._since: Any = None
+        s = schema
+        # `since` passes over the index entries of what this session has deleted: VACUUM has not
+        # been there yet, and every look would begin with all of them.
+        self._lock = f"""
+WITH due AS (
+  SELECT e.run_id, e.ts FROM {s}.run_events e
+   WHERE e.type = 'RunFinished' AND e.ts < clock_timestamp() - make_interval(secs => %(events)s)
+     AND e.ts >= coalesce(%(since)s::timestamptz, '-infinity')
+   ORDER BY e.ts LIMIT 200
+), locked AS (
+  SELECT r.run_id, r.pruned_seq, r.last_seq, due.ts
+    FROM {s}.runs r JOIN due USING (run_id)
+   WHERE r.state IN ('completed', 'failed', 'cancelled')
+     FOR UPDATE OF r SKIP LOCKED
+), measured AS (
+  SELECT *, sum(last_seq - pruned_seq) OVER (ORDER BY ts, run_id) - (last_seq - pruned_seq)
+            AS before FROM locked
+)
+SELECT run_id, pruned_seq, least(last_seq, pruned_seq + %(batch)s - before)::int, last_seq, ts
+  FROM measured WHERE before < %(batch)s ORDER BY ts, run_id"""
+        self._prune = f"""
+WITH part AS (
+  SELECT * FROM unnest(%(run_ids)s::text[], %(above)s::int[], %(upto)s::int[])
+                AS p(run_id, above, upto)
+), gone AS (
+  DELETE FROM {s}.run_events e USING part p
+   WHERE e.run_id = p.run_id AND e.seq > p.above AND e.seq <= p.upto
+)
+UPDATE {s}.runs r
+   SET pruned_seq = p.upto, pruned_at = CASE WHEN p.upto = r.last_seq THEN clock_timestamp() END
+  FROM part p WHERE r.run_id = p.run_id"""
+        self._forget = f"""
+WITH chosen AS (
+  SELECT run_id FROM {s}.runs
+   WHERE pruned_at < clock_timestamp() - make_interval(secs => %(runs)s)
+   ORDER BY pruned_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+), letters AS (
+  DELETE FROM {s}.dead_letters l USING chosen WHERE l.run_id = chosen.run_id
+), unpublished AS (
+  DELETE FROM {s}.run_outbox WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
+)
+DELETE FROM {s}.runs r USING chosen WHERE r.run_id = chosen.run_id RETURNING r.run_id"""
+        self._next = f"""
+SELECT extract(epoch FROM least(
+  (SELECT ts FROM {s}.run_events WHERE type = 'RunFinished' ORDER BY ts LIMIT 1)
+    + make_interval(secs => %(events)s),
+  (SELECT pruned_at FROM {s}.runs WHERE pruned_at IS NOT NULL AND %(runs)s > 0
+    ORDER BY pruned_at LIMIT 1) + make_interval(secs => %(runs)s)
+) - clock_timestamp())::float8"""
+
+    def step(self, connection: psycopg.Connection[Any]) -> float:
+        """Remove one batch, in one transaction; seconds until the next step is worth while."""
+        began = monotonic()
+        with connection.transaction():
+            removed = self._prune_events(connection)
+            if not removed and not self._keeps_runs:
+                removed = len(execute(connection, self._forget, self._parameters))
+                if removed:
+                    logger.info(
+                        "runs removed after the retention time",
+                        extra={"action": "runs_removed", "runs": removed},
+                    )
+        if removed:
+            return EASE * (monotonic() - began)
+        self._since = None
+        (due,) = execute(connection, self._next, self._parameters)[0]
+        return REST if due is None else min(REST, max(SHORT_REST, due))
+
+    def _prune_events(self, connection: psycopg.Connection[Any]) -> int:
+        rows = execute(connection, self._lock, self._parameters | {"since": self._since})
+        if not rows:
+            return 0
+        execute(
+            connection,
+            self._prune,
+            {
+                "run_ids": [row[0] for row in rows],
+                "above": [row[1] for row in rows],
+                "upto": [row[2] for row in rows],
+            },
+        )
+        self._faults.reach("retention.pruned")
+        self._since = rows[-1][4]
+        removed: int = sum(row[2] - row[1] for row in rows)
+        logger.info(
+            "events pruned after the retention time",
+            extra={"action": "events_pruned", "runs": len(rows), "events": removed},
+        )
+        return removed

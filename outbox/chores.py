@@ -1,0 +1,109 @@
+"""Work beside the drains that nobody waits for, in small steps, by one relay at a time."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, Protocol
+
+import psycopg
+
+from outbox.backoff import Backoff
+from outbox.doorbell import DirectConnection, prepare_to_drain
+from outbox.queries import Queries
+
+logger = logging.getLogger(__name__)
+
+REST = 3600.0
+"""Seconds until a relay that found another one at a chore looks again."""
+
+CLOSE_AFTER = 1.0
+"""Seconds of rest above which the chore's session is closed meanwhile."""
+
+
+class Chore(Protocol):
+    """What is done in steps, each of which may be repeated."""
+
+    def step(self, connection: psycopg.Connection[Any]) -> float:
+        """Do a little on an autocommit connection; seconds until the next step is worth while."""
+
+
+class Chores:
+    """A thread with a session of its own, so that a step on a slow disk delays no drain.
+
+    1. rest; a relay that has just started has better things to do
+    2. take the chore's lock, or rest for an hour: another relay is at it
+    3. do steps, with the pauses they ask for; before a long one, close the session
+    """
+
+    def __init__(
+        self,
+        chores: Sequence[Chore],
+        *,
+        queries: Queries,
+        connect: Callable[[], DirectConnection],
+        observer: Callable[[str, dict[str, Any]], None],
+        after: float,
+    ) -> None:
+        """`after` is how many seconds the first step waits."""
+        self._chores = chores
+        self._queries = queries
+        self._connect = connect
+        self._observer = observer
+        self._backoff = Backoff(initial=1.0, cap=REST)
+        self._failures = 0
+        self._due = [monotonic() + after] * len(chores)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless it has begun or there is nothing to do."""
+        if self._chores and self._thread is None:
+            self._thread = threading.Thread(target=self.run, name="beatless-chores", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the current step and return."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def run(self) -> None:
+        """Work until `stop()`."""
+        while not self._stopping.wait(max(0.0, min(self._due) - monotonic())):
+            place = self._due.index(min(self._due))
+            self._due[place] = monotonic() + self.once(place)
+
+    def once(self, place: int) -> float:
+        """Do one chore until it asks for a long rest; seconds until then."""
+        try:
+            with self._connect() as connection:
+                prepare_to_drain(connection)
+                if not self._lock(connection, place):
+                    return REST
+                while (rest := self._chores[place].step(connection)) <= CLOSE_AFTER:
+                    self._observer("chore_step", {"rest": rest})
+                    if self._stopping.wait(rest):
+                        break
+        except Exception as error:
+            # Whatever it is: the drains go on, and so will this.
+            self._failures += 1
+            rest = self._backoff.delay(self._failures)
+            logger.warning(
+                "a chore of the relay failed, will retry",
+                extra={"action": "chore_failed", "retry_in": rest, "reason": str(error)},
+            )
+            self._observer("chore_failed", {"error": str(error)})
+        else:
+            self._failures = 0
+            self._observer("chore_rests", {"rest": rest})
+        return rest
+
+    def _lock(self, connection: DirectConnection, place: int) -> bool:
+        row = connection.execute(
+            f"SELECT pg_try_advisory_lock({self._queries.chore_key}, %s)", (place,)
+        ).fetchone()
+        if row and row[0]:
+            return True
+        self._observer("chore_taken", {})
+        return False
