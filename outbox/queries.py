@@ -121,9 +121,10 @@ class Queries:
             f"""SELECT * FROM {s}.run_outbox
     WHERE shard = %(shard)s AND run_id = %(run_id)s ORDER BY id LIMIT 500""",
         )
+        # Arrays as text: psycopg takes half as long to write one as to write the list.
         self.forget_events_sql = f"""
 DELETE FROM {s}.run_outbox o
- USING unnest(%(shards)s::int[], %(ids)s::bigint[]) AS done(shard, id)
+ USING unnest(%(shards)s::text::int[], %(ids)s::text::bigint[]) AS done(shard, id)
  WHERE o.shard = done.shard AND o.id = done.id"""
         lanes = f"""
 WITH RECURSIVE lane(queue, priority) AS (

@@ -136,7 +136,7 @@ class Drain:
             self._forget(now)
             events = self._pick_events(shards, run_id)
             tasks = self._pick_tasks(shards, run_id, now)
-        picked = [PickedEvents(*row) for row in events.fetchall()] if events else []
+        picked = list(map(PickedEvents._make, events.fetchall())) if events else []
         messages = task_messages(tasks.fetchall()) if tasks else []
         if picked or messages:
             self._faults.reach("relay.after_claim")
@@ -164,8 +164,8 @@ class Drain:
             self._connection.execute(
                 self._queries.forget_events_sql,
                 {
-                    "shards": [picked.shard for picked in self._published],
-                    "ids": [picked.id for picked in self._published],
+                    "shards": f"{{{','.join(str(picked.shard) for picked in self._published)}}}",
+                    "ids": f"{{{','.join(str(picked.id) for picked in self._published)}}}",
                 },
             )
             self._published = []
