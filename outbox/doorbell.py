@@ -268,7 +268,8 @@ def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:
     connection.execute(
         "SELECT set_config(name, value, false) FROM (VALUES ('synchronous_commit', 'off'), "
         "('enable_hashjoin', 'off'), ('enable_mergejoin', 'off'), ('enable_seqscan', 'off'), "
-        "('enable_bitmapscan', 'off'), ('enable_memoize', 'off'), ('jit', 'off'), ('plan_cache_mode', 'force_generic_plan')) AS s(name, value)"
+        "('enable_bitmapscan', 'off'), ('enable_memoize', 'off'), ('jit', 'off'), "
+        "('plan_cache_mode', 'force_generic_plan')) AS s(name, value)"
     )
 
 
