@@ -39,6 +39,32 @@ FAST = {
     "autovacuum_naptime": "5s",
 }
 
+OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
+"""Settings that each test has for itself."""
+
+OBJECTS = """
+WITH schemas AS (
+  SELECT oid, nspname AS name FROM pg_namespace
+   WHERE nspname !~ '^(pg_|information_schema$)' AND (nspname !~ %(kit)s OR nspname ~ %(left)s)
+), objects AS (
+  SELECT 'schema' AS kind, name, '' AS object FROM schemas
+  UNION ALL
+  SELECT CASE relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' WHEN 'm' THEN 'view'
+                      WHEN 'c' THEN 'type' ELSE 'table' END, name, relname
+    FROM schemas JOIN pg_class ON relnamespace = schemas.oid AND relkind NOT IN ('i', 'I', 't')
+  UNION ALL
+  SELECT 'function', name, proname FROM schemas JOIN pg_proc ON pronamespace = schemas.oid
+  UNION ALL
+  SELECT 'type', name, typname
+    FROM schemas JOIN pg_type ON typnamespace = schemas.oid AND typtype IN ('d', 'e', 'r')
+)
+SELECT kind, concat_ws('.', name, nullif(object, '')) FROM objects
+ -- What else others make on servers of theirs is not ours to judge.
+ WHERE %(ours)s OR name ~ %(left)s
+    OR name = 'beatless' AND kind <> 'schema' OR name = 'public' AND object = ANY(%(tables)s)
+"""
+"""Everything that somebody has made, outside of the schemas that the kit gives to tests."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
@@ -138,13 +164,14 @@ class Schemas:
         self.connection.execute("SET lock_timeout TO '3s'")
         self.worker = self._claim_name(worker)
         self.redis = redis.Redis.from_url(services.redis_url)
-        self.reported = self._tables()
+        self.reported = self._objects()
         self._numbers = itertools.count(1)
         self._free: list[str] = []
         self._abandoned: list[str] = []
-        # Hears what is published under this worker's names, and under the default name.
+        # Hears what is published under this worker's names, and under none of any test.
         self.ear = self.redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
-        self.ear.psubscribe(f"t_{self.worker}_*", *(["beatless:*"] if services.ours else []))
+        anywhere = ("[^t]*", "t[^_]*") if services.ours else ()
+        self.ear.psubscribe(f"t_{self.worker}_*", *anywhere)
         self.heard()
 
     def _claim_name(self, worker: str) -> str:
@@ -223,19 +250,23 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
             and (mine.match(name) or (self.services.ours and not others.match(name)))
         ]
         found += [f"a message on {name}" for name in sorted(self.heard()) if not ours.match(name)]
-        new = sorted({*found, *self._tables()} - self.reported)
+        new = sorted({*found, *self._objects()} - self.reported)
         self.reported |= {name for name in new if not name.startswith("a message")}
         return new
 
-    def _tables(self) -> set[str]:
-        return {
-            f"the table {name}"
-            for (name,) in self.connection.execute(
-                "SELECT schemaname || '.' || tablename FROM pg_tables "
-                "WHERE schemaname = 'beatless' OR schemaname = 'public' AND tablename = ANY(%s)",
-                ([table.name for table in runs.metadata.sorted_tables],),
-            )
-        }
+    def _objects(self) -> set[str]:
+        """What is in the database outside of the kit's schemas, and left in one named after us."""
+        left = rf"^(t_{self.worker}_|s_{self.worker}_\d+_(?!own$))"
+        rows = self.connection.execute(
+            OBJECTS.encode(),
+            {
+                "ours": self.services.ours,
+                "kit": r"^[st]_.+_\d+",
+                "left": left,
+                "tables": [table.name for table in runs.metadata.sorted_tables],
+            },
+        )
+        return {f"the {kind} {name}" for kind, name in rows}
 
     def heard(self) -> set[str]:
         """The channels that something was published on since the last call."""
@@ -289,7 +320,10 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
 
 @pytest.fixture
 def beatless_settings() -> dict[str, Any]:
-    """Settings of the test's app beside its own names. Override it."""
+    """Settings of the test's app beside its own names. Override it.
+
+    What isolates the test (OWN) is refused with a UsageError: it is the kit's to choose.
+    """
     return {}
 
 
@@ -302,6 +336,12 @@ def beatless_app(
     Tables that your own code names without a schema are the test's own as well: make them with
     `metadata.create_all(beatless_app.engine)`.
     """
+    if taken := sorted(OWN & beatless_settings.keys()):
+        raise pytest.UsageError(
+            f"beatless_settings sets {', '.join(taken)}, which the kit gives to each test anew: "
+            "remove it; to use other servers see --beatless-services, and for one test with "
+            "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
+        )
     schemas = _beatless_schemas
     prefix = f"t_{schemas.worker}_{next(schemas.tests)}"
     schema = schemas.take()

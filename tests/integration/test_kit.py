@@ -57,12 +57,28 @@ def impatient(_beatless_schemas):
         def test_publishes_under_the_default_prefix(beatless):
             beatless.app.redis().publish("beatless:events:r1", "x")
 
+        def test_publishes_anywhere_else(beatless):
+            beatless.app.redis().publish("shop", "x")
+            beatless.app.redis().publish("tills", "x")
+
         def test_uses_the_names_of_another_test(beatless):
             beatless.app.redis().publish("t_main_1:events:r1", "x")
 
         def test_makes_a_table(beatless):
             with psycopg.connect(libpq_url(beatless.app.settings.database_url)) as connection:
                 connection.execute("CREATE TABLE public.runs ()")
+
+        def test_makes_what_is_not_called_as_ours(beatless):
+            with psycopg.connect(libpq_url(beatless.app.settings.database_url)) as connection:
+                connection.execute("CREATE TABLE public.orders ()")
+                connection.execute("CREATE VIEW public.seen AS SELECT 1")
+                connection.execute("CREATE FUNCTION public.one() RETURNS int RETURN 1")
+                connection.execute("CREATE TYPE public.size AS ENUM ('small')")
+                connection.execute("CREATE SCHEMA elsewhere CREATE TABLE things ()")
+
+        def test_leaves_a_schema_that_is_called_as_itself(beatless):
+            with beatless.app.engine.begin() as connection:
+                connection.exec_driver_sql(f"CREATE SCHEMA {beatless.app.settings.prefix}_more")
 
         leaked = []
 
@@ -102,13 +118,22 @@ def impatient(_beatless_schemas):
 
     result = run(project)
 
-    result.assert_outcomes(passed=9, errors=7)
+    result.assert_outcomes(passed=12, errors=10)
     result.stdout.fnmatch_lines_random(
         [
             "*the Redis key somebody:elses",
             "*a message on beatless:events:r1",
             "*a message on t_main_1:events:r1",
+            "*a message on shop",
+            "*a message on tills",
             "*the table public.runs",
+            "*the function public.one",
+            "*the schema elsewhere",
+            "*the table elsewhere.things",
+            "*the table public.orders",
+            "*the type public.size",
+            "*the view public.seen",
+            "*the schema t_main_*_more",
             "*a session of 'beatless worker' (idle in transaction) with a lock*",
             "*a session of 'beatless relay' (idle) with a lock*",
             "*the Redis key shared:*",
@@ -140,6 +165,27 @@ def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, mo
 
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*set beatless_app = module:attribute*override the fixture*"])
+
+
+def test_settings_that_isolate_a_test_are_refused_in_a_sentence(
+    pytester, beatless_services, monkeypatch
+):
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    pytester.makeconftest(
+        PROJECT
+        + """
+@pytest.fixture
+def beatless_settings():
+    return {"schema": "mine", "database_url": "postgresql://elsewhere/", "lease_seconds": 5}
+"""
+    )
+    pytester.makepyfile("def test_it(beatless): ...")
+
+    result = run(pytester, "--beatless-services=external")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*beatless_settings sets database_url, schema, which the kit*"])
 
 
 def test_two_sessions_on_the_same_servers_do_not_meet(beatless_services):

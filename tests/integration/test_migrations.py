@@ -20,7 +20,7 @@ from orchestrator.tables import runs
 @pytest.fixture
 def schema(beatless_app: App, postgres: psycopg.Connection) -> Iterator[str]:
     """The name of a schema that does not exist yet."""
-    name = f"m{beatless_app.settings.prefix}"
+    name = f"{beatless_app.settings.prefix}_migrated"
     yield name
     postgres.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE')
 
