@@ -3,7 +3,7 @@
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import psycopg
@@ -23,6 +23,12 @@ from outbox.errors import (
     SchemaMissing,
 )
 from outbox.message import SHARDS, shard_of
+from outbox.publishers import (
+    CeleryTaskPublisher,
+    EventPublisher,
+    RedisEventPublisher,
+    TaskPublisher,
+)
 from outbox.queries import Queries, channel_of
 from outbox.relay import STRIKES, Relay
 
@@ -57,9 +63,10 @@ class Announcements:
 
 
 class Door:
-    """A publisher that records, and fails when told to. The real ones have tests of their own."""
+    """A real publisher, tapped: it notes what went through, and fails when told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, real: EventPublisher | TaskPublisher) -> None:
+        self._real = real
         self.batches: list[list[Any]] = []
         self.error: Exception | None = None
         self.refused: set[str] = set()
@@ -70,6 +77,7 @@ class Door:
             raise self.error
         if self.shut or any(message.run_id in self.refused for message in messages):
             raise PublishRefused("Redis", "too big")
+        self._real.publish(messages)
         self.batches.append(list(messages))
 
     @property
@@ -86,8 +94,13 @@ def seqs(door: Door) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def doors() -> tuple[Door, Door]:
-    return Door(), Door()
+def doors(beatless_app: App) -> Iterator[tuple[Door, Door]]:
+    prefix = beatless_app.settings.prefix
+    with closing(beatless_app.redis()) as client:
+        yield (
+            Door(RedisEventPublisher(client, prefix)),
+            Door(CeleryTaskPublisher(beatless_app.celery, prefix)),
+        )
 
 
 def recording(app: App, doors: tuple[Door, Door], **options) -> Relay:

@@ -6,12 +6,14 @@ Writers hold their transactions open, roll some back and go on; relays are kille
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
+import redis
 
 from jobs import App
 from jobs.stream import parse
@@ -19,6 +21,7 @@ from jobs.testing import Kit
 from orchestrator.events import EventType
 from orchestrator.journal import Journal
 from outbox.backoff import Backoff
+from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from outbox.queries import doorbell
 from outbox.relay import Relay
 
@@ -28,19 +31,22 @@ GRACE = 5.0
 
 
 class Door:
-    """Records what was published, in order."""
+    """The real publisher, tapped: it notes what was published, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: App, client: redis.Redis) -> None:
         self.seqs: dict[str, list[int]] = defaultdict(list)
+        self._real = RedisEventPublisher(client, app.settings.prefix)
 
     def publish(self, messages) -> None:
+        self._real.publish(messages)
         for message in messages:
             self.seqs[message.run_id] += [event.seq for event in parse(message.body)]
 
 
-class Broker:
-    def publish(self, messages) -> None:
-        """Takes everything."""
+@pytest.fixture
+def client(beatless_app: App) -> Iterator[redis.Redis]:
+    with closing(beatless_app.redis()) as found:
+        yield found
 
 
 def careless(app: App) -> Journal:
@@ -113,18 +119,18 @@ def empty_in_time(postgres: psycopg.Connection, seconds: float) -> bool:
 
 @pytest.mark.long
 def test_ten_thousand_events_under_fire_are_neither_lost_nor_reordered(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, client: redis.Redis
 ) -> None:
     chance = random.Random(7)
     total = 0
     for round in range(20):
         names = lease_runs(postgres, f"round-{round}", 8)
-        door = Door()
+        door = Door(beatless_app, client)
         relay = Relay(
             connect=beatless_app.direct_connection,
             queries=beatless_app.queries,
             events=door,
-            tasks=Broker(),
+            tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
             backoff=QUICK,
             linger=chance.choice([0.0, 0.001, 0.01]),
             watchdog=600,
@@ -181,14 +187,18 @@ def first_arrivals(seqs: list[int]) -> list[int]:
 @pytest.mark.long
 @pytest.mark.parametrize("careful", [True, False])
 def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, careful: bool
+    beatless: Kit,
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    client: redis.Redis,
+    careful: bool,
 ) -> None:
     journal = beatless_app.journal if careful else careless(beatless_app)
     relay = Relay(
         connect=beatless_app.direct_connection,
         queries=beatless_app.queries,
-        events=Door(),
-        tasks=Broker(),
+        events=Door(beatless_app, client),
+        tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
         backoff=QUICK,
         linger=0.001,
         watchdog=600,
