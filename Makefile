@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra browser --extra docker --extra otel --extra check
 
-.PHONY: help install demo test test-docker check lock clean
+.PHONY: help install demo test test-random test-long test-docker bench bench-table check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -30,6 +30,10 @@ test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with 
 	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
 	  $(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -n $(WORKERS) -p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)
 
 test-docker: $(STAMP) ## The suite on containers, and the compose deployment; exit 3 without an engine
 	@docker info >/dev/null 2>&1 || { echo "there is no Docker engine: start one, or run make test" >&2; exit 3; }
