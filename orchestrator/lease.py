@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 Connection = psycopg.Connection[Any]
 
+PATIENCE = 1.0
+"""Seconds that a claim or a heartbeat waits for a row: others wait behind it meanwhile."""
+
+AGAIN = 1.0
+"""Seconds until a heartbeat that failed is tried again."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Lease:
@@ -58,7 +64,10 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
-        self._fence = QueueStatements(schema).claim_fence
+        # The limit is for the row, not for the fence: a claim that waited for the row of somebody's
+        # open transaction, with the fence in its hands, would hold up `pause`.
+        self._patience = f"set_config('lock_timeout', '{PATIENCE * 1000:.0f}', true)"
+        self._fence = f"{QueueStatements(schema).claim_fence}, {self._patience}"
         s = schema
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # The first step of a fresh run starts in the claim itself: one commit less for each run.
@@ -93,6 +102,8 @@ WITH u AS (
   UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
    WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND NOT EXISTS (SELECT FROM u)
      AND EXISTS (SELECT FROM {s}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
+  -- A `resume` that came meanwhile has rung before this row could be seen.
+  RETURNING {doorbell(s, "%(shard)s")}
 )
 SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timestamp())::float8,
        {doorbell(s, "%(shard)s")} FROM u""".replace(
@@ -128,23 +139,30 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
     ) -> Lease | None:
         """Take the run if it waits and is due, or if its lease has run out; else None.
 
-        For a run that was never claimed this also commits StepStarted of `first_step`.
+        Also None if somebody's transaction holds the run's row for longer than `PATIENCE`: it is
+        dispatched again. For a run that was never claimed this also commits StepStarted of
+        `first_step`.
         """
         # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
         # seen, one that was not waits for us. It is one round trip all the same.
-        with connection.pipeline(), connection.transaction():
-            connection.execute(self._fence)
-            claimed = connection.execute(
-                self._claim,
-                {
-                    "run_id": run_id,
-                    "worker": worker,
-                    "seconds": self.seconds,
-                    "shard": shard_of(run_id),
-                    "first": first_step,
-                    "dispatch": dispatch,
-                },
+        parameters = {
+            "run_id": run_id,
+            "worker": worker,
+            "seconds": self.seconds,
+            "shard": shard_of(run_id),
+            "first": first_step,
+            "dispatch": dispatch,
+        }
+        try:
+            with connection.pipeline(), connection.transaction():
+                connection.execute(self._fence)
+                claimed = connection.execute(self._claim, parameters)
+        except psycopg.errors.LockNotAvailable:
+            logger.info(
+                "run not claimed: another transaction holds its row; it is dispatched again",
+                extra={"action": "claim_waited", "run_id": run_id},
             )
+            return None
         rows = claimed.fetchall()
         if not rows:
             return None
@@ -158,12 +176,17 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         )
 
     def extend(self, connection: Connection, lease: Lease) -> bool:
-        """Keep the lease for its full time from now; False if it is gone."""
-        rows = execute(
-            connection,
-            self._extend,
-            {"run_id": lease.run.run_id, "token": lease.token, "seconds": self.seconds},
-        )
+        """Keep the lease for its full time from now; False if it is gone.
+
+        Raises psycopg.errors.LockNotAvailable if the run's row is held for longer than `PATIENCE`.
+        """
+        with connection.pipeline(), connection.transaction():
+            connection.execute(f"SELECT {self._patience}".encode())
+            extended = connection.execute(
+                self._extend,
+                {"run_id": lease.run.run_id, "token": lease.token, "seconds": self.seconds},
+            )
+        rows = extended.fetchall()
         if not rows:
             lease.lost = True
             return False
@@ -200,6 +223,7 @@ class Heartbeat:
     1. sleep until a third of the lease time has gone, or until stopped
     2. extend every lease that is held
     3. note on each lease whether it was lost, or a cancel was asked for
+    4. if that failed, do it again each second: a lease must not run out for one lost connection
 
     It opens a connection when a step first outlives that third, so short steps cost nothing.
     """
@@ -238,11 +262,16 @@ class Heartbeat:
             self._thread.join()
 
     def once(self, connection: Connection) -> None:
-        """Extend every lease that is held now."""
+        """Extend every lease that is held now. Raises psycopg.Error if one could not be."""
         with self._changed:
             held = list(self._by_id.values())
+        blocked: psycopg.Error | None = None
         for lease in held:
-            if self._leases.extend(connection, lease):
+            try:
+                if self._leases.extend(connection, lease):
+                    continue
+            except psycopg.errors.LockNotAvailable as error:
+                blocked = error  # the others must not wait for it
                 continue
             self.release(lease)
             seen = self._leases.look(connection, lease, 0)
@@ -257,30 +286,40 @@ class Heartbeat:
                     },
                 )
 
+        if blocked is not None:
+            raise blocked
+
     def _run(self) -> None:
         connection: Connection | None = None
+        failing = False
         while True:
             with self._changed:
                 self._resting = True
                 self._changed.wait_for(lambda: self._by_id or self._stopping)
                 self._resting = False
                 # A lease that comes meanwhile is younger than this wait: it can bear its end.
-                self._changed.wait_for(lambda: self._stopping, self._leases.seconds / 3)
+                every = self._leases.seconds / 3
+                self._changed.wait_for(
+                    lambda: self._stopping, min(every, AGAIN) if failing else every
+                )
                 if self._stopping:
                     break
                 if not self._by_id:
+                    failing = False
                     continue
             try:
                 if connection is None or connection.closed:
                     connection = self._connect()
                 self.once(connection)
+                failing = False
             except psycopg.Error as error:
-                # Postgres is away: try again in a third of the lease. The token protects the run.
+                failing = True
+                # Postgres is away, or a row is held: the token protects the run.
                 logger.warning(
                     "heartbeat failed, will retry",
                     extra={"action": "heartbeat_failed", "reason": str(error)},
                 )
-                if connection is not None:
+                if connection is not None and not isinstance(error, psycopg.errors.LockNotAvailable):
                     connection.close()
         if connection is not None:
             connection.close()

@@ -76,13 +76,13 @@ SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(a
   LEFT JOIN {s}.queues q USING (name)
   LEFT JOIN unfinished u ON u.queue = name LEFT JOIN stored st ON st.queue = name
  ORDER BY name"""
-        # One statement takes a run away with everything of it. The runs' rows are locked first, as
-        # every writer does, so a claim comes before or finds nothing.
+        # The runs' rows are locked first, as every writer does, so a claim comes before or finds
+        # nothing. In a statement of its own: what the writers before us have appended is not in the
+        # snapshot of the statement that waited for them.
+        self._choose = f"SELECT run_id FROM {s}.runs WHERE {{which}} ORDER BY run_id FOR UPDATE"
         self._remove = f"""
-WITH chosen AS (
-  SELECT run_id FROM {s}.runs WHERE {{which}} FOR UPDATE
-), gone AS (
-  DELETE FROM {s}.runs USING chosen WHERE runs.run_id = chosen.run_id RETURNING runs.run_id
+WITH gone AS (
+  DELETE FROM {s}.runs WHERE run_id = ANY(%(run_ids)s) RETURNING run_id
 ), e AS (DELETE FROM {s}.run_events USING gone WHERE run_events.run_id = gone.run_id
 ), o AS (DELETE FROM {s}.run_outbox USING gone WHERE run_outbox.run_id = gone.run_id
 ), l AS (DELETE FROM {s}.dead_letters USING gone WHERE dead_letters.run_id = gone.run_id
@@ -168,5 +168,6 @@ SELECT run_id FROM gone"""
     def _removed(
         self, connection: Caller, which: str, parameters: dict[str, str | float | int]
     ) -> list[str]:
-        statement = self._remove.replace("{which}", which)
-        return [row[0] for row in execute(connection, statement, parameters)]
+        chosen = execute(connection, self._choose.replace("{which}", which), parameters)
+        run_ids = [row[0] for row in chosen]
+        return [row[0] for row in execute(connection, self._remove, {"run_ids": run_ids})]

@@ -198,11 +198,14 @@ class Watchdog:
             self._force(attempt, attempt.reason)
 
     def _tell(self, attempt: Attempt, reason: Exception) -> None:
-        attempt.reason = reason
-        attempt.act_at = monotonic()
-        if attempt.gentle:
-            attempt.act_at += GRACE
-            signal.pthread_kill(attempt.thread, signal.SIGALRM)
+        with attempt.mutex:
+            if attempt.over:
+                return  # its outcome stands, and nobody expects the signal any more
+            attempt.reason = reason
+            attempt.act_at = monotonic()
+            if attempt.gentle:
+                attempt.act_at += GRACE
+                signal.pthread_kill(attempt.thread, signal.SIGALRM)
 
     def _force(self, attempt: Attempt, reason: Exception) -> None:
         with attempt.mutex:

@@ -112,7 +112,8 @@ class Sessions:
         self._watching: int | None = None
         opened: list[DirectConnection] = []
         try:
-            opened += [connect(), connect(), connect()]
+            for _ in range(3):
+                opened.append(connect())
             self.work, self.bell, self.watch = opened
             self._prepare()
         except BaseException:

@@ -139,7 +139,8 @@ WITH RECURSIVE lane(queue, priority) AS (
   SELECT lane.* FROM lane LEFT JOIN {s}.queues q ON q.name = lane.queue WHERE q.paused_at IS NULL
 )"""
         # Lanes are walked by index, so a long queue costs nothing to the others; a paused queue is
-        # not looked at. Lost messages and dead workers are rows of `dispatches_out` that are due.
+        # not looked at. Lost messages and dead workers are rows of `dispatches_out` that are due; a
+        # run that a dead worker had begun goes on even if its queue was paused meanwhile.
         self.pick_tasks_sql = f"""{lanes}, out AS (
   SELECT queue, count(*) AS messages FROM {s}.dispatches
    WHERE state <> 'waiting' AND state = 'sent' GROUP BY queue
@@ -159,7 +160,8 @@ UNION ALL
 (SELECT d.run_id, d.task, d.queue, d.attempts + 1
    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
   WHERE d.state <> 'waiting' AND d.due_at <= coalesce(%(now)s, clock_timestamp())
-    AND d.shard = ANY(%(shards)s) AND (d.state = 'running' OR q.paused_at IS NULL)
+    AND d.shard = ANY(%(shards)s)
+    AND (d.state = 'running' OR d.reason = 'lease' OR q.paused_at IS NULL)
     AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
   ORDER BY d.due_at LIMIT {window})"""
         # A worker may have claimed the run before this statement came: its due time has moved.
@@ -187,7 +189,9 @@ SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
      ORDER BY dispatches.due_at LIMIT 1) n
 ) t"""
         self.resend_unclaimed_sql = f"""
-UPDATE {s}.dispatches SET state = 'waiting', due_at = clock_timestamp(), reason = 'broker_lost'
+UPDATE {s}.dispatches
+   SET state = CASE reason WHEN 'lease' THEN state ELSE 'waiting' END, due_at = clock_timestamp(),
+       reason = CASE reason WHEN 'lease' THEN reason ELSE 'broker_lost' END
  WHERE state <> 'waiting' AND state = 'sent' AND shard = ANY(%(shards)s)"""
         self.last_id_sql = f"SELECT last_value FROM {s}.run_outbox_id_seq"
         self.park_sql = f"""

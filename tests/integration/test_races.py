@@ -1,7 +1,8 @@
 """Two do the same thing at the same time."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -12,7 +13,11 @@ import pytest
 from jobs import App, RunConflict, RunState
 from jobs.client import RunRequest
 from jobs.testing import Kit
+from orchestrator.events import EventType
 from orchestrator.executor import Executor
+from orchestrator.lease import Leases
+from outbox.doorbell import Sessions
+from outbox.queries import ALL_SHARDS
 
 
 def at_once(*acts: Callable[[], Any]) -> list[Any]:
@@ -192,3 +197,131 @@ def test_a_client_is_shared_by_threads(beatless: Kit) -> None:
         return [event.seq for event in beatless.client.events(run.run_id)]
 
     assert at_once(*(lambda n=n: session(n) for n in range(8))) == [[1]] * 8
+
+
+@contextmanager
+def holding(app: App, statement: str, *parameters: Any) -> Iterator[psycopg.Connection]:
+    """A transaction of somebody else that has done this and stays open."""
+    other = app.executors.connect()
+    other.autocommit = False
+    other.execute(f"SET search_path TO {app.settings.schema}")
+    other.execute(statement, parameters)
+    try:
+        yield other
+    finally:
+        other.close()
+
+
+def test_a_claim_that_waits_for_a_row_does_not_hold_up_a_pause_for_long(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, executors
+) -> None:
+    run = beatless.start_run("two_steps")
+    plan = beatless_app.plans["two_steps"]
+    executor = executors()
+    executor.connection()
+    lock = "SELECT FROM runs WHERE run_id = %s FOR UPDATE"
+    with holding(beatless_app, lock, run.run_id) as other:
+        claim = threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
+        claim.start()
+        until(postgres, blocked_by=other.info.backend_pid)
+        pause = threading.Thread(target=beatless.client.pause_queue, args=("default",))
+        pause.start()
+        pause.join(15)
+        held_up = pause.is_alive()
+    claim.join(20)
+    pause.join(20)
+    assert not held_up, "the claim waits for the row, and the pause for the claim"
+    assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+
+    beatless.client.resume_queue("default")
+    assert executor.execute(plan, run.run_id, 1) is True
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def test_a_heartbeat_does_not_wait_for_a_row_for_long(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = beatless.start_run("two_steps")
+    monkeypatch.setattr("orchestrator.lease.PATIENCE", 0.05)
+    leases = Leases(beatless_app.settings.schema, seconds=30)
+    connection = beatless_app.executors.connect()
+    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+    lock = "SELECT FROM runs WHERE run_id = %s FOR UPDATE"
+    with (
+        holding(beatless_app, lock, run.run_id),
+        pytest.raises(psycopg.errors.LockNotAvailable),
+    ):
+        leases.extend(connection, lease)
+    assert leases.extend(connection, lease) is True
+    assert connection.execute("SHOW lock_timeout").fetchone() == ("0",)
+    connection.close()
+
+
+def test_a_removal_takes_what_was_appended_while_it_waited(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    journal, connection = beatless_app.journal, beatless_app.executors.connect()
+    lease = beatless_app.leases.claim(
+        connection, run.run_id, worker="w", first_step="first", dispatch=1
+    )
+    connection.autocommit = False
+    event = journal.new_event(EventType.DEBUG_TRACE, where="x", data={"name": "late"})
+    journal.append(connection, run.run_id, lease.token, [event])
+    thread = threading.Thread(
+        target=lambda: beatless.client.obliterate_queue("default", force=True)
+    )
+    thread.start()
+    until(postgres, blocked_by=connection.info.backend_pid)
+    connection.commit()
+    thread.join(20)
+    connection.close()
+
+    left = postgres.execute(
+        "SELECT (SELECT count(*) FROM run_events), (SELECT count(*) FROM run_outbox)"
+    ).fetchone()
+    assert left == (0, 0)
+    beatless.verify()
+
+
+def test_a_run_that_goes_back_to_wait_behind_a_resume_rings(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """The claim still saw the pause; the ring of the resume came before the run waits again."""
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    beatless.client.pause_queue("default")
+    connection = beatless_app.executors.connect()
+    with Sessions(beatless_app.queries, beatless_app.direct_connection) as sessions:
+        sessions.doze(ALL_SHARDS)
+        while not sessions.granted():
+            sessions.wait(5)
+
+        claimed = beatless_app.leases.claim(
+            connection, run.run_id, worker="w", first_step="first", dispatch=1
+        )
+
+        assert claimed is None
+        assert postgres.execute("SELECT state FROM dispatches").fetchone() == ("waiting",)
+        sessions.wait(5)
+        assert sessions.rung
+    connection.close()
+
+
+def test_a_crashed_run_whose_message_is_lost_goes_on_in_a_paused_queue(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.before"):
+        beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.client.pause_queue("default")
+    for statement in ("SELECT", beatless_app.queries.resend_unclaimed_sql):
+        beatless.drain_outbox_once()  # sent again, and lost with the broker
+        beatless_app.queues._empty_broker("default")
+        postgres.execute(statement, {"shards": list(ALL_SHARDS)})
+        beatless.advance(60)
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED

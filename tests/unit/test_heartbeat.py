@@ -4,12 +4,20 @@ import threading
 from typing import Any
 
 import psycopg
+import pytest
 
 from orchestrator.lease import Heartbeat, Lease, Leases
 
 
 def lease() -> Lease:
     return Lease(run=None, token=1)  # type: ignore[arg-type]  # never looked at
+
+
+class Connection:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def test_runs_that_end_soon_cost_no_beat():
@@ -42,12 +50,6 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
             beat.set()
             return True
 
-    class Connection:
-        closed = False
-
-        def close(self) -> None:
-            self.closed = True
-
     heartbeat = Heartbeat(Extended("s", seconds=0.03), Connection)  # type: ignore[arg-type]
     for _ in range(3):
         beat.clear()
@@ -55,4 +57,42 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
         heartbeat.hold(held)
         assert beat.wait(10)
         heartbeat.release(held)
+    heartbeat.stop()
+
+
+def test_after_a_failure_it_does_not_wait_for_its_next_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("orchestrator.lease.AGAIN", 0.01)
+    kept = threading.Event()
+
+    class FailsOnce(Leases):
+        def extend(self, connection: Any, lease: Lease) -> bool:
+            if self.seconds < 1:
+                self.seconds = 3600  # from now on its next turn comes after twenty minutes
+                raise psycopg.OperationalError("the server closed the connection")
+            kept.set()
+            return True
+
+    heartbeat = Heartbeat(FailsOnce("s", seconds=0.03), Connection)  # type: ignore[arg-type]
+    heartbeat.hold(lease())
+    assert kept.wait(10)
+    heartbeat.stop()
+
+
+def test_a_lease_whose_row_is_held_does_not_keep_the_others_from_being_extended():
+    extended: list[Lease] = []
+    blocked, free = lease(), lease()
+
+    class Blocked(Leases):
+        def extend(self, connection: Any, lease: Lease) -> bool:
+            if lease is blocked:
+                raise psycopg.errors.LockNotAvailable("canceling statement due to lock timeout")
+            extended.append(lease)
+            return True
+
+    heartbeat = Heartbeat(Blocked("s", seconds=3600), Connection)  # type: ignore[arg-type]
+    heartbeat.hold(blocked)
+    heartbeat.hold(free)
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        heartbeat.once(Connection())  # type: ignore[arg-type]
+    assert extended == [free]
     heartbeat.stop()
