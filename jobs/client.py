@@ -16,12 +16,12 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from jobs.errors import BadRequest, SchemaBehind, UnknownPlan, Unreachable
+from jobs.errors import BadRequest, SchemaBehind, StatementTimeout, UnknownPlan, Unreachable
 from jobs.migrations import head
 from jobs.queues import Queues
 from jobs.stream import Streams
 from orchestrator.errors import CannotRetry
-from orchestrator.events import Event, encode
+from orchestrator.events import Event, encode, storable
 from orchestrator.executor import reusable
 from orchestrator.journal import Journal, NewRun, Run
 from orchestrator.plan import Plan
@@ -145,9 +145,9 @@ class Client:
             raise BadRequest("run_id", f"is {run_id!r}, which does not match ^{RUN_ID.pattern}$")
         queue = _queue_name(plan.queue if request.queue is None else request.queue)
         if request.key is not None and not (
-            isinstance(request.key, str) and 0 < len(request.key) <= 256 and "\0" not in request.key
+            isinstance(request.key, str) and 0 < len(request.key) <= 256 and storable(request.key)
         ):
-            raise BadRequest("key", "must be a string of 1 to 256 characters without NUL")
+            raise BadRequest("key", "must be a string of 1 to 256 characters of valid text, no NUL")
         if not isinstance(request.priority, int) or not 0 <= request.priority <= 9:
             raise BadRequest("priority", f"is {request.priority!r}, which is not 0 to 9")
         if request.delay is not None and request.not_before is not None:
@@ -253,9 +253,9 @@ class Client:
         """Every event after `from_seq`, in order and once, as it is committed, to RunFinished.
 
         Goes on through the loss of Redis (then slower) and of Postgres. Ends at once for a run that
-        ended at or before `from_seq`. Raises RunNotFound, BadRequest for a `from_seq` beyond the
-        head, EventsPruned for events that are not kept any more, and WaitTimeout if no RunFinished
-        came within `timeout` seconds.
+        ended at or before `from_seq`. Raises RunNotFound (later too, if the run is removed),
+        BadRequest for a `from_seq` beyond the head, EventsPruned for events that are not kept any
+        more, and WaitTimeout if no RunFinished came within `timeout` seconds.
         """
         run = self._check_stream(run_id, from_seq)
         return self._streams.follow(run, from_seq, timeout=timeout)
@@ -451,7 +451,13 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         yield
     except (exc.OperationalError, psycopg.OperationalError) as error:
         cause = error.orig if isinstance(error, exc.DBAPIError) else error
-        raise Unreachable("Postgres", str(cause).strip().splitlines()[0]) from error
+        reason = str(cause).strip().splitlines()[0]
+        if isinstance(cause, (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)):
+            raise StatementTimeout(reason) from error
+        raise Unreachable("Postgres", reason) from error
+    except exc.TimeoutError as error:
+        reason = "all connections of this process's pool are in use"
+        raise Unreachable("Postgres", reason) from error
     except exc.ProgrammingError as error:
         if isinstance(
             error.orig, (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
@@ -476,6 +482,6 @@ def _queue_name(queue: str) -> str:
 
 def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (tags or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or "\0" in name + value:
-            raise BadRequest("tags", "must map strings to strings, without NUL characters")
+        if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
+            raise BadRequest("tags", "must map strings to strings of valid text, without NUL")
     return dict(tags or {})

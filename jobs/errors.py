@@ -7,6 +7,7 @@ JobsError
 ├── QueueBusy           runs of the queue are running
 ├── SchemaBehind        the database lacks migrations that this version needs
 ├── Unreachable         Postgres, Redis or the broker does not answer
+├── StatementTimeout    Postgres ended a statement that waited or worked for too long
 └── WaitTimeout         the run did not end in the time given
 """
 
@@ -96,6 +97,20 @@ class Unreachable(JobsError):
 
     def __str__(self) -> str:
         return f"{self.server} cannot be reached: {self.reason}"
+
+
+class StatementTimeout(JobsError):
+    """A statement waited for a lock, or worked, for longer than it may. Nothing was changed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"Postgres ended the statement, nothing was changed: {self.reason}; another "
+            "transaction holds what it needs, or the limit is too short: try again"
+        )
 
 
 class WaitTimeout(JobsError):

@@ -14,6 +14,9 @@ from outbox.faults import CrashPoints
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 
+LEAST_EVENT_BYTES = 200
+"""What the largest event needs that beatless itself writes with data of its own."""
+
 ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
 """Names that the HTTP client and the command line read, and an app does not."""
 
@@ -55,6 +58,11 @@ class Settings:
         for name in ("lease_seconds", "redispatch_seconds", "max_event_bytes"):
             if not 0 < (number := getattr(self, name)) < 1e9:
                 self._refuse(name, f"is {number!r}, which is not a number above 0")
+        if self.max_event_bytes < LEAST_EVENT_BYTES:
+            problem = (
+                f"is {self.max_event_bytes}, below {LEAST_EVENT_BYTES}: our own events need that"
+            )
+            self._refuse("max_event_bytes", problem)
         for name in ("retention_days", "run_retention_days"):
             if not 0 <= (number := getattr(self, name)) < 1e6:
                 self._refuse(name, f"is {number!r}, which is not a number of days; 0 is for ever")

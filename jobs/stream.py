@@ -36,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+"""The journal cannot be read now: Postgres is gone or full, or the pool has no connection left."""
+
+BEYOND = 2**31
+"""Above any seq."""
+
 PAGE = 500
 """Events read from the journal at once: what a slow reader holds in memory."""
 
@@ -104,7 +110,8 @@ class Streams:
                 # The journal is read after every (re)subscription: what was published before it
                 # is never heard, and only the journal knows what that was.
                 live = subscription.ensure()
-                yield from (events := _Once(self._backfill(cursor, run.run_id)))
+                backfill = self._backfill(cursor, run.run_id, timeout, deadline)
+                yield from (events := _Once(backfill))
                 if events.final:
                     return
                 wait = self._head_check if live else self._without_redis
@@ -122,18 +129,20 @@ class Streams:
         finally:
             subscription.close()
 
-    def _backfill(self, cursor: Cursor, run_id: str) -> Iterator[Event]:
+    def _backfill(
+        self, cursor: Cursor, run_id: str, timeout: float | None, deadline: float | None
+    ) -> Iterator[Event]:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while True:
             try:
                 page = self._read(run_id, cursor.seq)
-            except exc.OperationalError as error:
+            except AWAY as error:
                 failures += 1
-                logger.warning(
-                    "journal cannot be read, stream waits",
-                    extra={"action": "stream_waits", "run_id": run_id, "reason": str(error.orig)},
-                )
-                threading.Event().wait(backoff.delay(failures))
+                delay = backoff.delay(failures)
+                _log_wait(run_id, error)
+                if deadline is not None and monotonic() + delay >= deadline:
+                    raise WaitTimeout(run_id, timeout or 0, "unknown", cursor.seq) from error
+                threading.Event().wait(delay)
                 continue
             yield from cursor.feed(page)
             if len(page) < PAGE:
@@ -148,7 +157,10 @@ class Streams:
             return self._journal.heads(connection, run_ids)
 
     def _state(self, run_id: str) -> tuple[str, int]:
-        return "unfinished", self._heads([run_id]).get(run_id, 0)
+        try:
+            return "unfinished", self._heads([run_id]).get(run_id, 0)
+        except AWAY:
+            return "unknown", 0
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call something that reads Postgres without blocking the loop."""
@@ -166,7 +178,7 @@ class Streams:
             while True:
                 await mailbox.ready()
                 while True:
-                    page = await self._aread(run.run_id, cursor.seq)
+                    page = await self._aread(run.run_id, cursor.seq, timeout, deadline)
                     for event in cursor.feed(page):
                         mailbox.seq = event.seq
                         yield event
@@ -188,18 +200,20 @@ class Streams:
                         if event.final:
                             return
 
-    async def _aread(self, run_id: str, after: int) -> list[Event]:
+    async def _aread(
+        self, run_id: str, after: int, timeout: float | None, deadline: float | None
+    ) -> list[Event]:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while True:
             try:
                 return await asyncio.to_thread(self._read, run_id, after)
-            except exc.OperationalError as error:
+            except AWAY as error:
                 failures += 1
-                logger.warning(
-                    "journal cannot be read, stream waits",
-                    extra={"action": "stream_waits", "run_id": run_id, "reason": str(error.orig)},
-                )
-                await asyncio.sleep(backoff.delay(failures))
+                delay = backoff.delay(failures)
+                _log_wait(run_id, error)
+                if deadline is not None and monotonic() + delay >= deadline:
+                    raise WaitTimeout(run_id, timeout or 0, "unknown", after) from error
+                await asyncio.sleep(delay)
 
     @property
     def open_streams(self) -> int:
@@ -224,6 +238,13 @@ class _Once:
             yield event
             if self.final:
                 return
+
+
+def _log_wait(run_id: str, error: Exception) -> None:
+    logger.warning(
+        "journal cannot be read, stream waits",
+        extra={"action": "stream_waits", "run_id": run_id, "reason": str(error)},
+    )
 
 
 def _remaining(
@@ -376,18 +397,20 @@ class Hub:
         while self._mailboxes:
             live = self._pubsub is not None
             await asyncio.sleep(self._head_check if live else self._without_redis)
-            run_ids = [next(iter(boxes)).run_id for boxes in self._mailboxes.values()]
+            asked = {next(iter(boxes)).run_id for boxes in self._mailboxes.values()}
             try:
-                heads = await asyncio.to_thread(self._heads, run_ids)
-            except exc.DBAPIError as error:
+                heads = await asyncio.to_thread(self._heads, list(asked))
+            except Exception as error:
+                # Whatever it is: without this check a stream whose last message was lost hangs.
                 logger.warning(
                     "heads of the watched runs cannot be read, will retry",
-                    extra={"action": "head_check_failed", "reason": str(error.orig)},
+                    extra={"action": "head_check_failed", "reason": str(error)},
                 )
                 continue
             for boxes in list(self._mailboxes.values()):
                 for mailbox in boxes:
-                    if heads.get(mailbox.run_id, 0) > mailbox.seq:
+                    # Without a head the run was removed: the reader finds out by looking.
+                    if mailbox.run_id in asked and heads.get(mailbox.run_id, BEYOND) > mailbox.seq:
                         mailbox.missed()
 
     async def _read(self) -> None:
@@ -408,7 +431,8 @@ class Hub:
                     if message is not None:
                         failures = 0
                         self._deliver(message)
-            except (RedisError, OSError) as error:
+            except Exception as error:
+                # Whatever it is: the streams of this loop wait for this task, each for ever.
                 failures += 1
                 logger.warning(
                     "Redis is away, streams read the journal",

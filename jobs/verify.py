@@ -55,6 +55,11 @@ WITH run AS MATERIALIZED (
          min(seq) FILTER (WHERE type = 'StepFinished') AS finished_seq,
          max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step
+), passed AS (
+  SELECT run_id, type, step, lead(step) OVER following AS next_step,
+         lead(seq) OVER following AS next_seq
+    FROM event WHERE type IN ('StepStarted', 'StepFinished')
+  WINDOW following AS (PARTITION BY run_id ORDER BY seq)
 ), final AS (
   SELECT run.*, state IN ('completed', 'failed', 'cancelled') AS ended FROM run
 )
@@ -75,6 +80,12 @@ SELECT 'I4', run_id, format('step %%s has %%s results', step, finishes) FROM ste
 UNION ALL
 SELECT 'I4', run_id, format('step %%s was started again after its result', step)
   FROM step WHERE last_start_seq > finished_seq
+UNION ALL
+SELECT 'I4', run_id, format('step %%s was begun and passed without a result', step)
+  FROM passed JOIN head USING (run_id)
+ WHERE type = 'StepStarted'
+   AND (next_step <> step AND (cancel_seq IS NULL OR next_seq < cancel_seq)
+        OR next_step IS NULL AND cancel_seq IS NULL AND outcome = 'completed')
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))
   FROM final LEFT JOIN head USING (run_id)

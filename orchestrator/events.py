@@ -118,6 +118,11 @@ def encode(value: Any, *, where: str, limit: int) -> str:
     return text
 
 
+def storable(text: str) -> bool:
+    """Whether Postgres can hold the text: no NUL, and no half of a surrogate pair."""
+    return not ("\0" in text or any("\ud800" <= character < "\ue000" for character in text))
+
+
 def _check_nesting(value: Any, where: str) -> None:
     """Raises BadPayload for a value that is nested too deeply, or that holds itself."""
     level = [value]
@@ -145,7 +150,7 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
         case str():
             if "\0" in value:
                 return path, "holds a NUL character, which Postgres cannot store"
-            if any(0xD800 <= ord(character) < 0xE000 for character in value):
+            if not storable(value):
                 return path, "holds half of a surrogate pair, which is not valid text"
             return path, ""
         case float():
@@ -157,8 +162,8 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
             for key in value:
                 if not isinstance(key, str | int | float | None):
                     return path, f"has the key {key!r}: JSON object keys are strings"
-                if "\0" in str(key):
-                    return path, f"has the key {key!r}, which holds a NUL character"
+                if not storable(str(key)):
+                    return path, f"has the key {key!r}, which holds what Postgres cannot store"
             members = [(f"{path}.{key}", item) for key, item in value.items()]
         case _:
             return path, f"is a {type(value).__name__}, which is not JSON"

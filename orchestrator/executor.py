@@ -24,6 +24,7 @@ from orchestrator.errors import (
     Fatal,
     LeaseLost,
     RunCancelled,
+    RunNotFound,
     StepTimeout,
 )
 from orchestrator.events import Event, EventType, NewEvent, encode
@@ -341,7 +342,12 @@ class Execution:
 
     def _fold(self) -> Progress | None:
         """Where the journal says the run is; None if this worker does not know the place."""
-        events = self._patiently(lambda connection: self._journal.read(connection, self._run_id))
+        try:
+            events = self._patiently(
+                lambda connection: self._journal.read(connection, self._run_id)
+            )
+        except RunNotFound as error:  # taken away by force
+            raise LeaseLost(self._run_id, self._lease.token) from error
         self._last_seq = events[-1].seq
         try:
             return fold(self._plan, events)

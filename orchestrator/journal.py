@@ -327,7 +327,7 @@ SELECT {columns} FROM {s}.runs
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
         self._kept = f"""
-SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s AND pruned_seq > %(after)s"""
+SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s"""
         self._standing = f"""
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {s}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
@@ -503,14 +503,16 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     def read(
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
-        """The events with a seq above `after`, in order. Raises EventsPruned."""
+        """The events with a seq above `after`, in order. Raises EventsPruned and RunNotFound."""
         rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
         events = [Event.from_json(text) for (text,) in rows]
         if not events or events[0].seq != after + 1:
             # Asked second: what goes while we read was there in the statement before, or is missed.
-            gone = execute(connection, self._kept, {"run_id": run_id, "after": after})
-            if gone:
-                pruned, last = gone[0]
+            kept = execute(connection, self._kept, {"run_id": run_id})
+            if not kept:
+                raise RunNotFound(run_id)
+            pruned, last = kept[0]
+            if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
         return events
 

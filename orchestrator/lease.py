@@ -319,7 +319,9 @@ class Heartbeat:
                     "heartbeat failed, will retry",
                     extra={"action": "heartbeat_failed", "reason": str(error)},
                 )
-                if connection is not None and not isinstance(error, psycopg.errors.LockNotAvailable):
+                if connection is not None and not isinstance(
+                    error, psycopg.errors.LockNotAvailable
+                ):
                     connection.close()
         if connection is not None:
             connection.close()

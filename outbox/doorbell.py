@@ -112,8 +112,8 @@ class Sessions:
         self._watching: int | None = None
         opened: list[DirectConnection] = []
         try:
-            for _ in range(3):
-                opened.append(connect())
+            # A failing one leaves those before it in the list, to be closed.
+            opened.extend(connect() for _ in range(3))
             self.work, self.bell, self.watch = opened
             self._prepare()
         except BaseException:

@@ -8,7 +8,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from jobs.errors import BadRequest, JobsError, QueueBusy, SchemaBehind, UnknownPlan, Unreachable
+from jobs.errors import (
+    BadRequest,
+    JobsError,
+    QueueBusy,
+    SchemaBehind,
+    StatementTimeout,
+    UnknownPlan,
+    Unreachable,
+)
 from orchestrator.errors import (
     BadPayload,
     CannotRetry,
@@ -29,6 +37,7 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     RunIsActive: HTTPStatus.CONFLICT,
     RunNotFound: HTTPStatus.NOT_FOUND,
     SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
+    StatementTimeout: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownPlan: HTTPStatus.NOT_FOUND,
     Unreachable: HTTPStatus.SERVICE_UNAVAILABLE,
 }

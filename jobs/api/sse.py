@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from jobs.api.problems import Problem
 from jobs.client import Client
 from jobs.errors import WaitTimeout
-from orchestrator.errors import EventsPruned
+from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event
 from orchestrator.journal import Run
 
@@ -101,7 +101,7 @@ async def frames(
         with counted():
             async for event in client.astream_run(run.run_id, after, timeout=rotation):
                 yield frame(event, epoch)
-    except (WaitTimeout, EventsPruned):
+    except (WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
 
 

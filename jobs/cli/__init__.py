@@ -32,6 +32,7 @@ from jobs.errors import (
     BadRequest,
     BadSetting,
     JobsError,
+    StatementTimeout,
     UnknownPlan,
     Unreachable,
 )
@@ -45,6 +46,7 @@ BAD_INPUT = (BadPayload, BadRequest, BadSetting, PlanError, RunConflict, RunNotF
 UNREACHABLE: tuple[type[Exception], ...] = (
     BrokerError,
     PublishFailed,
+    StatementTimeout,
     Unreachable,
     exc.OperationalError,
     psycopg.OperationalError,

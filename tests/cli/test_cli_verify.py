@@ -41,11 +41,15 @@ UPDATE run_events SET step = 'Warmup' WHERE run_id = 'r' AND type = 'StepFinishe
     "I4 a step is started after its result": """
 UPDATE runs SET attempt = 9 WHERE run_id = 'r';
 UPDATE run_events SET step = 'Ping', type = 'StepStarted' WHERE run_id = 'r' AND seq = 12""",
+    "I4 a step is passed without a result": """
+UPDATE run_events SET type = 'DebugTrace' WHERE run_id = 'r' AND seq = 4""",
+    "I4 the last step has no result": """
+UPDATE run_events SET type = 'DebugTrace' WHERE run_id = 'r' AND seq = 12""",
     "I5 there is no RunFinished": """
 UPDATE run_events SET type = 'DebugTrace' WHERE run_id = 'r' AND seq = 13""",
     "I5 there are two RunFinished": """
 UPDATE run_events SET type = 'RunFinished', data = '{"outcome": "completed"}'
- WHERE run_id = 'r' AND seq = 12""",
+ WHERE run_id = 'r' AND seq = 3""",
     "I5 something follows RunFinished": """
 UPDATE runs SET last_seq = 14 WHERE run_id = 'r';
 INSERT INTO run_events (run_id, seq, type, source) VALUES ('r', 14, 'DebugTrace', 'worker')""",

@@ -11,7 +11,7 @@ import pytest
 
 from jobs import App
 from jobs.testing import Kit
-from outbox.doorbell import Alarm, Sessions, State
+from outbox.doorbell import Alarm, DirectConnection, Sessions, State
 from outbox.message import SHARDS, shard_of
 from outbox.queries import ALL_SHARDS
 
@@ -237,3 +237,29 @@ def test_a_probe_that_lets_go_before_the_commit_would_lose_the_message(
     noticed = bool(found) or woken
     assert noticed is careful
     assert look() == 1
+
+
+def test_sessions_that_cannot_all_be_opened_leave_none_open(beatless_app: App) -> None:
+    opened: list[DirectConnection] = []
+
+    def connect() -> DirectConnection:
+        if len(opened) == 2:
+            raise psycopg.OperationalError("too many connections")
+        opened.append(beatless_app.direct_connection())
+        return opened[-1]
+
+    with pytest.raises(psycopg.OperationalError, match="too many"):
+        Sessions(beatless_app.queries, connect)
+    assert [connection.closed for connection in opened] == [True, True]
+
+
+def test_the_server_as_well_notices_a_relay_whose_host_has_vanished(sessions: Sessions) -> None:
+    for connection in (sessions.work, sessions.bell, sessions.watch):
+        found = connection.execute(
+            "SELECT name, setting FROM pg_settings WHERE name LIKE 'tcp_keepalives%'"
+        ).fetchall()
+        assert dict(found) == {
+            "tcp_keepalives_idle": "5",
+            "tcp_keepalives_interval": "1",
+            "tcp_keepalives_count": "3",
+        }

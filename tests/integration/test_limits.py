@@ -13,6 +13,7 @@ import pytest
 
 from jobs import BadRequest, Event, LeaseLost, RunState, StepTimeout
 from jobs.testing import Kit
+from orchestrator.lease import Lease
 from orchestrator.watchdog import Attempt, Watchdog
 
 APP = "tests.plans:app"
@@ -216,6 +217,25 @@ def test_a_watchdog_that_cannot_reach_postgres_tries_again(beatless: Kit) -> Non
         watchdog.call(attempt, body)
     watchdog.stop()
     assert tries == [late, late]
+
+
+def test_an_attempt_that_has_just_ended_is_not_told_to_end(beatless: Kit) -> None:
+    """Its outcome stands, and in a process of its own nothing would handle the signal any more."""
+    watchdog = Watchdog(beatless.app.leases, beatless.app.executors.connect, own_process=False)
+    attempt = Attempt(
+        lease=Lease(run=None, token=1),
+        ends_at=monotonic() + 3600,
+        late=StepTimeout("first", 0.1),
+        terminate_on_cancel=False,
+        gentle=True,
+        settle=lambda _connection, _reason: True,
+    )
+    assert watchdog.call(attempt, lambda: "the outcome") == "the outcome"
+
+    watchdog._tell(attempt, attempt.late)  # it had decided a moment before
+
+    assert attempt.reason is None
+    watchdog.stop()
 
 
 def test_a_deadline_is_looked_at_before_a_run_is_begun(beatless: Kit) -> None:

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from jobs import App, RunConflict, RunState
-from jobs.client import RunRequest
+from jobs.client import RunRequest, reaching_postgres
+from jobs.errors import StatementTimeout
 from jobs.testing import Kit
 from orchestrator.events import EventType
 from orchestrator.executor import Executor
@@ -325,3 +326,17 @@ def test_a_crashed_run_whose_message_is_lost_goes_on_in_a_paused_queue(
     beatless.work_until_idle()
 
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def test_a_caller_whose_statement_is_ended_by_a_limit_hears_that_and_not_that_postgres_is_gone(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    lock = "SELECT FROM runs WHERE run_id = %s FOR UPDATE"
+    with beatless_app.engine.begin() as caller, holding(beatless_app, lock, run.run_id):
+        caller.exec_driver_sql("SET LOCAL lock_timeout = '10ms'")
+        with (
+            pytest.raises(StatementTimeout, match=r"ended the statement.*lock timeout.*try again"),
+            reaching_postgres(beatless_app.settings.schema),
+        ):
+            beatless.client.cancel_run(run.run_id, connection=caller)

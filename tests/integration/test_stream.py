@@ -3,14 +3,17 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
+import sqlalchemy
 from redis import asyncio as aioredis
 
 from jobs import App, BadRequest, Event, RunNotFound, WaitTimeout
 from jobs.cli.demo import GOLDEN
 from jobs.services import free_port
+from jobs.settings import engine_url
 from jobs.stream import Mailbox, Streams
 from jobs.testing import Kit
 from outbox.publishers import channel_for
@@ -282,3 +285,111 @@ def test_a_slow_async_reader_falls_back_to_the_journal(beatless: Kit, monkeypatc
         return seen
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(1, 65))
+
+
+@pytest.fixture
+def crowded(beatless_app: App) -> Iterator[sqlalchemy.Engine]:
+    """An engine whose pool has one connection only."""
+    engine = sqlalchemy.create_engine(
+        engine_url(beatless_app.settings.database_url),
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.01,
+    )
+    yield engine
+    engine.dispose()
+
+
+def failing(owner: Any, name: str) -> threading.Event:
+    """Set when this method of the owner has raised."""
+    original, failed = getattr(owner, name), threading.Event()
+
+    def watched(*arguments: Any) -> Any:
+        try:
+            return original(*arguments)
+        except Exception:
+            failed.set()
+            raise
+
+    setattr(owner, name, watched)
+    return failed
+
+
+def finish_unheard(beatless: Kit, run_id: str) -> None:
+    """Execute the run; its messages are taken away before any relay could publish them."""
+    while beatless.step(run_id):
+        pass
+    with beatless.app.engine.begin() as connection:
+        connection.exec_driver_sql(f"DELETE FROM {beatless.app.settings.schema}.run_outbox")
+
+
+def test_a_full_pool_does_not_end_a_stream(
+    beatless: Kit, beatless_app: App, crowded: sqlalchemy.Engine
+) -> None:
+    run = beatless.start_run("two_steps")
+    following = streams(beatless_app, engine=crowded, head_check=0.02)
+    failed = failing(following, "_read")
+    with crowded.connect():
+        watcher = Watcher(beatless, run.run_id, following.follow(run, 0))
+        assert failed.wait(20)
+    finish_unheard(beatless, run.run_id)
+    assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_pool_does_not_end_the_head_checks_of_a_loop(
+    beatless: Kit, beatless_app: App, crowded: sqlalchemy.Engine
+) -> None:
+    run = beatless.start_run("two_steps")
+    following = streams(beatless_app, engine=crowded, head_check=0.02)
+    failed = failing(following._hub, "_heads")
+
+    def crowd() -> None:
+        with crowded.connect():
+            assert failed.wait(20)
+        finish_unheard(beatless, run.run_id)
+
+    async def main() -> list[int]:
+        seen = []
+        async for event in following.afollow(run, 0):
+            seen.append(event.seq)
+            if event.seq == 1:
+                await asyncio.to_thread(crowd)
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stream_of_a_run_that_is_removed_ends_with_an_error(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    following = streams(beatless_app, head_check=0.02)
+    stream = following.follow(run, 0)
+    next(stream)
+
+    async def main() -> None:
+        async for event in following.afollow(run, 0):
+            if event.seq == 1:
+                await asyncio.to_thread(beatless.client.remove_run, run.run_id)
+
+    with pytest.raises(RunNotFound, match=run.run_id):
+        asyncio.run(asyncio.wait_for(main(), 20))
+    with pytest.raises(RunNotFound, match=run.run_id):
+        next(stream)
+
+
+def test_a_stream_gives_up_in_time_without_postgres(
+    beatless: Kit, beatless_app: App, crowded: sqlalchemy.Engine
+) -> None:
+    run = beatless.start_run("two_steps")
+    following = streams(beatless_app, engine=crowded)
+
+    async def main() -> None:
+        async for _ in following.afollow(run, 0, timeout=0.05):
+            pass
+
+    with crowded.connect():
+        with pytest.raises(WaitTimeout, match="it is unknown"):
+            next(following.follow(run, 0, timeout=0.05))
+        with pytest.raises(WaitTimeout, match="it is unknown"):
+            asyncio.run(main())

@@ -53,6 +53,7 @@ def test_variables_of_others_are_not_ours():
         ("BEATLESS_LEASE_SECONDS", "nan", "which is not a number above 0"),
         ("BEATLESS_LEASE_SECONDS", "inf", "which is not a number above 0"),
         ("BEATLESS_MAX_EVENT_BYTES", "1.5", "which is not a number"),
+        ("BEATLESS_MAX_EVENT_BYTES", "199", "is 199, below 200: our own events need that"),
         ("BEATLESS_RETENTION_DAYS", "-1", "which is not a number of days; 0 is for ever"),
         ("BEATLESS_RUN_RETENTION_DAYS", "nan", "which is not a number of days; 0 is for ever"),
         ("BEATLESS_FAULT", "nowhere", "no crash point 'nowhere': choose one of claim.committed"),
