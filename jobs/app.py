@@ -106,12 +106,10 @@ class App:
 
     def redis(self) -> "redis.Redis":
         """A new Redis client for events."""
-        return redis.Redis.from_url(self.settings.redis_url, **REDIS_TIMEOUTS)
+        return self.settings.redis.client(**REDIS_TIMEOUTS)
 
     def _aredis(self) -> "aioredis.Redis":
-        return aioredis.Redis.from_url(
-            self.settings.redis_url, socket_connect_timeout=5, socket_keepalive=True
-        )
+        return self.settings.redis.aclient(socket_connect_timeout=5, socket_keepalive=True)
 
     def direct_connection(self) -> DirectConnection:
         """A new session of the relay: autocommit, never through a pooler."""

@@ -10,12 +10,15 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from jobs.errors import BadSetting
+from jobs.redis_urls import RedisUrl
 from outbox.faults import CrashPoints
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 
 LEAST_EVENT_BYTES = 200
 """What the largest event needs that beatless itself writes with data of its own."""
+
+REDIS = ("redis://", "rediss://", "unix://", "sentinel://")
 
 ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
 """Names that the HTTP client and the command line read, and an app does not."""
@@ -69,14 +72,21 @@ class Settings:
         for name in ("database_url", "listen_url"):
             if (value := getattr(self, name)) or name == "database_url":
                 self._check_postgres(name, value)
-        if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
-            self._refuse("redis_url", "is not a redis://, rediss://, unix:// or sentinel:// URL")
+        self._check_redis("redis_url", self.redis_url)
+        if self.broker_url.startswith(REDIS):
+            self._check_redis("broker_url", self.broker_url)
         try:
             CrashPoints(self.fault)
         except ValueError as error:
             self._refuse("fault", f"is wrong: {error}")
         object.__setattr__(self, "listen_url", self.listen_url or self.database_url)
         object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
+
+    def _check_redis(self, name: str, value: str) -> None:
+        try:
+            RedisUrl.parse(value)
+        except ValueError as error:
+            self._refuse(name, str(error))
 
     def _check_postgres(self, name: str, value: str) -> None:
         try:
@@ -128,6 +138,16 @@ class Settings:
         }
 
     @property
+    def redis(self) -> RedisUrl:
+        """Where the live events go."""
+        return RedisUrl.parse(self.redis_url)
+
+    @property
+    def redis_broker(self) -> RedisUrl | None:
+        """The broker, if it is a Redis."""
+        return RedisUrl.parse(self.broker_url) if self.broker_url.startswith(REDIS) else None
+
+    @property
     def pooled(self) -> bool:
         """Whether `database_url` seems to go through a pooler: prepared statements are off then."""
         return self.listen_url != self.database_url
@@ -142,7 +162,8 @@ class Settings:
 def redact(value: Any) -> Any:
     """A URL without its password; anything else unchanged."""
     if isinstance(value, str) and "://" in value:
-        return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", value)
+        value = re.sub(r"(://[^:/@;]*):[^@;]*@", r"\1:***@", value)
+        return re.sub(r"(sentinel_password=)[^&;]*", r"\1***", value)
     return value
 
 

@@ -45,15 +45,20 @@ REDIS_OPTIONS: dict[str, Any] = {
 
 def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]:
     """The configuration of the Celery app; each line avoids a pitfall named in docs/workers.md."""
-    on_redis = settings.broker_url.startswith(("redis", "rediss", "sentinel", "unix"))
+    broker = settings.redis_broker
+    on_redis = broker is not None
+    reached: dict[str, Any] = (
+        {"broker_url": settings.broker_url} if broker is None else broker.broker()
+    )
     # Whoever publishes fails at once and backs off: by default kombu tries for seconds, on RabbitMQ
     # for ever, and the relay's other door would wait with it.
     options: dict[str, Any] = {"max_retries": 0}
     if on_redis:
         options |= {"global_keyprefix": f"{settings.prefix}:", **REDIS_OPTIONS}
+        options |= reached["broker_transport_options"]
     names = sorted({"default", *(plan.queue for plan in plans)})
     return {
-        "broker_url": settings.broker_url,
+        **reached,
         "broker_transport_options": options,
         "result_backend": None,
         "task_ignore_result": True,

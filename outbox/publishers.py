@@ -7,7 +7,7 @@ import redis
 from celery import Celery
 from kombu import Exchange, Queue
 from kombu.exceptions import KombuError, OperationalError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoScriptError, RedisError, ResponseError
 
 from outbox.errors import PublishFailed, PublishRefused
 from outbox.message import EventMessage, TaskMessage
@@ -52,7 +52,10 @@ class RedisEventPublisher:
         try:
             self._call(arguments)
         except ResponseError as error:
-            raise PublishRefused("Redis", str(error)) from error
+            reason = str(error)
+            if "no permissions" in reason:
+                reason += f"; it needs +publish +evalsha +script|load &{self._prefix}:events:*"
+            raise PublishRefused("Redis", reason) from error
         except (RedisError, OSError) as error:
             raise PublishFailed("Redis", str(error)) from error
 
@@ -86,7 +89,10 @@ class CeleryTaskPublisher:
                     self._send(messages, producer)
         except (OperationalError, KombuError, OSError, RedisError) as error:
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
-            raise PublishFailed("the broker", str(error)) from error
+            reason = str(error)
+            if isinstance(error.__cause__, MovedError):
+                reason = "it is a Redis Cluster, on which Celery's queues cannot live"
+            raise PublishFailed("the broker", reason) from error
 
     def _send(self, messages: Sequence[TaskMessage], producer: Any) -> None:
         for message in messages:

@@ -14,13 +14,17 @@ from click.core import ParameterSource
 from kombu.exceptions import KombuError
 
 from jobs import migrations
-from jobs.app import App
+from jobs.app import REDIS_TIMEOUTS, App
 from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
 from jobs.dev import Stack, stop_on_signals
-from jobs.errors import BadRequest, Unreachable
+from jobs.errors import BadRequest, BadSetting, Unreachable
+from jobs.redis_urls import is_cluster
 from jobs.services import free_port
+from jobs.settings import Settings
 from jobs.worker import run_worker
+from outbox.message import EventMessage
+from outbox.publishers import RedisEventPublisher
 
 READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
 
@@ -34,7 +38,7 @@ def tell(ready_fd: int | None) -> None:
 def check_servers(app: App) -> None:
     """Refuse to start what could not work: later, the same troubles are waited out.
 
-    Raises Unreachable and SchemaBehind.
+    Raises Unreachable, SchemaBehind, and BadSetting for a broker on a Redis Cluster.
     """
     with reaching_postgres(app.settings.schema):
         migrations.check(app.engine, app.settings.schema)
@@ -51,6 +55,28 @@ def check_servers(app: App) -> None:
             broker.ensure_connection(max_retries=1, timeout=5)
     except (KombuError, redis.RedisError, OSError) as error:
         raise Unreachable("the broker", str(error)) from error
+    check_broker(app.settings)
+
+
+def check_broker(settings: Settings) -> None:
+    """Raises BadSetting for a Redis Cluster: the keys of Celery's queues are on several nodes."""
+    if settings.redis_broker is None:
+        return
+    with settings.redis_broker.client(**REDIS_TIMEOUTS) as client:
+        if is_cluster(client):
+            raise BadSetting(
+                "BEATLESS_BROKER_URL",
+                "is a Redis Cluster, on which Celery's queues cannot live: give it another server",
+                "redis://:password@broker.example:6379/0",
+            )
+
+
+def check_rights(app: App) -> None:
+    """Raises PublishRefused if our user at Redis may not publish: no event would be live."""
+    with app.redis() as client:
+        RedisEventPublisher(client, app.settings.prefix).publish(
+            [EventMessage(run_id="", body=b"")]
+        )
 
 
 @click.command()
@@ -120,6 +146,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
         if name == "relay_started":
             tell(ready_fd)
 
+    check_rights(app)
     running = app.relay(observer=observe)
     with stop_on_signals(running.ask_to_stop):
         running.run()
