@@ -10,12 +10,14 @@ from kombu import Connection
 from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
+from jobs import logs
 from jobs.client import Client
+from jobs.metrics import Metrics, both
 from jobs.queues import Queues
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
 from jobs.tasks import register
-from jobs.worker import Executors, Replacements, celery_settings
+from jobs.worker import Executors, MetricsListener, Replacements, celery_settings
 from orchestrator.journal import Journal
 from orchestrator.lease import Leases
 from orchestrator.plan import Plan, PlanError
@@ -25,7 +27,7 @@ from outbox.doorbell import KEEPALIVE, DirectConnection
 from outbox.faults import CrashPoints
 from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from outbox.queries import Queries
-from outbox.relay import Relay
+from outbox.relay import Observer, Relay
 
 REDIS_TIMEOUTS: dict[str, Any] = {
     "socket_timeout": 5,
@@ -61,6 +63,7 @@ class App:
                 **KEEPALIVE,
             },
         )
+        self.metrics = Metrics(plans, self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
         autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.streams = Streams(
@@ -69,6 +72,7 @@ class App:
             redis_client=self.redis,
             aredis_client=self._aredis,
             prefix=settings.prefix,
+            observer=self.metrics.streams,
         )
         self.queues = Queues(
             engine=self.engine,
@@ -83,10 +87,13 @@ class App:
             leases=self.leases,
             engine=self.engine,
             faults=self.faults,
+            counts=self.metrics.worker,
+            scope=logs.scope,
         )
         self.celery = Celery(settings.prefix, set_as_current=False)
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Replacements)
+        self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in plans:
             register(self.celery, plan, self.executors)
 
@@ -136,7 +143,7 @@ class App:
             )
         ]
 
-    def relay(self, **options: Any) -> Relay:
+    def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
         """A relay for this app's schema; options are those of `Relay`."""
         return Relay(
             events=RedisEventPublisher(self.redis(), self.settings.prefix),
@@ -147,6 +154,7 @@ class App:
                 "redispatch": self.settings.redispatch_seconds,
                 "chores": self.chores(),
                 "faults": self.faults,
+                "observer": both(self.metrics.relay, observer),
                 **options,
             },
         )

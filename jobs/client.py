@@ -1,6 +1,7 @@
 """What people do with runs: start, read, follow, cancel. Holds no state of a run."""
 
 import itertools
+import logging
 import re
 import secrets
 import threading
@@ -30,6 +31,8 @@ from orchestrator.timeline import Moment, timeline
 from outbox.backoff import Backoff
 from outbox.letters import DeadLetter, LetterStatements
 from outbox.queries import Caller
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -134,7 +137,11 @@ class Client:
         new = [self._new_run(request) for request in requests]
         if not new:
             return []
-        return self._do(connection, lambda caller: self._journal.create_runs(caller, new))
+        runs = self._do(connection, lambda caller: self._journal.create_runs(caller, new))
+        if connection is None and logger.isEnabledFor(logging.INFO):
+            for run in runs:
+                _log_run("run stored", run)
+        return runs
 
     def _new_run(self, request: RunRequest) -> NewRun:
         plan = self._plans.get(request.plan)
@@ -302,12 +309,15 @@ class Client:
         as it is. Raises RunNotFound.
         """
         plain = [name for name, plan in self._plans.items() if plan.on_cancel is None]
-        return self._do(
+        run = self._do(
             connection,
             lambda caller: self._journal.cancel(
                 caller, run_id, namespace=self._namespace, reason=reason, plain=plain
             ),
         )
+        if connection is None:
+            _log_run("cancel stored", run)
+        return run
 
     def remove_run(self, run_id: str) -> None:
         """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
@@ -464,6 +474,20 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         ):
             raise SchemaBehind(schema, None, head()) from error
         raise
+
+
+def _log_run(message: str, run: Run) -> None:
+    logger.info(
+        message,
+        extra={
+            "action": message.replace(" ", "_"),
+            "run_id": run.run_id,
+            "plan": run.plan,
+            "queue": run.queue,
+            "state": run.state.value,
+            "seq": run.last_seq,
+        },
+    )
 
 
 def _seconds(name: str, given: float | timedelta | None) -> float | None:

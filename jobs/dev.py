@@ -290,6 +290,7 @@ class Stack:
             redis_url=self.valkey.url,
             broker_url="",
             app=self._app_name,
+            metrics_port=None,  # one port would be asked for by each of the processes
             **self._options,
         )
         engine = sqlalchemy.create_engine(engine_url(self.settings.database_url))

@@ -51,6 +51,11 @@ class Settings:
     """How long the events of an ended run are kept; 0: for ever."""
     run_retention_days: float = _setting("365", float, default=365.0)
     """How much longer the run itself is kept: state, result, error, key; 0: for ever."""
+    metrics_port: int | None = _setting("9464", int, default=None)
+    """Where relays and workers serve /metrics; default: nowhere. 0 takes a free port."""
+    metrics_host: str = _setting("0.0.0.0", default="127.0.0.1")  # noqa: S104 - an example
+    log_format: str = _setting("json", default="text")
+    """How log lines look: text for people, json for machines."""
     fault: str = _setting("step.before@1:kill", default="")
     """Crash points for tests of recovery; see outbox.faults."""
 
@@ -69,6 +74,10 @@ class Settings:
         for name in ("retention_days", "run_retention_days"):
             if not 0 <= (number := getattr(self, name)) < 1e6:
                 self._refuse(name, f"is {number!r}, which is not a number of days; 0 is for ever")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            self._refuse("metrics_port", f"is {self.metrics_port}, which is not a port")
+        if self.log_format not in ("text", "json"):
+            self._refuse("log_format", f"is {self.log_format!r}, which is neither text nor json")
         for name in ("database_url", "listen_url"):
             if (value := getattr(self, name)) or name == "database_url":
                 self._check_postgres(name, value)
@@ -134,7 +143,7 @@ class Settings:
         return {
             f"BEATLESS_{entry.name.upper()}": str(value)
             for entry in fields(self)
-            if (value := getattr(self, entry.name)) != ""
+            if (value := getattr(self, entry.name)) not in ("", None)
         }
 
     @property

@@ -34,6 +34,8 @@ from outbox.publishers import channel_for
 
 logger = logging.getLogger(__name__)
 
+Observer = Callable[[str, dict[str, Any]], None]
+
 T = TypeVar("T")
 
 AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
@@ -44,6 +46,10 @@ BEYOND = 2**31
 
 PAGE = 500
 """Events read from the journal at once: what a slow reader holds in memory."""
+
+
+def ignore(_name: str, _facts: dict[str, Any]) -> None:
+    """The observer of streams that nobody observes."""
 
 
 class Cursor:
@@ -79,6 +85,7 @@ class Streams:
         prefix: str,
         head_check: float = 15.0,
         without_redis: float = 1.0,
+        observer: Observer = ignore,
     ) -> None:
         """`head_check` bounds how long a lost last message goes unnoticed, in seconds.
 
@@ -90,6 +97,7 @@ class Streams:
         self._prefix = prefix
         self._head_check = head_check
         self._without_redis = without_redis
+        self._observer = observer
         self._hub = Hub(
             aredis_client,
             prefix,
@@ -103,34 +111,45 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor = Cursor(after)
+        cursor, reason = Cursor(after), "start"
         subscription = Subscription(self._redis_client, channel_for(self._prefix, run.run_id))
+        self._observer("stream_opened", {})
         try:
             while True:
                 # The journal is read after every (re)subscription: what was published before it
                 # is never heard, and only the journal knows what that was.
                 live = subscription.ensure()
-                backfill = self._backfill(cursor, run.run_id, timeout, deadline)
+                backfill = self._backfill(cursor, run.run_id, reason, timeout, deadline)
                 yield from (events := _Once(backfill))
                 if events.final:
                     return
+                reason = "head_check" if live else "without_redis"
                 wait = self._head_check if live else self._without_redis
                 quiet_at = monotonic() + wait
                 while not cursor.missing and monotonic() < quiet_at:
                     patience = _remaining(quiet_at, deadline, run.run_id, timeout, self._state)
                     arrived = subscription.next(patience)
                     if arrived is None:
+                        reason = "reconnect" if live else "without_redis"
                         break
                     yield from (events := _Once(cursor.feed(arrived)))
                     if events.final:
                         return
                     if arrived:
                         quiet_at = monotonic() + wait
+                if cursor.missing:
+                    reason = "gap"
         finally:
+            self._observer("stream_closed", {})
             subscription.close()
 
     def _backfill(
-        self, cursor: Cursor, run_id: str, timeout: float | None, deadline: float | None
+        self,
+        cursor: Cursor,
+        run_id: str,
+        reason: str,
+        timeout: float | None,
+        deadline: float | None,
     ) -> Iterator[Event]:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while True:
@@ -144,6 +163,7 @@ class Streams:
                     raise WaitTimeout(run_id, timeout or 0, "unknown", cursor.seq) from error
                 threading.Event().wait(delay)
                 continue
+            self._observer("backfill", {"reason": reason, "events": len(page)})
             yield from cursor.feed(page)
             if len(page) < PAGE:
                 return
@@ -173,12 +193,13 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor = Cursor(after)
-        async with self._hub.subscribe(run.run_id, after) as mailbox:
+        cursor, reason = Cursor(after), "start"
+        async with self._hub.subscribe(run.run_id, after) as mailbox, self._counted():
             while True:
                 await mailbox.ready()
                 while True:
                     page = await self._aread(run.run_id, cursor.seq, timeout, deadline)
+                    self._observer("backfill", {"reason": reason, "events": len(page)})
                     for event in cursor.feed(page):
                         mailbox.seq = event.seq
                         yield event
@@ -193,12 +214,23 @@ class Streams:
                         raise WaitTimeout(run.run_id, timeout or 0, state, head)
                     arrived = await mailbox.next(left)
                     if arrived is None:
+                        reason = mailbox.reason
                         break
                     for event in cursor.feed(arrived):
                         mailbox.seq = event.seq
                         yield event
                         if event.final:
                             return
+                if cursor.missing:
+                    reason = "gap"
+
+    @contextlib.asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        self._observer("stream_opened", {})
+        try:
+            yield
+        finally:
+            self._observer("stream_closed", {})
 
     async def _aread(
         self, run_id: str, after: int, timeout: float | None, deadline: float | None
@@ -411,7 +443,7 @@ class Hub:
                 for mailbox in boxes:
                     # Without a head the run was removed: the reader finds out by looking.
                     if mailbox.run_id in asked and heads.get(mailbox.run_id, BEYOND) > mailbox.seq:
-                        mailbox.missed()
+                        mailbox.missed("head_check" if live else "without_redis")
 
     async def _read(self) -> None:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
@@ -476,6 +508,8 @@ class Mailbox:
         self._waiting: list[bytes] = []
         self._size = 0
         self._missed = False
+        self.reason = "start"
+        """Why the reader shall look into the journal."""
         self._news = asyncio.Event()
         self._state_known = asyncio.Event()
 
@@ -490,11 +524,11 @@ class Mailbox:
         """The subscription begins, or is lost: either way something may have been missed."""
         self.live = live
         self._state_known.set()
-        self.missed()
+        self.missed("reconnect" if live else "without_redis")
 
-    def missed(self) -> None:
+    def missed(self, reason: str) -> None:
         """Something may have been lost: the reader shall look into the journal."""
-        self._missed = True
+        self._missed, self.reason = True, reason
         self._news.set()
 
     def put(self, body: bytes) -> None:
@@ -503,7 +537,7 @@ class Mailbox:
         if self._size > self.LIMIT:
             self._waiting.clear()
             self._size = 0
-            self.missed()
+            self.missed("overflow")
             return
         self._waiting.append(body)
         self._news.set()

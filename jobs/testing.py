@@ -47,7 +47,7 @@ class Kit:
         self._directory = directory or Path.cwd()
         self._executor: Executor | None = None
         self._children: list[Child] = []
-        self._last: dict[str, str] = {}
+        self._last: dict[str, dict[str, Any]] = {}
         self._broker: Connection | None = None
 
     # Starting
@@ -296,7 +296,7 @@ class Kit:
         self.app.close()
 
     def _observe(self, name: str, facts: dict[str, Any]) -> None:
-        self._last[name] = str(facts)
+        self._last[name] = facts
 
     def _outbox(self, run_id: str) -> list[tuple[int]]:
         with self.app.engine.connect() as connection:

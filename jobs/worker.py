@@ -4,14 +4,17 @@ The broker holds what waits, the lease holds what runs, Postgres knows both. So 
 acknowledged early, nothing is prefetched, and whatever the broker loses is sent again.
 """
 
+import logging
 import mmap
 import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar, Self
+from wsgiref.simple_server import WSGIServer
 
 import psycopg
 import sqlalchemy
@@ -20,8 +23,10 @@ from celery import Celery, bootsteps, signals
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
 
+from jobs.logs import Format
+from jobs.metrics import Metrics, WorkerCounts, both, listen
 from jobs.settings import Settings, libpq_url
-from orchestrator.executor import Executor
+from orchestrator.executor import Executor, Observer, Scope, no_scope
 from orchestrator.journal import Journal
 from orchestrator.lease import Heartbeat, Leases
 from orchestrator.plan import Plan
@@ -29,6 +34,8 @@ from orchestrator.watchdog import Watchdog
 from outbox.doorbell import KEEPALIVE
 from outbox.faults import CrashPoints
 from outbox.publishers import worker_queue
+
+logger = logging.getLogger(__name__)
 
 REDIS_OPTIONS: dict[str, Any] = {
     # No unacked hash and no visibility timeout: a running task is never delivered a second time.
@@ -133,7 +140,11 @@ class Executors:
         leases: Leases,
         engine: sqlalchemy.Engine,
         faults: CrashPoints,
+        counts: WorkerCounts,
+        scope: Scope = no_scope,
     ) -> None:
+        self._counts = counts
+        self._scope = scope
         self._settings = settings
         self._journal = journal
         self._leases = leases
@@ -166,12 +177,13 @@ class Executors:
         self._heartbeat = Heartbeat(self._leases, self.connect)
         # Only a child of the prefork pool has nothing but its run to lose.
         pool_child = current_process().name != "MainProcess"
+        self._counts.counts.take(getattr(current_process(), "index", 0))
         self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
         # Never the host name alone: a restarted container has the name of the one that died.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._pid = os.getpid()
 
-    def new(self, **options: Any) -> Executor:
+    def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
         """An executor of its own, for a caller that looks after it."""
         if self._heartbeat is None:
             self._after_fork()
@@ -187,6 +199,8 @@ class Executors:
             stopping=self.draining,
             limit=self._watchdog.call,
             faults=self._faults,
+            observer=both(self._counts, observer),
+            scope=self._scope,
             **options,
         )
 
@@ -225,6 +239,47 @@ class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
             hub.call_repeatedly(1.0, maintain)
 
 
+class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Serves a worker's metrics from its main process, if the settings name a port."""
+
+    requires = frozenset({"celery.worker.components:Pool"})
+    metrics: ClassVar[Metrics]
+    settings: ClassVar[Settings]
+
+    @classmethod
+    def of(cls, metrics: Metrics, settings: Settings) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"metrics": metrics, "settings": settings})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._server: WSGIServer | None = None
+
+    def include_if(self, _worker: Any) -> bool:
+        return self.settings.metrics_port is not None
+
+    def start(self, _worker: Any) -> None:
+        self.metrics.worker.active = True
+        self._server = listen(
+            self.metrics.registry, self.settings.metrics_host, self.settings.metrics_port or 0
+        )
+        signals.worker_process_init.connect(self._in_child)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_process_init.disconnect(self._in_child)
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    terminate = stop
+
+    def _in_child(self, **_: Any) -> None:
+        # Or the port of a killed worker would be taken until the last of its children is gone.
+        if self._server is not None:
+            self._server.socket.close()
+
+
 def run_worker(
     celery: Celery,
     settings: Settings,
@@ -240,9 +295,14 @@ def run_worker(
 
     def give_back(**_: Any) -> None:
         draining.set()
+        logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
 
     signals.worker_shutting_down.connect(give_back, weak=False)
     argv = ["worker", "--without-gossip", "--without-mingle"]
+    if settings.log_format == Format.JSON:
+        # Celery's banner and what its signal handlers say are for people, past all logging.
+        argv.insert(0, "--quiet")
+        vars(sys)["__stdout__"] = None
     argv += ["--hostname", f"beatless-{os.getpid()}@%h"]
     if concurrency is not None:
         argv += ["--concurrency", str(concurrency)]

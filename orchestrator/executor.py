@@ -6,7 +6,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from time import monotonic
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
+Scope = Callable[[Lease, str | None, int], AbstractContextManager[Any]]
+"""Entered around the work on a run (no step) and around each attempt of a step (its occurrence)."""
+
 T = TypeVar("T")
 
 SNOOZED = "beatless.snoozed"
@@ -67,6 +70,11 @@ NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex
 
 def ignore(_name: str, _facts: dict[str, Any]) -> None:
     """The observer of an executor that nobody observes."""
+
+
+def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[Any]:
+    """The scope of an executor whose work nobody follows."""
+    return nullcontext()
 
 
 def no_limit(_attempt: Attempt, body: Callable[[], Any]) -> Any:
@@ -227,6 +235,7 @@ class Executor:
         limit: Callable[[Attempt, Callable[[], Any]], Any] = no_limit,
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
+        scope: Scope = no_scope,
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
@@ -241,6 +250,7 @@ class Executor:
         self.limit = limit
         self.faults = faults or CrashPoints()
         self.observer = observer
+        self.scope = scope
         self._connect = connect
         self._connection: Connection | None = None
 
@@ -276,20 +286,37 @@ class Executor:
             )
             return False
         self.faults.reach("claim.committed")
-        logger.info("run claimed", extra={"action": "claimed", "run_id": run_id})
         self.heartbeat.hold(lease)
         try:
-            Execution(self, plan, lease, max_steps).work()
-        except LeaseLost as error:
-            self.observer("lease_lost", {"run_id": run_id})
-            logger.warning(
-                "lease lost: another worker has the run, nothing was written",
-                extra={"action": "lease_lost", "run_id": run_id, "token": error.token},
-            )
+            with self.scope(lease, None, lease.run.attempt):
+                self._work(plan, lease, max_steps)
         finally:
             self.heartbeat.release(lease)
         self.faults.reach("task.before_ack")
         return True
+
+    def _work(self, plan: Plan, lease: Lease, max_steps: int) -> None:
+        run = lease.run
+        self.observer("claimed", {"lease": lease})
+        logger.info(
+            "run claimed",
+            extra={
+                "action": "claimed",
+                "run_id": run.run_id,
+                "plan": run.plan,
+                "claim": run.attempt,
+                "seq": run.last_seq,
+                "waited": lease.waited,
+            },
+        )
+        try:
+            Execution(self, plan, lease, max_steps).work()
+        except LeaseLost as error:
+            self.observer("lease_lost", {"run_id": run.run_id})
+            logger.warning(
+                "lease lost: another worker has the run, nothing was written",
+                extra={"action": "lease_lost", "run_id": run.run_id, "token": error.token},
+            )
 
     def _claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
         return self.leases.claim(
@@ -319,11 +346,16 @@ class Execution:
         self._run_id = lease.run.run_id
         self._last_seq = lease.run.last_seq
         self._steps_left = max_steps or -1
+        self._began: float | None = None
+        """When the attempt in flight was begun, by the monotonic clock."""
+        self._in_doubt: Settlement | None = None
+        """What a step's own transaction holds, until its commit is sure."""
 
     def work(self) -> None:
         progress = self._resume()
         while progress is not None and progress.step is not None:
-            progress = self._take_step(progress, progress.step)
+            with self._executor.scope(self._lease, progress.occurrence, progress.starts):
+                progress = self._take_step(progress, progress.step)
 
     def _resume(self) -> Progress | None:
         run = self._lease.run
@@ -384,6 +416,7 @@ class Execution:
     def _take_step(self, progress: Progress, step: Step) -> Progress | None:
         """Run one attempt; the progress to go on with, or None when the run leaves this worker."""
         executor = self._executor
+        self._began = monotonic()
         executor.faults.reach("step.before")
         try:
             with self._transaction(step) as transaction:
@@ -409,6 +442,8 @@ class Execution:
             return None
         # Only now: until the commit, what an interrupted transaction wrote is not sure.
         self._last_seq = appended.last_seq
+        if step.transactional:
+            self._committed(settlement, appended)
         executor.faults.reach("step.committed")
         executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
         if appended.cancelled or settlement.state is not RunState.RUNNING:
@@ -447,7 +482,10 @@ class Execution:
                 else self._failed(progress, step, reason)
             )
             token = self._lease.token
-            return self._journal.settle(connection, self._run_id, token, settlement) is not None
+            appended = self._journal.settle(connection, self._run_id, token, settlement)
+            if appended is not None:
+                self._committed(settlement, appended)
+            return appended is not None
 
         return Attempt(
             lease=self._lease,
@@ -700,18 +738,57 @@ class Execution:
 
         if transaction is None:
             appended = self._write(write, settlement.state)
-        else:
-            found = write(transaction)
-            if found is None:
-                raise LeaseLost(self._run_id, self._lease.token)
-            appended = found
-        state = settlement.state_if_cancelled if appended.cancelled else settlement.state
+            self._committed(settlement, appended)
+            return appended
+        found = write(transaction)
+        if found is None:
+            raise LeaseLost(self._run_id, self._lease.token)
+        self._in_doubt = settlement
+        return found
+
+    def _committed(self, settlement: Settlement, appended: Appended) -> None:
+        """Tell what is now in the journal."""
+        cancelled, self._in_doubt = appended.cancelled, None
+        state = settlement.state_if_cancelled if cancelled else settlement.state
+        events = settlement.if_cancelled if cancelled else settlement.events
+        began, seconds = self._began, None
+        if began is not None:
+            seconds = monotonic() - began
+        self._executor.observer(
+            "settled",
+            {
+                "lease": self._lease,
+                "events": events,
+                "state": state,
+                "reason": settlement.reason,
+                "last_seq": appended.last_seq,
+                "seconds": seconds,
+            },
+        )
+        self._began = None
+        facts = {"run_id": self._run_id, "plan": self._plan.name, "seq": appended.last_seq}
         if state.final:
             logger.info(
                 "run finished",
-                extra={"action": "finished", "run_id": self._run_id, "state": state.value},
+                extra={
+                    "action": "finished",
+                    "state": state.value,
+                    "seconds": round(self._lease.seconds, 6),
+                    **facts,
+                },
             )
-        return appended
+        elif state is RunState.QUEUED:
+            delay = settlement.delay_if_cancelled if cancelled else settlement.delay
+            logger.info(
+                "run waits",
+                extra={
+                    "action": "waits",
+                    "state": state.value,
+                    "reason": "cancel" if cancelled else settlement.reason,
+                    "delay": delay or 0.0,
+                    **facts,
+                },
+            )
 
     def _write(
         self, write: Callable[[Connection], Appended | None], intended: RunState
@@ -773,6 +850,10 @@ class Execution:
             lambda connection: self._executor.leases.renew_token(connection, self._lease)
         )
         seen = self._patiently(self._look)
+        if seen.written and self._in_doubt is not None:
+            cancelled = seen.state is not self._in_doubt.state
+            self._committed(self._in_doubt, Appended(last_seq=seen.last_seq, cancelled=cancelled))
+        self._in_doubt = None
         if seen.state.final:
             return None
         if not seen.held:

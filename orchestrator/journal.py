@@ -301,7 +301,7 @@ WITH u AS (
     FROM u
   UNION ALL
   SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
-         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb)
+         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb, 'plan', u.plan)
     FROM u WHERE u.state = 'cancelled'
 ), o AS ({outbox_row(s, "u", "%(shard)s", "CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END")}
 ), gone AS (

@@ -7,8 +7,8 @@ server's.
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -41,6 +41,18 @@ class Lease:
     lost: bool = False
     deadline: float | None = None
     """When the run must have ended, by this process's monotonic clock."""
+    waited: float | None = None
+    """Seconds that the run was due before this claim; None if it was taken from another worker."""
+    age: float = 0.0
+    """Seconds from the run's first claim to this one."""
+    trace_context: Mapping[str, str] | None = None
+    """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
+    claimed_at: float = field(default_factory=monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run's first claim."""
+        return self.age + monotonic() - self.claimed_at
 
     @property
     def late(self) -> bool:
@@ -70,6 +82,7 @@ class Leases:
         self._fence = f"{QueueStatements(schema).claim_fence}, {self._patience}"
         s = schema
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
+        # A subquery of RETURNING sees the row as it was: since when the run has waited.
         # The first step of a fresh run starts in the claim itself: one commit less for each run.
         # A paused queue sends its message back to wait; `pause` makes that exact (see jobs.queues).
         self._claim = f"""
@@ -85,7 +98,7 @@ WITH u AS (
           OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
              AND NOT EXISTS (SELECT FROM {s}.queues q
                               WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
-  RETURNING r.*
+  RETURNING r.*, (SELECT o.not_before FROM {s}.runs o WHERE o.run_id = r.run_id) AS was_due
 ), e AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt)
   SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
@@ -106,6 +119,9 @@ WITH u AS (
   RETURNING {doorbell(s, "%(shard)s")}
 )
 SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timestamp())::float8,
+       extract(epoch FROM clock_timestamp()
+         - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
+       extract(epoch FROM clock_timestamp() - started_at)::float8, u.trace_context,
        {doorbell(s, "%(shard)s")} FROM u""".replace(
             "{fresh}",
             "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
@@ -166,13 +182,16 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         rows = claimed.fetchall()
         if not rows:
             return None
-        *row, token, left, _ = rows[0]
+        *row, token, left, waited, age, trace_context, _ = rows[0]
         run = Run.from_row(row)
         return Lease(
             run=run,
             token=token,
             cancelled=run.cancel_requested_at is not None,
             deadline=None if left is None else monotonic() + left,
+            waited=waited,
+            age=age,
+            trace_context=trace_context,
         )
 
     def extend(self, connection: Connection, lease: Lease) -> bool:

@@ -27,6 +27,8 @@ class TaskMessage:
     task: str
     queue: str
     attempt: int
+    reason: str = "start"
+    """Why the relay sends it: see `dispatches.reason`; `unclaimed` if the last one was lost."""
 
     @property
     def task_id(self) -> str:

@@ -147,17 +147,18 @@ WITH RECURSIVE lane(queue, priority) AS (
 ), ready AS (
   SELECT d.*, row_number() OVER (PARTITION BY d.queue ORDER BY d.priority DESC, d.due_at) AS place
     FROM open CROSS JOIN LATERAL (
-      SELECT run_id, task, queue, priority, due_at, attempts FROM {s}.dispatches d
+      SELECT run_id, task, queue, priority, due_at, attempts, reason FROM {s}.dispatches d
        WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
          AND d.due_at <= coalesce(%(now)s, clock_timestamp()) AND d.shard = ANY(%(shards)s)
          AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
        ORDER BY d.due_at LIMIT {window}) d
 )
-(SELECT run_id, task, queue, attempts + 1
+(SELECT run_id, task, queue, attempts + 1, reason
    FROM ready LEFT JOIN out USING (queue) WHERE place <= {window} - coalesce(messages, 0)
   ORDER BY priority DESC, due_at)
 UNION ALL
-(SELECT d.run_id, d.task, d.queue, d.attempts + 1
+(SELECT d.run_id, d.task, d.queue, d.attempts + 1,
+        CASE d.state WHEN 'sent' THEN 'unclaimed' ELSE d.reason END
    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
   WHERE d.state <> 'waiting' AND d.due_at <= coalesce(%(now)s, clock_timestamp())
     AND d.shard = ANY(%(shards)s)
@@ -217,11 +218,11 @@ SELECT p.shard, p.id, p.run_id, coalesce(b.body, '')
  ORDER BY p.id"""
 
 
-def task_messages(rows: Sequence[tuple[str, str, str, int]]) -> list[TaskMessage]:
+def task_messages(rows: Sequence[tuple[str, str, str, int, str]]) -> list[TaskMessage]:
     """The rows of `pick_tasks_sql` as messages."""
     return [
-        TaskMessage(run_id=run_id, task=task, queue=queue, attempt=attempt)
-        for run_id, task, queue, attempt in rows
+        TaskMessage(run_id=run_id, task=task, queue=queue, attempt=attempt, reason=reason)
+        for run_id, task, queue, attempt, reason in rows
     ]
 
 

@@ -143,7 +143,15 @@ class Drain:
         moved = self._publish_events(picked) + self._publish_tasks(messages, shards)
         if moved:
             self._faults.reach("relay.after_publish")
-            self._observer("drained", {"events": len(picked), "tasks": len(messages)})
+            self._observer(
+                "drained",
+                {
+                    "events": len(self._published),
+                    "tasks": len(self._sent),
+                    "rows": self._published,
+                    "messages": self._sent,
+                },
+            )
         if run_id is None and events is not None:
             self._raise_floor(picked)
         return moved

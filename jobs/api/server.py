@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -162,6 +163,9 @@ def create_api(app: App) -> FastAPI:
     tokens = Tokens(app.engine, app.settings.schema)
     gate = Gate(app, tokens)
     streams: dict[str, int] = {}
+    app.metrics.streams.active = True
+    # From every server of the API, because it is the relays that may be gone: take the maximum.
+    app.metrics.postgres.wanted = lambda: True
 
     @contextlib.asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
@@ -443,6 +447,11 @@ def create_api(app: App) -> FastAPI:
             redis.close()
         return JSONResponse({"status": "ok"})
 
+    @api.get("/metrics", include_in_schema=False)
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(app.metrics.registry), headers={"Content-Type": content_type})
+
     @api.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
@@ -471,6 +480,7 @@ def serve(app: App, *, host: str, port: int, ready: Callable[[str], None]) -> No
         host=host,
         port=port,
         log_level="warning",
+        log_config=None,
         access_log=False,  # it would hold the tokens of streams
         server_header=False,
         timeout_graceful_shutdown=5,

@@ -1,19 +1,25 @@
 """Commands of the HTTP API: serve it, and the tokens it asks for."""
 
+import logging
+
 import click
 
 from jobs import migrations
 from jobs.api import serve as serve_api
 from jobs.auth import Scope, Tokens
 from jobs.cli.environment import Environment, seconds
-from jobs.cli.processes import READY_FD, is_loopback, tell
+from jobs.cli.processes import LOG_FORMAT, READY_FD, is_loopback, tell
 from jobs.client import reaching_postgres
 from jobs.errors import BadRequest
+from jobs.logs import Format
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
+@LOG_FORMAT
 @READY_FD
 @click.pass_obj
 def serve(env: Environment, host: str, port: int, ready_fd: int | None) -> None:
@@ -31,7 +37,10 @@ def serve(env: Environment, host: str, port: int, ready_fd: int | None) -> None:
         )
 
     def ready(url: str) -> None:
-        env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
+        if app.settings.log_format == Format.JSON:
+            logger.info("api is served", extra={"action": "api", "url": url, "guarded": guarded})
+        else:
+            env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
         tell(ready_fd)
 
     serve_api(app, host=host, port=port, ready=ready)

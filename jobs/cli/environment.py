@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from jobs import logs
 from jobs.app import App
 from jobs.demo import PLANS
 from jobs.dev import Stack
@@ -75,13 +75,8 @@ class Environment:
         self.err.print(text)
 
     def log(self) -> None:
-        """Log lines to stderr, for the commands that run for long."""
-        logging.basicConfig(
-            level=logging.INFO,
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        )
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        """Log lines to stderr, for the commands that run for long. Loads the app."""
+        logs.configure(self.app.settings.log_format, sys.stderr)
 
 
 class AppFailed(JobsError):

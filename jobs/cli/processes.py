@@ -1,9 +1,11 @@
 """Commands that are processes of a fleet, or start one."""
 
 import ipaddress
+import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
 from jobs.dev import Stack, stop_on_signals
 from jobs.errors import BadRequest, BadSetting, Unreachable
+from jobs.logs import Format
+from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
 from jobs.services import free_port
 from jobs.settings import Settings
 from jobs.worker import run_worker
 from outbox.message import EventMessage
 from outbox.publishers import RedisEventPublisher
+
+logger = logging.getLogger(__name__)
 
 READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
 
@@ -100,10 +106,40 @@ def migrate(env: Environment, sql: bool, check: bool) -> None:
         click.echo(f"schema {schema} is at migration {migrations.head()}")
 
 
+def on_port(_context: click.Context, _parameter: click.Parameter, port: int | None) -> None:
+    """The app reads its settings from the environment when it is loaded, which is later."""
+    if port is not None:
+        os.environ["BEATLESS_METRICS_PORT"] = str(port)
+
+
+def in_format(_context: click.Context, _parameter: click.Parameter, form: str | None) -> None:
+    """As `on_port`."""
+    if form is not None:
+        os.environ["BEATLESS_LOG_FORMAT"] = form
+
+
+LOG_FORMAT = click.option(
+    "--log-format",
+    type=click.Choice([form.value for form in Format]),
+    callback=in_format,
+    expose_value=False,
+    help="Default: BEATLESS_LOG_FORMAT.",
+)
+METRICS_PORT = click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    callback=on_port,
+    expose_value=False,
+    help="Serve /metrics on this port; default: BEATLESS_METRICS_PORT.",
+)
+
+
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--queues", metavar="A,B", help="Only these queues; default: all of the app's plans.")
 @click.option("--concurrency", type=click.IntRange(1), help="Default: the number of cores.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- CELERY ARGS]")
+@METRICS_PORT
+@LOG_FORMAT
 @READY_FD
 @click.pass_obj
 def worker(
@@ -134,6 +170,8 @@ def worker(
 
 
 @click.command()
+@METRICS_PORT
+@LOG_FORMAT
 @READY_FD
 @click.pass_obj
 def relay(env: Environment, ready_fd: int | None) -> None:
@@ -142,14 +180,35 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     app = env.app
     check_servers(app)
 
-    def observe(name: str, _facts: dict[str, Any]) -> None:
+    def observe(name: str, facts: dict[str, Any]) -> None:
         if name == "relay_started":
+            logger.info("relay listens", extra={"action": "relay_started"})
             tell(ready_fd)
+        elif name == "relay_leads":
+            logger.info(
+                "relay leads shards",
+                extra={"action": "relay_leads", "shards": " ".join(map(str, facts["shards"]))},
+            )
 
     check_rights(app)
     running = app.relay(observer=observe)
-    with stop_on_signals(running.ask_to_stop):
+    app.metrics.relay.active = True
+    with stop_on_signals(running.ask_to_stop), served(app):
         running.run()
+
+
+@contextmanager
+def served(app: App) -> Iterator[None]:
+    """The app's metrics, if its settings name a port."""
+    if app.settings.metrics_port is None:
+        yield
+        return
+    server = listen(app.metrics.registry, app.settings.metrics_host, app.settings.metrics_port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @click.command()

@@ -1,0 +1,128 @@
+"""Log lines of a whole process in one form: for people, or one JSON object for each line.
+
+Lines that are written while a step runs, your own ones too, carry the run, step, attempt and trace
+they belong to. Input, results and passwords in URLs are in none of our own.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, TextIO
+
+from celery import signals
+
+from orchestrator.lease import Lease
+
+CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
+
+OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""What every log record has; anything else was given by its writer as a fact."""
+
+IN_URL = re.compile(r"(://[^:/@\s]*:)[^@\s]+@")
+PASSWORD = re.compile(r"(\bpassword=)[^\s&'\"]+", re.IGNORECASE)
+
+QUIET = ("celery.app.trace", "celery.worker.strategy", "alembic", "httpx")
+"""What these tell below a warning is told by ours, once for each change of a run."""
+
+
+class Format(StrEnum):
+    """What a log line looks like."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def configure(form: str, stream: TextIO, level: int = logging.INFO) -> None:
+    """Write everything that this process logs to the stream, warnings and Celery's lines too."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines() if form == Format.JSON else TextLines())
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(capture=True)
+    # Celery leaves logging alone as soon as anybody listens to this.
+    signals.setup_logging.connect(_leave_alone)
+
+
+def _leave_alone(**_: Any) -> None:
+    """What Celery calls instead of making handlers of its own."""
+
+
+@contextmanager
+def scope(lease: Lease, step: str | None, attempt: int) -> Iterator[None]:
+    """Around the work on a run, and around each attempt: whose lines these are."""
+    facts: dict[str, Any] = {"run_id": lease.run.run_id}
+    if (trace_id := trace_of(lease.trace_context)) is not None:
+        facts["trace_id"] = trace_id
+    if step is not None:
+        facts |= {"step": step, "attempt": attempt}
+    before = CONTEXT.set(facts)
+    try:
+        yield
+    finally:
+        CONTEXT.reset(before)
+
+
+def trace_of(context: Mapping[str, str] | None) -> str | None:
+    """The id of the trace that a run belongs to."""
+    parts = (context or {}).get("traceparent", "").split("-")
+    return parts[1] if len(parts) == 4 else None
+
+
+def facts_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What a line says beyond its message. Only plain values: a structure may hold anything."""
+    given = {
+        name: value
+        for name, value in vars(record).items()
+        if name not in OWN and isinstance(value, (str, int, float, bool, type(None)))
+    }
+    return {**CONTEXT.get({}), **given}
+
+
+def masked(text: str) -> str:
+    """Without the passwords of URLs and connection strings."""
+    return PASSWORD.sub(r"\1***", IN_URL.sub(r"\1***@", text))
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: ts, level, logger, message, then the facts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": masked(record.getMessage()),
+        }
+        for name, value in facts_of(record).items():
+            line.setdefault(name, masked(value) if isinstance(value, str) else value)
+        if record.exc_info:
+            line["exception"] = masked(self.formatException(record.exc_info))
+        if record.stack_info:
+            line["stack"] = masked(record.stack_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextLines(logging.Formatter):
+    """The time, level, logger and message, then the facts as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "milliseconds")[:23]
+        facts = "".join(
+            f"  {name}={value:.6g}" if isinstance(value, float) else f"  {name}={value}"
+            for name, value in facts_of(record).items()
+            if value is not None and name != "action"
+        )
+        text = f"{when} {record.levelname:<7} {record.name}  {record.getMessage()}{facts}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return masked(text)

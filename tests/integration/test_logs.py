@@ -1,0 +1,136 @@
+"""Log lines: each of them parses, says whose it is, and gives nothing away."""
+
+import io
+import json
+import logging
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs.logs import JsonLines, TextLines, configure, masked, scope
+from jobs.testing import Kit
+from orchestrator.lease import Lease
+
+APP = "tests.plans:app"
+SECRET = "a-password-that-must-not-be-seen"
+
+
+@pytest.fixture
+def root() -> Iterator[None]:
+    """The root logger as it was, afterwards."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:], logger.level = handlers, level
+    logging.captureWarnings(capture=False)
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_is_told_line_by_line(root: None, beatless: Kit) -> None:
+    stream = io.StringIO()
+    configure("json", stream)
+    run = beatless.start_run("retries", {"failures": 1, "secret": SECRET})
+    beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    told = [line for line in lines(stream.getvalue()) if line.get("run_id") == run.run_id]
+
+    assert [(line["message"], line.get("state")) for line in told] == [
+        ("run stored", "queued"),
+        ("run claimed", None),
+        ("step failed", None),
+        ("run waits", "queued"),
+        ("run claimed", None),
+        ("run finished", "completed"),
+    ]
+    seqs = [line["seq"] for line in told if "seq" in line]
+    assert seqs == sorted(seqs)
+    failed = told[2]
+    assert (failed["step"], failed["attempt"], failed["level"]) == ("flaky", 1, "warning")
+    assert "ValueError: attempt 1 fails" in failed["exception"]
+    assert SECRET not in stream.getvalue()
+
+
+def test_the_users_own_lines_in_a_step_say_whose_they_are(root: None, beatless: Kit) -> None:
+    stream = io.StringIO()
+    configure("json", stream)
+    run = beatless.start_run("two_steps")
+    lease = Lease(run=run, token=1, trace_context={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})
+
+    with scope(lease, None, 1), scope(lease, "first", 2):
+        logging.getLogger("my.app").info("charging %s", "Ada", extra={"amount": 3})
+    logging.getLogger("my.app").info("outside")
+
+    inside, outside = lines(stream.getvalue())[-2:]
+    assert inside["message"] == "charging Ada"
+    assert {name: inside[name] for name in ("run_id", "step", "attempt", "amount", "trace_id")} == {
+        "run_id": run.run_id,
+        "step": "first",
+        "attempt": 2,
+        "amount": 3,
+        "trace_id": "a" * 32,
+    }
+    assert "run_id" not in outside
+
+
+def test_passwords_and_structures_are_not_written() -> None:
+    record = logging.makeLogRecord(
+        {
+            "msg": "no answer from postgresql://ada:%s@db/app",
+            "args": (SECRET,),
+            "reason": f"host=db password={SECRET} user=ada",
+            "input": {"card": SECRET},
+            "levelname": "ERROR",
+            "name": "jobs",
+        }
+    )
+
+    for form in (JsonLines(), TextLines()):
+        text = form.format(record)
+        assert SECRET not in text
+        assert "postgresql://ada:***@db/app" in text
+    assert (
+        masked("redis://:x@h redis://h/0 https://h/a:b@c")
+        == "redis://:***@h redis://h/0 https://h/a:b@c"
+    )
+
+
+def test_text_is_one_line_with_its_facts() -> None:
+    record = logging.makeLogRecord(
+        {"msg": "run finished", "levelname": "INFO", "name": "jobs", "seq": 13, "seconds": 0.25}
+    )
+    assert TextLines().format(record).endswith("INFO    jobs  run finished  seq=13  seconds=0.25")
+
+
+def test_a_whole_fleet_writes_json_and_nothing_else(beatless: Kit) -> None:
+    children = [
+        beatless.relay_process(APP, log_format="json"),
+        beatless.worker_process(APP, log_format="json"),
+        beatless._process(APP, ["serve", "--port", "0"], {"log_format": "json"}),
+    ]
+    run = beatless.start_run("retries", {"failures": 1, "secret": SECRET})
+    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    while next(stream).type != "StepFailed":
+        pass
+    served = lines(children[2].log.read_text())[-1]
+    with urllib.request.urlopen(served["url"] + "/livez", timeout=10) as response:
+        assert response.status == 200
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.reap(float("inf"))
+
+    told = [line for child in children for line in lines(child.log.read_text())]
+
+    assert {"run claimed", "step failed", "run waits", "relay listens"} <= {
+        line["message"] for line in told
+    }
+    assert any(line["logger"].startswith("celery") for line in told)
+    assert all({"ts", "level", "logger", "message"} <= line.keys() for line in told)
+    assert SECRET not in "".join(child.log.read_text() for child in children)

@@ -1,0 +1,259 @@
+"""What Prometheus reads equals what the journal holds."""
+
+import re
+import urllib.request
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import App
+from jobs.api import create_api
+from jobs.metrics import (
+    FRESH_SECONDS,
+    LEASE_LOST,
+    QUEUES,
+    RUN_DURATION,
+    LocalCounts,
+    PostgresGauges,
+    SharedCounts,
+)
+from jobs.testing import Kit
+
+APP = "tests.plans:app"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+Sample = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class Scrape(dict[Sample, float]):
+    """The samples of one exposition, by name and labels."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(
+            ((sample.name, tuple(sorted(sample.labels.items()))), sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        )
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.get((name, tuple(sorted(labels.items()))))
+
+
+def scrape(registry: CollectorRegistry) -> Scrape:
+    return Scrape(generate_latest(registry).decode())
+
+
+def fetch(url: str) -> Scrape:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return Scrape(response.read().decode())
+
+
+def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_app: App) -> None:
+    create_api(beatless_app)
+    done = [beatless.start_run("two_steps") for _ in range(3)]
+    beatless.start_run("fatally")
+    beatless.start_run("retries", {"failures": 1})
+    beatless.start_run("sleepy", {"wake": "/nonexistent"})
+    waiting = beatless.start_run("two_steps", delay=3600)
+    beatless.start_run("two_steps", queue="slow", delay=3600)
+    beatless.work_until_idle()
+    beatless.client.cancel_run(waiting.run_id)
+    beatless.work_until_idle()
+    assert len(beatless.collect_stream(done[0].run_id)) == 6
+    unpublished = beatless.start_run("two_steps")
+
+    found = scrape(beatless_app.metrics.registry)
+
+    runs = beatless.client.list_runs(limit=100)
+    events = [event for run in runs for event in beatless.client.events(run.run_id)]
+    published = [event for event in events if event.run_id != unpublished.run_id]
+    started = Counter((run.plan, run.queue) for run in runs if run != unpublished)
+    for (plan, queue), count in started.items():
+        assert found.value("beatless_runs_started_total", plan=plan, queue=queue) == count
+    ended = Counter((run.plan, run.state.value) for run in runs if run.state.final)
+    assert ended == {
+        ("two_steps", "completed"): 3,
+        ("two_steps", "cancelled"): 1,
+        ("fatally", "failed"): 1,
+    }
+    for (plan, outcome), count in ended.items():
+        assert found.value("beatless_runs_finished_total", plan=plan, outcome=outcome) == count
+    for plan, step, outcome, count in (
+        ("two_steps", "first", "finished", 3),
+        ("two_steps", "second", "finished", 3),
+        ("two_steps", "second", "failed", 0),
+        ("fatally", "fatal", "failed", 1),
+        ("retries", "flaky", "failed", 1),
+        ("sleepy", "doze", "snoozed", 1),
+    ):
+        name = "beatless_step_attempts_total"
+        assert found.value(name, plan=plan, step=step, outcome=outcome) == count, step
+    name = "beatless_step_duration_seconds_count"
+    assert found.value(name, plan="two_steps", step="first") == 3
+    assert found.value("beatless_run_duration_seconds_count") == 4
+    assert found.value("beatless_queue_wait_seconds_count") == 6
+    assert found.value("beatless_outbox_published_total", kind="event") == len(published)
+    assert found.value("beatless_outbox_published_total", kind="task") == 6
+    assert (found.value("beatless_outbox_publish_latency_seconds_count") or 0) > 0
+    assert found.value("beatless_outbox_pending") == 1
+    assert (found.value("beatless_outbox_oldest_age_seconds") or 0) > 0
+    assert found.value("beatless_dead_letters") == 0
+    assert found.value("beatless_pg_notify_queue_usage_ratio") is not None
+    assert found.value("beatless_runs_active", queue="default", state="delayed") == 2
+    assert found.value("beatless_runs_active", queue="slow", state="delayed") == 1
+    assert found.value("beatless_runs_active", queue="default", state="queued") == 1
+    assert found.value("beatless_streams_open") == 0
+    assert found.value("beatless_stream_gaps_total") == 0
+    assert found.value("beatless_stream_backfill_events_total", reason="start") == 6
+    assert "beatless_build_info{" in found.text
+
+
+def test_a_retry_counts_as_a_redispatch_with_its_reason(beatless: Kit, beatless_app: App) -> None:
+    beatless.start_run("retries", {"failures": 1})
+    beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+    lost = beatless.start_run("two_steps")
+    beatless.drain_outbox_once(lost.run_id)
+    beatless.advance(60)
+    beatless.drain_outbox_once(lost.run_id)
+
+    found = scrape(beatless_app.metrics.registry)
+
+    assert found.value("beatless_redispatch_total", reason="retry") == 1
+    assert found.value("beatless_redispatch_total", reason="unclaimed") == 1
+
+
+def test_a_lost_lease_is_counted(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.before"):
+        beatless.step(run.run_id)
+    beatless.advance(60)
+    beatless.step(run.run_id)
+    assert scrape(beatless_app.metrics.registry).value("beatless_lease_lost_total") == 0
+
+    beatless_app.metrics.worker("lease_lost", {})
+
+    assert scrape(beatless_app.metrics.registry).value("beatless_lease_lost_total") == 1
+
+
+def test_a_publisher_that_refuses_is_counted(beatless_app: App) -> None:
+    settings = replace(
+        beatless_app.settings,
+        redis_url="redis://127.0.0.1:1/0",
+        broker_url=beatless_app.settings.redis_url,
+    )
+    app = App(settings, list(beatless_app.plans.values()))
+    app.client.start_run("two_steps")
+    relay = app.relay()
+    relay.drain_once()
+    relay.stop()
+    app.close()
+
+    found = scrape(app.metrics.registry)
+
+    assert found.value("beatless_outbox_publish_failures_total", kind="event") == 1
+    assert found.value("beatless_outbox_publish_failures_total", kind="task") == 0
+    assert found.value("beatless_outbox_published_total", kind="event") == 0
+    assert found.value("beatless_outbox_published_total", kind="task") == 1
+
+
+def test_scrapes_do_not_load_postgres_and_an_old_answer_is_not_given(
+    beatless: Kit, beatless_app: App
+) -> None:
+    gauges = PostgresGauges(beatless_app.engine, beatless_app.settings.schema, wanted=lambda: True)
+
+    def pending() -> float:
+        found = {metric.name: metric.samples for metric in gauges.collect()}
+        return found["beatless_outbox_pending"][0].value
+
+    assert pending() == 0
+    beatless.start_run("two_steps")
+
+    assert pending() == 0
+    gauges.forget()
+    assert pending() == 1
+    nowhere = PostgresGauges(beatless_app.engine, "nowhere", wanted=lambda: True)
+    assert list(nowhere.collect()) == []
+    assert FRESH_SECONDS < 15  # the usual time between two scrapes
+
+
+def test_counts_of_children_outlive_them_and_their_places_are_taken_over() -> None:
+    counts = SharedCounts([(LEASE_LOST, ()), (RUN_DURATION, ())])
+    for place, seconds in ((0, 0.004), (1, 7.0), (1, 1e9)):
+        counts.take(place)
+        counts.add(LEASE_LOST)
+        counts.observe(RUN_DURATION, seconds)
+
+    read = counts.read()
+
+    assert read[LEASE_LOST.name, ()] == [3]
+    buckets = read[RUN_DURATION.name, ()]
+    assert sum(buckets[:-1]) == 3
+    assert (buckets[0], buckets[-2], buckets[-1]) == (1, 1, 1e9 + 7.004)
+
+
+def test_every_metric_is_documented(beatless_app: App) -> None:
+    create_api(beatless_app)
+    beatless_app.metrics.worker.active = beatless_app.metrics.relay.active = True
+    names = {metric.name for metric in beatless_app.metrics.collect()}
+    documented = set(re.findall(r"`(beatless_[a-z_]+)", DOCUMENT.read_text()))
+
+    assert {name.removesuffix("_total").removesuffix("_info") for name in documented} == names
+    assert len(names) == 22
+
+
+def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) -> None:
+    for number in range(QUEUES + 2):
+        beatless.start_run("two_steps", queue=f"q{number}", delay=3600)
+    beatless.drain_outbox_once()
+    create_api(beatless_app)
+
+    found = scrape(beatless_app.metrics.registry)
+
+    started = [name for name, _ in found if name == "beatless_runs_started_total"]
+    assert len(started) == QUEUES + 1
+    name = "beatless_runs_started_total"
+    assert found.value(name, plan="two_steps", queue="other") == 2
+    assert found.value("beatless_runs_active", queue="other", state="delayed") == 2
+
+
+def test_threads_lose_no_count() -> None:
+    counts = LocalCounts()
+    counts.add(LEASE_LOST, amount=2)
+    counts.observe(RUN_DURATION, 0.2)
+    assert counts.read()[LEASE_LOST.name, ()] == [2]
+
+
+def metrics_url(log: Path) -> str:
+    found = re.search(r"http://127\.0\.0\.1:\d+/metrics", log.read_text())
+    assert found, log.read_text()
+    return found[0]
+
+
+def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) -> None:
+    relay = beatless.relay_process(APP, metrics_port=0)
+    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0)
+    runs = [beatless.start_run("two_steps") for _ in range(20)]
+    killed = beatless.start_run("ledger", {"ledger": str(worker.log) + ".ledger", "kills": 0})
+    for run in (*runs, killed):
+        beatless.wait_for_run_completion(run.run_id)
+    beatless.wait_for_outbox_flush(killed.run_id)
+
+    at_worker, at_relay = fetch(metrics_url(worker.log)), fetch(metrics_url(relay.log))
+
+    name = "beatless_runs_finished_total"
+    assert at_worker.value(name, plan="two_steps", outcome="completed") == 20
+    name = "beatless_step_duration_seconds_count"
+    assert at_worker.value(name, plan="two_steps", step="second") == 20
+    assert at_worker.value("beatless_relay_listener_up") is None
+    name = "beatless_runs_started_total"
+    assert at_relay.value(name, plan="two_steps", queue="default") == 20
+    assert at_relay.value("beatless_relay_listener_up") == 1
+    assert at_relay.value("beatless_outbox_pending") == 0
+    assert (at_relay.value("beatless_relay_wakeups_total", source="notify") or 0) > 0
+    assert at_relay.value(name.replace("started", "finished")) is None
