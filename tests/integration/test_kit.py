@@ -31,6 +31,7 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     # In a process: a session of pytest inside of a session would share its plugins' state.
     return project.runpytest_subprocess(
         *("-p", "no:cacheprovider", "-p", "no:docker_tools", "-p", "no:valkey", "-p", "no:celery"),
+        *("-p", "no:randomly"),
         *arguments,
     )
 
