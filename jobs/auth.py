@@ -12,6 +12,7 @@ from sqlalchemy import Column, DateTime, LargeBinary, Table, Text, text
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from jobs.errors import BadRequest
+from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace
 from orchestrator.tables import runs
 from outbox.queries import execute
 from outbox.tables import Id
@@ -55,13 +56,18 @@ class Grant:
     token_id: str = ""
 
     def allows(self, scope: Scope) -> bool:
-        """Admin includes everything within its namespace; writing includes reading."""
+        """Admin includes everything within its namespace; writing includes reading.
+
+        Queues are the whole fleet's, and so belong to nobody but the namespace `default`.
+        """
+        if scope is Scope.QUEUES and self.namespace != DEFAULT_NAMESPACE:
+            return False
         if Scope.ADMIN in self.scopes or scope in self.scopes:
             return True
         return scope is Scope.RUNS_READ and Scope.RUNS_WRITE in self.scopes
 
 
-EVERYTHING = Grant(namespace="default", scopes=frozenset(Scope))
+EVERYTHING = Grant(namespace=DEFAULT_NAMESPACE, scopes=frozenset(Scope))
 """What a server without any token grants to its own machine."""
 
 
@@ -88,7 +94,7 @@ class Tokens:
         self,
         scopes: Sequence[str],
         *,
-        namespace: str = "default",
+        namespace: str = DEFAULT_NAMESPACE,
         seconds: float | None = None,
         note: str | None = None,
         run_id: str | None = None,
@@ -98,6 +104,11 @@ class Tokens:
         if unknown or not scopes:
             raise BadRequest(
                 "scope", f"{', '.join(unknown) or 'is missing'}; choose from {', '.join(Scope)}"
+            )
+        check_namespace(namespace)
+        if Scope.QUEUES in scopes and namespace != DEFAULT_NAMESPACE:
+            raise BadRequest(
+                "scope", f"queues is the whole fleet's: it belongs to namespace {DEFAULT_NAMESPACE}"
             )
         token_id, secret = secrets.token_hex(4), f"bl_{secrets.token_urlsafe(32)}"
         with self._engine.begin() as connection:

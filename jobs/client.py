@@ -19,6 +19,7 @@ from sqlalchemy import exc
 
 from jobs.errors import BadRequest, SchemaBehind, StatementTimeout, UnknownPlan, Unreachable
 from jobs.migrations import head
+from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from jobs.queues import Queues
 from jobs.stream import Streams
 from orchestrator.errors import CannotRetry
@@ -69,7 +70,11 @@ def new_run_id() -> str:
 
 
 class Client:
-    """Starts, reads and follows the runs of one app. Threads may share it."""
+    """Starts, reads and follows the runs of one app. Threads may share it.
+
+    The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They
+    may be given with and without it. So nobody can ask for, or take, an id of somebody else's.
+    """
 
     def __init__(
         self,
@@ -79,15 +84,17 @@ class Client:
         engine: sqlalchemy.Engine,
         streams: Streams,
         queues: Queues,
-        namespace: str = "default",
+        namespace: str = DEFAULT_NAMESPACE,
     ) -> None:
+        """Raises BadRequest for a namespace that cannot be one."""
         self._plans = plans
         self._journal = journal
         self._engine = engine
         self._streams = streams
         self._queues = queues
         self._letters = LetterStatements(journal.schema)
-        self._namespace = namespace
+        self._namespace = check_namespace(namespace)
+        self._id_prefix = id_prefix(namespace)
 
     # Starting
 
@@ -147,9 +154,11 @@ class Client:
         plan = self._plans.get(request.plan)
         if plan is None:
             raise UnknownPlan(request.plan, list(self._plans))
-        run_id = new_run_id() if request.run_id is None else request.run_id
-        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id) or run_id in (".", ".."):
-            raise BadRequest("run_id", f"is {run_id!r}, which does not match ^{RUN_ID.pattern}$")
+        given = new_run_id() if request.run_id is None else request.run_id
+        run_id = self.stored_id(given) if isinstance(given, str) else ""
+        chosen = run_id.removeprefix(self._id_prefix)
+        if not RUN_ID.fullmatch(chosen) or chosen in (".", ".."):
+            raise BadRequest("run_id", f"is {given!r}, which does not match ^{RUN_ID.pattern}$")
         queue = _queue_name(plan.queue if request.queue is None else request.queue)
         if request.key is not None and not (
             isinstance(request.key, str) and 0 < len(request.key) <= 256 and storable(request.key)
@@ -184,14 +193,21 @@ class Client:
             tags=_tags(request.tags),
         )
 
+    def stored_id(self, run_id: str) -> str:
+        """The id as it is stored: with the name of the namespace."""
+        return run_id if run_id.startswith(self._id_prefix) else self._id_prefix + run_id
+
     # Reading
 
     def get_run(self, run_id: str, *, connection: Caller | None = None) -> Run:
         """The run as it is stored now. Raises RunNotFound."""
         return self._do(
             connection,
-            lambda caller: self._journal.get(caller, run_id, namespace=self._namespace),
+            lambda caller: self._get(caller, run_id),
         )
+
+    def _get(self, caller: Caller, run_id: str) -> Run:
+        return self._journal.get(caller, self.stored_id(run_id), namespace=self._namespace)
 
     def list_runs(
         self,
@@ -233,8 +249,8 @@ class Client:
             raise BadRequest("from_seq", "is negative; 0 gives everything")
 
         def read(caller: Caller) -> list[Event]:
-            self._journal.get(caller, run_id, namespace=self._namespace)
-            return self._journal.read(caller, run_id, after=from_seq, limit=limit)
+            run = self._get(caller, run_id)
+            return self._journal.read(caller, run.run_id, after=from_seq, limit=limit)
 
         return self._do(connection, read)
 
@@ -246,9 +262,9 @@ class Client:
         """Its attempts, waits, leases, dispatches and publishes. Raises RunNotFound."""
 
         def look(caller: Caller) -> list[Moment]:
-            run = self._journal.get(caller, run_id, namespace=self._namespace)
-            events = self._journal.read(caller, run_id, after=run.pruned_seq)
-            return timeline(run, events, self._journal.standing(caller, run_id))
+            run = self._get(caller, run_id)
+            events = self._journal.read(caller, run.run_id, after=run.pruned_seq)
+            return timeline(run, events, self._journal.standing(caller, run.run_id))
 
         return self._do(connection, look)
 
@@ -281,13 +297,7 @@ class Client:
 
     def _check_stream(self, run_id: str, from_seq: int) -> Run:
         run = self.get_run(run_id)
-        if from_seq < 0:
-            raise BadRequest("from_seq", "is negative; 0 gives everything")
-        if from_seq > run.last_seq:
-            raise BadRequest(
-                "from_seq", f"is {from_seq}, beyond the last event {run.last_seq} of run {run_id}"
-            )
-        run.require_events(from_seq)
+        check_cursor(run, from_seq)
         return run
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
@@ -312,7 +322,11 @@ class Client:
         run = self._do(
             connection,
             lambda caller: self._journal.cancel(
-                caller, run_id, namespace=self._namespace, reason=reason, plain=plain
+                caller,
+                self.stored_id(run_id),
+                namespace=self._namespace,
+                reason=reason,
+                plain=plain,
             ),
         )
         if connection is None:
@@ -321,7 +335,7 @@ class Client:
 
     def remove_run(self, run_id: str) -> None:
         """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
-        self.get_run(run_id)
+        run_id = self.get_run(run_id).run_id
         with reaching_postgres(self._journal.schema):
             self._queues.remove_run(run_id, namespace=self._namespace)
 
@@ -402,7 +416,7 @@ class Client:
         new_id = new_run_id()  # once: a start whose answer was lost is repeated
 
         def start(caller: Caller) -> Run:
-            run = self._journal.get(caller, run_id, namespace=self._namespace)
+            run = self._get(caller, run_id)
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
             if run.pruned_seq:
@@ -418,8 +432,9 @@ class Client:
                 tags=run.tags,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
-            new = replace(self._new_run(request), retry_of=run_id)
-            reused = reusable(self._plans[run.plan], self._journal.read(caller, run_id), from_step)
+            new = replace(self._new_run(request), retry_of=run.run_id)
+            events = self._journal.read(caller, run.run_id)
+            reused = reusable(self._plans[run.plan], events, from_step)
             if reused is not None:
                 limit = self._journal.max_event_bytes
                 text = encode(reused, where=f"what run {run_id} has finished", limit=limit)
@@ -452,6 +467,22 @@ class Client:
                         # At once, we would take from the winner what it was just given.
                         pause.wait(backoff.delay(tried))
         raise AssertionError("unreachable")
+
+
+def check_cursor(run: Run, after: int) -> None:
+    """Raises BadRequest and EventsPruned unless everything after the seq can be followed."""
+    if after < 0:
+        raise BadRequest("from_seq", "is negative; 0 gives everything")
+    if after > run.last_seq:
+        raise beyond_the_head(run, after)
+    run.require_events(after)
+
+
+def beyond_the_head(run: Run, after: int) -> BadRequest:
+    """What is wrong with a cursor of events that do not exist yet."""
+    return BadRequest(
+        "from_seq", f"is {after}, beyond the last event {run.last_seq} of run {run.run_id}"
+    )
 
 
 @contextmanager

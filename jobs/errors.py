@@ -6,8 +6,10 @@ JobsError
 ├── BadRequest          an argument is not usable
 ├── QueueBusy           runs of the queue are running
 ├── SchemaBehind        the database lacks migrations that this version needs
-├── Unreachable         Postgres, Redis or the broker does not answer
+├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long
+├── AccessDenied        the API does not know the token, or the token lacks a scope
+├── HistoryChanged      the database was restored or failed over: events seen may be gone
 └── WaitTimeout         the run did not end in the time given
 """
 
@@ -110,6 +112,33 @@ class StatementTimeout(JobsError):
         return (
             f"Postgres ended the statement, nothing was changed: {self.reason}; another "
             "transaction holds what it needs, or the limit is too short: try again"
+        )
+
+
+class AccessDenied(JobsError):
+    """The API does not know the token, or the token lacks a scope."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"the API refuses ({self.status}): {self.detail}"
+
+
+class HistoryChanged(JobsError):
+    """The database was restored or failed over while a run was followed."""
+
+    def __init__(self, run_id: str, seq: int) -> None:
+        super().__init__(run_id, seq)
+        self.run_id = run_id
+        self.seq = seq
+
+    def __str__(self) -> str:
+        return (
+            f"the database of run {self.run_id} has another history since event {self.seq}: forget "
+            "its events and follow it from 0, or pass on_reset"
         )
 
 

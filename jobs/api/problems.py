@@ -1,5 +1,6 @@
 """Errors as problem documents (RFC 9457)."""
 
+import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -27,6 +28,8 @@ from orchestrator.errors import (
     RunNotFound,
 )
 
+logger = logging.getLogger(__name__)
+
 STATUSES: dict[type[Exception], HTTPStatus] = {
     BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
     BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -46,17 +49,25 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
 class Problem(Exception):
     """An answer that is not a success, with everything its document says."""
 
-    def __init__(self, status: HTTPStatus, detail: str, **members: Any) -> None:
+    def __init__(
+        self, status: HTTPStatus, detail: str, error: Exception | None = None, **members: Any
+    ) -> None:
+        """`error` is what the in-process client would raise: a client of ours raises it again."""
         super().__init__(status, detail)
         self.status = status
         self.detail = detail
-        self.members = members
+        self.members = named(error) | members if error else members
         self.headers: dict[str, str] = {}
 
     def with_headers(self, **headers: str) -> "Problem":
         """The same problem with headers; underscores become dashes."""
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         return self
+
+
+def named(error: Exception) -> dict[str, Any]:
+    """The members of a document by which `jobs.http` makes the same error again."""
+    return {"error": type(error).__name__, "arguments": list(error.args)}
 
 
 def document(
@@ -77,8 +88,17 @@ def install(api: FastAPI) -> None:
 
     def ours(_request: Request, error: Exception) -> JSONResponse:
         status = STATUSES.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        if isinstance(error, Unreachable):
+            # Where our servers are is nobody's business who only has a token.
+            logger.warning(
+                "a request cannot be answered",
+                extra={"action": "unreachable", "server": error.server, "reason": error.reason},
+            )
+            error = Unreachable(error.server, "try again in a moment")
         headers = {"Retry-After": "2"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
-        members = {"oldest_seq": error.oldest} if isinstance(error, EventsPruned) else {}
+        members = named(error)
+        if isinstance(error, EventsPruned):
+            members["oldest_seq"] = error.oldest
         return document(status, str(error), headers, **members)
 
     def problem(_request: Request, error: Exception) -> JSONResponse:

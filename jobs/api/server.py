@@ -226,7 +226,7 @@ def create_api(app: App) -> FastAPI:
         # An id of our own tells whether the run that comes back is the one we asked for.
         wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
         started = client.start_run(**wanted.model_dump())
-        if existed or started.run_id != wanted.run_id:
+        if existed or started.run_id != client.stored_id(wanted.run_id or ""):
             response.status_code = 200
         response.headers["Location"] = f"/v1/runs/{started.run_id}"
         return started.to_dict()
@@ -304,15 +304,13 @@ def create_api(app: App) -> FastAPI:
         """A token that may follow this run for some minutes, for EventSource's `?token=`."""
         grant = gate.grant(request, credentials)
         if not grant.allows(Permission.RUNS_READ) or grant.run_id is not None:
-            raise Problem(
-                HTTPStatus.FORBIDDEN, f"this token lacks the scope {Permission.RUNS_READ}"
-            )
-        gate.client(grant.namespace).get_run(_text(run_id))
+            raise _lacks(Permission.RUNS_READ)
+        run = gate.client(grant.namespace).get_run(_text(run_id))
         _, secret = tokens.create(
             [Permission.RUNS_READ],
             namespace=grant.namespace,
             seconds=STREAM_SECONDS,
-            run_id=run_id,
+            run_id=run.run_id,
             note="stream",
         )
         return {"token": secret, "seconds": STREAM_SECONDS}
@@ -337,11 +335,11 @@ def create_api(app: App) -> FastAPI:
     ) -> Response:
         """Every event after the cursor, in order and once, until RunFinished."""
         grant = gate.grant(request, credentials)
-        if not grant.allows(Permission.RUNS_READ) or grant.run_id not in (None, run_id):
-            raise Problem(
-                HTTPStatus.FORBIDDEN, f"this token lacks the scope {Permission.RUNS_READ}"
-            )
         client = gate.client(grant.namespace)
+        if not grant.allows(Permission.RUNS_READ) or (
+            grant.run_id not in (None, client.stored_id(run_id))
+        ):
+            raise _lacks(Permission.RUNS_READ)
         header = request.headers.get("last-event-id")
         name, text = ("from_seq", from_seq or fromSeq or "0")
         if header:

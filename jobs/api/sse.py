@@ -10,7 +10,7 @@ from http import HTTPStatus
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from jobs.api.problems import Problem
-from jobs.client import Client
+from jobs.client import Client, beyond_the_head
 from jobs.errors import WaitTimeout
 from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event
@@ -54,11 +54,8 @@ def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bo
     if run.state.final and seq >= run.last_seq:
         return -1, False
     if seq > run.last_seq:
-        raise Problem(
-            HTTPStatus.CONFLICT,
-            f"run {run.run_id} has {run.last_seq} events, there is nothing after {seq} yet",
-            last_seq=run.last_seq,
-        )
+        beyond = beyond_the_head(run, seq)
+        raise Problem(HTTPStatus.CONFLICT, str(beyond), beyond, last_seq=run.last_seq)
     return seq, False
 
 

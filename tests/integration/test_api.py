@@ -1,116 +1,24 @@
 """The HTTP API on a real server: runs, streams, tokens."""
 
-import http.client
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import uvicorn
 
 from jobs import App
-from jobs.api import create_api
 from jobs.api.server import BODY_LIMIT
 from jobs.auth import Tokens
 from jobs.cli.demo import GOLDEN
 from jobs.testing import Kit
 from orchestrator.retention import Retention
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    text: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.text)
-
-
-class Api:
-    """A client of the server, in the plainest way."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.token: str | None = None
-
-    def open(
-        self, method: str, path: str, body: Any = None, **headers: str
-    ) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        if data is not None:
-            given.setdefault("Content-Type", "application/json")
-        if self.token:
-            given.setdefault("Authorization", f"Bearer {self.token}")
-        connection.request(method, path, data, given)
-        response = connection.getresponse()
-        response.connection = connection
-        return response
-
-    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        response = self.open(method, path, body, **headers)
-        with response.connection:
-            text = response.read().decode()
-            return Answer(response.status, dict(response.headers.items()), text)
-
-    @contextmanager
-    def stream(self, path: str, **headers: str) -> Iterator[Iterator[dict[str, str]]]:
-        response = self.open("GET", path, **headers)
-        try:
-            assert response.status == 200, response.read()
-            assert response.headers["Content-Type"].startswith("text/event-stream")
-            yield frames(response)
-        finally:
-            response.close()
-            response.connection.close()
-
-
-# http.client's connections are no context managers by themselves.
-http.client.HTTPConnection.__enter__ = lambda self: self
-http.client.HTTPConnection.__exit__ = lambda self, *_: self.close()
-
-
-def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
-    """Server-sent events as dicts; comments are left out."""
-    frame: dict[str, str] = {}
-    while line := response.readline():
-        text = line.decode().rstrip("\r\n")
-        if text.startswith(":"):
-            continue
-        if not text:
-            if frame:
-                yield frame
-            frame = {}
-            continue
-        name, _, value = text.partition(":")
-        frame[name] = value.removeprefix(" ")
+from tests.serving import Api, serving
 
 
 @pytest.fixture
 def api(beatless_app: App) -> Iterator[Api]:
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            ready.set()
-
-    ready = threading.Event()
-    config = uvicorn.Config(
-        create_api(beatless_app), port=0, log_level="error", timeout_graceful_shutdown=1
-    )
-    server = Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert ready.wait(20)
-    yield Api(server.servers[0].sockets[0].getsockname()[1])
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with serving(beatless_app) as api:
+        yield api
 
 
 def test_run_over_http_persists_and_streams(beatless: Kit, api: Api) -> None:

@@ -1,0 +1,20 @@
+"""Tenants: each has runs, keys and tokens of its own, and never learns of another's."""
+
+import re
+
+from jobs.errors import BadRequest
+
+NAMESPACE = re.compile(r"[a-z0-9_][a-z0-9_-]{0,30}")
+DEFAULT_NAMESPACE = "default"
+
+
+def check_namespace(name: str) -> str:
+    """The name, if it can be one. Raises BadRequest."""
+    if not NAMESPACE.fullmatch(name):
+        raise BadRequest("namespace", f"is {name!r}, which does not match ^{NAMESPACE.pattern}$")
+    return name
+
+
+def id_prefix(namespace: str) -> str:
+    """What the ids of its runs begin with; no id that somebody chooses can hold a `~`."""
+    return "" if namespace == DEFAULT_NAMESPACE else f"{namespace}~"

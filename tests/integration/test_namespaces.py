@@ -1,0 +1,176 @@
+"""One tenant never learns that another's run exists, whatever it asks for."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+
+from jobs import App, BadRequest, Client, RunNotFound
+from jobs.auth import Scope, Tokens
+from jobs.testing import Kit
+from tests.serving import Answer, Api, serving
+
+
+@pytest.fixture
+def api(beatless_app: App) -> Iterator[Api]:
+    with serving(beatless_app) as api:
+        yield api
+
+
+@pytest.fixture
+def tokens(beatless_app: App) -> dict[str, str]:
+    """An admin's token of each namespace."""
+    made = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    return {
+        name: made.create([Scope.ADMIN], namespace=name)[1]
+        for name in ("default", "acme", "acme-2")
+    }
+
+
+def clients(app: App) -> tuple[Client, Client, Client]:
+    return app.client, app.client_for("acme"), app.client_for("acme-2")
+
+
+def test_everybody_may_use_the_same_ids_and_keys(beatless: Kit) -> None:
+    everybody = clients(beatless.app)
+    runs = [client.start_run("two_steps", n, run_id="x") for n, client in enumerate(everybody)]
+    keyed = [client.start_run("two_steps", n, key="k") for n, client in enumerate(everybody)]
+
+    assert [run.run_id for run in runs] == ["x", "acme~x", "acme-2~x"]
+    assert len({run.run_id for run in keyed}) == 3
+    for number, client in enumerate(everybody):
+        assert client.get_run("x").input == number
+        assert client.start_run("two_steps", number, run_id="x") == client.get_run("x")
+        assert {run.input for run in client.list_runs()} == {number}
+    beatless.work_until_idle()
+    assert [client.get_run("x").state for client in everybody] == ["completed"] * 3
+    beatless.verify()
+
+
+def test_the_long_form_of_an_id_is_as_good_as_the_short_one(beatless: Kit) -> None:
+    acme = beatless.app.client_for("acme")
+    run = acme.start_run("two_steps", run_id="x")
+    assert acme.start_run("two_steps", run_id="acme~x") == run
+    beatless.work_until_idle()
+    for name in ("x", "acme~x"):
+        assert acme.get_run(name).run_id == "acme~x"
+        assert len(list(acme.stream_run(name))) == len(acme.events(name)) == 6
+        assert acme.explain(name)
+        assert acme.cancel_run(name).state == "completed"
+        assert acme.retry_run(name, "first").retry_of == "acme~x"
+    acme.remove_run("x")
+    with pytest.raises(RunNotFound):
+        acme.get_run("acme~x")
+
+
+@pytest.mark.parametrize("run_id", ["acme~x", "acme-2~x", "~x", "x~", "acme~"])
+def test_an_id_of_somebody_else_cannot_be_chosen(beatless: Kit, run_id: str) -> None:
+    for client in clients(beatless.app):
+        if run_id != f"{client._namespace}~x":
+            with pytest.raises(BadRequest, match="run_id"):
+                client.start_run("two_steps", run_id=run_id)
+
+
+@pytest.mark.parametrize("name", ["", "a~b", "A", "a b", "é", "x" * 32, "../x", "a\n"])
+def test_odd_names_of_namespaces_are_refused(beatless: Kit, name: str) -> None:
+    tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    with pytest.raises(BadRequest, match="namespace"):
+        beatless.app.client_for(name)
+    with pytest.raises(BadRequest, match="namespace"):
+        tokens.create([Scope.RUNS_READ], namespace=name)
+
+
+def ask_everything(api: Api, run_id: str) -> list[Answer]:
+    """Everything that takes a run's id, with answers as they would be if ids were all alike."""
+    path = f"/v1/runs/{run_id}"
+    asked = [
+        ("GET", path, None),
+        ("GET", f"{path}/events", None),
+        ("GET", f"{path}/events?from_seq=99", None),
+        ("GET", f"{path}/stream", None),
+        ("GET", f"{path}/stream?from_seq=99", None),
+        ("GET", f"{path}/stream?from_seq=6", None),
+        ("POST", f"{path}/stream-token", None),
+        ("POST", f"{path}/cancel", None),
+        ("POST", f"{path}/retry", None),
+        ("POST", f"{path}/retry", {"from_step": "first"}),
+        ("DELETE", path, None),
+    ]
+    return [api(method, path, body) for method, path, body in asked]
+
+
+def test_whatever_is_asked_for_the_answer_is_that_of_no_run(
+    beatless: Kit, api: Api, tokens: dict[str, str]
+) -> None:
+    made: dict[str, list[str]] = {}
+    for owner, token in tokens.items():
+        api.token = token
+        bodies = [{"plan": "two_steps", "run_id": f"of-{owner}"}, {"plan": "two_steps"}]
+        made[owner] = [api("POST", "/v1/runs", body).json["run_id"] for body in bodies]
+        if owner == "acme":
+            beatless.work_until_idle()  # some have ended, some have not
+
+    for asking, owner in product(tokens, tokens):
+        if asking == owner:
+            continue
+        api.token = tokens[asking]
+        nobody = ask_everything(api, "nobody")
+        for run_id in (*made[owner], f"of-{owner}"):
+            answers = ask_everything(api, run_id)
+            assert {answer.status for answer in answers} == {404}
+            # The id that was asked for is all that differs.
+            assert [a.text.replace(run_id, "nobody") for a in answers] == [a.text for a in nobody]
+            assert [a.headers.keys() for a in answers] == [a.headers.keys() for a in nobody]
+
+    for owner, token in tokens.items():
+        api.token = token
+        listed = {run["run_id"] for run in api("GET", "/v1/runs").json["runs"]}
+        assert listed == set(made[owner])
+        assert not any(api("GET", f"/v1/runs/{run_id}").status != 200 for run_id in made[owner])
+    beatless.verify()
+
+
+def test_starting_with_the_id_or_key_of_another_is_starting(
+    beatless: Kit, api: Api, tokens: dict[str, str]
+) -> None:
+    for token in tokens.values():
+        api.token = token
+        for body in ({"run_id": "mine"}, {"key": "order:1"}):
+            answer = api("POST", "/v1/runs", {"plan": "two_steps", "input": token} | body)
+            assert answer.status == 201
+        pages = [
+            api("GET", f"/v1/runs?{ask}").json["runs"] for ask in ("limit=9", "plan=two_steps")
+        ]
+        assert [len(page) for page in pages] == [2, 2]
+
+
+def test_queues_are_the_whole_fleets_and_no_tenants(
+    beatless: Kit, api: Api, tokens: dict[str, str]
+) -> None:
+    beatless.start_run("two_steps", queue="secret-project")
+    for name, status in (("default", 200), ("acme", 403)):
+        api.token = tokens[name]
+        assert api("GET", "/v1/queues").status == status
+        for method, path in (("POST", "pause"), ("POST", "drain"), ("DELETE", "?force=true")):
+            if name != "default":
+                answer = api(method, f"/v1/queues/secret-project/{path}".replace("/?", "?"))
+                assert answer.status == 403
+    made = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    with pytest.raises(BadRequest, match="whole fleet"):
+        made.create([Scope.QUEUES], namespace="acme")
+
+
+def test_a_stream_token_of_a_tenant_is_for_its_run_alone(
+    beatless: Kit, api: Api, tokens: dict[str, str]
+) -> None:
+    for name in ("default", "acme"):
+        api.token = tokens[name]
+        api("POST", "/v1/runs", {"plan": "two_steps", "run_id": "x"})
+    beatless.work_until_idle()
+    made = api("POST", "/v1/runs/x/stream-token").json["token"]
+    api.token = None
+    for name in ("x", "acme~x"):
+        with api.stream(f"/v1/runs/{name}/stream?token={made}") as stream:
+            frames = list(stream)
+        assert '"run_id":"acme~x"' in frames[-1]["data"]
+    assert api("GET", f"/v1/runs/nobody/stream?token={made}").status == 403

@@ -1,0 +1,109 @@
+"""The API of a test's app on a real server, and a client of it in the plainest way."""
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from jobs import App
+from jobs.api import create_api
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Api:
+    """A client of the server, in the plainest way."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.token: str | None = None
+
+    def open(
+        self, method: str, path: str, body: Any = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if data is not None:
+            given.setdefault("Content-Type", "application/json")
+        if self.token:
+            given.setdefault("Authorization", f"Bearer {self.token}")
+        connection.request(method, path, data, given)
+        response = connection.getresponse()
+        response.connection = connection
+        return response
+
+    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        response = self.open(method, path, body, **headers)
+        with response.connection:
+            text = response.read().decode()
+            return Answer(response.status, dict(response.headers.items()), text)
+
+    @contextmanager
+    def stream(self, path: str, **headers: str) -> Iterator[Iterator[dict[str, str]]]:
+        response = self.open("GET", path, **headers)
+        try:
+            assert response.status == 200, response.read()
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            yield frames(response)
+        finally:
+            response.close()
+            response.connection.close()
+
+
+# http.client's connections are no context managers by themselves.
+http.client.HTTPConnection.__enter__ = lambda self: self
+http.client.HTTPConnection.__exit__ = lambda self, *_: self.close()
+
+
+def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
+    """Server-sent events as dicts; comments are left out."""
+    frame: dict[str, str] = {}
+    while line := response.readline():
+        text = line.decode().rstrip("\r\n")
+        if text.startswith(":"):
+            continue
+        if not text:
+            if frame:
+                yield frame
+            frame = {}
+            continue
+        name, _, value = text.partition(":")
+        frame[name] = value.removeprefix(" ")
+
+
+@contextmanager
+def serving(app: App) -> Iterator[Api]:
+    """The app's API in a thread of this process."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    ready = threading.Event()
+    config = uvicorn.Config(create_api(app), port=0, log_level="error", timeout_graceful_shutdown=1)
+    server = Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield Api(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
