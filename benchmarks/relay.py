@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryFile
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import psycopg
@@ -34,11 +36,14 @@ from benchmarks.measure import (
     record,
     services,
 )
-from jobs import App, Settings
+from jobs import App, Plan, Settings, StepContext, step
+from jobs.client import RunRequest
 from jobs.settings import libpq_url
 from orchestrator.events import EventType
+from orchestrator.lease import Leases
 from orchestrator.tables import runs
 from outbox.message import SHARDS, shard_of
+from outbox.publishers import worker_queue
 from outbox.queries import channel_of, doorbell
 from outbox.tables import run_events, run_outbox
 
@@ -64,9 +69,11 @@ def make_runs(bench: Bench, count: int) -> list[str]:
 
 
 def writer(bench: Bench) -> psycopg.Connection[Any]:
-    return psycopg.connect(
-        libpq_url(bench.settings.database_url), autocommit=True, prepare_threshold=5
-    )
+    return writer_of(bench.settings)
+
+
+def writer_of(settings: Settings) -> psycopg.Connection[Any]:
+    return psycopg.connect(libpq_url(settings.database_url), autocommit=True, prepare_threshold=5)
 
 
 def script(statement: str) -> str:
@@ -541,23 +548,27 @@ def latency(bench: Bench) -> None:
 # 12, 13: what the relay asks of Postgres
 
 
-def idle(bench: Bench) -> None:
-    make_runs(bench, 16)
-    ours = (
+def statements(bench: Bench) -> list[tuple[Any, ...]]:
+    """When each session of a relay began its last statement."""
+    return bench.db.execute(
         "SELECT pid, query_start FROM pg_stat_activity"
         " WHERE application_name = 'beatless relay' ORDER BY pid"
-    )
-    statements, ticks = [], []
+    ).fetchall()
+
+
+def idle(bench: Bench) -> None:
+    make_runs(bench, 16)
+    asked, ticks = [], []
     for _ in range(REPEATS):
         with relays(bench) as (process,):
             stat = Path(f"/proc/{process.pid}/stat")
             threading.Event().wait(0.2)  # the last look comes after the locks
-            before, used = bench.db.execute(ours).fetchall(), cpu_ticks(stat)
+            before, used = statements(bench), cpu_ticks(stat)
             threading.Event().wait(2)
-            after = bench.db.execute(ours).fetchall()
+            after = statements(bench)
             ticks.append(float(cpu_ticks(stat) - used))
-            statements.append(float(sum(a != b for a, b in zip(before, after, strict=True))))
-    record("relay.12", statements, unit="", what="statements of an idle relay in 2 s")
+            asked.append(float(sum(a != b for a, b in zip(before, after, strict=True))))
+    record("relay.12", asked, unit="", what="statements of an idle relay in 2 s")
     record("relay.12.ticks", ticks, unit="", what="processor ticks of an idle relay in 2 s")
 
     shares = []
@@ -778,6 +789,108 @@ def takeover(bench: Bench) -> None:
     record("relay.19.locks", locks, unit="ms", what="kill -9 of a leader to all shards led again")
 
 
+# 20: runs that start later
+
+
+@step
+def nothing(_ctx: StepContext) -> None:
+    """What a run does that only its start time is of interest of."""
+
+
+LATER = Plan("later", [nothing])
+DELAYED = 10_000
+OVER = 10.0
+
+
+def claimer(settings: Settings, pipe: Pipe) -> None:
+    """Takes messages from the broker and claims their runs, as 16 processes of a fleet would."""
+    app = App(settings, [LATER])
+    leases = Leases(settings.schema, seconds=600)
+    came: dict[str, float] = {}
+    taken: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
+
+    def claim() -> None:
+        with writer_of(settings) as connection:
+            while (message := taken.get()) is not None:
+                run_id, dispatch = message
+                leases.claim(
+                    connection, run_id, worker="bench", first_step="nothing", dispatch=dispatch
+                )
+
+    def take(body: Any, _message: Any) -> None:
+        run_id, dispatch = body[0]
+        came.setdefault(run_id, time())
+        taken.put((run_id, dispatch))
+
+    threads = [threading.Thread(target=claim) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    with (
+        app.celery.connection_for_read() as broker,
+        broker.Consumer(
+            [worker_queue(settings.prefix, "default")],
+            callbacks=[take],
+            accept=["json"],
+            no_ack=True,
+            prefetch_count=200,
+        ),
+    ):
+        pipe.send("ready")
+        while not pipe.poll():
+            with suppress(TimeoutError):
+                broker.drain_events(timeout=0.05)
+    for _ in threads:
+        taken.put(None)
+    pipe.send(came)
+
+
+def due(bench: Bench) -> None:
+    """Runs that become due one after another, on two relays; none may be early."""
+    app = App(bench.settings, [LATER])
+    p50, p99, early, asked = [], [], [], []
+    for _ in range(REPEATS):
+        bench.db.execute("TRUNCATE runs, run_events, run_outbox, dispatches")
+        here, there = SPAWN.Pipe()
+        listener = bench.child(claimer, there)
+        here.recv()
+        with relays(bench, 2):
+            begin = datetime.now(UTC) + timedelta(seconds=6)
+            times = [begin + timedelta(seconds=OVER * n / DELAYED) for n in range(DELAYED)]
+            started = app.client.start_runs(
+                [RunRequest(plan="later", not_before=at) for at in times]
+            )
+            until(lambda: not bench.db.execute("SELECT FROM run_outbox LIMIT 1").fetchall())
+            until(lambda: asleep(bench) == SHARDS)
+            pause = threading.Event()
+            pause.wait(0.2)
+            before = statements(bench)
+            pause.wait(1)
+            asked.append(float(sum(a != b for a, b in zip(before, statements(bench), strict=True))))
+            until(
+                lambda: (
+                    not bench.db.execute(
+                        "SELECT FROM dispatches WHERE state <> 'running' LIMIT 1"
+                    ).fetchall()
+                ),
+                seconds=60,
+            )
+        here.send("end")
+        came = here.recv()
+        listener.join()
+        late = sorted(
+            1000 * (came[run.run_id] - at.timestamp())
+            for run, at in zip(started, times, strict=True)
+        )
+        p50.append(statistics.median(late))
+        p99.append(late[int(len(late) * 0.99)])
+        early.append(float(sum(one < 0 for one in late)))
+    app.close()
+    record("due.p50", p50, unit="ms", what="due time to message at the consumer, p50")
+    record("due.p99", p99, unit="ms", what="the same, p99: 10,000 runs due over 10 s, 2 relays")
+    record("due.early", early, unit="", what="runs that came before their time")
+    record("due.idle", asked, unit="", what="statements of the relays in 1 s while nothing is due")
+
+
 def local_ports(pid: int) -> set[int]:
     """Local ports of a process's TCP connections."""
     inodes = set()
@@ -799,6 +912,7 @@ ALL: dict[str, Callable[[Bench], None]] = {
     "snapshot": snapshot,
     "wire": wire,
     "takeover": takeover,
+    "due": due,
 }
 
 
