@@ -88,7 +88,7 @@ def remove(env: Environment, run: str) -> None:
 
 
 @click.command()
-@click.option("--state", type=click.Choice(sorted(FINAL)), required=True)
+@click.option("--state", type=click.Choice(sorted(state.value for state in FINAL)), required=True)
 @click.option("--older-than", metavar="7d", required=True, help="Ended so long ago.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Only count what there is to take away.")

@@ -279,3 +279,33 @@ def test_what_a_run_carries_cannot_command_the_terminal(command: Beatless, beatl
     out = command("events", "r").out
     assert "\x1b" not in out
     assert "[red]:key:" in out
+
+
+def test_clean_counts_and_then_takes_away(command: Beatless, beatless: Kit) -> None:
+    beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    beatless.advance(2 * 86_400)
+    arguments = ["clean", "--state", "completed", "--older-than", "1d"]
+
+    said = command(*arguments, "--dry-run")
+    assert said.out == "1 runs with 6 events\n", said.err
+    (counted,) = command(*arguments, "--dry-run", "--json").documents
+    assert counted == {"runs": 1, "events": 6}
+    assert command(*arguments).out == "1\n"
+    assert command(*arguments, "--dry-run").out == "0 runs with 0 events\n"
+
+
+def test_the_events_of_a_pruned_run_are_refused_in_a_line(
+    command: Beatless, beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    beatless.advance(31 * 86_400)
+    (retention,) = beatless_app.chores()
+    with beatless_app.direct_connection() as session:
+        retention.step(session)
+
+    for arguments in (["events", run.run_id], ["events", run.run_id, "--follow"]):
+        refused(command(*arguments), 1, run.run_id, "were removed after the retention time")
+    assert command("show", run.run_id).status == 0
+    assert "events 1 to 6 were removed" in command("explain", run.run_id).out
