@@ -53,6 +53,7 @@ class Retention:
         }
         self._keeps_runs = runs_days == 0
         self._since: Any = None
+        self._events = self._runs = 0
         s = schema
         # `since` passes over the index entries of what this session has deleted: VACUUM has not
         # been there yet, and every look would begin with all of them.
@@ -110,14 +111,15 @@ SELECT extract(epoch FROM least(
             removed = self._prune_events(connection)
             if not removed and not self._keeps_runs:
                 removed = len(execute(connection, self._forget, self._parameters))
-                if removed:
-                    logger.info(
-                        "runs removed after the retention time",
-                        extra={"action": "runs_removed", "runs": removed},
-                    )
+                self._runs += removed
         if removed:
             return EASE * (monotonic() - began)
-        self._since = None
+        if self._events or self._runs:
+            logger.info(
+                "what ended long ago was removed",
+                extra={"action": "retention", "events": self._events, "runs": self._runs},
+            )
+        self._since, self._events, self._runs = None, 0, 0
         (due,) = execute(connection, self._next, self._parameters)[0]
         return REST if due is None else min(REST, max(SHORT_REST, due))
 
@@ -137,8 +139,5 @@ SELECT extract(epoch FROM least(
         self._faults.reach("retention.pruned")
         self._since = rows[-1][4]
         removed: int = sum(row[2] - row[1] for row in rows)
-        logger.info(
-            "events pruned after the retention time",
-            extra={"action": "events_pruned", "runs": len(rows), "events": removed},
-        )
+        self._events += removed
         return removed

@@ -129,6 +129,9 @@ def test_runs_survive_the_death_of_the_master_and_streams_stay_exact(
         live += [event.seq for event in events]
     subscription.close()
     kit.verify()
+    # And nobody's password is in a log.
+    for log in tmp_path.glob("*.log"):
+        assert "-secret" not in log.read_text(), log.name
 
 
 def test_asynchronous_streams_go_through_sentinels_too(kit_on: MakeKit, sentinels: Watched) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import psycopg
 import pytest
 
 from jobs import App, CannotRetry, EventsPruned, RunNotFound
+from jobs.api.sse import frames
 from jobs.testing import Kit
 from orchestrator.retention import REST, SHORT_REST, Retention
 from outbox.backoff import Backoff
@@ -180,6 +182,21 @@ def test_a_pruned_run_goes_after_its_own_time_and_its_key_is_free_then(
     beatless.verify()
 
 
+def test_one_line_in_the_log_tells_what_was_removed(
+    beatless: Kit, session, retention, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        finish(beatless, "two_steps")
+    beatless.advance(31 * DAY)
+    caplog.set_level("INFO", "orchestrator.retention")
+    chore = retention(batch=3, runs_days=1)
+    exhaust(chore, session)
+    beatless.advance(2 * DAY)
+    exhaust(chore, session)
+    exhaust(chore, session)
+    assert [(record.events, record.runs) for record in caplog.records] == [(12, 0), (0, 2)]
+
+
 def test_runs_are_kept_for_ever_if_asked(beatless: Kit, session, retention) -> None:
     run_id = finish(beatless, "two_steps")
     chore = retention(runs_days=0)
@@ -306,6 +323,28 @@ def test_an_asynchronous_stream_that_is_overtaken_says_so_too(
     with pytest.raises(EventsPruned, match="the events after 500 of run"):
         asyncio.run(follow())
     assert seen == list(range(1, 501))
+
+
+def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
+    beatless: Kit, watched: str, session, retention
+) -> None:
+    run, ids = beatless.client.get_run(watched), list[str]()
+
+    async def follow() -> None:
+        async for frame in frames(
+            beatless.client, run, epoch="e", after=0, reset=False, counted=nullcontext
+        ):
+            ids.append(str(frame.id))
+            if frame.id == "e.1":
+                beatless.advance(31 * DAY)
+                exhaust(retention(), session)
+        await beatless.app.streams.aclose()
+
+    asyncio.run(follow())
+    assert ids == [f"e.{seq}" for seq in range(501)]
+    # What the server does with the viewer's Last-Event-ID; the answer is in test_api.
+    with pytest.raises(EventsPruned, match="after 500"):
+        beatless.client.get_run(watched).require_events(500)
 
 
 # The relay's timers
