@@ -552,7 +552,7 @@ def statements(bench: Bench) -> list[tuple[Any, ...]]:
     """When each session of a relay began its last statement."""
     return bench.db.execute(
         "SELECT pid, query_start FROM pg_stat_activity"
-        " WHERE application_name = 'beatless relay' ORDER BY pid"
+        " WHERE application_name LIKE 'beatless relay%' ORDER BY pid"
     ).fetchall()
 
 

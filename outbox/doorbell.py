@@ -33,6 +33,9 @@ RV = TypeVar("RV")
 PATIENCE = 10.0
 """Seconds that one statement of the relay may take before its session counts as dead."""
 
+KIN = "beatless relay of "
+"""Starts the application name of a relay's other sessions; the pid of the first follows."""
+
 KEEPALIVE = {
     "keepalives": 1,
     "keepalives_idle": 5,
@@ -139,6 +142,13 @@ class Sessions:
         if not found or found[0] is None:
             raise SchemaMissing(self.queries.schema)
         prepare_to_drain(self.work)
+        found = self.work.execute("SELECT pg_backend_pid()").fetchone()
+        # Not what libpq says: that may be a pooler's invention. The other two name the first.
+        self.pid = int(found[0]) if found else 0
+        for connection in (self.bell, self.watch):
+            connection.execute(
+                "SELECT set_config('application_name', %s, false)", (f"{KIN}{self.pid}",)
+            )
         self.work.add_notify_handler(self._heard)
         self.work.execute(f'LISTEN "{self.queries.channel}"')
         self.work.execute(f"SELECT pg_advisory_lock_shared({self.queries.leader_key}, -1)")
@@ -187,13 +197,40 @@ class Sessions:
             "SELECT pg_notify(%s, %s)", (self.queries.channel, json.dumps({"relays": "changed"}))
         )
 
+    def end_silent(self, seconds: float) -> list[int]:
+        """End the sessions of relays that sent no statement for so long; the pids they go by.
+
+        A frozen process keeps its locks for as long as its kernel answers for it. A relay whose
+        sessions are ended starts over when it wakes, and can mark nothing of what it had in hand.
+        """
+        rows = self.work.execute(
+            f"""
+WITH bound AS (
+  SELECT DISTINCT pid FROM pg_locks
+   WHERE locktype = 'advisory' AND objsubid = 2
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+     AND (classid = ({self.queries.leader_key})::oid
+          OR classid = ({self.queries.bell_key})::oid AND mode = 'ExclusiveLock')
+), kin AS (
+  SELECT a.pid, a.state_change,
+         coalesce(substring(a.application_name FROM '^{KIN}([0-9]+)$')::int, a.pid) AS relay
+    FROM pg_stat_activity a JOIN bound USING (pid) WHERE a.usename = current_user
+), silent AS (
+  SELECT relay FROM kin WHERE relay <> pg_backend_pid() GROUP BY relay
+  HAVING max(state_change) < clock_timestamp() - make_interval(secs => %s)
+)
+SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)""",
+            (seconds,),
+        ).fetchall()
+        return sorted({pid for pid, _ in rows})
+
     def _heard(self, notification: psycopg.Notify) -> None:
         if notification.payload.startswith("{"):
             message = json.loads(notification.payload)
             if "ping" in message:
                 self._pongs.add(message["ping"])
                 return
-            if notification.pid != self.work.pgconn.backend_pid:
+            if notification.pid != self.pid:
                 self.members_changed = True
         self.rung = True
 

@@ -36,7 +36,8 @@ class CrashPoints:
     """Ends the process at the n-th pass of a named point.
 
     The specification is `point@n:action`, comma separated; `@n` defaults to 1, the action is `kill`
-    (SIGKILL to this process, the default) or `raise` (`SimulatedCrash`).
+    (SIGKILL to this process, the default), `stop` (SIGSTOP: it is frozen there until SIGCONT) or
+    `raise` (`SimulatedCrash`).
     """
 
     def __init__(self, specification: str = "") -> None:
@@ -51,8 +52,8 @@ class CrashPoints:
         """Crash at the nth pass from now. Raises ValueError for an unknown point or action."""
         if point not in POINTS:
             raise ValueError(f"no crash point {point!r}: choose one of {', '.join(sorted(POINTS))}")
-        if action not in ("kill", "raise"):
-            raise ValueError(f"no crash action {action!r}: choose kill or raise")
+        if action not in ("kill", "stop", "raise"):
+            raise ValueError(f"no crash action {action!r}: choose kill, stop or raise")
         self._armed[point] = (nth, action)
         self._passes[point] = 0
 
@@ -71,4 +72,6 @@ class CrashPoints:
         del self._armed[point]
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise SimulatedCrash(point)
+        if action == "raise":
+            raise SimulatedCrash(point)
+        os.kill(os.getpid(), signal.SIGSTOP)

@@ -6,13 +6,18 @@ from typing import Any, Protocol
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
-from kombu.exceptions import KombuError, OperationalError
+from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError, RedisError, ResponseError
+from redis.retry import Retry
 
 from outbox.errors import PublishFailed, PublishRefused
 from outbox.message import EventMessage, TaskMessage
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
+
+
+CONNECT_TIMEOUT, TIMEOUT = 1.0, 2.0
+"""Seconds for Redis: whoever publishes has a back-off of his own, and dispatches wait meanwhile."""
 
 
 class EventPublisher(Protocol):
@@ -41,6 +46,12 @@ class RedisEventPublisher:
     """
 
     def __init__(self, client: "redis.Redis", prefix: str) -> None:
+        # Without redis-py's own retries, which block for seconds while Redis is away.
+        client.connection_pool.connection_kwargs.update(
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+        )
         self._client = client
         self._prefix = prefix
         self._sha = ""
@@ -87,9 +98,10 @@ class CeleryTaskPublisher:
                         self._send(messages, producer)
                 else:
                     self._send(messages, producer)
-        except (OperationalError, KombuError, OSError, RedisError) as error:
+        except Exception as error:
+            # Each transport has errors of its own, with no base in common: the door is shut.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
-            reason = str(error)
+            reason = str(error) or type(error).__name__
             if isinstance(error.__cause__, MovedError):
                 reason = "it is a Redis Cluster, on which Celery's queues cannot live"
             raise PublishFailed("the broker", reason) from error

@@ -15,6 +15,7 @@ from psycopg.types.string import ByteaBinaryLoader
 
 from outbox.backoff import Backoff
 from outbox.chores import Chore, Chores
+from outbox.courier import Courier
 from outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
 from outbox.errors import (
     DirectConnectionRequired,
@@ -37,6 +38,9 @@ STEADY = 5.0
 STRIKES = 5
 """Refusals of one message, while its door is open to others, after which it is parked."""
 
+SILENT = 2
+"""Watchdog intervals without a statement after which a relay counts as frozen."""
+
 BUSY = 8
 """Messages in one look that show more load than ringing is good for."""
 
@@ -45,6 +49,12 @@ BURST = 500
 
 DROWSY_LOOK = 0.02
 """Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
+
+PROMPT = 0.05
+"""Seconds that a step waits for the broker; what takes longer is taken back later."""
+
+PARTING = 2.0
+"""Seconds that a relay which stops waits for the broker. What it does not note is sent again."""
 
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
@@ -94,7 +104,7 @@ class Drain:
     """Publishes what is due, one batch per step, and forgets a batch in the step after it.
 
     1. one round trip: delete what the last step published, select what comes next
-    2. publish the events, then the tasks
+    2. send the tasks on their way, publish the events
     3. remember both as published; nothing is deleted that a door has not accepted
     """
 
@@ -110,11 +120,12 @@ class Drain:
         redispatch: float,
         faults: CrashPoints,
         observer: Observer,
+        on_return: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._queries = queries
         self._events = events
-        self._tasks = tasks
+        self._courier = Courier(tasks, on_return)
         self._event_door = event_door
         self._task_door = task_door
         self._redispatch = redispatch
@@ -132,6 +143,7 @@ class Drain:
         self, shards: Sequence[int], *, run_id: str | None = None, now: datetime | None = None
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
+        sent = list(self._take_back(shards))
         with self._connection.pipeline():
             self._forget(now)
             events = self._pick_events(shards, run_id)
@@ -140,25 +152,44 @@ class Drain:
         messages = task_messages(tasks.fetchall()) if tasks else []
         if picked or messages:
             self._faults.reach("relay.after_claim")
-        moved = self._publish_events(picked) + self._publish_tasks(messages, shards)
-        if moved:
+        if messages:
+            self._courier.send(messages)
+        published = self._publish_events(picked)
+        if messages and self._courier.wait(PROMPT):
+            sent += self._take_back(shards)
+        if published or sent:
             self._faults.reach("relay.after_publish")
             self._observer(
                 "drained",
                 {
-                    "events": len(self._published),
-                    "tasks": len(self._sent),
+                    "events": published,
+                    "tasks": len(sent),
                     "rows": self._published,
-                    "messages": self._sent,
+                    "messages": sent,
                 },
             )
         if run_id is None and events is not None:
             self._raise_floor(picked)
-        return moved
+        return published + len(sent)
 
-    def finish(self) -> None:
+    def finish(self, now: datetime | None = None, *, patience: float | None = PARTING) -> None:
         """Delete what the last step published, without selecting more."""
-        self._forget(None)
+        self._courier.wait(patience)
+        self._take_back(())
+        self._forget(now)
+
+    @property
+    def returned(self) -> bool:
+        """Whether the broker has answered, after a step that did not wait for it."""
+        return self._courier.returned
+
+    def await_broker(self) -> bool:
+        """Wait for the tasks that are on their way; False if there are none."""
+        return self._courier.away and self._courier.wait(None)
+
+    def close(self) -> None:
+        """End the thread that hands tasks over."""
+        self._courier.close()
 
     def next_due(self, shards: Sequence[int]) -> float | None:
         """Seconds until the next dispatch of these shards is due, or None."""
@@ -208,7 +239,7 @@ class Drain:
     def _pick_tasks(
         self, shards: Sequence[int], run_id: str | None, now: datetime | None
     ) -> psycopg.Cursor[tuple[Any, ...]] | None:
-        if not self._task_door.open:
+        if not self._task_door.open or self._courier.away:
             return None
         return self._connection.execute(
             self._queries.pick_tasks_sql,
@@ -295,19 +326,21 @@ class Drain:
             extra={"action": "parked", "run_id": run_id, "reason": str(refusal)},
         )
 
-    def _publish_tasks(self, messages: list[TaskMessage], shards: Sequence[int]) -> int:
-        if not messages:
-            return 0
-        try:
-            self._tasks.publish(messages)
-        except PublishFailed as error:
-            self._task_door.failed(error)
-            return 0
-        self._sent = messages
+    def _take_back(self, shards: Sequence[int]) -> Sequence[TaskMessage]:
+        """Note what has become of the tasks that are on their way; those that have arrived."""
+        delivery = self._courier.take_back()
+        if delivery is None:
+            return ()
+        if isinstance(delivery.error, (PublishFailed, PublishRefused)):
+            self._task_door.failed(delivery.error)
+            return ()
+        if delivery.error is not None:
+            raise delivery.error
+        self._sent = list(delivery.messages)
         if self._task_door.succeeded():
             # The broker may have come back empty: what it held and nobody claimed is sent again.
             self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
-        return len(messages)
+        return self._sent
 
     def _raise_floor(self, picked: Sequence[PickedEvents]) -> None:
         """Skip the dead rows that an old snapshot keeps VACUUM from removing.
@@ -420,9 +453,7 @@ class Relay:
             self._thread.join()
         self._chores.stop()
         with self._once_lock:
-            if self._once is not None:
-                self._once[0].close()
-                self._once = None
+            self._forget_once()
         self._alarm.close()
 
     def drain_once(self, run_id: str | None = None, now: datetime | None = None) -> int:
@@ -439,14 +470,22 @@ class Relay:
             drain = self._once[1]
             total = 0
             try:
-                while moved := drain.step(ALL_SHARDS, run_id=run_id, now=now):
+                while (moved := drain.step(ALL_SHARDS, run_id=run_id, now=now)) or (
+                    drain.await_broker()
+                ):
                     total += moved
-                drain.finish()
+                drain.finish(now)
             except BaseException:
-                self._once[0].close()
-                self._once = None
+                self._forget_once()
                 raise
             return total
+
+    def _forget_once(self) -> None:
+        if self._once is not None:
+            connection, drain = self._once
+            self._once = None
+            drain.close()
+            connection.close()
 
     def run(self, on_error: Callable[[Exception], None] | None = None) -> None:
         """Work until `stop()`. Raises SchemaMissing or DirectConnectionRequired at the start."""
@@ -459,7 +498,11 @@ class Relay:
                     proven = True
                     self._chores.start()
                     self._observer("relay_started", {})
-                    Shift(self, sessions).work()
+                    shift = Shift(self, sessions)
+                    try:
+                        shift.work()
+                    finally:
+                        shift.close()
             except Exception as error:
                 # Whatever it is: a relay that ends would leave its shards to nobody.
                 if not proven and isinstance(error, (DirectConnectionRequired, SchemaMissing)):
@@ -473,7 +516,8 @@ class Relay:
                 self._observer("relay_failed", {"error": str(error)})
                 if on_error is not None:
                     on_error(error)
-                select.select([self._alarm], [], [], delay)
+                if not self._stopping.is_set():
+                    select.select([self._alarm], [], [], delay)
         self._chores.stop()
         self._observer("relay_stopped", {})
 
@@ -488,6 +532,7 @@ class Relay:
             redispatch=self._redispatch,
             faults=self._faults,
             observer=self._observer,
+            on_return=self._alarm.ring,
         )
 
 
@@ -519,6 +564,15 @@ class Shift:
                     self._sleep()
         self._drain.finish()
 
+    def close(self) -> None:
+        """End what the drain has begun."""
+        self._drain.close()
+
+    def _wait(self, seconds: float) -> None:
+        self._sessions.wait(seconds, self._relay._alarm)
+        # Whoever rang has said why before: it is looked at after this.
+        self._relay._alarm.quiet()
+
     def _stay_awake(self) -> None:
         quiet_since, total = monotonic(), 0
         # After a burst the next one is near, and a stall of the disk is not silence.
@@ -528,7 +582,8 @@ class Shift:
             if moved := self._drain.step(self._shards):
                 quiet_since, total = monotonic(), total + moved
             else:
-                self._sessions.wait(self._relay._nap, self._relay._alarm)
+                self._wait(self._relay._nap)
+            self._look_after_sessions()
         self._sessions.doze(self._shards)
 
     def _fall_asleep(self) -> None:
@@ -544,21 +599,22 @@ class Shift:
         elif not self._sessions.rung:
             # The locks are asked for one after another: behind a shard whose lock a caller's open
             # transaction holds, the writers of the others are still silent. So look now and then.
-            self._sessions.wait(min(self._patience(), DROWSY_LOOK), self._relay._alarm)
+            self._wait(min(self._patience(), DROWSY_LOOK))
             self._look_after_sessions()
 
     def _sleep(self) -> None:
-        if not self._sessions.rung:
-            self._sessions.wait(self._patience(), self._relay._alarm)
+        if not self._sessions.rung and not self._drain.returned:
+            self._wait(self._patience())
         if self._relay._stopping.is_set() or self._sessions.members_changed:
             return
         rung, self._sessions.rung = self._sessions.rung, False
         due = self._next_due is not None and monotonic() >= self._next_due
-        if rung or due:
+        if rung or due or self._drain.returned:
             woke, before = monotonic(), self._last_wake
             self._last_wake = woke
             moved = self._drain_all()
-            self._relay._observer("relay_woke", {"source": "notify" if rung else "timer"})
+            source = "notify" if rung else "timer" if due else "broker"
+            self._relay._observer("relay_woke", {"source": source})
             # As Linux' NAPI: interrupts while idle, none under load.
             if moved > BUSY or (moved and woke - before < self._relay._linger):
                 self._sessions.rouse()
@@ -582,13 +638,22 @@ class Shift:
         return max(0.0, until - monotonic()) + 0.0005
 
     def _look_after_sessions(self) -> None:
-        """The only periodic statement of an idle relay: prove that a NOTIFY still arrives."""
+        """The only periodic statements of an idle relay.
+
+        They prove that a NOTIFY still arrives, tell the other relays that this one is not frozen,
+        and end those that are.
+        """
         if monotonic() < self._watchdog_at:
             return
         if self._sessions.state is State.ASLEEP:
             self._sessions.prove_listening(5.0)
-        else:
-            self._sessions.work.execute("SELECT 1")
+        for pid in self._sessions.end_silent(self._relay._watchdog * SILENT):
+            logger.warning(
+                "a relay was silent for too long: its sessions were ended, its shards are free",
+                extra={"action": "relay_silenced", "pid": pid},
+            )
+            self._relay._observer("relay_silenced", {"pid": pid})
+            self._sessions.members_changed = True
         self._relay._observer("relay_watchdog", {})
         self._watchdog_at = monotonic() + self._relay._watchdog
 
@@ -600,7 +665,7 @@ class Shift:
         sessions.watch_shard(None)
         changed = sessions.watch_granted  # somebody died: the others must count anew as well
         sessions.members_changed = sessions.watch_granted = False
-        me = sessions.work.pgconn.backend_pid
+        me = sessions.pid
         holders, members = self._holders()
         share = math.ceil(SHARDS / max(1, len(members)))
         mine = sorted(shard for shard, pid in holders.items() if pid == me)

@@ -299,7 +299,7 @@ def test_a_lost_commit_of_a_transactional_step_is_looked_up(
 def test_crash_points_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no crash point 'step\.never'"):
         CrashPoints("step.never@1:kill")
-    with pytest.raises(ValueError, match="choose kill or raise"):
+    with pytest.raises(ValueError, match="choose kill, stop or raise"):
         CrashPoints("step.before@1:explode")
 
 

@@ -154,7 +154,7 @@ def test_ten_thousand_events_under_fire_are_neither_lost_nor_reordered(
             writer.start()
         while round % 2 and any(writer.is_alive() for writer in writers):
             victims = postgres.execute(
-                "SELECT pid FROM pg_stat_activity WHERE application_name = 'beatless relay'"
+                "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'beatless relay%%'"
                 " AND pid IN (SELECT pid FROM pg_locks WHERE classid IN"
                 " ('dispatches'::regclass, 'run_outbox'::regclass))"
             ).fetchall()

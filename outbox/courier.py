@@ -1,0 +1,79 @@
+"""Carries task messages to their publisher in a thread of its own, one batch at a time."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from outbox.message import TaskMessage
+from outbox.publishers import TaskPublisher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What has become of a batch."""
+
+    messages: Sequence[TaskMessage]
+    error: BaseException | None
+    """None: the publisher has accepted all of it."""
+
+
+class Courier:
+    """A broker that hangs for its whole timeout delays no event, because it has its own thread.
+
+    Used by one thread, which sends, waits a moment, and takes back; `on_return` is called in the
+    courier's thread when a batch that is not waited for any more has found its end.
+    """
+
+    def __init__(self, publisher: TaskPublisher, on_return: Callable[[], None]) -> None:
+        self._publisher = publisher
+        self._on_return = on_return
+        self._orders: queue.SimpleQueue[Sequence[TaskMessage] | None] = queue.SimpleQueue()
+        self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._returned: Delivery | None = None
+        self._thread: threading.Thread | None = None
+        self.away = False
+        """A batch was sent and not taken back: send no other."""
+
+    def send(self, messages: Sequence[TaskMessage]) -> None:
+        """Let this batch be published."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="beatless-courier", daemon=True)
+            self._thread.start()
+        self.away = True
+        self._orders.put(messages)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait for the batch that is away; False if its fate is still unknown then."""
+        if self.away and self._returned is None:
+            try:
+                self._returned = self._deliveries.get(timeout=seconds)
+            except queue.Empty:
+                return False
+        return True
+
+    def take_back(self) -> Delivery | None:
+        """What has become of the batch; None if none was sent, or it is still on its way."""
+        if not self.away or not self.wait(0):
+            return None
+        delivery, self._returned, self.away = self._returned, None, False
+        return delivery
+
+    @property
+    def returned(self) -> bool:
+        """Whether there is something to take back."""
+        return self.away and (self._returned is not None or not self._deliveries.empty())
+
+    def close(self) -> None:
+        """End the thread. One that hangs in its publisher ends after it, and is not awaited."""
+        self._orders.put(None)
+
+    def _run(self) -> None:
+        while (messages := self._orders.get()) is not None:
+            error: BaseException | None = None
+            try:
+                self._publisher.publish(messages)
+            except BaseException as raised:
+                error = raised
+            self._deliveries.put(Delivery(messages=messages, error=error))
+            self._on_return()
