@@ -36,6 +36,10 @@ REDIS_TIMEOUTS: dict[str, Any] = {
 }
 
 
+PUBLISH_TIMEOUTS = {"socket_timeout": 2, "socket_connect_timeout": 1}
+"""A relay dispatches nothing while it publishes events."""
+
+
 class App:
     """Your plans and where they run. Opens no connection before something is done with it.
 
@@ -146,7 +150,10 @@ class App:
     def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
         """A relay for this app's schema; options are those of `Relay`."""
         return Relay(
-            events=RedisEventPublisher(self.redis(), self.settings.prefix),
+            events=RedisEventPublisher(
+                self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS),
+                self.settings.prefix,
+            ),
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             **{
                 "connect": self.direct_connection,

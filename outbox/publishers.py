@@ -16,10 +16,6 @@ from outbox.message import EventMessage, TaskMessage
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 
 
-CONNECT_TIMEOUT, TIMEOUT = 1.0, 2.0
-"""Seconds for Redis: whoever publishes has a back-off of his own, and dispatches wait meanwhile."""
-
-
 class EventPublisher(Protocol):
     """Carries committed events to whoever watches."""
 
@@ -46,12 +42,8 @@ class RedisEventPublisher:
     """
 
     def __init__(self, client: "redis.Redis", prefix: str) -> None:
-        # Without redis-py's own retries, which block for seconds while Redis is away.
-        client.connection_pool.connection_kwargs.update(
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-        )
+        # The relay has a back-off of its own; redis-py's would block its drains for seconds.
+        client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
         self._client = client
         self._prefix = prefix
         self._sha = ""

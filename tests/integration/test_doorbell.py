@@ -263,3 +263,35 @@ def test_the_server_as_well_notices_a_relay_whose_host_has_vanished(sessions: Se
             "tcp_keepalives_interval": "1",
             "tcp_keepalives_count": "3",
         }
+
+
+def test_a_silent_relay_is_ended_with_all_of_its_sessions_and_nobody_else(
+    beatless: Kit,
+    beatless_app: App,
+    sessions: Sessions,
+    writer: psycopg.Connection,
+    postgres: psycopg.Connection,
+) -> None:
+    """Silent is who has sent no statement for so long, with or without a lock in its hands."""
+    beatless.start_run("two_steps", connection=writer)
+    key = beatless_app.queries.leader_key
+    with Sessions(beatless_app.queries, beatless_app.direct_connection) as other:
+        other.work.execute(f"SELECT pg_advisory_lock({key}, 3)")
+        sessions.watch_shard(3)
+        other.doze([3])
+        while not other.granted():
+            other.wait(5)
+        theirs = [other.work.info.backend_pid, other.bell.info.backend_pid]
+
+        assert sessions.end_silent(3600) == []
+        assert sessions.end_silent(0) == [other.pid]
+
+        left = postgres.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)", (theirs,)
+        ).fetchone()
+        assert left == (0,)
+    while not sessions.watch_granted:
+        sessions.wait(5)
+    assert sessions.end_silent(0) == []
+    writer.commit()  # it waited for longer than that, too, and is no relay
+    assert len(beatless.client.list_runs()) == 1

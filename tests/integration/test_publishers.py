@@ -1,8 +1,13 @@
 """The two real doors: what they carry, and what they say when they are shut."""
 
+import socket
+import threading
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import pytest
+import redis
+from amqp.exceptions import PreconditionFailed
 
 from jobs import App
 from jobs.services import free_port
@@ -74,3 +79,42 @@ def test_a_broker_that_is_away_is_a_failure_that_can_be_repeated(
             [TaskMessage(run_id=f"r{n}", task="t", queue="q", attempt=1) for n in range(count)]
         )
     app.close()
+
+
+def test_a_redis_that_hangs_up_is_asked_once_and_not_again_behind_the_relays_back(
+    beatless_app: App,
+) -> None:
+    """The relay has a back-off of its own; redis-py's would block its drains for seconds."""
+    calls = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            nonlocal calls
+            with suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+                    calls += 1
+
+        answering = threading.Thread(target=hang_up)
+        answering.start()
+        with closing(redis.Redis(port=listener.getsockname()[1])) as client:
+            door = RedisEventPublisher(client, "p")
+            with pytest.raises(PublishFailed, match="Redis cannot be reached"):
+                door.publish([EventMessage(run_id="r", body=b"x")])
+        listener.shutdown(socket.SHUT_RDWR)
+        answering.join(10)
+    assert calls == 1
+
+
+def test_whatever_a_brokers_library_raises_is_a_failure_that_can_be_repeated(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """amqp's errors have no base in common with kombu's, nor with the system's."""
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PreconditionFailed("inequivalent arg 'x-max-priority'")
+
+    monkeypatch.setattr(beatless_app.celery, "send_task", refuse)
+    door = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
+    with pytest.raises(PublishFailed, match=r"broker cannot be reached: .*inequivalent arg"):
+        door.publish([TaskMessage(run_id="r", task="t", queue="default", attempt=1)])

@@ -1,0 +1,205 @@
+"""Relays as processes, frozen and killed in the middle of a batch; Redis and a broker that go away.
+
+Each test has the server that it hurts for itself: others use the shared ones meanwhile.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+
+import psycopg
+import pytest
+import redis
+
+from jobs import App, RunState
+from jobs.dev import Child
+from jobs.services import EmbeddedValkey
+from jobs.stream import parse
+from jobs.testing import Kit
+from outbox.backoff import Backoff
+from outbox.message import SHARDS
+from outbox.publishers import channel_for
+from outbox.relay import Relay
+from tests.integration.test_relay import Announcements, shards_of
+
+APP = "tests.plans:app"
+QUICK = Backoff(initial=0.01, cap=0.05)
+
+
+class Wire:
+    """Everything that is published of one run, doubles and all."""
+
+    def __init__(self, client: redis.Redis, prefix: str, run_id: str) -> None:
+        self.seqs: list[int] = []
+        self._ear = client.pubsub(ignore_subscribe_messages=True)
+        self._ear.subscribe(channel_for(prefix, run_id))
+        self._ear.get_message(timeout=5)
+
+    def hear(self, count: int) -> list[int]:
+        """Wait for so many events."""
+        deadline = monotonic() + 20
+        while len(self.seqs) < count:
+            assert monotonic() < deadline, self.seqs
+            if message := self._ear.get_message(timeout=1):
+                self.seqs += [event.seq for event in parse(message["data"])]
+        return self.seqs
+
+    def close(self) -> None:
+        self._ear.close()
+
+
+@contextmanager
+def wire(app: App, run_id: str) -> Iterator[Wire]:
+    client = app.redis()
+    listening = Wire(client, app.settings.prefix, run_id)
+    try:
+        yield listening
+    finally:
+        listening.close()
+        client.close()
+
+
+@contextmanager
+def standby(app: App, **options) -> Iterator[tuple[Relay, Announcements]]:
+    announcements = Announcements()
+    relay = app.relay(observer=announcements, backoff=QUICK, **options)
+    relay.start()
+    try:
+        yield relay, announcements
+    finally:
+        relay.stop()
+
+
+def wait_stopped(child: Child) -> None:
+    """Return when the process has been stopped, by itself or by us."""
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+
+
+def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_when_it_wakes(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")  # before: its event and its dispatch are one batch
+    with wire(beatless_app, run.run_id) as published:
+        frozen = beatless.relay_process(APP, fault="relay.after_claim@1:stop")
+        wait_stopped(frozen)
+        try:
+            with standby(beatless_app, watchdog=0.2) as (_, announcements):
+                assert announcements.wait("relay_silenced")["pid"]
+                announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
+                beatless.wait_for_outbox_flush(run.run_id)
+                while beatless.step(run.run_id):
+                    beatless.wait_for_outbox_flush(run.run_id)
+                assert published.hear(6) == [1, 2, 3, 4, 5, 6]
+                sent = postgres.execute("SELECT run_id FROM dispatches").fetchall()
+
+                os.kill(frozen.pid, signal.SIGCONT)
+
+                assert published.hear(7) == [1, 2, 3, 4, 5, 6, 1]  # what it had in its hands
+                assert postgres.execute("SELECT run_id FROM dispatches").fetchall() == sent
+                # It has noticed, and is a member again.
+                announcements.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
+                runs = [beatless.start_run("two_steps") for _ in range(20)]
+                for each in runs:
+                    beatless.wait_for_outbox_flush(each.run_id)
+        finally:
+            os.kill(frozen.pid, signal.SIGCONT)
+    last = beatless.start_run("two_steps")
+    beatless.wait_for_outbox_flush(last.run_id)  # now it leads all
+    beatless.verify()
+
+
+def test_a_leader_killed_between_publish_and_delete_doubles_on_the_wire_and_loses_nothing(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    runs = [beatless.start_run("two_steps") for _ in range(3)]
+    with wire(beatless_app, runs[0].run_id) as published:
+        dying = beatless.relay_process(APP, fault="relay.after_publish@1:kill")
+        dying.reap(monotonic() + 20)
+        assert published.hear(1) == [1]
+        with standby(beatless_app):
+            for run in runs:
+                beatless.wait_for_outbox_flush(run.run_id)
+            assert published.hear(2) == [1, 1]
+    assert postgres.execute("SELECT count(*) FROM run_outbox").fetchone() == (0,)
+    assert beatless.work_until_idle() >= 3
+    beatless.verify()
+
+
+class TestBrokerThatHangs:
+    @pytest.fixture
+    def broker(self, tmp_path: Path) -> Iterator[EmbeddedValkey]:
+        with EmbeddedValkey(tmp_path / "broker") as server:
+            yield server
+
+    @pytest.fixture
+    def beatless_settings(self, broker: EmbeddedValkey) -> dict[str, object]:
+        return {"broker_url": broker.url}
+
+    def test_a_broker_that_hangs_stops_no_event(
+        self, beatless: Kit, beatless_app: App, broker: EmbeddedValkey
+    ) -> None:
+        with standby(beatless_app) as (_, announcements):
+            announcements.wait("relay_asleep")
+            before = beatless.start_run("two_steps")
+            beatless.wait_for_outbox_flush(before.run_id)
+            announcements.wait_until(lambda seen: tasks_in(seen) == 1)
+            os.kill(broker.pid, signal.SIGSTOP)
+            try:
+                for _ in range(3):
+                    run = beatless.start_run("two_steps")
+                    beatless.wait_for_outbox_flush(run.run_id, timeout=10)
+                assert tasks_in(announcements.seen) == 1
+            finally:
+                os.kill(broker.pid, signal.SIGCONT)
+            announcements.wait_until(lambda seen: tasks_in(seen) == 4)
+        assert beatless.work_until_idle() >= 4
+        beatless.verify()
+
+
+def tasks_in(seen) -> int:
+    return sum(facts["tasks"] for name, facts in seen if name == "drained")
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    with EmbeddedValkey(tmp_path / "bus") as server:
+        yield server
+
+
+def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
+    beatless: Kit, beatless_app: App, bus: EmbeddedValkey, postgres: psycopg.Connection
+) -> None:
+    """Events go through a Redis of the test's own, tasks through the shared one."""
+    settings = replace(beatless_app.settings, redis_url=bus.url)
+    app = App(settings, list(beatless_app.plans.values()))
+    with standby(app) as (_, announcements):
+        announcements.wait("relay_asleep")
+        first = beatless.start_run("two_steps")
+        announcements.wait_until(lambda seen: tasks_in(seen) == 1 and events_in(seen) == 1)
+        bus.stop()
+
+        runs = [beatless.start_run("two_steps") for _ in range(3)]
+        announcements.wait("publish_failed", 2)
+        announcements.wait_until(lambda seen: tasks_in(seen) == 4)
+        for run in runs:
+            while beatless.step(run.run_id):
+                pass
+        waiting = postgres.execute("SELECT count(*) FROM run_outbox").fetchone()[0]
+        assert waiting > 3
+
+        bus.start()
+        announcements.wait_until(lambda seen: events_in(seen) == 1 + waiting)
+    app.close()
+    assert beatless.client.get_run(first.run_id).state is RunState.QUEUED
+    for run in runs:
+        assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.drain_outbox_once()
+    beatless.verify()
+
+
+def events_in(seen) -> int:
+    return sum(facts["events"] for name, facts in seen if name == "drained")
