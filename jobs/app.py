@@ -10,7 +10,7 @@ from kombu import Connection
 from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
-from jobs import logs
+from jobs import canary, logs
 from jobs.client import Client
 from jobs.metrics import Metrics, both
 from jobs.queues import Queues
@@ -55,6 +55,9 @@ class App:
             names = [plan.name for plan in plans]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
+        self._canary = canary.canary(plans)
+        if self._canary.name in self.plans:
+            raise PlanError(f"the plan {self._canary.name} is beatless's own: choose another name")
         self.journal = Journal(settings.schema, max_event_bytes=settings.max_event_bytes)
         self.leases = Leases(settings.schema, seconds=settings.lease_seconds)
         self.queries = Queries(settings.schema)
@@ -67,7 +70,7 @@ class App:
                 **KEEPALIVE,
             },
         )
-        self.metrics = Metrics(plans, self.engine, settings.schema)
+        self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
         autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.streams = Streams(
@@ -98,13 +101,16 @@ class App:
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
-        for plan in plans:
+        for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)
 
-    def client_for(self, namespace: str) -> Client:
-        """A client that sees the runs of one namespace, and no others."""
+    def client_for(self, namespace: str, *, canary: bool = False) -> Client:
+        """A client that sees the runs of one namespace, and no others.
+
+        `canary` gives it the plan of `beatless doctor` instead of yours.
+        """
         return Client(
-            plans=self.plans,
+            plans={self._canary.name: self._canary} if canary else self.plans,
             journal=self.journal,
             engine=self.engine,
             streams=self.streams,

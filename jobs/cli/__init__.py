@@ -13,6 +13,7 @@ from sqlalchemy import exc
 
 from jobs.cli.api import serve, token
 from jobs.cli.demo import demo
+from jobs.cli.doctor import doctor
 from jobs.cli.environment import Environment
 from jobs.cli.init import init
 from jobs.cli.plans import plan
@@ -90,6 +91,7 @@ for command in (
     dead_letters,
     demo,
     dev,
+    doctor,
     drain,
     events,
     explain,

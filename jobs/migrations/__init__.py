@@ -37,6 +37,12 @@ def head() -> str:
     return str(ScriptDirectory.from_config(_config("", None)).get_current_head())
 
 
+def revisions() -> frozenset[str]:
+    """All revisions that this code knows."""
+    scripts = ScriptDirectory.from_config(_config("", None))
+    return frozenset(script.revision for script in scripts.walk_revisions())
+
+
 def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
     """The revision of the schema, or None if it was never migrated."""
     context = MigrationContext.configure(

@@ -1,0 +1,30 @@
+"""The plan that every app has beside its own: one step, which tells who executed it."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from orchestrator.context import StepContext
+from orchestrator.plan import Plan, step
+
+NAME = "beatless.canary"
+
+
+def canary(plans: Sequence[Plan]) -> Plan:
+    """A plan for `beatless doctor`, in every worker. It is in no list of plans."""
+    known = {plan.name: plan.version for plan in plans}
+
+    @step(timeout=10)
+    def answer(_ctx: StepContext) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "clock": time.time(),
+            "version": metadata.version("beatless"),
+            "plans": known,
+        }
+
+    return Plan(NAME, [answer])

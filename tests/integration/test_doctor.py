@@ -1,0 +1,519 @@
+"""`beatless doctor` on stacks that are broken on purpose: it names what is broken."""
+
+import http.server
+import json
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from jobs import App, Plan, StepContext, step
+from jobs.cli import run
+from jobs.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
+from jobs.errors import JobsError
+from jobs.services import EmbeddedPostgres, EmbeddedValkey
+from jobs.settings import libpq_url
+from jobs.testing import Kit
+from orchestrator.plan import PlanError
+from outbox.queries import execute
+
+APP = "tests.plans:app"
+
+
+def examine(app: App, *checks: str, **options: Any) -> list[Finding]:
+    return list(Doctor(app, **options).examine(checks))
+
+
+@pytest.fixture
+def changed(beatless_app: App) -> Iterator[Callable[..., App]]:
+    """Makes the test's app with other settings or plans."""
+    made: list[App] = []
+
+    def change(plans: Sequence[Plan] | None = None, **settings: Any) -> App:
+        made.append(
+            App(
+                replace(beatless_app.settings, **settings),
+                list(beatless_app.plans.values()) if plans is None else plans,
+            )
+        )
+        return made[-1]
+
+    yield change
+    for app in made:
+        app.close()
+
+
+def only(found: Sequence[Finding], status: Status, *words: str) -> None:
+    """One finding, this bad, which says these words and what to do."""
+    (finding,) = found
+    assert finding.status is status, found
+    for word in words:
+        assert word in finding.text, finding
+    if status not in (Status.OK, Status.SKIPPED):
+        assert finding.advice
+
+
+@contextmanager
+def altered(app: App, *statements: str, undo: Sequence[str]) -> Iterator[None]:
+    """The database with some statements run, and others afterwards."""
+    url = libpq_url(app.settings.database_url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"SET search_path TO {app.settings.schema}".encode())
+        for statement in statements:
+            connection.execute(statement.encode())
+        try:
+            yield
+        finally:
+            for statement in undo:
+                connection.execute(statement.encode())
+
+
+# Postgres
+
+
+def test_a_replica(beatless_app: App, tmp_path: Path, changed: Callable[..., App]) -> None:
+    server = EmbeddedPostgres(tmp_path / "postgres", settings={"fsync": "off"})
+    with server:
+        pass
+    (server.cluster / "standby.signal").touch()
+    with server:
+        app = changed(database_url=server.url, listen_url="")
+
+        only(examine(app, "primary"), Status.PROBLEM, "replica")
+
+
+def test_a_read_only_database(beatless_app: App, changed: Callable[..., App]) -> None:
+    url = make_url(beatless_app.settings.database_url).update_query_dict(
+        {"options": "-cdefault_transaction_read_only=on"}
+    )
+    app = changed(database_url=url.render_as_string(hide_password=False))
+
+    only(examine(app, "primary"), Status.PROBLEM, "read-only")
+
+
+def test_a_schema_behind_ahead_or_missing(beatless_app: App, changed: Callable[..., App]) -> None:
+    (head,) = examine(beatless_app, "schema")
+    version = head.text.rpartition(" ")[2]
+    undo = [f"UPDATE beatless_version SET version_num = '{version}'"]
+    with altered(beatless_app, "UPDATE beatless_version SET version_num = '0001'", undo=undo):
+        only(examine(beatless_app, "schema"), Status.PROBLEM, "0001", "behind")
+    with altered(beatless_app, "UPDATE beatless_version SET version_num = '9999'", undo=undo):
+        only(examine(beatless_app, "schema"), Status.WARNING, "9999", "ahead")
+    app = changed(schema="nowhere")
+    only(examine(app, "schema"), Status.PROBLEM, "nowhere")
+
+
+def test_a_pooler_that_swallows_notifications(
+    beatless_app: App, changed: Callable[..., App]
+) -> None:
+    with pooler(beatless_app.settings.database_url) as url:
+        app = changed(listen_url=url)
+
+        only(examine(app, "listen"), Status.PROBLEM, "pooler")
+    only(examine(beatless_app, "listen"), Status.OK, "arrives")
+
+
+def test_a_listen_url_of_another_database(beatless_app: App, changed: Callable[..., App]) -> None:
+    url = make_url(beatless_app.settings.database_url).set(database="template1")
+    app = changed(listen_url=url.render_as_string(hide_password=False))
+
+    only(examine(app, "listen"), Status.PROBLEM, "template1")
+
+
+def test_a_full_notify_queue_and_a_forgotten_prepared_transaction(
+    beatless_app: App, tmp_path: Path, changed: Callable[..., App]
+) -> None:
+    settings = {"fsync": "off", "max_notify_queue_pages": "64", "max_prepared_transactions": "1"}
+    with ExitStack() as stack:
+        server = stack.enter_context(EmbeddedPostgres(tmp_path / "postgres", settings=settings))
+        deaf, loud, forgetful = (stack.enter_context(psycopg.connect(server.url)) for _ in range(3))
+        deaf.execute("LISTEN anything")
+        deaf.commit()
+        deaf.execute("SELECT 1")  # a transaction: what comes now is not read
+        for _ in range(40):
+            loud.execute("SELECT pg_notify('anything', repeat('x', 7000))")
+            loud.commit()
+        forgetful.execute("CREATE TABLE t ()")
+        forgetful.execute("PREPARE TRANSACTION 'forgotten'")
+        app = changed(database_url=server.url, listen_url="")
+
+        only(examine(app, "notify queue"), Status.PROBLEM, "listens and does not read")
+        only(examine(app, "transactions"), Status.WARNING, "1 prepared")
+
+
+def test_a_transaction_that_stays_open(beatless_app: App) -> None:
+    url = libpq_url(beatless_app.settings.database_url)
+    with psycopg.connect(url, application_name="sleepy") as connection:
+        connection.execute("SELECT 1")
+
+        only(examine(beatless_app, "transactions", old_transaction=0), Status.WARNING, "in a trans")
+
+
+def test_no_autovacuum_and_its_dead_rows(beatless_app: App) -> None:
+    with altered(
+        beatless_app,
+        "ALTER TABLE run_outbox SET (autovacuum_enabled = false)",
+        "INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) "
+        "SELECT 0, 'r', 1, 1 FROM generate_series(1, 25000)",
+        "DELETE FROM run_outbox",
+        "SELECT pg_stat_force_next_flush()",
+        "SELECT 1",
+        undo=["ALTER TABLE run_outbox RESET (autovacuum_enabled)", "VACUUM run_outbox"],
+    ):
+        found = examine(beatless_app, "bloat")
+
+    assert [finding.status for finding in found] == [Status.PROBLEM, Status.WARNING]
+    assert "autovacuum is off for run_outbox" in found[0].text
+    assert "run_outbox has 25,000 dead rows" in found[1].text
+
+
+def test_commits_that_are_not_flushed(beatless_app: App, changed: Callable[..., App]) -> None:
+    url = make_url(beatless_app.settings.database_url).update_query_dict(
+        {"options": "-csynchronous_commit=off"}
+    )
+    app = changed(database_url=url.render_as_string(hide_password=False))
+
+    only(examine(app, "durability"), Status.WARNING, "synchronous_commit")
+
+
+# Redis, the broker and Celery
+
+
+def test_a_redis_that_evicts_and_whose_subscribers_have_no_limit(
+    beatless_app: App, tmp_path: Path, changed: Callable[..., App]
+) -> None:
+    with EmbeddedValkey(tmp_path, settings={"maxmemory-policy": "allkeys-lru"}) as valkey:
+        app = changed(redis_url=valkey.url, broker_url="")
+        with app.redis() as client:
+            client.config_set("client-output-buffer-limit", "pubsub 0 0 0")
+            only(examine(app, "eviction"), Status.PROBLEM, "allkeys-lru")
+            only(examine(app, "output buffers"), Status.WARNING, "no limit")
+            client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 1")
+            only(examine(app, "output buffers"), Status.WARNING, "cut off")
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", "1mb")
+            only(examine(app, "eviction"), Status.WARNING, "maxmemory")
+
+
+def test_a_redis_that_may_not_be_asked(
+    beatless_app: App, tmp_path: Path, changed: Callable[..., App]
+) -> None:
+    with EmbeddedValkey(tmp_path) as valkey:
+        app = changed(redis_url=valkey.url)
+        with app.redis() as client:
+            client.acl_setuser(
+                "shy",
+                enabled=True,
+                nopass=True,
+                categories=["+@all"],
+                commands=["-config"],
+                keys=["*"],
+                channels=["*"],
+            )
+        shy = changed(redis_url=f"redis://shy:x@127.0.0.1:{valkey.port}/0")
+
+        only(examine(shy, "output buffers"), Status.SKIPPED, "does not tell")
+
+
+@pytest.mark.parametrize(
+    ("table", "version", "fixed"),
+    [
+        (REDIS, "7.4.8", "7.4.9"),
+        (REDIS, "7.4.9", None),
+        (REDIS, "7.0.15", "8.6.3"),
+        (REDIS, "8.6.2", "8.6.3"),
+        (REDIS, "9.0.0", None),
+        (VALKEY, "9.1.0", "9.1.1"),
+        (VALKEY, "9.1.2", None),
+        (VALKEY, "8.1.7", None),
+    ],
+)
+def test_versions_with_known_holes(table: Any, version: str, fixed: str | None) -> None:
+    found = holes(table, version)
+
+    assert (found and found[0]) == fixed
+
+
+def test_pickle_and_eager_tasks(beatless_app: App, changed: Callable[..., App]) -> None:
+    app = changed()
+    app.celery.conf.accept_content = ["json", "pickle"]
+    only(examine(app, "celery"), Status.PROBLEM, "pickle")
+    app = changed()
+    app.celery.conf.task_always_eager = True
+    only(examine(app, "celery"), Status.PROBLEM, "task_always_eager")
+
+
+def test_a_visibility_timeout_below_a_step(beatless_app: App, changed: Callable[..., App]) -> None:
+    @step(timeout=120)
+    def long(_ctx: StepContext) -> None: ...
+
+    app = changed(plans=[Plan("long", [long])])
+    app.celery.conf.broker_transport_options = {"visibility_timeout": 60}
+    only(examine(app, "visibility timeout"), Status.WARNING, "60 s", "long.long", "120 s")
+    app.celery.conf.broker_transport_options = {"visibility_timeout": 600}
+    only(examine(app, "visibility timeout"), Status.OK)
+
+
+# The fleet
+
+
+def test_nobody_is_there(beatless: Kit, beatless_app: App) -> None:
+    only(examine(beatless_app, "relays"), Status.PROBLEM, "no relay runs")
+    only(examine(beatless_app, "workers"), Status.PROBLEM, "no worker answers")
+    only(examine(beatless_app, "canary", patience=0.2), Status.PROBLEM, "no relay took it")
+    beatless.verify()
+
+
+def test_a_relay_without_workers(beatless: Kit, beatless_app: App) -> None:
+    relay = beatless_app.relay()
+    relay.start()
+    try:
+        only(
+            examine(beatless_app, "canary", patience=1),
+            Status.PROBLEM,
+            "sent it to the broker, and no worker",
+        )
+    finally:
+        relay.stop()
+
+
+def test_a_worker_of_an_old_version_and_a_queue_without_workers(
+    beatless: Kit, beatless_app: App, changed: Callable[..., App]
+) -> None:
+    @step
+    def nothing(_ctx: StepContext) -> None: ...
+
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    plans = [*beatless_app.plans.values(), Plan("brand.new", [nothing])]
+    app = changed(plans=[*plans, Plan("elsewhere", [nothing], queue="gpu")])
+
+    doctor = Doctor(app)
+    found = list(doctor.examine(["relays", "workers", "canary"]))
+
+    told = [(finding.check, finding.status, finding.text) for finding in found]
+    assert [(check, status) for check, status, _ in told] == [
+        ("relays", Status.OK),
+        ("workers", Status.PROBLEM),
+        ("workers", Status.PROBLEM),
+        ("canary", Status.OK),
+    ]
+    assert "does not know brand.new" in told[1][2]
+    assert "nobody consumes queue gpu" in told[2][2]
+    hops = {hop.name: hop.seconds for hop in doctor.hops}
+    assert list(hops) == ["commit", "doorbell", "relay", "broker", "step", "event"]
+    assert all(seconds is None or 0 <= seconds < 10 for seconds in hops.values())
+    assert beatless.client.list_runs() == []
+    left = f"SELECT count(*) FROM {beatless_app.settings.schema}.runs"
+    with beatless_app.engine.connect() as connection:
+        assert execute(connection, left, {}) == [(0,)]
+
+
+def test_events_that_go_to_another_redis(beatless: Kit, beatless_app: App, tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path / "other") as other:
+        broker = beatless_app.settings.redis_url
+        beatless.relay_process(APP, redis_url=other.url, broker_url=broker)
+        beatless.worker_process(APP)
+
+        only(
+            examine(beatless_app, "canary", patience=3),
+            Status.PROBLEM,
+            "did not come over Redis",
+        )
+
+
+def test_runs_of_a_plan_that_nobody_has(
+    beatless: Kit, beatless_app: App, changed: Callable[..., App]
+) -> None:
+    beatless.start_run("two_steps")
+    app = changed(plans=[beatless_app.plans["retries"]])
+
+    only(examine(app, "plans"), Status.WARNING, "two_steps (1)")
+
+
+def test_runs_that_wait_and_events_that_are_not_published(beatless: Kit, beatless_app: App) -> None:
+    beatless.start_run("two_steps")
+    beatless.client.pause_queue("slow")
+    beatless.advance(120)
+    with beatless_app.engine.begin() as connection:
+        schema = beatless_app.settings.schema
+        execute(connection, f"UPDATE {schema}.run_events SET ts = ts - interval '2 min'", {})
+
+    waiting, paused = examine(beatless_app, "queues")
+    assert (waiting.status, paused.status) == (Status.WARNING, Status.WARNING)
+    assert "1 run of queue default" in waiting.text
+    assert "slow" in paused.text
+    only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "120 s")
+
+
+# What listens
+
+
+@pytest.mark.parametrize(
+    ("status", "host", "expected"),
+    [
+        (200, "127.0.0.2", Status.PROBLEM),
+        (200, "127.0.0.1", Status.OK),
+        (401, "127.0.0.2", Status.OK),
+        (302, "127.0.0.2", Status.OK),
+        (503, "127.0.0.1", Status.PROBLEM),
+    ],
+)
+@pytest.mark.parametrize("check", ["api", "flower"])
+def test_a_door_that_is_open(
+    beatless_app: App, check: str, status: int, host: str, expected: Status
+) -> None:
+    class Door(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer((host, 0), Door) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://{host}:{server.server_port}"
+        found = examine(beatless_app, check, **{f"{check}_url": url})
+        server.shutdown()
+        thread.join()
+
+    only(found, expected)
+
+
+def test_a_door_that_is_not_there(beatless_app: App) -> None:
+    only(examine(beatless_app, "api"), Status.SKIPPED)
+    only(examine(beatless_app, "api", api_url="http://127.0.0.1:1"), Status.PROBLEM, "not answer")
+    only(examine(beatless_app, "api", api_url="ftp://x"), Status.PROBLEM, "no http address")
+
+
+# The command
+
+
+def test_the_command_says_what_to_do_and_its_status_tells(
+    beatless_app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+
+    assert run(["doctor", "--check", "relays", "--check", "redis"]) == 1
+    told = capsys.readouterr().out
+    assert "✗ relays" in told
+    assert "→ start `beatless relay`" in told
+    assert "✓ redis" in told
+    assert run(["doctor", "--json", "--check", "durability"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["status"], document["checks"][0]["check"]) == ("warning", "durability")
+
+
+@pytest.mark.parametrize(
+    ("setting", "check", "url"),
+    [
+        ("database_url", "postgres", "postgresql://nobody@127.0.0.1:1/nothing"),
+        ("redis_url", "redis", "redis://127.0.0.1:1/0"),
+        ("broker_url", "broker", "redis://127.0.0.1:1/0"),
+    ],
+)
+def test_what_cannot_be_reached_is_status_3(
+    beatless_app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    check: str,
+    url: str,
+) -> None:
+    monkeypatch.setenv("BEATLESS_BROKER_URL", beatless_app.settings.broker_url)
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(f"BEATLESS_{setting.upper()}", url)
+    if setting == "database_url":
+        monkeypatch.setenv("BEATLESS_LISTEN_URL", url)
+
+    assert run(["doctor", "--json", "--check", check]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["status"] == "unreachable"
+    assert [found["check"] for found in document["checks"]] == [check]
+
+
+def test_the_canarys_name_is_taken(beatless_app: App, changed: Callable[..., App]) -> None:
+    @step
+    def nothing(_ctx: StepContext) -> None: ...
+
+    with pytest.raises(PlanError, match=r"beatless\.canary"):
+        changed(plans=[Plan("beatless.canary", [nothing])])
+    assert "beatless.canary" not in beatless_app.plans
+    with pytest.raises(JobsError):
+        beatless_app.client.start_run("beatless.canary")
+
+
+@contextmanager
+def pooler(database_url: str) -> Iterator[str]:
+    """A door to Postgres that passes everything on but notifications, as PgBouncer does."""
+    server = make_url(database_url)
+    over = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads: list[threading.Thread] = []
+
+    def pump(source: socket.socket, target: socket.socket, *, swallow: bool) -> None:
+        waiting = b""
+        with source, target:
+            while not over.is_set():
+                if not select.select([source], [], [], 0.05)[0]:
+                    continue
+                try:
+                    data = source.recv(65536)
+                except OSError:
+                    return
+                if not data:
+                    return
+                if not swallow:
+                    target.sendall(data)
+                    continue
+                waiting += data
+                while len(waiting) >= 5:
+                    (size,) = struct.unpack("!I", waiting[1:5])
+                    if len(waiting) < size + 1:
+                        break
+                    message, waiting = waiting[: size + 1], waiting[size + 1 :]
+                    if message[:1] != b"A":
+                        target.sendall(message)
+
+    def accept() -> None:
+        while not over.is_set():
+            if not select.select([listener], [], [], 0.05)[0]:
+                continue
+            client, _ = listener.accept()
+            upstream = socket.create_connection((server.host or "", server.port or 0))
+            for source, target, swallow in ((client, upstream, False), (upstream, client, True)):
+                thread = threading.Thread(
+                    target=pump, args=(source.dup(), target.dup()), kwargs={"swallow": swallow}
+                )
+                threads.append(thread)
+                thread.start()
+            client.close()
+            upstream.close()
+
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
+    url = server.set(host="127.0.0.1", port=listener.getsockname()[1]).update_query_dict(
+        {"sslmode": "disable", "gssencmode": "disable"}
+    )
+    try:
+        yield url.render_as_string(hide_password=False)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        listener.close()
