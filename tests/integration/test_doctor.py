@@ -28,6 +28,9 @@ from outbox.queries import execute
 
 APP = "tests.plans:app"
 
+ALWAYS_EAGER = {"task_always_eager": True}
+"""What the doctor must find. Nothing is published under it here."""
+
 
 def examine(app: App, *checks: str, **options: Any) -> list[Finding]:
     return list(Doctor(app, **options).examine(checks))
@@ -248,7 +251,7 @@ def test_pickle_and_eager_tasks(beatless_app: App, changed: Callable[..., App]) 
     app.celery.conf.accept_content = ["json", "pickle"]
     only(examine(app, "celery"), Status.PROBLEM, "pickle")
     app = changed()
-    app.celery.conf.task_always_eager = True
+    app.celery.conf.update(ALWAYS_EAGER)
     only(examine(app, "celery"), Status.PROBLEM, "task_always_eager")
 
 
