@@ -1,0 +1,262 @@
+"""Postgres crashes, refuses to write, has no connection left, or its answers do not arrive.
+
+The proxies and the servers that are hurt belong to one test each.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from jobs import App, RunState, Unreachable
+from jobs.migrations import migrate
+from jobs.pytest_plugin import FAST, Services
+from jobs.services import EmbeddedPostgres
+from jobs.testing import Kit
+from outbox.backoff import Backoff
+from outbox.relay import Relay
+from tests.integration.test_relay import Announcements
+from tests.proxy import Proxy, proxy
+
+QUICK = Backoff(initial=0.01, cap=0.05)
+
+
+@contextmanager
+def relaying(app: App, **options) -> Iterator[tuple[Relay, Announcements]]:
+    announcements = Announcements()
+    relay = app.relay(**{"observer": announcements, "backoff": QUICK, **options})
+    relay.start()
+    try:
+        yield relay, announcements
+    finally:
+        relay.stop()
+
+
+def at(app: App, url: str) -> App:
+    """The same app, with its Postgres at another address."""
+    settings = replace(app.settings, database_url=url, listen_url="")
+    return App(settings, list(app.plans.values()))
+
+
+@pytest.fixture
+def path(beatless_services: Services) -> Iterator[Proxy]:
+    """A proxy before the shared Postgres."""
+    with proxy(make_url(beatless_services.database_url).port or 5432) as found:
+        yield found
+
+
+@pytest.fixture
+def proxied(beatless_app: App, path: Proxy, tmp_path: Path) -> Iterator[Kit]:
+    """The test's app, whose Postgres is behind the proxy."""
+    url = make_url(beatless_app.settings.database_url).set(port=path.port)
+    kit = Kit(at(beatless_app, url.render_as_string(hide_password=False)), directory=tmp_path)
+    yield kit
+    kit.close()
+
+
+@pytest.mark.parametrize("marker", [b"StepFinished", b"RunFinished"])
+def test_a_step_whose_commit_was_not_answered_is_neither_repeated_nor_lost(
+    proxied: Kit, path: Proxy, marker: bytes
+) -> None:
+    run = proxied.start_run("two_steps")
+    proxied.drain_outbox_once()
+    path.lose_answer_to(marker)
+
+    proxied.work_until_idle()
+
+    assert path.lost.is_set()
+    assert proxied.client.get_run(run.run_id).result == "one two"
+    assert proxied.event_types(run.run_id) == [
+        "RunStarted",
+        *["StepStarted", "StepFinished"] * 2,
+        "RunFinished",
+    ]
+    proxied.verify()
+
+
+def test_a_transactional_step_whose_commit_was_not_answered_is_not_executed_again(
+    proxied: Kit, path: Proxy, postgres: psycopg.Connection
+) -> None:
+    """The classic double: the rows are there, and the worker was told that the connection broke."""
+    postgres.execute("CREATE TABLE effects (key text)")
+    run = proxied.start_run("transactional", {"table": f"{proxied.app.settings.schema}.effects"})
+    journal = proxied.app.journal
+    original = journal.settle
+
+    def settle(*arguments):
+        journal.settle = original
+        appended = original(*arguments)
+        path.lose_answer_to(b"COMMIT")  # the next one: that of the step's transaction
+        return appended
+
+    journal.settle = settle
+    proxied.work_until_idle()
+
+    assert path.lost.is_set()
+    assert proxied.client.get_run(run.run_id).state is RunState.COMPLETED
+    assert postgres.execute("SELECT key FROM effects").fetchall() == [(f"{run.run_id}:insert",)]
+    attempts = [e.attempt for e in proxied.client.events(run.run_id) if e.type == "StepStarted"]
+    assert attempts == [1, 1]
+    postgres.execute("DROP TABLE effects")
+    proxied.verify()
+
+
+def test_a_start_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Proxy) -> None:
+    proxied.client.list_runs()  # a connection that the pool hands out again
+    path.lose_answer_to(b"COMMIT")
+    run = proxied.start_run("two_steps")
+    assert path.lost.is_set()
+    assert [found.run_id for found in proxied.client.list_runs()] == [run.run_id]
+
+
+@pytest.mark.long
+def test_a_relay_whose_sessions_are_black_holes_comes_back_and_takes_its_shards_from_itself(
+    beatless: Kit, proxied: Kit, path: Proxy
+) -> None:
+    """No end of the connection is ever seen, and the server keeps the old sessions' locks."""
+    with relaying(proxied.app, watchdog=0.5) as (_, announcements):
+        announcements.wait("relay_asleep")
+        path.hold()
+        run = beatless.start_run("two_steps")
+        announcements.wait("relay_failed")
+        announcements.wait("relay_silenced")
+        beatless.wait_for_outbox_flush(run.run_id)
+
+
+@contextmanager
+def own_postgres(
+    app: App, directory: Path, **settings: str
+) -> Iterator[tuple[EmbeddedPostgres, Kit]]:
+    """A migrated Postgres of the test's own, with a kit on it."""
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            EmbeddedPostgres(directory / "postgres", settings=FAST | settings)
+        )
+        kit = Kit(at(app, server.url), directory=directory)
+        migrate(kit.app.engine, kit.app.settings.schema)
+        stack.callback(kit.close)
+        yield server, kit
+
+
+def test_a_crash_of_postgres_in_the_middle_of_a_step_loses_nothing(
+    beatless_app: App, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    with (
+        own_postgres(beatless_app, tmp_path) as (server, kit),
+        relaying(kit.app) as (_, announcements),
+    ):
+        run = kit.start_run("gated", {"go": str(go)})
+        queued = kit.start_run("two_steps")
+        kit.wait_for_outbox_flush(run.run_id)
+        executor = kit.app.executors.new()
+        plan = kit.app.plans["gated"]
+        worker = threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
+        worker.start()
+        stream = kit.client.stream_run(run.run_id, timeout=30)
+        while next(stream).type != "StepStarted":
+            pass
+
+        server.crash()
+        announcements.wait("relay_failed")
+        go.touch()
+        server.start()
+
+        assert next(stream).type == "StepFinished"
+        assert [event.type for event in stream] == ["RunFinished"]
+        worker.join(20)
+        executor.disconnect()
+        kit.app.engine.dispose()  # its idle connections are dead
+        kit.wait_for_outbox_flush(run.run_id)
+        assert [e.type for e in kit.client.events(queued.run_id)] == ["RunStarted"]
+        kit.verify()
+
+
+class Waits(Backoff):
+    """Notes how many failures in a row were counted."""
+
+    noted: list[int]
+
+    def delay(self, failures: int) -> float:
+        self.noted.append(failures)
+        return super().delay(failures)
+
+
+def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
+    beatless_app: App, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    waits = Waits(initial=0.001, cap=0.02)
+    object.__setattr__(waits, "noted", [])
+    with own_postgres(beatless_app, tmp_path) as (server, kit):
+        run = kit.start_run("gated", {"go": str(go)})
+        with (
+            relaying(kit.app, backoff=waits) as (_, announcements),
+            psycopg.connect(server.url, autocommit=True) as admin,
+        ):
+            kit.wait_for_outbox_flush(run.run_id)
+            executor = kit.app.executors.new()
+            worker = threading.Thread(
+                target=executor.execute, args=(kit.app.plans["gated"], run.run_id, 1)
+            )
+            worker.start()
+            stream = kit.client.stream_run(run.run_id, timeout=30)
+            while next(stream).type != "StepStarted":
+                pass
+            later = kit.start_run("two_steps", delay=0.3)
+            kit.wait_for_outbox_flush(later.run_id)
+
+            before = published(announcements)
+            admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+            admin.execute("SELECT pg_reload_conf()")
+            go.touch()
+            announcements.wait("relay_failed", 4)
+            since, lives = published(announcements) - before, announcements.all("relay_started")
+            assert waits.noted[:4] == [1, 2, 3, 4]  # each new session is no new beginning
+            admin.execute("SET default_transaction_read_only = off")
+            admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            admin.execute("SELECT pg_reload_conf()")
+
+            assert since <= len(lives)  # once in each life, and not over and over
+            assert [event.type for event in stream] == ["StepFinished", "RunFinished"]
+            worker.join(20)
+            executor.disconnect()
+            kit.wait_for_outbox_flush(run.run_id)
+        assert kit.client.get_run(run.run_id).state is RunState.COMPLETED
+        kit.verify()
+
+
+def published(announcements: Announcements) -> int:
+    return len(announcements.all("drained"))
+
+
+def test_without_a_connection_left_a_relay_waits_and_leaves_none_open(
+    beatless_app: App, tmp_path: Path
+) -> None:
+    settings = {"max_connections": "12", "superuser_reserved_connections": "0"}
+    settings |= {"reserved_connections": "0", "autovacuum": "off", "max_wal_senders": "0"}
+    with own_postgres(beatless_app, tmp_path, **settings) as (server, kit), ExitStack() as crowd:
+        run = kit.start_run("two_steps")
+        kit.app.engine.dispose()
+        with pytest.raises(psycopg.OperationalError, match="too many clients"):
+            take_all(server, crowd)
+        with pytest.raises(Unreachable, match="too many clients"):
+            kit.client.get_run(run.run_id)
+
+        with relaying(kit.app) as (_, announcements):
+            announcements.wait("relay_failed", 5)
+            crowd.close()
+            announcements.wait("relay_asleep")
+            kit.wait_for_outbox_flush(run.run_id)
+        kit.work_until_idle()
+        assert kit.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def take_all(server: EmbeddedPostgres, crowd: ExitStack) -> None:
+    while True:
+        crowd.enter_context(psycopg.connect(server.url))

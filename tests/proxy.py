@@ -1,0 +1,118 @@
+"""A TCP proxy that can hold a connection without a word, or lose one answer."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+class Proxy:
+    """Forwards 127.0.0.1:port to a server, in a thread of its own."""
+
+    def __init__(self, port: int) -> None:
+        self._upstream = port
+        self.port = 0
+        self.lost = threading.Event()
+        """An answer has been lost."""
+        self._marker = b""
+        self._flows: set[asyncio.Event] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run)
+        self._ready = threading.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def hold(self) -> None:
+        """From now on the connections that exist carry nothing, in no direction; new ones do."""
+        asyncio.run_coroutine_threadsafe(self._hold(), self._loop).result(10)
+
+    async def _hold(self) -> None:
+        for flow in self._flows:
+            flow.clear()
+
+    def lose_answer_to(self, marker: bytes) -> None:
+        """The next request with these bytes reaches the server; its answer reaches nobody."""
+        self._marker = marker
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20)
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        self._loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        server, forth = await asyncio.open_connection("127.0.0.1", self._upstream)
+        flow, losing = asyncio.Event(), asyncio.Event()
+        flow.set()
+        self._flows.add(flow)
+        pumps = [
+            asyncio.create_task(self._requests(client, forth, flow, losing)),
+            asyncio.create_task(self._answers(server, back, flow, losing)),
+        ]
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        self._flows.discard(flow)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+        for writer in (forth, back):
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def _requests(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        flow: asyncio.Event,
+        losing: asyncio.Event,
+    ) -> None:
+        while data := await reader.read(65536):
+            await flow.wait()
+            if self._marker and self._marker in data:
+                self._marker = b""
+                losing.set()
+            writer.write(data)
+            await writer.drain()
+        await flow.wait()
+
+    async def _answers(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        flow: asyncio.Event,
+        losing: asyncio.Event,
+    ) -> None:
+        while data := await reader.read(65536):
+            await flow.wait()
+            if losing.is_set():
+                self.lost.set()
+                return
+            writer.write(data)
+            await writer.drain()
+
+
+@contextmanager
+def proxy(port: int) -> Iterator[Proxy]:
+    """A running proxy to this port of 127.0.0.1."""
+    found = Proxy(port)
+    found.start()
+    try:
+        yield found
+    finally:
+        found.stop()
