@@ -108,7 +108,6 @@ class CeleryTaskPublisher:
                 producer=producer,
                 ignore_result=True,
                 retry=False,
-                argsrepr=f"({message.run_id!r}, {message.attempt})",
             )
 
     def _queue(self, name: str) -> Queue:

@@ -75,7 +75,7 @@ def test_cancelled_while_waiting_for_a_retry_ends_at_once(beatless: Kit) -> None
     beatless.verify()
 
 
-def test_cancelled_when_finished_is_a_clear_no_op(beatless: Kit) -> None:
+def test_cancelled_while_finished_is_a_clear_no_op(beatless: Kit) -> None:
     run = beatless.start_run("two_steps")
     beatless.work_until_idle()
     before = beatless.client.events(run.run_id)

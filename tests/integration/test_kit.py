@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from jobs import App, Plan, RunState, StepContext, step
-from jobs.pytest_plugin import Schemas
+from jobs.pytest_plugin import Schemas, own_tables, remove_keys
 from jobs.testing import Kit
 
 PROJECT = """
@@ -189,6 +189,59 @@ def beatless_settings():
     result.stdout.fnmatch_lines(["*beatless_settings sets database_url, schema, which the kit*"])
 
 
+def test_a_test_that_times_out_tells_where_everything_stands(
+    pytester, beatless_services, monkeypatch
+):
+    """As a user reads it: the run, its events, what waits to be published, and each process."""
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    pytester.makeini("[pytest]\nbeatless_app = shop:app")
+    pytester.makepyfile(
+        shop="""
+        from jobs import App, Plan, Settings, step
+
+        @step
+        def reserve(ctx):
+            return 1
+
+        @step
+        def charge(ctx):
+            return 2
+
+        app = App(Settings.from_env(), [Plan("checkout", [reserve, charge])])
+        """,
+        test_shop="""
+        def test_checkout(beatless):
+            run = beatless.start_run("checkout", run_id="order-1")
+            beatless.step(run.run_id)
+            beatless.drain_outbox_once()
+            beatless.client.cancel_run(run.run_id)
+            relay = beatless.relay_process("shop:app")
+            beatless.wait_for_outbox_flush(run.run_id)
+            relay.kill()
+            other = beatless.start_run("checkout", run_id="order-2", delay=3600)
+            beatless.wait_for_run_completion(other.run_id, timeout=0.1)
+        """,
+    )
+
+    result = run(pytester, "--beatless-services=external")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*run order-2 did not end within 0.1 s*",
+            "*run order-2 at *: queued",
+            "*last_seq 1, claimed 0 times, by None",
+            "*event 1 RunStarted*",
+            "*outbox up to 1",
+            "*dispatch ('waiting', *, 'delay', 0)",
+            "*this process, last step_committed: *order-1*",
+            "*this process, last drained: *",
+            "*relay-1 (ended): *",
+        ]
+    )
+
+
 def test_two_sessions_on_the_same_servers_do_not_meet(beatless_services):
     """As two checkouts of a project on one machine, whose xdist workers have the same names."""
     with (
@@ -201,6 +254,35 @@ def test_two_sessions_on_the_same_servers_do_not_meet(beatless_services):
         assert one.give_back(ours) == other.give_back(theirs) == []
     with closing(Schemas(beatless_services, "same")) as next_one:
         assert next_one.worker == one.worker
+
+
+def test_clean_up_of_one_test_never_touches_another(beatless_services):
+    """Not even of the test whose number has a digit more."""
+    with (
+        closing(Schemas(beatless_services, "one")) as one,
+        closing(Schemas(beatless_services, "ten")) as ten,
+    ):
+        ours, theirs = one.take(), ten.take()
+        prefix, neighbour = f"t_{one.worker}_1", f"t_{one.worker}_10"
+        keys = [f"{neighbour}:x", f"{neighbour}.x", f"t_{ten.worker}_1:x"]
+        for name in (f"{prefix}:x", f"{prefix}.x", *keys):
+            one.redis.set(name, "kept")
+        for schema in (ours, theirs):
+            one.connection.execute(f"INSERT INTO {schema}.queues (name) VALUES ('kept')")
+            one.connection.execute(f"CREATE TABLE {own_tables(schema)}.kept ()")
+
+        remove_keys(one.redis, f"{prefix}[:.]*")
+        assert one.give_back(ours) == []
+
+        assert [one.redis.exists(name) for name in keys] == [1, 1, 1]
+        assert not one.redis.exists(f"{prefix}:x", f"{prefix}.x")
+        left = "SELECT (SELECT count(*) FROM {}.queues), to_regclass('{}.kept') IS NOT NULL"
+        found = [
+            one.connection.execute(left.format(schema, own_tables(schema))).fetchone()
+            for schema in (ours, theirs)
+        ]
+        assert found == [(0, False), (1, True)]
+        one.redis.delete(*keys)
 
 
 def test_on_servers_that_others_use_only_our_own_names_are_judged(beatless_services, beatless):

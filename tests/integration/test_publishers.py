@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import redis
 from amqp.exceptions import PreconditionFailed
+from celery import Celery
+from kombu import Message
 
 from jobs import App
 from jobs.services import free_port
@@ -15,7 +17,12 @@ from jobs.stream import parse
 from jobs.testing import Kit
 from outbox.errors import PublishFailed
 from outbox.message import EventMessage, TaskMessage
-from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher, channel_for
+from outbox.publishers import (
+    CeleryTaskPublisher,
+    RedisEventPublisher,
+    channel_for,
+    worker_queue,
+)
 
 
 def elsewhere(app: App) -> App:
@@ -66,6 +73,86 @@ def test_a_redis_that_is_away_is_a_failure_that_can_be_repeated(beatless_app: Ap
         RedisEventPublisher(client, "p").publish([EventMessage(run_id="r", body=b"x")])
     client.close()
     app.close()
+
+
+def take(app: App, queue: str = "default") -> list[Message]:
+    """What lies in a queue of the broker, in order, as a consumer gets it."""
+    found = []
+    with app.celery.connection_for_read() as connection:
+        bound = worker_queue(app.settings.prefix, queue)(connection.default_channel)
+        bound.declare()
+        while (message := bound.get(accept=["json"])) is not None:
+            message.ack()
+            found.append(message)
+    return found
+
+
+def test_a_task_message_is_what_any_celery_app_sends(beatless_app: App) -> None:
+    """So that every worker, Flower and every other tool read it as their own."""
+    prefix = beatless_app.settings.prefix
+    order = TaskMessage(run_id="r1", task="two_steps", queue="mail", attempt=2)
+    CeleryTaskPublisher(beatless_app.celery, prefix).publish([order])
+    (ours,) = take(beatless_app, "mail")
+    with Celery("plain", broker=beatless_app.settings.broker_url, set_as_current=False) as plain:
+        plain.conf.broker_transport_options = {"global_keyprefix": f"{prefix}:"}
+        plain.send_task(
+            "two_steps",
+            ("r1", 2),
+            task_id="r1.2",
+            queue=worker_queue(prefix, "mail"),
+            ignore_result=True,
+            retry=False,
+        )
+    (theirs,) = take(beatless_app, "mail")
+
+    assert ours.headers == theirs.headers
+    assert ours.payload == theirs.payload == [["r1", 2], {}, CHORDS_AND_THE_LIKE]
+    assert (ours.content_type, ours.content_encoding) == ("application/json", "utf-8")
+    assert (theirs.content_type, theirs.content_encoding) == ("application/json", "utf-8")
+    varying = {"delivery_tag", "reply_to"}
+    assert {k: v for k, v in ours.properties.items() if k not in varying} == {
+        k: v for k, v in theirs.properties.items() if k not in varying
+    }
+    # Protocol 2: what a worker needs to know before it reads the body is in the headers.
+    headers = ours.headers
+    assert (headers["task"], headers["id"], headers["root_id"]) == ("two_steps", "r1.2", "r1.2")
+    assert (headers["retries"], headers["eta"], headers["expires"]) == (0, None, None)
+    assert headers["argsrepr"] == "('r1', 2)"
+    assert ours.properties["correlation_id"] == "r1.2"
+    assert ours.properties["delivery_mode"] == 2
+    assert ours.delivery_info == theirs.delivery_info
+    assert ours.delivery_info["routing_key"] == f"{prefix}.mail"
+
+
+CHORDS_AND_THE_LIKE = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+def test_a_batch_lies_in_the_broker_in_its_order_each_under_its_own_id(beatless_app: App) -> None:
+    orders = [
+        TaskMessage(run_id=f"r{n}", task="two_steps", queue="default", attempt=1) for n in range(20)
+    ]
+    CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix).publish(orders)
+
+    messages = take(beatless_app)
+    assert [message.payload[0] for message in messages] == [[o.run_id, 1] for o in orders]
+    assert [message.headers["id"] for message in messages] == [f"r{n}.1" for n in range(20)]
+
+
+def test_a_priority_is_kept_out_of_the_broker(beatless: Kit) -> None:
+    """It is decided when the relay dispatches; on Redis, priorities would be lists of their own."""
+    for priority in (0, 3, 9):
+        beatless.start_run("two_steps", priority=priority)
+    beatless.drain_outbox_once()
+
+    prefix = beatless.app.settings.prefix
+    with closing(beatless.app.redis()) as client:
+        lists = [key for key in client.scan_iter(f"{prefix}:*") if client.type(key) == b"list"]
+        assert lists == [f"{prefix}:{prefix}.default".encode()]
+        assert client.llen(lists[0]) == 3
+    messages = take(beatless.app)
+    assert {message.properties["priority"] for message in messages} == {0}
+    sent = [beatless.client.get_run(message.payload[0][0]).priority for message in messages]
+    assert sent == [9, 3, 0]
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -1,7 +1,9 @@
 """The main walk: start, dispatch, execute, publish, follow."""
 
 import itertools
+import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -262,7 +264,25 @@ def test_higher_priority_goes_first(beatless: Kit) -> None:
     beatless.work_until_idle()
 
 
-def test_a_retried_run_fails_waits_and_completes(beatless: Kit) -> None:
+def test_a_processed_job_has_run_each_step_once_and_keeps_its_result(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("ledger", {"ledger": str(ledger)})
+    assert (run.state, run.result, run.finished_at) == (RunState.QUEUED, None, None)
+
+    assert beatless.work_until_idle() == 1
+
+    done = beatless.client.get_run(run.run_id)
+    assert (done.state, done.result, done.attempt) == (RunState.COMPLETED, "abc", 1)
+    assert done.finished_at is not None
+    assert done.finished_at >= done.created_at
+    assert [json.loads(line)["step"] for line in ledger.read_text().splitlines()] == ["a", "b", "c"]
+    assert beatless.work_until_idle() == 0
+    beatless.verify()
+
+
+def test_a_retried_job_fails_waits_and_completes(beatless: Kit) -> None:
     run = beatless.start_run("retries", {"failures": 2})
 
     assert beatless.work_until_idle() == 1
@@ -281,7 +301,7 @@ def test_a_retried_run_fails_waits_and_completes(beatless: Kit) -> None:
     beatless.verify()
 
 
-def test_a_failed_run_keeps_its_reason(beatless: Kit) -> None:
+def test_a_failed_job_keeps_its_reason(beatless: Kit) -> None:
     run = beatless.start_run("retries", {"failures": 9})
     for _ in range(3):
         beatless.work_until_idle()
