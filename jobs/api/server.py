@@ -1,8 +1,6 @@
 """The routes under /v1, the health checks and the run page."""
 
-import base64
 import contextlib
-import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,7 +26,8 @@ from jobs.app import App
 from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
 from jobs.auth import Scope as Permission
 from jobs.client import Client, new_run_id
-from jobs.errors import SchemaBehind
+from jobs.cursors import decode_page, encode_page, parse_event_id
+from jobs.errors import BadRequest, SchemaBehind
 from orchestrator.errors import RunNotFound
 from orchestrator.state import RunState
 from outbox.queries import execute
@@ -64,6 +63,8 @@ class StartRequest(BaseModel):
     run_id: str | None = None
     key: str | None = None
     queue: str | None = None
+    delay: float | None = None
+    """Seconds from now."""
     not_before: datetime | None = None
     deadline: float | None = None
     """Seconds from now."""
@@ -242,7 +243,10 @@ def create_api(app: App) -> FastAPI:
         cursor: str | None = None,
     ) -> dict[str, Any]:
         """Runs, newest first; `cursor` is the `next` of the page before."""
-        before = None if cursor is None else _decode_cursor(cursor)
+        try:
+            before = None if cursor is None else decode_page(cursor)
+        except BadRequest as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
         found = client.list_runs(
             state=None if state is None else state.value,
             plan=_text(plan),
@@ -253,7 +257,7 @@ def create_api(app: App) -> FastAPI:
         )
         following = None
         if len(found) == limit:
-            following = _encode_cursor(found[-1].created_at, found[-1].run_id)
+            following = encode_page(found[-1].created_at, found[-1].run_id)
         return {"runs": [run.to_dict() for run in found], "next": following}
 
     @api.get("/v1/runs/{run_id}", responses=answers)
@@ -344,7 +348,10 @@ def create_api(app: App) -> FastAPI:
         name, text = ("from_seq", from_seq or fromSeq or "0")
         if header:
             name, text = "Last-Event-ID", header
-        given, seq = sse.parse_cursor(text, name)
+        try:
+            given, seq = parse_event_id(text, name)
+        except BadRequest as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
         run = client.get_run(_text(run_id))
         epoch = client.epoch()
         after, reset = sse.start_of(run, epoch, given, seq)
@@ -502,19 +509,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"tag is {text!r}; write it like name=value")
     return name, value
-
-
-def _encode_cursor(created_at: datetime, run_id: str) -> str:
-    text = json.dumps([created_at.isoformat(), run_id])
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str) -> tuple[datetime, str]:
-    try:
-        padded = cursor + "=" * (-len(cursor) % 4)
-        moment, run_id = json.loads(base64.urlsafe_b64decode(padded))
-        return datetime.fromisoformat(moment), _text(str(run_id))
-    except (ValueError, TypeError) as error:
-        raise Problem(
-            HTTPStatus.BAD_REQUEST, "cursor is not one of ours: pass the `next` of the page before"
-        ) from error

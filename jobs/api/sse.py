@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from http import HTTPStatus
@@ -15,8 +14,6 @@ from jobs.errors import WaitTimeout
 from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event
 from orchestrator.journal import Run
-
-CURSOR = re.compile(r"(?:([0-9a-z]{1,40})\.)?(\d{1,9})")
 
 ROTATION = 300.0
 """Seconds after which a stream asks its viewer to come again, more or less a fifth."""
@@ -31,16 +28,6 @@ HEADERS = {
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-def parse_cursor(text: str, name: str) -> tuple[str | None, int]:
-    """(epoch or None, seq) of `5` or `<epoch>.5`. Raises Problem (400)."""
-    found = CURSOR.fullmatch(text)
-    if found is None:
-        raise Problem(
-            HTTPStatus.BAD_REQUEST, f"{name} is {text!r}; it must be a seq or <epoch>.<seq>"
-        )
-    return found[1], int(found[2])
 
 
 def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bool]:

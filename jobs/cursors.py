@@ -1,0 +1,37 @@
+"""What a page of runs and a place in a stream are called over HTTP."""
+
+import base64
+import json
+import re
+from datetime import datetime
+
+from jobs.errors import BadRequest
+
+EVENT_ID = re.compile(r"(?:([0-9a-z]{1,40})\.)?([0-9]{1,9})")
+
+
+def encode_page(created_at: datetime, run_id: str) -> str:
+    """The cursor of the runs that come after this one in a list."""
+    text = json.dumps([created_at.isoformat(), run_id])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def decode_page(cursor: str) -> tuple[datetime, str]:
+    """(created_at, run_id) of a cursor. Raises BadRequest."""
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        moment, run_id = json.loads(base64.urlsafe_b64decode(padded))
+        found = datetime.fromisoformat(moment)
+    except (ValueError, TypeError, RecursionError):
+        found, run_id = None, None
+    if found is None or found.tzinfo is None or not isinstance(run_id, str) or "\0" in run_id:
+        raise BadRequest("cursor", "is not one of ours: pass the `next` of the page before")
+    return found, run_id
+
+
+def parse_event_id(text: str, name: str) -> tuple[str | None, int]:
+    """(epoch or None, seq) of `5` or `<epoch>.5`. Raises BadRequest."""
+    found = EVENT_ID.fullmatch(text)
+    if found is None:
+        raise BadRequest(name, f"is {text[:100]!r}; it must be a seq or <epoch>.<seq>")
+    return found[1], int(found[2])

@@ -1,0 +1,233 @@
+"""The client for asyncio."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Self, TypeVar
+
+import httpx2
+
+from jobs.client import check_cursor
+from jobs.http import wire
+from jobs.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
+from orchestrator.events import Event
+from orchestrator.journal import Run
+from orchestrator.queues import QueueState
+from outbox.backoff import Backoff
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`jobs.http.Client` for asyncio: the same calls as coroutines, and `astream_run`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 30.0,
+        stall: float = STALL,
+        backoff: Backoff = RETRY,
+    ) -> None:
+        """`timeout` is for calls, in seconds; `stall` is how long a stream may bring no byte."""
+        self._timeout = timeout
+        self._stall = stall
+        self._backoff = backoff
+        self._http = httpx2.AsyncClient(
+            base_url=url, headers=wire.authorization(token), timeout=timeout, limits=wire.LIMITS
+        )
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def start_run(
+        self,
+        plan: str,
+        input: Any = None,
+        *,
+        run_id: str | None = None,
+        key: str | None = None,
+        queue: str | None = None,
+        delay: float | timedelta | None = None,
+        not_before: datetime | None = None,
+        deadline: float | timedelta | None = None,
+        priority: int = 0,
+        tags: Mapping[str, str] | None = None,
+    ) -> Run:
+        """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
+        return await self._send(
+            wire.start_run(
+                plan,
+                input,
+                run_id=run_id,
+                key=key,
+                queue=queue,
+                delay=delay,
+                not_before=not_before,
+                deadline=deadline,
+                priority=priority,
+                tags=tags,
+            )
+        )
+
+    async def get_run(self, run_id: str) -> Run:
+        """The run as it is stored now. Raises RunNotFound."""
+        return await self._send(wire.get_run(run_id))
+
+    async def list_runs(
+        self,
+        *,
+        state: str | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        before: Run | tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Run]:
+        """Runs, newest first. `before` is the last run of the page before, or its time and id."""
+        found: list[Run] = []
+        while len(found) < limit:
+            wanted = min(limit - len(found), wire.PAGE)
+            page = await self._send(
+                wire.list_runs(
+                    state=state, plan=plan, queue=queue, tags=tags, before=before, limit=wanted
+                )
+            )
+            found += page
+            if len(page) < wanted:
+                break
+            before = page[-1]
+        return found
+
+    async def events(self, run_id: str, from_seq: int = 0, limit: int | None = None) -> list[Event]:
+        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
+        found: list[Event] = []
+        while limit is None or len(found) < limit:
+            wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
+            page = await self._send(wire.events(run_id, from_seq + len(found), wanted))
+            found += page
+            if len(page) < wanted:
+                break
+        return found
+
+    async def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
+        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        run = await self.get_run(run_id)
+        async for event in self.astream_run(run_id, run.last_seq, timeout=timeout):
+            if event.final:
+                break
+        return await self.get_run(run_id)
+
+    async def cancel_run(self, run_id: str, *, reason: str | None = None) -> Run:
+        """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound."""
+        return await self._send(wire.cancel_run(run_id, reason)) or await self.get_run(run_id)
+
+    async def retry_run(self, run_id: str, from_step: str | None = None) -> Run:
+        """Start a new run that goes on where an ended one has failed; the new run.
+
+        Not tried again when its answer is lost: there could be two. Raises RunNotFound,
+        UnknownPlan and CannotRetry.
+        """
+        return await self._send(wire.retry_run(run_id, from_step))
+
+    async def remove_run(self, run_id: str) -> None:
+        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+        await self._send(wire.remove_run(run_id))
+
+    async def queues(self) -> list[QueueState]:
+        """Every queue that has runs or is paused, with its counts."""
+        return await self._send(wire.queues())
+
+    async def pause_queue(self, queue: str) -> None:
+        """After this returned no run of the queue starts anywhere; those that run go on."""
+        await self._send(wire.pause_queue(queue))
+
+    async def resume_queue(self, queue: str) -> None:
+        """Let the queue's runs start again."""
+        await self._send(wire.resume_queue(queue))
+
+    async def drain_queue(self, queue: str) -> int:
+        """Take away the runs that wait, leave those that run; how many were taken away."""
+        return await self._send(wire.drain_queue(queue))
+
+    async def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
+        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+        return await self._send(wire.obliterate_queue(queue, force=force))
+
+    async def astream_run(
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        *,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> AsyncIterator[Event]:
+        """`Client.stream_run` for asyncio."""
+        run = await self.get_run(run_id)
+        check_cursor(run, from_seq)
+        follower = Follower(
+            run.run_id, from_seq, timeout=timeout, on_reset=on_reset, backoff=self._backoff
+        )
+        while True:
+            request = self._http.build_request(
+                "GET",
+                wire.stream_path(follower.run_id),
+                headers=follower.headers,
+                timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
+            )
+            try:
+                response = await self._http.send(request, stream=True)
+                try:
+                    if response.status_code != 200:
+                        await response.aread()
+                    if not follower.accept(response):
+                        return
+                    frames = aiter(httpx2.EventSource(response, FRAME_LIMIT))
+                    while (frame := await within(follower, anext(frames, None))) is not None:
+                        event = follower.feed(frame)
+                        if event is not None:
+                            yield event
+                            if event.final:
+                                return
+                finally:
+                    await response.aclose()
+                delay = follower.closed()
+            except (httpx2.TransportError, Interrupted) as error:
+                delay = follower.failed(error)
+            await asyncio.sleep(delay)
+
+    async def _send(self, call: wire.Call[T]) -> T:
+        for tried in itertools.count(1):
+            try:
+                response = await self._http.request(
+                    call.method, call.path, json=call.body, params=call.query
+                )
+            except httpx2.TransportError as error:
+                delay = wire.pause_after(call, tried, error, self._backoff)
+                if delay is None:
+                    raise wire.unreachable(self._http.base_url, error) from error
+            else:
+                delay = wire.pause_after(call, tried, response, self._backoff)
+                if delay is None:
+                    return wire.result_of(call, response)
+            await asyncio.sleep(delay)
+        raise AssertionError("unreachable")
+
+
+async def within(follower: Follower, frame: Awaitable[T]) -> T:
+    """The next frame. Raises WaitTimeout when the follower's time is up."""
+    if follower.deadline is None:
+        return await frame
+    try:
+        return await asyncio.wait_for(frame, follower.left())
+    except TimeoutError as error:
+        raise follower.too_late() from error

@@ -1,0 +1,304 @@
+"""The client for threads."""
+
+import itertools
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from typing import Any, Self, TypeVar
+
+import httpx2
+
+from jobs.client import check_cursor
+from jobs.errors import BadSetting
+from jobs.http import wire
+from jobs.http.aio import AsyncClient
+from jobs.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
+from orchestrator.events import Event
+from orchestrator.journal import Run
+from orchestrator.queues import QueueState
+from outbox.backoff import Backoff
+
+T = TypeVar("T")
+
+
+class Client:
+    """Starts, reads and follows runs over HTTP, as the client of an app does. Threads may share it.
+
+    Calls are tried five times before they raise Unreachable. AccessDenied says that the token is
+    not good, or not for this.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 30.0,
+        stall: float = STALL,
+        backoff: Backoff = RETRY,
+    ) -> None:
+        """`timeout` is for calls, in seconds; `stall` is how long a stream may bring no byte."""
+        self._url, self._token, self._timeout = url, token, timeout
+        self._stall = stall
+        self._backoff = backoff
+        self._http = httpx2.Client(
+            base_url=url, headers=wire.authorization(token), timeout=timeout, limits=wire.LIMITS
+        )
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A client of `BEATLESS_API_URL` with the token in `BEATLESS_TOKEN`. Raises BadSetting."""
+        url = os.environ.get("BEATLESS_API_URL")
+        if not url:
+            raise BadSetting("BEATLESS_API_URL", "is not set", "https://beatless.example")
+        return cls(url, token=os.environ.get("BEATLESS_TOKEN"), **options)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start_run(
+        self,
+        plan: str,
+        input: Any = None,
+        *,
+        run_id: str | None = None,
+        key: str | None = None,
+        queue: str | None = None,
+        delay: float | timedelta | None = None,
+        not_before: datetime | None = None,
+        deadline: float | timedelta | None = None,
+        priority: int = 0,
+        tags: Mapping[str, str] | None = None,
+    ) -> Run:
+        """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
+        return self._send(
+            wire.start_run(
+                plan,
+                input,
+                run_id=run_id,
+                key=key,
+                queue=queue,
+                delay=delay,
+                not_before=not_before,
+                deadline=deadline,
+                priority=priority,
+                tags=tags,
+            )
+        )
+
+    def get_run(self, run_id: str) -> Run:
+        """The run as it is stored now. Raises RunNotFound."""
+        return self._send(wire.get_run(run_id))
+
+    def list_runs(
+        self,
+        *,
+        state: str | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        before: Run | tuple[datetime, str] | None = None,
+        limit: int = 50,
+    ) -> list[Run]:
+        """Runs, newest first. `before` is the last run of the page before, or its time and id."""
+        found: list[Run] = []
+        while len(found) < limit:
+            wanted = min(limit - len(found), wire.PAGE)
+            page = self._send(
+                wire.list_runs(
+                    state=state, plan=plan, queue=queue, tags=tags, before=before, limit=wanted
+                )
+            )
+            found += page
+            if len(page) < wanted:
+                break
+            before = page[-1]
+        return found
+
+    def events(self, run_id: str, from_seq: int = 0, limit: int | None = None) -> list[Event]:
+        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
+        found: list[Event] = []
+        while limit is None or len(found) < limit:
+            wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
+            page = self._send(wire.events(run_id, from_seq + len(found), wanted))
+            found += page
+            if len(page) < wanted:
+                break
+        return found
+
+    def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
+        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        run = self.get_run(run_id)
+        for event in self.stream_run(run_id, run.last_seq, timeout=timeout):
+            if event.final:
+                break
+        return self.get_run(run_id)
+
+    def cancel_run(self, run_id: str, *, reason: str | None = None) -> Run:
+        """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound."""
+        return self._send(wire.cancel_run(run_id, reason)) or self.get_run(run_id)
+
+    def retry_run(self, run_id: str, from_step: str | None = None) -> Run:
+        """Start a new run that goes on where an ended one has failed; the new run.
+
+        Not tried again when its answer is lost: there could be two. Raises RunNotFound,
+        UnknownPlan and CannotRetry.
+        """
+        return self._send(wire.retry_run(run_id, from_step))
+
+    def remove_run(self, run_id: str) -> None:
+        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+        self._send(wire.remove_run(run_id))
+
+    def queues(self) -> list[QueueState]:
+        """Every queue that has runs or is paused, with its counts."""
+        return self._send(wire.queues())
+
+    def pause_queue(self, queue: str) -> None:
+        """After this returned no run of the queue starts anywhere; those that run go on."""
+        self._send(wire.pause_queue(queue))
+
+    def resume_queue(self, queue: str) -> None:
+        """Let the queue's runs start again."""
+        self._send(wire.resume_queue(queue))
+
+    def drain_queue(self, queue: str) -> int:
+        """Take away the runs that wait, leave those that run; how many were taken away."""
+        return self._send(wire.drain_queue(queue))
+
+    def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
+        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+        return self._send(wire.obliterate_queue(queue, force=force))
+
+    def stream_run(
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        *,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> Iterator[Event]:
+        """Every event after `from_seq`, in order and once, as it is committed, to RunFinished.
+
+        Goes on from the last event whatever happens to the connection or the server. Raises
+        RunNotFound, BadRequest for a `from_seq` beyond the head, EventsPruned, AccessDenied, and
+        WaitTimeout if no RunFinished came within `timeout` seconds. When the database was restored
+        or failed over it raises HistoryChanged; or it calls `on_reset`, which must forget the
+        events, and gives all of them from the first.
+        """
+        run = self.get_run(run_id)
+        check_cursor(run, from_seq)
+        follower = Follower(
+            run.run_id, from_seq, timeout=timeout, on_reset=on_reset, backoff=self._backoff
+        )
+        return self._follow(follower)
+
+    def _follow(self, follower: Follower) -> Iterator[Event]:
+        while True:
+            request = self._http.build_request(
+                "GET",
+                wire.stream_path(follower.run_id),
+                headers=follower.headers,
+                timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
+            )
+            try:
+                response = self._http.send(request, stream=True)
+                try:
+                    if response.status_code != 200:
+                        response.read()
+                    if not follower.accept(response):
+                        return
+                    with cut_after(response, follower.left()):
+                        for frame in httpx2.EventSource(response, FRAME_LIMIT):
+                            event = follower.feed(frame)
+                            if event is not None:
+                                yield event
+                                if event.final:
+                                    return
+                finally:
+                    response.close()
+                delay = follower.closed()
+            except (httpx2.TransportError, Interrupted) as error:
+                delay = follower.failed(error)
+            threading.Event().wait(delay)
+
+    def astream_run(
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        *,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
+    ) -> AsyncIterator[Event]:
+        """`stream_run` for asyncio. Who follows many runs in one loop takes an AsyncClient."""
+
+        async def events() -> AsyncIterator[Event]:
+            async with AsyncClient(
+                self._url,
+                token=self._token,
+                timeout=self._timeout,
+                stall=self._stall,
+                backoff=self._backoff,
+            ) as client:
+                async for event in client.astream_run(
+                    run_id, from_seq, timeout=timeout, on_reset=on_reset
+                ):
+                    yield event
+
+        return events()
+
+    def _send(self, call: wire.Call[T]) -> T:
+        for tried in itertools.count(1):
+            try:
+                response = self._http.request(
+                    call.method, call.path, json=call.body, params=call.query
+                )
+            except httpx2.TransportError as error:
+                delay = wire.pause_after(call, tried, error, self._backoff)
+                if delay is None:
+                    raise wire.unreachable(self._http.base_url, error) from error
+            else:
+                delay = wire.pause_after(call, tried, response, self._backoff)
+                if delay is None:
+                    return wire.result_of(call, response)
+            threading.Event().wait(delay)
+        raise AssertionError("unreachable")
+
+
+@contextmanager
+def cut_after(response: httpx2.Response, seconds: float | None) -> Iterator[None]:
+    """In this block the connection ends after so many seconds, as if the server had died.
+
+    A blocking read knows no deadline that a heartbeat would not move.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def cut() -> None:
+        stream = response.extensions["network_stream"]
+        # The socket below TLS: that one may be shut while another thread reads.
+        with (
+            suppress(OSError),
+            socket.socket(fileno=os.dup(stream.get_extra_info("socket").fileno())) as twin,
+        ):
+            twin.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()

@@ -1,0 +1,325 @@
+"""Requests and answers of the API as values. Does no I/O."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from urllib.parse import quote
+
+import httpx2
+
+from jobs.client import new_run_id
+from jobs.cursors import encode_page
+from jobs.errors import (
+    AccessDenied,
+    BadRequest,
+    QueueBusy,
+    SchemaBehind,
+    StatementTimeout,
+    UnknownPlan,
+    Unreachable,
+)
+from orchestrator.errors import (
+    BadPayload,
+    CannotRetry,
+    EventsPruned,
+    RunConflict,
+    RunIsActive,
+    RunNotFound,
+)
+from orchestrator.events import Event
+from orchestrator.journal import Run
+from orchestrator.queues import QueueState
+from orchestrator.state import RunState
+from outbox.backoff import Backoff
+
+T = TypeVar("T")
+R = TypeVar("R", Run, QueueState)
+
+AGAIN = frozenset({429, 500, 502, 503, 504})
+"""Answers of a server, or of a proxy before it, that may be another one in a moment."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds: what a server may ask for with Retry-After."""
+
+PAGE = 500
+
+ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (
+        BadPayload,
+        BadRequest,
+        CannotRetry,
+        EventsPruned,
+        QueueBusy,
+        RunConflict,
+        RunIsActive,
+        RunNotFound,
+        SchemaBehind,
+        StatementTimeout,
+        UnknownPlan,
+    )
+}
+"""What a problem document may name: what the in-process client raises."""
+
+TIMES = {
+    record: frozenset(
+        name
+        for name, hint in get_type_hints(record).items()
+        if hint is datetime or datetime in get_args(hint)
+    )
+    for record in (Run, QueueState)
+}
+
+TRIES = 5
+"""How often a call is tried whose answer does not come."""
+
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
+"""A stream holds its connection: no number of them may keep another from being opened."""
+
+UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[T]):
+    """One request, and what its answer means."""
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    """Makes the result of the JSON of a good answer; it gets None for an empty one."""
+    body: Any = None
+    query: Mapping[str, Any] | None = None
+    repeatable: bool = True
+    """Whether doing it twice is as good as once."""
+    unchanged: int = 0
+    """The status of an answer that means: nothing was done, and that is all right."""
+
+
+def authorization(token: str | None) -> dict[str, str]:
+    """The headers of every request."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def result_of(call: Call[T], response: httpx2.Response) -> T:
+    """What the answer says, or the error that it names."""
+    if response.is_success or response.status_code == call.unchanged:
+        return call.read(response.json() if response.content else None)
+    raise error_of(response)
+
+
+def pause_after(
+    call: Call[Any], tried: int, outcome: httpx2.Response | httpx2.TransportError, backoff: Backoff
+) -> float | None:
+    """Seconds to wait before the call is tried again; None if this was its last try."""
+    if isinstance(outcome, httpx2.Response):
+        if outcome.status_code not in AGAIN or not call.repeatable or tried >= TRIES:
+            return None
+        return backoff.delay(tried) + pause_of(outcome)
+    if tried >= TRIES or not (call.repeatable or isinstance(outcome, UNSENT)):
+        return None
+    return backoff.delay(tried)
+
+
+def unreachable(url: httpx2.URL, error: Exception) -> Unreachable:
+    """A request that got no answer."""
+    return Unreachable(f"the API at {url}", str(error) or type(error).__name__)
+
+
+def error_of(response: httpx2.Response) -> Exception:
+    """The error that the in-process client would have raised, as far as the answer tells."""
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        document = {}
+    detail = str(document.get("detail") or response.reason_phrase or "no reason given")
+    known = ERRORS.get(str(document.get("error")))
+    arguments = document.get("arguments")
+    if known is not None and isinstance(arguments, list):
+        try:
+            return known(*arguments)
+        except TypeError:
+            pass  # another version's
+    status = response.status_code
+    if status in (401, 403):
+        return AccessDenied(status, detail)
+    if status in (400, 404, 409, 410, 413, 422):
+        return BadRequest("request", f"is refused ({status}): {detail}")
+    return Unreachable("the API", f"it answered {status}: {detail}")
+
+
+def pause_of(response: httpx2.Response) -> float:
+    """Seconds that the server asks to wait; 0 if it does not say."""
+    text = response.headers.get("Retry-After", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return 0.0
+    return max(0.0, min(seconds, LONGEST_PAUSE)) if seconds == seconds else 0.0
+
+
+def record_of(kind: type[R], members: Mapping[str, Any]) -> R:
+    """A value from its JSON object. Members that this version does not know are ignored."""
+    values: dict[str, Any] = {entry.name: members.get(entry.name) for entry in fields(kind)}
+    for name in TIMES[kind]:
+        if isinstance(text := values[name], str):
+            values[name] = datetime.fromisoformat(text)
+    return kind(**values)
+
+
+def run_of(members: Mapping[str, Any]) -> Run:
+    """A run from its JSON object."""
+    return record_of(Run, {**members, "state": RunState(members["state"])})
+
+
+def start_run(
+    plan: str,
+    input: Any,
+    *,
+    run_id: str | None,
+    key: str | None,
+    queue: str | None,
+    delay: float | timedelta | None,
+    not_before: datetime | None,
+    deadline: float | timedelta | None,
+    priority: int,
+    tags: Mapping[str, str] | None,
+) -> Call[Run]:
+    """A start has its id before it is sent: an answer that was lost is asked for again."""
+    body = {
+        "plan": plan,
+        "input": input,
+        "run_id": new_run_id() if run_id is None else run_id,
+        "key": key,
+        "queue": queue,
+        "delay": _seconds(delay),
+        "not_before": None if not_before is None else not_before.isoformat(),
+        "deadline": _seconds(deadline),
+        "priority": priority,
+        "tags": None if tags is None else dict(tags),
+    }
+    body = {name: value for name, value in body.items() if value is not None}
+    return Call(method="POST", path="/v1/runs", body=body, read=run_of)
+
+
+def get_run(run_id: str) -> Call[Run]:
+    return Call(method="GET", path=_path("runs", run_id), read=run_of)
+
+
+def list_runs(
+    *,
+    state: str | None,
+    plan: str | None,
+    queue: str | None,
+    tags: Mapping[str, str] | None,
+    before: Run | tuple[datetime, str] | None,
+    limit: int,
+) -> Call[list[Run]]:
+    last = (before.created_at, before.run_id) if isinstance(before, Run) else before
+    query = {
+        "state": state,
+        "plan": plan,
+        "queue": queue,
+        "tag": [f"{name}={value}" for name, value in (tags or {}).items()],
+        "cursor": encode_page(*last) if last else None,
+        "limit": min(limit, PAGE),
+    }
+    return Call(
+        method="GET",
+        path="/v1/runs",
+        query={name: value for name, value in query.items() if value is not None},
+        read=lambda found: [run_of(members) for members in found["runs"]],
+    )
+
+
+def events(run_id: str, after: int, limit: int) -> Call[list[Event]]:
+    return Call(
+        method="GET",
+        path=_path("runs", run_id, "events"),
+        query={"from_seq": after, "limit": limit},
+        read=lambda found: [Event.from_dict(members) for members in found["events"]],
+    )
+
+
+def cancel_run(run_id: str, reason: str | None) -> Call[Run | None]:
+    """None where it had ended before: the run is as it was."""
+    body = {} if reason is None else {"reason": reason}
+    path = _path("runs", run_id, "cancel")
+    return Call(
+        method="POST",
+        path=path,
+        body=body,
+        read=lambda found: run_of(found) if "run_id" in found else None,
+        unchanged=409,
+    )
+
+
+def retry_run(run_id: str, from_step: str | None) -> Call[Run]:
+    body = {} if from_step is None else {"from_step": from_step}
+    path = _path("runs", run_id, "retry")
+    return Call(method="POST", path=path, body=body, read=run_of, repeatable=False)
+
+
+def remove_run(run_id: str) -> Call[None]:
+    return Call(method="DELETE", path=_path("runs", run_id), read=_nothing, repeatable=False)
+
+
+def queues() -> Call[list[QueueState]]:
+    return Call(
+        method="GET",
+        path="/v1/queues",
+        read=lambda found: [record_of(QueueState, members) for members in found["queues"]],
+    )
+
+
+def pause_queue(queue: str) -> Call[None]:
+    return Call(method="POST", path=_path("queues", queue, "pause"), read=_nothing)
+
+
+def resume_queue(queue: str) -> Call[None]:
+    return Call(method="POST", path=_path("queues", queue, "resume"), read=_nothing)
+
+
+def drain_queue(queue: str) -> Call[int]:
+    return Call(
+        method="POST", path=_path("queues", queue, "drain"), read=_removed, repeatable=False
+    )
+
+
+def obliterate_queue(queue: str, *, force: bool) -> Call[int]:
+    query = {"force": "true"} if force else {}
+    path = _path("queues", queue)
+    return Call(method="DELETE", path=path, query=query, read=_removed, repeatable=False)
+
+
+def stream_path(run_id: str) -> str:
+    return _path("runs", run_id, "stream")
+
+
+def _path(*parts: str) -> str:
+    return "/v1/" + "/".join(_part(part) for part in parts)
+
+
+def _part(part: str) -> str:
+    # A part of its own, whatever it holds: `../queues` must not become another request.
+    if part in ("", ".", "..") or "/" in part:
+        raise BadRequest("name", f"is {part!r}, which cannot be a part of a URL")
+    return quote(part, safe="~")
+
+
+def _removed(found: Any) -> int:
+    return int(found["removed"])
+
+
+def _nothing(_found: Any) -> None:
+    return None
+
+
+def _seconds(given: float | timedelta | None) -> float | None:
+    return given.total_seconds() if isinstance(given, timedelta) else given
