@@ -13,7 +13,7 @@ import contextlib
 import logging
 import select
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, Self, TypeVar
 
@@ -45,7 +45,12 @@ BEYOND = 2**31
 """Above any seq."""
 
 PAGE = 500
-"""Events read from the journal at once: what a slow reader holds in memory."""
+"""Events read from the journal at once."""
+
+FIRST_PAGE = 64
+
+PAGE_BYTES = 512 * 1024
+"""Of them as JSON: what a slow reader holds in memory, if no event alone is larger."""
 
 
 def ignore(_name: str, _facts: dict[str, Any]) -> None:
@@ -70,6 +75,26 @@ class Cursor:
     def missing(self) -> bool:
         """True while a later event has arrived before an earlier one: read the journal again."""
         return bool(self._early)
+
+
+class Pager:
+    """Reads a journal in pages whose size in bytes is bounded, however large the events are."""
+
+    def __init__(self) -> None:
+        self.limit = FIRST_PAGE
+
+    def cut(self, lines: Sequence[str]) -> tuple[list[Event], bool]:
+        """(the events to pass on, whether there may be more) of what was read with `limit`."""
+        size = taken = 0
+        for line in lines:
+            if taken and size + len(line) > PAGE_BYTES:
+                break
+            size += len(line)
+            taken += 1
+        more = taken < len(lines) or len(lines) == self.limit
+        if taken:
+            self.limit = max(1, min(PAGE, PAGE_BYTES * taken // max(1, size)))
+        return [Event.from_json(line) for line in lines[:taken]], more
 
 
 class Streams:
@@ -151,10 +176,10 @@ class Streams:
         timeout: float | None,
         deadline: float | None,
     ) -> Iterator[Event]:
-        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
         while True:
             try:
-                page = self._read(run_id, cursor.seq)
+                page, more = self._read(run_id, cursor.seq, pager)
             except AWAY as error:
                 failures += 1
                 delay = backoff.delay(failures)
@@ -165,12 +190,13 @@ class Streams:
                 continue
             self._observer("backfill", {"reason": reason, "events": len(page)})
             yield from cursor.feed(page)
-            if len(page) < PAGE:
+            if not more:
                 return
 
-    def _read(self, run_id: str, after: int) -> list[Event]:
+    def _read(self, run_id: str, after: int, pager: Pager) -> tuple[list[Event], bool]:
         with self._engine.connect() as connection:
-            return self._journal.read(connection, run_id, after=after, limit=PAGE)
+            lines = self._journal.read_lines(connection, run_id, after=after, limit=pager.limit)
+        return pager.cut(lines)
 
     def _heads(self, run_ids: list[str]) -> dict[str, int]:
         with self._engine.connect() as connection:
@@ -190,37 +216,66 @@ class Streams:
         self, run: Run, after: int, *, timeout: float | None = None
     ) -> AsyncIterator[Event]:
         """`follow` for asyncio."""
+        async with contextlib.aclosing(self.watch(run, after, timeout=timeout)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def watch(
+        self, run: Run, after: int, *, timeout: float | None = None, idle: float | None = None
+    ) -> AsyncGenerator[list[Event]]:
+        """`afollow` in batches; an empty one says that nothing came for `idle` seconds, or that
+        the journal cannot be read now. Ends early after `end`.
+        """
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
         cursor, reason = Cursor(after), "start"
+        backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
         async with self._hub.subscribe(run.run_id, after) as mailbox, self._counted():
-            while True:
+            while not mailbox.ended:
                 await mailbox.ready()
-                while True:
-                    page = await self._aread(run.run_id, cursor.seq, timeout, deadline)
+                more = True
+                while more and not mailbox.ended:
+                    try:
+                        page, more = await asyncio.to_thread(
+                            self._read, run.run_id, cursor.seq, pager
+                        )
+                    except AWAY as error:
+                        failures += 1
+                        delay = backoff.delay(failures)
+                        _log_wait(run.run_id, error)
+                        if deadline is not None and monotonic() + delay >= deadline:
+                            raise WaitTimeout(
+                                run.run_id, timeout or 0, "unknown", cursor.seq
+                            ) from error
+                        await asyncio.sleep(delay)
+                        yield []
+                        continue
+                    failures = 0
                     self._observer("backfill", {"reason": reason, "events": len(page)})
-                    for event in cursor.feed(page):
-                        mailbox.seq = event.seq
-                        yield event
-                        if event.final:
+                    if batch := list(cursor.feed(page)):
+                        mailbox.seq = cursor.seq
+                        yield batch
+                        if batch[-1].final:
                             return
-                    if len(page) < PAGE:
-                        break
                 while not cursor.missing:
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
                         state, head = await asyncio.to_thread(self._state, run.run_id)
                         raise WaitTimeout(run.run_id, timeout or 0, state, head)
-                    arrived = await mailbox.next(left)
+                    patience = left if idle is None else min(idle, left or idle)
+                    arrived = await mailbox.next(patience)
                     if arrived is None:
                         reason = mailbox.reason
                         break
-                    for event in cursor.feed(arrived):
-                        mailbox.seq = event.seq
-                        yield event
-                        if event.final:
-                            return
+                    batch = list(cursor.feed(arrived))
+                    if batch:
+                        mailbox.seq = cursor.seq
+                    if batch or not arrived:
+                        yield batch
+                    if batch and batch[-1].final:
+                        return
                 if cursor.missing:
                     reason = "gap"
 
@@ -232,25 +287,14 @@ class Streams:
         finally:
             self._observer("stream_closed", {})
 
-    async def _aread(
-        self, run_id: str, after: int, timeout: float | None, deadline: float | None
-    ) -> list[Event]:
-        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
-        while True:
-            try:
-                return await asyncio.to_thread(self._read, run_id, after)
-            except AWAY as error:
-                failures += 1
-                delay = backoff.delay(failures)
-                _log_wait(run_id, error)
-                if deadline is not None and monotonic() + delay >= deadline:
-                    raise WaitTimeout(run_id, timeout or 0, "unknown", after) from error
-                await asyncio.sleep(delay)
-
     @property
     def open_streams(self) -> int:
         """How many asynchronous streams are being followed."""
         return self._hub.open_streams
+
+    def end(self) -> None:
+        """End the asynchronous streams that are open, in order; call it in their loop."""
+        self._hub.end()
 
     async def aclose(self) -> None:
         """Close the connection that this loop's streams share."""
@@ -387,6 +431,13 @@ class Hub:
         """How many streams are being followed."""
         return sum(len(boxes) for boxes in self._mailboxes.values())
 
+    def end(self) -> None:
+        """End every stream."""
+        for boxes in self._mailboxes.values():
+            for mailbox in boxes:
+                mailbox.ended = True
+                mailbox.missed("end")
+
     def subscribe(self, run_id: str, after: int) -> "Mailbox":
         """A mailbox for the run's messages, to be used with `async with`."""
         return Mailbox(self, run_id, channel_for(self._prefix, run_id), after)
@@ -488,8 +539,9 @@ class Hub:
             for mailbox in self._mailboxes.get(channel, ()):
                 mailbox.connected(live=True)
         elif message["type"] == "message":
+            events = parse(message["data"])
             for mailbox in self._mailboxes.get(channel, ()):
-                mailbox.put(message["data"])
+                mailbox.put(events, len(message["data"]))
 
 
 class Mailbox:
@@ -504,8 +556,9 @@ class Mailbox:
         self.seq = seq
         """The last event that the reader has passed on."""
         self.live = False
+        self.ended = False
         self._hub = hub
-        self._waiting: list[bytes] = []
+        self._waiting: list[Event] = []
         self._size = 0
         self._missed = False
         self.reason = "start"
@@ -531,15 +584,15 @@ class Mailbox:
         self._missed, self.reason = True, reason
         self._news.set()
 
-    def put(self, body: bytes) -> None:
-        """A message. What does not fit is read from the journal instead."""
-        self._size += len(body)
+    def put(self, events: Sequence[Event], size: int) -> None:
+        """A message of so many bytes. What does not fit is read from the journal instead."""
+        self._size += size
         if self._size > self.LIMIT:
             self._waiting.clear()
             self._size = 0
             self.missed("overflow")
             return
-        self._waiting.append(body)
+        self._waiting += events
         self._news.set()
 
     async def ready(self) -> None:
@@ -552,10 +605,11 @@ class Mailbox:
         if not self._waiting and not self._missed:
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
             except TimeoutError:
                 return []
         if self._missed:
             return None
-        bodies, self._waiting, self._size = self._waiting, [], 0
-        return [event for body in bodies for event in parse(body)]
+        arrived, self._waiting, self._size = self._waiting, [], 0
+        return arrived

@@ -504,9 +504,16 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
         """The events with a seq above `after`, in order. Raises EventsPruned and RunNotFound."""
+        lines = self.read_lines(connection, run_id, after=after, limit=limit)
+        return [Event.from_json(line) for line in lines]
+
+    def read_lines(
+        self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
+    ) -> list[str]:
+        """`read` as JSON text, for readers that hold no more than they must."""
         rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
-        events = [Event.from_json(text) for (text,) in rows]
-        if not events or events[0].seq != after + 1:
+        lines = [line for (line,) in rows]
+        if not lines or Event.from_json(lines[0]).seq != after + 1:
             # Asked second: what goes while we read was there in the statement before, or is missed.
             kept = execute(connection, self._kept, {"run_id": run_id})
             if not kept:
@@ -514,7 +521,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             pruned, last = kept[0]
             if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
-        return events
+        return lines
 
     def standing(self, connection: Caller, run_id: str) -> Standing:
         """Where a run stands beside its own row. Raises RunNotFound."""

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from jobs import App
-from jobs.api import create_api
+from jobs.api.server import bind, make_server
 
 
 @dataclass
@@ -87,22 +85,17 @@ def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def serving(app: App) -> Iterator[Api]:
+def serving(app: App, port: int = 0) -> Iterator[Api]:
     """The app's API in a thread of this process."""
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            ready.set()
-
     ready = threading.Event()
-    config = uvicorn.Config(create_api(app), port=0, log_level="error", timeout_graceful_shutdown=1)
-    server = Server(config)
-    thread = threading.Thread(target=server.run)
+    sockets = bind("127.0.0.1", port)
+    server = make_server(app, ready=ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     assert ready.wait(20)
     try:
-        yield Api(server.servers[0].sockets[0].getsockname()[1])
+        yield Api(sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(20)

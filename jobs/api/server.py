@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 BODY_LIMIT = 1024 * 1024
+STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
 MAX_STREAMS_PER_TOKEN = 1000
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
@@ -163,7 +166,7 @@ def create_api(app: App) -> FastAPI:
     """The API of an app. Opens nothing before the first request."""
     tokens = Tokens(app.engine, app.settings.schema)
     gate = Gate(app, tokens)
-    streams: dict[str, int] = {}
+    streams: Counter[str] = Counter()
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -359,7 +362,7 @@ def create_api(app: App) -> FastAPI:
             return Response(status_code=204)
         run.require_events(after)
         if app.streams.open_streams >= MAX_STREAMS or (
-            streams.get(grant.token_id, 0) >= MAX_STREAMS_PER_TOKEN
+            streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
         ):
             raise Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
@@ -367,13 +370,17 @@ def create_api(app: App) -> FastAPI:
 
         @contextlib.contextmanager
         def counted() -> Iterator[None]:
-            streams[grant.token_id] = streams.get(grant.token_id, 0) + 1
+            streams[grant.token_id] += 1
             try:
                 yield
             finally:
                 streams[grant.token_id] -= 1
+                if not streams[grant.token_id]:
+                    del streams[grant.token_id]
 
-        return sse.response(client, run, epoch=epoch, after=after, reset=reset, counted=counted)
+        return sse.EventStream(
+            sse.chunks(app.streams, run, epoch=epoch, after=after, reset=reset, counted=counted)
+        )
 
     @api.delete(
         "/v1/runs/{run_id}",
@@ -470,28 +477,68 @@ def create_api(app: App) -> FastAPI:
     return api
 
 
-def serve(app: App, *, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve the API until told to stop; `ready` gets the URL once it answers."""
+def serve(
+    app: App, *, host: str, port: int, ready: Callable[[str], None], reuse_port: bool = False
+) -> None:
+    """Serve the API until told to stop; `ready` gets the URL once it answers.
+
+    With `reuse_port` several processes may serve the same address. Raises BadRequest for an address
+    that cannot be listened on.
+    """
+    sockets = bind(host, port, reuse_port=reuse_port)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    make_server(app, ready=lambda: ready(url)).run(sockets=sockets)
+
+
+def make_server(app: App, *, ready: Callable[[], None]) -> uvicorn.Server:
+    """A server of the app's API, to be run with sockets; `ready` is called once it answers."""
 
     class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            listening = self.servers[0].sockets[0].getsockname()
-            shown = f"[{host}]" if ":" in host else host
-            ready(f"http://{shown}:{listening[1]}")
+            ready()
 
-    config = uvicorn.Config(
-        create_api(app),
-        host=host,
-        port=port,
-        log_level="warning",
-        log_config=None,
-        access_log=False,  # it would hold the tokens of streams
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=64 * 1024,
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Their viewers come again, at another process or at our successor.
+            app.streams.end()
+            await super().shutdown(sockets)
+
+    return Server(
+        uvicorn.Config(
+            create_api(app),
+            log_level="warning",
+            log_config=None,
+            access_log=False,  # it would hold the tokens of streams
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
     )
-    Server(config).run()
+
+
+def bind(host: str, port: int, *, reuse_port: bool = False) -> list[socket.socket]:
+    """Sockets on every address of a host, all on one port; 0 takes a free one."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+            chosen = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family is socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Inherited by connections: what a dead or stuck viewer was sent is not kept for ever.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_MILLISECONDS)
+            listener.bind(chosen)
+    except OSError as error:
+        for listener in sockets:
+            listener.close()
+        raise BadRequest("--host", f"{host} port {port} cannot be used: {error}") from error
+    return sockets
 
 
 def _lacks(scope: Permission) -> Problem:

@@ -1,19 +1,25 @@
 """A run as server-sent events. The contract is in docs/http.md."""
 
+import asyncio
 import json
+import logging
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from http import HTTPStatus
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from jobs.api.problems import Problem
-from jobs.client import Client, beyond_the_head
+from jobs.client import beyond_the_head
 from jobs.errors import WaitTimeout
+from jobs.stream import Streams
 from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event
 from orchestrator.journal import Run
+
+logger = logging.getLogger(__name__)
 
 ROTATION = 300.0
 """Seconds after which a stream asks its viewer to come again, more or less a fifth."""
@@ -21,8 +27,13 @@ ROTATION = 300.0
 RETRY = 2000
 """Milliseconds that a viewer waits before it comes again, up to twice as many."""
 
-KEEP_ALIVE = 15
-SEND_TIMEOUT = 30
+KEEP_ALIVE = 15.0
+SEND_TIMEOUT = 30.0
+ALIVE = b": alive\n\n"
+
+CHUNK = 64 * 1024
+"""Bytes that are handed to the server at once, if no frame alone is larger."""
+
 HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
@@ -46,54 +57,100 @@ def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bo
     return seq, False
 
 
-def response(
-    client: Client,
+class EventStream(Response):
+    """Sends chunks as they come, and ends when they do, or when nobody reads them any more.
+
+    Made for thousands of idle viewers: one task beside the request's own, no timers.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+        self.status_code = 200
+        self.background = None
+        self.init_headers(HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        sending = asyncio.current_task()
+        assert sending is not None  # noqa: S101 - a server runs each request as a task
+        listening = asyncio.create_task(self._listen(receive, sending))
+        try:
+            async with aclosing(self._chunks):  # type: ignore[type-var]  # it is a generator
+                await self._send(send)
+        except asyncio.CancelledError:
+            # By the listener, and not by a server that stops?
+            if not listening.done() or sending.uncancel() > 0:
+                raise
+        finally:
+            listening.cancel()
+
+    async def _send(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        async for chunk in self._chunks:
+            message = {"type": "http.response.body", "body": chunk, "more_body": True}
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT):
+                    await send(message)
+            except TimeoutError:
+                logger.info("viewer reads too slowly and is dropped", extra={"action": "dropped"})
+                break
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _listen(self, receive: Receive, sending: "asyncio.Task[None]") -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        sending.cancel()
+
+
+async def chunks(
+    streams: Streams,
     run: Run,
     *,
     epoch: str,
     after: int,
     reset: bool,
     counted: Callable[[], AbstractContextManager[None]],
-) -> EventSourceResponse:
-    """The stream of a run, after a seq. `counted` is entered for as long as it is open."""
-    return EventSourceResponse(
-        frames(client, run, epoch=epoch, after=after, reset=reset, counted=counted),
-        headers=HEADERS,
-        ping=KEEP_ALIVE,
-        ping_message_factory=lambda: ServerSentEvent(comment="alive", sep="\n"),
-        send_timeout=SEND_TIMEOUT,
-        sep="\n",
-    )
+) -> AsyncIterator[bytes]:
+    """The stream of a run, after a seq. `counted` is entered for as long as it is open.
 
-
-async def frames(
-    client: Client,
-    run: Run,
-    *,
-    epoch: str,
-    after: int,
-    reset: bool,
-    counted: Callable[[], AbstractContextManager[None]],
-) -> AsyncIterator[ServerSentEvent]:
-    """The frames of a stream: first the priming one, so that even an idle stream can resume."""
+    First comes the priming frame, so that even an idle stream can be resumed.
+    """
     retry = RETRY + round(RETRY * random.random())  # noqa: S311 - spread, not secrecy
-    yield ServerSentEvent(id=f"{epoch}.{after}", data="", retry=retry, sep="\n")
+    first = f"id: {epoch}.{after}\nretry: {retry}\ndata: \n\n"
     if reset:
-        yield ServerSentEvent(event="reset", data=json.dumps({"epoch": epoch}), sep="\n")
+        first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
+    yield first.encode()
     rotation = ROTATION * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
+    watched = streams.watch(run, after, timeout=rotation, idle=KEEP_ALIVE)
     try:
         with counted():
-            async for event in client.astream_run(run.run_id, after, timeout=rotation):
-                yield frame(event, epoch)
+            async with aclosing(watched):
+                async for batch in watched:
+                    if not batch:
+                        yield ALIVE
+                    for chunk in frames(batch, epoch):
+                        yield chunk
     except (WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
 
 
-def frame(event: Event, epoch: str) -> ServerSentEvent:
-    """One event as one frame."""
-    return ServerSentEvent(
-        id=f"{epoch}.{event.seq}",
-        event=event.type,
-        data=json.dumps(event.to_dict(), ensure_ascii=False, separators=(",", ":")),
-        sep="\n",
-    )
+def frames(batch: Sequence[Event], epoch: str) -> list[bytes]:
+    """The events as frames, many to a chunk."""
+    found: list[bytes] = []
+    waiting: list[bytes] = []
+    size = 0
+    for event in batch:
+        data = json.dumps(event.to_dict(), ensure_ascii=False, separators=(",", ":"))
+        frame = f"id: {epoch}.{event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
+        if size + len(frame) > CHUNK and waiting:
+            found.append(b"".join(waiting))
+            waiting, size = [], 0
+        waiting.append(frame)
+        size += len(frame)
+    if waiting:
+        found.append(b"".join(waiting))
+    return found

@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
+@click.option(
+    "--reuse-port", is_flag=True, help="Share the address with other processes of this command."
+)
 @LOG_FORMAT
 @READY_FD
 @click.pass_obj
-def serve(env: Environment, host: str, port: int, ready_fd: int | None) -> None:
+def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: int | None) -> None:
     """Serve the HTTP API and the run page."""
     env.log()
     app = env.app
@@ -43,7 +46,7 @@ def serve(env: Environment, host: str, port: int, ready_fd: int | None) -> None:
             env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
         tell(ready_fd)
 
-    serve_api(app, host=host, port=port, ready=ready)
+    serve_api(app, host=host, port=port, ready=ready, reuse_port=reuse_port)
 
 
 @click.group()
