@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from jobs.testing import Kit
 
 ROOT = Path(__file__).parents[2]
 CERTIFICATES = ROOT / "tests" / "certificates"
-SERVER = """
-redis-server --port 0 --tls-port {port} --bind 127.0.0.1 --save '' --requirepass admins-secret
- --tls-cert-file /c/server.pem --tls-key-file /c/server.key --tls-ca-cert-file /c/ca.pem
- --tls-auth-clients no"""
+TLS = """
+--port 0 --tls-port {port} --bind 127.0.0.1 --tls-auth-clients no --tls-replication yes
+--tls-cert-file /c/server.pem --tls-key-file /c/server.key --tls-ca-cert-file /c/ca.pem"""
+SERVER = f"redis-server {TLS} --save '' --requirepass admins-secret"
+SENTINEL = f"""
+sh -c "printf '%s\\n' 'sentinel monitor main 127.0.0.1 {{master}} 1' 'sentinel auth-pass main
+admins-secret' 'requirepass sentinels-secret' > /tmp/s.conf &&
+exec redis-server /tmp/s.conf --sentinel {TLS}" """
 
 
 def url(port: int, user: str, password: str) -> str:
@@ -28,30 +33,43 @@ def url(port: int, user: str, password: str) -> str:
     return f"rediss://{user}:{password}@localhost:{port}/0?ssl_ca_certs={ca}"
 
 
+@contextmanager
+def container(line: str) -> Iterator[None]:
+    """A server in the network of the host, with our certificates."""
+    command = ["docker", "run", "--detach", "--rm", "--network", "host", "--user", "root"]
+    program, *arguments = shlex.split(line.replace("\n", " "))
+    command += ["--volume", f"{CERTIFICATES}:/c:ro", "--entrypoint", program, "redis:8", *arguments]
+    started = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield
+    finally:
+        subprocess.run(["docker", "stop", started], check=True, capture_output=True)
+
+
 @pytest.fixture
 def port() -> Iterator[int]:
     port = free_port()
-    command = ["docker", "run", "--detach", "--rm", "--network", "host", "--user", "root"]
-    command += ["--volume", f"{CERTIFICATES}:/c:ro", "--entrypoint", "redis-server", "redis:8"]
-    command += shlex.split(SERVER.format(port=port))[1:]
-    container = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
+    with container(SERVER.format(port=port)):
         yield port
-    finally:
-        subprocess.run(["docker", "stop", container], check=True, capture_output=True)
 
 
 @pytest.fixture
 def admin(port: int) -> Iterator["redis.Redis"]:
     with RedisUrl.parse(url(port, "", "admins-secret")).client(socket_timeout=5) as client:
-        ticking = threading.Event()
-        for _ in range(300):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                ticking.wait(0.1)
+        answers(client)
         yield client
+
+
+def answers(client: "redis.Redis") -> None:
+    """Wait until the server is there."""
+    ticking = threading.Event()
+    for _ in range(300):
+        try:
+            client.ping()
+            return
+        except redis.RedisError:
+            ticking.wait(0.1)
+    client.ping()
 
 
 def test_runs_over_tls_with_users_that_may_do_no_more_than_they_need(
@@ -87,3 +105,25 @@ def test_runs_over_tls_with_users_that_may_do_no_more_than_they_need(
         relay.close()
         viewer.close()
     assert admin.acl_log() == []
+
+
+@pytest.mark.usefixtures("admin")
+def test_sentinels_and_the_master_they_name_are_reached_over_tls(
+    beatless_app: App, port: int, tmp_path: Path
+) -> None:
+    sentinel = free_port()
+    with container(SENTINEL.format(master=port, port=sentinel)):
+        through = f"sentinel://:admins-secret@127.0.0.1:{sentinel}/0?master_name=main"
+        through += f"&sentinel_password=sentinels-secret&ssl_ca_certs={CERTIFICATES / 'ca.pem'}"
+        with RedisUrl.parse(through).client(socket_timeout=5) as client:
+            answers(client)
+        settings = replace(beatless_app.settings, redis_url=through, broker_url=through)
+        kit = Kit(App(settings, list(beatless_app.plans.values())), directory=tmp_path)
+        try:
+            kit.relay_process("tests.plans:app")
+            kit.worker_process("tests.plans:app")
+            run = kit.start_run("agents.run")
+            assert [event.seq for event in kit.collect_stream(run.run_id)] == list(range(1, 14))
+            kit.verify()
+        finally:
+            kit.close()

@@ -166,6 +166,12 @@ def test_a_run_over_tls_with_an_authority_of_our_own(
     with behind_tls(valkey) as port:
         kit = kit_on(secure(valkey, port))
         whole_run(kit)
+
+        async def hello() -> bool:
+            async with kit.app._aredis() as client:
+                return await client.ping()
+
+        assert asyncio.run(hello())
         kit.close()
 
 
