@@ -51,6 +51,9 @@ bench: $(STAMP) ## Measure the journal and the relay against what they could be 
 bench-table: $(STAMP) ## Write benchmarks/README.md from the last results
 	$(BIN)/python -m benchmarks.table
 
+bench-retention: $(STAMP) ## Measure retention in batches beside partitions (3 minutes)
+	$(BIN)/python -m benchmarks.retention
+
 bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $*
 

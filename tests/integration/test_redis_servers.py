@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
@@ -186,6 +187,18 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_at_both_doors(
         with pytest.raises(Unreachable, match="certificate verify failed"):
             check_servers(kit.app)
         kit.close()
+
+
+# A socket
+
+
+def test_a_run_over_a_socket(kit_on: MakeKit, tmp_path: Path) -> None:
+    # The path of a socket may have no more than 107 bytes.
+    with (
+        TemporaryDirectory(prefix="valkey-") as short,
+        EmbeddedValkey(tmp_path / "v", settings={"unixsocket": f"{short}/s"}) as server,
+    ):
+        whole_run(kit_on(f"unix://:{server.password}@{short}/s?db=0"))
 
 
 # ACL users

@@ -148,6 +148,8 @@ def test_a_long_run_goes_in_parts_and_every_part_leaves_a_true_picture(
     with pytest.raises(EventsPruned, match="events from 6 on are kept") as raised:
         beatless.client.events(long, 4)
     assert (raised.value.after, raised.value.oldest) == (4, 6)
+    # Its row's own time begins when all are gone.
+    assert postgres.execute("SELECT count(pruned_at) FROM runs").fetchone() == (0,)
     beatless.verify()
 
     chore.step(session)
