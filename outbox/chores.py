@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 REST = 3600.0
 """Seconds until a relay that found another one at a chore looks again."""
 
+FREE_AFTER = 10.0
+"""Seconds after which Postgres takes back a step whose process is frozen in the middle of it."""
+
+LOCK_WAIT = 1.0
+"""Seconds that a step waits for a lock while it holds others: it is tried again later."""
+
 CLOSE_AFTER = 1.0
 """Seconds of rest above which the chore's session is closed meanwhile."""
 
@@ -79,6 +85,12 @@ class Chores:
         try:
             with self._connect() as connection:
                 prepare_to_drain(connection)
+                # Whatever becomes of this process: what it has locked is free again soon.
+                connection.execute(
+                    "SELECT set_config('idle_in_transaction_session_timeout', %s, false),"
+                    " set_config('lock_timeout', %s, false)",
+                    (f"{FREE_AFTER:g}s", f"{LOCK_WAIT:g}s"),
+                )
                 if not self._lock(connection, place):
                     return REST
                 while (rest := self._chores[place].step(connection)) <= CLOSE_AFTER:

@@ -440,6 +440,18 @@ class Held:
         return 60.0
 
 
+def test_a_step_in_a_frozen_process_is_taken_back_by_postgres(relay) -> None:
+    class Asking:
+        def step(self, connection: psycopg.Connection) -> float:
+            names = "idle_in_transaction_session_timeout", "lock_timeout"
+            self.found = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
+            return 60.0
+
+    chore = Asking()
+    relay(chores=[chore]).wait("chore_rests")
+    assert chore.found == ["10s", "1s"]
+
+
 def test_of_two_relays_one_does_the_chore(beatless: Kit, relay) -> None:
     chore = Held()
     relay(chores=[chore])
