@@ -6,6 +6,7 @@ JobsError
 ├── BadRequest          an argument is not usable
 ├── QueueBusy           runs of the queue are running
 ├── SchemaBehind        the database lacks migrations that this version needs
+├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long
 ├── AccessDenied        the API does not know the token, or the token lacks a scope
@@ -86,6 +87,21 @@ class SchemaBehind(JobsError):
         return (
             f"schema {self.schema!r} is at migration {self.found or 'none'}, this version needs "
             f"{self.needed}: run `beatless migrate`"
+        )
+
+
+class MigrationBlocked(JobsError):
+    """A statement of a migration did not get its lock, however often it was tried."""
+
+    def __init__(self, statement: str, holder: str) -> None:
+        super().__init__(statement, holder)
+        self.statement = statement
+        self.holder = holder
+
+    def __str__(self) -> str:
+        return (
+            f"{self.statement!r} waits for {self.holder}: end that session or wait for it, and run "
+            "`beatless migrate` again; what was done is kept"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import redis
+import sqlalchemy
 from celery import signals
 from click.core import ParameterSource
 from kombu.exceptions import KombuError
@@ -25,7 +26,7 @@ from jobs.logs import Format
 from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
 from jobs.services import free_port
-from jobs.settings import Settings
+from jobs.settings import Settings, engine_url
 from jobs.worker import run_worker
 from outbox.message import EventMessage
 from outbox.publishers import RedisEventPublisher
@@ -87,23 +88,45 @@ def check_rights(app: App) -> None:
 
 @click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
+@click.option("--since", metavar="REVISION", help="With --sql: only what comes after this one.")
 @click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
+@click.option("--post", is_flag=True, help="Also do what must wait until no older code runs.")
 @click.pass_obj
-def migrate(env: Environment, sql: bool, check: bool) -> None:
-    """Create the tables, or bring them to this version."""
-    schema = env.app.settings.schema
+def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: bool) -> None:
+    """Create the tables, or bring them to this version, while everything runs."""
+    settings = env.app.settings
+    schema = settings.schema
+    if since is not None and not sql:
+        raise BadRequest("--since", "only goes with --sql")
     if sql:
-        text = migrations.migration_sql(schema)
+        text = migrations.migration_sql(schema, since)
         env.document({"schema": schema, "sql": text}) if env.as_json else click.echo(text)
         return
-    with reaching_postgres(schema):
+    env.log()
+    # Not through a pooler: a migration keeps its lock and its settings from one statement to the
+    # next.
+    engine = sqlalchemy.create_engine(
+        engine_url(settings.listen_url), connect_args={"application_name": "beatless migrate"}
+    )
+    with reaching_postgres(schema), closing_engine(engine):
         if not check:
-            migrations.migrate(env.app.engine, schema)
-        migrations.check(env.app.engine, schema)
+            migrations.migrate(engine, schema, post=post)
+        migrations.check(engine, schema)
+        with engine.connect() as connection:
+            found = migrations.current(connection, schema)
     if env.as_json:
-        env.document({"schema": schema, "migration": migrations.head()})
+        env.document({"schema": schema, "migration": found})
     else:
-        click.echo(f"schema {schema} is at migration {migrations.head()}")
+        click.echo(f"schema {schema} is at migration {found}")
+
+
+@contextmanager
+def closing_engine(engine: sqlalchemy.Engine) -> Iterator[None]:
+    """Its connections are closed at the end."""
+    try:
+        yield
+    finally:
+        engine.dispose()
 
 
 def on_port(_context: click.Context, _parameter: click.Parameter, port: int | None) -> None:

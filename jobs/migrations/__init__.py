@@ -1,46 +1,90 @@
-"""Brings a schema to the version that this code needs. The DDL is plain SQL beside this file.
+"""Brings a schema to the version that this code needs, while everybody works on it.
 
-Every statement names its tables without a schema: `env.py` sets the search path, so the same files
-work in any schema. Files are named `<revision>_<what>.<pre|post>.sql`: `pre` is safe before the new
-code runs, `post` only when no old code runs any more.
+The DDL is plain SQL beside the revisions: `<revision>_<what>.pre.sql` is safe before the new code
+runs, `.post.sql` only when no older code runs any more. Every statement names its tables without a
+schema: `env.py` sets the search path, so the same files work in any schema.
+
+A new schema is made in one transaction. One that is in use is changed one statement at a time, each
+of which waits for its lock no longer than others can wait for it, and is tried again. The rules
+for authors are in docs/migrations.md.
 """
 
 import io
-from importlib import resources
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import psycopg
 import sqlalchemy
-from alembic import command
+from alembic import command, op
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import exc
 
-from jobs.errors import SchemaBehind
+from jobs.errors import MigrationBlocked, SchemaBehind
+
+logger = logging.getLogger(__name__)
 
 VERSION_TABLE = "beatless_version"
 
+LOCK_MILLISECONDS = 200
+"""How long a statement waits for its lock: as long, everybody who comes after it waits too."""
 
-def _config(schema: str, connection: sqlalchemy.Connection | None) -> Config:
+PAUSE_SECONDS = 0.5
+"""Between two tries of a statement: those that waited behind it come first."""
+
+TRIES = 240
+"""So many tries are about three minutes. After them a person must look who holds the table."""
+
+CONCURRENTLY = re.compile(
+    r"(?P<create>CREATE (?:UNIQUE )?INDEX) CONCURRENTLY IF NOT EXISTS (?P<name>\w+)"
+)
+
+HOLDERS = """
+SELECT format('session %%s of %%s (%%s), in its transaction for %%s s', a.pid,
+              coalesce(nullif(a.application_name, ''), a.usename), a.state,
+              extract(epoch FROM clock_timestamp() - a.xact_start)::int)
+  FROM pg_stat_activity a
+ WHERE a.pid <> pg_backend_pid()
+   AND a.pid IN (SELECT l.pid FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
+                  WHERE l.granted AND c.relnamespace = current_schema()::regnamespace)
+ ORDER BY a.xact_start LIMIT 1"""
+
+
+def _config(
+    schema: str, connection: sqlalchemy.Connection | None, versions: Path | None, *, new: bool
+) -> Config:
     config = Config()
     config.set_main_option("script_location", "jobs:migrations")
-    config.attributes["schema"] = schema
-    config.attributes["connection"] = connection
+    config.set_main_option("path_separator", "newline")
+    places = [str(Path(__file__).parent / "versions"), *([str(versions)] if versions else [])]
+    config.set_main_option("version_locations", "\n".join(places).replace("%", "%%"))
+    config.attributes |= {"schema": schema, "connection": connection, "new": new}
     return config
 
 
-def sql(name: str) -> str:
-    """The text of a migration file."""
-    return resources.files(__name__).joinpath("versions", name).read_text()
+def _revisions(versions: Path | None = None) -> list[tuple[str, bool]]:
+    """(revision, whether it must wait for the end of older code), oldest first."""
+    scripts = ScriptDirectory.from_config(_config("", None, versions, new=False))
+    found = [
+        (script.revision, Path(script.path).with_suffix(".post.sql").exists())
+        for script in scripts.walk_revisions()
+    ]
+    return found[::-1]
 
 
-def head() -> str:
-    """The newest revision that this code knows."""
-    return str(ScriptDirectory.from_config(_config("", None)).get_current_head())
+def head(versions: Path | None = None) -> str:
+    """The revision that this code needs: the newest that is not for afterwards."""
+    return [revision for revision, post in _revisions(versions) if not post][-1]
 
 
 def revisions() -> frozenset[str]:
     """All revisions that this code knows."""
-    scripts = ScriptDirectory.from_config(_config("", None))
-    return frozenset(script.revision for script in scripts.walk_revisions())
+    return frozenset(revision for revision, _ in _revisions())
 
 
 def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
@@ -51,24 +95,145 @@ def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
     return context.get_current_revision()
 
 
-def migrate(engine: sqlalchemy.Engine, schema: str) -> None:
-    """Create the schema and bring it to `head`. Two at once wait for each other."""
-    with engine.connect() as connection:
-        command.upgrade(_config(schema, connection), "head")
+def migrate(
+    engine: sqlalchemy.Engine,
+    schema: str,
+    *,
+    post: bool = False,
+    versions: Path | None = None,
+    tries: int = TRIES,
+) -> str:
+    """Create the schema or bring it to what this code needs; the revision it is at then.
+
+    Two at once wait for each other. `post` also does what must wait until no older code runs;
+    `versions` is a directory with further revisions. The engine's sessions must be Postgres' own:
+    a pooler in transaction mode loses their settings. Raises MigrationBlocked if a table is held
+    for minutes; what was done until then stays, and the next call goes on from there.
+    """
+    target = _revisions(versions)[-1][0] if post else head(versions)
+    with engine.connect() as connection, _alone(connection, schema):
+        found = current(connection, schema)
+        connection.rollback()
+        if found is None or found < target:
+            config = _config(schema, connection, versions, new=found is None)
+            config.attributes["tries"] = tries
+            command.upgrade(config, target)
+            found = target
+    return found
 
 
-def migration_sql(schema: str) -> str:
-    """The whole migration as SQL text, for people who run it themselves."""
+@contextmanager
+def _alone(connection: sqlalchemy.Connection, schema: str) -> Iterator[None]:
+    """No other migration of this schema runs.
+
+    Asked for again and again instead of waited for: CREATE INDEX CONCURRENTLY waits for every
+    statement that runs, and would wait for one that waits for it.
+    """
+    turn = threading.Event()
+    while True:
+        free = connection.exec_driver_sql(
+            "SELECT pg_try_advisory_lock(hashtext('beatless migrate'), hashtext(%(schema)s))",
+            {"schema": schema},
+        ).scalar()
+        connection.rollback()
+        if free:
+            break
+        turn.wait(0.05)
+    try:
+        yield
+    finally:
+        # Closed and not given back to the pool: the lock and the settings go with it.
+        connection.invalidate()
+
+
+def apply(revision: str) -> None:
+    """Run the SQL file beside a revision: `apply(__file__)`."""
+    path = Path(revision)
+    file = next(
+        file for suffix in (".pre.sql", ".post.sql") if (file := path.with_suffix(suffix)).exists()
+    )
+    context = op.get_context()
+    config = context.config
+    if config is None or config.attributes["new"]:
+        for statement in statements(file.read_text()):
+            op.execute(CONCURRENTLY.sub(r"\g<create> \g<name>", statement))
+        return
+    with context.autocommit_block():
+        for statement in statements(file.read_text()):
+            _online(statement, config.attributes.get("tries", TRIES))
+
+
+def statements(text: str) -> list[str]:
+    """The statements of a file, each with the comments before it. One ends with a line's `;`."""
+    found = [part.strip() for part in re.split(r";[ \t]*\n", text + "\n")]
+    return [part for part in found if re.sub(r"--.*", "", part).strip()]
+
+
+def _online(statement: str, tries: int) -> None:
+    """One statement on a schema that is in use."""
+    if op.get_context().as_sql:
+        op.execute(statement)
+        return
+    bind = op.get_bind()
+    concurrent = CONCURRENTLY.search(statement)
+    if concurrent:
+        _drop_invalid(bind, concurrent["name"])
+    # An index that is built concurrently waits for others, and nobody for it.
+    bind.exec_driver_sql(f"SET lock_timeout TO {0 if concurrent else LOCK_MILLISECONDS}")
+    pause = threading.Event()
+    facts = {"action": "migrate", "statement": _first_line(statement)}
+    logger.info("schema is changed", extra=facts)
+    for tried in range(1, tries + 1):
+        try:
+            op.execute(statement)
+        except exc.OperationalError as error:
+            if not isinstance(
+                error.orig, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected
+            ):
+                raise
+            if tried % 20 == 1:
+                holder = bind.exec_driver_sql(HOLDERS).scalar()
+                logger.warning("a table is in use", extra={**facts, "holder": holder})
+            pause.wait(PAUSE_SECONDS)
+        else:
+            return
+    holder = bind.exec_driver_sql(HOLDERS).scalar()
+    raise MigrationBlocked(_first_line(statement), str(holder or "many short transactions"))
+
+
+def _drop_invalid(bind: sqlalchemy.Connection, name: str) -> None:
+    """What a concurrent build left that was interrupted: IF NOT EXISTS would take it for done."""
+    invalid = bind.exec_driver_sql(
+        "SELECT 1 FROM pg_index JOIN pg_class c ON c.oid = indexrelid WHERE NOT indisvalid "
+        "AND c.relnamespace = current_schema()::regnamespace AND c.relname = %(name)s",
+        {"name": name},
+    ).scalar()
+    if invalid:
+        op.execute(f"DROP INDEX CONCURRENTLY {name}")
+
+
+def _first_line(statement: str) -> str:
+    return re.sub(r"--.*\n", "", statement).strip().partition("\n")[0]
+
+
+def migration_sql(schema: str, since: str | None = None) -> str:
+    """The migration as SQL text, for people who run it themselves.
+
+    Of a new schema, or from a revision on: then outside of any transaction, as CONCURRENTLY asks.
+    """
     text = io.StringIO()
-    config = _config(schema, None)
+    config = _config(schema, None, None, new=since is None)
     config.output_buffer = text
-    command.upgrade(config, "head", sql=True)
+    command.upgrade(config, f"{since}:{head()}" if since else head(), sql=True)
     return text.getvalue()
 
 
 def check(engine: sqlalchemy.Engine, schema: str) -> None:
-    """Raises SchemaBehind if the schema is not at `head`."""
+    """Raises SchemaBehind if the schema lacks what this code needs.
+
+    One that is ahead is fine: while a fleet is upgraded, the older processes start on it too.
+    """
     with engine.connect() as connection:
         found = current(connection, schema)
-    if found != (needed := head()):
-        raise SchemaBehind(schema, found, needed)
+    if found is None or found < (needed := head()):
+        raise SchemaBehind(schema, found, head() if found is None else needed)

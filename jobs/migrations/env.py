@@ -4,33 +4,44 @@ from typing import Any
 
 from alembic import context
 
-from jobs.migrations import VERSION_TABLE
+from jobs.migrations import LOCK_MILLISECONDS, VERSION_TABLE
 
 schema: str = context.config.attributes["schema"]
 connection = context.config.attributes["connection"]
+new: bool = context.config.attributes["new"]
 
+CREATE = f'CREATE SCHEMA IF NOT EXISTS "{schema}"'
 PREPARE = (
-    f'CREATE SCHEMA IF NOT EXISTS "{schema}"',
     f'SET search_path TO "{schema}"',
-    # A migration that waits for a lock makes everybody behind it wait: give up early instead.
-    "SET lock_timeout TO '2s'",
+    f"SET lock_timeout TO {LOCK_MILLISECONDS}",
 )
-options: dict[str, Any] = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+options: dict[str, Any] = {
+    "version_table": VERSION_TABLE,
+    "version_table_schema": schema,
+    # All at once for a schema that nobody uses; else each statement by itself, see `apply`.
+    "transaction_per_migration": not new,
+}
 
 if connection is None:
     context.configure(dialect_name="postgresql", literal_binds=True, **options)
-    with context.begin_transaction():
+    if new:
+        with context.begin_transaction():
+            for statement in (CREATE, *PREPARE):
+                context.execute(statement)
+            context.run_migrations()
+    else:
         for statement in PREPARE:
             context.execute(statement)
-        context.run_migrations()
+        with context.begin_transaction():
+            context.run_migrations()
 else:
-    with connection.begin():
-        # Two deployments at once: the second waits here and then finds nothing to do.
-        connection.exec_driver_sql(
-            "SELECT pg_advisory_xact_lock(hashtext('beatless migrate'), hashtext(%(schema)s))",
-            {"schema": schema},
-        )
-        for statement in PREPARE:
-            connection.exec_driver_sql(statement.replace("SET ", "SET LOCAL "))
-        context.configure(connection=connection, **options)
+    # Asked first: even IF NOT EXISTS wants the right to create one.
+    exists = "SELECT 1 FROM pg_namespace WHERE nspname = %(schema)s"
+    if not connection.exec_driver_sql(exists, {"schema": schema}).scalar():
+        connection.exec_driver_sql(CREATE)
+    for statement in PREPARE:
+        connection.exec_driver_sql(statement)
+    connection.commit()
+    context.configure(connection=connection, **options)
+    with context.begin_transaction():
         context.run_migrations()

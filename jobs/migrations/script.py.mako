@@ -1,8 +1,6 @@
 """${message}"""
 
-from alembic import op
-
-from jobs.migrations import sql
+from jobs.migrations import apply
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -11,4 +9,4 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute(sql("${up_revision}.pre.sql"))
+    apply(__file__)

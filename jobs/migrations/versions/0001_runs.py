@@ -1,8 +1,6 @@
 """Runs, their journal, the outbox and the dispatches."""
 
-from alembic import op
-
-from jobs.migrations import sql
+from jobs.migrations import apply
 
 revision = "0001"
 down_revision = None
@@ -11,4 +9,4 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute(sql("0001_runs.pre.sql"))
+    apply(__file__)

@@ -1,5 +1,5 @@
 -- Only a hash of each token is kept. A token with a run_id may follow that run and nothing else.
-CREATE TABLE api_tokens (
+CREATE TABLE IF NOT EXISTS api_tokens (
   id text COLLATE "C" PRIMARY KEY,
   hash bytea NOT NULL UNIQUE,
   namespace text COLLATE "C" NOT NULL,

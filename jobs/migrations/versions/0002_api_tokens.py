@@ -1,8 +1,6 @@
 """Tokens of the HTTP API."""
 
-from alembic import op
-
-from jobs.migrations import sql
+from jobs.migrations import apply
 
 revision = "0002"
 down_revision = "0001"
@@ -11,4 +9,4 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute(sql("0002_api_tokens.pre.sql"))
+    apply(__file__)

@@ -1,8 +1,6 @@
 """What retention needs: how far a run is pruned, and what is due next."""
 
-from alembic import op
-
-from jobs.migrations import sql
+from jobs.migrations import apply
 
 revision = "0003"
 down_revision = "0002"
@@ -11,4 +9,4 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute(sql("0003_retention.pre.sql"))
+    apply(__file__)
