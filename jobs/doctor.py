@@ -340,7 +340,7 @@ class Doctor:
                 text=f"schema {name} does not exist here",
                 advice="run `beatless migrate`, or see what BEATLESS_SCHEMA says",
             )
-        elif found in migrations.revisions():
+        elif found < head:
             yield Finding(
                 check="schema",
                 status=Status.PROBLEM,

@@ -82,11 +82,6 @@ def head(versions: Path | None = None) -> str:
     return [revision for revision, post in _revisions(versions) if not post][-1]
 
 
-def revisions() -> frozenset[str]:
-    """All revisions that this code knows."""
-    return frozenset(revision for revision, _ in _revisions())
-
-
 def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
     """The revision of the schema, or None if it was never migrated."""
     context = MigrationContext.configure(
