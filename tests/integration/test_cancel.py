@@ -107,3 +107,23 @@ def test_a_cancel_rolls_back_with_its_transaction(beatless: Kit) -> None:
 
     assert beatless.work_until_idle() == 1
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+@pytest.mark.parametrize(("plan", "executed"), [("half", []), ("compensated", ["undo"])])
+def test_a_retried_run_that_is_cancelled_before_its_first_claim_ends(
+    beatless: Kit, plan: str, executed: list[str]
+) -> None:
+    """With an `on_cancel` step as well, which a worker has to execute first."""
+    first = beatless.start_run(plan)
+    beatless.step(first.run_id)
+    beatless.client.cancel_run(first.run_id)
+    beatless.work_until_idle()
+    retried = beatless.client.retry_run(first.run_id)
+
+    beatless.client.cancel_run(retried.run_id)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(retried.run_id).state is RunState.CANCELLED
+    events = beatless.client.events(retried.run_id)
+    assert [event.step for event in events if event.type == "StepFinished"] == executed
+    beatless.verify()

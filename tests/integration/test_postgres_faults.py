@@ -114,6 +114,15 @@ def test_a_start_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Pr
     assert [found.run_id for found in proxied.client.list_runs()] == [run.run_id]
 
 
+def test_a_retry_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Proxy) -> None:
+    failed = proxied.start_run("fatally")
+    proxied.work_until_idle()
+    path.lose_answer_to(b"COMMIT")
+    new = proxied.client.retry_run(failed.run_id)
+    assert path.lost.is_set()
+    assert {run.run_id for run in proxied.client.list_runs()} == {failed.run_id, new.run_id}
+
+
 @pytest.mark.long
 def test_a_relay_whose_sessions_are_black_holes_comes_back_and_takes_its_shards_from_itself(
     beatless: Kit, proxied: Kit, path: Proxy

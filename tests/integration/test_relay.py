@@ -2,9 +2,9 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -105,11 +105,10 @@ def doors(beatless_app: App) -> Iterator[tuple[Door, Door]]:
 
 def recording(app: App, doors: tuple[Door, Door], **options) -> Relay:
     return Relay(
-        connect=app.direct_connection,
         queries=app.queries,
         events=doors[0],
         tasks=doors[1],
-        **{"backoff": QUICK, **options},
+        **{"connect": app.direct_connection, "backoff": QUICK, **options},
     )
 
 
@@ -385,18 +384,63 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(beatless: Kit, beatless_a
         assert sum(facts["tasks"] for facts in announcements.all("drained")) == 1
 
 
-def test_an_idle_relay_sends_nothing_but_its_watchdog(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
-) -> None:
-    with running(beatless_app, watchdog=0.3) as (_, announcements):
+class Noted(DirectConnection):
+    """Notes every statement that goes through it, beside those that libpq sends by itself."""
+
+    statements: ClassVar[list[str]]
+
+    def execute(self, query, *args, **kwargs):
+        self.statements.append(str(query))
+        return super().execute(query, *args, **kwargs)
+
+    def cursor(self, *args, **kwargs):
+        self.statements.append("a cursor")
+        return super().cursor(*args, **kwargs)
+
+
+def noting(app: App) -> tuple[Callable[[], DirectConnection], list[str]]:
+    """Connections for a relay, and all that it says through them."""
+    statements: list[str] = []
+    kind = type("NotedHere", (Noted,), {"statements": statements})
+    dsn = libpq_url(app.settings.listen_url)
+    return lambda: kind.connect(dsn, autocommit=True, prepare_threshold=1), statements
+
+
+def test_an_idle_relay_sends_nothing_but_its_watchdog(beatless: Kit, beatless_app: App) -> None:
+    connect, statements = noting(beatless_app)
+    with running(beatless_app, connect=connect, watchdog=0.2) as (_, announcements):
+        begin = len(statements)
         announcements.wait("relay_watchdog", 3)
-        names = {name for name, _ in announcements.seen[-3:]}
-        last = postgres.execute(
-            "SELECT query FROM pg_stat_activity WHERE application_name = 'beatless relay'"
-            " AND query LIKE '%%advisory%%' OR query LIKE '%%pg_notify%%'"
-        ).fetchall()
-    assert names == {"relay_watchdog"}
-    assert last
+        said = [text for text in statements[begin:] if text != "a cursor"]
+        watched = len(announcements.all("relay_watchdog"))
+    assert all("pg_stat_activity" in text for text in said), said
+    assert len(said) <= watched + 1  # one in each interval
+
+
+def test_a_shut_door_is_left_alone_until_it_is_time(
+    beatless: Kit, beatless_app: App, doors
+) -> None:
+    """The rows behind it are due all the time, and must not keep the relay busy."""
+    doors[0].error = PublishFailed("Redis", "gone")
+    connect, statements = noting(beatless_app)
+    announcements = Announcements()
+    relay = recording(
+        beatless_app,
+        doors,
+        connect=connect,
+        watchdog=0.2,
+        backoff=Backoff(initial=600, cap=600),
+        observer=announcements,
+    )
+    beatless.start_run("two_steps")
+    relay.start()
+    announcements.wait("relay_asleep")
+    assert announcements.all("publish_failed")
+    begin = len(statements)
+    announcements.wait("relay_watchdog", 3)
+    said = [text for text in statements[begin:] if text != "a cursor"]
+    relay.stop()
+    assert all("pg_stat_activity" in text for text in said), said
 
 
 def test_a_transaction_that_stays_open_does_not_hold_up_the_others(
@@ -545,3 +589,193 @@ def test_messages_that_nobody_claims_are_sent_ever_more_rarely(
         beatless.advance(15.1)
     relay.stop()
     assert 4 <= len(doors[1].messages) <= 6
+
+
+def in_shard(shard: int, name: str) -> str:
+    """A run id of this shard."""
+    return next(f"{name}-{n}" for n in range(10_000) if shard_of(f"{name}-{n}") == shard)
+
+
+def test_an_open_transaction_in_one_shard_holds_up_no_writer_of_the_later_ones(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    """The bell locks are asked for one after another; behind the held one nobody rings."""
+    relay = recording(beatless_app, doors, watchdog=600)
+    with beatless_app.engine.connect() as caller:
+        transaction = caller.begin()
+        held = beatless.start_run("two_steps", run_id=in_shard(0, "held"), connection=caller)
+        relay.start()
+        drowsy = (
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE classid = 'run_outbox'::regclass"
+            " AND mode = 'ExclusiveLock' AND NOT granted)"
+        )
+        until(lambda: postgres.execute(drowsy).fetchone()[0])
+        for shard in (15, 1, 8):
+            free = beatless.start_run("two_steps", run_id=in_shard(shard, "free"))
+            beatless.wait_for_outbox_flush(free.run_id, timeout=10)
+        transaction.commit()
+        beatless.wait_for_outbox_flush(held.run_id, timeout=10)
+    relay.stop()
+
+
+def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: App) -> None:
+    seen = Announcements()
+    relays: dict[int, Relay] = {}
+    for number in range(5):
+        relays[number] = beatless_app.relay(
+            backoff=QUICK,
+            watchdog=600,
+            observer=lambda name, facts, number=number: seen(name, {**facts, "relay": number}),
+        )
+        relays[number].start()
+
+    def all_led(told: list[tuple[str, dict[str, Any]]]) -> bool:
+        led = {
+            facts["relay"]: facts["shards"]
+            for name, facts in told
+            if name == "relay_leads" and facts["relay"] in relays
+        }
+        shards = [shard for theirs in led.values() for shard in theirs]
+        return len(led) == len(relays) and sorted(shards) == list(range(SHARDS))
+
+    seen.wait_until(all_led)
+    for number in (0, 3, 1, 4):
+        gone = relays.pop(number)
+        gone.stop()
+        seen.wait_until(all_led)
+    relays.pop(2).stop()
+
+
+def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
+    beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)  # raised at each look
+    relay = recording(beatless_app, doors)
+    before = beatless.start_run("two_steps")
+    relay.drain_once()
+    doors[0].error = PublishFailed("Redis", "gone")
+    behind = beatless.start_run("two_steps")
+    for _ in range(8):
+        relay.drain_once()
+    doors[0].error = None
+
+    until(lambda: relay.drain_once() >= 0 and set(seqs(doors[0])) == {before.run_id, behind.run_id})
+    relay.stop()
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_the_scan_floor_does_not_pass_a_transaction_that_runs_still(
+    beatless: Kit,
+    beatless_app: App,
+    doors,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    others: int,
+) -> None:
+    """It drew its id before those that were committed and published meanwhile."""
+    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)
+    relay = recording(beatless_app, doors)
+    with beatless_app.engine.connect() as caller:
+        transaction = caller.begin()
+        late = beatless.start_run("two_steps", connection=caller)
+        for _ in range(others):
+            beatless.start_run("two_steps")
+        for _ in range(8):
+            relay.drain_once()
+        transaction.commit()
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0])[late.run_id] == [1]
+    assert pending(postgres) == 0
+
+
+def test_a_relay_survives_what_nobody_foresaw(beatless: Kit, beatless_app: App, doors) -> None:
+    announcements = Announcements()
+    relay = recording(beatless_app, doors, observer=announcements)
+    relay.start()
+    announcements.wait("relay_asleep")
+    doors[0].error = ZeroDivisionError("in a library")
+    run = beatless.start_run("two_steps")
+    announcements.wait("relay_failed", 2)
+    doors[0].error = None
+    beatless.wait_for_outbox_flush(run.run_id, timeout=10)
+    relay.stop()
+
+
+def test_an_outbox_row_without_events_is_forgotten(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    postgres.execute(
+        "INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (%s, 'nobody', 1, 1)",
+        (shard_of("nobody"),),
+    )
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1], "nobody": []}
+    assert pending(postgres) == 0
+
+
+def test_a_long_open_snapshot_does_not_make_the_picks_ever_dearer(
+    beatless: Kit,
+    beatless_app: App,
+    doors,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It keeps VACUUM, and the index, from forgetting what was published: the floor skips it."""
+    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 100)
+    relay = recording(beatless_app, doors)
+    with beatless_app.engine.connect() as reader:
+        reader = reader.execution_options(isolation_level="REPEATABLE READ")
+        reader.exec_driver_sql("SELECT pg_current_snapshot()")
+        started = []
+        for _ in range(10):
+            started += beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
+            relay.drain_once()
+        assert seqs(doors[0]) == {run.run_id: [1] for run in started}
+        assert pending(postgres) == 0
+        floor = relay._once[1]._floor
+        pick = pages(beatless_app, postgres, floor), pages(beatless_app, postgres, 0)
+    relay.stop()
+    assert floor > 0
+    assert pick[0] * 3 < pick[1], pick
+
+
+def pages(app: App, postgres: psycopg.Connection, floor: int) -> int:
+    """Pages that one pick of all shards looks at."""
+    postgres.execute("SET enable_seqscan = off")
+    (plan,) = postgres.execute(
+        "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + app.queries.pick_events_sql,
+        {"shards": list(range(SHARDS)), "floor": floor},
+    ).fetchone()
+    top = plan[0]["Plan"]
+    return top["Shared Hit Blocks"] + top["Shared Read Blocks"]
+
+
+def test_ten_thousand_dispatches_of_a_paused_queue_hold_nobody_up(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    """They are due before all others and of a higher priority."""
+    postgres.execute("INSERT INTO queues (name, paused_at) VALUES ('stuck', now())")
+    postgres.execute(
+        "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)"
+        " SELECT 'stuck-' || n, n %% %s, 'two_steps', 'stuck', 9, 'waiting',"
+        " now() - interval '1 day', 'start' FROM generate_series(1, 10000) AS n",
+        (SHARDS,),
+    )
+    requests = [RunRequest(plan="two_steps", queue=f"lane_{n % 4}") for n in range(80)]
+    free = beatless.client.start_runs(requests)
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    assert sorted(message.run_id for message in doors[1].messages) == sorted(
+        run.run_id for run in free
+    )
+
+    postgres.execute("DELETE FROM queues")
+    relay.drain_once()
+    relay.stop()
+    stuck = [message for message in doors[1].messages if message.queue == "stuck"]
+    assert len(stuck) == 64
+    assert len(doors[1].messages) == 144
