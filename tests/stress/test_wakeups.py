@@ -21,7 +21,7 @@ from jobs.testing import Kit
 from orchestrator.events import EventType
 from orchestrator.journal import Journal
 from outbox.backoff import Backoff
-from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
+from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher, channel_for
 from outbox.queries import doorbell
 from outbox.relay import Relay
 
@@ -213,3 +213,53 @@ def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
             break
     relay.stop()
     assert kept is careful
+
+
+@pytest.mark.long
+def test_relay_processes_killed_with_sigkill_lose_and_reorder_nothing(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, client: redis.Redis
+) -> None:
+    """Two of them share the shards; one at a time is killed, wherever it is, and started again."""
+    chance, each = random.Random(11), 300
+    names = lease_runs(postgres, "process", 8)
+    heard: dict[str, list[int]] = defaultdict(list)
+    complete = threading.Event()
+
+    def hear() -> None:
+        while not complete.is_set():
+            message = ear.get_message(timeout=0.2)
+            for event in parse(message["data"]) if message else ():
+                heard[event.run_id].append(event.seq)
+            if all(heard[name] and max(heard[name]) == each for name in names):
+                complete.set()
+
+    with closing(client.pubsub(ignore_subscribe_messages=True)) as ear:
+        ear.psubscribe(channel_for(beatless_app.settings.prefix, "*"))
+        ear.get_message(timeout=5)
+        hearing = threading.Thread(target=hear)
+        hearing.start()
+        relays = [beatless.relay_process("tests.plans:app") for _ in range(2)]
+        connect, journal = beatless_app.executors.connect, beatless_app.journal
+        writers = [
+            threading.Thread(target=write, args=(connect, journal, names[n::4], each, 500 + n, 0.1))
+            for n in range(4)
+        ]
+        for writer in writers:
+            writer.start()
+        kills = 0
+        while any(writer.is_alive() for writer in writers):
+            victim = chance.choice(relays)
+            victim.kill()
+            kills += 1
+            victim.restart()
+            victim.wait_ready()
+            writers[0].join(chance.random() * 0.3)
+        for writer in writers:
+            writer.join()
+        came = empty_in_time(postgres, GRACE) and complete.wait(GRACE)
+        complete.set()
+        hearing.join(10)
+    assert came, "a wake-up was lost"
+    assert kills >= 3
+    for name in names:
+        assert first_arrivals(heard[name]) == list(range(1, each + 1))
