@@ -143,6 +143,22 @@ class AccessDenied(JobsError):
         return f"the API refuses ({self.status}): {self.detail}"
 
 
+class ExtraMissing(JobsError):
+    """What was asked for needs packages that `pip install beatless` alone does not bring."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(what, package, extra)
+        self.what = what
+        self.package = package
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs the package {self.package}, which is not installed: "
+            f"pip install 'beatless[{self.extra}]'"
+        )
+
+
 class HistoryChanged(JobsError):
     """The database was restored or failed over while a run was followed."""
 

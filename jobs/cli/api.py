@@ -1,16 +1,17 @@
 """Commands of the HTTP API: serve it, and the tokens it asks for."""
 
+import importlib
 import logging
+from typing import Any
 
 import click
 
 from jobs import migrations
-from jobs.api import serve as serve_api
 from jobs.auth import Scope, Tokens
 from jobs.cli.environment import Environment, seconds
 from jobs.cli.processes import LOG_FORMAT, READY_FD, is_loopback, tell
 from jobs.client import reaching_postgres
-from jobs.errors import BadRequest
+from jobs.errors import BadRequest, ExtraMissing
 from jobs.logs import Format
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: int | None) -> None:
     """Serve the HTTP API and the run page."""
     env.log()
+    api = the_api()
     app = env.app
     with reaching_postgres(app.settings.schema):
         migrations.check(app.engine, app.settings.schema)
@@ -46,7 +48,18 @@ def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: in
             env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
         tell(ready_fd)
 
-    serve_api(app, host=host, port=port, ready=ready, reuse_port=reuse_port)
+    api.serve(app, host=host, port=port, ready=ready, reuse_port=reuse_port)
+
+
+def the_api() -> Any:
+    """The package `jobs.api`, imported when it is served: its extra is not installed everywhere.
+
+    Raises ExtraMissing. A worker, too, starts a fifth sooner for it.
+    """
+    try:
+        return importlib.import_module("jobs.api")
+    except ModuleNotFoundError as error:
+        raise ExtraMissing("the HTTP API", error.name or "fastapi", "api") from error
 
 
 @click.group()
