@@ -10,6 +10,7 @@ JobsError
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long
 ├── AccessDenied        the API does not know the token, or the token lacks a scope
+├── ExtraMissing        packages of an extra are not installed
 ├── HistoryChanged      the database was restored or failed over: events seen may be gone
 └── WaitTimeout         the run did not end in the time given
 """

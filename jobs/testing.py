@@ -172,7 +172,7 @@ class Kit:
 
     # Waiting for processes
 
-    def wait_for_run_completion(self, run_id: str, timeout: float = 30.0) -> Run:
+    def wait_for_run_completion(self, run_id: str, timeout: float = 60.0) -> Run:
         """Wait until the run has ended. Raises AssertionError, telling where everything stands."""
         try:
             return self.client.wait_for_run(run_id, timeout)
@@ -180,7 +180,7 @@ class Kit:
             raise AssertionError(f"{error}\n{self.describe(run_id)}") from error
 
     def wait_for_outbox_flush(
-        self, run_id: str, seq: int | None = None, timeout: float = 30.0
+        self, run_id: str, seq: int | None = None, timeout: float = 60.0
     ) -> None:
         """Wait until the run's events (up to `seq`) have been published and forgotten."""
         deadline = monotonic() + timeout
@@ -197,7 +197,7 @@ class Kit:
         finally:
             subscription.close()
 
-    def collect_stream(self, run_id: str, from_seq: int = 0, timeout: float = 30.0) -> list[Event]:
+    def collect_stream(self, run_id: str, from_seq: int = 0, timeout: float = 60.0) -> list[Event]:
         """All events of the stream from there to RunFinished."""
         try:
             return list(self.client.stream_run(run_id, from_seq, timeout=timeout))
@@ -287,7 +287,7 @@ class Kit:
             else:
                 child.terminate()
         for child in self._children:
-            child.reap(now + 3)
+            child.reap(now + 10)
         self.forget_worker()
         self.relay.stop()
         self.app.executors.close()

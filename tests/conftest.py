@@ -1,9 +1,11 @@
 """Fixtures of the suite. The test kit itself is the installed plugin `jobs.pytest_plugin`."""
 
+import logging
 from collections.abc import Iterator
 
 import psycopg
 import pytest
+from _pytest.logging import LogCaptureHandler
 from hypothesis import settings
 
 from jobs import App
@@ -14,6 +16,18 @@ pytest_plugins = ["pytester"]
 # The same cases in every run, on every machine: who finds another one writes it down as a test.
 settings.register_profile("beatless", derandomize=True, deadline=None, database=None)
 settings.load_profile("beatless")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that logs to its standard error would go on to do so in the next test."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if handler not in handlers and not isinstance(handler, LogCaptureHandler):
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class Api:
     def open(
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if data is not None:
@@ -93,10 +93,10 @@ def serving(app: App, port: int = 0) -> Iterator[Api]:
     server = make_server(app, ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     try:
         yield Api(sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()

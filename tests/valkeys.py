@@ -68,7 +68,7 @@ class Watched:
         sentinel = redis.Redis.from_url(self.sentinels[0].url)
         with sentinel, sentinel.pubsub() as ear:
             ear.subscribe("+switch-master")
-            ear.get_message(timeout=10)
+            ear.get_message(timeout=60)
             self.master.crash()
             message = ear.get_message(ignore_subscribe_messages=True, timeout=30)
             while message is None or message["type"] != "message":

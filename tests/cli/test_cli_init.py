@@ -13,6 +13,12 @@ from jobs.pytest_plugin import Services
 
 ROOT = Path(__file__).parents[2]
 
+ONLY_ITS_OWN = {
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_PLUGINS": "jobs.pytest_plugin,xdist.plugin",
+}
+"""What the new project's own environment has, and not the plugins that ours has beside it."""
+
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,10 +48,10 @@ def test_the_tests_of_a_new_project_pass_in_parallel(
                 f"--beatless-services={services}",
             ],
             cwd=generated,
-            env=environ | {"PYTHONPATH": str(ROOT)},
+            env=environ | ONLY_ITS_OWN | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "8 passed" in done.stdout

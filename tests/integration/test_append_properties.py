@@ -49,7 +49,7 @@ class Writer:
     """The marks of writes that found their lease gone."""
 
     def play(self, script: Sequence[tuple[str, int]], begin: threading.Barrier) -> None:
-        begin.wait(20)
+        begin.wait(60)
         for place, (act, count) in enumerate(script):
             mark = f"{self.number}.{place}"
             match act:

@@ -21,7 +21,7 @@ def test_every_example_of_the_page_passes(
 
     result = pytester.runpytest_subprocess(
         *("-p", "no:cacheprovider", "-p", "no:docker_tools", "-p", "no:valkey", "-p", "no:celery"),
-        *("-p", "no:randomly"),
+        *("-p", "no:randomly", "-p", "no:schemathesis"),
         "--beatless-services=external",
     )
 

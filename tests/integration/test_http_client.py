@@ -201,7 +201,7 @@ def test_streams_live(beatless: Kit, client: Client) -> None:
 
             following = [asyncio.create_task(follow(run.run_id)) for run in runs]
             await asyncio.to_thread(beatless.work_until_idle)
-            return await asyncio.wait_for(asyncio.gather(*following), 20)
+            return await asyncio.wait_for(asyncio.gather(*following), 60)
 
     found = asyncio.run(main())
     assert [first, *stream] == found[0]

@@ -20,6 +20,12 @@ def beatless_plans():
 """
 
 
+@pytest.fixture(autouse=True)
+def _only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of the inner sessions: what else is installed here would take them seconds."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     """A project of somebody else that tests with beatless, on servers of its own."""
@@ -29,11 +35,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 
 def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     # In a process: a session of pytest inside of a session would share its plugins' state.
-    return project.runpytest_subprocess(
-        *("-p", "no:cacheprovider", "-p", "no:docker_tools", "-p", "no:valkey", "-p", "no:celery"),
-        *("-p", "no:randomly"),
-        *arguments,
-    )
+    return project.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider", *arguments)
 
 
 def test_a_test_that_leaves_something_outside_of_its_names_fails(project):
@@ -94,7 +96,7 @@ def impatient(_beatless_schemas):
             asleep = threading.Event()
             relay = beatless.app.relay(observer=lambda n, _: n == "relay_asleep" and asleep.set())
             relay.start()
-            assert asleep.wait(10)
+            assert asleep.wait(60)
             leaked.append(relay)
 
         def test_is_an_app_whose_isolation_is_broken(beatless):

@@ -90,6 +90,7 @@ class TestInWorkerProcesses:
         postgres.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
             " WHERE query LIKE '%pg_sleep(120)%' AND pid <> pg_backend_pid()"
+            " AND pid IN (SELECT pid FROM pg_locks WHERE relation = 'effects'::regclass)"
         )
         postgres.execute("DROP TABLE effects")
         beatless.verify()

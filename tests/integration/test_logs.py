@@ -119,7 +119,7 @@ def test_a_whole_fleet_writes_json_and_nothing_else(beatless: Kit) -> None:
     while next(stream).type != "StepFailed":
         pass
     served = lines(children[2].log.read_text())[-1]
-    with urllib.request.urlopen(served["url"] + "/livez", timeout=10) as response:
+    with urllib.request.urlopen(served["url"] + "/livez", timeout=60) as response:
         assert response.status == 200
     for child in children:
         child.terminate()

@@ -48,7 +48,7 @@ def scrape(registry: CollectorRegistry) -> Scrape:
 
 
 def fetch(url: str) -> Scrape:
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         return Scrape(response.read().decode())
 
 

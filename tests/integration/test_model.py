@@ -123,7 +123,7 @@ class Walk:
         """The seqs that were published, in order, by run."""
         self._redis.publish(f"{self.beatless.app.settings.prefix}:events:end", "")
         seqs: dict[str, list[int]] = defaultdict(list)
-        while message := self._ear.get_message(timeout=5):
+        while message := self._ear.get_message(timeout=60):
             if message["type"] != "pmessage":
                 continue
             if message["channel"].endswith(b":end"):

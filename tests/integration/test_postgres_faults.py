@@ -178,7 +178,7 @@ def test_a_crash_of_postgres_in_the_middle_of_a_step_loses_nothing(
 
         assert next(stream).type == "StepFinished"
         assert [event.type for event in stream] == ["RunFinished"]
-        worker.join(20)
+        worker.join(60)
         executor.disconnect()
         kit.app.engine.dispose()  # its idle connections are dead
         kit.wait_for_outbox_flush(run.run_id)
@@ -233,7 +233,7 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
 
             assert since <= len(lives)  # once in each life, and not over and over
             assert [event.type for event in stream] == ["StepFinished", "RunFinished"]
-            worker.join(20)
+            worker.join(60)
             executor.disconnect()
             kit.wait_for_outbox_flush(run.run_id)
         assert kit.client.get_run(run.run_id).state is RunState.COMPLETED

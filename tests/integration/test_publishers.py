@@ -39,10 +39,10 @@ def test_a_redis_that_has_forgotten_the_script_is_told_again(beatless_app: App) 
     door = RedisEventPublisher(client, prefix)
     ear = client.pubsub(ignore_subscribe_messages=True)
     ear.subscribe(channel_for(prefix, "r"))
-    ear.get_message(timeout=5)
+    ear.get_message(timeout=60)
     for body in (b"one", b"two"):
         door.publish([EventMessage(run_id="r", body=body)])
-        assert ear.get_message(timeout=5)["data"] == body
+        assert ear.get_message(timeout=60)["data"] == body
         client.script_flush()
     ear.close()
     client.close()
@@ -54,12 +54,12 @@ def test_a_batch_goes_to_each_runs_own_channel_in_order(beatless: Kit) -> None:
     client = beatless.app.redis()
     ear = client.pubsub(ignore_subscribe_messages=True)
     ear.psubscribe(channel_for(prefix, "*"))
-    ear.get_message(timeout=5)
+    ear.get_message(timeout=60)
     beatless.work_until_idle()
 
     heard: dict[bytes, list[int]] = {}
     while sum(map(len, heard.values())) < 39:
-        message = ear.get_message(timeout=5)
+        message = ear.get_message(timeout=60)
         heard.setdefault(message["channel"], []).extend(e.seq for e in parse(message["data"]))
     assert heard == {channel_for(prefix, run.run_id).encode(): list(range(1, 14)) for run in runs}
     ear.close()
@@ -189,7 +189,7 @@ def test_a_redis_that_hangs_up_is_asked_once_and_not_again_behind_the_relays_bac
             with pytest.raises(PublishFailed, match="Redis cannot be reached"):
                 door.publish([EventMessage(run_id="r", body=b"x")])
         listener.shutdown(socket.SHUT_RDWR)
-        answering.join(10)
+        answering.join(60)
     assert calls == 1
 
 

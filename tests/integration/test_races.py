@@ -27,7 +27,7 @@ def at_once(*acts: Callable[[], Any]) -> list[Any]:
     start = threading.Barrier(len(acts))
 
     def work(number: int, act: Callable[[], Any]) -> None:
-        start.wait(20)
+        start.wait(60)
         try:
             results[number] = act()
         except Exception as error:
@@ -88,7 +88,7 @@ def test_the_same_key_with_different_content_is_one_run_and_conflicts(beatless: 
 
 def until(postgres: psycopg.Connection, blocked_by: int) -> None:
     """Return once a session waits for that one: Postgres announces it nowhere."""
-    deadline, pause = monotonic() + 20, threading.Event()
+    deadline, pause = monotonic() + 60, threading.Event()
     while not postgres.execute(
         "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid)))",
         (blocked_by,),
@@ -114,7 +114,7 @@ def test_a_second_start_waits_for_the_first_ones_transaction(
     thread.start()
     until(postgres, blocked_by=first.info.backend_pid)
     getattr(first, ending)()
-    thread.join(20)
+    thread.join(60)
     first.close()
 
     if ending == "commit":
@@ -140,7 +140,7 @@ def test_a_deadlock_of_two_starts_is_nobodys_problem(
     # This one has k2 and wants k1. The other waits longer: Postgres ends it, and it tries again.
     beatless.client.start_runs(requests[:1], connection=patient)
     patient.commit()
-    thread.join(20)
+    thread.join(60)
     patient.close()
 
     assert not isinstance(found[0], Exception), found[0]
@@ -227,10 +227,10 @@ def test_a_claim_that_waits_for_a_row_does_not_hold_up_a_pause_for_long(
         until(postgres, blocked_by=other.info.backend_pid)
         pause = threading.Thread(target=beatless.client.pause_queue, args=("default",))
         pause.start()
-        pause.join(15)
+        pause.join(60)
         held_up = pause.is_alive()
-    claim.join(20)
-    pause.join(20)
+    claim.join(60)
+    pause.join(60)
     assert not held_up, "the claim waits for the row, and the pause for the claim"
     assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
 
@@ -275,7 +275,7 @@ def test_a_removal_takes_what_was_appended_while_it_waited(
     thread.start()
     until(postgres, blocked_by=connection.info.backend_pid)
     connection.commit()
-    thread.join(20)
+    thread.join(60)
     connection.close()
 
     left = postgres.execute(
@@ -296,7 +296,7 @@ def test_a_run_that_goes_back_to_wait_behind_a_resume_rings(
     with Sessions(beatless_app.queries, beatless_app.direct_connection) as sessions:
         sessions.doze(ALL_SHARDS)
         while not sessions.granted():
-            sessions.wait(5)
+            sessions.wait(60)
 
         claimed = beatless_app.leases.claim(
             connection, run.run_id, worker="w", first_step="first", dispatch=1
@@ -304,7 +304,7 @@ def test_a_run_that_goes_back_to_wait_behind_a_resume_rings(
 
         assert claimed is None
         assert postgres.execute("SELECT state FROM dispatches").fetchone() == ("waiting",)
-        sessions.wait(5)
+        sessions.wait(60)
         assert sessions.rung
     connection.close()
 

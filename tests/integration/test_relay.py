@@ -49,14 +49,14 @@ class Announcements:
 
     def wait(self, name: str, count: int = 1) -> dict[str, Any]:
         with self._news:
-            assert self._news.wait_for(lambda: len(self.all(name)) >= count, timeout=20), (
+            assert self._news.wait_for(lambda: len(self.all(name)) >= count, timeout=60), (
                 f"{name} not announced {count} times: {self.seen[-20:]}"
             )
             return self.all(name)[count - 1]
 
     def wait_until(self, condition) -> None:
         with self._news:
-            assert self._news.wait_for(lambda: condition(self.seen), timeout=20), self.seen[-20:]
+            assert self._news.wait_for(lambda: condition(self.seen), timeout=60), self.seen[-20:]
 
     def all(self, name: str) -> list[dict[str, Any]]:
         return [facts for seen, facts in self.seen if seen == name]

@@ -377,7 +377,7 @@ class Announcements:
 
     def wait(self, name: str) -> dict[str, Any]:
         with self._news:
-            assert self._news.wait_for(lambda: self.all(name), timeout=20), self.seen[-20:]
+            assert self._news.wait_for(lambda: self.all(name), timeout=60), self.seen[-20:]
             return self.all(name)[0]
 
     def all(self, name: str) -> list[dict[str, Any]]:
@@ -436,7 +436,7 @@ class Held:
     def step(self, connection: psycopg.Connection) -> float:
         self.steps += 1
         self.begun.set()
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         return 60.0
 
 
@@ -456,7 +456,7 @@ def test_of_two_relays_one_does_the_chore(beatless: Kit, relay) -> None:
     chore = Held()
     relay(chores=[chore])
     try:
-        assert chore.begun.wait(20)
+        assert chore.begun.wait(60)
         relay(chores=[chore]).wait("chore_taken")
         assert chore.steps == 1
         # And nobody's drains wait for it.

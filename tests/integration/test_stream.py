@@ -57,10 +57,10 @@ class Watcher:
 
     def wait_for(self, count: int) -> None:
         with self._news:
-            assert self._news.wait_for(lambda: len(self.events) >= count, timeout=20)
+            assert self._news.wait_for(lambda: len(self.events) >= count, timeout=60)
 
     def end(self) -> list[Event]:
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self._redis.close()
         return self.events
@@ -130,17 +130,19 @@ def test_run_finished_lost_on_redis_is_found_in_the_journal(
 
 def test_a_killed_subscription_misses_nothing(beatless: Kit, beatless_app: App) -> None:
     run = beatless.start_run("traces", {"traces": 50})
-    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id))
+    settings = beatless_app.settings
+    following = streams(
+        beatless_app, redis_client=lambda: settings.redis.client(client_name=settings.prefix)
+    )
+    watcher = Watcher(beatless, run.run_id, following.follow(run, 0))
     watcher.wait_for(1)
     control = beatless_app.redis()
-    ours = [
-        client["id"]
+    killed = [
+        control.client_kill_filter(_id=client["id"])
         for client in control.client_list(_type="pubsub")
-        if client["sub"] == "1" and client["psub"] == "0"
+        if client["name"] == settings.prefix  # and nobody else's
     ]
-
-    for client_id in ours:
-        control.client_kill_filter(_id=client_id)
+    assert killed == [1]
     beatless.work_until_idle()
 
     assert [event.seq for event in watcher.end()] == list(range(1, 55))
@@ -214,7 +216,7 @@ def test_astream_gives_the_same_as_stream(beatless: Kit) -> None:
     async def main() -> list[list[Event]]:
         following = [asyncio.create_task(follow(run.run_id)) for run in runs]
         await asyncio.to_thread(beatless.work_until_idle)
-        return await asyncio.wait_for(asyncio.gather(*following), 20)
+        return await asyncio.wait_for(asyncio.gather(*following), 60)
 
     for run, seen in zip(runs, asyncio.run(main()), strict=True):
         assert seen == beatless.collect_stream(run.run_id)
@@ -233,7 +235,7 @@ def test_astream_live_from_the_middle(beatless: Kit) -> None:
                 await asyncio.to_thread(beatless.work_until_idle)
         return seen
 
-    assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(3, 14))
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == list(range(3, 14))
 
 
 def test_astream_survives_killed_subscriptions_and_works_without_redis(
@@ -246,10 +248,15 @@ def test_astream_survives_killed_subscriptions_and_works_without_redis(
         without_redis=0.05,
     )
 
+    settings = beatless_app.settings
+    following = streams(
+        beatless_app, aredis_client=lambda: settings.redis.aclient(client_name=settings.prefix)
+    )
+
     async def kill() -> None:
         control = beatless_app._aredis()
         for client in await control.client_list(_type="pubsub"):
-            if client["sub"] == "1" and client["psub"] == "0":
+            if client["name"] == settings.prefix:  # and nobody else's
                 await control.client_kill_filter(_id=client["id"])
         await control.aclose()
 
@@ -265,10 +272,10 @@ def test_astream_survives_killed_subscriptions_and_works_without_redis(
 
     async def main() -> list[list[int]]:
         return await asyncio.gather(
-            follow(beatless.client.astream_run(run.run_id)), follow(without.afollow(run, 0))
+            follow(following.afollow(run, 0)), follow(without.afollow(run, 0))
         )
 
-    for seen in asyncio.run(asyncio.wait_for(main(), 30)):
+    for seen in asyncio.run(asyncio.wait_for(main(), 60)):
         assert seen == list(range(1, 35))
 
 
@@ -284,7 +291,7 @@ def test_a_slow_async_reader_falls_back_to_the_journal(beatless: Kit, monkeypatc
                 await asyncio.to_thread(beatless.work_until_idle)
         return seen
 
-    assert asyncio.run(asyncio.wait_for(main(), 20)) == list(range(1, 65))
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == list(range(1, 65))
 
 
 @pytest.fixture
@@ -331,7 +338,7 @@ def test_a_full_pool_does_not_end_a_stream(
     failed = failing(following, "_read")
     with crowded.connect():
         watcher = Watcher(beatless, run.run_id, following.follow(run, 0))
-        assert failed.wait(20)
+        assert failed.wait(60)
     finish_unheard(beatless, run.run_id)
     assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
 
@@ -345,7 +352,7 @@ def test_a_full_pool_does_not_end_the_head_checks_of_a_loop(
 
     def crowd() -> None:
         with crowded.connect():
-            assert failed.wait(20)
+            assert failed.wait(60)
         finish_unheard(beatless, run.run_id)
 
     async def main() -> list[int]:
@@ -356,7 +363,7 @@ def test_a_full_pool_does_not_end_the_head_checks_of_a_loop(
                 await asyncio.to_thread(crowd)
         return seen
 
-    assert asyncio.run(asyncio.wait_for(main(), 30)) == [1, 2, 3, 4, 5, 6]
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_stream_of_a_run_that_is_removed_ends_with_an_error(
@@ -373,7 +380,7 @@ def test_a_stream_of_a_run_that_is_removed_ends_with_an_error(
                 await asyncio.to_thread(beatless.client.remove_run, run.run_id)
 
     with pytest.raises(RunNotFound, match=run.run_id):
-        asyncio.run(asyncio.wait_for(main(), 20))
+        asyncio.run(asyncio.wait_for(main(), 60))
     with pytest.raises(RunNotFound, match=run.run_id):
         next(stream)
 

