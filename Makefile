@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra browser --extra docker --extra otel --extra check
 
-.PHONY: help install demo test test-random test-long test-docker bench bench-table check lock clean
+.PHONY: help install demo test test-random test-long test-browser screenshots test-docker bench bench-table check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -34,6 +34,18 @@ test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with 
 test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -n $(WORKERS) -p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)
+
+# Nothing downloads a browser: the distribution's is driven.
+BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys; sys.exit(not find())' || \
+	  { echo "there is no Chromium on the PATH: apt-get install chromium, or run make test" >&2; exit 3; }
+
+test-browser: $(STAMP) ## The run page and Flower in a real Chromium; exit 3 without one
+	@$(BROWSER)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/browser $(ARGS)
+
+screenshots: $(STAMP) ## Make the pictures of docs/images anew; exit 3 without a Chromium
+	@$(BROWSER)
+	$(BIN)/python -m tests.browser.screenshots docs/images
 
 # Ryuk, which removes what a killed session has left, is one more image that an engine must have.
 test-docker: export TESTCONTAINERS_RYUK_DISABLED = true

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client.exposition import choose_encoder
@@ -28,7 +29,10 @@ from jobs.app import App
 from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
 from jobs.auth import Scope as Permission
 from jobs.client import Client, new_run_id
+<<<<<<< HEAD
 from jobs.cursors import decode_page, encode_page, parse_event_id
+=======
+>>>>>>> 4a72789 (The run page: filters, timeline, retries, dead letters, keys; tests in Chromium and pictures)
 from jobs.errors import BadRequest, SchemaBehind
 from orchestrator.errors import RunNotFound
 from orchestrator.state import RunState
@@ -37,6 +41,7 @@ from outbox.queries import execute
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
+PAGE_FILES = frozenset(path.name for path in STATIC.iterdir())
 BODY_LIMIT = 1024 * 1024
 STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
@@ -53,6 +58,7 @@ PAGE_HEADERS = {
 }
 
 bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
+Letter = Annotated[int, PathParameter(ge=1, le=2**63 - 1, description="id of a dead letter")]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
@@ -422,6 +428,27 @@ def create_api(app: App) -> FastAPI:
         """Take the queue away with all of its runs."""
         return {"queue": queue, "removed": client.obliterate_queue(queue, force=force)}
 
+    @api.get("/v1/dead-letters", responses=answers)
+    def list_dead_letters(
+        client: Operator, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> dict[str, Any]:
+        """Messages that could not be published, oldest first."""
+        return {"dead_letters": [asdict(letter) for letter in client.dead_letters(limit)]}
+
+    @api.post("/v1/dead-letters/{letter_id}/requeue", status_code=202, responses=answers)
+    def requeue_dead_letter(letter_id: Letter, client: Operator) -> dict[str, Any]:
+        """Publish the message again."""
+        with _no_such_letter():
+            client.requeue_dead_letter(letter_id)
+        return {"id": letter_id}
+
+    @api.delete("/v1/dead-letters/{letter_id}", status_code=204, responses=answers)
+    def discard_dead_letter(letter_id: Letter, client: Operator) -> Response:
+        """Forget the message; its events stay in the journal."""
+        with _no_such_letter():
+            client.discard_dead_letter(letter_id)
+        return Response(status_code=204)
+
     @api.get("/v1/plans", responses=answers)
     def list_plans(client: Reader) -> dict[str, Any]:
         """The plans that can be started, with their steps."""
@@ -470,7 +497,7 @@ def create_api(app: App) -> FastAPI:
 
     @api.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> FileResponse:
-        if name not in ("page.js", "page.css"):
+        if name not in PAGE_FILES:
             raise Problem(HTTPStatus.NOT_FOUND, f"there is no {name}")
         return FileResponse(STATIC / name, headers=PAGE_HEADERS)
 
@@ -539,6 +566,14 @@ def bind(host: str, port: int, *, reuse_port: bool = False) -> list[socket.socke
             listener.close()
         raise BadRequest("--host", f"{host} port {port} cannot be used: {error}") from error
     return sockets
+
+
+@contextlib.contextmanager
+def _no_such_letter() -> Iterator[None]:
+    try:
+        yield
+    except BadRequest as error:
+        raise Problem(HTTPStatus.NOT_FOUND, str(error)) from error
 
 
 def _lacks(scope: Permission) -> Problem:

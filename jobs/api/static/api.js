@@ -1,0 +1,43 @@
+// Calls of the HTTP API, with the token that the person gave for this tab.
+
+import { ask, el } from "./dom.js";
+
+let skew = 0;
+let asked = null;
+
+export function token() { return sessionStorage.getItem("token"); }
+
+// Milliseconds since 1970 by the server's clock: ages are right on a machine whose clock is not.
+export function now() { return Date.now() + skew; }
+
+export async function call(path, options = {}) {
+  const headers = { ...options.headers };
+  if (token()) headers.Authorization = `Bearer ${token()}`;
+  if (options.body) headers["Content-Type"] = "application/json";
+  const answer = await fetch(path, { ...options, headers });
+  const told = Date.parse(answer.headers.get("date"));
+  if (told) skew = Math.abs(told - Date.now()) > 2000 ? told - Date.now() : 0;
+  if (answer.status === 401) { await login(); return call(path, options); }
+  const body = answer.status === 204 ? null : await answer.json();
+  if (!answer.ok) {
+    const detail = typeof body.detail === "string" ? body.detail : JSON.stringify(body.detail ?? answer.statusText);
+    throw Object.assign(new Error(detail), { status: answer.status });
+  }
+  return body;
+}
+
+export function post(path, body = {}) { return call(path, { method: "POST", body: JSON.stringify(body) }); }
+
+function login() {
+  asked ??= ask({
+    title: "A token is needed",
+    fields: [
+      el("p", {}, "Make one with ", el("code", {}, "beatless token create --scope runs:read --scope runs:write --scope queues"),
+        ". It is kept until this tab is closed."),
+      el("label", {}, "Token", el("input", { name: "token", type: "password", autocomplete: "off", required: true })),
+    ],
+    verb: "Use it",
+    check: async (data) => sessionStorage.setItem("token", data.get("token").trim()),
+  }).finally(() => { asked = null; });
+  return asked;
+}

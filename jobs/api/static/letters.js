@@ -1,0 +1,53 @@
+// Messages that could not be published, kept until a person decides.
+
+import { call, now, post } from "./api.js";
+import { Rows, age, ask, el, problem, setText } from "./dom.js";
+
+export async function showLetters(page) {
+  const said = document.getElementById("said");
+  const body = el("tbody", { id: "letters" });
+  const nothing = el("p", { class: "empty", hidden: true }, "No dead letters. Every message was published.");
+  const rows = new Rows(body, (letter) => letter.id, makeRow);
+
+  async function refresh() {
+    const letters = (await call("/v1/dead-letters")).dead_letters;
+    rows.show(letters);
+    nothing.hidden = letters.length > 0;
+    page.say("Live");
+  }
+
+  async function act(action) {
+    said.replaceChildren();
+    try { await action(); } catch (error) { said.replaceChildren(problem(error)); }
+    await refresh();
+  }
+
+  function makeRow(letter) {
+    const old = el("td", { class: "number", "data-label": "age" });
+    const path = `/v1/dead-letters/${letter.id}`;
+    const discard = () => ask({
+      title: "Discard this message?",
+      fields: [el("p", {}, "Its events stay in the journal, and streams read them there.")],
+      verb: "Discard", danger: true, check: () => act(() => call(path, { method: "DELETE" })),
+    });
+    return {
+      node: el("tr", {},
+        el("td", { class: "id" }, el("a", { class: "mono", href: `#/run/${encodeURIComponent(letter.run_id)}` }, letter.run_id)),
+        el("td", { class: "number", "data-label": "events" }, letter.from_seq === letter.to_seq ? String(letter.from_seq) : `${letter.from_seq}–${letter.to_seq}`),
+        el("td", { class: "reason" }, letter.reason), old,
+        el("td", { class: "buttons" },
+          el("button", { type: "button", "data-stop": true, onclick: () => act(() => post(`${path}/requeue`)) }, "Publish again"), " ",
+          el("button", { type: "button", class: "danger", onclick: discard }, "Discard"))),
+      update() { setText(old, age(now() - Date.parse(letter.created_at))); },
+    };
+  }
+
+  page.show(el("h1", {}, "Dead letters"),
+    el("p", { class: "soft" }, "Messages that their publisher refused while it took others. Runs that used up their attempts are ",
+      el("a", { href: "#/?state=failed" }, "failed runs"), ": open one to retry it."),
+    el("div", { class: "card" }, el("table", { class: "queues" }, el("thead", {}, el("tr", {},
+      ...[["Run"], ["Events", "number"], ["Reason"], ["Age", "number"]].map(([title, kind]) =>
+        el("th", { scope: "col", class: kind }, title)), el("th", { scope: "col" }, el("span", { class: "unseen" }, "Actions")))),
+      body), nothing));
+  await page.every(3000, refresh);
+}

@@ -1,0 +1,323 @@
+// One run: its timeline and its events, live.
+
+import { call, now, post, token } from "./api.js";
+import { ask, copyable, el, json, problem, setText, span, stateTag, time } from "./dom.js";
+import { Story, Timeline } from "./timeline.js";
+
+const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "RunFinished"];
+const BATCH = 2000; // events in one answer while the past is read
+const MOST_ROWS = 400; // rows of the log that are in the document
+const MOST_TEXT = 20000; // characters of one value that are shown
+const TICK = 250;
+
+export async function showRun(page, runId) {
+  const path = `/v1/runs/${encodeURIComponent(runId)}`;
+  const [first, plans] = await Promise.all([call(path), call("/v1/plans")]);
+  if (page.left) return;
+  let run = first;
+  const said = document.getElementById("said");
+  let story = new Story();
+  let events = [];
+  let seq = 0;
+  let epoch = "";
+  let source = null;
+  let dirty = true;
+
+  const steps = plans.plans.find((plan) => plan.name === run.plan)?.steps ?? [];
+  const state = el("span", { id: "state" });
+  const facts = el("dl", { class: "facts" });
+  const outcome = el("div", { id: "outcome" });
+  const detail = el("div", { id: "detail" });
+  const timeline = el("div");
+  const log = new Log();
+  let drawing = new Timeline(story, steps, choose);
+  timeline.append(drawing.node);
+
+  const cancel = el("button", { type: "button", class: "danger", id: "cancel", title: "Cancel (c)", onclick: askToCancel }, "Cancel");
+  const retry = el("button", { type: "button", id: "retry", title: "Retry (t)", onclick: askToRetry }, "Retry");
+
+  async function act(action) {
+    said.replaceChildren();
+    try { return await action(); } catch (error) { said.replaceChildren(problem(error)); return null; }
+  }
+
+  async function askToCancel() {
+    if (cancel.hidden) return;
+    const found = await ask({
+      title: "Cancel this run?", verb: "Cancel the run", danger: true,
+      fields: [el("p", {}, "The step in flight commits or stops at its next look; no other begins."),
+        el("label", {}, "Reason", el("input", { name: "reason", maxlength: "1000", autocomplete: "off" }))],
+      check: (data) => post(`${path}/cancel`, { reason: data.get("reason") || null }),
+    });
+    if (found) { run = found; dirty = true; draw(); }
+  }
+
+  async function askToRetry() {
+    if (retry.hidden) return;
+    const began = [...story.lanes.keys()];
+    const made = await ask({
+      title: "Retry as a new run", verb: "Retry",
+      fields: [el("p", {}, "What has finished is taken over, and not done again."),
+        el("label", {}, "Begin with", el("select", { name: "step" }, el("option", { value: "" }, "where it stopped"),
+          ...began.map((name) => el("option", {}, name))))],
+      check: (data) => post(`${path}/retry`, { from_step: data.get("step") || null }),
+    });
+    if (made) location.hash = `#/run/${encodeURIComponent(made.run_id)}`;
+  }
+
+  function choose(name) {
+    const chosen = drawing.choose(name);
+    detail.replaceChildren();
+    if (chosen !== null) showDetail(chosen);
+  }
+
+  function showDetail(name) {
+    const lane = story.lanes.get(name);
+    const parts = [el("h2", {}, name)];
+    if (!lane) {
+      parts.push(el("p", { class: "soft" }, name in story.reused ? "Taken over from the run that was retried." : "This step has not begun."));
+      if (name in story.reused) parts.push(value("Result", story.reused[name]));
+    } else {
+      parts.push(el("table", { class: "small" }, el("thead", {}, el("tr", {}, ...["Attempt", "After", "Took", "Outcome"].map(
+        (title) => el("th", { scope: "col" }, title)))),
+        el("tbody", {}, ...lane.attempts.slice(-50).map((attempt) => el("tr", {}, el("td", {}, String(attempt.number)),
+          el("td", {}, span(attempt.start - story.start)),
+          el("td", {}, attempt.end === null ? "…" : span(attempt.end - attempt.start)),
+          el("td", { class: attempt.kind === "bad" ? "failed" : null },
+            attempt.error ? `${attempt.error.type}: ${attempt.error.message}`
+              : { ok: "finished", bad: "failed", now: "running", lost: "lost: its worker died, or it was ended", rest: "snoozed" }[attempt.kind]))))));
+      const failed = lane.attempts.findLast((attempt) => attempt.error?.traceback);
+      if (failed) parts.push(el("pre", { class: "traceback", tabindex: "0" }, failed.error.traceback));
+      if (lane.traces.length) {
+        parts.push(el("h3", {}, `Traces (${lane.traced})`), el("ul", { class: "traces" }, ...lane.traces.slice(-30).map((trace) => {
+          const { name: title, ...rest } = trace.data ?? {};
+          return el("li", {}, el("span", { class: "soft" }, `+${span(trace.ts - story.start)} `), el("strong", {}, String(title)), " ", el("code", {}, JSON.stringify(rest)));
+        })));
+      }
+      if (lane.finished) parts.push(value("Result", lane.result));
+    }
+    detail.replaceChildren(el("section", { class: "card padded", "aria-label": `Step ${name}` }, ...parts));
+  }
+
+  function value(title, content) {
+    const text = json(content);
+    return el("div", {}, el("h3", {}, title), el("pre", { tabindex: "0" },
+      text.length > MOST_TEXT ? `${text.slice(0, MOST_TEXT)}\n… ${text.length - MOST_TEXT} more characters` : text));
+  }
+
+  function draw() {
+    if (page.left) return;
+    const over = story.end;
+    if (dirty) {
+      dirty = false;
+      const told = over ? story.state : run.state === "queued" || run.state === "running" ? story.state : run.state;
+      const stopping = !over && (story.cancel || run.cancel_requested_at);
+      const final = over || run.finished_at;
+      state.replaceChildren(el("span", { class: `state ${told}` }, stopping && !final ? "cancelling" : told));
+      cancel.hidden = Boolean(final || stopping);
+      retry.hidden = !final;
+      const entries = [["Plan", el("a", { href: `#/?plan=${encodeURIComponent(run.plan)}` }, run.plan)],
+        ["Queue", el("a", { href: `#/?queue=${encodeURIComponent(run.queue)}` }, run.queue)], ["Started", time(run.created_at)]];
+      if (run.priority) entries.push(["Priority", String(run.priority)]);
+      if (run.key) entries.push(["Key", el("code", {}, run.key)]);
+      if (run.not_before) entries.push(["Not before", time(run.not_before)]);
+      if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
+      if (run.retry_of) entries.push(["Retry of", el("a", { class: "mono", href: `#/run/${encodeURIComponent(run.retry_of)}` }, run.retry_of)]);
+      const tags = Object.entries(run.tags).map(([name, text]) => `${name}=${text}`);
+      if (tags.length) entries.push(["Tags", el("span", {}, ...tags.map((tag) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag })}` }, tag)))]);
+      if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
+      entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
+      entries.push(["Took", el("span", { id: "took" })]);
+      facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));
+      if (over) showOutcome(over.data);
+      if (drawing.chosen !== null) showDetail(drawing.chosen);
+    }
+    if (story.start !== null) {
+      const took = document.getElementById("took");
+      if (took) setText(took, span((over ? over.ts : Math.max(now(), story.last)) - story.start));
+    }
+    drawing.draw(now());
+  }
+
+  function showOutcome(data) {
+    if (outcome.childElementCount) return;
+    if (data.outcome === "completed") outcome.append(el("section", { class: "card padded" }, value("Result", data.result)));
+    else if (data.error) {
+      const { type, message, traceback, ...rest } = data.error;
+      outcome.append(el("section", { class: `card padded outcome ${data.outcome}` },
+        el("h2", {}, data.outcome === "failed" ? "Failed" : "Cancelled", rest.step ? ` in ${rest.step}` : ""),
+        el("p", { class: "message" }, el("strong", {}, String(type ?? "")), type ? ": " : "", String(message ?? "")),
+        traceback ? el("pre", { class: "traceback", tabindex: "0" }, String(traceback)) : null));
+    }
+  }
+
+  function add(event) {
+    if (event.seq !== seq + 1) return; // seen before: an event is shown once, whoever sent it
+    seq = event.seq;
+    events.push(event);
+    story.add(event);
+    log.add(event, story.start);
+    dirty = true;
+  }
+
+  function reset() {
+    seq = 0;
+    events = [];
+    story = new Story();
+    log.clear();
+    outcome.replaceChildren();
+    detail.replaceChildren();
+    drawing = new Timeline(story, steps, choose);
+    timeline.replaceChildren(drawing.node);
+    dirty = true;
+  }
+
+  // The past in large answers, because a stream of thousands of frames would be slow.
+  async function readPast() {
+    for (;;) {
+      const found = await call(`${path}/events?from_seq=${seq}&limit=${BATCH}`);
+      if (epoch && found.epoch !== epoch) reset();
+      epoch = found.epoch;
+      found.events.forEach(add);
+      if (page.left || found.events.length < BATCH) return;
+    }
+  }
+
+  async function follow() {
+    if (page.left) return;
+    const query = new URLSearchParams({ from_seq: `${epoch}.${seq}` });
+    if (token()) query.set("token", (await post(`${path}/stream-token`)).token);
+    source = new EventSource(`${path}/stream?${query}`);
+    source.onopen = () => page.say("Live");
+    for (const type of TYPES) {
+      source.addEventListener(type, (message) => {
+        epoch = message.lastEventId.split(".")[0];
+        add(JSON.parse(message.data));
+        if (story.end) finished();
+      });
+    }
+    source.addEventListener("reset", (message) => { epoch = JSON.parse(message.data).epoch; reset(); });
+    source.onerror = () => {
+      source.close();
+      if (story.end || page.left) return;
+      page.say("Connection lost, coming again", "lost");
+      // A stream token may have expired meanwhile, so come again with a new one.
+      setTimeout(again, 500 + 1000 * Math.random());
+    };
+  }
+
+  async function again() {
+    if (page.left) return;
+    try { await readPast(); if (story.end) finished(); else await follow(); } catch { source.onerror(); }
+  }
+
+  async function finished() {
+    source?.close();
+    page.say("Ended", "ended");
+    run = await call(path).catch(() => run);
+    dirty = true;
+    draw();
+  }
+
+  page.keys = { c: askToCancel, t: askToRetry };
+  page.endings.push(() => source?.close());
+  const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
+    el("pre", { tabindex: "0" }, json(run.input).slice(0, MOST_TEXT)));
+  page.show(el("p", { class: "crumb" }, el("a", { href: "#/" }, "← Runs")),
+    el("div", { class: "head" }, el("h1", { class: "mono" }, runId), copyable(runId, "the id"), state,
+      el("span", { class: "actions" }, cancel, retry)),
+    facts, outcome, timeline, detail, run.input === null ? null : input, log.node);
+  draw();
+  try { await readPast(); } catch (error) {
+    if (error.status !== 410) throw error;
+    log.node.replaceChildren(el("p", { class: "empty" }, "The events of this run are not kept any more."));
+    const ended = run.state === "completed" ? { outcome: run.state, result: run.result } : { outcome: run.state, error: run.error };
+    showOutcome(ended);
+    return;
+  }
+  log.draw();
+  draw();
+  if (story.interesting) choose(story.interesting);
+  page.timers.push(setInterval(() => {
+    if (document.hidden) return;
+    log.draw();
+    if (dirty || !story.end) draw();
+  }, TICK));
+  if (story.end) await finished(); else await follow();
+}
+
+// The events as a table that holds its last rows only, however many there are.
+class Log {
+  constructor() {
+    this.events = [];
+    this.waiting = [];
+    this.first = 0; // place of the first row that is shown, of those that match
+    this.matching = 0;
+    this.body = el("tbody", { id: "events" });
+    this.count = el("span", { class: "soft" });
+    this.earlier = el("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.reach() });
+    this.type = el("select", { "aria-label": "Type of event", onchange: () => this.filter() }, el("option", { value: "" }, "all types"), ...TYPES.map((type) => el("option", {}, type)));
+    this.text = el("input", { "aria-label": "Find in events", "data-filter": true, placeholder: "find in events", oninput: () => this.filter() });
+    this.node = el("section", { class: "card log", "aria-label": "Events" },
+      el("div", { class: "bar" }, el("h2", {}, "Events"), this.count, this.type, this.text), this.earlier,
+      el("table", {}, el("thead", {}, el("tr", {}, ...[["Seq", "number"], ["After", "number"], ["Event"], ["Step"], ["Data", "wide"]].map(
+        ([title, kind]) => el("th", { scope: "col", class: kind }, title)))), this.body));
+  }
+
+  add(event, start) { this.start = start; this.events.push(event); this.waiting.push(event); }
+
+  clear() { this.events = []; this.waiting = []; this.matching = 0; this.body.replaceChildren(); }
+
+  matches(event) {
+    const text = this.text.value.trim().toLowerCase();
+    return (!this.type.value || event.type === this.type.value) && (!text || JSON.stringify(event).toLowerCase().includes(text));
+  }
+
+  filter() {
+    this.body.replaceChildren();
+    this.matching = 0;
+    this.waiting = [...this.events];
+    this.draw();
+  }
+
+  draw() {
+    if (!this.waiting.length && this.body.childElementCount) return;
+    const fresh = this.waiting.filter((event) => this.matches(event));
+    this.waiting = [];
+    this.matching += fresh.length;
+    this.body.append(...fresh.slice(-MOST_ROWS).map((event) => this.row(event)));
+    while (this.body.childElementCount > MOST_ROWS) this.body.firstElementChild.remove();
+    this.tell();
+  }
+
+  tell() {
+    const hidden = this.matching - this.body.childElementCount;
+    this.earlier.hidden = hidden <= 0;
+    setText(this.earlier, `${hidden} earlier events. Show ${Math.min(hidden, MOST_ROWS)} of them`);
+    setText(this.count, this.matching === this.events.length ? String(this.events.length) : `${this.matching} of ${this.events.length}`);
+  }
+
+  reach() {
+    const found = this.events.filter((event) => this.matches(event));
+    const end = found.length - this.body.childElementCount;
+    this.body.prepend(...found.slice(Math.max(0, end - MOST_ROWS), end).map((event) => this.row(event)));
+    this.tell();
+  }
+
+  row(event) {
+    const text = event.data ? JSON.stringify(event.data) : "";
+    const brief = event.type === "DebugTrace" ? `${event.data?.name ?? ""} ${text}` : text;
+    const data = el("td", { class: "data" });
+    if (text.length > 80) {
+      const details = el("details", {}, el("summary", { class: "mono" }, brief.slice(0, 120)));
+      details.addEventListener("toggle", () => {
+        if (details.childElementCount === 1) details.append(el("pre", { tabindex: "0" }, json(event.data).slice(0, MOST_TEXT)));
+      });
+      data.append(details);
+    } else data.append(el("code", {}, text));
+    const attempt = event.attempt > 1 ? ` (attempt ${event.attempt})` : "";
+    return el("tr", { "data-seq": event.seq, class: event.type }, el("td", { class: "number" }, String(event.seq)),
+      el("td", { class: "number after" }, `+${span(event.ts - this.start)}`), el("td", { class: "type" }, event.type),
+      el("td", { class: "step" }, `${event.step ?? ""}${attempt}`), data);
+  }
+}

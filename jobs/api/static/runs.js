@@ -1,0 +1,120 @@
+// The list of runs.
+
+import { call, now } from "./api.js";
+import { Rows, age, el, setText, span } from "./dom.js";
+
+const STATES = ["queued", "running", "completed", "failed", "cancelled"];
+const PAGE = 50;
+
+export async function showRuns(page, query) {
+  const wanted = Object.fromEntries(["state", "plan", "queue", "tag"].map((name) => [name, query.get(name) ?? ""]));
+  const cursors = [null]; // of the pages from the first to the one that is shown
+  let found = { runs: [], next: null };
+  const body = el("tbody", { id: "runs" });
+  const rows = new Rows(body, (run) => run.run_id, makeRow);
+  const nothing = el("p", { class: "empty", hidden: true });
+  const newer = el("button", { type: "button", onclick: () => turn(-1) }, "← Newer");
+  const older = el("button", { type: "button", onclick: () => turn(1) }, "Older →");
+  const place = el("span", { class: "soft" });
+  const tabs = ["", ...STATES].map((state) => {
+    const count = el("span", { class: "count" });
+    const tab = el("button", { type: "button", "aria-pressed": String(wanted.state === state), class: `tab ${state}`,
+      onclick: () => filter("state", state) }, state || "all", count);
+    return { state, tab, count };
+  });
+
+  function filter(name, value) {
+    wanted[name] = value.trim();
+    cursors.length = 1;
+    for (const { state, tab } of tabs) tab.setAttribute("aria-pressed", String(wanted.state === state));
+    const kept = new URLSearchParams(Object.entries(wanted).filter(([, text]) => text));
+    history.replaceState(null, "", `#/${kept.size ? `?${kept}` : ""}`);
+    return refresh();
+  }
+
+  function turn(by) {
+    if (by > 0) cursors.push(found.next); else cursors.pop();
+    return refresh();
+  }
+
+  async function refresh() {
+    const asked = new URLSearchParams({ limit: PAGE });
+    for (const [name, value] of Object.entries(wanted)) if (value) asked.append(name, value);
+    const cursor = cursors[cursors.length - 1];
+    if (cursor) asked.set("cursor", cursor);
+    found = await call(`/v1/runs?${asked}`);
+    rows.show(found.runs);
+    nothing.hidden = found.runs.length > 0;
+    const filtered = Object.values(wanted).some(Boolean);
+    setText(nothing, filtered ? "No run is like this." : "No runs yet. Press n to start one.");
+    newer.disabled = cursors.length === 1;
+    older.disabled = !found.next;
+    setText(place, `page ${cursors.length}`);
+    page.say("Live");
+  }
+
+  async function count() {
+    let queues;
+    // Without the right to see queues there are no counts, and nothing else is missing.
+    try { queues = (await call("/v1/queues")).queues; } catch { return; }
+    const sums = { queued: 0, running: 0, completed: 0, failed: 0, cancelled: 0 };
+    for (const queue of queues) {
+      sums.queued += queue.waiting + queue.delayed;
+      sums.running += queue.active;
+      for (const state of ["completed", "failed", "cancelled"]) sums[state] += queue[state];
+    }
+    for (const { state, count: shown } of tabs) if (state) setText(shown, String(sums[state]));
+  }
+
+  const plans = (await call("/v1/plans")).plans.map((plan) => plan.name);
+  if (wanted.plan && !plans.includes(wanted.plan)) plans.push(wanted.plan);
+  const choice = el("select", { id: "plan", "data-filter": true, onchange: (event) => filter("plan", event.target.value) },
+    el("option", { value: "" }, "any plan"), ...plans.map((name) => el("option", { selected: name === wanted.plan }, name)));
+  const typed = (name, hint) => el("label", {}, name, el("input", { id: name, value: wanted[name], placeholder: hint,
+    autocomplete: "off", spellcheck: "false", onchange: (event) => filter(name, event.target.value) }));
+  page.show(
+    el("h1", { class: "unseen" }, "Runs"),
+    el("div", { class: "bar" },
+      el("div", { class: "tabs", role: "group", "aria-label": "State" }, ...tabs.map(({ tab }) => tab)),
+      el("label", {}, "plan", choice), typed("queue", "any queue"), typed("tag", "name=value")),
+    el("div", { class: "card" },
+      el("table", { class: "runs" },
+        el("thead", {}, el("tr", {}, ...[["State"], ["Run"], ["Plan"], ["Queue", "wide"], ["Tags", "wide"],
+          ["Events", "number wide"], ["Took", "number"], ["Age", "number"]].map(([title, kind]) =>
+          el("th", { scope: "col", class: kind }, title)))),
+        body),
+      nothing),
+    el("div", { class: "pager" }, newer, place, older));
+  await page.every(2000, () => Promise.all([refresh(), count()]));
+}
+
+function makeRow(run) {
+  const state = el("span", {});
+  const events = el("td", { class: "number wide" });
+  const took = el("td", { class: "number took" });
+  const old = el("td", { class: "number age" });
+  const why = el("span", { class: "why", hidden: true });
+  const link = el("a", { href: `#/run/${encodeURIComponent(run.run_id)}`, class: "mono", "data-stop": true }, run.run_id);
+  const node = el("tr", { onclick: (event) => {
+    if (!event.target.closest("a") && !getSelection().toString()) link.click();
+  } },
+    el("td", {}, state), el("td", { class: "id" }, link, why), el("td", { class: "plan" }, run.plan),
+    el("td", { class: "wide" }, run.queue),
+    el("td", { class: "wide" }, ...Object.entries(run.tags).map(([name, value]) => el("span", { class: "tag" }, `${name}=${value}`))),
+    events, took, old);
+  return {
+    node,
+    update(latest) {
+      const waits = latest.state === "queued" && latest.not_before && Date.parse(latest.not_before) > now();
+      const asked = latest.cancel_requested_at && !latest.finished_at;
+      setText(state, asked ? "cancelling" : waits ? "delayed" : latest.state);
+      state.className = `state ${latest.state}`;
+      why.hidden = latest.state !== "failed" || !latest.error;
+      if (!why.hidden) setText(why, `${latest.error.type}: ${latest.error.message}`);
+      setText(events, String(latest.last_seq));
+      const until = latest.finished_at ? Date.parse(latest.finished_at) : now();
+      setText(took, latest.started_at ? span(until - Date.parse(latest.started_at)) : "");
+      setText(old, age(now() - Date.parse(latest.created_at)));
+    },
+  };
+}

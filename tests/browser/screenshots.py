@@ -1,0 +1,118 @@
+"""Makes the pictures of docs/images: the page on a shop's runs, light and dark.
+
+python -m tests.browser.screenshots docs/images
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page
+
+from jobs import App, Run, Settings
+from jobs.dev import Stack
+from tests.browser import chromium
+from tests.browser.plans import checkout, refund
+
+WIDE = {"width": 1180, "height": 640}
+ROOT = str(Path(__file__).parents[2])
+PHONE = {"width": 390, "height": 780}
+REASON = "the carrier does not know the postal code 1138X"
+
+
+class Shop:
+    """A shop with runs in every state."""
+
+    def __init__(self, app: App, gates: Path) -> None:
+        self.client = app.client
+        for order in range(1, 15):
+            self.ended(order=order, tags={"shop": "ghent" if order % 3 else "bruges"})
+        self.client.cancel_run(self.start({"gates": "/nowhere"}, not_before_hours=1).run_id)
+        self.start({"order": 15}, not_before_hours=2)
+        for number in range(3):
+            self.client.wait_for_run(self.client.start_run("refund", {"order": number}).run_id)
+        self.failed = self.ended(order=16, lost=REASON, declined=1, tags={"shop": "ghent"})
+        (gates / "charge").touch()
+        self.live = self.start(
+            {"order": 17, "gates": str(gates), "declined": 1, "progress": 62},
+            tags={"shop": "ghent", "customer": "b2b"},
+        )
+        for event in self.client.stream_run(self.live.run_id):
+            if (event.data or {}).get("name") == "progress":
+                break
+        self.ended(order=18, tags={"shop": "bruges"})
+
+    def start(self, input: object, *, not_before_hours: int = 0, **options: object) -> Run:
+        delay = {"delay": 3600.0 * not_before_hours} if not_before_hours else {}
+        return self.client.start_run("checkout", input, **delay, **options)
+
+    def ended(self, *, tags: dict[str, str], **input: object) -> Run:
+        run = self.start(input, tags=tags)
+        return self.client.wait_for_run(run.run_id)
+
+
+def shoot(browser: Browser, url: str, shop: Shop, directory: Path) -> None:
+    """All pictures, in both colour schemes."""
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme, viewport=WIDE)
+        page = context.new_page()
+
+        def save(name: str, page: Page = page, scheme: str = scheme) -> None:
+            page.screenshot(path=directory / f"{name}-{scheme}.png", animations="disabled")
+
+        page.goto(url)
+        page.locator("#runs tr").nth(20).wait_for()
+        save("runs")
+        page.goto(f"{url}/#/run/{shop.live.run_id}")
+        page.locator('[data-step=pack][data-kind=now] .took:text("62 %")').wait_for()
+        save("run-live")
+        page.goto(f"{url}/#/run/{shop.failed.run_id}")
+        page.locator("#status.ended").wait_for()
+        hide_paths(page)
+        save("run-failed")
+        page.goto(f"{url}/#/queues")
+        page.locator("#queues tr").nth(1).wait_for()
+        save("queues")
+        context.close()
+    context = browser.new_context(viewport=PHONE, device_scale_factor=1)
+    page = context.new_page()
+    page.goto(f"{url}/#/run/{shop.failed.run_id}")
+    page.locator("#status.ended").wait_for()
+    hide_paths(page)
+    page.screenshot(path=directory / "run-phone.png", animations="disabled")
+    context.close()
+
+
+def hide_paths(page: Page) -> None:
+    """Where this copy of the sources lies is nobody's business."""
+    page.locator("pre.traceback").evaluate_all(
+        "(found, root) => found.forEach(pre => pre.textContent = pre.textContent"
+        ".replaceAll(root, '/srv/shop'))",
+        ROOT,
+    )
+
+
+def main(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="beatless-") as temporary:
+        stack = Stack(
+            Path(temporary) / "stack",
+            ephemeral=True,
+            app_name="tests.browser.app:app",
+            workers=1,
+            concurrency=2,
+            api_port=0,
+        )
+        with stack, chromium.launched() as browser:
+            stack.start()
+            app = App(Settings.from_env(stack.environ()), [checkout, refund])
+            gates = Path(temporary) / "gates"
+            gates.mkdir()
+            try:
+                shoot(browser, stack.api_url, Shop(app, gates), directory)
+            finally:
+                app.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

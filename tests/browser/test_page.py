@@ -1,0 +1,313 @@
+"""The run page in a real Chromium, on real processes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from jobs.auth import Tokens
+from jobs.testing import Kit
+from tests.browser.conftest import Server
+
+Opener = Callable[..., Page]
+
+HTML = "<img src=x onerror=console.error('ran')><script>console.error('ran')</script>"
+
+
+def seqs(page: Page) -> list[int]:
+    """The seqs of the events that the page shows, in its order."""
+    return page.locator("#events tr").evaluate_all("rows => rows.map(row => +row.dataset.seq)")
+
+
+def start_in_dialog(page: Page, **input: object) -> str:
+    """Start a checkout as a person does; its id."""
+    page.get_by_role("button", name="New run").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Plan").select_option("checkout")
+    dialog.get_by_label("Input, as JSON").fill(json.dumps(input))
+    dialog.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/#/run/*")
+    return page.url.rpartition("/")[2]
+
+
+def test_a_run_from_its_start_to_its_end_while_the_server_is_killed(
+    fleet: Kit, server: Server, open_page: Opener, tmp_path: Path
+) -> None:
+    page = open_page(expected="net::ERR_")
+    page.goto(server.url)
+    expect(page.get_by_text("No runs yet")).to_be_visible()
+    run_id = start_in_dialog(page, gates=str(tmp_path), parcels=20)
+    expect(page.locator('[data-step="charge"][data-kind="now"]')).to_be_visible()
+    expect(page.locator("#state")).to_have_text("running")
+
+    server.kill()
+    expect(page.locator("#status")).to_have_class("lost")
+    (tmp_path / "charge").touch()
+    for event in fleet.client.stream_run(run_id):
+        if (event.data or {}).get("name") == "progress":
+            break
+    server.start()
+    expect(page.locator("#status")).to_have_text("Live")
+    expect(page.locator('[data-step="pack"] .took')).to_have_text("40 %")
+
+    (tmp_path / "pack").touch()
+    expect(page.locator("#state")).to_have_text("completed")
+    expect(page.locator("#outcome")).to_contain_text("BE 1138 4711")
+    stored = fleet.client.events(run_id)
+    assert len(stored) > 30
+    assert seqs(page) == [event.seq for event in stored]
+    page.reload()
+    expect(page.locator("#status")).to_have_text("Ended")
+    assert seqs(page) == [event.seq for event in stored]
+    page.goto(f"{server.url}/#/")
+    row = page.locator("#runs tr")
+    expect(row).to_have_count(1)
+    expect(row.locator(".state")).to_have_text("completed")
+
+
+def test_cancel_and_retry(fleet: Kit, url: str, open_page: Opener, tmp_path: Path) -> None:
+    page = open_page()
+    page.goto(url)
+    run_id = start_in_dialog(page, gates=str(tmp_path))
+    expect(page.locator('[data-step="charge"][data-kind="now"]')).to_be_visible()
+    page.locator("#cancel").click()
+    page.get_by_label("Reason").fill("changed my mind")
+    page.get_by_role("button", name="Cancel the run").click()
+    expect(page.locator("#state")).to_have_text("cancelled")
+    expect(page.locator("#events")).to_contain_text("changed my mind")
+    expect(page.locator("#cancel")).to_be_hidden()
+
+    (tmp_path / "charge").touch()
+    (tmp_path / "pack").touch()
+    page.locator("#retry").click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    expect(page.locator(".facts")).to_contain_text(f"Retry of{run_id}")
+    expect(page.locator("#state")).to_have_text("completed")
+    expect(page.locator('[data-step="reserve"]')).to_contain_text("reused")
+    assert fleet.client.get_run(page.url.rpartition("/")[2]).retry_of == run_id
+
+
+def test_a_failed_run_tells_why(beatless: Kit, url: str, open_page: Opener) -> None:
+    run = beatless.start_run("checkout", {"lost": "no such street", "declined": 1})
+    beatless.work_until_idle()
+    beatless.advance(1)
+    beatless.work_until_idle()
+    page = open_page()
+    page.goto(f"{url}/#/run/{run.run_id}")
+    expect(page.locator("#outcome")).to_contain_text("Failed in ship")
+    expect(page.locator("#outcome .message")).to_have_text("Fatal: no such street")
+    expect(page.locator("#outcome pre")).to_contain_text("Traceback (most recent call last)")
+    expect(page.locator('[data-step="charge"] rect.bad')).to_have_count(1)
+    expect(page.locator('[data-step="charge"] rect.ok')).to_have_count(1)
+    expect(page.locator('[data-step="charge"] rect.wait')).to_have_count(1)
+    page.get_by_role("button", name="charge").click()
+    expect(page.locator("#detail")).to_contain_text("ConnectionError: the payment service closed")
+    page.goto(f"{url}/#/")
+    expect(page.locator("#runs .why")).to_have_text("Fatal: no such street")
+
+
+def test_what_people_send_is_shown_as_text(beatless: Kit, url: str, open_page: Opener) -> None:
+    for input in ({"label": HTML}, {"label": HTML, "lost": HTML}):
+        run = beatless.start_run("checkout", input, tags={"shop": HTML})
+        beatless.work_until_idle()
+        page = open_page()
+        page.goto(f"{url}/#/run/{run.run_id}")
+        expect(page.locator("#outcome")).to_contain_text(HTML)
+        expect(page.locator(".facts")).to_contain_text(HTML)
+        expect(page.locator("#events")).to_contain_text("onerror=")
+        page.get_by_role("button", name="ship").click()
+        for summary in page.locator("summary").all():
+            summary.click()
+        assert page.locator("main img, main script").count() == 0
+        page.goto(f"{url}/#/")
+        expect(page.locator("#runs")).to_contain_text(f"shop={HTML}")
+        assert page.locator("main img, main script").count() == 0
+
+
+def test_queues_are_paused_resumed_and_drained(beatless: Kit, url: str, open_page: Opener) -> None:
+    beatless.start_run("refund")
+    beatless.work_until_idle()
+    page = open_page()
+    page.goto(f"{url}/#/queues")
+    row = page.locator("#queues tr", has_text="payments")
+    row.get_by_role("button", name="Pause").click()
+    expect(row.locator(".badge")).to_be_visible()
+    waiting = beatless.start_run("refund")
+    expect(row.locator(".waiting")).to_have_text("1")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(waiting.run_id).state == "queued"
+    row.get_by_role("button", name="Resume").click()
+    expect(row.locator(".badge")).to_be_hidden()
+    beatless.work_until_idle()
+    assert beatless.client.get_run(waiting.run_id).state == "completed"
+    row.get_by_role("button", name="Pause").click()
+    expect(row.locator(".badge")).to_be_visible()
+    beatless.start_run("refund")
+    expect(row.locator(".waiting")).to_have_text("1")
+    row.get_by_role("button", name="Drain").click()
+    page.get_by_role("dialog").get_by_role("button", name="Drain").click()
+    expect(row.locator(".waiting")).to_have_text("0")
+    assert len(beatless.client.list_runs(plan="refund")) == 2
+
+
+def test_dead_letters_are_published_again_or_discarded(
+    beatless: Kit, url: str, open_page: Opener, postgres
+) -> None:
+    for reason in ("too large", HTML):
+        postgres.execute(
+            "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', 'r1', %s, "
+            """'{"shard": 0, "from_seq": 1, "to_seq": 2}')""",
+            (reason,),
+        )
+    page = open_page()
+    page.goto(f"{url}/#/dead-letters")
+    rows = page.locator("#letters tr")
+    expect(rows).to_have_count(2)
+    expect(rows.nth(1)).to_contain_text(HTML)
+    rows.nth(0).get_by_role("button", name="Publish again").click()
+    expect(rows).to_have_count(1)
+    rows.get_by_role("button", name="Discard").click()
+    page.get_by_role("dialog").get_by_role("button", name="Discard").click()
+    expect(page.get_by_text("No dead letters")).to_be_visible()
+    assert postgres.execute("SELECT from_seq, to_seq FROM run_outbox").fetchall() == [(1, 2)]
+
+
+def test_filters_and_pages(beatless: Kit, url: str, open_page: Opener) -> None:
+    ids = [
+        beatless.start_run("checkout", {}, tags={"number": str(number)}).run_id
+        for number in range(60)
+    ]
+    beatless.client.cancel_run(ids[7])
+    refund = beatless.start_run("refund").run_id
+    page = open_page()
+    page.goto(url)
+    rows, links = page.locator("#runs tr"), page.locator("#runs a")
+    expect(rows).to_have_count(50)
+    expect(links.first).to_have_text(refund)
+    page.get_by_role("button", name="Older").click()
+    expect(rows).to_have_count(11)
+    expect(links.last).to_have_text(ids[0])
+    page.get_by_role("button", name="Newer").click()
+    expect(rows).to_have_count(50)
+    page.get_by_role("button", name="cancelled").click()
+    expect(links).to_have_text([ids[7]])
+    page.get_by_role("button", name="cancelled").get_by_text("1").wait_for()
+    page.get_by_role("button", name="all").click()
+    page.get_by_label("plan").select_option("refund")
+    expect(links).to_have_text([refund])
+    page.get_by_label("plan").select_option("any plan")
+    page.get_by_label("tag").fill("number=3")
+    page.get_by_label("tag").press("Enter")
+    expect(links).to_have_text([ids[3]])
+    page.reload()
+    expect(links).to_have_text([ids[3]])
+    page.get_by_label("tag").fill("")
+    page.get_by_label("queue").fill("payments")
+    page.get_by_label("queue").press("Enter")
+    expect(links).to_have_text([refund])
+
+
+def test_the_keyboard_is_enough(beatless: Kit, url: str, open_page: Opener) -> None:
+    page = open_page()
+    keys = page.keyboard
+    page.goto(url)
+    expect(page.get_by_text("No runs yet")).to_be_visible()
+    keys.press("Tab")
+    expect(page.locator("#skip")).to_be_focused()
+    for name in ("beatless", "Runs", "Queues", "Dead letters"):
+        keys.press("Tab")
+        expect(page.get_by_role("link", name=name, exact=True)).to_be_focused()
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    keys.press("?")
+    expect(page.get_by_role("dialog")).to_contain_text("start a run")
+    keys.press("Escape")
+    keys.press("n")
+    expect(page.get_by_role("dialog").get_by_label("Plan")).to_be_focused()
+    keys.press("Tab")
+    keys.type('{"lost": "at sea"}')
+    keys.press("Tab")  # More
+    keys.press("Tab")  # Back
+    keys.press("Tab")
+    keys.press("Enter")
+    expect(page.locator("#state")).to_have_text("queued")
+    beatless.work_until_idle()
+    expect(page.locator("#state")).to_have_text("failed")
+    keys.press("j")
+    expect(page.get_by_role("button", name="reserve")).to_be_focused()
+    keys.press("Enter")
+    expect(page.locator("#detail")).to_contain_text("stock.checked")
+    keys.press("t")
+    keys.press("Tab")
+    keys.press("Tab")
+    keys.press("Enter")
+    expect(page.locator(".facts")).to_contain_text("Retry of")
+    keys.press("r")
+    expect(page.locator("#runs tr")).to_have_count(2)
+    keys.press("j")
+    keys.press("j")
+    expect(page.locator("#runs a").nth(1)).to_be_focused()
+    keys.press("Enter")
+    expect(page.locator("#state")).to_have_text("failed")
+    keys.press("q")
+    expect(page.locator("#queues tr")).to_have_count(1)
+    keys.press("j")
+    keys.press("Enter")
+    expect(page.locator("#queues .badge")).to_be_visible()
+    page.reload()
+    expect(page.locator("#queues .badge")).to_be_visible()
+    keys.press("j")
+    keys.press("Enter")
+    expect(page.locator("#queues .badge")).to_be_hidden()
+
+
+def test_light_dark_and_a_phone(beatless: Kit, url: str, open_page: Opener) -> None:
+    run = beatless.start_run("checkout", {"lost": "x" * 300}, tags={"long": "y" * 60})
+    beatless.work_until_idle()
+    grounds = []
+    for scheme in ("light", "dark"):
+        page = open_page(color_scheme=scheme, viewport={"width": 360, "height": 700})
+        for place in ("/", f"/#/run/{run.run_id}", "/#/queues", "/#/dead-letters"):
+            page.goto(url + place)
+            expect(page.locator("#status")).not_to_be_empty()
+            assert page.evaluate("document.documentElement.scrollWidth") == 360, place
+        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(set(grounds)) == 2
+
+
+def test_a_run_of_thousands_of_events_stays_small(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    run = beatless.start_run("checkout", {"parcels": 2500})
+    beatless.work_until_idle()
+    last = beatless.client.get_run(run.run_id).last_seq
+    page = open_page()
+    page.goto(f"{url}/#/run/{run.run_id}")
+    expect(page.locator("#seq")).to_have_text(str(last))
+    expect(page.locator("#status")).to_have_text("Ended")
+    assert seqs(page) == list(range(last - 399, last + 1))
+    assert page.evaluate("document.querySelectorAll('*').length") < 4000
+    page.get_by_role("button", name="earlier events").click()
+    assert seqs(page) == list(range(last - 799, last + 1))
+    page.get_by_label("Find in events").fill('"number":77}')
+    expect(page.locator("#events tr")).to_have_count(1)
+    page.get_by_label("Find in events").fill("")
+    page.get_by_label("Type of event").select_option("StepStarted")
+    expect(page.locator("#events tr")).to_have_count(4)
+
+
+def test_a_token_is_asked_for_and_kept_for_the_tab(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    _, secret = tokens.create(["runs:write", "queues"])
+    page = open_page(expected="401 (Unauthorized)")
+    page.goto(url)
+    page.get_by_role("textbox", name="Token").fill(secret)
+    page.get_by_role("button", name="Use it").click()
+    run_id = start_in_dialog(page)
+    expect(page.locator("#events tr")).to_have_count(1)
+    beatless.work_until_idle()
+    expect(page.locator("#state")).to_have_text("completed")
+    assert seqs(page) == [event.seq for event in beatless.client.events(run_id)]
