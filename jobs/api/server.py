@@ -29,10 +29,7 @@ from jobs.app import App
 from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
 from jobs.auth import Scope as Permission
 from jobs.client import Client, new_run_id
-<<<<<<< HEAD
 from jobs.cursors import decode_page, encode_page, parse_event_id
-=======
->>>>>>> 4a72789 (The run page: filters, timeline, retries, dead letters, keys; tests in Chromium and pictures)
 from jobs.errors import BadRequest, SchemaBehind
 from orchestrator.errors import RunNotFound
 from orchestrator.state import RunState

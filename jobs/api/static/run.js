@@ -179,7 +179,7 @@ export async function showRun(page, runId) {
       if (epoch && found.epoch !== epoch) reset();
       epoch = found.epoch;
       found.events.forEach(add);
-      if (page.left || found.events.length < BATCH) return;
+      if (page.left || !found.events.length || seq >= found.last_seq) return;
     }
   }
 
