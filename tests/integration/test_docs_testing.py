@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.pytest_plugin import Services
+from jobs.testing import Kit
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 
@@ -26,3 +27,9 @@ def test_every_example_of_the_page_passes(
     )
 
     result.assert_outcomes(passed=source.count("def test_"))
+
+
+def test_every_helper_is_on_the_page() -> None:
+    helpers = {name for name in vars(Kit) if not name.startswith("_")} - {"close"}
+    named = set(re.findall(r"`(\w+)(?:\(|`)", PAGE.read_text()))
+    assert helpers <= named, helpers - named
