@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from outbox.message import TaskMessage
 from outbox.publishers import TaskPublisher
@@ -34,13 +35,19 @@ class Courier:
         self._thread: threading.Thread | None = None
         self.away = False
         """A batch was sent and not taken back: send no other."""
+        self._sent_at = 0.0
+
+    @property
+    def away_for(self) -> float:
+        """Seconds since the batch was sent that is away; 0 if none is."""
+        return monotonic() - self._sent_at if self.away else 0.0
 
     def send(self, messages: Sequence[TaskMessage]) -> None:
         """Let this batch be published."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="beatless-courier", daemon=True)
             self._thread.start()
-        self.away = True
+        self.away, self._sent_at = True, monotonic()
         self._orders.put(messages)
 
     def wait(self, seconds: float | None) -> bool:

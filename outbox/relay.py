@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -52,6 +53,10 @@ DROWSY_LOOK = 0.02
 
 PROMPT = 0.05
 """Seconds that a step waits for the broker; what takes longer is taken back later."""
+
+HOPELESS = 60.0
+"""Seconds without an answer after which a batch counts as not sent. A RabbitMQ that is short of
+memory holds its publishers without a word, and no timeout of theirs ends that."""
 
 PARTING = 2.0
 """Seconds that a relay which stops waits for the broker. What it does not note is sent again."""
@@ -125,7 +130,8 @@ class Drain:
         self._connection = connection
         self._queries = queries
         self._events = events
-        self._courier = Courier(tasks, on_return)
+        self._new_courier = partial(Courier, tasks, on_return)
+        self._courier = self._new_courier()
         self._event_door = event_door
         self._task_door = task_door
         self._redispatch = redispatch
@@ -144,6 +150,10 @@ class Drain:
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
         sent = list(self._take_back(shards))
+        if self._courier.away_for > HOPELESS:
+            self._courier.close()
+            self._courier = self._new_courier()
+            self._task_door.failed(PublishFailed("the broker", f"no answer in {HOPELESS:g} s"))
         with self._connection.pipeline():
             self._forget(now)
             events = self._pick_events(shards, run_id)
@@ -185,7 +195,7 @@ class Drain:
 
     def await_broker(self) -> bool:
         """Wait for the tasks that are on their way; False if there are none."""
-        return self._courier.away and self._courier.wait(None)
+        return self._courier.away and self._courier.wait(HOPELESS)
 
     def close(self) -> None:
         """End the thread that hands tasks over."""

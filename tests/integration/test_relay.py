@@ -779,3 +779,41 @@ def test_ten_thousand_dispatches_of_a_paused_queue_hold_nobody_up(
     stuck = [message for message in doors[1].messages if message.queue == "stuck"]
     assert len(stuck) == 64
     assert len(doors[1].messages) == 144
+
+
+class Hanging(Door):
+    """Takes tasks and does not answer, until it is let go."""
+
+    def __init__(self, real: TaskPublisher) -> None:
+        super().__init__(real)
+        self.asked = threading.Semaphore(0)
+        self.free = threading.Event()
+
+    def publish(self, messages) -> None:
+        self.asked.release()
+        assert self.free.wait(20)
+        super().publish(messages)
+
+
+def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
+    beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a RabbitMQ that is short of memory: nothing ends that publish."""
+    monkeypatch.setattr("outbox.relay.HOPELESS", 0.1)
+    announcements = Announcements()
+    broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
+    relay = recording(beatless_app, (doors[0], broker), observer=announcements)
+    relay.start()
+    run = beatless.start_run("two_steps")
+    for _ in range(3):
+        assert broker.asked.acquire(timeout=20)
+    beatless.wait_for_outbox_flush(run.run_id, timeout=10)
+    assert announcements.wait("publish_failed", 2)["door"] == "broker"
+    assert announcements.all("relay_failed") == []
+
+    broker.free.set()
+    announcements.wait_until(
+        lambda seen: any(facts["tasks"] for name, facts in seen if name == "drained")
+    )
+    relay.stop()
+    assert {message.run_id for message in broker.messages} == {run.run_id}
