@@ -451,10 +451,8 @@ class Hub:
             ]
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
-        elif self._pubsub is not None:
-            # If this fails, the reader sees the same error and subscribes to everything again.
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(mailbox.channel)
+        else:
+            await self._command("SUBSCRIBE", mailbox.channel)
 
     async def remove(self, mailbox: "Mailbox") -> None:
         boxes = self._mailboxes.get(mailbox.channel, set())
@@ -465,10 +463,24 @@ class Hub:
         self._acknowledged.discard(mailbox.channel)
         if not self._mailboxes:
             await self.aclose()
-        elif self._pubsub is not None:
-            # A lost connection has no subscriptions.
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.unsubscribe(mailbox.channel)
+        else:
+            await self._command("UNSUBSCRIBE", mailbox.channel)
+
+    async def _command(self, name: str, channel: str) -> None:
+        """Write to the connection that the reader reads.
+
+        Not by the methods of redis-py's PubSub: on an error these connect anew in the middle of the
+        reader's read, and what was published meanwhile is missed without a trace.
+        """
+        connection = self._pubsub.connection if self._pubsub is not None else None
+        if connection is None or not connection.is_connected:
+            return  # the reader subscribes to everything when it has a connection again
+        try:
+            await connection.send_command(name, channel)
+        except Exception as error:
+            logger.debug("connection lost", extra={"action": "lost", "reason": str(error)})
+            # The reader sees it too, at the latest now.
+            await connection.disconnect(nowait=True)
 
     async def aclose(self) -> None:
         tasks, self._tasks = self._tasks, []
@@ -539,9 +551,11 @@ class Hub:
             for mailbox in self._mailboxes.get(channel, ()):
                 mailbox.connected(live=True)
         elif message["type"] == "message":
-            events = parse(message["data"])
+            size = len(message["data"])
+            # What no mailbox takes is not even looked at.
+            events = parse(message["data"]) if size <= Mailbox.LIMIT else []
             for mailbox in self._mailboxes.get(channel, ()):
-                mailbox.put(events, len(message["data"]))
+                mailbox.put(events, size)
 
 
 class Mailbox:

@@ -48,6 +48,15 @@ class Proxy:
         with self.news:
             assert self.news.wait_for(condition, timeout=30)
 
+    def turn_to(self, upstream: int) -> int:
+        """Pass new connections to another server; how many there were before."""
+        self.upstream = upstream
+        return self.accepted
+
+    def wait_for_more(self, accepted: int) -> None:
+        """Wait until there were more connections than this."""
+        self.wait_for(lambda: self.accepted > accepted)
+
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         return future.result(20)

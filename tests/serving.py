@@ -30,6 +30,10 @@ class Api:
         self.port = port
         self.token: str | None = None
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def open(
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
@@ -85,11 +89,11 @@ def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def serving(app: App, port: int = 0) -> Iterator[Api]:
+def serving(app: App, port: int = 0, *, reuse_port: bool = False) -> Iterator[Api]:
     """The app's API in a thread of this process."""
 
     ready = threading.Event()
-    sockets = bind("127.0.0.1", port)
+    sockets = bind("127.0.0.1", port, reuse_port=reuse_port)
     server = make_server(app, ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()

@@ -186,6 +186,7 @@ def create_api(app: App) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a name that is missing is no other request
     )
     api.add_middleware(BodyLimit)
     problems.install(api)
@@ -203,26 +204,46 @@ def create_api(app: App) -> FastAPI:
     Writer = Annotated[Client, Depends(permitted(Permission.RUNS_WRITE))]  # noqa: N806 - a type
     # Queues are the whole fleet's, whatever a token's namespace.
     Operator = Annotated[Client, Depends(permitted(Permission.QUEUES))]  # noqa: N806 - a type
-    answers: dict[int | str, dict[str, Any]] = {
-        status: {"description": text}
-        for status, text in (
-            (401, "no valid token"),
-            (403, "the token lacks the scope"),
-            (404, "there is no such run, or not for this token"),
-            (422, "the request is invalid"),
-            (503, "Postgres cannot be reached, or a limit is reached; see Retry-After"),
-        )
+    refused: dict[str, Any] = {
+        "content": {
+            "application/problem+json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "detail"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string"},
+                        "status": {"type": "integer"},
+                        "detail": {"type": "string"},
+                        "error": {"type": "string"},
+                        "arguments": {"type": "array"},
+                    },
+                }
+            }
+        }
     }
+
+    def answers(**others: str) -> dict[int | str, dict[str, Any]]:
+        """What a call may answer beside what it is for; `others` are as `s409="…"`."""
+        common = {
+            "s400": "the request or the cursor cannot be read",
+            "s401": "no valid token",
+            "s403": "the token lacks the scope",
+            "s404": "there is no such run, plan or queue, or not for this token",
+            "s413": "the request is too large",
+            "s422": "the request is invalid",
+            "s503": "Postgres cannot be reached, or a limit is reached; see Retry-After",
+        }
+        return {
+            int(status[1:]): {"description": text, **refused}
+            for status, text in (common | others).items()
+        }
 
     @api.post(
         "/v1/runs",
         status_code=201,
-        responses=answers
-        | {
-            200: {"description": "it was started before"},
-            409: {"description": "used with other content"},
-            413: {"description": "too large"},
-        },
+        responses=answers(s409="key or run_id was used with other content")
+        | {200: {"description": "it was started before"}},
     )
     def start_run(body: StartRequest, client: Writer, response: Response) -> dict[str, Any]:
         """Start a run; the same `key` or `run_id` with the same content gives the first run."""
@@ -238,7 +259,7 @@ def create_api(app: App) -> FastAPI:
         response.headers["Location"] = f"/v1/runs/{started.run_id}"
         return started.to_dict()
 
-    @api.get("/v1/runs", responses=answers)
+    @api.get("/v1/runs", responses=answers())
     def list_runs(
         client: Reader,
         state: RunState | None = None,
@@ -266,14 +287,14 @@ def create_api(app: App) -> FastAPI:
             following = encode_page(found[-1].created_at, found[-1].run_id)
         return {"runs": [run.to_dict() for run in found], "next": following}
 
-    @api.get("/v1/runs/{run_id}", responses=answers)
+    @api.get("/v1/runs/{run_id}", responses=answers())
     def get_run(run_id: str, client: Reader) -> dict[str, Any]:
         """One run."""
         return client.get_run(_text(run_id)).to_dict()
 
     @api.get(
         "/v1/runs/{run_id}/events",
-        responses=answers | {410: {"description": "the events are not kept any more"}},
+        responses=answers(s410="the events are not kept any more"),
     )
     def get_events(
         run_id: str,
@@ -290,7 +311,7 @@ def create_api(app: App) -> FastAPI:
             "events": [event.to_dict() for event in found],
         }
 
-    @api.post("/v1/runs/{run_id}/cancel", status_code=202, responses=answers)
+    @api.post("/v1/runs/{run_id}/cancel", status_code=202, responses=answers(s409="it had ended"))
     def cancel_run(
         run_id: str, client: Writer, body: CancelRequest | None = None
     ) -> dict[str, Any]:
@@ -300,7 +321,9 @@ def create_api(app: App) -> FastAPI:
             raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
         return run.to_dict()
 
-    @api.post("/v1/runs/{run_id}/retry", status_code=201, responses=answers)
+    @api.post(
+        "/v1/runs/{run_id}/retry", status_code=201, responses=answers(s409="it cannot be retried")
+    )
     def retry_run(
         run_id: str, client: Writer, response: Response, body: RetryRequest | None = None
     ) -> dict[str, Any]:
@@ -309,7 +332,7 @@ def create_api(app: App) -> FastAPI:
         response.headers["Location"] = f"/v1/runs/{new.run_id}"
         return new.to_dict()
 
-    @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers)
+    @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers())
     def stream_token(run_id: str, request: Request, credentials: Credentials) -> dict[str, Any]:
         """A token that may follow this run for some minutes, for EventSource's `?token=`."""
         grant = gate.grant(request, credentials)
@@ -327,14 +350,13 @@ def create_api(app: App) -> FastAPI:
 
     @api.get(
         "/v1/runs/{run_id}/stream",
-        responses=answers
-        | {
-            200: {"content": {"text/event-stream": {}}, "description": "the events, live"},
-            204: {"description": "the run has ended there: do not come again"},
-            400: {"description": "the cursor cannot be read"},
-            409: {"description": "the cursor is beyond the last event"},
-            410: {"description": "the events after it are not kept any more"},
-        },
+        status_code=200,
+        response_class=sse.EventStream,
+        responses=answers(
+            s409="the cursor is beyond the last event",
+            s410="the events after it are not kept any more",
+        )
+        | {204: {"description": "the run has ended there: do not come again"}},
     )
     def stream_run(
         run_id: str,
@@ -365,7 +387,7 @@ def create_api(app: App) -> FastAPI:
             return Response(status_code=204)
         run.require_events(after)
         if app.streams.open_streams >= MAX_STREAMS or (
-            streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
+            grant.token_id and streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
         ):
             raise Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
@@ -388,65 +410,65 @@ def create_api(app: App) -> FastAPI:
     @api.delete(
         "/v1/runs/{run_id}",
         status_code=204,
-        responses=answers | {409: {"description": "a worker has it"}},
+        responses=answers(s409="a worker has it"),
     )
     def remove_run(run_id: str, client: Writer) -> Response:
         """Take a run away with all of its events."""
         client.remove_run(_text(run_id))
         return Response(status_code=204)
 
-    @api.get("/v1/queues", responses=answers)
+    @api.get("/v1/queues", responses=answers())
     def list_queues(client: Operator) -> dict[str, Any]:
         """Every queue with its counts."""
         return {"queues": [asdict(state) for state in client.queues()]}
 
-    @api.post("/v1/queues/{queue}/pause", status_code=202, responses=answers)
+    @api.post("/v1/queues/{queue}/pause", status_code=202, responses=answers())
     def pause_queue(queue: str, client: Operator) -> dict[str, Any]:
         """After the answer no run of the queue starts anywhere."""
         client.pause_queue(queue)
         return {"queue": queue, "paused": True}
 
-    @api.post("/v1/queues/{queue}/resume", status_code=202, responses=answers)
+    @api.post("/v1/queues/{queue}/resume", status_code=202, responses=answers())
     def resume_queue(queue: str, client: Operator) -> dict[str, Any]:
         """Let its runs start again."""
         client.resume_queue(queue)
         return {"queue": queue, "paused": False}
 
-    @api.post("/v1/queues/{queue}/drain", status_code=202, responses=answers)
+    @api.post("/v1/queues/{queue}/drain", status_code=202, responses=answers())
     def drain_queue(queue: str, client: Operator) -> dict[str, Any]:
         """Take away the runs that wait."""
         return {"queue": queue, "removed": client.drain_queue(queue)}
 
     @api.delete(
         "/v1/queues/{queue}",
-        responses=answers | {409: {"description": "runs of it are running"}},
+        responses=answers(s409="runs of it are running"),
     )
     def obliterate_queue(queue: str, client: Operator, force: bool = False) -> dict[str, Any]:
         """Take the queue away with all of its runs."""
         return {"queue": queue, "removed": client.obliterate_queue(queue, force=force)}
 
-    @api.get("/v1/dead-letters", responses=answers)
+    @api.get("/v1/dead-letters", responses=answers())
     def list_dead_letters(
         client: Operator, limit: Annotated[int, Query(ge=1, le=1000)] = 100
     ) -> dict[str, Any]:
         """Messages that could not be published, oldest first."""
         return {"dead_letters": [asdict(letter) for letter in client.dead_letters(limit)]}
 
-    @api.post("/v1/dead-letters/{letter_id}/requeue", status_code=202, responses=answers)
+    @api.post("/v1/dead-letters/{letter_id}/requeue", status_code=202, responses=answers())
     def requeue_dead_letter(letter_id: Letter, client: Operator) -> dict[str, Any]:
         """Publish the message again."""
         with _no_such_letter():
             client.requeue_dead_letter(letter_id)
         return {"id": letter_id}
 
-    @api.delete("/v1/dead-letters/{letter_id}", status_code=204, responses=answers)
+    @api.delete("/v1/dead-letters/{letter_id}", status_code=204, responses=answers())
     def discard_dead_letter(letter_id: Letter, client: Operator) -> Response:
         """Forget the message; its events stay in the journal."""
         with _no_such_letter():
             client.discard_dead_letter(letter_id)
         return Response(status_code=204)
 
-    @api.get("/v1/plans", responses=answers)
+    @api.get("/v1/plans", responses=answers())
     def list_plans(client: Reader) -> dict[str, Any]:
         """The plans that can be started, with their steps."""
         del client

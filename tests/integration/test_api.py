@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -271,3 +272,19 @@ def test_pruned_events_are_gone_and_the_answer_says_what_is_kept(
     assert (answer.status, answer.json["oldest_seq"]) == (410, None)
     assert api("GET", f"/v1/runs/{run_id}").json["pruned_seq"] == 13
     assert api("GET", f"/v1/runs/{run_id}/stream?from_seq=13").status == 204
+
+
+def test_a_server_that_stops_ends_its_streams_in_order(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("two_steps")
+    with ExitStack() as stack:
+        with serving(beatless_app) as api:
+            stream = stack.enter_context(api.stream(f"/v1/runs/{run.run_id}/stream"))
+            priming, started = next(stream), next(stream)
+            assert started["event"] == "RunStarted"
+        assert list(stream) == []  # whole: an answer that breaks off raises IncompleteRead
+        with serving(beatless_app) as again:
+            path = f"/v1/runs/{run.run_id}/stream"
+            with again.stream(path, Last_Event_ID=started["id"]) as resumed:
+                assert next(resumed)["id"] == started["id"] != priming["id"]
+                beatless.work_until_idle()
+                assert [frame["event"] for frame in resumed][-1] == "RunFinished"
