@@ -1,6 +1,8 @@
 """The composition root: the only place where the parts are put together."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -12,14 +14,16 @@ from redis import asyncio as aioredis
 
 from jobs import canary, logs
 from jobs.client import Client
+from jobs.export import export_from_worker
 from jobs.metrics import Metrics, both
 from jobs.queues import Queues
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
 from jobs.tasks import register
+from jobs.tracing import Publications, Tracing
 from jobs.worker import Executors, MetricsListener, Replacements, celery_settings
 from orchestrator.journal import Journal
-from orchestrator.lease import Leases
+from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, PlanError
 from orchestrator.retention import Retention
 from outbox.chores import Chore
@@ -56,6 +60,7 @@ class App:
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
         self._canary = canary.canary(plans)
+        self.tracing = Tracing()
         if self._canary.name in self.plans:
             raise PlanError(f"the plan {self._canary.name} is beatless's own: choose another name")
         self.journal = Journal(settings.schema, max_event_bytes=settings.max_event_bytes)
@@ -95,7 +100,9 @@ class App:
             engine=self.engine,
             faults=self.faults,
             counts=self.metrics.worker,
-            scope=logs.scope,
+            scope=self._scope,
+            observer=self.tracing.committed,
+            on_process=self._on_worker_process,
         )
         self.celery = Celery(settings.prefix, set_as_current=False)
         self.celery.conf.update(celery_settings(settings, plans))
@@ -116,7 +123,17 @@ class App:
             streams=self.streams,
             queues=self.queues,
             namespace=namespace,
+            tracing=self.tracing,
         )
+
+    @contextmanager
+    def _scope(self, lease: Lease, step: str | None, attempt: int) -> Iterator[str | None]:
+        with logs.scope(lease, step, attempt), self.tracing.scope(lease, step, attempt) as here:
+            yield here
+
+    @staticmethod
+    def _on_worker_process() -> None:
+        export_from_worker("beatless-worker", os.environ)
 
     def _broker(self) -> Connection:
         return self.celery.connection_for_write()
@@ -167,7 +184,7 @@ class App:
                 "redispatch": self.settings.redispatch_seconds,
                 "chores": self.chores(),
                 "faults": self.faults,
-                "observer": both(self.metrics.relay, observer),
+                "observer": both(both(self.metrics.relay, Publications()), observer),
                 **options,
             },
         )

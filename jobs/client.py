@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from jobs.migrations import head
 from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from jobs.queues import Queues
 from jobs.stream import Streams
+from jobs.tracing import Tracing
 from orchestrator.errors import CannotRetry
 from orchestrator.events import Event, encode, storable
 from orchestrator.executor import reusable
@@ -58,6 +59,7 @@ class RunRequest:
     deadline: float | timedelta | None = None
     priority: int = 0
     tags: Mapping[str, str] | None = None
+    traceparent: str | None = None
 
 
 def new_run_id() -> str:
@@ -84,6 +86,7 @@ class Client:
         engine: sqlalchemy.Engine,
         streams: Streams,
         queues: Queues,
+        tracing: Tracing,
         namespace: str = DEFAULT_NAMESPACE,
     ) -> None:
         """Raises BadRequest for a namespace that cannot be one."""
@@ -92,6 +95,7 @@ class Client:
         self._engine = engine
         self._streams = streams
         self._queues = queues
+        self._tracing = tracing
         self._letters = LetterStatements(journal.schema)
         self._namespace = check_namespace(namespace)
         self._id_prefix = id_prefix(namespace)
@@ -111,6 +115,7 @@ class Client:
         deadline: float | timedelta | None = None,
         priority: int = 0,
         tags: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
         connection: Caller | None = None,
     ) -> Run:
         """Store a run; it will be executed if and when the transaction commits.
@@ -120,6 +125,8 @@ class Client:
         a second start with the same key and content gives back the first run. `delay` is seconds or
         a timedelta; higher `priority` (0 to 9) goes first within a queue. A run that has not ended
         `deadline` (seconds or a timedelta) from now fails then, in the middle of a step if need be.
+        `traceparent` (W3C Trace Context) is the trace it joins; default: OpenTelemetry's current
+        one. One that cannot be read is left out.
 
         Raises UnknownPlan, BadRequest, BadPayload, RunConflict (key or id used with other content).
         """
@@ -134,6 +141,7 @@ class Client:
             deadline=deadline,
             priority=priority,
             tags=tags,
+            traceparent=traceparent,
         )
         return self.start_runs([request], connection=connection)[0]
 
@@ -141,10 +149,21 @@ class Client:
         self, requests: Sequence[RunRequest], *, connection: Caller | None = None
     ) -> list[Run]:
         """Store many runs in one statement and one transaction; the runs in the given order."""
-        new = [self._new_run(request) for request in requests]
-        if not new:
+        if not requests:
             return []
-        runs = self._do(connection, lambda caller: self._journal.create_runs(caller, new))
+        new = []
+        with ExitStack() as spans:
+            for wanted, request in [(self._new_run(each), each) for each in requests]:
+                span = self._tracing.starting(
+                    wanted.plan, wanted.run_id, traceparent=request.traceparent
+                )
+                if len(requests) == 1:
+                    carried = spans.enter_context(span)  # around the transaction
+                else:
+                    with span as carried:
+                        pass  # side by side, not one in the other
+                new.append(replace(wanted, trace_context=carried) if carried else wanted)
+            runs = self._do(connection, lambda caller: self._journal.create_runs(caller, new))
         if connection is None and logger.isEnabledFor(logging.INFO):
             for run in runs:
                 _log_run("run stored", run)
@@ -439,7 +458,10 @@ class Client:
                 limit = self._journal.max_event_bytes
                 text = encode(reused, where=f"what run {run_id} has finished", limit=limit)
                 new = replace(new, reused=text)
-            return self._journal.create_runs(caller, [new])[0]
+            follows = ((events[0].data or {}) if events else {}).get("traceparent")
+            with self._tracing.starting(new.plan, new.run_id, follows=follows) as carried:
+                new = replace(new, trace_context=carried)
+                return self._journal.create_runs(caller, [new])[0]
 
         return self._do(connection, start)
 

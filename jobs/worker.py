@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, ClassVar, Self
 from wsgiref.simple_server import WSGIServer
@@ -142,7 +142,12 @@ class Executors:
         faults: CrashPoints,
         counts: WorkerCounts,
         scope: Scope = no_scope,
+        observer: Observer | None = None,
+        on_process: Callable[[], None] | None = None,
     ) -> None:
+        """`on_process` is called in each process that Celery executes runs in, before the first."""
+        self._observer = both(counts, observer)
+        self._on_process = on_process
         self._counts = counts
         self._scope = scope
         self._settings = settings
@@ -163,6 +168,8 @@ class Executors:
         with self._mutex:
             if self._pid != os.getpid():
                 self._after_fork()
+                if self._on_process is not None:
+                    self._on_process()
         executor: Executor | None = getattr(self._threads, "executor", None)
         if executor is None:
             executor = self.new()
@@ -199,7 +206,7 @@ class Executors:
             stopping=self.draining,
             limit=self._watchdog.call,
             faults=self._faults,
-            observer=both(self._counts, observer),
+            observer=both(self._observer, observer),
             scope=self._scope,
             **options,
         )

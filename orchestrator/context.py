@@ -33,6 +33,7 @@ class StepContext:
         check_cancel: Callable[[], bool],
         connection: sqlalchemy.Connection | None,
         cancellable: bool = True,
+        traceparent: str | None = None,
     ) -> None:
         self.run_id = lease.run.run_id
         self.plan = lease.run.plan
@@ -43,6 +44,8 @@ class StepContext:
         self.attempt = attempt
         self.results = results
         """Results of finished steps: each occurrence's, and the latest under the step's name."""
+        self.traceparent = traceparent
+        """Of this attempt, as W3C Trace Context has it, for calls of others; None if untraced."""
         self._lease = lease
         self._journal = journal
         self._append = append

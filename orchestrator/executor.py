@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
-Scope = Callable[[Lease, str | None, int], AbstractContextManager[Any]]
-"""Entered around the work on a run (no step) and around each attempt of a step (its occurrence)."""
+Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
+"""Entered around the work on a run (no step) and around each attempt of a step (its occurrence).
+
+Gives the W3C `traceparent` of the work, if somebody traces it.
+"""
 
 T = TypeVar("T")
 
@@ -72,7 +75,7 @@ def ignore(_name: str, _facts: dict[str, Any]) -> None:
     """The observer of an executor that nobody observes."""
 
 
-def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[Any]:
+def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[str | None]:
     """The scope of an executor whose work nobody follows."""
     return nullcontext()
 
@@ -348,13 +351,16 @@ class Execution:
         self._steps_left = max_steps or -1
         self._began: float | None = None
         """When the attempt in flight was begun, by the monotonic clock."""
+        self._traceparent: str | None = None
         self._in_doubt: Settlement | None = None
         """What a step's own transaction holds, until its commit is sure."""
 
     def work(self) -> None:
         progress = self._resume()
         while progress is not None and progress.step is not None:
-            with self._executor.scope(self._lease, progress.occurrence, progress.starts):
+            with self._executor.scope(
+                self._lease, progress.occurrence, progress.starts
+            ) as self._traceparent:
                 progress = self._take_step(progress, progress.step)
 
     def _resume(self) -> Progress | None:
@@ -522,6 +528,7 @@ class Execution:
             check_cancel=self._cancel_requested,
             connection=transaction,
             cancellable=not progress.compensating,
+            traceparent=self._traceparent,
         )
 
     # What a boundary writes

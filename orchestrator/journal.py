@@ -210,7 +210,8 @@ WITH input AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
   SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
          jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
-           'queue', u.queue, 'retry_of', u.retry_of, 'reused', i.reused))
+           'queue', u.queue, 'retry_of', u.retry_of, 'reused', i.reused,
+           'traceparent', u.trace_context->>'traceparent'))
     FROM u JOIN input i USING (run_id)
 ), o AS (
   INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)

@@ -1,5 +1,6 @@
 """The plans that the suite runs, and the app by which worker processes find them."""
 
+import importlib
 import json
 import os
 import re
@@ -306,6 +307,23 @@ def wavers(ctx: StepContext) -> str:
 compensated = Plan("compensated", [first, wavers, second], on_cancel=undo)
 undeaf = Plan("undeaf", [first, deaf], on_cancel=undo)
 
+
+@step
+def tell_trace(ctx: StepContext) -> dict[str, str | None]:
+    """Where a span of the user's own would hang, and what a call of another service would carry."""
+    try:
+        found = importlib.import_module("opentelemetry.trace")
+    except ImportError:
+        return {"current": None, "traceparent": ctx.traceparent}
+    here = found.get_current_span().get_span_context()
+    return {
+        "current": f"{here.trace_id:032x}/{here.span_id:016x}",
+        "traceparent": ctx.traceparent,
+    }
+
+
+tells_its_trace = Plan("tells_its_trace", [tell_trace])
+
 ALL = [
     *PLANS,
     two_steps,
@@ -328,6 +346,7 @@ ALL = [
     half,
     compensated,
     undeaf,
+    tells_its_trace,
 ]
 
 app = App(Settings.from_env(), ALL)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -245,7 +245,14 @@ def create_api(app: App) -> FastAPI:
         responses=answers(s409="key or run_id was used with other content")
         | {200: {"description": "it was started before"}},
     )
-    def start_run(body: StartRequest, client: Writer, response: Response) -> dict[str, Any]:
+    def start_run(
+        body: StartRequest,
+        client: Writer,
+        response: Response,
+        traceparent: Annotated[
+            str | None, Header(description="W3C Trace Context: the trace that the run joins")
+        ] = None,
+    ) -> dict[str, Any]:
         """Start a run; the same `key` or `run_id` with the same content gives the first run."""
         existed = False
         if body.run_id is not None:
@@ -253,7 +260,7 @@ def create_api(app: App) -> FastAPI:
                 existed = bool(client.get_run(body.run_id))
         # An id of our own tells whether the run that comes back is the one we asked for.
         wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
-        started = client.start_run(**wanted.model_dump())
+        started = client.start_run(**wanted.model_dump(), traceparent=traceparent)
         if existed or started.run_id != client.stored_id(wanted.run_id or ""):
             response.status_code = 200
         response.headers["Location"] = f"/v1/runs/{started.run_id}"

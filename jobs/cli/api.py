@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from jobs.cli.environment import Environment, seconds
 from jobs.cli.processes import LOG_FORMAT, READY_FD, is_loopback, tell
 from jobs.client import reaching_postgres
 from jobs.errors import BadRequest, ExtraMissing
+from jobs.export import export
 from jobs.logs import Format
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: in
     env.log()
     api = the_api()
     app = env.app
+    export("beatless-api", os.environ)
     with reaching_postgres(app.settings.schema):
         migrations.check(app.engine, app.settings.schema)
         guarded = Tokens(app.engine, app.settings.schema).any()

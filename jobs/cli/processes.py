@@ -22,6 +22,7 @@ from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
 from jobs.dev import Stack, stop_on_signals
 from jobs.errors import BadRequest, BadSetting, Unreachable
+from jobs.export import export
 from jobs.logs import Format
 from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
@@ -214,6 +215,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
             )
 
     check_rights(app)
+    export("beatless-relay", os.environ)
     running = app.relay(observer=observe)
     app.metrics.relay.active = True
     with stop_on_signals(running.ask_to_stop), served(app):

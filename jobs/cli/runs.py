@@ -1,6 +1,7 @@
 """Commands about runs."""
 
 import json
+import os
 from collections.abc import Iterator
 
 import click
@@ -8,6 +9,7 @@ import click
 from jobs.cli import render
 from jobs.cli.environment import Environment, json_input, moment, pairs, seconds
 from jobs.errors import BadRequest
+from jobs.export import export
 from jobs.verify import verify as find_violations
 from orchestrator.events import Event
 from orchestrator.state import RunState
@@ -46,6 +48,7 @@ def start(
 ) -> None:
     """Start a run of PLAN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
+    export("beatless", os.environ)
     run = env.app.client.start_run(
         plan,
         json_input(input_),

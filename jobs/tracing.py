@@ -1,0 +1,232 @@
+"""Spans of runs, for OpenTelemetry. Without its packages, or its SDK, nothing of it costs anything.
+
+start CHECKOUT            where start_run was called; its context is stored with the run
+├─ publish                in the relay, for each append of events: from its writing to Redis
+├─ dispatch               from the time the run was due to its claim, as the worker sees it
+├─ run CHECKOUT           one claim by one worker; a retry is a further one
+│  ├─ step reserve        one attempt; your own spans are its children
+│  └─ step charge
+└─ …
+
+Who exports the spans is the process's affair: see jobs.export.
+"""
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from time import time_ns
+from typing import Any
+
+from orchestrator.events import EventType
+from orchestrator.lease import Lease
+from orchestrator.state import RunState
+
+try:
+    from opentelemetry import context, trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError:  # the extra `otel` is not installed
+    INSTALLED = False
+else:
+    INSTALLED = True
+    W3C = TraceContextTextMapPropagator()
+    RUN: ContextVar["trace.Span | None"] = ContextVar("beatless_run_span", default=None)
+
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+CARRIED = re.compile(rb'"traceparent": "([0-9a-f-]{55})"')
+TIME = re.compile(rb'"ts":(\d+)')
+LAST_SEQ = re.compile(rb'"seq":(\d+),')
+
+REMEMBERED = 10_000
+"""Runs whose trace a relay knows at the same time. It learns them from their RunStarted."""
+
+
+class Tracing:
+    """Makes the spans of one app."""
+
+    def __init__(self) -> None:
+        # Delegates to the process's provider, as soon as there is one.
+        self._tracer = trace.get_tracer("beatless") if INSTALLED else None
+
+    # Starting
+
+    def starting(
+        self,
+        plan: str,
+        run_id: str,
+        *,
+        traceparent: str | None = None,
+        follows: str | None = None,
+    ) -> AbstractContextManager[Mapping[str, str] | None]:
+        """Around the start of a run; gives what to store with it.
+
+        `traceparent` is the trace to join, instead of the caller's current one. `follows` is that
+        of a run that this one retries: a link.
+        """
+        given = traceparent if TRACEPARENT.fullmatch(traceparent or "") else None
+        if self._tracer is None:
+            return nullcontext({"traceparent": given} if given else None)
+        here = trace.get_current_span().get_span_context()
+        if given is not None and here.is_valid and f"{here.trace_id:032x}" in given:
+            given = None  # the server is instrumented itself, and nearer
+        if given is None and self._idle():
+            return nullcontext(None)
+        return self._start_span(plan, run_id, given, follows)
+
+    def _idle(self) -> bool:
+        """Whether nobody records spans here, and there is no trace to pass on."""
+        return isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider) and not (
+            trace.get_current_span().get_span_context().is_valid
+        )
+
+    @contextmanager
+    def _start_span(
+        self, plan: str, run_id: str, given: str | None, follows: str | None
+    ) -> Iterator[Mapping[str, str] | None]:
+        assert self._tracer is not None  # noqa: S101 - see `starting`
+        with self._tracer.start_as_current_span(
+            f"start {plan}",
+            context=W3C.extract({"traceparent": given}) if given else None,
+            kind=trace.SpanKind.PRODUCER,
+            attributes={"beatless.plan": plan, "beatless.run_id": run_id},
+            links=_links(follows),
+        ):
+            carrier: dict[str, str] = {}
+            W3C.inject(carrier)
+            yield carrier or None
+
+    # Executing
+
+    def scope(
+        self, lease: Lease, step: str | None, attempt: int
+    ) -> AbstractContextManager[str | None]:
+        """Around the work on a run, and around each attempt; gives the traceparent of the span."""
+        carried = (lease.trace_context or {}).get("traceparent")
+        if self._tracer is None or (carried is None and self._idle()):
+            return nullcontext(carried)
+        return self._run(lease) if step is None else self._step(step, attempt)
+
+    @contextmanager
+    def _run(self, lease: Lease) -> Iterator[str | None]:
+        assert self._tracer is not None  # noqa: S101 - see `scope`
+        run = lease.run
+        parent = W3C.extract(lease.trace_context) if lease.trace_context else None
+        attributes: dict[str, str | int] = {
+            "beatless.plan": run.plan,
+            "beatless.run_id": run.run_id,
+            "beatless.queue": run.queue,
+            "beatless.claim": run.attempt,
+        }
+        if lease.waited is not None and parent is not None:
+            now = time_ns()
+            waited = self._tracer.start_span(
+                "dispatch",
+                context=parent,
+                attributes=attributes,
+                start_time=now - int(max(0.0, lease.waited) * 1e9),
+            )
+            waited.end(now)
+        # Of who made the message be executed, if Celery itself is instrumented.
+        outer = trace.get_current_span().get_span_context()
+        with self._tracer.start_as_current_span(
+            f"run {run.plan}",
+            context=parent,
+            kind=trace.SpanKind.CONSUMER,
+            attributes=attributes,
+            links=[trace.Link(outer)] if outer.is_valid else [],
+        ) as span:
+            before = RUN.set(span)
+            try:
+                yield _traceparent()
+            finally:
+                RUN.reset(before)
+
+    @contextmanager
+    def _step(self, step: str, attempt: int) -> Iterator[str | None]:
+        assert self._tracer is not None  # noqa: S101 - see `scope`
+        with self._tracer.start_as_current_span(
+            f"step {step}",
+            attributes={"beatless.step": step, "beatless.attempt": attempt},
+        ):
+            yield _traceparent()
+
+    def committed(self, name: str, facts: Mapping[str, Any]) -> None:
+        """An executor's observer: what is in the journal now is an event of the span, with seq."""
+        if name != "settled" or self._tracer is None:
+            return
+        run = RUN.get()
+        if run is None:
+            return
+        span = trace.get_current_span()
+        seq = facts["last_seq"] - len(facts["events"])
+        for number, event in enumerate(facts["events"], 1):
+            span.add_event(event.type, {"beatless.seq": seq + number})
+            if event.type == EventType.STEP_FAILED and span.is_recording():
+                error = json.loads(event.data or "{}").get("error") or {}
+                text = f"{error.get('type')}: {error.get('message')}"
+                span.set_status(trace.Status(trace.StatusCode.ERROR, text))
+        state: RunState = facts["state"]
+        run.set_attribute("beatless.state", state.value)
+        if state is RunState.FAILED:
+            run.set_status(trace.Status(trace.StatusCode.ERROR))
+
+
+class Publications:
+    """A relay's observer: how long events took from their writing to their publication."""
+
+    def __init__(self) -> None:
+        self._tracer = trace.get_tracer("beatless") if INSTALLED else None
+        self._known: OrderedDict[bytes, context.Context] = OrderedDict()
+
+    def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
+        if name != "drained" or self._tracer is None:
+            return
+        now = time_ns()
+        for row in facts["rows"]:
+            place = len(row.run_id) + 11  # after {"run_id":"…
+            if row.body[place : place + 10] == b'","seq":1,':
+                self._learn(row.run_id, row.body)
+            parent = self._known.get(row.run_id)
+            if parent is not None:
+                self._tell(row.body, parent, now)
+                if b'"type":"RunFinished"' in row.body:
+                    del self._known[row.run_id]
+
+    def _learn(self, run_id: bytes, body: bytes) -> None:
+        found = CARRIED.search(body)
+        if found is None or not int(found[1][-2:], 16) & 1:
+            return  # not traced, or not sampled
+        self._known[run_id] = W3C.extract({"traceparent": found[1].decode()})
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+
+    def _tell(self, body: bytes, parent: "context.Context", now: int) -> None:
+        assert self._tracer is not None  # noqa: S101 - see `__call__`
+        written, seq = TIME.search(body), LAST_SEQ.search(body, body.rfind(b"\n") + 1)
+        if written is None or seq is None:
+            return
+        begin = min(now, int(written[1]) * 1_000_000)
+        span = self._tracer.start_span(
+            "publish",
+            context=parent,
+            kind=trace.SpanKind.PRODUCER,
+            start_time=begin,
+            attributes={"beatless.seq": int(seq[1]), "beatless.events": body.count(b"\n") + 1},
+        )
+        span.end(now)
+
+
+def _traceparent() -> str | None:
+    carrier: dict[str, str] = {}
+    W3C.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def _links(traceparent: str | None) -> "list[trace.Link]":
+    if traceparent is None:
+        return []
+    span = trace.get_current_span(W3C.extract({"traceparent": traceparent}))
+    return [trace.Link(span.get_span_context())] if span.get_span_context().is_valid else []
