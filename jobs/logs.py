@@ -7,7 +7,7 @@ they belong to. Input, results and passwords in URLs are in none of our own.
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -37,20 +37,33 @@ class Format(StrEnum):
     JSON = "json"
 
 
-def configure(form: str, stream: TextIO, level: int = logging.INFO) -> None:
-    """Write everything that this process logs to the stream, warnings and Celery's lines too."""
+def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[[], None]:
+    """Write everything that this process logs to the stream, warnings and Celery's lines too.
+
+    Gives the function that puts everything back as it was.
+    """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if form == Format.JSON else TextLines())
     root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-    root.addHandler(handler)
+    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in QUIET}
+    root_level = root.level
+    root.handlers[:] = [handler]
     root.setLevel(level)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     # Celery leaves logging alone as soon as anybody listens to this.
     signals.setup_logging.connect(_leave_alone)
+
+    def restore() -> None:
+        root.handlers[:] = handlers
+        root.setLevel(root_level)
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)
+        logging.captureWarnings(capture=False)
+        signals.setup_logging.disconnect(_leave_alone)
+
+    return restore
 
 
 def _leave_alone(**_: Any) -> None:

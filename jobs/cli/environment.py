@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Environment:
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._out = Console(highlight=False, soft_wrap=True, emoji=False)
         self._app: App | None = None
+        self._restore_logs: Callable[[], None] | None = None
 
     @property
     def out(self) -> Console:
@@ -65,6 +67,8 @@ class Environment:
         """Close what the app has opened."""
         if self._app is not None:
             self._app.close()
+        if self._restore_logs is not None:
+            self._restore_logs()
 
     def document(self, value: Any) -> None:
         """One JSON document on stdout."""
@@ -76,7 +80,7 @@ class Environment:
 
     def log(self) -> None:
         """Log lines to stderr, for the commands that run for long. Loads the app."""
-        logs.configure(self.app.settings.log_format, sys.stderr)
+        self._restore_logs = logs.configure(self.app.settings.log_format, sys.stderr)
 
 
 class AppFailed(JobsError):

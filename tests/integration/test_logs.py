@@ -18,28 +18,25 @@ SECRET = "a-password-that-must-not-be-seen"
 
 
 @pytest.fixture
-def root() -> Iterator[None]:
-    """The root logger as it was, afterwards."""
-    logger = logging.getLogger()
-    handlers, level = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:], logger.level = handlers, level
-    logging.captureWarnings(capture=False)
+def written() -> Iterator[io.StringIO]:
+    """What this process logs as JSON during the test."""
+    stream = io.StringIO()
+    restore = configure("json", stream)
+    yield stream
+    restore()
 
 
 def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_run_is_told_line_by_line(root: None, beatless: Kit) -> None:
-    stream = io.StringIO()
-    configure("json", stream)
+def test_a_run_is_told_line_by_line(written: io.StringIO, beatless: Kit) -> None:
     run = beatless.start_run("retries", {"failures": 1, "secret": SECRET})
     beatless.work_until_idle()
     beatless.advance(60)
     beatless.work_until_idle()
 
-    told = [line for line in lines(stream.getvalue()) if line.get("run_id") == run.run_id]
+    told = [line for line in lines(written.getvalue()) if line.get("run_id") == run.run_id]
 
     assert [(line["message"], line.get("state")) for line in told] == [
         ("run stored", "queued"),
@@ -54,12 +51,12 @@ def test_a_run_is_told_line_by_line(root: None, beatless: Kit) -> None:
     failed = told[2]
     assert (failed["step"], failed["attempt"], failed["level"]) == ("flaky", 1, "warning")
     assert "ValueError: attempt 1 fails" in failed["exception"]
-    assert SECRET not in stream.getvalue()
+    assert SECRET not in written.getvalue()
 
 
-def test_the_users_own_lines_in_a_step_say_whose_they_are(root: None, beatless: Kit) -> None:
-    stream = io.StringIO()
-    configure("json", stream)
+def test_the_users_own_lines_in_a_step_say_whose_they_are(
+    written: io.StringIO, beatless: Kit
+) -> None:
     run = beatless.start_run("two_steps")
     lease = Lease(run=run, token=1, trace_context={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})
 
@@ -67,7 +64,7 @@ def test_the_users_own_lines_in_a_step_say_whose_they_are(root: None, beatless: 
         logging.getLogger("my.app").info("charging %s", "Ada", extra={"amount": 3})
     logging.getLogger("my.app").info("outside")
 
-    inside, outside = lines(stream.getvalue())[-2:]
+    inside, outside = lines(written.getvalue())[-2:]
     assert inside["message"] == "charging Ada"
     assert {name: inside[name] for name in ("run_id", "step", "attempt", "amount", "trace_id")} == {
         "run_id": run.run_id,
