@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra browser --extra docker --extra otel --extra check
 
-.PHONY: help install demo test test-random test-long test-browser screenshots test-docker bench bench-table check lock clean
+.PHONY: help install demo test test-random test-long test-browser screenshots test-docker test-rabbitmq bench bench-table check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -55,6 +55,13 @@ test-docker: $(STAMP) ## The suite on containers, a worker in one, the compose d
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0 -p docker_tools -p celery
 	$(BIN)/python -m pytest tests/integration tests/cli -n $(WORKERS) --beatless-services=testcontainers
+
+ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop
+
+test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is not installed
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m tests.rabbitmq \
+	  $(BIN)/python -m pytest -n $(WORKERS) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
 
 bench: $(STAMP) ## Measure the journal and the relay against what they could be (8 minutes)
 	$(BIN)/python -m benchmarks.relay

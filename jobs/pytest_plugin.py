@@ -30,6 +30,7 @@ from jobs.testing import Kit
 from orchestrator.plan import Plan
 from orchestrator.tables import runs
 from outbox.message import SHARDS
+from outbox.publishers import worker_queue
 
 FAST = {
     # A test's data need not survive a power cut; a killed server keeps it all the same.
@@ -72,6 +73,7 @@ class Services:
 
     database_url: str
     redis_url: str
+    broker_url: str
     ours: bool
     """Whether nobody else uses them, so that whatever is on them was left by a test."""
 
@@ -84,6 +86,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="embedded",
         help="embedded: from wheels; testcontainers: see the image options; external: "
         "BEATLESS_DATABASE_URL and BEATLESS_REDIS_URL.",
+    )
+    group.addoption(
+        "--beatless-broker",
+        metavar="URL",
+        default="",
+        help="another broker for the task messages, such as amqp://guest:guest@localhost/; "
+        "default: Redis, which carries the events in any case",
     )
     group.addoption("--beatless-postgres-image", default="postgres:18", help="for testcontainers")
     group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
@@ -106,6 +115,7 @@ class SharedServices:
         node.workerinput["beatless"] = (
             self._services.database_url,
             self._services.redis_url,
+            self._services.broker_url,
             self._services.ours,
         )
 
@@ -124,7 +134,10 @@ def start_services(config: pytest.Config, stack: ExitStack) -> Services:
     if config.getoption("--beatless-services") == "external":
         settings = Settings.from_env()
         return Services(
-            database_url=settings.database_url, redis_url=settings.redis_url, ours=False
+            database_url=settings.database_url,
+            redis_url=settings.redis_url,
+            broker_url=config.getoption("--beatless-broker") or settings.broker_url,
+            ours=False,
         )
     extra = dict(line.split("=", 1) for line in config.getini("beatless_embedded_settings"))
     if config.getoption("--beatless-services") == "testcontainers":
@@ -136,11 +149,21 @@ def start_services(config: pytest.Config, stack: ExitStack) -> Services:
             redis_image=config.getoption("--beatless-redis-image"),
             settings=FAST | extra,
         )
-        return Services(database_url=database_url, redis_url=redis_url, ours=True)
+        return Services(
+            database_url=database_url,
+            redis_url=redis_url,
+            broker_url=config.getoption("--beatless-broker") or redis_url,
+            ours=True,
+        )
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
     postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", settings=FAST | extra))
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
-    return Services(database_url=postgres.url, redis_url=valkey.url, ours=True)
+    return Services(
+        database_url=postgres.url,
+        redis_url=valkey.url,
+        broker_url=config.getoption("--beatless-broker") or valkey.url,
+        ours=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +171,10 @@ def beatless_services(pytestconfig: pytest.Config) -> Iterator[Services]:
     """Postgres and Redis: shared by all xdist workers of a session, or given from outside."""
     shared = getattr(pytestconfig, "workerinput", {}).get("beatless")
     if shared is not None:
-        yield Services(database_url=shared[0], redis_url=shared[1], ours=shared[2])
+        database_url, redis_url, broker_url, ours = shared
+        yield Services(
+            database_url=database_url, redis_url=redis_url, broker_url=broker_url, ours=ours
+        )
         return
     with ExitStack() as stack:
         yield start_services(pytestconfig, stack)
@@ -351,12 +377,14 @@ def beatless_app(
             redis_url=schemas.services.redis_url,
             schema=schema,
             prefix=prefix,
-            **beatless_settings,
+            **{"broker_url": schemas.services.broker_url} | beatless_settings,
         ),
         beatless_plans,
     )
     app.celery.conf.broker_transport_options["polling_interval"] = 0.05
     yield app
+    if app.settings.redis_broker is None:
+        remove_queues(app)
     app.close()
     # Even if the test failed: what it has left says more about why.
     problems = schemas.left_outside(prefix)
@@ -388,6 +416,17 @@ def search(url: str, schema: str) -> str:
     """The URL of sessions that look for, and make, tables without a schema in this one."""
     found = make_url(url).update_query_dict({"options": f"-csearch_path={schema}"}, append=True)
     return found.render_as_string(hide_password=False)
+
+
+def remove_queues(app: App) -> None:
+    """Remove the queues of one test from a broker that is not Redis."""
+    names = {queue.name for queue in app.client.queues()} | {"default"}
+    with app.celery.connection_for_write() as broker:
+        channel = broker.default_channel
+        for queue in [worker_queue(app.settings.prefix, name) for name in sorted(names)]:
+            queue = queue(channel)
+            queue.delete()
+            queue.exchange.delete()
 
 
 def remove_keys(client: "redis.Redis", pattern: str) -> None:

@@ -53,7 +53,7 @@ class Queues:
         """Take away the runs that wait and leave those that run; how many were taken away."""
         with self._engine.begin() as connection:
             removed = self._statements.remove_waiting(connection, name)
-        self._empty_broker(name)
+        self._empty_broker(name, delete=False)
         return len(removed)
 
     def obliterate(self, name: str, *, force: bool) -> int:
@@ -69,7 +69,7 @@ class Queues:
             raise QueueBusy(name, active)
         with self._engine.begin() as connection:
             removed = self._statements.remove_queue(connection, name)
-        self._empty_broker(name)
+        self._empty_broker(name, delete=True)
         return len(removed)
 
     def clean(self, state: str, *, seconds: float, limit: int, namespace: str) -> int:
@@ -95,14 +95,16 @@ class Queues:
             if not self._statements.remove_run(connection, run_id, namespace=namespace):
                 raise RunIsActive(run_id)
 
-    def _empty_broker(self, name: str) -> None:
+    def _empty_broker(self, name: str, *, delete: bool) -> None:
         """Its messages would start nothing any more, but an operator would see them."""
         try:
             with self._broker() as broker:
                 queue = worker_queue(self._prefix, name)(broker.default_channel)
                 queue.declare()
                 queue.purge()
-                queue.delete()
+                if delete:
+                    queue.delete()
+                    queue.exchange.delete()
         except (KombuError, OperationalError, OSError) as error:
             logger.warning(
                 "the broker's queue could not be emptied; its messages will be dropped",

@@ -7,6 +7,7 @@ announce. See docs/testing.md.
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ class Kit:
         self._children: list[Child] = []
         self._last: dict[str, dict[str, Any]] = {}
         self._broker: Connection | None = None
+        self._taking = threading.Lock()  # a channel is for one thread at a time
 
     # Starting
 
@@ -309,19 +311,20 @@ class Kit:
 
     def _take_message(self) -> tuple[str, Any] | None:
         """The next message of the app's queues, as (task, arguments)."""
-        if self._broker is None:
-            self._broker = self.app.celery.connection_for_read()
-        channel = self._broker.default_channel
-        with self.app.engine.connect() as connection:
-            names = execute(
-                connection, f"SELECT DISTINCT queue FROM {self.app.settings.schema}.runs", {}
-            )
-        for (name,) in names:
-            queue = worker_queue(self.app.settings.prefix, name)(channel)
-            queue.declare()
-            message = queue.get(accept=["json"])
-            if message is not None:
-                message.ack()
-                arguments, _, _ = message.decode()
-                return message.headers["task"], arguments
-        return None
+        with self._taking:
+            if self._broker is None:
+                self._broker = self.app.celery.connection_for_read()
+            channel = self._broker.default_channel
+            with self.app.engine.connect() as connection:
+                names = execute(
+                    connection, f"SELECT DISTINCT queue FROM {self.app.settings.schema}.runs", {}
+                )
+            for (name,) in names:
+                queue = worker_queue(self.app.settings.prefix, name)(channel)
+                queue.declare()
+                message = queue.get(accept=["json"])
+                if message is not None:
+                    message.ack()
+                    arguments, _, _ = message.decode()
+                    return message.headers["task"], arguments
+            return None

@@ -85,6 +85,10 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
         "task_create_missing_queues": False,
         "task_serializer": "json",
         "accept_content": ["json"],
+        # Names of our own: the prefix of a Redis broker has no counterpart on other brokers.
+        "event_exchange": f"{settings.prefix}.celeryev",
+        "event_queue_prefix": f"{settings.prefix}.celeryev",
+        "control_exchange": f"{settings.prefix}.control",
         "event_serializer": "json",
         "enable_utc": True,
         "timezone": "UTC",

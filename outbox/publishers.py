@@ -85,6 +85,10 @@ class CeleryTaskPublisher:
     def publish(self, messages: Sequence[TaskMessage]) -> None:
         try:
             with self._app.producer_or_acquire() as producer:
+                # kombu declares a queue once for each connection. One that was deleted since takes
+                # no more messages on RabbitMQ, so what was sent in vain declares it anew.
+                for name in {message.queue for message in messages if message.attempt > 1}:
+                    self._queue(name)(producer.channel).declare()
                 if len(messages) > 1 and producer.supports_batch_publish:
                     with producer.batch(len(messages)):
                         self._send(messages, producer)

@@ -319,7 +319,7 @@ def test_a_crashed_run_whose_message_is_lost_goes_on_in_a_paused_queue(
     beatless.client.pause_queue("default")
     for statement in ("SELECT", beatless_app.queries.resend_unclaimed_sql):
         beatless.drain_outbox_once()  # sent again, and lost with the broker
-        beatless_app.queues._empty_broker("default")
+        beatless_app.queues._empty_broker("default", delete=True)
         postgres.execute(statement, {"shards": list(ALL_SHARDS)})
         beatless.advance(60)
 
