@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= auto
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
-EXTRAS = --extra dev --extra test --extra browser --extra docker --extra otel --extra check
+EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 
 .PHONY: help install demo test test-random test-long test-browser screenshots test-docker test-rabbitmq bench bench-table check lock clean
 .DEFAULT_GOAL := help

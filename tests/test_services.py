@@ -57,7 +57,7 @@ def wait_for_end(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([process], [], [], 20)[0])
+        return bool(select.select([process], [], [], 60)[0])
     finally:
         os.close(process)
 
