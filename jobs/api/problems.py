@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from jobs.errors import (
@@ -118,6 +119,16 @@ def install(api: FastAPI) -> None:
         ]
         return document(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
 
+    def away(request: Request, error: Exception) -> JSONResponse:
+        return ours(request, Unreachable("Postgres", str(error)))
+
+    def unexpected(_request: Request, _error: Exception) -> JSONResponse:
+        # The server logs it with its traceback.
+        return document(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our fault; see the server's log")
+
+    api.add_exception_handler(Exception, unexpected)
+    for error in (exc.OperationalError, exc.InterfaceError, exc.TimeoutError):
+        api.add_exception_handler(error, away)
     api.add_exception_handler(Problem, problem)
     api.add_exception_handler(JobsError, ours)
     api.add_exception_handler(OrchestratorError, ours)

@@ -1,6 +1,7 @@
 """The routes under /v1, the health checks and the run page."""
 
 import contextlib
+import json
 import logging
 import socket
 import threading
@@ -28,7 +29,7 @@ from jobs.api.problems import Problem
 from jobs.app import App
 from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
 from jobs.auth import Scope as Permission
-from jobs.client import Client, new_run_id
+from jobs.client import Client, new_run_id, reaching_postgres
 from jobs.cursors import decode_page, encode_page, parse_event_id
 from jobs.errors import BadRequest, SchemaBehind
 from orchestrator.errors import RunNotFound
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 PAGE_FILES = frozenset(path.name for path in STATIC.iterdir())
 BODY_LIMIT = 1024 * 1024
+EVENTS_BYTES = 4 * 1024 * 1024
+"""After so many bytes of events an answer ends, and more must be asked for."""
+EVENTS_PAGE = 64
 STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
 MAX_STREAMS_PER_TOKEN = 1000
@@ -105,20 +109,27 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        if lengths and lengths[0].isdigit() and int(lengths[0]) > BODY_LIMIT:
-            await self._refuse(scope, receive, send)
+        if lengths:
+            # The server takes care that not more comes than this.
+            if not lengths[0].isdigit() or int(lengths[0]) > BODY_LIMIT:
+                await self._refuse(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
             return
-        seen = 0
+        messages: list[Message] = []
+        size, more = 0, True
+        while more:
+            messages.append(message := await receive())
+            size += len(message.get("body", b""))
+            if size > BODY_LIMIT:
+                await self._refuse(scope, receive, send)
+                return
+            more = message.get("more_body", False)
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > BODY_LIMIT:
-                raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large())
-            return message
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, counted, send)
+        await self._app(scope, replay, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = problems.document(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large())
@@ -143,6 +154,15 @@ class Gate:
     def grant(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> Grant:
         """Raises Problem (401), saying no more than that."""
         secret = credentials.credentials if credentials else request.query_params.get("token")
+        with reaching_postgres(self._app.settings.schema):
+            return self._granted(request, credentials, secret)
+
+    def _granted(
+        self,
+        request: Request,
+        credentials: HTTPAuthorizationCredentials | None,
+        secret: str | None,
+    ) -> Grant:
         if secret is None:
             host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get(
                 "host", ""
@@ -308,15 +328,23 @@ def create_api(app: App) -> FastAPI:
         client: Reader,
         from_seq: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-    ) -> dict[str, Any]:
-        """Stored events after `from_seq`."""
+    ) -> Response:
+        """Stored events after `from_seq`: as many as fit into some MiB, and at least one."""
         run = client.get_run(_text(run_id))
-        found = client.events(run.run_id, from_seq, limit)
-        return {
-            "epoch": client.epoch(),
-            "last_seq": run.last_seq,
-            "events": [event.to_dict() for event in found],
-        }
+        lines: list[str] = []
+        size, more = 0, True
+        while more and len(lines) < limit and size < EVENTS_BYTES:
+            wanted = min(limit - len(lines), EVENTS_PAGE)
+            page = client.events(run.run_id, from_seq + len(lines), wanted)
+            more = len(page) == wanted
+            for event in page:
+                lines.append(sse.encode(event))
+                size += len(lines[-1])
+                if size >= EVENTS_BYTES:
+                    break
+        head = json.dumps({"epoch": client.epoch(), "last_seq": run.last_seq})[:-1]
+        content = f'{head}, "events": [{",".join(lines)}]}}'
+        return Response(content, media_type="application/json")
 
     @api.post("/v1/runs/{run_id}/cancel", status_code=202, responses=answers(s409="it had ended"))
     def cancel_run(
@@ -497,8 +525,10 @@ def create_api(app: App) -> FastAPI:
             with app.engine.connect() as connection:
                 standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
         except (exc.DBAPIError, SchemaBehind) as error:
-            first = str(error).splitlines()[0]
-            return JSONResponse({"status": "unavailable", "reason": first}, status_code=503)
+            # Anybody may ask: where our servers are stays in the log.
+            logger.warning("not ready", extra={"action": "not_ready", "reason": str(error)})
+            reason = str(error) if isinstance(error, SchemaBehind) else "Postgres cannot be reached"
+            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
         if standby:
             reason = "the database URL reaches a standby: streams must read the primary"
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
@@ -506,7 +536,8 @@ def create_api(app: App) -> FastAPI:
         try:
             redis.ping()
         except Exception as error:
-            reason = f"Redis cannot be reached ({error}): streams read the journal"
+            logger.warning("degraded", extra={"action": "degraded", "reason": str(error)})
+            reason = "Redis cannot be reached: streams read the journal"
             return JSONResponse({"status": "degraded", "reason": reason})
         finally:
             redis.close()

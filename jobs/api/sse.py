@@ -144,8 +144,8 @@ def frames(batch: Sequence[Event], epoch: str) -> list[bytes]:
     waiting: list[bytes] = []
     size = 0
     for event in batch:
-        data = json.dumps(event.to_dict(), ensure_ascii=False, separators=(",", ":"))
-        frame = f"id: {epoch}.{event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
+        head = f"id: {epoch}.{event.seq}\nevent: {event.type}\n"
+        frame = f"{head}data: {encode(event)}\n\n".encode()
         if size + len(frame) > CHUNK and waiting:
             found.append(b"".join(waiting))
             waiting, size = [], 0
@@ -154,3 +154,8 @@ def frames(batch: Sequence[Event], epoch: str) -> list[bytes]:
     if waiting:
         found.append(b"".join(waiting))
     return found
+
+
+def encode(event: Event) -> str:
+    """An event as JSON text, in one line."""
+    return json.dumps(event.to_dict(), ensure_ascii=False, separators=(",", ":"))

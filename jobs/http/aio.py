@@ -113,9 +113,10 @@ class AsyncClient:
         found: list[Event] = []
         while limit is None or len(found) < limit:
             wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
-            page = await self._send(wire.events(run_id, from_seq + len(found), wanted))
+            after = from_seq + len(found)
+            page, last_seq = await self._send(wire.events(run_id, after, wanted))
             found += page
-            if len(page) < wanted:
+            if not page or page[-1].seq >= last_seq:
                 break
         return found
 

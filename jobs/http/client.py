@@ -130,9 +130,10 @@ class Client:
         found: list[Event] = []
         while limit is None or len(found) < limit:
             wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
-            page = self._send(wire.events(run_id, from_seq + len(found), wanted))
+            after = from_seq + len(found)
+            page, last_seq = self._send(wire.events(run_id, after, wanted))
             found += page
-            if len(page) < wanted:
+            if not page or page[-1].seq >= last_seq:
                 break
         return found
 

@@ -238,12 +238,16 @@ def list_runs(
     )
 
 
-def events(run_id: str, after: int, limit: int) -> Call[list[Event]]:
+def events(run_id: str, after: int, limit: int) -> Call[tuple[list[Event], int]]:
+    """A page of events, which may be shorter than asked for, and the last seq of the run."""
     return Call(
         method="GET",
         path=_path("runs", run_id, "events"),
         query={"from_seq": after, "limit": limit},
-        read=lambda found: [Event.from_dict(members) for members in found["events"]],
+        read=lambda found: (
+            [Event.from_dict(members) for members in found["events"]],
+            int(found["last_seq"]),
+        ),
     )
 
 

@@ -1,0 +1,151 @@
+"""Bounds of the API, and what it keeps to itself."""
+
+import http.client
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+
+from jobs import App
+from jobs.api import server, sse
+from jobs.auth import Scope, Tokens
+from jobs.http import Client
+from jobs.services import free_port
+from jobs.testing import Kit
+from tests.serving import Api, serving
+
+
+@pytest.fixture
+def api(beatless_app: App) -> Iterator[Api]:
+    with serving(beatless_app) as api:
+        yield api
+
+
+def body(response: http.client.HTTPResponse) -> bytes:
+    with response.connection:
+        return response.read()
+
+
+def test_a_body_without_a_length_is_cut_off_too(api: Api) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=20)
+    chunks = (b"[" + b"1," * 500_000 for _ in range(3))
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/runs", chunks, headers, encode_chunked=True)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert answer.headers["content-type"] == "application/problem+json"
+    connection.close()
+
+
+def test_a_process_has_only_so_many_streams(beatless: Kit, api: Api, monkeypatch) -> None:
+    monkeypatch.setattr(server, "MAX_STREAMS", 2)
+    path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
+    with ExitStack() as stack:
+        open_streams = [stack.enter_context(api.stream(path)) for _ in range(2)]
+        for stream in open_streams:
+            next(stream), next(stream)
+        refused = api("GET", path)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert beatless.work_until_idle() == 1
+        assert [list(stream)[-1]["event"] for stream in open_streams] == ["RunFinished"] * 2
+    with api.stream(path) as stream:
+        assert len(list(stream)) == 7
+
+
+def test_a_token_has_only_so_many_streams(
+    beatless: Kit, beatless_app: App, api: Api, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_STREAMS_PER_TOKEN", 1)
+    path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    one, other = (tokens.create([Scope.RUNS_READ])[1] for _ in range(2))
+    with ExitStack() as stack:
+        for token in (one, other):
+            api.token = token
+            stream = stack.enter_context(api.stream(path))
+            next(stream), next(stream)
+            assert api("GET", path).status == 503
+
+
+def test_heartbeats_and_rotation(beatless: Kit, api: Api, monkeypatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE", 0.02)
+    monkeypatch.setattr(sse, "ROTATION", 0.5)
+    run = beatless.start_run("two_steps")
+    raw = body(api.open("GET", f"/v1/runs/{run.run_id}/stream"))
+    assert raw.count(b": alive\n\n") > 2
+    assert raw.count(b"event: ") == 1
+    last = raw.decode().split("id: ")[-1].splitlines()[0]
+    beatless.work_until_idle()
+    with api.stream(f"/v1/runs/{run.run_id}/stream", Last_Event_ID=last) as stream:
+        assert [frame["id"].rpartition(".")[2] for frame in stream] == list("123456")
+
+
+def test_nothing_is_compressed_and_no_other_site_may_read(beatless: Kit, api: Api) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    for path in ("/v1/runs", f"/v1/runs/{run.run_id}/stream", "/"):
+        for method in ("GET", "OPTIONS"):
+            answer = api.open(
+                method,
+                path,
+                Accept_Encoding="gzip, br",
+                Origin="https://evil.example",
+                Access_Control_Request_Method="GET",
+            )
+            body(answer)
+            assert answer.headers["content-encoding"] is None
+            assert not [name for name in answer.headers if name.lower().startswith("access-")]
+    stream = api.open("GET", f"/v1/runs/{run.run_id}/stream")
+    body(stream)
+    assert stream.headers["cache-control"] == "no-store, no-transform"
+    assert stream.headers["x-accel-buffering"] == "no"
+
+
+def test_no_token_gets_into_a_log(beatless: Kit, beatless_app: App, api: Api, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    _, secret = Tokens(beatless_app.engine, beatless_app.settings.schema).create([Scope.ADMIN])
+    api.token = secret
+    made = api("POST", f"/v1/runs/{run.run_id}/stream-token").json["token"]
+    api.token = None
+    for token in (made, secret, "bl_wrong"):
+        path = f"/v1/runs/{run.run_id}/stream?token={token}"
+        assert api("GET", path).status in (200, 401)
+        api("GET", path + "&from_seq=x")
+        api("GET", path, Last_Event_ID="99999")
+    assert "bl_" not in caplog.text
+    assert secret not in caplog.text
+
+
+def test_where_the_servers_are_is_not_told(beatless_app: App) -> None:
+    port = free_port()
+    away = replace(
+        beatless_app.settings,
+        database_url=f"postgresql://somebody:hidden@127.0.0.1:{port}/db",
+        listen_url="",
+    )
+    app = App(away, list(beatless_app.plans.values()))
+    with serving(app) as api:
+        for path in ("/v1/runs", "/v1/runs/x/stream", "/readyz"):
+            answer = api("GET", path)
+            assert answer.status == 503
+            assert not [word for word in (str(port), "somebody", "hidden") if word in answer.text]
+        assert api("GET", "/v1/runs").headers["retry-after"]
+        assert api("GET", "/livez").status == 200
+    app.close()
+
+
+def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monkeypatch) -> None:
+    monkeypatch.setattr(server, "EVENTS_BYTES", 1000)
+    run = beatless.start_run("traces", {"traces": 60})
+    beatless.work_until_idle()
+    answer = api("GET", f"/v1/runs/{run.run_id}/events?limit=10000")
+    assert len(answer.text) < 2000
+    assert 1 <= len(answer.json["events"]) < 20
+    assert answer.json["last_seq"] == 64
+    with Client(api.url) as client:
+        assert client.events(run.run_id) == beatless.client.events(run.run_id)
