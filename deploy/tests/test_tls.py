@@ -79,7 +79,11 @@ def test_runs_over_tls_with_users_that_may_do_no_more_than_they_need(
     newest = "setinfo" in str(admin.execute_command("COMMAND LIST", "FILTERBY", "PATTERN", "cl*"))
     for line in (ROOT / "docs" / "settings.md").read_text().splitlines():
         if line.startswith("ACL SETUSER "):
-            rules = line.replace("beatless:", f"{prefix}:").replace("PASSWORD", "secret")
+            rules = (
+                line.replace("beatless:", f"{prefix}:")
+                .replace("beatless.", f"{prefix}.")
+                .replace("PASSWORD", "secret")
+            )
             words = rules.split()[2:]
             if not newest:  # Redis < 7.2, as the page says
                 words.remove("+client|setinfo")

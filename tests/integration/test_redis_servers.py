@@ -210,6 +210,7 @@ def rights(prefix: str) -> dict[str, list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("ACL SETUSER ")]
     return {
         line.split()[2]: line.replace("beatless:", f"{prefix}:")
+        .replace("beatless.", f"{prefix}.")
         .replace("PASSWORD", "p")
         .split()[3:]
         for line in lines
