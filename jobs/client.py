@@ -374,12 +374,60 @@ class Client:
 
     # Dead letters
 
-    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first.
+    def failed_runs(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> list[Run]:
+        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
 
-        Runs that have used up their attempts are `list_runs(state="failed")`; `retry_run` starts
-        them again.
+        `error` is looked for in "type: message" of the error, whatever its case; `within` keeps
+        those that failed so many seconds ago or less. `run.error` has the last traceback.
         """
+        return self._do(
+            None,
+            lambda caller: self._journal.given_up(
+                caller,
+                namespace=self._namespace,
+                plan=plan,
+                queue=queue,
+                error=error,
+                seconds=_seconds("within", within),
+                limit=limit,
+            ),
+        )
+
+    def retry_failed(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> tuple[list[Run], list[Exception]]:
+        """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
+
+        Each is a transaction of its own: what was started before an interruption stays, and is not
+        among those of the next call.
+        """
+        started: list[Run] = []
+        refused: list[Exception] = []
+        for run in self.failed_runs(
+            plan=plan, queue=queue, error=error, within=within, limit=limit
+        ):
+            try:
+                started.append(self.retry_run(run.run_id))
+            except (CannotRetry, UnknownPlan) as reason:
+                refused.append(reason)
+        return started, refused
+
+    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first. See `failed_runs` for runs."""
         return self._do(None, lambda caller: self._letters.list(caller, limit=limit))
 
     def requeue_dead_letter(self, letter_id: int) -> None:

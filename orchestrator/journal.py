@@ -324,6 +324,18 @@ SELECT {columns} FROM {s}.runs
    AND (%(before_at)s::timestamptz IS NULL
         OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
  ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
+        # Kept by no row of its own: a retry, or a removal, takes the run out of this list.
+        self._given_up = f"""
+SELECT {columns} FROM {s}.runs r
+ WHERE namespace = %(namespace)s AND state = 'failed'
+   AND (%(plan)s::text IS NULL OR plan = %(plan)s)
+   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+   AND (%(error)s::text IS NULL
+        OR strpos(lower(concat(error ->> 'type', ': ', error ->> 'message')), lower(%(error)s)) > 0)
+   AND (%(seconds)s::float8 IS NULL
+        OR finished_at > clock_timestamp() - make_interval(secs => %(seconds)s))
+   AND NOT EXISTS (SELECT FROM {s}.runs n WHERE n.retry_of = r.run_id)
+ ORDER BY finished_at, run_id LIMIT %(limit)s"""
         self._read = f"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
@@ -496,6 +508,32 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "tags": json.dumps(dict(tags)) if tags else None,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
+                "limit": limit,
+            },
+        )
+        return [Run.from_row(row) for row in rows]
+
+    def given_up(
+        self,
+        connection: Caller,
+        *,
+        namespace: str,
+        plan: str | None,
+        queue: str | None,
+        error: str | None,
+        seconds: float | None,
+        limit: int,
+    ) -> list[Run]:
+        """Failed runs that nobody has retried, oldest end first."""
+        rows = execute(
+            connection,
+            self._given_up,
+            {
+                "namespace": namespace,
+                "plan": plan,
+                "queue": queue,
+                "error": error,
+                "seconds": seconds,
                 "limit": limit,
             },
         )

@@ -1,5 +1,6 @@
 """Commands about queues and dead letters, for the whole fleet, and about taking runs away."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from jobs.cli.environment import Environment, seconds
 from jobs.cli.render import age
 from orchestrator.state import FINAL
+from outbox.letters import DeadLetter
 
 
 @click.command()
@@ -109,39 +111,135 @@ def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bo
 @click.group("dead-letters", invoke_without_command=True)
 @click.pass_context
 def dead_letters(context: click.Context) -> None:
-    """Event messages that could not be published; failed runs are `runs --state failed`."""
+    """What was given up on: failed runs that nobody retried, and messages never published."""
     if context.invoked_subcommand is None:
         context.invoke(ls)
 
 
+def of_runs(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that choose failed runs."""
+    for option in reversed(
+        (
+            click.option("--plan", help="Only runs of this plan."),
+            click.option("--queue", help="Only runs of this queue."),
+            click.option("--error", metavar="TEXT", help="Only if TEXT is in the error's message."),
+            click.option("--within", metavar="TIME", help="Only what failed since then, as 2h."),
+            click.option(
+                "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def find(env: Environment, letter: str) -> DeadLetter | None:
+    """The message of this number; else it is the id of a run."""
+    if not letter.isdigit():
+        return None
+    letters = env.app.client.dead_letters(1_000_000)
+    return next((one for one in letters if one.id == int(letter)), None)
+
+
 @dead_letters.command()
-@click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True)
+@of_runs
 @click.pass_obj
-def ls(env: Environment, limit: int = 100) -> None:
-    """The letters, oldest first."""
+def ls(
+    env: Environment,
+    /,
+    limit: int = 100,
+    within: str | None = None,
+    **chosen: str | None,
+) -> None:
+    """Failed runs, then messages (only without a filter); each oldest first."""
+    since = None if within is None else seconds(within)
+    for run in env.app.client.failed_runs(**chosen, within=since, limit=limit):
+        if env.as_json:
+            env.document({"kind": "run", **run.to_dict()})
+        else:
+            error = run.error or {}
+            click.echo(
+                f"{run.run_id}  run of {run.plan}  queue {run.queue}  "
+                f"{age(run.finished_at)} ago  {error.get('type')}: {error.get('message')}"
+            )
+    if since is not None or any(chosen.values()):
+        return
     for letter in env.app.client.dead_letters(limit):
         if env.as_json:
-            env.document({**asdict(letter), "created_at": letter.created_at.isoformat()})
+            env.document(
+                {"kind": "message", **asdict(letter), "created_at": letter.created_at.isoformat()}
+            )
         else:
             click.echo(
-                f"{letter.id}  run {letter.run_id}  events {letter.from_seq} to {letter.to_seq}  "
+                f"{letter.id}  events {letter.from_seq} to {letter.to_seq} of {letter.run_id}  "
                 f"{age(letter.created_at)} ago  {letter.reason}"
             )
 
 
 @dead_letters.command()
-@click.argument("letter", metavar="ID", type=int)
+@click.argument("letter", metavar="ID")
 @click.pass_obj
-def requeue(env: Environment, letter: int) -> None:
-    """Publish the message again."""
-    env.app.client.requeue_dead_letter(letter)
-    env.note(f"dead letter {letter} is in the outbox again")
+def show(env: Environment, letter: str) -> None:
+    """Why it was given up on: of a run, the traceback of its last attempt."""
+    message = find(env, letter)
+    if message is None:
+        run = env.app.client.get_run(letter)
+        error = run.error or {}
+        if env.as_json:
+            env.document({"kind": "run", **run.to_dict()})
+        else:
+            click.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
+    elif env.as_json:
+        env.document(
+            {"kind": "message", **asdict(message), "created_at": message.created_at.isoformat()}
+        )
+    else:
+        click.echo(message.reason)
 
 
 @dead_letters.command()
-@click.argument("letter", metavar="ID", type=int)
+@click.argument("letter", metavar="[ID]", required=False)
+@click.option("--all", "every", is_flag=True, help="All failed runs that the options choose.")
+@of_runs
 @click.pass_obj
-def discard(env: Environment, letter: int) -> None:
-    """Forget the message; its events stay in the journal."""
-    env.app.client.discard_dead_letter(letter)
-    env.note(f"dead letter {letter} is discarded")
+def requeue(
+    env: Environment,
+    /,
+    letter: str | None,
+    every: bool,
+    limit: int,
+    within: str | None,
+    **chosen: str | None,
+) -> None:
+    """Publish the message again, or retry the run; with --all, many runs. Prints the new ids."""
+    filtered = within is not None or any(chosen.values())
+    if (letter is None) is not every or (letter is not None and filtered):
+        raise click.UsageError("give one ID, or --all with options that choose failed runs")
+    if letter is not None and (message := find(env, letter)):
+        env.app.client.requeue_dead_letter(message.id)
+        env.note(f"dead letter {letter} is in the outbox again")
+        return
+    if letter is not None:
+        started, refused = [env.app.client.retry_run(letter)], list[Exception]()
+    else:
+        since = None if within is None else seconds(within)
+        started, refused = env.app.client.retry_failed(**chosen, within=since, limit=limit)
+    for run in started:
+        env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
+    for reason in refused:
+        env.note(str(reason))
+    if refused:
+        raise click.exceptions.Exit(1)
+
+
+@dead_letters.command()
+@click.argument("letter", metavar="ID")
+@click.pass_obj
+def discard(env: Environment, letter: str) -> None:
+    """Forget the message, whose events stay in the journal; or remove the run with its events."""
+    if message := find(env, letter):
+        env.app.client.discard_dead_letter(message.id)
+        env.note(f"dead letter {letter} is discarded")
+    else:
+        env.app.client.remove_run(letter)
+        env.note(f"run {letter} is removed")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psycopg
 import pytest
 
 from jobs import App
@@ -309,3 +310,67 @@ def test_the_events_of_a_pruned_run_are_refused_in_a_line(
         refused(command(*arguments), 1, run.run_id, "were removed after the retention time")
     assert command("show", run.run_id).status == 0
     assert "events 1 to 6 were removed" in command("explain", run.run_id).out
+
+
+def give_up(postgres: psycopg.Connection, run_ids: list[str]) -> None:
+    """As if the last attempts of these runs had failed."""
+    error = {"type": "Fatal", "message": "with one", "traceback": "in half_second"}
+    postgres.execute(
+        "UPDATE runs SET state = 'failed', finished_at = clock_timestamp(), error = %s"
+        " WHERE run_id = ANY(%s)",
+        (json.dumps(error), run_ids),
+    )
+
+
+def test_failed_runs_are_dead_letters_until_they_are_retried_or_removed(
+    command: Beatless, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    client = beatless_app.client
+    runs = [
+        client.start_run("agents.run", queue=queue).run_id for queue in ("slow", "default", "slow")
+    ]
+    for run_id in runs:
+        give_up(postgres, [run_id])
+
+    listed = command("--json", "dead-letters").documents
+    assert [(letter["kind"], letter["run_id"]) for letter in listed] == [
+        ("run", run_id) for run_id in runs
+    ]
+    assert f"{runs[1]}  run of agents.run  queue default" in command("dead-letters", "ls").out
+    for filters, chosen in (
+        (("--queue", "slow"), [runs[0], runs[2]]),
+        (("--error", "FATAL: with ONE"), runs),
+        (("--plan", "agents.run", "--limit", "1"), runs[:1]),
+        (("--error", "something else"), []),
+        (("--within", "1h"), runs),
+    ):
+        said = command("--json", "dead-letters", "ls", *filters)
+        assert [letter["run_id"] for letter in said.documents] == chosen, filters
+    assert command("dead-letters", "show", runs[0]).out == "in half_second\n"
+
+    (new,) = command("dead-letters", "requeue", runs[1]).out.split()
+    assert client.get_run(new).retry_of == runs[1]
+    both = command("dead-letters", "requeue", "--all", "--queue", "slow").out.split()
+    assert [client.get_run(run_id).retry_of for run_id in both] == [runs[0], runs[2]]
+    assert command("--json", "dead-letters").documents == []
+
+    give_up(postgres, [new, *both])
+    assert command("dead-letters", "discard", new).status == 0
+    left = [letter["run_id"] for letter in command("--json", "dead-letters").documents]
+    assert sorted(left) == sorted([runs[1], *both])  # its retry is gone, so it waits again
+    assert command("dead-letters", "requeue").status == 2
+    assert command("dead-letters", "requeue", runs[1], "--queue", "slow").status == 2
+
+
+def test_requeue_tells_which_runs_cannot_be_retried(
+    command: Beatless, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless_app.client.start_run("agents.run")
+    give_up(postgres, [run.run_id])
+    postgres.execute("UPDATE runs SET plan = 'gone'")
+
+    said = command("dead-letters", "requeue", "--all")
+
+    assert (said.status, said.out) == (1, "")
+    assert "gone" in said.err
+    assert [one.run_id for one in beatless_app.client.failed_runs()] == [run.run_id]
