@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -156,6 +157,18 @@ def test_a_project_that_does_not_use_the_kit_starts_nothing(project):
         """
     )
     run(project).assert_outcomes(passed=1)
+
+
+def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(beatless: Kit):
+    serving = beatless._process("tests.plans:app", ["serve", "--port", "0"], {})
+    run = beatless.start_run("two_steps")
+
+    assert Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text() == ""
+    with pytest.raises(AssertionError, match="outbox still has events"):
+        beatless.wait_for_outbox_flush(run.run_id, timeout=0.3)
+    beatless.drain_outbox_once()
+    assert beatless.work_once()  # the message is still there
+    assert serving.alive
 
 
 def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, monkeypatch):
