@@ -245,7 +245,7 @@ def test_the_documented_rights_are_enough_for_processes_and_viewers(
         live += [event.seq for event in events]
     subscription.close()
 
-    assert viewer.app.celery.control.inspect(timeout=5, limit=1).ping()
+    assert viewer.app.celery.control.inspect(timeout=60, limit=1).ping()
     viewer.client.drain_queue("default")
     viewer.verify()
     with redis.Redis.from_url(valkey.url) as admin:

@@ -381,7 +381,12 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(beatless: Kit, beatless_a
         run = beatless.start_run("two_steps", delay=0.4)
         beatless.wait_for_outbox_flush(run.run_id)
         announcements.wait_until(lambda seen: ("relay_woke", {"source": "timer"}) in seen)
-        assert sum(facts["tasks"] for facts in announcements.all("drained")) == 1
+        announcements.wait_until(lambda seen: tasks_of(seen) == 1)
+
+
+def tasks_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
+    """How many dispatches have been sent and marked."""
+    return sum(facts["tasks"] for name, facts in seen if name == "drained")
 
 
 class Noted(DirectConnection):
@@ -434,10 +439,11 @@ def test_a_shut_door_is_left_alone_until_it_is_time(
     )
     beatless.start_run("two_steps")
     relay.start()
-    announcements.wait("relay_asleep")
-    assert announcements.all("publish_failed")
+    announcements.wait("publish_failed")
+    announcements.wait_until(lambda seen: tasks_of(seen) == 1)
+    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 1)
     begin = len(statements)
-    announcements.wait("relay_watchdog", 3)
+    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 2)
     said = [text for text in statements[begin:] if text != "a cursor"]
     relay.stop()
     assert all("pg_stat_activity" in text for text in said), said

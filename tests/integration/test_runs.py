@@ -99,7 +99,7 @@ def test_concurrent_runs_each_have_their_own_dense_seq(beatless: Kit, count: int
 def test_many_concurrent_jobs_all_complete(beatless: Kit) -> None:
     beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(200)])
 
-    assert beatless.work_until_idle() == 200
+    beatless.work_until_idle()
 
     assert len(beatless.client.list_runs(state="completed", limit=1000)) == 200
     beatless.verify()
