@@ -26,6 +26,7 @@ from psycopg.conninfo import make_conninfo
 from jobs.logs import Format
 from jobs.metrics import Metrics, WorkerCounts, both, listen
 from jobs.settings import Settings, libpq_url
+from jobs.supervision import Supervisor
 from orchestrator.executor import Executor, Observer, Scope, no_scope
 from orchestrator.journal import Journal
 from orchestrator.lease import Heartbeat, Leases
@@ -248,6 +249,18 @@ class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         maintain = getattr(getattr(worker.pool, "_pool", None), "maintain_pool", None)
         if maintain is not None:
             hub.call_repeatedly(1.0, maintain)
+
+
+class Alive(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Tells systemd that the main process takes messages, if it wants to know: prefork only."""
+
+    requires = frozenset({"celery.worker.components:Pool"})
+
+    def register_with_event_loop(self, _worker: Any, hub: Any) -> None:
+        """As `Replacements`."""
+        supervisor = Supervisor()
+        if supervisor.interval:
+            hub.call_repeatedly(supervisor.interval, supervisor.alive)
 
 
 class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -32,6 +32,7 @@ from jobs.auth import Scope as Permission
 from jobs.client import Client, new_run_id, reaching_postgres
 from jobs.cursors import decode_page, encode_page, parse_event_id
 from jobs.errors import BadRequest, SchemaBehind
+from jobs.supervision import Supervisor
 from orchestrator.errors import RunNotFound
 from orchestrator.state import RunState
 from outbox.queries import execute
@@ -578,7 +579,13 @@ def serve(
 def make_server(app: App, *, ready: Callable[[], None]) -> uvicorn.Server:
     """A server of the app's API, to be run with sockets; `ready` is called once it answers."""
 
+    supervisor = Supervisor()
+
     class Server(uvicorn.Server):
+        async def on_tick(self, counter: int) -> bool:
+            supervisor.alive()
+            return await super().on_tick(counter)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             ready()

@@ -28,6 +28,7 @@ from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
 from jobs.services import free_port
 from jobs.settings import Settings, engine_url
+from jobs.supervision import Supervisor
 from jobs.worker import run_worker
 from outbox.message import EventMessage
 from outbox.publishers import RedisEventPublisher
@@ -39,6 +40,7 @@ READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte 
 
 def tell(ready_fd: int | None) -> None:
     """Say to whoever started us that we are ready."""
+    Supervisor().ready()
     if ready_fd is not None:
         os.write(ready_fd, b"!")
 
@@ -204,7 +206,11 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     app = env.app
     check_servers(app)
 
+    supervisor = Supervisor()
+
     def observe(name: str, facts: dict[str, Any]) -> None:
+        # Its loop tells something at least every 15 s, also while it waits for a server.
+        supervisor.alive()
         if name == "relay_started":
             logger.info("relay listens", extra={"action": "relay_started"})
             tell(ready_fd)

@@ -1,0 +1,79 @@
+"""What systemd hears of a process: that it is ready, and that it moves."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import App
+from jobs.dev import Child
+from jobs.supervision import Supervisor
+from jobs.testing import Kit
+
+Hear = Callable[[bytes], None]
+
+
+@pytest.fixture
+def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
+    """Stands in for systemd, whose protocol is these datagrams: waits for one of them."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
+        door.bind(str(tmp_path / "notify"))
+        door.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "150000")
+        monkeypatch.delenv("WATCHDOG_PID", raising=False)
+
+        def wait(line: bytes) -> None:
+            while door.recv(100) != line:
+                pass
+
+        yield wait
+
+
+def test_a_relay_says_that_it_listens_and_that_it_moves(beatless: Kit, hear: Hear) -> None:
+    beatless.relay_process("tests.plans:app")
+    hear(b"READY=1")
+    beatless.start_run("two_steps")
+    hear(b"WATCHDOG=1")
+
+
+def test_a_worker_says_so_too_while_it_has_nothing_to_do(beatless: Kit, hear: Hear) -> None:
+    beatless.worker_process("tests.plans:app")
+    hear(b"READY=1")
+    for _ in range(3):
+        hear(b"WATCHDOG=1")
+
+
+def test_the_api_says_so_too(beatless: Kit, beatless_app: App, hear: Hear, tmp_path: Path) -> None:
+    environ = os.environ | beatless_app.settings.to_env() | {"BEATLESS_APP": "tests.plans:app"}
+    api = Child("api", ["serve", "--port", "0"], environ=environ, log=tmp_path / "log")
+    api.start()
+    try:
+        hear(b"READY=1")
+        for _ in range(3):
+            hear(b"WATCHDOG=1")
+    finally:
+        api.kill()
+        api.reap(0)
+
+
+def test_nobody_asks_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch, hear: Hear) -> None:
+    monkeypatch.setenv("WATCHDOG_PID", "1")  # for another process than this one
+    assert Supervisor().interval == 0
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    Supervisor().ready()
+
+
+def test_an_abstract_socket_and_one_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
+        door.bind("")  # Linux chooses an abstract name
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + door.getsockname()[1:].decode())
+        Supervisor().ready()
+        assert door.recv(100) == b"READY=1"
+    Supervisor().ready()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    Supervisor().alive()
