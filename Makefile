@@ -64,9 +64,9 @@ test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is
 	  $(BIN)/python -m pytest -n $(WORKERS) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
 
 test-netns: $(STAMP) ## Two hosts whose link is cut, as network namespaces; exit 3 unless root may make them
-	@unshare --net true 2>/dev/null && command -v ip >/dev/null || \
+	@unshare --net true 2>/dev/null && command -v ip >/dev/null && command -v nsenter >/dev/null || \
 	  { echo "network namespaces need root and iproute2: run it as root, in a container with CAP_SYS_ADMIN and CAP_NET_ADMIN" >&2; exit 3; }
-	$(BIN)/python -m pytest deploy/netns -n 0 $(ARGS)
+	unshare --net $(BIN)/python -m pytest deploy/netns -n 0 -s $(ARGS)
 
 check-deploy: $(STAMP) ## What promtool, kubectl, systemd, nginx, Caddy and Compose say of deploy/; exit 3 without all of them
 	@PATH="$$PATH:/usr/sbin"; there=""; \

@@ -64,13 +64,12 @@ def test_everything_that_runs_works_with_the_role_of_the_app(roles: Roles, tmp_p
     kit = Kit(roles.app("app"), directory=tmp_path)
     try:
         client = kit.client
-        kit.relay_process("tests.plans:app")
-        kit.worker_process("tests.plans:app")
         run = kit.start_run("agents.run", key="once")
         cancelled = kit.start_run("agents.run", delay=60)
         client.cancel_run(cancelled.run_id)
         client.pause_queue("default")
         client.resume_queue("default")
+        kit.work_until_idle()
         assert [event.seq for event in kit.collect_stream(run.run_id)] == list(range(1, 14))
         for ended in (run, cancelled):
             kit.wait_for_run_completion(ended.run_id)
