@@ -87,6 +87,9 @@ bench-table: $(STAMP) ## Write benchmarks/README.md from the last results
 bench-retention: $(STAMP) ## Measure retention in batches beside partitions (3 minutes)
 	$(BIN)/python -m benchmarks.retention
 
+bench-fanout: $(STAMP) ## Measure 2,000 viewers of two API processes (3 minutes)
+	$(BIN)/python -m benchmarks.fanout
+
 bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $*
 
