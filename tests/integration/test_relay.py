@@ -56,7 +56,9 @@ class Announcements:
 
     def wait_until(self, condition) -> None:
         with self._news:
-            assert self._news.wait_for(lambda: condition(self.seen), timeout=60), self.seen[-20:]
+            if not self._news.wait_for(lambda: condition(self.seen), timeout=60):
+                last = "\n".join(f"{name} {facts}" for name, facts in self.seen[-30:])
+                raise AssertionError(f"did not come true; the last announcements:\n{last}")
 
     def all(self, name: str) -> list[dict[str, Any]]:
         return [facts for seen, facts in self.seen if seen == name]
