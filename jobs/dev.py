@@ -12,7 +12,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -306,7 +305,11 @@ class Stack:
         if self._api_port is not None:
             port = self._api_port or free_port()
             self.api_url = f"http://127.0.0.1:{port}"
-            self.api = self._child("api", ["serve", "--port", str(port)])
+            arguments = ["serve", "--port", str(port)]
+            if self._flower_port is not None:
+                self._flower_port = self._flower_port or free_port()
+                arguments += ["--flower-url", f"http://127.0.0.1:{self._flower_port}"]
+            self.api = self._child("api", arguments)
         for child in self._children():
             child.start()
         for child in self._children():
@@ -440,27 +443,17 @@ class Stack:
     def _start_flower(self, port: int) -> None:
         port = port or free_port()
         self.flower_url = f"http://127.0.0.1:{port}"
-        flower = self.flower = self._child("flower", ["flower", "--port", str(port)])
+        arguments = ["flower", "--port", str(port)]
+        if self.api_url:
+            arguments += ["--page-url", self.api_url]
+        flower = self.flower = self._child("flower", arguments)
         flower.start()
         flower.wait_ready(self.alarm)
-        deadline = monotonic() + READY_SECONDS
-        while not _accepts(port):
-            if self.stopping:
-                raise KeyboardInterrupt
-            if not flower.alive or monotonic() > deadline:
-                raise NotReady("flower", flower.last_words())
-            select.select([self.alarm], [], [], 0.05)
 
     def _write_state(self) -> None:
         path = self.directory / "stack.json"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "environ": self.environ()}, file)
-
-
-def _accepts(port: int) -> bool:
-    with socket.socket() as client:
-        client.settimeout(2)
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager

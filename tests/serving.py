@@ -89,12 +89,12 @@ def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def serving(app: App, port: int = 0, *, reuse_port: bool = False) -> Iterator[Api]:
-    """The app's API in a thread of this process."""
+def serving(app: App, port: int = 0, *, reuse_port: bool = False, **options: Any) -> Iterator[Api]:
+    """The app's API in a thread of this process; options are those of `make_server`."""
 
     ready = threading.Event()
     sockets = bind("127.0.0.1", port, reuse_port=reuse_port)
-    server = make_server(app, ready=ready.set)
+    server = make_server(app, ready=ready.set, **options)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     assert ready.wait(60)

@@ -186,8 +186,11 @@ class Gate:
             return self._clients[namespace]
 
 
-def create_api(app: App) -> FastAPI:
-    """The API of an app. Opens nothing before the first request."""
+def create_api(app: App, *, flower_url: str | None = None) -> FastAPI:
+    """The API of an app. Opens nothing before the first request.
+
+    With `flower_url` the run page links to Flower.
+    """
     tokens = Tokens(app.engine, app.settings.schema)
     gate = Gate(app, tokens)
     streams: Counter[str] = Counter()
@@ -553,6 +556,10 @@ def create_api(app: App) -> FastAPI:
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
 
+    @api.get("/links", include_in_schema=False)
+    async def links() -> dict[str, str | None]:
+        return {"flower": flower_url}
+
     @api.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> FileResponse:
         if name not in PAGE_FILES:
@@ -563,7 +570,13 @@ def create_api(app: App) -> FastAPI:
 
 
 def serve(
-    app: App, *, host: str, port: int, ready: Callable[[str], None], reuse_port: bool = False
+    app: App,
+    *,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    reuse_port: bool = False,
+    flower_url: str | None = None,
 ) -> None:
     """Serve the API until told to stop; `ready` gets the URL once it answers.
 
@@ -573,10 +586,13 @@ def serve(
     sockets = bind(host, port, reuse_port=reuse_port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sockets[0].getsockname()[1]}"
-    make_server(app, ready=lambda: ready(url)).run(sockets=sockets)
+    server = make_server(app, ready=lambda: ready(url), flower_url=flower_url)
+    server.run(sockets=sockets)
 
 
-def make_server(app: App, *, ready: Callable[[], None]) -> uvicorn.Server:
+def make_server(
+    app: App, *, ready: Callable[[], None], flower_url: str | None = None
+) -> uvicorn.Server:
     """A server of the app's API, to be run with sockets; `ready` is called once it answers."""
 
     supervisor = Supervisor()
@@ -597,7 +613,7 @@ def make_server(app: App, *, ready: Callable[[], None]) -> uvicorn.Server:
 
     return Server(
         uvicorn.Config(
-            create_api(app),
+            create_api(app, flower_url=flower_url),
             log_level="warning",
             log_config=None,
             access_log=False,  # it would hold the tokens of streams

@@ -10,7 +10,7 @@ import click
 from jobs import migrations
 from jobs.auth import Scope, Tokens
 from jobs.cli.environment import Environment, seconds
-from jobs.cli.processes import LOG_FORMAT, READY_FD, is_loopback, tell
+from jobs.cli.processes import LOG_FORMAT, READY_FD, check_url, is_loopback, tell
 from jobs.client import reaching_postgres
 from jobs.errors import BadRequest, ExtraMissing
 from jobs.export import export
@@ -25,11 +25,21 @@ logger = logging.getLogger(__name__)
 @click.option(
     "--reuse-port", is_flag=True, help="Share the address with other processes of this command."
 )
+@click.option("--flower-url", metavar="URL", help="Where Flower is, for links to it.")
 @LOG_FORMAT
 @READY_FD
 @click.pass_obj
-def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: int | None) -> None:
+def serve(
+    env: Environment,
+    host: str,
+    port: int,
+    reuse_port: bool,
+    flower_url: str | None,
+    ready_fd: int | None,
+) -> None:
     """Serve the HTTP API and the run page."""
+    if flower_url is not None:
+        check_url("--flower-url", flower_url)
     env.log()
     api = the_api()
     app = env.app
@@ -51,7 +61,7 @@ def serve(env: Environment, host: str, port: int, reuse_port: bool, ready_fd: in
             env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
         tell(ready_fd)
 
-    api.serve(app, host=host, port=port, ready=ready, reuse_port=reuse_port)
+    api.serve(app, host=host, port=port, ready=ready, reuse_port=reuse_port, flower_url=flower_url)
 
 
 def the_api() -> Any:

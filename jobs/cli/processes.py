@@ -1,5 +1,6 @@
 """Commands that are processes of a fleet, or start one."""
 
+import importlib
 import ipaddress
 import logging
 import os
@@ -21,12 +22,11 @@ from jobs.app import REDIS_TIMEOUTS, App
 from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
 from jobs.dev import Stack, stop_on_signals
-from jobs.errors import BadRequest, BadSetting, Unreachable
+from jobs.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from jobs.export import export
 from jobs.logs import Format
 from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
-from jobs.services import free_port
 from jobs.settings import Settings, engine_url
 from jobs.supervision import Supervisor
 from jobs.worker import run_worker
@@ -245,24 +245,64 @@ def served(app: App) -> Iterator[None]:
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--basic-auth", metavar="USER:PASSWORD", help="Required unless on loopback.")
+@click.option(
+    "--basic-auth",
+    metavar="USER:PASSWORD",
+    envvar="FLOWER_BASIC_AUTH",
+    help="Required unless on loopback; default: FLOWER_BASIC_AUTH.",
+)
+@click.option("--read-only", is_flag=True, help="Show everything, let nobody change anything.")
+@click.option("--steps/--no-steps", default=True, help="Runs and steps, or Celery's tasks alone.")
+@click.option(
+    "--page-url",
+    metavar="URL",
+    envvar="BEATLESS_API_URL",
+    help="Where the run page is, for links to it; default: BEATLESS_API_URL.",
+)
 @READY_FD
 @click.pass_obj
 def flower(
-    env: Environment, port: int, host: str, basic_auth: str | None, ready_fd: int | None
+    env: Environment,
+    port: int,
+    host: str,
+    basic_auth: str | None,
+    read_only: bool,
+    steps: bool,
+    page_url: str | None,
+    ready_fd: int | None,
 ) -> None:
     """Run Flower on the app's workers and runs."""
     if basic_auth is None and not is_loopback(host):
         raise BadRequest(
             "--host", f"{host} can be reached by others: give --basic-auth USER:PASSWORD as well"
         )
-    port = port or free_port()
-    arguments = ["flower", f"--address={host}", f"--port={port}"]
-    if basic_auth is not None:
-        arguments.append(f"--basic_auth={basic_auth}")
-    env.note(f"flower on http://{host}:{port}")
-    tell(ready_fd)
-    env.app.celery.start(arguments)
+    if page_url is not None:
+        check_url("--page-url", page_url)
+    try:
+        # Imported when it is asked for: its extra is not installed everywhere.
+        served = importlib.import_module("jobs.flower")
+    except ModuleNotFoundError as error:
+        raise ExtraMissing("Flower", error.name or "flower", "flower") from error
+    options = served.FlowerOptions(
+        host=host,
+        port=port,
+        basic_auth=basic_auth,
+        read_only=read_only,
+        steps=steps,
+        page_url=page_url,
+    )
+
+    def ready(url: str) -> None:
+        env.note(f"flower on {url}")
+        tell(ready_fd)
+
+    served.run_flower(env.app, options, ready)
+
+
+def check_url(option: str, url: str) -> None:
+    """Raises BadRequest for what would be no link in a browser."""
+    if not url.startswith(("http://", "https://")):
+        raise BadRequest(option, f"{url} does not start with http:// or https://")
 
 
 def is_loopback(host: str) -> bool:

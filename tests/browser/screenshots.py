@@ -9,11 +9,12 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page
 
-from jobs import App, Run, Settings
+from jobs import App, Run, RunRequest, Settings
 from jobs.dev import Stack
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund
 
+FLOWER = {"width": 1400, "height": 640}
 WIDE = {"width": 1180, "height": 640}
 ROOT = str(Path(__file__).parents[2])
 PHONE = {"width": 390, "height": 780}
@@ -83,6 +84,27 @@ def shoot(browser: Browser, url: str, shop: Shop, directory: Path) -> None:
     context.close()
 
 
+def shoot_flower(browser: Browser, stack: Stack, app: App, directory: Path) -> None:
+    """Flower with a fleet of three workers and 300 more runs."""
+    # What runs before Flower hears the workers is nobody's: all three must be there first.
+    page = browser.new_page(viewport=FLOWER)
+    page.goto(f"{stack.flower_url}/workers")
+    page.locator("#workers-online:text-is('3')").wait_for()
+    requests = [RunRequest(plan="checkout", input=ailing(number)) for number in range(300)]
+    for run in app.client.start_runs(requests):
+        app.client.wait_for_run(run.run_id)
+    page.locator("#workers-succeeded:text-is('280')").wait_for()
+    page.screenshot(path=directory / "flower-workers.png", animations="disabled")
+    page.goto(f"{stack.flower_url}/tasks")
+    page.locator("#tasks-table tbody tr").nth(9).wait_for()
+    page.screenshot(path=directory / "flower-tasks.png", animations="disabled")
+
+
+def ailing(number: int) -> dict[str, object]:
+    """The input of a run; one in fifteen fails."""
+    return {"order": number} | ({"lost": REASON} if number % 15 == 7 else {})
+
+
 def hide_paths(page: Page) -> None:
     """Where this copy of the sources lies is nobody's business."""
     page.locator("pre.traceback").evaluate_all(
@@ -99,9 +121,10 @@ def main(directory: Path) -> None:
             Path(temporary) / "stack",
             ephemeral=True,
             app_name="tests.browser.app:app",
-            workers=1,
-            concurrency=2,
+            workers=3,
+            concurrency=1,
             api_port=0,
+            flower_port=0,
         )
         with stack, chromium.launched() as browser:
             stack.start()
@@ -109,6 +132,7 @@ def main(directory: Path) -> None:
             gates = Path(temporary) / "gates"
             gates.mkdir()
             try:
+                shoot_flower(browser, stack, app, directory)
                 shoot(browser, stack.api_url, Shop(app, gates), directory)
             finally:
                 app.close()

@@ -12,7 +12,7 @@ const TICK = 250;
 
 export async function showRun(page, runId) {
   const path = `/v1/runs/${encodeURIComponent(runId)}`;
-  const [first, plans] = await Promise.all([call(path), call("/v1/plans")]);
+  const [first, plans, links] = await Promise.all([call(path), call("/v1/plans"), call("/links")]);
   if (page.left) return;
   let run = first;
   const said = document.getElementById("said");
@@ -126,6 +126,7 @@ export async function showRun(page, runId) {
       const tags = Object.entries(run.tags).map(([name, text]) => `${name}=${text}`);
       if (tags.length) entries.push(["Tags", el("span", {}, ...tags.map((tag) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag })}` }, tag)))]);
       if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
+      if (links.flower) entries.push(["In", el("a", { href: `${links.flower.replace(/\/$/, "")}/task/${encodeURIComponent(runId)}` }, "Flower")]);
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));

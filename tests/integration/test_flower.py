@@ -1,0 +1,196 @@
+"""Flower as a process: what it knows of runs, who may see it and who may change something."""
+
+import base64
+import http.client
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from jobs import App
+from jobs.dev import Child
+from jobs.flower import FleetState
+from jobs.services import free_port
+from jobs.testing import Kit
+from orchestrator.events import Event
+
+PASSWORD = "operator:secret"
+
+
+class FlowerClient:
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def get(self, path: str, *, password: str = PASSWORD, method: str = "GET") -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            secret = base64.b64encode(password.encode()).decode()
+            connection.request(method, path, headers={"Authorization": f"Basic {secret}"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def tasks_when(self, enough: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Flower's tasks once they are what the test waits for."""
+        deadline = monotonic() + 30
+        while not enough(found := json.loads(self.get("/api/tasks?limit=1000")[1])):
+            assert monotonic() < deadline, found
+        return found
+
+
+@pytest.fixture
+def flower(beatless_app: App, tmp_path: Path) -> Iterator[Callable[..., FlowerClient]]:
+    children: list[Child] = []
+
+    def start(*arguments: str) -> FlowerClient:
+        port = free_port()
+        child = Child(
+            "flower",
+            ["flower", "--port", str(port), "--basic-auth", PASSWORD, *arguments],
+            environ=os.environ
+            | beatless_app.settings.to_env()
+            | {"BEATLESS_APP": "tests.plans:app"},
+            log=tmp_path / "flower.log",
+        )
+        children.append(child)
+        child.start()
+        child.wait_ready()
+        return FlowerClient(port)
+
+    yield start
+    for child in children:
+        child.terminate()
+        child.reap(monotonic() + 5)
+
+
+def test_runs_are_tasks_and_steps_their_children(
+    beatless: Kit, flower: Callable[..., FlowerClient]
+) -> None:
+    before = beatless.start_run("two_steps", {"card": "4111"}).run_id
+    beatless.work_until_idle()
+    client = flower("--page-url", "http://page.example/", "--read-only")
+    client.tasks_when(lambda tasks: tasks.get(before, {}).get("state") == "SUCCESS")
+
+    ended = beatless.start_run("half", {"card": "4111"}).run_id
+    beatless.work_until_idle()
+    tasks = client.tasks_when(lambda tasks: tasks.get(ended, {}).get("state") == "FAILURE")
+    assert {name: (task["name"], task["state"]) for name, task in tasks.items()} == {
+        before: ("two_steps", "SUCCESS"),
+        f"{before}:first": ("two_steps/first", "SUCCESS"),
+        f"{before}:second": ("two_steps/second", "SUCCESS"),
+        ended: ("half", "FAILURE"),
+        f"{ended}:first": ("half/first", "SUCCESS"),
+        f"{ended}:half_second": ("half/half_second", "FAILURE"),
+    }
+    assert tasks[ended]["exception"] == "Fatal: with one"
+    step = tasks[f"{ended}:first"]
+    assert (step["root_id"], step["parent_id"]) == (ended, ended)
+    assert "4111" not in json.dumps(tasks)
+
+    page = client.get(f"/task/{ended}")[1]
+    assert f'href="http://page.example/#/run/{ended}"' in page
+    assert f'href="/task/{ended}%3Ahalf_second"' in page
+    assert client.get(f"/task/{ended}", password="operator:wrong")[0] == 401
+    assert client.get(f"/api/task/revoke/{ended}", method="POST")[0] == 403
+    assert "flower_events_total" in client.get("/metrics")[1]
+
+
+def test_without_steps_flower_shows_what_celery_tells(
+    beatless: Kit, flower: Callable[..., FlowerClient]
+) -> None:
+    client = flower("--no-steps")
+    run_id = beatless.start_run("two_steps").run_id
+    beatless.work_until_idle()
+    delivery = f"{run_id}.1"
+
+    def heard(tasks: dict[str, Any]) -> bool:
+        # Again and again: what is sent before Flower listens is lost, as Celery's events are.
+        with (
+            beatless.app.celery.connection_for_write() as broker,
+            beatless.app.celery.events.Dispatcher(broker, hostname="w1@host") as worker,
+        ):
+            worker.send("task-received", uuid=delivery, name="two_steps")
+        return delivery in tasks
+
+    assert list(client.tasks_when(heard)) == [delivery]
+
+
+def said(type: str, uuid: str, worker: str = "w1@host", **fields: Any) -> dict[str, Any]:
+    """What a worker says of a delivery, as Celery hands it on."""
+    return {
+        "type": type,
+        "uuid": uuid,
+        "hostname": worker,
+        "timestamp": 1000.0,
+        "local_received": 1000.0,
+        "clock": 1,
+        "pid": 1,
+        "utcoffset": 0,
+        **fields,
+    }
+
+
+def event(seq: int, type: str, step: str | None = None, **data: Any) -> Event:
+    return Event(
+        run_id="r", seq=seq, ts=1_000_000 + seq, type=type, source="worker", step=step, attempt=1,
+        data=data or None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("worker_first", [True, False])
+def test_a_worker_and_the_journal_tell_of_the_same_task(worker_first: bool) -> None:
+    state = FleetState()
+    told = [
+        lambda: state.event(said("task-received", "r.1", name="plan", root_id="r.1")),
+        lambda: state.event(said("task-started", "r.1")),
+        lambda: state.event(said("task-succeeded", "r.1", result="None", runtime=9.0)),
+    ]
+    journal = [
+        event(1, "RunStarted", plan="plan", queue="q"),
+        event(2, "StepStarted", "a"),
+        event(3, "StepFailed", "a", error={"type": "ValueError", "message": "no"}, retry_at=None),
+        event(4, "RunFinished", outcome="failed", error={"type": "ValueError", "message": "no"}),
+    ]
+    if worker_first:
+        for tell in told:
+            tell()
+    for one in journal:
+        state.journal(one)
+    if not worker_first:
+        for tell in told:
+            tell()
+    run, step = state.tasks["r"], state.tasks["r:a"]
+    assert (run.name, run.state, run.root_id) == ("plan", "FAILURE", "r")
+    assert (step.name, step.state, step.parent_id) == ("plan/a", "FAILURE", "r")
+    assert run.worker.hostname == step.worker.hostname == "w1@host"
+    assert {child.uuid for child in run.children} == {"r:a"}
+    assert sorted(state.tasks) == ["r", "r:a"]
+    assert state.counter["w1@host"] == {"task-received": 1, "task-started": 1, "task-failed": 1}
+
+
+def test_a_lost_worker_is_a_retry_of_the_run() -> None:
+    state = FleetState()
+    state.journal(event(1, "RunStarted", plan="plan"))
+    state.event(said("task-received", "r.1", name="plan"))
+    state.event(said("task-started", "r.1"))
+    state.event(said("task-failed", "r.1", exception="WorkerLostError()"))
+    assert state.tasks["r"].state == "RETRY"
+    state.event(said("task-received", "r.2", "w2@host", name="plan"))
+    state.event(said("task-started", "r.2", "w2@host"))
+    assert state.tasks["r"].state == "STARTED"
+    state.journal(event(2, "RunFinished", outcome="completed"))
+    state.event(said("task-failed", "r.1", exception="WorkerLostError()"))
+    assert state.tasks["r"].state == "SUCCESS"
+    assert state.counter["w2@host"]["task-succeeded"] == 1
+
+
+def test_tasks_that_are_no_runs_stay_as_they_are() -> None:
+    state = FleetState()
+    state.event(said("task-received", "0190-other", name="other"))
+    state.event(said("task-failed", "0190-other", exception="ValueError()"))
+    assert state.tasks["0190-other"].state == "FAILURE"
