@@ -217,6 +217,7 @@ export async function showRun(page, runId) {
     page.say("Ended", "ended");
     run = await call(path).catch(() => run);
     dirty = true;
+    log.draw();
     draw();
   }
 
