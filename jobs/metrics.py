@@ -11,6 +11,7 @@ import platform
 import re
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,7 +50,7 @@ PLACES = 1024
 QUEUES = 100
 """Queues that get a series of their own; the others share `other`: a start may name any."""
 
-SAMPLES = 8
+SAMPLES = 4
 """Messages of one batch whose way out of Postgres is timed: the first, the last, and between."""
 
 FRESH_SECONDS = 5.0
@@ -61,8 +62,10 @@ MESSAGES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 OUTCOMES = tuple(sorted(state.value for state in FINAL))
 ENDS = {EventType.STEP_FINISHED: "finished", EventType.STEP_FAILED: "failed"}
 
-START = re.compile(rb'"data":\{"plan": "([^"]*)", "queue": "([^"]*)"')
-CANCELLED = re.compile(rb'"type":"RunFinished","v":1,"source":"api","data":\{"plan": "([^"]*)"')
+# As Postgres builds them. Nothing in users' data looks like it: jsonb writes a space after a colon.
+STARTED = b'"type":"RunStarted","v":1,"source":"api","data":{"plan": "'
+CANCELLED = b'"type":"RunFinished","v":1,"source":"api","data":{"plan": "'
+QUEUE = b'", "queue": "'
 TIME = re.compile(rb'"ts":(\d+)')
 
 
@@ -259,28 +262,26 @@ class SharedCounts:
         memory = memoryview(mmap.mmap(-1, PLACES + PLACES * width * 8))
         self._used = memory[:PLACES]
         self._numbers = memory[PLACES:].cast("d")
-        self._mutex = threading.Lock()
-        self._place = 0
+        self.take(0)
 
     def take(self, place: int) -> None:
         """Count in this place from now on: after a fork, in the child."""
         self._mutex = threading.Lock()  # the parent's may have been held by a thread of its own
-        self._place = place % PLACES
+        self._start = place % PLACES * self._width
+        self._used[place % PLACES] = 1
 
     def add(self, family: Family, labels: Labels = (), amount: float = 1.0) -> None:
         offset = self._offsets.get((family.name, labels))
         if offset is not None:  # else of a plan that this app does not have
             with self._mutex:
-                self._used[self._place] = 1
-                self._numbers[self._place * self._width + offset] += amount
+                self._numbers[self._start + offset] += amount
 
     def observe(self, family: Family, value: float, labels: Labels = ()) -> None:
         offset = self._offsets.get((family.name, labels))
         if offset is None or family.bounds is None:
             return
-        start = self._place * self._width + offset
+        start = self._start + offset
         with self._mutex:
-            self._used[self._place] = 1
             self._numbers[start + bisect_left(family.bounds, value)] += 1
             self._numbers[start + len(family.bounds) + 1] += value
 
@@ -374,6 +375,8 @@ class WorkerCounts:
 class RelayCounts:
     """What a relay publishes, and what wakes it. Called as its observer.
 
+    It looks at the messages only if it is `active`: that somebody will ask.
+
     Every start of a run, and every run that was cancelled before a worker had it, passes here once,
     whoever wrote it: that is why they are counted here.
     """
@@ -408,10 +411,10 @@ class RelayCounts:
         self.counts.declare(LISTENER_UP)
 
     def __call__(self, name: str, facts: dict[str, Any]) -> None:
-        self.active = True
         match name:
             case "drained":
-                self._drained(facts)
+                if self.active:
+                    self._drained(facts)
             case "relay_woke":
                 self.counts.add(WAKEUPS, (facts["source"],))
             case "relay_watchdog":
@@ -439,37 +442,39 @@ class RelayCounts:
             self.counts.add(PUBLISHED, ("task",), len(messages))
         if not rows:
             return
-        events = len(rows)
-        for row in rows:
-            body = row.body
-            events += body.count(b"\n")
-            place = len(row.run_id) + 11  # after {"run_id":"…
-            if body[place : place + 10] == b'","seq":1,':
-                self._begun(body)
-            elif b'"type":"CancelRequested"' in body[place : place + 64]:
-                self._cancelled(body)
-        self.counts.add(PUBLISHED, ("event",), events)
+        # One search through the batch: a look at each row would cost a tenth of a drain.
+        batch = b"\n".join([row.body for row in rows])
+        self.counts.add(PUBLISHED, ("event",), batch.count(b"\n") + 1)
+        begun = Counter(
+            batch[place : batch.index(b'"', batch.index(QUEUE, place) + len(QUEUE))]
+            for place in _places(batch, STARTED)
+        )
+        for names, runs in begun.items():
+            plan, _, queue = names.decode().partition(QUEUE.decode())
+            self.counts.add(RUNS_STARTED, (self._known(plan), self._queue(queue)), runs)
+        for place in _places(batch, CANCELLED):
+            plan = batch[place : batch.index(b'"', place)].decode()
+            self.counts.add(RUNS_FINISHED, (self._known(plan), RunState.CANCELLED.value))
         now = self.clock()
         for place in {index * (len(rows) - 1) // (SAMPLES - 1) for index in range(SAMPLES)}:
             if written := TIME.search(rows[place].body):
                 self.counts.observe(LATENCY, max(0.0, now - int(written[1]) / 1000))
 
-    def _begun(self, body: bytes) -> None:
-        if found := START.search(body):
-            plan, queue = found[1].decode(), found[2].decode()
-            if queue not in self._queues and len(self._queues) < QUEUES:
-                self._queues.add(queue)
-            if queue not in self._queues:
-                queue = "other"
-            self.counts.add(RUNS_STARTED, (plan if plan in self._plans else "other", queue))
+    def _known(self, plan: str) -> str:
+        return plan if plan in self._plans else "other"
 
-    def _cancelled(self, body: bytes) -> None:
-        if found := CANCELLED.search(body):
-            plan = found[1].decode()
-            self.counts.add(
-                RUNS_FINISHED,
-                (plan if plan in self._plans else "other", RunState.CANCELLED.value),
-            )
+    def _queue(self, queue: str) -> str:
+        if len(self._queues) < QUEUES:
+            self._queues.add(queue)
+        return queue if queue in self._queues else "other"
+
+
+def _places(batch: bytes, pattern: bytes) -> Iterator[int]:
+    """Where something begins that follows the pattern."""
+    place = batch.find(pattern)
+    while place >= 0:
+        yield place + len(pattern)
+        place = batch.find(pattern, place + len(pattern))
 
 
 class StreamCounts:

@@ -78,9 +78,7 @@ class Tracing:
 
     def _idle(self) -> bool:
         """Whether nobody records spans here, and there is no trace to pass on."""
-        return isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider) and not (
-            trace.get_current_span().get_span_context().is_valid
-        )
+        return not _recording() and not trace.get_current_span().get_span_context().is_valid
 
     @contextmanager
     def _start_span(
@@ -182,7 +180,7 @@ class Publications:
         self._known: OrderedDict[bytes, context.Context] = OrderedDict()
 
     def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
-        if name != "drained" or self._tracer is None:
+        if name != "drained" or self._tracer is None or not _recording():
             return
         now = time_ns()
         for row in facts["rows"]:
@@ -217,6 +215,11 @@ class Publications:
             attributes={"beatless.seq": int(seq[1]), "beatless.events": body.count(b"\n") + 1},
         )
         span.end(now)
+
+
+def _recording() -> bool:
+    """Whether this process has a provider of spans."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 def _traceparent() -> str | None:

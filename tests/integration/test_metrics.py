@@ -53,6 +53,7 @@ def fetch(url: str) -> Scrape:
 
 
 def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_app: App) -> None:
+    beatless_app.metrics.relay.active = True
     create_api(beatless_app)
     done = [beatless.start_run("two_steps") for _ in range(3)]
     beatless.start_run("fatally")
@@ -113,6 +114,7 @@ def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_ap
 
 
 def test_a_retry_counts_as_a_redispatch_with_its_reason(beatless: Kit, beatless_app: App) -> None:
+    beatless_app.metrics.relay.active = True
     beatless.start_run("retries", {"failures": 1})
     beatless.work_until_idle()
     beatless.advance(60)
@@ -148,6 +150,7 @@ def test_a_publisher_that_refuses_is_counted(beatless_app: App) -> None:
         broker_url=beatless_app.settings.redis_url,
     )
     app = App(settings, list(beatless_app.plans.values()))
+    app.metrics.relay.active = True
     app.client.start_run("two_steps")
     relay = app.relay()
     relay.drain_once()
@@ -156,7 +159,8 @@ def test_a_publisher_that_refuses_is_counted(beatless_app: App) -> None:
 
     found = scrape(app.metrics.registry)
 
-    assert found.value("beatless_outbox_publish_failures_total", kind="event") == 1
+    # On a slow machine the back-off is over while the drain still goes on.
+    assert (found.value("beatless_outbox_publish_failures_total", kind="event") or 0) >= 1
     assert found.value("beatless_outbox_publish_failures_total", kind="task") == 0
     assert found.value("beatless_outbox_published_total", kind="event") == 0
     assert found.value("beatless_outbox_published_total", kind="task") == 1
@@ -208,6 +212,7 @@ def test_every_metric_is_documented(beatless_app: App) -> None:
 
 
 def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) -> None:
+    beatless_app.metrics.relay.active = True
     for number in range(QUEUES + 2):
         beatless.start_run("two_steps", queue=f"q{number}", delay=3600)
     beatless.drain_outbox_once()
@@ -237,9 +242,9 @@ def metrics_url(log: Path) -> str:
 
 def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) -> None:
     relay = beatless.relay_process(APP, metrics_port=0)
-    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0)
+    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0, lease_seconds=1)
     runs = [beatless.start_run("two_steps") for _ in range(20)]
-    killed = beatless.start_run("ledger", {"ledger": str(worker.log) + ".ledger", "kills": 0})
+    killed = beatless.start_run("ledger", {"ledger": str(worker.log) + ".ledger", "kills": 1})
     for run in (*runs, killed):
         beatless.wait_for_run_completion(run.run_id)
     beatless.wait_for_outbox_flush(killed.run_id)
@@ -250,6 +255,10 @@ def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) 
     assert at_worker.value(name, plan="two_steps", outcome="completed") == 20
     name = "beatless_step_duration_seconds_count"
     assert at_worker.value(name, plan="two_steps", step="second") == 20
+    name = "beatless_step_attempts_total"
+    for step in "abc":  # the child that finished `a` was killed in `b`
+        assert at_worker.value(name, plan="ledger", step=step, outcome="finished") == 1, step
+    assert at_relay.value("beatless_redispatch_total", reason="lease") == 1
     assert at_worker.value("beatless_relay_listener_up") is None
     name = "beatless_runs_started_total"
     assert at_relay.value(name, plan="two_steps", queue="default") == 20
