@@ -174,7 +174,7 @@ def test_an_api_that_is_not_there(monkeypatch) -> None:
         Client.from_env()
 
 
-def test_streams_from_every_seq(beatless: Kit, client: Client) -> None:
+def test_streams_from_any_seq(beatless: Kit, client: Client) -> None:
     run = beatless.start_run("agents.run")
     beatless.work_until_idle()
     everything = beatless.client.events(run.run_id)
@@ -182,7 +182,7 @@ def test_streams_from_every_seq(beatless: Kit, client: Client) -> None:
     async def follow(seq: int) -> list[Event]:
         return [event async for event in client.astream_run(run.run_id, seq)]
 
-    for seq in range(14):
+    for seq in (0, 1, 6, 12, 13):
         assert list(client.stream_run(run.run_id, seq)) == everything[seq:]
         assert asyncio.run(follow(seq)) == everything[seq:]
 
