@@ -90,6 +90,10 @@ bench-retention: $(STAMP) ## Measure retention in batches beside partitions (3 m
 bench-fanout: $(STAMP) ## Measure 2,000 viewers of two API processes (3 minutes)
 	$(BIN)/python -m benchmarks.fanout
 
+bench-capacity: $(STAMP) ## Measure connections, memory, disk and WAL; write the tables of docs/operations.md
+	$(BIN)/python -m benchmarks.capacity
+	$(BIN)/python -m benchmarks.table
+
 bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $*
 

@@ -1,20 +1,27 @@
-"""What a fleet needs: connections, memory, disk and WAL: `python -m benchmarks.capacity`.
+"""What a fleet needs: connections, memory, disk, WAL: `python -m benchmarks.capacity`, 2 minutes.
 
-The figures of the tables in docs/operations.md. Counts and bytes, no times.
+Writes the tables in docs/operations.md too; `--table` only does that. Counts and bytes, no times:
+other work on the machine does not change them.
 """
 
+import json
 import re
+import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import Bench, record, services
+from benchmarks.measure import RESULTS, Bench, record, services
 from jobs import App
 from jobs.demo import PLANS
 from jobs.testing import Kit
 
-RUNS = 2000
+PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
+BEGIN, END = "<!-- capacity: made by benchmarks/capacity.py -->", "<!-- capacity: end -->"
+RUNS = 500
 REPEATS = 3
 CHILDREN = 4
 
@@ -34,21 +41,23 @@ def children(pid: int) -> list[int]:
 
 def sessions(bench: Bench, name: str) -> int:
     row = bench.db.execute(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", (name,)
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s", (name,)
     ).fetchone()
     assert row
     return int(row[0])
 
 
-def disk(bench: Bench) -> tuple[int, int]:
-    """Bytes of all tables with their indexes, and the position in the WAL."""
+def spent(bench: Bench) -> dict[str, int]:
+    """Bytes of all tables with their indexes, of WAL, and to Redis; commits that were flushed."""
     row = bench.db.execute(
         "SELECT sum(pg_total_relation_size(c.oid))::bigint, "
         "pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint FROM pg_class c "
         "WHERE relkind = 'r' AND relnamespace = 'bench'::regnamespace"
     ).fetchone()
     assert row
-    return int(row[0]), int(row[1])
+    with bench.app.redis() as client:
+        received = client.info("stats")["total_net_input_bytes"]
+    return {"disk": int(row[0]), "wal": int(row[1]), "redis": int(received)}
 
 
 def run_all(kit: Kit, count: int) -> None:
@@ -59,10 +68,10 @@ def run_all(kit: Kit, count: int) -> None:
 def processes(bench: Bench) -> None:
     """Memory and connections of each process, after it has worked."""
     found: dict[str, list[float]] = {}
-    for _ in range(REPEATS):
+    for repeat in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             settings = replace(bench.settings, lease_seconds=30.0)
-            kit = Kit(App(settings, PLANS), directory=Path(folder))
+            kit = Kit(App(settings, PLANS), run_prefix=f"r{repeat}", directory=Path(folder))
             stack.callback(kit.close)
             relay = kit.relay_process("")
             worker = kit.worker_process("", concurrency=CHILDREN)
@@ -70,9 +79,9 @@ def processes(bench: Bench) -> None:
             pool = children(worker.pid)
             memory = [megabytes(child) for child in pool]
             for key, value in (
-                ("relay.connections", sessions(bench, "beatless relay")),
+                ("relay.connections", sessions(bench, "beatless relay%")),
                 ("relay.memory", megabytes(relay.pid)),
-                ("worker.connections", sessions(bench, "beatless worker") / len(pool)),
+                ("worker.connections", sessions(bench, "beatless worker%") / len(pool)),
                 ("worker.memory", megabytes(worker.pid)),
                 ("child.memory", sum(memory) / len(memory)),
             ):
@@ -92,24 +101,28 @@ def processes(bench: Bench) -> None:
 
 
 def bytes_of_runs(bench: Bench) -> None:
-    """Disk and WAL of a run of 13 events with small results, in process."""
-    kit = Kit(App(bench.settings, PLANS))
-    stored, logged = [], []
+    """What a run of 13 events with small results costs, in process."""
+    app = App(bench.settings, PLANS)
+    app.celery.conf.broker_transport_options["polling_interval"] = 0.05
+    kit = Kit(app)
+    found: dict[str, list[float]] = {"disk": [], "wal": [], "redis": []}
     try:
         run_all_in_process(kit, 200)  # the first pages
         for _ in range(REPEATS):
             bench.db.execute("CHECKPOINT")
-            before = disk(bench)
+            before = spent(bench)
             run_all_in_process(kit, RUNS)
-            after = disk(bench)
-            stored.append((after[0] - before[0]) / RUNS)
-            logged.append((after[1] - before[1]) / RUNS)
+            after = spent(bench)
+            for key, values in found.items():
+                values.append((after[key] - before[key]) / RUNS)
     finally:
         kit.close()
-    record("capacity.disk", stored, unit="bytes", what="disk of a run of 13 events, with indexes")
-    record(
-        "capacity.wal", logged, unit="bytes", what="WAL of a run of 13 events, after a checkpoint"
-    )
+    for key, what in (
+        ("disk", "disk of a run of 13 events, with indexes"),
+        ("wal", "WAL of a run of 13 events, from a checkpoint on"),
+        ("redis", "bytes to Redis of a run of 13 events, broker and pub/sub"),
+    ):
+        record(f"capacity.{key}", found[key], unit="bytes", what=what)
 
 
 def run_all_in_process(kit: Kit, count: int) -> None:
@@ -118,11 +131,42 @@ def run_all_in_process(kit: Kit, count: int) -> None:
     kit.work_until_idle()
 
 
+def page(text: str, results: Mapping[str, Any]) -> str:
+    """The runbook with its table made from the results."""
+    value = {
+        key.removeprefix("capacity."): found["value"]
+        for key, found in results.items()
+        if key.startswith("capacity.")
+    }
+    rows = [
+        ("a relay", f"{value['relay.connections']:.0f}", f"{value['relay.memory']:.0f} MB"),
+        ("a worker's main process", "0", f"{value['worker.memory']:.0f} MB"),
+        (
+            "each child of it",
+            f"{value['worker.connections']:.0f}",
+            f"{value['child.memory']:.0f} MB, and what your steps need",
+        ),
+    ]
+    lines = ["| process | connections to Postgres | memory |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "| 13 events | a run | 1,000 runs/s | a day of that |", "|---|---|---|---|"]
+    for key, name in (("disk", "disk"), ("wal", "WAL"), ("redis", "to Redis")):
+        each = value[key]
+        lines.append(
+            f"| {name} | {each / 1000:.1f} kB | {each * 1000 / 1e6:.0f} MB/s | "
+            f"{each * 1000 * 86400 / 1e12:.2f} TB |"
+        )
+    begin, end = (text.index(mark) for mark in (BEGIN, END))
+    return text[:begin] + "\n".join([BEGIN, "", *lines, "", ""]) + text[end:]
+
+
 def main() -> None:
-    with services() as bench:
-        processes(bench)
-    with services() as bench:
-        bytes_of_runs(bench)
+    if sys.argv[1:] != ["--table"]:
+        with services() as bench:
+            processes(bench)
+        with services() as bench:
+            bytes_of_runs(bench)
+    PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,22 @@ class Fleet:
             ticking.wait(1)
         raise AssertionError(self.compose("logs", "api"))
 
+    def wait_healthy(self) -> None:
+        """Until every service that is asked whether it does its work has said so."""
+        ticking = threading.Event()
+        states: dict[str, str] = {}
+        for _ in range(PATIENCE):
+            for service in ("postgres", "valkey", "relay", "worker", "api", "flower"):
+                for container in self.containers(service):
+                    asked = ["docker", "inspect", "-f", "{{.State.Health.Status}}", container]
+                    said = subprocess.run(asked, capture_output=True, text=True, check=True)
+                    states[f"{service} {container[:8]}"] = said.stdout.strip()
+            if set(states.values()) == {"healthy"}:
+                return
+            seen, states = states, {}
+            ticking.wait(1)
+        raise AssertionError(seen)
+
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
@@ -154,7 +170,7 @@ def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet
     start(RUNS // 5)
     for service in ("worker", "relay", "valkey"):
         fleet.compose("restart", "--timeout", "5", service)
-    for service in ("postgres", "api"):
+    for service in ("postgres", "api", "flower"):
         fleet.compose("restart", "--timeout", "10", service)
     fleet.wait_ready()
     start(RUNS - started)
@@ -165,6 +181,8 @@ def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet
         assert [event["seq"] for event in viewer.events] == list(range(1, 14))
     assert any(viewer.reconnects > 1 for viewer in viewers)
     fleet.compose("exec", "-T", "relay", "beatless", "verify", "--all")
+    fleet.wait_healthy()
+    fleet.compose("exec", "-T", "relay", "beatless", "doctor")
 
 
 def test_flower_asks_for_a_password(fleet: Fleet) -> None:

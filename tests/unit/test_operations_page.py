@@ -1,0 +1,51 @@
+"""The runbook: its figures are those that were measured, and what it names is there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.capacity import PAGE, page
+from benchmarks.measure import RESULTS
+from outbox.message import SHARDS
+
+
+def results() -> dict:
+    return json.loads(RESULTS.read_text())
+
+
+def test_its_tables_are_made_from_the_results() -> None:
+    assert page(PAGE.read_text(), results()) == PAGE.read_text()
+
+
+@pytest.mark.parametrize("key", [key for key in results() if key.startswith("capacity.")])
+def test_another_result_is_another_page(key: str) -> None:
+    changed = results()
+    changed[key]["value"] = changed[key]["value"] * 3 + 1
+    assert page(PAGE.read_text(), changed) != PAGE.read_text()
+
+
+def test_connections_are_what_the_settings_page_says() -> None:
+    found = results()
+    assert found["capacity.relay.connections"]["value"] == 3
+    assert found["capacity.worker.connections"]["value"] == 1
+    settings = (PAGE.parent / "settings.md").read_text()
+    assert "| relay | 3 direct;" in settings
+    assert "| worker child (or thread) | 1;" in settings
+    assert f"there are {SHARDS} shards" in PAGE.read_text()
+
+
+def test_its_links_lead_somewhere() -> None:
+    text = PAGE.read_text()
+    sections = {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("## ")
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path:
+            assert (PAGE.parent / path).exists(), target
+        else:
+            assert anchor in sections, target
