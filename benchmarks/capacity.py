@@ -1,26 +1,21 @@
 """What a fleet needs: connections, memory, disk, WAL: `python -m benchmarks.capacity`, 2 minutes.
 
-Writes the tables in docs/operations.md too; `--table` only does that. Counts and bytes, no times:
-other work on the machine does not change them.
+Writes the tables in docs/operations.md too. Counts and bytes, no times: other work on the machine
+does not change them.
 """
 
-import json
 import re
-import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import RESULTS, Bench, record, services
+from benchmarks import runbook
+from benchmarks.measure import Bench, record, services
 from jobs import App
 from jobs.demo import PLANS
 from jobs.testing import Kit
 
-PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
-BEGIN, END = "<!-- capacity: made by benchmarks/capacity.py -->", "<!-- capacity: end -->"
 RUNS = 500
 REPEATS = 3
 CHILDREN = 4
@@ -101,22 +96,21 @@ def processes(bench: Bench) -> None:
 
 
 def bytes_of_runs(bench: Bench) -> None:
-    """What a run of 13 events with small results costs, in process."""
-    app = App(bench.settings, PLANS)
-    app.celery.conf.broker_transport_options["polling_interval"] = 0.05
-    kit = Kit(app)
+    """What a run of 13 events with small results costs, with a relay and a worker."""
     found: dict[str, list[float]] = {"disk": [], "wal": [], "redis": []}
-    try:
-        run_all_in_process(kit, 200)  # the first pages
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        kit = Kit(App(bench.settings, PLANS), directory=Path(folder))
+        stack.callback(kit.close)
+        kit.relay_process("")
+        kit.worker_process("", concurrency=CHILDREN)
+        run_all(kit, 200)  # the first pages
         for _ in range(REPEATS):
             bench.db.execute("CHECKPOINT")
             before = spent(bench)
-            run_all_in_process(kit, RUNS)
+            run_all(kit, RUNS)
             after = spent(bench)
             for key, values in found.items():
                 values.append((after[key] - before[key]) / RUNS)
-    finally:
-        kit.close()
     for key, what in (
         ("disk", "disk of a run of 13 events, with indexes"),
         ("wal", "WAL of a run of 13 events, from a checkpoint on"),
@@ -125,48 +119,12 @@ def bytes_of_runs(bench: Bench) -> None:
         record(f"capacity.{key}", found[key], unit="bytes", what=what)
 
 
-def run_all_in_process(kit: Kit, count: int) -> None:
-    for _ in range(count):
-        kit.start_run("agents.run")
-    kit.work_until_idle()
-
-
-def page(text: str, results: Mapping[str, Any]) -> str:
-    """The runbook with its table made from the results."""
-    value = {
-        key.removeprefix("capacity."): found["value"]
-        for key, found in results.items()
-        if key.startswith("capacity.")
-    }
-    rows = [
-        ("a relay", f"{value['relay.connections']:.0f}", f"{value['relay.memory']:.0f} MB"),
-        ("a worker's main process", "0", f"{value['worker.memory']:.0f} MB"),
-        (
-            "each child of it",
-            f"{value['worker.connections']:.0f}",
-            f"{value['child.memory']:.0f} MB, and what your steps need",
-        ),
-    ]
-    lines = ["| process | connections to Postgres | memory |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", "| 13 events | a run | 1,000 runs/s | a day of that |", "|---|---|---|---|"]
-    for key, name in (("disk", "disk"), ("wal", "WAL"), ("redis", "to Redis")):
-        each = value[key]
-        lines.append(
-            f"| {name} | {each / 1000:.1f} kB | {each * 1000 / 1e6:.0f} MB/s | "
-            f"{each * 1000 * 86400 / 1e12:.2f} TB |"
-        )
-    begin, end = (text.index(mark) for mark in (BEGIN, END))
-    return text[:begin] + "\n".join([BEGIN, "", *lines, "", ""]) + text[end:]
-
-
 def main() -> None:
-    if sys.argv[1:] != ["--table"]:
-        with services() as bench:
-            processes(bench)
-        with services() as bench:
-            bytes_of_runs(bench)
-    PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    with services() as bench:
+        processes(bench)
+    with services() as bench:
+        bytes_of_runs(bench)
+    runbook.main()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from benchmarks.capacity import PAGE, page
-from benchmarks.measure import RESULTS
+from benchmarks.runbook import PAGE, RESULTS, page
 from outbox.message import SHARDS
 
 
