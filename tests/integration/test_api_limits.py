@@ -29,7 +29,7 @@ def body(response: http.client.HTTPResponse) -> bytes:
 
 
 def test_a_body_without_a_length_is_cut_off_too(api: Api) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=60)
     chunks = (b"[" + b"1," * 500_000 for _ in range(3))
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/runs", chunks, headers, encode_chunked=True)

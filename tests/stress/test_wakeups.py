@@ -238,7 +238,7 @@ def test_relay_processes_killed_with_sigkill_lose_and_reorder_nothing(
 
     with closing(client.pubsub(ignore_subscribe_messages=True)) as ear:
         ear.psubscribe(channel_for(beatless_app.settings.prefix, "*"))
-        ear.get_message(timeout=5)
+        ear.get_message(timeout=60)
         hearing = threading.Thread(target=hear)
         hearing.start()
         relays = [beatless.relay_process("tests.plans:app") for _ in range(2)]
@@ -262,7 +262,7 @@ def test_relay_processes_killed_with_sigkill_lose_and_reorder_nothing(
                 writer.join()
         came = empty_in_time(postgres, GRACE) and complete.wait(GRACE)
         complete.set()
-        hearing.join(10)
+        hearing.join(60)
     assert came, "a wake-up was lost"
     for name in names:
         assert first_arrivals(heard[name]) == list(range(1, each + 1))
