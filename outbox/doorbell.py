@@ -266,7 +266,8 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
         if self._watching is not None:
             if self.watch.pgconn.is_busy():
                 self.watch.cancel_safe(timeout=PATIENCE)
-            _finish(self.watch, ignore=pg_errors.QueryCanceled)
+            # Granted in the same moment is news all the same: the others may not have noticed.
+            self.watch_granted |= _finish(self.watch, ignore=pg_errors.QueryCanceled)
             self.watch.execute("SELECT pg_advisory_unlock_all()")
         self._watching = shard
         if shard is not None:
@@ -311,17 +312,20 @@ def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:
     )
 
 
-def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> None:
-    """Take the results of a statement that was sent without waiting, and check them."""
+def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> bool:
+    """Take the results of a statement that was sent without waiting; whether it had success."""
     pgconn = connection.pgconn
     deadline = monotonic() + PATIENCE
     while pgconn.is_busy():
         if not select.select([connection], [], [], deadline - monotonic())[0]:
             raise psycopg.OperationalError("a session of the relay does not answer")
         pgconn.consume_input()
+    done = True
     while result := pgconn.get_result():
         if result.status in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
             continue
+        done = False
         error = psycopg.errors.error_from_result(result)
         if ignore is None or not isinstance(error, ignore):
             raise error
+    return done

@@ -698,7 +698,9 @@ class Shift:
             sessions.announce()
         self._relay._observer("relay_leads", {"shards": self._shards})
         ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
-        others, _ = self._holders()
+        others, still = self._holders()
+        if still != members:
+            sessions.members_changed = True  # who went since the count was watched by nobody
         theirs = [(ring.index(pid), shard) for shard, pid in others.items() if pid in ring]
         sessions.watch_shard(min(theirs)[1] if theirs else None)
 
