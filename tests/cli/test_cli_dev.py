@@ -21,7 +21,7 @@ class Dev:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.directory = directory
         self.process = subprocess.Popen(
-            beatless("dev", "--flower-port", "0", *arguments),
+            beatless("dev", "--port", "0", "--flower-port", "0", *arguments),
             cwd=directory,
             env=environ(),
             stdout=subprocess.PIPE,
