@@ -53,7 +53,7 @@ def path(beatless_services: Services) -> Iterator[Proxy]:
 @pytest.fixture
 def proxied(beatless_app: App, path: Proxy, tmp_path: Path) -> Iterator[Kit]:
     """The test's app, whose Postgres is behind the proxy."""
-    url = make_url(beatless_app.settings.database_url).set(port=path.port)
+    url = make_url(beatless_app.settings.database_url).set(host="127.0.0.1", port=path.port)
     kit = Kit(at(beatless_app, url.render_as_string(hide_password=False)), directory=tmp_path)
     yield kit
     kit.close()
