@@ -32,6 +32,7 @@ from orchestrator import (
     Snooze,
     StepContext,
     StepTimeout,
+    WorkerStops,
     retry,
     step,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "UnknownPlan",
     "Unreachable",
     "WaitTimeout",
+    "WorkerStops",
     "retry",
     "step",
 ]

@@ -21,7 +21,7 @@ from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
 from jobs.tasks import register
 from jobs.tracing import Publications, Tracing
-from jobs.worker import Alive, Executors, MetricsListener, Replacements, celery_settings
+from jobs.worker import Alive, Executors, Farewell, MetricsListener, Replacements, celery_settings
 from orchestrator.journal import Journal
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, PlanError
@@ -108,6 +108,7 @@ class App:
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
+        self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)

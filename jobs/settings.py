@@ -46,6 +46,8 @@ class Settings:
     """How long a dead worker's run waits for another worker."""
     redispatch_seconds: float = _setting("15", float, default=15.0)
     """How long a sent message may stay unclaimed before it is sent again."""
+    grace_seconds: float = _setting("20", float, default=20.0)
+    """How long a worker that was told to stop lets its steps go on."""
     max_event_bytes: int = _setting("262144", int, default=262_144)
     retention_days: float = _setting("30", float, default=30.0)
     """How long the events of an ended run are kept; 0: for ever."""
@@ -63,7 +65,7 @@ class Settings:
         for name in ("schema", "prefix"):
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
-        for name in ("lease_seconds", "redispatch_seconds", "max_event_bytes"):
+        for name in ("lease_seconds", "redispatch_seconds", "grace_seconds", "max_event_bytes"):
             if not 0 < (number := getattr(self, name)) < 1e9:
                 self._refuse(name, f"is {number!r}, which is not a number above 0")
         if self.max_event_bytes < LEAST_EVENT_BYTES:

@@ -51,7 +51,7 @@ WITH run AS MATERIALIZED (
          count(*) FILTER (WHERE type = 'StepFinished') AS finishes,
          count(*) FILTER (WHERE type = 'StepFailed') AS failures,
          count(*) FILTER (WHERE type = 'DebugTrace' AND data ->> 'name' IN
-           ('beatless.snoozed', 'beatless.connection_lost')) AS repeats,
+           ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost')) AS repeats,
          min(seq) FILTER (WHERE type = 'StepFinished') AS finished_seq,
          max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step

@@ -8,10 +8,14 @@ import logging
 import mmap
 import os
 import secrets
+import select
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar, Self
 from wsgiref.simple_server import WSGIServer
@@ -23,6 +27,7 @@ from celery import Celery, bootsteps, signals
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
 
+from jobs.errors import BadRequest
 from jobs.logs import Format
 from jobs.metrics import Metrics, WorkerCounts, both, listen
 from jobs.settings import Settings, libpq_url
@@ -104,6 +109,13 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
     }
 
 
+FAREWELL = 5.0
+"""Seconds after the grace in which a worker ends, whatever hangs in it."""
+
+TOUCH_EVERY = 5.0
+"""Seconds between two touches of the ready file."""
+
+
 def queues_of(settings: Settings, names: Sequence[str]) -> list[Queue]:
     """The broker's queues for our queue names."""
     return [worker_queue(settings.prefix, name) for name in names]
@@ -112,14 +124,32 @@ def queues_of(settings: Settings, names: Sequence[str]) -> list[Queue]:
 class Draining(threading.Event):
     """Tells all children of a worker to give their runs back at the next boundary.
 
-    One byte of memory shared across fork: nothing that a killed child could leave locked.
+    One byte of memory shared across fork, and a pipe that nobody reads for who waits in another
+    process: nothing that a killed child could leave locked.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._shared = mmap.mmap(-1, 1)
+        self._pipe: tuple[int, int] | None = None
+
+    @property
+    def prepared(self) -> bool:
+        return self._pipe is not None
+
+    def prepare(self) -> None:
+        """Before the fork: from now on `announced` can be waited for."""
+        if self._pipe is None:
+            self._pipe = os.pipe()
+
+    def announced(self) -> None:
+        """Return when it is set, in whichever process of this worker."""
+        if self._pipe is not None:
+            select.select([self._pipe[0]], [], [])
 
     def set(self) -> None:
+        if self._pipe is not None and not self.is_set():
+            os.write(self._pipe[1], b"!")
         self._shared[0] = 1
         super().set()
 
@@ -191,9 +221,22 @@ class Executors:
         pool_child = current_process().name != "MainProcess"
         self._counts.counts.take(getattr(current_process(), "index", 0))
         self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
+        if self.draining.prepared:
+            threading.Thread(
+                target=self._end_of_grace,
+                args=(self._watchdog,),
+                name="beatless-grace",
+                daemon=True,
+            ).start()
         # Never the host name alone: a restarted container has the name of the one that died.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._pid = os.getpid()
+
+    def _end_of_grace(self, watchdog: Watchdog) -> None:
+        self.draining.announced()
+        # A process whose runs all end before has ended with them.
+        threading.Event().wait(self._settings.grace_seconds)
+        watchdog.stop_all()
 
     def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
         """An executor of its own, for a caller that looks after it."""
@@ -263,6 +306,116 @@ class Alive(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no typ
             hub.call_repeatedly(supervisor.interval, supervisor.alive)
 
 
+class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Ends a worker within its grace: runs are given back, at a boundary or in a step.
+
+    1. told to stop: children give their runs back when the step in flight has ended
+    2. after the grace: each process ends its steps, as the watchdog does, and gives the runs back
+    3. `FAREWELL` seconds later, if a thread or a child still hangs: the worker ends all the same
+    """
+
+    requires = frozenset({"celery.worker.components:Timer"})
+    draining: ClassVar[Draining]
+    settings: ClassVar[Settings]
+
+    @classmethod
+    def of(cls, draining: Draining, settings: Settings) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"draining": draining, "settings": settings})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.draining.prepare()
+
+    def start(self, _worker: Any) -> None:
+        signals.worker_shutting_down.connect(self._give_back)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_shutting_down.disconnect(self._give_back)
+
+    terminate = stop
+
+    def close(self, _worker: Any) -> None:
+        """Stopped by a control command, as from Flower: no signal was sent."""
+        if threading.current_thread() is threading.main_thread():  # not one embedded in a test
+            self._give_back()
+
+    def _give_back(self, **_: Any) -> None:
+        if self.draining.is_set():
+            return
+        self.draining.set()
+        logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
+        last = threading.Timer(self.settings.grace_seconds + FAREWELL, self._leave)
+        last.daemon = True  # nothing hangs if the process ends before
+        last.start()
+
+    def _leave(self) -> None:
+        logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
+        os._exit(0)  # what hangs is fenced, or its lease runs out
+
+
+class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """A file that is there while the worker takes runs, and young while its event loop turns.
+
+    Whoever starts the worker makes it when the worker is ready.
+    """
+
+    requires = frozenset({"celery.worker.components:Timer"})
+    path: ClassVar[Path]
+
+    @classmethod
+    def of(cls, path: Path) -> type[Self]:
+        """The step of one worker: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"path": path})
+
+    def start(self, worker: Any) -> None:
+        self.path.unlink(missing_ok=True)  # of one that was killed
+        worker.timer.call_repeatedly(TOUCH_EVERY, self._touch)
+        signals.worker_shutting_down.connect(self._gone)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_shutting_down.disconnect(self._gone)
+        self._gone()
+
+    terminate = stop
+
+    def _touch(self) -> None:
+        with suppress(FileNotFoundError):  # it went when the worker was told to stop
+            os.utime(self.path)
+
+    def _gone(self, **_: Any) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class WeightedCycle:
+    """In which order a worker asks for its queues: each gets its share of what the worker takes.
+
+    Stride scheduling (Waldspurger and Weihl, 1995): a queue moves on by 1 / weight when a run of it
+    was taken, and who is least far on is asked first. One that had nothing does not save up.
+    """
+
+    def __init__(self, weights: Mapping[str, int]) -> None:
+        self._weights = weights
+        self._reached = dict.fromkeys(weights, 0.0)
+        self._active: list[str] = []
+
+    def update(self, queues: Iterable[str]) -> None:
+        """The queues that are consumed from now."""
+        self._active = list(queues)
+
+    def consume(self, count: int) -> list[str]:
+        """All queues, the one to look at first at the front."""
+        return sorted(self._active, key=lambda queue: self._reached.get(queue, 0.0))[:count]
+
+    def rotate(self, last_used: str) -> str:
+        """A message of this queue was taken: those before it in the order had none."""
+        reached = self._reached.get(last_used, 0.0)
+        for queue, other in self._reached.items():
+            self._reached[queue] = max(other, reached)
+        self._reached[last_used] = reached + 1 / self._weights.get(last_used, 1)
+        return last_used
+
+
 class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Serves a worker's metrics from its main process, if the settings name a port."""
 
@@ -307,21 +460,29 @@ class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery 
 def run_worker(
     celery: Celery,
     settings: Settings,
-    draining: Draining,
     *,
-    queues: Sequence[str] = (),
+    queues: Mapping[str, int] | None = None,
     concurrency: int | None = None,
+    ready_file: Path | None = None,
     arguments: Sequence[str] = (),
 ) -> int:
-    """Run a Celery worker in this process until it is told to stop; its exit status."""
+    """Run a Celery worker in this process until it is told to stop; its exit status.
+
+    `queues` have weights. Raises BadRequest for weights that differ on another broker than Redis,
+    which itself decides what a worker gets next.
+    """
     if queues:
-        celery.conf.task_queues = queues_of(settings, queues)
-
-    def give_back(**_: Any) -> None:
-        draining.set()
-        logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
-
-    signals.worker_shutting_down.connect(give_back, weak=False)
+        celery.conf.task_queues = queues_of(settings, list(queues))
+        if len(set(queues.values())) > 1:
+            if settings.redis_broker is None:
+                raise BadRequest("--queues", "has weights, which only a Redis broker can give")
+            weights = {f"{settings.prefix}.{name}": weight for name, weight in queues.items()}
+            celery.conf.broker_transport_options = {
+                **celery.conf.broker_transport_options,
+                "queue_order_strategy": partial(WeightedCycle, weights),
+            }
+    if ready_file is not None:
+        celery.steps["worker"].add(ReadyFile.of(ready_file))
     argv = ["worker", "--without-gossip", "--without-mingle"]
     if settings.log_format == Format.JSON:
         # Celery's banner and what its signal handlers say are for people, past all logging.
@@ -334,6 +495,4 @@ def run_worker(
         celery.worker_main([*argv, *arguments])
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
-    finally:
-        signals.worker_shutting_down.disconnect(give_back)
     return 0

@@ -13,6 +13,7 @@ from orchestrator.errors import (
     RunConflict,
     RunNotFound,
     StepTimeout,
+    WorkerStops,
 )
 from orchestrator.events import Event, EventType
 from orchestrator.executor import Executor
@@ -51,6 +52,7 @@ __all__ = [
     "Step",
     "StepContext",
     "StepTimeout",
+    "WorkerStops",
     "retry",
     "step",
 ]

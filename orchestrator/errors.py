@@ -9,6 +9,7 @@ OrchestratorError
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
+├── WorkerStops         the worker's grace has ended within a step: the run is given back
 ├── StepTimeout         an attempt took longer than its step may; it counts as a failure
 ├── DeadlineExceeded    the run took longer than `deadline` allows: it ends as failed
 └── Fatal               raised by a step: fail the run now, no retry
@@ -120,6 +121,17 @@ class RunCancelled(OrchestratorError):
 
     def __str__(self) -> str:
         return f"run {self.run_id} was asked to stop"
+
+
+class WorkerStops(OrchestratorError):
+    """The worker was told to stop, and its grace has ended: another one begins the step again."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"the worker of run {self.run_id} stops: another worker begins this step again"
 
 
 class StepTimeout(OrchestratorError):

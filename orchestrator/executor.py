@@ -26,6 +26,7 @@ from orchestrator.errors import (
     RunCancelled,
     RunNotFound,
     StepTimeout,
+    WorkerStops,
 )
 from orchestrator.events import Event, EventType, NewEvent, encode
 from orchestrator.journal import Appended, Journal, Settlement, cancel_error
@@ -50,6 +51,9 @@ Gives the W3C `traceparent` of the work, if somebody traces it.
 T = TypeVar("T")
 
 SNOOZED = "beatless.snoozed"
+
+GIVEN_BACK = "beatless.given_back"
+"""An attempt that was ended because its worker stopped: it does not count."""
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
 
 CONNECTION_LOST = "beatless.connection_lost"
@@ -165,7 +169,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 stopped = (data.get("error") or {}).get("type") == RunCancelled.__name__
                 if stopped and plan.on_cancel is not None and not progress.compensating:
                     progress.compensate(plan.on_cancel)
-            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
+            case EventType.DEBUG_TRACE if data.get("name") in (SNOOZED, GIVEN_BACK):
                 progress.starts -= 1
             case EventType.STEP_FINISHED:
                 name = (event.step or "").partition("#")[0]
@@ -441,6 +445,10 @@ class Execution:
                 self._interrupted()
             self._settle(self._stopped(progress))
             return None
+        except WorkerStops:
+            self._interrupted()
+            self._settle(self._unfinished(progress))
+            return None
         except exc.DBAPIError as error:
             if transaction_lost(error):
                 return self._after_lost_transaction()
@@ -468,7 +476,7 @@ class Execution:
             outcome = self._executor.limit(attempt, lambda: step.function(context))
             check_transaction(step, transaction)
             return outcome, *self._outcome(progress, step, outcome)
-        except (RunCancelled, LeaseLost):
+        except (RunCancelled, LeaseLost, WorkerStops):
             raise
         except Exception as error:
             raise BodyFailed(error) from error
@@ -482,11 +490,13 @@ class Execution:
             ends_at, late = deadline, DeadlineExceeded(self._run_id)
 
         def settle(connection: Connection, reason: Exception) -> bool:
-            settlement = (
-                self._stopped(progress)
-                if isinstance(reason, RunCancelled)
-                else self._failed(progress, step, reason)
-            )
+            match reason:
+                case RunCancelled():
+                    settlement = self._stopped(progress)
+                case WorkerStops():
+                    settlement = self._unfinished(progress)
+                case _:
+                    settlement = self._failed(progress, step, reason)
             token = self._lease.token
             appended = self._journal.settle(connection, self._run_id, token, settlement)
             if appended is not None:
@@ -664,6 +674,12 @@ class Execution:
         if self._plan.on_cancel is None:
             return self._ended(RunState.CANCELLED, [failed], facts)
         return regardless(Settlement(events=[failed], state=RunState.QUEUED, reason="cancel"))
+
+    def _unfinished(self, progress: Progress) -> Settlement:
+        """The worker stops in the middle of a step: another one makes this attempt again."""
+        note = self._event(EventType.DEBUG_TRACE, progress, name=GIVEN_BACK)
+        returned = self._give_back("shutdown", [note])
+        return regardless(returned) if progress.compensating else returned
 
     def _ended(
         self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.events import Event, EventType
-from orchestrator.executor import CONNECTION_LOST, SNOOZED
+from orchestrator.executor import CONNECTION_LOST, GIVEN_BACK, SNOOZED
 from orchestrator.journal import Run, Standing
 
 HANDOVER = 0.01
@@ -78,6 +78,9 @@ def _history(events: Sequence[Event]) -> Iterator[Moment]:
                 waits = event.ts, "for its next attempt"
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 outcome, waits = "snoozed", (event.ts, f"a snooze of {data.get('seconds')} s")
+            case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
+                outcome = "given back: its worker stopped, another one makes it again"
+                waits = event.ts, "for another worker"
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 outcome = "its transaction was taken back: the connection broke"
             case EventType.CANCEL_REQUESTED:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from orchestrator.errors import LeaseLost, RunCancelled
+from orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
 from orchestrator.lease import Connection, Lease, Leases
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class Watchdog:
     3. commit the end of the attempt under its lease: from then on the body can write nothing
     4. in a process of its own: end the process. A thread cannot be ended; it goes on, fenced
 
+    `stop_all` ends every attempt in the same way, watched or not: the worker's grace has ended.
+
     A body that holds the interpreter's lock for ever ends its process too, by a timer in C; that
     attempt counts as a crash.
     """
@@ -86,6 +88,7 @@ class Watchdog:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._ending = False
         self._connection: Connection | None = None
 
     def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
@@ -94,8 +97,6 @@ class Watchdog:
         Raises what it raises, the reason if it was told to end, and LeaseLost if its end has
         already been committed.
         """
-        if not attempt.watched:
-            return body()
         outcome, error = None, None
         previous = self._begin(attempt)
         try:
@@ -115,6 +116,16 @@ class Watchdog:
         if error is not None:
             raise error
         return outcome
+
+    def stop_all(self) -> None:
+        """End every attempt now, because its worker stops; its run is given back."""
+        with self._changed:
+            self._ending = True
+            attempts = [attempt for attempt in self._attempts if attempt.reason is None]
+        for attempt in attempts:
+            self._tell(attempt, WorkerStops(attempt.lease.run.run_id))
+        with self._changed:
+            self._wake()
 
     def stop(self) -> None:
         with self._changed:
@@ -142,14 +153,18 @@ class Watchdog:
         attempt.look_at = monotonic() + LOOK_EVERY
         with self._changed:
             self._attempts.append(attempt)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="beatless-watchdog", daemon=True
-                )
-                self._thread.start()
-            else:
-                self._changed.notify()
+            if self._ending:
+                attempt.reason, attempt.act_at = WorkerStops(attempt.lease.run.run_id), monotonic()
+            if attempt.watched or self._ending:
+                self._wake()
         return previous
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="beatless-watchdog", daemon=True)
+            self._thread.start()
+        else:
+            self._changed.notify()
 
     def _end(self, attempt: Attempt, previous: Any) -> None:
         with attempt.mutex:  # waits for an end that is just being committed

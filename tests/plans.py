@@ -168,6 +168,19 @@ def wait_for_file(ctx: StepContext) -> str:
 patient = Plan("patient", [wait_for_file, first])
 
 
+@step(retry=retry(max_attempts=1, max_crashes=1))
+def obstinate(ctx: StepContext) -> int:
+    """Does not come back in its first process, in the way that the input names."""
+    with Path(ctx.input["pids"]).open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    if len(Path(ctx.input["pids"]).read_text().splitlines()) == 1:
+        hang(ctx)
+    return ctx.attempt
+
+
+obstinate_plan = Plan("obstinate", [obstinate])
+
+
 def hang(ctx: StepContext) -> None:
     """Does not come back in the time of any test, in the way that the input names."""
     Path(ctx.input["started"]).touch()
@@ -336,6 +349,7 @@ ALL = [
     transactional,
     bad_results,
     patient,
+    obstinate_plan,
     late,
     limited,
     limited_transaction,

@@ -4,6 +4,7 @@ import importlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,8 +162,17 @@ METRICS_PORT = click.option(
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--queues", metavar="A,B", help="Only these queues; default: all of the app's plans.")
+@click.option(
+    "--queues",
+    metavar="A,B",
+    help="Only these queues, A=3,B=1 with weights; default: all of the app's plans.",
+)
 @click.option("--concurrency", type=click.IntRange(1), help="Default: the number of cores.")
+@click.option(
+    "--ready-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="There while the worker takes runs; touched every 5 s while it lives.",
+)
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- CELERY ARGS]")
 @METRICS_PORT
 @LOG_FORMAT
@@ -172,6 +182,7 @@ def worker(
     env: Environment,
     queues: str | None,
     concurrency: int | None,
+    ready_file: Path | None,
     celery_arguments: tuple[str, ...],
     ready_fd: int | None,
 ) -> None:
@@ -181,18 +192,32 @@ def worker(
     check_servers(app)
 
     def ready(**_: Any) -> None:
+        if ready_file is not None:
+            ready_file.touch()
         tell(ready_fd)
 
     signals.worker_ready.connect(ready)
     status = run_worker(
         app.celery,
         app.settings,
-        app.executors.draining,
-        queues=[name.strip() for name in queues.split(",") if name.strip()] if queues else (),
+        queues=weights(queues or ""),
         concurrency=concurrency,
+        ready_file=ready_file,
         arguments=celery_arguments,
     )
     raise click.exceptions.Exit(status)
+
+
+def weights(queues: str) -> dict[str, int]:
+    """Names of queues with their weights, 1 unless given. Raises BadRequest."""
+    found = {}
+    for entry in queues.split(","):
+        name, separator, weight = (part.strip() for part in entry.partition("="))
+        if name:
+            if separator and not re.fullmatch("[1-9][0-9]{0,2}", weight):
+                raise BadRequest("--queues", f"has {entry.strip()!r}: a weight is 1 to 999")
+            found[name] = int(weight or 1)
+    return found
 
 
 @click.command()

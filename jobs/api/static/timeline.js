@@ -3,6 +3,7 @@
 import { el, setText, span } from "./dom.js";
 
 const SNOOZED = "beatless.snoozed";
+const GIVEN_BACK = "beatless.given_back";
 const MOST_LANES = 200;
 const MOST_BARS = 200;
 const MARKS = 100; // places for the marks of traces in one lane
@@ -47,6 +48,8 @@ export class Story {
       else if (data.name === SNOOZED) {
         if (running) Object.assign(open, { end: event.ts, kind: "rest" });
         lane.waits.push({ start: event.ts, end: null, until: event.ts + 1000 * data.seconds });
+      } else if (data.name === GIVEN_BACK) {
+        if (running) Object.assign(open, { end: event.ts, kind: "rest" });
       } else {
         lane.traces.push(event);
         if (lane.traces.length > 1000) lane.traces.splice(0, 500);

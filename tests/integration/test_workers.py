@@ -1,0 +1,179 @@
+"""Workers as processes: how they stop, what they hold, and which queues they serve."""
+
+import os
+import select
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import App, BadRequest, RunState, Settings
+from jobs.cli.processes import weights
+from jobs.client import RunRequest
+from jobs.testing import Kit
+from jobs.worker import ReadyFile, WeightedCycle, run_worker
+
+APP = "tests.plans:app"
+POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    """Leases that outlive the test: what another worker takes over was given back."""
+    return {"lease_seconds": 300, "redispatch_seconds": 300, "grace_seconds": 0.2}
+
+
+def await_end(pid: int) -> None:
+    watched = os.pidfd_open(pid)
+    assert select.select([watched], [], [], 60)[0], "the worker does not end"
+    os.close(watched)
+
+
+class TestStop:
+    @pytest.mark.parametrize(
+        ("pool", "how"),
+        [
+            ("prefork", "swallow"),
+            pytest.param("prefork", "wait", marks=pytest.mark.long),
+            pytest.param("threads", "wait", marks=pytest.mark.long),
+        ],
+    )
+    def test_a_step_that_outlasts_the_grace_is_given_back_and_no_attempt_is_wasted(
+        self, beatless: Kit, tmp_path: Path, pool: str, how: str
+    ) -> None:
+        beatless.relay_process(APP)
+        worker = beatless.worker_process(APP, arguments=POOLS[pool])
+        given = {"started": str(tmp_path / "s"), "pids": str(tmp_path / "pids"), "how": how}
+        run = beatless.start_run("obstinate", given)
+        stream = beatless.client.stream_run(run.run_id, timeout=60)
+        while next(stream).type != "StepStarted":
+            pass
+
+        os.kill(worker.pid, signal.SIGTERM)
+        await_end(worker.pid)
+        beatless.worker_process(APP, arguments=POOLS[pool])
+
+        # Its first attempt; it may fail once, and crash once.
+        assert beatless.wait_for_run_completion(run.run_id).result == 1
+        told = [event.type for event in stream]
+        assert told == ["DebugTrace", "StepStarted", "StepFinished", "RunFinished"]
+        assert "given back: its worker stopped" in str(beatless.client.explain(run.run_id))
+        beatless.verify()
+
+    def test_a_worker_that_runs_nothing_ends_at_once(self, beatless: Kit) -> None:
+        worker = beatless.worker_process(APP, grace_seconds=3000)
+        os.kill(worker.pid, signal.SIGTERM)
+        await_end(worker.pid)
+
+
+class TestReadyFile:
+    def test_is_there_while_the_worker_takes_runs(self, beatless: Kit, tmp_path: Path) -> None:
+        ready = tmp_path / "ready"
+        worker = beatless.worker_process(APP, arguments=["--ready-file", str(ready)])
+        assert ready.exists()
+        os.kill(worker.pid, signal.SIGTERM)
+        await_end(worker.pid)
+        assert not ready.exists()
+
+    def test_is_touched_and_never_made_again(self, tmp_path: Path) -> None:
+        file = tmp_path / "ready"
+        step = ReadyFile.of(file)(None)
+        file.touch()
+        os.utime(file, (0, 0))
+        step._touch()
+        assert file.stat().st_mtime > 0
+        step._gone()
+        step._touch()
+        assert not file.exists()
+
+
+class TestWeights:
+    def test_busy_queues_get_their_shares_and_an_idle_one_saves_nothing_up(self) -> None:
+        cycle = WeightedCycle({"fast": 3, "slow": 1})
+        cycle.update(["slow", "fast"])
+
+        def take(count: int, busy: set[str]) -> Counter[str]:
+            return Counter(
+                cycle.rotate(next(name for name in cycle.consume(2) if name in busy))
+                for _ in range(count)
+            )
+
+        assert take(400, {"fast", "slow"}) == {"fast": 300, "slow": 100}
+        assert take(400, {"fast"}) == {"fast": 400}
+        assert take(400, {"fast", "slow"})["slow"] in (100, 101)
+
+    def test_a_worker_takes_runs_by_weight(self, beatless: Kit) -> None:
+        runs = {
+            run.run_id: queue
+            for queue in ("slow", "fast")
+            for run in beatless.client.start_runs(
+                [RunRequest(plan="two_steps", queue=queue) for _ in range(40)]
+            )
+        }
+        beatless.drain_outbox_once()
+        beatless.worker_process(APP, arguments=["--queues", "fast=3,slow=1"])
+        ended = [beatless.wait_for_run_completion(run_id) for run_id in runs]
+
+        ended.sort(key=lambda run: run.started_at)
+        first = Counter(runs[run.run_id] for run in ended[:40])
+        assert first["fast"] in (29, 30, 31)
+
+    def test_are_read(self) -> None:
+        assert weights("") == {}
+        assert weights("a, b=3 ,") == {"a": 1, "b": 3}
+        for bad in ("a=0", "a=", "a=x", "a=-1", "a=1000"):
+            with pytest.raises(BadRequest, match="a weight is 1 to 999"):
+                weights(bad)
+
+    def test_another_broker_than_redis_cannot_give_them(self, beatless_app: App) -> None:
+        values: dict[str, Any] = {
+            "database_url": beatless_app.settings.database_url,
+            "redis_url": beatless_app.settings.redis_url,
+            "broker_url": "amqp://nobody@127.0.0.1:1//",
+        }
+        app = App(Settings(**values), plans=[])
+        with pytest.raises(BadRequest, match="only a Redis broker"):
+            run_worker(app.celery, app.settings, queues={"a": 1, "b": 2})
+
+
+def test_children_are_replaced_after_so_many_runs(beatless: Kit, tmp_path: Path) -> None:
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, arguments=["--", "--max-tasks-per-child", "2"])
+    runs = [beatless.start_run("two_steps") for _ in range(6)]
+    workers = Counter(beatless.wait_for_run_completion(run.run_id).worker for run in runs)
+    assert sorted(workers.values()) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
+    beatless: Kit, postgres: psycopg.Connection, pool: str
+) -> None:
+    """Those of the main process would be one more, and so would a connection for each run."""
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, concurrency=3, arguments=POOLS[pool])
+    runs = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(60)])
+    assert {beatless.wait_for_run_completion(run.run_id).state for run in runs} == {
+        RunState.COMPLETED
+    }
+    found = postgres.execute(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name = 'beatless worker' AND strpos(query, %s) > 0",
+        [f"{beatless.app.settings.schema}."],
+    ).fetchone()
+    assert found is not None
+    assert 1 <= found[0] <= 3
+
+
+def test_priorities_order_a_backlog_that_is_larger_than_what_the_broker_holds(
+    beatless: Kit,
+) -> None:
+    wanted = [RunRequest(plan="two_steps", priority=n * 7 % 10) for n in range(100)]
+    runs = beatless.client.start_runs(wanted)
+    beatless.work_until_idle()
+    ended = sorted(
+        (beatless.client.get_run(run.run_id) for run in runs), key=lambda run: run.started_at
+    )
+    assert [run.priority for run in ended] == sorted((r.priority for r in ended), reverse=True)
