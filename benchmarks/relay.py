@@ -742,6 +742,73 @@ def round_trips(bench: Bench) -> list[float]:
     return found
 
 
+# 18: lost, reordered
+
+
+def witness(settings: Settings, pipe: Pipe) -> None:
+    """Notes which event came after which, until it is told to end."""
+    client = redis.Redis.from_url(settings.redis_url)
+    channel = client.pubsub()  # type: ignore[no-untyped-call]
+    channel.psubscribe(f"{settings.prefix}:events:*")
+    channel.get_message(timeout=5)
+    pipe.send("ready")
+    pattern = re.compile(rb'"run_id":"([^"]+)","seq":(\d+)')
+    came: dict[str, list[int]] = {}
+    while not pipe.poll():
+        message = channel.get_message(timeout=0.05)
+        if message is not None and message["type"] == "pmessage":
+            for run_id, seq in pattern.findall(message["data"]):
+                came.setdefault(run_id.decode(), []).append(int(seq))
+    pipe.send(came)
+
+
+def disturbed_writer(settings: Settings, names: Sequence[str], count: int) -> None:
+    """Appends by one, with transactions that linger, and others that are rolled back."""
+    journal = App(settings, []).journal
+    event = journal.new_event(TRACE, step="work", attempt=1, where="here", data=DATA)
+    pause = threading.Event()
+    with writer_of(settings) as connection:
+        for number in range(count):
+            fate = random.random()
+            with connection.transaction(force_rollback=fate < 0.1):
+                journal.append(connection, names[number % len(names)], 1, [event])
+                if fate > 0.9:
+                    pause.wait(random.uniform(0, 0.02))
+
+
+def race(bench: Bench) -> None:
+    """Two relays whose sessions are terminated all the time; 8 writers."""
+    lost, reordered, total = [], [], 0
+    for _ in range(REPEATS):
+        names = make_runs(bench, 80)
+        here, there = SPAWN.Pipe()
+        listener = bench.child(witness, there)
+        here.recv()
+        with relays(bench, 2):
+            writers = [bench.child(disturbed_writer, names[place::8], 1000) for place in range(8)]
+            pause = threading.Event()
+            while any(process.is_alive() for process in writers):
+                bench.db.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name LIKE 'beatless relay%%' AND random() < 0.2"
+                )
+                pause.wait(0.2)
+            until(lambda: not bench.db.execute("SELECT FROM run_outbox LIMIT 1").fetchall(), 60)
+            pause.wait(0.25)
+        here.send("end")
+        came = here.recv()
+        listener.join()
+        stored = dict(bench.db.execute("SELECT run_id, last_seq FROM runs").fetchall())
+        total += sum(stored.values())
+        first = {name: list(dict.fromkeys(seqs)) for name, seqs in came.items()}
+        lost.append(float(sum(last - len(first.get(name, ())) for name, last in stored.items())))
+        reordered.append(float(sum(seqs != sorted(seqs) for seqs in first.values())))
+    record(
+        "relay.18", lost, unit="", what=f"events lost of {total}, relays' sessions ended at random"
+    )
+    record("relay.18.order", reordered, unit="", what="runs whose events came in another order")
+
+
 # 19: takeover
 
 
@@ -911,6 +978,7 @@ ALL: dict[str, Callable[[Bench], None]] = {
     "growth": growth,
     "snapshot": snapshot,
     "wire": wire,
+    "race": race,
     "takeover": takeover,
     "due": due,
 }
