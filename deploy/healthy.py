@@ -55,7 +55,7 @@ def flower() -> None:
             raise
     else:
         raise OSError("it asks for no password")
-    password = base64.b64encode(os.environ["FLOWER_AUTH"].encode()).decode()
+    password = base64.b64encode(os.environ["FLOWER_BASIC_AUTH"].encode()).decode()
     get(url, {"Authorization": f"Basic {password}"})
 
 

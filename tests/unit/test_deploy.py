@@ -98,7 +98,7 @@ def test_every_secret_that_is_used_is_made_by_the_readme(workload: dict[str, Any
         reference = entry["valueFrom"]["secretKeyRef"]
         assert reference["name"] == "beatless"
         assert f"--from-literal={reference['key']}=" in readme
-        assert entry["name"] in SETTINGS | {"FLOWER_AUTH"}
+        assert entry["name"] in SETTINGS | {"FLOWER_BASIC_AUTH"}
     assert "password" not in json.dumps(workload).lower()
 
 
