@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from time import monotonic
+from types import TracebackType
 from typing import Any, TypeVar
 
 import psycopg
@@ -939,12 +940,21 @@ def _describe(error: Exception, step: str) -> dict[str, Any]:
         message = str(error)
     except Exception:  # a broken __str__ is one more thing to tell, not one more failure
         message = f"<{type(error).__name__} whose text cannot be shown>"
+    text = "".join(traceback.format_exception(type(error), error, _of_the_body(error)))
     return {
         "type": type(error).__name__,
         "message": _storable(message[:MESSAGE_LIMIT]),
         "step": step,
-        "traceback": _storable("".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]),
+        "traceback": _storable(text[-TRACEBACK_LIMIT:]),
     }
+
+
+def _of_the_body(error: Exception) -> TracebackType | None:
+    """The traceback from the step's own code on; all of it if the error is one of ours."""
+    found = error.__traceback__
+    while found and found.tb_frame.f_globals.get("__name__", "").startswith("orchestrator."):
+        found = found.tb_next
+    return found or error.__traceback__
 
 
 def _storable(text: str) -> str:

@@ -311,6 +311,7 @@ def test_a_failed_job_keeps_its_reason(beatless: Kit) -> None:
     assert failed.state is RunState.FAILED
     assert failed.error["type"] == "ValueError"
     assert "attempt 3 fails" in failed.error["traceback"]
+    assert "orchestrator" not in failed.error["traceback"]  # it begins where the step does
     assert beatless.event_types(run.run_id)[-2:] == ["StepFailed", "RunFinished"]
     assert beatless.work_until_idle() == 0
     beatless.verify()
