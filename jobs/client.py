@@ -435,6 +435,16 @@ class Client:
         if not self._do(None, lambda caller: self._letters.requeue(caller, letter_id)):
             raise BadRequest("dead letter", f"{letter_id} does not exist")
 
+    def requeue_dead_letters(self, *, reason: str = "", limit: int = 1000) -> int:
+        """Publish many messages again, oldest first; how many they were.
+
+        Those that have `reason` in their reason, whatever its case.
+        """
+        return self._do(
+            None,
+            lambda caller: self._letters.requeue_some(caller, reason=reason, limit=limit),
+        )
+
     def discard_dead_letter(self, letter_id: int) -> None:
         """Forget the message; its events stay in the journal. Raises BadRequest."""
         if not self._do(None, lambda caller: self._letters.discard(caller, letter_id)):

@@ -28,11 +28,14 @@ class LetterStatements:
 SELECT id, run_id, reason, (message ->> 'from_seq')::int, (message ->> 'to_seq')::int, created_at
   FROM {s}.dead_letters ORDER BY id LIMIT %(limit)s"""
         self._requeue = f"""
-WITH gone AS (DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING run_id, message)
+WITH gone AS (DELETE FROM {s}.dead_letters WHERE {{which}} RETURNING run_id, message)
 INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
 SELECT (message ->> 'shard')::smallint, run_id, (message ->> 'from_seq')::int,
        (message ->> 'to_seq')::int FROM gone
 RETURNING run_id, pg_notify(%(channel)s, '')"""
+        self._some = f"""id IN (
+  SELECT id FROM {s}.dead_letters WHERE strpos(lower(reason), lower(%(reason)s)) > 0
+   ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)"""
         self._discard = f"DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING id"
 
     def list(self, connection: Caller, *, limit: int) -> list[DeadLetter]:
@@ -52,7 +55,14 @@ RETURNING run_id, pg_notify(%(channel)s, '')"""
 
     def requeue(self, connection: Caller, letter_id: int) -> bool:
         """Put the message back into the outbox and wake a relay; False if there is none."""
-        return bool(execute(connection, self._requeue, {"id": letter_id, "channel": self._channel}))
+        statement = self._requeue.replace("{which}", "id = %(id)s")
+        return bool(execute(connection, statement, {"id": letter_id, "channel": self._channel}))
+
+    def requeue_some(self, connection: Caller, *, reason: str, limit: int) -> int:
+        """Put those back that have this in their reason, oldest first; how many."""
+        parameters = {"reason": reason, "limit": limit, "channel": self._channel}
+        statement = self._requeue.replace("{which}", self._some)
+        return len(execute(connection, statement, parameters))
 
     def discard(self, connection: Caller, letter_id: int) -> bool:
         """Forget the message: its events stay in the journal; False if there is none."""

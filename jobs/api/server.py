@@ -99,6 +99,36 @@ class RetryRequest(BaseModel):
     from_step: str | None = Field(default=None, max_length=200)
 
 
+class FailedRuns(BaseModel):
+    """Which failed runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    plan: str | None = None
+    queue: str | None = None
+    error: str | None = Field(default=None, max_length=1000)
+    """In "type: message" of the error, whatever its case."""
+    within: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
+    """Failed so many seconds ago or less."""
+    limit: int = Field(default=100, ge=1, le=1000)
+
+    def checked(self) -> dict[str, Any]:
+        """As arguments of the client."""
+        return self.model_dump() | {
+            name: _text(getattr(self, name)) for name in ("plan", "queue", "error")
+        }
+
+
+class Letters(BaseModel):
+    """Which messages."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = Field(default="", max_length=1000)
+    """In their reason, whatever its case."""
+    limit: int = Field(default=1000, ge=1, le=100_000)
+
+
 class BodyLimit:
     """Refuses requests that are too large before they are read into memory."""
 
@@ -456,6 +486,20 @@ def create_api(app: App, *, flower_url: str | None = None) -> FastAPI:
         client.remove_run(_text(run_id))
         return Response(status_code=204)
 
+    @api.get("/v1/failed-runs", responses=answers())
+    def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> dict[str, Any]:
+        """Runs that failed and that nobody has retried, oldest end first."""
+        return {"runs": [run.to_dict() for run in client.failed_runs(**chosen.checked())]}
+
+    @api.post("/v1/failed-runs/retry", status_code=202, responses=answers())
+    def retry_failed_runs(client: Writer, body: FailedRuns) -> dict[str, Any]:
+        """Retry many of them: the new runs, and why others cannot be retried."""
+        started, refused = client.retry_failed(**body.checked())
+        return {
+            "runs": [run.to_dict() for run in started],
+            "refused": [str(reason) for reason in refused],
+        }
+
     @api.get("/v1/queues", responses=answers())
     def list_queues(client: Operator) -> dict[str, Any]:
         """Every queue with its counts."""
@@ -492,6 +536,12 @@ def create_api(app: App, *, flower_url: str | None = None) -> FastAPI:
     ) -> dict[str, Any]:
         """Messages that could not be published, oldest first."""
         return {"dead_letters": [asdict(letter) for letter in client.dead_letters(limit)]}
+
+    @api.post("/v1/dead-letters/requeue", status_code=202, responses=answers())
+    def requeue_dead_letters(client: Operator, body: Letters) -> dict[str, Any]:
+        """Publish many messages again, oldest first."""
+        again = client.requeue_dead_letters(reason=_text(body.reason), limit=body.limit)
+        return {"requeued": again}
 
     @api.post("/v1/dead-letters/{letter_id}/requeue", status_code=202, responses=answers())
     def requeue_dead_letter(letter_id: Letter, client: Operator) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def show(env: Environment, letter: str) -> None:
 @dead_letters.command()
 @click.argument("letter", metavar="[ID]", required=False)
 @click.option("--all", "every", is_flag=True, help="All failed runs that the options choose.")
+@click.option("--messages", is_flag=True, help="All messages, or those with --error TEXT.")
 @of_runs
 @click.pass_obj
 def requeue(
@@ -207,14 +208,26 @@ def requeue(
     /,
     letter: str | None,
     every: bool,
+    messages: bool,
     limit: int,
     within: str | None,
     **chosen: str | None,
 ) -> None:
-    """Publish the message again, or retry the run; with --all, many runs. Prints the new ids."""
+    """Publish the message again, or retry the run; with --all, many runs. Prints the new ids.
+
+    With --messages, many messages; prints how many.
+    """
     filtered = within is not None or any(chosen.values())
-    if (letter is None) is not every or (letter is not None and filtered):
-        raise click.UsageError("give one ID, or --all with options that choose failed runs")
+    if (letter is not None) + every + messages != 1 or (letter is not None and filtered):
+        raise click.UsageError(
+            "give one ID, or --all with options that choose failed runs, or --messages"
+        )
+    if messages:
+        if within is not None or chosen["plan"] or chosen["queue"]:
+            raise click.UsageError("--messages goes with --error and --limit only")
+        again = env.app.client.requeue_dead_letters(reason=chosen["error"] or "", limit=limit)
+        env.document({"requeued": again}) if env.as_json else click.echo(again)
+        return
     if letter is not None and (message := find(env, letter)):
         env.app.client.requeue_dead_letter(message.id)
         env.note(f"dead letter {letter} is in the outbox again")

@@ -362,6 +362,23 @@ def test_failed_runs_are_dead_letters_until_they_are_retried_or_removed(
     assert command("dead-letters", "requeue", runs[1], "--queue", "slow").status == 2
 
 
+def test_many_messages_are_requeued(
+    command: Beatless, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless_app.client.start_run("agents.run")
+    for reason in ("NOPERM", "too large", "noperm"):
+        postgres.execute(
+            "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES"
+            """ ('event', %s, %s, '{"shard": 1, "from_seq": 1, "to_seq": 1}')""",
+            [run.run_id, reason],
+        )
+    requeue = ("dead-letters", "requeue", "--messages")
+    assert command(*requeue, "--error", "NoPerm").out == "2\n"
+    assert command("--json", *requeue).documents == [{"requeued": 1}]
+    assert command(*requeue, "--queue", "q").status == 2
+    assert command(*requeue, "--all").status == 2
+
+
 def test_requeue_tells_which_runs_cannot_be_retried(
     command: Beatless, beatless_app: App, postgres: psycopg.Connection
 ) -> None:

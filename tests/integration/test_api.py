@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import psycopg
 import pytest
 
 from jobs import App
@@ -173,6 +174,51 @@ def test_retry_over_http(beatless: Kit, api: Api) -> None:
         assert answer.json["retry_of"] == failed.run_id
     assert api("POST", "/v1/runs/nobody/retry").status == 404
     assert api("POST", f"/v1/runs/{failed.run_id}/retry", {"from_step": "never"}).status == 409
+
+
+def test_failed_runs_are_listed_and_retried_over_http(beatless: Kit, api: Api) -> None:
+    failed = [beatless.start_run("fatally", queue=queue).run_id for queue in ("a", "b", "a")]
+    beatless.work_until_idle()
+
+    def listed(query: str) -> list[str]:
+        answer = api("GET", f"/v1/failed-runs?{query}")
+        assert answer.status == 200
+        return [run["run_id"] for run in answer.json["runs"]]
+
+    assert sorted(listed("")) == sorted(failed)
+    assert sorted(listed("queue=a&within=3600&error=fatal")) == sorted([failed[0], failed[2]])
+    assert listed("plan=two_steps") == listed("error=nothing%20of%20it") == []
+    for bad in ("within=-1", "within=nan", "limit=0", "queue=%00", "colour=red"):
+        assert api("GET", f"/v1/failed-runs?{bad}").status == 422, bad
+
+    answer = api("POST", "/v1/failed-runs/retry", {"queue": "a"})
+    assert answer.status == 202
+    assert {run["retry_of"] for run in answer.json["runs"]} == {failed[0], failed[2]}
+    assert answer.json["refused"] == []
+    assert listed("") == [failed[1]]
+    assert api("POST", "/v1/failed-runs/retry", {"queue": "a"}).json["runs"] == []
+
+
+def test_many_messages_are_published_again_over_http(
+    beatless: Kit, api: Api, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    for reason in ("Redis refused: NOPERM", "Redis refused: too large", "noperm again"):
+        postgres.execute(
+            "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES"
+            """ ('event', %s, %s, '{"shard": 1, "from_seq": 1, "to_seq": 2}')""",
+            [run.run_id, reason],
+        )
+    path = "/v1/dead-letters/requeue"
+    assert api("POST", path, {"reason": "noperm", "limit": 1}).json == {"requeued": 1}
+    assert api("POST", path, {"reason": "NoPerm"}).json == {"requeued": 1}
+    (left,) = api("GET", "/v1/dead-letters").json["dead_letters"]
+    assert left["reason"] == "Redis refused: too large"
+    assert api("POST", path, {"reason": "\0"}).status == 422
+    assert api("POST", path, {}).json == {"requeued": 1}
+    beatless.drain_outbox_once()
+    assert postgres.execute("SELECT count(*) FROM run_outbox").fetchone() == (0,)
 
 
 def test_once_there_is_a_token_everybody_needs_one(
