@@ -33,6 +33,10 @@ RV = TypeVar("RV")
 PATIENCE = 10.0
 """Seconds that one statement of the relay may take before its session counts as dead."""
 
+RENEWAL = 60.0
+"""Seconds that one wait for a leader lock lasts. A statement that waits has a snapshot, and for its
+sake VACUUM keeps what has died since, in every table of the database."""
+
 KIN = "beatless relay of "
 """Starts the application name of a relay's other sessions; the pid of the first follows."""
 
@@ -113,6 +117,7 @@ class Sessions:
         self.watch_granted = False
         self._pongs: set[str] = set()
         self._watching: int | None = None
+        self._watching_since = 0.0
         opened: list[DirectConnection] = []
         try:
             # A failing one leaves those before it in the list, to be closed.
@@ -269,12 +274,18 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
             # Granted in the same moment is news all the same: the others may not have noticed.
             self.watch_granted |= _finish(self.watch, ignore=pg_errors.QueryCanceled)
             self.watch.execute("SELECT pg_advisory_unlock_all()")
-        self._watching = shard
+        self._watching, self._watching_since = shard, monotonic()
         if shard is not None:
             self.watch.pgconn.send_query(
                 f"SELECT pg_advisory_lock({self.queries.leader_key}, {shard})".encode()
             )
             self.watch.pgconn.flush()
+
+    def renew_watch(self) -> None:
+        """Begin the wait for the other relay's lock anew, if it has lasted for RENEWAL."""
+        if self._watching is not None and monotonic() - self._watching_since >= RENEWAL:
+            self.watch_shard(self._watching)
+            self.members_changed |= self.watch_granted
 
     def wait(self, timeout: float | None, *others: Alarm) -> None:
         """Return when a notification, a lock, an alarm or the end of a session came, or in time.

@@ -651,7 +651,7 @@ class Shift:
         """The only periodic statements of an idle relay.
 
         They prove that a NOTIFY still arrives, tell the other relays that this one is not frozen,
-        and end those that are.
+        end those that are, and let VACUUM go on.
         """
         if monotonic() < self._watchdog_at:
             return
@@ -664,6 +664,7 @@ class Shift:
             )
             self._relay._observer("relay_silenced", {"pid": pid})
             self._sessions.members_changed = True
+        self._sessions.renew_watch()
         self._relay._observer("relay_watchdog", {})
         self._watchdog_at = monotonic() + self._relay._watchdog
 

@@ -4,13 +4,15 @@ The relay's side is driven by hand here, so that each interleaving is exact.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from time import monotonic
 
 import psycopg
 import pytest
 
 from jobs import App
 from jobs.testing import Kit
+from outbox import doorbell
 from outbox.doorbell import Alarm, DirectConnection, Sessions, State
 from outbox.message import SHARDS, shard_of
 from outbox.queries import ALL_SHARDS
@@ -29,6 +31,13 @@ def writer(beatless_app: App) -> Iterator[psycopg.Connection]:
     connection.autocommit = False
     yield connection
     connection.close()
+
+
+def await_condition(condition: Callable[[], bool]) -> None:
+    """Ask Postgres until it says so; nobody announces that a session waits for a lock."""
+    deadline = monotonic() + 60
+    while not condition():
+        assert monotonic() < deadline
 
 
 def rings(sessions: Sessions) -> bool:
@@ -263,6 +272,53 @@ def test_the_server_as_well_notices_a_relay_whose_host_has_vanished(sessions: Se
             "tcp_keepalives_interval": "1",
             "tcp_keepalives_count": "3",
         }
+
+
+def test_a_standby_does_not_keep_vacuum_from_its_work(
+    beatless_app: App,
+    sessions: Sessions,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session that waits for a lock has a snapshot as old as its wait."""
+
+    def horizon() -> int:
+        row = postgres.execute(
+            "SELECT backend_xmin::text::bigint FROM pg_stat_activity WHERE pid = %s",
+            (sessions.watch.info.backend_pid,),
+        ).fetchone()
+        assert row
+        return int(row[0])
+
+    def write() -> int:
+        row = postgres.execute("SELECT pg_current_xact_id()::text::bigint").fetchone()
+        assert row
+        return int(row[0])
+
+    def waits() -> bool:
+        return bool(
+            postgres.execute(
+                "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'advisory'",
+                (sessions.watch.info.backend_pid,),
+            ).fetchall()
+        )
+
+    key = beatless_app.queries.leader_key
+    with Sessions(beatless_app.queries, beatless_app.direct_connection) as other:
+        other.work.execute(f"SELECT pg_advisory_lock({key}, 3)")
+        sessions.watch_shard(3)
+        await_condition(waits)
+        written = write()
+        sessions.renew_watch()  # it is not time yet
+        assert horizon() <= written
+
+        monkeypatch.setattr(doorbell, "RENEWAL", 0.0)
+        sessions.renew_watch()
+        await_condition(waits)
+        assert horizon() > written
+        assert not sessions.watch_granted
+    while not sessions.watch_granted:  # and the wait still tells of the other's end
+        sessions.wait(60)
 
 
 def test_a_silent_relay_is_ended_with_all_of_its_sessions_and_nobody_else(
