@@ -63,6 +63,26 @@ class TestStop:
         assert "given back: its worker stopped" in str(beatless.client.explain(run.run_id))
         beatless.verify()
 
+    @pytest.mark.long
+    def test_a_shutdown_from_flower_gives_back_what_runs(
+        self, beatless: Kit, tmp_path: Path
+    ) -> None:
+        """Celery sends no signal then, neither to the process nor within it."""
+        beatless.relay_process(APP)
+        worker = beatless.worker_process(APP)
+        given = {"started": str(tmp_path / "s"), "pids": str(tmp_path / "pids"), "how": "swallow"}
+        run = beatless.start_run("obstinate", given)
+        stream = beatless.client.stream_run(run.run_id, timeout=60)
+        while next(stream).type != "StepStarted":
+            pass
+
+        beatless.app.celery.control.shutdown()
+        await_end(worker.pid)
+        beatless.worker_process(APP)
+
+        assert beatless.wait_for_run_completion(run.run_id).result == 1
+        beatless.verify()
+
     def test_a_worker_that_runs_nothing_ends_at_once(self, beatless: Kit) -> None:
         worker = beatless.worker_process(APP, grace_seconds=3000)
         os.kill(worker.pid, signal.SIGTERM)
