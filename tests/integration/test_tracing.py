@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -156,9 +156,9 @@ def test_a_start_joins_the_trace_that_it_is_given(spans: Spans, beatless: Kit) -
 
 
 def test_the_api_joins_the_callers_trace(spans: Spans, beatless: Kit, beatless_app: App) -> None:
-    async def post() -> list[httpx.Response]:
-        door = httpx.ASGITransport(create_api(beatless_app))
-        async with httpx.AsyncClient(transport=door, base_url="http://127.0.0.1") as api:
+    async def post() -> list[httpx2.Response]:
+        door = httpx2.ASGITransport(create_api(beatless_app))
+        async with httpx2.AsyncClient(transport=door, base_url="http://127.0.0.1") as api:
             return [
                 await api.post(
                     "/v1/runs", json={"plan": "two_steps"}, headers={"traceparent": header}
