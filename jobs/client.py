@@ -23,7 +23,7 @@ from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from jobs.queues import Queues
 from jobs.stream import Streams
 from jobs.tracing import Tracing
-from orchestrator.errors import CannotRetry
+from orchestrator.errors import CannotRetry, OrchestratorError
 from orchestrator.events import Event, encode, storable
 from orchestrator.executor import reusable
 from orchestrator.journal import Journal, NewRun, Run
@@ -413,7 +413,7 @@ class Client:
         """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
 
         Each is a transaction of its own: what was started before an interruption stays, and is not
-        among those of the next call.
+        among those of the next call. Two calls at once retry each run once.
         """
         started: list[Run] = []
         refused: list[Exception] = []
@@ -421,8 +421,8 @@ class Client:
             plan=plan, queue=queue, error=error, within=within, limit=limit
         ):
             try:
-                started.append(self.retry_run(run.run_id))
-            except (CannotRetry, UnknownPlan) as reason:
+                started.append(self._retry(run.run_id, None, None, once=True))
+            except (UnknownPlan, BadRequest, OrchestratorError) as reason:
                 refused.append(reason)
         return started, refused
 
@@ -489,11 +489,17 @@ class Client:
 
         Raises RunNotFound, UnknownPlan and CannotRetry.
         """
+        return self._retry(run_id, from_step, connection, once=False)
 
-        new_id = new_run_id()  # once: a start whose answer was lost is repeated
+    def _retry(
+        self, run_id: str, from_step: str | None, connection: Caller | None, *, once: bool
+    ) -> Run:
+        new_id = new_run_id()  # drawn here: a start whose answer was lost is repeated
 
         def start(caller: Caller) -> Run:
             run = self._get(caller, run_id)
+            if once and self._journal.retried(caller, run.run_id, by_other_than=new_id):
+                raise CannotRetry(run_id, "somebody has retried it meanwhile")
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
             if run.pruned_seq:

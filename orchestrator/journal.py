@@ -324,6 +324,9 @@ SELECT {columns} FROM {s}.runs
    AND (%(before_at)s::timestamptz IS NULL
         OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
  ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
+        self._hold = f"SELECT FROM {s}.runs WHERE run_id = %(run_id)s FOR UPDATE"
+        self._retries = f"""
+SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1"""
         # Kept by no row of its own: a retry, or a removal, takes the run out of this list.
         self._given_up = f"""
 SELECT {columns} FROM {s}.runs r
@@ -512,6 +515,14 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             },
         )
         return [Run.from_row(row) for row in rows]
+
+    def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:
+        """Whether there is a retry of this run, of which nobody can make another before we commit.
+
+        Locked first and asked second: a retry that was committed while we waited is seen.
+        """
+        execute(connection, self._hold, {"run_id": run_id})
+        return bool(execute(connection, self._retries, {"run_id": run_id, "but": by_other_than}))
 
     def given_up(
         self,

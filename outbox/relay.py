@@ -526,10 +526,19 @@ class Relay:
                 self._observer("relay_failed", {"error": str(error)})
                 if on_error is not None:
                     on_error(error)
-                if not self._stopping.is_set():
-                    select.select([self._alarm], [], [], delay)
+                self._rest(delay)
         self._chores.stop()
         self._observer("relay_stopped", {})
+
+    def _rest(self, seconds: float) -> None:
+        """Wait until then, or until the relay is asked to stop; nothing else ends it."""
+        until = monotonic() + seconds
+        while (left := until - monotonic()) > 0:
+            # Whoever stops us says so before they ring; the courier rings for news of its own.
+            self._alarm.quiet()
+            if self._stopping.is_set():
+                return
+            select.select([self._alarm], [], [], left)
 
     def _drain(self, connection: psycopg.Connection[Any]) -> Drain:
         return Drain(

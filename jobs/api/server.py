@@ -1,6 +1,7 @@
 """The routes under /v1, the health checks and the run page."""
 
 import contextlib
+import ipaddress
 import json
 import logging
 import socket
@@ -48,7 +49,8 @@ EVENTS_PAGE = 64
 STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
 MAX_STREAMS_PER_TOKEN = 1000
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "::1", "testserver"})
+"""Names of this machine; `testserver` is what test clients call a server without a socket."""
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -58,6 +60,9 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip")
+"""Headers by which a proxy tells that it passes on what somebody else has sent."""
 
 bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
 Letter = Annotated[int, PathParameter(ge=1, le=2**63 - 1, description="id of a dead letter")]
@@ -176,9 +181,10 @@ def _too_large() -> str:
 class Gate:
     """Who may do what: by token, or by being on this machine while there is no token."""
 
-    def __init__(self, app: App, tokens: Tokens) -> None:
+    def __init__(self, app: App, tokens: Tokens, *, public: bool) -> None:
         self._app = app
         self._tokens = tokens
+        self._public = public
         self._clients = {"default": app.client}
         self._mutex = threading.Lock()
 
@@ -194,19 +200,31 @@ class Gate:
         credentials: HTTPAuthorizationCredentials | None,
         secret: str | None,
     ) -> Grant:
-        if secret is None:
-            host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get(
-                "host", ""
-            )
-            # Another site's page may reach a server on loopback under a name of its own.
-            if not self._tokens.any() and host in LOOPBACK:
-                return EVERYTHING
+        if secret is None and self._from_here(request) and not self._tokens.any():
+            return EVERYTHING
         found = self._tokens.find(secret) if secret else None
         if found is None or (credentials is None and found.run_id is None):
             raise Problem(
                 HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed: `beatless token create`"
             ).with_headers(WWW_Authenticate="Bearer")
         return found
+
+    def _from_here(self, request: Request) -> bool:
+        """Whether only a person on this machine can have sent this.
+
+        Told by the socket, for a header says what the caller likes; and by the headers all the
+        same: another site's page may reach a server on loopback under a name of its own, and a
+        proxy on this machine passes on what others have sent.
+        """
+        named = request.headers.get("host", "")
+        host = named.rpartition(":")[0] or named
+        ends = [request.scope.get("server"), request.scope.get("client")]
+        return (
+            not self._public
+            and host in LOOPBACK
+            and all(end is None or end[0] in LOOPBACK for end in ends)
+            and not any(name.startswith(FORWARDED) for name in request.headers)
+        )
 
     def client(self, namespace: str) -> Client:
         """The client of one namespace."""
@@ -216,13 +234,14 @@ class Gate:
             return self._clients[namespace]
 
 
-def create_api(app: App, *, flower_url: str | None = None) -> FastAPI:
+def create_api(app: App, *, flower_url: str | None = None, public: bool = False) -> FastAPI:
     """The API of an app. Opens nothing before the first request.
 
-    With `flower_url` the run page links to Flower.
+    With `flower_url` the run page links to Flower. Without any token whoever is on this machine may
+    do everything, unless it is `public`: then nobody may do anything.
     """
     tokens = Tokens(app.engine, app.settings.schema)
-    gate = Gate(app, tokens)
+    gate = Gate(app, tokens, public=public)
     streams: Counter[str] = Counter()
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
@@ -636,12 +655,16 @@ def serve(
     sockets = bind(host, port, reuse_port=reuse_port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sockets[0].getsockname()[1]}"
-    server = make_server(app, ready=lambda: ready(url), flower_url=flower_url)
+    public = not all(
+        ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+        for listener in sockets
+    )
+    server = make_server(app, ready=lambda: ready(url), flower_url=flower_url, public=public)
     server.run(sockets=sockets)
 
 
 def make_server(
-    app: App, *, ready: Callable[[], None], flower_url: str | None = None
+    app: App, *, ready: Callable[[], None], flower_url: str | None = None, public: bool = False
 ) -> uvicorn.Server:
     """A server of the app's API, to be run with sockets; `ready` is called once it answers."""
 
@@ -663,9 +686,10 @@ def make_server(
 
     return Server(
         uvicorn.Config(
-            create_api(app, flower_url=flower_url),
+            create_api(app, flower_url=flower_url, public=public),
             log_level="warning",
             log_config=None,
+            proxy_headers=False,  # who is at the other end is not for the other end to say
             access_log=False,  # it would hold the tokens of streams
             server_header=False,
             timeout_graceful_shutdown=5,

@@ -166,20 +166,24 @@ def statements(text: str) -> list[str]:
 
 def _online(statement: str, tries: int) -> None:
     """One statement on a schema that is in use."""
+    concurrent = CONCURRENTLY.search(statement)
+    # An index that is built concurrently waits for others, and nobody for it, and may take hours.
+    op.execute(f"SET lock_timeout TO {0 if concurrent else LOCK_MILLISECONDS}")
+    op.execute("SET statement_timeout TO 0")
     if op.get_context().as_sql:
+        if concurrent:
+            # What an interrupted build has left would be taken for done.
+            op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {concurrent['name']}")
         op.execute(statement)
         return
     bind = op.get_bind()
-    concurrent = CONCURRENTLY.search(statement)
-    if concurrent:
-        _drop_invalid(bind, concurrent["name"])
-    # An index that is built concurrently waits for others, and nobody for it.
-    bind.exec_driver_sql(f"SET lock_timeout TO {0 if concurrent else LOCK_MILLISECONDS}")
     pause = threading.Event()
     facts = {"action": "migrate", "statement": _first_line(statement)}
     logger.info("schema is changed", extra=facts)
     for tried in range(1, tries + 1):
         try:
+            if concurrent:
+                _drop_invalid(bind, concurrent["name"])
             op.execute(statement)
         except exc.OperationalError as error:
             if not isinstance(

@@ -1,11 +1,13 @@
 """Bounds of the API, and what it keeps to itself."""
 
+import asyncio
 import http.client
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
+import httpx2
 import pytest
 
 from jobs import App
@@ -149,3 +151,28 @@ def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monk
     assert answer.json["last_seq"] == 64
     with Client(api.url) as client:
         assert client.events(run.run_id) == beatless.client.events(run.run_id)
+
+
+@pytest.mark.parametrize(
+    ("url", "headers", "public", "status"),
+    [
+        ("http://127.0.0.1", {}, False, 200),
+        ("http://localhost", {}, False, 200),
+        ("http://127.0.0.1", {"Host": "evil.example"}, False, 401),
+        ("http://127.0.0.1", {"X-Forwarded-For": "203.0.113.9"}, False, 401),
+        ("http://127.0.0.1", {"Forwarded": "for=203.0.113.9"}, False, 401),
+        ("http://192.0.2.7", {"Host": "localhost"}, False, 401),
+        ("http://127.0.0.1", {}, True, 401),
+    ],
+)
+def test_without_tokens_only_this_machine_may_do_anything_whatever_a_header_says(
+    beatless_app: App, url: str, headers: dict[str, str], public: bool, status: int
+) -> None:
+    """As after the last token of a public server was revoked."""
+
+    async def get() -> int:
+        door = httpx2.ASGITransport(server.create_api(beatless_app, public=public))
+        async with httpx2.AsyncClient(transport=door, base_url=url) as api:
+            return (await api.get("/v1/runs", headers=headers)).status_code
+
+    assert asyncio.run(get()) == status

@@ -1,6 +1,7 @@
 """Migrations of a schema that is in use: whom they wait for, and who waits for them."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,6 +186,23 @@ def test_the_sql_of_an_upgrade_makes_the_same(
     migrate(engine, new)
     assert shape(person, old) == shape(person, new)
     check(engine, old)
+
+
+def test_the_sql_of_an_upgrade_gives_concurrent_builds_all_the_time_they_need() -> None:
+    limits, dropped = {}, set()
+    for statement in statements(migration_sql("shop", since=FIRST)):
+        sql = " ".join(re.sub(r"--.*", "", statement).split())
+        if found := re.search(r"SET (\w+) TO (\d+)$", sql):
+            limits[found[1]] = int(found[2])
+        elif found := re.match(r"DROP INDEX CONCURRENTLY IF EXISTS (\w+)", sql):
+            assert limits["lock_timeout"] == 0
+            dropped.add(found[1])
+        elif found := re.match(r"CREATE (?:UNIQUE )?INDEX CONCURRENTLY IF NOT EXISTS (\w+)", sql):
+            assert limits["lock_timeout"] == limits["statement_timeout"] == 0
+            assert found[1] in dropped, "what an interrupted build has left counts as done"
+        elif re.match(r"ALTER TABLE runs\b", sql):
+            assert 0 < limits["lock_timeout"] <= 1000
+    assert dropped
 
 
 def test_a_table_that_is_read_holds_up_the_migration_and_nobody_else(

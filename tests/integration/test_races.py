@@ -340,3 +340,32 @@ def test_a_caller_whose_statement_is_ended_by_a_limit_hears_that_and_not_that_po
             reaching_postgres(beatless_app.settings.schema),
         ):
             beatless.client.cancel_run(run.run_id, connection=caller)
+
+
+def test_two_retries_of_all_failed_runs_at_once_retry_each_once(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("half")
+    beatless.work_until_idle()
+    first = beatless_app.executors.connect()
+    first.autocommit = False
+    first.execute(
+        f"SELECT FROM {beatless_app.settings.schema}.runs WHERE run_id = %s FOR UPDATE",
+        (run.run_id,),
+    )
+    new = beatless.client.retry_run(run.run_id, connection=first)
+    found: list[Any] = []
+    second = threading.Thread(target=lambda: found.append(beatless.client.retry_failed()))
+    second.start()
+    until(postgres, first.info.backend_pid)
+    first.commit()
+    second.join(60)
+    first.close()
+
+    ((started, refused),) = found
+    assert started == []
+    assert [str(reason) for reason in refused] == [
+        f"run {run.run_id} cannot be retried: somebody has retried it meanwhile"
+    ]
+    retries = [one.run_id for one in beatless.client.list_runs() if one.retry_of == run.run_id]
+    assert retries == [new.run_id]

@@ -825,3 +825,25 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     )
     relay.stop()
     assert {message.run_id for message in broker.messages} == {run.run_id}
+
+
+def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_app: App) -> None:
+    """A batch that the broker has taken rings, and may do so while Postgres goes away."""
+    announcements = Announcements()
+    tries = threading.Semaphore(0)
+
+    def connect() -> DirectConnection:
+        tries.release()
+        raise psycopg.OperationalError("not now")
+
+    relay = beatless_app.relay(
+        observer=announcements, backoff=Backoff(initial=600, cap=600), connect=connect
+    )
+    relay._alarm.ring()
+    relay.start()
+    announcements.wait("relay_failed")
+    relay._alarm.ring()
+
+    assert tries.acquire(timeout=60)
+    assert not tries.acquire(timeout=0.2)
+    relay.stop()
