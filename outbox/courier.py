@@ -42,6 +42,11 @@ class Courier:
         """Seconds since the batch was sent that is away; 0 if none is."""
         return monotonic() - self._sent_at if self.away else 0.0
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is still at a batch."""
+        return self._thread is not None and self._thread.is_alive()
+
     def send(self, messages: Sequence[TaskMessage]) -> None:
         """Let this batch be published."""
         if self._thread is None:

@@ -58,6 +58,10 @@ HOPELESS = 60.0
 """Seconds without an answer after which a batch counts as not sent. A RabbitMQ that is short of
 memory holds its publishers without a word, and no timeout of theirs ends that."""
 
+HANGING = 3
+"""Batches that may hang at once. Each has a thread, and is sent when the broker lets go after all:
+while so many do, no other is tried."""
+
 PARTING = 2.0
 """Seconds that a relay which stops waits for the broker. What it does not note is sent again."""
 
@@ -132,6 +136,7 @@ class Drain:
         self._events = events
         self._new_courier = partial(Courier, tasks, on_return)
         self._courier = self._new_courier()
+        self._hanging: list[Courier] = []
         self._event_door = event_door
         self._task_door = task_door
         self._redispatch = redispatch
@@ -150,7 +155,8 @@ class Drain:
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
         sent = list(self._take_back(shards))
-        if self._courier.away_for > HOPELESS:
+        if self.hopeless_in == 0:
+            self._hanging.append(self._courier)
             self._courier.close()
             self._courier = self._new_courier()
             self._task_door.failed(PublishFailed("the broker", f"no answer in {HOPELESS:g} s"))
@@ -192,6 +198,14 @@ class Drain:
     def returned(self) -> bool:
         """Whether the broker has answered, after a step that did not wait for it."""
         return self._courier.returned
+
+    @property
+    def hopeless_in(self) -> float | None:
+        """Seconds until the batch that is away counts as not sent; None if none will."""
+        self._hanging = [courier for courier in self._hanging if courier.alive]
+        if not self._courier.away or len(self._hanging) >= HANGING:
+            return None
+        return max(0.0, HOPELESS - self._courier.away_for)
 
     def await_broker(self) -> bool:
         """Wait for the tasks that are on their way; False if there are none."""
@@ -645,6 +659,7 @@ class Shift:
             total += moved
         waits = [self._drain.next_due(self._shards)]
         waits += [self._drain._event_door.opens_in, self._drain._task_door.opens_in]
+        waits.append(self._drain.hopeless_in)
         known = [wait for wait in waits if wait is not None]
         self._next_due = monotonic() + max(0.0, min(known)) if known else None
         return total

@@ -30,7 +30,7 @@ from outbox.publishers import (
     TaskPublisher,
 )
 from outbox.queries import Queries, channel_of
-from outbox.relay import STRIKES, Relay
+from outbox.relay import HANGING, STRIKES, Relay
 
 QUICK = Backoff(initial=0.01, cap=0.05)
 
@@ -813,8 +813,9 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     relay = recording(beatless_app, (doors[0], broker), observer=announcements)
     relay.start()
     run = beatless.start_run("two_steps")
-    for _ in range(3):
+    for _ in range(HANGING + 1):
         assert broker.asked.acquire(timeout=60)
+    assert not broker.asked.acquire(timeout=0.5)  # enough threads hang
     beatless.wait_for_outbox_flush(run.run_id, timeout=10)
     assert announcements.wait("publish_failed", 2)["door"] == "broker"
     assert announcements.all("relay_failed") == []
