@@ -17,6 +17,7 @@ import secrets
 import select
 import socket
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from time import monotonic
 from typing import Any, Self, TypeVar
@@ -32,6 +33,9 @@ RV = TypeVar("RV")
 
 PATIENCE = 10.0
 """Seconds that one statement of the relay may take before its session counts as dead."""
+
+LOOK_FOR_US = "5s"
+"""How often Postgres looks, during a statement, whether its client is still there."""
 
 RENEWAL = 60.0
 """Seconds that one wait for a leader lock lasts. A statement that waits has a snapshot, and for its
@@ -141,6 +145,10 @@ class Sessions:
                 "('tcp_keepalives_interval', '1'), ('tcp_keepalives_count', '3'), "
                 "('tcp_user_timeout', '8000')) AS s(name, value)"
             )
+            # One that waits for a lock would else stay, with its snapshot, when we are gone. Not
+            # every platform can look after its clients.
+            with suppress(psycopg.errors.InvalidParameterValue):
+                connection.execute(f"SET client_connection_check_interval TO '{LOOK_FOR_US}'")
         found = self.work.execute(
             "SELECT to_regclass(%s)", (f"{self.queries.schema}.dispatches",)
         ).fetchone()

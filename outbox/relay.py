@@ -727,7 +727,11 @@ class Shift:
         if still != members:
             sessions.members_changed = True  # who went since the count was watched by nobody
         theirs = [(ring.index(pid), shard) for shard, pid in others.items() if pid in ring]
-        sessions.watch_shard(min(theirs)[1] if theirs else None)
+        # Granted to the waiting session of a relay that has gone: free again in a moment, and
+        # nobody else's to tell.
+        strays = [(-1, shard) for shard, pid in others.items() if pid not in still]
+        waited_for = min(strays + theirs, default=None)
+        sessions.watch_shard(waited_for[1] if waited_for else None)
 
     def _holders(self) -> tuple[dict[int, int], list[int]]:
         """Which session leads which shard, and the sessions of all relays."""

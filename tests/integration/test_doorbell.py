@@ -321,6 +321,27 @@ def test_a_standby_does_not_keep_vacuum_from_its_work(
         sessions.wait(60)
 
 
+def test_a_session_that_waits_ends_when_its_relay_is_gone(
+    beatless_app: App,
+    sessions: Sessions,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Postgres does not read from a client while it waits for a lock."""
+    monkeypatch.setattr(doorbell, "LOOK_FOR_US", "10ms")
+    sessions.work.execute(f"SELECT pg_advisory_lock({beatless_app.queries.leader_key}, 3)")
+    other = Sessions(beatless_app.queries, beatless_app.direct_connection)
+    other.watch_shard(3)
+    pid = other.watch.info.backend_pid
+    found = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'advisory'"
+    await_condition(lambda: bool(postgres.execute(found, (pid,)).fetchall()))
+
+    for connection in (other.work, other.bell, other.watch):
+        connection.pgconn.finish()  # as the death of the process
+
+    await_condition(lambda: not postgres.execute(found, (pid,)).fetchall())
+
+
 def test_a_silent_relay_is_ended_with_all_of_its_sessions_and_nobody_else(
     beatless: Kit,
     beatless_app: App,
@@ -329,12 +350,13 @@ def test_a_silent_relay_is_ended_with_all_of_its_sessions_and_nobody_else(
     postgres: psycopg.Connection,
 ) -> None:
     """Silent is who has sent no statement for so long, with or without a lock in its hands."""
-    beatless.start_run("two_steps", connection=writer)
+    run = beatless.start_run("two_steps", connection=writer)
+    shard = (shard_of(run.run_id) + 1) % SHARDS  # the writer holds the bell of the run's own
     key = beatless_app.queries.leader_key
     with Sessions(beatless_app.queries, beatless_app.direct_connection) as other:
-        other.work.execute(f"SELECT pg_advisory_lock({key}, 3)")
-        sessions.watch_shard(3)
-        other.doze([3])
+        other.work.execute(f"SELECT pg_advisory_lock({key}, {shard})")
+        sessions.watch_shard(shard)
+        other.doze([shard])
         while not other.granted():
             other.wait(60)
         theirs = [other.work.info.backend_pid, other.bell.info.backend_pid]
