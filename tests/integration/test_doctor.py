@@ -411,11 +411,11 @@ def test_the_command_says_what_to_do_and_its_status_tells(
     for name, value in beatless_app.settings.to_env().items():
         monkeypatch.setenv(name, value)
 
-    assert run(["doctor", "--check", "relays", "--check", "redis"]) == 1
+    assert run(["doctor", "--check", "relays", "--check", "schema"]) == 1
     told = capsys.readouterr().out
     assert "✗ relays" in told
     assert "→ start `beatless relay`" in told
-    assert "✓ redis" in told
+    assert "✓ schema" in told
     assert run(["doctor", "--json", "--check", "durability"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["status"], document["checks"][0]["check"]) == ("warning", "durability")
