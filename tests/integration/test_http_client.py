@@ -215,7 +215,7 @@ def test_a_connection_cut_at_random_bytes_costs_nothing(
     seed = 20_261_121
     record_property("seed", seed)
     chance = random.Random(seed)
-    run = beatless.start_run("traces", {"traces": 2 * cuts})
+    run = beatless.start_run("traces", {"traces": 4 * cuts})  # more than they can bring
     threads = threading.Thread(target=beatless.work_until_idle)
 
     def cut(number: int) -> int | None:
