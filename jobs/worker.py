@@ -311,7 +311,7 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
 
     1. told to stop: children give their runs back when the step in flight has ended
     2. after the grace: each process ends its steps, as the watchdog does, and gives the runs back
-    3. `FAREWELL` seconds later, if a thread or a child still hangs: the worker ends all the same
+    3. `FAREWELL` seconds later, if a thread or a child still hangs: the process ends all the same
     """
 
     requires = frozenset({"celery.worker.components:Timer"})
@@ -326,9 +326,12 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.draining.prepare()
+        self._last = threading.Timer(self.settings.grace_seconds + FAREWELL, self._leave)
+        self._last.daemon = True  # nothing hangs if the process ends before
 
     def start(self, _worker: Any) -> None:
         signals.worker_shutting_down.connect(self._give_back)
+        signals.worker_shutdown.connect(self._ended)
 
     def stop(self, _worker: Any) -> None:
         signals.worker_shutting_down.disconnect(self._give_back)
@@ -345,9 +348,11 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
             return
         self.draining.set()
         logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
-        last = threading.Timer(self.settings.grace_seconds + FAREWELL, self._leave)
-        last.daemon = True  # nothing hangs if the process ends before
-        last.start()
+        self._last.start()
+
+    def _ended(self, **_: Any) -> None:
+        """Nothing hung: whoever ran the worker in a process of theirs may go on."""
+        self._last.cancel()
 
     def _leave(self) -> None:
         logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})

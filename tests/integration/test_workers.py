@@ -3,6 +3,8 @@
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,24 @@ from jobs.worker import ReadyFile, WeightedCycle, run_worker
 
 APP = "tests.plans:app"
 POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
+
+GOES_ON = """
+import os, signal, threading
+from celery import signals
+from jobs.worker import run_worker
+from tests.plans import app
+
+@signals.worker_ready.connect
+def stop(**_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+run_worker(app.celery, app.settings, arguments=["--pool", "solo"])
+for thread in threading.enumerate():
+    if isinstance(thread, threading.Timer):
+        thread.join()
+print("goes on")
+"""
+"""A script that does something after its worker, and waits for whatever it has left."""
 
 
 @pytest.fixture
@@ -82,6 +102,17 @@ class TestStop:
 
         assert beatless.wait_for_run_completion(run.run_id).result == 1
         beatless.verify()
+
+    def test_the_process_of_a_worker_that_has_ended_goes_on(self, beatless: Kit) -> None:
+        """What would end a worker that hangs ends nobody else."""
+        said = subprocess.run(
+            [sys.executable, "-c", GOES_ON],
+            env=os.environ | beatless.app.settings.to_env(),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        assert said.endswith("goes on\n")
 
     def test_a_worker_that_runs_nothing_ends_at_once(self, beatless: Kit) -> None:
         worker = beatless.worker_process(APP, grace_seconds=3000)
