@@ -134,11 +134,12 @@ SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timest
 UPDATE {s}.runs SET lease_token = lease_token + 1
  WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
 RETURNING lease_token"""
+        # By the claim and not by the token, which its owner may be renewing at this moment.
         self._extend = f"""
 WITH u AS (
   UPDATE {s}.runs
      SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+   WHERE run_id = %(run_id)s AND attempt = %(claim)s AND state = 'running'
   RETURNING run_id, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
 ), d AS (
   UPDATE {s}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
@@ -203,7 +204,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             connection.execute(f"SELECT {self._patience}".encode())
             extended = connection.execute(
                 self._extend,
-                {"run_id": lease.run.run_id, "token": lease.token, "seconds": self.seconds},
+                {"run_id": lease.run.run_id, "claim": lease.run.attempt, "seconds": self.seconds},
             )
         rows = extended.fetchall()
         if not rows:

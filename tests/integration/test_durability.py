@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -182,7 +183,13 @@ def test_a_heartbeat_keeps_the_lease_and_brings_the_cancel(
     heartbeat.once(connection)
     assert lease.cancelled
 
-    postgres.execute("UPDATE runs SET lease_token = lease_token + 1")
+    # Its owner renews the token, and has no answer yet.
+    leases.renew_token(connection, replace(lease))
+    heartbeat.once(connection)
+    assert not lease.lost
+
+    beatless.advance(31)
+    leases.claim(connection, run.run_id, worker="other", first_step="first", dispatch=2)
     heartbeat.once(connection)
     assert lease.lost
     heartbeat.stop()
