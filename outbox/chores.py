@@ -18,7 +18,8 @@ REST = 3600.0
 """Seconds until a relay that found another one at a chore looks again."""
 
 FREE_AFTER = 10.0
-"""Seconds after which Postgres takes back a step whose process is frozen in the middle of it."""
+"""Seconds after which Postgres ends the session of a frozen process, and takes its step back: a
+chore sends its statements at shorter intervals."""
 
 LOCK_WAIT = 1.0
 """Seconds that a step waits for a lock while it holds others: it is tried again later."""
@@ -31,7 +32,10 @@ class Chore(Protocol):
     """What is done in steps, each of which may be repeated."""
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
-        """Do a little on an autocommit connection; seconds until the next step is worth while."""
+        """Do a little on an autocommit connection; seconds until the next step is worth while.
+
+        Between two statements the connection may rest for less than `FREE_AFTER`.
+        """
 
 
 class Chores:
@@ -85,11 +89,13 @@ class Chores:
         try:
             with self._connect() as connection:
                 prepare_to_drain(connection)
-                # Whatever becomes of this process: what it has locked is free again soon.
+                # Whatever becomes of this process: what it has locked is free again soon, the rows
+                # of a step and the chore itself.
                 connection.execute(
-                    "SELECT set_config('idle_in_transaction_session_timeout', %s, false),"
-                    " set_config('lock_timeout', %s, false)",
-                    (f"{FREE_AFTER:g}s", f"{LOCK_WAIT:g}s"),
+                    "SELECT set_config('idle_in_transaction_session_timeout', %(free)s, false),"
+                    " set_config('idle_session_timeout', %(free)s, false),"
+                    " set_config('lock_timeout', %(wait)s, false)",
+                    {"free": f"{FREE_AFTER:g}s", "wait": f"{LOCK_WAIT:g}s"},
                 )
                 if not self._lock(connection, place):
                     return REST

@@ -443,13 +443,28 @@ class Held:
 def test_a_step_in_a_frozen_process_is_taken_back_by_postgres(relay) -> None:
     class Asking:
         def step(self, connection: psycopg.Connection) -> float:
-            names = "idle_in_transaction_session_timeout", "lock_timeout"
+            names = "idle_in_transaction_session_timeout", "idle_session_timeout", "lock_timeout"
             self.found = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
             return 60.0
 
     chore = Asking()
     relay(chores=[chore]).wait("chore_rests")
-    assert chore.found == ["10s", "1s"]
+    assert chore.found == ["10s", "10s", "1s"]
+
+
+def test_a_chore_of_a_process_frozen_between_two_steps_is_free_for_others(
+    beatless_app: App, relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.chores.FREE_AFTER", 0.1)
+    chore = Held()
+    relay(chores=[chore])
+    try:
+        assert chore.begun.wait(60)
+        with beatless_app.executors.connect() as other:
+            other.execute("SET lock_timeout = '60s'")
+            other.execute(f"SELECT pg_advisory_lock({beatless_app.queries.chore_key}, 0)")
+    finally:
+        chore.go.set()
 
 
 def test_of_two_relays_one_does_the_chore(beatless: Kit, relay) -> None:
