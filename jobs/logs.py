@@ -23,8 +23,17 @@ CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What every log record has; anything else was given by its writer as a fact."""
 
-IN_URL = re.compile(r"(://[^:/@\s]*:)[^@\s]+@")
-PASSWORD = re.compile(r"(\bpassword=)[^\s&'\"]+", re.IGNORECASE)
+IN_URL = re.compile(r"(://[^:/@\s]*:)(?:(?!://)\S)+@")
+"""To the last @ before the next URL: a password may have one. Rather too much than too little."""
+
+PASSWORD = re.compile(
+    r"""(\b\w*passw(?:or)?d(?:\s*=\s*|\\*['"]\s*:\s*))  # name=value, or a member of a dict or JSON
+    (?: b?'(?:[^'\\]|\\.)*'
+      | b?"(?:[^"\\]|\\.)*"
+      | (?: (?! &\w+= | ['"](?:[\s,;:)\]}]|$) ) \S )+   # up to the next option, or a closing quote
+    )""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
 
 QUIET = ("celery.app.trace", "celery.worker.strategy", "alembic", "httpx")
 """What these tell below a warning is told by ours, once for each change of a run."""
@@ -102,7 +111,7 @@ def facts_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def masked(text: str) -> str:
-    """Without the passwords of URLs and connection strings."""
+    """Without the passwords of URLs, connection strings and dicts."""
     return PASSWORD.sub(r"\1***", IN_URL.sub(r"\1***@", text))
 
 

@@ -92,10 +92,36 @@ def test_passwords_and_structures_are_not_written() -> None:
         text = form.format(record)
         assert SECRET not in text
         assert "postgresql://ada:***@db/app" in text
-    assert (
-        masked("redis://:x@h redis://h/0 https://h/a:b@c")
-        == "redis://:***@h redis://h/0 https://h/a:b@c"
-    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("redis://:x@h redis://h/0 https://h/a:b@c", "redis://:***@h redis://h/0 https://h/a:b@c"),
+        ("postgresql://ada:a@b/c@db/app", "postgresql://ada:***@db/app"),
+        ("sentinel://u:p@w@one;sentinel://u:p@two", "sentinel://u:***@one;sentinel://u:***@two"),
+        (
+            "sentinel://one?sentinel_password=a@b&master_name=m",
+            "sentinel://one?sentinel_password=***&master_name=m",
+        ),
+        (r"password = 'a \' b' host=db", "password = *** host=db"),
+        ("host=db password=it's,a&b user=ada", "host=db password=*** user=ada"),
+        ("PGPASSWORD=x psql", "PGPASSWORD=*** psql"),
+        ("'host=db password=x', 5", "'host=db password=***', 5"),
+        ("{'password': 'a b', 'port': 5}", "{'password': ***, 'port': 5}"),
+        ("{'password': b'a b', 'port': 5}", "{'password': ***, 'port': 5}"),
+        (repr({"password": "a \"b'"}), "{'password': ***}"),
+        ("connect(password='a, b', port=5)", "connect(password=***, port=5)"),
+        (json.dumps({"passwd": 'a " b', "port": 5}), '{"passwd": ***, "port": 5}'),
+        (
+            'password authentication failed for user "ada"',
+            'password authentication failed for user "ada"',
+        ),
+        ("wrong password: see the manual", "wrong password: see the manual"),
+    ],
+)
+def test_passwords_are_masked_however_they_are_written(said: str, told: str) -> None:
+    assert masked(said) == told
 
 
 def test_text_is_one_line_with_its_facts() -> None:
