@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,12 +23,11 @@ from flower.events import EventsState
 from flower.options import default_options
 from flower.views.tasks import TaskView
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 from redis.retry import Retry
-from sqlalchemy.exc import DBAPIError
 from tornado.web import url
 
 from jobs.app import App
+from jobs.stream import parse
 from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event, EventType
 from outbox.backoff import Backoff
@@ -43,7 +42,7 @@ KNOWN = 50_000
 """Runs whose place is remembered."""
 
 DELIVERY = re.compile(r"(.+)\.[0-9]+")
-"""The id of a Celery task of ours: the run's and the number of the dispatch."""
+"""The id of a Celery task of ours, or of somebody else's: the run's and a dispatch's number."""
 
 OUTCOMES = {"completed": "succeeded", "failed": "failed", "cancelled": "revoked"}
 
@@ -68,10 +67,14 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
     Lives in the thread of Flower's loop.
     """
 
+    def __init__(self, *arguments: Any, plans: Container[str] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._plans = plans
+
     def event(self, event: dict[str, Any]) -> None:
         """What a worker says about the delivery of a run becomes a fact of the run's task."""
         found = DELIVERY.fullmatch(str(event.get("uuid", "")))
-        if found is None:
+        if found is None or not self._ours(event, found[1]):
             super().event(event)
             return
         told = event | {"uuid": found[1], "root_id": found[1], "parent_id": None}
@@ -118,6 +121,12 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
                 self._tell(run_id, outcome, moment, exception=reason(data.get("error")), **took)
                 run.uncounted = f"task-{outcome}"
                 self._count(run)
+
+    def _ours(self, event: dict[str, Any], run_id: str) -> bool:
+        """Whether this is about a run, and not about another task of the same broker."""
+        if "name" in event:  # when it is received; later only the id is told
+            return event["name"] in self._plans
+        return event["uuid"] not in self.tasks and run_id in self.tasks
 
     def _task(self, uuid: str) -> Any:
         return self.get_or_create_task(uuid)[0]
@@ -188,7 +197,8 @@ class Listener:
         while not self._stopping.is_set():
             try:
                 self._listen()
-            except (RedisError, OSError, DBAPIError) as error:
+            except Exception as error:
+                # Whatever it is: a Flower that hears nothing looks as if nothing happened.
                 self._failures += 1
                 delay = self._backoff.delay(self._failures)
                 logger.warning(
@@ -213,8 +223,8 @@ class Listener:
                 if message is None:
                     pubsub.ping()  # a connection that is dead would be silent as well
                 elif message["type"] == "pmessage":
-                    for line in message["data"].splitlines():
-                        self._hear(Event.from_json(line))
+                    for event in parse(message["data"]):
+                        self._hear(event)
 
     def _hear(self, event: Event) -> None:
         before = self._seqs.get(event.run_id, 0)
@@ -291,6 +301,7 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
     listener = None
     if chosen.steps:
         state = FleetState(
+            plans=app.plans,
             max_tasks_in_memory=default_options.max_tasks,
             max_workers_in_memory=default_options.max_workers,
         )

@@ -337,8 +337,15 @@ def _remaining(
 
 
 def parse(body: bytes) -> list[Event]:
-    """The events of one Redis message."""
-    return [Event.from_json(line) for line in body.split(b"\n") if line]
+    """The events of one Redis message; none of one that is not ours, for it may hide nothing."""
+    try:
+        return [Event.from_json(line) for line in body.split(b"\n") if line]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        logger.warning(
+            "a message on a run's channel is not ours",
+            extra={"action": "strange_message", "reason": str(error)},
+        )
+        return []
 
 
 class Subscription:

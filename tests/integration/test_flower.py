@@ -4,19 +4,22 @@ import base64
 import http.client
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
+from sqlalchemy import exc
 
 from jobs import App
 from jobs.dev import Child
-from jobs.flower import FleetState
+from jobs.flower import FleetState, Listener
 from jobs.services import free_port
 from jobs.testing import Kit
 from orchestrator.events import Event
+from outbox.publishers import channel_for
 
 PASSWORD = "operator:secret"
 
@@ -144,7 +147,7 @@ def event(seq: int, type: str, step: str | None = None, **data: Any) -> Event:
 
 @pytest.mark.parametrize("worker_first", [True, False])
 def test_a_worker_and_the_journal_tell_of_the_same_task(worker_first: bool) -> None:
-    state = FleetState()
+    state = FleetState(plans={"plan"})
     told = [
         lambda: state.event(said("task-received", "r.1", name="plan", root_id="r.1")),
         lambda: state.event(said("task-started", "r.1")),
@@ -174,7 +177,7 @@ def test_a_worker_and_the_journal_tell_of_the_same_task(worker_first: bool) -> N
 
 
 def test_a_lost_worker_is_a_retry_of_the_run() -> None:
-    state = FleetState()
+    state = FleetState(plans={"plan"})
     state.journal(event(1, "RunStarted", plan="plan"))
     state.event(said("task-received", "r.1", name="plan"))
     state.event(said("task-started", "r.1"))
@@ -189,8 +192,61 @@ def test_a_lost_worker_is_a_retry_of_the_run() -> None:
     assert state.counter["w2@host"]["task-succeeded"] == 1
 
 
-def test_tasks_that_are_no_runs_stay_as_they_are() -> None:
-    state = FleetState()
-    state.event(said("task-received", "0190-other", name="other"))
-    state.event(said("task-failed", "0190-other", exception="ValueError()"))
-    assert state.tasks["0190-other"].state == "FAILURE"
+@pytest.mark.parametrize("uuid", ["0190-other", "order.123"])
+def test_tasks_that_are_no_runs_stay_as_they_are(uuid: str) -> None:
+    state = FleetState(plans={"plan"})
+    state.event(said("task-received", "order", name="other"))
+    state.event(said("task-received", uuid, name="other"))
+    state.event(said("task-failed", uuid, exception="ValueError()"))
+    assert state.tasks[uuid].state == "FAILURE"
+
+
+def test_a_task_whose_beginning_was_not_heard_is_a_run_if_the_journal_knows_it() -> None:
+    state = FleetState(plans={"plan"})
+    state.journal(event(1, "RunStarted", plan="plan"))
+    state.event(said("task-started", "r.1"))
+    state.event(said("task-started", "order.123"))
+    assert {uuid: task.state for uuid, task in state.tasks.items()} == {
+        "r": "STARTED",
+        "order.123": "STARTED",
+    }
+
+
+def test_the_listener_survives_strange_messages_and_a_pool_that_has_nothing(
+    beatless: Kit, beatless_app: App
+) -> None:
+    heard: list[Event] = []
+    ended = threading.Event()
+
+    def tell(event: Event) -> None:
+        heard.append(event)
+        if event.final:
+            ended.set()
+
+    connect, refused = beatless_app.engine.connect, threading.Event()
+
+    def none_left() -> None:
+        refused.set()
+        beatless_app.engine.connect = connect
+        raise exc.TimeoutError("QueuePool limit of size 5 overflow 10 reached")
+
+    beatless_app.engine.connect = none_left
+    listener = Listener(beatless_app, tell)
+    listener.start()
+    assert refused.wait(60)
+    run_id = beatless.start_run("two_steps").run_id
+    client = beatless_app.redis()
+    channel = channel_for(beatless_app.settings.prefix, run_id)
+    for strange in (b"hello", b"[]", b'{"seq": 1}', b"\xff"):
+        # Until it listens: nobody hears what comes before.
+        while not client.publish(channel, strange):
+            assert listener._thread.is_alive()
+
+    beatless.work_until_idle()
+
+    assert ended.wait(60)
+    assert [event.seq for event in heard] == [1, 2, 3, 4, 5, 6]
+    listener.stop()
+    client.publish(channel, b"")  # it waits for some message
+    listener._thread.join(60)
+    client.close()

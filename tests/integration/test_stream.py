@@ -400,3 +400,13 @@ def test_a_stream_gives_up_in_time_without_postgres(
             next(following.follow(run, 0, timeout=0.05))
         with pytest.raises(WaitTimeout, match="it is unknown"):
             asyncio.run(main())
+
+
+def test_a_strange_message_does_not_end_a_stream(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("two_steps")
+    stream = beatless.client.stream_run(run.run_id, timeout=60)
+    assert next(stream).seq == 1
+    with beatless_app.redis() as client:
+        assert client.publish(channel_for(beatless_app.settings.prefix, run.run_id), b"hello") == 1
+    beatless.work_until_idle()
+    assert [event.seq for event in stream] == [2, 3, 4, 5, 6]
