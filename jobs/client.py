@@ -18,9 +18,9 @@ import sqlalchemy
 from sqlalchemy import exc
 
 from jobs.errors import BadRequest, SchemaBehind, StatementTimeout, UnknownPlan, Unreachable
-from jobs.migrations import head
 from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from jobs.queues import Queues
+from jobs.schema import head
 from jobs.stream import Streams
 from jobs.tracing import Tracing
 from orchestrator.errors import CannotRetry, OrchestratorError

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Self
@@ -31,6 +31,7 @@ from jobs.services import (
     free_port,
 )
 from jobs.settings import Settings, engine_url
+from jobs.stack_file import LOCK, STATE
 from outbox.backoff import Backoff
 from outbox.doorbell import Alarm
 
@@ -254,21 +255,6 @@ class Stack:
         self.alarm = Alarm()
         self.stopping = False
 
-    @staticmethod
-    def settings_of_running(here: Path) -> dict[str, str]:
-        """The BEATLESS_* variables of a stack that runs now on a data directory below `here`."""
-        others = sorted(path.parent for path in here.glob("*/stack.json"))
-        for directory in (here / ".beatless", *others):
-            try:
-                with (directory / "dev.lock").open() as lock:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                    return dict(json.loads((directory / "stack.json").read_text())["environ"])
-            except OSError:
-                continue  # nothing has run here
-        return {}
-
     def start(self, say: Callable[[str], None] = lambda _: None) -> None:
         """Bring everything up; `say` gets a line for each part.
 
@@ -374,10 +360,10 @@ class Stack:
             if server is not None:
                 server.stop()
         if self._lock is not None:
-            (self.directory / "stack.json").unlink(missing_ok=True)
+            (self.directory / STATE).unlink(missing_ok=True)
             if self._ephemeral:
                 shutil.rmtree(self._data, ignore_errors=True)
-                (self.directory / "dev.lock").unlink(missing_ok=True)
+                (self.directory / LOCK).unlink(missing_ok=True)
                 if self._made_directory:
                     with contextlib.suppress(OSError):
                         self.directory.rmdir()
@@ -394,11 +380,10 @@ class Stack:
         try:
             # What a killed one has left is ours to remove as well.
             self._made_directory = not self.directory.exists() or (
-                {path.name for path in self.directory.iterdir()}
-                == {"dev.lock", "ephemeral", "stack.json"}
+                {path.name for path in self.directory.iterdir()} == {LOCK, "ephemeral", STATE}
             )
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = (self.directory / "dev.lock").open("a+")
+            lock = (self.directory / LOCK).open("a+")
         except OSError as error:
             raise BadRequest("--data-dir", f"{self.directory} cannot be used: {error}") from error
         deadline = monotonic() + LOCK_SECONDS
@@ -419,7 +404,7 @@ class Stack:
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
-        (self.directory / "stack.json").unlink(missing_ok=True)  # of one that was killed
+        (self.directory / STATE).unlink(missing_ok=True)  # of one that was killed
         if self._ephemeral:
             self._data = self.directory / "ephemeral"
             shutil.rmtree(self._data, ignore_errors=True)
@@ -451,21 +436,6 @@ class Stack:
         flower.wait_ready(self.alarm)
 
     def _write_state(self) -> None:
-        path = self.directory / "stack.json"
+        path = self.directory / STATE
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"pid": os.getpid(), "environ": self.environ()}, file)
-
-
-@contextlib.contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on SIGINT and SIGTERM, from the signal handler: it must not block."""
-
-    def handle(_number: int, _frame: object) -> None:
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

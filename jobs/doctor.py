@@ -26,11 +26,12 @@ from kombu.exceptions import KombuError, OperationalError
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import exc
 
-from jobs import canary, migrations
+from jobs import canary
 from jobs.app import App
 from jobs.client import Client, new_run_id
 from jobs.errors import JobsError
 from jobs.namespaces import id_prefix
+from jobs.schema import head
 from jobs.settings import libpq_url
 from jobs.stream import Subscription
 from orchestrator.errors import OrchestratorError
@@ -327,11 +328,11 @@ class Doctor:
         else:
             rows = self._rows(f"SELECT version_num FROM {name}.beatless_version")
             found = rows[0][0] if rows else None
-        head = migrations.head()
-        if found == head:
+        needed = head()
+        if found == needed:
             self._schema_ok = True
             yield Finding(
-                check="schema", status=Status.OK, text=f"schema {name} is at migration {head}"
+                check="schema", status=Status.OK, text=f"schema {name} is at migration {needed}"
             )
         elif found is None:
             yield Finding(
@@ -340,11 +341,11 @@ class Doctor:
                 text=f"schema {name} does not exist here",
                 advice="run `beatless migrate`, or see what BEATLESS_SCHEMA says",
             )
-        elif found < head:
+        elif found < needed:
             yield Finding(
                 check="schema",
                 status=Status.PROBLEM,
-                text=f"schema {name} is at migration {found}, behind this version's {head}",
+                text=f"schema {name} is at migration {found}, behind this version's {needed}",
                 advice="run `beatless migrate` before the new version",
             )
         else:
@@ -352,7 +353,7 @@ class Doctor:
             yield Finding(
                 check="schema",
                 status=Status.WARNING,
-                text=f"schema {name} is at migration {found}, ahead of this version's {head}",
+                text=f"schema {name} is at migration {found}, ahead of this version's {needed}",
                 advice="this is an old version beside newer ones: finish the rollout",
             )
 

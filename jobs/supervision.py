@@ -5,7 +5,10 @@ socket nothing happens, so that the same process also runs anywhere else.
 """
 
 import os
+import signal
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 
@@ -44,3 +47,18 @@ class Supervisor:
                 door.sendto(line, self._path)
             except OSError:
                 return  # it is gone, or does not read: its own affair
+
+
+@contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on SIGINT and SIGTERM, from the signal handler: it must not block."""
+
+    def handle(_number: int, _frame: object) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

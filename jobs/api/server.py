@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs import migrations
+from jobs import schema
 from jobs.api import problems, sse
 from jobs.api.problems import Problem
 from jobs.app import App
@@ -594,7 +594,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
     @api.get("/readyz", include_in_schema=False)
     def readyz() -> JSONResponse:
         try:
-            migrations.check(app.engine, app.settings.schema)
+            schema.check(app.engine, app.settings.schema)
             with app.engine.connect() as connection:
                 standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
         except (exc.DBAPIError, SchemaBehind) as error:

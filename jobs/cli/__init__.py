@@ -1,5 +1,7 @@
 """The command `beatless`. Exit status: 0 done, 1 failed, 2 bad input, 3 a server is unreachable."""
 
+import importlib
+import itertools
 import os
 import sys
 import traceback
@@ -11,24 +13,7 @@ import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import exc
 
-from jobs.cli.api import serve, token
-from jobs.cli.demo import demo
-from jobs.cli.doctor import doctor
 from jobs.cli.environment import Environment
-from jobs.cli.init import init
-from jobs.cli.plans import plan
-from jobs.cli.processes import dev, flower, migrate, relay, worker
-from jobs.cli.queues import (
-    clean,
-    dead_letters,
-    drain,
-    obliterate,
-    pause,
-    queues,
-    remove,
-    resume,
-)
-from jobs.cli.runs import cancel, events, explain, retry, runs, show, start, verify
 from jobs.errors import (
     BadRequest,
     BadSetting,
@@ -57,7 +42,56 @@ UNREACHABLE: tuple[type[Exception], ...] = (
 OURS = (JobsError, OrchestratorError, OutboxError, exc.DBAPIError, psycopg.Error, redis.RedisError)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+MODULES = {
+    "jobs.cli.api": ("serve", "token"),
+    "jobs.cli.demo": ("demo",),
+    "jobs.cli.dev": ("dev",),
+    "jobs.cli.doctor": ("doctor",),
+    "jobs.cli.init": ("init",),
+    "jobs.cli.migrate": ("migrate",),
+    "jobs.cli.plans": ("plan",),
+    "jobs.cli.processes": ("flower", "relay", "worker"),
+    "jobs.cli.queues": (
+        "clean",
+        "dead-letters",
+        "drain",
+        "obliterate",
+        "pause",
+        "queues",
+        "remove",
+        "resume",
+    ),
+    "jobs.cli.runs": (
+        "cancel",
+        "events",
+        "explain",
+        "retry",
+        "runs",
+        "show",
+        "start",
+        "verify",
+    ),
+}
+
+
+class Commands(click.Group):
+    """Imports only the command that is run: a relay has no use for what `init` and `demo` need.
+
+    https://click.palletsprojects.com/en/stable/complex/#lazily-loading-subcommands
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *itertools.chain(*MODULES.values())})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for module, names in MODULES.items():
+            if cmd_name in names and cmd_name not in self.commands:
+                command = getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
+                self.add_command(with_global_options(command), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--app", metavar="MODULE:ATTRIBUTE", help="Your App; default: BEATLESS_APP.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout, everything else on stderr.")
 @click.option(
@@ -85,42 +119,14 @@ def _app(context: click.Context, _parameter: click.Parameter, given: str | None)
         context.ensure_object(Environment).named = given
 
 
-for command in (
-    cancel,
-    clean,
-    dead_letters,
-    demo,
-    dev,
-    doctor,
-    drain,
-    events,
-    explain,
-    flower,
-    init,
-    migrate,
-    obliterate,
-    pause,
-    plan,
-    queues,
-    relay,
-    remove,
-    resume,
-    retry,
-    runs,
-    serve,
-    show,
-    start,
-    token,
-    verify,
-    worker,
-):
-    # The global options are understood after the command as well: that is where people type them.
+def with_global_options(command: click.Command) -> click.Command:
+    """Understands the global options after the command as well: that is where people type them."""
     for each in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
         each.params += [
             click.Option(["--app"], hidden=True, expose_value=False, callback=_app),
             click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=_json),
         ]
-    cli.add_command(command)
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

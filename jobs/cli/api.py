@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from jobs import migrations
 from jobs.auth import Scope, Tokens
 from jobs.cli.environment import Environment, seconds
 from jobs.cli.processes import LOG_FORMAT, READY_FD, check_url, is_loopback, tell
@@ -15,6 +14,7 @@ from jobs.client import reaching_postgres
 from jobs.errors import BadRequest, ExtraMissing
 from jobs.export import export
 from jobs.logs import Format
+from jobs.schema import check
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def serve(
     app = env.app
     export("beatless-api", os.environ)
     with reaching_postgres(app.settings.schema):
-        migrations.check(app.engine, app.settings.schema)
+        check(app.engine, app.settings.schema)
         guarded = Tokens(app.engine, app.settings.schema).any()
     if not guarded and not is_loopback(host):
         raise BadRequest(

@@ -20,7 +20,8 @@ from jobs.cli import render
 from jobs.cli.environment import Environment
 from jobs.client import RunRequest
 from jobs.demo import PLANS
-from jobs.dev import Stack, stop_on_signals
+from jobs.dev import Stack
+from jobs.supervision import stop_on_signals
 from jobs.verify import verify
 from orchestrator.events import Event
 from orchestrator.state import RunState

@@ -16,9 +16,9 @@ from rich.console import Console
 from jobs import logs
 from jobs.app import App
 from jobs.demo import PLANS
-from jobs.dev import Stack
 from jobs.errors import BadRequest, BadSetting, JobsError
 from jobs.settings import Settings
+from jobs.stack_file import settings_of_running
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan import PlanError
 
@@ -53,7 +53,7 @@ class Environment:
         if self._app is None:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
-                os.environ.update(Stack.settings_of_running(Path.cwd()))
+                os.environ.update(settings_of_running(Path.cwd()))
             name = self.named or os.environ.get("BEATLESS_APP", "")
             self._app = load(name) if name else App(settings(), PLANS)
         return self._app

@@ -6,30 +6,27 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import redis
-import sqlalchemy
 from celery import signals
-from click.core import ParameterSource
 from kombu.exceptions import KombuError
 
-from jobs import migrations
 from jobs.app import REDIS_TIMEOUTS, App
 from jobs.cli.environment import Environment
 from jobs.client import reaching_postgres
-from jobs.dev import Stack, stop_on_signals
 from jobs.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from jobs.export import export
 from jobs.logs import Format
 from jobs.metrics import listen
 from jobs.redis_urls import is_cluster
-from jobs.settings import Settings, engine_url
-from jobs.supervision import Supervisor
+from jobs.schema import check
+from jobs.settings import Settings
+from jobs.supervision import Supervisor, stop_on_signals
 from jobs.worker import run_worker
 from outbox.message import EventMessage
 from outbox.publishers import RedisEventPublisher
@@ -52,7 +49,7 @@ def check_servers(app: App) -> None:
     Raises Unreachable, SchemaBehind, and BadSetting for a broker on a Redis Cluster.
     """
     with reaching_postgres(app.settings.schema):
-        migrations.check(app.engine, app.settings.schema)
+        check(app.engine, app.settings.schema)
     app.engine.dispose()  # a worker's children must not inherit it
     client = app.redis()
     try:
@@ -88,49 +85,6 @@ def check_rights(app: App) -> None:
         RedisEventPublisher(client, app.settings.prefix).publish(
             [EventMessage(run_id="", body=b"")]
         )
-
-
-@click.command()
-@click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
-@click.option("--since", metavar="REVISION", help="With --sql: only what comes after this one.")
-@click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
-@click.option("--post", is_flag=True, help="Also do what must wait until no older code runs.")
-@click.pass_obj
-def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: bool) -> None:
-    """Create the tables, or bring them to this version, while everything runs."""
-    settings = env.app.settings
-    schema = settings.schema
-    if since is not None and not sql:
-        raise BadRequest("--since", "only goes with --sql")
-    if sql:
-        text = migrations.migration_sql(schema, since)
-        env.document({"schema": schema, "sql": text}) if env.as_json else click.echo(text)
-        return
-    env.log()
-    # Not through a pooler: a migration keeps its lock and its settings from one statement to the
-    # next.
-    engine = sqlalchemy.create_engine(
-        engine_url(settings.listen_url), connect_args={"application_name": "beatless migrate"}
-    )
-    with reaching_postgres(schema), closing_engine(engine):
-        if not check:
-            migrations.migrate(engine, schema, post=post)
-        migrations.check(engine, schema)
-        with engine.connect() as connection:
-            found = migrations.current(connection, schema)
-    if env.as_json:
-        env.document({"schema": schema, "migration": found})
-    else:
-        click.echo(f"schema {schema} is at migration {found}")
-
-
-@contextmanager
-def closing_engine(engine: sqlalchemy.Engine) -> Iterator[None]:
-    """Its connections are closed at the end."""
-    try:
-        yield
-    finally:
-        engine.dispose()
 
 
 def on_port(_context: click.Context, _parameter: click.Parameter, port: int | None) -> None:
@@ -337,86 +291,3 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return all(ipaddress.ip_address(address).is_loopback for address in found)
-
-
-@click.command()
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".beatless")
-)
-@click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
-@click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
-@click.option("--no-flower", is_flag=True, help="Leave Flower out.")
-@click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
-@click.option("--ephemeral", is_flag=True, help="Keep nothing: the data goes when it stops.")
-@click.option(
-    "--env-file", type=click.Path(path_type=Path, dir_okay=False), help="Write the settings here."
-)
-@click.pass_context
-def dev(
-    context: click.Context,
-    data_dir: Path,
-    port: int,
-    flower_port: int,
-    no_flower: bool,
-    workers: int,
-    ephemeral: bool,
-    env_file: Path | None,
-) -> None:
-    """A whole beatless in the foreground: servers, relay, workers, API, Flower; Ctrl-C ends it."""
-    env: Environment = context.obj
-    port = usable(context, "port", port)
-    flower_port = usable(context, "flower_port", flower_port)
-    stack = Stack(
-        data_dir,
-        ephemeral=ephemeral,
-        app_name=env.app_name,
-        workers=workers,
-        api_port=port,
-        flower_port=None if no_flower else flower_port,
-    )
-
-    def stop() -> None:
-        stack.stopping = True
-        stack.alarm.ring()
-
-    with stop_on_signals(stop), stack:
-        try:
-            stack.start(env.note if env.as_json else click.echo)
-        except KeyboardInterrupt:
-            return
-        if env_file is not None:
-            write_env_file(env_file, stack.environ())
-        env.document(stack.facts()) if env.as_json else click.echo("ready")
-        stack.watch(env.note)
-
-
-def usable(context: click.Context, name: str, port: int) -> int:
-    """The port, or 0 if it is taken and only was the default. Raises BadRequest."""
-    if port == 0 or is_free(port):
-        return port
-    option = "--" + name.replace("_", "-")
-    if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-        raise BadRequest(option, f"{port} is taken: choose another, or 0")
-    context.obj.note(f"port {port} is taken: another is taken for {option}")
-    return 0
-
-
-def write_env_file(path: Path, environ: Mapping[str, str]) -> None:
-    """Settings as lines that a shell, Docker and systemd can read. Only for the owner's eyes."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    except OSError as error:
-        raise BadRequest("--env-file", f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(descriptor, "w") as file:
-        file.writelines(f"{name}={value}\n" for name, value in environ.items())
-
-
-def is_free(port: int) -> bool:
-    """Whether something could listen on this port of 127.0.0.1 now."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

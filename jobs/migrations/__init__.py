@@ -21,15 +21,13 @@ import psycopg
 import sqlalchemy
 from alembic import command, op
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
-from jobs.errors import MigrationBlocked, SchemaBehind
+from jobs.errors import MigrationBlocked
+from jobs.schema import VERSIONS, current, head
 
 logger = logging.getLogger(__name__)
-
-VERSION_TABLE = "beatless_version"
 
 LOCK_MILLISECONDS = 200
 """How long a statement waits for its lock: as long, everybody who comes after it waits too."""
@@ -61,33 +59,16 @@ def _config(
     config = Config()
     config.set_main_option("script_location", "jobs:migrations")
     config.set_main_option("path_separator", "newline")
-    places = [str(Path(__file__).parent / "versions"), *([str(versions)] if versions else [])]
+    places = [str(VERSIONS), *([str(versions)] if versions else [])]
     config.set_main_option("version_locations", "\n".join(places).replace("%", "%%"))
     config.attributes |= {"schema": schema, "connection": connection, "new": new}
     return config
 
 
-def _revisions(versions: Path | None = None) -> list[tuple[str, bool]]:
-    """(revision, whether it must wait for the end of older code), oldest first."""
+def last(versions: Path | None = None) -> str:
+    """The newest revision, also one that must wait for the end of older code."""
     scripts = ScriptDirectory.from_config(_config("", None, versions, new=False))
-    found = [
-        (script.revision, Path(script.path).with_suffix(".post.sql").exists())
-        for script in scripts.walk_revisions()
-    ]
-    return found[::-1]
-
-
-def head(versions: Path | None = None) -> str:
-    """The revision that this code needs: the newest that is not for afterwards."""
-    return [revision for revision, post in _revisions(versions) if not post][-1]
-
-
-def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
-    """The revision of the schema, or None if it was never migrated."""
-    context = MigrationContext.configure(
-        connection, opts={"version_table": VERSION_TABLE, "version_table_schema": schema}
-    )
-    return context.get_current_revision()
+    return scripts.get_current_head() or head()
 
 
 def migrate(
@@ -105,7 +86,7 @@ def migrate(
     a pooler in transaction mode loses their settings. Raises MigrationBlocked if a table is held
     for minutes; what was done until then stays, and the next call goes on from there.
     """
-    target = _revisions(versions)[-1][0] if post else head(versions)
+    target = last(versions) if post else head(versions)
     with engine.connect() as connection, _alone(connection, schema):
         found = current(connection, schema)
         connection.rollback()
@@ -225,14 +206,3 @@ def migration_sql(schema: str, since: str | None = None) -> str:
     config.output_buffer = text
     command.upgrade(config, f"{since}:{head()}" if since else head(), sql=True)
     return text.getvalue()
-
-
-def check(engine: sqlalchemy.Engine, schema: str) -> None:
-    """Raises SchemaBehind if the schema lacks what this code needs.
-
-    One that is ahead is fine: while a fleet is upgraded, the older processes start on it too.
-    """
-    with engine.connect() as connection:
-        found = current(connection, schema)
-    if found is None or found < (needed := head()):
-        raise SchemaBehind(schema, found, head() if found is None else needed)

@@ -4,7 +4,8 @@ from typing import Any
 
 from alembic import context
 
-from jobs.migrations import LOCK_MILLISECONDS, VERSION_TABLE
+from jobs.migrations import LOCK_MILLISECONDS
+from jobs.schema import VERSION_TABLE
 
 schema: str = context.config.attributes["schema"]
 connection = context.config.attributes["connection"]

@@ -12,7 +12,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from jobs import App, SchemaBehind
-from jobs.migrations import VERSION_TABLE, check, current, head, migrate, migration_sql
+from jobs.migrations import migrate, migration_sql
+from jobs.schema import VERSION_TABLE, check, current, head
 from jobs.testing import Kit
 from orchestrator.tables import runs
 

@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy
 
 from jobs.errors import MigrationBlocked
-from jobs.migrations import VERSION_TABLE, check, current, head, migrate, migration_sql, statements
+from jobs.migrations import migrate, migration_sql, statements
+from jobs.schema import VERSION_TABLE, check, current, head
 from jobs.services import EmbeddedPostgres
 from jobs.settings import engine_url
 from tests.integration.test_migrations import shape

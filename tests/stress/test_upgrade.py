@@ -21,7 +21,8 @@ from jobs import App, Settings
 from jobs.cli.demo import GOLDEN
 from jobs.demo import PLANS
 from jobs.dev import Child
-from jobs.migrations import VERSION_TABLE, head, migrate
+from jobs.migrations import migrate
+from jobs.schema import VERSION_TABLE, head
 from jobs.services import EmbeddedPostgres, EmbeddedValkey
 from jobs.settings import engine_url
 from jobs.testing import Kit

@@ -125,7 +125,9 @@ def takes(arguments: list[str]) -> None:
     command = cli
     rest = list(arguments)
     while isinstance(command, click.Group):
-        command, rest = command.commands[rest[0]], rest[1:]
+        found = command.get_command(click.Context(command), rest[0])
+        assert found is not None
+        command, rest = found, rest[1:]
     command.make_parser(click.Context(command)).parse_args(rest)
 
 

@@ -1,0 +1,97 @@
+"""`beatless dev`."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from jobs.cli.environment import Environment
+from jobs.dev import Stack
+from jobs.errors import BadRequest
+from jobs.supervision import stop_on_signals
+
+
+@click.command()
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path(".beatless")
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8400, show_default=True)
+@click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
+@click.option("--no-flower", is_flag=True, help="Leave Flower out.")
+@click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
+@click.option("--ephemeral", is_flag=True, help="Keep nothing: the data goes when it stops.")
+@click.option(
+    "--env-file", type=click.Path(path_type=Path, dir_okay=False), help="Write the settings here."
+)
+@click.pass_context
+def dev(
+    context: click.Context,
+    data_dir: Path,
+    port: int,
+    flower_port: int,
+    no_flower: bool,
+    workers: int,
+    ephemeral: bool,
+    env_file: Path | None,
+) -> None:
+    """A whole beatless in the foreground: servers, relay, workers, API, Flower; Ctrl-C ends it."""
+    env: Environment = context.obj
+    port = usable(context, "port", port)
+    flower_port = usable(context, "flower_port", flower_port)
+    stack = Stack(
+        data_dir,
+        ephemeral=ephemeral,
+        app_name=env.app_name,
+        workers=workers,
+        api_port=port,
+        flower_port=None if no_flower else flower_port,
+    )
+
+    def stop() -> None:
+        stack.stopping = True
+        stack.alarm.ring()
+
+    with stop_on_signals(stop), stack:
+        try:
+            stack.start(env.note if env.as_json else click.echo)
+        except KeyboardInterrupt:
+            return
+        if env_file is not None:
+            write_env_file(env_file, stack.environ())
+        env.document(stack.facts()) if env.as_json else click.echo("ready")
+        stack.watch(env.note)
+
+
+def usable(context: click.Context, name: str, port: int) -> int:
+    """The port, or 0 if it is taken and only was the default. Raises BadRequest."""
+    if port == 0 or is_free(port):
+        return port
+    option = "--" + name.replace("_", "-")
+    if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        raise BadRequest(option, f"{port} is taken: choose another, or 0")
+    context.obj.note(f"port {port} is taken: another is taken for {option}")
+    return 0
+
+
+def write_env_file(path: Path, environ: Mapping[str, str]) -> None:
+    """Settings as lines that a shell, Docker and systemd can read. Only for the owner's eyes."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as error:
+        raise BadRequest("--env-file", f"{path} cannot be written: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        file.writelines(f"{name}={value}\n" for name, value in environ.items())
+
+
+def is_free(port: int) -> bool:
+    """Whether something could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

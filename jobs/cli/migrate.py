@@ -1,0 +1,58 @@
+"""`beatless migrate`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+import sqlalchemy
+
+from jobs import migrations
+from jobs.cli.environment import Environment
+from jobs.client import reaching_postgres
+from jobs.errors import BadRequest
+from jobs.schema import check as check_schema
+from jobs.schema import current
+from jobs.settings import engine_url
+
+
+@click.command()
+@click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
+@click.option("--since", metavar="REVISION", help="With --sql: only what comes after this one.")
+@click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
+@click.option("--post", is_flag=True, help="Also do what must wait until no older code runs.")
+@click.pass_obj
+def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: bool) -> None:
+    """Create the tables, or bring them to this version, while everything runs."""
+    settings = env.app.settings
+    schema = settings.schema
+    if since is not None and not sql:
+        raise BadRequest("--since", "only goes with --sql")
+    if sql:
+        text = migrations.migration_sql(schema, since)
+        env.document({"schema": schema, "sql": text}) if env.as_json else click.echo(text)
+        return
+    env.log()
+    # Not through a pooler: a migration keeps its lock and its settings from one statement to the
+    # next.
+    engine = sqlalchemy.create_engine(
+        engine_url(settings.listen_url), connect_args={"application_name": "beatless migrate"}
+    )
+    with reaching_postgres(schema), closing_engine(engine):
+        if not check:
+            migrations.migrate(engine, schema, post=post)
+        check_schema(engine, schema)
+        with engine.connect() as connection:
+            found = current(connection, schema)
+    if env.as_json:
+        env.document({"schema": schema, "migration": found})
+    else:
+        click.echo(f"schema {schema} is at migration {found}")
+
+
+@contextmanager
+def closing_engine(engine: sqlalchemy.Engine) -> Iterator[None]:
+    """Its connections are closed at the end."""
+    try:
+        yield
+    finally:
+        engine.dispose()

@@ -1,0 +1,45 @@
+"""Whether a schema is at the version that this code needs.
+
+Apart from `jobs.migrations`, which brings it there: every process asks this when it starts, and
+none but `beatless migrate` needs Alembic, a tenth of its memory, for the answer.
+"""
+
+from pathlib import Path
+
+import sqlalchemy
+
+from jobs.errors import SchemaBehind
+
+VERSION_TABLE = "beatless_version"
+
+VERSIONS = Path(__file__).parent / "migrations" / "versions"
+
+
+def head(versions: Path | None = None) -> str:
+    """The revision that this code needs: the newest that is not for afterwards.
+
+    `versions` is a directory with further revisions.
+    """
+    places = [VERSIONS, *([versions] if versions else [])]
+    files = [file.name for place in places for file in place.glob("*.pre.sql")]
+    return max(name.partition("_")[0] for name in files)
+
+
+def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
+    """The revision of the schema, or None if it was never migrated."""
+    table = f'"{schema}".{VERSION_TABLE}'
+    if connection.exec_driver_sql("SELECT to_regclass(%(t)s)", {"t": table}).scalar() is None:
+        return None
+    found: str | None = connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar()
+    return found
+
+
+def check(engine: sqlalchemy.Engine, schema: str) -> None:
+    """Raises SchemaBehind if the schema lacks what this code needs.
+
+    One that is ahead is fine: while a fleet is upgraded, the older processes start on it too.
+    """
+    with engine.connect() as connection:
+        found = current(connection, schema)
+    if found is None or found < head():
+        raise SchemaBehind(schema, found, head())
