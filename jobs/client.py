@@ -360,7 +360,7 @@ class Client:
 
     def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
         """Take away up to `limit` runs that ended in this state so long ago; how many."""
-        seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
+        seconds = _seconds("older_than", older_than) or 0.0
         with reaching_postgres(self._journal.schema):
             return self._queues.clean(
                 state, seconds=seconds, limit=limit, namespace=self._namespace
@@ -368,7 +368,7 @@ class Client:
 
     def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
         """(runs, events) that `clean` would take away without a limit."""
-        seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
+        seconds = _seconds("older_than", older_than) or 0.0
         with reaching_postgres(self._journal.schema):
             return self._queues.count_finished(state, seconds=seconds, namespace=self._namespace)
 

@@ -37,12 +37,16 @@ class Queues:
         with self._engine.begin() as connection:
             return self._statements.states(connection)
 
-    def pause(self, name: str) -> None:
-        """After this no run of the queue starts anywhere; those that run go on."""
+    def pause(self, name: str) -> bool:
+        """After this no run of the queue starts anywhere; those that run go on.
+
+        False if it was paused before.
+        """
         with self._engine.begin() as connection:
-            self._statements.pause(connection, name)
+            newly = self._statements.pause(connection, name)
         with self._engine.begin() as connection:
             self._statements.await_claims(connection)
+        return newly
 
     def resume(self, name: str) -> None:
         """Let its runs start again."""
@@ -60,12 +64,14 @@ class Queues:
         """Take away the queue with all of its runs; how many they were.
 
         Raises QueueBusy while runs of it are running, unless `force`: their workers then find that
-        their lease is gone, and write nothing more.
+        their lease is gone, and write nothing more. A queue that was refused is as it was, paused
+        or not.
         """
-        self.pause(name)
+        newly = self.pause(name)
         active = sum(state.active for state in self.states() if state.name == name)
         if active and not force:
-            self.resume(name)
+            if newly:
+                self.resume(name)
             raise QueueBusy(name, active)
         with self._engine.begin() as connection:
             removed = self._statements.remove_queue(connection, name)

@@ -49,7 +49,8 @@ class QueueStatements:
         self.claim_fence = f"SELECT pg_advisory_xact_lock_shared({self._fence})"
         self._pause = f"""
 INSERT INTO {s}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp())
-ON CONFLICT (name) DO UPDATE SET paused_at = coalesce(queues.paused_at, excluded.paused_at)"""
+ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL
+RETURNING name"""
         self._resume = f"DELETE FROM {s}.queues WHERE name = %(name)s"
         self._states = f"""
 WITH unfinished AS (
@@ -89,9 +90,12 @@ WITH gone AS (
 ), d AS (DELETE FROM {s}.dispatches USING gone WHERE dispatches.run_id = gone.run_id)
 SELECT run_id FROM gone"""
 
-    def pause(self, connection: Caller, name: str) -> None:
-        """No run of the queue is claimed by whoever looks after this is committed."""
-        execute(connection, self._pause, {"name": name})
+    def pause(self, connection: Caller, name: str) -> bool:
+        """No run of the queue is claimed by whoever looks after this is committed.
+
+        False if it was paused before.
+        """
+        return bool(execute(connection, self._pause, {"name": name}))
 
     def await_claims(self, connection: Caller) -> None:
         """Wait for the claims that may have looked before: they hold the fence in shared mode."""

@@ -124,6 +124,23 @@ class FailedRuns(BaseModel):
         }
 
 
+class FinishedRuns(BaseModel):
+    """Which runs that have ended."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: RunState
+    """One in which runs end."""
+    older_than: float = Field(ge=0, le=1e9, allow_inf_nan=False)
+    """Ended so many seconds ago or more."""
+
+
+class CleanRequest(FinishedRuns):
+    """Which of them to take away, and how many at most, oldest first."""
+
+    limit: int = Field(default=1000, ge=1, le=100_000)
+
+
 class Letters(BaseModel):
     """Which messages."""
 
@@ -516,8 +533,21 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         started, refused = client.retry_failed(**body.checked())
         return {
             "runs": [run.to_dict() for run in started],
-            "refused": [str(reason) for reason in refused],
+            "refused": [{"detail": str(reason)} | problems.named(reason) for reason in refused],
         }
+
+    @api.get("/v1/finished-runs", responses=answers())
+    def count_finished_runs(
+        client: Reader, chosen: Annotated[FinishedRuns, Query()]
+    ) -> dict[str, int]:
+        """How many runs, with how many events, ended in this state so long ago."""
+        runs, events = client.count_finished(chosen.state.value, chosen.older_than)
+        return {"runs": runs, "events": events}
+
+    @api.post("/v1/finished-runs/clean", status_code=202, responses=answers())
+    def clean_finished_runs(client: Writer, body: CleanRequest) -> dict[str, int]:
+        """Take them away with all of their events; how many runs they were."""
+        return {"removed": client.clean(body.state.value, body.older_than, body.limit)}
 
     @api.get("/v1/queues", responses=answers())
     def list_queues(client: Operator) -> dict[str, Any]:
@@ -586,6 +616,15 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
                 for plan in app.plans.values()
             ]
         }
+
+    @api.get("/v1/token", responses=answers())
+    def describe_token(request: Request, credentials: Credentials) -> dict[str, Any]:
+        """What the token may do, with what its scopes include."""
+        grant = gate.grant(request, credentials)
+        if grant.run_id is not None:
+            raise _lacks(Permission.RUNS_READ)
+        allowed = [scope.value for scope in Permission if grant.allows(scope)]
+        return {"namespace": grant.namespace, "scopes": allowed}
 
     @api.get("/livez", include_in_schema=False)
     async def livez() -> dict[str, str]:
@@ -727,7 +766,7 @@ def _no_such_letter() -> Iterator[None]:
     try:
         yield
     except BadRequest as error:
-        raise Problem(HTTPStatus.NOT_FOUND, str(error)) from error
+        raise Problem(HTTPStatus.NOT_FOUND, str(error), error) from error
 
 
 def _lacks(scope: Permission) -> Problem:

@@ -15,6 +15,7 @@ from orchestrator.events import Event
 from orchestrator.journal import Run
 from orchestrator.queues import QueueState
 from outbox.backoff import Backoff
+from outbox.letters import DeadLetter
 
 T = TypeVar("T")
 
@@ -143,6 +144,69 @@ class AsyncClient:
     async def remove_run(self, run_id: str) -> None:
         """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
         await self._send(wire.remove_run(run_id))
+
+    async def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
+        """Take away up to `limit` runs that ended in this state so long ago; how many."""
+        return await self._send(wire.clean(state, older_than, limit))
+
+    async def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
+        """(runs, events) that `clean` would take away without a limit."""
+        return await self._send(wire.count_finished(state, older_than))
+
+    async def failed_runs(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> list[Run]:
+        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
+
+        At most 1,000; `error` is looked for in "type: message" of the error, `within` keeps those
+        that failed so many seconds ago or less. `remove_run` discards one.
+        """
+        return await self._send(
+            wire.failed_runs(plan=plan, queue=queue, error=error, within=within, limit=limit)
+        )
+
+    async def retry_failed(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> tuple[list[Run], list[Exception]]:
+        """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
+
+        Not tried again when its answer is lost: it can be called again, and then tells of those
+        only that were left. Two calls at once retry each run once.
+        """
+        return await self._send(
+            wire.retry_failed(plan=plan, queue=queue, error=error, within=within, limit=limit)
+        )
+
+    async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first, at most 1,000."""
+        return await self._send(wire.dead_letters(limit))
+
+    async def requeue_dead_letter(self, letter_id: int) -> None:
+        """Publish the message again. Raises BadRequest if there is no such letter."""
+        await self._send(wire.requeue_dead_letter(letter_id))
+
+    async def requeue_dead_letters(self, *, reason: str = "", limit: int = 1000) -> int:
+        """Publish many messages again, oldest first; how many they were.
+
+        Those that have `reason` in their reason, whatever its case.
+        """
+        return await self._send(wire.requeue_dead_letters(reason=reason, limit=limit))
+
+    async def discard_dead_letter(self, letter_id: int) -> None:
+        """Forget the message; its events stay in the journal. Raises BadRequest."""
+        await self._send(wire.discard_dead_letter(letter_id))
 
     async def queues(self) -> list[QueueState]:
         """Every queue that has runs or is paused, with its counts."""

@@ -33,9 +33,10 @@ from orchestrator.journal import Run
 from orchestrator.queues import QueueState
 from orchestrator.state import RunState
 from outbox.backoff import Backoff
+from outbox.letters import DeadLetter
 
 T = TypeVar("T")
-R = TypeVar("R", Run, QueueState)
+R = TypeVar("R", Run, QueueState, DeadLetter)
 
 AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
@@ -69,7 +70,7 @@ TIMES = {
         for name, hint in get_type_hints(record).items()
         if hint is datetime or datetime in get_args(hint)
     )
-    for record in (Run, QueueState)
+    for record in (Run, QueueState, DeadLetter)
 }
 
 TRIES = 5
@@ -136,19 +137,27 @@ def error_of(response: httpx2.Response) -> Exception:
     if not isinstance(document, dict):
         document = {}
     detail = str(document.get("detail") or response.reason_phrase or "no reason given")
-    known = ERRORS.get(str(document.get("error")))
-    arguments = document.get("arguments")
-    if known is not None and isinstance(arguments, list):
-        try:
-            return known(*arguments)
-        except TypeError:
-            pass  # another version's
+    named = named_error(document)
+    if named is not None:
+        return named
     status = response.status_code
     if status in (401, 403):
         return AccessDenied(status, detail)
     if status in (400, 404, 409, 410, 413, 422):
         return BadRequest("request", f"is refused ({status}): {detail}")
     return Unreachable("the API", f"it answered {status}: {detail}")
+
+
+def named_error(document: Mapping[str, Any]) -> Exception | None:
+    """The error that a document names; None if this version does not know it."""
+    known = ERRORS.get(str(document.get("error")))
+    arguments = document.get("arguments")
+    if known is None or not isinstance(arguments, list):
+        return None
+    try:
+        return known(*arguments)
+    except TypeError:
+        return None
 
 
 def pause_of(response: httpx2.Response) -> float:
@@ -274,6 +283,77 @@ def remove_run(run_id: str) -> Call[None]:
     return Call(method="DELETE", path=_path("runs", run_id), read=_nothing, repeatable=False)
 
 
+def clean(state: str, older_than: float | timedelta, limit: int) -> Call[int]:
+    body = {"state": state, "older_than": _seconds(older_than), "limit": limit}
+    return Call(
+        method="POST",
+        path="/v1/finished-runs/clean",
+        body=body,
+        read=_removed,
+        repeatable=False,
+    )
+
+
+def count_finished(state: str, older_than: float | timedelta) -> Call[tuple[int, int]]:
+    return Call(
+        method="GET",
+        path="/v1/finished-runs",
+        query={"state": state, "older_than": _seconds(older_than)},
+        read=lambda found: (int(found["runs"]), int(found["events"])),
+    )
+
+
+def failed_runs(**chosen: Any) -> Call[list[Run]]:
+    return Call(
+        method="GET",
+        path="/v1/failed-runs",
+        query=_chosen(chosen),
+        read=lambda found: [run_of(members) for members in found["runs"]],
+    )
+
+
+def retry_failed(**chosen: Any) -> Call[tuple[list[Run], list[Exception]]]:
+    return Call(
+        method="POST",
+        path="/v1/failed-runs/retry",
+        body=_chosen(chosen),
+        read=lambda found: (
+            [run_of(members) for members in found["runs"]],
+            [_refusal(members) for members in found["refused"]],
+        ),
+        repeatable=False,
+    )
+
+
+def dead_letters(limit: int) -> Call[list[DeadLetter]]:
+    return Call(
+        method="GET",
+        path="/v1/dead-letters",
+        query={"limit": limit},
+        read=lambda found: [record_of(DeadLetter, members) for members in found["dead_letters"]],
+    )
+
+
+def requeue_dead_letter(letter_id: int) -> Call[None]:
+    path = _path("dead-letters", str(letter_id), "requeue")
+    return Call(method="POST", path=path, read=_nothing, repeatable=False)
+
+
+def requeue_dead_letters(*, reason: str, limit: int) -> Call[int]:
+    return Call(
+        method="POST",
+        path="/v1/dead-letters/requeue",
+        body={"reason": reason, "limit": limit},
+        read=lambda found: int(found["requeued"]),
+        repeatable=False,
+    )
+
+
+def discard_dead_letter(letter_id: int) -> Call[None]:
+    path = _path("dead-letters", str(letter_id))
+    return Call(method="DELETE", path=path, read=_nothing, repeatable=False)
+
+
 def queues() -> Call[list[QueueState]]:
     return Call(
         method="GET",
@@ -315,6 +395,16 @@ def _part(part: str) -> str:
     if part in ("", ".", "..") or "/" in part:
         raise BadRequest("name", f"is {part!r}, which cannot be a part of a URL")
     return quote(part, safe="~")
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What chooses failed runs, without what was left open."""
+    given = {**options, "within": _seconds(options["within"])}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _refusal(members: Mapping[str, Any]) -> Exception:
+    return named_error(members) or BadRequest("retry", f"is refused: {members['detail']}")
 
 
 def _removed(found: Any) -> int:

@@ -199,6 +199,68 @@ def test_failed_runs_are_listed_and_retried_over_http(beatless: Kit, api: Api) -
     assert api("POST", "/v1/failed-runs/retry", {"queue": "a"}).json["runs"] == []
 
 
+def test_runs_that_ended_are_counted_and_cleaned_over_http(
+    beatless: Kit, beatless_app: App, api: Api
+) -> None:
+    for plan in ("two_steps", "two_steps", "fatally"):
+        beatless.start_run(plan)
+    beatless.work_until_idle()
+    waiting = beatless.start_run("two_steps").run_id
+    path, clean = "/v1/finished-runs", "/v1/finished-runs/clean"
+
+    assert api("GET", f"{path}?state=completed&older_than=0").json == {"runs": 2, "events": 12}
+    assert api("GET", f"{path}?state=completed&older_than=3600").json == {"runs": 0, "events": 0}
+    assert api("POST", clean, {"state": "completed", "older_than": 3600}).json == {"removed": 0}
+    answer = api("POST", clean, {"state": "completed", "older_than": 0, "limit": 1})
+    assert (answer.status, answer.json) == (202, {"removed": 1})
+    for bad in (
+        {"state": "queued", "older_than": 0},
+        {"state": "completed"},
+        {"state": "completed", "older_than": -1},
+        {"state": "completed", "older_than": 0, "limit": 0},
+        {"state": "completed", "older_than": 0, "queue": "a"},
+    ):
+        assert api("POST", clean, bad).status == 422, bad
+    assert api("GET", f"{path}?state=running&older_than=0").status == 422
+    assert api("GET", f"{path}?state=completed&older_than=nan").status == 422
+
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    _, theirs = tokens.create(["admin"], namespace="theirs")
+    _, reader = tokens.create(["runs:read"])
+    wanted = {"state": "completed", "older_than": 0}
+    api.token = theirs
+    assert api("POST", clean, wanted).json == {"removed": 0}
+    api.token = reader
+    assert api("POST", clean, wanted).status == 403
+    assert api("GET", f"{path}?state=completed&older_than=0").json["runs"] == 1
+    assert {run.state for run in beatless.client.list_runs()} == {"completed", "failed", "queued"}
+    assert beatless.client.get_run(waiting).state == "queued"
+
+
+@pytest.mark.parametrize(
+    ("given", "namespace", "scopes"),
+    [
+        (["runs:read"], "default", ["runs:read"]),
+        (["runs:write"], "default", ["runs:read", "runs:write"]),
+        (["queues"], "default", ["queues"]),
+        (["admin"], "default", ["runs:read", "runs:write", "queues", "admin"]),
+        (["admin"], "acme", ["runs:read", "runs:write", "admin"]),
+    ],
+)
+def test_a_token_is_told_what_it_may_do(
+    beatless_app: App, api: Api, given: list[str], namespace: str, scopes: list[str]
+) -> None:
+    assert api("GET", "/v1/token").json == {
+        "namespace": "default",
+        "scopes": ["runs:read", "runs:write", "queues", "admin"],
+    }
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    _, secret = tokens.create(given, namespace=namespace)
+    assert api("GET", "/v1/token").status == 401
+    api.token = secret
+    assert api("GET", "/v1/token").json == {"namespace": namespace, "scopes": scopes}
+
+
 def test_many_messages_are_published_again_over_http(
     beatless: Kit, api: Api, postgres: psycopg.Connection
 ) -> None:
@@ -283,6 +345,7 @@ def test_a_stream_token_follows_one_run_and_does_nothing_else(
         assert len(list(stream)) == 7
     assert api("GET", f"/v1/runs/{other.run_id}/stream?token={made['token']}").status == 403
     assert api("GET", f"/v1/runs/{run.run_id}?token={made['token']}").status == 403
+    assert api("GET", f"/v1/token?token={made['token']}").status == 403
 
 
 def test_health_page_and_document(api: Api) -> None:

@@ -9,7 +9,9 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from psycopg import Connection
 
+import jobs
 from jobs import (
     App,
     BadPayload,
@@ -101,6 +103,94 @@ def test_queues_over_http(beatless: Kit, client: Client) -> None:
         client.get_run(run.run_id)
 
 
+def test_runs_that_ended_are_cleaned_over_http(beatless: Kit, client: Client) -> None:
+    for _ in range(3):
+        client.start_run("two_steps")
+    beatless.work_until_idle()
+    assert client.count_finished("completed", timedelta(hours=1)) == (0, 0)
+    assert client.count_finished("completed", 0) == (3, 18)
+    assert client.clean("completed", timedelta(hours=1)) == 0
+    assert client.clean("completed", 0, limit=2) == 2
+    assert beatless.client.count_finished("completed", 0) == (1, 6)
+
+
+def test_failed_runs_over_http(beatless: Kit, client: Client, postgres: Connection) -> None:
+    for queue in ("a", "b", "a"):
+        client.start_run("fatally", queue=queue)
+    odd = client.start_run("fatally", queue="b").run_id
+    beatless.work_until_idle()
+    for options in (
+        {},
+        {"queue": "a"},
+        {"plan": "two_steps"},
+        {"error": "FATAL", "limit": 2},
+        {"within": timedelta(hours=1)},
+    ):
+        assert client.failed_runs(**options) == beatless.client.failed_runs(**options)
+    assert len(client.failed_runs(queue="a")) == 2
+
+    # As if the plan had gone since then: it cannot be retried, and the answer says which and why.
+    postgres.execute("UPDATE runs SET plan = 'gone' WHERE run_id = %s", [odd])
+    started, refused = client.retry_failed(queue="b")
+    assert [beatless.client.get_run(run.run_id) for run in started] == started
+    assert [run.queue for run in started] == ["b"]
+    assert [(type(reason), reason.args[0]) for reason in refused] == [(UnknownPlan, "gone")]
+    assert [run.run_id for run in client.failed_runs(queue="b")] == [odd]
+    client.remove_run(odd)
+    assert len(client.failed_runs()) == 2
+
+
+def test_dead_letters_over_http(beatless: Kit, client: Client, postgres: Connection) -> None:
+    run = client.start_run("two_steps")
+    beatless.work_until_idle()
+    for reason in ("refused: NOPERM", "refused: too large", "refused: too large"):
+        postgres.execute(
+            "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES"
+            """ ('event', %s, %s, '{"shard": 1, "from_seq": 1, "to_seq": 2}')""",
+            [run.run_id, reason],
+        )
+    letters = client.dead_letters()
+    assert letters == beatless.client.dead_letters()
+    assert client.dead_letters(limit=1) == letters[:1]
+    client.discard_dead_letter(letters[2].id)
+    assert client.requeue_dead_letters(reason="noperm") == 1
+    client.requeue_dead_letter(letters[1].id)
+    assert client.dead_letters() == []
+    beatless.drain_outbox_once()
+
+
+def test_both_clients_have_every_call_of_the_clients_of_an_app() -> None:
+    # What needs the database itself, or many requests for one call.
+    local = {"epoch", "explain", "start_runs", "stored_id"}
+    calls = {name for name in vars(jobs.Client) if not name.startswith("_")} - local
+    assert calls <= {name for name in vars(Client) if not name.startswith("_")}
+    follow = {"stream_run", "wait_for_run"}
+    assert calls - follow <= {name for name in vars(AsyncClient) if not name.startswith("_")}
+
+
+def test_the_calls_of_the_async_client_are_those_of_the_other(beatless: Kit, api: Api) -> None:
+    for _ in range(2):
+        beatless.start_run("fatally")
+    beatless.start_run("two_steps")
+    beatless.work_until_idle()
+
+    async def use() -> None:
+        async with AsyncClient(api.url, backoff=AT_ONCE) as client:
+            assert await client.count_finished("completed", 0) == (1, 6)
+            assert await client.clean("completed", 0) == 1
+            assert len(await client.failed_runs(error="fatal")) == 2
+            started, refused = await client.retry_failed(limit=1)
+            assert (len(started), refused) == (1, [])
+            assert await client.dead_letters() == []
+            assert await client.requeue_dead_letters() == 0
+            for call in (client.requeue_dead_letter, client.discard_dead_letter):
+                with pytest.raises(BadRequest, match="77 does not exist"):
+                    await call(77)
+
+    asyncio.run(use())
+    assert len(beatless.client.failed_runs()) == 1
+
+
 WRONG: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (RunNotFound, lambda c: c.get_run("nobody")),
     (RunNotFound, lambda c: c.events("nobody")),
@@ -117,6 +207,10 @@ WRONG: list[tuple[type[Exception], Callable[[Any], Any]]] = [
     (BadRequest, lambda c: c.stream_run("old", 99)),
     (BadRequest, lambda c: c.stream_run("old", -1)),
     (BadRequest, lambda c: c.pause_queue("a b")),
+    (BadRequest, lambda c: c.clean("queued", 0)),
+    (BadRequest, lambda c: c.count_finished("running", 0)),
+    (BadRequest, lambda c: c.requeue_dead_letter(77)),
+    (BadRequest, lambda c: c.discard_dead_letter(77)),
     (RunConflict, lambda c: c.start_run("two_steps", 2, run_id="new")),
     (CannotRetry, lambda c: c.retry_run("new")),
     (CannotRetry, lambda c: c.retry_run("old", "never")),

@@ -143,6 +143,13 @@ def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
     with pytest.raises(QueueBusy, match="1 runs of queue gone"):
         beatless.client.obliterate_queue("gone")
 
+    assert [state.paused_at for state in beatless.client.queues()] == [None, None]
+    beatless.client.pause_queue("gone")
+    with pytest.raises(QueueBusy):
+        beatless.client.obliterate_queue("gone")
+    # A refusal changes nothing: who had paused it finds it paused.
+    assert [bool(state.paused_at) for state in beatless.client.queues()] == [True, False]
+
     assert beatless.client.obliterate_queue("gone", force=True) == 21
 
     assert [state.name for state in beatless.client.queues()] == ["kept"]
@@ -168,6 +175,9 @@ def test_clean_and_remove(beatless: Kit) -> None:
     assert [run.run_id for run in beatless.client.list_runs(state="completed")] == [done[2]]
     with pytest.raises(BadRequest, match="choose cancelled, completed, failed"):
         beatless.client.clean("queued", older_than=0)
+    for never in (-1, float("nan"), 1e12):
+        with pytest.raises(BadRequest, match="older_than is"):
+            beatless.client.clean("completed", older_than=never)
 
     beatless.client.remove_run(waiting)
     with pytest.raises(RunNotFound):
