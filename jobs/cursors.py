@@ -6,6 +6,7 @@ import re
 from datetime import datetime
 
 from jobs.errors import BadRequest
+from orchestrator.events import storable
 
 EVENT_ID = re.compile(r"(?:([0-9a-z]{1,40})\.)?([0-9]{1,9})")
 
@@ -24,7 +25,8 @@ def decode_page(cursor: str) -> tuple[datetime, str]:
         found = datetime.fromisoformat(moment)
     except (ValueError, TypeError, RecursionError):
         found, run_id = None, None
-    if found is None or found.tzinfo is None or not isinstance(run_id, str) or "\0" in run_id:
+    ours = found is not None and isinstance(run_id, str) and storable(run_id)
+    if found is None or found.tzinfo is None or not ours:
         raise BadRequest("cursor", "is not one of ours: pass the `next` of the page before")
     return found, run_id
 

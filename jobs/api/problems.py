@@ -1,12 +1,13 @@
 """Errors as problem documents (RFC 9457)."""
 
+import json
 import logging
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
@@ -73,11 +74,12 @@ def named(error: Exception) -> dict[str, Any]:
 
 def document(
     status: HTTPStatus, detail: str, headers: dict[str, str] | None = None, **members: Any
-) -> JSONResponse:
+) -> Response:
     """A problem document as a response."""
     content = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    return JSONResponse(
-        {**content, "detail": detail, **members},
+    return Response(
+        # In ASCII: what is refused may be half of a surrogate pair, which is not valid text.
+        json.dumps({**content, "detail": detail, **members}),
         status_code=status.value,
         headers=headers,
         media_type="application/problem+json",
@@ -87,7 +89,7 @@ def document(
 def install(api: FastAPI) -> None:
     """Let every error leave as a problem document."""
 
-    def ours(_request: Request, error: Exception) -> JSONResponse:
+    def ours(_request: Request, error: Exception) -> Response:
         status = STATUSES.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
         if isinstance(error, Unreachable):
             # Where our servers are is nobody's business who only has a token.
@@ -102,16 +104,16 @@ def install(api: FastAPI) -> None:
             members["oldest_seq"] = error.oldest
         return document(status, str(error), headers, **members)
 
-    def problem(_request: Request, error: Exception) -> JSONResponse:
+    def problem(_request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)  # noqa: S101 - registered for nothing else
         return document(error.status, error.detail, error.headers, **error.members)
 
-    def http(_request: Request, error: Exception) -> JSONResponse:
+    def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
         headers = dict(error.headers or {})
         return document(HTTPStatus(error.status_code), str(error.detail), headers)
 
-    def invalid(_request: Request, error: Exception) -> JSONResponse:
+    def invalid(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
         problems = [
             f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}"
@@ -119,10 +121,10 @@ def install(api: FastAPI) -> None:
         ]
         return document(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
 
-    def away(request: Request, error: Exception) -> JSONResponse:
+    def away(request: Request, error: Exception) -> Response:
         return ours(request, Unreachable("Postgres", str(error)))
 
-    def unexpected(_request: Request, _error: Exception) -> JSONResponse:
+    def unexpected(_request: Request, _error: Exception) -> Response:
         # The server logs it with its traceback.
         return document(HTTPStatus.INTERNAL_SERVER_ERROR, "this is our fault; see the server's log")
 

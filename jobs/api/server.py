@@ -35,6 +35,7 @@ from jobs.cursors import decode_page, encode_page, parse_event_id
 from jobs.errors import BadRequest, SchemaBehind
 from jobs.supervision import Supervisor
 from orchestrator.errors import RunNotFound
+from orchestrator.events import storable
 from orchestrator.state import RunState
 from outbox.queries import execute
 
@@ -347,7 +348,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         existed = False
         if body.run_id is not None:
             with contextlib.suppress(RunNotFound):
-                existed = bool(client.get_run(body.run_id))
+                existed = bool(client.get_run(_text(body.run_id)))
         # An id of our own tells whether the run that comes back is the one we asked for.
         wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
         started = client.start_run(**wanted.model_dump(), traceparent=traceparent)
@@ -774,8 +775,11 @@ def _lacks(scope: Permission) -> Problem:
 
 
 def _text(value: str | None) -> Any:
-    if value is not None and "\0" in value:
-        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "NUL characters are in no name of ours")
+    if value is not None and not storable(value):
+        raise Problem(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "NUL characters and halves of surrogate pairs are in no name of ours",
+        )
     return value
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -12,6 +13,7 @@ from jobs import App
 from jobs.api.server import BODY_LIMIT
 from jobs.auth import Tokens
 from jobs.cli.demo import GOLDEN
+from jobs.cursors import encode_page
 from jobs.testing import Kit
 from orchestrator.retention import Retention
 from tests.serving import Api, serving
@@ -114,6 +116,13 @@ def test_starting_twice_is_one_run(beatless: Kit, api: Api) -> None:
         ({"plan": "two_steps", "input": "a\0b"}, 422),
         ({"plan": "two_steps", "input": "x" * 300_000}, 422),
         ({"plan": "two_steps", "not_before": "2030-01-01T00:00:00"}, 422),
+        ({"plan": "\ud800"}, 404),
+        ({"plan": "\0"}, 404),
+        ({"plan": "two_steps", "run_id": "\ud800"}, 422),
+        ({"plan": "two_steps", "run_id": "\0"}, 422),
+        ({"plan": "two_steps", "queue": "\ud800"}, 422),
+        ({"plan": "two_steps", "tags": {"\ud800": ""}}, 422),
+        ({"plan": "two_steps", "\ud800": "\0"}, 422),
         (b"{broken", 422),
         (b"[]", 422),
         (b'"x" * ' + b"x" * BODY_LIMIT, 413),
@@ -132,6 +141,32 @@ def test_a_form_of_another_site_cannot_start_anything(beatless: Kit, api: Api) -
     assert answer.status == 422
     assert beatless.client.list_runs() == []
     assert api("GET", "/v1/runs", Host="evil.example:80").status == 401
+
+
+@pytest.mark.parametrize("run_id", ["\ud800", "\0"])
+def test_a_cursor_of_a_list_that_no_run_can_have_is_refused(api: Api, run_id: str) -> None:
+    cursor = encode_page(datetime.now(UTC), run_id)
+    assert api("GET", f"/v1/runs?cursor={cursor}").status == 400
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\0"])
+def test_what_postgres_cannot_hold_is_refused_everywhere(
+    beatless: Kit, api: Api, text: str
+) -> None:
+    beatless.start_run("two_steps", run_id="r")
+    for path, name in (
+        ("runs/r/cancel", "reason"),
+        ("runs/r/retry", "from_step"),
+        ("failed-runs/retry", "plan"),
+        ("failed-runs/retry", "queue"),
+        ("failed-runs/retry", "error"),
+        ("dead-letters/requeue", "reason"),
+    ):
+        assert api("POST", f"/v1/{path}", {name: text}).status == 422, (path, name)
+    for sent in ("%ED%A0%80", "%00"):  # the first is not UTF-8, and read as other text
+        for rest in ("", "/events", "/stream"):
+            assert api("GET", f"/v1/runs/{sent}{rest}").status in (404, 422)
+        assert api("POST", f"/v1/queues/{sent}/pause").status == 422
 
 
 def test_listing_pages_with_a_stable_cursor(beatless: Kit, api: Api) -> None:
