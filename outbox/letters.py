@@ -31,7 +31,7 @@ SELECT id, run_id, reason, (message ->> 'from_seq')::int, (message ->> 'to_seq')
 WITH gone AS (DELETE FROM {s}.dead_letters WHERE {{which}} RETURNING run_id, message)
 INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
 SELECT (message ->> 'shard')::smallint, run_id, (message ->> 'from_seq')::int,
-       (message ->> 'to_seq')::int FROM gone
+       (message ->> 'to_seq')::int FROM gone ORDER BY (message ->> 'from_seq')::int
 RETURNING run_id, pg_notify(%(channel)s, '')"""
         self._some = f"""id IN (
   SELECT id FROM {s}.dead_letters WHERE strpos(lower(reason), lower(%(reason)s)) > 0
@@ -59,7 +59,10 @@ RETURNING run_id, pg_notify(%(channel)s, '')"""
         return bool(execute(connection, statement, {"id": letter_id, "channel": self._channel}))
 
     def requeue_some(self, connection: Caller, *, reason: str, limit: int) -> int:
-        """Put those back that have this in their reason, oldest first; how many."""
+        """Put those back that have this in their reason, oldest first; how many.
+
+        Those of one run are published in the order of its events.
+        """
         parameters = {"reason": reason, "limit": limit, "channel": self._channel}
         statement = self._requeue.replace("{which}", self._some)
         return len(execute(connection, statement, parameters))

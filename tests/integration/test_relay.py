@@ -1,5 +1,6 @@
 """The relay: order, doors, doorbell, shards, takeover. Real Postgres and Redis, no worker."""
 
+import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -321,6 +322,24 @@ def test_a_refused_message_is_parked_and_the_others_flow(
     assert beatless.client.dead_letters() == []
     with pytest.raises(BadRequest, match="does not exist"):
         beatless.client.discard_dead_letter(letter.id)
+
+
+def test_the_letters_of_a_run_are_published_again_in_the_order_of_its_events(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    for first, last in ((4, 6), (1, 1), (2, 3)):  # parked, published again, parked again
+        message = {"shard": shard_of(run.run_id), "from_seq": first, "to_seq": last}
+        postgres.execute(
+            "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', %s, '', %s)",
+            (run.run_id, json.dumps(message)),
+        )
+    assert beatless.client.requeue_dead_letters() == 3
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    relay.stop()
+    assert seqs(doors[0]) == {run.run_id: [1, 2, 3, 4, 5, 6]}
 
 
 def test_a_door_that_refuses_everything_parks_nothing(
