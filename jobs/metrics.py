@@ -405,7 +405,7 @@ class RelayCounts:
         for kind in ("event", "task"):
             self.counts.declare(PUBLISHED, (kind,))
             self.counts.declare(FAILURES, (kind,))
-        for source in ("notify", "timer", "reconnect", "watchdog"):
+        for source in ("notify", "timer", "broker", "reconnect", "watchdog"):
             self.counts.declare(WAKEUPS, (source,))
         self.counts.declare(LATENCY)
         self.counts.declare(LISTENER_UP)

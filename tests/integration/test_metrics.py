@@ -211,6 +211,17 @@ def test_every_metric_is_documented(beatless_app: App) -> None:
     assert len(names) == 22
 
 
+def test_every_source_of_a_waking_is_documented(beatless_app: App) -> None:
+    beatless_app.metrics.relay.active = True
+    counted = [
+        dict(labels)["source"]
+        for name, labels in scrape(beatless_app.metrics.registry)
+        if name == "beatless_relay_wakeups_total"
+    ]
+    (row,) = re.findall(r".*`beatless_relay_wakeups_total.*", DOCUMENT.read_text())
+    assert sorted(re.findall(r"`([a-z]+)`", row.partition("{source}")[2])) == sorted(counted)
+
+
 def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) -> None:
     beatless_app.metrics.relay.active = True
     for number in range(QUEUES + 2):
