@@ -108,11 +108,12 @@ SELECT extract(epoch FROM least(
         """Remove one batch, in one transaction; seconds until the next step is worth while."""
         began = monotonic()
         with connection.transaction():
-            removed = self._prune_events(connection)
-            if not removed and not self._keeps_runs:
-                removed = len(execute(connection, self._forget, self._parameters))
-                self._runs += removed
-        if removed:
+            events, since = self._prune_events(connection)
+            runs = 0
+            if not events and not self._keeps_runs:
+                runs = len(execute(connection, self._forget, self._parameters))
+        self._events, self._runs, self._since = self._events + events, self._runs + runs, since
+        if events or runs:
             return EASE * (monotonic() - began)
         if self._events or self._runs:
             logger.info(
@@ -123,10 +124,11 @@ SELECT extract(epoch FROM least(
         (due,) = execute(connection, self._next, self._parameters)[0]
         return REST if due is None else min(REST, max(SHORT_REST, due))
 
-    def _prune_events(self, connection: psycopg.Connection[Any]) -> int:
+    def _prune_events(self, connection: psycopg.Connection[Any]) -> tuple[int, Any]:
+        """How many were removed, and since when to look the next time."""
         rows = execute(connection, self._lock, self._parameters | {"since": self._since})
         if not rows:
-            return 0
+            return 0, self._since
         execute(
             connection,
             self._prune,
@@ -137,7 +139,4 @@ SELECT extract(epoch FROM least(
             },
         )
         self._faults.reach("retention.pruned")
-        self._since = rows[-1][4]
-        removed: int = sum(row[2] - row[1] for row in rows)
-        self._events += removed
-        return removed
+        return sum(row[2] - row[1] for row in rows), rows[-1][4]

@@ -256,6 +256,35 @@ def test_a_crash_in_the_middle_of_a_batch_takes_it_back(
     assert stored(postgres, run_id) == []
 
 
+def test_a_batch_whose_commit_fails_is_done_again_and_counted_once(
+    beatless: Kit,
+    postgres: psycopg.Connection,
+    session,
+    retention,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ended = [finish(beatless, "two_steps") for _ in range(2)]
+    beatless.advance(31 * DAY)
+    postgres.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE 'not now'; END $$"
+    )
+    postgres.execute(
+        "CREATE CONSTRAINT TRIGGER at_commit AFTER UPDATE ON runs"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    caplog.set_level("INFO", "orchestrator.retention")
+    chore = retention()
+    with pytest.raises(psycopg.errors.RaiseException, match="not now"):
+        chore.step(session)
+    postgres.execute("DROP FUNCTION refuse CASCADE")
+
+    exhaust(chore, session)
+
+    assert [stored(postgres, run_id) for run_id in ended] == [[], []]
+    assert [record.events for record in caplog.records] == [12]
+
+
 def test_kill_9_in_the_middle_of_a_batch_takes_it_back(
     beatless: Kit, postgres: psycopg.Connection, session, retention
 ) -> None:
