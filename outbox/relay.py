@@ -188,10 +188,10 @@ class Drain:
             self._raise_floor(picked)
         return published + len(sent)
 
-    def finish(self, now: datetime | None = None, *, patience: float | None = PARTING) -> None:
+    def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
         """Delete what the last step published, without selecting more."""
-        self._courier.wait(patience)
-        self._take_back(())
+        self._courier.wait(PARTING)
+        self._take_back(shards)
         self._forget(now)
 
     @property
@@ -498,7 +498,7 @@ class Relay:
                     drain.await_broker()
                 ):
                     total += moved
-                drain.finish(now)
+                drain.finish(ALL_SHARDS, now)
             except BaseException:
                 self._forget_once()
                 raise
@@ -595,7 +595,7 @@ class Shift:
                     self._fall_asleep()
                 case State.ASLEEP:
                     self._sleep()
-        self._drain.finish()
+        self._drain.finish(self._shards)
 
     def close(self) -> None:
         """End what the drain has begun."""

@@ -30,7 +30,7 @@ from outbox.publishers import (
     RedisEventPublisher,
     TaskPublisher,
 )
-from outbox.queries import Queries, channel_of
+from outbox.queries import ALL_SHARDS, Queries, channel_of
 from outbox.relay import HANGING, STRIKES, Relay
 
 QUICK = Backoff(initial=0.01, cap=0.05)
@@ -288,6 +288,30 @@ def test_what_a_broker_held_is_sent_again_when_it_is_back(
 
     sent = [(message.run_id, message.attempt) for message in doors[1].messages]
     assert sorted(sent) == [(run.run_id, 1), (run.run_id, 2), (other.run_id, 1)]
+
+
+def test_what_a_broker_held_is_sent_again_if_it_answers_to_a_relay_that_stops(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
+    broker.free.set()
+    relay = recording(beatless_app, (doors[0], broker))
+    held = beatless.start_run("two_steps")
+    relay.drain_once()
+    broker.error = PublishFailed("the broker", "restarted empty")
+    beatless.start_run("two_steps")
+    relay.drain_once()
+    broker.error = None
+    broker.free.clear()
+    drain = relay._once[1]
+    until(lambda: drain.step(ALL_SHARDS) == 0 and drain._courier.away)
+    broker.free.set()
+
+    drain.finish(ALL_SHARDS)
+
+    relay.stop()
+    query = "SELECT state, reason FROM dispatches WHERE run_id = %s"
+    assert postgres.execute(query, (held.run_id,)).fetchone() == ("waiting", "broker_lost")
 
 
 def test_a_refused_message_is_parked_and_the_others_flow(
