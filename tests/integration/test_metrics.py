@@ -5,6 +5,7 @@ import urllib.request
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -131,16 +132,24 @@ def test_a_retry_counts_as_a_redispatch_with_its_reason(beatless: Kit, beatless_
 
 
 def test_a_lost_lease_is_counted(beatless: Kit, beatless_app: App) -> None:
-    run = beatless.start_run("two_steps")
-    with beatless.crash(at="step.before"):
-        beatless.step(run.run_id)
-    beatless.advance(60)
-    beatless.step(run.run_id)
-    assert scrape(beatless_app.metrics.registry).value("beatless_lease_lost_total") == 0
+    run, plan = beatless.start_run("two_steps"), beatless_app.plans["two_steps"]
+    second, settle = beatless_app.executors.new(), beatless_app.journal.settle
 
-    beatless_app.metrics.worker("lease_lost", {})
+    def overtaken(*arguments: Any) -> Any:
+        beatless_app.journal.settle = settle
+        beatless.advance(60)
+        assert second.execute(plan, run.run_id, 2)
+        assert scrape(beatless_app.metrics.registry).value("beatless_lease_lost_total") == 0
+        return settle(*arguments)
 
-    assert scrape(beatless_app.metrics.registry).value("beatless_lease_lost_total") == 1
+    beatless_app.journal.settle = overtaken
+    beatless.executor().execute(plan, run.run_id, 1)
+    second.disconnect()
+
+    found = scrape(beatless_app.metrics.registry)
+    assert found.value("beatless_lease_lost_total") == 1
+    name = "beatless_runs_finished_total"
+    assert found.value(name, plan="two_steps", outcome="completed") == 1
 
 
 def test_a_publisher_that_refuses_is_counted(beatless_app: App) -> None:
