@@ -871,6 +871,27 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     assert {message.run_id for message in broker.messages} == {run.run_id}
 
 
+def test_a_sleeping_relay_notices_that_what_it_sends_again_does_not_arrive(
+    beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that was sent before has no time of its own any more, by which it would look."""
+    monkeypatch.setattr("outbox.relay.HOPELESS", 1.0)
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    beatless.advance(60)
+    announcements = Announcements()
+    broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
+    relay = recording(beatless_app, (doors[0], broker), observer=announcements, watchdog=600)
+    relay.start()
+    announcements.wait("relay_asleep")
+    for _ in range(2):
+        assert broker.asked.acquire(timeout=30)
+    broker.free.set()
+    until(lambda: broker.batches)
+    relay.stop()
+    assert {(message.run_id, message.attempt) for message in broker.messages} == {(run.run_id, 2)}
+
+
 def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_app: App) -> None:
     """A batch that the broker has taken rings, and may do so while Postgres goes away."""
     announcements = Announcements()

@@ -5,6 +5,8 @@ Each test has the server that it hurts for itself: others use the shared ones me
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,6 @@ import pytest
 import redis
 
 from jobs import App, RunState
-from jobs.dev import Child
 from jobs.services import EmbeddedValkey
 from jobs.stream import parse
 from jobs.testing import Kit
@@ -28,6 +29,8 @@ from tests.integration.test_relay import Announcements, shards_of
 
 APP = "tests.plans:app"
 QUICK = Backoff(initial=0.01, cap=0.05)
+
+WATCHDOG = 1.0
 
 
 class Wire:
@@ -74,41 +77,58 @@ def standby(app: App, **options) -> Iterator[tuple[Relay, Announcements]]:
         relay.stop()
 
 
-def wait_stopped(child: Child) -> None:
+def wait_stopped(child: subprocess.Popen[bytes]) -> None:
     """Return when the process has been stopped, by itself or by us."""
     os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+
+
+RELAY = f"from tests.plans import app; app.relay(watchdog={WATCHDOG}).run()"
+
+
+@contextmanager
+def freezing(app: App) -> Iterator[subprocess.Popen[bytes]]:
+    """A relay that looks after others as often as its standby, and stops with a batch in hand."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", RELAY],
+        env=os.environ | app.settings.to_env() | {"BEATLESS_FAULT": "relay.after_claim@1:stop"},
+    )
+    try:
+        wait_stopped(child)
+        yield child
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_when_it_wakes(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     run = beatless.start_run("two_steps")  # before: its event and its dispatch are one batch
-    with wire(beatless_app, run.run_id) as published:
-        frozen = beatless.relay_process(APP, fault="relay.after_claim@1:stop")
-        wait_stopped(frozen)
-        try:
-            with standby(beatless_app, watchdog=0.2) as (_, announcements):
-                assert announcements.wait("relay_silenced")["pid"]
-                announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
+    with wire(beatless_app, run.run_id) as published, freezing(beatless_app) as frozen:
+        leaders = postgres.execute(
+            "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            f" AND classid = ({beatless_app.queries.leader_key})::oid AND objsubid = 2"
+        ).fetchall()
+        with standby(beatless_app, watchdog=WATCHDOG) as (_, announcements):
+            assert [(announcements.wait("relay_silenced")["pid"],)] == leaders
+            announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
+            beatless.wait_for_outbox_flush(run.run_id)
+            while beatless.step(run.run_id):
                 beatless.wait_for_outbox_flush(run.run_id)
-                while beatless.step(run.run_id):
-                    beatless.wait_for_outbox_flush(run.run_id)
-                assert published.hear(6) == [1, 2, 3, 4, 5, 6]
-                sent = postgres.execute("SELECT run_id FROM dispatches").fetchall()
+            assert published.hear(6) == [1, 2, 3, 4, 5, 6]
+            sent = postgres.execute("SELECT run_id FROM dispatches").fetchall()
 
-                os.kill(frozen.pid, signal.SIGCONT)
-
-                assert published.hear(7) == [1, 2, 3, 4, 5, 6, 1]  # what it had in its hands
-                assert postgres.execute("SELECT run_id FROM dispatches").fetchall() == sent
-                # It has noticed, and is a member again.
-                announcements.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
-                runs = [beatless.start_run("two_steps") for _ in range(20)]
-                for each in runs:
-                    beatless.wait_for_outbox_flush(each.run_id)
-        finally:
             os.kill(frozen.pid, signal.SIGCONT)
-    last = beatless.start_run("two_steps")
-    beatless.wait_for_outbox_flush(last.run_id)  # now it leads all
+
+            assert published.hear(7) == [1, 2, 3, 4, 5, 6, 1]  # what it had in its hands
+            assert postgres.execute("SELECT run_id FROM dispatches").fetchall() == sent
+            # It has noticed, and is a member again.
+            announcements.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
+            runs = [beatless.start_run("two_steps") for _ in range(20)]
+            for each in runs:
+                beatless.wait_for_outbox_flush(each.run_id)
+        last = beatless.start_run("two_steps")
+        beatless.wait_for_outbox_flush(last.run_id)  # now it leads all
     beatless.verify()
 
 
