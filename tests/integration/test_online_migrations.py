@@ -292,6 +292,45 @@ def test_everybody_works_while_an_index_is_built(
     check(engine, old)  # ahead of this code, which may start on it
 
 
+def test_an_index_whose_build_a_deadlock_has_ended_is_built_anew(
+    engine: sqlalchemy.Engine,
+    old: str,
+    session: Any,
+    revision: Revision,
+    tmp_path: Path,
+    heard: Heard,
+    thread: ThreadPoolExecutor,
+) -> None:
+    keeper, index = gate(session)
+    revision("0900", head(), f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {index}")
+    upgrade = thread.submit(migrate, engine, old, versions=tmp_path / "versions")
+    until(lambda: at_the_gate(keeper))
+
+    # It has written what the build will wait for, and waits for the build: which is the victim.
+    person = session("person")
+    person.execute("SET deadlock_timeout TO '1h'")
+    person.execute("UPDATE runs SET last_seq = 2 WHERE run_id = 'old'")
+    waits = thread.submit(person.execute, "LOCK TABLE runs IN SHARE UPDATE EXCLUSIVE MODE")
+    until(lambda: waiting(keeper, "person"))
+    keeper.execute("SELECT pg_advisory_unlock(4711)")
+    waits.result(30)
+    assert heard.held_up.wait(30)
+    assert not upgrade.done()
+    person.commit()
+
+    assert upgrade.result(30) == "0900"
+    found = keeper.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = 'gated'::regclass")
+    assert found.fetchall() == [(True,)]
+
+
+def waiting(keeper: psycopg.Connection, name: str) -> bool:
+    found = keeper.execute(
+        "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'",
+        (name,),
+    )
+    return found.fetchone() is not None
+
+
 def test_an_index_that_is_not_built_concurrently_makes_others_wait_and_the_log_tells(
     server: EmbeddedPostgres, session: Any, thread: ThreadPoolExecutor
 ) -> None:
