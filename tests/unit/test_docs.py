@@ -8,16 +8,36 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "deploy/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def prose(path: Path) -> str:
+    """Without blocks of code, whose comments look like headings."""
+    return re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a document."""
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    missing = [
-        link for link in links if "://" not in link and not (path.parent / link).resolve().exists()
-    ]
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if "://" not in link and (
+            not target.exists() or (anchor and anchor not in anchors(target))
+        ):
+            missing.append(link)
     assert missing == []
 
 

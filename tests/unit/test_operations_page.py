@@ -1,7 +1,6 @@
 """The runbook: its figures are those that were measured, and what it names is there."""
 
 import json
-import re
 
 import pytest
 
@@ -32,18 +31,3 @@ def test_connections_are_what_the_settings_page_says() -> None:
     assert "| relay | 3 direct;" in settings
     assert "| worker child (or thread) | 1;" in settings
     assert f"there are {SHARDS} shards" in PAGE.read_text()
-
-
-def test_its_links_lead_somewhere() -> None:
-    text = PAGE.read_text()
-    sections = {
-        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("## ")
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        path, _, anchor = target.partition("#")
-        if path:
-            assert (PAGE.parent / path).exists(), target
-        else:
-            assert anchor in sections, target
