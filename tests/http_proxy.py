@@ -25,11 +25,12 @@ class Proxy:
         self._cut = cut
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
+        self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=4096))
+        self._server = self._call(asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=4096))
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -63,14 +64,24 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.gather(
+            *(writer.wait_closed() for writer in self._writers), return_exceptions=True
+        )
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # No coroutine: one that is cancelled before its first step closes nothing.
+        self._writers.add(writer)
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         with self.news:
             self.accepted += 1
             number = self.accepted
@@ -83,16 +94,14 @@ class Proxy:
                 await self._pass(reader, writer, limit)
         except OSError:
             reset(writer)
-        except asyncio.CancelledError:
-            pass  # the test has ended
         finally:
             writer.close()
-            self._tasks.discard(task)
 
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None
     ) -> None:
         above, up = await asyncio.open_connection("127.0.0.1", self.upstream)
+        self._writers.add(up)
         sending = asyncio.create_task(pump(reader, up))
         left = limit
         try:

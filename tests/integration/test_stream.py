@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -406,7 +407,11 @@ def test_a_strange_message_does_not_end_a_stream(beatless: Kit, beatless_app: Ap
     run = beatless.start_run("two_steps")
     stream = beatless.client.stream_run(run.run_id, timeout=60)
     assert next(stream).seq == 1
+    channel = channel_for(beatless_app.settings.prefix, run.run_id)
+    deadline = monotonic() + 30
     with beatless_app.redis() as client:
-        assert client.publish(channel_for(beatless_app.settings.prefix, run.run_id), b"hello")
+        while not client.pubsub_numsub(channel)[0][1]:  # the stream's thread subscribes
+            assert monotonic() < deadline
+        client.publish(channel, b"hello")
     beatless.work_until_idle()
     assert [event.seq for event in stream] == [2, 3, 4, 5, 6]
