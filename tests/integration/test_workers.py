@@ -166,6 +166,7 @@ class TestWeights:
         }
         beatless.drain_outbox_once()
         beatless.worker_process(APP, concurrency=1, arguments=["--queues", "fast=3,slow=1"])
+        beatless.relay_process(APP)  # else nobody tells of the ends
         ended = [beatless.wait_for_run_completion(run_id) for run_id in runs]
 
         ended.sort(key=lambda run: run.started_at)
