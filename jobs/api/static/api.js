@@ -4,6 +4,7 @@ import { ask, el } from "./dom.js";
 
 let skew = 0;
 let asked = null;
+let held = null;
 
 export function token() { return sessionStorage.getItem("token"); }
 
@@ -28,6 +29,17 @@ export async function call(path, options = {}) {
 
 export function post(path, body = {}) { return call(path, { method: "POST", body: JSON.stringify(body) }); }
 
+// The scopes of the token. The server decides: this is to say beforehand what it would refuse.
+export function scopes() {
+  held ??= call("/v1/token").then((found) => found.scopes).catch((error) => { held = null; throw error; });
+  return held;
+}
+
+// Why something that needs a scope cannot be done, or null.
+export async function lacks(scope) {
+  return (await scopes()).includes(scope) ? null : `This token lacks the scope ${scope}`;
+}
+
 function login() {
   asked ??= ask({
     title: "A token is needed",
@@ -37,7 +49,7 @@ function login() {
       el("label", {}, "Token", el("input", { name: "token", type: "password", autocomplete: "off", required: true })),
     ],
     verb: "Use it",
-    check: async (data) => sessionStorage.setItem("token", data.get("token").trim()),
+    check: async (data) => { sessionStorage.setItem("token", data.get("token").trim()); held = null; },
   }).finally(() => { asked = null; });
   return asked;
 }

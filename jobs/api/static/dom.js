@@ -60,6 +60,22 @@ export function json(value) { return JSON.stringify(value, null, 2) ?? "null"; }
 
 export function problem(error) { return el("p", { class: "problem", role: "alert" }, error.message); }
 
+// Told to who sees the page and to who hears it, until something else is done.
+export function tell(text) {
+  const said = document.getElementById("said");
+  const node = el("p", { class: "told" }, text, " ", el("button", { type: "button", class: "quiet", onclick: () => node.remove() }, "Dismiss"));
+  said.replaceChildren(node);
+}
+
+// A button that cannot be used says why; without a reason it can be used.
+export function forbid(button, reason) {
+  button.dataset.title ??= button.title;
+  button.disabled = Boolean(reason);
+  button.title = reason || button.dataset.title;
+}
+
+export function count(number, noun) { return `${number} ${noun}${number === 1 ? "" : "s"}`; }
+
 export function time(iso) {
   return el("time", { datetime: iso, title: iso }, new Date(iso).toLocaleString());
 }

@@ -1,6 +1,7 @@
 // Which page is shown, and the keys that work on all of them.
 
-import { ask, el, problem } from "./dom.js";
+import { lacks } from "./api.js";
+import { ask, el, forbid, problem } from "./dom.js";
 import { showLetters } from "./letters.js";
 import { showQueues } from "./queues.js";
 import { showRun } from "./run.js";
@@ -9,10 +10,12 @@ import { startRun } from "./start.js";
 
 const main = document.getElementById("main");
 const status = document.getElementById("status");
+const fresh = document.getElementById("new");
 const SHORTCUTS = [
   ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["d", "dead letters"],
   ["/", "go to the filter"], ["j  k", "next, previous row or step"], ["Enter", "open it"],
-  ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"], ["?", "this list"],
+  ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
+  ["x", "remove the run that is shown"], ["?", "this list"],
 ];
 
 // One page. `leave` is called when another one takes its place, `keys` are its own shortcuts.
@@ -73,6 +76,7 @@ async function route(event) {
   }
   document.title = run ? `${decodeURIComponent(run[1])} · beatless` : "beatless";
   if (event) main.focus({ preventScroll: true });
+  lacks("runs:write").then((reason) => forbid(fresh, reason)).catch(() => {}); // the page tells what is wrong
   try { await show(); } catch (error) {
     mine.show(problem(error), el("p", {}, el("a", { href: "#/" }, "← all runs")));
   }
@@ -91,7 +95,7 @@ function walk(step) {
 }
 
 const KEYS = {
-  n: startRun,
+  n: () => fresh.click(),
   r: () => { location.hash = "#/"; },
   q: () => { location.hash = "#/queues"; },
   d: () => { location.hash = "#/dead-letters"; },
@@ -110,7 +114,7 @@ document.addEventListener("keydown", (event) => {
   action();
 });
 document.getElementById("skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
-document.getElementById("new").addEventListener("click", () => startRun());
+fresh.addEventListener("click", () => startRun());
 document.getElementById("help").addEventListener("click", help);
 window.addEventListener("hashchange", route);
 route();

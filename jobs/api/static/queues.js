@@ -1,7 +1,7 @@
 // Queues, and what can be said about them for the whole fleet.
 
 import { call, now, post } from "./api.js";
-import { Rows, age, ask, el, problem, setText } from "./dom.js";
+import { Rows, age, ask, count, el, problem, setText, tell } from "./dom.js";
 
 const COUNTS = ["waiting", "delayed", "active", "completed", "failed", "cancelled"];
 
@@ -10,25 +10,64 @@ export async function showQueues(page) {
   const body = el("tbody", { id: "queues" });
   const nothing = el("p", { class: "empty", hidden: true }, "No queues yet: a queue appears with its first run.");
   const rows = new Rows(body, (queue) => queue.name, makeRow);
+  let latest = new Map();
+  let describe = () => {}; // what an open dialog says will happen
 
   async function refresh() {
     const { queues } = await call("/v1/queues");
+    latest = new Map(queues.map((queue) => [queue.name, queue]));
     rows.show(queues);
     nothing.hidden = queues.length > 0;
+    describe();
     page.say("Live");
   }
 
   async function act(name, verb) {
     said.replaceChildren();
-    try { await post(`/v1/queues/${encodeURIComponent(name)}/${verb}`); } catch (error) { said.replaceChildren(problem(error)); }
+    try { await post(`${pathOf(name)}/${verb}`); } catch (error) { said.replaceChildren(problem(error)); }
     await refresh();
   }
 
+  // A dialog whose words follow the queue while it is open. `words` are of its counts.
+  async function destroy(name, { words, done, ...dialog }) {
+    said.replaceChildren();
+    const extent = el("p", { id: "extent" });
+    const counts = () => latest.get(name) ?? Object.fromEntries(COUNTS.map((state) => [state, 0]));
+    describe = () => setText(extent, words(counts()));
+    describe();
+    const answer = await ask({ ...dialog, danger: true, fields: [extent, ...(dialog.fields ?? [])] });
+    describe = () => {};
+    if (!answer) return;
+    tell(done(answer.removed));
+    await refresh();
+    if (document.activeElement === document.body) document.getElementById("main").focus(); // its row is gone
+  }
+
   function drain(name) {
-    return ask({
-      title: `Drain ${name}?`,
-      fields: [el("p", {}, "Every run that waits in it is taken away, with all of its events. Runs that are running go on.")],
-      verb: "Drain", danger: true, check: () => act(name, "drain"),
+    return destroy(name, {
+      title: `Drain ${name}?`, verb: "Drain",
+      words: (queue) => `${are(queue.waiting, "run", "waits", "wait")} and ${queue.delayed} for a later time: all of them are taken away for good, `
+        + `with their events. ${queue.active ? `${are(queue.active, "run", "is", "are")} running and ${queue.active === 1 ? "goes" : "go"} on.` : "None is running."}`,
+      check: () => post(`${pathOf(name)}/drain`),
+      done: (removed) => `${count(removed, "run")} of queue ${name} removed.`,
+    });
+  }
+
+  function obliterate(name) {
+    const typed = el("input", { name: "name", autocomplete: "off", autocapitalize: "off", spellcheck: "false", required: true, oninput: () => confirm() });
+    const confirm = () => typed.setCustomValidity(typed.value === name ? "" : `Type ${name}, the queue's name`);
+    confirm();
+    return destroy(name, {
+      title: `Obliterate ${name}?`, verb: "Obliterate",
+      words: (queue) => `${are(queue.waiting + queue.delayed, "run", "waits", "wait")}, ${queue.active} ${queue.active === 1 ? "is" : "are"} running, `
+        + `${queue.completed + queue.failed + queue.cancelled} ended. All of them are taken away for good, with their events, and the queue itself. Other queues stay as they are.`,
+      fields: [
+        el("label", { class: "check" }, el("input", { type: "checkbox", name: "force" }),
+          el("span", {}, "Force: also take runs that are running away from their workers, which then write nothing more. Without it nothing is done while a run is running.")),
+        el("label", {}, `Type ${name} to confirm`, typed),
+      ],
+      check: (data) => call(`${pathOf(name)}${data.has("force") ? "?force=true" : ""}`, { method: "DELETE" }),
+      done: (removed) => `Queue ${name} obliterated: ${count(removed, "run")} removed.`,
     });
   }
 
@@ -40,19 +79,20 @@ export async function showQueues(page) {
     const workers = el("td", { class: "number", "data-label": "workers" });
     let halted = false;
     const toggle = el("button", { type: "button", "data-stop": true, onclick: () => act(queue.name, halted ? "resume" : "pause") });
-    const emptied = el("button", { type: "button", class: "danger", "aria-label": `Drain ${queue.name}`, onclick: () => drain(queue.name) }, "Drain");
+    const dangers = [["Drain", drain], ["Obliterate", obliterate]].map(([verb, action]) =>
+      el("button", { type: "button", class: "danger", "aria-label": `${verb} ${queue.name}`, onclick: () => action(queue.name) }, verb));
     return {
       node: el("tr", {}, el("td", { class: "title" },
         el("a", { href: `#/?queue=${encodeURIComponent(queue.name)}` }, queue.name), " ", paused),
-        ...numbers, oldest, rate, workers, el("td", { class: "buttons" }, toggle, " ", emptied)),
-      update(latest) {
-        halted = Boolean(latest.paused_at);
+        ...numbers, oldest, rate, workers, el("td", { class: "buttons" }, toggle, ...dangers.flatMap((button) => [" ", button]))),
+      update(state) {
+        halted = Boolean(state.paused_at);
         paused.hidden = !halted;
-        COUNTS.forEach((name, place) => setText(numbers[place], String(latest[name])));
+        COUNTS.forEach((name, place) => setText(numbers[place], String(state[name])));
         numbers.forEach((cell) => cell.classList.toggle("zero", cell.textContent === "0"));
-        setText(oldest, latest.oldest ? age(now() - Date.parse(latest.oldest)) : "–");
-        setText(rate, String(latest.per_minute));
-        setText(workers, String(latest.workers));
+        setText(oldest, state.oldest ? age(now() - Date.parse(state.oldest)) : "–");
+        setText(rate, String(state.per_minute));
+        setText(workers, String(state.workers));
         setText(toggle, halted ? "Resume" : "Pause");
         toggle.setAttribute("aria-label", `${halted ? "Resume" : "Pause"} ${queue.name}`);
       },
@@ -65,3 +105,7 @@ export async function showQueues(page) {
       el("th", { scope: "col" }, el("span", { class: "unseen" }, "Actions")))), body), nothing));
   await page.every(2000, refresh);
 }
+
+function pathOf(name) { return `/v1/queues/${encodeURIComponent(name)}`; }
+
+function are(number, noun, one, more) { return `${count(number, noun)} ${number === 1 ? one : more}`; }

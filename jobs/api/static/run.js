@@ -1,7 +1,7 @@
 // One run: its timeline and its events, live.
 
-import { call, now, post, token } from "./api.js";
-import { ask, copyable, el, json, problem, setText, span, stateTag, time } from "./dom.js";
+import { call, lacks, now, post, token } from "./api.js";
+import { ask, copyable, count, el, forbid, json, problem, setText, span, stateTag, tell, time } from "./dom.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "RunFinished"];
@@ -9,10 +9,11 @@ const BATCH = 2000; // events in one answer while the past is read
 const MOST_ROWS = 400; // rows of the log that are in the document
 const MOST_TEXT = 20000; // characters of one value that are shown
 const TICK = 250;
+const LOOK = 5000; // whether it is still there: of a run that has ended nothing else would tell
 
 export async function showRun(page, runId) {
   const path = `/v1/runs/${encodeURIComponent(runId)}`;
-  const [first, plans, links] = await Promise.all([call(path), call("/v1/plans"), call("/links")]);
+  const [first, plans, links, reason] = await Promise.all([call(path), call("/v1/plans"), call("/links"), lacks("runs:write")]);
   if (page.left) return;
   let run = first;
   const said = document.getElementById("said");
@@ -22,6 +23,7 @@ export async function showRun(page, runId) {
   let epoch = "";
   let source = null;
   let dirty = true;
+  let removed = false;
 
   const steps = plans.plans.find((plan) => plan.name === run.plan)?.steps ?? [];
   const state = el("span", { id: "state" });
@@ -35,6 +37,9 @@ export async function showRun(page, runId) {
 
   const cancel = el("button", { type: "button", class: "danger", id: "cancel", title: "Cancel (c)", onclick: askToCancel }, "Cancel");
   const retry = el("button", { type: "button", id: "retry", title: "Retry (t)", onclick: askToRetry }, "Retry");
+  const remove = el("button", { type: "button", class: "danger", id: "remove", title: "Remove (x)", onclick: askToRemove }, "Remove");
+  forbid(cancel, reason);
+  forbid(retry, reason);
 
   async function act(action) {
     said.replaceChildren();
@@ -42,7 +47,7 @@ export async function showRun(page, runId) {
   }
 
   async function askToCancel() {
-    if (cancel.hidden) return;
+    if (cancel.hidden || cancel.disabled) return;
     const found = await ask({
       title: "Cancel this run?", verb: "Cancel the run", danger: true,
       fields: [el("p", {}, "The step in flight commits or stops at its next look; no other begins."),
@@ -53,7 +58,7 @@ export async function showRun(page, runId) {
   }
 
   async function askToRetry() {
-    if (retry.hidden) return;
+    if (retry.hidden || retry.disabled) return;
     const began = [...story.lanes.keys()];
     const made = await ask({
       title: "Retry as a new run", verb: "Retry",
@@ -63,6 +68,36 @@ export async function showRun(page, runId) {
       check: (data) => post(`${path}/retry`, { from_step: data.get("step") || null }),
     });
     if (made) location.hash = `#/run/${encodeURIComponent(made.run_id)}`;
+  }
+
+  async function askToRemove() {
+    if (remove.hidden || remove.disabled) return;
+    const done = await ask({
+      title: "Remove this run?", verb: "Remove the run", danger: true,
+      fields: [el("p", {}, story.end ? `It is ${story.state}. ` : run.finished_at ? `It is ${run.state}. ` : "It waits, and will not start. ",
+        `It is taken away for good, with all of its ${count(seq, "event")}; whoever has it open is told so.`)],
+      check: async () => { await call(path, { method: "DELETE" }); return true; },
+    });
+    if (done) gone(`Run ${runId} and its ${count(seq, "event")} removed.`);
+  }
+
+  function gone(words = `Run ${runId} was removed.`) {
+    if (removed || page.left) return;
+    removed = true;
+    source?.close();
+    page.timers.forEach(clearInterval);
+    for (const button of [cancel, retry, remove]) button.hidden = true;
+    state.replaceChildren(el("span", { class: "state cancelled" }, "removed"));
+    outcome.prepend(el("section", { class: "card padded outcome", id: "removed" }, el("h2", {}, "This run was removed"),
+      el("p", { class: "message" }, "Neither it nor its events are stored any more. Below is what this page had read before.")));
+    page.say("Removed", "ended");
+    tell(words);
+    if (document.activeElement === document.body) document.getElementById("main").focus();
+  }
+
+  async function look() {
+    if (document.hidden) return;
+    try { await call(path); } catch (error) { if (error.status === 404) gone(); }
   }
 
   function choose(name) {
@@ -106,7 +141,7 @@ export async function showRun(page, runId) {
   }
 
   function draw() {
-    if (page.left) return;
+    if (page.left || removed) return;
     const over = story.end;
     if (dirty) {
       dirty = false;
@@ -116,6 +151,7 @@ export async function showRun(page, runId) {
       state.replaceChildren(el("span", { class: `state ${told}` }, stopping && !final ? "cancelling" : told));
       cancel.hidden = Boolean(final || stopping);
       retry.hidden = !final;
+      forbid(remove, reason ?? (told === "running" && !final ? "A worker has it: cancel it first" : null));
       const entries = [["Plan", el("a", { href: `#/?plan=${encodeURIComponent(run.plan)}` }, run.plan)],
         ["Queue", el("a", { href: `#/?queue=${encodeURIComponent(run.queue)}` }, run.queue)], ["Started", time(run.created_at)]];
       if (run.priority) entries.push(["Priority", String(run.priority)]);
@@ -200,7 +236,7 @@ export async function showRun(page, runId) {
     source.addEventListener("reset", (message) => { epoch = JSON.parse(message.data).epoch; reset(); });
     source.onerror = () => {
       source.close();
-      if (story.end || page.left) return;
+      if (story.end || page.left || removed) return;
       page.say("Connection lost, coming again", "lost");
       // A stream token may have expired meanwhile, so come again with a new one.
       setTimeout(again, 500 + 1000 * Math.random());
@@ -208,26 +244,29 @@ export async function showRun(page, runId) {
   }
 
   async function again() {
-    if (page.left) return;
-    try { await readPast(); if (story.end) finished(); else await follow(); } catch { source.onerror(); }
+    if (page.left || removed) return;
+    try { await readPast(); if (story.end) finished(); else await follow(); } catch (error) {
+      if (error.status === 404) gone(); else source.onerror();
+    }
   }
 
   async function finished() {
     source?.close();
     page.say("Ended", "ended");
-    run = await call(path).catch(() => run);
+    run = await call(path).catch(() => run); // if it is gone, the next look tells
     dirty = true;
     log.draw();
     draw();
   }
 
-  page.keys = { c: askToCancel, t: askToRetry };
+  page.keys = { c: askToCancel, t: askToRetry, x: askToRemove };
+  page.timers.push(setInterval(look, LOOK));
   page.endings.push(() => source?.close());
   const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
     el("pre", { tabindex: "0" }, json(run.input).slice(0, MOST_TEXT)));
   page.show(el("p", { class: "crumb" }, el("a", { href: "#/" }, "← Runs")),
     el("div", { class: "head" }, el("h1", { class: "mono" }, runId), copyable(runId, "the id"), state,
-      el("span", { class: "actions" }, cancel, retry)),
+      el("span", { class: "actions" }, cancel, retry, remove)),
     facts, outcome, timeline, detail, run.input === null ? null : input, log.node);
   draw();
   try { await readPast(); } catch (error) {

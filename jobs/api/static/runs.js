@@ -1,7 +1,8 @@
 // The list of runs.
 
-import { call, now } from "./api.js";
-import { Rows, age, el, setText, span } from "./dom.js";
+import { call, lacks, now } from "./api.js";
+import { cleanRuns } from "./clean.js";
+import { Rows, age, el, forbid, setText, span } from "./dom.js";
 
 const STATES = ["queued", "running", "completed", "failed", "cancelled"];
 const PAGE = 50;
@@ -16,6 +17,9 @@ export async function showRuns(page, query) {
   const newer = el("button", { type: "button", onclick: () => turn(-1) }, "← Newer");
   const older = el("button", { type: "button", onclick: () => turn(1) }, "Older →");
   const place = el("span", { class: "soft" });
+  const clean = el("button", { type: "button", id: "clean", class: "danger", title: "Take away runs that ended long ago", onclick: async () => {
+    if (await cleanRuns(wanted.state)) await refresh();
+  } }, "Clean up…");
   const tabs = ["", ...STATES].map((state) => {
     const count = el("span", { class: "count" });
     const tab = el("button", { type: "button", "aria-pressed": String(wanted.state === state), class: `tab ${state}`,
@@ -66,7 +70,9 @@ export async function showRuns(page, query) {
     for (const { state, count: shown } of tabs) if (state) setText(shown, String(sums[state]));
   }
 
-  const plans = (await call("/v1/plans")).plans.map((plan) => plan.name);
+  const [{ plans: known }, reason] = await Promise.all([call("/v1/plans"), lacks("runs:write")]);
+  const plans = known.map((plan) => plan.name);
+  forbid(clean, reason);
   if (wanted.plan && !plans.includes(wanted.plan)) plans.push(wanted.plan);
   const choice = el("select", { id: "plan", "data-filter": true, onchange: (event) => filter("plan", event.target.value) },
     el("option", { value: "" }, "any plan"), ...plans.map((name) => el("option", { selected: name === wanted.plan }, name)));
@@ -84,7 +90,7 @@ export async function showRuns(page, query) {
           el("th", { scope: "col", class: kind }, title)))),
         body),
       nothing),
-    el("div", { class: "pager" }, newer, place, older));
+    el("div", { class: "pager" }, clean, newer, place, older));
   await page.every(2000, () => Promise.all([refresh(), count()]));
 }
 
