@@ -120,7 +120,7 @@ def test_whoever_has_a_run_open_learns_that_it_was_removed(
     other.goto(f"{url}/#/run/{kept}")
     expect(other.locator("#status")).to_have_text("Live")
 
-    page = open_page()
+    page = open_page(expected="404 (Not Found)")
     for run_id, events, said in ((done, 4, "It is completed."), (waits, 1, "It waits")):
         page.goto(f"{url}/#/run/{run_id}")
         expect(page.locator("#seq")).to_have_text(str(events))

@@ -23,6 +23,7 @@ export async function showRun(page, runId) {
   let epoch = "";
   let source = null;
   let dirty = true;
+  let removing = false; // by this page, which then tells more than that it is gone
   let removed = false;
 
   const steps = plans.plans.find((plan) => plan.name === run.plan)?.steps ?? [];
@@ -76,7 +77,11 @@ export async function showRun(page, runId) {
       title: "Remove this run?", verb: "Remove the run", danger: true,
       fields: [el("p", {}, story.end ? `It is ${story.state}. ` : run.finished_at ? `It is ${run.state}. ` : "It waits, and will not start. ",
         `It is taken away for good, with all of its ${count(seq, "event")}; whoever has it open is told so.`)],
-      check: async () => { await call(path, { method: "DELETE" }); return true; },
+      check: async () => {
+        removing = true;
+        try { await call(path, { method: "DELETE" }); } catch (error) { removing = false; throw error; }
+        return true;
+      },
     });
     if (done) gone(`Run ${runId} and its ${count(seq, "event")} removed.`);
   }
@@ -96,8 +101,8 @@ export async function showRun(page, runId) {
   }
 
   async function look() {
-    if (document.hidden) return;
-    try { await call(path); } catch (error) { if (error.status === 404) gone(); }
+    if (document.hidden || removing) return;
+    try { await call(path); } catch (error) { if (error.status === 404 && !removing) gone(); }
   }
 
   function choose(name) {
@@ -246,7 +251,8 @@ export async function showRun(page, runId) {
   async function again() {
     if (page.left || removed) return;
     try { await readPast(); if (story.end) finished(); else await follow(); } catch (error) {
-      if (error.status === 404) gone(); else source.onerror();
+      if (error.status !== 404) source.onerror();
+      else if (!removing) gone();
     }
   }
 
