@@ -3,6 +3,7 @@
 Keys are the numbers of the targets that the design was measured by (`relay.<number>`).
 """
 
+import gc
 import json
 import random
 import re
@@ -101,7 +102,10 @@ def without_outbox(statement: str) -> str:
 
 def relay_process(settings: Settings, options: Mapping[str, Any]) -> None:
     """A relay of its own process, as `beatless relay`."""
-    App(settings, []).relay(**options).run()
+    relay = App(settings, []).relay(**options)
+    gc.collect()
+    gc.freeze()
+    relay.run()
 
 
 def leaders(bench: Bench) -> dict[int, int]:
@@ -349,9 +353,12 @@ def drain(bench: Bench) -> None:
             return rate(lambda: seed_step(connection, client), 0.7)
 
     ours(1), pipeline()  # prepared statements, the script, the page cache
+    gc.collect()
+    gc.freeze()  # as `beatless relay`
     found = interleaved(
         {"ten": lambda: ours(10), "one": lambda: ours(1), "pipeline": pipeline, "seed": seed}
     )
+    gc.unfreeze()
     relay.stop()
     client.close()
     record(
@@ -424,21 +431,33 @@ def scale(bench: Bench) -> None:
 # 10, 11: from the commit to the subscriber
 
 
-def subscriber(settings: Settings, pipe: Pipe) -> None:
-    """Notes when each seq came, until it is told to end."""
+def published(settings: Settings, pipe: Pipe) -> Iterator[bytes]:
+    """The events' messages, from "ready" on until `hush`."""
     client = redis.Redis.from_url(settings.redis_url)
     channel = client.pubsub()  # type: ignore[no-untyped-call]
     channel.psubscribe(f"{settings.prefix}:events:*")
     channel.get_message(timeout=5)
     pipe.send("ready")
+    for message in channel.listen():
+        if message["data"] == b"hush":
+            return
+        yield message["data"]
+
+
+def hush(settings: Settings) -> None:
+    """Let those who listen tell what they have heard."""
+    with redis.Redis.from_url(settings.redis_url) as client:
+        client.publish(f"{settings.prefix}:events:", "hush")
+
+
+def subscriber(settings: Settings, pipe: Pipe) -> None:
+    """Notes when each seq came."""
     pattern = re.compile(rb'"seq":(\d+)')
     came: dict[int, float] = {}
-    while not pipe.poll():
-        message = channel.get_message(timeout=0.05)
-        if message is not None and message["type"] == "pmessage":
-            now = monotonic()
-            for seq in pattern.findall(message["data"]):
-                came.setdefault(int(seq), now)
+    for message in published(settings, pipe):
+        now = monotonic()
+        for seq in pattern.findall(message):
+            came.setdefault(int(seq), now)
     pipe.send(came)
 
 
@@ -460,7 +479,7 @@ def delays(bench: Bench, run_id: str, per_second: float, seconds: float) -> list
             committed[appended.last_seq] = monotonic()  # type: ignore[union-attr]
     until(lambda: not bench.db.execute("SELECT FROM run_outbox LIMIT 1").fetchall())
     pause.wait(0.25)
-    here.send("end")
+    hush(bench.settings)
     came = here.recv()
     listener.join()
     lost = committed.keys() - came.keys()
@@ -609,6 +628,8 @@ def growth(bench: Bench) -> None:
                 appended.setdefault(name, []).append(tps)
             with writer(bench) as connection:
                 names = [f"0192f3a4-7b1c-7d3e-8f00-{number:012}" for number in range(8, 1000)]
+                for run in names:  # of both sizes what is read is in the cache
+                    journal.read(connection, run, after=max(0, each - 10), limit=10)
                 read.setdefault(name, []).append(
                     rate(
                         lambda c=connection, n=names, e=each: journal.read(  # type: ignore[misc]
@@ -746,19 +767,12 @@ def round_trips(bench: Bench) -> list[float]:
 
 
 def witness(settings: Settings, pipe: Pipe) -> None:
-    """Notes which event came after which, until it is told to end."""
-    client = redis.Redis.from_url(settings.redis_url)
-    channel = client.pubsub()  # type: ignore[no-untyped-call]
-    channel.psubscribe(f"{settings.prefix}:events:*")
-    channel.get_message(timeout=5)
-    pipe.send("ready")
+    """Notes which event came after which."""
     pattern = re.compile(rb'"run_id":"([^"]+)","seq":(\d+)')
     came: dict[str, list[int]] = {}
-    while not pipe.poll():
-        message = channel.get_message(timeout=0.05)
-        if message is not None and message["type"] == "pmessage":
-            for run_id, seq in pattern.findall(message["data"]):
-                came.setdefault(run_id.decode(), []).append(int(seq))
+    for message in published(settings, pipe):
+        for run_id, seq in pattern.findall(message):
+            came.setdefault(run_id.decode(), []).append(int(seq))
     pipe.send(came)
 
 
@@ -795,7 +809,7 @@ def race(bench: Bench) -> None:
                 pause.wait(0.2)
             until(lambda: not bench.db.execute("SELECT FROM run_outbox LIMIT 1").fetchall(), 60)
             pause.wait(0.25)
-        here.send("end")
+        hush(bench.settings)
         came = here.recv()
         listener.join()
         stored = dict(bench.db.execute("SELECT run_id, last_seq FROM runs").fetchall())

@@ -17,6 +17,9 @@ from orchestrator.state import RunState
 from outbox.message import shard_of
 from outbox.queries import EVENT_JSON, Caller, doorbell, execute, outbox_row
 
+LAST_SEQ = 2**31 - 1
+"""No run has an event beyond it: the column is an integer."""
+
 RUN_COLUMNS = (
     "run_id",
     "namespace",
@@ -339,9 +342,12 @@ SELECT {columns} FROM {s}.runs r
         OR finished_at > clock_timestamp() - make_interval(secs => %(seconds)s))
    AND NOT EXISTS (SELECT FROM {s}.runs n WHERE n.retry_of = r.run_id)
  ORDER BY finished_at, run_id LIMIT %(limit)s"""
+        # No LIMIT, for there are no gaps: with one as a parameter, Postgres would plan each read anew,
+        # which takes as long as the read itself.
         self._read = f"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
- WHERE e.run_id = %(run_id)s AND e.seq > %(after)s ORDER BY e.seq LIMIT %(limit)s"""
+ WHERE e.run_id = %(run_id)s AND e.seq > %(after)s
+   AND e.seq <= %(until)s ORDER BY e.seq"""
         self._kept = f"""
 SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s"""
         self._standing = f"""
@@ -561,7 +567,8 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[str]:
         """`read` as JSON text, for readers that hold no more than they must."""
-        rows = execute(connection, self._read, {"run_id": run_id, "after": after, "limit": limit})
+        until = LAST_SEQ if limit is None else min(after + limit, LAST_SEQ)
+        rows = execute(connection, self._read, {"run_id": run_id, "after": after, "until": until})
         lines = [line for (line,) in rows]
         if not lines or Event.from_json(lines[0]).seq != after + 1:
             # Asked second: what goes while we read was there in the statement before, or is missed.

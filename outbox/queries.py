@@ -17,12 +17,15 @@ from outbox.message import SHARDS, TaskMessage
 Caller = psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session
 
 EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
- || ',"ts":' || (extract(epoch FROM e.ts) * 1000)::bigint
+ || ',"ts":' || (date_part('epoch', e.ts) * 1000)::bigint
  || ',"type":"' || e.type || '","v":' || e.v || ',"source":"' || e.source || '"'
  || CASE WHEN e.step IS NULL THEN '' ELSE ',"step":' || to_json(e.step)::text END
  || CASE WHEN e.attempt IS NULL THEN '' ELSE ',"attempt":' || e.attempt END
  || CASE WHEN e.data IS NULL THEN '' ELSE ',"data":' || e.data::text END || '}'"""
-"""One event as the JSON text that every reader gets, built by Postgres (2.4 x json.dumps)."""
+"""One event as the JSON text that every reader gets, built by Postgres (2.4 x json.dumps).
+
+`date_part` is a float, `extract` a numeric: the event would take a tenth longer.
+"""
 
 
 def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -> list[Any]:

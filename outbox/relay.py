@@ -45,8 +45,12 @@ SILENT = 2
 BUSY = 8
 """Messages in one look that show more load than ringing is good for."""
 
-BURST = 500
-"""Messages in one waking after which the relay lingers five times as long."""
+BURST = 200
+"""Messages in one waking that are a burst."""
+
+AFTER_BURST = 1.0
+"""Seconds since a burst in which the relay lingers ten times as long: the next one is near, and a
+stall of the disk is not silence. Each time it sleeps at the wrong moment, every writer rings."""
 
 DROWSY_LOOK = 0.02
 """Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
@@ -580,6 +584,8 @@ class Shift:
         self._next_due: float | None = None
         self._watchdog_at = monotonic() + relay._watchdog
         self._last_wake = 0.0
+        self._burst_at = -AFTER_BURST
+        self._drowsy_moved = 0
 
     def work(self) -> None:
         """Drain and sleep until the relay stops. Raises when a session is lost."""
@@ -608,24 +614,30 @@ class Shift:
 
     def _stay_awake(self) -> None:
         quiet_since, total = monotonic(), 0
-        # After a burst the next one is near, and a stall of the disk is not silence.
-        while monotonic() - quiet_since < self._relay._linger * (5 if total > BURST else 1):
+        while monotonic() - quiet_since < self._linger():
             if self._relay._stopping.is_set() or self._sessions.members_changed:
                 return
             if moved := self._drain.step(self._shards):
                 quiet_since, total = monotonic(), total + moved
+                if total > BURST:
+                    self._burst_at = quiet_since
             else:
                 self._wait(self._relay._nap)
             self._look_after_sessions()
+        self._drowsy_moved = 0
         self._sessions.doze(self._shards)
+
+    def _linger(self) -> float:
+        recent = monotonic() - self._burst_at < AFTER_BURST
+        return self._relay._linger * (10 if recent else 1)
 
     def _fall_asleep(self) -> None:
         # Forget the ring before looking: one that comes while we look must wake us again.
         self._sessions.rung = False
-        if self._drain_all() > BUSY:
+        if self._is_busy(self._drain_all()):
             self._sessions.rouse()
         elif self._sessions.granted():
-            if self._drain_all() > BUSY:
+            if self._is_busy(self._drain_all()):
                 self._sessions.rouse()
                 return
             self._relay._observer("relay_asleep", {"shards": self._shards})
@@ -634,6 +646,11 @@ class Shift:
             # transaction holds, the writers of the others are still silent. So look now and then.
             self._wait(min(self._patience(), DROWSY_LOOK))
             self._look_after_sessions()
+
+    def _is_busy(self, moved: int) -> bool:
+        """Whether too much came since we began to fall asleep: meanwhile every writer rings."""
+        self._drowsy_moved += moved
+        return self._drowsy_moved > BUSY
 
     def _sleep(self) -> None:
         if not self._sessions.rung and not self._drain.returned:
@@ -654,9 +671,15 @@ class Shift:
         self._look_after_sessions()
 
     def _drain_all(self) -> int:
+        """Publish what is there, and note when to look again; both only until it is too much.
+
+        Under load there is always more: whoever went on would leave all writers ringing meanwhile.
+        """
         total = 0
         while moved := self._drain.step(self._shards):
             total += moved
+            if total > BUSY:
+                return total
         waits = [self._drain.next_due(self._shards)]
         waits += [self._drain._event_door.opens_in, self._drain._task_door.opens_in]
         waits.append(self._drain.hopeless_in)

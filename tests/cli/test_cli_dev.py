@@ -143,6 +143,7 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["beatless.env"]
 
 
+@pytest.mark.long
 def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
     dev: Callable[..., Dev], tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
     assert call(tmp_path, "start", "agents.run", "--follow").returncode == 0
 
 
+@pytest.mark.long
 def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()

@@ -34,7 +34,8 @@ CONFORMS = [
 SECRET = "only-acme-knows"
 
 
-def test_answers_are_those_of_the_document(beatless: Kit) -> None:
+@pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.long)])
+def test_answers_are_those_of_the_document(beatless: Kit, examples: int) -> None:
     beatless.start_run("two_steps", run_id="0")
     document = schemathesis.openapi.from_asgi("/openapi.json", create_api(beatless.app))
     tried = 0
@@ -42,7 +43,7 @@ def test_answers_are_those_of_the_document(beatless: Kit) -> None:
     for found in document.exclude(path="/v1/runs/{run_id}/stream").get_all_operations():
 
         @settings(
-            max_examples=25,
+            max_examples=examples,
             derandomize=True,
             database=None,
             deadline=None,

@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from time import monotonic
 from typing import Any, ClassVar
 
 import psycopg
@@ -573,6 +574,34 @@ def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatles
         assert len(announcements.all("relay_woke")) < 100
 
 
+def test_a_relay_whose_work_does_not_end_gives_the_bell_back_meanwhile(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """While it holds the bell's locks every writer rings, and under load there is always more."""
+    held: list[int] = []
+
+    class Feeding(Announcements):
+        def __call__(self, name: str, facts: dict[str, Any]) -> None:
+            if name == "drained" and len(held) < 40:
+                found = postgres.execute(
+                    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND "
+                    "mode = 'ExclusiveLock' AND classid = 'run_outbox'::regclass::oid"
+                ).fetchone()
+                held.append(found[0])
+                beatless.start_run("two_steps")
+            super().__call__(name, facts)
+
+    announcements = Feeding()
+    relay = beatless_app.relay(observer=announcements, backoff=QUICK)
+    relay.start()
+    announcements.wait("relay_asleep")
+    beatless.start_run("two_steps")
+    announcements.wait("drained", 41)
+    relay.stop()
+    assert held[0] == SHARDS
+    assert not any(held[10:])
+
+
 def test_start_and_stop_in_any_order_leave_nothing(beatless: Kit, beatless_app: App) -> None:
     for _ in range(10):
         relay = beatless_app.relay()
@@ -782,9 +811,21 @@ def test_a_long_open_snapshot_does_not_make_the_picks_ever_dearer(
         reader = reader.execution_options(isolation_level="REPEATABLE READ")
         reader.exec_driver_sql("SELECT pg_current_snapshot()")
         started = []
-        for _ in range(10):
-            started += beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
+
+        def last_id() -> int:
+            return postgres.execute("SELECT last_value FROM run_outbox_id_seq").fetchone()[0]
+
+        def publish_more() -> None:
+            started.extend(beatless.client.start_runs([RunRequest(plan="two_steps")] * 100))
             relay.drain_once()
+
+        for _ in range(10):
+            publish_more()
+        # It also waits for the transactions of other tests that began before a row was written.
+        deadline = monotonic() + 60
+        while relay._once[1]._floor < last_id() - 0.2 * len(started):
+            assert monotonic() < deadline
+            publish_more()
         assert seqs(doors[0]) == {run.run_id: [1] for run in started}
         assert pending(postgres) == 0
         floor = relay._once[1]._floor
