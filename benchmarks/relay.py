@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from queue import SimpleQueue
 from tempfile import TemporaryFile
 from time import monotonic, time
 from typing import Any
@@ -41,7 +40,6 @@ from jobs import App, Plan, Settings, StepContext, step
 from jobs.client import RunRequest
 from jobs.settings import libpq_url
 from orchestrator.events import EventType
-from orchestrator.lease import Leases
 from orchestrator.tables import runs
 from outbox.message import SHARDS, shard_of
 from outbox.publishers import worker_queue
@@ -883,30 +881,30 @@ DELAYED = 10_000
 OVER = 10.0
 
 
-def claimer(settings: Settings, pipe: Pipe) -> None:
-    """Takes messages from the broker and claims their runs, as 16 processes of a fleet would."""
-    app = App(settings, [LATER])
-    leases = Leases(settings.schema, seconds=600)
-    came: dict[str, float] = {}
-    taken: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
+def fleet(settings: Settings, pipe: Pipe) -> None:
+    """Notes when each message came, and claims what has come every 10 ms.
 
-    def claim() -> None:
-        with writer_of(settings) as connection:
-            while (message := taken.get()) is not None:
-                run_id, dispatch = message
-                leases.claim(
-                    connection, run_id, worker="bench", first_step="nothing", dispatch=dispatch
-                )
+    All at once and without events: the claims of a fleet take five times the processor time of the
+    two relays, and one machine has to do for all of them here.
+    """
+    app = App(settings, [LATER])
+    came: dict[str, float] = {}
+    taken: list[str] = []
 
     def take(body: Any, _message: Any) -> None:
-        run_id, dispatch = body[0]
-        came.setdefault(run_id, time())
-        taken.put((run_id, dispatch))
+        came.setdefault(body[0][0], time())
+        taken.append(body[0][0])
 
-    threads = [threading.Thread(target=claim) for _ in range(16)]
-    for thread in threads:
-        thread.start()
+    def claim(connection: psycopg.Connection[Any]) -> None:
+        connection.execute(
+            "UPDATE dispatches SET state = 'running', reason = 'lease',"
+            " due_at = clock_timestamp() + interval '10 min' WHERE run_id = ANY(%s)",
+            (taken,),
+        )
+        taken.clear()
+
     with (
+        writer_of(settings) as connection,
         app.celery.connection_for_read() as broker,
         broker.Consumer(
             [worker_queue(settings.prefix, "default")],
@@ -916,12 +914,15 @@ def claimer(settings: Settings, pipe: Pipe) -> None:
             prefetch_count=200,
         ),
     ):
+        connection.execute("SET search_path TO bench")
         pipe.send("ready")
+        claimed = monotonic()
         while not pipe.poll():
             with suppress(TimeoutError):
-                broker.drain_events(timeout=0.05)
-    for _ in threads:
-        taken.put(None)
+                broker.drain_events(timeout=0.01)
+            if taken and monotonic() - claimed > 0.01:
+                claim(connection)
+                claimed = monotonic()
     pipe.send(came)
 
 
@@ -932,7 +933,7 @@ def due(bench: Bench) -> None:
     for _ in range(REPEATS):
         bench.db.execute("TRUNCATE runs, run_events, run_outbox, dispatches")
         here, there = SPAWN.Pipe()
-        listener = bench.child(claimer, there)
+        listener = bench.child(fleet, there)
         here.recv()
         with relays(bench, 2):
             begin = datetime.now(UTC) + timedelta(seconds=6)
@@ -967,7 +968,12 @@ def due(bench: Bench) -> None:
         early.append(float(sum(one < 0 for one in late)))
     app.close()
     record("due.p50", p50, unit="ms", what="due time to message at the consumer, p50")
-    record("due.p99", p99, unit="ms", what="the same, p99: 10,000 runs due over 10 s, 2 relays")
+    record(
+        "due.p99",
+        p99,
+        unit="ms",
+        what="the same, p99: 10,000 runs due over 10 s, 2 relays, claimed in bulk",
+    )
     record("due.early", early, unit="", what="runs that came before their time")
     record("due.idle", asked, unit="", what="statements of the relays in 1 s while nothing is due")
 

@@ -342,7 +342,7 @@ SELECT {columns} FROM {s}.runs r
         OR finished_at > clock_timestamp() - make_interval(secs => %(seconds)s))
    AND NOT EXISTS (SELECT FROM {s}.runs n WHERE n.retry_of = r.run_id)
  ORDER BY finished_at, run_id LIMIT %(limit)s"""
-        # No LIMIT, for there are no gaps: with one as a parameter, Postgres would plan each read anew,
+        # No LIMIT, for there are no gaps: with one as a parameter Postgres plans each read anew,
         # which takes as long as the read itself.
         self._read = f"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
