@@ -126,5 +126,6 @@ def record(key: str, values: Sequence[float], *, unit: str, what: str) -> None:
 
 
 def _order(entry: tuple[str, Any]) -> tuple[str, int, str]:
-    group, _, number = entry[0].partition(".")
-    return group, int(number) if number.isdigit() else 0, number
+    group, _, rest = entry[0].partition(".")
+    number = rest.partition(".")[0]
+    return group, int(number) if number.isdigit() else 0, rest
