@@ -27,15 +27,12 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP) ## Run the main job on throw-away services and check it
 	$(BIN)/beatless demo
 
-test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey, with coverage
-	@rm -f .coverage .coverage.* && mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
-	  $(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
-	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
-	@mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -n $(WORKERS) -p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)
+	@$(MAKE) test ARGS="-p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)"
 
 # Nothing downloads a browser: the distribution's is driven.
 BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys; sys.exit(not find())' || \
@@ -99,8 +96,11 @@ bench-capacity: $(STAMP) ## Measure connections, memory, disk and WAL; write the
 bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $*
 
-test-long: $(STAMP) ## The suite with everything that takes long: stress, kills at every point
-	@$(MAKE) test ARGS="-m 'long or not long' $(ARGS)"
+test-long: $(STAMP) ## The suite with everything that takes long (stress, kills at every point), and its coverage
+	@rm -f .coverage .coverage.* && mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
+	  $(BIN)/coverage run -m pytest -n $(WORKERS) -m "long or not long" $(ARGS)
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff format --check .
