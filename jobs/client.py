@@ -360,7 +360,7 @@ class Client:
 
     def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
         """Take away up to `limit` runs that ended in this state so long ago; how many."""
-        seconds = _seconds("older_than", older_than) or 0.0
+        seconds = _age(older_than)
         with reaching_postgres(self._journal.schema):
             return self._queues.clean(
                 state, seconds=seconds, limit=limit, namespace=self._namespace
@@ -368,7 +368,7 @@ class Client:
 
     def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
         """(runs, events) that `clean` would take away without a limit."""
-        seconds = _seconds("older_than", older_than) or 0.0
+        seconds = _age(older_than)
         with reaching_postgres(self._journal.schema):
             return self._queues.count_finished(state, seconds=seconds, namespace=self._namespace)
 
@@ -612,6 +612,13 @@ def _seconds(name: str, given: float | timedelta | None) -> float | None:
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
     if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
         raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
+    return seconds
+
+
+def _age(older_than: float | timedelta) -> float:
+    seconds = _seconds("older_than", older_than)
+    if seconds is None:
+        raise BadRequest("older_than", "is missing: 0 takes away whatever has ended")
     return seconds
 
 

@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tornado.web import url
 
+from jobs import canary
 from jobs.app import App
 from jobs.stream import parse
 from orchestrator.errors import EventsPruned, RunNotFound
@@ -89,6 +90,7 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
         """One event of a run."""
         data = event.data or {}
         run, run_id, moment = self._task(event.run_id), event.run_id, event.ts / 1000
+        run.in_journal = True
         match event.type:
             case EventType.RUN_STARTED:
                 self._tell(
@@ -125,7 +127,8 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
     def _ours(self, event: dict[str, Any], run_id: str) -> bool:
         """Whether this is about a run, and not about another task of the same broker."""
         if "name" in event:  # when it is received; later only the id is told
-            return event["name"] in self._plans
+            known = getattr(self.tasks.get(run_id), "in_journal", False)
+            return known or event["name"] in self._plans
         return event["uuid"] not in self.tasks and run_id in self.tasks
 
     def _task(self, uuid: str) -> Any:
@@ -301,7 +304,7 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
     listener = None
     if chosen.steps:
         state = FleetState(
-            plans=app.plans,
+            plans={*app.plans, canary.NAME},
             max_tasks_in_memory=default_options.max_tasks,
             max_workers_in_memory=default_options.max_workers,
         )

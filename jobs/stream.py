@@ -339,7 +339,10 @@ def _remaining(
 def parse(body: bytes) -> list[Event]:
     """The events of one Redis message; none of one that is not ours, for it may hide nothing."""
     try:
-        return [Event.from_json(line) for line in body.split(b"\n") if line]
+        events = [Event.from_json(line) for line in body.split(b"\n") if line]
+        if all(type(event.seq) is int and event.seq > 0 for event in events):
+            return events
+        raise ValueError("a seq is not a positive integer")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning(
             "a message on a run's channel is not ours",

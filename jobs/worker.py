@@ -326,6 +326,7 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.draining.prepare()
+        self._worker = worker
         self._last = threading.Timer(self.settings.grace_seconds + FAREWELL, self._leave)
         self._last.daemon = True  # nothing hangs if the process ends before
 
@@ -350,9 +351,10 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
         logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
         self._last.start()
 
-    def _ended(self, **_: Any) -> None:
+    def _ended(self, sender: Any, **_: Any) -> None:
         """Nothing hung: whoever ran the worker in a process of theirs may go on."""
-        self._last.cancel()
+        if sender is self._worker:
+            self._last.cancel()
 
     def _leave(self) -> None:
         logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})

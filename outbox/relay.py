@@ -46,11 +46,11 @@ BUSY = 8
 """Messages in one look that show more load than ringing is good for."""
 
 BURST = 200
-"""Messages in one waking that are a burst."""
+"""Messages in a second that are a burst."""
 
 AFTER_BURST = 1.0
-"""Seconds since a burst in which the relay lingers ten times as long: the next one is near, and a
-stall of the disk is not silence. Each time it sleeps at the wrong moment, every writer rings."""
+"""Seconds of a burst, and after one, while the relay lingers ten times as long: another is near,
+and a stall of the disk is not silence. Whenever it sleeps too early, every writer rings."""
 
 DROWSY_LOOK = 0.02
 """Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
@@ -92,9 +92,9 @@ class Door:
         return monotonic() >= self._retry_at
 
     @property
-    def opens_in(self) -> float | None:
-        """Seconds until the next try, or None while it is open: the next step tries."""
-        return None if self.open else self._retry_at - monotonic()
+    def opens_in(self) -> float:
+        """Seconds until the next try."""
+        return max(0.0, self._retry_at - monotonic())
 
     def succeeded(self) -> bool:
         """Note a success; True if it ended a series of failures."""
@@ -143,6 +143,8 @@ class Drain:
         self._hanging: list[Courier] = []
         self._event_door = event_door
         self._task_door = task_door
+        self._doors = (event_door, task_door)
+        self._before_step = [(door, door.open, door.failures) for door in self._doors]
         self._redispatch = redispatch
         self._faults = faults
         self._observer = observer
@@ -158,6 +160,7 @@ class Drain:
         self, shards: Sequence[int], *, run_id: str | None = None, now: datetime | None = None
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
+        self._before_step = [(door, door.open, door.failures) for door in self._doors]
         sent = list(self._take_back(shards))
         if self.hopeless_in == 0:
             self._hanging.append(self._courier)
@@ -202,6 +205,19 @@ class Drain:
     def returned(self) -> bool:
         """Whether the broker has answered, after a step that did not wait for it."""
         return self._courier.returned
+
+    @property
+    def opens_in(self) -> float | None:
+        """Seconds until a door is tried again that the last step left out, or None.
+
+        0 if it has opened since: what that step did not ask for is told by no due time.
+        """
+        waits = [
+            door.opens_in
+            for door, was_open, failures in self._before_step
+            if not was_open or not door.open or door.failures != failures
+        ]
+        return min(waits, default=None)
 
     @property
     def hopeless_in(self) -> float | None:
@@ -613,7 +629,8 @@ class Shift:
         self._relay._alarm.quiet()
 
     def _stay_awake(self) -> None:
-        quiet_since, total = monotonic(), 0
+        began = quiet_since = monotonic()
+        total = 0
         while monotonic() - quiet_since < self._linger():
             if self._relay._stopping.is_set() or self._sessions.members_changed:
                 return
@@ -621,6 +638,8 @@ class Shift:
                 quiet_since, total = monotonic(), total + moved
                 if total > BURST:
                     self._burst_at = quiet_since
+                if quiet_since - began > AFTER_BURST:
+                    began, total = quiet_since, 0
             else:
                 self._wait(self._relay._nap)
             self._look_after_sessions()
@@ -675,14 +694,18 @@ class Shift:
 
         Under load there is always more: whoever went on would leave all writers ringing meanwhile.
         """
-        total = 0
-        while moved := self._drain.step(self._shards):
+        total = moved = self._drain.step(self._shards)
+        due = None
+        while total <= BUSY:
+            # Asked before the last step: what becomes due between the two is in one of them.
+            due = self._drain.next_due(self._shards)
+            moved = self._drain.step(self._shards)
             total += moved
-            if total > BUSY:
-                return total
-        waits = [self._drain.next_due(self._shards)]
-        waits += [self._drain._event_door.opens_in, self._drain._task_door.opens_in]
-        waits.append(self._drain.hopeless_in)
+            if not moved:
+                break
+        if moved:
+            return total
+        waits = [due, self._drain.opens_in, self._drain.hopeless_in]
         known = [wait for wait in waits if wait is not None]
         self._next_due = monotonic() + max(0.0, min(known)) if known else None
         return total
@@ -747,8 +770,10 @@ class Shift:
         self._relay._observer("relay_leads", {"shards": self._shards})
         ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
         others, still = self._holders()
-        if still != members:
-            sessions.members_changed = True  # who went since the count was watched by nobody
+        # Nobody watched who went since the count, or gave up a shard that was not free then.
+        freed = len(mine) < share and len(others) < SHARDS
+        if still != members or freed:
+            sessions.members_changed = True
         theirs = [(ring.index(pid), shard) for shard, pid in others.items() if pid in ring]
         # Granted to the waiting session of a relay that has gone: free again in a moment, and
         # nobody else's to tell.

@@ -90,6 +90,14 @@ class Commands(click.Group):
                 self.add_command(with_global_options(command), cmd_name)
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None:
+            for name in self.list_commands(ctx):  # what Click may suggest instead
+                self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
+
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--app", metavar="MODULE:ATTRIBUTE", help="Your App; default: BEATLESS_APP.")

@@ -391,3 +391,10 @@ def test_requeue_tells_which_runs_cannot_be_retried(
     assert (said.status, said.out) == (1, "")
     assert "gone" in said.err
     assert [one.run_id for one in beatless_app.client.failed_runs()] == [run.run_id]
+
+
+def test_a_command_that_is_mistyped_is_told(command: Beatless) -> None:
+    said = command("rusn")
+    assert said.status == 2
+    assert "'rusn'" in said.err
+    assert "'runs'" in said.err

@@ -212,6 +212,14 @@ def test_a_task_whose_beginning_was_not_heard_is_a_run_if_the_journal_knows_it()
     }
 
 
+def test_a_run_of_a_plan_that_flower_does_not_know_is_one_task_all_the_same() -> None:
+    state = FleetState(plans={"plan"})
+    state.journal(event(1, "RunStarted", plan="newer"))
+    state.event(said("task-received", "r.1", name="newer"))
+    state.event(said("task-received", "order.123", name="newer"))
+    assert set(state.tasks) == {"r", "order.123"}
+
+
 def test_the_listener_survives_strange_messages_and_a_pool_that_has_nothing(
     beatless: Kit, beatless_app: App
 ) -> None:

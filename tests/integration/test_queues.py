@@ -170,6 +170,8 @@ def test_clean_and_remove(beatless: Kit) -> None:
     beatless.work_until_idle()
     (waiting,) = start(beatless, 1)
 
+    with pytest.raises(BadRequest, match="older_than is missing"):
+        beatless.client.clean("completed", older_than=None)
     assert beatless.client.clean("completed", older_than=3600) == 0
     assert beatless.client.clean("completed", older_than=0, limit=2) == 2
     assert [run.run_id for run in beatless.client.list_runs(state="completed")] == [done[2]]

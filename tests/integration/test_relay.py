@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from time import monotonic
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from outbox.publishers import (
     TaskPublisher,
 )
 from outbox.queries import ALL_SHARDS, Queries, channel_of
-from outbox.relay import HANGING, STRIKES, Relay
+from outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
 
 QUICK = Backoff(initial=0.01, cap=0.05)
 
@@ -726,6 +726,26 @@ def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: 
     relays.pop(2).stop()
 
 
+def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
+    beatless_app: App, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells of it: who held it was not a relay any more, and the relay awaits nothing."""
+    key = beatless_app.queries.leader_key
+    postgres.execute(f"SELECT pg_advisory_lock({key}, 2)")
+    count = Shift._holders
+
+    def holders(self: Shift) -> tuple[dict[int, int], list[int]]:
+        found = count(self)
+        postgres.execute("SELECT pg_advisory_unlock_all()")
+        return found
+
+    monkeypatch.setattr(Shift, "_holders", holders)
+    with running(beatless_app) as (_, announcements):
+        announcements.wait_until(
+            lambda seen: [2 in facts["shards"] for name, facts in seen if name == "relay_leads"][-1]
+        )
+
+
 def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -965,3 +985,31 @@ def test_a_shard_that_was_a_strangers_for_a_moment_is_led_after_it(beatless_app:
             announcements.wait_until(
                 lambda seen: any(len(facts.get("shards", ())) == SHARDS for _, facts in seen)
             )
+
+
+def test_what_becomes_due_while_a_relay_looks_is_sent(
+    beatless: Kit,
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A lease that runs out after the step that asked what is due, before the next due time."""
+    dead = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    postgres.execute(
+        "UPDATE dispatches SET state = 'running', reason = 'lease', due_at = now() + '1 day'"
+    )
+    ask = Drain.next_due
+
+    def next_due(self: Drain, shards: Sequence[int]) -> float | None:
+        postgres.execute(
+            "UPDATE dispatches SET due_at = clock_timestamp() WHERE run_id = %s AND due_at > now()"
+            " AND EXISTS (SELECT FROM dispatches WHERE run_id <> %s AND state = 'sent')",
+            [dead.run_id] * 2,
+        )
+        return ask(self, shards)
+
+    monkeypatch.setattr(Drain, "next_due", next_due)
+    with running(beatless_app, redispatch=600.0) as (_, announcements):
+        beatless.start_run("two_steps")
+        announcements.wait_until(lambda seen: tasks_of(seen) == 2)

@@ -413,5 +413,6 @@ def test_a_strange_message_does_not_end_a_stream(beatless: Kit, beatless_app: Ap
         while not client.pubsub_numsub(channel)[0][1]:  # the stream's thread subscribes
             assert monotonic() < deadline
         client.publish(channel, b"hello")
+        client.publish(channel, b'{"run_id":"r","seq":"2","ts":0,"type":"x","source":"y"}')
     beatless.work_until_idle()
     assert [event.seq for event in stream] == [2, 3, 4, 5, 6]

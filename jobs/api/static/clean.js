@@ -8,11 +8,14 @@ const UNITS = { seconds: 1, minutes: 60, hours: 3600, days: 86400 };
 
 export async function cleanRuns(state) {
   const extent = el("p", { id: "extent", role: "status" });
-  const numbers = (name, value, least, most) => el("input", { name, type: "number", value, min: least, max: most, required: true, oninput: () => describe() });
-  const choice = (name, items, chosen) => el("select", { name, onchange: () => describe() },
+  const numbers = (name, value, least, most) => el("input", { name, type: "number", value, min: least, max: most, required: true, oninput: () => later() });
+  let asking = 0;
+  // Not at every key: a count reads all runs of its namespace.
+  const later = () => { clearTimeout(asking); asking = setTimeout(() => describe().catch(() => undefined), 300); };
+  const choice = (name, items, chosen) => el("select", { name, onchange: () => later() },
     ...items.map((item) => el("option", { selected: item === chosen }, item)));
   const ended = choice("state", ENDS, ENDS.includes(state) ? state : "completed");
-  const old = numbers("age", "7", "0", "3650");
+  const old = numbers("age", "7", "0", "3649");
   const unit = choice("unit", Object.keys(UNITS), "days");
   const most = numbers("limit", "1000", "1", "100000");
   const wish = () => ({ state: ended.value, older_than: Number(old.value) * UNITS[unit.value], limit: Number(most.value) });
@@ -23,8 +26,8 @@ export async function cleanRuns(state) {
   async function describe() {
     if (![old, most].every((input) => input.checkValidity())) return;
     const wanted = wish();
-    const { runs, events } = await counted(wanted).catch(() => ({}));
-    if (runs === undefined || JSON.stringify(wish()) !== JSON.stringify(wanted)) return; // an older answer
+    const { runs, events } = await counted(wanted);
+    if (JSON.stringify(wish()) !== JSON.stringify(wanted)) return; // an older answer
     const since = `ended ${old.value} ${unit.value} ago or earlier`;
     setText(extent, runs === 0 ? `No ${wanted.state} run ${since}: nothing is taken away.`
       : `${count(runs, `${wanted.state} run`)} with ${count(events, "event")} ${since}, in all plans and queues. `
@@ -32,7 +35,7 @@ export async function cleanRuns(state) {
     described = JSON.stringify(wanted);
   }
 
-  describe();
+  describe().catch(() => undefined);
   const done = await ask({
     title: "Clean up runs that ended",
     fields: [
@@ -49,7 +52,7 @@ export async function cleanRuns(state) {
     },
   });
   if (!done) return false;
-  const left = (await counted(done.wanted)).runs;
-  tell(`${count(done.removed, `${done.wanted.state} run`)} removed, ${left} that ended as long ago left.`);
+  const left = await counted(done.wanted).then(({ runs }) => `, ${runs} that ended as long ago left`, () => "");
+  tell(`${count(done.removed, `${done.wanted.state} run`)} removed${left}.`);
   return true;
 }
