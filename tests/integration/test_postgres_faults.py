@@ -167,7 +167,7 @@ def test_a_crash_of_postgres_in_the_middle_of_a_step_loses_nothing(
         plan = kit.app.plans["gated"]
         worker = threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
         worker.start()
-        stream = kit.client.stream_run(run.run_id, timeout=30)
+        stream = kit.client.stream_run(run.run_id, timeout=90)
         while next(stream).type != "StepStarted":
             pass
 
