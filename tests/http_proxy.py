@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Self
 
+from tests.proxy import end
+
 
 class Proxy:
     """Passes bytes to `upstream`, a port of 127.0.0.1, which may change while it runs."""
@@ -64,15 +66,7 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-        for writer in self._writers:
-            writer.transport.abort()
-        await asyncio.gather(
-            *(writer.wait_closed() for writer in self._writers), return_exceptions=True
-        )
+        await end(self._writers)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # No coroutine: one that is cancelled before its first step closes nothing.

@@ -16,6 +16,8 @@ class Proxy:
         """An answer has been lost."""
         self._marker = b""
         self._flows: set[asyncio.Event] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run)
         self._ready = threading.Event()
@@ -43,20 +45,25 @@ class Proxy:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20)
+            asyncio.start_server(self._accept, "127.0.0.1", 0, limit=2**20)
         )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
         server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(end(self._writers))
         self._loop.close()
+
+    def _accept(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        # No coroutine: one that is cancelled before its first step closes nothing.
+        self._writers.add(back)
+        task = self._loop.create_task(self._serve(client, back))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         server, forth = await asyncio.open_connection("127.0.0.1", self._upstream)
+        self._writers.add(forth)
         flow, losing = asyncio.Event(), asyncio.Event()
         flow.set()
         self._flows.add(flow)
@@ -105,6 +112,17 @@ class Proxy:
                 return
             writer.write(data)
             await writer.drain()
+
+
+async def end(writers: set[asyncio.StreamWriter]) -> None:
+    """Cancel all that runs in this loop, and close these connections until they are closed."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
 
 @contextmanager

@@ -899,11 +899,18 @@ class Hanging(Door):
         super().__init__(real)
         self.asked = threading.Semaphore(0)
         self.free = threading.Event()
+        self.hung: list[Any] = []
 
     def publish(self, messages) -> None:
+        self.hung.append(messages)
         self.asked.release()
         assert self.free.wait(60)
         super().publish(messages)
+
+    def let_go(self, relay: Relay) -> None:
+        """End the relay, and what hung is sent after all: before the test ends, not after it."""
+        relay.stop()
+        until(lambda: len(self.batches) == len(self.hung))
 
 
 def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
@@ -927,8 +934,7 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     announcements.wait_until(
         lambda seen: any(facts["tasks"] for name, facts in seen if name == "drained")
     )
-    until(lambda: len(broker.batches) > HANGING)  # what hung is sent after all
-    relay.stop()
+    broker.let_go(relay)
     assert {message.run_id for message in broker.messages} == {run.run_id}
 
 
@@ -948,8 +954,7 @@ def test_a_sleeping_relay_notices_that_what_it_sends_again_does_not_arrive(
     for _ in range(2):
         assert broker.asked.acquire(timeout=30)
     broker.free.set()
-    until(lambda: broker.batches)
-    relay.stop()
+    broker.let_go(relay)
     assert {(message.run_id, message.attempt) for message in broker.messages} == {(run.run_id, 2)}
 
 
