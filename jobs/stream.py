@@ -76,6 +76,13 @@ class Cursor:
         """True while a later event has arrived before an earlier one: read the journal again."""
         return bool(self._early)
 
+    def forget(self) -> None:
+        """Drop what is early, before the journal is read: there it is, or it was never committed.
+
+        Kept, an event with a seq that no run reaches would have the journal read without pause.
+        """
+        self._early.clear()
+
 
 class Pager:
     """Reads a journal in pages whose size in bytes is bounded, however large the events are."""
@@ -163,6 +170,7 @@ class Streams:
                     if arrived:
                         quiet_at = monotonic() + wait
                 if cursor.missing:
+                    cursor.forget()
                     reason = "gap"
         finally:
             self._observer("stream_closed", {})
@@ -277,6 +285,7 @@ class Streams:
                     if batch and batch[-1].final:
                         return
                 if cursor.missing:
+                    cursor.forget()
                     reason = "gap"
 
     @contextlib.asynccontextmanager

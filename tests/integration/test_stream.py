@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from time import monotonic
 from typing import Any
 
@@ -416,3 +416,45 @@ def test_a_strange_message_does_not_end_a_stream(beatless: Kit, beatless_app: Ap
         client.publish(channel, b'{"run_id":"r","seq":"2","ts":0,"type":"x","source":"y"}')
     beatless.work_until_idle()
     assert [event.seq for event in stream] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_forged_seq_that_no_run_reaches_has_the_journal_read_once(
+    beatless: Kit, beatless_app: App, asynchronous: bool
+) -> None:
+    run = beatless.start_run("two_steps")
+    reads: list[str] = []
+    looked = threading.Event()
+
+    def observe(name: str, facts: dict[str, Any]) -> None:
+        if name == "backfill":
+            reads.append(facts["reason"])
+            if facts["reason"] == "gap":
+                looked.set()
+
+    following = streams(beatless_app, observer=observe)
+    stream = step_by_step(following.afollow(run, 0)) if asynchronous else following.follow(run, 0)
+    watcher = Watcher(beatless, run.run_id, stream)
+    watcher.wait_for(1)
+    with beatless_app.redis() as client:
+        client.publish(
+            channel_for(beatless_app.settings.prefix, run.run_id),
+            b'{"run_id":"r","seq":1000000,"ts":0,"type":"x","source":"y"}',
+        )
+    assert looked.wait(60)
+
+    beatless.work_until_idle()
+
+    assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+    assert reads.count("gap") == 1
+
+
+def step_by_step(events: AsyncIterator[Event]) -> Iterator[Event]:
+    """An asynchronous stream for a thread."""
+    with asyncio.Runner() as runner:
+
+        async def following() -> Event | None:
+            return await anext(events, None)
+
+        while event := runner.run(following()):
+            yield event

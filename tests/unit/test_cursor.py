@@ -59,6 +59,8 @@ steps = st.lists(
         # The journal is read from the cursor on, a page at once, or a page that came too late.
         st.tuples(st.just("journal"), st.integers(1, 9)),
         st.tuples(st.just("stale journal"), st.integers(0, LAST)),
+        # What came early is dropped, as before each look into the journal for a hole.
+        st.tuples(st.just("forget"), st.just(0)),
         # The viewer reads only so many of what it could have, and goes away.
         st.tuples(st.just("leave"), st.integers(0, 5)),
         # It comes again after the last that it had.
@@ -84,6 +86,9 @@ def seen_by_a_viewer(script: list) -> Iterator[list[int]]:
                 arrived = list(range(cursor.seq + 1, min(head, cursor.seq + value) + 1))
             case "stale journal":
                 arrived = list(range(value, min(head, value + 5) + 1))
+            case "forget":
+                cursor.forget()
+                assert not cursor.missing
             case "again":
                 cursor = Cursor(seen[-1] if seen else 0)
             case "reset":
