@@ -385,8 +385,9 @@ class Client:
     ) -> list[Run]:
         """The runs that were given up on: failed, and retried by nobody. Oldest end first.
 
-        `error` is looked for in "type: message" of the error, whatever its case; `within` keeps
-        those that failed so many seconds ago or less. `run.error` has the last traceback.
+        Those whose events were pruned cannot be retried and are not among them. `error` is looked
+        for in "type: message" of the error, whatever its case; `within` keeps those that failed so
+        many seconds ago or less. `run.error` has the last traceback.
         """
         return self._do(
             None,

@@ -70,8 +70,8 @@ class QueueBusy(JobsError):
 
     def __str__(self) -> str:
         return (
-            f"{self.active} runs of queue {self.queue} are running: wait for them, cancel them, or "
-            "use force, which takes their leases away"
+            f"queue {self.queue} has {self.active} of its runs running: wait for them, cancel "
+            "them, or use force, which takes their leases away"
         )
 
 

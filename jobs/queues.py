@@ -1,7 +1,10 @@
 """Queue control for the whole fleet: when a call returns, it is so everywhere."""
 
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from time import monotonic
 
 import sqlalchemy
 from kombu import Connection
@@ -14,6 +17,12 @@ from orchestrator.state import FINAL
 from outbox.publishers import worker_queue
 
 logger = logging.getLogger(__name__)
+
+MANY = 100_000
+"""Ended runs from which on they are not counted at each question."""
+
+EASE = 20.0
+"""They are counted again after so many times as long as it took: a twentieth of one session."""
 
 
 class Queues:
@@ -31,11 +40,30 @@ class Queues:
         self._statements = QueueStatements(schema)
         self._prefix = prefix
         self._broker = broker
+        self._counting = threading.Lock()
+        self._counted: dict[str, QueueState] = {}
+        self._count_at = 0.0
 
     def states(self) -> list[QueueState]:
-        """Every queue that has runs or is paused."""
-        with self._engine.begin() as connection:
-            return self._statements.states(connection)
+        """Every queue that has runs or is paused.
+
+        From `MANY` ended runs on, their counts are those of the last time that they were counted.
+        """
+        with self._counting:
+            began = monotonic()
+            ended = began >= self._count_at
+            with self._engine.begin() as connection:
+                found = self._statements.states(connection, ended=ended)
+            if ended:
+                self._counted = {state.name: state for state in found}
+                many = sum(s.completed + s.failed + s.cancelled for s in found) >= MANY
+                self._count_at = monotonic() + EASE * (monotonic() - began) if many else 0.0
+                return found
+            return _with_ended(found, self._counted)
+
+    def _count_anew(self) -> None:
+        with self._counting:
+            self._count_at = 0.0
 
     def pause(self, name: str) -> bool:
         """After this no run of the queue starts anywhere; those that run go on.
@@ -68,13 +96,16 @@ class Queues:
         or not.
         """
         newly = self.pause(name)
-        active = sum(state.active for state in self.states() if state.name == name)
+        with self._engine.begin() as connection:
+            states = self._statements.states(connection, ended=False)
+        active = sum(state.active for state in states if state.name == name)
         if active and not force:
             if newly:
                 self.resume(name)
             raise QueueBusy(name, active)
         with self._engine.begin() as connection:
             removed = self._statements.remove_queue(connection, name)
+        self._count_anew()
         self._empty_broker(name, delete=True)
         return len(removed)
 
@@ -85,6 +116,7 @@ class Queues:
             removed = self._statements.remove_finished(
                 connection, state=state, seconds=seconds, limit=limit, namespace=namespace
             )
+        self._count_anew()
         return len(removed)
 
     def count_finished(self, state: str, *, seconds: float, namespace: str) -> tuple[int, int]:
@@ -116,6 +148,25 @@ class Queues:
                 "the broker's queue could not be emptied; its messages will be dropped",
                 extra={"action": "purge_failed", "queue": name, "reason": str(error)},
             )
+
+
+def _with_ended(found: list[QueueState], counted: dict[str, QueueState]) -> list[QueueState]:
+    """What is so now, with the counts of ended runs from before."""
+    now = {state.name: state for state in found}
+    for name, before in counted.items():
+        if name in now:
+            now[name] = replace(
+                now[name],
+                completed=before.completed,
+                failed=before.failed,
+                cancelled=before.cancelled,
+                per_minute=before.per_minute,
+            )
+        elif before.completed or before.failed or before.cancelled:
+            now[name] = replace(
+                before, paused_at=None, waiting=0, delayed=0, active=0, oldest=None, workers=0
+            )
+    return [now[name] for name in sorted(now)]
 
 
 def _check_final(state: str) -> None:

@@ -317,10 +317,11 @@ WITH u AS (
 SELECT {columns}, {bell} FROM u"""
         self._get = f"""
 SELECT {columns} FROM {s}.runs WHERE run_id = %(run_id)s AND namespace = %(namespace)s"""
+        # Of the many stored runs few are unfinished: these are found by their dispatches.
         self._list = f"""
 SELECT {columns} FROM {s}.runs
  WHERE namespace = %(namespace)s
-   AND (%(state)s::text IS NULL OR state = %(state)s)
+   AND (%(state)s::text IS NULL OR state = %(state)s) AND {{which}}
    AND (%(plan)s::text IS NULL OR plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR queue = %(queue)s)
    AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
@@ -330,18 +331,25 @@ SELECT {columns} FROM {s}.runs
         self._hold = f"SELECT FROM {s}.runs WHERE run_id = %(run_id)s FOR UPDATE"
         self._retries = f"""
 SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1"""
-        # Kept by no row of its own: a retry, or a removal, takes the run out of this list.
+        self._in_state = {
+            RunState.QUEUED: f"run_id IN (SELECT run_id FROM {s}.dispatches)",
+            RunState.RUNNING: f"""run_id = ANY(ARRAY(
+     SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting' AND state = 'running'))""",
+        }
+        # Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
         self._given_up = f"""
-SELECT {columns} FROM {s}.runs r
- WHERE namespace = %(namespace)s AND state = 'failed'
-   AND (%(plan)s::text IS NULL OR plan = %(plan)s)
-   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+SELECT {", ".join("r." + column for column in RUN_COLUMNS)}
+  FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
+ WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = 'failed'
+   AND e.ts > coalesce((SELECT clock_timestamp() - make_interval(secs => %(seconds)s)), '-infinity')
+   AND r.namespace = %(namespace)s AND r.pruned_seq = 0
+   AND (%(plan)s::text IS NULL OR r.plan = %(plan)s)
+   AND (%(queue)s::text IS NULL OR r.queue = %(queue)s)
    AND (%(error)s::text IS NULL
-        OR strpos(lower(concat(error ->> 'type', ': ', error ->> 'message')), lower(%(error)s)) > 0)
-   AND (%(seconds)s::float8 IS NULL
-        OR finished_at > clock_timestamp() - make_interval(secs => %(seconds)s))
+        OR strpos(lower(concat(r.error ->> 'type', ': ', r.error ->> 'message')),
+                  lower(%(error)s)) > 0)
    AND NOT EXISTS (SELECT FROM {s}.runs n WHERE n.retry_of = r.run_id)
- ORDER BY finished_at, run_id LIMIT %(limit)s"""
+ ORDER BY e.ts, r.run_id LIMIT %(limit)s"""
         # No LIMIT, for there are no gaps: with one as a parameter Postgres plans each read anew,
         # which takes as long as the read itself.
         self._read = f"""
@@ -506,9 +514,10 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         limit: int = 50,
     ) -> list[Run]:
         """Newest first. `before` is (created_at, run_id) of the last run of the page before."""
+        which = self._in_state.get(RunState(state), "true") if state else "true"
         rows = execute(
             connection,
-            self._list,
+            self._list.replace("{which}", which),
             {
                 "namespace": namespace,
                 "state": state,
@@ -541,7 +550,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         seconds: float | None,
         limit: int,
     ) -> list[Run]:
-        """Failed runs that nobody has retried, oldest end first."""
+        """Failed runs that nobody has retried and that can be, oldest end first."""
         rows = execute(
             connection,
             self._given_up,

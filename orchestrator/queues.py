@@ -10,12 +10,6 @@ from datetime import datetime
 
 from outbox.queries import Caller, channel_of, execute
 
-ENDED = (
-    "namespace = %(namespace)s AND state = %(state)s AND "
-    "finished_at < clock_timestamp() - make_interval(secs => %(seconds)s)"
-)
-"""The runs of a namespace that ended in a state, so long ago."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueState:
@@ -44,7 +38,6 @@ class QueueStatements:
     def __init__(self, schema: str) -> None:
         s = schema
         self._channel = channel_of(schema)
-        self._runs = f"{s}.runs"
         self._fence = f"'{s}.queues'::regclass::oid::int4, 0"
         self.claim_fence = f"SELECT pg_advisory_xact_lock_shared({self._fence})"
         self._pause = f"""
@@ -54,33 +47,49 @@ RETURNING name"""
         self._resume = f"DELETE FROM {s}.queues WHERE name = %(name)s"
         self._states = f"""
 WITH unfinished AS (
-  SELECT queue, count(*) FILTER (WHERE state <> 'running' AND due_at <= clock_timestamp()
-                                    OR state = 'sent') AS waiting,
-         count(*) FILTER (WHERE state = 'waiting' AND due_at > clock_timestamp()) AS delayed,
-         count(*) FILTER (WHERE state = 'running') AS active,
-         min(due_at) FILTER (WHERE state = 'waiting' AND due_at <= clock_timestamp()) AS oldest
-    FROM {s}.dispatches GROUP BY queue
-), stored AS (
+  SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
+                                      OR d.state = 'sent') AS waiting,
+         count(*) FILTER (WHERE d.state = 'waiting' AND d.due_at > clock_timestamp()) AS delayed,
+         count(*) FILTER (WHERE d.state = 'running') AS active,
+         min(d.due_at) FILTER (WHERE d.state = 'waiting' AND d.due_at <= clock_timestamp())
+           AS oldest,
+         count(DISTINCT (SELECT worker FROM {s}.runs r
+                          WHERE r.run_id = d.run_id AND r.state = 'running'))
+           FILTER (WHERE d.state = 'running') AS workers
+    FROM {s}.dispatches d GROUP BY d.queue
+), ended AS (
   SELECT queue, count(*) FILTER (WHERE state = 'completed') AS completed,
          count(*) FILTER (WHERE state = 'failed') AS failed,
          count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
          count(*) FILTER (WHERE finished_at > clock_timestamp() - interval '1 minute')
-           AS per_minute,
-         count(DISTINCT worker) FILTER (WHERE state = 'running') AS workers
-    FROM {s}.runs GROUP BY queue
+           AS per_minute
+    FROM {s}.runs WHERE %(ended)s AND finished_at IS NOT NULL GROUP BY queue
 )
 SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
-       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), oldest,
-       coalesce(per_minute, 0), coalesce(workers, 0)
+       oldest, coalesce(workers, 0),
+       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)
   FROM (SELECT name FROM {s}.queues UNION SELECT queue FROM unfinished
-        UNION SELECT queue FROM stored) AS known(name)
+        UNION SELECT queue FROM ended) AS known(name)
   LEFT JOIN {s}.queues q USING (name)
-  LEFT JOIN unfinished u ON u.queue = name LEFT JOIN stored st ON st.queue = name
+  LEFT JOIN unfinished u ON u.queue = name LEFT JOIN ended e ON e.queue = name
  ORDER BY name"""
         # The runs' rows are locked first, as every writer does, so a claim comes before or finds
         # nothing. In a statement of its own: what the writers before us have appended is not in the
         # snapshot of the statement that waited for them.
         self._choose = f"SELECT run_id FROM {s}.runs WHERE {{which}} ORDER BY run_id FOR UPDATE"
+        # The runs of a namespace that ended in a state so long ago: by their last event or, when it
+        # is pruned, by the time of that. The time is a subquery: compared with a volatile function,
+        # all runs would be read.
+        ago = "(SELECT clock_timestamp() - make_interval(secs => %(seconds)s))"
+        mine = "r.namespace = %(namespace)s AND r.state = %(state)s"
+        self._ended = f"""
+(SELECT r.run_id, r.last_seq - r.pruned_seq AS events FROM {s}.runs r
+  WHERE r.pruned_at IS NOT NULL AND r.finished_at < {ago} AND {mine}
+  ORDER BY r.pruned_at LIMIT %(limit)s)
+UNION ALL
+(SELECT r.run_id, r.last_seq - r.pruned_seq FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
+  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = %(state)s AND e.ts < {ago} AND {mine}
+  ORDER BY e.ts LIMIT %(limit)s)"""
         self._remove = f"""
 WITH gone AS (
   DELETE FROM {s}.runs WHERE run_id = ANY(%(run_ids)s) RETURNING run_id
@@ -106,24 +115,24 @@ SELECT run_id FROM gone"""
         execute(connection, self._resume, {"name": name})
         execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self._channel})
 
-    def states(self, connection: Caller) -> list[QueueState]:
-        """Every queue that has runs or was paused."""
+    def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
+        """Every queue that has runs or was paused; without those that ended, all but them."""
         names = (
             "name",
             "paused_at",
             "waiting",
             "delayed",
             "active",
+            "oldest",
+            "workers",
             "completed",
             "failed",
             "cancelled",
-            "oldest",
             "per_minute",
-            "workers",
         )
         return [
             QueueState(**dict(zip(names, row, strict=True)))
-            for row in execute(connection, self._states, {})
+            for row in execute(connection, self._states, {"ended": ended})
         ]
 
     def remove_waiting(self, connection: Caller, queue: str) -> list[str]:
@@ -139,11 +148,10 @@ SELECT run_id FROM gone"""
     def remove_finished(
         self, connection: Caller, *, state: str, seconds: float, limit: int, namespace: str
     ) -> list[str]:
-        """Take away runs that ended in this state so many seconds ago, oldest first."""
+        """Take away runs that ended in this state so many seconds ago, oldest end first."""
         return self._removed(
             connection,
-            f"run_id IN (SELECT run_id FROM {self._runs} WHERE {ENDED} "
-            "ORDER BY created_at LIMIT %(limit)s)",
+            f"run_id IN (SELECT run_id FROM ({self._ended} LIMIT %(limit)s) AS ended)",
             {"state": state, "seconds": seconds, "limit": limit, "namespace": namespace},
         )
 
@@ -153,9 +161,8 @@ SELECT run_id FROM gone"""
         """(runs, events) that `remove_finished` would take away without a limit."""
         rows = execute(
             connection,
-            "SELECT count(*), coalesce(sum(last_seq - pruned_seq), 0)::bigint "
-            f"FROM {self._runs} WHERE {ENDED}",
-            {"state": state, "seconds": seconds, "namespace": namespace},
+            f"SELECT count(*), coalesce(sum(events), 0)::bigint FROM ({self._ended}) AS ended",
+            {"state": state, "seconds": seconds, "namespace": namespace, "limit": None},
         )
         return rows[0][0], rows[0][1]
 

@@ -56,11 +56,13 @@ class Retention:
         self._events = self._runs = 0
         s = schema
         # `since` passes over the index entries of what this session has deleted: VACUUM has not
-        # been there yet, and every look would begin with all of them.
+        # been there yet, and every look would begin with all of them. The times are subqueries:
+        # compared with a volatile function, all that is not due would be read.
+        ago = "(SELECT clock_timestamp() - make_interval(secs => {seconds}))"
         self._lock = f"""
 WITH due AS (
   SELECT e.run_id, e.ts FROM {s}.run_events e
-   WHERE e.type = 'RunFinished' AND e.ts < clock_timestamp() - make_interval(secs => %(events)s)
+   WHERE e.type = 'RunFinished' AND e.ts < {ago.format(seconds="%(events)s")}
      AND e.ts >= coalesce(%(since)s::timestamptz, '-infinity')
    ORDER BY e.ts LIMIT 200
 ), locked AS (
@@ -88,7 +90,7 @@ UPDATE {s}.runs r
         self._forget = f"""
 WITH chosen AS (
   SELECT run_id FROM {s}.runs
-   WHERE pruned_at < clock_timestamp() - make_interval(secs => %(runs)s)
+   WHERE pruned_at < {ago.format(seconds="%(runs)s")}
    ORDER BY pruned_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
 ), letters AS (
   DELETE FROM {s}.dead_letters l USING chosen WHERE l.run_id = chosen.run_id

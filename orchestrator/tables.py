@@ -50,6 +50,7 @@ runs = Table(
     ),
     Index("runs_key", "namespace", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
     Index("runs_created", "namespace", "created_at", "run_id"),
+    Index("runs_retries", "retry_of", postgresql_where=text("retry_of IS NOT NULL")),
     Index("runs_pruned", "pruned_at", postgresql_where=text("pruned_at IS NOT NULL")),
     postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
 )

@@ -147,7 +147,9 @@ WITH RECURSIVE lane(queue, priority) AS (
 )"""
         # Lanes are walked by index, so a long queue costs nothing to the others; a paused queue is
         # not looked at. Lost messages and dead workers are rows of `dispatches_out` that are due; a
-        # run that a dead worker had begun goes on even if its queue was paused meanwhile.
+        # run that a dead worker had begun goes on even if its queue was paused meanwhile. The time
+        # is a subquery: compared with a volatile function, every delayed run would be read.
+        now = "(SELECT coalesce(%(now)s, clock_timestamp()))"
         self.pick_tasks_sql = f"""{lanes}, out AS (
   SELECT queue, count(*) AS messages FROM {s}.dispatches
    WHERE state <> 'waiting' AND state = 'sent' GROUP BY queue
@@ -156,7 +158,7 @@ WITH RECURSIVE lane(queue, priority) AS (
     FROM open CROSS JOIN LATERAL (
       SELECT run_id, task, queue, priority, due_at, attempts, reason FROM {s}.dispatches d
        WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
-         AND d.due_at <= coalesce(%(now)s, clock_timestamp()) AND d.shard = ANY(%(shards)s)
+         AND d.due_at <= {now} AND d.shard = ANY(%(shards)s)
          AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
        ORDER BY d.due_at LIMIT {window}) d
 )
@@ -167,7 +169,7 @@ UNION ALL
 (SELECT d.run_id, d.task, d.queue, d.attempts + 1,
         CASE d.state WHEN 'sent' THEN 'unclaimed' ELSE d.reason END
    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
-  WHERE d.state <> 'waiting' AND d.due_at <= coalesce(%(now)s, clock_timestamp())
+  WHERE d.state <> 'waiting' AND d.due_at <= {now}
     AND d.shard = ANY(%(shards)s)
     AND (d.state = 'running' OR d.reason = 'lease' OR q.paused_at IS NULL)
     AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)

@@ -36,6 +36,12 @@ run_events = Table(
     Column("attempt", Integer),
     Column("data", JSONB),
     Index("run_events_finished", "ts", postgresql_where=text("type = 'RunFinished'")),
+    Index(
+        "run_events_outcome",
+        text("(data ->> 'outcome')"),
+        "ts",
+        postgresql_where=text("type = 'RunFinished'"),
+    ),
 )
 
 run_outbox = Table(

@@ -42,7 +42,7 @@ def test_one_of_two_queues_is_obliterated(beatless: Kit, url: str, open_page: Op
         assert not name.evaluate("input => input.checkValidity()")
     name.fill("payments")
     confirm.click()
-    expect(dialog.get_by_role("alert")).to_contain_text("1 runs of queue payments are running")
+    expect(dialog.get_by_role("alert")).to_contain_text("payments has 1 of its runs running")
     assert len(beatless.client.list_runs(queue="payments")) == 4
 
     dialog.get_by_label("Force").check()

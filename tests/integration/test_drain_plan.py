@@ -82,6 +82,21 @@ def test_a_pick_reads_a_batch_however_long_the_backlog(
     assert rows == SHARDS * queries.per_shard
 
 
+def test_a_look_for_due_runs_reads_no_delayed_one(
+    beatless_app: App, backlog: psycopg.Connection
+) -> None:
+    queries = Queries(beatless_app.settings.schema)
+    backlog.execute("UPDATE dispatches SET due_at = now() + interval '1 hour' WHERE shard > 0")
+    backlog.execute("DELETE FROM dispatches WHERE shard = 0 AND run_id <> 'run-32'")
+    everything = {"shards": list(range(SHARDS)), "run_id": None, "now": None}
+
+    due = backlog.execute(queries.pick_tasks_sql.encode(), everything).fetchall()
+    rows = read(backlog, queries.pick_tasks_sql, everything)
+
+    assert [row[0] for row in due] == ["run-32"]
+    assert rows < 50
+
+
 def test_forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Connection) -> None:
     queries = Queries(beatless_app.settings.schema)
     found = backlog.execute("SELECT shard, id FROM run_outbox ORDER BY id LIMIT 50").fetchall()

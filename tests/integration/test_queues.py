@@ -112,6 +112,34 @@ def test_counts_per_state(beatless: Kit) -> None:
     assert (found.per_minute, found.workers) == (4, 1)
 
 
+def test_a_long_history_is_counted_now_and_then(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen() -> dict[str, tuple[int, int, bool]]:
+        found = beatless.client.queues()
+        return {q.name: (q.completed, q.waiting, q.paused_at is not None) for q in found}
+
+    monkeypatch.setattr("jobs.queues.MANY", 3)
+    monkeypatch.setattr("jobs.queues.EASE", 1e9)
+    start(beatless, 2, "a"), start(beatless, 1, "b")
+    assert seen() == {"a": (0, 2, False), "b": (0, 1, False)}
+    beatless.work_until_idle()
+    assert seen() == {"a": (2, 0, False), "b": (1, 0, False)}
+
+    start(beatless, 1, "a")
+    beatless.work_until_idle()
+    start(beatless, 4, "a")
+    beatless.client.pause_queue("c")
+    # What waits and what is paused is always as it is now.
+    assert seen() == {"a": (2, 4, False), "b": (1, 0, False), "c": (0, 0, True)}
+
+    # Who takes runs away sees that they are gone.
+    assert beatless.client.clean("completed", 0, limit=1) == 1
+    assert sum(completed for completed, _, _ in seen().values()) == 3
+    beatless.client.obliterate_queue("a")
+    assert "a" not in seen()
+
+
 def test_drain_takes_what_waits_and_leaves_what_runs(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:
@@ -140,7 +168,7 @@ def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
         beatless.work_once()
     with beatless.crash(at="step.before"):
         beatless.step(start(beatless, 1, "gone")[0])
-    with pytest.raises(QueueBusy, match="1 runs of queue gone"):
+    with pytest.raises(QueueBusy, match="gone has 1 of its runs running"):
         beatless.client.obliterate_queue("gone")
 
     assert [state.paused_at for state in beatless.client.queues()] == [None, None]

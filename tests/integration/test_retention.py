@@ -84,6 +84,24 @@ def test_the_events_of_a_run_that_ended_long_ago_go_and_the_run_stays(
     beatless.verify()
 
 
+def test_a_pruned_run_is_no_dead_letter_and_can_be_cleaned(
+    beatless: Kit, session, retention
+) -> None:
+    old = finish(beatless, "fatally")
+    beatless.advance(30 * DAY + 1)
+    exhaust(retention(), session)
+    recent = finish(beatless, "fatally")
+
+    started, refused = beatless.client.retry_failed(limit=1)
+
+    assert [run.retry_of for run in started] == [recent]
+    assert refused == []
+    assert beatless.client.count_finished("failed", 30 * DAY) == (1, 0)
+    assert beatless.client.clean("failed", 30 * DAY) == 1
+    with pytest.raises(RunNotFound):
+        beatless.client.get_run(old)
+
+
 def test_what_asks_for_pruned_events_is_told_so(beatless: Kit, session, retention) -> None:
     run_id = finish(beatless)
     beatless.advance(31 * DAY)

@@ -1,0 +1,12 @@
+"""What keeps questions about ended runs quick when there are millions of them."""
+
+from jobs.migrations import apply
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    apply(__file__)

@@ -1,0 +1,155 @@
+"""Questions about runs read what they answer, by the server's own account, and not the history."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import App
+from orchestrator.queues import QueueStatements
+from orchestrator.retention import Retention
+from tests.integration.test_drain_plan import scans
+
+HISTORY = 10_000
+"""Runs of which each ended an hour before the one before it, every thousandth as failed."""
+
+HOUR = 3600.0
+
+EXPLAIN = b"EXPLAIN (ANALYZE, FORMAT JSON) "
+
+
+class Counting(psycopg.Cursor[Any]):
+    """Executes each statement twice; first to count the rows that it reads, and rolled back."""
+
+    read = 0
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> "Counting":
+        with self.connection.transaction(force_rollback=True):
+            counted = psycopg.Cursor(self.connection)
+            counted.execute(EXPLAIN + query, params)
+            ((plan,),) = counted.fetchall()
+        Counting.read += sum(
+            (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            for node in scans(plan[0]["Plan"])
+        )
+        super().execute(query, params, **options)
+        return self
+
+
+@pytest.fixture(params=["with statistics", "without"])
+def history(
+    postgres: psycopg.Connection, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[psycopg.Connection]:
+    """Before a long history and one run that waits: the retry of a failed one."""
+    postgres.execute(
+        f"""
+INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, created_at, finished_at)
+SELECT 'run-' || n, 'p', '1', 'q', CASE WHEN n % 1000 = 0 THEN 'failed' ELSE 'completed' END, 2,
+       now() - make_interval(hours => n), now() - make_interval(hours => n)
+  FROM generate_series(1, {HISTORY}) n""".encode()
+    )
+    postgres.execute(
+        b"""
+INSERT INTO run_events (run_id, seq, ts, type, source, data)
+SELECT run_id, seq, finished_at, CASE seq WHEN 1 THEN 'RunStarted' ELSE 'RunFinished' END, 'worker',
+       CASE seq WHEN 2 THEN jsonb_build_object('outcome', state) END
+  FROM runs CROSS JOIN generate_series(1, 2) seq"""
+    )
+    postgres.execute(
+        "INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, retry_of)"
+        " VALUES ('again', 'p', '1', 'q', 'queued', 1, 'run-1000')"
+    )
+    postgres.execute(
+        "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)"
+        " VALUES ('again', 1, 'p', 'q', 0, 'waiting', now(), 'start')"
+    )
+    if request.param == "with statistics":
+        postgres.execute("ANALYZE runs, run_events, dispatches")
+    monkeypatch.setattr(Counting, "read", 0)
+    postgres.cursor_factory = Counting
+    yield postgres
+    assert 0 < Counting.read < 100
+
+
+@pytest.fixture
+def queues(beatless_app: App) -> QueueStatements:
+    return QueueStatements(beatless_app.settings.schema)
+
+
+def test_dead_letters(beatless_app: App, history: psycopg.Connection) -> None:
+    found = beatless_app.journal.given_up(
+        history,
+        namespace="default",
+        plan=None,
+        queue="q",
+        error=None,
+        seconds=3500 * HOUR,
+        limit=100,
+    )
+
+    assert [run.run_id for run in found] == ["run-3000", "run-2000"]
+
+
+def test_whether_a_run_was_retried(beatless_app: App, history: psycopg.Connection) -> None:
+    assert beatless_app.journal.retried(history, "run-1000", by_other_than="new")
+    assert not beatless_app.journal.retried(history, "run-2000", by_other_than="new")
+
+
+def test_the_running_runs(beatless_app: App, history: psycopg.Connection) -> None:
+    with psycopg.Cursor(history) as cursor:
+        cursor.execute("UPDATE runs SET state = 'running' WHERE run_id = 'again'")
+        cursor.execute("UPDATE dispatches SET state = 'running'")
+
+    found = beatless_app.journal.list_runs(history, namespace="default", state="running")
+
+    assert [run.run_id for run in found] == ["again"]
+
+
+# Many may wait: whether to walk them or the newest runs is for the planner to say.
+@pytest.mark.parametrize("history", ["with statistics"], indirect=True)
+def test_the_runs_that_wait(beatless_app: App, history: psycopg.Connection) -> None:
+    found = beatless_app.journal.list_runs(history, namespace="default", state="queued")
+
+    assert [run.run_id for run in found] == ["again"]
+
+
+def test_the_newest_runs(beatless_app: App, history: psycopg.Connection) -> None:
+    found = beatless_app.journal.list_runs(history, namespace="default", limit=3)
+
+    assert [run.run_id for run in found] == ["again", "run-1", "run-2"]
+
+
+def test_clean(queues: QueueStatements, history: psycopg.Connection) -> None:
+    asked = {"state": "completed", "seconds": 9000.5 * HOUR, "namespace": "default"}
+
+    removed = queues.remove_finished(history, **asked, limit=3)
+
+    assert sorted(removed) == ["run-9997", "run-9998", "run-9999"]
+
+
+def test_what_clean_would_take(queues: QueueStatements, history: psycopg.Connection) -> None:
+    found = queues.count_finished(
+        history, state="completed", seconds=9990.5 * HOUR, namespace="default"
+    )
+
+    assert found == (9, 18)
+
+
+def test_the_queues_without_what_ended(
+    queues: QueueStatements, history: psycopg.Connection
+) -> None:
+    (state,) = queues.states(history, ended=False)
+
+    assert (state.name, state.waiting, state.completed) == ("q", 1, 0)
+
+
+def test_retention(beatless_app: App, history: psycopg.Connection) -> None:
+    retention = Retention(beatless_app.settings.schema, events_days=9998.5 / 24, runs_days=0.5)
+
+    while retention.step(history) < 60:
+        pass
+
+    with psycopg.Cursor(history) as cursor:
+        left = cursor.execute("SELECT count(*) FROM run_events").fetchone()
+    assert left == (2 * (HISTORY - 2),)
