@@ -1,4 +1,4 @@
-"""The fixtures `beatless_services`, `beatless_app` and `beatless`, for any project's tests.
+"""What the fixtures of the plugin `pytest_beatless` do, loaded when a test asks for one.
 
 Each test has a schema, a prefix, a NOTIFY channel, advisory keys and a Celery app of its own, named
 after the xdist worker and the number of the test. A test that leaves something outside of them
@@ -10,7 +10,7 @@ import itertools
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ FAST = {
     "max_connections": "500",
     "autovacuum_naptime": "5s",
 }
+
+# Whoever names this module as a plugin means that one.
+pytest_plugins = ["pytest_beatless"]
 
 OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 """Settings that each test has for itself."""
@@ -78,57 +81,6 @@ class Services:
     """Whether nobody else uses them, so that whatever is on them was left by a test."""
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("beatless")
-    group.addoption(
-        "--beatless-services",
-        choices=("embedded", "testcontainers", "external"),
-        default="embedded",
-        help="embedded: from wheels; testcontainers: see the image options; external: "
-        "BEATLESS_DATABASE_URL and BEATLESS_REDIS_URL.",
-    )
-    group.addoption(
-        "--beatless-broker",
-        metavar="URL",
-        default="",
-        help="another broker for the task messages, such as amqp://guest:guest@localhost/; "
-        "default: Redis, which carries the events in any case",
-    )
-    group.addoption("--beatless-postgres-image", default="postgres:18", help="for testcontainers")
-    group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
-    parser.addini("beatless_app", "module:attribute of the App whose plans the tests run")
-    parser.addini("beatless_embedded_settings", "Postgres settings, name=value", type="linelist")
-
-
-class SharedServices:
-    """Servers that the controller starts for all xdist workers."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._stack = ExitStack()
-        self._services: Services | None = None
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        if self._services is None:
-            self._services = start_services(self._config, self._stack)
-        node.workerinput["beatless"] = (
-            self._services.database_url,
-            self._services.redis_url,
-            self._services.broker_url,
-            self._services.ours,
-        )
-
-    def pytest_unconfigure(self) -> None:
-        self._stack.close()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Projects that have beatless installed and do not test with it start no servers.
-    if config.getini("beatless_app") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(SharedServices(config), "beatless-shared-services")
-
-
 def start_services(config: pytest.Config, stack: ExitStack) -> Services:
     """The servers that `--beatless-services` asks for, until the stack is closed."""
     if config.getoption("--beatless-services") == "external":
@@ -166,7 +118,7 @@ def start_services(config: pytest.Config, stack: ExitStack) -> Services:
     )
 
 
-@pytest.fixture(scope="session")
+@contextmanager
 def beatless_services(pytestconfig: pytest.Config) -> Iterator[Services]:
     """Postgres and Redis: shared by all xdist workers of a session, or given from outside."""
     shared = getattr(pytestconfig, "workerinput", {}).get("beatless")
@@ -318,19 +270,17 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
         self.redis.close()
 
 
-@pytest.fixture(scope="session")
-def _beatless_schemas(
-    beatless_services: Services, pytestconfig: pytest.Config
-) -> Iterator[Schemas]:
+@contextmanager
+def beatless_schemas(services: Services, pytestconfig: pytest.Config) -> Iterator[Schemas]:
+    """The schemas of this process's tests."""
     worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
-    schemas = Schemas(beatless_services, worker)
+    schemas = Schemas(services, worker)
     yield schemas
     schemas.close()
 
 
-@pytest.fixture
 def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
-    """The plans of the test's app. Override it, or set `beatless_app` in the pytest settings."""
+    """The plans of the App that `beatless_app` in the pytest settings names."""
     name = pytestconfig.getini("beatless_app")
     if not name:
         raise pytest.UsageError(
@@ -344,31 +294,17 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
         return list(load(name).plans.values())
 
 
-@pytest.fixture
-def beatless_settings() -> dict[str, Any]:
-    """Settings of the test's app beside its own names. Override it.
-
-    What isolates the test (OWN) is refused with a UsageError: it is the kit's to choose.
-    """
-    return {}
-
-
-@pytest.fixture
+@contextmanager
 def beatless_app(
-    _beatless_schemas: Schemas, beatless_plans: Sequence[Plan], beatless_settings: dict[str, Any]
+    schemas: Schemas, beatless_plans: Sequence[Plan], beatless_settings: dict[str, Any]
 ) -> Iterator[App]:
-    """An App with a schema, prefix and channel that only this test has.
-
-    Tables that your own code names without a schema are the test's own as well: make them with
-    `metadata.create_all(beatless_app.engine)`.
-    """
+    """An App with a schema, prefix and channel that only this test has."""
     if taken := sorted(OWN & beatless_settings.keys()):
         raise pytest.UsageError(
             f"beatless_settings sets {', '.join(taken)}, which the kit gives to each test anew: "
             "remove it; to use other servers see --beatless-services, and for one test with "
             "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
         )
-    schemas = _beatless_schemas
     prefix = f"t_{schemas.worker}_{next(schemas.tests)}"
     schema = schemas.take()
     app = App(
@@ -398,7 +334,7 @@ def beatless_app(
         )
 
 
-@pytest.fixture
+@contextmanager
 def beatless(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
     """The helpers, bound to the test's own app."""
     prefix = beatless_app.settings.prefix.removeprefix("t_").replace("_", "-")

@@ -1,4 +1,4 @@
-"""Fixtures of the suite. The test kit itself is the installed plugin `jobs.pytest_plugin`."""
+"""Fixtures of the suite. The test kit itself is the installed plugin `pytest_beatless`."""
 
 import logging
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 ONLY_ITS_OWN = {
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    "PYTEST_PLUGINS": "jobs.pytest_plugin,xdist.plugin",
+    "PYTEST_PLUGINS": "pytest_beatless,xdist.plugin",
 }
 """What the new project's own environment has, and not the plugins that ours has beside it."""
 

@@ -8,9 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
-    path
-    for folder in ("jobs", "orchestrator", "outbox", "tests")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    ROOT / "pytest_beatless.py",
+    *(
+        path
+        for folder in ("jobs", "orchestrator", "outbox", "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ),
 ]
 
 FORBIDDEN_EVERYWHERE = {"time.sleep", "unittest.mock", "mock"}
