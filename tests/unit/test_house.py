@@ -11,10 +11,15 @@ SOURCES = [
     ROOT / "pytest_beatless.py",
     *(
         path
-        for folder in ("jobs", "orchestrator", "outbox", "tests")
+        for folder in (
+            *("jobs", "orchestrator", "outbox"),
+            *("tests", "deploy", "benchmarks", "examples"),
+        )
         for path in sorted((ROOT / folder).rglob("*.py"))
     ),
 ]
+
+TESTS = (ROOT / "tests", ROOT / "deploy")
 
 FORBIDDEN_EVERYWHERE = {"time.sleep", "unittest.mock", "mock"}
 FORBIDDEN_IN_TESTS = {
@@ -53,7 +58,7 @@ def test_nothing_sleeps_pretends_or_is_skipped():
             offending := offences(
                 path.read_text(),
                 FORBIDDEN_EVERYWHERE
-                | (FORBIDDEN_IN_TESTS if path.is_relative_to(ROOT / "tests") else set()),
+                | (FORBIDDEN_IN_TESTS if any(map(path.is_relative_to, TESTS)) else set()),
             )
         )
     }
@@ -92,39 +97,104 @@ def in_memory_doors(source: str) -> list[str]:
                     and method.name == "publish"
                     and not passes_on(method)
                 ]
-            case ast.keyword(arg="publish" | "task_always_eager"):
+            case ast.keyword(arg=str(name), value=value) if is_door(name) or fakes(name, value):
                 found.append(node)
-            case ast.Attribute(attr="publish" | "task_always_eager", ctx=ast.Store()):
+            case ast.Attribute(attr=name, ctx=ast.Store()) if is_door(name):
                 found.append(node)
-            case ast.Call(func=ast.Name("setattr") | ast.Attribute(attr="setattr"), args=args):
+            case ast.Subscript(slice=key, ctx=ast.Store()) if is_eager(key):
+                found.append(node)
+            case ast.Assign(targets=targets, value=value) if any(
+                fakes(name_of(target), value) for target in targets
+            ):
+                found.append(node)
+            case ast.Dict(keys=keys, values=values):
                 found += [
-                    each
-                    for each in args
-                    if isinstance(each, ast.Constant)
-                    and str(each.value).rpartition(".")[2] in ("publish", "task_always_eager")
+                    key
+                    for key, value in zip(keys, values, strict=True)
+                    if key is not None and (is_eager(key) or fakes(text_of(key), value))
                 ]
-            case ast.Constant(value=str(text)) if text.startswith(IN_MEMORY_URLS):
+            case ast.Tuple(elts=[key, value]) if is_eager(key) or fakes(text_of(key), value):
+                found.append(node)
+            case ast.Call(func=ast.Name(name) | ast.Attribute(attr=name), args=args) if (
+                name in SETTERS
+            ):
+                found += [each for each in args if is_door(text_of(each).rpartition(".")[2])]
+            case ast.Constant(value=str(text)) if any(url in text.lower() for url in MEMORY):
+                found.append(node)
+            case ast.Import(names=names) if any(alias.name in MEMORY for alias in names):
+                found.append(node)
+            case ast.ImportFrom(module=str(module), names=names) if any(
+                {module, f"{module}.{alias.name}"} & set(MEMORY) for alias in names
+            ):
                 found.append(node)
     return sorted(f"line {node.lineno}" for node in found)
 
 
-IN_MEMORY_URLS = ("memory:" + "//", "cache+memory:" + "//")
+MEMORY = ("memory:" + "//", "kombu.transport." + "memory")
+
+SETTERS = {"setattr", "setitem", "setenv", "setdefault", "delattr", "__setitem__"}
 
 
-def passes_on(method: ast.AST) -> bool:
-    return any(
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "publish"
-        for node in ast.walk(method)
-    )
+def is_door(name: str) -> bool:
+    return name == "publish" or name.lower().endswith("always_eager")
 
+
+def is_eager(node: ast.AST) -> bool:
+    return text_of(node).lower().endswith("always_eager")
+
+
+def fakes(name: str, value: ast.AST) -> bool:
+    """Whether a transport or broker of this name is the one in memory: kombu takes the bare name.
+
+    Its URLs are found wherever they are.
+    """
+    about = any(word in name.lower() for word in ("transport", "broker"))
+    return about and text_of(value).lower() == "memory"
+
+
+def text_of(node: ast.AST) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def name_of(target: ast.AST) -> str:
+    match target:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+        case ast.Subscript(slice=key):
+            return text_of(key)
+    return ""
+
+
+def passes_on(method: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it hands its messages to another publisher, whenever it returns."""
+    given = [argument.arg for argument in method.args.args][1:]
+    for statement in method.body:
+        if isinstance(statement, ast.Expr | ast.Return | ast.Assign) and given:
+            called = statement.value
+            if isinstance(called, ast.Await):
+                called = called.value
+            match called:
+                case ast.Call(
+                    func=ast.Attribute(attr="publish", value=owner), args=[ast.Name(name), *_]
+                ) if name == given[0] and not (isinstance(owner, ast.Name) and owner.id == "self"):
+                    return True
+        if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+            return False
+    return False
+
+
+QUOTING = {Path(__file__), Path(__file__).with_name("test_lint_rules.py")}
+"""They have such code as text, to show that the rules bite."""
 
 WITH_SERVERS = [
     path
-    for folder in ("tests/integration", "tests/cli", "tests/stress", "tests/docker", "deploy/tests")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    for folder in (*TESTS, ROOT / "benchmarks", ROOT / "examples")
+    for path in sorted(folder.rglob("*.py"))
+    if path not in QUOTING
 ]
+
+EXAMINED = {"tests/integration/test_doctor.py": 1}
+"""What the doctor must find. Nothing is published under it there."""
 
 
 def test_tests_with_servers_publish_through_them():
@@ -133,7 +203,17 @@ def test_tests_with_servers_publish_through_them():
         for path in WITH_SERVERS
         if (lines := in_memory_doors(path.read_text()))
     }
-    assert found == {}
+    assert {path: len(lines) for path, lines in found.items()} == EXAMINED, found
+
+
+def test_every_test_of_this_project_is_one_of_them():
+    folders = [
+        folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    ]
+    tests = {path for folder in folders for path in folder.rglob("test_*.py")}
+    assert {path.parent.name for path in WITH_SERVERS} >= {"integration", "browser", "netns"}
+    assert tests - set(WITH_SERVERS) == QUOTING
+    assert tests - set(SOURCES) == set()
 
 
 @pytest.mark.parametrize(
@@ -141,13 +221,48 @@ def test_tests_with_servers_publish_through_them():
     [
         "class Door:\n    def publish(self, messages):\n        self.messages += messages",
         "class Door:\n    async def publish(self, messages): ...",
+        # What is called never, not always, for other messages, or by itself.
+        "class Door:\n    def publish(self, messages):\n        if 0: self.real.publish(messages)",
+        (
+            "class Door:\n    def publish(self, messages):\n        return\n"
+            "        self.real.publish(messages)"
+        ),
+        (
+            "class Door:\n    def publish(self, messages):\n        if self.shut: return\n"
+            "        self.real.publish(messages)"
+        ),
+        "class Door:\n    def publish(self, messages):\n        self.real.publish([])",
+        "class Door:\n    def publish(self, messages):\n        self.publish(messages)",
+        (
+            "class Door:\n    def publish(self, messages):\n"
+            "        def real(): self.real.publish(messages)"
+        ),
         "door = SimpleNamespace(publish=print)",
         "relay.events.publish = print",
         "monkeypatch.setattr(door, 'publish', print)",
         "monkeypatch.setattr('outbox.publishers.RedisEventPublisher.publish', print)",
         "app.conf.task_always_eager = True",
         "app.conf.update(task_always_eager=True)",
-        f"settings(broker_url='{IN_MEMORY_URLS[0]}')",
+        "app.conf.update({'task_always_eager': True})",
+        "app.conf |= {'task_always_eager': True}",
+        "app.conf.update([('task_always_eager', True)])",
+        "app.conf['task_always_eager'] = True",
+        "app.conf.setdefault('task_always_eager', True)",
+        "monkeypatch.setitem(app.conf, 'task_always_eager', True)",
+        "monkeypatch.setenv('CELERY_TASK_ALWAYS_EAGER', '1')",
+        "Celery(CELERY_ALWAYS_EAGER=True)",
+        f"settings(broker_url='{MEMORY[0]}')",
+        f"environ = {{'BEATLESS_BROKER_URL': 'cache+{MEMORY[0]}'}}",
+        f"command = 'BEATLESS_BROKER_URL={MEMORY[0]}localhost beatless relay'",
+        f"url = f'{MEMORY[0].upper()}{{name}}'",
+        "Connection(transport='memory')",
+        "app.conf.update({'broker_transport': 'memory'})",
+        "app.conf.broker_url = 'memory'",
+        "app.conf['broker_url'] = 'memory'",
+        f"import {MEMORY[1]}",
+        "from kombu.transport import memory",
+        "from kombu.transport.memory import Transport",
+        f"Connection(transport='{MEMORY[1]}:Transport')",
     ],
 )
 def test_the_rule_against_publishers_in_memory_bites(source):
@@ -158,7 +273,14 @@ def test_the_rule_against_publishers_in_memory_bites(source):
     "source",
     [
         "class Door:\n    def publish(self, messages):\n        self.real.publish(messages)",
+        (
+            "class Door:\n    async def publish(self, messages):\n"
+            "        if self.shut: raise ValueError\n        await super().publish(messages)"
+        ),
         "client.publish('channel', 'x')",
+        "assert app.conf.task_always_eager is False",
+        "limits = {'memory': '1Gi', 'cpu': 1}",
+        "resources = dict(memory='memory')",
     ],
 )
 def test_the_rule_lets_a_tap_on_the_real_publisher_pass(source):
