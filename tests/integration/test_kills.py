@@ -86,6 +86,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     beatless.verify()  # no step begun after its result, dense journals, one RunFinished each
 
 
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 1}])
 def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
     beatless: Kit, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
         pass
 
     os.killpg(frozen.pid, signal.SIGSTOP)
+    beatless.advance(301)
     other = beatless.worker_process(APP)
     go.touch()
     assert beatless.wait_for_run_completion(run.run_id).result == "through"

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,28 @@ from jobs import App, RunState
 from jobs.client import RunRequest
 from jobs.testing import Kit
 from outbox.publishers import worker_queue
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 
 
 @pytest.fixture
 def beatless_settings() -> dict[str, float]:
-    """Short, because these tests wait for real time to pass."""
-    return {"lease_seconds": 1, "redispatch_seconds": 1}
+    """Leases that end when the test says so: a worker that is only slow loses none."""
+    return {"lease_seconds": 300, "redispatch_seconds": 1}
+
+
+def await_death(pid: int) -> None:
+    """Return when the process executes nothing any more, reaped or not."""
+    stat = Path(f"/proc/{pid}/stat")
+
+    def dead() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    until(dead)
 
 
 def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_path: Path) -> None:
@@ -27,6 +42,18 @@ def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_
     beatless.worker_process(APP)
     ledger = tmp_path / "ledger"
     run = beatless.start_run("ledger", {"ledger": str(ledger), "kills": 2})
+
+    def notes(step: str) -> list[dict[str, Any]]:
+        if not ledger.exists():
+            return []
+        text = ledger.read_text()
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [line for line in lines if line["step"] == step]
+
+    for death in (1, 2):
+        until(lambda death=death: len(notes("b")) == death)
+        await_death(notes("b")[-1]["pid"])
+        beatless.advance(301)  # its lease runs out
 
     finished = beatless.wait_for_run_completion(run.run_id)
 
@@ -48,8 +75,9 @@ def test_kill_9_of_the_whole_worker_lets_another_finish(
     while next(stream).type != "StepStarted":
         pass
 
-    worker.kill()
+    worker.kill()  # its child goes with it
     go.touch()
+    beatless.advance(301)
     beatless.worker_process(APP)
 
     assert beatless.wait_for_run_completion(run.run_id).result == "one"
@@ -115,10 +143,23 @@ def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
         pass
 
     os.kill(worker.pid, signal.SIGTERM)
+    until(lambda: "runs are given back" in worker.log.read_text())
+    holder = beatless.client.get_run(run.run_id).worker
     go.touch()
-    beatless.worker_process(APP)
+    assert next(stream).type == "StepFinished"
+    beatless.worker_process(APP)  # starts for longer than the handover of an unbroken run takes
 
-    assert beatless.wait_for_run_completion(run.run_id).result == "one"
+    ended = beatless.wait_for_run_completion(run.run_id)
+    assert (ended.result, ended.attempt) == ("one", 2)
+    assert ended.worker != holder
+    # One attempt of each step: the first one's ended, the second one's began elsewhere.
+    assert [(event.type, event.step, event.attempt) for event in stream] == [
+        ("StepStarted", "first", 1),
+        ("StepFinished", "first", 1),
+        ("RunFinished", None, None),
+    ]
+    told = [moment.text for moment in beatless.client.explain(run.run_id)]
+    assert "waited for another worker" in told
     beatless.verify()
 
 
