@@ -348,10 +348,17 @@ def own_tables(schema: str) -> str:
     return f"{schema}_own"
 
 
-def search(url: str, schema: str) -> str:
-    """The URL of sessions that look for, and make, tables without a schema in this one."""
-    found = make_url(url).update_query_dict({"options": f"-csearch_path={schema}"}, append=True)
-    return found.render_as_string(hide_password=False)
+def search(url: str, path: str) -> str:
+    """The URL of sessions that look for tables without a schema in this path, and make them there.
+
+    What the URL itself sets for its sessions stays.
+    """
+    found = make_url(url)
+    given = found.query.get("options", ())
+    options = [given] if isinstance(given, str) else given
+    return libpq_url(
+        found.update_query_dict({"options": " ".join([*options, f"-csearch_path={path}"])})
+    )
 
 
 def remove_queues(app: App) -> None:

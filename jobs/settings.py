@@ -183,6 +183,9 @@ def engine_url(url: str) -> URL:
     return make_url(url).set(drivername="postgresql+psycopg")
 
 
-def libpq_url(url: str) -> str:
+def libpq_url(url: str | URL) -> str:
     """The URL for psycopg itself."""
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    found = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    # SQLAlchemy writes a space as itself before the query and as + in it; libpq reads neither.
+    address, mark, query = found.partition("?")
+    return address.replace(" ", "%20") + mark + query.replace("+", "%20")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from jobs import BadSetting, Settings
 from jobs.settings import engine_url, libpq_url, redact
@@ -96,3 +97,15 @@ def test_both_drivers_get_a_url_that_they_understand(scheme):
     url = f"{scheme}://me:s%40cret@db:5433/app?sslmode=require"
     assert engine_url(url).drivername == "postgresql+psycopg"
     assert libpq_url(url) == "postgresql://me:s%40cret@db:5433/app?sslmode=require"
+
+
+def test_spaces_of_a_database_url_reach_libpq():
+    """As in options, of which there may be several."""
+    url = "postgresql://me:a%20b+c@db/the%20app?options=-c%20geqo%3Doff%20-c%20jit%3Doff"
+    assert conninfo_to_dict(libpq_url(url)) == {
+        "user": "me",
+        "password": "a b+c",
+        "host": "db",
+        "dbname": "the app",
+        "options": "-c geqo=off -c jit=off",
+    }
