@@ -187,8 +187,7 @@ class Client:
             raise BadRequest("priority", f"is {request.priority!r}, which is not 0 to 9")
         if request.delay is not None and request.not_before is not None:
             raise BadRequest("delay", "and not_before cannot both be given")
-        if request.not_before is not None and request.not_before.tzinfo is None:
-            raise BadRequest("not_before", "has no time zone: use datetime.now(UTC) + …")
+        _check_time("not_before", request.not_before)
         delay = _seconds("delay", request.delay)
         deadline = _seconds("deadline", request.deadline)
         if deadline is not None and deadline <= (delay or 0):
@@ -499,7 +498,9 @@ class Client:
 
         def start(caller: Caller) -> Run:
             run = self._get(caller, run_id)
-            if once and self._journal.retried(caller, run.run_id, by_other_than=new_id):
+            if once and self._journal.retried(
+                caller, run.run_id, by_other_than=self.stored_id(new_id)
+            ):
                 raise CannotRetry(run_id, "somebody has retried it meanwhile")
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
@@ -614,6 +615,16 @@ def _seconds(name: str, given: float | timedelta | None) -> float | None:
     if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
         raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
     return seconds
+
+
+def _check_time(name: str, given: datetime | None) -> None:
+    if given is None:
+        return
+    if given.tzinfo is None:
+        raise BadRequest(name, "has no time zone: use datetime.now(UTC) + …")
+    # In all time zones a year of four digits, or it could be stored and not be read.
+    if not 1000 <= given.year < 9999:
+        raise BadRequest(name, f"is {given.isoformat()}, which is not in the years 1000 to 9998")
 
 
 def _age(older_than: float | timedelta) -> float:

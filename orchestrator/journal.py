@@ -6,7 +6,7 @@ that. `Journal` holds the statements of one schema.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -334,7 +334,7 @@ SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1
         self._in_state = {
             RunState.QUEUED: f"run_id IN (SELECT run_id FROM {s}.dispatches)",
             RunState.RUNNING: f"""run_id = ANY(ARRAY(
-     SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting' AND state = 'running'))""",
+     SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting'))""",
         }
         # Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
         self._given_up = f"""
@@ -376,13 +376,24 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         A run whose key or id was used before is returned as it is stored, if it has the same
         content. Raises RunConflict if it has not.
         """
-        rows = execute(
-            connection, self._create, {"runs": f"[{','.join(run.to_json() for run in new)}]"}
-        )
-        created = {row[0]: Run.from_row(row[:-1]) for row in rows}
+        firsts: dict[str, NewRun] = {}
+        for run in new:
+            firsts.setdefault(run.run_id, run)
+        created = self._store(connection, firsts.values())
         if len(created) == len(new):
             return [created[run.run_id] for run in new]
-        return [created.get(run.run_id) or self._existing(connection, run) for run in new]
+        return [
+            created[run.run_id]
+            if run.run_id in created and run is firsts[run.run_id]
+            else self._existing(connection, run)
+            for run in new
+        ]
+
+    def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
+        """Those of the runs, by their ids, whose id and key nobody has used."""
+        text = f"[{','.join(run.to_json() for run in new)}]"
+        rows = execute(connection, self._create, {"runs": text})
+        return {row[0]: Run.from_row(row[:-1]) for row in rows}
 
     def _existing(self, connection: Caller, new: NewRun) -> Run:
         rows = execute(
@@ -390,6 +401,8 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             self._find,
             {"run_id": new.run_id, "namespace": new.namespace, "key": new.key},
         )
+        if not rows:  # it was removed after it had kept the new one away
+            return self._store(connection, [new]).get(new.run_id) or self._existing(connection, new)
         found = [Run.from_row(row) for row in rows]
         by_key = [run for run in found if new.key is not None and run.key == new.key]
         existing = (by_key or found)[0]

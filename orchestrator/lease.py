@@ -113,7 +113,8 @@ WITH u AS (
     FROM u WHERE d.run_id = u.run_id
 ), back AS (
   UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
-   WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND NOT EXISTS (SELECT FROM u)
+   WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND d.reason <> 'lease'
+     AND NOT EXISTS (SELECT FROM u)
      AND EXISTS (SELECT FROM {s}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
   -- A `resume` that came meanwhile has rung before this row could be seen.
   RETURNING {doorbell(s, "%(shard)s")}

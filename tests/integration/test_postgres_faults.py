@@ -123,6 +123,28 @@ def test_a_retry_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Pr
     assert {run.run_id for run in proxied.client.list_runs()} == {failed.run_id, new.run_id}
 
 
+@pytest.mark.parametrize("namespace", ["default", "acme"])
+def test_a_retry_of_all_failed_runs_knows_its_own_run_again(
+    proxied: Kit, path: Proxy, namespace: str
+) -> None:
+    client = proxied.app.client_for(namespace)
+    failed = client.start_run("fatally")
+    proxied.work_until_idle()
+    client.failed_runs()  # a connection that the pool hands out again: the next commit is the retry
+    original = client._retry
+
+    def retry(*arguments, **options):
+        path.lose_answer_to(b"COMMIT")
+        return original(*arguments, **options)
+
+    client._retry = retry
+    started, refused = client.retry_failed()
+
+    assert path.lost.is_set()
+    assert [run.retry_of for run in started] == [failed.run_id]
+    assert refused == []
+
+
 @pytest.mark.long
 def test_a_relay_whose_sessions_are_black_holes_comes_back_and_takes_its_shards_from_itself(
     beatless: Kit, proxied: Kit, path: Proxy

@@ -350,6 +350,26 @@ def test_a_crashed_run_whose_message_is_lost_goes_on_in_a_paused_queue(
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
 
 
+def test_a_run_that_is_taken_over_is_among_the_running_ones(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    with beatless.crash(at="step.before"):
+        beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.drain_outbox_once()
+    assert postgres.execute("SELECT state, reason FROM dispatches").fetchone() == ("sent", "lease")
+
+    assert [one.run_id for one in beatless.client.list_runs(state="running")] == [run.run_id]
+    # Its worker was only slow, and the takeover comes to nothing in a queue that was paused.
+    postgres.execute("UPDATE runs SET lease_expires_at = now() + interval '1 hour'")
+    beatless.client.pause_queue("default")
+    beatless.work_once()
+
+    assert postgres.execute("SELECT state, reason FROM dispatches").fetchone() == ("sent", "lease")
+    assert [one.run_id for one in beatless.client.list_runs(state="running")] == [run.run_id]
+
+
 def test_a_caller_whose_statement_is_ended_by_a_limit_hears_that_and_not_that_postgres_is_gone(
     beatless: Kit, beatless_app: App
 ) -> None:

@@ -171,6 +171,39 @@ def test_custom_id_deduplicates(beatless: Kit) -> None:
     assert beatless.work_until_idle() == 1
 
 
+def test_one_id_twice_in_a_bulk_start_is_one_run(beatless: Kit) -> None:
+    def twice(*inputs: object, **options: str) -> list[str]:
+        requests = [RunRequest(plan="two_steps", input=given, **options) for given in inputs]
+        return [run.run_id for run in beatless.client.start_runs(requests)]
+
+    assert twice(1, 1, run_id="order-1") == ["order-1", "order-1"]
+    with pytest.raises(RunConflict, match="another input"):
+        twice(2, 3, run_id="order-2")
+    first, second = twice(4, 4, key="order:4")
+    assert first == second
+    assert beatless.work_until_idle() == 2
+    beatless.verify()
+
+
+def test_a_run_that_is_removed_while_it_is_started_again_is_started(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = beatless.start_run("two_steps", key="order:1")
+    original = beatless_app.journal._existing
+
+    def existing(*arguments):
+        monkeypatch.undo()
+        beatless.client.remove_run(old.run_id)
+        return original(*arguments)
+
+    monkeypatch.setattr(beatless_app.journal, "_existing", existing)
+
+    new = beatless.start_run("two_steps", key="order:1")
+
+    assert new.run_id != old.run_id
+    assert [run.run_id for run in beatless.client.list_runs()] == [new.run_id]
+
+
 def test_a_key_is_used_once(beatless: Kit) -> None:
     one = beatless.start_run("two_steps", {"n": 1}, key="order:1")
     again = beatless.start_run("two_steps", {"n": 1}, key="order:1")
@@ -224,6 +257,8 @@ def test_bulk_start_gives_the_runs_in_order_and_is_one_transaction(
         ({"delay": -1}, BadRequest, "delay"),
         ({"delay": 1, "not_before": datetime.now(UTC)}, BadRequest, "both"),
         ({"not_before": datetime(2030, 1, 1)}, BadRequest, "time zone"),  # noqa: DTZ001
+        ({"not_before": datetime.max.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
+        ({"not_before": datetime.min.replace(tzinfo=UTC)}, BadRequest, "years 1000 to 9998"),
         ({"tags": {"a": 1}}, BadRequest, "tags"),
         ({"input": {"a": [1, float("nan")]}}, BadPayload, r"input.a\[1\] is nan"),
         ({"input": {"a": "x\0y"}}, BadPayload, "input.a holds a NUL"),
