@@ -978,6 +978,31 @@ def due(bench: Bench) -> None:
     record("due.idle", asked, unit="", what="statements of the relays in 1 s while nothing is due")
 
 
+def delayed(bench: Bench) -> None:
+    """What runs that wait for a later time cost a relay that looks for others."""
+    relay = bench.app.relay()
+
+    def look(waiting: int) -> float:
+        bench.db.execute("TRUNCATE dispatches")
+        bench.db.execute(
+            "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)"
+            " SELECT 'delayed-' || n, n %% %s, 'later', 'default', 0, 'waiting',"
+            " now() + make_interval(hours => 1, secs => n), 'delay' FROM generate_series(1, %s) n",
+            (SHARDS, waiting),
+        )
+        bench.db.execute("VACUUM ANALYZE dispatches")
+        return pick_time(relay, lambda: None)
+
+    found = interleaved({"many": lambda: look(200_000), "none": lambda: look(0)})
+    relay.stop()
+    record(
+        "due.delayed",
+        ratios(found["many"], found["none"]),
+        unit="x",
+        what="a look for due runs while 200,000 wait for a later time / while none does",
+    )
+
+
 def local_ports(pid: int) -> set[int]:
     """Local ports of a process's TCP connections."""
     inodes = set()
@@ -1001,6 +1026,7 @@ ALL: dict[str, Callable[[Bench], None]] = {
     "race": race,
     "takeover": takeover,
     "due": due,
+    "delayed": delayed,
 }
 
 
