@@ -5,8 +5,13 @@ every session a second, before a test asks for a fixture: `jobs.pytest_plugin` h
 """
 
 import importlib
+import importlib.util
+import json
+import os
+import socket
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,56 +42,102 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class SharedServices:
-    """Servers that the controller starts for all xdist workers."""
+    """Servers for all xdist workers, started by the controller when a worker first asks.
+
+    Not by that worker: servers end with the thread that started them, and it may end before others.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._stack = ExitStack()
-        self._services: Any = None
+        self._token = os.urandom(16).hex()
+        self._listener: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve, name="beatless services", daemon=True)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        if self._services is None:
-            self._services = implementation().start_services(self._config, self._stack)
-        node.workerinput["beatless"] = (
-            self._services.database_url,
-            self._services.redis_url,
-            self._services.broker_url,
-            self._services.ours,
-        )
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+            self._thread.start()
+        node.workerinput["beatless"] = (self._listener.getsockname()[1], self._token)
 
     def pytest_unconfigure(self) -> None:
-        self._stack.close()
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+            self._thread.join()
+            self._listener.close()
+
+    def _serve(self) -> None:
+        """Tell everyone who knows the token where the servers are; end them at the end."""
+        assert self._listener is not None  # noqa: S101 - started after it was made
+        answer = ""
+        with ExitStack() as stack:
+            while True:
+                try:
+                    worker, _ = self._listener.accept()
+                except OSError:
+                    return  # pytest_unconfigure
+                with worker, suppress(OSError):  # a worker that was killed hears nothing
+                    worker.settimeout(10)
+                    if worker.recv(len(self._token)).decode(errors="replace") == self._token:
+                        answer = answer or self._start(stack)
+                        worker.sendall(answer.encode())
+
+    def _start(self, stack: ExitStack) -> str:
+        try:
+            return str(implementation().answer_of_services(self._config, stack))
+        except Exception as error:
+            return json.dumps({"refused": f"{type(error).__name__}: {error}"})
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Projects that have beatless installed and do not test with it start no servers.
-    if config.getini("beatless_app") and not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SharedServices(config), "beatless-shared-services")
 
 
 def implementation() -> ModuleType:
-    """What the fixtures do, imported when the first of them is asked for."""
+    """What the fixtures do, imported when the first of them is asked for.
+
+    Raises UsageError if a folder of the user's own stands in for a package of ours.
+    """
+    for name in ("jobs", "orchestrator", "outbox"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None  # noqa: S101 - they are installed with this module
+        found = next(iter(spec.submodule_search_locations or ()), spec.origin or "")
+        if Path(found).resolve() != Path(__file__).resolve().with_name(name):
+            raise pytest.UsageError(
+                f"`import {name}` finds {found}, which stands in for the package of beatless of "
+                "that name: rename it, or keep its folder off sys.path"
+            )
     return importlib.import_module("jobs.pytest_plugin")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What is wrong with the set-up is told in its sentence, without a traceback."""
+    try:
+        yield
+    except pytest.UsageError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture(scope="session")
 def beatless_services(pytestconfig: pytest.Config) -> Iterator[Any]:
     """Postgres and Redis: shared by all xdist workers of a session, or given from outside."""
-    with implementation().beatless_services(pytestconfig) as services:
+    with told(), implementation().beatless_services(pytestconfig) as services:
         yield services
 
 
 @pytest.fixture(scope="session")
 def _beatless_schemas(beatless_services: Any, pytestconfig: pytest.Config) -> Iterator[Any]:
-    with implementation().beatless_schemas(beatless_services, pytestconfig) as schemas:
+    with told(), implementation().beatless_schemas(beatless_services, pytestconfig) as schemas:
         yield schemas
 
 
 @pytest.fixture
 def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Any]:
     """The plans of the test's app. Override it, or set `beatless_app` in the pytest settings."""
-    plans: Sequence[Any] = implementation().beatless_plans(pytestconfig)
+    with told():
+        plans: Sequence[Any] = implementation().beatless_plans(pytestconfig)
     return plans
 
 
@@ -109,7 +160,10 @@ def beatless_app(
     Tables that your own code names without a schema are the test's own as well: make them with
     `metadata.create_all(beatless_app.engine)`.
     """
-    with implementation().beatless_app(_beatless_schemas, beatless_plans, beatless_settings) as app:
+    with (
+        told(),
+        implementation().beatless_app(_beatless_schemas, beatless_plans, beatless_settings) as app,
+    ):
         yield app
 
 

@@ -1,5 +1,7 @@
 """How the pytest plugin starts: what it costs who does not use it, and what new users meet."""
 
+from pathlib import Path
+
 import pytest
 
 
@@ -11,7 +13,7 @@ def _only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     """A session in a process of its own, with the settings of the project's own directory."""
-    if not (project.path / "pytest.ini").exists():
+    if not (project.path / "tox.ini").exists():
         project.makeini("[pytest]")
     return project.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider", *arguments)
 
@@ -36,3 +38,114 @@ def test_the_fixtures_are_listed_with_what_they_give(pytester: pytest.Pytester) 
     for name in ("beatless", "beatless_app", "beatless_plans", "beatless_settings"):
         result.stdout.re_match_lines([rf"{name} -- .*pytest_beatless\.py:\d+", r"    \w+"])
     result.stdout.fnmatch_lines(["beatless_services [[]session scope[]] -- *"])
+
+
+PLANS = """
+import pytest
+from jobs import Plan, step
+
+@pytest.fixture
+def beatless_plans():
+    return [Plan("greet", [step(name="hello")(lambda ctx: "hello")])]
+"""
+
+
+@pytest.fixture
+def temporary(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the inner sessions make the directories of their servers."""
+    directory = pytester.mkdir("temporary")
+    monkeypatch.setenv("TMPDIR", str(directory))
+    return directory
+
+
+def test_workers_share_servers_that_are_gone_with_the_session(
+    pytester: pytest.Pytester, temporary: Path
+) -> None:
+    """Also without the setting `beatless_app`: nothing but a fixture tells that they are wanted."""
+    pytester.makeconftest(PLANS)
+    pytester.makepyfile(
+        """
+        import pathlib, pytest
+
+        @pytest.mark.parametrize("number", range(2))
+        def test_it(beatless, worker_id, number):
+            settings = beatless.app.settings
+            pathlib.Path(f"servers-{worker_id}").write_text(
+                f"{settings.database_url.partition('?')[0]} {settings.redis_url}"
+            )
+        """
+    )
+
+    run(pytester, "-p", "xdist", "-n", "2", "--dist=each").assert_outcomes(passed=4)
+
+    used = [path.read_text() for path in sorted(pytester.path.glob("servers-*"))]
+    assert len(used) == 2
+    assert len(set(used)) == 1
+    assert list(temporary.glob("beatless-test-*")) == []
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_no_server_is_started_before_a_test_asks(
+    pytester: pytest.Pytester, temporary: Path, workers: str
+) -> None:
+    pytester.makeini("[pytest]\nbeatless_app = shop:app")
+    pytester.makepyfile(
+        """
+        import pathlib, tempfile
+
+        def test_it():
+            assert list(pathlib.Path(tempfile.gettempdir()).glob("beatless-test-*")) == []
+        """
+    )
+    run(pytester, "-p", "xdist", "-n", workers).assert_outcomes(passed=1)
+
+
+WRONG = {
+    "embedded": "*--beatless-services=embedded: Postgres did not start: *no_such_setting*",
+    "external": "*--beatless-services=external: BEATLESS_DATABASE_URL is not set; for example *",
+    "testcontainers": "*--beatless-services=testcontainers: *testcontainers*pip install*",
+    "line": "*beatless_embedded_settings: 'work_mem' is not name=value, as in work_mem=64MB",
+    "unreachable": "*--beatless-services=external: Postgres cannot be reached: *",
+}
+
+
+@pytest.mark.parametrize(("wrong", "workers"), [(name, str(i % 2)) for i, name in enumerate(WRONG)])
+def test_a_wrong_set_up_is_told_in_a_sentence(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, wrong: str, workers: str
+) -> None:
+    for name in ("BEATLESS_DATABASE_URL", "BEATLESS_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if wrong == "unreachable":
+        monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/nothing")
+        monkeypatch.setenv("BEATLESS_REDIS_URL", "redis://127.0.0.1:1/0")
+    pytester.makeini(
+        "[pytest]\nbeatless_embedded_settings = "
+        + ("work_mem" if wrong == "line" else "no_such_setting=1")
+    )
+    pytester.makeconftest(
+        PLANS + "import sys; sys.modules['testcontainers'] = None  # as if not installed"
+    )
+    pytester.makepyfile("def test_it(beatless): ...")
+    services = {"line": "embedded", "unreachable": "external"}.get(wrong, wrong)
+
+    result = run(pytester, "-p", "xdist", "-n", workers, f"--beatless-services={services}")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([WRONG[wrong]])
+    said = result.stdout.str()
+    assert "INTERNALERROR" not in said
+    assert "Traceback" not in said
+    assert ".py:" not in said.partition("ERROR at setup")[2].partition("short test summary")[0]
+    assert "secret" not in said
+
+
+def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_it(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.mkpydir("jobs")
+    pytester.makepyfile("def test_other(): ...\n\ndef test_it(beatless): ...")
+
+    result = run(pytester)
+
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines([f"`import jobs` finds {pytester.path}/jobs, which stands in*"])
