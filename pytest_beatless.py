@@ -39,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
     parser.addini("beatless_app", "module:attribute of the App whose plans the tests run")
     parser.addini("beatless_embedded_settings", "Postgres settings, name=value", type="linelist")
+    parser.addini(
+        "beatless_allowed_keys",
+        "patterns of Redis keys and channels that tests may leave, as shop:*",
+        type="linelist",
+    )
 
 
 class SharedServices:
@@ -153,7 +158,10 @@ def beatless_settings() -> dict[str, Any]:
 
 @pytest.fixture
 def beatless_app(
-    _beatless_schemas: Any, beatless_plans: Sequence[Any], beatless_settings: dict[str, Any]
+    request: pytest.FixtureRequest,
+    _beatless_schemas: Any,
+    beatless_plans: Sequence[Any],
+    beatless_settings: dict[str, Any],
 ) -> Iterator[Any]:
     """An App with a schema, prefix and channel that only this test has.
 
@@ -162,7 +170,9 @@ def beatless_app(
     """
     with (
         told(),
-        implementation().beatless_app(_beatless_schemas, beatless_plans, beatless_settings) as app,
+        implementation().beatless_app(
+            _beatless_schemas, beatless_plans, beatless_settings, request.node.nodeid
+        ) as app,
     ):
         yield app
 

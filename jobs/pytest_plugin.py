@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,21 @@ import psycopg
 import pytest
 import redis
 import sqlalchemy
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from sqlalchemy import make_url
 
 from jobs.app import App
+from jobs.auth import api_tokens
 from jobs.cli.environment import load
 from jobs.errors import ExtraMissing, JobsError, Unreachable
 from jobs.migrations import migrate
+from jobs.redis_urls import RedisUrl
+from jobs.schema import VERSION_TABLE
 from jobs.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
-from jobs.settings import Settings, engine_url, libpq_url
+from jobs.settings import REDIS, Settings, engine_url, libpq_url
 from jobs.testing import Kit
 from orchestrator.plan import Plan
-from orchestrator.tables import runs
 from outbox.message import SHARDS
 from outbox.publishers import worker_queue
 
@@ -49,6 +54,66 @@ pytest_plugins = ["pytest_beatless"]
 OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 """Settings that each test has for itself."""
 
+TIMEOUTS = {"socket_timeout": 5, "socket_connect_timeout": 5}
+
+DAY = 86_400
+"""Seconds after which Redis forgets what the workers of a session have told each other."""
+
+KIT = re.compile(r"[st]_.+_\d+")
+"""Starts the names of schemas that a kit makes, this one or that of another session."""
+
+ANYWHERE = (
+    *("[^t]*", "t[^_]*", "t_[^gm]*", "t_g[^w]*", "t_gw[^0-9]*"),
+    *("t_m[^a]*", "t_ma[^i]*", "t_mai[^n]*", "t_main[^_x]*"),
+)
+"""Every channel but those of tests, on which other workers publish all the time."""
+
+WRITE = re.compile(r'INSERT INTO "?(\w+)"?\.run_outbox\b')
+"""Part of every statement that writes an event."""
+
+SHAPE = """
+WITH spaces AS (
+  SELECT oid, nspname FROM pg_namespace WHERE nspname = ANY(%s)
+), tables AS (
+  SELECT c.*, nspname FROM spaces JOIN pg_class c ON c.relnamespace = spaces.oid
+), facts AS (
+  SELECT nspname, concat_ws(' ', 'space', oid) AS fact FROM spaces
+  UNION ALL
+  -- Not its xmin: TRUNCATE changes it.
+  SELECT nspname, concat_ws(' ', 'class', oid, relname, relnatts, relpersistence, reloptions,
+                            relacl, relowner, relrowsecurity) FROM tables
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'column', attrelid, attnum, a.xmin)
+    FROM tables JOIN pg_attribute a ON attrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'default', d.oid, d.xmin)
+    FROM tables JOIN pg_attrdef d ON adrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'index', indexrelid, i.xmin)
+    FROM tables JOIN pg_index i ON indrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'sequence', seqrelid, s.xmin)
+    FROM tables JOIN pg_sequence s ON seqrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'trigger', t.oid, t.xmin)
+    FROM tables JOIN pg_trigger t ON tgrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'rule', r.oid, r.xmin)
+    FROM tables JOIN pg_rewrite r ON ev_class = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'constraint', n.oid, n.xmin)
+    FROM spaces JOIN pg_constraint n ON connamespace = spaces.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'function', p.oid, p.xmin)
+    FROM spaces JOIN pg_proc p ON pronamespace = spaces.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'type', y.oid, y.xmin)
+    FROM spaces JOIN pg_type y ON typnamespace = spaces.oid
+)
+SELECT nspname, sum(hashtextextended(fact, 0)) FROM facts GROUP BY nspname
+"""
+"""A number for what is in a schema beside its rows."""
+
 OBJECTS = """
 WITH schemas AS (
   SELECT oid, nspname AS name FROM pg_namespace
@@ -58,19 +123,28 @@ WITH schemas AS (
   UNION ALL
   SELECT CASE relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' WHEN 'm' THEN 'view'
                       WHEN 'c' THEN 'type' ELSE 'table' END, name, relname
-    FROM schemas JOIN pg_class ON relnamespace = schemas.oid AND relkind NOT IN ('i', 'I', 't')
+    FROM schemas JOIN pg_class c ON relnamespace = schemas.oid AND relkind NOT IN ('i', 'I', 't')
+   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = c.oid
+                        AND classid = 'pg_class'::regclass)
   UNION ALL
-  SELECT 'function', name, proname FROM schemas JOIN pg_proc ON pronamespace = schemas.oid
+  SELECT 'function', name, proname FROM schemas JOIN pg_proc p ON pronamespace = schemas.oid
+   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = p.oid
+                        AND classid = 'pg_proc'::regclass)
   UNION ALL
   SELECT 'type', name, typname
-    FROM schemas JOIN pg_type ON typnamespace = schemas.oid AND typtype IN ('d', 'e', 'r')
+    FROM schemas JOIN pg_type y ON typnamespace = schemas.oid AND typtype IN ('d', 'e', 'r')
+   WHERE NOT EXISTS (SELECT 1 FROM pg_depend WHERE deptype = 'e' AND objid = y.oid
+                        AND classid = 'pg_type'::regclass)
 )
 SELECT kind, concat_ws('.', name, nullif(object, '')) FROM objects
  -- What else others make on servers of theirs is not ours to judge.
  WHERE %(ours)s OR name ~ %(left)s
     OR name = 'beatless' AND kind <> 'schema' OR name = 'public' AND object = ANY(%(tables)s)
 """
-"""Everything that somebody has made, outside of the schemas that the kit gives to tests."""
+"""Everything that somebody has made, outside of the schemas that the kit gives to tests.
+
+What belongs to an extension is left out: a database has each extension once, for all tests.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,70 +279,164 @@ def beatless_services(pytestconfig: pytest.Config) -> Iterator[Services]:
 class Schemas:
     """Migrated schemas of one xdist worker, recycled, so that a test costs milliseconds."""
 
-    def __init__(self, services: Services, worker: str) -> None:
+    def __init__(
+        self, services: Services, worker: str, *, session: str = "", allowed: Sequence[str] = ()
+    ) -> None:
+        """`session` is known to all xdist workers that run beside this one, and to nobody else.
+
+        `allowed` are patterns of keys and channels that a test may leave, as shop:*.
+        """
         self.services = services
         self.tests = itertools.count(1)
         self.connection = psycopg.connect(libpq_url(services.database_url), autocommit=True)
         self.connection.execute("SET lock_timeout TO '3s'")
+        urls = sorted({services.redis_url, services.broker_url})
+        self._stores = {url: store(url) for url in urls if url.startswith(REDIS)}
+        self.redis = self._stores[services.redis_url]
+        self._holds: list[Any] = []
         self.worker = self._claim_name(worker)
-        self.redis = redis.Redis.from_url(services.redis_url)
-        self.reported = self._objects()
+        # What a session that was killed has left would be taken for our tests' doing.
+        for found in self._stores.values():
+            remove_keys(found, f"t_{self.worker}_*")
+        self._session = session
+        self._allowed = allowed
         self._numbers = itertools.count(1)
+        self._ends = itertools.count(1)
         self._free: list[str] = []
         self._abandoned: list[str] = []
+        self._shapes: dict[str, Any] = {}
+        self.reported = self._objects()
+        taken = any(name.partition(" public.")[1] for name in self._objects(everybody=True))
+        self._behind = "" if taken else ",public"
+        self._schema = ""
+        self._written: set[str] = set()
         # Hears what is published under this worker's names, and under none of any test.
         self.ear = self.redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
-        anywhere = ("[^t]*", "t[^_]*") if services.ours else ()
-        self.ear.psubscribe(f"t_{self.worker}_*", *anywhere)
+        self.ear.psubscribe(f"t_{self.worker}_*", *(ANYWHERE if services.ours else ()))
         self.heard()
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", self._look)
 
     def _claim_name(self, worker: str) -> str:
         """A name that no other session on the same servers uses, for as long as ours lives."""
         for number in itertools.count(1):
             name = worker if number == 1 else f"{worker}x{number}"
-            row = self.connection.execute(
-                "SELECT pg_try_advisory_lock(hashtext('beatless tests'), hashtext(%s))", (name,)
-            ).fetchone()
-            if row and row[0]:
+            if self._claim(name):
                 return name
         raise AssertionError("unreachable")
 
+    def _claim(self, name: str) -> bool:
+        key = ("beatless tests", name)
+        row = self.connection.execute(
+            "SELECT pg_try_advisory_lock(hashtext(%s), hashtext(%s))", key
+        ).fetchone()
+        if row != (True,):
+            return False
+        # Sessions with another database may use the same Redis. There a subscription holds the
+        # name: it ends with its session too. Channels are the server's, keys the database's.
+        wanted = [(self.redis, f"t_{name}_0:session")]
+        wanted += [
+            (found, f"t_{name}_0:keys-{RedisUrl.parse(url).db}")
+            for url, found in self._stores.items()
+        ]
+        holds: list[Any] = []
+        for found, channel in wanted:
+            hold: Any = found.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
+            holds.append(hold)
+            hold.subscribe(channel)
+            hold.get_message(timeout=5)  # it holds from now on
+            ((_, holders),) = found.pubsub_numsub(channel)
+            if holders > 1:
+                break
+        else:
+            self._holds = holds
+            return True
+        for hold in holds:
+            hold.close()
+        self.connection.execute("SELECT pg_advisory_unlock(hashtext(%s), hashtext(%s))", key)
+        return False
+
+    def begin(self, test: str) -> str:
+        """A prefix for the test of this name."""
+        self._written.clear()
+        if self._session:
+            with self.redis.pipeline() as together:
+                together.hset(self._running, self.worker, test)
+                together.expire(self._running, DAY)
+                together.execute()
+        return f"t_{self.worker}_{next(self.tests)}"
+
+    def url(self, schema: str) -> str:
+        """Where sessions of the test make and find tables without a schema.
+
+        Extensions are in `public`, which comes behind the test's own, unless somebody's tables are
+        there: those would be found, changed and dropped in place of the test's.
+        """
+        return search(self.services.database_url, own_tables(schema) + self._behind)
+
+    @property
+    def _running(self) -> str:
+        """The key of what each worker of this session is at."""
+        return f"t_{self._session}_0:running"
+
     def take(self) -> str:
         if self._free:
-            return self._free.pop()
+            self._schema = self._free.pop()
+            return self._schema
         schema = f"s_{self.worker}_{next(self._numbers)}"
         engine = sqlalchemy.create_engine(engine_url(self.services.database_url))
-        for name in (schema, own_tables(schema)):
-            self.connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
+        self._drop(schema)
         migrate(engine, schema)
         self.connection.execute(f'CREATE SCHEMA "{own_tables(schema)}"'.encode())
         engine.dispose()
+        self._shapes[schema] = self._shape(schema)
+        self._schema = schema
         return schema
 
+    def _shape(self, schema: str) -> Any:
+        """Everything of a test's schemas that emptying their tables does not undo."""
+        names = [schema, own_tables(schema)]
+        shape: dict[str, Any] = dict(self.connection.execute(SHAPE.encode(), (names,)).fetchall())
+        version = f'SELECT version_num FROM "{schema}".{VERSION_TABLE}'
+        try:
+            shape[VERSION_TABLE] = self.connection.execute(version.encode()).fetchall()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.LockNotAvailable):
+            shape[VERSION_TABLE] = None
+        return shape
+
+    def _drop(self, schema: str) -> None:
+        for name in (schema, own_tables(schema)):
+            self.connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
+
     def give_back(self, schema: str) -> list[str]:
-        """Empty the schema for the next test, or tell who still holds something of it."""
-        tables = ", ".join(f'"{schema}".{table.name}' for table in runs.metadata.sorted_tables)
+        """Empty the schema for the next test, or tell who still holds something of it.
+
+        One in which a test has made, changed or dropped something is dropped.
+        """
+        made, found = self._shapes[schema], self._shape(schema)
+        own = own_tables(schema)
+        same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
+        tables = ", ".join(
+            f'"{schema}".{table.name}' for table in api_tokens.metadata.sorted_tables
+        )
         # A connection that was closed a moment ago still holds its locks: all of them are awaited.
         clean = (
             "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
             f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
             f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {tables}"
         )
-        own = own_tables(schema)
-        used = self.connection.execute(
-            "SELECT 1 FROM pg_class WHERE relnamespace = %s::regnamespace UNION ALL "
-            "SELECT 1 FROM pg_proc WHERE pronamespace = %s::regnamespace UNION ALL "
-            "SELECT 1 FROM pg_type WHERE typnamespace = %s::regnamespace LIMIT 1",
-            (f'"{own}"',) * 3,
-        ).fetchone()
-        if used:
-            clean += f'; DROP SCHEMA "{own}" CASCADE; CREATE SCHEMA "{own}"'
+        if found.get(own) != made[own]:
+            clean += f'; DROP SCHEMA IF EXISTS "{own}" CASCADE; CREATE SCHEMA "{own}"'
         try:
-            self.connection.execute(clean.encode())
+            if same:
+                self.connection.execute(clean.encode())
+            else:
+                self._drop(schema)
         except psycopg.errors.LockNotAvailable:
             self._abandoned.append(schema)
             return self._holders(schema)
-        self._free.append(schema)
+        if same:
+            made[own] = self._shape(schema)[own] if found.get(own) != made[own] else made[own]
+            self._free.append(schema)
         return []
 
     def _holders(self, schema: str) -> list[str]:
@@ -277,8 +445,8 @@ class Schemas:
 SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
  WHERE a.pid <> pg_backend_pid() AND a.backend_type = 'client backend' AND a.pid IN (
    SELECT l.pid FROM pg_locks l LEFT JOIN pg_class c ON c.oid IN (l.relation, l.classid)
-    WHERE c.relnamespace IN (%s::regnamespace, %s::regnamespace))""",
-            (f'"{schema}"', f'"{own_tables(schema)}"'),
+    WHERE c.relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN (%s, %s)))""",
+            (schema, own_tables(schema)),
         ).fetchall()
         return [
             f"a session of {name!r} ({state}) with a lock in the test's schema, last: {query[:200]}"
@@ -286,65 +454,137 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
         ]
 
     def left_outside(self, prefix: str) -> list[str]:
-        """What has appeared outside of this test's names. Each is told once and left in place."""
-        ours = re.compile(rf"{re.escape(prefix)}[:.]")
-        # On servers that others use too, only names that this worker made can be judged.
-        mine = re.compile(rf"t_{re.escape(self.worker)}_\d+[:.]")
-        others = re.compile(r"t_\w+?_\d+[:.]")
-        found = [
-            f"the Redis key {name}"
-            for name in (key.decode(errors="replace") for key in self.redis.scan_iter(count=1000))
-            if not ours.match(name)
-            and (mine.match(name) or (self.services.ours and not others.match(name)))
-        ]
-        found += [f"a message on {name}" for name in sorted(self.heard()) if not ours.match(name)]
-        new = sorted({*found, *self._objects()} - self.reported)
-        self.reported |= {name for name in new if not name.startswith("a message")}
-        return new
+        """What has appeared outside of this test's names. Each is told once and left in place.
 
-    def _objects(self) -> set[str]:
+        The test's own keys are removed.
+        """
+        # On servers that others use too, only names that this worker made can be judged.
+        pattern = "*" if self.services.ours else f"t_{self.worker}_*"
+        own = re.compile(rf"{re.escape(prefix)}[:.]")
+        found = self._objects()
+        for client in self._stores.values():
+            names = sweep(client, pattern, own)
+            found |= {f"the Redis key {name}" for name in names if self._judged(name)}
+        names = {name for name in self.heard() if not own.match(name)}
+        found |= {f"a message on {name}" for name in names if self._judged(name)}
+        new = sorted(found - self.reported)
+        self.reported |= {name for name in new if not name.startswith("a message")}
+        return sorted(self._written) + [name for name in new if self._first(name)]
+
+    def _judged(self, name: str) -> bool:
+        """Whether a key or channel is nobody's but a careless test's."""
+        if any(fnmatchcase(name, pattern) for pattern in self._allowed):
+            return False
+        if re.match(rf"t_{re.escape(self.worker)}_\d+[:.]", name):
+            return True
+        return self.services.ours and not re.match(r"t_\w+?_\d+[:.]", name)
+
+    def _first(self, name: str) -> bool:
+        """Whether no worker beside this one has told it: they all see the same."""
+        if not self._session:
+            return True
+        told = f"t_{self._session}_0:told"
+        self.redis.hsetnx(told, name, self.worker)
+        self.redis.expire(told, DAY)
+        return self.redis.hget(told, name) == self.worker.encode()
+
+    def own_broker(self, settings: Settings) -> None:
+        """Remove what is under the test's prefix in a Redis that only its settings name."""
+        if settings.redis_broker is None or settings.broker_url in self._stores:
+            return
+        client = store(settings.broker_url, retry=Retry(NoBackoff(), 0), **TIMEOUTS)
+        # One that is away has nothing that a test could take.
+        with suppress(redis.ConnectionError, redis.TimeoutError):
+            remove_keys(client, f"{settings.prefix}[:.]*")
+        client.close()
+
+    def beside(self) -> list[str]:
+        """The tests that other workers of this session are at."""
+        if not self._session:
+            return []
+        running: Any = self.redis.hgetall(self._running)
+        return sorted(
+            test.decode() for worker, test in running.items() if worker != self.worker.encode()
+        )
+
+    def _look(
+        self,
+        connection: sqlalchemy.Connection,
+        _cursor: Any,
+        statement: str,
+        _parameters: Any,
+        _context: Any,
+        _many: bool,
+    ) -> None:
+        """A statement of any engine in this process: does it write runs that are not the test's?"""
+        if not (found := WRITE.search(statement)) or found[1] == self._schema:
+            return
+        url, here = connection.engine.url, make_url(self.services.database_url)
+        if (url.host, url.port, url.database) != (here.host, here.port, here.database):
+            return  # a server of the test's own
+        mine = re.fullmatch(rf"s_{re.escape(self.worker)}_\d+", found[1])
+        if mine or not KIT.match(found[1]):
+            self._written.add(f"a write to the runs in the schema {found[1]}")
+
+    def _objects(self, *, everybody: bool = False) -> set[str]:
         """What is in the database outside of the kit's schemas, and left in one named after us."""
         left = rf"^(t_{self.worker}_|s_{self.worker}_\d+_(?!own$))"
         rows = self.connection.execute(
             OBJECTS.encode(),
             {
-                "ours": self.services.ours,
-                "kit": r"^[st]_.+_\d+",
+                "ours": self.services.ours or everybody,
+                "kit": rf"^{KIT.pattern}",
                 "left": left,
-                "tables": [table.name for table in runs.metadata.sorted_tables],
+                "tables": [table.name for table in api_tokens.metadata.sorted_tables],
             },
         )
         return {f"the {kind} {name}" for kind, name in rows}
 
     def heard(self) -> set[str]:
         """The channels that something was published on since the last call."""
-        self.redis.publish(f"t_{self.worker}_:end", "")
+        # Numbered: patterns overlap for some names of workers, and then it is heard twice.
+        end, number = f"t_{self.worker}_0:end", str(next(self._ends)).encode()
+        self.redis.publish(end, number)
         channels = set()
         while message := self.ear.get_message(timeout=5):
             if message["type"] != "pmessage":
                 continue
             channel = message["channel"].decode()
-            if channel == f"t_{self.worker}_:end":
+            if channel != end:
+                channels.add(channel)
+            elif message["data"] == number:
                 break
-            channels.add(channel)
         return channels
 
+    def end(self) -> None:
+        """The test has ended."""
+        self._schema = ""
+        if self._session:
+            self.redis.hdel(self._running, self.worker)
+
     def close(self) -> None:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", self._look)
         for schema in (*self._free, *self._abandoned):
             # Whoever held an abandoned one may hold it still; the next session drops it then.
             with suppress(psycopg.errors.LockNotAvailable):
-                for name in (schema, own_tables(schema)):
-                    self.connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
+                self._drop(schema)
         self.connection.close()
-        self.ear.close()
-        self.redis.close()
+        for ear in (self.ear, *self._holds):
+            ear.close()
+        for found in self._stores.values():
+            found.close()
 
 
 @contextmanager
 def beatless_schemas(services: Services, pytestconfig: pytest.Config) -> Iterator[Schemas]:
     """The schemas of this process's tests."""
-    worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
-    schemas = Schemas(services, worker)
+    given = getattr(pytestconfig, "workerinput", {})
+    schemas = Schemas(
+        services,
+        given.get("workerid", "main"),
+        session=given.get("testrunuid", ""),
+        allowed=pytestconfig.getini("beatless_allowed_keys"),
+    )
     yield schemas
     schemas.close()
 
@@ -366,7 +606,10 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
 
 @contextmanager
 def beatless_app(
-    schemas: Schemas, beatless_plans: Sequence[Plan], beatless_settings: dict[str, Any]
+    schemas: Schemas,
+    beatless_plans: Sequence[Plan],
+    beatless_settings: dict[str, Any],
+    test: str,
 ) -> Iterator[App]:
     """An App with a schema, prefix and channel that only this test has."""
     if taken := sorted(OWN & beatless_settings.keys()):
@@ -375,11 +618,11 @@ def beatless_app(
             "remove it; to use other servers see --beatless-services, and for one test with "
             "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
         )
-    prefix = f"t_{schemas.worker}_{next(schemas.tests)}"
+    prefix = schemas.begin(test)
     schema = schemas.take()
     app = App(
         Settings(
-            database_url=search(schemas.services.database_url, own_tables(schema)),
+            database_url=schemas.url(schema),
             redis_url=schemas.services.redis_url,
             schema=schema,
             prefix=prefix,
@@ -388,20 +631,22 @@ def beatless_app(
         beatless_plans,
     )
     app.celery.conf.broker_transport_options["polling_interval"] = 0.05
+    schemas.own_broker(app.settings)
     yield app
     if app.settings.redis_broker is None:
         remove_queues(app)
     app.close()
     # Even if the test failed: what it has left says more about why.
     problems = schemas.left_outside(prefix)
-    remove_keys(schemas.redis, f"{prefix}[:.]*")
+    schemas.own_broker(app.settings)
     problems += schemas.give_back(schema)
+    beside = schemas.beside() if problems else []
+    schemas.end()
     if problems:
-        pytest.fail(
-            "this test, or one that ran beside it, left something outside of its own names:\n  "
-            + "\n  ".join(problems),
-            pytrace=False,
-        )
+        whose = "this test, or one that ran beside it," if beside else "this test"
+        lines = [f"{whose} left something outside of its own names:", *problems]
+        lines += [f"beside it ran {test}" for test in beside]
+        pytest.fail("\n  ".join(lines), pytrace=False)
 
 
 @contextmanager
@@ -442,8 +687,20 @@ def remove_queues(app: App) -> None:
             queue.exchange.delete()
 
 
+def store(url: str, **options: Any) -> "redis.Redis":
+    """A client of the Redis with this URL."""
+    return RedisUrl.parse(url).client(**options)
+
+
+def sweep(client: "redis.Redis", pattern: str, own: re.Pattern[str]) -> set[str]:
+    """Remove the keys of one test, and no others; the others that match the pattern."""
+    names = {key: key.decode(errors="replace") for key in client.scan_iter(pattern, count=10_000)}
+    if mine := [key for key, name in names.items() if own.match(name)]:
+        client.unlink(*mine)
+    return {name for name in names.values() if not own.match(name)}
+
+
 def remove_keys(client: "redis.Redis", pattern: str) -> None:
-    """Remove the keys of one test, and no others."""
-    keys = list(client.scan_iter(match=pattern, count=1000))
-    if keys:
+    """Remove the keys that match."""
+    if keys := list(client.scan_iter(match=pattern, count=10_000)):
         client.unlink(*keys)

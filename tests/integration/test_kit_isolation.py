@@ -1,11 +1,20 @@
 """The test kit's isolation: what a test has for itself, and who is told of what it left."""
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
 import psycopg
+import pytest
+import redis
 import sqlalchemy
 from sqlalchemy import make_url
 
-from jobs.pytest_plugin import Services, search
-from jobs.settings import engine_url, libpq_url
+from jobs.pytest_plugin import Schemas, Services, search
+from jobs.services import EmbeddedValkey
+from jobs.settings import Settings, engine_url, libpq_url
+from jobs.testing import Kit
 
 
 def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -> None:
@@ -24,3 +33,232 @@ def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -
             assert one.exec_driver_sql(f"SHOW {name}").scalar() == value
             assert other.execute(f"SHOW {name}".encode()).fetchone() == (value,)
     engine.dispose()
+
+
+PROJECT = """
+from dataclasses import replace
+
+import pytest
+import sqlalchemy
+from jobs import Plan, step
+from jobs.migrations import migrate
+from jobs.settings import engine_url
+from sqlalchemy import make_url
+
+@pytest.fixture(scope="session")
+def beatless_services(beatless_services):
+    engine = sqlalchemy.create_engine(engine_url(beatless_services.database_url))
+    migrate(engine, "beatless")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE EXTENSION citext SCHEMA public")
+    engine.dispose()
+    broker_url = make_url(beatless_services.redis_url).set(database="1")
+    return replace(
+        beatless_services, broker_url=broker_url.render_as_string(hide_password=False)
+    )
+
+@pytest.fixture
+def beatless_plans():
+    return [Plan("greet", [step(name="hello")(lambda ctx: "hello")])]
+"""
+
+
+def test_what_others_have_and_what_a_test_did_to_its_own(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a schema `beatless` that is somebody's, and a Redis of its own as broker."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeini("[pytest]\nbeatless_allowed_keys = cache:*")
+    pytester.makeconftest(PROJECT)
+    pytester.makepyfile(
+        """
+        from dataclasses import replace
+
+        import pytest
+        import redis
+        from jobs import App
+
+        kept = []
+
+        def test_writes_to_the_schema_of_the_developer(beatless):
+            kept.append(beatless.app.settings.schema)
+            settings = replace(beatless.app.settings, schema="beatless")
+            app = App(settings, list(beatless.app.plans.values()))
+            app.client.start_run("greet")
+            app.close()
+
+        def test_writes_to_the_schema_of_a_test_before(beatless):
+            before = App(replace(beatless.app.settings, schema=f"{kept[0]}0"), [])
+            with before.engine.begin() as connection:
+                connection.exec_driver_sql(f"CREATE SCHEMA {before.settings.schema}")
+                table = f"{before.settings.schema}.run_outbox"
+                connection.exec_driver_sql(f"CREATE TABLE {table} ()")
+                connection.exec_driver_sql(f"INSERT INTO {table} DEFAULT VALUES")
+            before.close()
+
+        def test_publishes_as_no_test_would(beatless):
+            for channel in ("t_shop", "t_gallery:x", "t_market:x", "cache:x"):
+                beatless.app.redis().publish(channel, "x")
+            beatless.app.redis().set("cache:y", "x")
+
+        def test_changes_its_own_schema(beatless):
+            schema = beatless.app.settings.schema
+            with beatless.app.engine.begin() as connection:
+                connection.exec_driver_sql(f"CREATE TABLE {schema}.junk ()")
+
+        @pytest.mark.parametrize(
+            "change",
+            [
+                "DROP INDEX {}.dispatches_out",
+                "ALTER TABLE {}.runs ALTER priority SET DEFAULT 5",
+                "UPDATE {}.beatless_version SET version_num = '0001'",
+                "DROP SCHEMA {} CASCADE",
+                "DROP SCHEMA {}_own CASCADE",
+                "SELECT 1",
+            ],
+        )
+        def test_has_the_schema_as_it_was_made(beatless, change):
+            schema = beatless.app.settings.schema
+            with beatless.app.engine.begin() as connection:
+                found = connection.exec_driver_sql(
+                    "SELECT to_regclass('{0}.junk'), to_regclass('{0}.dispatches_out') IS NULL, "
+                    "(SELECT version_num FROM {0}.beatless_version) = '0001', "
+                    "to_regnamespace('{0}_own') IS NULL, (SELECT count(*) FROM "
+                    "information_schema.columns WHERE table_schema = '{0}' "
+                    "AND column_default = '5')".format(schema)
+                ).one()
+                assert list(found) == [None, False, False, False, 0]
+                connection.exec_driver_sql(change.format(schema))
+
+        def test_leaves_a_message_with_the_broker(beatless):
+            beatless.start_run("greet")
+            beatless.drain_outbox_once()
+
+        def test_finds_none_of_another_test(beatless):
+            with redis.Redis.from_url(beatless.app.settings.broker_url) as broker:
+                assert broker.info("keyspace").get("db1") is None
+                broker.set("left:behind", "x")
+
+        def test_finds_extensions(beatless):
+            with beatless.app.engine.begin() as connection:
+                connection.exec_driver_sql("CREATE TABLE people (name citext)")
+                assert connection.exec_driver_sql(
+                    "SELECT to_regclass('people')::text"
+                ).scalar() == "people"
+                connection.exec_driver_sql("CREATE TABLE public.strays ()")
+        """
+    )
+
+    result = pytester.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider")
+
+    result.assert_outcomes(passed=13, errors=5)
+    told = [line.strip() for line in result.outlines if line.startswith("  ")]
+    assert [line for line in told if line.startswith(("a ", "the "))] == [
+        "a write to the runs in the schema beatless",
+        "a write to the runs in the schema s_main_10",
+        "a message on t_gallery:x",
+        "a message on t_market:x",
+        "a message on t_shop",
+        "the Redis key left:behind",
+        "the table public.strays",
+    ]
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """What is left in it is seen by nobody else."""
+    with EmbeddedValkey(tmp_path / "valkey") as server:
+        yield server
+
+
+@pytest.fixture
+def private(beatless_services: Services, valkey: EmbeddedValkey) -> Services:
+    broker_url = valkey.url.removesuffix("0") + "1"
+    return replace(beatless_services, redis_url=valkey.url, broker_url=broker_url, ours=True)
+
+
+def keys(problems: list[str]) -> list[str]:
+    return [problem for problem in problems if problem.startswith("the Redis key")]
+
+
+def test_what_a_killed_session_has_left_is_gone_before_the_first_test(private: Services) -> None:
+    with (
+        closing(redis.Redis.from_url(private.redis_url)) as events,
+        closing(redis.Redis.from_url(private.broker_url)) as broker,
+    ):
+        for client in (events, broker):
+            client.mset({"t_killed_9:x": "x", "t_killed_1.default": "x", "t_killeds_1:x": "x"})
+        with closing(Schemas(private, "killed")):
+            assert events.keys() == broker.keys() == [b"t_killeds_1:x"]
+
+
+def test_two_databases_with_one_redis_take_different_names(
+    beatless: Kit, beatless_services: Services, postgres: psycopg.Connection
+) -> None:
+    other = f"{beatless.app.settings.prefix}_other"
+    postgres.execute(f"CREATE DATABASE {other}")
+    url = make_url(beatless_services.database_url).set(database=other)
+    elsewhere = replace(beatless_services, database_url=url.render_as_string(hide_password=False))
+    try:
+        with closing(Schemas(beatless_services, "twice")) as one:
+            with closing(Schemas(elsewhere, "twice")) as two:
+                assert (one.worker, two.worker) == ("twice", "twicex2")
+                # Nobody has tables in public there.
+                assert f"{two.url('s')}".endswith("s_own%2Cpublic")
+                two.connection.execute("CREATE TABLE public.orders ()")
+            with closing(Schemas(elsewhere, "twice")) as two:
+                assert f"{two.url('s')}".endswith("s_own")
+        with closing(Schemas(elsewhere, "twice")) as two:
+            assert two.worker == "twice"
+    finally:
+        postgres.execute(f"DROP DATABASE {other} WITH (FORCE)")
+
+
+def test_a_leak_is_told_once_with_whom_else_it_may_be_of(private: Services) -> None:
+    with (
+        closing(Schemas(private, "one", session="s1")) as one,
+        closing(Schemas(private, "two", session="s1")) as two,
+        closing(Schemas(private, "three")) as alone,
+    ):
+        prefix = one.begin("test_innocent")
+        two.begin("test_culprit")
+        two.redis.set("stray", "x")
+        two.redis.publish("stray", "x")
+
+        told = [problem for problem in one.left_outside(prefix) if "stray" in problem]
+
+        assert told == ["a message on stray", "the Redis key stray"]
+        assert one.beside() == ["test_culprit"]
+        assert not keys(two.left_outside("t_two_1"))
+        two.end()
+        assert one.beside() == []
+        # A session of its own tells it too.
+        assert keys(alone.left_outside(alone.begin("test"))) == ["the Redis key stray"]
+        assert alone.beside() == []
+
+
+def test_a_broker_of_the_tests_own_is_left_empty(
+    beatless_services: Services, valkey: EmbeddedValkey
+) -> None:
+    with (
+        closing(Schemas(beatless_services, "own")) as schemas,
+        closing(redis.Redis.from_url(valkey.url)) as broker,
+    ):
+        prefix = schemas.begin("test")
+        settings = Settings(
+            database_url=beatless_services.database_url,
+            redis_url=beatless_services.redis_url,
+            broker_url=valkey.url,
+            prefix=prefix,
+        )
+        broker.mset({f"{prefix}:x": "x", f"{prefix}.x": "x", f"{prefix}0:x": "x"})
+        schemas.own_broker(settings)
+        assert broker.keys() == [f"{prefix}0:x".encode()]
+        valkey.stop()
+        schemas.own_broker(settings)  # one that is away says nothing
+
+
+def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
+    with closing(Schemas(private, "one", allowed=["shop:*"])) as schemas:
+        schemas.redis.mset({"shop:cart": "x", "shops:cart": "x"})
+        assert keys(schemas.left_outside(schemas.begin("test"))) == ["the Redis key shops:cart"]
