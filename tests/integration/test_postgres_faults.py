@@ -22,6 +22,7 @@ from outbox.backoff import Backoff
 from outbox.relay import Relay
 from tests.integration.test_relay import Announcements
 from tests.proxy import Proxy, proxy
+from tests.valkeys import until
 
 QUICK = Backoff(initial=0.01, cap=0.05)
 
@@ -219,8 +220,9 @@ class Waits(Backoff):
 
 
 def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
-    beatless_app: App, tmp_path: Path
+    beatless_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("outbox.relay.STEADY", 3600.0)  # a slow life is no reason to count anew
     go = tmp_path / "go"
     waits = Waits(initial=0.001, cap=0.02)
     object.__setattr__(waits, "noted", [])
@@ -239,17 +241,21 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
             stream = kit.client.stream_run(run.run_id, timeout=30)
             while next(stream).type != "StepStarted":
                 pass
-            later = kit.start_run("two_steps", delay=0.3)
+            later = kit.start_run("two_steps", delay=3600)
             kit.wait_for_outbox_flush(later.run_id)
 
             before = published(announcements)
+            admin.execute("SET default_transaction_read_only = off")  # not for us
             admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
             admin.execute("SELECT pg_reload_conf()")
+            await_read_only(server)
             go.touch()
+            assert announcements.all("relay_failed") == []
+            admin.execute(f"UPDATE {kit.app.settings.schema}.dispatches SET due_at = now()")
+            admin.execute("SELECT pg_notify(%s, '')", (kit.app.queries.channel,))
             announcements.wait("relay_failed", 4)
             since, lives = published(announcements) - before, announcements.all("relay_started")
             assert waits.noted[:4] == [1, 2, 3, 4]  # each new session is no new beginning
-            admin.execute("SET default_transaction_read_only = off")
             admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
             admin.execute("SELECT pg_reload_conf()")
 
@@ -260,6 +266,21 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
             kit.wait_for_outbox_flush(run.run_id)
         assert kit.client.get_run(run.run_id).state is RunState.COMPLETED
         kit.verify()
+
+
+def await_read_only(server: EmbeddedPostgres) -> None:
+    """Return when every session takes it for its next statement.
+
+    A new one that has it was begun while the postmaster told the others, or after that; one that
+    comes after it was begun after that.
+    """
+
+    def read_only() -> bool:
+        with psycopg.connect(server.url) as fresh:
+            return fresh.execute("SHOW default_transaction_read_only").fetchone() == ("on",)
+
+    until(read_only)
+    assert read_only()
 
 
 def published(announcements: Announcements) -> int:

@@ -422,12 +422,34 @@ def test_a_sleeping_relay_is_woken_by_a_commit(beatless: Kit, beatless_app: App)
         assert announcements.wait("relay_woke")["source"] == "notify"
 
 
-def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(beatless: Kit, beatless_app: App) -> None:
-    with running(beatless_app) as (_, announcements):
-        run = beatless.start_run("two_steps", delay=0.4)
-        beatless.wait_for_outbox_flush(run.run_id)
-        announcements.wait_until(lambda seen: ("relay_woke", {"source": "timer"}) in seen)
-        announcements.wait_until(lambda seen: tasks_of(seen) == 1)
+def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
+    beatless: Kit,
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its clock runs faster than the rows' one: however slow all is, it sleeps before they do."""
+    ask, asked = Drain.next_due, list[float]()
+
+    def next_due(self: Drain, shards: Sequence[int]) -> float | None:
+        due = ask(self, shards)
+        if due is None:
+            return None
+        asked.append(due)
+        return due / 36_000  # an hour is a tenth of a second
+
+    monkeypatch.setattr(Drain, "next_due", next_due)
+    timer = ("relay_woke", {"source": "timer"})
+    with running(beatless_app, watchdog=600) as (_, announcements):
+        beatless.start_run("two_steps", delay=3600)
+        announcements.wait_until(lambda seen: timer in seen)
+        assert 3000 < asked[0] <= 3600
+        assert tasks_of(announcements.seen) == 0
+        before = announcements.seen.index(timer)
+        postgres.execute("UPDATE dispatches SET due_at = now()")  # nobody rings
+        announcements.wait_until(lambda seen: tasks_of(seen) == 1 and seen[-1] == timer)
+    woken = [facts["source"] for name, facts in announcements.seen[before:] if name == "relay_woke"]
+    assert set(woken) == {"timer"}
 
 
 def tasks_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
