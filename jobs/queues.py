@@ -65,16 +65,12 @@ class Queues:
         with self._counting:
             self._count_at = 0.0
 
-    def pause(self, name: str) -> bool:
-        """After this no run of the queue starts anywhere; those that run go on.
-
-        False if it was paused before.
-        """
+    def pause(self, name: str) -> None:
+        """After this no run of the queue starts anywhere; those that run go on."""
         with self._engine.begin() as connection:
-            newly = self._statements.pause(connection, name)
+            self._statements.pause(connection, name)
         with self._engine.begin() as connection:
             self._statements.await_claims(connection)
-        return newly
 
     def resume(self, name: str) -> None:
         """Let its runs start again."""
@@ -92,19 +88,12 @@ class Queues:
         """Take away the queue with all of its runs; how many they were.
 
         Raises QueueBusy while runs of it are running, unless `force`: their workers then find that
-        their lease is gone, and write nothing more. A queue that was refused is as it was, paused
-        or not.
+        their lease is gone, and write nothing more. A refusal has changed nothing.
         """
-        newly = self.pause(name)
         with self._engine.begin() as connection:
-            states = self._statements.states(connection, ended=False)
-        active = sum(state.active for state in states if state.name == name)
-        if active and not force:
-            if newly:
-                self.resume(name)
-            raise QueueBusy(name, active)
-        with self._engine.begin() as connection:
-            removed = self._statements.remove_queue(connection, name)
+            removed, running = self._statements.remove_queue(connection, name, force=force)
+            if running and not force:
+                raise QueueBusy(name, running)
         self._count_anew()
         self._empty_broker(name, delete=True)
         return len(removed)

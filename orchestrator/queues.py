@@ -8,6 +8,7 @@ commit; `Queues` in `jobs` puts them together.
 from dataclasses import dataclass
 from datetime import datetime
 
+from orchestrator.state import RunState
 from outbox.queries import Caller, channel_of, execute
 
 
@@ -42,8 +43,7 @@ class QueueStatements:
         self.claim_fence = f"SELECT pg_advisory_xact_lock_shared({self._fence})"
         self._pause = f"""
 INSERT INTO {s}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp())
-ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL
-RETURNING name"""
+ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL"""
         self._resume = f"DELETE FROM {s}.queues WHERE name = %(name)s"
         self._states = f"""
 WITH unfinished AS (
@@ -76,7 +76,13 @@ SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(a
         # The runs' rows are locked first, as every writer does, so a claim comes before or finds
         # nothing. In a statement of its own: what the writers before us have appended is not in the
         # snapshot of the statement that waited for them.
-        self._choose = f"SELECT run_id FROM {s}.runs WHERE {{which}} ORDER BY run_id FOR UPDATE"
+        self._choose = (
+            f"SELECT run_id, state FROM {s}.runs WHERE {{which}} ORDER BY run_id FOR UPDATE"
+        )
+        # A run that runs is out, whatever its dispatch says: its takeover may be on its way.
+        self._running = f"""
+SELECT count(*) FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
+ WHERE d.queue = %(queue)s AND d.state <> 'waiting' AND r.state = 'running'"""
         # The runs of a namespace that ended in a state so long ago: by their last event or, when it
         # is pruned, by the time of that. The time is a subquery: compared with a volatile function,
         # all runs would be read.
@@ -99,12 +105,9 @@ WITH gone AS (
 ), d AS (DELETE FROM {s}.dispatches USING gone WHERE dispatches.run_id = gone.run_id)
 SELECT run_id FROM gone"""
 
-    def pause(self, connection: Caller, name: str) -> bool:
-        """No run of the queue is claimed by whoever looks after this is committed.
-
-        False if it was paused before.
-        """
-        return bool(execute(connection, self._pause, {"name": name}))
+    def pause(self, connection: Caller, name: str) -> None:
+        """No run of the queue is claimed by whoever looks after this is committed."""
+        execute(connection, self._pause, {"name": name})
 
     def await_claims(self, connection: Caller) -> None:
         """Wait for the claims that may have looked before: they hold the fence in shared mode."""
@@ -139,11 +142,23 @@ SELECT run_id FROM gone"""
         """Take away the queue's runs that no worker has."""
         return self._removed(connection, "queue = %(queue)s AND state = 'queued'", {"queue": queue})
 
-    def remove_queue(self, connection: Caller, queue: str) -> list[str]:
-        """Take away every run of the queue, whatever its state, and the queue itself."""
-        removed = self._removed(connection, "queue = %(queue)s", {"queue": queue})
+    def remove_queue(self, connection: Caller, queue: str, *, force: bool) -> tuple[list[str], int]:
+        """Take away every run of the queue and the queue itself: (those removed, those running).
+
+        Without `force` nothing is removed while a run of it is running, even if its worker is lost.
+        """
+        if not force:
+            # A refusal is told without a lock if it can be: heartbeats would wait for ours.
+            running = execute(connection, self._running, {"queue": queue})[0][0]
+            if running:
+                return [], running
+        chosen = self._chosen(connection, "queue = %(queue)s", {"queue": queue})
+        running = sum(state == RunState.RUNNING for _, state in chosen)
+        if running and not force:
+            return [], running
+        removed = self._remove_runs(connection, [run_id for run_id, _ in chosen])
         execute(connection, self._resume, {"name": queue})
-        return removed
+        return removed, running
 
     def remove_finished(
         self, connection: Caller, *, state: str, seconds: float, limit: int, namespace: str
@@ -179,6 +194,13 @@ SELECT run_id FROM gone"""
     def _removed(
         self, connection: Caller, which: str, parameters: dict[str, str | float | int]
     ) -> list[str]:
-        chosen = execute(connection, self._choose.replace("{which}", which), parameters)
-        run_ids = [row[0] for row in chosen]
+        chosen = self._chosen(connection, which, parameters)
+        return self._remove_runs(connection, [run_id for run_id, _ in chosen])
+
+    def _chosen(
+        self, connection: Caller, which: str, parameters: dict[str, str | float | int]
+    ) -> list[tuple[str, str]]:
+        return execute(connection, self._choose.replace("{which}", which), parameters)
+
+    def _remove_runs(self, connection: Caller, run_ids: list[str]) -> list[str]:
         return [row[0] for row in execute(connection, self._remove, {"run_ids": run_ids})]

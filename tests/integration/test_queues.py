@@ -1,6 +1,7 @@
 """Queue control is exact, for the whole fleet."""
 
 import threading
+from time import monotonic
 
 import psycopg
 import pytest
@@ -191,6 +192,76 @@ def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
     beatless.work_until_idle()
     assert states(beatless, kept) == {RunState.COMPLETED}
     beatless.verify()
+
+
+def test_obliterate_spares_a_run_whose_takeover_is_on_its_way(beatless: Kit) -> None:
+    with beatless.crash(at="step.before"):
+        (run_id,) = start(beatless, 1)
+        beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.drain_outbox_once()  # its worker is lost, and another is told to take it over
+
+    with pytest.raises(QueueBusy, match="default has 1 of its runs running"):
+        beatless.client.obliterate_queue("default")
+
+    beatless.work_until_idle()
+    assert states(beatless, [run_id]) == {RunState.COMPLETED}
+    beatless.verify()
+
+
+def test_a_refused_obliterate_writes_nothing_about_the_queue(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    """Whatever it wrote for a moment, it could undo what another administrator says meanwhile."""
+    with beatless.crash(at="step.before"):
+        start(beatless, 1)
+        beatless.work_until_idle()
+    postgres.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'somebody wrote about a queue'; END $$"
+    )
+    postgres.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON queues "
+        "EXECUTE FUNCTION refuse()"
+    )
+
+    try:
+        with pytest.raises(QueueBusy):
+            beatless.client.obliterate_queue("default")
+    finally:
+        postgres.execute("DROP FUNCTION refuse CASCADE")
+
+
+def test_obliterate_is_refused_for_a_run_that_starts_while_it_comes(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    runs, found = start(beatless, 2), []
+
+    def obliterate() -> None:
+        with pytest.raises(QueueBusy) as refused:
+            beatless.client.obliterate_queue("default")
+        found.append(refused.value)
+
+    thread = threading.Thread(target=obliterate)
+    with postgres.transaction():
+        postgres.execute("UPDATE runs SET state = 'running' WHERE run_id = %s", (runs[1],))
+        thread.start()
+        blocking(postgres)
+    thread.join(60)
+
+    assert [refused.active for refused in found] == [1]
+    assert len(beatless.client.list_runs()) == 2
+
+
+def blocking(postgres: psycopg.Connection) -> None:
+    """Return once somebody waits for this session: Postgres announces it nowhere."""
+    deadline, pause = monotonic() + 60, threading.Event()
+    asked = (
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid)))"
+    )
+    while postgres.execute(asked).fetchone() != (True,):
+        assert monotonic() < deadline, "nobody waits"
+        pause.wait(0.002)
 
 
 def test_clean_and_remove(beatless: Kit) -> None:
