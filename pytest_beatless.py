@@ -10,13 +10,21 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+NOWHERE = "the-fixture-beatless-has-servers.invalid"
+"""The host of an App that no test works with: named so, because error messages show it."""
+
+
+UNSET = """\
+Set beatless_app = module:attribute in the pytest settings, naming the App of your project. Tests
+can then import its module without servers in the environment, and it works with those of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,6 +107,41 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(SharedServices(config), "beatless-shared-services")
 
 
+@contextmanager
+def importable(config: pytest.Config) -> Iterator[None]:
+    """In this block, modules that make their App from the environment can be imported.
+
+    Such an App works with the test's servers while a test takes the fixture `beatless_app`, and
+    with none otherwise: also not with those of the environment, which may be somebody's.
+    """
+    if not config.getini("beatless_app"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEATLESS_DATABASE_URL", f"postgresql://{NOWHERE}/")
+        patch.setenv("BEATLESS_REDIS_URL", f"redis://{NOWHERE}/")
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, Any, Any]:
+    with importable(early_config):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, Any, Any]:
+    with importable(session.config):
+        return (yield)
+
+
+def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
+    error = getattr(call.excinfo, "value", None)
+    bad_setting = (type(error).__module__, type(error).__name__) == ("jobs.errors", "BadSetting")
+    if bad_setting and isinstance(report, pytest.CollectReport):
+        report.sections.append(("beatless", UNSET))
+
+
 def implementation() -> ModuleType:
     """What the fixtures do, imported when the first of them is asked for.
 
@@ -165,6 +208,8 @@ def beatless_app(
 ) -> Iterator[Any]:
     """An App with a schema, prefix and channel that only this test has.
 
+    The App that `beatless_app` in the pytest settings names acts as this one meanwhile.
+
     Tables that your own code names without a schema are the test's own as well: make them with
     `metadata.create_all(beatless_app.engine)`.
     """
@@ -173,6 +218,7 @@ def beatless_app(
         implementation().beatless_app(
             _beatless_schemas, beatless_plans, beatless_settings, request.node.nodeid
         ) as app,
+        implementation().named_app_acts(request.config, app),
     ):
         yield app
 

@@ -191,6 +191,19 @@ class App:
             },
         )
 
+    @contextmanager
+    def acting_as(self, other: "App") -> Iterator[None]:
+        """In this block, whoever holds this app works with all that the other one has. For tests.
+
+        What was taken out of it before, as in `client = app.client`, stays this app's own.
+        """
+        own = self.__dict__
+        self.__dict__ = other.__dict__
+        try:
+            yield
+        finally:
+            self.__dict__ = own
+
     def close(self) -> None:
         """Close what this process has opened."""
         self.engine.dispose()

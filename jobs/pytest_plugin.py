@@ -12,7 +12,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import make_url
 
+import pytest_beatless
 from jobs.app import App
 from jobs.auth import api_tokens
 from jobs.cli.environment import load
@@ -589,19 +590,35 @@ def beatless_schemas(services: Services, pytestconfig: pytest.Config) -> Iterato
     schemas.close()
 
 
-def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
-    """The plans of the App that `beatless_app` in the pytest settings names."""
+def named_app(pytestconfig: pytest.Config) -> App | None:
+    """The App that `beatless_app` in the pytest settings names. Raises UsageError."""
     name = pytestconfig.getini("beatless_app")
     if not name:
+        return None
+    try:
+        with pytest_beatless.importable(pytestconfig):
+            return load(name)
+    except JobsError as error:
+        raise pytest.UsageError(f"beatless_app = {name}: {error}") from error
+
+
+def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
+    """The plans of the App that `beatless_app` in the pytest settings names."""
+    named = named_app(pytestconfig)
+    if named is None:
         raise pytest.UsageError(
             "no plans to test: set beatless_app = module:attribute in the pytest settings, or "
             "override the fixture beatless_plans"
         )
-    with pytest.MonkeyPatch.context() as patch:
-        # The module makes its App from the environment; the tests only take the plans from it.
-        patch.setenv("BEATLESS_DATABASE_URL", "postgresql://not-used-in-tests/")
-        patch.setenv("BEATLESS_REDIS_URL", "redis://not-used-in-tests/")
-        return list(load(name).plans.values())
+    return list(named.plans.values())
+
+
+@contextmanager
+def named_app_acts(pytestconfig: pytest.Config, app: App) -> Iterator[None]:
+    """In this block, code that reaches for the App of its module meets the test's."""
+    named = named_app(pytestconfig)
+    with named.acting_as(app) if named else nullcontext():
+        yield
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.pytest_plugin import Services
+
 
 @pytest.fixture(autouse=True)
 def _only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +151,97 @@ def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_
 
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines([f"`import jobs` finds {pytester.path}/jobs, which stands in*"])
+
+
+SHOP = """
+from jobs import App, Plan, Settings, step
+
+app = App(Settings.from_env(), [Plan("greet", [step(name="hello")(lambda ctx: "hello")])])
+
+def greet():
+    return app.client.start_run("greet").run_id
+"""
+
+
+@pytest.fixture
+def shop(
+    pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> pytest.Pytester:
+    """A project whose App reads the environment, tested on the servers of this session."""
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    pytester.makeini("[pytest]\nbeatless_app = shop:app\naddopts = --beatless-services=external")
+    pytester.makepyfile(shop=SHOP)
+    return pytester
+
+
+def test_the_app_of_the_project_acts_as_that_of_each_test_and_of_nobody_otherwise(
+    shop: pytest.Pytester,
+) -> None:
+    """It is imported by the conftest, by the test's module, and by a test of other plans."""
+    shop.makeconftest("import shop")
+    shop.makepyfile(
+        """
+        import pytest
+        from jobs import Plan, Unreachable, step
+        from shop import app, greet
+
+        @pytest.mark.parametrize("turn", [1, 2])
+        def test_one(beatless, turn):
+            run_id = greet()
+            beatless.work_until_idle()
+            assert [run.run_id for run in beatless.client.list_runs()] == [run_id]
+            assert app.settings == beatless.app.settings
+
+        class TestOther:
+            @pytest.fixture
+            def beatless_plans(self):
+                return [Plan("greet", [step(name="hello")(lambda ctx: "other")])]
+
+            def test_other_plans(self, beatless):
+                run_id = greet()
+                beatless.work_until_idle()
+                assert app.client.get_run(run_id).result == "other"
+
+        def test_without():
+            with pytest.raises(Unreachable, match=r"the-fixture-beatless-has-servers\\.invalid"):
+                greet()
+        """
+    )
+    run(shop).assert_outcomes(passed=4)
+
+
+def test_the_environment_is_nobodys_only_while_tests_are_imported(shop: pytest.Pytester) -> None:
+    shop.makepyfile(
+        """
+        import os
+        imported = os.environ["BEATLESS_DATABASE_URL"]
+
+        def test_it():
+            assert imported == "postgresql://the-fixture-beatless-has-servers.invalid/"
+            assert "invalid" not in os.environ["BEATLESS_DATABASE_URL"]
+        """
+    )
+    run(shop).assert_outcomes(passed=1)
+
+
+def test_without_the_setting_the_error_of_an_import_says_so(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BEATLESS_DATABASE_URL", raising=False)
+    pytester.makepyfile(shop=SHOP, test_shop="from shop import greet")
+
+    result = run(pytester)
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*BEATLESS_DATABASE_URL is not set*", "Set beatless_app = *"])
+
+
+def test_an_app_that_cannot_be_imported_is_told_in_a_sentence(shop: pytest.Pytester) -> None:
+    shop.makepyfile(shop="1 / 0", test_shop="def test_it(beatless): ...")
+
+    result = run(shop)
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["beatless_app = shop:app: shop cannot be imported: ZeroDivision*"])
+    assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
