@@ -13,6 +13,7 @@ from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
@@ -231,8 +232,8 @@ class Gate:
         """Whether only a person on this machine can have sent this.
 
         Told by the socket, for a header says what the caller likes; and by the headers all the
-        same: another site's page may reach a server on loopback under a name of its own, and a
-        proxy on this machine passes on what others have sent.
+        same: another site's page may reach a server on loopback under a name of its own, or have
+        the browser send a form to it, and a proxy on this machine passes on what others have sent.
         """
         named = request.headers.get("host", "")
         host = named.rpartition(":")[0] or named
@@ -242,6 +243,7 @@ class Gate:
             and host in LOOPBACK
             and all(end is None or end[0] in LOOPBACK for end in ends)
             and not any(name.startswith(FORWARDED) for name in request.headers)
+            and not _foreign(request)
         )
 
     def client(self, namespace: str) -> Client:
@@ -768,6 +770,24 @@ def _no_such_letter() -> Iterator[None]:
         yield
     except BadRequest as error:
         raise Problem(HTTPStatus.NOT_FOUND, str(error), error) from error
+
+
+def _foreign(request: Request) -> bool:
+    """Whether a browser says that another site's page has it send this.
+
+    By `Sec-Fetch-Site` (W3C Fetch Metadata), which no page can write; browsers that have none yet
+    send `Origin` with whatever changes something.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "same-site", "none")
+    origin = request.headers.get("origin")
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).hostname not in LOOPBACK
+    except ValueError:
+        return True
 
 
 def _lacks(scope: Permission) -> Problem:

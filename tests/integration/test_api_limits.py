@@ -10,7 +10,7 @@ from dataclasses import replace
 import httpx2
 import pytest
 
-from jobs import App
+from jobs import App, RunState
 from jobs.api import server, sse
 from jobs.auth import Scope, Tokens
 from jobs.http import Client
@@ -176,3 +176,41 @@ def test_without_tokens_only_this_machine_may_do_anything_whatever_a_header_says
             return (await api.get("/v1/runs", headers=headers)).status_code
 
     assert asyncio.run(get()) == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 401),
+        ({"Origin": "null"}, 401),
+        ({"Origin": "http://[evil"}, 401),
+        ({"Origin": "http://127.0.0.1.evil.example"}, 401),
+        ({"Sec-Fetch-Site": "cross-site"}, 401),
+        # A server of somebody's page in development, on this machine.
+        ({"Origin": "http://localhost:5173"}, 202),
+        ({"Origin": "http://[::1]:5173"}, 202),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "null"}, 202),
+        ({"Sec-Fetch-Site": "same-site"}, 202),
+        ({"Sec-Fetch-Site": "none"}, 202),
+    ],
+)
+def test_without_tokens_no_other_sites_page_may_have_a_browser_act(
+    beatless: Kit, api: Api, headers: dict[str, str], status: int
+) -> None:
+    """A form of text/plain asks no server beforehand."""
+    run = beatless.start_run("two_steps")
+    for path in ("/v1/queues/other/pause", f"/v1/runs/{run.run_id}/cancel"):
+        assert api("POST", path, Content_Type="text/plain", **headers).status == status
+    assert beatless.client.get_run(run.run_id).state == (
+        RunState.QUEUED if status == 401 else RunState.CANCELLED
+    )
+    assert [state.name for state in beatless.client.queues() if state.paused_at] == (
+        [] if status == 401 else ["other"]
+    )
+
+
+def test_a_token_is_good_whatever_page_sends_it(beatless: Kit, beatless_app: App, api: Api) -> None:
+    api.token = Tokens(beatless_app.engine, beatless_app.settings.schema).create([Scope.ADMIN])[1]
+    path = "/v1/queues/other/pause"
+    answer = api("POST", path, Origin="https://ours.example", Sec_Fetch_Site="cross-site")
+    assert answer.status == 202
