@@ -149,26 +149,70 @@ def impatient(_beatless_schemas):
 def test_a_project_that_does_not_use_the_kit_starts_nothing(project):
     project.makepyfile(
         """
-        import multiprocessing, pathlib, os
+        import pathlib, subprocess, threading
+
+        def children():
+            threads = pathlib.Path("/proc/self/task").glob("*/children")
+            return "".join(thread.read_text() for thread in threads)
 
         def test_no_children():
-            children = pathlib.Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-            assert children == ""
+            assert children() == ""
+
+        def test_a_child_of_any_thread_would_be_seen():
+            seen = []
+
+            def start():
+                with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+                    seen.append(children() == f"{child.pid} ")
+
+            thread = threading.Thread(target=start)
+            thread.start()
+            thread.join()
+            assert seen == [True]
         """
     )
-    run(project).assert_outcomes(passed=1)
+    run(project).assert_outcomes(passed=2)
 
 
-def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(beatless: Kit):
-    serving = beatless._process("tests.plans:app", ["serve", "--port", "0"], {})
+WATCHED = """
+import sys, threading
+
+told = open({told!r}, "a", buffering=1)
+
+def note(event, arguments):
+    if event in ("os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"):
+        print("process", *arguments, file=told)
+
+def note_thread(*_):
+    sys.setprofile(None)
+    print("thread", threading.current_thread().name, file=told)
+
+sys.addaudithook(note)
+threading.setprofile(note_thread)
+from tests.plans import app
+print("imported", file=told)
+"""
+"""An app in whose process every start of a thread or a process is noted, from its import on."""
+
+
+def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(
+    beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = tmp_path / "told"
+    (tmp_path / "watched.py").write_text(WATCHED.format(told=str(told)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    serving = beatless._process("watched:app", ["serve", "--port", "0"], {})
     run = beatless.start_run("two_steps")
 
-    assert Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text() == ""
+    assert serving.alive
+    serving.terminate()
+    serving.reap(float("inf"))  # whatever it would do, it has done
+
+    assert told.read_text() == "imported\n"
     with pytest.raises(AssertionError, match="outbox still has events"):
-        beatless.wait_for_outbox_flush(run.run_id, timeout=0.3)
+        beatless.wait_for_outbox_flush(run.run_id, timeout=0)
     beatless.drain_outbox_once()
     assert beatless.work_once()  # the message is still there
-    assert serving.alive
 
 
 def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, monkeypatch):
