@@ -7,6 +7,7 @@ announce. See docs/testing.md.
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -222,7 +223,8 @@ class Kit:
     ) -> Child:
         """A real worker of `module:attribute`, ready; it ends with the test.
 
-        Settings are those of the test's app, and those given here.
+        It has the plans of that App, whatever `beatless_plans` gives to the test. Settings are
+        those of the test's app, and those given here: `fault="step.before@2:kill"` crashes it.
         """
         return self._process(
             app, ["worker", "--concurrency", str(concurrency), *arguments], settings
@@ -234,11 +236,13 @@ class Kit:
 
     def _process(self, app: str, arguments: list[str], settings: dict[str, Any]) -> Child:
         given = {f"BEATLESS_{name.upper()}": str(value) for name, value in settings.items()}
+        # It finds the modules that the test finds: `pythonpath` of pytest is on no path but this.
+        given |= {"BEATLESS_APP": app, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         name = f"{arguments[0]}-{len(self._children) + 1}"
         child = Child(
             name,
             arguments,
-            environ=os.environ | self.app.settings.to_env() | {"BEATLESS_APP": app} | given,
+            environ=os.environ | self.app.settings.to_env() | given,
             log=self._directory / f"{name}.log",
         )
         self._children.append(child)

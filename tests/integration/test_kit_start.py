@@ -245,3 +245,33 @@ def test_an_app_that_cannot_be_imported_is_told_in_a_sentence(shop: pytest.Pytes
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["beatless_app = shop:app: shop cannot be imported: ZeroDivision*"])
     assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
+
+
+def test_processes_find_the_modules_that_pytest_finds_and_run_the_plans_of_their_app(
+    pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pytest's setting `pythonpath`, which is in no environment."""
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    pytester.makeini(
+        "[pytest]\npythonpath = src\nbeatless_app = shop:app\n"
+        "addopts = --beatless-services=external"
+    )
+    pytester.mkdir("src").joinpath("shop.py").write_text(SHOP)
+    pytester.makepyfile(
+        """
+        import pytest
+        from jobs import Plan, step
+        from shop import greet
+
+        @pytest.fixture
+        def beatless_plans():
+            return [Plan("greet", [step(name="hello")(lambda ctx: "of the test")])]
+
+        def test_it(beatless):
+            beatless.relay_process("shop:app")
+            beatless.worker_process("shop:app")
+            assert beatless.wait_for_run_completion(greet()).result == "hello"
+        """
+    )
+    run(pytester).assert_outcomes(passed=1)
