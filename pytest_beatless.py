@@ -199,12 +199,23 @@ def beatless_settings() -> dict[str, Any]:
     return {}
 
 
+@pytest.fixture(scope="session")
+def beatless_tables() -> Any:
+    """What makes your own tables, given an SQLAlchemy connection, as `metadata.create_all`.
+
+    Override it, for the session. Each test then has them, and empty: they are made once for many
+    tests. None: whoever wants some makes them, and they are dropped after the test.
+    """
+    return None
+
+
 @pytest.fixture
 def beatless_app(
     request: pytest.FixtureRequest,
     _beatless_schemas: Any,
     beatless_plans: Sequence[Any],
     beatless_settings: dict[str, Any],
+    beatless_tables: Any,
 ) -> Iterator[Any]:
     """An App with a schema, prefix and channel that only this test has.
 
@@ -216,7 +227,11 @@ def beatless_app(
     with (
         told(),
         implementation().beatless_app(
-            _beatless_schemas, beatless_plans, beatless_settings, request.node.nodeid
+            _beatless_schemas,
+            beatless_plans,
+            beatless_settings,
+            beatless_tables,
+            request.node.nodeid,
         ) as app,
         implementation().named_app_acts(request.config, app),
     ):

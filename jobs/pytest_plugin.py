@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -114,6 +114,19 @@ WITH spaces AS (
 SELECT nspname, sum(hashtextextended(fact, 0)) FROM facts GROUP BY nspname
 """
 """A number for what is in a schema beside its rows."""
+
+ROWS = """
+SELECT oid::regclass::text FROM pg_class
+ WHERE relnamespace = %s::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+"""
+
+NUMBERS = """
+SELECT setval(seqrelid, seqstart, false) FROM pg_sequence JOIN pg_class ON oid = seqrelid
+ WHERE relnamespace = '"{}"'::regnamespace"""
+"""Sequences begin anew; RESTART IDENTITY would take those of runs with them."""
+
+Tables = Callable[[sqlalchemy.Connection], object]
+"""Makes the tables of the code under test."""
 
 OBJECTS = """
 WITH schemas AS (
@@ -306,6 +319,7 @@ class Schemas:
         self._free: list[str] = []
         self._abandoned: list[str] = []
         self._shapes: dict[str, Any] = {}
+        self._tables: dict[str, Tables | None] = {}
         self.reported = self._objects()
         taken = any(name.partition(" public.")[1] for name in self._objects(everybody=True))
         self._behind = "" if taken else ",public"
@@ -379,19 +393,44 @@ class Schemas:
         """The key of what each worker of this session is at."""
         return f"t_{self._session}_0:running"
 
-    def take(self) -> str:
-        if self._free:
-            self._schema = self._free.pop()
-            return self._schema
+    def take(self, tables: Tables | None = None) -> str:
+        """A schema whose tables are empty, and beside it one with those that `tables` makes."""
+        fitting = [name for name in self._free if self._tables[name] == tables]
+        schema = (fitting or self._free or [self._make()])[-1]
+        if schema in self._free:
+            self._free.remove(schema)
+        if self._tables[schema] != tables:
+            self._make_own(schema, tables)
+        self._schema = schema
+        return schema
+
+    def _make(self) -> str:
         schema = f"s_{self.worker}_{next(self._numbers)}"
         engine = sqlalchemy.create_engine(engine_url(self.services.database_url))
         self._drop(schema)
         migrate(engine, schema)
-        self.connection.execute(f'CREATE SCHEMA "{own_tables(schema)}"'.encode())
         engine.dispose()
-        self._shapes[schema] = self._shape(schema)
-        self._schema = schema
+        self._make_own(schema, None)
         return schema
+
+    def _make_own(self, schema: str, tables: Tables | None) -> None:
+        own = own_tables(schema)
+        self.connection.execute(
+            f'DROP SCHEMA IF EXISTS "{own}" CASCADE; CREATE SCHEMA "{own}"'.encode()
+        )
+        self._tables[schema] = None
+        if tables is not None:
+            engine = sqlalchemy.create_engine(engine_url(self.url(schema)))
+            try:
+                with engine.begin() as connection:
+                    tables(connection)
+            except BaseException:
+                self._abandoned.append(schema)
+                raise
+            finally:
+                engine.dispose()
+        self._tables[schema] = tables
+        self._shapes[schema] = self._shape(schema)
 
     def _shape(self, schema: str) -> Any:
         """Everything of a test's schemas that emptying their tables does not undo."""
@@ -416,27 +455,30 @@ class Schemas:
         made, found = self._shapes[schema], self._shape(schema)
         own = own_tables(schema)
         same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
-        tables = ", ".join(
-            f'"{schema}".{table.name}' for table in api_tokens.metadata.sorted_tables
-        )
+        names = [f'"{schema}".{table.name}' for table in api_tokens.metadata.sorted_tables]
+        kept = self._tables[schema] is not None and found.get(own) == made[own]
+        if kept:
+            names += [name for (name,) in self.connection.execute(ROWS.encode(), (own,))]
         # A connection that was closed a moment ago still holds its locks: all of them are awaited.
         clean = (
             "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
             f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
-            f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {tables}"
+            f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {', '.join(names)}"
         )
-        if found.get(own) != made[own]:
-            clean += f'; DROP SCHEMA IF EXISTS "{own}" CASCADE; CREATE SCHEMA "{own}"'
+        if kept:
+            clean += f"; {NUMBERS.format(own)}"
         try:
-            if same:
+            if not same:
+                self._drop(schema)
+            elif kept or found.get(own) == made[own]:
                 self.connection.execute(clean.encode())
             else:
-                self._drop(schema)
+                self.connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE; {clean}'.encode())
+                self._make_own(schema, None)
         except psycopg.errors.LockNotAvailable:
             self._abandoned.append(schema)
             return self._holders(schema)
         if same:
-            made[own] = self._shape(schema)[own] if found.get(own) != made[own] else made[own]
             self._free.append(schema)
         return []
 
@@ -626,6 +668,7 @@ def beatless_app(
     schemas: Schemas,
     beatless_plans: Sequence[Plan],
     beatless_settings: dict[str, Any],
+    beatless_tables: Tables | None,
     test: str,
 ) -> Iterator[App]:
     """An App with a schema, prefix and channel that only this test has."""
@@ -636,7 +679,7 @@ def beatless_app(
             "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
         )
     prefix = schemas.begin(test)
-    schema = schemas.take()
+    schema = schemas.take(beatless_tables)
     app = App(
         Settings(
             database_url=schemas.url(schema),

@@ -1,8 +1,13 @@
 """Tables, functions and types of the code under test are each test's own, and go with it."""
 
+from collections.abc import Callable
+from contextlib import closing
+
 import psycopg
 import pytest
+import sqlalchemy
 
+from jobs.pytest_plugin import Schemas, Services, own_tables
 from jobs.settings import libpq_url
 from jobs.testing import Kit
 
@@ -32,3 +37,62 @@ def test_transactional_steps_and_sessions_of_the_url_find_the_tests_own_tables(
     assert beatless.client.get_run(run.run_id).result == "done"
     with psycopg.connect(libpq_url(beatless.app.settings.database_url)) as connection:
         assert connection.execute("SELECT count(*) FROM things").fetchone() == (1,)
+
+
+METADATA = sqlalchemy.MetaData()
+SHELVES = sqlalchemy.Table(
+    "shelves", METADATA, sqlalchemy.Column("id", sqlalchemy.Integer, primary_key=True)
+)
+sqlalchemy.Table(
+    "things",
+    METADATA,
+    sqlalchemy.Column("id", sqlalchemy.Integer, sqlalchemy.Identity(), primary_key=True),
+    sqlalchemy.Column("shelf", sqlalchemy.ForeignKey(SHELVES.c.id)),
+)
+
+
+class TestTablesOfTheProject:
+    @pytest.fixture
+    def beatless_tables(self) -> Callable[[sqlalchemy.Connection], None]:
+        return METADATA.create_all
+
+    @pytest.mark.parametrize(
+        "change",
+        ["SELECT 1", "ALTER TABLE things ADD COLUMN colour text", "DROP TABLE things", "SELECT 2"],
+    )
+    def test_they_are_there_and_empty(self, beatless: Kit, change: str) -> None:
+        with beatless.app.engine.begin() as connection:
+            connection.exec_driver_sql("INSERT INTO shelves VALUES (1)")
+            connection.exec_driver_sql("INSERT INTO things (shelf) VALUES (1)")
+            assert connection.exec_driver_sql("SELECT * FROM things").all() == [(1, 1)]
+            connection.exec_driver_sql(change)
+
+
+def test_they_are_made_once_and_only_for_those_who_ask(beatless_services: Services) -> None:
+    made = []
+
+    def count(connection: sqlalchemy.Connection) -> None:
+        made.append(1)
+        METADATA.create_all(connection)
+
+    with closing(Schemas(beatless_services, "tables")) as schemas:
+        plain = schemas.take()
+        first = schemas.take(count)
+        table = f"{own_tables(first)}.things"
+        schemas.connection.execute(f"INSERT INTO {table} DEFAULT VALUES")
+        assert schemas.give_back(first) == []
+        assert schemas.take(count) == first
+        assert made == [1]
+        rows = schemas.connection.execute(f"INSERT INTO {table} DEFAULT VALUES RETURNING id")
+        assert rows.fetchall() == [(1,)]
+        assert schemas.give_back(first) == schemas.give_back(plain) == []
+
+        assert schemas.take() == plain  # for whoever asks for none, and
+        assert schemas.take() == first  # so is this one
+        found = f"SELECT to_regclass('{table}')"
+        assert schemas.connection.execute(found).fetchone() == (None,)
+
+        assert schemas.give_back(first) == []
+        with pytest.raises(ZeroDivisionError):
+            schemas.take(lambda _: 1 / 0)
+        assert schemas.take() != first
