@@ -1,6 +1,7 @@
 """`beatless init`: what it writes works as it is."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,36 @@ def test_a_new_project_is_formatted_and_has_everything_it_speaks_of(generated: P
         assert "@NAME@" not in text
         assert "@BEATLESS@" not in text
     assert (generated / "requirements.txt").read_text() == f"{requirement()}\n"
+
+
+@pytest.mark.long
+def test_a_new_project_and_the_example_of_the_readme_are_typed(
+    generated: Path, tmp_path: Path
+) -> None:
+    example = re.search(
+        r"```python\n(# shop.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "readme_shop.py").write_text(example[1])
+    done = subprocess.run(
+        # As if beatless were installed and not edited: what is wrong in there is not the user's.
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--follow-imports=silent",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            ".",
+            str(tmp_path / "readme_shop.py"),
+        ],
+        cwd=generated,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.stdout.startswith("Success: no issues found in "), done.stdout + done.stderr
 
 
 def test_make_test_of_a_new_project_uses_what_is_installed_there(generated: Path) -> None:
