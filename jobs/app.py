@@ -82,7 +82,7 @@ class App:
             journal=self.journal,
             engine=autocommit,
             redis_client=self.redis,
-            aredis_client=self._aredis,
+            aredis_client=self.aredis,
             prefix=settings.prefix,
             observer=self.metrics.streams,
         )
@@ -144,7 +144,8 @@ class App:
         """A new Redis client for events."""
         return self.settings.redis.client(**REDIS_TIMEOUTS)
 
-    def _aredis(self) -> "aioredis.Redis":
+    def aredis(self) -> "aioredis.Redis":
+        """`redis` for asyncio."""
         return self.settings.redis.aclient(socket_connect_timeout=5, socket_keepalive=True)
 
     def direct_connection(self) -> DirectConnection:

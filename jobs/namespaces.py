@@ -18,3 +18,9 @@ def check_namespace(name: str) -> str:
 def id_prefix(namespace: str) -> str:
     """What the ids of its runs begin with; no id that somebody chooses can hold a `~`."""
     return "" if namespace == DEFAULT_NAMESPACE else f"{namespace}~"
+
+
+def namespace_of(run_id: str) -> str:
+    """The namespace that an id belongs to, as `id_prefix` has marked it."""
+    name, mark, _ = run_id.partition("~")
+    return name if mark else DEFAULT_NAMESPACE

@@ -7,25 +7,31 @@ announce. See docs/testing.md.
 
 import itertools
 import os
+import reprlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from celery.worker.request import Request
 from kombu import Connection
+from kombu.message import Message
 
 from jobs.app import App
+from jobs.client import Client, check_cursor
 from jobs.dev import Child
 from jobs.errors import WaitTimeout
-from jobs.stream import Subscription
-from jobs.verify import verify
+from jobs.namespaces import namespace_of
+from jobs.stream import Streams, Subscription
+from jobs.verify import PATIENCE, verify
 from orchestrator.events import Event
 from orchestrator.executor import Executor
 from orchestrator.journal import Run
+from orchestrator.lease import Lease
 from outbox.faults import SimulatedCrash
 from outbox.message import shard_of
 from outbox.publishers import channel_for, worker_queue
@@ -33,6 +39,12 @@ from outbox.queries import execute
 
 UNSET: Any = object()
 """Marks an argument that was not given, where None is a value."""
+
+LOOK_EVERY = 0.5
+"""Seconds without news after which a wait looks into the journal: without a relay nobody tells."""
+
+LINE = 300
+"""Characters of a text that are shown when a wait took too long."""
 
 
 class Kit:
@@ -52,6 +64,17 @@ class Kit:
         self._last: dict[str, dict[str, Any]] = {}
         self._broker: Connection | None = None
         self._taking = threading.Lock()  # a channel is for one thread at a time
+        self._advanced = 0.0
+        self._streams = Streams(
+            journal=app.journal,
+            engine=app.engine.execution_options(isolation_level="AUTOCOMMIT"),
+            redis_client=app.redis,
+            aredis_client=app.aredis,
+            prefix=app.settings.prefix,
+            head_check=LOOK_EVERY,
+            without_redis=LOOK_EVERY,
+            observer=app.metrics.streams,
+        )
 
     # Starting
 
@@ -67,16 +90,23 @@ class Kit:
         input: Any = UNSET,
         key: str | None = UNSET,
         tags: Mapping[str, str] | None = None,
+        namespace: str | None = None,
         count: int = 1,
     ) -> list[Run]:
-        """Exactly `count` runs of the plan were started like this; the runs, oldest first."""
+        """Exactly `count` runs of the plan were started like this; the runs, oldest first.
+
+        In whichever namespace, unless it is given.
+        """
         found = [
             run
-            for run in reversed(self.client.list_runs(plan=plan, tags=tags, limit=1_000_000))
-            if (input is UNSET or run.input == input) and (key is UNSET or run.key == key)
+            for run in self._runs(plan=plan, tags=tags, limit=1_000_000)
+            if (input is UNSET or run.input == input)
+            and (key is UNSET or run.key == key)
+            and namespace in (None, run.namespace)
         ]
         if len(found) != count:
-            others = [(run.plan, run.input, run.key) for run in self.client.list_runs(limit=20)]
+            newest = self._runs(limit=20)[-20:]
+            others = [f"{run.plan} {reprlib.repr(run.input)} key={run.key}" for run in newest]
             raise AssertionError(
                 f"{len(found)} runs of {plan} were started like this, not {count}; "
                 f"the newest runs are {others}"
@@ -90,19 +120,24 @@ class Kit:
         return self.relay.drain_once(run_id)
 
     def work_once(self) -> bool:
-        """Drain, then execute one dispatched run as a worker would; False if there was none."""
+        """Drain, then execute one dispatched run as a worker would; False if there was none.
+
+        Other tasks of the same Celery app are executed too. Like a worker this logs their failures,
+        and unlike one it waits for no `countdown`. Raises AssertionError for a task that the app
+        does not have.
+        """
         self.drain_outbox_once()
-        message = self._take_message()
-        if message is None:
-            return False
-        name, (run_id, dispatch) = message
-        self.executor().execute(self.app.plans[name], run_id, dispatch)
-        return True
+        while (message := self._take_message()) is not None:
+            if self._execute(message):
+                return True
+        return False
 
     def work_until_idle(self, *, limit: int = 10_000) -> int:
         """`work_once` until nothing is dispatched any more, then drain; how many were executed.
 
-        What waits for a later time stays: see `advance`. Raises AssertionError after `limit`.
+        A message whose run is not to be executed any more, as the second one of a run, does not
+        count. What waits for a later time stays: see `advance`. Raises AssertionError after
+        `limit`.
         """
         for done in range(limit):
             if not self.work_once():
@@ -112,21 +147,24 @@ class Kit:
 
     def step(self, run_id: str) -> bool:
         """Execute exactly one step of the run and give it back; False if it is not due."""
-        run = self.client.get_run(run_id)
-        return self.executor().execute(self.app.plans[run.plan], run_id, 0, max_steps=1)
+        run = self._client(run_id).get_run(run_id)
+        return self.executor().execute(self.app.plans[run.plan], run.run_id, 0, max_steps=1)
 
     @contextmanager
     def crash(self, at: str, *, nth: int = 1) -> Iterator[None]:
         """The worker "dies" in this block, at the n-th pass of a crash point (outbox.faults).
 
-        Its connection is gone and its lease stays until `advance` lets it run out. Raises
-        AssertionError if the point was never reached.
+        Its connections are gone and its lease stays until `advance` lets it run out. At a point of
+        the relay it is `drain_outbox_once` that dies, and forgets what it had published. What
+        follows in the block is not executed. Raises AssertionError if the point was never reached.
         """
         self.app.faults.arm(at, nth=nth, action="raise")
         try:
             yield
         except SimulatedCrash:
-            self.forget_worker()
+            # A drain that is broken off drops its own session, in a test or not.
+            if not at.startswith(("relay.", "retention.")):
+                self.forget_worker()
         else:
             raise AssertionError(f"the crash point {at} was not reached {nth} times")
         finally:
@@ -139,77 +177,146 @@ class Kit:
         return self._executor
 
     def forget_worker(self) -> None:
-        """Drop the worker's connection, as its death would; the next call starts another."""
+        """Drop the worker's connections, as its death would; the next call starts another.
+
+        A broker that waits for acknowledgements delivers again what the worker held.
+        """
         if self._executor is not None:
             self._executor.disconnect()
             self._executor = None
+        with self._taking:
+            if self._broker is not None:
+                self._broker.release()
+                self._broker = None
 
     def advance(self, seconds: float) -> None:
-        """Let time pass without waiting: every stored due time moves so far into the past.
+        """Let time pass without waiting: every stored time moves so far into the past.
 
-        Leases, delays, retries, redispatches and retention then behave as they would, in every
-        process.
+        Leases, delays, retries, redispatches, retention and the ages of runs and tokens then are as
+        they would be, in every process. The clocks of processes do not move, nor what they count
+        with them: the `timeout` of a step that is running, a relay's pause after a failure.
         """
         schema = self.app.settings.schema
+        moved = {"schema": schema, "seconds": seconds}
         with self.app.engine.begin() as connection:
-            for table, columns in (
-                ("dispatches", ["due_at"]),
-                (
-                    "runs",
-                    ["lease_expires_at", "not_before", "deadline_at", "finished_at", "pruned_at"],
-                ),
-                # Retention counts from the end of a run, and finds it by this event.
-                ("run_events", ["ts"]),
-            ):
+            # In the order in which writers lock: a run, its events, its dispatch.
+            tables = execute(
+                connection,
+                """
+SELECT c.relname, array_agg(a.attname::text)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid
+ WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+   AND a.atttypid = 'timestamptz'::regtype
+ GROUP BY c.relname ORDER BY c.relname = 'dispatches', c.relname DESC""",
+                moved,
+            )
+            for table, columns in tables:
                 changes = ", ".join(
                     f"{column} = {column} - make_interval(secs => %(seconds)s)"
                     for column in columns
                 )
-                which = "WHERE type = 'RunFinished'" if table == "run_events" else ""
-                execute(
-                    connection,
-                    f"UPDATE {schema}.{table} SET {changes} {which}",
-                    {"seconds": seconds},
-                )
+                execute(connection, f"UPDATE {schema}.{table} SET {changes}", moved)
+            execute(
+                connection,
+                f"""
+UPDATE {schema}.run_events
+   SET data = jsonb_set(data, '{{retry_at}}', to_jsonb(
+         (data ->> 'retry_at')::bigint - (1000 * %(seconds)s)::bigint))
+ WHERE type = 'StepFailed' AND jsonb_typeof(data -> 'retry_at') = 'number'""",
+                moved,
+            )
             execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self.app.queries.channel})
+        self._advanced += seconds
 
     # Waiting for processes
 
     def wait_for_run_completion(self, run_id: str, timeout: float = 60.0) -> Run:
         """Wait until the run has ended. Raises AssertionError, telling where everything stands."""
+        run = self._client(run_id).get_run(run_id)
+        self._follow(run, run.last_seq, timeout)
+        return self._client(run_id).get_run(run_id)
+
+    def wait_for_event(
+        self,
+        run_id: str,
+        type: str | None = None,
+        *,
+        step: str | None = None,
+        seq: int | None = None,
+        timeout: float = 60.0,
+    ) -> Event:
+        """Wait until the run has an event of this type, of this step, with this seq; the first one.
+
+        Raises AssertionError if none came, as soon as the run has ended without.
+        """
+        wanted = {"type": type, "step": step, "seq": seq}
+        run = self._client(run_id).get_run(run_id)
+        reason = "has ended"
         try:
-            return self.client.wait_for_run(run_id, timeout)
-        except WaitTimeout as error:
-            raise AssertionError(f"{error}\n{self.describe(run_id)}") from error
+            for event in self._streams.follow(run, run.pruned_seq, timeout=timeout):
+                facts = {"type": event.type, "step": event.step, "seq": event.seq}
+                if all(value in (None, facts[name]) for name, value in wanted.items()):
+                    return event
+        except WaitTimeout:
+            reason = f"still runs after {timeout:g} s"
+        asked = " ".join(f"{name}={value}" for name, value in wanted.items() if value is not None)
+        raise AssertionError(
+            f"run {run_id} {reason}, without an event {asked}\n{self.describe(run_id)}"
+        )
 
     def wait_for_outbox_flush(
         self, run_id: str, seq: int | None = None, timeout: float = 60.0
     ) -> None:
-        """Wait until the run's events (up to `seq`) have been published and forgotten."""
+        """Wait until the run's events (up to `seq`) have been published and forgotten.
+
+        An event that is still to come is waited for. Raises RunNotFound, and AssertionError, as
+        soon as the run has ended without event `seq`.
+        """
         deadline = monotonic() + timeout
-        subscription = Subscription(self.app.redis, channel_for(self.app.settings.prefix, run_id))
+        stored_id = self._client(run_id).get_run(run_id).run_id
+        subscription = Subscription(
+            self.app.redis, channel_for(self.app.settings.prefix, stored_id)
+        )
         try:
             subscription.ensure()
-            while any(seq is None or row[0] <= seq for row in self._outbox(run_id)):
+            while not self._flushed(run_id, seq):
                 if monotonic() >= deadline:
                     raise AssertionError(
                         f"the outbox still has events of run {run_id} after {timeout:g} s\n"
                         f"{self.describe(run_id)}"
                     )
+                # A publication is announced here; that it is forgotten, soon after, is nowhere.
                 subscription.next(0.02)
         finally:
             subscription.close()
 
+    def _flushed(self, run_id: str, seq: int | None) -> bool:
+        run = self._client(run_id).get_run(run_id)
+        first = min((row[0] for row in self._outbox(run.run_id)), default=None)
+        if seq is None:
+            return first is None
+        if run.state.final and run.last_seq < seq:
+            raise AssertionError(
+                f"run {run_id} has ended with event {run.last_seq}: there is no event {seq}"
+            )
+        return run.last_seq >= seq and (first is None or first > seq)
+
     def collect_stream(self, run_id: str, from_seq: int = 0, timeout: float = 60.0) -> list[Event]:
         """All events of the stream from there to RunFinished."""
-        try:
-            return list(self.client.stream_run(run_id, from_seq, timeout=timeout))
-        except WaitTimeout as error:
-            raise AssertionError(f"{error}\n{self.describe(run_id)}") from error
+        run = self._client(run_id).get_run(run_id)
+        check_cursor(run, from_seq)
+        return self._follow(run, from_seq, timeout)
 
     def event_types(self, run_id: str) -> list[str]:
         """The types of the stored events, in order."""
-        return [event.type for event in self.client.events(run_id)]
+        return [event.type for event in self._client(run_id).events(run_id)]
+
+    def _follow(self, run: Run, after: int, timeout: float) -> list[Event]:
+        try:
+            return list(self._streams.follow(run, after, timeout=timeout))
+        except WaitTimeout as error:
+            raise AssertionError(f"{error}\n{self.describe(run.run_id)}") from error
 
     # Real processes
 
@@ -254,81 +361,165 @@ class Kit:
 
     def verify(self) -> None:
         """Raises AssertionError if anything stored breaks a guarantee."""
+        # `advance` passes no time for a relay that only drains when it is told to.
+        patience = PATIENCE + self._advanced
         with self.app.engine.connect() as connection:
-            found = verify(connection, self.app.settings.schema)
+            found = verify(connection, self.app.settings.schema, patience=patience)
         if found:
             raise AssertionError("\n".join(str(violation) for violation in found))
 
     def describe(self, run_id: str) -> str:
-        """Where a run stands: its row, last events, outbox, dispatch, and its processes."""
-        run = self.client.get_run(run_id)
+        """Where a run stands: its row, last events, outbox, dispatch, and its processes.
+
+        Without what is in them: no input, result or message body.
+        """
+        client = self._client(run_id)
+        run = client.get_run(run_id)
         lines = [f"run {run_id} at {datetime.now(UTC).isoformat()}: {run.state}"]
         lines.append(f"  last_seq {run.last_seq}, claimed {run.attempt} times, by {run.worker}")
         lines += [
-            f"  event {e.seq} {e.type} {e.step or ''}" for e in self.client.events(run_id)[-5:]
+            f"  event {e.seq} {e.type} {e.step or ''}"
+            for e in client.events(run_id, max(run.pruned_seq, run.last_seq - 5))
         ]
-        lines += [f"  outbox up to {row[0]}" for row in self._outbox(run_id)] or ["  outbox empty"]
+        outbox = self._outbox(run.run_id)
+        lines += [f"  outbox {first} to {last}" for first, last in outbox[:5]] or ["  outbox empty"]
+        lines += [f"  outbox with {len(outbox) - 5} rows more"] if len(outbox) > 5 else []
         with self.app.engine.connect() as connection:
             dispatch = execute(
                 connection,
                 "SELECT state, due_at, reason, attempts FROM "
                 f"{self.app.settings.schema}.dispatches WHERE run_id = %(run_id)s",
-                {"run_id": run_id},
+                {"run_id": run.run_id},
             )
         lines += [f"  dispatch {row}" for row in dispatch] or ["  no dispatch"]
-        lines += [f"  this process, last {name}: {facts}" for name, facts in self._last.items()]
+        for name, facts in self._last.copy().items():  # a relay in a thread may add to it
+            told = {fact: shown(value) for fact, value in facts.items()}
+            lines.append(f"  this process, last {name}: {told}")
         for child in self._children:
             with suppress(OSError):
-                last = child.log.read_text(errors="replace").strip().splitlines()[-1:]
+                said = child.log.read_text(errors="replace").strip().splitlines() or [""]
+                last = said[-1][:LINE]
                 lines.append(f"  {child.name} ({'alive' if child.alive else 'ended'}): {last}")
         return "\n".join(lines)
 
     def close(self) -> None:
-        """End the test's processes and close its connections."""
-        # A worker's farewell takes Celery two seconds, and nothing is lost without it.
-        now = monotonic()
-        for child in self._children:
-            if child.name.startswith("worker"):
-                child.reap(now)
-            else:
-                child.terminate()
-        for child in self._children:
-            child.reap(now + 10)
-        self.forget_worker()
-        self.relay.stop()
-        self.app.executors.close()
-        if self._broker is not None:
-            self._broker.release()
-        self.app.close()
+        """End the test's processes and close its connections, all of them whatever fails."""
+        with ExitStack() as last:
+            last.callback(self.app.close)
+            last.callback(self.app.executors.close)
+            last.callback(self.relay.stop)
+            last.callback(self.forget_worker)
+            # A worker's farewell takes Celery two seconds, and nothing is lost without it.
+            now = monotonic()
+            workers = [child for child in self._children if child.name.startswith("worker")]
+            for child in self._children:
+                last.callback(child.reap, now if child in workers else now + 10)
+            for child in self._children:
+                if child not in workers:
+                    last.callback(child.terminate)
 
     def _observe(self, name: str, facts: dict[str, Any]) -> None:
         self._last[name] = facts
 
-    def _outbox(self, run_id: str) -> list[tuple[int]]:
+    def _client(self, run_id: str) -> Client:
+        """The client that sees this run."""
+        return self.app.client_for(namespace_of(run_id))
+
+    def _runs(self, **wanted: Any) -> list[Run]:
+        """The newest runs of each namespace, all together oldest first."""
+        schema = self.app.settings.schema
+        with self.app.engine.connect() as connection:
+            names = execute(connection, f"SELECT DISTINCT namespace FROM {schema}.runs", {})
+        found = [run for (name,) in names for run in self.app.client_for(name).list_runs(**wanted)]
+        return sorted(found, key=lambda run: (run.created_at, run.run_id))
+
+    def _outbox(self, stored_id: str) -> list[tuple[int, int]]:
+        """(first seq, last seq) of what is not published yet."""
         with self.app.engine.connect() as connection:
             return execute(
                 connection,
-                f"SELECT to_seq FROM {self.app.settings.schema}.run_outbox "
+                f"SELECT from_seq, to_seq FROM {self.app.settings.schema}.run_outbox "
                 "WHERE shard = %(shard)s AND run_id = %(run_id)s ORDER BY id",
-                {"shard": shard_of(run_id), "run_id": run_id},
+                {"shard": shard_of(stored_id), "run_id": stored_id},
             )
 
-    def _take_message(self) -> tuple[str, Any] | None:
-        """The next message of the app's queues, as (task, arguments)."""
+    def _take_message(self) -> Message | None:
+        """The next message of the app's queues, which are asked in the order of their names."""
+        celery = self.app.celery
         with self._taking:
             if self._broker is None:
-                self._broker = self.app.celery.connection_for_read()
+                self._broker = celery.connection_for_read()
             channel = self._broker.default_channel
             with self.app.engine.connect() as connection:
                 names = execute(
                     connection, f"SELECT DISTINCT queue FROM {self.app.settings.schema}.runs", {}
                 )
+            queues = dict(celery.amqp.queues)
             for (name,) in names:
-                queue = worker_queue(self.app.settings.prefix, name)(channel)
-                queue.declare()
-                message = queue.get(accept=["json"])
+                queue = worker_queue(self.app.settings.prefix, name)
+                queues[queue.name] = queue
+            for _, queue in sorted(queues.items()):
+                bound = queue(channel)
+                bound.declare()
+                message = bound.get(accept=celery.conf.accept_content)
                 if message is not None:
-                    message.ack()
-                    arguments, _, _ = message.decode()
-                    return message.headers["task"], arguments
+                    return message
             return None
+
+    def _execute(self, message: Message) -> bool:
+        """Do what the message asks for; False if its run was not to be executed any more."""
+        name = message.headers.get("task")
+        plan = self.app.plans.get(name)
+        if plan is None:
+            self._execute_task(message, name)
+            return True
+        (run_id, dispatch), _, _ = message.payload
+        late = self.app.celery.conf.task_acks_late
+        acknowledge = self._alone(message.ack)
+        if not late:
+            acknowledge()
+        try:
+            executed = self.executor().execute(plan, run_id, dispatch)
+        except Exception:
+            # Not so after a crash: the dead acknowledge nothing.
+            if late:
+                acknowledge()
+            raise
+        if late:
+            acknowledge()
+        return executed
+
+    def _execute_task(self, message: Message, name: Any) -> None:
+        task = self.app.celery.tasks.get(name)
+        if task is None:
+            raise AssertionError(
+                f"a message for the task {name!r} waits, which this app does not have: import the "
+                "module that registers it with app.celery, or do not send it in this test"
+            )
+        Request(
+            message,
+            app=self.app.celery,
+            task=task,
+            on_ack=self._alone(message.ack_log_error),
+            on_reject=self._alone(message.reject_log_error),
+        ).execute()
+
+    def _alone(self, answer: Callable[..., Any]) -> Callable[..., None]:
+        """Answers the broker while nobody else uses the channel."""
+
+        def call(*arguments: Any) -> None:
+            with self._taking:
+                answer(*arguments)
+
+        return call
+
+
+def shown(value: Any) -> Any:
+    """A fact without the payload in it: of a lease its run, of what can be counted how many."""
+    if isinstance(value, Lease):
+        return value.run.run_id
+    if isinstance(value, str):
+        return str(value)[:LINE]
+    if isinstance(value, Sized):
+        return len(value)
+    return value if value is None or isinstance(value, (int, float)) else reprlib.repr(value)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from outbox.queries import Caller, execute
 
+PATIENCE = 60.0
+"""Seconds after the end of a run in which a relay publishes its events, if there is one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
@@ -19,10 +22,20 @@ class Violation:
 
 
 def verify(
-    connection: Caller, schema: str, run_ids: Sequence[str] | None = None
+    connection: Caller,
+    schema: str,
+    run_ids: Sequence[str] | None = None,
+    *,
+    patience: float = PATIENCE,
 ) -> list[Violation]:
-    """Every violation in these runs, or in all that are stored. Safe while runs are running."""
-    parameters = {"run_ids": None if run_ids is None else list(run_ids)}
+    """Every violation in these runs, or in all that are stored. Safe while runs are running.
+
+    `patience` is how many seconds after its end a run's events may wait to be published.
+    """
+    parameters = {
+        "run_ids": None if run_ids is None else list(run_ids),
+        "patience": patience,
+    }
     return [
         Violation(invariant=invariant, run_id=run_id, problem=problem)
         for invariant, run_id, problem in execute(connection, _checks(schema), parameters)
@@ -106,7 +119,7 @@ UNION ALL
 SELECT 'I8', run_id, format('events %%s to %%s still wait to be published, %%s after its end',
        o.from_seq, o.to_seq, date_trunc('second', clock_timestamp() - finished_at))
   FROM final JOIN {s}.run_outbox o USING (run_id)
- WHERE ended AND finished_at < clock_timestamp() - interval '1 minute'
+ WHERE ended AND finished_at < clock_timestamp() - make_interval(secs => %(patience)s)
 UNION ALL
 SELECT 'I8', run_id, format('outbox row %%s names events that do not exist', o.id)
   FROM final JOIN {s}.run_outbox o USING (run_id) WHERE o.to_seq > last_seq OR o.from_seq < 1

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.pytest_plugin import Services
 from jobs.testing import Kit
+from outbox.faults import POINTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 
@@ -33,3 +34,10 @@ def test_every_helper_is_on_the_page() -> None:
     helpers = {name for name in vars(Kit) if not name.startswith("_")} - {"close"}
     named = set(re.findall(r"`(\w+)(?:\(|`)", PAGE.read_text()))
     assert helpers <= named, helpers - named
+
+
+def test_every_crash_point_is_on_the_pages_that_list_them() -> None:
+    listed = re.findall(r"^\| `(\w+\.\w+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(POINTS)
+    section = (PAGE.parent / "how-it-works.md").read_text().partition("## Crash points")[2]
+    assert set(re.findall(r"`(\w+\.\w+)`", section)) == POINTS

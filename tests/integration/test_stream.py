@@ -27,7 +27,7 @@ def streams(app: App, **options) -> Streams:
             "journal": app.journal,
             "engine": app.engine,
             "redis_client": app.redis,
-            "aredis_client": app._aredis,
+            "aredis_client": app.aredis,
             "prefix": app.settings.prefix,
             **options,
         }
@@ -255,7 +255,7 @@ def test_astream_survives_killed_subscriptions_and_works_without_redis(
     )
 
     async def kill() -> None:
-        control = beatless_app._aredis()
+        control = beatless_app.aredis()
         for client in await control.client_list(_type="pubsub"):
             if client["name"] == settings.prefix:  # and nobody else's
                 await control.client_kill_filter(_id=client["id"])
