@@ -197,7 +197,7 @@ class Kit:
         with them: the `timeout` of a step that is running, a relay's pause after a failure.
         """
         schema = self.app.settings.schema
-        moved = {"schema": schema, "seconds": seconds}
+        moved = {"schema": schema, "seconds": seconds, "milliseconds": round(seconds * 1000)}
         with self.app.engine.begin() as connection:
             # In the order in which writers lock: a run, its events, its dispatch.
             tables = execute(
@@ -222,7 +222,7 @@ SELECT c.relname, array_agg(a.attname::text)
                 f"""
 UPDATE {schema}.run_events
    SET data = jsonb_set(data, '{{retry_at}}', to_jsonb(
-         (data ->> 'retry_at')::bigint - (1000 * %(seconds)s)::bigint))
+         (data ->> 'retry_at')::bigint - %(milliseconds)s))
  WHERE type = 'StepFailed' AND jsonb_typeof(data -> 'retry_at') = 'number'""",
                 moved,
             )
