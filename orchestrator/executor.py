@@ -52,13 +52,29 @@ Gives the W3C `traceparent` of the work, if somebody traces it.
 T = TypeVar("T")
 
 SNOOZED = "beatless.snoozed"
+"""The trace that a Snooze leaves: the attempt before it was not a failure."""
 
 GIVEN_BACK = "beatless.given_back"
 """An attempt that was ended because its worker stopped: it does not count."""
-"""The trace that a Snooze leaves: the attempt before it was not a failure."""
 
 CONNECTION_LOST = "beatless.connection_lost"
-"""The trace of a transaction that Postgres took back: its attempt is made again."""
+"""The trace of a transaction that Postgres took back: its attempt is made again, uncounted.
+
+With `refused`, there was no connection to begin it on.
+"""
+
+BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
+"""Between attempts whose transactions were lost, from the second in a row on."""
+
+MAX_LOSSES = 20
+"""Transactions of a step that are lost in a row until the run fails: a quarter of an hour.
+
+A statement that crashes its server would else do so each minute for ever. Those that were refused
+have done nothing, and do not count.
+"""
+
+TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
+"""How Postgres ends the connection of a transaction that took too long: a failure of the step."""
 
 FAILURE_BYTES = 262_144
 """Above what any failure can need, see the next two."""
@@ -110,6 +126,14 @@ class BodyFailed(Exception):
         self.error = error
 
 
+class BodyLost(BodyFailed):
+    """The same, after the connection of its transaction broke: it was not the body that failed."""
+
+
+class NoConnection(Exception):
+    """There is none for a transactional step now: its body was not called."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Progress:
     """Where a run is, folded from its events."""
@@ -120,6 +144,10 @@ class Progress:
     visits: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     failures: int = 0
+    lost: int = 0
+    """Transactions in a row that Postgres took back."""
+    refused: int = 0
+    """Those that it did not let begin."""
     compensating: bool = False
     """The run is cancelled, and the plan's `on_cancel` step is what comes last."""
 
@@ -141,11 +169,30 @@ class Progress:
         if self.step is not None:
             self.results[self.occurrence] = self.results[self.step.name] = result
             self.visits[self.step.name] += 1
-        self.step, self.starts, self.failures = following, 0, 0
+        self._begin(following)
 
     def compensate(self, step: Step) -> None:
         """The run was cancelled; the step that undoes it comes next."""
-        self.step, self.starts, self.failures, self.compensating = step, 0, 0, True
+        self._begin(step)
+        self.compensating = True
+
+    def uncounted(self) -> None:
+        """The attempt was ended by no fault of the step's."""
+        self.starts -= 1
+
+    def judged(self) -> None:
+        """The attempt ended as the step would have it: what was lost before is past."""
+        self.lost = self.refused = 0
+
+    def lose(self, *, refused: bool) -> None:
+        """Its transaction is gone, or never was."""
+        self.uncounted()
+        self.lost += not refused
+        self.refused += refused
+
+    def _begin(self, step: Step | None) -> None:
+        self.step, self.starts, self.failures = step, 0, 0
+        self.judged()
 
 
 def fold(plan: Plan, events: Sequence[Event]) -> Progress:
@@ -167,11 +214,17 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.starts += 1
             case EventType.STEP_FAILED:
                 progress.failures += 1
+                progress.judged()
                 stopped = (data.get("error") or {}).get("type") == RunCancelled.__name__
                 if stopped and plan.on_cancel is not None and not progress.compensating:
                     progress.compensate(plan.on_cancel)
-            case EventType.DEBUG_TRACE if data.get("name") in (SNOOZED, GIVEN_BACK):
-                progress.starts -= 1
+            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
+                progress.uncounted()
+                progress.judged()
+            case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
+                progress.uncounted()
+            case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
+                progress.lose(refused=data.get("refused", False))
             case EventType.STEP_FINISHED:
                 name = (event.step or "").partition("#")[0]
                 if progress.step is None or progress.step.name != name:
@@ -434,9 +487,11 @@ class Execution:
                 outcome, settlement, following = self._call(progress, step, transaction)
                 executor.faults.reach("step.effect_done")
                 appended = self._settle(settlement, transaction)
+        except NoConnection as error:
+            return self._after_lost_transaction(str(error), refused=True)
+        except BodyLost as lost:
+            return self._after_lost_transaction(str(lost.error))
         except BodyFailed as failure:
-            if transaction_lost(failure.error) and step.transactional:
-                return self._after_lost_transaction()
             if isinstance(failure.error, (StepTimeout, DeadlineExceeded)):
                 self._interrupted()
             self._settle(self._failed(progress, step, failure.error))
@@ -451,8 +506,9 @@ class Execution:
             self._settle(self._unfinished(progress))
             return None
         except exc.DBAPIError as error:
-            if transaction_lost(error):
-                return self._after_lost_transaction()
+            # Not the body's: of our statement, or of a commit that may have happened.
+            if error.connection_invalidated or isinstance(error, exc.OperationalError):
+                return self._after_lost_transaction(str(error))
             self._settle(self._failed(progress, step, error))
             return None
         # Only now: until the commit, what an interrupted transaction wrote is not sure.
@@ -470,7 +526,7 @@ class Execution:
     def _call(
         self, progress: Progress, step: Step, transaction: sqlalchemy.Connection | None
     ) -> tuple[Any, Settlement, Step | None]:
-        """Call the body and decide what its outcome writes. Raises BodyFailed."""
+        """Call the body and decide what its outcome writes. Raises BodyFailed, BodyLost."""
         context = self._context(progress, transaction)
         attempt = self._limited(progress, step)
         try:
@@ -480,6 +536,8 @@ class Execution:
         except (RunCancelled, LeaseLost, WorkerStops):
             raise
         except Exception as error:
+            if transaction_lost(error, transaction):
+                raise BodyLost(error) from error
             raise BodyFailed(error) from error
 
     def _limited(self, progress: Progress, step: Step) -> Attempt:
@@ -523,7 +581,11 @@ class Execution:
         if not step.transactional:
             yield None
             return
-        with self._executor.engine.connect() as connection, connection.begin():
+        try:
+            connection = self._executor.engine.connect()
+        except (exc.DBAPIError, *AWAY) as error:
+            raise NoConnection(str(error)) from error
+        with connection, connection.begin():
             yield connection
 
     def _context(
@@ -661,6 +723,18 @@ class Execution:
         facts = {
             "type": "StepCrashed",
             "message": f"step {progress.occurrence} ended its process {progress.crashes} times",
+            "step": progress.occurrence,
+        }
+        failed = self._failure(progress, facts)
+        return self._given_up(progress, failed, facts)
+
+    def _lost(self, progress: Progress, reason: str) -> Settlement:
+        """Postgres took back one transaction of the step after the other."""
+        last = _storable(reason[:MESSAGE_LIMIT])
+        facts = {
+            "type": "TransactionLost",
+            "message": f"step {progress.occurrence} lost the connection of its transaction "
+            f"{progress.lost + 1} times in a row, the last time: {last}",
             "step": progress.occurrence,
         }
         failed = self._failure(progress, facts)
@@ -868,8 +942,11 @@ class Execution:
     def _look(self, connection: Connection) -> Seen:
         return self._executor.leases.look(connection, self._lease, self._last_seq)
 
-    def _after_lost_transaction(self) -> Progress | None:
-        """The connection broke in a transactional step: go on if it was committed, else again."""
+    def _after_lost_transaction(self, reason: str, *, refused: bool = False) -> Progress | None:
+        """The connection broke in a transactional step: go on if it was committed, else again.
+
+        The first time in a row at once, for Postgres can be reached again; then it is given time.
+        """
         self._patiently(
             lambda connection: self._executor.leases.renew_token(connection, self._lease)
         )
@@ -885,8 +962,28 @@ class Execution:
         progress = self._fold()
         if progress is None or seen.written:
             return progress
-        lost = self._event(EventType.DEBUG_TRACE, progress, name=CONNECTION_LOST)
-        return self._attempt(progress, [lost])
+        logger.warning(
+            "transaction lost, the step is tried again",
+            extra={
+                "action": "transaction_lost",
+                "run_id": self._run_id,
+                "step": progress.occurrence,
+                "refused": refused,
+                "reason": reason,
+            },
+        )
+        if not refused and progress.lost + 1 >= MAX_LOSSES:
+            self._settle(self._lost(progress, reason))
+            return None
+        facts = {"refused": True} if refused else {}
+        lost = self._event(EventType.DEBUG_TRACE, progress, name=CONNECTION_LOST, **facts)
+        again = progress.lost + progress.refused
+        progress.lose(refused=refused)
+        if not again:
+            return self._attempt(progress, [lost])
+        returned = self._give_back("connection", [lost], BETWEEN_LOSSES.delay(again))
+        self._settle(regardless(returned) if progress.compensating else returned)
+        return None
 
     def _cancel_requested(self) -> bool:
         self._patiently(self._look)
@@ -917,11 +1014,17 @@ def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> 
     )
 
 
-def transaction_lost(error: Exception) -> bool:
-    """Whether it was the connection that failed and not the statement."""
-    return isinstance(error, exc.DBAPIError) and (
-        error.connection_invalidated or isinstance(error, exc.OperationalError)
-    )
+def transaction_lost(error: Exception, transaction: sqlalchemy.Connection | None) -> bool:
+    """Whether a body raised because the connection of its transaction broke.
+
+    What Postgres says of a statement is the step's to bear: a lock that was not to be had, a
+    deadlock, a limit. So is what happens to connections of the step's own.
+    """
+    if transaction is None or not transaction.invalidated:
+        return False
+    if isinstance(error, exc.DBAPIError) and isinstance(error.orig, TOO_SLOW):
+        return False
+    return not isinstance(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
 
 
 def _result(outcome: Any) -> Any:

@@ -83,6 +83,9 @@ def _history(events: Sequence[Event]) -> Iterator[Moment]:
                 waits = event.ts, "for another worker"
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 outcome = "its transaction was taken back: the connection broke"
+                if data.get("refused"):
+                    outcome = "no connection was to be had for its transaction"
+                waits = event.ts, "for a connection"
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")

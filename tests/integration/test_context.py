@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,11 +67,14 @@ def ends_it(ctx: StepContext) -> None:
 
 @step(transactional=True)
 def careless(ctx: StepContext) -> int:
-    """Loses its connection, and hides it."""
-    if ctx.attempt == 1:
-        with suppress(DBAPIError):
-            ctx.connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
-    return ctx.attempt
+    """Loses its connection when it is called first, and hides it."""
+    called = Path(ctx.input)
+    if called.exists():
+        return 2
+    called.touch()
+    with suppress(DBAPIError):
+        ctx.connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+    return 1
 
 
 @step(transactional=True)
@@ -201,8 +205,10 @@ def test_a_transactional_step_that_ends_its_transaction_fails_and_says_so(
     assert "step ends_it ended the transaction of ctx.connection" in run.error["message"]
 
 
-def test_a_transactional_step_that_hides_a_lost_connection_is_done_again(beatless: Kit) -> None:
-    run = finish(beatless, "careless")
+def test_a_transactional_step_that_hides_a_lost_connection_is_done_again(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    run = finish(beatless, "careless", str(tmp_path / "called"))
     assert (run.state, run.result) == (RunState.COMPLETED, 2)
 
 

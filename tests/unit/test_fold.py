@@ -4,7 +4,7 @@ import pytest
 
 from jobs import Plan, step
 from orchestrator.events import Event
-from orchestrator.executor import SNOOZED, UnknownStep, fold
+from orchestrator.executor import CONNECTION_LOST, SNOOZED, UnknownStep, fold
 
 plan = Plan(
     "p",
@@ -56,6 +56,26 @@ def test_a_snooze_is_neither_a_failure_nor_a_crash():
         events(STARTED, ("StepStarted", "a", None), ("DebugTrace", "a", {"name": SNOOZED})),
     )
     assert (progress.starts, progress.failures, progress.crashes) == (0, 0, 0)
+
+
+LOST = ("DebugTrace", "a", {"name": CONNECTION_LOST})
+REFUSED = ("DebugTrace", "a", {"name": CONNECTION_LOST, "refused": True})
+
+
+def test_a_lost_transaction_is_neither_a_failure_nor_a_crash():
+    begun = ("StepStarted", "a", None)
+    progress = fold(plan, events(STARTED, begun, LOST, begun, REFUSED, begun, LOST, begun))
+    assert (progress.starts, progress.failures, progress.crashes) == (1, 0, 1)
+    assert (progress.lost, progress.refused) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "end", [("DebugTrace", "a", {"name": SNOOZED}), ("StepFailed", "a", {"error": {}})]
+)
+def test_lost_transactions_count_only_in_a_row(end: tuple):
+    begun = ("StepStarted", "a", None)
+    progress = fold(plan, events(STARTED, begun, LOST, begun, end, begun, LOST, begun))
+    assert (progress.lost, progress.crashes) == (1, 1)
 
 
 def test_a_route_back_makes_a_new_occurrence_and_the_latest_result_has_the_steps_name():

@@ -4,6 +4,7 @@ import { el, setText, span } from "./dom.js";
 
 const SNOOZED = "beatless.snoozed";
 const GIVEN_BACK = "beatless.given_back";
+const CONNECTION_LOST = "beatless.connection_lost";
 const MOST_LANES = 200;
 const MOST_BARS = 200;
 const MARKS = 100; // places for the marks of traces in one lane
@@ -48,7 +49,7 @@ export class Story {
       else if (data.name === SNOOZED) {
         if (running) Object.assign(open, { end: event.ts, kind: "rest" });
         lane.waits.push({ start: event.ts, end: null, until: event.ts + 1000 * data.seconds });
-      } else if (data.name === GIVEN_BACK) {
+      } else if (data.name === GIVEN_BACK || data.name === CONNECTION_LOST) {
         if (running) Object.assign(open, { end: event.ts, kind: "rest" });
       } else {
         lane.traces.push(event);
