@@ -3,6 +3,8 @@
 The relay's side is driven by hand here, so that each interleaving is exact.
 """
 
+import json
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -41,16 +43,23 @@ def await_condition(condition: Callable[[], bool]) -> None:
 
 
 def rings(sessions: Sessions) -> bool:
-    """Whether a notification has come. A ping that comes back proves that it would be here."""
-    nonce = sessions.ping() if sessions.state is State.AWAKE else None
-    if nonce is None:
-        # The bell session waits for its lock or holds it: ring through the session that works.
-        sessions.wait(0.2)
-    else:
-        while not sessions.pong(nonce):
-            sessions.wait(60)
+    """Whether a notification has come. One that was sent after it proves that it would be here."""
+    nonce = secrets.token_hex(8)
+    # Not `sessions.ping`: the bell session may be waiting for its locks.
+    ping = (sessions.queries.channel, json.dumps({"ping": nonce}))
+    sessions.work.execute("SELECT pg_notify(%s, %s)", ping)
+    while nonce not in sessions._pongs:
+        sessions.wait(60)
     rung, sessions.rung = sessions.rung, False
     return rung
+
+
+def doze(sessions: Sessions, postgres: psycopg.Connection) -> None:
+    """Ask for the bell locks; return when one is waited for, behind somebody's transaction."""
+    sessions.doze(ALL_SHARDS)
+    waits = "SELECT FROM pg_locks WHERE pid = %s AND locktype = 'advisory' AND NOT granted"
+    bell = (sessions.bell.info.backend_pid,)
+    await_condition(lambda: bool(postgres.execute(waits, bell).fetchall()))
 
 
 def sleep(sessions: Sessions) -> None:
@@ -70,9 +79,7 @@ def test_asleep_every_commit_rings(beatless: Kit, sessions: Sessions) -> None:
     assert sessions.state is State.ASLEEP
     for _ in range(3):
         beatless.start_run("two_steps")
-        sessions.wait(60)
-        assert sessions.rung
-        sessions.rung = False
+        assert rings(sessions)
 
 
 def test_a_rolled_back_transaction_rings_nobody(
@@ -88,8 +95,7 @@ def test_a_silent_writer_keeps_the_relay_from_falling_asleep_until_its_rows_are_
     beatless: Kit, sessions: Sessions, writer: psycopg.Connection, postgres: psycopg.Connection
 ) -> None:
     beatless.start_run("two_steps", connection=writer)  # its probe found nobody asleep
-    sessions.doze(ALL_SHARDS)
-    sessions.wait(0.05)
+    doze(sessions, postgres)
     assert not sessions.granted()
     assert sessions.state is State.DROWSY
 
@@ -98,33 +104,31 @@ def test_a_silent_writer_keeps_the_relay_from_falling_asleep_until_its_rows_are_
     while not sessions.granted():
         sessions.wait(60)
     # Nobody rang: this last look is what finds the rows.
-    assert not sessions.rung
+    assert not rings(sessions)
     assert postgres.execute("SELECT count(*) FROM run_outbox").fetchone() == (1,)
 
 
 def test_drowsy_new_writers_ring(
-    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection, postgres: psycopg.Connection
 ) -> None:
     blocker = beatless.start_run("two_steps", connection=writer)
-    sessions.doze(ALL_SHARDS)
-    sessions.wait(0.05)
+    doze(sessions, postgres)
+    assert not rings(sessions)
     same_shard = next(
         f"other-{n}" for n in range(1000) if shard_of(f"other-{n}") == shard_of(blocker.run_id)
     )
 
     beatless.client.start_run("two_steps", run_id=same_shard)
 
-    sessions.wait(60)
-    assert sessions.rung
+    assert rings(sessions)
     assert not sessions.granted()
 
 
 def test_roused_from_drowsy_or_asleep_nobody_rings_any_more(
-    beatless: Kit, sessions: Sessions, writer: psycopg.Connection
+    beatless: Kit, sessions: Sessions, writer: psycopg.Connection, postgres: psycopg.Connection
 ) -> None:
     beatless.start_run("two_steps", connection=writer)
-    sessions.doze(ALL_SHARDS)
-    sessions.wait(0.05)
+    doze(sessions, postgres)
     sessions.rouse()
     writer.commit()
     beatless.start_run("two_steps")
@@ -182,12 +186,17 @@ def test_an_alarm_interrupts_every_wait_and_never_blocks_who_rings(sessions: Ses
     alarm = Alarm()
     for _ in range(100_000):
         alarm.ring()
-    sessions.wait(10, alarm)
+    waits = [threading.Thread(target=sessions.wait, args=(3600, alarm), daemon=True)]
+    waits[0].start()
+    waits[0].join(60)
     alarm.quiet()
+    waits.append(threading.Thread(target=sessions.wait, args=(3600, alarm), daemon=True))
+    waits[1].start()
     timer = threading.Timer(0.01, alarm.ring)
     timer.start()
-    sessions.wait(10, alarm)
+    waits[1].join(60)
     timer.join()
+    assert not any(wait.is_alive() for wait in waits)
     alarm.close()
     alarm.ring()
 
@@ -233,7 +242,6 @@ def test_a_probe_that_lets_go_before_the_commit_would_lose_the_message(
         return postgres.execute("SELECT count(*) FROM run_outbox").fetchone()[0]
 
     sessions.doze(ALL_SHARDS)
-    sessions.wait(0.05)
     while not (asleep := sessions.granted()) and not careful:
         sessions.wait(60)  # nobody is in the way
     found = look() if asleep else None
