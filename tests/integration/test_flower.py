@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ from sqlalchemy import exc
 from jobs import App
 from jobs.dev import Child
 from jobs.flower import FleetState, Listener
-from jobs.services import free_port
 from jobs.testing import Kit
 from orchestrator.events import Event
 from outbox.publishers import channel_for
@@ -52,10 +52,9 @@ def flower(beatless_app: App, tmp_path: Path) -> Iterator[Callable[..., FlowerCl
     children: list[Child] = []
 
     def start(*arguments: str) -> FlowerClient:
-        port = free_port()
         child = Child(
             "flower",
-            ["flower", "--port", str(port), "--basic-auth", PASSWORD, *arguments],
+            ["flower", "--port", "0", "--basic-auth", PASSWORD, *arguments],
             environ=os.environ
             | beatless_app.settings.to_env()
             | {"BEATLESS_APP": "tests.plans:app"},
@@ -64,7 +63,8 @@ def flower(beatless_app: App, tmp_path: Path) -> Iterator[Callable[..., FlowerCl
         children.append(child)
         child.start()
         child.wait_ready()
-        return FlowerClient(port)
+        (port,) = re.findall(r"flower on http://127\.0\.0\.1:(\d+)", child.log.read_text())
+        return FlowerClient(int(port))
 
     yield start
     for child in children:

@@ -22,6 +22,8 @@ from jobs.metrics import (
     SharedCounts,
 )
 from jobs.testing import Kit
+from tests.integration.test_processes import await_death, notes
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -262,11 +264,16 @@ def metrics_url(log: Path) -> str:
 
 def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) -> None:
     relay = beatless.relay_process(APP, metrics_port=0)
-    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0, lease_seconds=1)
+    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0, lease_seconds=300)
     runs = [beatless.start_run("two_steps") for _ in range(20)]
-    killed = beatless.start_run("ledger", {"ledger": str(worker.log) + ".ledger", "kills": 1})
-    for run in (*runs, killed):
+    ledger = Path(f"{worker.log}.ledger")
+    killed = beatless.start_run("ledger", {"ledger": str(ledger), "kills": 1})
+    for run in runs:
         beatless.wait_for_run_completion(run.run_id)
+    until(lambda: notes(ledger, "b"))
+    await_death(notes(ledger, "b")[0]["pid"])
+    beatless.advance(301)  # of all leases only the dead one's is left
+    beatless.wait_for_run_completion(killed.run_id)
     beatless.wait_for_outbox_flush(killed.run_id)
 
     at_worker, at_relay = fetch(metrics_url(worker.log)), fetch(metrics_url(relay.log))

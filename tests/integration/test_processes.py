@@ -24,6 +24,13 @@ def beatless_settings() -> dict[str, float]:
     return {"lease_seconds": 300, "redispatch_seconds": 1}
 
 
+def notes(ledger: Path, step: str) -> list[dict[str, Any]]:
+    """The lines of a step in the ledger of a run that may be writing another one."""
+    text = ledger.read_text() if ledger.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [line for line in lines if line["step"] == step]
+
+
 def await_death(pid: int) -> None:
     """Return when the process executes nothing any more, reaped or not."""
     stat = Path(f"/proc/{pid}/stat")
@@ -43,16 +50,9 @@ def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_
     ledger = tmp_path / "ledger"
     run = beatless.start_run("ledger", {"ledger": str(ledger), "kills": 2})
 
-    def notes(step: str) -> list[dict[str, Any]]:
-        if not ledger.exists():
-            return []
-        text = ledger.read_text()
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        return [line for line in lines if line["step"] == step]
-
     for death in (1, 2):
-        until(lambda death=death: len(notes("b")) == death)
-        await_death(notes("b")[-1]["pid"])
+        until(lambda death=death: len(notes(ledger, "b")) == death)
+        await_death(notes(ledger, "b")[-1]["pid"])
         beatless.advance(301)  # its lease runs out
 
     finished = beatless.wait_for_run_completion(run.run_id)

@@ -1,6 +1,7 @@
 """The relay: order, doors, doorbell, shards, takeover. Real Postgres and Redis, no worker."""
 
 import json
+import select
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -714,9 +715,9 @@ def test_an_open_transaction_in_one_shard_holds_up_no_writer_of_the_later_ones(
         until(lambda: postgres.execute(drowsy).fetchone()[0])
         for shard in (15, 1, 8):
             free = beatless.start_run("two_steps", run_id=in_shard(shard, "free"))
-            beatless.wait_for_outbox_flush(free.run_id, timeout=10)
+            beatless.wait_for_outbox_flush(free.run_id)
         transaction.commit()
-        beatless.wait_for_outbox_flush(held.run_id, timeout=10)
+        beatless.wait_for_outbox_flush(held.run_id)
     relay.stop()
 
 
@@ -813,14 +814,14 @@ def test_the_scan_floor_does_not_pass_a_transaction_that_runs_still(
 
 def test_a_relay_survives_what_nobody_foresaw(beatless: Kit, beatless_app: App, doors) -> None:
     announcements = Announcements()
-    relay = recording(beatless_app, doors, observer=announcements)
+    relay = recording(beatless_app, doors, observer=announcements, watchdog=600)
     relay.start()
     announcements.wait("relay_asleep")
     doors[0].error = ZeroDivisionError("in a library")
     run = beatless.start_run("two_steps")
     announcements.wait("relay_failed", 2)
     doors[0].error = None
-    beatless.wait_for_outbox_flush(run.run_id, timeout=10)
+    beatless.wait_for_outbox_flush(run.run_id)
     relay.stop()
 
 
@@ -945,13 +946,14 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     monkeypatch.setattr("outbox.relay.HOPELESS", 0.1)
     announcements = Announcements()
     broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
-    relay = recording(beatless_app, (doors[0], broker), observer=announcements)
+    relay = recording(beatless_app, (doors[0], broker), observer=announcements, watchdog=0.3)
     relay.start()
     run = beatless.start_run("two_steps")
     for _ in range(HANGING + 1):
         assert broker.asked.acquire(timeout=60)
-    assert not broker.asked.acquire(timeout=0.5)  # enough threads hang
-    beatless.wait_for_outbox_flush(run.run_id, timeout=10)
+    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 2)
+    assert not broker.asked.acquire(blocking=False)  # enough threads hang
+    beatless.wait_for_outbox_flush(run.run_id)
     assert announcements.wait("publish_failed", 2)["door"] == "broker"
     assert announcements.all("relay_failed") == []
 
@@ -998,10 +1000,11 @@ def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_ap
     relay._alarm.ring()
     relay.start()
     announcements.wait("relay_failed")
-    relay._alarm.ring()
-
     assert tries.acquire(timeout=60)
-    assert not tries.acquire(timeout=0.2)
+    relay._alarm.ring()
+    until(lambda: not select.select([relay._alarm], [], [], 0)[0])  # it has been heard
+
+    assert not tries.acquire(blocking=False)
     relay.stop()
 
 

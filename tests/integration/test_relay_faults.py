@@ -162,7 +162,7 @@ class TestBrokerThatHangs:
     def test_a_broker_that_hangs_stops_no_event(
         self, beatless: Kit, beatless_app: App, broker: EmbeddedValkey
     ) -> None:
-        with standby(beatless_app) as (_, announcements):
+        with standby(beatless_app, redispatch=3600) as (_, announcements):
             announcements.wait("relay_asleep")
             before = beatless.start_run("two_steps")
             beatless.wait_for_outbox_flush(before.run_id)
@@ -196,7 +196,7 @@ def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
     """Events go through a Redis of the test's own, tasks through the shared one."""
     settings = replace(beatless_app.settings, redis_url=bus.url)
     app = App(settings, list(beatless_app.plans.values()))
-    with standby(app) as (_, announcements):
+    with standby(app, redispatch=3600) as (_, announcements):
         announcements.wait("relay_asleep")
         first = beatless.start_run("two_steps")
         announcements.wait_until(lambda seen: tasks_in(seen) == 1 and events_in(seen) == 1)

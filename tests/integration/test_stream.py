@@ -34,6 +34,11 @@ def streams(app: App, **options) -> Streams:
     )
 
 
+def live_only(app: App) -> Streams:
+    """Streams that read the journal when they begin and after a gap, and never for being late."""
+    return streams(app, head_check=3600, without_redis=3600)
+
+
 def no_redis() -> redis.Redis:
     """A client of a port where nobody listens."""
     return redis.Redis(host="127.0.0.1", port=free_port())
@@ -80,7 +85,7 @@ def test_backfill_from_seq_and_live_without_duplicates(beatless: Kit) -> None:
     run = beatless.start_run("agents.run")
     for _ in range(2):
         beatless.step(run.run_id)
-    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id, 5))
+    watcher = Watcher(beatless, run.run_id, live_only(beatless.app).follow(run, 5))
     watcher.wait_for(1)
 
     while not beatless.client.get_run(run.run_id).state.final:
@@ -92,7 +97,7 @@ def test_backfill_from_seq_and_live_without_duplicates(beatless: Kit) -> None:
 
 def test_subscribe_for_live_after_backfill(beatless: Kit) -> None:
     run = beatless.start_run("agents.run")
-    watcher = Watcher(beatless, run.run_id, beatless.client.stream_run(run.run_id))
+    watcher = Watcher(beatless, run.run_id, live_only(beatless.app).follow(run, 0))
     watcher.wait_for(1)  # the journal had one event; the rest comes live
 
     beatless.work_until_idle()
@@ -230,7 +235,7 @@ def test_astream_live_from_the_middle(beatless: Kit) -> None:
 
     async def main() -> list[int]:
         seen = []
-        async for event in beatless.client.astream_run(run.run_id, 2):
+        async for event in live_only(beatless.app).afollow(run, 2):
             seen.append(event.seq)
             if event.seq == 4:
                 await asyncio.to_thread(beatless.work_until_idle)

@@ -34,6 +34,7 @@ def test_runs_that_end_soon_cost_no_beat():
         assert not connected.wait(0.01)
         heartbeat.release(held)
     heartbeat.stop()
+    assert not connected.is_set()
 
 
 def test_a_heartbeat_that_never_held_anything_can_be_stopped():
