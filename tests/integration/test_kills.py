@@ -94,9 +94,7 @@ def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
     beatless.relay_process(APP)
     frozen = beatless.worker_process(APP)
     run = beatless.start_run("gated", {"go": str(go)})
-    stream = beatless.client.stream_run(run.run_id, timeout=30)
-    while next(stream).type != "StepStarted":
-        pass
+    beatless.wait_for_event(run.run_id, "StepStarted")
 
     os.killpg(frozen.pid, signal.SIGSTOP)
     beatless.advance(301)
@@ -170,9 +168,7 @@ class TestBrokerThatForgets:
             [RunRequest(plan="gated", input={"go": str(go)}) for _ in range(20)]
         )
         for run in running:
-            stream = beatless.client.stream_run(run.run_id, timeout=30)
-            while next(stream).type != "StepStarted":
-                pass
+            beatless.wait_for_event(run.run_id, "StepStarted")
         queued = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(500)])
 
         with redis.Redis.from_url(broker.url) as client:

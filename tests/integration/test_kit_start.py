@@ -211,6 +211,44 @@ def test_the_app_of_the_project_acts_as_that_of_each_test_and_of_nobody_otherwis
     run(shop).assert_outcomes(passed=4)
 
 
+def test_ordinary_tasks_of_the_project_are_sent_and_executed_in_each_test(
+    shop: pytest.Pytester,
+) -> None:
+    """Made with the Celery app of the module, before there was a test."""
+    shop.makepyfile(
+        mails="""
+        from shop import app
+
+        sent = []
+
+        @app.celery.task
+        def mail(to):
+            sent.append(to)
+
+        @app.celery.task(bind=True)
+        def mail_later(self, to):
+            if self.request.retries == 0:
+                self.retry(countdown=0)
+            mail.delay(to)
+        """,
+        test_mails="""
+        import pytest
+        from mails import mail, mail_later, sent
+
+        @pytest.mark.parametrize("to", ["you", "her"])
+        def test_it(beatless, to):
+            sent.clear()
+            mail.delay(to)
+            assert beatless.work_until_idle() == 1
+            assert sent == [to]
+            mail_later.delay("them")
+            assert beatless.work_until_idle() == 3
+            assert sent == [to, "them"]
+        """,
+    )
+    run(shop).assert_outcomes(passed=2)
+
+
 def test_the_environment_is_nobodys_only_while_tests_are_imported(shop: pytest.Pytester) -> None:
     shop.makepyfile(
         """

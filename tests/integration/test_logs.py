@@ -138,9 +138,7 @@ def test_a_whole_fleet_writes_json_and_nothing_else(beatless: Kit) -> None:
         beatless._process(APP, ["serve", "--port", "0"], {"log_format": "json"}),
     ]
     run = beatless.start_run("retries", {"failures": 1, "secret": SECRET})
-    stream = beatless.client.stream_run(run.run_id, timeout=30)
-    while next(stream).type != "StepFailed":
-        pass
+    beatless.wait_for_event(run.run_id, "StepFailed")
     served = lines(children[2].log.read_text())[-1]
     with urllib.request.urlopen(served["url"] + "/livez", timeout=60) as response:
         assert response.status == 200

@@ -92,9 +92,7 @@ class TestStop:
         worker = beatless.worker_process(APP)
         given = {"started": str(tmp_path / "s"), "pids": str(tmp_path / "pids"), "how": "swallow"}
         run = beatless.start_run("obstinate", given)
-        stream = beatless.client.stream_run(run.run_id, timeout=60)
-        while next(stream).type != "StepStarted":
-            pass
+        beatless.wait_for_event(run.run_id, "StepStarted")
 
         beatless.app.celery.control.shutdown()
         await_end(worker.pid)
