@@ -76,10 +76,10 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
-        # The limit is for the row, not for the fence: a claim that waited for the row of somebody's
-        # open transaction, with the fence in its hands, would hold up `pause`.
+        # A claim that waited for the row of somebody's open transaction, with the fence in its
+        # hands, would hold up `pause`.
         self._patience = f"set_config('lock_timeout', '{PATIENCE * 1000:.0f}', true)"
-        self._fence = f"{QueueStatements(schema).claim_fence}, {self._patience}"
+        self._fence = f"SELECT {self._patience}, {QueueStatements(schema).claim_fence}"
         s = schema
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # A subquery of RETURNING sees the row as it was: since when the run has waited.

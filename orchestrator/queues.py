@@ -5,11 +5,22 @@ few messages that the broker already holds start nothing. Functions take a conne
 commit; `Queues` in `jobs` puts them together.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
+from time import monotonic
 
 from orchestrator.state import RunState
 from outbox.queries import Caller, channel_of, execute
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.02
+"""Seconds between two looks for claims that are in flight."""
+
+FROZEN = 10.0
+"""Seconds after which a claim that is still in flight has nobody who would end it: it waits for a
+row a tenth of that, see `lease.PATIENCE`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +50,15 @@ class QueueStatements:
     def __init__(self, schema: str) -> None:
         s = schema
         self._channel = channel_of(schema)
-        self._fence = f"'{s}.queues'::regclass::oid::int4, 0"
-        self.claim_fence = f"SELECT pg_advisory_xact_lock_shared({self._fence})"
+        fence = f"'{s}.queues'::regclass::oid"
+        self.claim_fence = f"pg_advisory_xact_lock_shared({fence}::int4, 0)"
+        self._claims = f"""
+SELECT pid, virtualtransaction FROM pg_locks
+ WHERE locktype = 'advisory' AND classid = {fence} AND objid = 0 AND objsubid = 2 AND granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+        self._end = """
+SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity
+ WHERE pid = ANY(%(pids)s) AND usename = current_user"""
         self._pause = f"""
 INSERT INTO {s}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp())
 ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL"""
@@ -109,9 +127,29 @@ SELECT run_id FROM gone"""
         """No run of the queue is claimed by whoever looks after this is committed."""
         execute(connection, self._pause, {"name": name})
 
-    def await_claims(self, connection: Caller) -> None:
-        """Wait for the claims that may have looked before: they hold the fence in shared mode."""
-        execute(connection, f"SELECT pg_advisory_xact_lock({self._fence})", {})
+    def await_claims(self, connection: Caller, *, patience: float = FROZEN) -> None:
+        """Wait for the claims that may have looked before: they hold the fence.
+
+        Those that come meanwhile look afterwards, and are not held up: asking for the fence in
+        exclusive mode, behind a worker that was frozen with it, would hold up the whole fleet. The
+        session of such a one is ended after `patience` seconds; it can have written nothing.
+        """
+        deadline = monotonic() + patience
+        before = self._in_flight(connection)
+        while before:
+            if monotonic() >= deadline:
+                pids = [pid for pid, _ in before]
+                ended = execute(connection, self._end, {"pids": pids})
+                logger.warning(
+                    "sessions of workers ended: they were frozen in the middle of a claim",
+                    extra={"action": "claims_ended", "sessions": len(ended)},
+                )
+            execute(connection, f"SELECT pg_sleep({LOOK_EVERY})", {})
+            before &= self._in_flight(connection)
+
+    def _in_flight(self, connection: Caller) -> set[tuple[int, str]]:
+        """The transactions that hold the fence."""
+        return {(pid, transaction) for pid, transaction in execute(connection, self._claims, {})}
 
     def resume(self, connection: Caller, name: str) -> None:
         """Let the queue's runs be dispatched again, and wake the relays."""

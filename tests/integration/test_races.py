@@ -18,6 +18,7 @@ from orchestrator.events import EventType
 from orchestrator.executor import Executor
 from orchestrator.journal import Run
 from orchestrator.lease import Leases
+from orchestrator.queues import QueueStatements
 from outbox.doorbell import Sessions
 from outbox.queries import ALL_SHARDS
 
@@ -233,6 +234,45 @@ def holding(app: App, statement: str, *parameters: Any) -> Iterator[psycopg.Conn
         yield other
     finally:
         other.close()
+
+
+def test_a_worker_that_is_frozen_in_a_claim_holds_up_no_other_claim(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """`pause` waits for it alone: whoever claims meanwhile sees the pause already."""
+    run = beatless.start_run("two_steps")
+    statements = QueueStatements(beatless_app.settings.schema)
+    with beatless_app.executors.connect() as frozen, beatless_app.executors.connect() as waiting:
+        frozen.execute("BEGIN")
+        frozen.execute(f"SELECT {statements.claim_fence}")
+        pause = threading.Thread(target=statements.await_claims, args=(waiting,))
+        pause.start()
+        waits = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
+        pid = waiting.info.backend_pid
+        while postgres.execute(waits, (pid,)).fetchone()[0] not in ("advisory", "PgSleep"):
+            pass
+        worker = threading.Thread(target=beatless.work_until_idle)
+        worker.start()
+        worker.join(30)
+        held_up, paused = worker.is_alive(), not pause.is_alive()
+        frozen.execute("ROLLBACK")
+        worker.join(30)
+        pause.join(30)
+        assert (held_up, paused) == (False, False)
+        assert not pause.is_alive()
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def test_the_session_of_a_claim_that_does_not_end_is_ended(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    statements = QueueStatements(beatless_app.settings.schema)
+    with beatless_app.executors.connect() as frozen:
+        frozen.execute("BEGIN")
+        frozen.execute(f"SELECT {statements.claim_fence}")
+        statements.await_claims(postgres, patience=0)
+        with pytest.raises(psycopg.OperationalError, match="terminating connection"):
+            frozen.execute("SELECT 1")
 
 
 def test_a_claim_that_waits_for_a_row_does_not_hold_up_a_pause_for_long(
