@@ -1,13 +1,14 @@
 """What people do with runs: start, read, follow, cancel. Holds no state of a run."""
 
 import itertools
+import json
 import logging
 import re
 import secrets
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -26,13 +27,13 @@ from jobs.tracing import Tracing
 from orchestrator.errors import CannotRetry, OrchestratorError
 from orchestrator.events import Event, encode, storable
 from orchestrator.executor import reusable
-from orchestrator.journal import Journal, NewRun, Run
+from orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
 from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
 from orchestrator.timeline import Moment, timeline
 from outbox.backoff import Backoff
 from outbox.letters import DeadLetter, LetterStatements
-from outbox.queries import Caller
+from outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ TRIES = 5
 
 RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+TAGS_LENGTH = 16 * 1024
+"""Characters of all names and values: tags are for finding runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,16 @@ class RunRequest:
     priority: int = 0
     tags: Mapping[str, str] | None = None
     traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPage:
+    """Runs as JSON objects: as many as were asked for, or as fit into so many bytes."""
+
+    lines: list[str]
+    next: Place | None
+    """Where the rest begins; None if there is none."""
+    refused: Sequence[Exception] = ()
 
 
 def new_run_id() -> str:
@@ -234,7 +248,7 @@ class Client:
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
-        before: Run | tuple[datetime, str] | None = None,
+        before: Run | Place | None = None,
         limit: int = 50,
         connection: Caller | None = None,
     ) -> list[Run]:
@@ -242,17 +256,48 @@ class Client:
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._do(
             connection,
-            lambda caller: self._journal.list_runs(
+            lambda caller: list(
+                self._journal.list_runs(
+                    caller,
+                    namespace=self._namespace,
+                    state=state,
+                    plan=plan,
+                    queue=queue,
+                    tags=_tags(tags) if tags else None,
+                    before=last,
+                    limit=limit,
+                )
+            ),
+        )
+
+    def page_of_runs(
+        self,
+        *,
+        state: str | None,
+        plan: str | None,
+        queue: str | None,
+        tags: Mapping[str, str] | None,
+        before: Place | None,
+        limit: int,
+        max_bytes: int,
+    ) -> RunPage:
+        """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
+
+        def read(caller: Caller) -> RunPage:
+            found = self._journal.list_runs(
                 caller,
                 namespace=self._namespace,
                 state=state,
                 plan=plan,
                 queue=queue,
                 tags=_tags(tags) if tags else None,
-                before=last,
+                before=before,
                 limit=limit,
-            ),
-        )
+                read=execute_lazily,
+            )
+            return _page(((run, (run.created_at, run.run_id)) for run in found), limit, max_bytes)
+
+        return self._do(None, read)
 
     def events(
         self,
@@ -388,18 +433,26 @@ class Client:
         for in "type: message" of the error, whatever its case; `within` keeps those that failed so
         many seconds ago or less. `run.error` has the last traceback.
         """
-        return self._do(
-            None,
-            lambda caller: self._journal.given_up(
-                caller,
-                namespace=self._namespace,
-                plan=plan,
-                queue=queue,
-                error=error,
-                seconds=_seconds("within", within),
-                limit=limit,
-            ),
-        )
+        chosen = GivenUp(plan=plan, queue=queue, error=error, seconds=_seconds("within", within))
+
+        def read(caller: Caller) -> list[Run]:
+            found = self._journal.given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            )
+            return [run for run, _ in found]
+
+        return self._do(None, read)
+
+    def page_of_failed_runs(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+        """`failed_runs` for a server: ends after so many bytes, has few runs in memory at once."""
+
+        def read(caller: Caller) -> RunPage:
+            found = self._journal.given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit, read=execute_lazily
+            )
+            return _page(found, limit, max_bytes)
+
+        return self._do(None, read)
 
     def retry_failed(
         self,
@@ -415,16 +468,39 @@ class Client:
         Each is a transaction of its own: what was started before an interruption stays, and is not
         among those of the next call. Two calls at once retry each run once.
         """
+        chosen = GivenUp(plan=plan, queue=queue, error=error, seconds=_seconds("within", within))
         started: list[Run] = []
         refused: list[Exception] = []
-        for run in self.failed_runs(
-            plan=plan, queue=queue, error=error, within=within, limit=limit
-        ):
-            try:
-                started.append(self._retry(run.run_id, None, None, once=True))
-            except (UnknownPlan, BadRequest, OrchestratorError) as reason:
-                refused.append(reason)
+        for found, _ in self._retry_each(chosen, limit):
+            started.append(found) if isinstance(found, Run) else refused.append(found)
         return started, refused
+
+    def retry_page(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+        """`retry_failed` for a server: goes no further after so many bytes of new runs."""
+        refused: list[Exception] = []
+
+        def started() -> Iterator[tuple[Run, Place]]:
+            for found, place in self._retry_each(chosen, limit):
+                if isinstance(found, Run):
+                    yield found, place
+                else:
+                    refused.append(found)
+
+        return replace(_page(started(), limit, max_bytes), refused=refused)
+
+    def _retry_each(self, chosen: GivenUp, limit: int) -> Iterator[tuple[Run | Exception, Place]]:
+        """The new run or why there is none, and the place of the run that failed."""
+        places = self._do(
+            None,
+            lambda caller: self._journal.places_given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            ),
+        )
+        for place in places:
+            try:
+                yield self._retry(place[1], None, None, once=True), place
+            except (UnknownPlan, BadRequest, OrchestratorError) as reason:
+                yield reason, place
 
     def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """Event messages that could not be published, oldest first. See `failed_runs` for runs."""
@@ -514,10 +590,10 @@ class Client:
                 input=run.input,
                 queue=run.queue,
                 priority=run.priority,
-                tags=run.tags,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
-            new = replace(self._new_run(request), retry_of=run.run_id)
+            # Its tags were checked when it was started, maybe before they had a limit.
+            new = replace(self._new_run(request), retry_of=run.run_id, tags=run.tags)
             events = self._journal.read(caller, run.run_id)
             reused = reusable(self._plans[run.plan], events, from_step)
             if reused is not None:
@@ -644,4 +720,19 @@ def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (tags or {}).items():
         if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
             raise BadRequest("tags", "must map strings to strings of valid text, without NUL")
+    if sum(len(name) + len(value) for name, value in (tags or {}).items()) > TAGS_LENGTH:
+        raise BadRequest(
+            "tags", f"are longer than {TAGS_LENGTH} characters: put what is large into the input"
+        )
     return dict(tags or {})
+
+
+def _page(found: Iterable[tuple[Run, Place]], limit: int, max_bytes: int) -> RunPage:
+    lines: list[str] = []
+    size = 0
+    for run, place in found:
+        lines.append(json.dumps(run.to_dict(), ensure_ascii=False, separators=(",", ":")))
+        size += len(lines[-1])
+        if size >= max_bytes or len(lines) == limit:
+            return RunPage(lines=lines, next=place)
+    return RunPage(lines=lines, next=None)

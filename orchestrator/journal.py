@@ -6,7 +6,7 @@ that. `Journal` holds the statements of one schema.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -15,7 +15,7 @@ from orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from orchestrator.events import Event, EventType, NewEvent, encode
 from orchestrator.state import RunState
 from outbox.message import shard_of
-from outbox.queries import EVENT_JSON, Caller, doorbell, execute, outbox_row
+from outbox.queries import EVENT_JSON, Caller, Read, doorbell, execute, outbox_row
 
 LAST_SEQ = 2**31 - 1
 """No run has an event beyond it: the column is an integer."""
@@ -95,6 +95,24 @@ class Run:
             for name in RUN_COLUMNS
             for value in [getattr(self, name)]
         }
+
+
+Place = tuple[datetime, str]
+"""Where a run is in a list: what the list is ordered by, and its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """Which of the failed runs that nobody has retried."""
+
+    plan: str | None = None
+    queue: str | None = None
+    error: str | None = None
+    """In "type: message" of the error, whatever its case."""
+    seconds: float | None = None
+    """Failed so many seconds ago or less."""
+    after: Place | None = None
+    """The place of the last run of the page before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,12 +355,16 @@ SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1
      SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting'))""",
         }
         # Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
+        self._whole = ", ".join("r." + column for column in RUN_COLUMNS)
         self._given_up = f"""
-SELECT {", ".join("r." + column for column in RUN_COLUMNS)}
+SELECT e.ts, r.run_id, {{what}}
   FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = 'failed'
    AND e.ts > coalesce((SELECT clock_timestamp() - make_interval(secs => %(seconds)s)), '-infinity')
    AND r.namespace = %(namespace)s AND r.pruned_seq = 0
+   AND e.ts >= coalesce(%(after_at)s::timestamptz, '-infinity')
+   AND (%(after_at)s::timestamptz IS NULL
+        OR (e.ts, r.run_id) > (%(after_at)s, %(after_id)s::text))
    AND (%(plan)s::text IS NULL OR r.plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR r.queue = %(queue)s)
    AND (%(error)s::text IS NULL
@@ -523,12 +545,16 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
-        before: tuple[datetime, str] | None = None,
+        before: Place | None = None,
         limit: int = 50,
-    ) -> list[Run]:
-        """Newest first. `before` is (created_at, run_id) of the last run of the page before."""
+        read: Read = execute,
+    ) -> Iterator[Run]:
+        """Newest first. `before` is the place of the last run of the page before.
+
+        With `execute_lazily` few of the runs are in memory at once.
+        """
         which = self._in_state.get(RunState(state), "true") if state else "true"
-        rows = execute(
+        rows = read(
             connection,
             self._list.replace("{which}", which),
             {
@@ -542,7 +568,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "limit": limit,
             },
         )
-        return [Run.from_row(row) for row in rows]
+        return (Run.from_row(row) for row in rows)
 
     def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:
         """Whether there is a retry of this run, of which nobody can make another before we commit.
@@ -557,26 +583,44 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         connection: Caller,
         *,
         namespace: str,
-        plan: str | None,
-        queue: str | None,
-        error: str | None,
-        seconds: float | None,
+        chosen: GivenUp,
         limit: int,
-    ) -> list[Run]:
+        read: Read = execute,
+    ) -> Iterator[tuple[Run, Place]]:
         """Failed runs that nobody has retried and that can be, oldest end first."""
-        rows = execute(
+        rows = self._read_given_up(connection, self._whole, namespace, chosen, limit, read)
+        return ((Run.from_row(row[2:]), (row[0], row[1])) for row in rows)
+
+    def places_given_up(
+        self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
+    ) -> list[Place]:
+        """The ids of `given_up`, with their places."""
+        rows = self._read_given_up(connection, "true", namespace, chosen, limit, execute)
+        return [(row[0], row[1]) for row in rows]
+
+    def _read_given_up(
+        self,
+        connection: Caller,
+        what: str,
+        namespace: str,
+        chosen: GivenUp,
+        limit: int,
+        read: Read,
+    ) -> Iterable[Any]:
+        return read(
             connection,
-            self._given_up,
+            self._given_up.replace("{what}", what),
             {
                 "namespace": namespace,
-                "plan": plan,
-                "queue": queue,
-                "error": error,
-                "seconds": seconds,
+                "plan": chosen.plan,
+                "queue": chosen.queue,
+                "error": chosen.error,
+                "seconds": chosen.seconds,
+                "after_at": chosen.after[0] if chosen.after else None,
+                "after_id": chosen.after[1] if chosen.after else None,
                 "limit": limit,
             },
         )
-        return [Run.from_row(row) for row in rows]
 
     def read(
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None

@@ -5,7 +5,7 @@ the rate of the same statement through SQLAlchemy Core (ADR 0003). Writers embed
 `doorbell` in their own statement, so that fact, outbox row and wake-up are one round trip.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -15,6 +15,11 @@ from sqlalchemy import orm
 from outbox.message import SHARDS, TaskMessage
 
 Caller = psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session
+Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]
+"""`execute`, or `execute_lazily`."""
+
+AT_ONCE = 8
+"""Rows that `execute_lazily` has in memory."""
 
 EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
  || ',"ts":' || (date_part('epoch', e.ts) * 1000)::bigint
@@ -52,6 +57,25 @@ def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -
         )
     result = connection.exec_driver_sql(statement, dict(parameters))
     return [tuple(row) for row in result] if result.returns_rows else []
+
+
+def execute_lazily(
+    connection: Caller, statement: str, parameters: Mapping[str, Any]
+) -> Iterator[Any]:
+    """`execute` for rows that may be large: few of them are in memory at once.
+
+    For an SQLAlchemy Connection that is in a transaction, which the last row must not outlive.
+    """
+    if not isinstance(connection, sqlalchemy.Connection):
+        raise TypeError(f"takes an SQLAlchemy Connection, not {type(connection).__name__}")
+    result = connection.exec_driver_sql(
+        statement,
+        dict(parameters),
+        execution_options={"stream_results": True, "max_row_buffer": AT_ONCE},
+    )
+    with result:
+        for row in result:
+            yield tuple(row)
 
 
 def channel_of(schema: str) -> str:

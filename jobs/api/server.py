@@ -31,12 +31,13 @@ from jobs.api.problems import Problem
 from jobs.app import App
 from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
 from jobs.auth import Scope as Permission
-from jobs.client import Client, new_run_id, reaching_postgres
+from jobs.client import Client, RunPage, new_run_id, reaching_postgres
 from jobs.cursors import decode_page, encode_page, parse_event_id
 from jobs.errors import BadRequest, SchemaBehind
 from jobs.supervision import Supervisor
 from orchestrator.errors import RunNotFound
 from orchestrator.events import storable
+from orchestrator.journal import GivenUp, Place
 from orchestrator.state import RunState
 from outbox.queries import execute
 
@@ -48,6 +49,8 @@ BODY_LIMIT = 1024 * 1024
 EVENTS_BYTES = 4 * 1024 * 1024
 """After so many bytes of events an answer ends, and more must be asked for."""
 EVENTS_PAGE = 64
+RUNS_BYTES = 4 * 1024 * 1024
+"""The same for lists of runs, which have each run's input, result and error."""
 STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
 MAX_STREAMS_PER_TOKEN = 1000
@@ -118,12 +121,18 @@ class FailedRuns(BaseModel):
     within: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
     """Failed so many seconds ago or less."""
     limit: int = Field(default=100, ge=1, le=1000)
+    cursor: str | None = None
+    """The `next` of the answer before."""
 
-    def checked(self) -> dict[str, Any]:
-        """As arguments of the client."""
-        return self.model_dump() | {
-            name: _text(getattr(self, name)) for name in ("plan", "queue", "error")
-        }
+    def checked(self) -> GivenUp:
+        """As the client takes it. Raises Problem."""
+        return GivenUp(
+            plan=_text(self.plan),
+            queue=_text(self.queue),
+            error=_text(self.error),
+            seconds=self.within,
+            after=_place(self.cursor),
+        )
 
 
 class FinishedRuns(BaseModel):
@@ -368,24 +377,18 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         tag: Annotated[list[str] | None, Query(description="name=value")] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
         cursor: str | None = None,
-    ) -> dict[str, Any]:
-        """Runs, newest first; `cursor` is the `next` of the page before."""
-        try:
-            before = None if cursor is None else decode_page(cursor)
-        except BadRequest as error:
-            raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
-        found = client.list_runs(
+    ) -> Response:
+        """Runs, newest first, as many as fit into some MiB; `cursor` is the `next` before."""
+        found = client.page_of_runs(
             state=None if state is None else state.value,
             plan=_text(plan),
             queue=_text(queue),
             tags=dict(_pair(text) for text in tag) if tag else None,
-            before=before,
+            before=_place(cursor),
             limit=limit,
+            max_bytes=RUNS_BYTES,
         )
-        following = None
-        if len(found) == limit:
-            following = encode_page(found[-1].created_at, found[-1].run_id)
-        return {"runs": [run.to_dict() for run in found], "next": following}
+        return _runs(found)
 
     @api.get("/v1/runs/{run_id}", responses=answers())
     def get_run(run_id: str, client: Reader) -> dict[str, Any]:
@@ -526,18 +529,18 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         return Response(status_code=204)
 
     @api.get("/v1/failed-runs", responses=answers())
-    def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> dict[str, Any]:
-        """Runs that failed and that nobody has retried, oldest end first."""
-        return {"runs": [run.to_dict() for run in client.failed_runs(**chosen.checked())]}
+    def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> Response:
+        """Runs that failed and that nobody has retried, oldest end first, some MiB of them."""
+        return _runs(
+            client.page_of_failed_runs(chosen.checked(), limit=chosen.limit, max_bytes=RUNS_BYTES)
+        )
 
     @api.post("/v1/failed-runs/retry", status_code=202, responses=answers())
-    def retry_failed_runs(client: Writer, body: FailedRuns) -> dict[str, Any]:
+    def retry_failed_runs(client: Writer, body: FailedRuns) -> Response:
         """Retry many of them: the new runs, and why others cannot be retried."""
-        started, refused = client.retry_failed(**body.checked())
-        return {
-            "runs": [run.to_dict() for run in started],
-            "refused": [{"detail": str(reason)} | problems.named(reason) for reason in refused],
-        }
+        found = client.retry_page(body.checked(), limit=body.limit, max_bytes=RUNS_BYTES)
+        refused = [{"detail": str(reason)} | problems.named(reason) for reason in found.refused]
+        return _runs(found, status=HTTPStatus.ACCEPTED, refused=refused)
 
     @api.get("/v1/finished-runs", responses=answers())
     def count_finished_runs(
@@ -788,6 +791,21 @@ def _foreign(request: Request) -> bool:
         return urlsplit(origin).hostname not in LOOPBACK
     except ValueError:
         return True
+
+
+def _place(cursor: str | None) -> Place | None:
+    try:
+        return None if cursor is None else decode_page(cursor)
+    except BadRequest as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
+
+
+def _runs(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -> Response:
+    """They are JSON already: as objects many would take a multiple of the memory."""
+    following = None if page.next is None else encode_page(*page.next)
+    tail = json.dumps({"next": following} | others)[1:]
+    content = f'{{"runs":[{",".join(page.lines)}],{tail}'
+    return Response(content, status, media_type="application/json")
 
 
 def _lacks(scope: Permission) -> Problem:

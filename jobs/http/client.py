@@ -115,13 +115,13 @@ class Client:
         found: list[Run] = []
         while len(found) < limit:
             wanted = min(limit - len(found), wire.PAGE)
-            page = self._send(
+            page, more = self._send(
                 wire.list_runs(
                     state=state, plan=plan, queue=queue, tags=tags, before=before, limit=wanted
                 )
             )
             found += page
-            if len(page) < wanted:
+            if not more:
                 break
             before = page[-1]
         return found
@@ -184,9 +184,23 @@ class Client:
         At most 1,000; `error` is looked for in "type: message" of the error, `within` keeps those
         that failed so many seconds ago or less. `remove_run` discards one.
         """
-        return self._send(
-            wire.failed_runs(plan=plan, queue=queue, error=error, within=within, limit=limit)
-        )
+        found: list[Run] = []
+        cursor = None
+        while len(found) < limit:
+            page, cursor = self._send(
+                wire.failed_runs(
+                    plan=plan,
+                    queue=queue,
+                    error=error,
+                    within=within,
+                    limit=limit - len(found),
+                    cursor=cursor,
+                )
+            )
+            found += page
+            if cursor is None:
+                break
+        return found
 
     def retry_failed(
         self,
@@ -202,9 +216,20 @@ class Client:
         Not tried again when its answer is lost: it can be called again, and then tells of those
         only that were left. Two calls at once retry each run once.
         """
-        return self._send(
-            wire.retry_failed(plan=plan, queue=queue, error=error, within=within, limit=limit)
-        )
+        started: list[Run] = []
+        refused: list[Exception] = []
+        cursor = None
+        while (left := limit - len(started) - len(refused)) > 0:
+            page, reasons, cursor = self._send(
+                wire.retry_failed(
+                    plan=plan, queue=queue, error=error, within=within, limit=left, cursor=cursor
+                )
+            )
+            started += page
+            refused += reasons
+            if cursor is None:
+                break
+        return started, refused
 
     def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """Event messages that could not be published, oldest first, at most 1,000."""

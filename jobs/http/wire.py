@@ -229,7 +229,8 @@ def list_runs(
     tags: Mapping[str, str] | None,
     before: Run | tuple[datetime, str] | None,
     limit: int,
-) -> Call[list[Run]]:
+) -> Call[tuple[list[Run], bool]]:
+    """A page of runs, which may be shorter than asked for, and whether there may be more."""
     last = (before.created_at, before.run_id) if isinstance(before, Run) else before
     query = {
         "state": state,
@@ -243,7 +244,10 @@ def list_runs(
         method="GET",
         path="/v1/runs",
         query={name: value for name, value in query.items() if value is not None},
-        read=lambda found: [run_of(members) for members in found["runs"]],
+        read=lambda found: (
+            [run_of(members) for members in found["runs"]],
+            found["next"] is not None,
+        ),
     )
 
 
@@ -303,16 +307,18 @@ def count_finished(state: str, older_than: float | timedelta) -> Call[tuple[int,
     )
 
 
-def failed_runs(**chosen: Any) -> Call[list[Run]]:
+def failed_runs(**chosen: Any) -> Call[tuple[list[Run], str | None]]:
+    """A page of runs, which may be shorter than asked for, and the cursor of the next one."""
     return Call(
         method="GET",
         path="/v1/failed-runs",
         query=_chosen(chosen),
-        read=lambda found: [run_of(members) for members in found["runs"]],
+        read=lambda found: ([run_of(members) for members in found["runs"]], found.get("next")),
     )
 
 
-def retry_failed(**chosen: Any) -> Call[tuple[list[Run], list[Exception]]]:
+def retry_failed(**chosen: Any) -> Call[tuple[list[Run], list[Exception], str | None]]:
+    """(new runs, refusals, cursor): if it is not None, not all that were asked for were tried."""
     return Call(
         method="POST",
         path="/v1/failed-runs/retry",
@@ -320,6 +326,7 @@ def retry_failed(**chosen: Any) -> Call[tuple[list[Run], list[Exception]]]:
         read=lambda found: (
             [run_of(members) for members in found["runs"]],
             [_refusal(members) for members in found["refused"]],
+            found.get("next"),
         ),
         repeatable=False,
     )

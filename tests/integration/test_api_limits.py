@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import logging
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,8 @@ import pytest
 from jobs import App, RunState
 from jobs.api import server, sse
 from jobs.auth import Scope, Tokens
-from jobs.http import Client
+from jobs.client import RunRequest
+from jobs.http import AsyncClient, Client
 from jobs.services import free_port
 from jobs.testing import Kit
 from tests.serving import Api, serving
@@ -151,6 +153,74 @@ def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monk
     assert answer.json["last_seq"] == 64
     with Client(api.url) as client:
         assert client.events(run.run_id) == beatless.client.events(run.run_id)
+
+
+def test_large_runs_come_in_answers_that_are_not(beatless: Kit, api: Api, monkeypatch) -> None:
+    monkeypatch.setattr(server, "RUNS_BYTES", 5000)
+    requests = [RunRequest(plan="fatally", input="x" * 1000) for _ in range(12)]
+    requests[4] = RunRequest(plan="fatally", input="x" * 9000)
+    beatless.client.start_runs(requests)
+    beatless.work_until_idle()
+    runs, failed = beatless.client.list_runs(), beatless.client.failed_runs()
+    assert (len(runs), len(failed)) == (12, 12)
+    for path in ("/v1/runs", "/v1/failed-runs"):
+        answer = api("GET", f"{path}?limit=100")
+        assert len(answer.text) < 16_000
+        assert 1 <= len(answer.json["runs"]) < 5
+        # The page goes on by the cursor, as it does after a full page.
+        more = api("GET", f"{path}?limit=100&cursor={answer.json['next']}").json["runs"]
+        assert more[0]["run_id"] not in {run["run_id"] for run in answer.json["runs"]}
+        assert api("GET", f"{path}?cursor=x").status == 400
+    with Client(api.url) as client:
+        assert client.list_runs(limit=100) == runs
+        assert client.list_runs(limit=7) == runs[:7]
+        assert client.failed_runs(limit=100) == failed
+        assert client.failed_runs(limit=7) == failed[:7]
+        started, refused = client.retry_failed(limit=7)
+        assert ([run.retry_of for run in started], refused) == (
+            [run.run_id for run in failed[:7]],
+            [],
+        )
+        started, refused = client.retry_failed()
+        assert [run.retry_of for run in started] == [run.run_id for run in failed[7:]]
+        assert client.failed_runs() == []
+
+
+def test_the_async_client_reads_large_runs_page_by_page(
+    beatless: Kit, api: Api, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "RUNS_BYTES", 1)
+    beatless.client.start_runs([RunRequest(plan="fatally") for _ in range(4)])
+    beatless.work_until_idle()
+    runs, failed = beatless.client.list_runs(), beatless.client.failed_runs()
+
+    async def read() -> None:
+        async with AsyncClient(api.url) as client:
+            assert await client.list_runs() == runs
+            assert await client.failed_runs() == failed
+            started, refused = await client.retry_failed()
+            assert [run.retry_of for run in started] == [run.run_id for run in failed]
+            assert refused == []
+
+    asyncio.run(read())
+
+
+@pytest.mark.parametrize("path", ["/v1/runs", "/v1/failed-runs"])
+def test_a_list_has_few_large_runs_in_memory_at_once(
+    beatless: Kit, api: Api, monkeypatch, path: str
+) -> None:
+    """As objects an input of 20 kB can take 24 times that."""
+    monkeypatch.setattr(server, "RUNS_BYTES", 20_000)
+    beatless.client.start_runs([RunRequest(plan="fatally", input=[{}] * 7000) for _ in range(20)])
+    beatless.work_until_idle()
+    tracemalloc.start()
+    try:
+        answer = api.open("GET", f"{path}?limit=500")
+        assert len(body(answer)) < 40_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from jobs import App
+from orchestrator.journal import GivenUp
 from orchestrator.queues import QueueStatements
 from orchestrator.retention import Retention
 from tests.integration.test_drain_plan import scans
@@ -81,14 +82,11 @@ def test_dead_letters(beatless_app: App, history: psycopg.Connection) -> None:
     found = beatless_app.journal.given_up(
         history,
         namespace="default",
-        plan=None,
-        queue="q",
-        error=None,
-        seconds=3500 * HOUR,
+        chosen=GivenUp(queue="q", seconds=3500 * HOUR),
         limit=100,
     )
 
-    assert [run.run_id for run in found] == ["run-3000", "run-2000"]
+    assert [run.run_id for run, _ in found] == ["run-3000", "run-2000"]
 
 
 def test_whether_a_run_was_retried(beatless_app: App, history: psycopg.Connection) -> None:

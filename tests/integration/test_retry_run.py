@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from jobs import CannotRetry, RunNotFound, RunState
@@ -167,3 +168,12 @@ def test_explain_tells_of_cancels_snoozes_and_paused_queues(beatless: Kit, tmp_p
     assert ("finished", None, "cancelled") in found
     with pytest.raises(RunNotFound):
         beatless.client.explain("nobody")
+
+
+def test_a_run_whose_tags_are_older_than_their_limit_can_be_retried(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("fatally", tags={"a": "b"})
+    beatless.work_until_idle()
+    postgres.execute("UPDATE runs SET tags = jsonb_build_object('a', repeat('x', 20000))")
+    assert beatless.client.retry_run(run.run_id).tags == {"a": "x" * 20_000}

@@ -433,3 +433,9 @@ def test_listing_is_newest_first_and_pages_without_gaps(beatless: Kit) -> None:
     assert len(beatless.client.list_runs(plan="traces")) == 5
     assert [run.tags for run in beatless.client.list_runs(tags={"n": "3"})] == [{"n": "3"}]
     assert beatless.client.list_runs(state="failed") == []
+
+
+def test_tags_are_for_finding_runs_and_not_for_content(beatless: Kit) -> None:
+    with pytest.raises(BadRequest, match="tags are longer than 16384 characters"):
+        beatless.start_run("two_steps", tags={"a": "x" * 10_000, "b": "x" * 7000})
+    assert beatless.start_run("two_steps", tags={"a": "x" * 16_383}).tags["a"] == "x" * 16_383
