@@ -117,11 +117,13 @@ class Streams:
         prefix: str,
         head_check: float = 15.0,
         without_redis: float = 1.0,
+        patience: float = 5.0,
         observer: Observer = ignore,
     ) -> None:
         """`head_check` bounds how long a lost last message goes unnoticed, in seconds.
 
-        `without_redis` is how often the journal is read while Redis is away.
+        `without_redis` is how often the journal is read while Redis is away, and `patience` how
+        long a new asynchronous stream waits for Redis before it reads the journal all the same.
         """
         self._journal = journal
         self._engine = engine
@@ -136,6 +138,7 @@ class Streams:
             heads=self._heads,
             head_check=head_check,
             without_redis=without_redis,
+            patience=patience,
         )
 
     def follow(self, run: Run, after: int, *, timeout: float | None = None) -> Iterator[Event]:
@@ -242,7 +245,7 @@ class Streams:
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
         async with self._hub.subscribe(run.run_id, after) as mailbox, self._counted():
             while not mailbox.ended:
-                await mailbox.ready()
+                await mailbox.ready(None if deadline is None else deadline - monotonic())
                 more = True
                 while more and not mailbox.ended:
                     try:
@@ -423,7 +426,9 @@ class Hub:
     """One asynchronous Redis connection for all streams of a loop, with counted channels.
 
     It also asks Postgres, once for all watched runs, whether a last message was lost: every
-    `head_check` seconds, or every `without_redis` while Redis is away.
+    `head_check` seconds, or every `without_redis` while Redis is away. Every `patience` seconds it
+    asks Redis for a sign of life, and leaves a connection that has given none since the last time:
+    a Redis that is stopped, or gone without a word, closes nothing.
     """
 
     def __init__(
@@ -434,7 +439,9 @@ class Hub:
         heads: Callable[[list[str]], dict[str, int]],
         head_check: float,
         without_redis: float,
+        patience: float,
     ) -> None:
+        self.patience = patience
         self._client = client
         self._prefix = prefix
         self._heads = heads
@@ -443,6 +450,9 @@ class Hub:
         self._mailboxes: dict[str, set[Mailbox]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._pubsub: Any = None
+        self._limit = asyncio.Timeout(None)
+        """Of the reader's present connection."""
+        self._heard = False
         self._acknowledged: set[str] = set()
 
     @property
@@ -467,6 +477,7 @@ class Hub:
             self._tasks = [
                 asyncio.create_task(self._read(), name="beatless-streams"),
                 asyncio.create_task(self._check_heads(), name="beatless-heads"),
+                asyncio.create_task(self._check_redis(), name="beatless-ping"),
             ]
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
@@ -485,7 +496,7 @@ class Hub:
         else:
             await self._command("UNSUBSCRIBE", mailbox.channel)
 
-    async def _command(self, name: str, channel: str) -> None:
+    async def _command(self, *words: str) -> None:
         """Write to the connection that the reader reads.
 
         Not by the methods of redis-py's PubSub: on an error these connect anew in the middle of the
@@ -495,7 +506,8 @@ class Hub:
         if connection is None or not connection.is_connected:
             return  # the reader subscribes to everything when it has a connection again
         try:
-            await connection.send_command(name, channel)
+            async with asyncio.timeout(self.patience):
+                await connection.send_command(*words)
         except Exception as error:
             logger.debug("connection lost", extra={"action": "lost", "reason": str(error)})
             # The reader sees it too, at the latest now.
@@ -527,6 +539,18 @@ class Hub:
                     if mailbox.run_id in asked and heads.get(mailbox.run_id, BEYOND) > mailbox.seq:
                         mailbox.missed("head_check" if live else "without_redis")
 
+    async def _check_redis(self) -> None:
+        while self._mailboxes:
+            await asyncio.sleep(self.patience)
+            if self._pubsub is None:
+                continue  # the reader connects, and has its own limit for that
+            if not self._heard:
+                # Not by closing the connection: what was not sent yet would keep it open.
+                self._limit.reschedule(asyncio.get_running_loop().time())
+                continue
+            self._heard = False
+            await self._command("PING")
+
     async def _read(self) -> None:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while self._mailboxes:
@@ -534,23 +558,28 @@ class Hub:
             client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
             pubsub = client.pubsub()
             try:
-                asked: set[str] = set()
-                # Others may come while we wait for the connection: they count on us until then.
-                while late := self._mailboxes.keys() - asked:
-                    await pubsub.subscribe(*late)
-                    asked |= late
-                self._pubsub = pubsub
-                while self._mailboxes:
-                    message = await pubsub.get_message(timeout=None)
-                    if message is not None:
-                        failures = 0
-                        self._deliver(message)
+                async with asyncio.timeout(self.patience) as self._limit:
+                    asked: set[str] = set()
+                    # Others may come while we wait for the connection: they count on us until then.
+                    while late := self._mailboxes.keys() - asked:
+                        await pubsub.subscribe(*late)
+                        asked |= late
+                    self._limit.reschedule(None)
+                    self._pubsub, self._heard = pubsub, True
+                    while self._mailboxes:
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None:
+                            failures, self._heard = 0, True
+                            self._deliver(message)
             except Exception as error:
                 # Whatever it is: the streams of this loop wait for this task, each for ever.
                 failures += 1
                 logger.warning(
                     "Redis is away, streams read the journal",
-                    extra={"action": "stream_without_redis", "reason": str(error)},
+                    extra={
+                        "action": "stream_without_redis",
+                        "reason": str(error) or f"no answer in {self.patience:g} s",
+                    },
                 )
             finally:
                 self._pubsub = None
@@ -564,6 +593,8 @@ class Hub:
                 await asyncio.sleep(backoff.delay(failures))
 
     def _deliver(self, message: dict[str, Any]) -> None:
+        if message["type"] == "pong":
+            return
         channel = message["channel"].decode()
         if message["type"] == "subscribe":
             self._acknowledged.add(channel)
@@ -628,9 +659,18 @@ class Mailbox:
         self._waiting += events
         self._news.set()
 
-    async def ready(self) -> None:
-        """Wait until the subscription is acknowledged, or known not to be possible now."""
-        await self._state_known.wait()
+    async def ready(self, left: float | None) -> None:
+        """Wait until the subscription is acknowledged, or known not to be possible now.
+
+        Not for longer than the hub's patience, or `left` seconds: an acknowledgement that comes
+        later has the journal read again.
+        """
+        if not self._state_known.is_set():
+            patience = self._hub.patience
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience if left is None else min(patience, left)):
+                    await self._state_known.wait()
+            self._state_known.set()
         self._missed = False
 
     async def next(self, timeout: float | None) -> list[Event] | None:

@@ -1,8 +1,10 @@
 """Streams give everything from any seq, in order, once, until RunFinished."""
 
 import asyncio
+import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -18,6 +20,7 @@ from jobs.settings import engine_url
 from jobs.stream import Mailbox, Streams
 from jobs.testing import Kit
 from outbox.publishers import channel_for
+from tests.proxy import Proxy, proxy
 
 
 def streams(app: App, **options) -> Streams:
@@ -283,6 +286,101 @@ def test_astream_survives_killed_subscriptions_and_works_without_redis(
 
     for seen in asyncio.run(asyncio.wait_for(main(), 60)):
         assert seen == list(range(1, 35))
+
+
+@pytest.fixture
+def path(beatless_app: App) -> Iterator[Proxy]:
+    """The way to Redis."""
+    with proxy(beatless_app.settings.redis.hosts[0][1]) as found:
+        yield found
+
+
+def through(path: Proxy, app: App) -> Callable[[], aioredis.Redis]:
+    """Makes clients of Redis whose connections can be held."""
+    return replace(app.settings.redis, hosts=(("127.0.0.1", path.port),)).aclient
+
+
+def subscribed(app: App, run_id: str) -> None:
+    """Wait until Redis knows that somebody follows the run."""
+    channel = channel_for(app.settings.prefix, run_id)
+    deadline = monotonic() + 20
+    with app.redis() as client:
+        while not client.pubsub_numsub(channel)[0][1]:
+            assert monotonic() < deadline
+
+
+async def numbers(stream: AsyncIterator[Event]) -> list[int]:
+    return [event.seq async for event in stream]
+
+
+def test_viewers_go_on_when_their_redis_connection_falls_silent(
+    beatless: Kit, beatless_app: App, path: Proxy
+) -> None:
+    """Redis is stopped, or gone without a word: no end of the connection is ever seen."""
+    ended = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    run = beatless.start_run("two_steps")
+    following = streams(
+        beatless_app,
+        aredis_client=through(path, beatless_app),
+        # Nobody shall find out by the check of heads.
+        head_check=1000,
+        without_redis=1000,
+        patience=0.5,
+    )
+
+    async def main() -> None:
+        first = following.afollow(run, 0)
+        assert (await anext(first)).seq == 1
+        await asyncio.to_thread(subscribed, beatless_app, run.run_id)
+        path.hold()
+        assert await numbers(following.afollow(ended, 0)) == [1, 2, 3, 4, 5, 6]
+        await asyncio.to_thread(beatless.work_until_idle)
+        assert await numbers(first) == [2, 3, 4, 5, 6]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_viewer_does_not_wait_for_a_silent_redis_longer_than_it_may(
+    beatless: Kit, beatless_app: App, path: Proxy
+) -> None:
+    run, other = beatless.start_run("two_steps"), beatless.start_run("two_steps")
+    following = streams(beatless_app, aredis_client=through(path, beatless_app), patience=1000)
+
+    async def main() -> None:
+        first = following.afollow(run, 0)
+        await anext(first)
+        await asyncio.to_thread(subscribed, beatless_app, run.run_id)
+        path.hold()
+        with pytest.raises(WaitTimeout, match="at seq 1"):
+            await numbers(following.afollow(other, 0, timeout=0.05))
+        await first.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        port = hole.getsockname()[1]
+        clients = iter([aioredis.Redis(host="127.0.0.1", port=port, socket_timeout=None)])
+        following = streams(
+            beatless_app,
+            aredis_client=lambda: next(clients, None) or beatless_app._aredis(),
+            without_redis=1000,
+            patience=0.1,
+        )
+
+        async def main() -> None:
+            stream = following.afollow(run, 0)
+            assert (await anext(stream)).seq == 1
+            await asyncio.to_thread(subscribed, beatless_app, run.run_id)
+            await asyncio.to_thread(beatless.work_until_idle)
+            assert await numbers(stream) == [2, 3, 4, 5, 6]
+
+        asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_a_slow_async_reader_falls_back_to_the_journal(beatless: Kit, monkeypatch) -> None:
