@@ -262,3 +262,69 @@ def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
     with closing(Schemas(private, "one", allowed=["shop:*"])) as schemas:
         schemas.redis.mset({"shop:cart": "x", "shops:cart": "x"})
         assert keys(schemas.left_outside(schemas.begin("test"))) == ["the Redis key shops:cart"]
+
+
+def test_workers_tell_a_leak_once_and_name_the_tests_that_ran_beside(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeini("[pytest]\nbeatless_app = shop:app")
+    pytester.makepyfile(
+        shop="""
+        from jobs import App, Plan, Settings, step
+        app = App(Settings.from_env(), [Plan("greet", [step(name="hello")(lambda ctx: 1)])])
+        """,
+        test_one="""
+        import redis
+
+        def test_culprit(beatless):
+            with redis.Redis.from_url(beatless.app.settings.redis_url, socket_timeout=None) as met:
+                met.set("stray", "x")
+                met.rpush("t_met_1:go", "x")
+                assert met.blpop("t_met_1:told", 30)
+        """,
+        test_other="""
+        import redis
+
+        def test_innocent(beatless):
+            with redis.Redis.from_url(beatless.app.settings.redis_url, socket_timeout=None) as met:
+                assert met.blpop("t_met_1:go", 30)
+
+        def test_after_it(beatless):
+            beatless.app.redis().rpush("t_met_1:told", "x")
+
+        def test_that_xdist_keeps_until_the_others_have_ended():
+            pass
+        """,
+    )
+
+    result = pytester.runpytest_subprocess(
+        *("-p", "beatless", "-p", "xdist", "-p", "no:cacheprovider", "-n", "2"),
+        "--dist=loadfile",
+    )
+
+    result.assert_outcomes(passed=4, errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_innocent*",
+            "this test, or one that ran beside it, left something outside of its own names:",
+            "  the Redis key stray",
+            "  beside it ran test_one.py::test_culprit",
+        ]
+    )
+
+
+def test_on_servers_of_others_their_keys_are_gone_through_once(private: Services) -> None:
+    with (
+        closing(Schemas(replace(private, ours=False), "guest")) as schemas,
+        closing(redis.Redis.from_url(private.redis_url)) as client,
+    ):
+        client.mset({f"others:{number}": "x" for number in range(5_000)})
+        prefix = schemas.begin("test")
+        client.mset({f"{prefix}:x": "x", f"{prefix}.x": "x"})
+        client.config_resetstat()
+
+        assert keys(schemas.left_outside(prefix)) == []
+
+        assert client.info("commandstats")["cmdstat_scan"]["calls"] == 2  # events, and broker
+        assert client.dbsize() == 5_000
