@@ -49,9 +49,6 @@ FAST = {
     "autovacuum_naptime": "5s",
 }
 
-# Whoever names this module as a plugin means that one.
-pytest_plugins = ["pytest_beatless"]
-
 OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 """Settings that each test has for itself."""
 
