@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import redis
 import sqlalchemy
 from celery import Celery
@@ -27,7 +28,7 @@ from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, PlanError
 from orchestrator.retention import Retention
 from outbox.chores import Chore
-from outbox.doorbell import KEEPALIVE, DirectConnection
+from outbox.doorbell import KEEPALIVE, DirectConnection, look_after
 from outbox.faults import CrashPoints
 from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from outbox.queries import Queries
@@ -75,6 +76,8 @@ class App:
                 **KEEPALIVE,
             },
         )
+        if not settings.pooled:  # a pooler's sessions are not ours to set
+            sqlalchemy.event.listen(self.engine, "connect", _on_connect)
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
         autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -212,3 +215,10 @@ class App:
         """Close what this process has opened."""
         self.engine.dispose()
         self.celery.close()
+
+
+def _on_connect(connection: psycopg.Connection[Any], _record: Any) -> None:
+    """Called by SQLAlchemy with what it has connected."""
+    connection.autocommit = True
+    look_after(connection)
+    connection.autocommit = False

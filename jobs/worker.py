@@ -37,7 +37,7 @@ from orchestrator.journal import Journal
 from orchestrator.lease import Heartbeat, Leases
 from orchestrator.plan import Plan
 from orchestrator.watchdog import Watchdog
-from outbox.doorbell import KEEPALIVE
+from outbox.doorbell import KEEPALIVE, look_after
 from outbox.faults import CrashPoints
 from outbox.publishers import worker_queue
 
@@ -268,7 +268,7 @@ class Executors:
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""
-        return psycopg.connect(
+        connection = psycopg.connect(
             make_conninfo(
                 libpq_url(self._settings.database_url),
                 application_name="beatless worker",
@@ -277,6 +277,9 @@ class Executors:
             autocommit=True,
             prepare_threshold=None if self._settings.pooled else 5,
         )
+        if not self._settings.pooled:  # a pooler's sessions are not ours to set
+            look_after(connection)
+        return connection
 
 
 class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -139,16 +139,7 @@ class Sessions:
                 "SELECT set_config(name, '0', false) FROM unnest(%s::text[]) AS name",
                 (["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"],),
             )
-            # The server's side as well: a host that vanished must not keep its locks for hours.
-            connection.execute(
-                "SELECT set_config(name, value, false) FROM (VALUES ('tcp_keepalives_idle', '5'), "
-                "('tcp_keepalives_interval', '1'), ('tcp_keepalives_count', '3'), "
-                "('tcp_user_timeout', '8000')) AS s(name, value)"
-            )
-            # One that waits for a lock would else stay, with its snapshot, when we are gone. Not
-            # every platform can look after its clients.
-            with suppress(psycopg.errors.InvalidParameterValue):
-                connection.execute(f"SET client_connection_check_interval TO '{LOOK_FOR_US}'")
+            look_after(connection)
         found = self.work.execute(
             "SELECT to_regclass(%s)", (f"{self.queries.schema}.dispatches",)
         ).fetchone()
@@ -315,6 +306,27 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
             )
         if self._watching is not None and not self.watch.pgconn.is_busy():
             self.members_changed = self.watch_granted = True
+
+
+def look_after(connection: psycopg.Connection[Any]) -> None:
+    """Have the server notice within seconds that the host of this session is gone, with its locks.
+
+    Keepalives are each side's own: by default the server's are every two hours. The connection is
+    in autocommit mode. It is closed if that fails.
+    """
+    try:
+        connection.execute(
+            "SELECT set_config(name, value, false) FROM (VALUES ('tcp_keepalives_idle', '5'), "
+            "('tcp_keepalives_interval', '1'), ('tcp_keepalives_count', '3'), "
+            "('tcp_user_timeout', '8000')) AS s(name, value)"
+        )
+        # One that waits for a lock would else stay, with its snapshot, when we are gone. Not every
+        # platform can look after its clients.
+        with suppress(psycopg.errors.InvalidParameterValue):
+            connection.execute(f"SET client_connection_check_interval TO '{LOOK_FOR_US}'")
+    except BaseException:
+        connection.close()
+        raise
 
 
 def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:

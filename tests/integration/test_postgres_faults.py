@@ -312,3 +312,31 @@ def test_without_a_connection_left_a_relay_waits_and_leaves_none_open(
 def take_all(server: EmbeddedPostgres, crowd: ExitStack) -> None:
     while True:
         crowd.enter_context(psycopg.connect(server.url))
+
+
+@pytest.mark.parametrize("session", ["transaction", "statement", "worker", "pooled"])
+def test_the_server_looks_after_every_session_so_that_a_lost_host_keeps_no_lock(
+    beatless_app: App, session: str
+) -> None:
+    watched = {
+        "tcp_keepalives_idle": "5",
+        "tcp_keepalives_interval": "1",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "8000",
+        "client_connection_check_interval": "5s",
+    }
+    url = beatless_app.settings.database_url
+    settings = replace(beatless_app.settings, listen_url=f"{url}?application_name=direct")
+    pooled = App(settings, [])
+    with ExitStack() as opened:
+        opened.callback(pooled.close)
+        if session == "worker":
+            show = opened.enter_context(beatless_app.executors.connect()).execute
+        else:
+            engine = pooled.engine if session == "pooled" else beatless_app.engine
+            if session == "statement":
+                engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+            show = opened.enter_context(engine.connect()).exec_driver_sql
+        found = {name: show(f"SHOW {name}").fetchone()[0] for name in watched}
+    # A pooler's session is not ours to set.
+    assert (found == watched) is (session != "pooled"), found
