@@ -1,11 +1,9 @@
 """What people do with runs: start, read, follow, cancel. Holds no state of a run."""
 
-import itertools
 import json
 import logging
 import re
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from jobs.queues import Queues
 from jobs.schema import head
 from jobs.stream import Streams
 from jobs.tracing import Tracing
+from jobs.transactions import transact
 from orchestrator.errors import CannotRetry, OrchestratorError
 from orchestrator.events import Event, encode, storable
 from orchestrator.executor import reusable
@@ -31,7 +30,6 @@ from orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
 from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
 from orchestrator.timeline import Moment, timeline
-from outbox.backoff import Backoff
 from outbox.letters import DeadLetter, LetterStatements
 from outbox.queries import Caller, execute_lazily
 
@@ -39,11 +37,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TRIES = 5
-"""How often a call is tried that Postgres ends for a deadlock with another."""
-
 RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+ENDED = (
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.QueryCanceled,
+)
+"""What a server says that is there and has ended the statement."""
 
 TAGS_LENGTH = 16 * 1024
 """Characters of all names and values: tags are for finding runs."""
@@ -610,27 +612,12 @@ class Client:
     def _do(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
-        A pooled connection may have died since its last use, and two starts of the same keys in
-        another order may deadlock. Everything here can be repeated: a start has its run id, a
-        cancel is stored once.
+        Everything here can be repeated: a start has its run id, a cancel is stored once.
         """
         if given is not None:
             return act(given)
-        backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
         with reaching_postgres(self._journal.schema):
-            for tried in itertools.count(1):
-                try:
-                    with self._engine.begin() as connection:
-                        return act(connection)
-                except exc.DBAPIError as error:
-                    deadlock = isinstance(error.orig, psycopg.errors.DeadlockDetected)
-                    lost = error.connection_invalidated and tried == 1
-                    if not lost and (not deadlock or tried == TRIES):
-                        raise
-                    if deadlock:
-                        # At once, we would take from the winner what it was just given.
-                        pause.wait(backoff.delay(tried))
-        raise AssertionError("unreachable")
+            return transact(self._engine, act, twice=True)
 
 
 def check_cursor(run: Run, after: int) -> None:
@@ -657,7 +644,7 @@ def reaching_postgres(schema: str) -> Iterator[None]:
     except (exc.OperationalError, psycopg.OperationalError) as error:
         cause = error.orig if isinstance(error, exc.DBAPIError) else error
         reason = str(cause).strip().splitlines()[0]
-        if isinstance(cause, (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)):
+        if isinstance(cause, ENDED):
             raise StatementTimeout(reason) from error
         raise Unreachable("Postgres", reason) from error
     except exc.TimeoutError as error:

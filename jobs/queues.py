@@ -5,18 +5,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import TypeVar
 
 import sqlalchemy
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
 
 from jobs.errors import BadRequest, QueueBusy
+from jobs.transactions import transact
 from orchestrator.errors import RunIsActive
 from orchestrator.queues import QueueState, QueueStatements
 from orchestrator.state import FINAL
 from outbox.publishers import worker_queue
+from outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MANY = 100_000
 """Ended runs from which on they are not counted at each question."""
@@ -52,8 +57,7 @@ class Queues:
         with self._counting:
             began = monotonic()
             ended = began >= self._count_at
-            with self._engine.begin() as connection:
-                found = self._statements.states(connection, ended=ended)
+            found = self._do(lambda caller: self._statements.states(caller, ended=ended))
             if ended:
                 self._counted = {state.name: state for state in found}
                 many = sum(s.completed + s.failed + s.cancelled for s in found) >= MANY
@@ -67,20 +71,17 @@ class Queues:
 
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
-        with self._engine.begin() as connection:
-            self._statements.pause(connection, name)
+        self._do(lambda caller: self._statements.pause(caller, name))
         with self._engine.begin() as connection:
             self._statements.await_claims(connection)
 
     def resume(self, name: str) -> None:
         """Let its runs start again."""
-        with self._engine.begin() as connection:
-            self._statements.resume(connection, name)
+        self._do(lambda caller: self._statements.resume(caller, name))
 
     def drain(self, name: str) -> int:
         """Take away the runs that wait and leave those that run; how many were taken away."""
-        with self._engine.begin() as connection:
-            removed = self._statements.remove_waiting(connection, name)
+        removed = self._do(lambda caller: self._statements.remove_waiting(caller, name))
         self._empty_broker(name, delete=False)
         return len(removed)
 
@@ -90,10 +91,14 @@ class Queues:
         Raises QueueBusy while runs of it are running, unless `force`: their workers then find that
         their lease is gone, and write nothing more. A refusal has changed nothing.
         """
-        with self._engine.begin() as connection:
-            removed, running = self._statements.remove_queue(connection, name, force=force)
+
+        def remove(caller: Caller) -> list[str]:
+            removed, running = self._statements.remove_queue(caller, name, force=force)
             if running and not force:
                 raise QueueBusy(name, running)
+            return removed
+
+        removed = self._do(remove)
         self._count_anew()
         self._empty_broker(name, delete=True)
         return len(removed)
@@ -101,26 +106,34 @@ class Queues:
     def clean(self, state: str, *, seconds: float, limit: int, namespace: str) -> int:
         """Take away runs that ended in this state so many seconds ago; how many."""
         _check_final(state)
-        with self._engine.begin() as connection:
-            removed = self._statements.remove_finished(
-                connection, state=state, seconds=seconds, limit=limit, namespace=namespace
+        removed = self._do(
+            lambda caller: self._statements.remove_finished(
+                caller, state=state, seconds=seconds, limit=limit, namespace=namespace
             )
+        )
         self._count_anew()
         return len(removed)
 
     def count_finished(self, state: str, *, seconds: float, namespace: str) -> tuple[int, int]:
         """(runs, events) that `clean` would take away without a limit."""
         _check_final(state)
-        with self._engine.begin() as connection:
-            return self._statements.count_finished(
-                connection, state=state, seconds=seconds, namespace=namespace
+        return self._do(
+            lambda caller: self._statements.count_finished(
+                caller, state=state, seconds=seconds, namespace=namespace
             )
+        )
 
     def remove_run(self, run_id: str, *, namespace: str) -> None:
         """Take away one run. Raises RunIsActive while a worker has it."""
-        with self._engine.begin() as connection:
-            if not self._statements.remove_run(connection, run_id, namespace=namespace):
-                raise RunIsActive(run_id)
+        removed = self._do(
+            lambda caller: self._statements.remove_run(caller, run_id, namespace=namespace)
+        )
+        if not removed:
+            raise RunIsActive(run_id)
+
+    def _do(self, act: Callable[[Caller], T]) -> T:
+        # What was taken away twice would be counted once, and `clean` would go beyond its limit.
+        return transact(self._engine, act, twice=False)
 
     def _empty_broker(self, name: str, *, delete: bool) -> None:
         """Its messages would start nothing any more, but an operator would see them."""

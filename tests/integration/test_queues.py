@@ -8,7 +8,7 @@ import pytest
 
 from jobs import App, BadRequest, RunNotFound, RunState
 from jobs.client import RunRequest
-from jobs.errors import QueueBusy
+from jobs.errors import QueueBusy, Unreachable
 from jobs.testing import Kit
 from orchestrator.errors import RunIsActive
 
@@ -303,3 +303,39 @@ def test_what_clean_would_take_away_is_counted(beatless: Kit) -> None:
     with pytest.raises(BadRequest, match="choose cancelled, completed, failed"):
         beatless.client.count_finished("queued", 0)
     assert len(beatless.client.list_runs()) == 4
+
+
+def test_a_connection_that_died_in_the_pool_is_nobodys_problem(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    start(beatless, 2)
+    beatless_app.engine.dispose()
+    with beatless_app.engine.connect() as connection:
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+    assert postgres.execute("SELECT pg_terminate_backend(%s, 60000)", (pid,)).fetchone() == (True,)
+
+    assert beatless.client.drain_queue("default") == 2
+
+
+def test_runs_are_not_taken_away_again_when_the_answer_to_the_commit_was_lost(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    """They may be gone: `clean` would take as many others, and a drain tell of too few."""
+    start(beatless, 2)
+    beatless.work_until_idle()
+    postgres.execute("CREATE SEQUENCE deaths")
+    postgres.execute(
+        "CREATE FUNCTION die_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF nextval(TG_TABLE_SCHEMA || '.deaths') = 1 THEN"
+        " PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NULL; END $$"
+    )
+    postgres.execute(
+        "CREATE CONSTRAINT TRIGGER at_commit AFTER DELETE ON runs"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION die_once()"
+    )
+    try:
+        with pytest.raises(Unreachable):
+            beatless.client.clean("completed", older_than=0, limit=1)
+        assert len(beatless.client.list_runs()) == 2
+    finally:
+        postgres.execute("DROP FUNCTION die_once CASCADE; DROP SEQUENCE deaths")

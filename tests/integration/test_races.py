@@ -167,6 +167,42 @@ def test_a_deadlock_of_two_starts_is_nobodys_problem(
     beatless.verify()
 
 
+def drained(beatless: Kit, postgres: psycopg.Connection, patient: psycopg.Connection) -> Any:
+    """What a drain came to that waits for the session that waits for it."""
+    first, second = (beatless.start_run("two_steps").run_id for _ in range(2))
+    found: list[Any] = []
+    schema = beatless.app.settings.schema
+    patient.execute(f"SELECT FROM {schema}.dispatches WHERE run_id = %s FOR UPDATE", (second,))
+    thread = threading.Thread(
+        target=lambda: found.extend(at_once(lambda: beatless.client.drain_queue("default")))
+    )
+    thread.start()
+    try:
+        until(postgres, blocked_by=patient.info.backend_pid)
+        patient.execute(f"SELECT FROM {schema}.runs WHERE run_id = %s FOR UPDATE", (first,))
+    finally:
+        patient.rollback()
+        thread.join(60)
+    return found[0]
+
+
+def test_a_deadlock_of_a_drain_is_nobodys_problem(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """Postgres ends the drain, which has waited for longer, and the drain is tried again."""
+    with closing(beatless_app.executors.connect()) as patient:
+        patient.autocommit = False
+        for _ in range(20):
+            try:
+                found = drained(beatless, postgres, patient)
+            except psycopg.errors.DeadlockDetected:
+                continue  # a second went by before it was one, so this session is ended: again
+            break
+
+    assert found == 2
+    assert beatless.client.list_runs() == []
+
+
 def test_cancel_and_finish_race_to_one_end(beatless: Kit, beatless_app: App, executors) -> None:
     plan = beatless_app.plans["two_steps"]
     executor = executors()
