@@ -368,9 +368,9 @@ def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
         clients = iter([aioredis.Redis(host="127.0.0.1", port=port, socket_timeout=None)])
         following = streams(
             beatless_app,
-            aredis_client=lambda: next(clients, None) or beatless_app._aredis(),
+            aredis_client=lambda: next(clients, None) or beatless_app.aredis(),
             without_redis=1000,
-            patience=0.1,
+            patience=1,
         )
 
         async def main() -> None:
