@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def hang(ctx: StepContext) -> None:
     threading.Event().wait(120)
 
 
-@step(timeout=0.5, retry=retry(max_attempts=2, initial=0.1, jitter=0))
+@step(timeout=0.5, retry=retry(max_attempts=2, initial=10, jitter=0))
 def hangs(ctx: StepContext) -> str:
     """Hangs in as many attempts as the input says."""
     if ctx.attempt <= ctx.input.get("hangs", 1):
@@ -210,7 +211,7 @@ def hangs(ctx: StepContext) -> str:
 limited = Plan("limited", [hangs, first])
 
 
-@step(timeout=0.5, transactional=True, retry=retry(max_attempts=2, initial=0.1, jitter=0))
+@step(timeout=0.5, transactional=True, retry=retry(max_attempts=2, initial=10, jitter=0))
 def hangs_in_transaction(ctx: StepContext) -> int:
     """Inserts, then hangs in the first attempt."""
     ctx.connection.exec_driver_sql(
@@ -222,6 +223,13 @@ def hangs_in_transaction(ctx: StepContext) -> int:
 
 
 limited_transaction = Plan("limited_transaction", [hangs_in_transaction])
+
+UNLIMITED = [
+    Plan("limited", [replace(hangs, timeout=None), first]),
+    Plan("limited_transaction", [replace(hangs_in_transaction, timeout=None)]),
+    two_steps,
+]
+"""The same with time, for an attempt that does not hang on a machine that does."""
 
 
 @step(timeout=0.1)

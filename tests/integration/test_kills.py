@@ -19,6 +19,8 @@ from jobs import App, RunState
 from jobs.client import RunRequest
 from jobs.services import EmbeddedValkey
 from jobs.testing import Kit
+from tests.integration.test_processes import await_death
+from tests.plans import UNLIMITED
 
 APP = "tests.plans:app"
 RUNS = 3
@@ -115,13 +117,24 @@ def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 1}])
 def test_a_body_that_lets_no_other_thread_run_ends_its_process_all_the_same(
     beatless: Kit, tmp_path: Path
 ) -> None:
     """Neither heartbeat nor watchdog can run; a timer in C ends it, and the lease runs out."""
     beatless.relay_process(APP)
-    beatless.worker_process(APP)
+    worker = beatless.worker_process(APP)
     run = beatless.start_run("limited", {"started": str(tmp_path / "started"), "how": "stuck"})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+    await_death(int((beatless.client.get_run(run.run_id).worker or "").split(":")[-2]))
+    other = beatless.start_run("two_steps")
+    assert beatless.wait_for_run_completion(other.run_id).result == "one two"  # by another child
+    worker.kill()
+    beatless.advance(301)
+    for plan in UNLIMITED:
+        beatless.app.plans[plan.name] = plan
+    while beatless.step(run.run_id):
+        pass
 
     assert beatless.wait_for_run_completion(run.run_id, timeout=60).result == "one"
 

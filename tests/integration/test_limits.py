@@ -1,8 +1,8 @@
 """Steps and runs that take too long end, whatever their bodies do."""
 
 import logging
-import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -12,9 +12,11 @@ import psycopg
 import pytest
 
 from jobs import BadRequest, Event, LeaseLost, RunState, StepTimeout
+from jobs.dev import Child
 from jobs.testing import Kit
 from orchestrator.lease import Lease
 from orchestrator.watchdog import Attempt, Watchdog
+from tests.plans import UNLIMITED
 
 APP = "tests.plans:app"
 
@@ -34,6 +36,23 @@ class TestInWorkerProcesses:
         """Leases that outlive the test: nothing here waits for one to run out."""
         return {"lease_seconds": 300, "redispatch_seconds": 300}
 
+    @pytest.fixture
+    def finish(self, beatless: Kit) -> Callable[[Child, str], None]:
+        """Makes the attempt after one that hung, with time: its worker goes on, then is killed."""
+
+        def go_on(worker: Child, run_id: str) -> None:
+            beatless.wait_for_event(run_id, "StepFailed")
+            other = beatless.start_run("two_steps")
+            assert beatless.wait_for_run_completion(other.run_id).result == "one two"
+            worker.kill()
+            beatless.advance(10)
+            for plan in UNLIMITED:
+                beatless.app.plans[plan.name] = plan
+            while beatless.step(run_id):
+                pass
+
+        return go_on
+
     @pytest.mark.parametrize(
         "how",
         [
@@ -44,11 +63,12 @@ class TestInWorkerProcesses:
         ],
     )
     def test_an_attempt_that_hangs_has_failed_and_the_next_one_follows(
-        self, beatless: Kit, started: Path, how: str
+        self, beatless: Kit, started: Path, how: str, finish: Callable[[Child, str], None]
     ) -> None:
         beatless.relay_process(APP)
-        beatless.worker_process(APP)
+        worker = beatless.worker_process(APP)
         run = beatless.start_run("limited", {"started": str(started), "how": how})
+        finish(worker, run.run_id)
 
         assert beatless.wait_for_run_completion(run.run_id).result == "one"
 
@@ -64,6 +84,8 @@ class TestInWorkerProcesses:
         beatless.relay_process(APP)
         beatless.worker_process(APP)
         run = beatless.start_run("limited", {"started": str(started), "hangs": 9, "how": "swallow"})
+        beatless.wait_for_event(run.run_id, "StepFailed")
+        beatless.advance(10)
 
         failed = beatless.wait_for_run_completion(run.run_id)
 
@@ -74,15 +96,21 @@ class TestInWorkerProcesses:
 
     @pytest.mark.parametrize("how", ["query", pytest.param("swallow", marks=pytest.mark.long)])
     def test_a_transaction_that_hangs_leaves_nothing(
-        self, beatless: Kit, postgres: psycopg.Connection, started: Path, how: str
+        self,
+        beatless: Kit,
+        postgres: psycopg.Connection,
+        started: Path,
+        how: str,
+        finish: Callable[[Child, str], None],
     ) -> None:
         table = f"{beatless.app.settings.schema}.effects"
         postgres.execute("CREATE TABLE effects (key text)")
         beatless.relay_process(APP)
-        beatless.worker_process(APP)
+        worker = beatless.worker_process(APP)
         run = beatless.start_run(
             "limited_transaction", {"table": table, "started": str(started), "how": how}
         )
+        finish(worker, run.run_id)
 
         assert beatless.wait_for_run_completion(run.run_id).result == 2
 
@@ -152,17 +180,19 @@ class TestInWorkerProcesses:
         beatless.verify()
 
     def test_in_the_threads_pool_an_attempt_that_hangs_is_fenced(
-        self, beatless: Kit, started: Path
+        self, beatless: Kit, started: Path, finish: Callable[[Child, str], None]
     ) -> None:
         beatless.relay_process(APP)
         worker = beatless.worker_process(APP, concurrency=2, arguments=["--", "--pool", "threads"])
         run = beatless.start_run("limited", {"started": str(started), "how": "wait"})
+        beatless.wait_for_event(run.run_id, "StepFailed")
+        assert worker.alive
+        finish(worker, run.run_id)  # its thread still hangs
 
         assert beatless.wait_for_run_completion(run.run_id).result == "one"
 
-        assert failures(beatless.client.events(run.run_id))[0]["type"] == "StepTimeout"
-        assert worker.alive
-        os.kill(worker.pid, 9)  # its thread still hangs
+        (error,) = failures(beatless.client.events(run.run_id))
+        assert error["type"] == "StepTimeout"
         beatless.verify()
 
 

@@ -41,7 +41,7 @@ def await_death(pid: int) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    until(dead)
+    until(dead, 60)
 
 
 def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_path: Path) -> None:
