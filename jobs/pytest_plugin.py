@@ -326,7 +326,7 @@ class Schemas:
         self.ear = self.redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
         self.ear.psubscribe(f"t_{self.worker}_*", *(ANYWHERE if services.ours else ()))
         self.heard()
-        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", self._look)
+        sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", self._look)
 
     def _claim_name(self, worker: str) -> str:
         """A name that no other session on the same servers uses, for as long as ours lives."""
@@ -556,7 +556,7 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
         _context: Any,
         _many: bool,
     ) -> None:
-        """A statement of any engine in this process: does it write runs that are not the test's?"""
+        """A statement of any engine in this process: did it write runs that are not the test's?"""
         if not (found := WRITE.search(statement)) or found[1] == self._schema:
             return
         url, here = connection.engine.url, make_url(self.services.database_url)
@@ -603,7 +603,7 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
             self.redis.hdel(self._running, self.worker)
 
     def close(self) -> None:
-        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", self._look)
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", self._look)
         for schema in (*self._free, *self._abandoned):
             # Whoever held an abandoned one may hold it still; the next session drops it then.
             with suppress(psycopg.errors.LockNotAvailable):

@@ -316,8 +316,14 @@ def give_up(postgres: psycopg.Connection, run_ids: list[str]) -> None:
     """As if the last attempts of these runs had failed."""
     error = {"type": "Fatal", "message": "with one", "traceback": "in half_second"}
     postgres.execute(
-        "UPDATE runs SET state = 'failed', finished_at = clock_timestamp(), error = %s"
-        " WHERE run_id = ANY(%s)",
+        """
+WITH failed AS (
+  UPDATE runs SET state = 'failed', finished_at = clock_timestamp(), error = %s,
+                  last_seq = last_seq + 1
+   WHERE run_id = ANY(%s) RETURNING run_id, last_seq
+)
+INSERT INTO run_events (run_id, seq, type, source, data)
+SELECT run_id, last_seq, 'RunFinished', 'worker', '{"outcome": "failed"}' FROM failed""",
         (json.dumps(error), run_ids),
     )
 
