@@ -333,12 +333,7 @@ class Executor:
         Another worker may hold it, or it has ended, waits, or its queue is paused: a second
         delivery is nothing. `max_steps` gives the run back after that many steps (0: no limit).
         """
-        try:
-            lease = self._claim(plan, run_id, dispatch)
-        except AWAY:
-            # Whether the claim was committed is unknown: the dispatch or the lease brings it back.
-            self.disconnect()
-            raise
+        lease = self._claim(plan, run_id, dispatch)
         if lease is None:
             self.observer("not_claimed", {"run_id": run_id})
             logger.info(
@@ -380,13 +375,25 @@ class Executor:
             )
 
     def _claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
-        return self.leases.claim(
-            self.connection(),
-            run_id,
-            worker=self.worker,
-            first_step=plan.first.name,
-            dispatch=dispatch,
-        )
+        """Claim the run, a second time on a new connection: the old one may have died in between.
+
+        Whether a claim that failed was committed is unknown: then the lease brings the run back.
+        """
+        again = self._connection is not None
+        while True:
+            try:
+                return self.leases.claim(
+                    self.connection(),
+                    run_id,
+                    worker=self.worker,
+                    first_step=plan.first.name,
+                    dispatch=dispatch,
+                )
+            except AWAY:
+                self.disconnect()
+                if not again:
+                    raise
+                again = False
 
 
 class Execution:

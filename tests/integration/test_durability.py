@@ -255,6 +255,41 @@ def test_a_terminated_connection_in_the_middle_of_a_step_is_survived(
     beatless.verify()
 
 
+def test_a_connection_that_died_between_two_runs_costs_no_message(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    pid = beatless.executor().connection().info.backend_pid
+    run = beatless.start_run("two_steps")
+    postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_a_claim_that_fails_on_a_new_connection_is_not_made_again(
+    beatless: Kit, beatless_app: App
+) -> None:
+    """Celery tells of it, and the dispatch brings it back: a worker waits for no run."""
+    run = beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    executor, calls = beatless.executor(), []
+
+    def refuse(*_arguments, **_named):
+        calls.append(1)
+        raise psycopg.OperationalError("the server is starting up")
+
+    claim, beatless_app.leases.claim = beatless_app.leases.claim, refuse
+    for expected in (1, 2):
+        with pytest.raises(psycopg.OperationalError, match="starting up"):
+            executor.execute(beatless_app.plans["two_steps"], run.run_id, 1)
+        assert len(calls) == expected
+    beatless_app.leases.claim = claim
+
+
 @pytest.mark.parametrize("which", ["append", "settle"])
 def test_a_commit_whose_answer_was_lost_is_not_repeated(
     beatless: Kit, beatless_app: App, which: str

@@ -80,6 +80,25 @@ def test_a_step_whose_commit_was_not_answered_is_neither_repeated_nor_lost(
     proxied.verify()
 
 
+def test_a_claim_whose_commit_was_not_answered_is_brought_back_by_its_lease(
+    proxied: Kit, path: Proxy
+) -> None:
+    proxied.executor().connection()
+    run = proxied.start_run("two_steps")
+    proxied.drain_outbox_once()
+    path.lose_answer_to(b"COMMIT")
+
+    plan = proxied.app.plans["two_steps"]
+    assert not proxied.executor().execute(plan, run.run_id, 1)
+    assert path.lost.is_set()
+    assert proxied.client.get_run(run.run_id).state is RunState.RUNNING
+    proxied.advance(60)
+    proxied.work_until_idle()
+
+    assert proxied.client.get_run(run.run_id).result == "one two"
+    proxied.verify()
+
+
 def test_a_transactional_step_whose_commit_was_not_answered_is_not_executed_again(
     proxied: Kit, path: Proxy, postgres: psycopg.Connection
 ) -> None:
