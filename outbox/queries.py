@@ -148,7 +148,8 @@ class Queries:
             f"""SELECT * FROM {s}.run_outbox
     WHERE shard = %(shard)s AND run_id = %(run_id)s ORDER BY id LIMIT 500""",
         )
-        # Arrays as text: psycopg takes half as long to write one as to write the list. Row by row,
+        # No write of the relay waits for a row: whoever holds it would stop all runs. Arrays as
+        # text: psycopg takes half as long to write one as to write the list. Row by row,
         # by LIMIT: told by an ANALYZE of the empty table that it has one row, the planner would
         # join the other way round and read the whole backlog.
         self.forget_events_sql = f"""
@@ -156,7 +157,8 @@ DELETE FROM {s}.run_outbox WHERE ctid = ANY(ARRAY(
   SELECT o.ctid
     FROM unnest(%(shards)s::text::int[], %(ids)s::text::bigint[]) AS done(shard, id)
    CROSS JOIN LATERAL (
-     SELECT ctid FROM {s}.run_outbox r WHERE r.shard = done.shard AND r.id = done.id LIMIT 1) o))"""
+     SELECT ctid FROM {s}.run_outbox r WHERE r.shard = done.shard AND r.id = done.id
+      LIMIT 1 FOR UPDATE SKIP LOCKED) o))"""
         lanes = f"""
 WITH RECURSIVE lane(queue, priority) AS (
   (SELECT queue, priority FROM {s}.dispatches WHERE state = 'waiting'
@@ -174,7 +176,7 @@ WITH RECURSIVE lane(queue, priority) AS (
         # run that a dead worker had begun goes on even if its queue was paused meanwhile. The time
         # is a subquery: compared with a volatile function, every delayed run would be read.
         now = "(SELECT coalesce(%(now)s, clock_timestamp()))"
-        self.pick_tasks_sql = f"""{lanes}, out AS (
+        pick_tasks = f"""{lanes}, out AS (
   SELECT queue, count(*) AS messages FROM {s}.dispatches
    WHERE state <> 'waiting' AND state = 'sent' GROUP BY queue
 ), ready AS (
@@ -184,29 +186,44 @@ WITH RECURSIVE lane(queue, priority) AS (
        WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
          AND d.due_at <= {now} AND d.shard = ANY(%(shards)s)
          AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
-       ORDER BY d.due_at LIMIT {window}) d
+       ORDER BY d.due_at LIMIT {window}{{lock}}) d
 )
 (SELECT run_id, task, queue, attempts + 1, reason
    FROM ready LEFT JOIN out USING (queue) WHERE place <= {window} - coalesce(messages, 0)
   ORDER BY priority DESC, due_at)
 UNION ALL
-(SELECT d.run_id, d.task, d.queue, d.attempts + 1,
+SELECT * FROM (SELECT d.run_id, d.task, d.queue, d.attempts + 1,
         CASE d.state WHEN 'sent' THEN 'unclaimed' ELSE d.reason END
    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
   WHERE d.state <> 'waiting' AND d.due_at <= {now}
     AND d.shard = ANY(%(shards)s)
     AND (d.state = 'running' OR d.reason = 'lease' OR q.paused_at IS NULL)
     AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
-  ORDER BY d.due_at LIMIT {window})"""
+  ORDER BY d.due_at LIMIT {window}{{lock}}) AS due"""
+        self.pick_tasks_sql = pick_tasks.replace("{lock}", "")
+        # Without those that another transaction holds. Locks are written: only while there are any.
+        self.pick_free_tasks_sql = pick_tasks.replace(
+            "{lock}", " FOR NO KEY UPDATE OF d SKIP LOCKED"
+        )
+        self.still_due_sql = f"""
+SELECT task_id FROM unnest(%(task_ids)s::text[]) AS task_id CROSS JOIN LATERAL (
+  SELECT attempts FROM {s}.dispatches
+   WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '') AND due_at <= {now} LIMIT 1) d
+ WHERE attempts + 1 = regexp_replace(task_id, '^.*[.]', '')::int"""
         # A worker may have claimed the run before this statement came: its due time has moved.
         self.mark_sent_sql = f"""
 UPDATE {s}.dispatches d
-   SET state = 'sent', attempts = m.attempt,
+   SET state = 'sent', attempts = d.attempts + 1,
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN least(power(2, m.attempt - 1), 32) ELSE 1 END)
-  FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
- WHERE d.run_id = ANY(%(run_ids)s::text[]) AND d.run_id = m.run_id AND d.attempts = m.attempt - 1
-   AND d.due_at <= coalesce(%(now)s, clock_timestamp())"""
+         * CASE WHEN d.state = 'sent' THEN least(power(2, d.attempts), 32) ELSE 1 END)
+ WHERE run_id = ANY(ARRAY(
+   SELECT free.run_id
+     FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
+    CROSS JOIN LATERAL (
+      SELECT run_id FROM {s}.dispatches
+       WHERE run_id = m.run_id AND attempts = m.attempt - 1
+         AND due_at <= coalesce(%(now)s, clock_timestamp())
+       LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) free))"""
         # What is due and was not taken waits for a place in the window, which the claims of another
         # relay's shards may free without a ring: look again soon.
         self.next_due_sql = f"""{lanes}
@@ -226,11 +243,16 @@ SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
 UPDATE {s}.dispatches
    SET state = CASE reason WHEN 'lease' THEN state ELSE 'waiting' END, due_at = clock_timestamp(),
        reason = CASE reason WHEN 'lease' THEN reason ELSE 'broker_lost' END
- WHERE state <> 'waiting' AND state = 'sent' AND shard = ANY(%(shards)s)"""
+ WHERE run_id = ANY(ARRAY(
+   SELECT run_id FROM {s}.dispatches
+    WHERE state <> 'waiting' AND state = 'sent' AND shard = ANY(%(shards)s)
+      FOR NO KEY UPDATE SKIP LOCKED))"""
         self.last_id_sql = f"SELECT last_value FROM {s}.run_outbox_id_seq"
         self.park_sql = f"""
 WITH gone AS (
-  DELETE FROM {s}.run_outbox WHERE shard = %(shard)s AND id = ANY(%(ids)s)
+  DELETE FROM {s}.run_outbox WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {s}.run_outbox WHERE shard = %(shard)s AND id = ANY(%(ids)s)
+       FOR UPDATE SKIP LOCKED))
   RETURNING shard, from_seq, to_seq
 )
 INSERT INTO {s}.dead_letters (kind, run_id, reason, message)

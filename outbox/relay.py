@@ -69,6 +69,9 @@ while so many do, no other is tried."""
 PARTING = 2.0
 """Seconds that a relay which stops waits for the broker. What it does not note is sent again."""
 
+LOCKED_LOOK = 0.25
+"""Seconds between two looks at what is due while another transaction holds its row."""
+
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
 
@@ -149,7 +152,11 @@ class Drain:
         self._faults = faults
         self._observer = observer
         self._published: list[PickedEvents] = []
+        self._undeleted: list[PickedEvents] = []
         self._sent: list[TaskMessage] = []
+        self._unmarked: set[str] = set()
+        self.crowded = False
+        """What another transaction holds took the places of others: look once more."""
         self._strikes: Counter[str] = Counter()
         self._floor = 0
         self._candidate: Floor | None = None
@@ -167,12 +174,20 @@ class Drain:
             self._courier.close()
             self._courier = self._new_courier()
             self._task_door.failed(PublishFailed("the broker", f"no answer in {HOPELESS:g} s"))
+        marked = {message.task_id for message in self._sent}
         with self._connection.pipeline():
-            self._forget(now)
+            forget = self._forget(now)
+            still_due = self._ask_for_unmarked(now)
             events = self._pick_events(shards, run_id)
             tasks = self._pick_tasks(shards, run_id, now)
         picked = list(map(PickedEvents._make, events.fetchall())) if events else []
         messages = task_messages(tasks.fetchall()) if tasks else []
+        if forget and self._note_undeleted(*forget):
+            picked = self._without_undeleted(picked, looked=events is not None and run_id is None)
+        if still_due:
+            self._unmarked = {task_id for (task_id,) in still_due.fetchall()}
+            self._unmarked.difference_update(message.task_id for message in messages)
+        messages = self._without_unmarked(messages, marked)
         if picked or messages:
             self._faults.reach("relay.after_claim")
         if messages:
@@ -199,12 +214,21 @@ class Drain:
         """Delete what the last step published, without selecting more."""
         self._courier.wait(PARTING)
         self._take_back(shards)
-        self._forget(now)
+        if forget := self._forget(now):
+            self._note_undeleted(*forget)
 
     @property
     def returned(self) -> bool:
         """Whether the broker has answered, after a step that did not wait for it."""
         return self._courier.returned
+
+    @property
+    def unlocked_in(self) -> float | None:
+        """Seconds until a look at what another transaction held in the last step, or None.
+
+        It may roll back, which rings nobody.
+        """
+        return LOCKED_LOOK if self._undeleted or self._unmarked else None
 
     @property
     def opens_in(self) -> float | None:
@@ -242,16 +266,20 @@ class Drain:
         ).fetchone()
         return row[0] if row else None
 
-    def _forget(self, now: datetime | None) -> None:
-        if self._published:
-            self._connection.execute(
+    def _forget(
+        self, now: datetime | None
+    ) -> tuple[list[PickedEvents], psycopg.Cursor[tuple[Any, ...]]] | None:
+        """Delete and mark what was published, without what another transaction holds."""
+        done, deleted = self._undeleted + self._published, None
+        self._undeleted, self._published = [], []
+        if done:
+            deleted = self._connection.execute(
                 self._queries.forget_events_sql,
                 {
-                    "shards": f"{{{','.join(str(picked.shard) for picked in self._published)}}}",
-                    "ids": f"{{{','.join(str(picked.id) for picked in self._published)}}}",
+                    "shards": f"{{{','.join(str(picked.shard) for picked in done)}}}",
+                    "ids": f"{{{','.join(str(picked.id) for picked in done)}}}",
                 },
             )
-            self._published = []
         if self._sent:
             self._connection.execute(
                 self._queries.mark_sent_sql,
@@ -263,6 +291,41 @@ class Drain:
                 },
             )
             self._sent = []
+        return (done, deleted) if deleted else None
+
+    def _note_undeleted(
+        self, done: list[PickedEvents], deleted: psycopg.Cursor[tuple[Any, ...]]
+    ) -> bool:
+        """Whether some of it may be there still: held, or deleted by somebody else."""
+        if deleted.rowcount != len(done):
+            self._undeleted = done
+        return bool(self._undeleted)
+
+    def _without_undeleted(self, picked: list[PickedEvents], *, looked: bool) -> list[PickedEvents]:
+        """What is there again though it was published is only to be deleted."""
+        known = {row.id for row in self._undeleted}
+        if looked:
+            self._undeleted = [row for row in picked if row.id in known]
+        return [row for row in picked if row.id not in known]
+
+    def _without_unmarked(self, messages: list[TaskMessage], marked: set[str]) -> list[TaskMessage]:
+        """What is due again as if it had not been sent is held: by a claim, or for long.
+
+        It is sent again when it is free: whoever took the message has given up by then.
+        """
+        again = {message.task_id for message in messages if message.task_id in marked}
+        self.crowded = bool(again)
+        if not again:
+            return messages
+        self._unmarked |= again
+        return [message for message in messages if message.task_id not in again]
+
+    def _ask_for_unmarked(self, now: datetime | None) -> psycopg.Cursor[tuple[Any, ...]] | None:
+        if not self._unmarked:
+            return None
+        return self._connection.execute(
+            self._queries.still_due_sql, {"task_ids": list(self._unmarked), "now": now}
+        )
 
     def _pick_events(
         self, shards: Sequence[int], run_id: str | None
@@ -286,7 +349,7 @@ class Drain:
         if not self._task_door.open or self._courier.away:
             return None
         return self._connection.execute(
-            self._queries.pick_tasks_sql,
+            self._queries.pick_free_tasks_sql if self._unmarked else self._queries.pick_tasks_sql,
             {"shards": list(shards), "run_id": run_id, "now": now},
         )
 
@@ -395,8 +458,10 @@ class Drain:
         Ids commit out of order, so "the last id seen" would lose rows.
         """
         per_shard = Counter(row.shard for row in picked)
-        complete = len(self._published) == len(picked) and (
-            not picked or max(per_shard.values()) < self._queries.per_shard
+        complete = (
+            len(self._published) == len(picked)
+            and not self._undeleted
+            and (not picked or max(per_shard.values()) < self._queries.per_shard)
         )
         if complete and self._decided and self._candidate:
             self._floor = self._candidate.id
@@ -514,8 +579,10 @@ class Relay:
             drain = self._once[1]
             total = 0
             try:
-                while (moved := drain.step(ALL_SHARDS, run_id=run_id, now=now)) or (
-                    drain.await_broker()
+                while (
+                    (moved := drain.step(ALL_SHARDS, run_id=run_id, now=now))
+                    or drain.await_broker()
+                    or drain.crowded
                 ):
                     total += moved
                 drain.finish(ALL_SHARDS, now)
@@ -701,11 +768,12 @@ class Shift:
             due = self._drain.next_due(self._shards)
             moved = self._drain.step(self._shards)
             total += moved
-            if not moved:
+            if not moved and not self._drain.crowded:
                 break
         if moved:
             return total
-        waits = [due, self._drain.opens_in, self._drain.hopeless_in]
+        drain = self._drain
+        waits = [due, drain.opens_in, drain.hopeless_in, drain.unlocked_in]
         known = [wait for wait in waits if wait is not None]
         self._next_due = monotonic() + max(0.0, min(known)) if known else None
         return total

@@ -90,11 +90,12 @@ def test_a_look_for_due_runs_reads_no_delayed_one(
     backlog.execute("DELETE FROM dispatches WHERE shard = 0 AND run_id <> 'run-32'")
     everything = {"shards": list(range(SHARDS)), "run_id": None, "now": None}
 
-    due = backlog.execute(queries.pick_tasks_sql.encode(), everything).fetchall()
-    rows = read(backlog, queries.pick_tasks_sql, everything)
+    for pick in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
+        due = backlog.execute(pick.encode(), everything).fetchall()
+        rows = read(backlog, pick, everything)
 
-    assert [row[0] for row in due] == ["run-32"]
-    assert rows < 50
+        assert [row[0] for row in due] == ["run-32"]
+        assert rows < 50
 
 
 def test_forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Connection) -> None:
@@ -122,6 +123,20 @@ def test_marking_reads_what_it_marks(beatless_app: App, backlog: psycopg.Connect
         {"run_ids": runs, "attempts": [1] * len(runs), "redispatch": 15.0, "now": None},
     )
 
-    assert rows <= len(runs) ** 2  # the planner may hold the list against each of them
+    assert rows == 2 * len(runs)  # to lock them, and to mark them
     sent = backlog.execute("SELECT run_id FROM dispatches WHERE state = 'sent'").fetchall()
     assert sorted(run_id for (run_id,) in sent) == sorted(runs)
+
+
+def test_a_look_at_what_is_held_reads_nothing_else(
+    beatless_app: App, backlog: psycopg.Connection
+) -> None:
+    queries = Queries(beatless_app.settings.schema)
+    task_ids = [f"run-{number}.1" for number in range(1, 51)]
+
+    parameters = {"task_ids": [*task_ids, "run-60.7"], "now": None}
+    rows = read(backlog, queries.still_due_sql, parameters)
+
+    assert rows == len(task_ids) + 1
+    held = backlog.execute(queries.still_due_sql.encode(), parameters).fetchall()
+    assert [row[0] for row in held] == task_ids
