@@ -55,7 +55,7 @@ test-docker: $(STAMP) ## The suite on containers, a worker in one, the compose d
 	$(BIN)/python -m pytest deploy/tests -n 0 -p docker_tools -p celery
 	$(BIN)/python -m pytest tests/integration tests/cli -n $(WORKERS) --beatless-services=testcontainers
 
-ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop
+ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop kit_calls
 
 test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is not installed
 	@mkdir -p .tmp

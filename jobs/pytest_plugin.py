@@ -36,7 +36,7 @@ from jobs.redis_urls import RedisUrl
 from jobs.schema import VERSION_TABLE
 from jobs.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
 from jobs.settings import REDIS, Settings, engine_url, libpq_url
-from jobs.testing import Kit
+from jobs.testing import Kit, queue_names
 from orchestrator.plan import Plan
 from outbox.message import SHARDS
 from outbox.publishers import worker_queue
@@ -735,7 +735,7 @@ def search(url: str, path: str) -> str:
 
 def remove_queues(app: App) -> None:
     """Remove the queues of one test from a broker that is not Redis."""
-    names = {queue.name for queue in app.client.queues()} | {"default"}
+    names = {queue.name for queue in app.client.queues()} | queue_names(app)
     with app.celery.connection_for_write() as broker:
         channel = broker.default_channel
         for queue in [worker_queue(app.settings.prefix, name) for name in sorted(names)]:

@@ -454,14 +454,10 @@ UPDATE {schema}.run_events
                 names = execute(
                     connection, f"SELECT DISTINCT queue FROM {self.app.settings.schema}.runs", {}
                 )
-            queues = dict(celery.amqp.queues)
-            for (name,) in names:
-                queue = worker_queue(self.app.settings.prefix, name)
-                queues[queue.name] = queue
-            for _, queue in sorted(queues.items()):
-                bound = queue(channel)
-                bound.declare()
-                message = bound.get(accept=celery.conf.accept_content)
+            for name in sorted(queue_names(self.app) | {name for (name,) in names}):
+                queue = worker_queue(self.app.settings.prefix, name)(channel)
+                queue.declare()
+                message = queue.get(accept=celery.conf.accept_content)
                 if message is not None:
                     return message
             return None
@@ -512,6 +508,11 @@ UPDATE {schema}.run_events
                 answer(*arguments)
 
         return call
+
+
+def queue_names(app: App) -> set[str]:
+    """The queues that a worker of this app takes messages of, without those that a run named."""
+    return {"default", *(plan.queue for plan in app.plans.values())}
 
 
 def shown(value: Any) -> Any:

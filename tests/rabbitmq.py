@@ -106,7 +106,7 @@ def wait_for(url: str, port: int, child: "subprocess.Popen[bytes]", log: Path) -
 def main() -> int:
     try:
         with rabbitmq() as url:
-            return subprocess.run(sys.argv[1:], env=os.environ | {"RABBITMQ_URL": url}).returncode
+            return subprocess.run([*sys.argv[1:], f"--beatless-broker={url}"]).returncode
     except NoRabbitMQ:
         sys.stderr.write("there is no RabbitMQ: install rabbitmq-server, or run make test\n")
         return 3

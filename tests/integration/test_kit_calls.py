@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jobs import App, RunState
+from jobs import App, Plan, RunState, step
 from jobs.auth import Scope, Tokens
 from jobs.testing import Kit
 from orchestrator.errors import RunNotFound
@@ -266,6 +266,19 @@ class TestOtherTasks:
         beatless.app.celery.send_task("elsewhere.mail")
         with pytest.raises(AssertionError, match=r"task 'elsewhere\.mail' waits, which this app"):
             beatless.work_once()
+
+
+class TestTheQueueOfAPlan:
+    @pytest.fixture
+    def beatless_plans(self):
+        return [Plan("mails", [step(name="mail")(lambda ctx: None)], queue="slow")]
+
+    def test_is_asked_for_tasks_before_there_is_a_run(self, beatless: Kit):
+        noted = shop(beatless.app)
+        slow = f"{beatless.app.settings.prefix}.slow"
+        beatless.app.celery.tasks["shop.mail"].apply_async(("you",), queue=slow)
+        assert beatless.work_until_idle() == 1
+        assert noted == ["you"]
 
 
 class TestABrokerThatWaitsForAcknowledgements:
