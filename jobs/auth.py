@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 
 import sqlalchemy
-from sqlalchemy import Column, DateTime, LargeBinary, Table, Text, text
+from sqlalchemy import Column, DateTime, Index, LargeBinary, Table, Text, text
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from jobs.errors import BadRequest
@@ -33,7 +33,12 @@ api_tokens = Table(
         server_default=text("clock_timestamp()"),
     ),
     Column("expires_at", DateTime(timezone=True)),
+    Index("api_tokens_expiry", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
+    Index("api_tokens_kept", "created_at", postgresql_where=text("run_id IS NULL")),
 )
+
+SWEEP = 100
+"""Expired tokens that a new one takes away: more than come, and little to wait for."""
 
 STREAM_SECONDS = 300
 """How long the token of one stream may be used to open it."""
@@ -115,7 +120,11 @@ class Tokens:
             execute(
                 connection,
                 f"""
-WITH old AS (DELETE FROM {self._table} WHERE expires_at < clock_timestamp() - interval '1 day')
+WITH old AS (
+  DELETE FROM {self._table} WHERE id = ANY(ARRAY(
+    SELECT id FROM {self._table}
+     WHERE expires_at < (SELECT clock_timestamp() - interval '1 day')
+     ORDER BY expires_at LIMIT {SWEEP} FOR UPDATE SKIP LOCKED)))
 INSERT INTO {self._table} (id, hash, namespace, scopes, run_id, note, expires_at)
 VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s,
         clock_timestamp() + make_interval(secs => %(seconds)s))""",

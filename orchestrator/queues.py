@@ -97,6 +97,11 @@ SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(a
         self._choose = (
             f"SELECT run_id, state FROM {s}.runs WHERE {{which}} ORDER BY run_id FOR UPDATE"
         )
+        # By their dispatches, as unfinished runs are found: the history is not read.
+        self._waiting = f"""state = 'queued' AND run_id = ANY(ARRAY(
+  SELECT run_id FROM {s}.dispatches WHERE state = 'waiting' AND queue = %(queue)s
+  UNION ALL
+  SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting' AND queue = %(queue)s))"""
         # A run that runs is out, whatever its dispatch says: its takeover may be on its way.
         self._running = f"""
 SELECT count(*) FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
@@ -178,7 +183,7 @@ SELECT run_id FROM gone"""
 
     def remove_waiting(self, connection: Caller, queue: str) -> list[str]:
         """Take away the queue's runs that no worker has."""
-        return self._removed(connection, "queue = %(queue)s AND state = 'queued'", {"queue": queue})
+        return self._removed(connection, self._waiting, {"queue": queue})
 
     def remove_queue(self, connection: Caller, queue: str, *, force: bool) -> tuple[list[str], int]:
         """Take away every run of the queue and the queue itself: (those removed, those running).

@@ -5,8 +5,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import event
 
 from jobs import App
+from jobs.auth import Tokens
 from orchestrator.journal import GivenUp
 from orchestrator.queues import QueueStatements
 from orchestrator.retention import Retention
@@ -151,3 +153,39 @@ def test_retention(beatless_app: App, history: psycopg.Connection) -> None:
     with psycopg.Cursor(history) as cursor:
         left = cursor.execute("SELECT count(*) FROM run_events").fetchone()
     assert left == (2 * (HISTORY - 2),)
+
+
+def test_drain(queues: QueueStatements, history: psycopg.Connection) -> None:
+    assert queues.remove_waiting(history, "q") == ["again"]
+
+
+def test_tokens_among_many_of_streams(beatless_app: App, history: psycopg.Connection) -> None:
+    """A new one takes away what expired long ago, as many as it may."""
+    with psycopg.Cursor(history) as cursor:
+        cursor.execute(
+            f"""
+INSERT INTO api_tokens (id, hash, namespace, scopes, run_id, expires_at)
+SELECT 's' || n, decode(md5(n::text), 'hex'), 'default', '{{runs:read}}', 'run-' || n,
+       now() - make_interval(hours => CASE WHEN n <= 110 THEN 25 ELSE 1 END)
+  FROM generate_series(1, {HISTORY}) n""".encode()
+        )
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    asked: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(beatless_app.engine, "before_cursor_execute", note)
+    try:
+        assert not tokens.any()
+        token_id, _ = tokens.create(["runs:read"])
+        assert [token.id for token in tokens.list()] == [token_id]
+    finally:
+        event.remove(beatless_app.engine, "before_cursor_execute", note)
+    with psycopg.Cursor(history) as cursor:
+        cursor.execute("SELECT count(*) FROM api_tokens")
+        assert cursor.fetchone() == (HISTORY - 100 + 1,)
+        cursor.execute("DELETE FROM api_tokens WHERE id = %s", (token_id,))
+
+    for statement, parameters in asked:
+        history.execute(statement.encode(), parameters)
