@@ -139,7 +139,7 @@ def beatless_host(postgres: Container, default_redis_broker: Broker) -> Iterator
     settings = Settings(
         database_url=f"postgresql://postgres:secret@{host}:{port}/postgres",
         redis_url=default_redis_broker.host_url,
-        lease_seconds=3,
+        lease_seconds=300,  # a worker that is only slow loses none
         redispatch_seconds=3,
     )
     app = App(settings, [*PLANS, Plan("stuck", [stuck_once])])
@@ -169,6 +169,7 @@ def test_runs_are_exact_through_a_worker_that_is_killed_and_replaced(
     assert [event.type for event in seen] == ["RunStarted", "StepStarted"]
 
     worker.kill()
+    host.advance(301)  # its lease runs out
     waiting = host.client.start_runs([RunRequest(plan="agents.run")] * 50)
     worker.restart()
 

@@ -51,19 +51,20 @@ def test_a_run_that_was_begun_goes_on_in_a_paused_queue(beatless: Kit) -> None:
 def test_no_run_starts_after_pause_has_returned(beatless: Kit, beatless_app: App) -> None:
     """Workers claim as fast as they can while the queue is paused and resumed many times."""
     runs = start(beatless, 300)
-    ended = threading.Event()
     remaining = iter(runs)
     mutex = threading.Lock()
+    portions = threading.Semaphore(0)  # or they would be through before a slow `pause`
 
     def work() -> None:
         connection = beatless_app.executors.connect()
-        while not ended.is_set():
+        while True:
+            portions.acquire()
             with mutex:
                 run_id = next(remaining, None)
             if run_id is None:
                 break
             claimed = None
-            while claimed is None and not ended.is_set():
+            while claimed is None:
                 claimed = beatless_app.leases.claim(
                     connection, run_id, worker="w", first_step="first", dispatch=1
                 )
@@ -75,18 +76,19 @@ def test_no_run_starts_after_pause_has_returned(beatless: Kit, beatless_app: App
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
-    pauses = 0
-    while any(thread.is_alive() for thread in threads):
-        beatless.client.pause_queue("default")
-        before = active()
-        for _ in range(3):
-            assert active() == before
+    try:
+        for _ in range(len(runs) // 20):
+            portions.release(20)
+            beatless.client.pause_queue("default")
+            before = active()
+            for _ in range(3):
+                assert active() == before
+            beatless.client.resume_queue("default")
+    finally:
         beatless.client.resume_queue("default")
-        pauses += 1
-    ended.set()
-    for thread in threads:
-        thread.join()
-    assert pauses >= 3
+        portions.release(len(runs))
+        for thread in threads:
+            thread.join()
     assert active() == 300
 
 
