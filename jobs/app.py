@@ -68,16 +68,9 @@ class App:
         self.leases = Leases(settings.schema, seconds=settings.lease_seconds)
         self.queries = Queries(settings.schema)
         self.faults = CrashPoints(settings.fault)
-        self.engine = sqlalchemy.create_engine(
-            engine_url(settings.database_url),
-            connect_args={
-                "prepare_threshold": None if settings.pooled else 5,
-                "application_name": "beatless",
-                **KEEPALIVE,
-            },
-        )
-        if not settings.pooled:  # a pooler's sessions are not ours to set
-            sqlalchemy.event.listen(self.engine, "connect", _on_connect)
+        self.engine = _engine(settings)
+        # No more than there are steps at a time: one must not wait for the end of another.
+        self._steps_engine = _engine(settings, pool_size=0)
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
         autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -100,7 +93,8 @@ class App:
             settings=settings,
             journal=self.journal,
             leases=self.leases,
-            engine=self.engine,
+            engine=self._steps_engine,
+            inherited=self.engine,
             faults=self.faults,
             counts=self.metrics.worker,
             scope=self._scope,
@@ -214,7 +208,23 @@ class App:
     def close(self) -> None:
         """Close what this process has opened."""
         self.engine.dispose()
+        self._steps_engine.dispose()
         self.celery.close()
+
+
+def _engine(settings: Settings, **pool: Any) -> sqlalchemy.Engine:
+    engine = sqlalchemy.create_engine(
+        engine_url(settings.database_url),
+        connect_args={
+            "prepare_threshold": None if settings.pooled else 5,
+            "application_name": "beatless",
+            **KEEPALIVE,
+        },
+        **pool,
+    )
+    if not settings.pooled:  # a pooler's sessions are not ours to set
+        sqlalchemy.event.listen(engine, "connect", _on_connect)
+    return engine
 
 
 def _on_connect(connection: psycopg.Connection[Any], _record: Any) -> None:

@@ -174,13 +174,17 @@ class Executors:
         journal: Journal,
         leases: Leases,
         engine: sqlalchemy.Engine,
+        inherited: sqlalchemy.Engine,
         faults: CrashPoints,
         counts: WorkerCounts,
         scope: Scope = no_scope,
         observer: Observer | None = None,
         on_process: Callable[[], None] | None = None,
     ) -> None:
-        """`on_process` is called in each process that Celery executes runs in, before the first."""
+        """`engine` is for transactional steps; `inherited` is the app's for everything else.
+
+        `on_process` is called in each process that Celery executes runs in, before the first.
+        """
         self._observer = both(counts, observer)
         self._on_process = on_process
         self._counts = counts
@@ -189,6 +193,7 @@ class Executors:
         self._journal = journal
         self._leases = leases
         self._engine = engine
+        self._inherited = inherited
         self._faults = faults
         self._mutex = threading.Lock()
         self._made_in = os.getpid()
@@ -215,6 +220,7 @@ class Executors:
         if self._made_in != os.getpid():
             # A socket that was open before the fork belongs to the parent.
             self._engine.dispose(close=False)
+            self._inherited.dispose(close=False)
         self._threads = threading.local()
         self._heartbeat = Heartbeat(self._leases, self.connect)
         # Only a child of the prefork pool has nothing but its run to lose.

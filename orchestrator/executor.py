@@ -590,7 +590,7 @@ class Execution:
             return
         try:
             connection = self._executor.engine.connect()
-        except (exc.DBAPIError, *AWAY) as error:
+        except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
             raise NoConnection(str(error)) from error
         with connection, connection.begin():
             yield connection

@@ -1,7 +1,7 @@
 """What Postgres says of a statement is the step's failure, a broken connection is nobody's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +102,35 @@ def test_what_postgres_says_of_a_statement_is_a_failure_that_the_retry_policy_de
     kit.verify()
 
 
-def test_a_step_that_is_refused_a_connection_waits_and_counts_nothing(make: Make) -> None:
+@contextmanager
+def refused(_url: sqlalchemy.URL) -> Iterator[sqlalchemy.Engine]:
+    yield sqlalchemy.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+
+@contextmanager
+def exhausted(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Engine]:
+    engine = sqlalchemy.create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0)
+    with engine.connect():
+        yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("poor", [refused, exhausted])
+def test_a_step_that_gets_no_connection_waits_and_counts_nothing(
+    make: Make, poor: Callable[[sqlalchemy.URL], AbstractContextManager[sqlalchemy.Engine]]
+) -> None:
     kit = make(lambda ctx: 1)
     run = kit.start_run("one")
     executor = kit.executor()
     engine = executor.engine
-    executor.engine = sqlalchemy.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
-    kit.work_until_idle()
-    assert journal(kit, run.run_id) == [("StepStarted", 1), ("DebugTrace", 1)] * 2
-    for _ in range(MAX_LOSSES):
-        kit.advance(61)
+    with poor(engine.url) as executor.engine:
         kit.work_until_idle()
-    assert kit.client.get_run(run.run_id).state is RunState.QUEUED
-    assert "no connection was to be had" in str(kit.client.explain(run.run_id))
+        assert journal(kit, run.run_id) == [("StepStarted", 1), ("DebugTrace", 1)] * 2
+        for _ in range(MAX_LOSSES):
+            kit.advance(61)
+            kit.work_until_idle()
+        assert kit.client.get_run(run.run_id).state is RunState.QUEUED
+        assert "no connection was to be had" in str(kit.client.explain(run.run_id))
 
     executor.engine = engine
     kit.advance(61)
@@ -196,3 +212,11 @@ def test_a_cancel_while_there_is_no_connection_is_heard(make: Make) -> None:
     kit.client.cancel_run(run.run_id)
     assert kit.client.get_run(run.run_id).state is RunState.CANCELLED
     kit.verify()
+
+
+def test_as_many_transactional_steps_run_at_once_as_a_worker_has_places(make: Make) -> None:
+    """They do not share a pool whose connections are fewer, and time out."""
+    kit = make(lambda ctx: 1)
+    with ExitStack() as steps:
+        for _ in range(17):
+            steps.enter_context(kit.executor().engine.connect())
