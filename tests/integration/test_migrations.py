@@ -204,5 +204,5 @@ def test_two_schemas_in_one_database_do_not_see_each_other(
     relay.drain_once()
     relay.stop()
     other.close()
-    with pytest.raises(AssertionError, match="outbox up to 1"):
+    with pytest.raises(AssertionError, match="outbox 1 to 1"):
         beatless.wait_for_outbox_flush("same", timeout=0.05)
