@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+CELERYS_OWN = frozenset({"celeryev", "control.pidbox"})
+"""The exchanges behind the prefix that carry Celery's events and control messages."""
 
 ENDED = (
     psycopg.errors.DeadlockDetected,
@@ -195,6 +197,8 @@ class Client:
         if not RUN_ID.fullmatch(chosen) or chosen in (".", ".."):
             raise BadRequest("run_id", f"is {given!r}, which does not match ^{RUN_ID.pattern}$")
         queue = _queue_name(plan.queue if request.queue is None else request.queue)
+        if queue in CELERYS_OWN:
+            raise BadRequest("queue", f"is {queue!r}, a name of Celery's own: choose another")
         if request.key is not None and not (
             isinstance(request.key, str) and 0 < len(request.key) <= 256 and storable(request.key)
         ):

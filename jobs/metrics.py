@@ -422,6 +422,8 @@ class RelayCounts:
             case "publish_failed":
                 kind = "event" if facts["door"] == "Redis" else "task"
                 self.counts.add(FAILURES, (kind,))
+            case "refused":
+                self.counts.add(FAILURES, ("task",))
             case "relay_started":
                 if self._started:
                     self.counts.add(WAKEUPS, ("reconnect",))

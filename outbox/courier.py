@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+from outbox.errors import PublishRefused
 from outbox.message import TaskMessage
 from outbox.publishers import TaskPublisher
 
@@ -16,7 +17,9 @@ class Delivery:
 
     messages: Sequence[TaskMessage]
     error: BaseException | None
-    """None: the publisher has accepted all of it."""
+    """None: the publisher has accepted all of it but what it refused."""
+    refused: Sequence[tuple[Sequence[TaskMessage], PublishRefused]] = ()
+    """The messages of each queue that the broker will not have."""
 
 
 class Courier:
@@ -82,10 +85,25 @@ class Courier:
 
     def _run(self) -> None:
         while (messages := self._orders.get()) is not None:
-            error: BaseException | None = None
-            try:
-                self._publisher.publish(messages)
-            except BaseException as raised:
-                error = raised
-            self._deliveries.put(Delivery(messages=messages, error=error))
+            self._deliveries.put(self._publish(messages))
             self._on_return()
+
+    def _publish(self, messages: Sequence[TaskMessage]) -> Delivery:
+        """One bad queue must not hold up the rest of the batch."""
+        try:
+            self._publisher.publish(messages)
+        except PublishRefused as refusal:
+            queues: dict[str, list[TaskMessage]] = {}
+            for message in messages:
+                queues.setdefault(message.queue, []).append(message)
+            if len(queues) == 1:
+                return Delivery(messages=(), error=None, refused=((messages, refusal),))
+            parts = [self._publish(part) for part in queues.values()]
+            return Delivery(
+                messages=[message for part in parts for message in part.messages],
+                error=next((part.error for part in parts if part.error), None),
+                refused=[refused for part in parts for refused in part.refused],
+            )
+        except BaseException as error:
+            return Delivery(messages=messages, error=error)
+        return Delivery(messages=messages, error=None)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.transport import pyamqp
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
@@ -94,6 +95,9 @@ class CeleryTaskPublisher:
                         self._send(messages, producer)
                 else:
                     self._send(messages, producer)
+        except pyamqp.Transport.channel_errors as error:
+            # RabbitMQ's answer about this very exchange or queue: of another type, or forbidden.
+            raise PublishRefused("the broker", str(error)) from error
         except Exception as error:
             # Each transport has errors of its own, with no base in common: the door is shut.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.

@@ -239,6 +239,13 @@ SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
        AND shard = ANY(%(shards)s)
      ORDER BY dispatches.due_at LIMIT 1) n
 ) t"""
+        self.postpone_sql = f"""
+UPDATE {s}.dispatches
+   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
+       reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
+ WHERE run_id = ANY(ARRAY(
+   SELECT run_id FROM {s}.dispatches WHERE run_id = ANY(%(run_ids)s::text[])
+      FOR NO KEY UPDATE SKIP LOCKED))"""
         self.resend_unclaimed_sql = f"""
 UPDATE {s}.dispatches
    SET state = CASE reason WHEN 'lease' THEN state ELSE 'waiting' END, due_at = clock_timestamp(),

@@ -438,16 +438,40 @@ class Drain:
         delivery = self._courier.take_back()
         if delivery is None:
             return ()
-        if isinstance(delivery.error, (PublishFailed, PublishRefused)):
+        if isinstance(delivery.error, PublishFailed):
             self._task_door.failed(delivery.error)
             return ()
         if delivery.error is not None:
             raise delivery.error
         self._sent = list(delivery.messages)
-        if self._task_door.succeeded():
+        for messages, refusal in delivery.refused:
+            self._postpone(messages, refusal)
+        if self._sent and self._task_door.succeeded():
             # The broker may have come back empty: what it held and nobody claimed is sent again.
             self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
         return self._sent
+
+    def _postpone(self, messages: Sequence[TaskMessage], refusal: PublishRefused) -> None:
+        """Leave a queue that the broker refuses alone for a while: the others flow."""
+        self._connection.execute(
+            self._queries.postpone_sql,
+            {
+                "run_ids": [message.run_id for message in messages],
+                "redispatch": self._redispatch,
+            },
+        )
+        queue = messages[0].queue
+        self._observer("refused", {"queue": queue, "runs": len(messages)})
+        logger.error(
+            "the broker refuses a queue: its runs wait, the others go on",
+            extra={
+                "action": "refused",
+                "queue": queue,
+                "runs": len(messages),
+                "retry_in": self._redispatch,
+                "reason": str(refusal),
+            },
+        )
 
     def _raise_floor(self, picked: Sequence[PickedEvents]) -> None:
         """Skip the dead rows that an old snapshot keeps VACUUM from removing.

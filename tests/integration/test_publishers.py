@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import redis
-from amqp.exceptions import PreconditionFailed
+from amqp.exceptions import PreconditionFailed, ResourceError
 from celery import Celery
 from kombu import Message
 
@@ -15,7 +15,7 @@ from jobs import App
 from jobs.services import free_port
 from jobs.stream import parse
 from jobs.testing import Kit
-from outbox.errors import PublishFailed
+from outbox.errors import PublishFailed, PublishRefused
 from outbox.message import EventMessage, TaskMessage
 from outbox.publishers import (
     CeleryTaskPublisher,
@@ -193,15 +193,26 @@ def test_a_redis_that_hangs_up_is_asked_once_and_not_again_behind_the_relays_bac
     assert calls == 1
 
 
-def test_whatever_a_brokers_library_raises_is_a_failure_that_can_be_repeated(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ResourceError("short of memory"), PublishFailed, "cannot be reached: .*short of memory"),
+        (PreconditionFailed("inequivalent arg"), PublishRefused, "refuses .*inequivalent arg"),
+    ],
+)
+def test_whatever_a_brokers_library_raises_is_a_failure_of_the_broker_or_of_a_queue(
+    beatless_app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    message: str,
 ) -> None:
     """amqp's errors have no base in common with kombu's, nor with the system's."""
 
     def refuse(*_arguments: object, **_options: object) -> None:
-        raise PreconditionFailed("inequivalent arg 'x-max-priority'")
+        raise error
 
     monkeypatch.setattr(beatless_app.celery, "send_task", refuse)
     door = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
-    with pytest.raises(PublishFailed, match=r"broker cannot be reached: .*inequivalent arg"):
+    with pytest.raises(kind, match=message):
         door.publish([TaskMessage(run_id="r", task="t", queue="default", attempt=1)])

@@ -1046,3 +1046,67 @@ def test_what_becomes_due_while_a_relay_looks_is_sent(
     with running(beatless_app, redispatch=600.0) as (_, announcements):
         beatless.start_run("two_steps")
         announcements.wait_until(lambda seen: tasks_of(seen) == 2)
+
+
+def refused_queue(door: Door, queue: str) -> None:
+    """The broker has no place for this queue, whatever else is in the batch."""
+    publish = door.publish
+
+    def choosy(messages) -> None:
+        if any(message.queue == queue for message in messages):
+            raise PublishRefused("the broker", "406, an exchange of another type")
+        publish(messages)
+
+    door.publish = choosy
+
+
+def test_a_queue_that_the_broker_refuses_holds_up_no_other(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    refused_queue(doors[1], "bad")
+    bad = [beatless.start_run("two_steps", queue="bad", priority=9) for _ in range(3)]
+    good = [beatless.start_run("two_steps", queue=queue) for queue in ("one", "two", "one")]
+    announcements = Announcements()
+    relay = recording(beatless_app, doors, observer=announcements)
+    relay.drain_once()
+
+    assert {message.run_id for message in doors[1].messages} == {run.run_id for run in good}
+    states = "SELECT run_id, state FROM dispatches WHERE reason = 'refused' AND due_at > now()"
+    assert sorted(postgres.execute(states)) == [(run.run_id, "waiting") for run in bad]
+    assert announcements.all("refused") == [{"queue": "bad", "runs": 3}]
+    assert announcements.all("publish_failed") == []
+    assert "(reason: refused)" in str(beatless.client.explain(bad[0].run_id))
+
+    later = beatless.start_run("two_steps")
+    relay.drain_once()  # at once: no door is shut, and the refused are not tried again
+    assert doors[1].messages[-1].run_id == later.run_id
+    assert len(announcements.all("refused")) == 1
+
+    del doors[1].publish  # the broker has been mended
+    beatless.advance(16)
+    relay.drain_once()
+    relay.stop()
+    sent = {message.run_id for message in doors[1].messages}
+    assert sent == {run.run_id for run in (*bad, *good, later)}
+
+
+def test_a_broker_that_goes_away_while_a_batch_is_sent_by_queue_is_a_shut_door(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    refused_queue(doors[1], "bad")
+    beatless.start_run("two_steps", queue="bad")
+    beatless.start_run("two_steps")
+    doors[1].error = PublishFailed("the broker", "gone")
+    announcements = Announcements()
+    relay = recording(beatless_app, doors, observer=announcements)
+    relay.drain_once()
+    relay.stop()
+
+    assert announcements.all("publish_failed") == [{"door": "broker", "failures": 1}]
+    assert postgres.execute("SELECT DISTINCT reason FROM dispatches").fetchall() == [("start",)]
+
+
+@pytest.mark.parametrize("queue", ["celeryev", "control.pidbox"])
+def test_the_names_of_celerys_own_exchanges_are_no_queues(beatless: Kit, queue: str) -> None:
+    with pytest.raises(BadRequest, match="Celery's own"):
+        beatless.start_run("two_steps", queue=queue)
