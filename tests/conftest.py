@@ -1,6 +1,7 @@
 """Fixtures of the suite. The test kit itself is the installed plugin `pytest_beatless`."""
 
 import logging
+import socket
 from collections.abc import Iterator
 
 import psycopg
@@ -28,6 +29,14 @@ def _logging_as_it_was() -> Iterator[None]:
     for handler in list(root.handlers):
         if handler not in handlers and not isinstance(handler, LogCaptureHandler):
             root.removeHandler(handler)
+
+
+@pytest.fixture
+def shut_port() -> Iterator[int]:
+    """A port of 127.0.0.1 at which nobody listens, and that nobody else gets meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @pytest.fixture

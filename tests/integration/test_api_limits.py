@@ -16,7 +16,6 @@ from jobs.api import server, sse
 from jobs.auth import Scope, Tokens
 from jobs.client import RunRequest
 from jobs.http import AsyncClient, Client
-from jobs.services import free_port
 from jobs.testing import Kit
 from tests.serving import Api, serving
 
@@ -125,8 +124,8 @@ def test_no_token_gets_into_a_log(beatless: Kit, beatless_app: App, api: Api, ca
     assert secret not in caplog.text
 
 
-def test_where_the_servers_are_is_not_told(beatless_app: App) -> None:
-    port = free_port()
+def test_where_the_servers_are_is_not_told(beatless_app: App, shut_port: int) -> None:
+    port = shut_port
     away = replace(
         beatless_app.settings,
         database_url=f"postgresql://somebody:hidden@127.0.0.1:{port}/db",

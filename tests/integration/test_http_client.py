@@ -30,7 +30,6 @@ from jobs.auth import Scope, Tokens
 from jobs.cli.demo import GOLDEN
 from jobs.errors import AccessDenied
 from jobs.http import AsyncClient, Client
-from jobs.services import free_port
 from jobs.testing import Kit
 from orchestrator.retention import Retention
 from outbox.backoff import Backoff
@@ -253,8 +252,8 @@ def test_what_only_http_can_refuse(beatless: Kit, client: Client, api: Api) -> N
             reader.start_run("two_steps")
 
 
-def test_an_api_that_is_not_there(monkeypatch) -> None:
-    with Client(f"http://127.0.0.1:{free_port()}", backoff=AT_ONCE) as client:
+def test_an_api_that_is_not_there(monkeypatch, shut_port: int) -> None:
+    with Client(f"http://127.0.0.1:{shut_port}", backoff=AT_ONCE) as client:
         for call in (
             client.list_runs,
             lambda: client.retry_run("x"),

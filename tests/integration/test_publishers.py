@@ -12,7 +12,6 @@ from celery import Celery
 from kombu import Message
 
 from jobs import App
-from jobs.services import free_port
 from jobs.stream import parse
 from jobs.testing import Kit
 from outbox.errors import PublishFailed, PublishRefused
@@ -25,9 +24,9 @@ from outbox.publishers import (
 )
 
 
-def elsewhere(app: App) -> App:
+def elsewhere(app: App, shut_port: int) -> App:
     """The same app, with its Redis and its broker where nobody listens."""
-    url = f"redis://127.0.0.1:{free_port()}/0"
+    url = f"redis://127.0.0.1:{shut_port}/0"
     settings = replace(app.settings, redis_url=url, broker_url=url)
     return App(settings, list(app.plans.values()))
 
@@ -66,8 +65,10 @@ def test_a_batch_goes_to_each_runs_own_channel_in_order(beatless: Kit) -> None:
     client.close()
 
 
-def test_a_redis_that_is_away_is_a_failure_that_can_be_repeated(beatless_app: App) -> None:
-    app = elsewhere(beatless_app)
+def test_a_redis_that_is_away_is_a_failure_that_can_be_repeated(
+    beatless_app: App, shut_port: int
+) -> None:
+    app = elsewhere(beatless_app, shut_port)
     client = app.redis()
     with pytest.raises(PublishFailed, match="Redis cannot be reached"):
         RedisEventPublisher(client, "p").publish([EventMessage(run_id="r", body=b"x")])
@@ -157,9 +158,9 @@ def test_a_priority_is_kept_out_of_the_broker(beatless: Kit) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_broker_that_is_away_is_a_failure_that_can_be_repeated(
-    beatless_app: App, count: int
+    beatless_app: App, shut_port: int, count: int
 ) -> None:
-    app = elsewhere(beatless_app)
+    app = elsewhere(beatless_app, shut_port)
     door = CeleryTaskPublisher(app.celery, "p")
     with pytest.raises(PublishFailed, match="the broker cannot be reached"):
         door.publish(

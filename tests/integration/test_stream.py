@@ -15,7 +15,6 @@ from redis import asyncio as aioredis
 
 from jobs import App, BadRequest, Event, RunNotFound, WaitTimeout
 from jobs.cli.demo import GOLDEN
-from jobs.services import free_port
 from jobs.settings import engine_url
 from jobs.stream import Mailbox, Streams
 from jobs.testing import Kit
@@ -40,11 +39,6 @@ def streams(app: App, **options) -> Streams:
 def live_only(app: App) -> Streams:
     """Streams that read the journal when they begin and after a gap, and never for being late."""
     return streams(app, head_check=3600, without_redis=3600)
-
-
-def no_redis() -> redis.Redis:
-    """A client of a port where nobody listens."""
-    return redis.Redis(host="127.0.0.1", port=free_port())
 
 
 class Watcher:
@@ -158,8 +152,12 @@ def test_a_killed_subscription_misses_nothing(beatless: Kit, beatless_app: App) 
     control.close()
 
 
-def test_streams_work_without_redis(beatless: Kit, beatless_app: App) -> None:
+def test_streams_work_without_redis(beatless: Kit, beatless_app: App, shut_port: int) -> None:
     run = beatless.start_run("two_steps")
+
+    def no_redis() -> redis.Redis:
+        return redis.Redis(host="127.0.0.1", port=shut_port)
+
     stream = streams(beatless_app, redis_client=no_redis, without_redis=0.05).follow(run, 0)
     watcher = Watcher(beatless, run.run_id, stream)
     watcher.wait_for(1)
@@ -248,12 +246,12 @@ def test_astream_live_from_the_middle(beatless: Kit) -> None:
 
 
 def test_astream_survives_killed_subscriptions_and_works_without_redis(
-    beatless: Kit, beatless_app: App
+    beatless: Kit, beatless_app: App, shut_port: int
 ) -> None:
     run = beatless.start_run("traces", {"traces": 30})
     without = streams(
         beatless_app,
-        aredis_client=lambda: aioredis.Redis(host="127.0.0.1", port=free_port()),
+        aredis_client=lambda: aioredis.Redis(host="127.0.0.1", port=shut_port),
         without_redis=0.05,
     )
 
