@@ -589,12 +589,13 @@ def shards_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
 
 
 def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatless_app: App) -> None:
-    with running(beatless_app) as (_, announcements):
+    with running(beatless_app, watchdog=600) as (relay, announcements):
+        relay._linger = 3600.0  # however slowly they come
         for _ in range(10):
             runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
-        for run in runs:
-            beatless.wait_for_outbox_flush(run.run_id)
-        assert len(announcements.all("relay_woke")) < 100
+            beatless.wait_for_outbox_flush(runs[-1].run_id)
+        # The second may be what it takes to see that there is more.
+        assert 1 <= len(announcements.all("relay_woke")) <= 2
 
 
 def test_a_relay_whose_work_does_not_end_gives_the_bell_back_meanwhile(
