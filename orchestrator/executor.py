@@ -63,6 +63,9 @@ CONNECTION_LOST = "beatless.connection_lost"
 With `refused`, there was no connection to begin it on.
 """
 
+FOLDED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
+"""The traces that `fold` looks at."""
+
 BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
 """Between attempts whose transactions were lost, from the second in a row on."""
 
@@ -447,7 +450,9 @@ class Execution:
         """Where the journal says the run is; None if this worker does not know the place."""
         try:
             events = self._patiently(
-                lambda connection: self._journal.read(connection, self._run_id)
+                lambda connection: self._journal.turns(
+                    connection, self._run_id, names=FOLDED, rest=SNOOZED
+                )
             )
         except RunNotFound as error:  # taken away by force
             raise LeaseLost(self._run_id, self._lease.token) from error

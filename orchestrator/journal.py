@@ -378,6 +378,25 @@ SELECT e.ts, r.run_id, {{what}}
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s
    AND e.seq <= %(until)s ORDER BY e.seq"""
+        # A snooze is a start and a trace. Of many in a row the last says all that the others say.
+        self._turns = f"""
+SELECT {EVENT_JSON} FROM (
+  SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
+         lead(starts, 2, false) OVER w AS starts_2, lead(rests, 1, false) OVER w AS rests_1,
+         lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
+    FROM (
+      SELECT e.*, e.type = 'StepStarted' AS starts,
+             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
+        FROM {s}.run_events e
+       WHERE e.run_id = %(run_id)s
+         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished')
+              OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
+              OR e.seq = (SELECT r.last_seq FROM {s}.runs r WHERE r.run_id = %(run_id)s))
+    ) e WINDOW w AS (ORDER BY e.seq)
+) e
+ WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3)
+   AND NOT (started AND rests AND starts_1 AND rests_2)
+ ORDER BY e.seq"""
         self._kept = f"""
 SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s"""
         self._standing = f"""
@@ -645,6 +664,20 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
         return lines
+
+    def turns(
+        self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str
+    ) -> list[Event]:
+        """What says where an unfinished run is, and its last event. Raises RunNotFound.
+
+        The starts, failures and ends of steps and the traces of these names; of turns that follow
+        one another and did nothing but end with the trace `rest`, the last.
+        """
+        parameters = {"run_id": run_id, "names": list(names), "rest": rest}
+        rows = execute(connection, self._turns, parameters)
+        if not rows:
+            raise RunNotFound(run_id)
+        return [Event.from_json(line) for (line,) in rows]
 
     def standing(self, connection: Caller, run_id: str) -> Standing:
         """Where a run stands beside its own row. Raises RunNotFound."""
