@@ -33,6 +33,13 @@ EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
 """
 
 
+BATCH_BYTES = 8 * 1024 * 1024
+"""Bytes of events after which a batch takes no further row. A relay has them several times over."""
+
+FEWER = 16
+"""How many times fewer rows are looked at while events are large: what is left out was built."""
+
+
 def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
     """Run a statement in the caller's own transaction and return its rows as tuples.
 
@@ -137,12 +144,16 @@ class Queries:
         self.leader_key = f"'{s}.dispatches'::regclass::oid::int4"
         self.chore_key = f"'{s}.run_events'::regclass::oid::int4"
         # LIMIT is a literal: a generic plan would guess 10 % of the table for a parameter.
-        self.pick_events_sql = _picked(
+        pick_events = _picked(
             s,
             f"""SELECT o.* FROM unnest(%(shards)s::int[]) AS own(shard) CROSS JOIN LATERAL (
    SELECT * FROM {s}.run_outbox o
-    WHERE o.shard = own.shard AND o.id > %(floor)s ORDER BY o.id LIMIT {per_shard}) o""",
+    WHERE o.shard = own.shard AND o.id > %(floor)s ORDER BY o.id LIMIT {{limit}}) o
+  ORDER BY o.id""",
         )
+        self.pick_events_sql = pick_events.replace("{limit}", str(per_shard))
+        self.few_per_shard = max(1, per_shard // FEWER)
+        self.pick_few_events_sql = pick_events.replace("{limit}", str(self.few_per_shard))
         self.pick_run_sql = _picked(
             s,
             f"""SELECT * FROM {s}.run_outbox
@@ -270,14 +281,18 @@ HAVING count(*) > 0"""
 
 
 def _picked(schema: str, rows: str) -> str:
+    # The rows come by id, so they are sorted before they have bodies. One at least is given out.
     return f"""
-SELECT p.shard, p.id, p.run_id, coalesce(b.body, '')
-  FROM ({rows}) p
- CROSS JOIN LATERAL (
-   SELECT string_agg({EVENT_JSON}, E'\\n' ORDER BY e.seq) AS body
-     FROM {schema}.run_events e
-    WHERE e.run_id = p.run_id AND e.seq BETWEEN p.from_seq AND p.to_seq) b
- ORDER BY p.id"""
+SELECT shard, id, run_id, body FROM (
+  SELECT p.shard, p.id, p.run_id, coalesce(b.body, '') AS body,
+         sum(octet_length(b.body)) OVER (
+           ORDER BY p.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+    FROM ({rows}) p
+   CROSS JOIN LATERAL (
+     SELECT string_agg({EVENT_JSON}, E'\\n' ORDER BY e.seq) AS body
+       FROM {schema}.run_events e
+      WHERE e.run_id = p.run_id AND e.seq BETWEEN p.from_seq AND p.to_seq) b) q
+ WHERE coalesce(bytes_before, 0) < {BATCH_BYTES} ORDER BY id"""
 
 
 def task_messages(rows: Sequence[tuple[str, str, str, int, str]]) -> list[TaskMessage]:

@@ -27,7 +27,15 @@ from outbox.errors import (
 from outbox.faults import CrashPoints
 from outbox.message import SHARDS, EventMessage, TaskMessage, shard_of
 from outbox.publishers import EventPublisher, TaskPublisher
-from outbox.queries import ALL_SHARDS, Floor, PickedEvents, Queries, task_messages
+from outbox.queries import (
+    ALL_SHARDS,
+    BATCH_BYTES,
+    FEWER,
+    Floor,
+    PickedEvents,
+    Queries,
+    task_messages,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +161,7 @@ class Drain:
         self._observer = observer
         self._published: list[PickedEvents] = []
         self._undeleted: list[PickedEvents] = []
+        self._large = False
         self._sent: list[TaskMessage] = []
         self._unmarked: set[str] = set()
         self.crowded = False
@@ -207,7 +216,10 @@ class Drain:
                 },
             )
         if run_id is None and events is not None:
-            self._raise_floor(picked)
+            size = sum(len(row.body) for row in picked)
+            if size < BATCH_BYTES:
+                self._raise_floor(picked)
+            self._large = size >= (BATCH_BYTES // FEWER if self._large else BATCH_BYTES)
         return published + len(sent)
 
     def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
@@ -336,9 +348,10 @@ class Drain:
         cursor = self._connection.cursor(binary=True)
         cursor.adapters.register_loader("text", ByteaBinaryLoader)
         if run_id is None:
-            return cursor.execute(
-                self._queries.pick_events_sql, {"shards": list(shards), "floor": self._floor}
+            pick = (
+                self._queries.pick_few_events_sql if self._large else self._queries.pick_events_sql
             )
+            return cursor.execute(pick, {"shards": list(shards), "floor": self._floor})
         return cursor.execute(
             self._queries.pick_run_sql, {"shard": shard_of(run_id), "run_id": run_id}
         )
@@ -482,10 +495,11 @@ class Drain:
         Ids commit out of order, so "the last id seen" would lose rows.
         """
         per_shard = Counter(row.shard for row in picked)
+        looked = self._queries.few_per_shard if self._large else self._queries.per_shard
         complete = (
             len(self._published) == len(picked)
             and not self._undeleted
-            and (not picked or max(per_shard.values()) < self._queries.per_shard)
+            and (not picked or max(per_shard.values()) < looked)
         )
         if complete and self._decided and self._candidate:
             self._floor = self._candidate.id

@@ -112,11 +112,11 @@ def doors(beatless_app: App) -> Iterator[tuple[Door, Door]]:
 
 
 def recording(app: App, doors: tuple[Door, Door], **options) -> Relay:
+    standard = {"queries": app.queries, "connect": app.direct_connection, "backoff": QUICK}
     return Relay(
-        queries=app.queries,
         events=doors[0],
         tasks=doors[1],
-        **{"connect": app.direct_connection, "backoff": QUICK, **options},
+        **{**standard, **options},
     )
 
 
@@ -1102,3 +1102,76 @@ def test_a_broker_that_goes_away_while_a_batch_is_sent_by_queue_is_a_shut_door(
 def test_the_names_of_celerys_own_exchanges_are_no_queues(beatless: Kit, queue: str) -> None:
     with pytest.raises(BadRequest, match="Celery's own"):
         beatless.start_run("two_steps", queue=queue)
+
+
+def test_a_batch_has_a_limit_in_bytes_and_nothing_is_left_out_for_ever(
+    beatless: Kit,
+    beatless_app: App,
+    doors,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After an outage of Redis, 2,048 events of 200 kB would be one batch."""
+    limit, size = 100_000, 30_000
+    for module in ("outbox.queries", "outbox.relay"):
+        monkeypatch.setattr(f"{module}.BATCH_BYTES", limit)
+    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)  # what is left out is above the floor
+    schema = beatless_app.settings.schema
+    relay = recording(beatless_app, doors, queries=Queries(schema))
+    first = beatless.start_run("two_steps")
+    for _ in range(3):
+        relay.drain_once()
+    run = beatless.start_run("two_steps")
+    for number in range(40):
+        text = 2 * limit if number == 10 else size
+        seq = postgres.execute(
+            "UPDATE runs SET last_seq = last_seq + 1 WHERE run_id = %s RETURNING last_seq",
+            (run.run_id,),
+        ).fetchone()[0]
+        postgres.execute(
+            "INSERT INTO run_events (run_id, seq, type, source, data)"
+            " VALUES (%s, %s, 'Note', 'worker', jsonb_build_object('text', repeat('x', %s)))",
+            (run.run_id, seq, text),
+        )
+        postgres.execute(
+            "INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (%s, %s, %s, %s)",
+            (shard_of(run.run_id), run.run_id, seq, seq),
+        )
+    relay.drain_once()
+
+    sizes = [sum(len(message.body) for message in batch) for batch in doors[0].batches]
+    # One that is larger than a batch goes out all the same, as the last of its batch.
+    assert 2 * limit < max(sizes) < 3 * limit + 1_000
+    assert sorted(sizes)[-2] < limit + size + 1_000
+    assert seqs(doors[0]) == {first.run_id: [1], run.run_id: list(range(1, 42))}
+    assert pending(postgres) == 0
+    relay.stop()
+
+
+def test_few_rows_are_looked_at_while_events_are_large(
+    beatless: Kit,
+    beatless_app: App,
+    doors,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Postgres builds the events of all rows that are looked at, also of those left out."""
+    for module in ("outbox.queries", "outbox.relay"):
+        monkeypatch.setattr(f"{module}.BATCH_BYTES", 20_000)
+    shard = [in_shard(3, f"run-{number}") for number in range(60)]
+    queries = Queries(beatless_app.settings.schema, per_shard=32)
+    relay = recording(beatless_app, doors, queries=queries)
+
+    beatless.client.start_runs([RunRequest(plan="two_steps", run_id=name) for name in shard])
+    postgres.execute(
+        "UPDATE run_events SET data = jsonb_build_object('text', repeat('x', 5000))"
+        " WHERE run_id = ANY(%s)",
+        (shard[:20],),
+    )
+    relay.drain_once()
+    relay.stop()
+
+    rows = [len(batch) for batch in doors[0].batches]
+    assert rows[:2] == [4, 2]  # as many as the limit lets, then a sixteenth of 32
+    assert max(rows[-3:]) > 10  # small ones are many again
+    assert sum(rows) == 60
