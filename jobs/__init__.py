@@ -5,6 +5,7 @@ from jobs.client import Client, RunRequest
 from jobs.errors import (
     BadRequest,
     BadSetting,
+    HistoryChanged,
     JobsError,
     SchemaBehind,
     StatementTimeout,
@@ -50,6 +51,7 @@ __all__ = [
     "Fatal",
     "Finish",
     "Goto",
+    "HistoryChanged",
     "JobsError",
     "LeaseLost",
     "Plan",

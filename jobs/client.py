@@ -16,7 +16,14 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from jobs.errors import BadRequest, SchemaBehind, StatementTimeout, UnknownPlan, Unreachable
+from jobs.errors import (
+    BadRequest,
+    HistoryChanged,
+    SchemaBehind,
+    StatementTimeout,
+    UnknownPlan,
+    Unreachable,
+)
 from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from jobs.queues import Queues
 from jobs.schema import head
@@ -347,7 +354,8 @@ class Client:
         Goes on through the loss of Redis (then slower) and of Postgres. Ends at once for a run that
         ended at or before `from_seq`. Raises RunNotFound (later too, if the run is removed),
         BadRequest for a `from_seq` beyond the head, EventsPruned for events that are not kept any
-        more, and WaitTimeout if no RunFinished came within `timeout` seconds.
+        more, WaitTimeout if no RunFinished came within `timeout` seconds, and HistoryChanged when
+        the database was restored or failed over: what was seen may be gone, follow it from 0.
         """
         run = self._check_stream(run_id, from_seq)
         return self._streams.follow(run, from_seq, timeout=timeout)
@@ -371,10 +379,15 @@ class Client:
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
-        for event in self.stream_run(run_id, self.get_run(run_id).last_seq, timeout=timeout):
-            if event.final:
-                break
-        return self.get_run(run_id)
+        left, deadline = timeout, None if timeout is None else time.monotonic() + timeout
+        while not (run := self.get_run(run_id)).state.final:
+            try:
+                for _ in self._streams.follow(run, run.last_seq, timeout=left):
+                    pass
+            except HistoryChanged:
+                # The end counts, in whichever history it comes.
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return run
 
     # Acting
 

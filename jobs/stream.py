@@ -3,7 +3,7 @@
 1. subscribe, and wait for Redis to acknowledge
 2. read the journal: whatever was committed before is there
 3. put what arrives into order; a hole, a reconnect or a long silence reads the journal again
-4. end after RunFinished
+4. end after RunFinished, or with an error when the database has another history
 
 A Redis message is a hint. It may be late, doubled or lost; the journal is the truth.
 """
@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from sqlalchemy import exc
 
-from jobs.errors import WaitTimeout
+from jobs.errors import HistoryChanged, WaitTimeout
 from orchestrator.events import Event
 from orchestrator.journal import Journal, Run
 from outbox.backoff import Backoff
@@ -82,6 +82,27 @@ class Cursor:
         Kept, an event with a seq that no run reaches would have the journal read without pause.
         """
         self._early.clear()
+
+
+class History:
+    """Tells whether the database still has the history in which a run is followed."""
+
+    def __init__(self, run_id: str, epoch: str | None) -> None:
+        """`epoch` is that of the cursor, if it is known already."""
+        self._run_id = run_id
+        self._epoch = epoch
+        self.sure = epoch is not None
+        """Nothing has happened since the last look that another history could have come with."""
+
+    def differs(self, epoch: str, head: int, seq: int) -> bool:
+        """Whether a database of this epoch, where the run has this head, has not what was seen."""
+        return self._epoch not in (None, epoch) or head < seq
+
+    def check(self, epoch: str, head: int, seq: int) -> None:
+        """Raises HistoryChanged."""
+        if self.differs(epoch, head, seq):
+            raise HistoryChanged(self._run_id, seq)
+        self._epoch, self.sure = epoch, True
 
 
 class Pager:
@@ -147,6 +168,7 @@ class Streams:
             return
         deadline = None if timeout is None else monotonic() + timeout
         cursor, reason = Cursor(after), "start"
+        history = History(run.run_id, None)
         subscription = Subscription(self._redis_client, channel_for(self._prefix, run.run_id))
         self._observer("stream_opened", {})
         try:
@@ -154,7 +176,8 @@ class Streams:
                 # The journal is read after every (re)subscription: what was published before it
                 # is never heard, and only the journal knows what that was.
                 live = subscription.ensure()
-                backfill = self._backfill(cursor, run.run_id, reason, timeout, deadline)
+                history.sure = False
+                backfill = self._backfill(cursor, run.run_id, history, reason, timeout, deadline)
                 yield from (events := _Once(backfill))
                 if events.final:
                     return
@@ -183,6 +206,7 @@ class Streams:
         self,
         cursor: Cursor,
         run_id: str,
+        history: History,
         reason: str,
         timeout: float | None,
         deadline: float | None,
@@ -190,8 +214,9 @@ class Streams:
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
         while True:
             try:
-                page, more = self._read(run_id, cursor.seq, pager)
+                page, more = self._read(run_id, cursor.seq, pager, history)
             except AWAY as error:
+                history.sure = False
                 failures += 1
                 delay = backoff.delay(failures)
                 _log_wait(run_id, error)
@@ -204,18 +229,29 @@ class Streams:
             if not more:
                 return
 
-    def _read(self, run_id: str, after: int, pager: Pager) -> tuple[list[Event], bool]:
+    def _read(
+        self, run_id: str, after: int, pager: Pager, history: History
+    ) -> tuple[list[Event], bool]:
         with self._engine.connect() as connection:
+            if not history.sure:
+                epoch, heads = self._look(connection, [run_id])
+                history.check(epoch, heads.get(run_id, BEYOND), after)
             lines = self._journal.read_lines(connection, run_id, after=after, limit=pager.limit)
         return pager.cut(lines)
 
-    def _heads(self, run_ids: list[str]) -> dict[str, int]:
+    def _heads(self, run_ids: list[str]) -> tuple[str, dict[str, int]]:
         with self._engine.connect() as connection:
-            return self._journal.heads(connection, run_ids)
+            return self._look(connection, run_ids)
+
+    def _look(
+        self, connection: sqlalchemy.Connection, run_ids: list[str]
+    ) -> tuple[str, dict[str, int]]:
+        """(the epoch, the last seq of each run)"""
+        return self._journal.epoch(connection), self._journal.heads(connection, run_ids)
 
     def _state(self, run_id: str) -> tuple[str, int]:
         try:
-            return "unfinished", self._heads([run_id]).get(run_id, 0)
+            return "unfinished", self._heads([run_id])[1].get(run_id, 0)
         except AWAY:
             return "unknown", 0
 
@@ -233,26 +269,34 @@ class Streams:
                     yield event
 
     async def watch(
-        self, run: Run, after: int, *, timeout: float | None = None, idle: float | None = None
+        self,
+        run: Run,
+        after: int,
+        *,
+        epoch: str | None = None,
+        timeout: float | None = None,
+        idle: float | None = None,
     ) -> AsyncGenerator[list[Event]]:
         """`afollow` in batches; an empty one says that nothing came for `idle` seconds, or that
-        the journal cannot be read now. Ends early after `end`.
+        the journal cannot be read now. Ends early after `end`. `epoch` is that of `after`.
         """
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
         cursor, reason = Cursor(after), "start"
+        history = History(run.run_id, epoch)
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
-        async with self._hub.subscribe(run.run_id, after) as mailbox, self._counted():
+        async with self._hub.subscribe(run.run_id, after, history) as mailbox, self._counted():
             while not mailbox.ended:
                 await mailbox.ready(None if deadline is None else deadline - monotonic())
                 more = True
                 while more and not mailbox.ended:
                     try:
                         page, more = await asyncio.to_thread(
-                            self._read, run.run_id, cursor.seq, pager
+                            self._read, run.run_id, cursor.seq, pager, history
                         )
                     except AWAY as error:
+                        history.sure = False
                         failures += 1
                         delay = backoff.delay(failures)
                         _log_wait(run.run_id, error)
@@ -425,10 +469,11 @@ class Subscription:
 class Hub:
     """One asynchronous Redis connection for all streams of a loop, with counted channels.
 
-    It also asks Postgres, once for all watched runs, whether a last message was lost: every
-    `head_check` seconds, or every `without_redis` while Redis is away. Every `patience` seconds it
-    asks Redis for a sign of life, and leaves a connection that has given none since the last time:
-    a Redis that is stopped, or gone without a word, closes nothing.
+    It also asks Postgres, once for all watched runs, whether a last message was lost, and whether
+    the database still has the history that was seen: every `head_check` seconds, or every
+    `without_redis` while Redis is away. Every `patience` seconds it asks Redis for a sign of life,
+    and leaves a connection that has given none since the last time: a Redis that is stopped, or
+    gone without a word, closes nothing.
     """
 
     def __init__(
@@ -436,7 +481,7 @@ class Hub:
         client: Callable[[], "aioredis.Redis"],
         prefix: str,
         *,
-        heads: Callable[[list[str]], dict[str, int]],
+        heads: Callable[[list[str]], tuple[str, dict[str, int]]],
         head_check: float,
         without_redis: float,
         patience: float,
@@ -467,9 +512,9 @@ class Hub:
                 mailbox.ended = True
                 mailbox.missed("end")
 
-    def subscribe(self, run_id: str, after: int) -> "Mailbox":
+    def subscribe(self, run_id: str, after: int, history: History) -> "Mailbox":
         """A mailbox for the run's messages, to be used with `async with`."""
-        return Mailbox(self, run_id, channel_for(self._prefix, run_id), after)
+        return Mailbox(self, run_id, channel_for(self._prefix, run_id), after, history)
 
     async def add(self, mailbox: "Mailbox") -> None:
         self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
@@ -524,8 +569,10 @@ class Hub:
             live = self._pubsub is not None
             await asyncio.sleep(self._head_check if live else self._without_redis)
             asked = {next(iter(boxes)).run_id for boxes in self._mailboxes.values()}
+            # What is passed on while we ask may be newer than the answer.
+            seen = [(box, box.seq) for boxes in self._mailboxes.values() for box in boxes]
             try:
-                heads = await asyncio.to_thread(self._heads, list(asked))
+                epoch, heads = await asyncio.to_thread(self._heads, list(asked))
             except Exception as error:
                 # Whatever it is: without this check a stream whose last message was lost hangs.
                 logger.warning(
@@ -533,11 +580,14 @@ class Hub:
                     extra={"action": "head_check_failed", "reason": str(error)},
                 )
                 continue
-            for boxes in list(self._mailboxes.values()):
-                for mailbox in boxes:
-                    # Without a head the run was removed: the reader finds out by looking.
-                    if mailbox.run_id in asked and heads.get(mailbox.run_id, BEYOND) > mailbox.seq:
-                        mailbox.missed("head_check" if live else "without_redis")
+            for mailbox, seq in seen:
+                # Without a head the run was removed: the reader finds out by looking.
+                head = heads.get(mailbox.run_id, BEYOND)
+                if mailbox.history.differs(epoch, head, seq):
+                    mailbox.history.sure = False
+                elif head <= mailbox.seq:
+                    continue
+                mailbox.missed("head_check" if live else "without_redis")
 
     async def _check_redis(self) -> None:
         while self._mailboxes:
@@ -614,11 +664,12 @@ class Mailbox:
     LIMIT = 1024 * 1024
     """Bytes that may wait for the reader."""
 
-    def __init__(self, hub: Hub, run_id: str, channel: str, seq: int) -> None:
+    def __init__(self, hub: Hub, run_id: str, channel: str, seq: int, history: History) -> None:
         self.run_id = run_id
         self.channel = channel
         self.seq = seq
         """The last event that the reader has passed on."""
+        self.history = history
         self.live = False
         self.ended = False
         self._hub = hub

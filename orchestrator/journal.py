@@ -20,6 +20,13 @@ from outbox.queries import EVENT_JSON, Caller, Read, doorbell, execute, outbox_r
 LAST_SEQ = 2**31 - 1
 """No run has an event beyond it: the column is an integer."""
 
+EPOCH = """
+SELECT to_hex(system_identifier) || 't' || CASE
+         WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
+         ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
+  FROM pg_control_system()
+"""
+
 RUN_COLUMNS = (
     "run_id",
     "namespace",
@@ -701,15 +708,11 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     def epoch(self, connection: Caller) -> str:
         """Changes when the database's history may have changed: restore, or failover.
 
-        The cluster's identity and its timeline (idea: Centrifugo's stream epoch).
+        The cluster's identity and its timeline (idea: Centrifugo's stream epoch): that of what is
+        written now, for the last checkpoint's is the old one until minutes after a failover. A
+        standby writes nothing, and tells the checkpoint's.
         """
-        rows = execute(
-            connection,
-            "SELECT to_hex(s.system_identifier) || 't' || c.timeline_id"
-            "  FROM pg_control_system() s, pg_control_checkpoint() c",
-            {},
-        )
-        return str(rows[0][0])
+        return str(execute(connection, EPOCH, {})[0][0])
 
     def new_event(
         self,

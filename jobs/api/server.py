@@ -491,8 +491,9 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
             given, seq = parse_event_id(text, name)
         except BadRequest as error:
             raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
-        run = client.get_run(_text(run_id))
+        # First: of another epoch than the run it names too little rather than too much as seen.
         epoch = client.epoch()
+        run = client.get_run(_text(run_id))
         after, reset = sse.start_of(run, epoch, given, seq)
         if after < 0:
             return Response(status_code=204)

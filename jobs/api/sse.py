@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from jobs.api.problems import Problem
 from jobs.client import beyond_the_head
-from jobs.errors import WaitTimeout
+from jobs.errors import HistoryChanged, WaitTimeout
 from jobs.stream import Streams
 from orchestrator.errors import EventsPruned, RunNotFound
 from orchestrator.events import Event
@@ -45,9 +45,9 @@ def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bo
     """(the seq to go on after, whether the viewer must forget what it has).
 
     The seq is -1 when there is nothing to come: the run has ended there. Raises Problem (409) for
-    a cursor beyond the head.
+    a cursor beyond the head that names no epoch; with one it is of events that are gone.
     """
-    if given is not None and given != epoch:
+    if given is not None and (given != epoch or seq > run.last_seq):
         return 0, True
     if run.state.final and seq >= run.last_seq:
         return -1, False
@@ -125,7 +125,7 @@ async def chunks(
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()
     rotation = ROTATION * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
-    watched = streams.watch(run, after, timeout=rotation, idle=KEEP_ALIVE)
+    watched = streams.watch(run, after, epoch=epoch, timeout=rotation, idle=KEEP_ALIVE)
     try:
         with counted():
             async with aclosing(watched):
@@ -134,7 +134,7 @@ async def chunks(
                         yield ALIVE
                     for chunk in frames(batch, epoch):
                         yield chunk
-    except (WaitTimeout, EventsPruned, RunNotFound):
+    except (HistoryChanged, WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
 
 

@@ -124,7 +124,10 @@ class AsyncClient:
     async def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
         run = await self.get_run(run_id)
-        async for event in self.astream_run(run_id, run.last_seq, timeout=timeout):
+        # The end counts, in whichever history it comes.
+        async for event in self.astream_run(
+            run_id, run.last_seq, timeout=timeout, on_reset=lambda: None
+        ):
             if event.final:
                 break
         return await self.get_run(run_id)

@@ -141,7 +141,8 @@ class Client:
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
         run = self.get_run(run_id)
-        for event in self.stream_run(run_id, run.last_seq, timeout=timeout):
+        # The end counts, in whichever history it comes.
+        for event in self.stream_run(run_id, run.last_seq, timeout=timeout, on_reset=lambda: None):
             if event.final:
                 break
         return self.get_run(run_id)

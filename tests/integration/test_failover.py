@@ -1,0 +1,205 @@
+"""After a failover or a restore nobody is left with events that are not there any more."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from jobs import App, Event, HistoryChanged
+from jobs.migrations import migrate
+from jobs.services import NOBODY, EmbeddedPostgres
+from jobs.stream import Observer, Streams, ignore
+from jobs.testing import Kit
+from tests.serving import serving
+from tests.valkeys import until
+
+
+def following(app: App, head_check: float = 0.02, observer: Observer = ignore) -> Streams:
+    """Streams that look often."""
+    return Streams(
+        journal=app.journal,
+        engine=app.engine.execution_options(isolation_level="AUTOCOMMIT"),
+        redis_client=app.redis,
+        aredis_client=app.aredis,
+        prefix=app.settings.prefix,
+        head_check=head_check,
+        without_redis=head_check,
+        observer=observer,
+    )
+
+
+def go_back(kit: Kit, run_id: str, seq: int) -> None:
+    """The events after this one were lost in a failover, and nobody has published them since."""
+    schema = kit.app.settings.schema
+    with kit.app.engine.begin() as connection:
+        for statement in (
+            f"DELETE FROM {schema}.run_events WHERE run_id = '{run_id}' AND seq > {seq}",
+            f"DELETE FROM {schema}.run_outbox WHERE run_id = '{run_id}'",
+            (
+                f"UPDATE {schema}.runs SET last_seq = {seq}, state = 'queued', attempt = 0, "
+                f"started_at = NULL, lease_token = 0 WHERE run_id = '{run_id}'"
+            ),
+        ):
+            connection.exec_driver_sql(statement)
+
+
+async def first(events: AsyncIterator[Event], count: int) -> list[int]:
+    return [(await anext(events)).seq for _ in range(count)]
+
+
+def test_a_stream_whose_events_are_gone_ends_with_an_error(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    stream = following(beatless.app).follow(run, 0)
+    assert [next(stream).seq for _ in range(3)] == [1, 2, 3]
+
+    go_back(beatless, run.run_id, 1)
+
+    with pytest.raises(HistoryChanged, match="since event 3"):
+        next(stream)
+
+
+def test_an_async_stream_whose_events_are_gone_ends_with_an_error(beatless: Kit) -> None:
+    run, other = beatless.start_run("two_steps"), beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    streams = following(beatless.app)
+
+    async def main() -> None:
+        stream, untouched = streams.afollow(run, 0), streams.afollow(other, 0)
+        assert await first(stream, 3) == [1, 2, 3]
+        assert await first(untouched, 1) == [1]
+        await asyncio.to_thread(go_back, beatless, run.run_id, 1)
+        with pytest.raises(HistoryChanged, match="since event 3"):
+            await anext(stream)
+        await asyncio.to_thread(beatless.work_until_idle)
+        assert [event.seq async for event in untouched] == [2, 3, 4, 5, 6]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_wait_ends_with_the_run_in_whichever_history(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    opened: Queue[str] = Queue()
+
+    def observe(name: str, _facts: dict[str, Any]) -> None:
+        if name in ("backfill", "stream_closed"):
+            opened.put(name)
+
+    client = beatless.app.client_for("default")
+    client._streams = following(beatless.app, observer=observe)
+    with ThreadPoolExecutor(1) as waiting:
+        result = waiting.submit(client.wait_for_run, run.run_id, 30)
+        assert opened.get(timeout=30) == "backfill"
+        go_back(beatless, run.run_id, 1)
+        while opened.get(timeout=30) != "stream_closed":
+            pass
+        beatless.work_until_idle()
+        assert result.result(60).result == "one two"
+
+
+def test_a_cursor_of_events_that_are_gone_gets_a_reset(beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.step(run.run_id)
+    epoch = beatless.client.epoch()
+    go_back(beatless, run.run_id, 1)
+    with serving(beatless.app) as api:
+        path = f"/v1/runs/{run.run_id}/stream"
+        with api.stream(path, Last_Event_ID=f"{epoch}.3") as stream:
+            assert [next(stream).get("event") for _ in range(3)] == [None, "reset", "RunStarted"]
+        assert api("GET", f"{path}?from_seq=3").status == 409
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
+    """A primary, and a standby that follows it."""
+    primary = EmbeddedPostgres(tmp_path / "one", settings={"fsync": "off"})
+    with primary:
+        pass
+    shutil.copytree(primary.directory, tmp_path / "two")
+    with primary:
+        way = f"host=127.0.0.1 port={primary.port} user=postgres password={primary.password}"
+        standby = EmbeddedPostgres(
+            tmp_path / "two", settings={"fsync": "off", "primary_conninfo": way}
+        )
+        (standby.cluster / "standby.signal").touch()
+        if os.geteuid() == 0:
+            for path in (standby.cluster, *standby.cluster.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+        with standby:
+            yield primary, standby
+
+
+def fail_over(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
+    """The primary is lost; all that it has committed is on the standby, which takes its place."""
+    with psycopg.connect(primary.url, autocommit=True) as session:
+
+        def replayed() -> bool:
+            rows = session.execute(
+                "SELECT replay_lsn >= pg_current_wal_flush_lsn() FROM pg_stat_replication"
+            )
+            return rows.fetchone() == (True,)
+
+        until(replayed)
+    primary.crash()
+    with psycopg.connect(standby.url, autocommit=True) as session:
+        assert session.execute("SELECT pg_promote()").fetchone() == (True,)
+
+
+def test_a_standby_that_takes_over_is_another_epoch_from_its_first_moment(
+    beatless_app: App, tmp_path: Path, pair: tuple[EmbeddedPostgres, EmbeddedPostgres]
+) -> None:
+    primary, standby = pair
+    both = make_url(primary.url).set(
+        host=None,
+        port=None,
+        query={
+            "host": "127.0.0.1,127.0.0.1",
+            "port": f"{primary.port},{standby.port}",
+            "target_session_attrs": "read-write",
+        },
+    )
+    settings = replace(
+        beatless_app.settings,
+        database_url=both.render_as_string(hide_password=False),
+        listen_url="",
+    )
+    kit = Kit(App(settings, list(beatless_app.plans.values())), directory=tmp_path)
+    migrate(kit.app.engine, kit.app.settings.schema)
+    run = kit.start_run("two_steps")
+    before = kit.client.epoch()
+    with psycopg.connect(standby.url) as session:
+        assert kit.app.journal.epoch(session) == before
+    stream = following(kit.app).follow(run, 0)
+    assert next(stream).seq == 1
+    quiet = following(kit.app, head_check=0.5)
+
+    async def main() -> None:
+        astream = quiet.afollow(run, 0)
+        assert await first(astream, 1) == [1]
+        await asyncio.to_thread(fail_over, primary, standby)
+        assert await asyncio.to_thread(kit.client.epoch) != before
+        with pytest.raises(HistoryChanged, match="since event 1"):
+            await anext(astream)
+
+    with ThreadPoolExecutor(1) as waiting, serving(kit.app) as api:
+        result = waiting.submit(kit.client.wait_for_run, run.run_id, 60)
+        asyncio.run(asyncio.wait_for(main(), 60))
+        after = kit.client.epoch()
+        assert after.rpartition("t") == (before.rpartition("t")[0], "t", "2")
+        with pytest.raises(HistoryChanged, match="since event 1"):
+            next(stream)
+        with api.stream(f"/v1/runs/{run.run_id}/stream", Last_Event_ID=f"{before}.1") as viewer:
+            assert [next(viewer).get("event") for _ in range(3)] == [None, "reset", "RunStarted"]
+        kit.work_until_idle()
+        assert result.result(60).result == "one two"
+    kit.close()
