@@ -216,11 +216,14 @@ SELECT * FROM (SELECT d.run_id, d.task, d.queue, d.attempts + 1,
         self.pick_free_tasks_sql = pick_tasks.replace(
             "{lock}", " FOR NO KEY UPDATE OF d SKIP LOCKED"
         )
-        self.still_due_sql = f"""
+        self.still_held_sql = f"""
 SELECT task_id FROM unnest(%(task_ids)s::text[]) AS task_id CROSS JOIN LATERAL (
   SELECT attempts FROM {s}.dispatches
    WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '') AND due_at <= {now} LIMIT 1) d
- WHERE attempts + 1 = regexp_replace(task_id, '^.*[.]', '')::int"""
+ WHERE attempts + 1 = regexp_replace(task_id, '^.*[.]', '')::int
+   AND NOT EXISTS (SELECT FROM {s}.dispatches
+                    WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '')
+                      FOR NO KEY UPDATE SKIP LOCKED)"""
         # A worker may have claimed the run before this statement came: its due time has moved.
         self.mark_sent_sql = f"""
 UPDATE {s}.dispatches d

@@ -186,15 +186,15 @@ class Drain:
         marked = {message.task_id for message in self._sent}
         with self._connection.pipeline():
             forget = self._forget(now)
-            still_due = self._ask_for_unmarked(now)
+            still_held = self._ask_for_unmarked(now)
             events = self._pick_events(shards, run_id)
             tasks = self._pick_tasks(shards, run_id, now)
         picked = list(map(PickedEvents._make, events.fetchall())) if events else []
         messages = task_messages(tasks.fetchall()) if tasks else []
         if forget and self._note_undeleted(*forget):
             picked = self._without_undeleted(picked, looked=events is not None and run_id is None)
-        if still_due:
-            self._unmarked = {task_id for (task_id,) in still_due.fetchall()}
+        if still_held:
+            self._unmarked = {task_id for (task_id,) in still_held.fetchall()}
             self._unmarked.difference_update(message.task_id for message in messages)
         messages = self._without_unmarked(messages, marked)
         if picked or messages:
@@ -336,7 +336,7 @@ class Drain:
         if not self._unmarked:
             return None
         return self._connection.execute(
-            self._queries.still_due_sql, {"task_ids": list(self._unmarked), "now": now}
+            self._queries.still_held_sql, {"task_ids": list(self._unmarked), "now": now}
         )
 
     def _pick_events(

@@ -135,3 +135,19 @@ def test_a_broker_that_is_back_gets_what_it_lost_though_a_run_is_held(
 
     sent = sorted((message.run_id, message.attempt) for message in doors[1].messages[2:])
     assert sent == sorted([(lost.run_id, 2), (new.run_id, 1)])
+
+
+def test_a_run_that_is_free_again_in_a_paused_queue_is_not_looked_at(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door]
+) -> None:
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors)
+    with holding(beatless_app, "dispatches", [run.run_id]):
+        relay.drain_once()
+        relay.drain_once()
+        drain = relay._once[1]
+        assert drain.unlocked_in is not None
+        beatless.client.pause_queue("default")
+    relay.drain_once()
+    assert drain.unlocked_in is None
+    relay.stop()
