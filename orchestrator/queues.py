@@ -108,7 +108,8 @@ SELECT count(*) FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
  WHERE d.queue = %(queue)s AND d.state <> 'waiting' AND r.state = 'running'"""
         # The runs of a namespace that ended in a state so long ago: by their last event or, when it
         # is pruned, by the time of that. The time is a subquery: compared with a volatile function,
-        # all runs would be read.
+        # all runs would be read. Row by row, by LIMIT, and by lists: right after many runs have
+        # ended the planner knows nothing of them, and would join by reading all.
         ago = "(SELECT clock_timestamp() - make_interval(secs => %(seconds)s))"
         mine = "r.namespace = %(namespace)s AND r.state = %(state)s"
         self._ended = f"""
@@ -116,16 +117,17 @@ SELECT count(*) FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
   WHERE r.pruned_at IS NOT NULL AND r.finished_at < {ago} AND {mine}
   ORDER BY r.pruned_at LIMIT %(limit)s)
 UNION ALL
-(SELECT r.run_id, r.last_seq - r.pruned_seq FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
-  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = %(state)s AND e.ts < {ago} AND {mine}
+(SELECT r.run_id, r.last_seq - r.pruned_seq FROM {s}.run_events e CROSS JOIN LATERAL (
+   SELECT * FROM {s}.runs r WHERE r.run_id = e.run_id AND {mine} LIMIT 1) r
+  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = %(state)s AND e.ts < {ago}
   ORDER BY e.ts LIMIT %(limit)s)"""
         self._remove = f"""
 WITH gone AS (
   DELETE FROM {s}.runs WHERE run_id = ANY(%(run_ids)s) RETURNING run_id
-), e AS (DELETE FROM {s}.run_events USING gone WHERE run_events.run_id = gone.run_id
-), o AS (DELETE FROM {s}.run_outbox USING gone WHERE run_outbox.run_id = gone.run_id
-), l AS (DELETE FROM {s}.dead_letters USING gone WHERE dead_letters.run_id = gone.run_id
-), d AS (DELETE FROM {s}.dispatches USING gone WHERE dispatches.run_id = gone.run_id)
+), e AS (DELETE FROM {s}.run_events WHERE run_id = ANY(%(run_ids)s)
+), o AS (DELETE FROM {s}.run_outbox WHERE run_id = ANY(%(run_ids)s)
+), l AS (DELETE FROM {s}.dead_letters WHERE run_id = ANY(%(run_ids)s)
+), d AS (DELETE FROM {s}.dispatches WHERE run_id = ANY(%(run_ids)s))
 SELECT run_id FROM gone"""
 
     def pause(self, connection: Caller, name: str) -> None:
@@ -209,7 +211,7 @@ SELECT run_id FROM gone"""
         """Take away runs that ended in this state so many seconds ago, oldest end first."""
         return self._removed(
             connection,
-            f"run_id IN (SELECT run_id FROM ({self._ended} LIMIT %(limit)s) AS ended)",
+            f"run_id = ANY(ARRAY(SELECT run_id FROM ({self._ended} LIMIT %(limit)s) AS ended))",
             {"state": state, "seconds": seconds, "limit": limit, "namespace": namespace},
         )
 

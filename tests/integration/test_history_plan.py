@@ -42,9 +42,29 @@ class Counting(psycopg.Cursor[Any]):
 
 @pytest.fixture(params=["with statistics", "without"])
 def history(
-    postgres: psycopg.Connection, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[psycopg.Connection]:
     """Before a long history and one run that waits: the retry of a failed one."""
+    with beatless_app.direct_connection() as guard, guard.transaction():
+        # Against autovacuum, which would give some of the tables statistics at a time of its own.
+        lock = "LOCK TABLE runs, run_events, dispatches IN SHARE UPDATE EXCLUSIVE MODE"
+        guard.execute(f"SET search_path TO {beatless_app.settings.schema}".encode())
+        if request.param == "without":
+            guard.execute(lock)
+        fill(postgres)
+        if request.param == "with statistics":
+            postgres.execute("ANALYZE runs, run_events, dispatches")
+            guard.execute(lock)
+        monkeypatch.setattr(Counting, "read", 0)
+        postgres.cursor_factory = Counting
+        yield postgres
+    assert 0 < Counting.read < 100
+
+
+def fill(postgres: psycopg.Connection) -> None:
     postgres.execute(
         f"""
 INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, created_at, finished_at)
@@ -67,12 +87,6 @@ SELECT run_id, seq, finished_at, CASE seq WHEN 1 THEN 'RunStarted' ELSE 'RunFini
         "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)"
         " VALUES ('again', 1, 'p', 'q', 0, 'waiting', now(), 'start')"
     )
-    if request.param == "with statistics":
-        postgres.execute("ANALYZE runs, run_events, dispatches")
-    monkeypatch.setattr(Counting, "read", 0)
-    postgres.cursor_factory = Counting
-    yield postgres
-    assert 0 < Counting.read < 100
 
 
 @pytest.fixture
