@@ -153,14 +153,27 @@ class Streams:
         self._head_check = head_check
         self._without_redis = without_redis
         self._observer = observer
-        self._hub = Hub(
-            aredis_client,
-            prefix,
-            heads=self._heads,
-            head_check=head_check,
-            without_redis=without_redis,
-            patience=patience,
-        )
+        self._aredis_client = aredis_client
+        self._patience = patience
+        self._hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
+        self._choosing = threading.Lock()
+
+    def _hub(self) -> "Hub":
+        """That of the running loop: what waits in one loop cannot be woken from another."""
+        loop = asyncio.get_running_loop()
+        with self._choosing:
+            if loop not in self._hubs:
+                # Loops do not tell when they are closed.
+                self._hubs = {key: hub for key, hub in self._hubs.items() if not key.is_closed()}
+                self._hubs[loop] = Hub(
+                    self._aredis_client,
+                    self._prefix,
+                    heads=self._heads,
+                    head_check=self._head_check,
+                    without_redis=self._without_redis,
+                    patience=self._patience,
+                )
+            return self._hubs[loop]
 
     def follow(self, run: Run, after: int, *, timeout: float | None = None) -> Iterator[Event]:
         """Events after a seq until RunFinished, for a thread that may block."""
@@ -286,7 +299,7 @@ class Streams:
         cursor, reason = Cursor(after), "start"
         history = History(run.run_id, epoch)
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
-        async with self._hub.subscribe(run.run_id, after, history) as mailbox, self._counted():
+        async with self._hub().subscribe(run.run_id, after, history) as mailbox, self._counted():
             while not mailbox.ended:
                 await mailbox.ready(None if deadline is None else deadline - monotonic())
                 more = True
@@ -345,16 +358,17 @@ class Streams:
 
     @property
     def open_streams(self) -> int:
-        """How many asynchronous streams are being followed."""
-        return self._hub.open_streams
+        """How many asynchronous streams are being followed, in all loops."""
+        with self._choosing:
+            return sum(hub.open_streams for hub in self._hubs.values())
 
     def end(self) -> None:
-        """End the asynchronous streams that are open, in order; call it in their loop."""
-        self._hub.end()
+        """End the asynchronous streams that are open in this loop, in order."""
+        self._hub().end()
 
     async def aclose(self) -> None:
         """Close the connection that this loop's streams share."""
-        await self._hub.aclose()
+        await self._hub().aclose()
 
 
 class _Once:
@@ -503,7 +517,7 @@ class Hub:
     @property
     def open_streams(self) -> int:
         """How many streams are being followed."""
-        return sum(len(boxes) for boxes in self._mailboxes.values())
+        return sum(len(boxes) for boxes in list(self._mailboxes.values()))
 
     def end(self) -> None:
         """End every stream."""
@@ -682,7 +696,11 @@ class Mailbox:
         self._state_known = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        await self._hub.add(self)
+        try:
+            await self._hub.add(self)
+        except BaseException:
+            await self._hub.remove(self)  # its viewer went while we asked Redis
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -357,6 +357,54 @@ def test_a_viewer_does_not_wait_for_a_silent_redis_longer_than_it_may(
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_one_app_is_followed_in_several_loops_at_once(beatless: Kit, beatless_app: App) -> None:
+    runs = [beatless.start_run("two_steps") for _ in range(2)]
+    # Nobody shall be helped by the check of heads.
+    following = streams(beatless_app, head_check=1000, without_redis=1000)
+    watchers = [
+        Watcher(beatless, run.run_id, step_by_step(following.afollow(run, 0))) for run in runs
+    ]
+    for watcher in watchers:
+        watcher.wait_for(1)
+    assert following.open_streams == 2
+
+    beatless.work_until_idle()
+
+    for watcher in watchers:
+        assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+    assert following.open_streams == 0
+
+
+def test_a_viewer_who_goes_while_redis_takes_nothing_leaves_no_place_behind(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run, other = beatless.start_run("two_steps"), beatless.start_run("two_steps")
+    following = streams(beatless_app)
+
+    async def main() -> None:
+        first = following.afollow(run, 0)
+        await anext(first)
+        hub, asked = following._hub(), asyncio.Event()
+        command = hub._command
+
+        async def stuck(*_words: str) -> None:
+            asked.set()
+            await asyncio.Event().wait()  # the buffers of the connection are full
+
+        hub._command = stuck
+        second = asyncio.create_task(numbers(following.afollow(other, 0)))
+        await asked.wait()
+        assert following.open_streams == 2
+        hub._command = command
+        second.cancel()
+        await asyncio.wait([second])
+        assert following.open_streams == 1
+        await first.aclose()
+        assert following.open_streams == 0
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
     beatless: Kit, beatless_app: App
 ) -> None:
@@ -450,7 +498,7 @@ def test_a_full_pool_does_not_end_the_head_checks_of_a_loop(
 ) -> None:
     run = beatless.start_run("two_steps")
     following = streams(beatless_app, engine=crowded, head_check=0.02)
-    failed = failing(following._hub, "_heads")
+    failed = failing(following, "_heads")
 
     def crowd() -> None:
         with crowded.connect():
