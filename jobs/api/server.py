@@ -54,6 +54,8 @@ RUNS_BYTES = 4 * 1024 * 1024
 STUCK_MILLISECONDS = 60_000
 MAX_STREAMS = 5000
 MAX_STREAMS_PER_TOKEN = 1000
+MAX_STREAMS_PER_NAMESPACE = 4000
+"""Each stream-token counts alone, and whoever may read gets as many of them as wanted."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "::1", "testserver"})
 """Names of this machine; `testserver` is what test clients call a server without a socket."""
 PAGE_HEADERS = {
@@ -272,6 +274,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
     tokens = Tokens(app.engine, app.settings.schema)
     gate = Gate(app, tokens, public=public)
     streams: Counter[str] = Counter()
+    in_namespace: Counter[str] = Counter()
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -499,7 +502,11 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
             return Response(status_code=204)
         run.require_events(after)
         if app.streams.open_streams >= MAX_STREAMS or (
-            grant.token_id and streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
+            grant.token_id
+            and (
+                streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
+                or in_namespace[grant.namespace] >= MAX_STREAMS_PER_NAMESPACE
+            )
         ):
             raise Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
@@ -507,13 +514,16 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
 
         @contextlib.contextmanager
         def counted() -> Iterator[None]:
-            streams[grant.token_id] += 1
+            places = ((streams, grant.token_id), (in_namespace, grant.namespace))
+            for counter, name in places:
+                counter[name] += 1
             try:
                 yield
             finally:
-                streams[grant.token_id] -= 1
-                if not streams[grant.token_id]:
-                    del streams[grant.token_id]
+                for counter, name in places:
+                    counter[name] -= 1
+                    if not counter[name]:
+                        del counter[name]
 
         return sse.EventStream(
             sse.chunks(app.streams, run, epoch=epoch, after=after, reset=reset, counted=counted)

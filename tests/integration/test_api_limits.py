@@ -73,6 +73,32 @@ def test_a_token_has_only_so_many_streams(
             assert api("GET", path).status == 503
 
 
+def test_stream_tokens_together_have_no_more_streams_than_their_namespace(
+    beatless: Kit, beatless_app: App, api: Api, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_STREAMS_PER_NAMESPACE", 2)
+    path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
+    theirs = beatless_app.client_for("theirs").start_run("two_steps").run_id
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    reader = tokens.create([Scope.RUNS_READ])[1]
+    other = tokens.create([Scope.RUNS_READ], namespace="theirs")[1]
+
+    def stream_token() -> str:
+        api.token = reader
+        return api("POST", path + "-token").json["token"]
+
+    with ExitStack() as stack:
+        for token in (stream_token(), stream_token()):
+            api.token = token
+            stream = stack.enter_context(api.stream(path))
+            next(stream), next(stream)
+        api.token = stream_token()
+        assert api("GET", path).status == 503
+        api.token = other
+        stream = stack.enter_context(api.stream(f"/v1/runs/{theirs}/stream"))
+        next(stream), next(stream)
+
+
 def test_heartbeats_and_rotation(beatless: Kit, api: Api, monkeypatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE", 0.02)
     monkeypatch.setattr(sse, "ROTATION", 0.5)
