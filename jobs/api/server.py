@@ -409,6 +409,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
         """Stored events after `from_seq`: as many as fit into some MiB, and at least one."""
+        epoch = client.epoch()  # first, as for a stream
         run = client.get_run(_text(run_id))
         lines: list[str] = []
         size, more = 0, True
@@ -421,7 +422,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
                 size += len(lines[-1])
                 if size >= EVENTS_BYTES:
                     break
-        head = json.dumps({"epoch": client.epoch(), "last_seq": run.last_seq})[:-1]
+        head = json.dumps({"epoch": epoch, "last_seq": run.last_seq})[:-1]
         content = f'{head}, "events": [{",".join(lines)}]}}'
         return Response(content, media_type="application/json")
 
