@@ -264,6 +264,7 @@ def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
         assert keys(schemas.left_outside(schemas.begin("test"))) == ["the Redis key shops:cart"]
 
 
+@pytest.mark.long
 def test_workers_tell_a_leak_once_and_name_the_tests_that_ran_beside(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

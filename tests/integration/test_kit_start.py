@@ -60,6 +60,7 @@ def temporary(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Pat
     return directory
 
 
+@pytest.mark.long
 def test_workers_share_servers_that_are_gone_with_the_session(
     pytester: pytest.Pytester, temporary: Path
 ) -> None:
@@ -285,6 +286,7 @@ def test_an_app_that_cannot_be_imported_is_told_in_a_sentence(shop: pytest.Pytes
     assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
 
 
+@pytest.mark.long
 def test_processes_find_the_modules_that_pytest_finds_and_run_the_plans_of_their_app(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

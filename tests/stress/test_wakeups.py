@@ -203,14 +203,15 @@ def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
         events=Door(beatless_app, client),
         tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
         backoff=QUICK,
-        linger=0.001,
+        # Awake until the next append has come, asleep before one that is held is committed.
+        linger=0.02,
         watchdog=600,
     )
     relay.start()
     kept = True
     for round in range(30):
         (name,) = lease_runs(postgres, f"control-{round}", 1)
-        write(beatless_app.executors.connect, journal, [name], 3, round, 0.05)
+        write(beatless_app.executors.connect, journal, [name], 3, round, 0.2)
         kept = kept and empty_in_time(postgres, 1.0)
         if not kept:
             break
