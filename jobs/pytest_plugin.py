@@ -363,7 +363,7 @@ class Schemas:
             self._holds = holds
             return True
         for hold in holds:
-            hold.close()
+            let_go(hold)
         self.connection.execute("SELECT pg_advisory_unlock(hashtext(%s), hashtext(%s))", key)
         return False
 
@@ -608,11 +608,22 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
             # Whoever held an abandoned one may hold it still; the next session drops it then.
             with suppress(psycopg.errors.LockNotAvailable):
                 self._drop(schema)
+        for hold in self._holds:
+            let_go(hold)
+        # Said and not left to the end of the session, which the server notices when it likes.
+        self.connection.execute("SELECT pg_advisory_unlock_all()")
         self.connection.close()
-        for ear in (self.ear, *self._holds):
-            ear.close()
+        self.ear.close()
         for found in self._stores.values():
             found.close()
+
+
+def let_go(hold: Any) -> None:
+    """End a subscription, and wait until the server has."""
+    hold.unsubscribe()
+    while (heard := hold.get_message(timeout=5)) and heard["type"] != "unsubscribe":
+        pass
+    hold.close()
 
 
 @contextmanager
