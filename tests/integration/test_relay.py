@@ -1090,7 +1090,8 @@ def test_a_broker_that_goes_away_while_a_batch_is_sent_by_queue_is_a_shut_door(
     beatless.start_run("two_steps")
     doors[1].error = PublishFailed("the broker", "gone")
     announcements = Announcements()
-    relay = recording(beatless_app, doors, observer=announcements)
+    once = Backoff(initial=600, cap=600)
+    relay = recording(beatless_app, doors, observer=announcements, backoff=once)
     relay.drain_once()
     relay.stop()
 
