@@ -36,6 +36,7 @@ from orchestrator.executor import reusable
 from orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
 from orchestrator.plan import Plan
 from orchestrator.queues import QueueState
+from orchestrator.state import RunState
 from orchestrator.timeline import Moment, timeline
 from outbox.letters import DeadLetter, LetterStatements
 from outbox.queries import Caller, execute_lazily
@@ -265,7 +266,11 @@ class Client:
         limit: int = 50,
         connection: Caller | None = None,
     ) -> list[Run]:
-        """Runs, newest first. `before` is the last run of the page before, or its time and id."""
+        """Runs, newest first. `before` is the last run of the page before, or its time and id.
+
+        Raises BadRequest for a state that there is not.
+        """
+        _check_state(state)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._do(
             connection,
@@ -695,6 +700,12 @@ def _seconds(name: str, given: float | timedelta | None) -> float | None:
     if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
         raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
     return seconds
+
+
+def _check_state(state: str | None) -> None:
+    states = [known.value for known in RunState]
+    if state is not None and state not in states:
+        raise BadRequest("state", f"is {state!r}; choose {', '.join(states)}")
 
 
 def _check_time(name: str, given: datetime | None) -> None:

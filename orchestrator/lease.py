@@ -77,9 +77,10 @@ class Leases:
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
         # A claim that waited for the row of somebody's open transaction, with the fence in its
-        # hands, would hold up `pause`.
+        # hands, would hold up `pause`. Not for the fence itself: only a `pause` of an older version
+        # holds it alone, and is waited for.
         self._patience = f"set_config('lock_timeout', '{PATIENCE * 1000:.0f}', true)"
-        self._fence = f"SELECT {self._patience}, {QueueStatements(schema).claim_fence}"
+        self._fence = f"SELECT {QueueStatements(schema).claim_fence}, {self._patience}"
         s = schema
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # A subquery of RETURNING sees the row as it was: since when the run has waited.

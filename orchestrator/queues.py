@@ -148,9 +148,10 @@ SELECT run_id FROM gone"""
                 pids = [pid for pid, _ in before]
                 ended = execute(connection, self._end, {"pids": pids})
                 logger.warning(
-                    "sessions of workers ended: they were frozen in the middle of a claim",
-                    extra={"action": "claims_ended", "sessions": len(ended)},
+                    "workers are frozen in the middle of a claim, their sessions are ended",
+                    extra={"action": "claims_ended", "frozen": len(pids), "ended": len(ended)},
                 )
+                deadline = monotonic() + patience
             execute(connection, f"SELECT pg_sleep({LOOK_EVERY})", {})
             before &= self._in_flight(connection)
 

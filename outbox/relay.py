@@ -192,7 +192,7 @@ class Drain:
         picked = list(map(PickedEvents._make, events.fetchall())) if events else []
         messages = task_messages(tasks.fetchall()) if tasks else []
         if forget and self._note_undeleted(*forget):
-            picked = self._without_undeleted(picked, looked=events is not None and run_id is None)
+            picked = self._without_undeleted(picked, run_id, looked=events is not None)
         if still_held:
             self._unmarked = {task_id for (task_id,) in still_held.fetchall()}
             self._unmarked.difference_update(message.task_id for message in messages)
@@ -313,11 +313,15 @@ class Drain:
             self._undeleted = done
         return bool(self._undeleted)
 
-    def _without_undeleted(self, picked: list[PickedEvents], *, looked: bool) -> list[PickedEvents]:
+    def _without_undeleted(
+        self, picked: list[PickedEvents], run_id: str | None, *, looked: bool
+    ) -> list[PickedEvents]:
         """What is there again though it was published is only to be deleted."""
         known = {row.id for row in self._undeleted}
         if looked:
-            self._undeleted = [row for row in picked if row.id in known]
+            others = [] if run_id is None else self._undeleted
+            self._undeleted = [row for row in others if row.run_id.decode() != run_id]
+            self._undeleted += [row for row in picked if row.id in known]
         return [row for row in picked if row.id not in known]
 
     def _without_unmarked(self, messages: list[TaskMessage], marked: set[str]) -> list[TaskMessage]:

@@ -204,6 +204,11 @@ def test_a_run_that_is_removed_while_it_is_started_again_is_started(
     assert [run.run_id for run in beatless.client.list_runs()] == [new.run_id]
 
 
+def test_a_state_that_there_is_not_is_refused(beatless: Kit) -> None:
+    with pytest.raises(BadRequest, match="state is 'done'; choose queued, running"):
+        beatless.client.list_runs(state="done")
+
+
 def test_a_key_is_used_once(beatless: Kit) -> None:
     one = beatless.start_run("two_steps", {"n": 1}, key="order:1")
     again = beatless.start_run("two_steps", {"n": 1}, key="order:1")
