@@ -11,8 +11,9 @@ import json
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -304,6 +305,7 @@ class Schemas:
         urls = sorted({services.redis_url, services.broker_url})
         self._stores = {url: store(url) for url in urls if url.startswith(REDIS)}
         self.redis = self._stores[services.redis_url]
+        self._databases = databases(self._stores)
         self._holds: list[Any] = []
         self.worker = self._claim_name(worker)
         # What a session that was killed has left would be taken for our tests' doing.
@@ -330,11 +332,11 @@ class Schemas:
 
     def _claim_name(self, worker: str) -> str:
         """A name that no other session on the same servers uses, for as long as ours lives."""
-        for number in itertools.count(1):
+        for number in range(1, 1000):
             name = worker if number == 1 else f"{worker}x{number}"
             if self._claim(name):
                 return name
-        raise AssertionError("unreachable")
+        raise AssertionError("somebody holds every name that this session could have")
 
     def _claim(self, name: str) -> bool:
         key = ("beatless tests", name)
@@ -346,10 +348,7 @@ class Schemas:
         # Sessions with another database may use the same Redis. There a subscription holds the
         # name: it ends with its session too. Channels are the server's, keys the database's.
         wanted = [(self.redis, f"t_{name}_0:session")]
-        wanted += [
-            (found, f"t_{name}_0:keys-{RedisUrl.parse(url).db}")
-            for url, found in self._stores.items()
-        ]
+        wanted += [(found, f"t_{name}_0:keys-{number}") for found, number in self._databases]
         holds: list[Any] = []
         for found, channel in wanted:
             hold: Any = found.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
@@ -758,6 +757,29 @@ def remove_queues(app: App) -> None:
 def store(url: str, **options: Any) -> "redis.Redis":
     """A client of the Redis with this URL."""
     return RedisUrl.parse(url).client(**options)
+
+
+def databases(stores: "Mapping[str, redis.Redis]") -> "list[tuple[redis.Redis, int]]":
+    """(client, number) of each database, once: several URLs may name the same one."""
+    found: list[tuple[redis.Redis, int]] = []
+    for url, client in stores.items():
+        number = RedisUrl.parse(url).db
+        if not any(number == other and same_server(client, one) for one, other in found):
+            found.append((client, number))
+    return found
+
+
+def same_server(one: "redis.Redis", other: "redis.Redis") -> bool:
+    """Whether both are clients of one server, whatever they call it.
+
+    INFO has its id, which not every user may ask for and not every server has.
+    """
+    channel = f"t_{uuid.uuid4().hex}_0:same"
+    with closing(one.pubsub()) as hold:  # type: ignore[no-untyped-call]  # redis-py's gap
+        hold.subscribe(channel)
+        hold.get_message(timeout=5)  # it holds from now on
+        ((_, holders),) = other.pubsub_numsub(channel)
+    return bool(holders)
 
 
 def sweep(client: "redis.Redis", pattern: str, own: re.Pattern[str]) -> set[str]:

@@ -214,6 +214,17 @@ def test_two_databases_with_one_redis_take_different_names(
         postgres.execute(f"DROP DATABASE {other} WITH (FORCE)")
 
 
+def test_one_redis_under_two_names_is_claimed_once(private: Services) -> None:
+    """By a host of another name, and without the number of the database, which is 0."""
+    events = private.redis_url.replace("127.0.0.1", "localhost")
+    twice = replace(private, redis_url=events, broker_url=private.redis_url.removesuffix("/0"))
+    with (
+        closing(Schemas(twice, "names")) as one,
+        closing(Schemas(replace(private, broker_url=events), "names")) as two,
+    ):
+        assert (one.worker, two.worker) == ("names", "namesx2")
+
+
 def test_a_leak_is_told_once_with_whom_else_it_may_be_of(private: Services) -> None:
     with (
         closing(Schemas(private, "one", session="s1")) as one,
