@@ -151,7 +151,7 @@ def implementation() -> ModuleType:
         spec = importlib.util.find_spec(name)
         assert spec is not None  # noqa: S101 - they are installed with this module
         found = next(iter(spec.submodule_search_locations or ()), spec.origin or "")
-        if Path(found).resolve() != Path(__file__).resolve().with_name(name):
+        if Path(found).resolve() != Path(__file__).with_name(name).resolve():
             raise pytest.UsageError(
                 f"`import {name}` finds {found}, which stands in for the package of beatless of "
                 "that name: rename it, or keep its folder off sys.path"

@@ -1,9 +1,12 @@
 """How the pytest plugin starts: what it costs who does not use it, and what new users meet."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+import pytest_beatless
 from jobs.pytest_plugin import Services
 
 
@@ -152,6 +155,29 @@ def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_
 
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines([f"`import jobs` finds {pytester.path}/jobs, which stands in*"])
+
+
+def test_an_installation_of_links_is_not_taken_for_a_stand_in(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of links to files, as setuptools' strict editable mode, Bazel and uv make them."""
+    links = pytester.mkdir("links")
+    here = Path(pytest_beatless.__file__)
+    links.joinpath(here.name).symlink_to(here)
+    for name in ("jobs", "orchestrator", "outbox"):
+        shutil.copytree(here.with_name(name), links / name, copy_function=os.symlink)
+    monkeypatch.setenv("PYTHONPATH", str(links))
+    pytester.makepyfile(
+        """
+        import pathlib, pytest_beatless
+
+        def test_it():
+            assert pathlib.Path(pytest_beatless.__file__).is_symlink()
+            with pytest_beatless.told():
+                pytest_beatless.implementation()
+        """
+    )
+    run(pytester).assert_outcomes(passed=1)
 
 
 SHOP = """
