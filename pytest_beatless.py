@@ -117,10 +117,20 @@ def importable(config: pytest.Config) -> Iterator[None]:
     if not config.getini("beatless_app"):
         yield
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEATLESS_DATABASE_URL", f"postgresql://{NOWHERE}/")
-        patch.setenv("BEATLESS_REDIS_URL", f"redis://{NOWHERE}/")
+    nowhere = {
+        "BEATLESS_DATABASE_URL": f"postgresql://{NOWHERE}/",
+        "BEATLESS_REDIS_URL": f"redis://{NOWHERE}/",
+    }
+    given = {name: os.environ[name] for name in nowhere if name in os.environ}
+    os.environ.update(nowhere)
+    try:
         yield
+    finally:
+        # What a conftest has set is meant for the tests.
+        for name in [name for name, url in nowhere.items() if os.environ.get(name) == url]:
+            del os.environ[name]
+            if name in given:
+                os.environ[name] = given[name]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -290,6 +290,28 @@ def test_the_environment_is_nobodys_only_while_tests_are_imported(shop: pytest.P
     run(shop).assert_outcomes(passed=1)
 
 
+def test_servers_that_a_conftest_names_are_those_of_the_tests(
+    shop: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis, of which it says nothing, stays as the environment has it."""
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://127.0.0.1:1/of_the_shell")
+    url = beatless_services.database_url
+    shop.makeconftest(f"import os\nos.environ['BEATLESS_DATABASE_URL'] = {url!r}")
+    shop.makepyfile(
+        f"""
+        import os
+        import shop
+        imported = os.environ["BEATLESS_DATABASE_URL"]
+
+        def test_it(beatless):
+            assert imported == "postgresql://the-fixture-beatless-has-servers.invalid/"
+            assert os.environ["BEATLESS_DATABASE_URL"] == {url!r}
+            assert beatless.client.list_runs() == []
+        """
+    )
+    run(shop).assert_outcomes(passed=1)
+
+
 def test_without_the_setting_the_error_of_an_import_says_so(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
