@@ -16,6 +16,9 @@ from outbox.message import EventMessage, TaskMessage
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 
+CONNECTING = (0, 10)
+"""AMQP's classes of methods that are of no queue: a rejected login is told of class 0."""
+
 
 class EventPublisher(Protocol):
     """Carries committed events to whoever watches."""
@@ -76,7 +79,7 @@ class RedisEventPublisher:
 
 
 class CeleryTaskPublisher:
-    """Sends task messages through kombu, whatever the broker is."""
+    """Sends task messages through kombu, whatever the broker is; AMQP answers once a batch."""
 
     def __init__(self, app: Celery, prefix: str) -> None:
         self._app = app
@@ -95,7 +98,12 @@ class CeleryTaskPublisher:
                         self._send(messages, producer)
                 else:
                     self._send(messages, producer)
+                if isinstance(producer.channel, pyamqp.Channel):
+                    # RabbitMQ answers no publish, and a refusal meets whoever calls next: be it us.
+                    producer.channel.basic_qos(0, 0, False)
         except pyamqp.Transport.channel_errors as error:
+            if not error.method_sig or error.method_sig[0] in CONNECTING:
+                raise PublishFailed("the broker", str(error)) from error
             # RabbitMQ's answer about this very exchange or queue: of another type, or forbidden.
             raise PublishRefused("the broker", str(error)) from error
         except Exception as error:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import redis
-from amqp.exceptions import PreconditionFailed, ResourceError
+from amqp.exceptions import AccessRefused, PreconditionFailed, ResourceError
 from celery import Celery
 from kombu import Message
 
@@ -198,7 +198,8 @@ def test_a_redis_that_hangs_up_is_asked_once_and_not_again_behind_the_relays_bac
     ("error", "kind", "message"),
     [
         (ResourceError("short of memory"), PublishFailed, "cannot be reached: .*short of memory"),
-        (PreconditionFailed("inequivalent arg"), PublishRefused, "refuses .*inequivalent arg"),
+        (PreconditionFailed("inequivalent arg", (40, 10)), PublishRefused, "refuses .*inequivale"),
+        (AccessRefused("Login was refused", (0, 0)), PublishFailed, "reached: .*Login was refused"),
     ],
 )
 def test_whatever_a_brokers_library_raises_is_a_failure_of_the_broker_or_of_a_queue(

@@ -1,7 +1,10 @@
 """Queue control is exact, for the whole fleet."""
 
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from time import monotonic
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
@@ -11,6 +14,9 @@ from jobs.client import RunRequest
 from jobs.errors import QueueBusy, Unreachable
 from jobs.testing import Kit
 from orchestrator.errors import RunIsActive
+from outbox.errors import PublishFailed, PublishRefused
+from outbox.message import TaskMessage
+from outbox.publishers import CeleryTaskPublisher
 
 
 def start(beatless: Kit, count: int, queue: str = "default") -> list[str]:
@@ -341,3 +347,35 @@ def test_runs_are_not_taken_away_again_when_the_answer_to_the_commit_was_lost(
         assert len(beatless.client.list_runs()) == 2
     finally:
         postgres.execute("DROP FUNCTION die_once CASCADE; DROP SEQUENCE deaths")
+
+
+def test_what_a_broker_refuses_is_told_with_its_own_batch_and_blames_no_other(
+    beatless_app: App,
+) -> None:
+    """RabbitMQ answers no publish: what it refuses closes the channel a moment later."""
+    # It checks this property of a message, which may name nobody but who has logged in.
+    beatless_app.celery.conf.task_routes = {"forged": {"user_id": "somebody"}}
+    door = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
+    bad, good, later = (
+        TaskMessage(run_id=task, task=task, queue=task, attempt=1)
+        for task in ("forged", "good", "later")
+    )
+    rabbitmq = beatless_app.settings.broker_url.startswith("amqp")
+    for batch in ([bad], [good, bad], [bad, good]):
+        with pytest.raises(PublishRefused, match="somebody") if rabbitmq else nullcontext():
+            door.publish(batch)
+        door.publish([good])
+        door.publish([good, later])
+
+
+def test_a_broker_that_rejects_the_login_is_a_shut_door_and_refuses_no_queue(
+    beatless_app: App,
+) -> None:
+    broker = urlsplit(beatless_app.settings.broker_url)
+    where = f"{broker.username or ''}:wrong@{broker.hostname}:{broker.port}"
+    url = urlunsplit(broker._replace(netloc=where))
+    app = App(replace(beatless_app.settings, broker_url=url), list(beatless_app.plans.values()))
+    door = CeleryTaskPublisher(app.celery, app.settings.prefix)
+    with pytest.raises(PublishFailed, match="the broker cannot be reached"):
+        door.publish([TaskMessage(run_id="r", task="t", queue="default", attempt=1)])
+    app.close()
