@@ -225,12 +225,7 @@ SELECT task_id FROM unnest(%(task_ids)s::text[]) AS task_id CROSS JOIN LATERAL (
                     WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '')
                       FOR NO KEY UPDATE SKIP LOCKED)"""
         # A worker may have claimed the run before this statement came: its due time has moved.
-        self.mark_sent_sql = f"""
-UPDATE {s}.dispatches d
-   SET state = 'sent', attempts = d.attempts + 1,
-       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN least(power(2, d.attempts), 32) ELSE 1 END)
- WHERE run_id = ANY(ARRAY(
+        unclaimed = f"""run_id = ANY(ARRAY(
    SELECT free.run_id
      FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
     CROSS JOIN LATERAL (
@@ -238,6 +233,20 @@ UPDATE {s}.dispatches d
        WHERE run_id = m.run_id AND attempts = m.attempt - 1
          AND due_at <= coalesce(%(now)s, clock_timestamp())
        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) free))"""
+        self.mark_sent_sql = f"""
+UPDATE {s}.dispatches d
+   SET state = 'sent', attempts = d.attempts + 1,
+       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
+         * CASE WHEN d.state = 'sent' THEN least(power(2, d.attempts), 32) ELSE 1 END)
+ WHERE {unclaimed}"""
+        # Part of what was refused may have arrived, and be claimed. The next attempt is another: it
+        # declares its queue anew.
+        self.postpone_sql = f"""
+UPDATE {s}.dispatches d
+   SET attempts = d.attempts + 1,
+       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
+       reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
+ WHERE {unclaimed}"""
         # What is due and was not taken waits for a place in the window, which the claims of another
         # relay's shards may free without a ring: look again soon.
         self.next_due_sql = f"""{lanes}
@@ -253,13 +262,6 @@ SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
        AND shard = ANY(%(shards)s)
      ORDER BY dispatches.due_at LIMIT 1) n
 ) t"""
-        self.postpone_sql = f"""
-UPDATE {s}.dispatches
-   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
-       reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
- WHERE run_id = ANY(ARRAY(
-   SELECT run_id FROM {s}.dispatches WHERE run_id = ANY(%(run_ids)s::text[])
-      FOR NO KEY UPDATE SKIP LOCKED))"""
         self.resend_unclaimed_sql = f"""
 UPDATE {s}.dispatches
    SET state = CASE reason WHEN 'lease' THEN state ELSE 'waiting' END, due_at = clock_timestamp(),

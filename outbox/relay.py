@@ -177,7 +177,7 @@ class Drain:
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
         self._before_step = [(door, door.open, door.failures) for door in self._doors]
-        sent = list(self._take_back(shards))
+        sent = list(self._take_back(shards, now))
         if self.hopeless_in == 0:
             self._hanging.append(self._courier)
             self._courier.close()
@@ -203,7 +203,7 @@ class Drain:
             self._courier.send(messages)
         published = self._publish_events(picked)
         if messages and self._courier.wait(PROMPT):
-            sent += self._take_back(shards)
+            sent += self._take_back(shards, now)
         if published or sent:
             self._faults.reach("relay.after_publish")
             self._observer(
@@ -225,7 +225,7 @@ class Drain:
     def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
         """Delete what the last step published, without selecting more."""
         self._courier.wait(PARTING)
-        self._take_back(shards)
+        self._take_back(shards, now)
         if forget := self._forget(now):
             self._note_undeleted(*forget)
 
@@ -450,7 +450,7 @@ class Drain:
             extra={"action": "parked", "run_id": run_id, "reason": str(refusal)},
         )
 
-    def _take_back(self, shards: Sequence[int]) -> Sequence[TaskMessage]:
+    def _take_back(self, shards: Sequence[int], now: datetime | None) -> Sequence[TaskMessage]:
         """Note what has become of the tasks that are on their way; those that have arrived."""
         delivery = self._courier.take_back()
         if delivery is None:
@@ -462,19 +462,23 @@ class Drain:
             raise delivery.error
         self._sent = list(delivery.messages)
         for messages, refusal in delivery.refused:
-            self._postpone(messages, refusal)
+            self._postpone(messages, refusal, now)
         if self._sent and self._task_door.succeeded():
             # The broker may have come back empty: what it held and nobody claimed is sent again.
             self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
         return self._sent
 
-    def _postpone(self, messages: Sequence[TaskMessage], refusal: PublishRefused) -> None:
+    def _postpone(
+        self, messages: Sequence[TaskMessage], refusal: PublishRefused, now: datetime | None
+    ) -> None:
         """Leave a queue that the broker refuses alone for a while: the others flow."""
         self._connection.execute(
             self._queries.postpone_sql,
             {
                 "run_ids": [message.run_id for message in messages],
+                "attempts": [message.attempt for message in messages],
                 "redispatch": self._redispatch,
+                "now": now,
             },
         )
         queue = messages[0].queue

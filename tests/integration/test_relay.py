@@ -1080,6 +1080,33 @@ def test_a_queue_that_the_broker_refuses_holds_up_no_other(
     relay.stop()
     sent = {message.run_id for message in doors[1].messages}
     assert sent == {run.run_id for run in (*bad, *good, later)}
+    # No first attempt any more: it declares its queue anew.
+    attempts = {message.attempt for message in doors[1].messages if message.queue == "bad"}
+    assert attempts == {2}
+
+
+def test_what_arrived_of_a_refused_batch_and_was_claimed_keeps_its_lease(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+
+    def claim_and_refuse(messages) -> None:
+        with closing(beatless_app.executors.connect()) as connection:
+            assert beatless_app.leases.claim(
+                connection, run.run_id, worker="w", first_step="first", dispatch=1
+            )
+        raise PublishRefused("the broker", "404, no such exchange")
+
+    doors[1].publish = claim_and_refuse
+    relay = recording(beatless_app, doors)
+    relay.drain_once()
+    relay.stop()
+
+    query = (
+        "SELECT d.state, d.reason, d.attempts, d.due_at = r.lease_expires_at "
+        "FROM dispatches d JOIN runs r USING (run_id)"
+    )
+    assert postgres.execute(query).fetchone() == ("running", "lease", 1, True)
 
 
 def test_a_broker_that_goes_away_while_a_batch_is_sent_by_queue_is_a_shut_door(
