@@ -237,13 +237,13 @@ def beatless_app(
     with (
         told(),
         implementation().beatless_app(
+            request.config,
             _beatless_schemas,
             beatless_plans,
             beatless_settings,
             beatless_tables,
             request.node.nodeid,
         ) as app,
-        implementation().named_app_acts(request.config, app),
     ):
         yield app
 

@@ -663,43 +663,46 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
 
 
 @contextmanager
-def named_app_acts(pytestconfig: pytest.Config, app: App) -> Iterator[None]:
-    """In this block, code that reaches for the App of its module meets the test's."""
-    named = named_app(pytestconfig)
-    with named.acting_as(app) if named else nullcontext():
-        yield
-
-
-@contextmanager
 def beatless_app(
+    pytestconfig: pytest.Config,
     schemas: Schemas,
     beatless_plans: Sequence[Plan],
     beatless_settings: dict[str, Any],
     beatless_tables: Tables | None,
     test: str,
 ) -> Iterator[App]:
-    """An App with a schema, prefix and channel that only this test has."""
+    """An App with a schema, prefix and channel that only this test has.
+
+    In this block, code that reaches for the App of its module meets the test's.
+    """
     if taken := sorted(OWN & beatless_settings.keys()):
         raise pytest.UsageError(
             f"beatless_settings sets {', '.join(taken)}, which the kit gives to each test anew: "
             "remove it; to use other servers see --beatless-services, and for one test with "
             "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
         )
-    prefix = schemas.begin(test)
-    schema = schemas.take(beatless_tables)
-    app = App(
-        Settings(
-            database_url=schemas.url(schema),
-            redis_url=schemas.services.redis_url,
-            schema=schema,
-            prefix=prefix,
-            **{"broker_url": schemas.services.broker_url} | beatless_settings,
-        ),
-        beatless_plans,
-    )
-    app.celery.conf.broker_transport_options["polling_interval"] = 0.05
-    schemas.own_broker(app.settings)
-    yield app
+    named = named_app(pytestconfig)
+    with ExitStack() as undo:
+        prefix = schemas.begin(test)
+        undo.callback(schemas.end)
+        schema = schemas.take(beatless_tables)
+        undo.callback(schemas.give_back, schema)
+        app = App(
+            Settings(
+                database_url=schemas.url(schema),
+                redis_url=schemas.services.redis_url,
+                schema=schema,
+                prefix=prefix,
+                **{"broker_url": schemas.services.broker_url} | beatless_settings,
+            ),
+            beatless_plans,
+        )
+        undo.callback(app.close)
+        app.celery.conf.broker_transport_options["polling_interval"] = 0.05
+        schemas.own_broker(app.settings)
+        with named.acting_as(app) if named else nullcontext():
+            undo.pop_all()
+            yield app
     if app.settings.redis_broker is None:
         remove_queues(app)
     app.close()

@@ -11,7 +11,8 @@ import redis
 import sqlalchemy
 from sqlalchemy import make_url
 
-from jobs.pytest_plugin import Schemas, Services, search
+from jobs.errors import BadSetting
+from jobs.pytest_plugin import Schemas, Services, beatless_app, search
 from jobs.services import EmbeddedValkey
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.testing import Kit
@@ -223,6 +224,28 @@ def test_one_redis_under_two_names_is_claimed_once(private: Services) -> None:
         closing(Schemas(replace(private, broker_url=events), "names")) as two,
     ):
         assert (one.worker, two.worker) == ("names", "namesx2")
+
+
+def test_a_set_up_that_fails_gives_back_what_it_took(
+    beatless_services: Services, pytestconfig: pytest.Config
+) -> None:
+    shared = replace(beatless_services, ours=False)
+    with (
+        closing(Schemas(shared, "fails", session="s2")) as schemas,
+        closing(Schemas(shared, "looks", session="s2")) as beside,
+    ):
+        for _ in range(2):
+            with (
+                pytest.raises(BadSetting),
+                beatless_app(pytestconfig, schemas, [], {"lease_seconds": -1}, None, "test"),
+            ):
+                ...
+        assert beside.beside() == []
+
+        with beatless_app(pytestconfig, schemas, [], {}, None, "test") as app:
+            assert app.settings.schema == f"s_{schemas.worker}_1"
+            assert beside.beside() == ["test"]
+        assert schemas.take() != schemas.take()  # one that did not fail gives it back once
 
 
 def test_a_leak_is_told_once_with_whom_else_it_may_be_of(private: Services) -> None:

@@ -334,6 +334,31 @@ def test_an_app_that_cannot_be_imported_is_told_in_a_sentence(shop: pytest.Pytes
     assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
 
 
+def test_no_test_costs_a_schema_where_the_app_cannot_be_imported(shop: pytest.Pytester) -> None:
+    """Each asks for it, also where the plans are given otherwise."""
+    shop.makeconftest(PLANS)
+    shop.makepyfile(
+        shop="1 / 0",
+        test_shop="""
+        def test_one(beatless): ...
+
+        def test_other(beatless): ...
+
+        def test_what_is_there(_beatless_schemas):
+            name = rf"s\\_{_beatless_schemas.worker}\\_%"
+            rows = _beatless_schemas.connection.execute(
+                "SELECT nspname FROM pg_namespace WHERE nspname LIKE %s", (name,)
+            )
+            assert rows.fetchall() == []
+        """,
+    )
+
+    result = run(shop)
+
+    result.assert_outcomes(errors=2, passed=1)
+    result.stdout.fnmatch_lines(["beatless_app = shop:app: shop cannot be imported: ZeroDivision*"])
+
+
 @pytest.mark.long
 def test_processes_find_the_modules_that_pytest_finds_and_run_the_plans_of_their_app(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
