@@ -35,6 +35,8 @@ class Courier:
         self._orders: queue.SimpleQueue[Sequence[TaskMessage] | None] = queue.SimpleQueue()
         self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._returned: Delivery | None = None
+        self._refused: set[str] = set()
+        """Queues that were not accepted when last tried: each is sent by itself."""
         self._thread: threading.Thread | None = None
         self.away = False
         """A batch was sent and not taken back: send no other."""
@@ -89,21 +91,37 @@ class Courier:
             self._on_return()
 
     def _publish(self, messages: Sequence[TaskMessage]) -> Delivery:
-        """One bad queue must not hold up the rest of the batch."""
+        """One bad queue must not hold up the rest of the batch, nor let it be sent twice."""
+        known = [message for message in messages if message.queue in self._refused]
+        others = [message for message in messages if message.queue not in self._refused]
+        parts = [others] if others else []
+        return _together([self._try(part) for part in [*parts, *_by_queue(known)]])
+
+    def _try(self, messages: Sequence[TaskMessage]) -> Delivery:
         try:
             self._publisher.publish(messages)
         except PublishRefused as refusal:
-            queues: dict[str, list[TaskMessage]] = {}
-            for message in messages:
-                queues.setdefault(message.queue, []).append(message)
-            if len(queues) == 1:
-                return Delivery(messages=(), error=None, refused=((messages, refusal),))
-            parts = [self._publish(part) for part in queues.values()]
-            return Delivery(
-                messages=[message for part in parts for message in part.messages],
-                error=next((part.error for part in parts if part.error), None),
-                refused=[refused for part in parts for refused in part.refused],
-            )
+            parts = _by_queue(messages)
+            if len(parts) > 1:
+                return _together([self._try(part) for part in parts])
+            self._refused.add(messages[0].queue)
+            return Delivery(messages=(), error=None, refused=((messages, refusal),))
         except BaseException as error:
             return Delivery(messages=messages, error=error)
+        self._refused.difference_update(message.queue for message in messages)
         return Delivery(messages=messages, error=None)
+
+
+def _by_queue(messages: Sequence[TaskMessage]) -> list[list[TaskMessage]]:
+    queues: dict[str, list[TaskMessage]] = {}
+    for message in messages:
+        queues.setdefault(message.queue, []).append(message)
+    return list(queues.values())
+
+
+def _together(parts: Sequence[Delivery]) -> Delivery:
+    return Delivery(
+        messages=[message for part in parts for message in part.messages],
+        error=next((part.error for part in parts if part.error), None),
+        refused=[refused for part in parts for refused in part.refused],
+    )

@@ -164,6 +164,7 @@ class Drain:
         self._large = False
         self._sent: list[TaskMessage] = []
         self._unmarked: set[str] = set()
+        self._told_until: dict[str, float] = {}
         self.crowded = False
         """What another transaction holds took the places of others: look once more."""
         self._strikes: Counter[str] = Counter()
@@ -483,6 +484,9 @@ class Drain:
         )
         queue = messages[0].queue
         self._observer("refused", {"queue": queue, "runs": len(messages)})
+        if monotonic() < self._told_until.get(queue, 0.0):
+            return  # a backlog comes in many batches
+        self._told_until[queue] = monotonic() + self._redispatch
         logger.error(
             "the broker refuses a queue: its runs wait, the others go on",
             extra={

@@ -80,6 +80,10 @@ class Door:
 
     def publish(self, messages) -> None:
         if any(getattr(message, "queue", None) in self.refused_queues for message in messages):
+            others = [message for message in messages if message.queue not in self.refused_queues]
+            if others and self.error is None:  # they arrive nevertheless
+                self._real.publish(others)
+                self.batches.append(others)
             raise PublishRefused("the broker", "406, an exchange of another type")
         if self.error is not None:
             raise self.error
@@ -1083,6 +1087,36 @@ def test_a_queue_that_the_broker_refuses_holds_up_no_other(
     # No first attempt any more: it declares its queue anew.
     attempts = {message.attempt for message in doors[1].messages if message.queue == "bad"}
     assert attempts == {2}
+
+
+def test_a_queue_that_was_refused_is_sent_by_itself_until_it_is_accepted(
+    beatless: Kit, beatless_app: App, doors, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(queue: str) -> str:
+        return beatless.start_run("two_steps", queue=queue).run_id
+
+    doors[1].refused_queues.add("bad")
+    relay = recording(beatless_app, doors)
+    start("bad"), start("good")
+    relay.drain_once()
+    good = set()
+    for _ in range(3):
+        start("bad")
+        good.add(start("good"))
+        relay.drain_once()
+
+    sent = [message.run_id for message in doors[1].messages if message.run_id in good]
+    assert sorted(sent) == sorted(good)  # each once
+    lines = [record for record in caplog.records if getattr(record, "action", "") == "refused"]
+    assert len(lines) == 1  # and not one for each batch
+
+    doors[1].refused_queues.clear()  # the broker has been mended
+    for expected in (["bad"], ["bad", "good"]):
+        doors[1].batches.clear()
+        start("bad"), start("good")
+        relay.drain_once()
+        assert sorted({message.queue for message in doors[1].batches[-1]}) == expected
+    relay.stop()
 
 
 def test_what_arrived_of_a_refused_batch_and_was_claimed_keeps_its_lease(
