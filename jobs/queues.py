@@ -65,10 +65,6 @@ class Queues:
                 return found
             return _with_ended(found, self._counted)
 
-    def _count_anew(self) -> None:
-        with self._counting:
-            self._count_at = 0.0
-
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
         self._do(lambda caller: self._statements.pause(caller, name))
@@ -99,7 +95,7 @@ class Queues:
             return removed
 
         removed = self._do(remove)
-        self._count_anew()
+        self._counted = {known: self._counted[known] for known in self._counted if known != name}
         self._empty_broker(name, delete=True)
         return len(removed)
 
@@ -111,7 +107,6 @@ class Queues:
                 caller, state=state, seconds=seconds, limit=limit, namespace=namespace
             )
         )
-        self._count_anew()
         return len(removed)
 
     def count_finished(self, state: str, *, seconds: float, namespace: str) -> tuple[int, int]:

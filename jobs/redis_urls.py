@@ -21,6 +21,9 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import redis
 from redis import asyncio as aioredis
 from redis.asyncio import sentinel as asentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
 SCHEMES = ("redis", "rediss", "unix", "sentinel")
@@ -32,6 +35,9 @@ CERTIFICATES = {
 }
 FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 TLS_OPTIONS = (*FILES, "ssl_cert_reqs", "ssl_check_hostname")
+SENTINEL_PATIENCE = 1.0
+"""Seconds for each Sentinel: they are asked in turn, and the first may be the one that is gone."""
+
 SENTINEL_OPTIONS = ("master_name", "sentinel_username", "sentinel_password", "ssl")
 
 
@@ -106,7 +112,8 @@ class RedisUrl:
         """A client; through Sentinels, it asks them for the master whenever it connects."""
         options = self._login() | options
         if self.scheme == "sentinel":
-            asked: Any = Sentinel(self.hosts, sentinel_kwargs=self._sentinel(options))  # type: ignore[no-untyped-call]  # redis-py's gap
+            kwargs = self._sentinel(options) | {"retry": Retry(NoBackoff(), 0)}
+            asked: Any = Sentinel(self.hosts, sentinel_kwargs=kwargs)  # type: ignore[no-untyped-call]  # redis-py's gap
             found: redis.Redis = asked.master_for(
                 self.master, connection_pool_class=_Pool, **self._secured(), **options
             )
@@ -125,7 +132,8 @@ class RedisUrl:
         """`client` for asyncio."""
         options = self._login() | options
         if self.scheme == "sentinel":
-            asked: Any = asentinel.Sentinel(self.hosts, sentinel_kwargs=self._sentinel(options))  # type: ignore[no-untyped-call]  # redis-py's gap
+            kwargs = self._sentinel(options) | {"retry": AsyncRetry(NoBackoff(), 0)}
+            asked: Any = asentinel.Sentinel(self.hosts, sentinel_kwargs=kwargs)  # type: ignore[no-untyped-call]  # redis-py's gap
             found: aioredis.Redis = asked.master_for(
                 self.master, connection_pool_class=_AsyncPool, **self._secured(), **options
             )
@@ -172,8 +180,9 @@ class RedisUrl:
         return {} if self.tls is None else {"ssl": True, **self.tls}
 
     def _sentinel(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        timeouts = {name: value for name, value in options.items() if name.startswith("socket_")}
-        return {**timeouts, **self._secured(), **self.sentinel}
+        given = {name: value for name, value in options.items() if name.startswith("socket_")}
+        given |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SENTINEL_PATIENCE)
+        return {**given, **self._secured(), **self.sentinel}
 
 
 class _Pool(SentinelConnectionPool):

@@ -740,7 +740,7 @@ class Mailbox:
                 async with asyncio.timeout(patience if left is None else min(patience, left)):
                     await self._state_known.wait()
             self._state_known.set()
-        self._missed = False
+        self._missed = self.ended
 
     async def next(self, timeout: float | None) -> list[Event] | None:
         """The events that have come; [] after `timeout` seconds; None if some may be lost."""

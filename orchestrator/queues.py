@@ -203,7 +203,9 @@ SELECT run_id FROM gone"""
         if running and not force:
             return [], running
         removed = self._remove_runs(connection, [run_id for run_id, _ in chosen])
-        execute(connection, self._resume, {"name": queue})
+        self.resume(
+            connection, queue
+        )  # a run that is started meanwhile has rung for a paused queue
         return removed, running
 
     def remove_finished(

@@ -8,7 +8,13 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import pyamqp
 from redis.backoff import NoBackoff
-from redis.exceptions import MovedError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    ClusterCrossSlotError,
+    MovedError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
 from redis.retry import Retry
 
 from outbox.errors import PublishFailed, PublishRefused
@@ -110,7 +116,7 @@ class CeleryTaskPublisher:
             # Each transport has errors of its own, with no base in common: the door is shut.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
             reason = str(error) or type(error).__name__
-            if isinstance(error.__cause__, MovedError):
+            if isinstance(error.__cause__, (MovedError, ClusterCrossSlotError)):
                 reason = "it is a Redis Cluster, on which Celery's queues cannot live"
             raise PublishFailed("the broker", reason) from error
 

@@ -794,11 +794,11 @@ def _foreign(request: Request) -> bool:
     send `Origin` with whatever changes something.
     """
     site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        return site not in ("same-origin", "same-site", "none")
+    if site in ("same-origin", "same-site", "none"):
+        return False
     origin = request.headers.get("origin")
     if origin is None:
-        return False
+        return site is not None
     try:
         return urlsplit(origin).hostname not in LOOPBACK
     except ValueError:

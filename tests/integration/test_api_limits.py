@@ -281,9 +281,11 @@ def test_without_tokens_only_this_machine_may_do_anything_whatever_a_header_says
         ({"Origin": "http://[evil"}, 401),
         ({"Origin": "http://127.0.0.1.evil.example"}, 401),
         ({"Sec-Fetch-Site": "cross-site"}, 401),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 401),
         # A server of somebody's page in development, on this machine.
         ({"Origin": "http://localhost:5173"}, 202),
         ({"Origin": "http://[::1]:5173"}, 202),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://localhost:5173"}, 202),
         ({"Sec-Fetch-Site": "same-origin", "Origin": "null"}, 202),
         ({"Sec-Fetch-Site": "same-site"}, 202),
         ({"Sec-Fetch-Site": "none"}, 202),

@@ -1,6 +1,7 @@
 """Redis as it is run elsewhere: Sentinel, TLS, ACL users, Cluster. Real servers, each time."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from jobs.stream import Subscription
 from jobs.testing import Kit
 from outbox.errors import PublishRefused
 from outbox.publishers import channel_for
+from tests.integration.test_stream import streams
 from tests.valkeys import CERTIFICATES, Watched, behind_tls, cluster, until, watched
 
 MakeKit = Callable[..., Kit]
@@ -157,6 +159,28 @@ def test_asynchronous_streams_go_through_sentinels_too(kit_on: MakeKit, sentinel
         return seen
 
     assert asyncio.run(follow()) == list(range(1, 14))
+
+
+def test_a_sentinel_that_does_not_answer_keeps_no_stream_from_the_others(
+    kit_on: MakeKit, sentinels: Watched
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        first = f"sentinel://127.0.0.1:{silent.getsockname()[1]}"
+        kit = kit_on(f"{first};{sentinels.url}", sentinels.url)
+        run = kit.start_run("agents.run")
+        # Nothing but what comes live brings it on.
+        following = streams(kit.app, without_redis=600, head_check=600)
+
+        async def follow() -> list[int]:
+            seen = []
+            async for event in following.afollow(run, 0, timeout=20):
+                seen.append(event.seq)
+                if event.seq == 1:
+                    await asyncio.to_thread(kit.work_until_idle)
+            await following.aclose()
+            return seen
+
+        assert asyncio.run(follow()) == list(range(1, 14))
 
 
 # TLS
