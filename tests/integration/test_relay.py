@@ -77,6 +77,7 @@ class Door:
         self.refused: set[str] = set()
         self.refused_queues: set[str] = set()
         self.shut = False
+        self.before_refusal = lambda: None
 
     def publish(self, messages) -> None:
         if any(getattr(message, "queue", None) in self.refused_queues for message in messages):
@@ -84,6 +85,7 @@ class Door:
             if others and self.error is None:  # they arrive nevertheless
                 self._real.publish(others)
                 self.batches.append(others)
+            self.before_refusal()
             raise PublishRefused("the broker", "406, an exchange of another type")
         if self.error is not None:
             raise self.error
@@ -1124,14 +1126,14 @@ def test_what_arrived_of_a_refused_batch_and_was_claimed_keeps_its_lease(
 ) -> None:
     run = beatless.start_run("two_steps")
 
-    def claim_and_refuse(messages) -> None:
+    def claim() -> None:
         with closing(beatless_app.executors.connect()) as connection:
             assert beatless_app.leases.claim(
                 connection, run.run_id, worker="w", first_step="first", dispatch=1
             )
-        raise PublishRefused("the broker", "404, no such exchange")
 
-    doors[1].publish = claim_and_refuse
+    doors[1].refused_queues.add("default")
+    doors[1].before_refusal = claim
     relay = recording(beatless_app, doors)
     relay.drain_once()
     relay.stop()
