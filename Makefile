@@ -4,6 +4,10 @@ VENV ?= .venv
 WORKERS ?= auto
 # Tests wait for servers a third of their time: `auto` is one worker more than there are cores.
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')
+# The suite starts hundreds of processes: each would compile the packages again.
+unexport PYTHONDONTWRITEBYTECODE
+# By stealing: chunks of even size are not of even length, and two thirds of a minute were lost.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
@@ -29,7 +33,7 @@ demo: $(STAMP) ## Run the main job on throw-away services and check it
 
 test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey
 	@mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	TMPDIR="$(CURDIR)/.tmp" $(PYTEST) $(ARGS)
 
 test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
 	@$(MAKE) test ARGS="-p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)"
@@ -40,7 +44,7 @@ BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys;
 
 test-browser: $(STAMP) ## The run page and Flower in a real Chromium; exit 3 without one
 	@$(BROWSER)
-	$(BIN)/python -m pytest -n $(WORKERS) tests/browser $(ARGS)
+	$(PYTEST) tests/browser $(ARGS)
 
 screenshots: $(STAMP) ## Make the pictures of docs/images anew; exit 3 without a Chromium
 	@$(BROWSER)
@@ -53,14 +57,14 @@ test-docker: $(STAMP) ## The suite on containers, a worker in one, the compose d
 	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0 -p docker_tools -p celery
-	$(BIN)/python -m pytest tests/integration tests/cli -n $(WORKERS) --beatless-services=testcontainers
+	$(PYTEST) tests/integration tests/cli --beatless-services=testcontainers
 
 ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop kit_calls
 
 test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is not installed
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m tests.rabbitmq \
-	  $(BIN)/python -m pytest -n $(WORKERS) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
+	  $(PYTEST) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
 
 test-netns: $(STAMP) ## Two hosts whose link is cut, as network namespaces; exit 3 unless root may make them
 	@unshare --net true 2>/dev/null && command -v ip >/dev/null && command -v nsenter >/dev/null || \
@@ -99,7 +103,7 @@ bench-%: $(STAMP)
 test-long: $(STAMP) ## The suite with everything that takes long (stress, kills at every point), and its coverage
 	@rm -f .coverage .coverage.* && mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
-	  $(BIN)/coverage run -m pytest -n $(WORKERS) -m "long or not long" $(ARGS)
+	  $(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal -m "long or not long" $(ARGS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: $(STAMP) ## Format, lint, strict types, import contracts

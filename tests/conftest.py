@@ -1,6 +1,7 @@
 """Fixtures of the suite. The test kit itself is the installed plugin `pytest_beatless`."""
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 
@@ -17,6 +18,10 @@ pytest_plugins = ["pytester"]
 # The same cases in every run, on every machine: who finds another one writes it down as a test.
 settings.register_profile("beatless", derandomize=True, deadline=None, database=None)
 settings.load_profile("beatless")
+
+# They change what pytest, click and rich write, and tests read what their processes wrote.
+for name in ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from jobs.cli.environment import load
 from jobs.testing import Kit
 
 POINTS = ("step.before", "step.effect_done", "step.committed")
-TURNS, KILLS, SEED = 200, 20, 5
+SEED = 5
 
 
 @pytest.fixture
@@ -22,29 +22,32 @@ def beatless_plans(monkeypatch: pytest.MonkeyPatch) -> Sequence[Plan]:
     return list(load("examples.agent_loop:app").plans.values())
 
 
-def test_200_turns_killed_20_times_end_with_the_result_of_an_unkilled_run(
-    beatless: Kit, tmp_path: Path
+@pytest.mark.parametrize(
+    ("turns", "kills"), [(200, 5), pytest.param(200, 20, marks=pytest.mark.long)]
+)
+def test_a_walk_that_is_killed_ends_with_the_result_of_one_that_is_not(
+    beatless: Kit, tmp_path: Path, turns: int, kills: int
 ) -> None:
-    calm = beatless.start_run("agent_loop", {"device": str(tmp_path / "calm"), "turns": TURNS})
+    calm = beatless.start_run("agent_loop", {"device": str(tmp_path / "calm"), "turns": turns})
     beatless.work_until_idle()
     expected = beatless.client.get_run(calm.run_id).result
     began = Counter(e.step for e in beatless.client.events(calm.run_id) if e.type == "StepFinished")
-    assert expected["turns"] == TURNS
+    assert expected["turns"] == turns
     # It is a walk through the whole plan.
     assert {name.partition("#")[0] for name in began} == {
         step.name for step in beatless.app.plans["agent_loop"].steps
     }
 
     chosen = random.Random(SEED)
-    run = beatless.start_run("agent_loop", {"device": str(tmp_path / "killed"), "turns": TURNS})
-    for _ in range(KILLS):
-        with beatless.crash(at=chosen.choice(POINTS), nth=chosen.randint(1, 80)):
+    run = beatless.start_run("agent_loop", {"device": str(tmp_path / "killed"), "turns": turns})
+    for _ in range(kills):
+        with beatless.crash(at=chosen.choice(POINTS), nth=chosen.randint(1, 2 * turns // kills)):
             beatless.work_until_idle()
         beatless.advance(60)
     beatless.work_until_idle()
 
     assert beatless.client.get_run(run.run_id).result == expected
-    assert beatless.client.get_run(run.run_id).attempt == KILLS + 1
+    assert beatless.client.get_run(run.run_id).attempt == kills + 1
     finished = Counter(
         e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"
     )

@@ -34,7 +34,7 @@ POINTS = {
     "step.committed": "step.committed@4:kill",
     "task.before_ack": "task.before_ack@2:kill",
 }
-FAST = {("inside", "child"), ("step.committed", "worker")}
+FAST = {("step.committed", "worker")}
 
 
 def cases() -> Iterator[object]:
@@ -88,6 +88,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     beatless.verify()  # no step begun after its result, dense journals, one RunFinished each
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 1}])
 def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
     beatless: Kit, tmp_path: Path

@@ -56,8 +56,8 @@ class TestInWorkerProcesses:
     @pytest.mark.parametrize(
         "how",
         [
-            "swallow",
             "trace",
+            pytest.param("swallow", marks=pytest.mark.long),
             pytest.param("wait", marks=pytest.mark.long),
             pytest.param("spin", marks=pytest.mark.long),
         ],
@@ -94,7 +94,8 @@ class TestInWorkerProcesses:
         assert len(failures(beatless.client.events(run.run_id))) == 2
         beatless.verify()
 
-    @pytest.mark.parametrize("how", ["query", pytest.param("swallow", marks=pytest.mark.long)])
+    @pytest.mark.long
+    @pytest.mark.parametrize("how", ["query", "swallow"])
     def test_a_transaction_that_hangs_leaves_nothing(
         self,
         beatless: Kit,
@@ -123,6 +124,7 @@ class TestInWorkerProcesses:
         postgres.execute("DROP TABLE effects")
         beatless.verify()
 
+    @pytest.mark.long
     def test_a_run_past_its_deadline_fails_in_the_middle_of_a_step(
         self, beatless: Kit, started: Path
     ) -> None:
@@ -157,6 +159,7 @@ class TestInWorkerProcesses:
         assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
         beatless.verify()
 
+    @pytest.mark.long
     def test_a_run_whose_step_was_ended_by_a_cancel_is_compensated(
         self, beatless: Kit, started: Path
     ) -> None:
@@ -179,6 +182,7 @@ class TestInWorkerProcesses:
         assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
         beatless.verify()
 
+    @pytest.mark.long
     def test_in_the_threads_pool_an_attempt_that_hangs_is_fenced(
         self, beatless: Kit, started: Path, finish: Callable[[Child, str], None]
     ) -> None:

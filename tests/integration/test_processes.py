@@ -64,6 +64,7 @@ def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_
     beatless.verify()
 
 
+@pytest.mark.long
 def test_kill_9_of_the_whole_worker_lets_another_finish(
     beatless: Kit, beatless_app: App, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_relay_killed_and_restarted_goes_on_where_it_was(beatless: Kit) -> Non
     beatless.verify()
 
 
+@pytest.mark.long
 def test_a_standby_relay_takes_over_from_a_killed_one(beatless: Kit) -> None:
     relay = beatless.relay_process(APP)
     beatless.relay_process(APP)
@@ -163,6 +165,7 @@ def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
     beatless.verify()
 
 
+@pytest.mark.long
 def test_a_broker_that_lost_everything_is_filled_again(beatless: Kit, beatless_app: App) -> None:
     runs = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(10)])
     beatless.drain_outbox_once()

@@ -53,13 +53,10 @@ def await_end(pid: int) -> None:
 
 
 class TestStop:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("pool", "how"),
-        [
-            ("prefork", "swallow"),
-            pytest.param("prefork", "wait", marks=pytest.mark.long),
-            pytest.param("threads", "wait", marks=pytest.mark.long),
-        ],
+        [("prefork", "swallow"), ("prefork", "wait"), ("threads", "wait")],
     )
     def test_a_step_that_outlasts_the_grace_is_given_back_and_no_attempt_is_wasted(
         self, beatless: Kit, tmp_path: Path, pool: str, how: str
@@ -189,6 +186,7 @@ class TestWeights:
             run_worker(app.celery, app.settings, queues={"a": 1, "b": 2})
 
 
+@pytest.mark.long
 def test_children_are_replaced_after_so_many_runs(beatless: Kit, tmp_path: Path) -> None:
     beatless.relay_process(APP)
     beatless.worker_process(APP, arguments=["--", "--max-tasks-per-child", "2"])
