@@ -71,6 +71,7 @@ class App:
         self.engine = _engine(settings)
         # No more than there are steps at a time: one must not wait for the end of another.
         self._steps_engine = _engine(settings, pool_size=0)
+        self._relays_redis: list[redis.Redis] = []
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
         autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -172,11 +173,10 @@ class App:
 
     def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
         """A relay for this app's schema; options are those of `Relay`."""
+        client = self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS)
+        self._relays_redis.append(client)
         return Relay(
-            events=RedisEventPublisher(
-                self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS),
-                self.settings.prefix,
-            ),
+            events=RedisEventPublisher(client, self.settings.prefix),
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             **{
                 "connect": self.direct_connection,
@@ -210,6 +210,8 @@ class App:
         self.engine.dispose()
         self._steps_engine.dispose()
         self.celery.close()
+        for client in self._relays_redis:
+            client.close()
 
 
 def _engine(settings: Settings, **pool: Any) -> sqlalchemy.Engine:

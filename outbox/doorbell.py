@@ -37,6 +37,9 @@ PATIENCE = 10.0
 LOOK_FOR_US = "5s"
 """How often Postgres looks, during a statement, whether its client is still there."""
 
+HEARD = 0.05
+"""Seconds after which a cancel counts as unheard."""
+
 RENEWAL = 60.0
 """Seconds that one wait for a leader lock lasts. A statement that waits has a snapshot, and for its
 sake VACUUM keeps what has died since, in every table of the database."""
@@ -259,19 +262,18 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
 
     def rouse(self) -> None:
         """To AWAKE: give the bell locks back, or stop asking for them, so that nobody rings."""
-        if self.state is State.DROWSY and self.bell.pgconn.is_busy():
-            self.bell.cancel_safe(timeout=PATIENCE)
-        _finish(self.bell, ignore=pg_errors.QueryCanceled)
+        if self.state is State.DROWSY:
+            _cancel(self.bell)
+        else:
+            _finish(self.bell)
         self.bell.execute("SELECT pg_advisory_unlock_all()")
         self.state = State.AWAKE
 
     def watch_shard(self, shard: int | None) -> None:
         """Await the leader lock of this shard, which another relay holds, instead of the last."""
         if self._watching is not None:
-            if self.watch.pgconn.is_busy():
-                self.watch.cancel_safe(timeout=PATIENCE)
             # Granted in the same moment is news all the same: the others may not have noticed.
-            self.watch_granted |= _finish(self.watch, ignore=pg_errors.QueryCanceled)
+            self.watch_granted |= _cancel(self.watch)
             self.watch.execute("SELECT pg_advisory_unlock_all()")
         self._watching, self._watching_since = shard, monotonic()
         if shard is not None:
@@ -341,6 +343,19 @@ def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:
         "('enable_bitmapscan', 'off'), ('enable_memoize', 'off'), ('jit', 'off'), "
         "('plan_cache_mode', 'force_generic_plan')) AS s(name, value)"
     )
+
+
+def _cancel(connection: DirectConnection) -> bool:
+    """End a statement that was sent without waiting; whether it had success before.
+
+    A cancel may overtake its statement, and Postgres ignores one that finds nothing to cancel.
+    """
+    deadline = monotonic() + PATIENCE
+    while connection.pgconn.is_busy() and monotonic() < deadline:
+        connection.cancel_safe(timeout=PATIENCE)
+        if select.select([connection], [], [], HEARD)[0]:
+            connection.pgconn.consume_input()
+    return _finish(connection, ignore=pg_errors.QueryCanceled)
 
 
 def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> bool:

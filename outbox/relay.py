@@ -714,6 +714,7 @@ class Shift:
         self._sessions = sessions
         self._drain = relay._drain(sessions.work)
         self._shards: tuple[int, ...] = ()
+        self._members: list[int] = []
         self._next_due: float | None = None
         self._watchdog_at = monotonic() + relay._watchdog
         self._last_wake = 0.0
@@ -839,7 +840,7 @@ class Shift:
         """The only periodic statements of an idle relay.
 
         They prove that a NOTIFY still arrives, tell the other relays that this one is not frozen,
-        end those that are, and let VACUUM go on.
+        end those that are, find shards that nobody leads, and let VACUUM go on.
         """
         if monotonic() < self._watchdog_at:
             return
@@ -852,6 +853,9 @@ class Shift:
             )
             self._relay._observer("relay_silenced", {"pid": pid})
             self._sessions.members_changed = True
+        if len(self._holders()[0]) < SHARDS:  # whoever should have noticed has not
+            self._sessions.members_changed = True
+            self._sessions.announce()
         self._sessions.renew_watch()
         self._relay._observer("relay_watchdog", {})
         self._watchdog_at = monotonic() + self._relay._watchdog
@@ -866,6 +870,9 @@ class Shift:
         sessions.members_changed = sessions.watch_granted = False
         me = sessions.pid
         holders, members = self._holders()
+        # So they must if somebody went while nobody watched, and what is free is not for us.
+        changed |= not set(self._members) <= set(members)
+        self._members = members
         share = math.ceil(SHARDS / max(1, len(members)))
         mine = sorted(shard for shard, pid in holders.items() if pid == me)
         for shard in mine[share:]:

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from jobs import App
+from jobs.settings import libpq_url
 from jobs.testing import Kit
 from outbox import doorbell
 from outbox.doorbell import Alarm, DirectConnection, Sessions, State
@@ -138,6 +139,39 @@ def test_roused_from_drowsy_or_asleep_nobody_rings_any_more(
     sessions.rouse()
     beatless.start_run("two_steps")
     assert not rings(sessions)
+
+
+class Unheard(DirectConnection):
+    """Its first cancel overtakes the statement it is meant for: Postgres has nothing to cancel."""
+
+    cancels = 0
+
+    def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        self.cancels += 1
+        if self.cancels > 1:
+            super().cancel_safe(timeout=timeout)
+
+
+def test_a_cancel_that_overtakes_its_statement_costs_no_session(
+    beatless: Kit, beatless_app: App, writer: psycopg.Connection, postgres: psycopg.Connection
+) -> None:
+    def connect() -> Unheard:
+        return Unheard.connect(libpq_url(beatless_app.settings.listen_url), autocommit=True)
+
+    key = beatless_app.queries.leader_key
+    beatless.start_run("two_steps", connection=writer)  # its transaction holds a bell lock
+    postgres.execute(f"SELECT pg_advisory_lock({key}, 1)")
+    with Sessions(beatless_app.queries, connect) as sessions:
+        doze(sessions, postgres)
+        sessions.watch_shard(1)
+
+        sessions.rouse()
+        sessions.watch_shard(None)
+
+        assert sessions.state is State.AWAKE
+        assert not sessions.watch_granted
+        assert (sessions.bell.cancels, sessions.watch.cancels) == (2, 2)
+    postgres.execute("SELECT pg_advisory_unlock_all()")
 
 
 def test_the_shards_of_others_ring_for_others(beatless: Kit, sessions: Sessions) -> None:

@@ -5,7 +5,7 @@ import select
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from time import monotonic
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from jobs.settings import libpq_url
 from jobs.stream import parse
 from jobs.testing import Kit
 from outbox.backoff import Backoff
-from outbox.doorbell import DirectConnection
+from outbox.doorbell import DirectConnection, Sessions
 from outbox.errors import (
     DirectConnectionRequired,
     PublishFailed,
@@ -757,6 +757,73 @@ def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: 
         gone.stop()
         seen.wait_until(all_led)
     relays.pop(2).stop()
+
+
+@pytest.fixture
+def five(beatless_app: App) -> Iterator[list[Shift]]:
+    """Relays driven by hand that have settled: four lead all shards, the last of the list none."""
+    with ExitStack() as ends:
+        shifts = []
+        for _ in range(5):
+            relay = beatless_app.relay()
+            ends.callback(relay.stop)
+            sessions = Sessions(beatless_app.queries, beatless_app.direct_connection)
+            shifts.append(Shift(relay, ends.enter_context(sessions)))
+            ends.callback(shifts[-1].close)
+            shifts[-1]._sessions.announce()
+        while any(shift._sessions.members_changed or not shift._members for shift in shifts):
+            for shift in shifts:
+                shift._share_shards()
+            for shift in shifts:
+                rung(shift)
+        yield sorted(shifts, key=lambda shift: -len(shift._shards))
+
+
+def rung(shift: Shift) -> bool:
+    """Whether the relay was told that others came or went, by all that was said until now."""
+    nonce = shift._sessions.ping()
+    while not shift._sessions.pong(nonce):
+        shift._sessions.wait(60)
+    return shift._sessions.members_changed
+
+
+def test_a_relay_that_goes_while_its_watcher_counts_leaves_its_shards_to_the_others(
+    five: list[Shift], beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """The watcher has as many as it may; who may have more would hear of nothing."""
+    *full, idle = five
+    assert [len(shift._shards) for shift in five] == [4, 4, 4, 4, 0]
+    gone = next(shift for shift in full if idle._sessions._watching not in shift._shards)
+    watcher = next(s for s in full if s is not gone and s._sessions._watching in gone._shards)
+
+    watcher._sessions.watch_shard(None)  # as each count begins
+    gone._sessions.__exit__()
+    alive = "SELECT FROM pg_stat_activity WHERE pid = %s"
+    while postgres.execute(alive, (gone._sessions.pid,)).fetchone() is not None:
+        pass
+    watcher._share_shards()
+
+    assert rung(idle)
+    idle._share_shards()
+    assert idle._shards == gone._shards
+
+
+def test_a_shard_that_nobody_leads_is_found_by_those_who_may_not_lead_it(
+    five: list[Shift], beatless_app: App
+) -> None:
+    full, *_, idle = five
+    watched = {shift._sessions._watching for shift in five}
+    shard = next(s for s in range(SHARDS) if s not in watched and s not in full._shards)
+    leader = next(shift for shift in five if shard in shift._shards)
+    key = beatless_app.queries.leader_key
+    leader._sessions.work.execute(f"SELECT pg_advisory_unlock({key}, {shard})")
+
+    full._watchdog_at = 0
+    full._look_after_sessions()
+
+    assert rung(idle)
+    idle._share_shards()
+    assert idle._shards == (shard,)
 
 
 def test_a_shard_that_is_freed_while_a_relay_counts_is_led(

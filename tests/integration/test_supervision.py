@@ -32,7 +32,10 @@ def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
         yield wait
 
 
-def test_a_relay_says_that_it_listens_and_that_it_moves(beatless: Kit, hear: Hear) -> None:
+def test_a_relay_says_that_it_listens_and_that_it_moves(
+    beatless: Kit, hear: Hear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "3")  # it says so each time, and not now and then
     beatless.relay_process("tests.plans:app")
     hear(b"READY=1")
     beatless.start_run("two_steps")
