@@ -64,7 +64,7 @@ ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits 
 test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is not installed
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m tests.rabbitmq \
-	  $(PYTEST) $(ON_RABBITMQ:%=tests/integration/test_%.py) $(ARGS)
+	  $(PYTEST) $(ON_RABBITMQ:%=tests/integration/test_%.py) -m "long or not long" $(ARGS)
 
 test-netns: $(STAMP) ## Two hosts whose link is cut, as network namespaces; exit 3 unless root may make them
 	@unshare --net true 2>/dev/null && command -v ip >/dev/null && command -v nsenter >/dev/null || \
