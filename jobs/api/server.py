@@ -37,7 +37,7 @@ from jobs.errors import BadRequest, SchemaBehind
 from jobs.supervision import Supervisor
 from orchestrator.errors import RunNotFound
 from orchestrator.events import storable
-from orchestrator.journal import GivenUp, Place
+from orchestrator.journal import GivenUp, Place, Run
 from orchestrator.state import RunState
 from outbox.queries import execute
 
@@ -291,6 +291,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,  # a route of ours: FastAPI's keeps the first path it was asked at
         redirect_slashes=False,  # a name that is missing is no other request
     )
     api.add_middleware(BodyLimit)
@@ -353,6 +354,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
     def start_run(
         body: StartRequest,
         client: Writer,
+        request: Request,
         response: Response,
         traceparent: Annotated[
             str | None, Header(description="W3C Trace Context: the trace that the run joins")
@@ -368,7 +370,7 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         started = client.start_run(**wanted.model_dump(), traceparent=traceparent)
         if existed or started.run_id != client.stored_id(wanted.run_id or ""):
             response.status_code = 200
-        response.headers["Location"] = f"/v1/runs/{started.run_id}"
+        response.headers["Location"] = _place_of(request, started)
         return started.to_dict()
 
     @api.get("/v1/runs", responses=answers())
@@ -440,11 +442,15 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         "/v1/runs/{run_id}/retry", status_code=201, responses=answers(s409="it cannot be retried")
     )
     def retry_run(
-        run_id: str, client: Writer, response: Response, body: RetryRequest | None = None
+        run_id: str,
+        client: Writer,
+        request: Request,
+        response: Response,
+        body: RetryRequest | None = None,
     ) -> dict[str, Any]:
         """Start a new run that reuses what this one has finished; 409 if it cannot be retried."""
         new = client.retry_run(_text(run_id), _text(body.from_step) if body else None)
-        response.headers["Location"] = f"/v1/runs/{new.run_id}"
+        response.headers["Location"] = _place_of(request, new)
         return new.to_dict()
 
     @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers())
@@ -678,6 +684,10 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(app.metrics.registry), headers={"Content-Type": content_type})
 
+    @api.get("/openapi.json", include_in_schema=False)
+    async def openapi(request: Request) -> JSONResponse:
+        return JSONResponse(api.openapi() | {"servers": [{"url": _root_of(request) or "/"}]})
+
     @api.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
@@ -818,6 +828,15 @@ def _runs(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -> R
     tail = json.dumps({"next": following} | others)[1:]
     content = f'{{"runs":[{",".join(page.lines)}],{tail}'
     return Response(content, status, media_type="application/json")
+
+
+def _place_of(request: Request, run: Run) -> str:
+    """Where the run is, below whatever the API is mounted at."""
+    return f"{_root_of(request)}/v1/runs/{run.run_id}"
+
+
+def _root_of(request: Request) -> str:
+    return str(request.scope.get("root_path", "")).rstrip("/")
 
 
 def _lacks(scope: Permission) -> Problem:

@@ -117,10 +117,11 @@ async def chunks(
 ) -> AsyncIterator[bytes]:
     """The stream of a run, after a seq. `counted` is entered for as long as it is open.
 
-    First comes the priming frame, so that even an idle stream can be resumed.
+    First comes a frame without data, which no viewer takes for a message, so that even an idle
+    stream can be resumed.
     """
     retry = RETRY + round(RETRY * random.random())  # noqa: S311 - spread, not secrecy
-    first = f"id: {epoch}.{after}\nretry: {retry}\ndata: \n\n"
+    first = f"id: {epoch}.{after}\nretry: {retry}\n\n"
     if reset:
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()

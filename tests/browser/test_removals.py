@@ -176,7 +176,7 @@ def test_what_a_token_may_not_do_is_disabled_and_says_why(
     tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
     _, reader = tokens.create(["runs:read"])
     page = open_page(expected="the server responded with a status of 40")
-    page.add_init_script(f"sessionStorage.setItem('token', '{reader}')")
+    page.add_init_script(f"sessionStorage.setItem('beatless-token', '{reader}')")
     page.goto(url)
     for name in ("Clean up", "New run"):
         button = page.get_by_role("button", name=name)
@@ -194,7 +194,7 @@ def test_what_a_token_may_not_do_is_disabled_and_says_why(
     expect(page.get_by_role("dialog")).to_have_count(0)
 
     _, writer = tokens.create(["runs:write"])
-    page.add_init_script(f"sessionStorage.setItem('token', '{writer}')")
+    page.add_init_script(f"sessionStorage.setItem('beatless-token', '{writer}')")
     page.goto(f"{url}/#/run/{done}")
     page.reload()
     expect(page.get_by_role("button", name="Remove")).to_be_enabled()

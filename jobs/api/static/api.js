@@ -2,11 +2,16 @@
 
 import { ask, el } from "./dom.js";
 
+// Where the API is: it may be mounted in another app, or be served below a path by a proxy.
+const BASE = new URL("../", import.meta.url);
+const TOKEN = "beatless-token"; // the origin may be another app's too
 let skew = 0;
 let asked = null;
 let held = null;
 
-export function token() { return sessionStorage.getItem("token"); }
+export function address(path) { return new URL(`.${path}`, BASE); }
+
+export function token() { return sessionStorage.getItem(TOKEN); }
 
 // Milliseconds since 1970 by the server's clock: ages are right on a machine whose clock is not.
 export function now() { return Date.now() + skew; }
@@ -15,7 +20,7 @@ export async function call(path, options = {}) {
   const headers = { ...options.headers };
   if (token()) headers.Authorization = `Bearer ${token()}`;
   if (options.body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, { ...options, headers });
+  const answer = await fetch(address(path), { ...options, headers });
   const told = Date.parse(answer.headers.get("date"));
   if (told) skew = Math.abs(told - Date.now()) > 2000 ? told - Date.now() : 0;
   if (answer.status === 401) { await login(); return call(path, options); }
@@ -49,7 +54,7 @@ function login() {
       el("label", {}, "Token", el("input", { name: "token", type: "password", autocomplete: "off", required: true })),
     ],
     verb: "Use it",
-    check: async (data) => { sessionStorage.setItem("token", data.get("token").trim()); held = null; },
+    check: async (data) => { sessionStorage.setItem(TOKEN, data.get("token").trim()); held = null; },
   }).finally(() => { asked = null; });
   return asked;
 }

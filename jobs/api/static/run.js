@@ -1,6 +1,6 @@
 // One run: its timeline and its events, live.
 
-import { call, lacks, now, post, token } from "./api.js";
+import { address, call, lacks, now, post, token } from "./api.js";
 import { ask, copyable, count, el, forbid, json, problem, setText, span, stateTag, tell, time } from "./dom.js";
 import { Story, Timeline } from "./timeline.js";
 
@@ -229,7 +229,7 @@ export async function showRun(page, runId) {
     if (page.left) return;
     const query = new URLSearchParams({ from_seq: `${epoch}.${seq}` });
     if (token()) query.set("token", (await post(`${path}/stream-token`)).token);
-    source = new EventSource(`${path}/stream?${query}`);
+    source = new EventSource(address(`${path}/stream?${query}`));
     source.onopen = () => page.say("Live");
     for (const type of TYPES) {
       source.addEventListener(type, (message) => {

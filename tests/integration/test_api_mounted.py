@@ -1,0 +1,110 @@
+"""The API below a path: mounted in another app, or behind a proxy that takes the path away."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urljoin, urlsplit
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp
+
+from jobs import App
+from jobs.api import create_api
+from jobs.api.server import PAGE_FILES, bind
+from jobs.http import Client
+from jobs.testing import Kit
+from tests.serving import Api
+
+
+@contextmanager
+def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
+    """An app of somebody's on a plain uvicorn, as its users run it."""
+    ready = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    sockets = bind("127.0.0.1", 0)
+    server = Server(uvicorn.Config(host, log_config=None, **options))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield Api(sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def in_fastapi(app: App) -> tuple[ASGIApp, dict[str, str]]:
+    host = FastAPI()
+    host.mount("/jobs", create_api(app))
+    return host, {}
+
+
+def in_starlette(app: App) -> tuple[ASGIApp, dict[str, str]]:
+    return Starlette(routes=[Mount("/jobs", create_api(app))]), {}
+
+
+def behind_a_proxy(app: App) -> tuple[ASGIApp, dict[str, str]]:
+    """Uvicorn adds what the proxy has taken away."""
+    return create_api(app), {"root_path": "/jobs"}
+
+
+@pytest.fixture(params=[in_fastapi, in_starlette, behind_a_proxy])
+def mounted(request, beatless_app: App) -> Iterator[tuple[Api, str]]:
+    """The API, and the path that a client of this server puts before its own."""
+    host, options = request.param(beatless_app)
+    with hosting(host, **options) as api:
+        yield api, "" if options else "/jobs"
+
+
+def test_the_page_asks_for_nothing_beside_its_mount(mounted: tuple[Api, str]) -> None:
+    api, at = mounted
+    page = api("GET", f"{at}/").text
+    links = [link for link in re.findall(r'(?:href|src)="([^"]+)"', page) if link[0] != "#"]
+    assert len(links) >= 3
+    for link in links:
+        path = urlsplit(urljoin(f"{api.url}{at}/", link)).path
+        assert path.startswith(f"{at}/static/")
+        assert api("GET", path).status == 200
+    for script in (name for name in PAGE_FILES if name.endswith(".js")):
+        source = api("GET", f"{at}/static/{script}").text
+        assert not re.findall(r"""(?:fetch|EventSource|from)\W*["'`]/""", source)
+
+
+def test_places_are_told_with_the_mount(beatless: Kit, mounted: tuple[Api, str]) -> None:
+    api, at = mounted
+    started = api("POST", f"{at}/v1/runs", {"plan": "half"})
+    assert started.headers["location"] == f"/jobs/v1/runs/{started.json['run_id']}"
+    beatless.work_until_idle()
+    again = api("POST", f"{at}/v1/runs/{started.json['run_id']}/retry")
+    assert again.headers["location"] == f"/jobs/v1/runs/{again.json['run_id']}"
+    assert api("GET", f"{at}/openapi.json").json["servers"] == [{"url": "/jobs"}]
+    assert api("GET", f"{at}/nothing").json["detail"] == "Not Found"
+
+
+def test_a_client_of_ours_works_below_a_path(beatless: Kit, mounted: tuple[Api, str]) -> None:
+    api, at = mounted
+    with Client(api.url + at) as client:
+        run = client.start_run("two_steps")
+        beatless.work_until_idle()
+        assert [event.seq for event in client.stream_run(run.run_id)] == [1, 2, 3, 4, 5, 6]
+        assert client.list_runs(limit=1)[0].run_id == run.run_id
+
+
+def test_a_document_told_at_one_path_is_right_at_another(beatless_app: App) -> None:
+    api = create_api(beatless_app)
+    host = Starlette(routes=[Mount("/one", api), Mount("/two", api)])
+    with hosting(host) as served:
+        for at in ("/one", "/two", "/one"):
+            document = served("GET", f"{at}/openapi.json").json
+            assert document["servers"] == [{"url": at}]
