@@ -8,7 +8,6 @@ from typing import Any
 import psycopg
 import redis
 import sqlalchemy
-from celery import Celery
 from kombu import Connection
 from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
@@ -20,7 +19,7 @@ from jobs.metrics import Metrics, both
 from jobs.queues import Queues
 from jobs.settings import Settings, engine_url, libpq_url
 from jobs.stream import Streams
-from jobs.tasks import register
+from jobs.tasks import RunsCelery, register
 from jobs.tracing import Publications, Tracing
 from jobs.worker import Alive, Executors, Farewell, MetricsListener, Replacements, celery_settings
 from orchestrator.journal import Journal
@@ -102,7 +101,7 @@ class App:
             observer=self.tracing.committed,
             on_process=self._on_worker_process,
         )
-        self.celery = Celery(settings.prefix, set_as_current=False)
+        self.celery = RunsCelery(settings.prefix, set_as_current=False)
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)

@@ -1,11 +1,49 @@
 """One Celery task for each plan, named after it: its message is the order to execute a run."""
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
-from celery import Celery
+from celery import Celery, Task
 
 from orchestrator.executor import Executor
 from orchestrator.plan import Plan
+
+
+class RunTask(Task):  # type: ignore[misc]  # Celery has no types
+    """Executes runs that the relay has dispatched, and refuses to be called by anybody else."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by a worker, once for each message."""
+        request = self.request
+        if request.called_directly or request._protected:
+            self.refuse()
+        request._protected = 1  # as Celery marks a call that must not be taken for another
+        return self.run(*args, **kwargs)
+
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises TypeError: a message that nobody has stored would execute nothing."""
+        raise not_to_be_called(self.name)
+
+    delay = apply_async = apply = retry = refuse
+    signature = subtask = s = si = map = starmap = chunks = refuse
+
+
+class RunsCelery(Celery):  # type: ignore[misc]  # Celery has no types
+    """A Celery app whose plans cannot be sent by name either."""
+
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Raises TypeError for a plan, but for the relay, whose messages have ids of their own."""
+        if options.get("task_id") is None and isinstance(self.tasks.get(name), RunTask):
+            raise not_to_be_called(name)
+        return super().send_task(name, *args, **options)
+
+
+def not_to_be_called(plan: str) -> TypeError:
+    return TypeError(
+        f"{plan} is a plan of beatless and not a task to call: start a run of it, as in "
+        f'run = app.client.start_run("{plan}", input), and wait for its result with '
+        "app.client.wait_for_run(run.run_id)"
+    )
 
 
 def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> None:
@@ -14,4 +52,4 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> No
     def execute_run(run_id: str, dispatch: int) -> None:
         executor().execute(plan, run_id, dispatch)
 
-    celery.task(execute_run, name=plan.name, shared=False, ignore_result=True)
+    celery.task(execute_run, base=RunTask, name=plan.name, shared=False, ignore_result=True)

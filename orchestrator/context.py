@@ -39,6 +39,10 @@ class StepContext:
         self.plan = lease.run.plan
         self.input = lease.run.input
         self.tags = lease.run.tags
+        self.queue = lease.run.queue
+        self.priority = lease.run.priority
+        self.worker = lease.run.worker
+        """The process that executes this attempt."""
         self.step = step
         """The occurrence: `name`, then `name#2` when a route returns to the step."""
         self.attempt = attempt

@@ -7,8 +7,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import UnionType
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
+from orchestrator.celery_task import CeleryTask, call_task
 from orchestrator.errors import BadPayload, Fatal
 from orchestrator.events import encode
 from orchestrator.retry import Retry
@@ -142,13 +143,6 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
 
 
-class CeleryTask(Protocol):
-    """What `Plan.task` needs of a Celery task."""
-
-    name: str
-    run: Callable[..., Any]
-
-
 class Plan:
     """An ordered list of steps. The default route is the next step; the last one completes the run.
 
@@ -250,25 +244,31 @@ class Plan:
         arguments: Callable[[Any], Mapping[str, Any] | Sequence[Any]] | None = None,
         **options: Any,
     ) -> Step:
-        """A step that calls an existing Celery task's function, in the worker that has the run.
+        """A step that calls an existing Celery task in the worker that has the run.
 
         The run's input becomes the arguments: an object's members by name, a list's items by place,
         null none, anything else the only one. `arguments` says otherwise: it takes the StepContext
         and returns a mapping or a list. The step is called like the last part of the task's name;
-        other options are those of `step`. The task's own retries, limits and hooks do not apply.
+        other options are those of `step`. The task's class is called with a request of its own,
+        whose id is `ctx.key`; its retries, limits, hooks and result backend do not apply.
         """
         label = name or task.name.rpartition(".")[2]
+        timeout = options.get("timeout")
 
         def call(ctx: Any) -> Any:
             given = ctx.input if arguments is None else arguments(ctx)
+            args: Sequence[Any] = ()
+            kwargs: Mapping[str, Any] = {}
             match given:
                 case None:
-                    return task.run()
+                    pass
                 case Mapping():
-                    return task.run(**given)
+                    kwargs = given
                 case list() | tuple():
-                    return task.run(*given)
-            return task.run(given)
+                    args = given
+                case _:
+                    args = [given]
+            return call_task(task, ctx, args, kwargs, timeout=timeout)
 
         found = step(name=label, **options)(call)
         return replace(found, outcomes=outcomes_of(task.run))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
 from jobs import Goto, Plan, RunState, StepContext, retry, step
@@ -107,7 +108,19 @@ def swallows(ctx: StepContext) -> str:
         raise RuntimeError("outer \0 with a NUL") from error
 
 
+existing = Celery("existing", broker="memory://", set_as_current=False)
+
+
+@existing.task(name="shop.charge", bind=True, shared=False)
+def charge(self, order: int) -> dict[str, Any]:
+    self.update_state(state="PROGRESS", meta={"order": order})
+    if self.request.retries < 2:
+        raise self.retry(exc=TimeoutError("try again"))
+    return {"id": self.request.id, "queue": self.request.delivery_info["routing_key"]}
+
+
 PLANS = [
+    Plan("charges", [Plan.task(charge, retry=retry(max_attempts=3, initial=0))]),
     Plan("look", [look, again], routes={"again": ["look"]}),
     Plan("chatter", [chatter]),
     Plan("bad_trace", [bad_trace]),
@@ -138,6 +151,15 @@ def finish(beatless: Kit, plan: str, input: Any = None, **options: Any):
     beatless.work_until_idle()
     beatless.verify()
     return beatless.client.get_run(run.run_id)
+
+
+def test_a_celery_task_knows_its_key_queue_and_retries(beatless: Kit):
+    run = finish(beatless, "charges", {"order": 7}, queue="tills")
+    assert run.result == {"id": f"{run.run_id}:charge", "queue": "tills"}
+    events = beatless.client.events(run.run_id)
+    told = [event.data for event in events if event.type == "DebugTrace"]
+    state = {"name": "update_state", "state": "PROGRESS", "meta": {"order": 7}}
+    assert told == [state] * 3
 
 
 def test_a_step_knows_its_run_its_place_and_what_went_before(beatless: Kit) -> None:

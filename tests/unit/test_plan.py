@@ -1,7 +1,6 @@
 """Plans and steps: what is refused, and that the refusal says where."""
 
 import pytest
-from celery import Celery
 
 from jobs import Finish, Goto, Plan, Snooze, StepContext, step
 from orchestrator.plan import PlanError
@@ -130,48 +129,3 @@ def test_the_on_cancel_step_is_known_by_name_and_follows_nothing():
     assert plan.after("one") is None
     assert plan.after("two") is None
     assert plan.version != Plan("p", [step(one)]).version
-
-
-celery = Celery("others", set_as_current=False)
-
-
-@celery.task(name="shop.tasks.add")
-def add(a: int, b: int = 10) -> int:
-    return a + b
-
-
-@celery.task(name="shop.tasks.named", bind=True)
-def named(self) -> str:
-    return self.name
-
-
-class Given:
-    """As much of a StepContext as a Celery task's step looks at."""
-
-    def __init__(self, input) -> None:
-        self.input = input
-        self.results = {"one": 5}
-
-
-@pytest.mark.parametrize(
-    ("input", "result"), [({"a": 1, "b": 2}, 3), ([1, 2], 3), ([1], 11), (1, 11)]
-)
-def test_a_celery_task_is_a_step_with_the_input_as_its_arguments(input, result):
-    found = Plan.task(add)
-    assert found.name == "add"
-    assert found(Given(input)) == result
-
-
-def test_a_bound_celery_task_gets_itself():
-    assert Plan.task(named)(Given(None)) == "shop.tasks.named"
-
-
-def test_a_celery_task_can_be_given_other_arguments_and_options():
-    found = Plan.task(
-        add,
-        name="sum",
-        timeout=5,
-        arguments=lambda ctx: {"a": ctx.results["one"], "b": ctx.input["b"]},
-    )
-    assert (found.name, found.timeout) == ("sum", 5)
-    assert found(Given({"b": 2})) == 7

@@ -1,0 +1,73 @@
+"""A plan's Celery task is the relay's to send: whoever calls it is told how to start a run."""
+
+import pytest
+from celery import chain, group, signature
+
+from jobs import App, Plan, Settings, step
+from jobs.tasks import register
+
+
+@step
+def one(ctx):
+    return 1
+
+
+app = App(
+    Settings(database_url="postgresql://nowhere.invalid/", redis_url="redis://nowhere.invalid/"),
+    plans=[Plan("checkout", [one])],
+)
+task = app.celery.tasks["checkout"]
+
+
+@app.celery.task(shared=False, name="shop.mail")
+def mail():
+    pass
+
+
+def by_name():
+    return signature("checkout", args=(1,), app=app.celery)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: task(1),
+        lambda: task.delay(1),
+        lambda: task.apply_async((1,), countdown=5),
+        lambda: task.apply((1,)),
+        lambda: task.s(1),
+        lambda: task.si(1),
+        lambda: task.signature((1,)),
+        lambda: task.subtask((1,)),
+        lambda: task.map([1]),
+        lambda: task.chunks([1], 1),
+        lambda: by_name().delay(),
+        lambda: by_name().apply_async(),
+        lambda: by_name().apply(),
+        lambda: by_name()(2),
+        lambda: chain(by_name(), mail.si()).delay(),
+        lambda: group([by_name(), by_name()], app=app.celery).delay(),
+        lambda: app.celery.send_task("checkout", (1,)),
+    ],
+)
+def test_calling_the_task_of_a_plan_says_how_to_start_a_run(call):
+    with pytest.raises(TypeError, match=r'app\.client\.start_run\("checkout", input\)'):
+        call()
+
+
+def test_a_worker_executes_what_was_sent_to_it_and_no_call_within():
+    executed = []
+
+    class Recorder:
+        def execute(self, plan, run_id, dispatch):
+            executed.append((plan.name, run_id, dispatch))
+            with pytest.raises(TypeError, match="start a run"):
+                within("r2", 1)
+
+    plan = Plan("within", [one])
+    register(app.celery, plan, Recorder)  # type: ignore[arg-type]  # as much as the task needs
+    within = app.celery.tasks["within"]
+    within.push_request(id="r1.1", args=("r1", 1), called_directly=False)
+    within("r1", 1)
+    within.pop_request()
+    assert executed == [("within", "r1", 1)]
