@@ -26,6 +26,7 @@ from orchestrator.journal import Journal
 from orchestrator.lease import Lease, Leases
 from orchestrator.plan import Plan, PlanError
 from orchestrator.retention import Retention
+from outbox import forks
 from outbox.chores import Chore
 from outbox.doorbell import KEEPALIVE, DirectConnection, look_after
 from outbox.faults import CrashPoints
@@ -94,7 +95,6 @@ class App:
             journal=self.journal,
             leases=self.leases,
             engine=self._steps_engine,
-            inherited=self.engine,
             faults=self.faults,
             counts=self.metrics.worker,
             scope=self._scope,
@@ -109,6 +109,11 @@ class App:
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        for engine in (self.engine, self._steps_engine):
+            engine.dispose(close=False)
 
     def client_for(self, namespace: str, *, canary: bool = False) -> Client:
         """A client that sees the runs of one namespace, and no others.
@@ -147,7 +152,7 @@ class App:
 
     def direct_connection(self) -> DirectConnection:
         """A new session of the relay: autocommit, never through a pooler."""
-        return DirectConnection.connect(
+        connection = DirectConnection.connect(
             make_conninfo(
                 libpq_url(self.settings.listen_url),
                 application_name="beatless relay",
@@ -156,6 +161,8 @@ class App:
             autocommit=True,
             prepare_threshold=1,
         )
+        forks.own(connection)
+        return connection
 
     def chores(self) -> list[Chore]:
         """What a relay does beside its drains: take away what ended long ago."""
@@ -223,13 +230,18 @@ def _engine(settings: Settings, **pool: Any) -> sqlalchemy.Engine:
         },
         **pool,
     )
+    sqlalchemy.event.listen(engine, "connect", _on_connect)
     if not settings.pooled:  # a pooler's sessions are not ours to set
-        sqlalchemy.event.listen(engine, "connect", _on_connect)
+        sqlalchemy.event.listen(engine, "connect", _on_direct_connect)
     return engine
 
 
 def _on_connect(connection: psycopg.Connection[Any], _record: Any) -> None:
     """Called by SQLAlchemy with what it has connected."""
+    forks.own(connection)
+
+
+def _on_direct_connect(connection: psycopg.Connection[Any], _record: Any) -> None:
     connection.autocommit = True
     look_after(connection)
     connection.autocommit = False

@@ -16,6 +16,7 @@ from jobs.transactions import transact
 from orchestrator.errors import RunIsActive
 from orchestrator.queues import QueueState, QueueStatements
 from orchestrator.state import FINAL
+from outbox import forks
 from outbox.publishers import worker_queue
 from outbox.queries import Caller
 
@@ -48,6 +49,10 @@ class Queues:
         self._counting = threading.Lock()
         self._counted: dict[str, QueueState] = {}
         self._count_at = 0.0
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._counting = threading.Lock()
 
     def states(self) -> list[QueueState]:
         """Every queue that has runs or is paused.

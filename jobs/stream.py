@@ -29,6 +29,7 @@ from sqlalchemy import exc
 from jobs.errors import HistoryChanged, WaitTimeout
 from orchestrator.events import Event
 from orchestrator.journal import Journal, Run
+from outbox import forks
 from outbox.backoff import Backoff
 from outbox.publishers import channel_for
 
@@ -156,6 +157,12 @@ class Streams:
         self._aredis_client = aredis_client
         self._patience = patience
         self._hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
+        self._choosing = threading.Lock()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        # A loop goes on in the parent, and with it what its streams share.
+        self._hubs = {}
         self._choosing = threading.Lock()
 
     def _hub(self) -> "Hub":
@@ -432,11 +439,19 @@ class Subscription:
         self._backoff = Backoff(initial=0.5, cap=10.0)
         self._failures = 0
         self._retry_at = 0.0
+        self._forked = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        # redis-py closes what nobody holds any more, and says nothing to the server in a child.
+        self._pubsub = self._redis = None
+        self._forked = True
 
     def ensure(self) -> bool:
         """Subscribe, if we are not, and wait for the acknowledgement; False without Redis."""
         if self._pubsub is not None:
             return True
+        self._forked = False
         if monotonic() < self._retry_at:
             return False
         try:
@@ -463,7 +478,8 @@ class Subscription:
     def next(self, timeout: float) -> list[Event] | None:
         """The next message's events; [] after `timeout` seconds; None if one may be lost."""
         if self._pubsub is None:
-            select.select([], [], [], timeout)
+            if not self._forked:
+                select.select([], [], [], timeout)
             return None
         try:
             message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout)

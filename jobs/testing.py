@@ -65,6 +65,7 @@ class Kit:
         self._broker: Connection | None = None
         self._taking = threading.Lock()  # a channel is for one thread at a time
         self._advanced = 0.0
+        self._pid = os.getpid()
         self._streams = Streams(
             journal=app.journal,
             engine=app.engine.execution_options(isolation_level="AUTOCOMMIT"),
@@ -171,7 +172,12 @@ class Kit:
             self.app.faults.disarm(at)
 
     def executor(self) -> Executor:
-        """The worker of `work_once` and `step`."""
+        """The worker of `work_once` and `step`. Raises RuntimeError in a forked process."""
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"this kit is of process {self._pid}, before it forked: here its `client` can be "
+                "used, and nothing that acts as a relay or a worker"
+            )
         if self._executor is None:
             self._executor = self.app.executors.new(observer=self._observe)
         return self._executor

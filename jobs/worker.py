@@ -37,6 +37,7 @@ from orchestrator.journal import Journal
 from orchestrator.lease import Heartbeat, Leases
 from orchestrator.plan import Plan
 from orchestrator.watchdog import Watchdog
+from outbox import forks
 from outbox.doorbell import KEEPALIVE, look_after
 from outbox.faults import CrashPoints
 from outbox.publishers import worker_queue
@@ -174,14 +175,13 @@ class Executors:
         journal: Journal,
         leases: Leases,
         engine: sqlalchemy.Engine,
-        inherited: sqlalchemy.Engine,
         faults: CrashPoints,
         counts: WorkerCounts,
         scope: Scope = no_scope,
         observer: Observer | None = None,
         on_process: Callable[[], None] | None = None,
     ) -> None:
-        """`engine` is for transactional steps; `inherited` is the app's for everything else.
+        """`engine` is for transactional steps.
 
         `on_process` is called in each process that Celery executes runs in, before the first.
         """
@@ -193,21 +193,27 @@ class Executors:
         self._journal = journal
         self._leases = leases
         self._engine = engine
-        self._inherited = inherited
         self._faults = faults
         self._mutex = threading.Lock()
-        self._made_in = os.getpid()
         self._pid = 0
         self._worker = ""
         self._threads = threading.local()
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
         self.draining = Draining()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        # Its threads are in the parent, and one of them may have held the lock.
+        self._mutex = threading.Lock()
+        self._threads = threading.local()
+        self._heartbeat = self._watchdog = None
+        self._pid = 0
 
     def __call__(self) -> Executor:
         with self._mutex:
             if self._pid != os.getpid():
-                self._after_fork()
+                self._begin()
                 if self._on_process is not None:
                     self._on_process()
         executor: Executor | None = getattr(self._threads, "executor", None)
@@ -216,11 +222,7 @@ class Executors:
             self._threads.executor = executor
         return executor
 
-    def _after_fork(self) -> None:
-        if self._made_in != os.getpid():
-            # A socket that was open before the fork belongs to the parent.
-            self._engine.dispose(close=False)
-            self._inherited.dispose(close=False)
+    def _begin(self) -> None:
         self._threads = threading.local()
         self._heartbeat = Heartbeat(self._leases, self.connect)
         # Only a child of the prefork pool has nothing but its run to lose.
@@ -247,9 +249,9 @@ class Executors:
     def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
         """An executor of its own, for a caller that looks after it."""
         if self._heartbeat is None:
-            self._after_fork()
-        assert self._heartbeat is not None  # noqa: S101 - set by _after_fork
-        assert self._watchdog is not None  # noqa: S101 - set by _after_fork
+            self._begin()
+        assert self._heartbeat is not None  # noqa: S101 - set by _begin
+        assert self._watchdog is not None  # noqa: S101 - set by _begin
         return Executor(
             journal=self._journal,
             leases=self._leases,
@@ -283,6 +285,7 @@ class Executors:
             autocommit=True,
             prepare_threshold=None if self._settings.pooled else 5,
         )
+        forks.own(connection)
         if not self._settings.pooled:  # a pooler's sessions are not ours to set
             look_after(connection)
         return connection

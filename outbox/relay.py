@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import select
 import threading
 from collections import Counter
@@ -586,13 +587,15 @@ class Relay:
             chores, queries=queries, connect=connect, observer=observer, after=chores_after
         )
         self._once_lock = threading.Lock()
+        self._pid = os.getpid()
         self._once: tuple[psycopg.Connection[Any], Drain] | None = None
 
     def start(self, on_error: Callable[[Exception], None] | None = None) -> None:
         """Run in a thread of this process. `on_error` hears of every failure it recovers from.
 
-        Raises RuntimeError when it was started before.
+        Raises RuntimeError when it was started before, or made before a fork.
         """
+        self._refuse_in_child()
         if self._thread is not None:
             raise RuntimeError("this relay was started before: make a new one")
         self._thread = threading.Thread(
@@ -600,13 +603,26 @@ class Relay:
         )
         self._thread.start()
 
+    def _refuse_in_child(self) -> None:
+        """Its sessions, its publishers' connections and its threads are the parent's."""
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"this relay was made in process {self._pid} before it forked: make another in "
+                "this process, with app.relay()"
+            )
+
     def ask_to_stop(self) -> None:
         """Let `run` return after its current step. Safe in a signal handler."""
         self._stopping.set()
         self._alarm.ring()
 
     def stop(self) -> None:
-        """Finish the current step, release the shards and return. May be called more than once."""
+        """Finish the current step, release the shards and return. May be called more than once.
+
+        In a process that was forked since the relay was made, it does nothing.
+        """
+        if self._pid != os.getpid():
+            return
         self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -619,8 +635,10 @@ class Relay:
         """Publish everything that is due, of one run or of all, and return how many messages.
 
         Needs no running relay and ignores leadership: a double publication is harmless. `now` is
-        the time by which a dispatch must be due (default: the server's clock).
+        the time by which a dispatch must be due (default: the server's clock). Raises RuntimeError
+        when the relay was made before a fork.
         """
+        self._refuse_in_child()
         with self._once_lock:
             if self._once is None:
                 connection = self._connect()
@@ -649,7 +667,11 @@ class Relay:
             connection.close()
 
     def run(self, on_error: Callable[[Exception], None] | None = None) -> None:
-        """Work until `stop()`. Raises SchemaMissing or DirectConnectionRequired at the start."""
+        """Work until `stop()`. Raises SchemaMissing or DirectConnectionRequired at the start.
+
+        Raises RuntimeError when the relay was made before a fork.
+        """
+        self._refuse_in_child()
         failures, proven, began = 0, False, monotonic()
         while not self._stopping.is_set():
             try:

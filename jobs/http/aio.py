@@ -14,6 +14,7 @@ from jobs.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from orchestrator.events import Event
 from orchestrator.journal import Run
 from orchestrator.queues import QueueState
+from outbox import forks
 from outbox.backoff import Backoff
 from outbox.letters import DeadLetter
 
@@ -33,12 +34,22 @@ class AsyncClient:
         backoff: Backoff = RETRY,
     ) -> None:
         """`timeout` is for calls, in seconds; `stall` is how long a stream may bring no byte."""
-        self._timeout = timeout
+        self._url, self._token, self._timeout = url, token, timeout
         self._stall = stall
         self._backoff = backoff
-        self._http = httpx2.AsyncClient(
-            base_url=url, headers=wire.authorization(token), timeout=timeout, limits=wire.LIMITS
+        self._http = self._new_http()
+        forks.watch(self)
+
+    def _new_http(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            base_url=self._url,
+            headers=wire.authorization(self._token),
+            timeout=self._timeout,
+            limits=wire.LIMITS,
         )
+
+    def after_fork(self) -> None:
+        self._http = self._new_http()
 
     async def aclose(self) -> None:
         """Close its connections."""

@@ -19,6 +19,7 @@ from jobs.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from orchestrator.events import Event
 from orchestrator.journal import Run
 from orchestrator.queues import QueueState
+from outbox import forks
 from outbox.backoff import Backoff
 from outbox.letters import DeadLetter
 
@@ -45,9 +46,21 @@ class Client:
         self._url, self._token, self._timeout = url, token, timeout
         self._stall = stall
         self._backoff = backoff
-        self._http = httpx2.Client(
-            base_url=url, headers=wire.authorization(token), timeout=timeout, limits=wire.LIMITS
+        self._http = self._new_http()
+        self._pid = os.getpid()
+        forks.watch(self)
+
+    def _new_http(self) -> httpx2.Client:
+        return httpx2.Client(
+            base_url=self._url,
+            headers=wire.authorization(self._token),
+            timeout=self._timeout,
+            limits=wire.LIMITS,
         )
+
+    def after_fork(self) -> None:
+        self._http = self._new_http()
+        self._pid = os.getpid()
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -296,6 +309,7 @@ class Client:
 
     def _follow(self, follower: Follower) -> Iterator[Event]:
         while True:
+            pid = self._pid
             request = self._http.build_request(
                 "GET",
                 wire.stream_path(follower.run_id),
@@ -316,8 +330,11 @@ class Client:
                                 yield event
                                 if event.final:
                                     return
+                                if pid != self._pid:
+                                    raise Interrupted("its connection is another process's")
                 finally:
-                    response.close()
+                    if pid == self._pid:
+                        response.close()
                 delay = follower.closed()
             except (httpx2.TransportError, Interrupted) as error:
                 delay = follower.failed(error)

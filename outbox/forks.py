@@ -1,0 +1,56 @@
+"""What a forked process must not share with its parent: open connections, and locks held by threads
+that do not exist in it.
+
+Servers that load the application and then fork (gunicorn `--preload`, multiprocessing) copy every
+connection. Two processes on one socket read each other's answers, so a child lets go of what it has
+inherited before any of its code runs. Nothing is sent: the parent's sessions stay as they are.
+"""
+
+import os
+import socket
+import weakref
+from contextlib import suppress
+from typing import Protocol
+
+import psycopg
+
+
+class Forkable(Protocol):
+    """Has something that must be another in a child."""
+
+    def after_fork(self) -> None:
+        """Called in the child, by its only thread, before `fork` returns."""
+
+
+# Handlers of a fork cannot be unregistered, so there is one for all, and it keeps nothing alive.
+_connections: weakref.WeakSet[psycopg.Connection[object]] = weakref.WeakSet()
+_forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def own(connection: psycopg.Connection[object]) -> None:
+    """This connection is of no use to children of this process: there it is closed."""
+    _connections.add(connection)
+
+
+def watch(forkable: Forkable) -> None:
+    """Tell this object in each child that it is in a child now."""
+    _forkables.add(forkable)
+
+
+def _in_child() -> None:
+    inherited = [connection for connection in _connections if not connection.closed]
+    _connections.clear()
+    if inherited:
+        # Not closed: libpq would say goodbye for the parent, and a number that is free again would
+        # soon be another file. Whoever still holds the connection finds that its server is gone.
+        dead, other = socket.socketpair()
+        other.close()
+        for connection in inherited:
+            with suppress(psycopg.Error, OSError):
+                os.dup2(dead.fileno(), connection.fileno(), inheritable=False)
+        dead.close()
+    for forkable in list(_forkables):
+        forkable.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)
