@@ -1,7 +1,7 @@
 """The pytest plugin of beatless: its options, and the fixtures for any project's tests.
 
 pytest loads it wherever beatless is installed. So it imports nothing of beatless, which would cost
-every session a second, before a test asks for a fixture: `jobs.pytest_plugin` has what they do.
+every session a second, before a test asks for a fixture: `beatless.pytest_plugin` has what they do.
 """
 
 import importlib
@@ -147,7 +147,10 @@ def pytest_collection(session: pytest.Session) -> Generator[None, Any, Any]:
 
 def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
     error = getattr(call.excinfo, "value", None)
-    bad_setting = (type(error).__module__, type(error).__name__) == ("jobs.errors", "BadSetting")
+    bad_setting = (type(error).__module__, type(error).__name__) == (
+        "beatless.errors",
+        "BadSetting",
+    )
     if bad_setting and isinstance(report, pytest.CollectReport):
         report.sections.append(("beatless", UNSET))
 
@@ -166,7 +169,7 @@ def implementation() -> ModuleType:
                 f"`import {name}` finds {found}, which stands in for the package of beatless of "
                 "that name: rename it, or keep its folder off sys.path"
             )
-    return importlib.import_module("jobs.pytest_plugin")
+    return importlib.import_module("beatless.pytest_plugin")
 
 
 @contextmanager
@@ -250,6 +253,6 @@ def beatless_app(
 
 @pytest.fixture
 def beatless(beatless_app: Any, tmp_path: Path) -> Iterator[Any]:
-    """The helpers of `jobs.testing.Kit`, bound to the test's own app."""
+    """The helpers of `beatless.testing.Kit`, bound to the test's own app."""
     with implementation().beatless(beatless_app, tmp_path) as kit:
         yield kit

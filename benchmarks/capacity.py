@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from beatless import App
+from beatless.demo import PLANS
+from beatless.testing import Kit
 from benchmarks import runbook
 from benchmarks.measure import Bench, record, services
-from jobs import App
-from jobs.demo import PLANS
-from jobs.testing import Kit
 
 RUNS = 500
 REPEATS = 3

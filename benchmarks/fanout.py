@@ -15,12 +15,12 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from urllib.parse import urlsplit
 
+from beatless import App, Event, Plan, RunRequest, StepContext, step
+from beatless.dev import Child
+from beatless.http import AsyncClient
+from beatless.services import free_port
+from beatless.testing import Kit
 from benchmarks.measure import SPAWN, Bench, record, services
-from jobs import App, Event, Plan, RunRequest, StepContext, step
-from jobs.dev import Child
-from jobs.http import AsyncClient
-from jobs.services import free_port
-from jobs.testing import Kit
 
 RUNS = 200
 STEPS = 10

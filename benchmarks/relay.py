@@ -26,6 +26,15 @@ import redis
 import sqlalchemy
 from sqlalchemy import orm
 
+from beatless import App, Plan, Settings, StepContext, step
+from beatless.client import RunRequest
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.tables import runs
+from beatless.outbox.message import SHARDS, shard_of
+from beatless.outbox.publishers import worker_queue
+from beatless.outbox.queries import channel_of, doorbell
+from beatless.outbox.tables import run_events, run_outbox
+from beatless.settings import libpq_url
 from benchmarks.measure import (
     REPEATS,
     SPAWN,
@@ -36,15 +45,6 @@ from benchmarks.measure import (
     record,
     services,
 )
-from jobs import App, Plan, Settings, StepContext, step
-from jobs.client import RunRequest
-from jobs.settings import libpq_url
-from orchestrator.events import EventType
-from orchestrator.tables import runs
-from outbox.message import SHARDS, shard_of
-from outbox.publishers import worker_queue
-from outbox.queries import channel_of, doorbell
-from outbox.tables import run_events, run_outbox
 
 DATA = {"note": "x" * 90, "number": 12345}
 TRACE = EventType.DEBUG_TRACE

@@ -15,6 +15,11 @@ from time import monotonic
 
 import psycopg
 
+from beatless.migrations import migrate
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.retention import Retention
+from beatless.settings import libpq_url
 from benchmarks.measure import (
     PGBENCH,
     Bench,
@@ -24,11 +29,6 @@ from benchmarks.measure import (
     services,
 )
 from benchmarks.relay import TRACE, make_runs, script, writer
-from jobs.migrations import migrate
-from jobs.settings import libpq_url
-from orchestrator.events import EventType
-from orchestrator.journal import Journal
-from orchestrator.retention import Retention
 
 DAYS = 30
 CLIENTS = 4

@@ -39,7 +39,7 @@ def relay() -> None:
 def worker() -> None:
     """It takes commands from the broker, as it takes runs."""
     # Imported here: the others need no beatless, and are asked every few seconds.
-    environment = importlib.import_module("jobs.cli.environment").Environment()
+    environment = importlib.import_module("beatless.cli.environment").Environment()
     name = f"beatless-1@{socket.gethostname()}"
     if not environment.app.celery.control.ping([name], timeout=SECONDS):
         raise OSError(f"no answer from {name} through the broker")

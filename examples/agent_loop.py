@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs import App, Finish, Goto, Plan, Settings, StepContext, retry, step
+from beatless import App, Finish, Goto, Plan, Settings, StepContext, retry, step
 
 SCREENS = 40
 TRANSIENT = retry(max_attempts=3, initial=1, jitter=0)

@@ -1,8 +1,8 @@
 """beatless: durable, transactional, live-streamed runs for Celery."""
 
-from jobs.app import App
-from jobs.client import Client, RunRequest
-from jobs.errors import (
+from beatless.app import App
+from beatless.client import Client, RunRequest
+from beatless.errors import (
     BadRequest,
     BadSetting,
     HistoryChanged,
@@ -13,8 +13,7 @@ from jobs.errors import (
     Unreachable,
     WaitTimeout,
 )
-from jobs.settings import Settings
-from orchestrator import (
+from beatless.orchestrator import (
     BadPayload,
     CannotRetry,
     DeadlineExceeded,
@@ -37,6 +36,7 @@ from orchestrator import (
     retry,
     step,
 )
+from beatless.settings import Settings
 
 __all__ = [
     "App",

@@ -12,27 +12,34 @@ from kombu import Connection
 from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
-from jobs import canary, logs
-from jobs.client import Client
-from jobs.export import export_from_worker
-from jobs.metrics import Metrics, both
-from jobs.queues import Queues
-from jobs.settings import Settings, engine_url, libpq_url
-from jobs.stream import Streams
-from jobs.tasks import RunsCelery, register
-from jobs.tracing import Publications, Tracing
-from jobs.worker import Alive, Executors, Farewell, MetricsListener, Replacements, celery_settings
-from orchestrator.journal import Journal
-from orchestrator.lease import Lease, Leases
-from orchestrator.plan import Plan, PlanError
-from orchestrator.retention import Retention
-from outbox import forks
-from outbox.chores import Chore
-from outbox.doorbell import KEEPALIVE, DirectConnection, look_after
-from outbox.faults import CrashPoints
-from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
-from outbox.queries import Queries
-from outbox.relay import Observer, Relay
+from beatless import canary, logs
+from beatless.client import Client
+from beatless.export import export_from_worker
+from beatless.metrics import Metrics, both
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Lease, Leases
+from beatless.orchestrator.plan import Plan, PlanError
+from beatless.orchestrator.retention import Retention
+from beatless.outbox import forks
+from beatless.outbox.chores import Chore
+from beatless.outbox.doorbell import KEEPALIVE, DirectConnection, look_after
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
+from beatless.outbox.queries import Queries
+from beatless.outbox.relay import Observer, Relay
+from beatless.queues import Queues
+from beatless.settings import Settings, engine_url, libpq_url
+from beatless.stream import Streams
+from beatless.tasks import RunsCelery, register
+from beatless.tracing import Publications, Tracing
+from beatless.worker import (
+    Alive,
+    Executors,
+    Farewell,
+    MetricsListener,
+    Replacements,
+    celery_settings,
+)
 
 REDIS_TIMEOUTS: dict[str, Any] = {
     "socket_timeout": 5,

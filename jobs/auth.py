@@ -11,11 +11,11 @@ import sqlalchemy
 from sqlalchemy import Column, DateTime, Index, LargeBinary, Table, Text, text
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from jobs.errors import BadRequest
-from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace
-from orchestrator.tables import runs
-from outbox.queries import execute
-from outbox.tables import Id
+from beatless.errors import BadRequest
+from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace
+from beatless.orchestrator.tables import runs
+from beatless.outbox.queries import execute
+from beatless.outbox.tables import Id
 
 api_tokens = Table(
     "api_tokens",

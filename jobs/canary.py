@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from orchestrator.context import StepContext
-from orchestrator.plan import Plan, step
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.plan import Plan, step
 
 NAME = "beatless.canary"
 

@@ -16,7 +16,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from jobs.errors import (
+from beatless.errors import (
     BadRequest,
     HistoryChanged,
     SchemaBehind,
@@ -24,22 +24,22 @@ from jobs.errors import (
     UnknownPlan,
     Unreachable,
 )
-from jobs.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
-from jobs.queues import Queues
-from jobs.schema import head
-from jobs.stream import Streams
-from jobs.tracing import Tracing
-from jobs.transactions import transact
-from orchestrator.errors import CannotRetry, OrchestratorError
-from orchestrator.events import Event, encode, storable
-from orchestrator.executor import reusable
-from orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
-from orchestrator.plan import Plan
-from orchestrator.queues import QueueState
-from orchestrator.state import RunState
-from orchestrator.timeline import Moment, timeline
-from outbox.letters import DeadLetter, LetterStatements
-from outbox.queries import Caller, execute_lazily
+from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
+from beatless.orchestrator.errors import CannotRetry, OrchestratorError
+from beatless.orchestrator.events import Event, encode, storable
+from beatless.orchestrator.executor import reusable
+from beatless.orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.queues import QueueState
+from beatless.orchestrator.state import RunState
+from beatless.orchestrator.timeline import Moment, timeline
+from beatless.outbox.letters import DeadLetter, LetterStatements
+from beatless.outbox.queries import Caller, execute_lazily
+from beatless.queues import Queues
+from beatless.schema import head
+from beatless.stream import Streams
+from beatless.tracing import Tracing
+from beatless.transactions import transact
 
 logger = logging.getLogger(__name__)
 

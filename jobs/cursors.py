@@ -5,8 +5,8 @@ import json
 import re
 from datetime import datetime
 
-from jobs.errors import BadRequest
-from orchestrator.events import storable
+from beatless.errors import BadRequest
+from beatless.orchestrator.events import storable
 
 EVENT_ID = re.compile(r"(?:([0-9a-z]{1,40})\.)?([0-9]{1,9})")
 

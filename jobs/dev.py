@@ -21,19 +21,19 @@ from typing import IO, Any, Self
 
 import sqlalchemy
 
-from jobs.errors import BadRequest, JobsError
-from jobs.migrations import migrate
-from jobs.services import (
+from beatless.errors import BadRequest, JobsError
+from beatless.migrations import migrate
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.doorbell import Alarm
+from beatless.services import (
     EmbeddedPostgres,
     EmbeddedValkey,
     ServiceFailed,
     die_with_parent,
     free_port,
 )
-from jobs.settings import Settings, engine_url
-from jobs.stack_file import LOCK, STATE
-from outbox.backoff import Backoff
-from outbox.doorbell import Alarm
+from beatless.settings import Settings, engine_url
+from beatless.stack_file import LOCK, STATE
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Child:
         environ: dict[str, str],
         log: Path,
         # -P: a folder called `jobs` in the current directory must not stand in for ours.
-        command: Sequence[str] = (sys.executable, "-P", "-m", "jobs.cli"),
+        command: Sequence[str] = (sys.executable, "-P", "-m", "beatless.cli"),
     ) -> None:
         self.name = name
         self.log = log

@@ -26,19 +26,19 @@ from kombu.exceptions import KombuError, OperationalError
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import exc
 
-from jobs import canary
-from jobs.app import App
-from jobs.client import Client, new_run_id
-from jobs.errors import JobsError
-from jobs.namespaces import id_prefix
-from jobs.schema import head
-from jobs.settings import libpq_url
-from jobs.stream import Subscription
-from orchestrator.errors import OrchestratorError
-from orchestrator.events import EventType
-from outbox.message import SHARDS, shard_of
-from outbox.publishers import channel_for
-from outbox.queries import channel_of
+from beatless import canary
+from beatless.app import App
+from beatless.client import Client, new_run_id
+from beatless.errors import JobsError
+from beatless.namespaces import id_prefix
+from beatless.orchestrator.errors import OrchestratorError
+from beatless.orchestrator.events import EventType
+from beatless.outbox.message import SHARDS, shard_of
+from beatless.outbox.publishers import channel_for
+from beatless.outbox.queries import channel_of
+from beatless.schema import head
+from beatless.settings import libpq_url
+from beatless.stream import Subscription
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tornado.web import url
 
-from jobs import canary
-from jobs.app import App
-from jobs.stream import parse
-from orchestrator.errors import EventsPruned, RunNotFound
-from orchestrator.events import Event, EventType
-from outbox.backoff import Backoff
-from outbox.queries import execute
+from beatless import canary
+from beatless.app import App
+from beatless.orchestrator.errors import EventsPruned, RunNotFound
+from beatless.orchestrator.events import Event, EventType
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.queries import execute
+from beatless.stream import parse
 
 logger = logging.getLogger(__name__)
 

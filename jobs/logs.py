@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from celery import signals
 
-from orchestrator.lease import Lease
+from beatless.orchestrator.lease import Lease
 
 CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
 

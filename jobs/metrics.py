@@ -31,12 +31,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from sqlalchemy import exc
 
-from jobs.errors import BadSetting
-from orchestrator.events import EventType
-from orchestrator.plan import Plan
-from orchestrator.state import FINAL, RunState
-from outbox.message import SHARDS
-from outbox.queries import execute
+from beatless.errors import BadSetting
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.state import FINAL, RunState
+from beatless.outbox.message import SHARDS
+from beatless.outbox.queries import execute
 
 logger = logging.getLogger(__name__)
 

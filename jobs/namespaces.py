@@ -2,7 +2,7 @@
 
 import re
 
-from jobs.errors import BadRequest
+from beatless.errors import BadRequest
 
 NAMESPACE = re.compile(r"[a-z0-9_][a-z0-9_-]{0,30}")
 DEFAULT_NAMESPACE = "default"

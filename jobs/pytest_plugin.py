@@ -28,19 +28,19 @@ from redis.retry import Retry
 from sqlalchemy import make_url
 
 import pytest_beatless
-from jobs.app import App
-from jobs.auth import api_tokens
-from jobs.cli.environment import load
-from jobs.errors import ExtraMissing, JobsError, Unreachable
-from jobs.migrations import migrate
-from jobs.redis_urls import RedisUrl
-from jobs.schema import VERSION_TABLE
-from jobs.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
-from jobs.settings import REDIS, Settings, engine_url, libpq_url
-from jobs.testing import Kit, queue_names
-from orchestrator.plan import Plan
-from outbox.message import SHARDS
-from outbox.publishers import worker_queue
+from beatless.app import App
+from beatless.auth import api_tokens
+from beatless.cli.environment import load
+from beatless.errors import ExtraMissing, JobsError, Unreachable
+from beatless.migrations import migrate
+from beatless.orchestrator.plan import Plan
+from beatless.outbox.message import SHARDS
+from beatless.outbox.publishers import worker_queue
+from beatless.redis_urls import RedisUrl
+from beatless.schema import VERSION_TABLE
+from beatless.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
+from beatless.settings import REDIS, Settings, engine_url, libpq_url
+from beatless.testing import Kit, queue_names
 
 FAST = {
     # A test's data need not survive a power cut; a killed server keeps it all the same.
@@ -239,7 +239,7 @@ def start_containers(config: pytest.Config, stack: ExitStack) -> tuple[str, str]
     settings = server_settings(config)
     try:
         # Imported when it is asked for: the extra `docker` is not installed everywhere.
-        containers = importlib.import_module("jobs.containers")
+        containers = importlib.import_module("beatless.containers")
     except ModuleNotFoundError as error:
         raise ExtraMissing("it", "testcontainers", "docker") from error
     try:

@@ -11,14 +11,14 @@ import sqlalchemy
 from kombu import Connection
 from kombu.exceptions import KombuError, OperationalError
 
-from jobs.errors import BadRequest, QueueBusy
-from jobs.transactions import transact
-from orchestrator.errors import RunIsActive
-from orchestrator.queues import QueueState, QueueStatements
-from orchestrator.state import FINAL
-from outbox import forks
-from outbox.publishers import worker_queue
-from outbox.queries import Caller
+from beatless.errors import BadRequest, QueueBusy
+from beatless.orchestrator.errors import RunIsActive
+from beatless.orchestrator.queues import QueueState, QueueStatements
+from beatless.orchestrator.state import FINAL
+from beatless.outbox import forks
+from beatless.outbox.publishers import worker_queue
+from beatless.outbox.queries import Caller
+from beatless.transactions import transact
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Whether a schema is at the version that this code needs.
 
-Apart from `jobs.migrations`, which brings it there: every process asks this when it starts, and
+Apart from `beatless.migrations`, which brings it there: every process asks this when it starts, and
 none but `beatless migrate` needs Alembic, a tenth of its memory, for the answer.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sqlalchemy
 
-from jobs.errors import SchemaBehind
+from beatless.errors import SchemaBehind
 
 VERSION_TABLE = "beatless_version"
 

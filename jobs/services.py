@@ -30,8 +30,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from jobs.errors import JobsError
-from jobs.privileges import server_user
+from beatless.errors import JobsError
+from beatless.privileges import server_user
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -288,7 +288,7 @@ class EmbeddedPostgres(_Server):
 
     Started by root, it runs as nobody but may still read and write every file, because the
     directory may lie in a folder of root's own: its superuser is as trusted as you are. See
-    `jobs.privileges`.
+    `beatless.privileges`.
     """
 
     name = "Postgres"

@@ -9,9 +9,9 @@ from typing import Any, Self
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from jobs.errors import BadSetting
-from jobs.redis_urls import RedisUrl
-from outbox.faults import CrashPoints
+from beatless.errors import BadSetting
+from beatless.outbox.faults import CrashPoints
+from beatless.redis_urls import RedisUrl
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 
@@ -59,7 +59,7 @@ class Settings:
     log_format: str = _setting("json", default="text")
     """How log lines look: text for people, json for machines."""
     fault: str = _setting("step.before@1:kill", default="")
-    """Crash points for tests of recovery; see outbox.faults."""
+    """Crash points for tests of recovery; see beatless.outbox.faults."""
 
     def __post_init__(self) -> None:
         for name in ("schema", "prefix"):

@@ -26,12 +26,12 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from sqlalchemy import exc
 
-from jobs.errors import HistoryChanged, WaitTimeout
-from orchestrator.events import Event
-from orchestrator.journal import Journal, Run
-from outbox import forks
-from outbox.backoff import Backoff
-from outbox.publishers import channel_for
+from beatless.errors import HistoryChanged, WaitTimeout
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.journal import Journal, Run
+from beatless.outbox import forks
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.publishers import channel_for
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from celery import Celery, Task
 
-from orchestrator.executor import Executor
-from orchestrator.plan import Plan
+from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.plan import Plan
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types

@@ -21,21 +21,21 @@ from celery.worker.request import Request
 from kombu import Connection
 from kombu.message import Message
 
-from jobs.app import App
-from jobs.client import Client, check_cursor
-from jobs.dev import Child
-from jobs.errors import WaitTimeout
-from jobs.namespaces import namespace_of
-from jobs.stream import Streams, Subscription
-from jobs.verify import PATIENCE, verify
-from orchestrator.events import Event
-from orchestrator.executor import Executor
-from orchestrator.journal import Run
-from orchestrator.lease import Lease
-from outbox.faults import SimulatedCrash
-from outbox.message import shard_of
-from outbox.publishers import channel_for, worker_queue
-from outbox.queries import execute
+from beatless.app import App
+from beatless.client import Client, check_cursor
+from beatless.dev import Child
+from beatless.errors import WaitTimeout
+from beatless.namespaces import namespace_of
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.lease import Lease
+from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.message import shard_of
+from beatless.outbox.publishers import channel_for, worker_queue
+from beatless.outbox.queries import execute
+from beatless.stream import Streams, Subscription
+from beatless.verify import PATIENCE, verify
 
 UNSET: Any = object()
 """Marks an argument that was not given, where None is a value."""
@@ -153,7 +153,7 @@ class Kit:
 
     @contextmanager
     def crash(self, at: str, *, nth: int = 1) -> Iterator[None]:
-        """The worker "dies" in this block, at the n-th pass of a crash point (outbox.faults).
+        """The worker "dies" in this block, at the n-th pass of a crash point (beatless.outbox.faults).
 
         Its connections are gone and its lease stays until `advance` lets it run out. At a point of
         the relay it is `drain_outbox_once` that dies, and forgets what it had published. What

@@ -8,7 +8,7 @@ start CHECKOUT            where start_run was called; its context is stored with
 │  └─ step charge
 └─ …
 
-Who exports the spans is the process's affair: see jobs.export.
+Who exports the spans is the process's affair: see beatless.export.
 """
 
 import json
@@ -20,9 +20,9 @@ from contextvars import ContextVar
 from time import time_ns
 from typing import Any
 
-from orchestrator.events import EventType
-from orchestrator.lease import Lease
-from orchestrator.state import RunState
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.state import RunState
 
 try:
     from opentelemetry import context, trace

@@ -9,7 +9,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from outbox.backoff import Backoff
+from beatless.outbox.backoff import Backoff
 
 T = TypeVar("T")
 

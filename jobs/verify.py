@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outbox.queries import Caller, execute
+from beatless.outbox.queries import Caller, execute
 
 PATIENCE = 60.0
 """Seconds after the end of a run in which a relay publishes its events, if there is one."""

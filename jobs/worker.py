@@ -27,20 +27,20 @@ from celery import Celery, bootsteps, signals
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
 
-from jobs.errors import BadRequest
-from jobs.logs import Format
-from jobs.metrics import Metrics, WorkerCounts, both, listen
-from jobs.settings import Settings, libpq_url
-from jobs.supervision import Supervisor
-from orchestrator.executor import Executor, Observer, Scope, no_scope
-from orchestrator.journal import Journal
-from orchestrator.lease import Heartbeat, Leases
-from orchestrator.plan import Plan
-from orchestrator.watchdog import Watchdog
-from outbox import forks
-from outbox.doorbell import KEEPALIVE, look_after
-from outbox.faults import CrashPoints
-from outbox.publishers import worker_queue
+from beatless.errors import BadRequest
+from beatless.logs import Format
+from beatless.metrics import Metrics, WorkerCounts, both, listen
+from beatless.orchestrator.executor import Executor, Observer, Scope, no_scope
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Heartbeat, Leases
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.watchdog import Watchdog
+from beatless.outbox import forks
+from beatless.outbox.doorbell import KEEPALIVE, look_after
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.publishers import worker_queue
+from beatless.settings import Settings, libpq_url
+from beatless.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a run is: plans, events, states, the journal, leases and the executor."""
 
-from orchestrator.context import StepContext
-from orchestrator.errors import (
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.errors import (
     BadPayload,
     CannotRetry,
     DeadlineExceeded,
@@ -15,13 +15,13 @@ from orchestrator.errors import (
     StepTimeout,
     WorkerStops,
 )
-from orchestrator.events import Event, EventType
-from orchestrator.executor import Executor
-from orchestrator.journal import Journal, Run
-from orchestrator.lease import Heartbeat, Lease, Leases
-from orchestrator.plan import Finish, Goto, Plan, PlanError, Snooze, Step, step
-from orchestrator.retry import Retry, retry
-from orchestrator.state import RunState
+from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.journal import Journal, Run
+from beatless.orchestrator.lease import Heartbeat, Lease, Leases
+from beatless.orchestrator.plan import Finish, Goto, Plan, PlanError, Snooze, Step, step
+from beatless.orchestrator.retry import Retry, retry
+from beatless.orchestrator.state import RunState
 
 __all__ = [
     "BadPayload",

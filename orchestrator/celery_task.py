@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
-from orchestrator.errors import Fatal
+from beatless.orchestrator.errors import Fatal
 
 STATE_INTERVAL_S = 0.25
 """Between two stored calls of `update_state` with the same state, as between those of progress."""

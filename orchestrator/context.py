@@ -6,10 +6,10 @@ from typing import Any
 
 import sqlalchemy
 
-from orchestrator.errors import LeaseLost, RunCancelled
-from orchestrator.events import EventType, NewEvent
-from orchestrator.journal import Journal
-from orchestrator.lease import Lease
+from beatless.orchestrator.errors import LeaseLost, RunCancelled
+from beatless.orchestrator.events import EventType, NewEvent
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Lease
 
 PROGRESS_EVERY = 0.25
 """Seconds between two progress events of a step: a tight loop cannot flood the journal."""

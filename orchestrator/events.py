@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from orchestrator.errors import BadPayload
+from beatless.orchestrator.errors import BadPayload
 
 NESTING = 100
 """Levels of lists and objects in a value: every reader must get it back, on any Python's stack."""

@@ -17,8 +17,8 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from orchestrator.context import StepContext
-from orchestrator.errors import (
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.errors import (
     BadPayload,
     CannotRetry,
     DeadlineExceeded,
@@ -29,15 +29,15 @@ from orchestrator.errors import (
     StepTimeout,
     WorkerStops,
 )
-from orchestrator.events import Event, EventType, NewEvent, encode
-from orchestrator.journal import Appended, Journal, Settlement, cancel_error
-from orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
-from orchestrator.plan import Finish, Goto, Plan, Snooze, Step
-from orchestrator.state import RunState
-from orchestrator.watchdog import Attempt
-from outbox.backoff import Backoff
-from outbox.faults import CrashPoints
-from outbox.queries import Caller
+from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
+from beatless.orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
+from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step
+from beatless.orchestrator.state import RunState
+from beatless.orchestrator.watchdog import Attempt
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
 

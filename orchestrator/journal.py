@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
-from orchestrator.errors import EventsPruned, RunConflict, RunNotFound
-from orchestrator.events import Event, EventType, NewEvent, encode
-from orchestrator.state import RunState
-from outbox.message import shard_of
-from outbox.queries import EVENT_JSON, Caller, Read, doorbell, execute, outbox_row
+from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
+from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.state import RunState
+from beatless.outbox.message import shard_of
+from beatless.outbox.queries import EVENT_JSON, Caller, Read, doorbell, execute, outbox_row
 
 LAST_SEQ = 2**31 - 1
 """No run has an event beyond it: the column is an integer."""

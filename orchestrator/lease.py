@@ -14,11 +14,11 @@ from typing import Any
 
 import psycopg
 
-from orchestrator.journal import RUN_COLUMNS, Run
-from orchestrator.queues import QueueStatements
-from orchestrator.state import RunState
-from outbox.message import shard_of
-from outbox.queries import doorbell, execute
+from beatless.orchestrator.journal import RUN_COLUMNS, Run
+from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.state import RunState
+from beatless.outbox.message import shard_of
+from beatless.outbox.queries import doorbell, execute
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Leases:
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # A subquery of RETURNING sees the row as it was: since when the run has waited.
         # The first step of a fresh run starts in the claim itself: one commit less for each run.
-        # A paused queue sends its message back to wait; `pause` makes that exact (see jobs.queues).
+        # A paused queue sends its message back to wait; `pause` makes that exact (see beatless.queues).
         self._claim = f"""
 WITH u AS (
   UPDATE {s}.runs r

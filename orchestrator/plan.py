@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, overload
 
-from orchestrator.celery_task import CeleryTask, call_task
-from orchestrator.errors import BadPayload, Fatal
-from orchestrator.events import encode
-from orchestrator.retry import Retry
+from beatless.orchestrator.celery_task import CeleryTask, call_task
+from beatless.orchestrator.errors import BadPayload, Fatal
+from beatless.orchestrator.events import encode
+from beatless.orchestrator.retry import Retry
 
 __all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "step"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
 
-from orchestrator.state import RunState
-from outbox.queries import Caller, channel_of, execute
+from beatless.orchestrator.state import RunState
+from beatless.outbox.queries import Caller, channel_of, execute
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Takes away the journals of runs that ended long ago, and later those runs. Nothing unfinished.
 
-A chore of the relay (`outbox.chores`): what is due is found by index, a step is one small
+A chore of the relay (`beatless.outbox.chores`): what is due is found by index, a step is one small
 transaction, and between two steps the database rests.
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import psycopg
 
-from outbox.faults import CrashPoints
-from outbox.queries import execute
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.queries import execute
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from outbox.backoff import Backoff
+from beatless.outbox.backoff import Backoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

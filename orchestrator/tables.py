@@ -13,7 +13,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from outbox.tables import Id, Time, metadata
+from beatless.outbox.tables import Id, Time, metadata
 
 runs = Table(
     "runs",

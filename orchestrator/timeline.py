@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from orchestrator.events import Event, EventType
-from orchestrator.executor import CONNECTION_LOST, GIVEN_BACK, SNOOZED
-from orchestrator.journal import Run, Standing
+from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.executor import CONNECTION_LOST, GIVEN_BACK, SNOOZED
+from beatless.orchestrator.journal import Run, Standing
 
 HANDOVER = 0.01
 """Seconds between two steps above which somebody else has taken the run over."""

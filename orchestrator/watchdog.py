@@ -14,8 +14,8 @@ from typing import Any
 
 import psycopg
 
-from orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
-from orchestrator.lease import Connection, Lease, Leases
+from beatless.orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
+from beatless.orchestrator.lease import Connection, Lease, Leases
 
 logger = logging.getLogger(__name__)
 

@@ -1,22 +1,22 @@
 """How a committed fact leaves Postgres: messages, the doorbell, the relay and its two doors."""
 
-from outbox.backoff import Backoff
-from outbox.errors import (
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.errors import (
     DirectConnectionRequired,
     OutboxError,
     PublishFailed,
     PublishRefused,
     SchemaMissing,
 )
-from outbox.faults import CrashPoints, SimulatedCrash
-from outbox.message import EventMessage, TaskMessage
-from outbox.publishers import (
+from beatless.outbox.faults import CrashPoints, SimulatedCrash
+from beatless.outbox.message import EventMessage, TaskMessage
+from beatless.outbox.publishers import (
     CeleryTaskPublisher,
     EventPublisher,
     RedisEventPublisher,
     TaskPublisher,
 )
-from outbox.relay import Relay
+from beatless.outbox.relay import Relay
 
 __all__ = [
     "Backoff",

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import psycopg
 
-from outbox.backoff import Backoff
-from outbox.doorbell import DirectConnection, prepare_to_drain
-from outbox.queries import Queries
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
+from beatless.outbox.queries import Queries
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from outbox.errors import PublishRefused
-from outbox.message import TaskMessage
-from outbox.publishers import TaskPublisher
+from beatless.outbox.errors import PublishRefused
+from beatless.outbox.message import TaskMessage
+from beatless.outbox.publishers import TaskPublisher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

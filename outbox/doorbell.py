@@ -26,8 +26,8 @@ import psycopg
 from psycopg import errors as pg_errors
 from psycopg import pq
 
-from outbox.errors import DirectConnectionRequired, SchemaMissing
-from outbox.queries import Queries
+from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
+from beatless.outbox.queries import Queries
 
 RV = TypeVar("RV")
 

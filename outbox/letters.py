@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from outbox.queries import Caller, channel_of, execute
+from beatless.outbox.queries import Caller, channel_of, execute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from outbox.errors import PublishFailed, PublishRefused
-from outbox.message import EventMessage, TaskMessage
+from beatless.outbox.errors import PublishFailed, PublishRefused
+from beatless.outbox.message import EventMessage, TaskMessage
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 

@@ -12,7 +12,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import orm
 
-from outbox.message import SHARDS, TaskMessage
+from beatless.outbox.message import SHARDS, TaskMessage
 
 Caller = psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session
 Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]

@@ -15,20 +15,20 @@ from typing import Any
 import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
-from outbox.backoff import Backoff
-from outbox.chores import Chore, Chores
-from outbox.courier import Courier
-from outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
-from outbox.errors import (
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.chores import Chore, Chores
+from beatless.outbox.courier import Courier
+from beatless.outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
+from beatless.outbox.errors import (
     DirectConnectionRequired,
     PublishFailed,
     PublishRefused,
     SchemaMissing,
 )
-from outbox.faults import CrashPoints
-from outbox.message import SHARDS, EventMessage, TaskMessage, shard_of
-from outbox.publishers import EventPublisher, TaskPublisher
-from outbox.queries import (
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.message import SHARDS, EventMessage, TaskMessage, shard_of
+from beatless.outbox.publishers import EventPublisher, TaskPublisher
+from beatless.outbox.queries import (
     ALL_SHARDS,
     BATCH_BYTES,
     FEWER,

@@ -10,8 +10,8 @@ import pytest
 from _pytest.logging import LogCaptureHandler
 from hypothesis import settings
 
-from jobs import App
-from jobs.settings import libpq_url
+from beatless import App
+from beatless.settings import libpq_url
 
 pytest_plugins = ["pytester"]
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import (
+from beatless import (
     App,
     Fatal,
     Finish,
@@ -24,8 +24,8 @@ from jobs import (
     retry,
     step,
 )
-from jobs.demo import PLANS
-from orchestrator.plan import Step
+from beatless.demo import PLANS
+from beatless.orchestrator.plan import Step
 
 
 @step

@@ -20,7 +20,7 @@ from time import monotonic
 
 import kombu
 
-from jobs.services import free_port
+from beatless.services import free_port
 
 SCRIPTS = "/usr/lib/rabbitmq/bin"
 """Where Debian keeps the scripts that ask for no user of their own."""

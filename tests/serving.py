@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import App
-from jobs.api.server import bind, make_server
+from beatless import App
+from beatless.api.server import bind, make_server
 
 
 @dataclass

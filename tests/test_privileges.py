@@ -14,8 +14,8 @@ START = """
 import os, sys
 from pathlib import Path
 import psycopg
-from jobs import privileges
-from jobs.services import EmbeddedPostgres, ServiceFailed, _postgres_binary
+from beatless import privileges
+from beatless.services import EmbeddedPostgres, ServiceFailed, _postgres_binary
 
 here, become = Path(sys.argv[1]), sys.argv[2]
 if become:  # this process's own number for others, as in a container that gives it any

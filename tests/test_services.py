@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import redis
 
-from jobs.services import (
+from beatless.services import (
     DirectoryInUse,
     EmbeddedPostgres,
     EmbeddedValkey,
@@ -232,7 +232,7 @@ def test_a_port_lost_to_another_process_is_replaced(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = iter([taken.getsockname()[1], free_port()])
-        monkeypatch.setattr("jobs.services.free_port", lambda: next(ports))
+        monkeypatch.setattr("beatless.services.free_port", lambda: next(ports))
 
         with kind(tmp_path) as server:
             assert server.port != taken.getsockname()[1]
@@ -280,7 +280,7 @@ def test_the_errors_survive_pickling() -> None:
 OWNER = """
 import sys
 from pathlib import Path
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
 
 here = Path(sys.argv[1])
 postgres = EmbeddedPostgres(here / "pg", settings={"fsync": "off"})

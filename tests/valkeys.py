@@ -12,7 +12,7 @@ from time import monotonic
 
 import redis
 
-from jobs.services import EmbeddedValkey, free_port
+from beatless.services import EmbeddedValkey, free_port
 
 CERTIFICATES = Path(__file__).parent / "certificates"
 """A test authority's certificate, and one for 127.0.0.1 and localhost. Good until 2126."""

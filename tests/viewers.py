@@ -4,9 +4,9 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 
-from jobs import Event
-from jobs.http import AsyncClient
-from outbox.backoff import Backoff
+from beatless import Event
+from beatless.http import AsyncClient
+from beatless.outbox.backoff import Backoff
 
 AT_ONCE = Backoff(initial=0.001, cap=0.05)
 

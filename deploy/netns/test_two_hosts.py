@@ -17,13 +17,13 @@ import click
 import psycopg
 import pytest
 
-from jobs import App, Settings
-from jobs.cli.demo import GOLDEN
-from jobs.dev import Child
-from jobs.migrations import migrate
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
-from jobs.testing import Kit
-from orchestrator.plan import Plan
+from beatless import App, Settings
+from beatless.cli.demo import GOLDEN
+from beatless.dev import Child
+from beatless.migrations import migrate
+from beatless.orchestrator.plan import Plan
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.testing import Kit
 from tests.valkeys import until
 
 A, B = "10.77.0.1", "10.77.0.2"
@@ -134,7 +134,7 @@ def test_everything_is_exact_after_the_link_was_cut(
                 ["worker", "--concurrency", "2"],
                 environ=environ,
                 log=tmp_path / f"worker-{number}.log",
-                command=[*there, "-m", "jobs.cli"],
+                command=[*there, "-m", "beatless.cli"],
             )
             worker.start()
             stack.callback(worker.reap, monotonic())

@@ -18,18 +18,18 @@ from pytest_celery import (
 from pytest_docker_tools import container, fxtr
 from pytest_docker_tools.wrappers import Container
 
-from jobs import App, Fatal, Plan, Settings, StepContext, step
-from jobs.cli.demo import GOLDEN
-from jobs.client import RunRequest
-from jobs.demo import PLANS
-from jobs.migrations import migrate
-from jobs.testing import Kit
+from beatless import App, Fatal, Plan, Settings, StepContext, step
+from beatless.cli.demo import GOLDEN
+from beatless.client import RunRequest
+from beatless.demo import PLANS
+from beatless.migrations import migrate
+from beatless.testing import Kit
 
 PLANS_OF_THE_WORKER = b"""
 import threading
 
-from jobs import App, Plan, Settings, StepContext, step
-from jobs.demo import PLANS
+from beatless import App, Plan, Settings, StepContext, step
+from beatless.demo import PLANS
 
 
 @step

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.demo import GOLDEN
-from jobs.services import free_port
+from beatless.cli.demo import GOLDEN
+from beatless.services import free_port
 
 DEPLOY = Path(__file__).parents[1]
 RUNS = 200

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from jobs import App
-from jobs.redis_urls import RedisUrl
-from jobs.services import free_port
-from jobs.testing import Kit
+from beatless import App
+from beatless.redis_urls import RedisUrl
+from beatless.services import free_port
+from beatless.testing import Kit
 
 ROOT = Path(__file__).parents[2]
 CERTIFICATES = ROOT / "tests" / "certificates"

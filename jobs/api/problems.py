@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
-from jobs.errors import (
+from beatless.errors import (
     BadRequest,
     JobsError,
     QueueBusy,
@@ -20,7 +20,7 @@ from jobs.errors import (
     UnknownPlan,
     Unreachable,
 )
-from orchestrator.errors import (
+from beatless.orchestrator.errors import (
     BadPayload,
     CannotRetry,
     EventsPruned,
@@ -68,7 +68,7 @@ class Problem(Exception):
 
 
 def named(error: Exception) -> dict[str, Any]:
-    """The members of a document by which `jobs.http` makes the same error again."""
+    """The members of a document by which `beatless.http` makes the same error again."""
     return {"error": type(error).__name__, "arguments": list(error.args)}
 
 

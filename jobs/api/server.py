@@ -25,21 +25,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs import schema
-from jobs.api import problems, sse
-from jobs.api.problems import Problem
-from jobs.app import App
-from jobs.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
-from jobs.auth import Scope as Permission
-from jobs.client import Client, RunPage, new_run_id, reaching_postgres
-from jobs.cursors import decode_page, encode_page, parse_event_id
-from jobs.errors import BadRequest, SchemaBehind
-from jobs.supervision import Supervisor
-from orchestrator.errors import RunNotFound
-from orchestrator.events import storable
-from orchestrator.journal import GivenUp, Place, Run
-from orchestrator.state import RunState
-from outbox.queries import execute
+from beatless import schema
+from beatless.api import problems, sse
+from beatless.api.problems import Problem
+from beatless.app import App
+from beatless.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
+from beatless.auth import Scope as Permission
+from beatless.client import Client, RunPage, new_run_id, reaching_postgres
+from beatless.cursors import decode_page, encode_page, parse_event_id
+from beatless.errors import BadRequest, SchemaBehind
+from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.events import storable
+from beatless.orchestrator.journal import GivenUp, Place, Run
+from beatless.orchestrator.state import RunState
+from beatless.outbox.queries import execute
+from beatless.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from http import HTTPStatus
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jobs.api.problems import Problem
-from jobs.client import beyond_the_head
-from jobs.errors import HistoryChanged, WaitTimeout
-from jobs.stream import Streams
-from orchestrator.errors import EventsPruned, RunNotFound
-from orchestrator.events import Event
-from orchestrator.journal import Run
+from beatless.api.problems import Problem
+from beatless.client import beyond_the_head
+from beatless.errors import HistoryChanged, WaitTimeout
+from beatless.orchestrator.errors import EventsPruned, RunNotFound
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.journal import Run
+from beatless.stream import Streams
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import exc
 
-from jobs.cli.environment import Environment
-from jobs.errors import (
+from beatless.cli.environment import Environment
+from beatless.errors import (
     BadRequest,
     BadSetting,
     JobsError,
@@ -22,9 +22,9 @@ from jobs.errors import (
     UnknownPlan,
     Unreachable,
 )
-from orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
-from orchestrator.plan import PlanError
-from outbox.errors import OutboxError, PublishFailed
+from beatless.orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
+from beatless.orchestrator.plan import PlanError
+from beatless.outbox.errors import OutboxError, PublishFailed
 
 __all__ = ["cli", "main"]
 
@@ -43,15 +43,15 @@ OURS = (JobsError, OrchestratorError, OutboxError, exc.DBAPIError, psycopg.Error
 
 
 MODULES = {
-    "jobs.cli.api": ("serve", "token"),
-    "jobs.cli.demo": ("demo",),
-    "jobs.cli.dev": ("dev",),
-    "jobs.cli.doctor": ("doctor",),
-    "jobs.cli.init": ("init",),
-    "jobs.cli.migrate": ("migrate",),
-    "jobs.cli.plans": ("plan",),
-    "jobs.cli.processes": ("flower", "relay", "worker"),
-    "jobs.cli.queues": (
+    "beatless.cli.api": ("serve", "token"),
+    "beatless.cli.demo": ("demo",),
+    "beatless.cli.dev": ("dev",),
+    "beatless.cli.doctor": ("doctor",),
+    "beatless.cli.init": ("init",),
+    "beatless.cli.migrate": ("migrate",),
+    "beatless.cli.plans": ("plan",),
+    "beatless.cli.processes": ("flower", "relay", "worker"),
+    "beatless.cli.queues": (
         "clean",
         "dead-letters",
         "drain",
@@ -61,7 +61,7 @@ MODULES = {
         "remove",
         "resume",
     ),
-    "jobs.cli.runs": (
+    "beatless.cli.runs": (
         "cancel",
         "events",
         "explain",

@@ -1,5 +1,5 @@
-"""`python -m jobs.cli`, which `beatless dev` uses for its processes."""
+"""`python -m beatless.cli`, which `beatless dev` uses for its processes."""
 
-from jobs.cli import main
+from beatless.cli import main
 
 main()

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from jobs.auth import Scope, Tokens
-from jobs.cli.environment import Environment, seconds
-from jobs.cli.processes import LOG_FORMAT, READY_FD, check_url, is_loopback, tell
-from jobs.client import reaching_postgres
-from jobs.errors import BadRequest, ExtraMissing
-from jobs.export import export
-from jobs.logs import Format
-from jobs.schema import check
+from beatless.auth import Scope, Tokens
+from beatless.cli.environment import Environment, seconds
+from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, is_loopback, tell
+from beatless.client import reaching_postgres
+from beatless.errors import BadRequest, ExtraMissing
+from beatless.export import export
+from beatless.logs import Format
+from beatless.schema import check
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,12 @@ def serve(
 
 
 def the_api() -> Any:
-    """The package `jobs.api`, imported when it is served: its extra is not installed everywhere.
+    """The package `beatless.api`, imported when it is served: its extra is not installed everywhere.
 
     Raises ExtraMissing. A worker, too, starts a fifth sooner for it.
     """
     try:
-        return importlib.import_module("jobs.api")
+        return importlib.import_module("beatless.api")
     except ModuleNotFoundError as error:
         raise ExtraMissing("the HTTP API", error.name or "fastapi", "api") from error
 

@@ -15,16 +15,16 @@ import click
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jobs.app import App
-from jobs.cli import render
-from jobs.cli.environment import Environment
-from jobs.client import RunRequest
-from jobs.demo import PLANS
-from jobs.dev import Stack
-from jobs.supervision import stop_on_signals
-from jobs.verify import verify
-from orchestrator.events import Event
-from orchestrator.state import RunState
+from beatless.app import App
+from beatless.cli import render
+from beatless.cli.environment import Environment
+from beatless.client import RunRequest
+from beatless.demo import PLANS
+from beatless.dev import Stack
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.state import RunState
+from beatless.supervision import stop_on_signals
+from beatless.verify import verify
 
 GOLDEN = [
     "RunStarted",

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from jobs.cli.environment import Environment
-from jobs.dev import Stack
-from jobs.errors import BadRequest
-from jobs.supervision import stop_on_signals
+from beatless.cli.environment import Environment
+from beatless.dev import Stack
+from beatless.errors import BadRequest
+from beatless.supervision import stop_on_signals
 
 
 @click.command()

@@ -8,9 +8,9 @@ import click
 from rich.markup import escape
 from rich.padding import Padding
 
-from jobs.cli.environment import Environment
-from jobs.cli.render import plain
-from jobs.doctor import Doctor, Finding, Hop, Status
+from beatless.cli.environment import Environment
+from beatless.cli.render import plain
+from beatless.doctor import Doctor, Finding, Hop, Status
 
 MARKS = {
     Status.OK: "[green]✓[/]",

@@ -13,14 +13,14 @@ from typing import Any
 import click
 from rich.console import Console
 
-from jobs import logs
-from jobs.app import App
-from jobs.demo import PLANS
-from jobs.errors import BadRequest, BadSetting, JobsError
-from jobs.settings import Settings
-from jobs.stack_file import settings_of_running
-from orchestrator.errors import OrchestratorError
-from orchestrator.plan import PlanError
+from beatless import logs
+from beatless.app import App
+from beatless.demo import PLANS
+from beatless.errors import BadRequest, BadSetting, JobsError
+from beatless.orchestrator.errors import OrchestratorError
+from beatless.orchestrator.plan import PlanError
+from beatless.settings import Settings
+from beatless.stack_file import settings_of_running
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from jobs.cli.environment import Environment
-from jobs.errors import BadRequest
+from beatless.cli.environment import Environment
+from beatless.errors import BadRequest
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 SUFFIX = ".template"

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import click
 import sqlalchemy
 
-from jobs import migrations
-from jobs.cli.environment import Environment
-from jobs.client import reaching_postgres
-from jobs.errors import BadRequest
-from jobs.schema import check as check_schema
-from jobs.schema import current
-from jobs.settings import engine_url
+from beatless import migrations
+from beatless.cli.environment import Environment
+from beatless.client import reaching_postgres
+from beatless.errors import BadRequest
+from beatless.schema import check as check_schema
+from beatless.schema import current
+from beatless.settings import engine_url
 
 
 @click.command()

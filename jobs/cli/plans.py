@@ -4,9 +4,9 @@ from html import escape
 
 import click
 
-from jobs.cli.environment import Environment
-from jobs.errors import UnknownPlan
-from orchestrator.plan import Goto, Plan, Step
+from beatless.cli.environment import Environment
+from beatless.errors import UnknownPlan
+from beatless.orchestrator.plan import Goto, Plan, Step
 
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 

@@ -17,20 +17,20 @@ import redis
 from celery import signals
 from kombu.exceptions import KombuError
 
-from jobs.app import REDIS_TIMEOUTS, App
-from jobs.cli.environment import Environment
-from jobs.client import reaching_postgres
-from jobs.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
-from jobs.export import export
-from jobs.logs import Format
-from jobs.metrics import listen
-from jobs.redis_urls import is_cluster
-from jobs.schema import check
-from jobs.settings import Settings
-from jobs.supervision import Supervisor, stop_on_signals
-from jobs.worker import run_worker
-from outbox.message import EventMessage
-from outbox.publishers import RedisEventPublisher
+from beatless.app import REDIS_TIMEOUTS, App
+from beatless.cli.environment import Environment
+from beatless.client import reaching_postgres
+from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
+from beatless.export import export
+from beatless.logs import Format
+from beatless.metrics import listen
+from beatless.outbox.message import EventMessage
+from beatless.outbox.publishers import RedisEventPublisher
+from beatless.redis_urls import is_cluster
+from beatless.schema import check
+from beatless.settings import Settings
+from beatless.supervision import Supervisor, stop_on_signals
+from beatless.worker import run_worker
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ def flower(
         check_url("--page-url", page_url)
     try:
         # Imported when it is asked for: its extra is not installed everywhere.
-        served = importlib.import_module("jobs.flower")
+        served = importlib.import_module("beatless.flower")
     except ModuleNotFoundError as error:
         raise ExtraMissing("Flower", error.name or "flower", "flower") from error
     options = served.FlowerOptions(

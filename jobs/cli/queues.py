@@ -7,10 +7,10 @@ from datetime import datetime
 import click
 from rich.table import Table
 
-from jobs.cli.environment import Environment, seconds
-from jobs.cli.render import age
-from orchestrator.state import FINAL
-from outbox.letters import DeadLetter
+from beatless.cli.environment import Environment, seconds
+from beatless.cli.render import age
+from beatless.orchestrator.state import FINAL
+from beatless.outbox.letters import DeadLetter
 
 
 @click.command()

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from orchestrator.events import Event, EventType
-from orchestrator.journal import Run
-from orchestrator.timeline import Moment
+from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.timeline import Moment
 
 STYLES = {
     EventType.RUN_STARTED: "bold",

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import click
 
-from jobs.cli import render
-from jobs.cli.environment import Environment, json_input, moment, pairs, seconds
-from jobs.errors import BadRequest
-from jobs.export import export
-from jobs.verify import verify as find_violations
-from orchestrator.events import Event
-from orchestrator.state import RunState
+from beatless.cli import render
+from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
+from beatless.errors import BadRequest
+from beatless.export import export
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.state import RunState
+from beatless.verify import verify as find_violations
 
 TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit status 1 then.")
 

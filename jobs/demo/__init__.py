@@ -1,7 +1,7 @@
 """The plans that `beatless demo` runs, and that `beatless` knows when no app is named."""
 
-from jobs.demo.agents import agents_run
-from jobs.demo.census import code_census
+from beatless.demo.agents import agents_run
+from beatless.demo.census import code_census
 
 PLANS = (agents_run, code_census)
 

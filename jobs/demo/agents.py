@@ -6,8 +6,8 @@ The device is a stand-in that is derived from its name, so the same run gives th
 import zlib
 from typing import Any
 
-from orchestrator.context import StepContext
-from orchestrator.plan import Fatal, Plan, step
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.plan import Fatal, Plan, step
 
 
 def _device(ctx: StepContext) -> str:

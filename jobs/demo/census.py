@@ -25,9 +25,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any, Self, TypeVar
 from xml.sax.saxutils import escape
 
-from orchestrator.context import StepContext
-from orchestrator.plan import Fatal, Plan, step
-from orchestrator.retry import retry
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.plan import Fatal, Plan, step
+from beatless.orchestrator.retry import retry
 
 CHUNKS = 40
 """How many chunks a tree is divided into, unless the input says how large one is."""

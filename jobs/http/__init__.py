@@ -1,6 +1,6 @@
 """Runs and their streams over HTTP: needs a URL and a token, and neither Postgres nor Redis."""
 
-from jobs.http.aio import AsyncClient
-from jobs.http.client import Client
+from beatless.http.aio import AsyncClient
+from beatless.http.client import Client
 
 __all__ = ["AsyncClient", "Client"]

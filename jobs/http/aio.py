@@ -8,21 +8,21 @@ from typing import Any, Self, TypeVar
 
 import httpx2
 
-from jobs.client import check_cursor
-from jobs.http import wire
-from jobs.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
-from orchestrator.events import Event
-from orchestrator.journal import Run
-from orchestrator.queues import QueueState
-from outbox import forks
-from outbox.backoff import Backoff
-from outbox.letters import DeadLetter
+from beatless.client import check_cursor
+from beatless.http import wire
+from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.queues import QueueState
+from beatless.outbox import forks
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """`jobs.http.Client` for asyncio: the same calls as coroutines, and `astream_run`."""
+    """`beatless.http.Client` for asyncio: the same calls as coroutines, and `astream_run`."""
 
     def __init__(
         self,

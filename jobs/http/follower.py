@@ -7,11 +7,11 @@ from time import monotonic
 
 import httpx2
 
-from jobs.cursors import parse_event_id
-from jobs.errors import BadRequest, HistoryChanged, JobsError, WaitTimeout
-from jobs.http.wire import AGAIN, error_of, pause_of
-from orchestrator.events import Event
-from outbox.backoff import Backoff
+from beatless.cursors import parse_event_id
+from beatless.errors import BadRequest, HistoryChanged, JobsError, WaitTimeout
+from beatless.http.wire import AGAIN, error_of, pause_of
+from beatless.orchestrator.events import Event
+from beatless.outbox.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import httpx2
 
-from jobs.client import new_run_id
-from jobs.cursors import encode_page
-from jobs.errors import (
+from beatless.client import new_run_id
+from beatless.cursors import encode_page
+from beatless.errors import (
     AccessDenied,
     BadRequest,
     QueueBusy,
@@ -20,7 +20,7 @@ from jobs.errors import (
     UnknownPlan,
     Unreachable,
 )
-from orchestrator.errors import (
+from beatless.orchestrator.errors import (
     BadPayload,
     CannotRetry,
     EventsPruned,
@@ -28,12 +28,12 @@ from orchestrator.errors import (
     RunIsActive,
     RunNotFound,
 )
-from orchestrator.events import Event
-from orchestrator.journal import Run
-from orchestrator.queues import QueueState
-from orchestrator.state import RunState
-from outbox.backoff import Backoff
-from outbox.letters import DeadLetter
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.queues import QueueState
+from beatless.orchestrator.state import RunState
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
 R = TypeVar("R", Run, QueueState, DeadLetter)

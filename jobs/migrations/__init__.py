@@ -24,8 +24,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
-from jobs.errors import MigrationBlocked
-from jobs.schema import VERSIONS, current, head
+from beatless.errors import MigrationBlocked
+from beatless.schema import VERSIONS, current, head
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
-"""Alembic's entry: runs the revisions in the schema that `jobs.migrations` names."""
+"""Alembic's entry: runs the revisions in the schema that `beatless.migrations` names."""
 
 from typing import Any
 
 from alembic import context
 
-from jobs.migrations import LOCK_MILLISECONDS
-from jobs.schema import VERSION_TABLE
+from beatless.migrations import LOCK_MILLISECONDS
+from beatless.schema import VERSION_TABLE
 
 schema: str = context.config.attributes["schema"]
 connection = context.config.attributes["connection"]

@@ -1,6 +1,6 @@
 """${message}"""
 
-from jobs.migrations import apply
+from beatless.migrations import apply
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

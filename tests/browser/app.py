@@ -1,6 +1,6 @@
 """The shop's app, for processes of their own."""
 
-from jobs import App, Settings
+from beatless import App, Settings
 from tests.browser.plans import checkout, refund
 
 app = App(Settings.from_env(), [checkout, refund])

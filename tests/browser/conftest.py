@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
-from jobs import App, Plan
-from jobs.dev import Child
-from jobs.services import free_port
-from jobs.testing import Kit
+from beatless import App, Plan
+from beatless.dev import Child
+from beatless.services import free_port
+from beatless.testing import Kit
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund
 from tests.serving import serving

@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from jobs import Fatal, Plan, StepContext, retry, step
+from beatless import Fatal, Plan, StepContext, retry, step
 
 
 def wait_at(ctx: StepContext, gate: str) -> None:

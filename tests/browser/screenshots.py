@@ -9,8 +9,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page
 
-from jobs import App, Run, RunRequest, Settings
-from jobs.dev import Stack
+from beatless import App, Run, RunRequest, Settings
+from beatless.dev import Stack
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from jobs.dev import Child
-from jobs.services import free_port
-from jobs.testing import Kit
+from beatless.dev import Child
+from beatless.services import free_port
+from beatless.testing import Kit
 from tests.browser.conftest import PLANS
 from tests.serving import serving
 

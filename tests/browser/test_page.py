@@ -6,8 +6,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from jobs.auth import Tokens
-from jobs.testing import Kit
+from beatless.auth import Tokens
+from beatless.testing import Kit
 from tests.browser.conftest import Server
 
 Opener = Callable[..., Page]

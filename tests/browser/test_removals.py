@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Page, expect
 
-from jobs import RunNotFound
-from jobs.auth import Tokens
-from jobs.testing import Kit
+from beatless import RunNotFound
+from beatless.auth import Tokens
+from beatless.testing import Kit
 
 Opener = Callable[..., Page]
 

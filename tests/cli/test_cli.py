@@ -8,9 +8,9 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.cli import run
-from jobs.testing import Kit
+from beatless import App
+from beatless.cli import run
+from beatless.testing import Kit
 
 
 class Said(NamedTuple):

@@ -62,7 +62,7 @@ class Dev:
 
 
 def beatless(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "jobs.cli", *arguments]
+    return [sys.executable, "-P", "-m", "beatless.cli", *arguments]
 
 
 def environ() -> dict[str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run
-from jobs.cli.init import TEMPLATES, requirement
-from jobs.pytest_plugin import Services
+from beatless.cli import run
+from beatless.cli.init import TEMPLATES, requirement
+from beatless.pytest_plugin import Services
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs import App
-from jobs.cli import run
-from jobs.testing import Kit
+from beatless import App
+from beatless.cli import run
+from beatless.testing import Kit
 
 
 class Command:

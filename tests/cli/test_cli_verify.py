@@ -3,10 +3,10 @@
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.cli import run
-from jobs.testing import Kit
-from jobs.verify import verify
+from beatless import App
+from beatless.cli import run
+from beatless.testing import Kit
+from beatless.verify import verify
 
 
 def found(app: App, run_ids: list[str] | None = None) -> list[tuple[str, str]]:

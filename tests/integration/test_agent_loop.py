@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Plan
-from jobs.cli.environment import load
-from jobs.testing import Kit
+from beatless import Plan
+from beatless.cli.environment import load
+from beatless.testing import Kit
 
 POINTS = ("step.before", "step.effect_done", "step.committed")
 SEED = 5

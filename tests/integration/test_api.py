@@ -9,13 +9,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.api.server import BODY_LIMIT
-from jobs.auth import Tokens
-from jobs.cli.demo import GOLDEN
-from jobs.cursors import encode_page
-from jobs.testing import Kit
-from orchestrator.retention import Retention
+from beatless import App
+from beatless.api.server import BODY_LIMIT
+from beatless.auth import Tokens
+from beatless.cli.demo import GOLDEN
+from beatless.cursors import encode_page
+from beatless.orchestrator.retention import Retention
+from beatless.testing import Kit
 from tests.serving import Api, serving
 
 

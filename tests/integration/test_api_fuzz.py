@@ -20,10 +20,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from jobs import App
-from jobs.api import create_api
-from jobs.auth import Scope, Tokens
-from jobs.testing import Kit
+from beatless import App
+from beatless.api import create_api
+from beatless.auth import Scope, Tokens
+from beatless.testing import Kit
 
 CONFORMS = [
     not_a_server_error,

@@ -11,12 +11,12 @@ from dataclasses import replace
 import httpx2
 import pytest
 
-from jobs import App, RunState
-from jobs.api import server, sse
-from jobs.auth import Scope, Tokens
-from jobs.client import RunRequest
-from jobs.http import AsyncClient, Client
-from jobs.testing import Kit
+from beatless import App, RunState
+from beatless.api import server, sse
+from beatless.auth import Scope, Tokens
+from beatless.client import RunRequest
+from beatless.http import AsyncClient, Client
+from beatless.testing import Kit
 from tests.serving import Api, serving
 
 

@@ -13,11 +13,11 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
-from jobs import App
-from jobs.api import create_api
-from jobs.api.server import PAGE_FILES, bind
-from jobs.http import Client
-from jobs.testing import Kit
+from beatless import App
+from beatless.api import create_api
+from beatless.api.server import PAGE_FILES, bind
+from beatless.http import Client
+from beatless.testing import Kit
 from tests.serving import Api
 
 

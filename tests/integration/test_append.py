@@ -6,9 +6,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.testing import Kit
-from orchestrator.events import EventType
+from beatless import App
+from beatless.orchestrator.events import EventType
+from beatless.testing import Kit
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import App
-from jobs.testing import Kit
-from orchestrator.events import EventType
-from orchestrator.journal import Settlement
-from orchestrator.state import RunState
-from outbox.message import shard_of
+from beatless import App
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Settlement
+from beatless.orchestrator.state import RunState
+from beatless.outbox.message import shard_of
+from beatless.testing import Kit
 
 WRITERS = 4
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs import RunNotFound, RunState
-from jobs.testing import Kit
+from beatless import RunNotFound, RunState
+from beatless.testing import Kit
 
 
 def test_cancelled_while_queued_ends_without_a_worker(beatless: Kit) -> None:

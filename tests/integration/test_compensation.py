@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import RunState
-from jobs.testing import Kit
+from beatless import RunState
+from beatless.testing import Kit
 
 UNDONE = ["StepStarted", "StepFinished", "RunFinished"]
 

@@ -9,8 +9,8 @@ import pytest
 from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
-from jobs import Goto, Plan, RunState, StepContext, retry, step
-from jobs.testing import Kit
+from beatless import Goto, Plan, RunState, StepContext, retry, step
+from beatless.testing import Kit
 
 
 @step

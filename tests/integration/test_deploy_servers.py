@@ -9,12 +9,12 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from jobs import App, Settings
-from jobs.demo import PLANS
-from jobs.metrics import RUNS_ACTIVE
-from jobs.migrations import migrate
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
-from jobs.testing import Kit
+from beatless import App, Settings
+from beatless.demo import PLANS
+from beatless.metrics import RUNS_ACTIVE
+from beatless.migrations import migrate
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.testing import Kit
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 TABLES = ("runs", "run_events", "run_outbox", "dispatches", "queues", "dead_letters", "api_tokens")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.pytest_plugin import Services
-from jobs.testing import Kit
-from outbox.faults import POINTS
+from beatless.outbox.faults import POINTS
+from beatless.pytest_plugin import Services
+from beatless.testing import Kit
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 

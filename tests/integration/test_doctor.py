@@ -16,15 +16,15 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from jobs import App, Plan, StepContext, step
-from jobs.cli import run
-from jobs.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
-from jobs.errors import JobsError
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
-from jobs.settings import libpq_url
-from jobs.testing import Kit
-from orchestrator.plan import PlanError
-from outbox.queries import execute
+from beatless import App, Plan, StepContext, step
+from beatless.cli import run
+from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
+from beatless.errors import JobsError
+from beatless.orchestrator.plan import PlanError
+from beatless.outbox.queries import execute
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.settings import libpq_url
+from beatless.testing import Kit
 
 APP = "tests.plans:app"
 

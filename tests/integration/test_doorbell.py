@@ -12,13 +12,13 @@ from time import monotonic
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.settings import libpq_url
-from jobs.testing import Kit
-from outbox import doorbell
-from outbox.doorbell import Alarm, DirectConnection, Sessions, State
-from outbox.message import SHARDS, shard_of
-from outbox.queries import ALL_SHARDS
+from beatless import App
+from beatless.outbox import doorbell
+from beatless.outbox.doorbell import Alarm, DirectConnection, Sessions, State
+from beatless.outbox.message import SHARDS, shard_of
+from beatless.outbox.queries import ALL_SHARDS
+from beatless.settings import libpq_url
+from beatless.testing import Kit
 
 
 @pytest.fixture

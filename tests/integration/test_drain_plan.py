@@ -9,10 +9,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App
-from outbox.doorbell import prepare_to_drain
-from outbox.message import SHARDS
-from outbox.queries import Queries
+from beatless import App
+from beatless.outbox.doorbell import prepare_to_drain
+from beatless.outbox.message import SHARDS
+from beatless.outbox.queries import Queries
 
 BACKLOG = 16_000
 

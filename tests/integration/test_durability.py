@@ -10,12 +10,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from jobs import App, LeaseLost, RunState
-from jobs.testing import Kit
-from orchestrator.events import EventType
-from orchestrator.journal import Settlement
-from orchestrator.lease import Heartbeat
-from outbox.faults import CrashPoints
+from beatless import App, LeaseLost, RunState
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Settlement
+from beatless.orchestrator.lease import Heartbeat
+from beatless.outbox.faults import CrashPoints
+from beatless.testing import Kit
 
 POINTS = ("claim.committed", "step.before", "step.effect_done", "step.committed", "task.before_ack")
 

@@ -14,12 +14,12 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from jobs import App, Event, HistoryChanged
-from jobs.migrations import migrate
-from jobs.privileges import server_user
-from jobs.services import EmbeddedPostgres
-from jobs.stream import Observer, Streams, ignore
-from jobs.testing import Kit
+from beatless import App, Event, HistoryChanged
+from beatless.migrations import migrate
+from beatless.privileges import server_user
+from beatless.services import EmbeddedPostgres
+from beatless.stream import Observer, Streams, ignore
+from beatless.testing import Kit
 from tests.serving import serving
 from tests.valkeys import until
 

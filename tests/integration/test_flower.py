@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from sqlalchemy import exc
 
-from jobs import App
-from jobs.dev import Child
-from jobs.flower import FleetState, Listener
-from jobs.testing import Kit
-from orchestrator.events import Event
-from outbox.publishers import channel_for
+from beatless import App
+from beatless.dev import Child
+from beatless.flower import FleetState, Listener
+from beatless.orchestrator.events import Event
+from beatless.outbox.publishers import channel_for
+from beatless.testing import Kit
 from tests.valkeys import until
 
 PASSWORD = "operator:secret"

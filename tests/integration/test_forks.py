@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.http import Client as HttpClient
-from jobs.testing import Kit
-from outbox.backoff import Backoff
-from outbox.relay import Relay
+from beatless import App
+from beatless.http import Client as HttpClient
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.relay import Relay
+from beatless.testing import Kit
 from tests.forking import ForkedChild
 from tests.serving import serving
 

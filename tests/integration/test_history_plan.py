@@ -7,11 +7,11 @@ import psycopg
 import pytest
 from sqlalchemy import event
 
-from jobs import App
-from jobs.auth import Tokens
-from orchestrator.journal import GivenUp
-from orchestrator.queues import QueueStatements
-from orchestrator.retention import Retention
+from beatless import App
+from beatless.auth import Tokens
+from beatless.orchestrator.journal import GivenUp
+from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.retention import Retention
 from tests.integration.test_drain_plan import scans
 
 HISTORY = 10_000

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from jobs import App
-from jobs.client import RunRequest
-from jobs.testing import Kit
-from orchestrator.events import EventType
-from orchestrator.journal import Settlement
-from orchestrator.lease import Lease
-from orchestrator.state import RunState
+from beatless import App
+from beatless.client import RunRequest
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Settlement
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.state import RunState
+from beatless.testing import Kit
 
 COUNTS = (
     "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relid = to_regclass('runs')"

@@ -1,4 +1,4 @@
-"""`jobs.http`: the calls of an app's client, over HTTP, through whatever happens on the way."""
+"""`beatless.http`: the calls of an app's client, over HTTP, through whatever happens on the way."""
 
 import asyncio
 import random
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from psycopg import Connection
 
-import jobs
-from jobs import (
+import beatless
+from beatless import (
     App,
     BadPayload,
     BadRequest,
@@ -26,13 +26,13 @@ from jobs import (
     Unreachable,
     WaitTimeout,
 )
-from jobs.auth import Scope, Tokens
-from jobs.cli.demo import GOLDEN
-from jobs.errors import AccessDenied
-from jobs.http import AsyncClient, Client
-from jobs.testing import Kit
-from orchestrator.retention import Retention
-from outbox.backoff import Backoff
+from beatless.auth import Scope, Tokens
+from beatless.cli.demo import GOLDEN
+from beatless.errors import AccessDenied
+from beatless.http import AsyncClient, Client
+from beatless.orchestrator.retention import Retention
+from beatless.outbox.backoff import Backoff
+from beatless.testing import Kit
 from tests.http_proxy import Proxy
 from tests.serving import Api, serving
 
@@ -80,7 +80,7 @@ def test_it_gives_what_the_client_of_the_app_gives(beatless: Kit, client: Client
 
 
 def test_long_lists_come_in_pages(beatless: Kit, client: Client, monkeypatch) -> None:
-    monkeypatch.setattr("jobs.http.wire.PAGE", 3)
+    monkeypatch.setattr("beatless.http.wire.PAGE", 3)
     for _ in range(7):
         run = beatless.start_run("two_steps")
     beatless.work_until_idle()
@@ -162,7 +162,7 @@ def test_both_clients_have_every_call_of_the_clients_of_an_app() -> None:
     # What needs the database itself, or many requests for one call; and what a server answers by.
     local = {"epoch", "explain", "start_runs", "stored_id"}
     local |= {"page_of_runs", "page_of_failed_runs", "retry_page"}
-    calls = {name for name in vars(jobs.Client) if not name.startswith("_")} - local
+    calls = {name for name in vars(beatless.Client) if not name.startswith("_")} - local
     assert calls <= {name for name in vars(Client) if not name.startswith("_")}
     follow = {"stream_run", "wait_for_run"}
     assert calls - follow <= {name for name in vars(AsyncClient) if not name.startswith("_")}

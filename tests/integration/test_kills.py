@@ -15,10 +15,10 @@ import psycopg
 import pytest
 import redis
 
-from jobs import App, RunState
-from jobs.client import RunRequest
-from jobs.services import EmbeddedValkey
-from jobs.testing import Kit
+from beatless import App, RunState
+from beatless.client import RunRequest
+from beatless.services import EmbeddedValkey
+from beatless.testing import Kit
 from tests.integration.test_processes import await_death
 from tests.plans import UNLIMITED
 

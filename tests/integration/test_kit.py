@@ -7,13 +7,13 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from jobs import App, Plan, RunState, StepContext, step
-from jobs.pytest_plugin import Schemas, own_tables, remove_keys
-from jobs.testing import Kit
+from beatless import App, Plan, RunState, StepContext, step
+from beatless.pytest_plugin import Schemas, own_tables, remove_keys
+from beatless.testing import Kit
 
 PROJECT = """
 import pytest
-from jobs import Plan, step
+from beatless import Plan, step
 
 @pytest.fixture
 def beatless_plans():
@@ -53,8 +53,8 @@ def impatient(_beatless_schemas):
         from dataclasses import replace
 
         import psycopg
-        from jobs import App
-        from jobs.settings import libpq_url
+        from beatless import App
+        from beatless.settings import libpq_url
         def test_writes_a_key(beatless):
             beatless.app.redis().set("somebody:elses", "x")
 
@@ -257,7 +257,7 @@ def test_a_test_that_times_out_tells_where_everything_stands(
     pytester.makeini("[pytest]\nbeatless_app = shop:app")
     pytester.makepyfile(
         shop="""
-        from jobs import App, Plan, Settings, step
+        from beatless import App, Plan, Settings, step
 
         @step
         def reserve(ctx):

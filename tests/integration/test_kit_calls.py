@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from jobs import App, Plan, RunState, step
-from jobs.auth import Scope, Tokens
-from jobs.testing import Kit
-from orchestrator.errors import RunNotFound
-from outbox.faults import POINTS
-from outbox.publishers import worker_queue
-from outbox.relay import Relay
+from beatless import App, Plan, RunState, step
+from beatless.auth import Scope, Tokens
+from beatless.orchestrator.errors import RunNotFound
+from beatless.outbox.faults import POINTS
+from beatless.outbox.publishers import worker_queue
+from beatless.outbox.relay import Relay
+from beatless.testing import Kit
 
 APP = "tests.plans:app"
 

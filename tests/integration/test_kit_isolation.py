@@ -11,11 +11,11 @@ import redis
 import sqlalchemy
 from sqlalchemy import make_url
 
-from jobs.errors import BadSetting
-from jobs.pytest_plugin import Schemas, Services, beatless_app, search
-from jobs.services import EmbeddedValkey
-from jobs.settings import Settings, engine_url, libpq_url
-from jobs.testing import Kit
+from beatless.errors import BadSetting
+from beatless.pytest_plugin import Schemas, Services, beatless_app, search
+from beatless.services import EmbeddedValkey
+from beatless.settings import Settings, engine_url, libpq_url
+from beatless.testing import Kit
 
 
 def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -> None:
@@ -41,9 +41,9 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy
-from jobs import Plan, step
-from jobs.migrations import migrate
-from jobs.settings import engine_url
+from beatless import Plan, step
+from beatless.migrations import migrate
+from beatless.settings import engine_url
 from sqlalchemy import make_url
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def test_what_others_have_and_what_a_test_did_to_its_own(
 
         import pytest
         import redis
-        from jobs import App
+        from beatless import App
 
         kept = []
 
@@ -306,7 +306,7 @@ def test_workers_tell_a_leak_once_and_name_the_tests_that_ran_beside(
     pytester.makeini("[pytest]\nbeatless_app = shop:app")
     pytester.makepyfile(
         shop="""
-        from jobs import App, Plan, Settings, step
+        from beatless import App, Plan, Settings, step
         app = App(Settings.from_env(), [Plan("greet", [step(name="hello")(lambda ctx: 1)])])
         """,
         test_one="""

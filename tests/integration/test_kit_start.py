@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pytest_beatless
-from jobs.pytest_plugin import Services
+from beatless.pytest_plugin import Services
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_the_fixtures_are_listed_with_what_they_give(pytester: pytest.Pytester) 
 
 PLANS = """
 import pytest
-from jobs import Plan, step
+from beatless import Plan, step
 
 @pytest.fixture
 def beatless_plans():
@@ -181,7 +181,7 @@ def test_an_installation_of_links_is_not_taken_for_a_stand_in(
 
 
 SHOP = """
-from jobs import App, Plan, Settings, step
+from beatless import App, Plan, Settings, step
 
 app = App(Settings.from_env(), [Plan("greet", [step(name="hello")(lambda ctx: "hello")])])
 
@@ -210,7 +210,7 @@ def test_the_app_of_the_project_acts_as_that_of_each_test_and_of_nobody_otherwis
     shop.makepyfile(
         """
         import pytest
-        from jobs import Plan, Unreachable, step
+        from beatless import Plan, Unreachable, step
         from shop import app, greet
 
         @pytest.mark.parametrize("turn", [1, 2])
@@ -374,7 +374,7 @@ def test_processes_find_the_modules_that_pytest_finds_and_run_the_plans_of_their
     pytester.makepyfile(
         """
         import pytest
-        from jobs import Plan, step
+        from beatless import Plan, step
         from shop import greet
 
         @pytest.fixture

@@ -11,11 +11,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import BadRequest, Event, LeaseLost, RunState, StepTimeout
-from jobs.dev import Child
-from jobs.testing import Kit
-from orchestrator.lease import Lease
-from orchestrator.watchdog import Attempt, Watchdog
+from beatless import BadRequest, Event, LeaseLost, RunState, StepTimeout
+from beatless.dev import Child
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.watchdog import Attempt, Watchdog
+from beatless.testing import Kit
 from tests.plans import UNLIMITED
 
 APP = "tests.plans:app"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from jobs.logs import JsonLines, TextLines, configure, masked, scope
-from jobs.testing import Kit
-from orchestrator.lease import Lease
+from beatless.logs import JsonLines, TextLines, configure, masked, scope
+from beatless.orchestrator.lease import Lease
+from beatless.testing import Kit
 
 APP = "tests.plans:app"
 SECRET = "a-password-that-must-not-be-seen"

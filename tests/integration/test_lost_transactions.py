@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy
 from sqlalchemy import exc
 
-from jobs import App, Plan, RunState, StepContext, retry, step
-from jobs.testing import Kit
-from orchestrator.executor import MAX_LOSSES
+from beatless import App, Plan, RunState, StepContext, retry, step
+from beatless.orchestrator.executor import MAX_LOSSES
+from beatless.testing import Kit
 
 Make = Callable[..., Kit]
 

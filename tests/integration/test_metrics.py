@@ -10,9 +10,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobs import App
-from jobs.api import create_api
-from jobs.metrics import (
+from beatless import App
+from beatless.api import create_api
+from beatless.metrics import (
     FRESH_SECONDS,
     LEASE_LOST,
     QUEUES,
@@ -21,7 +21,7 @@ from jobs.metrics import (
     PostgresGauges,
     SharedCounts,
 )
-from jobs.testing import Kit
+from beatless.testing import Kit
 from tests.integration.test_processes import await_death, notes
 from tests.valkeys import until
 

@@ -11,11 +11,11 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from jobs import App, SchemaBehind
-from jobs.migrations import migrate, migration_sql
-from jobs.schema import VERSION_TABLE, check, current, head
-from jobs.testing import Kit
-from orchestrator.tables import runs
+from beatless import App, SchemaBehind
+from beatless.migrations import migrate, migration_sql
+from beatless.orchestrator.tables import runs
+from beatless.schema import VERSION_TABLE, check, current, head
+from beatless.testing import Kit
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_two_deployments_at_once_wait_for_each_other(beatless_app: App, schema: 
     environ = os.environ | beatless_app.settings.to_env() | {"BEATLESS_SCHEMA": schema}
     deployments = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "jobs.cli", "migrate"],
+            [sys.executable, "-P", "-m", "beatless.cli", "migrate"],
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,11 +12,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App, RunState
-from jobs.stream import parse
-from jobs.testing import Kit
-from outbox.faults import POINTS, SimulatedCrash
-from outbox.publishers import channel_for
+from beatless import App, RunState
+from beatless.outbox.faults import POINTS, SimulatedCrash
+from beatless.outbox.publishers import channel_for
+from beatless.stream import parse
+from beatless.testing import Kit
 
 MOVES = {
     "start": 4,

@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from jobs import App, BadRequest, Client, RunNotFound
-from jobs.auth import Scope, Tokens
-from jobs.testing import Kit
+from beatless import App, BadRequest, Client, RunNotFound
+from beatless.auth import Scope, Tokens
+from beatless.testing import Kit
 from tests.serving import Answer, Api, serving
 
 

@@ -13,11 +13,11 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from jobs.errors import MigrationBlocked
-from jobs.migrations import migrate, migration_sql, statements
-from jobs.schema import VERSION_TABLE, check, current, head
-from jobs.services import EmbeddedPostgres
-from jobs.settings import engine_url
+from beatless.errors import MigrationBlocked
+from beatless.migrations import migrate, migration_sql, statements
+from beatless.schema import VERSION_TABLE, check, current, head
+from beatless.services import EmbeddedPostgres
+from beatless.settings import engine_url
 from tests.integration.test_migrations import shape
 from tests.valkeys import until
 
@@ -97,7 +97,7 @@ def revision(tmp_path: Path) -> Revision:
     def write(number: str, before: str, sql: str, suffix: str = "pre") -> None:
         (tmp_path / "versions" / f"{number}_x.{suffix}.sql").write_text(sql)
         (tmp_path / "versions" / f"{number}_x.py").write_text(
-            f"from jobs.migrations import apply\n\nrevision = {number!r}\n"
+            f"from beatless.migrations import apply\n\nrevision = {number!r}\n"
             f"down_revision = {before!r}\n\n\ndef upgrade():\n    apply(__file__)\n"
         )
 
@@ -127,9 +127,9 @@ class Heard(logging.Handler):
 @pytest.fixture
 def heard() -> Iterator[Heard]:
     handler = Heard()
-    logging.getLogger("jobs.migrations").addHandler(handler)
+    logging.getLogger("beatless.migrations").addHandler(handler)
     yield handler
-    logging.getLogger("jobs.migrations").removeHandler(handler)
+    logging.getLogger("beatless.migrations").removeHandler(handler)
 
 
 def version(engine: sqlalchemy.Engine, schema: str) -> str | None:

@@ -13,13 +13,13 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from jobs import App, RunState, Unreachable
-from jobs.migrations import migrate
-from jobs.pytest_plugin import FAST, Services
-from jobs.services import EmbeddedPostgres
-from jobs.testing import Kit
-from outbox.backoff import Backoff
-from outbox.relay import Relay
+from beatless import App, RunState, Unreachable
+from beatless.migrations import migrate
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.relay import Relay
+from beatless.pytest_plugin import FAST, Services
+from beatless.services import EmbeddedPostgres
+from beatless.testing import Kit
 from tests.integration.test_relay import Announcements
 from tests.proxy import Proxy, proxy
 from tests.valkeys import until
@@ -241,7 +241,9 @@ class Waits(Backoff):
 def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
     beatless_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outbox.relay.STEADY", 3600.0)  # a slow life is no reason to count anew
+    monkeypatch.setattr(
+        "beatless.outbox.relay.STEADY", 3600.0
+    )  # a slow life is no reason to count anew
     go = tmp_path / "go"
     waits = Waits(initial=0.001, cap=0.02)
     object.__setattr__(waits, "noted", [])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs import App, RunState
-from jobs.client import RunRequest
-from jobs.testing import Kit
-from outbox.publishers import worker_queue
+from beatless import App, RunState
+from beatless.client import RunRequest
+from beatless.outbox.publishers import worker_queue
+from beatless.testing import Kit
 from tests.valkeys import until
 
 APP = "tests.plans:app"

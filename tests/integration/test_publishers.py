@@ -11,17 +11,17 @@ from amqp.exceptions import AccessRefused, PreconditionFailed, ResourceError
 from celery import Celery
 from kombu import Message
 
-from jobs import App
-from jobs.stream import parse
-from jobs.testing import Kit
-from outbox.errors import PublishFailed, PublishRefused
-from outbox.message import EventMessage, TaskMessage
-from outbox.publishers import (
+from beatless import App
+from beatless.outbox.errors import PublishFailed, PublishRefused
+from beatless.outbox.message import EventMessage, TaskMessage
+from beatless.outbox.publishers import (
     CeleryTaskPublisher,
     RedisEventPublisher,
     channel_for,
     worker_queue,
 )
+from beatless.stream import parse
+from beatless.testing import Kit
 
 
 def elsewhere(app: App, shut_port: int) -> App:

@@ -9,14 +9,14 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
-from jobs import App, BadRequest, RunNotFound, RunState
-from jobs.client import RunRequest
-from jobs.errors import QueueBusy, Unreachable
-from jobs.testing import Kit
-from orchestrator.errors import RunIsActive
-from outbox.errors import PublishFailed, PublishRefused
-from outbox.message import TaskMessage
-from outbox.publishers import CeleryTaskPublisher
+from beatless import App, BadRequest, RunNotFound, RunState
+from beatless.client import RunRequest
+from beatless.errors import QueueBusy, Unreachable
+from beatless.orchestrator.errors import RunIsActive
+from beatless.outbox.errors import PublishFailed, PublishRefused
+from beatless.outbox.message import TaskMessage
+from beatless.outbox.publishers import CeleryTaskPublisher
+from beatless.testing import Kit
 
 
 def start(beatless: Kit, count: int, queue: str = "default") -> list[str]:
@@ -128,8 +128,8 @@ def test_a_long_history_is_counted_now_and_then(
         found = beatless.client.queues()
         return {q.name: (q.completed, q.waiting, q.paused_at is not None) for q in found}
 
-    monkeypatch.setattr("jobs.queues.MANY", 3)
-    monkeypatch.setattr("jobs.queues.EASE", 1e9)
+    monkeypatch.setattr("beatless.queues.MANY", 3)
+    monkeypatch.setattr("beatless.queues.EASE", 1e9)
     start(beatless, 2, "a"), start(beatless, 1, "b")
     assert seen() == {"a": (0, 2, False), "b": (0, 1, False)}
     beatless.work_until_idle()

@@ -10,17 +10,17 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App, RunConflict, RunState
-from jobs.client import RunRequest, reaching_postgres
-from jobs.errors import StatementTimeout
-from jobs.testing import Kit
-from orchestrator.events import EventType
-from orchestrator.executor import Executor
-from orchestrator.journal import Run
-from orchestrator.lease import Leases
-from orchestrator.queues import QueueStatements
-from outbox.doorbell import Sessions
-from outbox.queries import ALL_SHARDS
+from beatless import App, RunConflict, RunState
+from beatless.client import RunRequest, reaching_postgres
+from beatless.errors import StatementTimeout
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.queues import QueueStatements
+from beatless.outbox.doorbell import Sessions
+from beatless.outbox.queries import ALL_SHARDS
+from beatless.testing import Kit
 
 
 def at_once(*acts: Callable[[], Any]) -> list[Any]:
@@ -341,7 +341,7 @@ def test_a_heartbeat_does_not_wait_for_a_row_for_long(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = beatless.start_run("two_steps")
-    monkeypatch.setattr("orchestrator.lease.PATIENCE", 0.05)
+    monkeypatch.setattr("beatless.orchestrator.lease.PATIENCE", 0.05)
     leases = Leases(beatless_app.settings.schema, seconds=30)
     connection = beatless_app.executors.connect()
     lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)

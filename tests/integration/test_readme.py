@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.pytest_plugin import Services
+from beatless.pytest_plugin import Services
 
 README = Path(__file__).parents[2] / "README.md"
 

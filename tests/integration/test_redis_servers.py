@@ -12,14 +12,14 @@ import psycopg
 import pytest
 import redis
 
-from jobs import App, BadSetting, Event
-from jobs.cli.processes import check_rights, check_servers
-from jobs.errors import Unreachable
-from jobs.services import EmbeddedValkey
-from jobs.stream import Subscription
-from jobs.testing import Kit
-from outbox.errors import PublishRefused
-from outbox.publishers import channel_for
+from beatless import App, BadSetting, Event
+from beatless.cli.processes import check_rights, check_servers
+from beatless.errors import Unreachable
+from beatless.outbox.errors import PublishRefused
+from beatless.outbox.publishers import channel_for
+from beatless.services import EmbeddedValkey
+from beatless.stream import Subscription
+from beatless.testing import Kit
 from tests.integration.test_stream import streams
 from tests.valkeys import CERTIFICATES, Watched, behind_tls, cluster, until, watched
 

@@ -12,28 +12,28 @@ from typing import Any, ClassVar
 import psycopg
 import pytest
 
-from jobs import App, BadRequest
-from jobs.client import RunRequest
-from jobs.settings import libpq_url
-from jobs.stream import parse
-from jobs.testing import Kit
-from outbox.backoff import Backoff
-from outbox.doorbell import DirectConnection, Sessions
-from outbox.errors import (
+from beatless import App, BadRequest
+from beatless.client import RunRequest
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.doorbell import DirectConnection, Sessions
+from beatless.outbox.errors import (
     DirectConnectionRequired,
     PublishFailed,
     PublishRefused,
     SchemaMissing,
 )
-from outbox.message import SHARDS, shard_of
-from outbox.publishers import (
+from beatless.outbox.message import SHARDS, shard_of
+from beatless.outbox.publishers import (
     CeleryTaskPublisher,
     EventPublisher,
     RedisEventPublisher,
     TaskPublisher,
 )
-from outbox.queries import ALL_SHARDS, Queries, channel_of
-from outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
+from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
+from beatless.outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
+from beatless.settings import libpq_url
+from beatless.stream import parse
+from beatless.testing import Kit
 
 QUICK = Backoff(initial=0.01, cap=0.05)
 
@@ -850,7 +850,7 @@ def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
 def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)  # raised at each look
+    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)  # raised at each look
     relay = recording(beatless_app, doors)
     before = beatless.start_run("two_steps")
     relay.drain_once()
@@ -874,7 +874,7 @@ def test_the_scan_floor_does_not_pass_a_transaction_that_runs_still(
     others: int,
 ) -> None:
     """It drew its id before those that were committed and published meanwhile."""
-    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)
+    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)
     relay = recording(beatless_app, doors)
     with beatless_app.engine.connect() as caller:
         transaction = caller.begin()
@@ -926,7 +926,7 @@ def test_a_long_open_snapshot_does_not_make_the_picks_ever_dearer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It keeps VACUUM, and the index, from forgetting what was published: the floor skips it."""
-    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 100)
+    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 100)
     relay = recording(beatless_app, doors)
     with beatless_app.engine.connect() as reader:
         reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -1021,7 +1021,7 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a RabbitMQ that is short of memory: nothing ends that publish."""
-    monkeypatch.setattr("outbox.relay.HOPELESS", 0.1)
+    monkeypatch.setattr("beatless.outbox.relay.HOPELESS", 0.1)
     announcements = Announcements()
     broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
     relay = recording(beatless_app, (doors[0], broker), observer=announcements, watchdog=0.3)
@@ -1047,7 +1047,7 @@ def test_a_sleeping_relay_notices_that_what_it_sends_again_does_not_arrive(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message that was sent before has no time of its own any more, by which it would look."""
-    monkeypatch.setattr("outbox.relay.HOPELESS", 1.0)
+    monkeypatch.setattr("beatless.outbox.relay.HOPELESS", 1.0)
     run = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
     beatless.advance(60)
@@ -1245,9 +1245,11 @@ def test_a_batch_has_a_limit_in_bytes_and_nothing_is_left_out_for_ever(
 ) -> None:
     """After an outage of Redis, 2,048 events of 200 kB would be one batch."""
     limit, size = 100_000, 30_000
-    for module in ("outbox.queries", "outbox.relay"):
+    for module in ("beatless.outbox.queries", "beatless.outbox.relay"):
         monkeypatch.setattr(f"{module}.BATCH_BYTES", limit)
-    monkeypatch.setattr("outbox.relay.FLOOR_EVERY", 0)  # what is left out is above the floor
+    monkeypatch.setattr(
+        "beatless.outbox.relay.FLOOR_EVERY", 0
+    )  # what is left out is above the floor
     schema = beatless_app.settings.schema
     relay = recording(beatless_app, doors, queries=Queries(schema))
     first = beatless.start_run("two_steps")
@@ -1288,7 +1290,7 @@ def test_few_rows_are_looked_at_while_events_are_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Postgres builds the events of all rows that are looked at, also of those left out."""
-    for module in ("outbox.queries", "outbox.relay"):
+    for module in ("beatless.outbox.queries", "beatless.outbox.relay"):
         monkeypatch.setattr(f"{module}.BATCH_BYTES", 20_000)
     shard = [in_shard(3, f"run-{number}") for number in range(60)]
     queries = Queries(beatless_app.settings.schema, per_shard=32)

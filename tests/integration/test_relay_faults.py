@@ -17,14 +17,14 @@ import psycopg
 import pytest
 import redis
 
-from jobs import App, RunState
-from jobs.services import EmbeddedValkey
-from jobs.stream import parse
-from jobs.testing import Kit
-from outbox.backoff import Backoff
-from outbox.message import SHARDS
-from outbox.publishers import channel_for
-from outbox.relay import Relay
+from beatless import App, RunState
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.message import SHARDS
+from beatless.outbox.publishers import channel_for
+from beatless.outbox.relay import Relay
+from beatless.services import EmbeddedValkey
+from beatless.stream import parse
+from beatless.testing import Kit
 from tests.integration.test_relay import Announcements, shards_of
 
 APP = "tests.plans:app"

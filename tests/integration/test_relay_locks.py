@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import psycopg
 
-from jobs import App
-from jobs.client import RunRequest
-from jobs.testing import Kit
-from outbox.backoff import Backoff
-from outbox.errors import PublishFailed
+from beatless import App
+from beatless.client import RunRequest
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.errors import PublishFailed
+from beatless.testing import Kit
 from tests.integration.test_relay import (
     Announcements,
     Door,

@@ -15,13 +15,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App, CannotRetry, EventsPruned, RunNotFound
-from jobs.api.sse import chunks
-from jobs.testing import Kit
-from orchestrator.retention import REST, SHORT_REST, Retention
-from outbox.backoff import Backoff
-from outbox.faults import SimulatedCrash
-from outbox.relay import Relay
+from beatless import App, CannotRetry, EventsPruned, RunNotFound
+from beatless.api.sse import chunks
+from beatless.orchestrator.retention import REST, SHORT_REST, Retention
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.relay import Relay
+from beatless.testing import Kit
 
 DAY = 86_400
 QUICK = Backoff(initial=0.01, cap=0.05)
@@ -209,7 +209,7 @@ def test_one_line_in_the_log_tells_what_was_removed(
     for _ in range(2):
         finish(beatless, "two_steps")
     beatless.advance(31 * DAY)
-    caplog.set_level("INFO", "orchestrator.retention")
+    caplog.set_level("INFO", "beatless.orchestrator.retention")
     chore = retention(batch=3, runs_days=1)
     exhaust(chore, session)
     beatless.advance(2 * DAY)
@@ -291,7 +291,7 @@ def test_a_batch_whose_commit_fails_is_done_again_and_counted_once(
         "CREATE CONSTRAINT TRIGGER at_commit AFTER UPDATE ON runs"
         " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
     )
-    caplog.set_level("INFO", "orchestrator.retention")
+    caplog.set_level("INFO", "beatless.orchestrator.retention")
     chore = retention()
     with pytest.raises(psycopg.errors.RaiseException, match="not now"):
         chore.step(session)
@@ -502,7 +502,7 @@ def test_a_step_in_a_frozen_process_is_taken_back_by_postgres(relay) -> None:
 def test_a_chore_of_a_process_frozen_between_two_steps_is_free_for_others(
     beatless_app: App, relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outbox.chores.FREE_AFTER", 0.1)
+    monkeypatch.setattr("beatless.outbox.chores.FREE_AFTER", 0.1)
     chore = Held()
     relay(chores=[chore])
     try:

@@ -5,8 +5,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from jobs import CannotRetry, RunNotFound, RunState
-from jobs.testing import Kit
+from beatless import CannotRetry, RunNotFound, RunState
+from beatless.testing import Kit
 
 
 def bodies(kit: Kit, run_id: str) -> list[str]:

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 from sqlalchemy import orm
 
-from jobs import App, BadPayload, BadRequest, RunConflict, RunNotFound, RunState, UnknownPlan
-from jobs.cli.demo import GOLDEN
-from jobs.client import RunRequest
-from jobs.testing import Kit
+from beatless import App, BadPayload, BadRequest, RunConflict, RunNotFound, RunState, UnknownPlan
+from beatless.cli.demo import GOLDEN
+from beatless.client import RunRequest
+from beatless.testing import Kit
 
 TABLES = ("runs", "run_events", "run_outbox", "dispatches", "queues", "dead_letters")
 

@@ -13,12 +13,12 @@ import redis
 import sqlalchemy
 from redis import asyncio as aioredis
 
-from jobs import App, BadRequest, Event, RunNotFound, WaitTimeout
-from jobs.cli.demo import GOLDEN
-from jobs.settings import engine_url
-from jobs.stream import Mailbox, Streams
-from jobs.testing import Kit
-from outbox.publishers import channel_for
+from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
+from beatless.cli.demo import GOLDEN
+from beatless.outbox.publishers import channel_for
+from beatless.settings import engine_url
+from beatless.stream import Mailbox, Streams
+from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
 

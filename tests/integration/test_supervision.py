@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import App
-from jobs.dev import Child
-from jobs.supervision import Supervisor
-from jobs.testing import Kit
+from beatless import App
+from beatless.dev import Child
+from beatless.supervision import Supervisor
+from beatless.testing import Kit
 
 Hear = Callable[[bytes], None]
 

@@ -17,11 +17,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from jobs import App
-from jobs.api import create_api
-from jobs.client import RunRequest
-from jobs.export import PAUSE, asked_for
-from jobs.testing import Kit
+from beatless import App
+from beatless.api import create_api
+from beatless.client import RunRequest
+from beatless.export import PAUSE, asked_for
+from beatless.testing import Kit
 
 APP = "tests.plans:app"
 TRACEPARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
@@ -286,7 +286,7 @@ class Missing(MetaPathFinder):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())
-from jobs.testing import Kit
+from beatless.testing import Kit
 from tests.plans import app
 
 kit = Kit(app)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
-from jobs import App, Plan, step
-from jobs.testing import Kit
-from orchestrator.errors import RunNotFound
-from orchestrator.executor import CONNECTION_LOST, FOLDED, GIVEN_BACK, SNOOZED, fold
+from beatless import App, Plan, step
+from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.executor import CONNECTION_LOST, FOLDED, GIVEN_BACK, SNOOZED, fold
+from beatless.testing import Kit
 
 plan = Plan(
     "p",

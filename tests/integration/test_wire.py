@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobs import Plan, StepContext, step
-from jobs.stream import parse
-from jobs.testing import Kit
-from outbox.publishers import channel_for
+from beatless import Plan, StepContext, step
+from beatless.outbox.publishers import channel_for
+from beatless.stream import parse
+from beatless.testing import Kit
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 scalars = (

@@ -12,11 +12,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import App, BadRequest, RunState, Settings
-from jobs.cli.processes import weights
-from jobs.client import RunRequest
-from jobs.testing import Kit
-from jobs.worker import ReadyFile, WeightedCycle, run_worker
+from beatless import App, BadRequest, RunState, Settings
+from beatless.cli.processes import weights
+from beatless.client import RunRequest
+from beatless.testing import Kit
+from beatless.worker import ReadyFile, WeightedCycle, run_worker
 
 APP = "tests.plans:app"
 POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
@@ -24,7 +24,7 @@ POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
 GOES_ON = """
 import os, signal, threading
 from celery import signals
-from jobs.worker import run_worker
+from beatless.worker import run_worker
 from tests.plans import app
 
 @signals.worker_ready.connect

@@ -6,9 +6,9 @@ from itertools import pairwise
 import psycopg
 import pytest
 
-from jobs import App, RunState
-from jobs.client import RunRequest
-from jobs.testing import Kit
+from beatless import App, RunState
+from beatless.client import RunRequest
+from beatless.testing import Kit
 
 APP = "tests.plans:app"
 WORKERS = 4

@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import pytest
 
-from jobs import App, EventsPruned, RunNotFound
-from jobs.testing import Kit
-from jobs.verify import verify
-from orchestrator.retention import Retention
+from beatless import App, EventsPruned, RunNotFound
+from beatless.orchestrator.retention import Retention
+from beatless.testing import Kit
+from beatless.verify import verify
 
 FOLLOWERS, EACH = 6, 20
 

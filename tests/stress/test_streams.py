@@ -12,10 +12,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from jobs import App, Plan, StepContext, step
-from jobs.dev import Child
-from jobs.services import EmbeddedValkey, free_port
-from jobs.testing import Kit
+from beatless import App, Plan, StepContext, step
+from beatless.dev import Child
+from beatless.services import EmbeddedValkey, free_port
+from beatless.testing import Kit
 from tests.http_proxy import Proxy
 from tests.serving import serving
 from tests.viewers import Viewers

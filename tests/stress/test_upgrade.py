@@ -17,23 +17,23 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from jobs import App, Settings
-from jobs.cli.demo import GOLDEN
-from jobs.demo import PLANS
-from jobs.dev import Child
-from jobs.migrations import migrate
-from jobs.schema import VERSION_TABLE, head
-from jobs.services import EmbeddedPostgres, EmbeddedValkey
-from jobs.settings import engine_url
-from jobs.testing import Kit
+from beatless import App, Settings
+from beatless.cli.demo import GOLDEN
+from beatless.demo import PLANS
+from beatless.dev import Child
+from beatless.migrations import migrate
+from beatless.schema import VERSION_TABLE, head
+from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.settings import engine_url
+from beatless.testing import Kit
 from tests.valkeys import until
 
 RELEASE = Path(__file__).parents[1] / "releases" / "0001.tar.xz"
 
 LOAD = """
 import sys, threading
-from jobs import App, Settings
-from jobs.demo import PLANS
+from beatless import App, Settings
+from beatless.demo import PLANS
 
 app = App(Settings.from_env(), PLANS)
 stop = threading.Event()
@@ -113,7 +113,7 @@ class Fleet:
         self.children: list[Child] = []
 
     def run(self, *arguments: str) -> str:
-        command = [sys.executable, "-P", "-m", "jobs.cli", *arguments]
+        command = [sys.executable, "-P", "-m", "beatless.cli", *arguments]
         done = subprocess.run(command, env=self.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -160,9 +160,9 @@ def test_a_fleet_of_the_first_release_is_upgraded_under_load(
     with tarfile.open(RELEASE) as archive:
         archive.extractall(tmp_path / "packages", filter="data")
     heard = Holders()
-    logging.getLogger("jobs.migrations").addHandler(heard)
+    logging.getLogger("beatless.migrations").addHandler(heard)
     with ExitStack() as stack:
-        stack.callback(logging.getLogger("jobs.migrations").removeHandler, heard)
+        stack.callback(logging.getLogger("beatless.migrations").removeHandler, heard)
         old = Fleet(settings, tmp_path / "old", tmp_path / "packages")
         assert "is at migration 0001" in old.run("migrate")
         stack.callback(old.close)

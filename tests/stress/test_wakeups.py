@@ -15,15 +15,15 @@ import psycopg
 import pytest
 import redis
 
-from jobs import App
-from jobs.stream import parse
-from jobs.testing import Kit
-from orchestrator.events import EventType
-from orchestrator.journal import Journal
-from outbox.backoff import Backoff
-from outbox.publishers import CeleryTaskPublisher, RedisEventPublisher, channel_for
-from outbox.queries import doorbell
-from outbox.relay import Relay
+from beatless import App
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Journal
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher, channel_for
+from beatless.outbox.queries import doorbell
+from beatless.outbox.relay import Relay
+from beatless.stream import parse
+from beatless.testing import Kit
 
 QUICK = Backoff(initial=0.005, cap=0.02)
 ROUNDS = 5

@@ -23,7 +23,7 @@ WITHOUT_EXTRAS = f"""
 import sys
 for name in {EXTRAS}:
     sys.modules[name] = None  # an import of it fails as if it were not installed
-from jobs.cli import main
+from beatless.cli import main
 main(sys.argv[1:])
 """
 
@@ -58,7 +58,7 @@ def test_the_api_without_its_extra_says_what_to_install() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["jobs", "jobs.cli.processes", "jobs.api.server"])
+@pytest.mark.parametrize("module", ["jobs", "beatless.cli.processes", "beatless.api.server"])
 def test_only_migrate_needs_alembic(module: str) -> None:
     """It would be a fifth of the time to start and of the memory of every process."""
     imports = f"import sys, {module}; sys.exit('alembic' in sys.modules)"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Settings
-from jobs.worker import celery_settings
+from beatless import Settings
+from beatless.worker import celery_settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text()
 TABLE = TEXT.partition("## What is set, and why")[2]

@@ -9,8 +9,8 @@ import pytest
 from celery import Celery, Task, current_task
 from celery.exceptions import Retry
 
-from orchestrator.errors import Fatal
-from orchestrator.plan import Plan
+from beatless.orchestrator.errors import Fatal
+from beatless.orchestrator.plan import Plan
 
 celery = Celery("others", broker="memory://", backend="cache+memory://", set_as_current=False)
 

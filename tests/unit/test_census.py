@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from jobs.demo.census import (
+from beatless.demo.census import (
     TOP,
     Order,
     Tally,
@@ -26,11 +26,11 @@ from jobs.demo.census import (
     tail,
     write,
 )
-from orchestrator.context import StepContext
-from orchestrator.errors import Fatal, RunCancelled
-from orchestrator.events import NewEvent
-from orchestrator.journal import RUN_COLUMNS, Journal, Run
-from orchestrator.lease import Lease
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.errors import Fatal, RunCancelled
+from beatless.orchestrator.events import NewEvent
+from beatless.orchestrator.journal import RUN_COLUMNS, Journal, Run
+from beatless.orchestrator.lease import Lease
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.stream import Cursor
-from orchestrator.events import Event
+from beatless.orchestrator.events import Event
+from beatless.stream import Cursor
 
 
 def event(seq: int) -> Event:

@@ -13,9 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs import Settings, metrics
-from jobs.cli import cli
-from jobs.metrics import Family
+from beatless import Settings, metrics
+from beatless.cli import cli
+from beatless.metrics import Family
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCS = DEPLOY.parent / "docs"

@@ -48,7 +48,7 @@ def test_the_python_of_a_document_compiles(path: Path) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    from jobs import Settings
+    from beatless import Settings
 
     text = (ROOT / "docs" / "settings.md").read_text()
     for name in Settings.__dataclass_fields__:
@@ -56,7 +56,7 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_every_command_is_in_the_help_of_the_interface() -> None:
-    from jobs.cli import cli
+    from beatless.cli import cli
 
     documents = "".join(path.read_text() for path in DOCUMENTS)
     for name in cli.list_commands(click.Context(cli)):

@@ -6,24 +6,24 @@ from collections.abc import Iterator
 
 import pytest
 
-import jobs.dev
-import jobs.errors
-import jobs.services
-import orchestrator.errors
-import orchestrator.executor
-import orchestrator.plan
-import outbox.errors
-import outbox.faults
+import beatless.dev
+import beatless.errors
+import beatless.orchestrator.errors
+import beatless.orchestrator.executor
+import beatless.orchestrator.plan
+import beatless.outbox.errors
+import beatless.outbox.faults
+import beatless.services
 
 MODULES = [
-    jobs.dev,
-    jobs.errors,
-    jobs.services,
-    orchestrator.errors,
-    orchestrator.executor,
-    orchestrator.plan,
-    outbox.errors,
-    outbox.faults,
+    beatless.dev,
+    beatless.errors,
+    beatless.services,
+    beatless.orchestrator.errors,
+    beatless.orchestrator.executor,
+    beatless.orchestrator.plan,
+    beatless.outbox.errors,
+    beatless.outbox.faults,
 ]
 
 
@@ -66,7 +66,9 @@ def test_an_error_survives_pickling_with_its_text_and_members(error):
 
 
 @pytest.mark.parametrize(
-    "module", [jobs.errors, orchestrator.errors, outbox.errors], ids=lambda m: m.__name__
+    "module",
+    [beatless.errors, beatless.orchestrator.errors, beatless.outbox.errors],
+    ids=lambda m: m.__name__,
 )
 def test_the_tree_in_the_docstring_is_the_tree(module):
     base, *leaves = errors_of(module)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import BadPayload
-from orchestrator.events import Event, EventType, encode
+from beatless.orchestrator.errors import BadPayload
+from beatless.orchestrator.events import Event, EventType, encode
 
 LIMIT = 1000
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from outbox.faults import POINTS, CrashPoints, SimulatedCrash
+from beatless.outbox.faults import POINTS, CrashPoints, SimulatedCrash
 
 
 def test_a_point_crashes_at_its_nth_pass_and_only_then():

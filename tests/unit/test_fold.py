@@ -2,9 +2,9 @@
 
 import pytest
 
-from jobs import Plan, step
-from orchestrator.events import Event
-from orchestrator.executor import CONNECTION_LOST, SNOOZED, UnknownStep, fold
+from beatless import Plan, step
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.executor import CONNECTION_LOST, SNOOZED, UnknownStep, fold
 
 plan = Plan(
     "p",

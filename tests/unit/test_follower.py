@@ -6,11 +6,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from jobs import BadRequest, EventsPruned, RunNotFound, Unreachable, WaitTimeout
-from jobs.errors import AccessDenied, HistoryChanged
-from jobs.http.follower import Follower, Interrupted
-from jobs.http.wire import Call, error_of, pause_after, pause_of
-from outbox.backoff import Backoff
+from beatless import BadRequest, EventsPruned, RunNotFound, Unreachable, WaitTimeout
+from beatless.errors import AccessDenied, HistoryChanged
+from beatless.http.follower import Follower, Interrupted
+from beatless.http.wire import Call, error_of, pause_after, pause_of
+from beatless.outbox.backoff import Backoff
 
 BACKOFF = Backoff(initial=1, factor=2, cap=4, jitter=0)
 

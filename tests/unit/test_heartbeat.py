@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.lease import Heartbeat, Lease, Leases
+from beatless.orchestrator.lease import Heartbeat, Lease, Leases
 
 
 def lease() -> Lease:
@@ -62,7 +62,7 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
 
 
 def test_after_a_failure_it_does_not_wait_for_its_next_turn(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("orchestrator.lease.AGAIN", 0.01)
+    monkeypatch.setattr("beatless.orchestrator.lease.AGAIN", 0.01)
     kept = threading.Event()
 
     class FailsOnce(Leases):

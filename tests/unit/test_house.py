@@ -240,7 +240,7 @@ def test_every_test_of_this_project_is_one_of_them():
         "door = SimpleNamespace(publish=print)",
         "relay.events.publish = print",
         "monkeypatch.setattr(door, 'publish', print)",
-        "monkeypatch.setattr('outbox.publishers.RedisEventPublisher.publish', print)",
+        "monkeypatch.setattr('beatless.outbox.publishers.RedisEventPublisher.publish', print)",
         "app.conf.task_always_eager = True",
         "app.conf.update(task_always_eager=True)",
         "app.conf.update({'task_always_eager': True})",

@@ -5,11 +5,11 @@ from uuid import UUID
 
 import pytest
 
-from jobs.client import new_run_id
-from orchestrator.state import FINAL, TRANSITIONS, RunState, allowed
-from outbox.message import SHARDS, TaskMessage, shard_of
-from outbox.publishers import channel_for, worker_queue
-from outbox.queries import channel_of
+from beatless.client import new_run_id
+from beatless.orchestrator.state import FINAL, TRANSITIONS, RunState, allowed
+from beatless.outbox.message import SHARDS, TaskMessage, shard_of
+from beatless.outbox.publishers import channel_for, worker_queue
+from beatless.outbox.queries import channel_of
 
 
 def test_run_ids_are_uuids_of_version_7_in_the_order_of_creation():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from beatless.outbox.message import SHARDS
 from benchmarks.runbook import PAGE, RESULTS, page
-from outbox.message import SHARDS
 
 
 def results() -> dict:

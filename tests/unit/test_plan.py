@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs import Finish, Goto, Plan, Snooze, StepContext, step
-from orchestrator.plan import PlanError
+from beatless import Finish, Goto, Plan, Snooze, StepContext, step
+from beatless.orchestrator.plan import PlanError
 
 
 def one(ctx: StepContext) -> int:

@@ -1,4 +1,4 @@
-"""What `from jobs import …` gives is decided, not accidental."""
+"""What `from beatless import …` gives is decided, not accidental."""
 
 import importlib
 import types

@@ -5,9 +5,9 @@ import ssl
 import pytest
 from kombu import Connection
 
-from jobs import BadSetting, Settings
-from jobs.redis_urls import RedisUrl
-from jobs.settings import redact
+from beatless import BadSetting, Settings
+from beatless.redis_urls import RedisUrl
+from beatless.settings import redact
 from tests.valkeys import CERTIFICATES
 
 CA = CERTIFICATES / "ca.pem"

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import retry
-from orchestrator.retry import Retry
-from outbox.backoff import Backoff
+from beatless import retry
+from beatless.orchestrator.retry import Retry
+from beatless.outbox.backoff import Backoff
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1))

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from jobs import BadSetting, Settings
-from jobs.settings import engine_url, libpq_url, redact
+from beatless import BadSetting, Settings
+from beatless.settings import engine_url, libpq_url, redact
 
 MINIMAL = {
     "BEATLESS_DATABASE_URL": "postgresql://me:secret@db/app",

@@ -3,8 +3,8 @@
 import pytest
 from celery import chain, group, signature
 
-from jobs import App, Plan, Settings, step
-from jobs.tasks import register
+from beatless import App, Plan, Settings, step
+from beatless.tasks import register
 
 
 @step

@@ -1,6 +1,6 @@
 """Runs, their journal, the outbox and the dispatches."""
 
-from jobs.migrations import apply
+from beatless.migrations import apply
 
 revision = "0001"
 down_revision = None

@@ -1,6 +1,6 @@
 """Tokens of the HTTP API."""
 
-from jobs.migrations import apply
+from beatless.migrations import apply
 
 revision = "0002"
 down_revision = "0001"

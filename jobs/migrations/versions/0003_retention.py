@@ -1,6 +1,6 @@
 """What retention needs: how far a run is pruned, and what is due next."""
 
-from jobs.migrations import apply
+from beatless.migrations import apply
 
 revision = "0003"
 down_revision = "0002"

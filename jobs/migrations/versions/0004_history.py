@@ -1,6 +1,6 @@
 """What keeps questions about ended runs quick when there are millions of them."""
 
-from jobs.migrations import apply
+from beatless.migrations import apply
 
 revision = "0004"
 down_revision = "0003"
