@@ -158,17 +158,16 @@ def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
 def implementation() -> ModuleType:
     """What the fixtures do, imported when the first of them is asked for.
 
-    Raises UsageError if a folder of the user's own stands in for a package of ours.
+    Raises UsageError if a folder of the user's own stands in for our package.
     """
-    for name in ("jobs", "orchestrator", "outbox"):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None  # noqa: S101 - they are installed with this module
-        found = next(iter(spec.submodule_search_locations or ()), spec.origin or "")
-        if Path(found).resolve() != Path(__file__).with_name(name).resolve():
-            raise pytest.UsageError(
-                f"`import {name}` finds {found}, which stands in for the package of beatless of "
-                "that name: rename it, or keep its folder off sys.path"
-            )
+    spec = importlib.util.find_spec("beatless")
+    assert spec is not None  # noqa: S101 - it is installed with this module
+    found = next(iter(spec.submodule_search_locations or ()), spec.origin or "")
+    if not Path(found, "pytest_plugin.py").exists():
+        raise pytest.UsageError(
+            f"`import beatless` finds {found}, which stands in for the installed package: rename "
+            "it, or keep its folder off sys.path"
+        )
     return importlib.import_module("beatless.pytest_plugin")
 
 

@@ -1,42 +1,83 @@
-"""beatless: durable, transactional, live-streamed runs for Celery."""
+"""beatless: durable, transactional, live-streamed runs for Celery.
 
-from beatless.app import App
-from beatless.client import Client, RunRequest
-from beatless.errors import (
-    BadRequest,
-    BadSetting,
-    HistoryChanged,
-    JobsError,
-    SchemaBehind,
-    StatementTimeout,
-    UnknownPlan,
-    Unreachable,
-    WaitTimeout,
-)
-from beatless.orchestrator import (
-    BadPayload,
-    CannotRetry,
-    DeadlineExceeded,
-    Event,
-    EventsPruned,
-    Fatal,
-    Finish,
-    Goto,
-    LeaseLost,
-    Plan,
-    Run,
-    RunCancelled,
-    RunConflict,
-    RunNotFound,
-    RunState,
-    Snooze,
-    StepContext,
-    StepTimeout,
-    WorkerStops,
-    retry,
-    step,
-)
-from beatless.settings import Settings
+Every name is imported when it is first used: `from beatless import step` costs neither SQLAlchemy
+nor Celery.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors read; `_MODULES` says the same at run time
+    from beatless.app import App
+    from beatless.client import Client, RunRequest
+    from beatless.errors import (
+        BadRequest,
+        BadSetting,
+        HistoryChanged,
+        JobsError,
+        SchemaBehind,
+        StatementTimeout,
+        UnknownPlan,
+        Unreachable,
+        WaitTimeout,
+    )
+    from beatless.orchestrator.context import StepContext
+    from beatless.orchestrator.errors import (
+        BadPayload,
+        CannotRetry,
+        DeadlineExceeded,
+        EventsPruned,
+        Fatal,
+        LeaseLost,
+        RunCancelled,
+        RunConflict,
+        RunNotFound,
+        StepTimeout,
+        WorkerStops,
+    )
+    from beatless.orchestrator.events import Event
+    from beatless.orchestrator.journal import Run
+    from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, step
+    from beatless.orchestrator.retry import retry
+    from beatless.orchestrator.state import RunState
+    from beatless.settings import Settings
+
+_MODULES = {
+    "App": "beatless.app",
+    "BadPayload": "beatless.orchestrator.errors",
+    "BadRequest": "beatless.errors",
+    "BadSetting": "beatless.errors",
+    "CannotRetry": "beatless.orchestrator.errors",
+    "Client": "beatless.client",
+    "DeadlineExceeded": "beatless.orchestrator.errors",
+    "Event": "beatless.orchestrator.events",
+    "EventsPruned": "beatless.orchestrator.errors",
+    "Fatal": "beatless.orchestrator.errors",
+    "Finish": "beatless.orchestrator.plan",
+    "Goto": "beatless.orchestrator.plan",
+    "HistoryChanged": "beatless.errors",
+    "JobsError": "beatless.errors",
+    "LeaseLost": "beatless.orchestrator.errors",
+    "Plan": "beatless.orchestrator.plan",
+    "Run": "beatless.orchestrator.journal",
+    "RunCancelled": "beatless.orchestrator.errors",
+    "RunConflict": "beatless.orchestrator.errors",
+    "RunNotFound": "beatless.orchestrator.errors",
+    "RunRequest": "beatless.client",
+    "RunState": "beatless.orchestrator.state",
+    "SchemaBehind": "beatless.errors",
+    "Settings": "beatless.settings",
+    "Snooze": "beatless.orchestrator.plan",
+    "StatementTimeout": "beatless.errors",
+    "StepContext": "beatless.orchestrator.context",
+    "StepTimeout": "beatless.orchestrator.errors",
+    "UnknownPlan": "beatless.errors",
+    "Unreachable": "beatless.errors",
+    "WaitTimeout": "beatless.errors",
+    "WorkerStops": "beatless.orchestrator.errors",
+    "retry": "beatless.orchestrator.retry",
+    "step": "beatless.orchestrator.plan",
+}
 
 __all__ = [
     "App",
@@ -74,3 +115,15 @@ __all__ = [
     "retry",
     "step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

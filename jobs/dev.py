@@ -79,7 +79,7 @@ class Child:
         *,
         environ: dict[str, str],
         log: Path,
-        # -P: a folder called `jobs` in the current directory must not stand in for ours.
+        # -P: a folder called `beatless` in the current directory must not stand in for ours.
         command: Sequence[str] = (sys.executable, "-P", "-m", "beatless.cli"),
     ) -> None:
         self.name = name

@@ -153,7 +153,7 @@ class Kit:
 
     @contextmanager
     def crash(self, at: str, *, nth: int = 1) -> Iterator[None]:
-        """The worker "dies" in this block, at the n-th pass of a crash point (beatless.outbox.faults).
+        """The worker "dies" in this block, at the n-th pass of a crash point (see `outbox.faults`).
 
         Its connections are gone and its lease stays until `advance` lets it run out. At a point of
         the relay it is `drain_outbox_once` that dies, and forgets what it had published. What

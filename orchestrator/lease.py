@@ -85,7 +85,7 @@ class Leases:
         columns = ", ".join("u." + column for column in RUN_COLUMNS)
         # A subquery of RETURNING sees the row as it was: since when the run has waited.
         # The first step of a fresh run starts in the claim itself: one commit less for each run.
-        # A paused queue sends its message back to wait; `pause` makes that exact (see beatless.queues).
+        # A paused queue sends its message back to wait; `pause` makes that exact (`queues`).
         self._claim = f"""
 WITH u AS (
   UPDATE {s}.runs r

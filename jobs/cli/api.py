@@ -65,7 +65,7 @@ def serve(
 
 
 def the_api() -> Any:
-    """The package `beatless.api`, imported when it is served: its extra is not installed everywhere.
+    """The package `beatless.api`, imported when it is served: its extra may not be installed.
 
     Raises ExtraMissing. A worker, too, starts a fifth sooner for it.
     """

@@ -57,7 +57,7 @@ def _config(
     schema: str, connection: sqlalchemy.Connection | None, versions: Path | None, *, new: bool
 ) -> Config:
     config = Config()
-    config.set_main_option("script_location", "jobs:migrations")
+    config.set_main_option("script_location", "beatless:migrations")
     config.set_main_option("path_separator", "newline")
     places = [str(VERSIONS), *([str(versions)] if versions else [])]
     config.set_main_option("version_locations", "\n".join(places).replace("%", "%%"))

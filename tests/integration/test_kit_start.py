@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import beatless
 import pytest_beatless
 from beatless.pytest_plugin import Services
 
@@ -31,7 +32,7 @@ def test_a_session_that_does_not_use_the_plugin_imports_nothing_of_beatless(
         import sys
 
         def test_it():
-            found = {"jobs", "orchestrator", "outbox", "celery", "sqlalchemy", "redis", "psycopg"}
+            found = {"beatless", "celery", "sqlalchemy", "redis", "psycopg"}
             assert found & sys.modules.keys() == set()
         """
     )
@@ -148,13 +149,15 @@ def test_a_wrong_set_up_is_told_in_a_sentence(
 def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_it(
     pytester: pytest.Pytester,
 ) -> None:
-    pytester.mkpydir("jobs")
+    pytester.mkpydir("beatless")
     pytester.makepyfile("def test_other(): ...\n\ndef test_it(beatless): ...")
 
     result = run(pytester)
 
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines([f"`import jobs` finds {pytester.path}/jobs, which stands in*"])
+    result.stdout.fnmatch_lines(
+        [f"`import beatless` finds {pytester.path}/beatless, which stands in*"]
+    )
 
 
 def test_an_installation_of_links_is_not_taken_for_a_stand_in(
@@ -164,8 +167,7 @@ def test_an_installation_of_links_is_not_taken_for_a_stand_in(
     links = pytester.mkdir("links")
     here = Path(pytest_beatless.__file__)
     links.joinpath(here.name).symlink_to(here)
-    for name in ("jobs", "orchestrator", "outbox"):
-        shutil.copytree(here.with_name(name), links / name, copy_function=os.symlink)
+    shutil.copytree(Path(beatless.__file__).parent, links / "beatless", copy_function=os.symlink)
     monkeypatch.setenv("PYTHONPATH", str(links))
     pytester.makepyfile(
         """

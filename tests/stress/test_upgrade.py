@@ -32,8 +32,8 @@ RELEASE = Path(__file__).parents[1] / "releases" / "0001.tar.xz"
 
 LOAD = """
 import sys, threading
-from beatless import App, Settings
-from beatless.demo import PLANS
+from jobs import App, Settings
+from jobs.demo import PLANS
 
 app = App(Settings.from_env(), PLANS)
 stop = threading.Event()
@@ -107,13 +107,16 @@ class Fleet:
         self.environ = os.environ | {
             f"BEATLESS_{name}": given[f"BEATLESS_{name}"] for name in known
         }
+        package = "beatless"
         if packages is not None:
             self.environ["PYTHONPATH"] = str(packages)
+            package = "jobs"  # its name in the releases before 0.2
+        self._command = (sys.executable, "-P", "-m", f"{package}.cli")
         self._directory = directory
         self.children: list[Child] = []
 
     def run(self, *arguments: str) -> str:
-        command = [sys.executable, "-P", "-m", "beatless.cli", *arguments]
+        command = [*self._command, *arguments]
         done = subprocess.run(command, env=self.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -121,7 +124,10 @@ class Fleet:
     def start(self) -> None:
         for number, arguments in enumerate((["relay"], ["worker", "--concurrency", "2"])):
             log = self._directory / f"{arguments[0]}-{number}.log"
-            self.children.append(Child(arguments[0], arguments, environ=self.environ, log=log))
+            child = Child(
+                arguments[0], arguments, environ=self.environ, log=log, command=self._command
+            )
+            self.children.append(child)
             self.children[-1].start()
         for child in self.children:
             child.wait_ready()

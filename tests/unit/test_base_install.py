@@ -58,7 +58,7 @@ def test_the_api_without_its_extra_says_what_to_install() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["jobs", "beatless.cli.processes", "beatless.api.server"])
+@pytest.mark.parametrize("module", ["beatless", "beatless.cli.processes", "beatless.api.server"])
 def test_only_migrate_needs_alembic(module: str) -> None:
     """It would be a fifth of the time to start and of the memory of every process."""
     imports = f"import sys, {module}; sys.exit('alembic' in sys.modules)"
