@@ -16,23 +16,34 @@ export function token() { return sessionStorage.getItem(TOKEN); }
 // Milliseconds since 1970 by the server's clock: ages are right on a machine whose clock is not.
 export function now() { return Date.now() + skew; }
 
-export async function call(path, options = {}) {
+// The text of the answer, or null if it has none.
+export async function callText(path, options = {}) {
   const headers = { ...options.headers };
   if (token()) headers.Authorization = `Bearer ${token()}`;
   if (options.body) headers["Content-Type"] = "application/json";
   const answer = await fetch(address(path), { ...options, headers });
   const told = Date.parse(answer.headers.get("date"));
   if (told) skew = Math.abs(told - Date.now()) > 2000 ? told - Date.now() : 0;
-  if (answer.status === 401) { await login(); return call(path, options); }
-  const body = answer.status === 204 ? null : await answer.json();
-  if (!answer.ok) {
-    const detail = typeof body.detail === "string" ? body.detail : JSON.stringify(body.detail ?? answer.statusText);
-    throw Object.assign(new Error(detail), { status: answer.status });
-  }
-  return body;
+  if (answer.status === 401) { await login(); return callText(path, options); }
+  const text = answer.status === 204 ? null : await answer.text();
+  if (!answer.ok) throw Object.assign(new Error(refusal(answer, text)), { status: answer.status });
+  return text;
 }
 
-export function post(path, body = {}) { return call(path, { method: "POST", body: JSON.stringify(body) }); }
+export async function call(path, options) {
+  const text = await callText(path, options);
+  return text === null ? null : JSON.parse(text);
+}
+
+function refusal(answer, text) {
+  let detail;
+  try { ({ detail } = JSON.parse(text)); } catch { /* a proxy's own page */ }
+  return typeof detail === "string" ? detail : JSON.stringify(detail) ?? (answer.statusText || `The server answers ${answer.status}`);
+}
+
+export function post(path, body = {}) { return postText(path, JSON.stringify(body)); }
+
+export function postText(path, body) { return call(path, { method: "POST", body }); }
 
 // The scopes of the token. The server decides: this is to say beforehand what it would refuse.
 export function scopes() {

@@ -56,8 +56,6 @@ export function span(ms) {
 
 export function age(ms) { return ms < 1000 ? "now" : ms < 60000 ? `${Math.floor(ms / 1000)} s` : span(ms); }
 
-export function json(value) { return JSON.stringify(value, null, 2) ?? "null"; }
-
 export function problem(error) { return el("p", { class: "problem", role: "alert" }, error.message); }
 
 // Told to who sees the page and to who hears it, until something else is done.

@@ -3,6 +3,7 @@
 import { lacks } from "./api.js";
 import { ask, el, forbid, problem } from "./dom.js";
 import { showLetters } from "./letters.js";
+import { seen, watch } from "./places.js";
 import { showQueues } from "./queues.js";
 import { showRun } from "./run.js";
 import { showRuns } from "./runs.js";
@@ -41,12 +42,14 @@ class Page {
     await action();
     if (this.left) return;
     let busy = false;
-    this.timers.push(setInterval(async () => {
-      if (document.hidden || busy) return;
+    const look = async () => {
+      if (!seen() || busy) return;
       busy = true;
       await guarded();
       busy = false;
-    }, ms));
+    };
+    this.timers.push(setInterval(look, ms));
+    this.endings.push(watch(look));
   }
 
   leave() {

@@ -1,7 +1,9 @@
 // One run: its timeline and its events, live.
 
-import { address, call, lacks, now, post, token } from "./api.js";
-import { ask, copyable, count, el, forbid, json, problem, setText, span, stateTag, tell, time } from "./dom.js";
+import { address, call, callText, lacks, now, post, token } from "./api.js";
+import { ask, copyable, count, el, forbid, problem, setText, span, tell, time } from "./dom.js";
+import { member, object, parts, pretty } from "./json.js";
+import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "RunFinished"];
@@ -9,19 +11,20 @@ const BATCH = 2000; // events in one answer while the past is read
 const MOST_ROWS = 400; // rows of the log that are in the document
 const MOST_TEXT = 20000; // characters of one value that are shown
 const TICK = 250;
+const POLL = 1000; // between two questions of a window that has no stream
 const LOOK = 5000; // whether it is still there: of a run that has ended nothing else would tell
 
 export async function showRun(page, runId) {
   const path = `/v1/runs/${encodeURIComponent(runId)}`;
-  const [first, plans, links, reason] = await Promise.all([call(path), call("/v1/plans"), call("/links"), lacks("runs:write")]);
+  const [text, plans, links, reason] = await Promise.all([callText(path), call("/v1/plans"), call("/links"), lacks("runs:write")]);
   if (page.left) return;
-  let run = first;
+  let run = JSON.parse(text);
   const said = document.getElementById("said");
   let story = new Story();
-  let events = [];
   let seq = 0;
   let epoch = "";
-  let source = null;
+  let gap = false; // an event came before an earlier one
+  let wake = () => {}; // what waits for this page to be seen, left or removed
   let dirty = true;
   let removing = false; // by this page, which then tells more than that it is gone
   let removed = false;
@@ -89,7 +92,7 @@ export async function showRun(page, runId) {
   function gone(words = `Run ${runId} was removed.`) {
     if (removed || page.left) return;
     removed = true;
-    source?.close();
+    wake();
     page.timers.forEach(clearInterval);
     for (const button of [cancel, retry, remove]) button.hidden = true;
     state.replaceChildren(el("span", { class: "state cancelled" }, "removed"));
@@ -101,7 +104,7 @@ export async function showRun(page, runId) {
   }
 
   async function look() {
-    if (document.hidden || removing) return;
+    if (!seen() || removing) return;
     try { await call(path); } catch (error) { if (error.status === 404 && !removing) gone(); }
   }
 
@@ -113,12 +116,12 @@ export async function showRun(page, runId) {
 
   function showDetail(name) {
     const lane = story.lanes.get(name);
-    const parts = [el("h2", {}, name)];
+    const nodes = [el("h2", {}, name)];
     if (!lane) {
-      parts.push(el("p", { class: "soft" }, name in story.reused ? "Taken over from the run that was retried." : "This step has not begun."));
-      if (name in story.reused) parts.push(value("Result", story.reused[name]));
+      nodes.push(el("p", { class: "soft" }, name in story.reused ? "Taken over from the run that was retried." : "This step has not begun."));
+      if (name in story.reused) nodes.push(value("Result", story.reused[name]));
     } else {
-      parts.push(el("table", { class: "small" }, el("thead", {}, el("tr", {}, ...["Attempt", "After", "Took", "Outcome"].map(
+      nodes.push(el("table", { class: "small" }, el("thead", {}, el("tr", {}, ...["Attempt", "After", "Took", "Outcome"].map(
         (title) => el("th", { scope: "col" }, title)))),
         el("tbody", {}, ...lane.attempts.slice(-50).map((attempt) => el("tr", {}, el("td", {}, String(attempt.number)),
           el("td", {}, span(attempt.start - story.start)),
@@ -127,23 +130,20 @@ export async function showRun(page, runId) {
             attempt.error ? `${attempt.error.type}: ${attempt.error.message}`
               : { ok: "finished", bad: "failed", now: "running", lost: "lost: its worker died, or it was ended", rest: "snoozed" }[attempt.kind]))))));
       const failed = lane.attempts.findLast((attempt) => attempt.error?.traceback);
-      if (failed) parts.push(el("pre", { class: "traceback", tabindex: "0" }, failed.error.traceback));
+      if (failed) nodes.push(el("pre", { class: "traceback", tabindex: "0" }, failed.error.traceback));
       if (lane.traces.length) {
-        parts.push(el("h3", {}, `Traces (${lane.traced})`), el("ul", { class: "traces" }, ...lane.traces.slice(-30).map((trace) => {
-          const { name: title, ...rest } = trace.data ?? {};
-          return el("li", {}, el("span", { class: "soft" }, `+${span(trace.ts - story.start)} `), el("strong", {}, String(title)), " ", el("code", {}, JSON.stringify(rest)));
+        nodes.push(el("h3", {}, `Traces (${lane.traced})`), el("ul", { class: "traces" }, ...lane.traces.slice(-30).map((trace) => {
+          const title = String(trace.data?.name);
+          const rest = object(Array.from(parts(member(trace.text, "data") ?? "{}")).filter(([part]) => part !== "name"));
+          return el("li", {}, el("span", { class: "soft" }, `+${span(trace.ts - story.start)} `), el("strong", {}, title), " ", el("code", {}, rest));
         })));
       }
-      if (lane.finished) parts.push(value("Result", lane.result));
+      if (lane.finished) nodes.push(value("Result", lane.result));
     }
-    detail.replaceChildren(el("section", { class: "card padded", "aria-label": `Step ${name}` }, ...parts));
+    detail.replaceChildren(el("section", { class: "card padded", "aria-label": `Step ${name}` }, ...nodes));
   }
 
-  function value(title, content) {
-    const text = json(content);
-    return el("div", {}, el("h3", {}, title), el("pre", { tabindex: "0" },
-      text.length > MOST_TEXT ? `${text.slice(0, MOST_TEXT)}\n… ${text.length - MOST_TEXT} more characters` : text));
-  }
+  function value(title, text) { return el("div", {}, el("h3", {}, title), el("pre", { tabindex: "0" }, shown(text))); }
 
   function draw() {
     if (page.left || removed) return;
@@ -171,7 +171,7 @@ export async function showRun(page, runId) {
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));
-      if (over) showOutcome(over.data);
+      if (over) showOutcome(member(over.text, "data"));
       if (drawing.chosen !== null) showDetail(drawing.chosen);
     }
     if (story.start !== null) {
@@ -181,9 +181,10 @@ export async function showRun(page, runId) {
     drawing.draw(now());
   }
 
-  function showOutcome(data) {
+  function showOutcome(text) {
     if (outcome.childElementCount) return;
-    if (data.outcome === "completed") outcome.append(el("section", { class: "card padded" }, value("Result", data.result)));
+    const data = JSON.parse(text);
+    if (data.outcome === "completed") outcome.append(el("section", { class: "card padded" }, value("Result", member(text, "result") ?? "null")));
     else if (data.error) {
       const { type, message, traceback, ...rest } = data.error;
       outcome.append(el("section", { class: `card padded outcome ${data.outcome}` },
@@ -193,10 +194,12 @@ export async function showRun(page, runId) {
     }
   }
 
-  function add(event) {
+  // An event as text: it is shown as it is written.
+  function add(text) {
+    const event = { ...JSON.parse(text), text };
+    gap ||= event.seq > seq + 1; // of a type that this page does not know
     if (event.seq !== seq + 1) return; // seen before: an event is shown once, whoever sent it
     seq = event.seq;
-    events.push(event);
     story.add(event);
     log.add(event, story.start);
     dirty = true;
@@ -204,7 +207,6 @@ export async function showRun(page, runId) {
 
   function reset() {
     seq = 0;
-    events = [];
     story = new Story();
     log.clear();
     outcome.replaceChildren();
@@ -217,47 +219,80 @@ export async function showRun(page, runId) {
   // The past in large answers, because a stream of thousands of frames would be slow.
   async function readPast() {
     for (;;) {
-      const found = await call(`${path}/events?from_seq=${seq}&limit=${BATCH}`);
-      if (epoch && found.epoch !== epoch) reset();
-      epoch = found.epoch;
-      found.events.forEach(add);
-      if (page.left || !found.events.length || seq >= found.last_seq) return;
+      const answer = await callText(`${path}/events?from_seq=${seq}&limit=${BATCH}`);
+      const found = Object.fromEntries(parts(answer));
+      const told = JSON.parse(found.epoch);
+      if (epoch && told !== epoch) reset();
+      epoch = told;
+      const texts = Array.from(parts(found.events), ([, text]) => text);
+      texts.forEach(add);
+      if (page.left || !texts.length || seq >= JSON.parse(found.last_seq)) return;
     }
   }
 
+  // Until the run has ended: by a stream, or by asking while other windows have the places.
   async function follow() {
-    if (page.left) return;
+    while (!story.end && !page.left && !removed) {
+      if (!seen()) { await pause(); continue; }
+      let free = null;
+      let wait = POLL;
+      try {
+        await readPast();
+        if (story.end || page.left || removed) break;
+        page.say("Live");
+        free = await take();
+        if (free) {
+          await stream();
+          wait = 500 + 1000 * Math.random(); // not all viewers of a server at once
+        }
+      } catch (error) {
+        if (error.status === 410) { page.say("Its events are not kept any more", "ended"); return; }
+        if (error.status !== 404) page.say("Connection lost, coming again", "lost");
+        else if (!removing) gone();
+      } finally { free?.(); }
+      if (!story.end && !removed) await pause(wait);
+    }
+    if (story.end && !page.left) await finished();
+  }
+
+  // For so long, or until this page is seen, left or removed.
+  function pause(ms) {
+    return new Promise((resolve) => {
+      const timer = ms === undefined ? null : setTimeout(done, ms);
+      const forget = watch(() => { if (seen()) done(); });
+      function done() { clearTimeout(timer); forget(); resolve(); }
+      wake = done;
+    });
+  }
+
+  // Follows by one stream until that ends, for whatever reason.
+  async function stream() {
+    // A stream token may have expired meanwhile: each stream has its own.
     const query = new URLSearchParams({ from_seq: `${epoch}.${seq}` });
     if (token()) query.set("token", (await post(`${path}/stream-token`)).token);
-    source = new EventSource(address(`${path}/stream?${query}`));
-    source.onopen = () => page.say("Live");
-    for (const type of TYPES) {
-      source.addEventListener(type, (message) => {
-        epoch = message.lastEventId.split(".")[0];
-        add(JSON.parse(message.data));
-        if (story.end) finished();
-      });
-    }
-    source.addEventListener("reset", (message) => { epoch = JSON.parse(message.data).epoch; reset(); });
-    source.onerror = () => {
-      source.close();
-      if (story.end || page.left || removed) return;
-      page.say("Connection lost, coming again", "lost");
-      // A stream token may have expired meanwhile, so come again with a new one.
-      setTimeout(again, 500 + 1000 * Math.random());
-    };
-  }
-
-  async function again() {
-    if (page.left || removed) return;
-    try { await readPast(); if (story.end) finished(); else await follow(); } catch (error) {
-      if (error.status !== 404) source.onerror();
-      else if (!removing) gone();
-    }
+    if (page.left || removed || !mayStream()) return;
+    gap = false;
+    const source = new EventSource(address(`${path}/stream?${query}`));
+    let forget;
+    await new Promise((resolve) => {
+      wake = resolve;
+      forget = watch(() => { if (!mayStream()) resolve(); });
+      source.onopen = () => page.say("Live");
+      source.onerror = resolve;
+      for (const type of TYPES) {
+        source.addEventListener(type, (message) => {
+          epoch = message.lastEventId.split(".")[0];
+          add(message.data);
+          if (story.end || gap) resolve();
+        });
+      }
+      source.addEventListener("reset", (message) => { epoch = JSON.parse(message.data).epoch; reset(); });
+    });
+    forget();
+    source.close();
   }
 
   async function finished() {
-    source?.close();
     page.say("Ended", "ended");
     run = await call(path).catch(() => run); // if it is gone, the next look tells
     dirty = true;
@@ -267,9 +302,9 @@ export async function showRun(page, runId) {
 
   page.keys = { c: askToCancel, t: askToRetry, x: askToRemove };
   page.timers.push(setInterval(look, LOOK));
-  page.endings.push(() => source?.close());
+  page.endings.push(() => wake());
   const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
-    el("pre", { tabindex: "0" }, json(run.input).slice(0, MOST_TEXT)));
+    el("pre", { tabindex: "0" }, shown(member(text, "input"))));
   page.show(el("p", { class: "crumb" }, el("a", { href: "#/" }, "← Runs")),
     el("div", { class: "head" }, el("h1", { class: "mono" }, runId), copyable(runId, "the id"), state,
       el("span", { class: "actions" }, cancel, retry, remove)),
@@ -278,19 +313,23 @@ export async function showRun(page, runId) {
   try { await readPast(); } catch (error) {
     if (error.status !== 410) throw error;
     log.node.replaceChildren(el("p", { class: "empty" }, "The events of this run are not kept any more."));
-    const ended = run.state === "completed" ? { outcome: run.state, result: run.result } : { outcome: run.state, error: run.error };
-    showOutcome(ended);
+    showOutcome(object([["outcome", JSON.stringify(run.state)], ["result", member(text, "result")], ["error", member(text, "error")]]));
     return;
   }
   log.draw();
   draw();
   if (story.interesting) choose(story.interesting);
   page.timers.push(setInterval(() => {
-    if (document.hidden) return;
+    if (!seen()) return;
     log.draw();
     if (dirty || !story.end) draw();
   }, TICK));
-  if (story.end) await finished(); else await follow();
+  await follow();
+}
+
+function shown(text) {
+  const all = pretty(text);
+  return all.length > MOST_TEXT ? `${all.slice(0, MOST_TEXT)}\n… ${all.length - MOST_TEXT} more characters` : all;
 }
 
 // The events as a table that holds its last rows only, however many there are.
@@ -317,7 +356,7 @@ class Log {
 
   matches(event) {
     const text = this.text.value.trim().toLowerCase();
-    return (!this.type.value || event.type === this.type.value) && (!text || JSON.stringify(event).toLowerCase().includes(text));
+    return (!this.type.value || event.type === this.type.value) && (!text || event.text.toLowerCase().includes(text));
   }
 
   filter() {
@@ -352,13 +391,13 @@ class Log {
   }
 
   row(event) {
-    const text = event.data ? JSON.stringify(event.data) : "";
+    const text = member(event.text, "data") ?? "";
     const brief = event.type === "DebugTrace" ? `${event.data?.name ?? ""} ${text}` : text;
     const data = el("td", { class: "data" });
     if (text.length > 80) {
       const details = el("details", {}, el("summary", { class: "mono" }, brief.slice(0, 120)));
       details.addEventListener("toggle", () => {
-        if (details.childElementCount === 1) details.append(el("pre", { tabindex: "0" }, json(event.data).slice(0, MOST_TEXT)));
+        if (details.childElementCount === 1) details.append(el("pre", { tabindex: "0" }, shown(text)));
       });
       data.append(details);
     } else data.append(el("code", {}, text));

@@ -1,7 +1,8 @@
 // The dialog that starts a run.
 
-import { call, post } from "./api.js";
+import { call, postText } from "./api.js";
 import { ask, el } from "./dom.js";
+import { object, offence } from "./json.js";
 
 export async function startRun() {
   let plans = [];
@@ -31,27 +32,28 @@ export async function startRun() {
           el("label", {}, "Deadline, seconds", el("input", { name: "deadline", type: "number", min: "1" })),
           el("label", {}, "Priority", el("input", { name: "priority", type: "number", min: "0", max: "9", value: "0" })))),
     ],
-    check: (data) => post("/v1/runs", request(data)),
+    check: (data) => postText("/v1/runs", request(data)),
   });
   if (run) location.hash = `#/run/${encodeURIComponent(run.run_id)}`;
 }
 
+// The JSON text of the request, with the input as it was typed: numbers that this browser would round
+// stay what they are.
 function request(data) {
   const text = (name) => data.get(name).trim();
-  const body = { plan: data.get("plan"), input: null, priority: Number(text("priority") || 0) };
-  if (text("input")) {
-    try { body.input = JSON.parse(data.get("input")); } catch (error) {
-      throw new Error(`The input is not JSON: ${error.message}`);
-    }
-  }
-  if (text("key")) body.key = text("key");
-  if (text("queue")) body.queue = text("queue");
-  if (text("deadline")) body.deadline = Number(text("deadline"));
-  if (text("not_before")) body.not_before = new Date(text("not_before")).toISOString();
+  const members = { plan: data.get("plan"), priority: Number(text("priority") || 0) };
+  if (text("key")) members.key = text("key");
+  if (text("queue")) members.queue = text("queue");
+  if (text("deadline")) members.deadline = Number(text("deadline"));
+  if (text("not_before")) members.not_before = new Date(text("not_before")).toISOString();
   if (text("tags")) {
     const pairs = text("tags").split(/\s+/).map((pair) => pair.split(/=(.*)/s));
     if (pairs.some((pair) => pair.length < 2)) throw new Error("Tags are written like team=blue order=7");
-    body.tags = Object.fromEntries(pairs.map(([name, value]) => [name, value]));
+    members.tags = Object.fromEntries(pairs.map(([name, value]) => [name, value]));
   }
-  return body;
+  const input = text("input") || "null";
+  try { JSON.parse(input); } catch (error) { throw new Error(`The input is not JSON: ${error.message}`); }
+  const wrong = offence(input);
+  if (wrong !== null) throw new Error(`The input cannot be stored as it is: ${wrong}`);
+  return object([...Object.entries(members).map(([name, value]) => [name, JSON.stringify(value)]), ["input", input]]);
 }

@@ -1,6 +1,7 @@
 // What happened in each step, folded from the events of a run, and drawn as bars over time.
 
 import { el, setText, span } from "./dom.js";
+import { member, parts } from "./json.js";
 
 const SNOOZED = "beatless.snoozed";
 const GIVEN_BACK = "beatless.given_back";
@@ -24,7 +25,9 @@ export class Story {
     const data = event.data ?? {};
     this.start ??= event.ts;
     this.last = event.ts;
-    if (event.type === "RunStarted") this.reused = data.reused?.results ?? {};
+    if (event.type === "RunStarted" && data.reused?.results) {
+      this.reused = Object.fromEntries(parts(member(event.text, "data", "reused", "results")));
+    }
     if (event.type === "CancelRequested") this.cancel = event;
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
@@ -39,7 +42,7 @@ export class Story {
       lane.progress = null;
     } else if (event.type === "StepFinished" && running) {
       Object.assign(open, { end: event.ts, kind: "ok" });
-      lane.result = data.result;
+      lane.result = member(event.text, "data", "result") ?? "null";
       lane.finished = true;
     } else if (event.type === "StepFailed") {
       if (running) Object.assign(open, { end: event.ts, kind: "bad", error: data.error ?? null });
