@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_MODULES` says the sa
         RunCancelled,
         RunConflict,
         RunNotFound,
+        StepEnded,
         StepTimeout,
         WorkerStops,
     )
@@ -70,6 +71,7 @@ _MODULES = {
     "Snooze": "beatless.orchestrator.plan",
     "StatementTimeout": "beatless.errors",
     "StepContext": "beatless.orchestrator.context",
+    "StepEnded": "beatless.orchestrator.errors",
     "StepTimeout": "beatless.orchestrator.errors",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
@@ -107,6 +109,7 @@ __all__ = [
     "Snooze",
     "StatementTimeout",
     "StepContext",
+    "StepEnded",
     "StepTimeout",
     "UnknownPlan",
     "Unreachable",

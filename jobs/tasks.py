@@ -7,6 +7,7 @@ from celery import Celery, Task
 
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.plan import Plan
+from beatless.worker import leaving
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types
@@ -50,6 +51,14 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> No
     """Let workers of this app execute runs of the plan."""
 
     def execute_run(run_id: str, dispatch: int) -> None:
-        executor().execute(plan, run_id, dispatch)
+        try:
+            executor().execute(plan, run_id, dispatch)
+        except Exception:
+            raise
+        except BaseException as error:
+            if leaving():
+                raise
+            # Celery's pools lose a place, or a process, by what is not an Exception.
+            raise RuntimeError(f"run {run_id} was left by {type(error).__name__}") from error
 
     celery.task(execute_run, base=RunTask, name=plan.name, shared=False, ignore_result=True)

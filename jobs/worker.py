@@ -22,8 +22,10 @@ from wsgiref.simple_server import WSGIServer
 
 import psycopg
 import sqlalchemy
+from billiard.common import _should_have_exited
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
+from celery.worker import state as worker_state
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
 
@@ -165,6 +167,14 @@ class Draining(threading.Event):
         return self.is_set()
 
 
+def leaving() -> bool:
+    """Whether Celery ends this process by what it raises in the main thread, perhaps in a body."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    told = (worker_state.should_stop, worker_state.should_terminate)
+    return _should_have_exited[0] or any(status not in (None, False) for status in told)
+
+
 class Executors:
     """Gives each thread of each worker process its executor, opened after fork."""
 
@@ -260,6 +270,7 @@ class Executors:
             heartbeat=self._heartbeat,
             worker=self._worker,
             stopping=self.draining,
+            leaving=leaving,
             limit=self._watchdog.call,
             faults=self._faults,
             observer=both(self._observer, observer),

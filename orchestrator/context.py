@@ -77,7 +77,10 @@ class StepContext:
         return self._connection
 
     def trace(self, name: str, /, **data: Any) -> None:
-        """Commit a DebugTrace event now. Raises BadPayload, or LeaseLost if the run was taken."""
+        """Commit a DebugTrace event now. Threads of a step may trace at the same time.
+
+        Raises BadPayload, LeaseLost if the run was taken, StepEnded after the end of the step.
+        """
         if "name" in data:
             raise TypeError("a trace has its name already: call the datum something else")
         self._append(
@@ -101,7 +104,8 @@ class StepContext:
     def raise_if_cancelled(self) -> None:
         """Raise RunCancelled if somebody asked to cancel. Cheap enough for every turn of a loop.
 
-        Raises LeaseLost if the run was taken from this worker. In a plan's `on_cancel` step the
+        Raises LeaseLost if the run was taken from this worker, and StepEnded after the end of the
+        step. In a plan's `on_cancel` step the
         cancel is no news.
         """
         if self._lease.lost:

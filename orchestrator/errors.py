@@ -8,6 +8,7 @@ OrchestratorError
 ├── RunNotFound         no run has this id
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
+├── StepEnded           a thread outlived its step and speaks through the context still
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
 ├── WorkerStops         the worker's grace has ended within a step: the run is given back
 ├── StepTimeout         an attempt took longer than its step may; it counts as a failure
@@ -110,6 +111,21 @@ class LeaseLost(OrchestratorError):
 
     def __str__(self) -> str:
         return f"the lease {self.token} on run {self.run_id} is gone: nothing was written"
+
+
+class StepEnded(OrchestratorError):
+    """A step has ended, and one of its threads still speaks through its context."""
+
+    def __init__(self, run_id: str, step: str) -> None:
+        super().__init__(run_id, step)
+        self.run_id = run_id
+        self.step = step
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step} of run {self.run_id} has ended: nothing was written. "
+            "Let a step wait for its threads before it returns"
+        )
 
 
 class RunCancelled(OrchestratorError):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import cache
 from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from beatless.orchestrator.errors import (
     LeaseLost,
     RunCancelled,
     RunNotFound,
+    StepEnded,
     StepTimeout,
     WorkerStops,
 )
@@ -36,7 +38,7 @@ from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.faults import CrashPoints
+from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ have done nothing, and do not count.
 
 TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
 """How Postgres ends the connection of a transaction that took too long: a failure of the step."""
+
+WATCHDOG_PATIENCE_S = 0.02
+"""How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
 
 FAILURE_BYTES = 262_144
 """Above what any failure can need, see the next two."""
@@ -124,13 +129,21 @@ class UnknownStep(Exception):
 class BodyFailed(Exception):
     """Carries what a step's body raised, apart from what writing its outcome may raise."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
 
 
 class BodyLost(BodyFailed):
     """The same, after the connection of its transaction broke: it was not the body that failed."""
+
+
+class ProcessLeaves(Exception):
+    """Carries what was raised in a body to end its process: it was not the body that failed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class NoConnection(Exception):
@@ -296,6 +309,7 @@ class Executor:
         heartbeat: Heartbeat,
         worker: str,
         stopping: threading.Event | None = None,
+        leaving: Callable[[], bool] = lambda: False,
         limit: Callable[[Attempt, Callable[[], Any]], Any] = no_limit,
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
@@ -303,6 +317,7 @@ class Executor:
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
+        `leaving` tells whether somebody ends this process by what is raised in a body.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
         """
         self.journal = journal
@@ -311,6 +326,7 @@ class Executor:
         self.heartbeat = heartbeat
         self.worker = worker
         self.stopping = stopping or threading.Event()
+        self.leaving = leaving
         self.limit = limit
         self.faults = faults or CrashPoints()
         self.observer = observer
@@ -422,6 +438,10 @@ class Execution:
         self._traceparent: str | None = None
         self._in_doubt: Settlement | None = None
         """What a step's own transaction holds, until its commit is sure."""
+        self._writing = threading.RLock()
+        """Held by the one thread that writes: a step may have many."""
+        self._speaking: Attempt | None = None
+        """The attempt whose threads may write now."""
 
     def work(self) -> None:
         progress = self._resume()
@@ -496,7 +516,7 @@ class Execution:
         executor.faults.reach("step.before")
         try:
             with self._transaction(step) as transaction:
-                outcome, settlement, following = self._call(progress, step, transaction)
+                settlement, following = self._call(progress, step, transaction)
                 executor.faults.reach("step.effect_done")
                 appended = self._settle(settlement, transaction)
         except NoConnection as error:
@@ -517,12 +537,22 @@ class Execution:
             self._interrupted()
             self._settle(self._unfinished(progress))
             return None
+        except ProcessLeaves as leaves:
+            self._interrupted()
+            self._settle(self._unfinished(progress))
+            raise leaves.error from None
         except exc.DBAPIError as error:
             # Not the body's: of our statement, or of a commit that may have happened.
             if error.connection_invalidated or isinstance(error, exc.OperationalError):
                 return self._after_lost_transaction(str(error))
             self._settle(self._failed(progress, step, error))
             return None
+        except (LeaseLost, SimulatedCrash):
+            raise
+        except BaseException as error:
+            if isinstance(error, AWAY) and not isinstance(error, NEVER):
+                raise  # the worker stops, and has waited for Postgres until then
+            return self._after_failed_outcome(progress, step, error)
         # Only now: until the commit, what an interrupted transaction wrote is not sure.
         self._last_seq = appended.last_seq
         if step.transactional:
@@ -531,26 +561,49 @@ class Execution:
         executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
         if appended.cancelled or settlement.state is not RunState.RUNNING:
             return None
-        progress.finished(_result(outcome), following)
+        progress.finished(_result(settlement.events[0]), following)
         progress.starts = 1
         return progress
 
     def _call(
         self, progress: Progress, step: Step, transaction: sqlalchemy.Connection | None
-    ) -> tuple[Any, Settlement, Step | None]:
-        """Call the body and decide what its outcome writes. Raises BodyFailed, BodyLost."""
-        context = self._context(progress, transaction)
+    ) -> tuple[Settlement, Step | None]:
+        """Call the body and decide what its outcome writes. Raises BodyFailed, BodyLost.
+
+        Whatever the body raises is its failure, and be it SystemExit: only what we have raised in
+        it, or who ends this process, is not.
+        """
         attempt = self._limited(progress, step)
+        context = self._context(progress, transaction, attempt)
+        self._speaking = attempt
         try:
             outcome = self._executor.limit(attempt, lambda: step.function(context))
             check_transaction(step, transaction)
-            return outcome, *self._outcome(progress, step, outcome)
-        except (RunCancelled, LeaseLost, WorkerStops):
+            return self._outcome(progress, step, outcome)
+        except SimulatedCrash:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if self._told(attempt, error):
+                raise
+            if not isinstance(error, Exception) and self._executor.leaving():
+                raise ProcessLeaves(error) from error
             if transaction_lost(error, transaction):
                 raise BodyLost(error) from error
             raise BodyFailed(error) from error
+        finally:
+            with self._writing:
+                self._speaking = None
+
+    def _told(self, attempt: Attempt, error: BaseException) -> bool:
+        """Whether the body passes on what it was told, and has not made it up."""
+        match error:
+            case LeaseLost():
+                return self._lease.lost
+            case WorkerStops():
+                return error is attempt.reason
+            case RunCancelled():
+                return error is attempt.reason or self._lease.cancelled or self._cancel_requested()
+        return False
 
     def _limited(self, progress: Progress, step: Step) -> Attempt:
         """The attempt as the watchdog sees it."""
@@ -560,16 +613,19 @@ class Execution:
         if deadline is not None and (ends_at is None or deadline < ends_at):
             ends_at, late = deadline, DeadlineExceeded(self._run_id)
 
-        def settle(connection: Connection, reason: Exception) -> bool:
+        @cache  # it may take the watchdog more than one try
+        def settlement_of(reason: Exception) -> Settlement:
             match reason:
                 case RunCancelled():
-                    settlement = self._stopped(progress)
+                    return self._stopped(progress)
                 case WorkerStops():
-                    settlement = self._unfinished(progress)
-                case _:
-                    settlement = self._failed(progress, step, reason)
-            token = self._lease.token
-            appended = self._journal.settle(connection, self._run_id, token, settlement)
+                    return self._unfinished(progress)
+            return self._failed(progress, step, reason)
+
+        def settle(connection: Connection, reason: Exception) -> bool:
+            settlement, token = settlement_of(reason), self._lease.token
+            with self._executor.leases.impatient(connection, WATCHDOG_PATIENCE_S):
+                appended = self._journal.settle(connection, self._run_id, token, settlement)
             if appended is not None:
                 self._committed(settlement, appended)
             return appended is not None
@@ -601,16 +657,17 @@ class Execution:
             yield connection
 
     def _context(
-        self, progress: Progress, transaction: sqlalchemy.Connection | None
+        self, progress: Progress, transaction: sqlalchemy.Connection | None, attempt: Attempt
     ) -> StepContext:
+        occurrence = progress.occurrence  # which the progress leaves before the last thread does
         return StepContext(
             lease=self._lease,
-            step=progress.occurrence,
+            step=occurrence,
             attempt=progress.starts,
             results=progress.results,
             journal=self._journal,
-            append=self._append,
-            check_cancel=self._cancel_requested,
+            append=lambda event: self._append(attempt, event),
+            check_cancel=lambda: self._cancel_noticed(attempt, occurrence),
             connection=transaction,
             cancellable=not progress.compensating,
             traceparent=self._traceparent,
@@ -689,10 +746,12 @@ class Execution:
             **self._cancelled(events),
         )
 
-    def _failed(self, progress: Progress, step: Step, error: Exception) -> Settlement:
+    def _failed(self, progress: Progress, step: Step, error: BaseException) -> Settlement:
         """Try again later, or end the run as failed."""
         delay = step.retry.delay(progress.failures + 1)
-        if isinstance(error, (Fatal, BadPayload, DeadlineExceeded)):
+        if isinstance(error, (Fatal, BadPayload)):
+            delay = None
+        if isinstance(error, DeadlineExceeded) and self._lease.late:
             delay = None
         facts = _describe(error, progress.occurrence)
         logger.warning(
@@ -830,15 +889,21 @@ class Execution:
 
     # Writing, and finding out whether it was written
 
-    def _append(self, event: NewEvent) -> None:
-        """Commit one event in the middle of a step."""
-        appended = self._write(
-            lambda connection: self._journal.append(
-                connection, self._run_id, self._lease.token, [event]
-            ),
-            RunState.RUNNING,
-        )
-        self._lease.cancelled |= appended.cancelled
+    def _append(self, attempt: Attempt, event: NewEvent) -> None:
+        """Commit one event in the middle of a step. Raises StepEnded to threads after it."""
+        with self._writing:
+            self._require(attempt, event.step)
+            appended = self._write(
+                lambda connection: self._journal.append(
+                    connection, self._run_id, self._lease.token, [event]
+                ),
+                RunState.RUNNING,
+            )
+            self._lease.cancelled |= appended.cancelled
+
+    def _require(self, attempt: Attempt, step: str | None) -> None:
+        if self._speaking is not attempt:
+            raise StepEnded(self._run_id, step or "")
 
     def _settle(
         self, settlement: Settlement, transaction: sqlalchemy.Connection | None = None
@@ -847,7 +912,8 @@ class Execution:
             return self._journal.settle(connection, self._run_id, self._lease.token, settlement)
 
         if transaction is None:
-            appended = self._write(write, settlement.state)
+            with self._writing:
+                appended = self._write(write, settlement.state)
             self._committed(settlement, appended)
             return appended
         found = write(transaction)
@@ -923,6 +989,7 @@ class Execution:
 
         appended = self._patiently(act)
         if appended is None:
+            self._lease.lost = True
             raise LeaseLost(self._run_id, self._lease.token)
         self._last_seq = appended.last_seq
         return appended
@@ -959,18 +1026,9 @@ class Execution:
 
         The first time in a row at once, for Postgres can be reached again; then it is given time.
         """
-        self._patiently(
-            lambda connection: self._executor.leases.renew_token(connection, self._lease)
-        )
-        seen = self._patiently(self._look)
-        if seen.written and self._in_doubt is not None:
-            cancelled = seen.state is not self._in_doubt.state
-            self._committed(self._in_doubt, Appended(last_seq=seen.last_seq, cancelled=cancelled))
-        self._in_doubt = None
-        if seen.state.final:
+        seen = self._find_out()
+        if seen is None:
             return None
-        if not seen.held:
-            raise LeaseLost(self._run_id, self._lease.token)
         progress = self._fold()
         if progress is None or seen.written:
             return progress
@@ -996,6 +1054,54 @@ class Execution:
         returned = self._give_back("connection", [lost], BETWEEN_LOSSES.delay(again))
         self._settle(regardless(returned) if progress.compensating else returned)
         return None
+
+    def _after_failed_outcome(
+        self, progress: Progress, step: Step, error: BaseException
+    ) -> Progress | None:
+        """Something was raised after the body had returned: go on if it was committed all the same.
+
+        By Postgres, which cannot store what the step returned; by what somebody has hung on commits
+        of SQLAlchemy; by who ends this process.
+        """
+        self._executor.disconnect()
+        seen = self._find_out()
+        if seen is None:
+            return None
+        found = self._fold() if seen.written else progress
+        if found is None:
+            return None
+        if not isinstance(error, Exception) and self._executor.leaving():
+            self._settle(self._unfinished(found))
+            raise error
+        if seen.written:
+            return found
+        self._settle(self._failed(progress, step, error))
+        return None
+
+    def _find_out(self) -> Seen | None:
+        """What has become of a commit whose answer is unknown; None if the run has ended with it.
+
+        Raises LeaseLost.
+        """
+        self._patiently(
+            lambda connection: self._executor.leases.renew_token(connection, self._lease)
+        )
+        seen = self._patiently(self._look)
+        if seen.written and self._in_doubt is not None:
+            cancelled = seen.state is not self._in_doubt.state
+            self._committed(self._in_doubt, Appended(last_seq=seen.last_seq, cancelled=cancelled))
+        self._in_doubt = None
+        if seen.state.final:
+            return None
+        if not seen.held:
+            raise LeaseLost(self._run_id, self._lease.token)
+        return seen
+
+    def _cancel_noticed(self, attempt: Attempt, step: str) -> bool:
+        """For the threads of a step. Raises StepEnded to one that outlived it."""
+        with self._writing:
+            self._require(attempt, step)
+            return self._cancel_requested()
 
     def _cancel_requested(self) -> bool:
         self._patiently(self._look)
@@ -1026,7 +1132,7 @@ def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> 
     )
 
 
-def transaction_lost(error: Exception, transaction: sqlalchemy.Connection | None) -> bool:
+def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | None) -> bool:
     """Whether a body raised because the connection of its transaction broke.
 
     What Postgres says of a statement is the step's to bear: a lock that was not to be had, a
@@ -1039,10 +1145,9 @@ def transaction_lost(error: Exception, transaction: sqlalchemy.Connection | None
     return not isinstance(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
 
 
-def _result(outcome: Any) -> Any:
-    value = outcome.result if isinstance(outcome, (Goto, Finish)) else outcome
-    # What a resumed run would read.
-    return json.loads(json.dumps(value), parse_float=_as_jsonb)
+def _result(finished: NewEvent) -> Any:
+    """What a resumed run would read: of the text that was stored, and not of the value again."""
+    return json.loads(finished.data or "{}", parse_float=_as_jsonb)["result"]
 
 
 def _as_jsonb(number: str) -> float | int:
@@ -1050,7 +1155,7 @@ def _as_jsonb(number: str) -> float | int:
     return int(Decimal(number)) if "e+" in number else float(number)
 
 
-def _describe(error: Exception, step: str) -> dict[str, Any]:
+def _describe(error: BaseException, step: str) -> dict[str, Any]:
     try:
         message = str(error)
     except Exception:  # a broken __str__ is one more thing to tell, not one more failure
@@ -1064,7 +1169,7 @@ def _describe(error: Exception, step: str) -> dict[str, Any]:
     }
 
 
-def _of_the_body(error: Exception) -> TracebackType | None:
+def _of_the_body(error: BaseException) -> TracebackType | None:
     """The traceback from the step's own code on; all of it if the error is one of ours."""
     found = error.__traceback__
     while found and found.tb_frame.f_globals.get("__name__", "").startswith("orchestrator."):

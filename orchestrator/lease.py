@@ -1,13 +1,16 @@
 """The exclusive right to execute a run, with a fencing token.
 
-A claim raises the token; every later write of the owner names it, so a worker that was frozen past
-its lease writes nothing (Kleppmann, "How to do distributed locking", 2016). All clocks are the
+A claim draws a token; every later write of the owner names it, so a worker that was frozen past
+its lease writes nothing (Kleppmann, "How to do distributed locking", 2016). A drawn token is never
+seen again, not even after a failover that lost the claim it was drawn for. All clocks are the
 server's.
 """
 
 import logging
+import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 Connection = psycopg.Connection[Any]
 
 PATIENCE = 1.0
-"""Seconds that a claim or a heartbeat waits for a row: others wait behind it meanwhile."""
+"""Seconds that a claim or a heartbeat waits for a lock: others wait behind it meanwhile."""
 
 AGAIN = 1.0
 """Seconds until a heartbeat that failed is tried again."""
@@ -37,6 +40,8 @@ class Lease:
 
     run: Run
     token: int
+    next_token: int | None = None
+    """What the token is being changed to: while the answer is unknown, the row may have either."""
     cancelled: bool = False
     lost: bool = False
     deadline: float | None = None
@@ -48,6 +53,11 @@ class Lease:
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
     claimed_at: float = field(default_factory=monotonic)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that the row may have while the lease is held."""
+        return [self.token] if self.next_token is None else [self.token, self.next_token]
 
     @property
     def seconds(self) -> float:
@@ -89,7 +99,7 @@ class Leases:
         self._claim = f"""
 WITH u AS (
   UPDATE {s}.runs r
-     SET state = 'running', attempt = attempt + 1, lease_token = lease_token + 1,
+     SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
          lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
          worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
          not_before = NULL,
@@ -133,20 +143,25 @@ SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timest
             "last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL",
         )
         self._renew = f"""
-UPDATE {s}.runs SET lease_token = lease_token + 1
- WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+UPDATE {s}.runs SET lease_token = %(next)s
+ WHERE run_id = %(run_id)s AND lease_token = ANY(%(tokens)s::bigint[]) AND state = 'running'
 RETURNING lease_token"""
-        # By the claim and not by the token, which its owner may be renewing at this moment.
+        # Whoever holds a row, it is not waited for: the other leases must not run out meanwhile.
         self._extend = f"""
-WITH u AS (
-  UPDATE {s}.runs
+WITH held AS (
+  SELECT r.run_id FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[]) AS l(run_id, token)
+    JOIN {s}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
+    JOIN {s}.dispatches d ON d.run_id = r.run_id
+     FOR NO KEY UPDATE OF r, d SKIP LOCKED
+), u AS (
+  UPDATE {s}.runs r
      SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
-   WHERE run_id = %(run_id)s AND attempt = %(claim)s AND state = 'running'
-  RETURNING run_id, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
+    FROM held WHERE r.run_id = held.run_id
+  RETURNING r.run_id, lease_token, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
 ), d AS (
   UPDATE {s}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
 )
-SELECT cancelled FROM u"""
+SELECT lease_token, cancelled FROM u"""
         self._look = f"""
 SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
        EXISTS (SELECT FROM {s}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s
@@ -171,6 +186,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             "shard": shard_of(run_id),
             "first": first_step,
             "dispatch": dispatch,
+            "token": new_token(),
         }
         try:
             with connection.pipeline(), connection.transaction():
@@ -197,33 +213,53 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             trace_context=trace_context,
         )
 
-    def extend(self, connection: Connection, lease: Lease) -> bool:
-        """Keep the lease for its full time from now; False if it is gone.
+    def extend(self, connection: Connection, leases: Sequence[Lease]) -> list[Lease]:
+        """Keep leases for their full time from now; those that were not kept.
 
-        Raises psycopg.errors.LockNotAvailable if the run's row is held for longer than `PATIENCE`.
+        These are gone, or somebody's transaction holds their rows at this moment: see `look`.
         """
+        by_token = {token: lease for lease in leases for token in lease.tokens}
         with connection.pipeline(), connection.transaction():
             connection.execute(f"SELECT {self._patience}".encode())
             extended = connection.execute(
                 self._extend,
-                {"run_id": lease.run.run_id, "claim": lease.run.attempt, "seconds": self.seconds},
+                {
+                    "run_ids": [lease.run.run_id for lease in by_token.values()],
+                    "tokens": list(by_token),
+                    "seconds": self.seconds,
+                },
             )
-        rows = extended.fetchall()
-        if not rows:
-            lease.lost = True
-            return False
-        lease.cancelled = rows[0][0]
-        return True
+        kept = set()
+        for token, cancelled in extended.fetchall():
+            by_token[token].cancelled = cancelled
+            kept.add(id(by_token[token]))
+        return [lease for lease in leases if id(lease) not in kept]
+
+    @contextmanager
+    def impatient(self, connection: Connection, seconds: float) -> Iterator[None]:
+        """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""
+        with connection.transaction():
+            connection.execute(
+                "SELECT set_config('lock_timeout', %s, true)", [f"{seconds * 1000:.0f}"]
+            )
+            yield
 
     def renew_token(self, connection: Connection, lease: Lease) -> None:
         """Fence off our own write whose answer was lost: it has happened, or never will.
 
         Its backend may still wait for a lock, or for the disk. This waits for the row behind it,
-        and a statement that comes later finds another token.
+        and a statement that comes later finds another token. May be repeated if its own answer is
+        lost.
         """
-        rows = execute(connection, self._renew, {"run_id": lease.run.run_id, "token": lease.token})
+        if lease.next_token is None:
+            lease.next_token = new_token()
+        rows = execute(
+            connection,
+            self._renew,
+            {"run_id": lease.run.run_id, "tokens": lease.tokens, "next": lease.next_token},
+        )
         if rows:
-            lease.token = rows[0][0]
+            lease.token, lease.next_token = lease.next_token, None
 
     def look(self, connection: Connection, lease: Lease, after: int) -> Seen:
         """What has become of a lease and of our writes: the answer to an interrupted commit."""
@@ -231,23 +267,30 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         if not rows:
             return Seen(held=False, written=False, last_seq=0, state=RunState.CANCELLED)
         token, last_seq, lease.cancelled, state, written = rows[0]
+        ours = token in lease.tokens
         return Seen(
-            held=token == lease.token and state == RunState.RUNNING,
-            written=token == lease.token and written,
+            held=ours and state == RunState.RUNNING,
+            written=ours and written,
             last_seq=last_seq,
             state=RunState(state),
         )
+
+
+def new_token() -> int:
+    """A fencing token: a number that nobody has drawn before."""
+    return secrets.randbits(63)
 
 
 class Heartbeat:
     """A thread that keeps this process's leases while their steps run.
 
     1. sleep until a third of the lease time has gone, or until stopped
-    2. extend every lease that is held
+    2. extend every lease that is held, all at once, and waiting for no row
     3. note on each lease whether it was lost, or a cancel was asked for
-    4. if that failed, do it again each second: a lease must not run out for one lost connection
+    4. if that failed, or a row was held, do it again each second: a lease must not run out for that
 
     It opens a connection when a step first outlives that third, so short steps cost nothing.
+    Nothing that goes wrong ends it.
     """
 
     def __init__(self, leases: Leases, connect: Callable[[], Connection]) -> None:
@@ -283,20 +326,20 @@ class Heartbeat:
         if self._thread is not None:
             self._thread.join()
 
-    def once(self, connection: Connection) -> None:
-        """Extend every lease that is held now. Raises psycopg.Error if one could not be."""
+    def once(self, connection: Connection) -> bool:
+        """Extend every lease that is held now; False if somebody's transaction holds a row."""
         with self._changed:
             held = list(self._by_id.values())
-        blocked: psycopg.Error | None = None
-        for lease in held:
-            try:
-                if self._leases.extend(connection, lease):
-                    continue
-            except psycopg.errors.LockNotAvailable as error:
-                blocked = error  # the others must not wait for it
-                continue
-            self.release(lease)
+        if not held:
+            return True
+        complete = True
+        for lease in self._leases.extend(connection, held):
             seen = self._leases.look(connection, lease, 0)
+            if seen.held:
+                complete = False
+                continue
+            lease.lost = True
+            self.release(lease)
             # With our token still in place, it was this process that ended it or gave it back.
             if not seen.written and not seen.state.final:
                 logger.warning(
@@ -307,9 +350,7 @@ class Heartbeat:
                         "token": lease.token,
                     },
                 )
-
-        if blocked is not None:
-            raise blocked
+        return complete
 
     def _run(self) -> None:
         connection: Connection | None = None
@@ -332,18 +373,16 @@ class Heartbeat:
             try:
                 if connection is None or connection.closed:
                     connection = self._connect()
-                self.once(connection)
-                failing = False
-            except psycopg.Error as error:
+                failing = not self.once(connection)
+            except Exception as error:
                 failing = True
-                # Postgres is away, or a row is held: the token protects the run.
+                # Mostly Postgres is away. Whatever it is: the token protects the run.
                 logger.warning(
                     "heartbeat failed, will retry",
                     extra={"action": "heartbeat_failed", "reason": str(error)},
+                    exc_info=None if isinstance(error, psycopg.Error) else error,
                 )
-                if connection is not None and not isinstance(
-                    error, psycopg.errors.LockNotAvailable
-                ):
+                if connection is not None:
                     connection.close()
         if connection is not None:
             connection.close()

@@ -47,13 +47,18 @@ class Attempt:
     gentle: bool
     """Whether an exception may strike anywhere in the body: not within a transaction."""
     settle: Callable[[Connection, Exception], bool]
-    """Commit the end of the attempt under its lease; False if the lease is gone."""
+    """Commit the end of the attempt under its lease; False if the lease is gone.
+
+    Raises psycopg.errors.LockNotAvailable, soon, if somebody's transaction holds the run's row.
+    """
     thread: int = field(default_factory=threading.get_ident)
     reason: Exception | None = None
     inside: bool = False
     struck: bool = False
     over: bool = False
     fenced: bool = False
+    held: bool = False
+    """Somebody's transaction held the run's row when its end was to be committed."""
     look_at: float = 0.0
     act_at: float | None = None
     mutex: threading.Lock = field(default_factory=threading.Lock)
@@ -97,7 +102,8 @@ class Watchdog:
         Raises what it raises, the reason if it was told to end, and LeaseLost if its end has
         already been committed.
         """
-        outcome, error = None, None
+        outcome: Any = None
+        error: BaseException | None = None
         previous = self._begin(attempt)
         try:
             try:
@@ -105,7 +111,7 @@ class Watchdog:
                 outcome = body()
             finally:
                 attempt.inside = False  # from here on no exception strikes
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
         finally:
             self._end(attempt, previous)
@@ -186,10 +192,12 @@ class Watchdog:
                     self._changed.wait(None if due == NEVER else due - monotonic())
                     continue
                 late = [attempt for attempt in self._attempts if _due(attempt) <= monotonic()]
+            # Those whose rows were held the last time have cost time already.
+            late.sort(key=lambda attempt: attempt.held)
             for attempt in late:
                 try:
                     self._act(attempt)
-                except psycopg.Error as error:
+                except Exception as error:
                     self._away(attempt, error)
         if self._connection is not None:
             self._connection.close()
@@ -227,7 +235,7 @@ class Watchdog:
             if attempt.over:
                 return
             frame = sys._current_frames().get(attempt.thread)
-            if frame is not None:
+            if frame is not None and not attempt.held:
                 reason.add_note("it was here:\n" + "".join(traceback.format_stack(frame)[-3:]))
             attempt.settle(self._connected(), reason)
             attempt.fenced = attempt.lease.lost = True
@@ -243,8 +251,12 @@ class Watchdog:
             )
             self._end_process()
 
-    def _away(self, attempt: Attempt, error: psycopg.Error) -> None:
-        """Postgres cannot be told. A process ends all the same: its lease runs out."""
+    def _away(self, attempt: Attempt, error: Exception) -> None:
+        """Postgres cannot be told. A process ends all the same: its lease runs out.
+
+        Not for a row that somebody's transaction holds: then it is told a little later.
+        """
+        attempt.held = isinstance(error, psycopg.errors.LockNotAvailable)
         logger.warning(
             "watchdog could not write, will retry",
             extra={
@@ -252,12 +264,15 @@ class Watchdog:
                 "run_id": attempt.lease.run.run_id,
                 "reason": str(error),
             },
+            exc_info=None if isinstance(error, psycopg.Error) else error,
         )
-        if self._connection is not None:
+        if self._connection is not None and not attempt.held:
             self._connection.close()
         attempt.look_at = monotonic() + AGAIN
         if attempt.act_at is not None:
             attempt.act_at = monotonic() + AGAIN
+            if attempt.held:
+                return
             with attempt.mutex:
                 if not attempt.over:
                     self._end_process()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -345,6 +346,14 @@ def tell_trace(ctx: StepContext) -> dict[str, str | None]:
 
 tells_its_trace = Plan("tells_its_trace", [tell_trace])
 
+
+@step
+def exit_for_want(ctx: StepContext) -> None:
+    sys.exit("the configuration is missing")
+
+
+exits = Plan("exits", [exit_for_want])
+
 ALL = [
     *PLANS,
     two_steps,
@@ -369,6 +378,7 @@ ALL = [
     compensated,
     undeaf,
     tells_its_trace,
+    exits,
 ]
 
 app = App(Settings.from_env(), ALL)

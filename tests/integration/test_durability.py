@@ -13,7 +13,7 @@ import pytest
 from beatless import App, LeaseLost, RunState
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.journal import Settlement
-from beatless.orchestrator.lease import Heartbeat
+from beatless.orchestrator.lease import Heartbeat, new_token
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
 
@@ -183,8 +183,12 @@ def test_a_heartbeat_keeps_the_lease_and_brings_the_cancel(
     heartbeat.once(connection)
     assert lease.cancelled
 
-    # Its owner renews the token, and has no answer yet.
+    # Its owner renews the token, and has no answer yet; then it is done again.
+    lease.next_token = new_token()
     leases.renew_token(connection, replace(lease))
+    heartbeat.once(connection)
+    assert not lease.lost
+    leases.renew_token(connection, lease)
     heartbeat.once(connection)
     assert not lease.lost
 

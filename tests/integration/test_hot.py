@@ -50,7 +50,7 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
     journal, run_id = app.journal, lease.run.run_id
     trace = journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": 1})
     for _ in range(4):
-        assert app.leases.extend(session, lease)
+        assert app.leases.extend(session, [lease]) == []
         assert journal.append(session, run_id, lease.token, [trace, trace])
     app.leases.renew_token(session, lease)
     again = Settlement(events=[trace], state=RunState.QUEUED, delay=0.0)

@@ -16,7 +16,7 @@ from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.journal import Run
-from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.lease import Heartbeat
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS
@@ -337,22 +337,37 @@ def test_a_claim_that_waits_for_a_row_does_not_hold_up_a_pause_for_long(
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
 
 
-def test_a_heartbeat_does_not_wait_for_a_row_for_long(
-    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("table", ["runs", "dispatches"])
+def test_a_heartbeat_keeps_the_leases_of_free_runs_and_waits_for_no_row(
+    beatless: Kit, beatless_app: App, table: str
 ) -> None:
-    run = beatless.start_run("two_steps")
-    monkeypatch.setattr("beatless.orchestrator.lease.PATIENCE", 0.05)
-    leases = Leases(beatless_app.settings.schema, seconds=30)
+    runs = [beatless.start_run("two_steps") for _ in range(5)]
+    leases = beatless_app.leases
     connection = beatless_app.executors.connect()
-    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
-    lock = "SELECT FROM runs WHERE run_id = %s FOR UPDATE"
-    with (
-        holding(beatless_app, lock, run.run_id),
-        pytest.raises(psycopg.errors.LockNotAvailable),
-    ):
-        leases.extend(connection, lease)
-    assert leases.extend(connection, lease) is True
+    claimed = [
+        leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+        for run in runs
+    ]
+    held, free = claimed[:4], claimed[4]
+    heartbeat = Heartbeat(leases, beatless_app.executors.connect)
+    for lease in claimed:
+        heartbeat.hold(lease)
+    beatless.advance(29)
+    lock = f"SELECT FROM {table} WHERE run_id <> %s FOR UPDATE"
+    with holding(beatless_app, lock, free.run.run_id) as somebody:
+        connection.execute("SET statement_timeout = '500ms'")  # it waits for nobody
+        assert heartbeat.once(connection) is False
+        assert leases.extend(connection, claimed) == held
+        somebody.rollback()
+    assert not any(lease.lost for lease in claimed)
+    left = "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) > 20 FROM"
+    kept = connection.execute(
+        f"{left} {beatless_app.settings.schema}.runs WHERE run_id = %s", [free.run.run_id]
+    )
+    assert kept.fetchone() == (True,)
+    assert heartbeat.once(connection) is True
     assert connection.execute("SHOW lock_timeout").fetchone() == ("0",)
+    heartbeat.stop()
     connection.close()
 
 

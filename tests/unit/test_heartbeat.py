@@ -1,6 +1,7 @@
 """The thread that keeps leases: what it does is tested on Postgres, here is what it does not."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -46,10 +47,10 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
     beat = threading.Event()
 
     class Extended(Leases):
-        def extend(self, connection: Any, lease: Lease) -> bool:
+        def extend(self, connection: Any, leases: Sequence[Lease]) -> list[Lease]:
             beats.append(1)
             beat.set()
-            return True
+            return []
 
     heartbeat = Heartbeat(Extended("s", seconds=0.03), Connection)  # type: ignore[arg-type]
     for _ in range(3):
@@ -61,39 +62,26 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
     heartbeat.stop()
 
 
-def test_after_a_failure_it_does_not_wait_for_its_next_turn(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [psycopg.OperationalError("the server closed the connection"), ValueError("'paused'")],
+    ids=["of Postgres", "any other"],
+)
+def test_after_a_failure_it_goes_on_and_does_not_wait_for_its_next_turn(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     monkeypatch.setattr("beatless.orchestrator.lease.AGAIN", 0.01)
     kept = threading.Event()
 
     class FailsOnce(Leases):
-        def extend(self, connection: Any, lease: Lease) -> bool:
+        def extend(self, connection: Any, leases: Sequence[Lease]) -> list[Lease]:
             if self.seconds < 1:
                 self.seconds = 3600  # from now on its next turn comes after twenty minutes
-                raise psycopg.OperationalError("the server closed the connection")
+                raise error
             kept.set()
-            return True
+            return []
 
     heartbeat = Heartbeat(FailsOnce("s", seconds=0.03), Connection)  # type: ignore[arg-type]
     heartbeat.hold(lease())
     assert kept.wait(60)
-    heartbeat.stop()
-
-
-def test_a_lease_whose_row_is_held_does_not_keep_the_others_from_being_extended():
-    extended: list[Lease] = []
-    blocked, free = lease(), lease()
-
-    class Blocked(Leases):
-        def extend(self, connection: Any, lease: Lease) -> bool:
-            if lease is blocked:
-                raise psycopg.errors.LockNotAvailable("canceling statement due to lock timeout")
-            extended.append(lease)
-            return True
-
-    heartbeat = Heartbeat(Blocked("s", seconds=3600), Connection)  # type: ignore[arg-type]
-    heartbeat.hold(blocked)
-    heartbeat.hold(free)
-    with pytest.raises(psycopg.errors.LockNotAvailable):
-        heartbeat.once(Connection())  # type: ignore[arg-type]
-    assert extended == [free]
     heartbeat.stop()

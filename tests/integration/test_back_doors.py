@@ -1,0 +1,263 @@
+"""Bodies that leave by the back door: each is an attempt that has failed, with its reason."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+
+from beatless import LeaseLost, Plan, RunCancelled, RunState, WorkerStops, retry, step
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.executor import GIVEN_BACK
+from beatless.orchestrator.plan import Finish
+from beatless.testing import Kit
+from tests.plans import exits, two_steps
+
+APP = "tests.plans:app"
+
+
+@pytest.mark.parametrize("pool", ["threads", pytest.param("prefork", marks=pytest.mark.long)])
+def test_a_worker_keeps_its_places_whatever_its_bodies_raise(beatless: Kit, pool: str) -> None:
+    """Two places, and more runs that leave so than there are places."""
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP, concurrency=2, arguments=("--", "--pool", pool))
+    exits = [beatless.start_run("exits") for _ in range(5)]
+    for run in exits:
+        assert beatless.wait_for_run_completion(run.run_id).error["type"] == "SystemExit"
+    fine = beatless.start_run("two_steps")
+
+    assert beatless.wait_for_run_completion(fine.run_id).result == "one two"
+
+    assert worker.alive
+    assert [beatless.client.get_run(run.run_id).attempt for run in exits] == [1] * 5
+    beatless.verify()
+
+
+class PanicException(BaseException):
+    """As a Rust extension raises it (pyo3_runtime.PanicException)."""
+
+
+def leave_asyncio() -> None:
+    async def main() -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        task.cancel()
+        await task
+
+    asyncio.run(main())
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def leave() -> None:
+        raise error
+
+    return leave
+
+
+DOORS: dict[str, tuple[Callable[[], None], str]] = {
+    "exit": (raising(SystemExit("the configuration is missing")), "the configuration is missing"),
+    "exit 0": (raising(SystemExit(0)), "0"),
+    "exit without a code": (raising(SystemExit()), ""),
+    "interrupt": (raising(KeyboardInterrupt()), ""),
+    "generator exit": (raising(GeneratorExit("closed")), "closed"),
+    "asyncio": (leave_asyncio, ""),
+    "panic": (raising(PanicException("called unwrap on None")), "called unwrap on None"),
+    "stop iteration": (raising(StopIteration("no more")), "no more"),
+    "another's lease": (raising(LeaseLost("another", 7)), "the lease 7 on run another is gone"),
+    "no stop": (raising(WorkerStops("another")), "the worker of run another stops"),
+    "no cancel": (raising(RunCancelled("another")), "run another was asked to stop"),
+}
+calls: list[str] = []
+
+
+def leave(ctx: StepContext) -> Any:
+    calls.append(ctx.step)
+    if ctx.attempt <= ctx.input.get("failures", 1_000):
+        DOORS[ctx.input["door"]][0]()
+    return "stayed"
+
+
+class Sly(dict[str, Any]):
+    """Ends the process, if it can, when it is written as JSON for the n-th time."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__(a=1)
+        self.nth = nth
+
+    def items(self) -> Any:
+        self.nth -= 1
+        if self.nth == 0:
+            raise SystemExit("in the encoder")
+        return super().items()
+
+
+@step
+def sly(ctx: StepContext) -> Any:
+    calls.append(ctx.step)
+    return Sly(ctx.input["nth"])
+
+
+@step
+def sly_finish(ctx: StepContext) -> Any:
+    calls.append(ctx.step)
+    return Finish(Sly(ctx.input["nth"]))
+
+
+plain = step(name="plain")(leave)
+transactional = step(name="transactional", transactional=True)(leave)
+again = step(name="again", retry=retry(max_attempts=2, initial=1))(leave)
+undo = step(name="undo")(leave)
+
+
+@step
+def fine(ctx: StepContext) -> str:
+    return "fine"
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    calls.clear()
+    return [
+        Plan("plain", [plain]),
+        Plan("transactional", [transactional]),
+        Plan("again", [again]),
+        Plan("undone", [fine, plain], on_cancel=undo),
+        Plan("sly", [sly, fine]),
+        Plan("sly_finish", [sly_finish]),
+        Plan("committed", [step(name="committed", transactional=True)(lambda ctx: 1)]),
+        Plan("fine", [fine]),
+        exits,
+        two_steps,
+    ]
+
+
+@pytest.mark.parametrize("plan", ["plain", "transactional"])
+@pytest.mark.parametrize("door", DOORS)
+def test_whatever_a_body_raises_is_a_failure_with_type_message_and_traceback(
+    beatless: Kit, door: str, plan: str
+) -> None:
+    run = beatless.start_run(plan, {"door": door})
+
+    assert beatless.work_until_idle() == 1
+
+    types = ["RunStarted", "StepStarted", "StepFailed", "RunFinished"]
+    assert beatless.event_types(run.run_id) == types
+    error = beatless.client.get_run(run.run_id).error
+    with pytest.raises(BaseException) as raised:
+        DOORS[door][0]()
+    assert error["type"] == type(raised.value).__name__
+    assert error["message"].startswith(DOORS[door][1])
+    assert error["step"] == plan
+    assert "in leave" in error["traceback"]
+    assert calls == [plan]
+    beatless.verify()
+
+
+@pytest.mark.parametrize("door", ["exit", "panic", "asyncio", "no cancel"])
+def test_retry_decides_about_it_as_about_any_failure(beatless: Kit, door: str) -> None:
+    run = beatless.start_run("again", {"door": door, "failures": 1})
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+
+    beatless.advance(10)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == "stayed"
+    beatless.verify()
+
+
+@pytest.mark.parametrize("door", ["exit", "panic", "interrupt", "asyncio"])
+def test_a_step_that_undoes_a_run_and_leaves_so_is_told_in_the_error(
+    beatless: Kit, door: str
+) -> None:
+    run = beatless.start_run("undone", {"door": door})
+    beatless.step(run.run_id)
+    beatless.client.cancel_run(run.run_id)
+
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run.run_id)
+    assert ended.state is RunState.CANCELLED
+    assert ended.error["on_cancel"]["message"] == DOORS[door][1]
+    assert calls == ["undo"]
+    beatless.verify()
+
+
+@pytest.mark.parametrize("plan", ["sly", "sly_finish"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_result_that_leaves_while_it_is_written_fails_or_is_stored(
+    beatless: Kit, plan: str, nth: int
+) -> None:
+    """Never in between: its own code is called before the commit and not after it."""
+    run = beatless.start_run(plan, {"nth": nth})
+
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run.run_id)
+    if ended.state is RunState.FAILED:
+        assert (ended.error["type"], ended.error["message"]) == ("SystemExit", "in the encoder")
+    else:
+        assert ended.result in ("fine", {"a": 1})
+    assert calls == [plan]
+    assert (nth == 1) <= (ended.state is RunState.FAILED)
+    beatless.verify()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_hung_on_a_commit_and_leaves_fails_the_attempt_or_changes_nothing(
+    beatless: Kit, when: str
+) -> None:
+    engine = beatless.executor().engine
+    run = beatless.start_run("committed")
+
+    def hook(connection: sqlalchemy.Connection) -> None:
+        sqlalchemy.event.remove(engine, "commit", hook)
+        if when == "after":  # as a hook of the driver's would come after it
+            connection.connection.driver_connection.commit()
+        raise SystemExit("a hook")
+
+    sqlalchemy.event.listen(engine, "commit", hook)
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run.run_id)
+    if when == "after":
+        assert (ended.state, ended.result) == (RunState.COMPLETED, 1)
+    else:
+        assert (ended.state, ended.error["message"]) == (RunState.FAILED, "a hook")
+    beatless.verify()
+
+
+def test_an_outcome_that_postgres_refuses_is_a_failure(beatless: Kit) -> None:
+    run = beatless.start_run("fine")
+    journal = beatless.app.journal
+    settle = journal.settle
+
+    def refused(*arguments: Any) -> Any:
+        journal.settle = settle
+        raise psycopg.errors.UntranslatableCharacter("character has no equivalent in LATIN1")
+
+    journal.settle = refused
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run.run_id).error
+    assert error["type"] == "UntranslatableCharacter"
+    assert "no equivalent" in error["message"]
+    beatless.verify()
+
+
+@pytest.mark.parametrize("door", ["exit", "interrupt"])
+def test_who_ends_the_process_from_outside_fails_no_attempt(beatless: Kit, door: str) -> None:
+    run = beatless.start_run("plain", {"door": door, "failures": 1})
+    beatless.drain_outbox_once()
+    executor = beatless.app.executors.new()
+    executor.leaving = lambda: True
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        executor.execute(beatless.app.plans["plain"], run.run_id, 1)
+    executor.disconnect()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+    last = beatless.client.events(run.run_id)[-1]
+    assert last.data["name"] == GIVEN_BACK
+    beatless.verify()

@@ -1,0 +1,234 @@
+"""One run has one writer: among its step's threads, and among the workers that have claimed it."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from beatless import LeaseLost, Plan, RunState, StepEnded, step
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.errors import OrchestratorError
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.journal import Settlement
+from beatless.testing import Kit
+
+THREADS, EACH = 6, 20
+
+
+class Gate:
+    """A body that stays inside until it is let go: the first call; each later one goes through."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.inside, self.go = threading.Event(), threading.Event()
+        self.said: list[Exception | None] = []
+
+    def __call__(self, ctx: StepContext) -> str:
+        self.calls += 1
+        call = self.calls
+        if call == 1:
+            self.inside.set()
+            assert self.go.wait(60)
+            try:
+                ctx.trace("late")
+            except OrchestratorError as error:
+                self.said.append(error)
+                raise
+            self.said.append(None)
+        return f"call {call}"
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def cut() -> list[Callable[[], None]]:
+    """What a step calls to end the connection of its worker."""
+    return []
+
+
+@pytest.fixture
+def beatless_plans(gate: Gate, cut: list[Callable[[], None]]) -> list[Plan]:
+    over, said = threading.Event(), []
+
+    @step
+    def fan(ctx: StepContext) -> None:
+        def work(thread: int) -> None:
+            for number in range(EACH):
+                ctx.trace("t", mark=f"{thread}.{number}")
+                if thread == 0 and number % 5 == 0:
+                    cut[0]()
+                ctx.raise_if_cancelled()
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(work, range(THREADS)))
+
+    @step
+    def leaves_a_thread(ctx: StepContext) -> None:
+        def outlive() -> None:
+            over.wait(60)
+            for speak in (lambda: ctx.trace("late"), ctx.raise_if_cancelled):
+                try:
+                    speak()
+                    said.append("nothing")
+                except StepEnded as error:
+                    said.append(str(error))
+
+        ctx.trace("in time")
+        threading.Thread(target=outlive, name="outlives").start()
+
+    @step
+    def hears(ctx: StepContext) -> list[str]:
+        over.set()
+        for thread in threading.enumerate():
+            if thread.name == "outlives":
+                thread.join(60)
+        return said
+
+    @step
+    def after(ctx: StepContext) -> str:
+        return ctx.results["gated"]
+
+    return [
+        Plan("fan", [fan]),
+        Plan("outlived", [leaves_a_thread, hears]),
+        Plan("gated", [step(name="gated")(gate), after]),
+    ]
+
+
+def test_threads_of_one_step_trace_at_once_while_connections_die(
+    beatless: Kit,
+    cut: list[Callable[[], None]],
+    postgres: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executor = beatless.executor()
+
+    def end_connection() -> None:
+        connection = executor._connection
+        if connection is not None and not connection.closed:
+            postgres.execute("SELECT pg_terminate_backend(%s)", (connection.info.backend_pid,))
+
+    cut.append(end_connection)
+    run = beatless.start_run("fan")
+    beatless.work_until_idle()
+
+    events = beatless.client.events(run.run_id)
+    marks = Counter(event.data["mark"] for event in events if event.type == "DebugTrace")
+    assert set(marks.values()) == {1}
+    assert len(marks) == THREADS * EACH
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    assert beatless.client.get_run(run.run_id).attempt == 1
+    assert not [message for message in caplog.messages if "lease lost" in message]
+    beatless.verify()
+
+
+def test_a_thread_that_outlives_its_step_is_refused(beatless: Kit) -> None:
+    run = beatless.start_run("outlived")
+    beatless.work_until_idle()
+
+    said = beatless.client.get_run(run.run_id).result
+    assert len(said) == 2
+    assert all("step leaves_a_thread of run" in text and "has ended" in text for text in said)
+    traces = [e.data["name"] for e in beatless.client.events(run.run_id) if e.type == "DebugTrace"]
+    assert traces == ["in time"]
+    beatless.verify()
+
+
+def test_a_worker_whose_run_was_taken_over_writes_nothing_while_the_other_is_in_its_step(
+    beatless: Kit, gate: Gate
+) -> None:
+    """Each claim has a token of its own: the other one's is looked at while it works."""
+    plan = beatless.app.plans["gated"]
+    run = beatless.start_run("gated")
+    beatless.drain_outbox_once()
+    frozen = beatless.app.executors.new()
+    worker = threading.Thread(target=frozen.execute, args=(plan, run.run_id, 1))
+    worker.start()
+    assert gate.inside.wait(60)
+    beatless.advance(31)
+    connection = beatless.app.executors.connect()
+    lease = beatless.app.leases.claim(
+        connection, run.run_id, worker="other", first_step="gated", dispatch=2
+    )
+
+    gate.go.set()
+    worker.join(60)
+
+    assert isinstance(gate.said[0], LeaseLost)
+    assert beatless.event_types(run.run_id) == ["RunStarted", "StepStarted"]
+    trace = beatless.app.journal.new_event(
+        EventType.DEBUG_TRACE, where="here", data={"name": "of the other one"}
+    )
+    assert beatless.app.journal.append(connection, run.run_id, lease.token, [trace])
+    beatless.app.journal.settle(
+        connection, run.run_id, lease.token, Settlement(events=[], state=RunState.QUEUED)
+    )
+    connection.close()
+    frozen.disconnect()
+
+
+def test_no_two_claims_of_a_run_have_the_same_token(beatless: Kit) -> None:
+    run = beatless.start_run("gated")
+    connection = beatless.app.executors.connect()
+    seen = []
+    for dispatch in range(1, 6):
+        lease = beatless.app.leases.claim(
+            connection, run.run_id, worker="w", first_step="gated", dispatch=dispatch
+        )
+        seen.append(lease.token)
+        beatless.app.leases.renew_token(connection, lease)
+        seen.append(lease.token)
+        beatless.advance(31)
+    connection.close()
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_token_is_not_seen_again_after_a_failover_that_lost_its_claim(
+    beatless: Kit, gate: Gate, postgres: psycopg.Connection
+) -> None:
+    plan = beatless.app.plans["gated"]
+    run = beatless.start_run("gated")
+    beatless.drain_outbox_once()
+    stored = postgres.execute("SELECT * FROM runs").fetchone()
+    columns = [column.name for column in postgres.execute("SELECT * FROM runs").description]
+    old = beatless.app.executors.new()
+    worker = threading.Thread(target=old.execute, args=(plan, run.run_id, 1))
+    worker.start()
+    assert gate.inside.wait(60)
+    old_lease = next(iter(old.heartbeat._by_id.values()))
+
+    # The standby that takes over has not got the claim.
+    before = dict(zip(columns, stored, strict=True))
+    postgres.execute("DELETE FROM run_events WHERE seq > 1")
+    postgres.execute(
+        "UPDATE runs SET last_seq = 1, state = 'queued', attempt = 0, started_at = NULL,"
+        " worker = NULL, lease_expires_at = NULL, lease_token = %s",
+        (before["lease_token"],),
+    )
+    postgres.execute("UPDATE dispatches SET state = 'waiting', reason = 'start', attempts = 0")
+    connection = beatless.app.executors.connect()
+    lease = beatless.app.leases.claim(
+        connection, run.run_id, worker="other", first_step="gated", dispatch=1
+    )
+    assert lease.run.attempt == old_lease.run.attempt
+    beatless.app.leases.renew_token(connection, replace(old_lease))
+    assert beatless.app.leases.extend(connection, [old_lease]) == [old_lease]
+    assert not beatless.app.leases.look(connection, old_lease, 0).held
+
+    gate.go.set()
+    worker.join(60)
+
+    assert isinstance(gate.said[0], LeaseLost)
+    assert beatless.event_types(run.run_id) == ["RunStarted", "StepStarted"]
+    beatless.app.journal.settle(
+        connection, run.run_id, lease.token, Settlement(events=[], state=RunState.QUEUED)
+    )
+    connection.close()
+    old.disconnect()
