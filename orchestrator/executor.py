@@ -1172,7 +1172,7 @@ def _describe(error: BaseException, step: str) -> dict[str, Any]:
 def _of_the_body(error: BaseException) -> TracebackType | None:
     """The traceback from the step's own code on; all of it if the error is one of ours."""
     found = error.__traceback__
-    while found and found.tb_frame.f_globals.get("__name__", "").startswith("orchestrator."):
+    while found and found.tb_frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
         found = found.tb_next
     return found or error.__traceback__
 
