@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -33,6 +33,7 @@ api_tokens = Table(
         server_default=text("clock_timestamp()"),
     ),
     Column("expires_at", DateTime(timezone=True)),
+    Column("maker", Id),
     Index("api_tokens_expiry", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     Index("api_tokens_kept", "created_at", postgresql_where=text("run_id IS NULL")),
 )
@@ -41,7 +42,10 @@ SWEEP = 100
 """Expired tokens that a new one takes away: more than come, and little to wait for."""
 
 STREAM_SECONDS = 300
-"""How long the token of one stream may be used to open it."""
+"""How long the token of one stream is good."""
+
+NO_TOKEN = ""
+"""The id of what is granted while there is no token, and the maker of what it makes."""
 
 
 class Scope(StrEnum):
@@ -55,10 +59,13 @@ class Scope(StrEnum):
 class Grant:
     """What somebody may do. `run_id` narrows it to following one run."""
 
-    namespace: str
-    scopes: frozenset[str]
+    scopes: Collection[str]
+    namespace: str = DEFAULT_NAMESPACE
     run_id: str | None = None
-    token_id: str = ""
+    token_id: str | None = None
+    """None where no token of ours says who it is."""
+    maker: str | None = None
+    """The token that made this one."""
 
     def allows(self, scope: Scope) -> bool:
         """Admin includes everything within its namespace; writing includes reading.
@@ -72,7 +79,7 @@ class Grant:
         return scope is Scope.RUNS_READ and Scope.RUNS_WRITE in self.scopes
 
 
-EVERYTHING = Grant(namespace=DEFAULT_NAMESPACE, scopes=frozenset(Scope))
+EVERYTHING = Grant(scopes=frozenset(Scope), token_id=NO_TOKEN)
 """What a server without any token grants to its own machine."""
 
 
@@ -94,6 +101,12 @@ class Tokens:
     def __init__(self, engine: sqlalchemy.Engine, schema: str) -> None:
         self._engine = engine
         self._table = f"{schema}.api_tokens"
+        alive = "({0}.expires_at IS NULL OR {0}.expires_at > clock_timestamp())"
+        self._any = f"EXISTS (SELECT FROM {self._table} WHERE run_id IS NULL)"
+        self._good = f"""{alive.format("t")} AND CASE
+  WHEN t.maker IS NULL THEN true
+  WHEN t.maker = '{NO_TOKEN}' THEN NOT {self._any}
+  ELSE EXISTS (SELECT FROM {self._table} m WHERE m.id = t.maker AND {alive.format("m")}) END"""
 
     def create(
         self,
@@ -103,8 +116,12 @@ class Tokens:
         seconds: float | None = None,
         note: str | None = None,
         run_id: str | None = None,
+        maker: str | None = None,
     ) -> tuple[str, str]:
-        """(id, secret): the secret is shown once and never stored. Raises BadRequest."""
+        """(id, secret): the secret is shown once and never stored. Raises BadRequest.
+
+        What a `maker` made, which is the id of a token, is good no longer than that token.
+        """
         unknown = sorted(set(scopes) - set(Scope))
         if unknown or not scopes:
             raise BadRequest(
@@ -115,7 +132,7 @@ class Tokens:
             raise BadRequest(
                 "scope", f"queues is the whole fleet's: it belongs to namespace {DEFAULT_NAMESPACE}"
             )
-        token_id, secret = secrets.token_hex(4), f"bl_{secrets.token_urlsafe(32)}"
+        token_id, secret = secrets.token_hex(16), f"bl_{secrets.token_urlsafe(32)}"
         with self._engine.begin() as connection:
             execute(
                 connection,
@@ -125,8 +142,8 @@ WITH old AS (
     SELECT id FROM {self._table}
      WHERE expires_at < (SELECT clock_timestamp() - interval '1 day')
      ORDER BY expires_at LIMIT {SWEEP} FOR UPDATE SKIP LOCKED)))
-INSERT INTO {self._table} (id, hash, namespace, scopes, run_id, note, expires_at)
-VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s,
+INSERT INTO {self._table} (id, hash, namespace, scopes, run_id, note, maker, expires_at)
+VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s, %(maker)s,
         clock_timestamp() + make_interval(secs => %(seconds)s))""",
                 {
                     "id": token_id,
@@ -135,10 +152,23 @@ VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s,
                     "scopes": list(scopes),
                     "run_id": run_id,
                     "note": note,
+                    "maker": maker,
                     "seconds": seconds,
                 },
             )
         return token_id, secret
+
+    def create_for_stream(self, run_id: str, *, namespace: str, maker: str | None) -> str:
+        """The secret of a token that may follow this run for `STREAM_SECONDS`."""
+        _, secret = self.create(
+            [Scope.RUNS_READ],
+            namespace=namespace,
+            seconds=STREAM_SECONDS,
+            run_id=run_id,
+            note="stream",
+            maker=maker,
+        )
+        return secret
 
     def find(self, secret: str) -> Grant | None:
         """What this token grants now; None if it is unknown, expired or revoked."""
@@ -146,27 +176,37 @@ VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s,
             rows = execute(
                 connection,
                 f"""
-SELECT namespace, scopes, run_id, id FROM {self._table}
- WHERE hash = %(hash)s AND (expires_at IS NULL OR expires_at > clock_timestamp())""",
+SELECT t.namespace, t.scopes, t.run_id, t.id, t.maker FROM {self._table} t
+ WHERE t.hash = %(hash)s AND {self._good}""",
                 {"hash": _hash(secret)},
             )
         if not rows:
             return None
-        namespace, scopes, run_id, token_id = rows[0]
+        namespace, scopes, run_id, token_id, maker = rows[0]
         return Grant(
-            namespace=namespace, scopes=frozenset(scopes), run_id=run_id, token_id=token_id
+            namespace=namespace,
+            scopes=frozenset(scopes),
+            run_id=run_id,
+            token_id=token_id,
+            maker=maker,
         )
+
+    def good(self, token_ids: Collection[str]) -> frozenset[str]:
+        """Those of these tokens that still grant something; `NO_TOKEN` while there is none."""
+        with self._engine.begin() as connection:
+            rows = execute(
+                connection,
+                f"""
+SELECT t.id FROM {self._table} t WHERE t.id = ANY(%(ids)s) AND {self._good}
+UNION ALL SELECT '{NO_TOKEN}' WHERE '{NO_TOKEN}' = ANY(%(ids)s) AND NOT {self._any}""",
+                {"ids": list(token_ids)},
+            )
+        return frozenset(token_id for (token_id,) in rows)
 
     def any(self) -> bool:
         """Whether there is any token, so that everybody needs one."""
         with self._engine.begin() as connection:
-            return bool(
-                execute(
-                    connection,
-                    f"SELECT EXISTS (SELECT FROM {self._table} WHERE run_id IS NULL)",
-                    {},
-                )[0][0]
-            )
+            return bool(execute(connection, f"SELECT {self._any}", {})[0][0])
 
     def list(self) -> list[Token]:
         """The tokens that are not for a single stream, oldest first."""

@@ -16,6 +16,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.auth import Tokens
 from beatless.errors import (
     BadRequest,
     HistoryChanged,
@@ -376,6 +377,17 @@ class Client:
                 yield event
 
         return events()
+
+    def stream_token(self, run_id: str) -> str:
+        """A token that may follow this run over HTTP for some minutes, for `EventSource`'s URL.
+
+        Raises RunNotFound.
+        """
+        run = self.get_run(run_id)
+        with reaching_postgres(self._journal.schema):
+            return Tokens(self._engine, self._journal.schema).create_for_stream(
+                run.run_id, namespace=self._namespace, maker=None
+            )
 
     def _check_stream(self, run_id: str, from_seq: int) -> Run:
         run = self.get_run(run_id)

@@ -26,7 +26,7 @@ from kombu.exceptions import KombuError, OperationalError
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import exc
 
-from beatless import canary
+from beatless import canary, loopback
 from beatless.app import App
 from beatless.client import Client, new_run_id
 from beatless.errors import JobsError
@@ -49,8 +49,6 @@ NAMESPACE = "beatless-doctor"
 
 CANARIES = 3
 """Runs through the first queue; each hop's latency is their median."""
-
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 POSTGRES = {
     # https://www.postgresql.org/support/security/ , release of 2026-08-13 (28 CVEs)
@@ -918,7 +916,7 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
         if status >= 300:
             text = f"{base} asks who is there (status {status})"
             return Finding(check=check, status=Status.OK, text=text)
-        if parts.hostname in LOOPBACK:
+        if parts.hostname in loopback.NAMES:
             text = f"{base} asks for no password, on this machine only"
             return Finding(check=check, status=Status.OK, text=text)
         return Finding(

@@ -1,25 +1,22 @@
 """The routes under /v1, the health checks and the run page."""
 
 import contextlib
-import ipaddress
 import json
 import logging
 import socket
 import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
@@ -27,13 +24,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from beatless import schema
 from beatless.api import problems, sse
+from beatless.api.gate import Authenticate, Gate, GuardedRoute, granted
+from beatless.api.places import Places
 from beatless.api.problems import Problem
 from beatless.app import App
-from beatless.auth import EVERYTHING, STREAM_SECONDS, Grant, Tokens
+from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.auth import Scope as Permission
-from beatless.client import Client, RunPage, new_run_id, reaching_postgres
+from beatless.client import Client, RunPage, new_run_id
 from beatless.cursors import decode_page, encode_page, parse_event_id
 from beatless.errors import BadRequest, SchemaBehind
+from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.journal import GivenUp, Place, Run
@@ -52,12 +52,6 @@ EVENTS_PAGE = 64
 RUNS_BYTES = 4 * 1024 * 1024
 """The same for lists of runs, which have each run's input, result and error."""
 STUCK_MILLISECONDS = 60_000
-MAX_STREAMS = 5000
-MAX_STREAMS_PER_TOKEN = 1000
-MAX_STREAMS_PER_NAMESPACE = 4000
-"""Each stream-token counts alone, and whoever may read gets as many of them as wanted."""
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]", "::1", "testserver"})
-"""Names of this machine; `testserver` is what test clients call a server without a socket."""
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -68,12 +62,8 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip")
-"""Headers by which a proxy tells that it passes on what somebody else has sent."""
-
 bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
 Letter = Annotated[int, PathParameter(ge=1, le=2**63 - 1, description="id of a dead letter")]
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
 class StartRequest(BaseModel):
@@ -208,73 +198,41 @@ def _too_large() -> str:
     )
 
 
-class Gate:
-    """Who may do what: by token, or by being on this machine while there is no token."""
+class Namespaces:
+    """The clients of an app, one for each namespace that somebody has asked for."""
 
-    def __init__(self, app: App, tokens: Tokens, *, public: bool) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
-        self._tokens = tokens
-        self._public = public
-        self._clients = {"default": app.client}
+        self._clients = {DEFAULT_NAMESPACE: app.client}
         self._mutex = threading.Lock()
 
-    def grant(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> Grant:
-        """Raises Problem (401), saying no more than that."""
-        secret = credentials.credentials if credentials else request.query_params.get("token")
-        with reaching_postgres(self._app.settings.schema):
-            return self._granted(request, credentials, secret)
-
-    def _granted(
-        self,
-        request: Request,
-        credentials: HTTPAuthorizationCredentials | None,
-        secret: str | None,
-    ) -> Grant:
-        if secret is None and self._from_here(request) and not self._tokens.any():
-            return EVERYTHING
-        found = self._tokens.find(secret) if secret else None
-        if found is None or (credentials is None and found.run_id is None):
-            raise Problem(
-                HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed: `beatless token create`"
-            ).with_headers(WWW_Authenticate="Bearer")
-        return found
-
-    def _from_here(self, request: Request) -> bool:
-        """Whether only a person on this machine can have sent this.
-
-        Told by the socket, for a header says what the caller likes; and by the headers all the
-        same: another site's page may reach a server on loopback under a name of its own, or have
-        the browser send a form to it, and a proxy on this machine passes on what others have sent.
-        """
-        named = request.headers.get("host", "")
-        host = named.rpartition(":")[0] or named
-        ends = [request.scope.get("server"), request.scope.get("client")]
-        return (
-            not self._public
-            and host in LOOPBACK
-            and all(end is None or end[0] in LOOPBACK for end in ends)
-            and not any(name.startswith(FORWARDED) for name in request.headers)
-            and not _foreign(request)
-        )
-
     def client(self, namespace: str) -> Client:
-        """The client of one namespace."""
         with self._mutex:
             if namespace not in self._clients:
                 self._clients[namespace] = self._app.client_for(namespace)
             return self._clients[namespace]
 
 
-def create_api(app: App, *, flower_url: str | None = None, public: bool = False) -> FastAPI:
-    """The API of an app. Opens nothing before the first request.
+def create_api(
+    app: App,
+    *,
+    authenticate: Authenticate | None = None,
+    flower_url: str | None = None,
+    is_open: bool = False,
+) -> FastAPI:
+    """The API of an app, to be served or mounted. Opens nothing before the first request.
 
-    With `flower_url` the run page links to Flower. Without any token whoever is on this machine may
-    do everything, unless it is `public`: then nobody may do anything.
+    `authenticate` says what whoever sends a request may do, by what your own app knows of them:
+    called with each Request, it returns a `Grant`, or None to refuse; it may be a coroutine
+    function. Tokens are good all the same.
+
+    Without it, and as long as there is no token, a person on this machine may do everything: the
+    connection comes from loopback, no header tells of a proxy, and `Host` is a name of this machine
+    with the port. With `is_open` everybody may. With `flower_url` the run page links to Flower.
     """
     tokens = Tokens(app.engine, app.settings.schema)
-    gate = Gate(app, tokens, public=public)
-    streams: Counter[str] = Counter()
-    in_namespace: Counter[str] = Counter()
+    places = Places(tokens)
+    namespaces = Namespaces(app)
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -292,17 +250,21 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         docs_url=None,
         redoc_url=None,
         openapi_url=None,  # a route of ours: FastAPI's keeps the first path it was asked at
+        dependencies=[Depends(bearer)],
         redirect_slashes=False,  # a name that is missing is no other request
     )
+    api.state.gate = Gate(tokens, app.settings.schema, authenticate=authenticate, is_open=is_open)
+    api.state.places = places
+    api.router.route_class = GuardedRoute
     api.add_middleware(BodyLimit)
     problems.install(api)
 
-    def permitted(scope: Permission) -> Callable[..., Client]:
-        def check(request: Request, credentials: Credentials) -> Client:
-            grant = gate.grant(request, credentials)
+    def permitted(scope: Permission) -> Callable[[Request], Awaitable[Client]]:
+        async def check(request: Request) -> Client:
+            grant = granted(request)
             if not grant.allows(scope) or grant.run_id is not None:
                 raise _lacks(scope)
-            return gate.client(grant.namespace)
+            return namespaces.client(grant.namespace)
 
         return check
 
@@ -454,18 +416,14 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         return new.to_dict()
 
     @api.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=answers())
-    def stream_token(run_id: str, request: Request, credentials: Credentials) -> dict[str, Any]:
+    def stream_token(run_id: str, request: Request) -> dict[str, Any]:
         """A token that may follow this run for some minutes, for EventSource's `?token=`."""
-        grant = gate.grant(request, credentials)
+        grant = granted(request)
         if not grant.allows(Permission.RUNS_READ) or grant.run_id is not None:
             raise _lacks(Permission.RUNS_READ)
-        run = gate.client(grant.namespace).get_run(_text(run_id))
-        _, secret = tokens.create(
-            [Permission.RUNS_READ],
-            namespace=grant.namespace,
-            seconds=STREAM_SECONDS,
-            run_id=run.run_id,
-            note="stream",
+        run = namespaces.client(grant.namespace).get_run(_text(run_id))
+        secret = tokens.create_for_stream(
+            run.run_id, namespace=grant.namespace, maker=grant.token_id
         )
         return {"token": secret, "seconds": STREAM_SECONDS}
 
@@ -482,13 +440,12 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
     def stream_run(
         run_id: str,
         request: Request,
-        credentials: Credentials,
         from_seq: str | None = None,
         fromSeq: str | None = None,  # noqa: N803 - the name that browsers' code uses
     ) -> Response:
         """Every event after the cursor, in order and once, until RunFinished."""
-        grant = gate.grant(request, credentials)
-        client = gate.client(grant.namespace)
+        grant = granted(request)
+        client = namespaces.client(grant.namespace)
         if not grant.allows(Permission.RUNS_READ) or (
             grant.run_id not in (None, client.stored_id(run_id))
         ):
@@ -501,40 +458,21 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
             given, seq = parse_event_id(text, name)
         except BadRequest as error:
             raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
-        # First: of another epoch than the run it names too little rather than too much as seen.
-        epoch = client.epoch()
-        run = client.get_run(_text(run_id))
-        after, reset = sse.start_of(run, epoch, given, seq)
-        if after < 0:
-            return Response(status_code=204)
-        run.require_events(after)
-        if app.streams.open_streams >= MAX_STREAMS or (
-            grant.token_id
-            and (
-                streams[grant.token_id] >= MAX_STREAMS_PER_TOKEN
-                or in_namespace[grant.namespace] >= MAX_STREAMS_PER_NAMESPACE
-            )
-        ):
-            raise Problem(
-                HTTPStatus.SERVICE_UNAVAILABLE, "too many streams are open: come again later"
-            ).with_headers(Retry_After="5")
-
-        @contextlib.contextmanager
-        def counted() -> Iterator[None]:
-            places = ((streams, grant.token_id), (in_namespace, grant.namespace))
-            for counter, name in places:
-                counter[name] += 1
-            try:
-                yield
-            finally:
-                for counter, name in places:
-                    counter[name] -= 1
-                    if not counter[name]:
-                        del counter[name]
-
-        return sse.EventStream(
-            sse.chunks(app.streams, run, epoch=epoch, after=after, reset=reset, counted=counted)
-        )
+        place = places.take(grant)
+        try:
+            # First: of another epoch than the run it names too little rather than too much as seen.
+            epoch = client.epoch()
+            run = client.get_run(_text(run_id))
+            after, reset = sse.start_of(run, epoch, given, seq)
+            if after < 0:
+                place.release()
+                return Response(status_code=204)
+            run.require_events(after)
+        except BaseException:
+            place.release()
+            raise
+        chunks = sse.chunks(app.streams, run, epoch=epoch, after=after, reset=reset)
+        return sse.EventStream(chunks, places, place)
 
     @api.delete(
         "/v1/runs/{run_id}",
@@ -642,9 +580,9 @@ def create_api(app: App, *, flower_url: str | None = None, public: bool = False)
         }
 
     @api.get("/v1/token", responses=answers())
-    def describe_token(request: Request, credentials: Credentials) -> dict[str, Any]:
+    def describe_token(request: Request) -> dict[str, Any]:
         """What the token may do, with what its scopes include."""
-        grant = gate.grant(request, credentials)
+        grant = granted(request)
         if grant.run_id is not None:
             raise _lacks(Permission.RUNS_READ)
         allowed = [scope.value for scope in Permission if grant.allows(scope)]
@@ -712,29 +650,27 @@ def serve(
     port: int,
     ready: Callable[[str], None],
     reuse_port: bool = False,
-    flower_url: str | None = None,
+    **options: Any,
 ) -> None:
     """Serve the API until told to stop; `ready` gets the URL once it answers.
 
-    With `reuse_port` several processes may serve the same address. Raises BadRequest for an address
-    that cannot be listened on.
+    The options are those of `make_server`. With `reuse_port` several processes may serve the same
+    address. Raises BadRequest for an address that cannot be listened on.
     """
     sockets = bind(host, port, reuse_port=reuse_port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sockets[0].getsockname()[1]}"
-    public = not all(
-        ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
-        for listener in sockets
-    )
-    server = make_server(app, ready=lambda: ready(url), flower_url=flower_url, public=public)
-    server.run(sockets=sockets)
+    make_server(app, ready=lambda: ready(url), **options).run(sockets=sockets)
 
 
 def make_server(
-    app: App, *, ready: Callable[[], None], flower_url: str | None = None, public: bool = False
+    app: App, *, ready: Callable[[], None], root_path: str = "", **options: Any
 ) -> uvicorn.Server:
-    """A server of the app's API, to be run with sockets; `ready` is called once it answers."""
+    """A server of the app's API, to be run with sockets; `ready` is called once it answers.
 
+    `root_path` is what a proxy takes away from the paths; the options are those of `create_api`.
+    """
+    api = create_api(app, **options)
     supervisor = Supervisor()
 
     class Server(uvicorn.Server):
@@ -748,12 +684,14 @@ def make_server(
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Their viewers come again, at another process or at our successor.
-            app.streams.end()
+            api.state.places.end_all()
             await super().shutdown(sockets)
 
     return Server(
         uvicorn.Config(
-            create_api(app, flower_url=flower_url, public=public),
+            api,
+            ws="none",
+            root_path=root_path,
             log_level="warning",
             log_config=None,
             proxy_headers=False,  # who is at the other end is not for the other end to say
@@ -795,24 +733,6 @@ def _no_such_letter() -> Iterator[None]:
         yield
     except BadRequest as error:
         raise Problem(HTTPStatus.NOT_FOUND, str(error), error) from error
-
-
-def _foreign(request: Request) -> bool:
-    """Whether a browser says that another site's page has it send this.
-
-    By `Sec-Fetch-Site` (W3C Fetch Metadata), which no page can write; browsers that have none yet
-    send `Origin` with whatever changes something.
-    """
-    site = request.headers.get("sec-fetch-site")
-    if site in ("same-origin", "same-site", "none"):
-        return False
-    origin = request.headers.get("origin")
-    if origin is None:
-        return site is not None
-    try:
-        return urlsplit(origin).hostname not in LOOPBACK
-    except ValueError:
-        return True
 
 
 def _place(cursor: str | None) -> Place | None:

@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from http import HTTPStatus
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from beatless.api.places import Place, Places, kept_by
 from beatless.api.problems import Problem
 from beatless.client import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
@@ -21,8 +22,11 @@ from beatless.stream import Streams
 
 logger = logging.getLogger(__name__)
 
-ROTATION = 300.0
-"""Seconds after which a stream asks its viewer to come again, more or less a fifth."""
+ROTATION = 240.0
+"""Seconds after which a stream asks its viewer to come again, more or less a fifth.
+
+Before the token of one stream ends, or all that were opened with one at a time would end at once.
+"""
 
 RETRY = 2000
 """Milliseconds that a viewer waits before it comes again, up to twice as many."""
@@ -65,31 +69,50 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], places: Places, place: Place) -> None:
         self._chunks = chunks
+        self._places = places
+        self._place = place
+        self._started = False
+        self._ended = False
+        self._sending: asyncio.Task[None] | None = None
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
+        kept_by(place, self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
-        sending = asyncio.current_task()
+        sending = self._sending = asyncio.current_task()
         assert sending is not None  # noqa: S101 - a server runs each request as a task
         listening = asyncio.create_task(self._listen(receive, sending))
         try:
-            async with aclosing(self._chunks):  # type: ignore[type-var]  # it is a generator
-                await self._send(send)
+            with self._places.streaming(self._place, self.end):
+                async with aclosing(self._chunks):  # type: ignore[type-var]  # it is a generator
+                    await self._send(send)
         except asyncio.CancelledError:
-            # By the listener, and not by a server that stops?
-            if not listening.done() or sending.uncancel() > 0:
+            # By the listener or by us, and not by a server that stops?
+            if not (listening.done() or self._ended) or sending.uncancel() > 0:
                 raise
+            if not listening.done():
+                await self._finish(send)
         finally:
             listening.cancel()
 
-    async def _send(self, send: Send) -> None:
+    def end(self) -> None:
+        """End in order, between two chunks: the viewer comes again."""
+        if self._sending is not None and not self._ended:
+            self._ended = True
+            self._sending.cancel()
+
+    async def _start(self, send: Send) -> None:
+        self._started = True
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
+
+    async def _send(self, send: Send) -> None:
+        await self._start(send)
         async for chunk in self._chunks:
             message = {"type": "http.response.body", "body": chunk, "more_body": True}
             try:
@@ -98,6 +121,12 @@ class EventStream(Response):
             except TimeoutError:
                 logger.info("viewer reads too slowly and is dropped", extra={"action": "dropped"})
                 break
+        self._ended = True  # a second last chunk would be an error
+        await self._finish(send)
+
+    async def _finish(self, send: Send) -> None:
+        if not self._started:
+            await self._start(send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _listen(self, receive: Receive, sending: "asyncio.Task[None]") -> None:
@@ -113,9 +142,8 @@ async def chunks(
     epoch: str,
     after: int,
     reset: bool,
-    counted: Callable[[], AbstractContextManager[None]],
 ) -> AsyncIterator[bytes]:
-    """The stream of a run, after a seq. `counted` is entered for as long as it is open.
+    """The stream of a run, after a seq.
 
     First comes a frame without data, which no viewer takes for a message, so that even an idle
     stream can be resumed.
@@ -128,13 +156,12 @@ async def chunks(
     rotation = ROTATION * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
     watched = streams.watch(run, after, epoch=epoch, timeout=rotation, idle=KEEP_ALIVE)
     try:
-        with counted():
-            async with aclosing(watched):
-                async for batch in watched:
-                    if not batch:
-                        yield ALIVE
-                    for chunk in frames(batch, epoch):
-                        yield chunk
+        async with aclosing(watched):
+            async for batch in watched:
+                if not batch:
+                    yield ALIVE
+                for chunk in frames(batch, epoch):
+                    yield chunk
     except (HistoryChanged, WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
 

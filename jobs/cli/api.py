@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from beatless import loopback
 from beatless.auth import Scope, Tokens
 from beatless.cli.environment import Environment, seconds
-from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, is_loopback, tell
+from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, tell
 from beatless.client import reaching_postgres
 from beatless.errors import BadRequest, ExtraMissing
 from beatless.export import export
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
     "--reuse-port", is_flag=True, help="Share the address with other processes of this command."
 )
 @click.option("--flower-url", metavar="URL", help="Where Flower is, for links to it.")
+@click.option("--root-path", metavar="/PATH", help="What a proxy takes away from each path.")
+@click.option(
+    "--open", "is_open", is_flag=True, help="While there is no token, let everybody do everything."
+)
 @LOG_FORMAT
 @READY_FD
 @click.pass_obj
@@ -35,11 +40,15 @@ def serve(
     port: int,
     reuse_port: bool,
     flower_url: str | None,
+    root_path: str | None,
+    is_open: bool,
     ready_fd: int | None,
 ) -> None:
     """Serve the HTTP API and the run page."""
     if flower_url is not None:
         check_url("--flower-url", flower_url)
+    if root_path is not None and not root_path.startswith("/"):
+        raise BadRequest("--root-path", f"is {root_path!r}, which does not begin with /")
     env.log()
     api = the_api()
     app = env.app
@@ -47,21 +56,31 @@ def serve(
     with reaching_postgres(app.settings.schema):
         check(app.engine, app.settings.schema)
         guarded = Tokens(app.engine, app.settings.schema).any()
-    if not guarded and not is_loopback(host):
+    if not guarded and not is_open and not loopback.is_host(host):
         raise BadRequest(
             "--host",
             f"{host} can be reached by others and there is no token yet: "
-            "make one with `beatless token create --scope admin`",
+            "make one with `beatless token create --scope admin`, or let everybody in with --open",
         )
 
     def ready(url: str) -> None:
         if app.settings.log_format == Format.JSON:
             logger.info("api is served", extra={"action": "api", "url": url, "guarded": guarded})
         else:
-            env.note(f"api on {url}" + ("" if guarded else " (no token: for this machine only)"))
+            who = "open to everybody who reaches it" if is_open else "for this machine only"
+            env.note(f"api on {url}" + ("" if guarded else f" (no token: {who})"))
         tell(ready_fd)
 
-    api.serve(app, host=host, port=port, ready=ready, reuse_port=reuse_port, flower_url=flower_url)
+    api.serve(
+        app,
+        host=host,
+        port=port,
+        ready=ready,
+        reuse_port=reuse_port,
+        flower_url=flower_url,
+        root_path=(root_path or "").rstrip("/"),
+        is_open=is_open,
+    )
 
 
 def the_api() -> Any:

@@ -2,11 +2,9 @@
 
 import gc
 import importlib
-import ipaddress
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import redis
 from celery import signals
 from kombu.exceptions import KombuError
 
+from beatless import loopback
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.cli.environment import Environment
 from beatless.client import reaching_postgres
@@ -256,7 +255,7 @@ def flower(
     ready_fd: int | None,
 ) -> None:
     """Run Flower on the app's workers and runs."""
-    if basic_auth is None and not is_loopback(host):
+    if basic_auth is None and not loopback.is_host(host):
         raise BadRequest(
             "--host", f"{host} can be reached by others: give --basic-auth USER:PASSWORD as well"
         )
@@ -287,12 +286,3 @@ def check_url(option: str, url: str) -> None:
     """Raises BadRequest for what would be no link in a browser."""
     if not url.startswith(("http://", "https://")):
         raise BadRequest(option, f"{url} does not start with http:// or https://")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on this host."""
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(address).is_loopback for address in found)

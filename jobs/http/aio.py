@@ -132,6 +132,13 @@ class AsyncClient:
                 break
         return found
 
+    async def stream_token(self, run_id: str) -> str:
+        """A token that may follow this run for some minutes, for `EventSource`'s URL.
+
+        Raises RunNotFound.
+        """
+        return await self._send(wire.stream_token(run_id))
+
     async def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
         run = await self.get_run(run_id)

@@ -151,6 +151,13 @@ class Client:
                 break
         return found
 
+    def stream_token(self, run_id: str) -> str:
+        """A token that may follow this run for some minutes, for `EventSource`'s URL.
+
+        Raises RunNotFound.
+        """
+        return self._send(wire.stream_token(run_id))
+
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
         run = self.get_run(run_id)

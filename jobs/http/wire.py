@@ -389,6 +389,11 @@ def obliterate_queue(queue: str, *, force: bool) -> Call[int]:
     return Call(method="DELETE", path=path, query=query, read=_removed, repeatable=False)
 
 
+def stream_token(run_id: str) -> Call[str]:
+    path = _path("runs", run_id, "stream-token")
+    return Call(method="POST", path=path, read=lambda found: str(found["token"]))
+
+
 def stream_path(run_id: str) -> str:
     return _path("runs", run_id, "stream")
 

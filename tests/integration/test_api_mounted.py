@@ -1,6 +1,9 @@
 """The API below a path: mounted in another app, or behind a proxy that takes the path away."""
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,3 +111,21 @@ def test_a_document_told_at_one_path_is_right_at_another(beatless_app: App) -> N
         for at in ("/one", "/two", "/one"):
             document = served("GET", f"{at}/openapi.json").json
             assert document["servers"] == [{"url": at}]
+
+
+def test_an_open_stream_does_not_keep_a_server_from_stopping(
+    beatless: Kit, beatless_app: App
+) -> None:
+    """Uvicorn waits for ever for answers to end, and a mounted app gets no lifespan."""
+    run = beatless.start_run("two_steps").run_id
+    command = [sys.executable, "-m", "uvicorn", "tests.hosted:host", "--port", "0"]
+    environment = os.environ | beatless_app.settings.to_env()
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = next(line for line in server.stderr if "running on" in line)
+        api = Api(int(re.search(r":(\d+) ", said)[1]))
+        with api.stream(f"/jobs/v1/runs/{run}/stream") as stream:
+            next(stream), next(stream)
+            server.terminate()
+            assert list(stream) == []  # whole: an answer that breaks off raises IncompleteRead
+        server.wait(20)

@@ -1,0 +1,239 @@
+"""Who may do what: by token, by the host app's own authentication, or by being on this machine."""
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from inspect import isawaitable
+from time import monotonic
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from sqlalchemy import exc
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from beatless import loopback
+from beatless.api.problems import Problem
+from beatless.auth import EVERYTHING, Grant, Scope, Tokens
+from beatless.client import reaching_postgres
+from beatless.namespaces import check_namespace
+
+logger = logging.getLogger(__name__)
+
+Authenticate = Callable[[Request], Grant | Awaitable[Grant | None] | None]
+"""What the host app knows of whoever sends a request; None refuses."""
+
+HEALTH = frozenset({"/livez", "/readyz"})
+"""Open to everybody, for they are asked by whatever starts and watches processes."""
+
+PROXY_HEADERS = (
+    "cf-",
+    "client-ip",
+    "fastly-",
+    "forwarded",
+    "proxy-",
+    "true-client-ip",
+    "via",
+    "x-amz",
+    "x-appengine-",
+    "x-arr-",
+    "x-azure-",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-envoy-",
+    "x-forwarded",
+    "x-original-",
+    "x-proxy",
+    "x-real-ip",
+)
+"""Beginnings of the headers by which a proxy tells that it passes on what others have sent."""
+
+TOKEN_CHECK_S = 5.0
+"""How long it is believed that there is a token, for what is no secret beside the token's."""
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class GuardedRoute(APIRoute):
+    """A route that knows who asks before it reads what they send."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            gate: Gate = request.app.state.gate
+            await gate.enter(request, self.path)
+            response: Response = await handle(request)
+            return response
+
+        return guarded
+
+
+class Gate:
+    """Decides for each request what it may do.
+
+    1. a token, if there is one in the request
+    2. else what the host app's `authenticate` grants, if it has one
+    3. else everything while no token exists: to a person on this machine, or with `is_open` to all
+    """
+
+    def __init__(
+        self, tokens: Tokens, schema: str, *, authenticate: Authenticate | None, is_open: bool
+    ) -> None:
+        self._tokens = tokens
+        self._schema = schema
+        self._authenticate = authenticate
+        self._is_open = is_open
+        self._looking = threading.Lock()
+        self._guarded = False
+        self._look_at = 0.0
+
+    async def enter(self, request: Request, path: str) -> None:
+        """Raises Problem (401), saying no more than that, unless the request may come in."""
+        if path in HEALTH:
+            return
+        if path.startswith("/v1/"):
+            request.state.beatless_grant = await self._grant(request)
+        elif not await self._may_look(request):
+            raise _unauthorized()
+
+    async def _may_look(self, request: Request) -> bool:
+        """At what needs no token once there is one: the page, its document, the metrics."""
+        if self._authenticate is None:
+            if self._may_be_open(request):
+                return True
+        elif await self._asked(self._authenticate, request):
+            return True
+        return await run_in_threadpool(self._is_guarded)
+
+    async def _grant(self, request: Request) -> Grant:
+        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        bearer = secret.strip() if kind.lower() == "bearer" else ""
+        in_url = request.query_params.get("token", "")
+        if in_url and not bearer:
+            found = await run_in_threadpool(self._find, in_url)
+            if found is None or found.run_id is None:
+                # A token of a person does not belong into a URL.
+                raise _unauthorized()
+            return found
+        if self._authenticate is not None:
+            granted = await self._asked(self._authenticate, request)
+            if granted is not None:
+                if not bearer and is_foreign(request):
+                    raise _unauthorized()
+                return granted
+        elif not bearer and self._may_be_open(request):
+            if not await run_in_threadpool(self._any):
+                return EVERYTHING
+            raise _unauthorized()
+        found = await run_in_threadpool(self._find, bearer) if bearer else None
+        if found is None:
+            raise _unauthorized()
+        return found
+
+    def _may_be_open(self, request: Request) -> bool:
+        return is_local(request) or (self._is_open and not is_foreign(request))
+
+    async def _asked(self, authenticate: Authenticate, request: Request) -> Grant | None:
+        answer = await run_in_threadpool(authenticate, request)
+        found = await answer if isawaitable(answer) else answer
+        if found is None:
+            return None
+        if not isinstance(found, Grant):
+            raise TypeError(f"authenticate must return a Grant or None, not {found!r}")
+        check_namespace(found.namespace)
+        if unknown := set(found.scopes) - set(Scope):
+            raise ValueError(f"authenticate granted unknown scopes: {', '.join(sorted(unknown))}")
+        return found
+
+    def _find(self, secret: str) -> Grant | None:
+        with reaching_postgres(self._schema):
+            return self._tokens.find(secret)
+
+    def _any(self) -> bool:
+        with reaching_postgres(self._schema):
+            return self._tokens.any()
+
+    def _is_guarded(self) -> bool:
+        """Whether there is any token. While Postgres is away, what was so before it went."""
+        with self._looking:
+            if monotonic() >= self._look_at:
+                try:
+                    self._guarded = self._tokens.any()
+                except (exc.DBAPIError, exc.TimeoutError) as error:
+                    logger.warning(
+                        "cannot look whether there is a token",
+                        extra={"action": "tokens_unknown", "reason": str(error)},
+                    )
+                self._look_at = monotonic() + TOKEN_CHECK_S
+            return self._guarded
+
+
+def granted(request: Request) -> Grant:
+    """What the gate has granted to whoever sent the request."""
+    found: Grant = request.state.beatless_grant
+    return found
+
+
+def is_local(request: Request) -> bool:
+    """Whether only a person on this machine can have sent this.
+
+    Told by both ends of the socket, for a header says what the caller likes; and by the headers all
+    the same: another site's page may reach a server on loopback under a name of its own, or have
+    the browser send a form to it, and a proxy on this machine passes on what others have sent. One
+    that says nothing of that speaks HTTP/1.0 to us, or names another port than ours.
+    """
+    here, peer = request.scope.get("server"), request.scope.get("client")
+    return (
+        here is not None
+        and (loopback.is_address(here[0]) or here[0] in loopback.NAMES)
+        and peer is not None
+        and loopback.is_address(peer[0])
+        and request.scope.get("http_version") != "1.0"
+        and not any(name.startswith(PROXY_HEADERS) for name in request.headers)
+        and _names_us(request, here[1])
+        and not is_foreign(request)
+    )
+
+
+def _names_us(request: Request, port: int | None) -> bool:
+    hosts = request.headers.getlist("host")
+    try:
+        named = urlsplit(f"//{hosts[0]}") if len(hosts) == 1 else None
+        default = DEFAULT_PORTS.get(request.url.scheme)
+        return (
+            named is not None
+            and named.hostname in loopback.NAMES
+            and (named.port or default) == (port or default)
+            and not (named.path or named.query or named.fragment or named.username)
+        )
+    except ValueError:
+        return False
+
+
+def is_foreign(request: Request) -> bool:
+    """Whether a browser says that another site's page has it send this.
+
+    By `Sec-Fetch-Site` (W3C Fetch Metadata), which no page can write; browsers that have none yet
+    send `Origin` with whatever changes something.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site in ("same-origin", "same-site", "none"):
+        return False
+    origin = request.headers.get("origin")
+    if origin is None:
+        return site is not None
+    try:
+        page = urlsplit(origin)
+        return page.hostname not in loopback.NAMES and page.netloc != request.headers.get("host")
+    except ValueError:
+        return True
+
+
+def _unauthorized() -> Problem:
+    return Problem(
+        HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed: `beatless token create`"
+    ).with_headers(WWW_Authenticate="Bearer")
