@@ -69,9 +69,11 @@ WITH run AS MATERIALIZED (
          max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step
 ), passed AS (
-  SELECT run_id, type, step, lead(step) OVER following AS next_step,
-         lead(seq) OVER following AS next_seq
-    FROM event WHERE type IN ('StepStarted', 'StepFinished')
+  -- Under the name that it had when it began, if another version of the plan gave it another.
+  SELECT run_id, type, step, began_as, lead(step) OVER following AS next_step,
+         lead(began_as) OVER following AS next_began_as, lead(seq) OVER following AS next_seq
+    FROM (SELECT *, coalesce(data ->> 'renamed_from', step) AS began_as
+            FROM event WHERE type IN ('StepStarted', 'StepFinished')) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
 ), final AS (
   SELECT run.*, state IN ('completed', 'failed', 'cancelled') AS ended FROM run
@@ -97,7 +99,8 @@ UNION ALL
 SELECT 'I4', run_id, format('step %%s was begun and passed without a result', step)
   FROM passed JOIN head USING (run_id)
  WHERE type = 'StepStarted'
-   AND (next_step <> step AND (cancel_seq IS NULL OR next_seq < cancel_seq)
+   AND (next_step <> step AND next_began_as <> began_as
+        AND (cancel_seq IS NULL OR next_seq < cancel_seq)
         OR next_step IS NULL AND cancel_seq IS NULL AND outcome = 'completed')
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))

@@ -275,6 +275,7 @@ class Executors:
             faults=self._faults,
             observer=both(self._observer, observer),
             scope=self._scope,
+            redispatch_s=self._settings.redispatch_seconds,
             **options,
         )
 

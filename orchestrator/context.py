@@ -34,6 +34,7 @@ class StepContext:
         connection: sqlalchemy.Connection | None,
         cancellable: bool = True,
         traceparent: str | None = None,
+        key: str | None = None,
     ) -> None:
         self.run_id = lease.run.run_id
         self.plan = lease.run.plan
@@ -45,6 +46,8 @@ class StepContext:
         """The process that executes this attempt."""
         self.step = step
         """The occurrence: `name`, then `name#2` when a route returns to the step."""
+        self.key = key or f"{self.run_id}:{step}"
+        """Idempotency key of this step occurrence: the same in every attempt. Pass it to others."""
         self.attempt = attempt
         self.results = results
         """Results of finished steps: each occurrence's, and the latest under the step's name."""
@@ -58,11 +61,6 @@ class StepContext:
         self._cancellable = cancellable
         self._next_progress = 0.0
         self._next_cancel_check = 0.0
-
-    @property
-    def key(self) -> str:
-        """Idempotency key of this step occurrence: the same in every attempt. Pass it to others."""
-        return f"{self.run_id}:{self.step}"
 
     @property
     def connection(self) -> sqlalchemy.Connection:

@@ -34,7 +34,7 @@ from beatless.orchestrator.errors import (
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
 from beatless.orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
-from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step
+from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence, step_of
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
@@ -67,6 +67,18 @@ With `refused`, there was no connection to begin it on.
 
 FOLDED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
 """The traces that `fold` looks at."""
+
+UNKNOWN_STEP = "unknown_step"
+"""Why a run waits that stands at a step which the worker's version of the plan does not have."""
+
+UNKNOWN_STEP_S = 1.0
+"""Seconds that it waits at first: most workers of a rolling deploy have the step, or none."""
+
+RENAMED_FROM = "renamed_from"
+"""In StepStarted: the name that the occurrence had at its first attempt, and has in its key."""
+
+FOLLOWING = "following"
+"""In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
 
 BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
 """Between attempts whose transactions were lost, from the second in a row on."""
@@ -123,7 +135,7 @@ class UnknownStep(Exception):
         self.step = step
 
     def __str__(self) -> str:
-        return f"plan {self.plan} has no step {self.step} in this version: the run is given back"
+        return f"plan {self.plan} has no step {self.step} in this version"
 
 
 class BodyFailed(Exception):
@@ -152,12 +164,20 @@ class NoConnection(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Where a run is, folded from its events."""
+    """Where a run is, folded from its events. Steps have the names of this version of the plan."""
 
     step: Step | None
     """What comes next; None when every step has finished."""
+    unknown: str | None = None
+    """What comes next, if this version of the plan does not have it: then `step` is None."""
+    begun: str | None = None
+    """The occurrence whose attempts are counted, by the name that its first attempt had."""
     results: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+    """That of the step that finished last."""
     visits: Counter[str] = field(default_factory=Counter)
+    straight: set[str] = field(default_factory=set)
+    """The steps that have finished since a route was last taken."""
     starts: int = 0
     failures: int = 0
     lost: int = 0
@@ -170,26 +190,51 @@ class Progress:
     @property
     def occurrence(self) -> str:
         """The name of this visit to the step: `name`, then `name#2`."""
-        if self.step is None:
-            return ""
-        visit = self.visits[self.step.name] + 1
-        return self.step.name if visit == 1 else f"{self.step.name}#{visit}"
+        return "" if self.step is None else self.upcoming(self.step)
+
+    def upcoming(self, step: Step) -> str:
+        """The name of the next visit to a step."""
+        return occurrence(step.name, self.visits[step.name] + 1)
+
+    @property
+    def key(self) -> str:
+        """What this occurrence was called when it began: a rename leaves its key alone."""
+        return self.begun or self.occurrence
 
     @property
     def crashes(self) -> int:
         """Attempts that ended without a word: their process died."""
         return self.starts - self.failures
 
-    def finished(self, result: Any, following: Step | None) -> None:
-        """The step returned; go on to the one that follows."""
-        if self.step is not None:
-            self.results[self.occurrence] = self.results[self.step.name] = result
-            self.visits[self.step.name] += 1
-        self._begin(following)
+    def after(self, plan: Plan, name: str) -> Step | None:
+        """The step that follows this one by default, or None at the end.
+
+        Only a route leads back to a step that has finished. If one comes next in the list, it stood
+        before this one when the run passed it: it is not done again.
+        """
+        following = plan.after(name)
+        while following is not None and following.name in self.straight:
+            following = plan.after(following.name)
+        return following
+
+    def finished(self, name: str, result: Any, *, routed: bool) -> None:
+        """A visit to the step of this name has its result."""
+        self.straight.add(name)
+        if routed:
+            self.straight.clear()
+        self.visits[name] += 1
+        self.results[occurrence(name, self.visits[name])] = self.results[name] = result
+        self.result = result
+
+    def go_on(self, step: Step | None, *, begun: str | None = None) -> None:
+        """This step comes next; nothing of it is counted yet."""
+        self.step, self.unknown, self.begun = step, None, begun
+        self.starts = self.failures = 0
+        self.judged()
 
     def compensate(self, step: Step) -> None:
         """The run was cancelled; the step that undoes it comes next."""
-        self._begin(step)
+        self.go_on(step)
         self.compensating = True
 
     def uncounted(self) -> None:
@@ -206,34 +251,41 @@ class Progress:
         self.lost += not refused
         self.refused += refused
 
-    def _begin(self, step: Step | None) -> None:
-        self.step, self.starts, self.failures = step, 0, 0
-        self.judged()
-
 
 def fold(plan: Plan, events: Sequence[Event]) -> Progress:
-    """The place of a run in its plan. Raises UnknownStep."""
-    progress = Progress(step=plan.first)
+    """The place of a run in its plan.
+
+    Attempts are counted by the names that the journal has: what another version of the plan has
+    begun is never counted on another step. What the plan says is asked once, of the last place.
+    """
+    progress, place, stopping = Progress(step=None), events[0], False
     for event in events:
         data = event.data or {}
         match event.type:
             case EventType.RUN_STARTED:
                 reused = data.get("reused", {})
-                progress.results.update(reused.get("results", {}))
-                progress.visits.update(reused.get("visits", {}))
-                if "next" in reused:
-                    progress.step = _named(plan, reused["next"])
+                for name, result in reused.get("results", {}).items():
+                    progress.results[plan.current(name)] = result
+                for name, visits in reused.get("visits", {}).items():
+                    progress.visits[plan.current(name)] += visits
+                progress.straight.update(map(plan.current, reused.get("passed", ())))
             case EventType.STEP_STARTED:
-                undo = plan.on_cancel
-                if undo is not None and undo.name == event.step and not progress.compensating:
-                    progress.compensate(undo)
+                place, begun = event, _key(event)
+                if begun != progress.begun:
+                    progress.go_on(None, begun=begun)
+                    # No other step begins after a cancel.
+                    progress.compensating = stopping
                 progress.starts += 1
             case EventType.STEP_FAILED:
                 progress.failures += 1
                 progress.judged()
-                stopped = (data.get("error") or {}).get("type") == RunCancelled.__name__
-                if stopped and plan.on_cancel is not None and not progress.compensating:
-                    progress.compensate(plan.on_cancel)
+                error = data.get("error") or {}
+                if error.get("type") == RunCancelled.__name__ and plan.on_cancel is not None:
+                    stopping = True
+                    if not progress.compensating:
+                        progress.compensate(plan.on_cancel)
+            case EventType.CANCEL_REQUESTED:
+                stopping = True
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 progress.uncounted()
                 progress.judged()
@@ -242,51 +294,112 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 progress.lose(refused=data.get("refused", False))
             case EventType.STEP_FINISHED:
-                name = (event.step or "").partition("#")[0]
-                if progress.step is None or progress.step.name != name:
-                    progress.step = _named(plan, name)
-                following = plan.after(name)
-                if "next" in data:
-                    following = _named(plan, data["next"]) if data["next"] else None
-                progress.finished(data.get("result"), following)
+                place = event
+                name = plan.current(step_of(event.step or ""))
+                progress.finished(name, data.get("result"), routed="next" in data)
+                progress.go_on(None)
+    if progress.compensating and progress.begun is None:
+        return progress  # the `on_cancel` step has not begun
+    try:
+        progress.step = next_step(plan, place, progress.after)
+        undoes = progress.step is not None and progress.step is plan.on_cancel
+        if progress.step is not None and undoes is not progress.compensating:
+            raise UnknownStep(plan.name, progress.step.name)  # not in this role
+    except UnknownStep as error:
+        progress.step, progress.unknown = None, error.step
     return progress
+
+
+def next_step(
+    plan: Plan, place: Event, after: Callable[[Plan, str], Step | None] = Plan.after
+) -> Step | None:
+    """The step that a run goes on with after the last RunStarted, StepStarted or StepFinished.
+
+    None if all have finished. Raises UnknownStep.
+
+    1. a step that has begun, or that was chosen: that one
+    2. after a step of the plan, the one that is `after` it in this version of the plan
+    3. after another one, the one that would have followed in the version that finished it
+
+    For 2 too the plan must have that one: a version that does not know it may be older, and must
+    not pass it by.
+    """
+    data = place.data or {}
+    match place.type:
+        case EventType.STEP_STARTED:
+            return _named(plan, step_of(place.step or ""))
+        case EventType.STEP_FINISHED:
+            if "next" in data:
+                return None if data["next"] is None else _named(plan, data["next"])
+            followed = _named(plan, data[FOLLOWING]) if FOLLOWING in data else None
+            finished = plan.get(step_of(place.step or ""))
+            if finished is not None and finished is not plan.on_cancel:
+                return after(plan, finished.name)
+            return followed or _named(plan, step_of(place.step or ""))
+        case _:
+            chosen = data.get("reused", {}).get("next")
+            return plan.first if chosen is None else _named(plan, chosen)
 
 
 def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
     """What a retry of an ended run takes over: the results, and the step to begin with.
 
     None if it begins at the beginning, as it does for a run that its `on_cancel` step has undone.
-    `from_step` is an occurrence, or a name for the last occurrence. Raises CannotRetry.
+    `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
+    before. Raises CannotRetry.
     """
     run_id = events[0].run_id
-    kept = events
+    progress = fold(plan, events)
     if from_step is not None:
-        places = [
-            place
-            for place, event in enumerate(events)
-            if event.type == EventType.STEP_STARTED
-            and from_step in (event.step, (event.step or "").partition("#")[0])
+        begun = [
+            event
+            for event in events
+            if event.type == EventType.STEP_STARTED and from_step in _names(plan, event.step or "")
         ]
-        if not places:
+        if not begun:
             raise CannotRetry(run_id, f"it never began a step {from_step}")
         # The last occurrence, from its first attempt on.
-        last = events[places[-1]].step
-        kept = events[: next(place for place in places if events[place].step == last)]
-    try:
-        progress = fold(plan, kept)
-    except UnknownStep as error:
-        raise CannotRetry(run_id, f"plan {plan.name} has no step {error.step} any more") from error
+        first = next(event for event in begun if _key(event) == _key(begun[-1]))
+        name = step_of(first.step or "")
+        step = plan.get(name)
+        if step is None or step is not plan.on_cancel:
+            progress = fold(plan, [event for event in events if event.seq < first.seq])
+            progress.step, progress.unknown = step, None if step else name
     if progress.compensating:
         return None
+    if progress.unknown is not None:
+        raise CannotRetry(
+            run_id,
+            f"plan {plan.name} has no step {progress.unknown} any more; if it was renamed, say so "
+            f'in the plan: renamed={{"{progress.unknown}": …}}',
+        )
     if progress.step is None:
         raise CannotRetry(run_id, "all of its steps have finished; name the step to begin with")
-    if not progress.visits:
+    if not progress.visits and progress.step is plan.first:
         return None
-    return {
+    reused = {
         "results": progress.results,
         "visits": dict(progress.visits),
         "next": progress.step.name,
     }
+    ahead, passed = plan.after(progress.step.name), []
+    while ahead is not None:
+        if ahead.name in progress.straight:
+            passed.append(ahead.name)
+        ahead = plan.after(ahead.name)
+    return reused | {"passed": passed} if passed else reused
+
+
+def _key(started: Event) -> str | None:
+    """The name that the first attempt of this occurrence had."""
+    name: str | None = (started.data or {}).get(RENAMED_FROM, started.step)
+    return name
+
+
+def _names(plan: Plan, occurrence: str) -> set[str]:
+    """All names that somebody may mean it by."""
+    now = plan.current(occurrence)
+    return {occurrence, step_of(occurrence), now, step_of(now)}
 
 
 def _named(plan: Plan, name: str) -> Step:
@@ -314,10 +427,12 @@ class Executor:
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
         scope: Scope = no_scope,
+        redispatch_s: float = 15.0,
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
-        `leaving` tells whether somebody ends this process by what is raised in a body.
+        `leaving` tells whether somebody ends this process by what is raised in a body. A run that
+        stands at a step which its plan does not have is given back for at most `redispatch_s`.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
         """
         self.journal = journal
@@ -331,6 +446,7 @@ class Executor:
         self.faults = faults or CrashPoints()
         self.observer = observer
         self.scope = scope
+        self.redispatch_s = redispatch_s
         self._connect = connect
         self._connection: Connection | None = None
 
@@ -432,6 +548,8 @@ class Execution:
         self._lease = lease
         self._run_id = lease.run.run_id
         self._last_seq = lease.run.last_seq
+        self._last_ts = 0
+        """Of the last event that was read, in milliseconds by the clock of Postgres."""
         self._steps_left = max_steps or -1
         self._began: float | None = None
         """When the attempt in flight was begun, by the monotonic clock."""
@@ -457,8 +575,6 @@ class Execution:
         if fresh and run.attempt == 1 and self._last_seq == 2:
             return Progress(step=self._plan.first, starts=1)  # started by the claim itself
         progress = self._fold()
-        if progress is None:
-            return None
         if self._lease.cancelled and self._plan.on_cancel and not progress.compensating:
             progress.compensate(self._plan.on_cancel)
         if self._lease.late and not progress.compensating:
@@ -466,8 +582,8 @@ class Execution:
             return None
         return self._attempt(progress)
 
-    def _fold(self) -> Progress | None:
-        """Where the journal says the run is; None if this worker does not know the place."""
+    def _fold(self) -> Progress:
+        """Where the journal says the run is."""
         try:
             events = self._patiently(
                 lambda connection: self._journal.turns(
@@ -477,30 +593,50 @@ class Execution:
         except RunNotFound as error:  # taken away by force
             raise LeaseLost(self._run_id, self._lease.token) from error
         self._last_seq = events[-1].seq
-        try:
-            return fold(self._plan, events)
-        except UnknownStep as error:
-            logger.warning(
-                "run given back: its plan is newer or older than this worker's",
-                extra={"action": "unknown_step", "run_id": self._run_id, "reason": str(error)},
-            )
-            self._settle(self._give_back("unknown_step", delay=5.0))
-            return None
+        self._last_ts = events[-1].ts
+        return fold(self._plan, events)
 
     def _attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Progress | None:
         """Start the next attempt of where the run is; None if there is none to start."""
+        if progress.unknown is not None:
+            self._hand_back(progress, progress.unknown)
+            return None
         if progress.step is None:
-            self._settle(self._completed([], None))
+            self._settle(self._completed([], progress.result))
             return None
         if progress.crashes >= progress.step.retry.max_crashes:
             self._settle(self._poisoned(progress))
             return None
         return progress if self._start(progress, before) else None
 
+    def _hand_back(self, progress: Progress, step: str) -> None:
+        """The run stands at a step of another version of the plan: a worker that has it goes on.
+
+        Looked for at once, and then less and less often.
+        """
+        claimed = self._lease.run.started_at
+        waited = 0.0
+        if claimed is not None:
+            waited = claimed.timestamp() + self._lease.age - self._last_ts / 1000
+        delay = min(max(waited / 2, UNKNOWN_STEP_S), self._executor.redispatch_s)
+        logger.warning(
+            "run given back: its plan is newer or older than this worker's",
+            extra={
+                "action": "unknown_step",
+                "run_id": self._run_id,
+                "step": step,
+                "retry_in": delay,
+                "reason": str(UnknownStep(self._plan.name, step)),
+            },
+        )
+        returned = self._give_back(UNKNOWN_STEP, delay=delay)
+        self._settle(regardless(returned) if progress.compensating else returned)
+
     def _start(self, progress: Progress, before: Sequence[NewEvent]) -> bool:
         """Count an attempt before its body runs; False if the run was cancelled instead."""
         progress.starts += 1
-        started = self._event(EventType.STEP_STARTED, progress)
+        renamed = {} if progress.key == progress.occurrence else {RENAMED_FROM: progress.key}
+        started = self._event(EventType.STEP_STARTED, progress, **renamed)
         settlement = Settlement(
             events=[*before, started], state=RunState.RUNNING, **self._cancelled(before)
         )
@@ -561,7 +697,9 @@ class Execution:
         executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
         if appended.cancelled or settlement.state is not RunState.RUNNING:
             return None
-        progress.finished(_result(settlement.events[0]), following)
+        stored = _stored(settlement.events[0])
+        progress.finished(step.name, stored["result"], routed="next" in stored)
+        progress.go_on(following)
         progress.starts = 1
         return progress
 
@@ -663,6 +801,7 @@ class Execution:
         return StepContext(
             lease=self._lease,
             step=occurrence,
+            key=f"{self._run_id}:{progress.key}",
             attempt=progress.starts,
             results=progress.results,
             journal=self._journal,
@@ -704,27 +843,32 @@ class Execution:
                         f"step {step.name} returned Goto({target!r}), which plan "
                         f"{self._plan.name} does not declare in its routes"
                     )
-                following = self._plan.get(target)
-                data = {"result": outcome.result, "next": target}
+                following = _named(self._plan, target)
+                data = {"result": outcome.result, "next": following.name}
             case _:
-                following = self._plan.after(step.name)
+                following = progress.after(self._plan, step.name)
                 data = {"result": outcome}
+        self._steps_left -= 1
+        late = self._lease.late
+        gives_back = self._executor.stopping.is_set() or self._steps_left == 0
         if progress.compensating:
             data["on_cancel"] = True
+        elif (late or gives_back) and following is not None and "next" not in data:
+            data[FOLLOWING] = following.name
         finished = self._event(EventType.STEP_FINISHED, progress, **data)
         if progress.compensating:
             ended = self._ended(RunState.CANCELLED, [finished], cancel_error(None))
             return regardless(ended), None
         if following is None:
             return self._completed([finished], data["result"]), None
-        self._steps_left -= 1
-        if self._lease.late:
+        if late:
             return self._overdue([finished]), None
-        if self._executor.stopping.is_set() or self._steps_left == 0:
+        if gives_back:
             return self._give_back("shutdown", [finished]), following
-        upcoming = Progress(step=following, visits=progress.visits.copy(), starts=1)
-        upcoming.visits[step.name] += 1
-        started = self._event(EventType.STEP_STARTED, upcoming)
+        visit = progress.visits[following.name] + 1 + (following is step)
+        started = NewEvent(
+            type=EventType.STEP_STARTED, step=occurrence(following.name, visit), attempt=1
+        )
         return (
             Settlement(
                 events=[finished, started],
@@ -1030,7 +1174,7 @@ class Execution:
         if seen is None:
             return None
         progress = self._fold()
-        if progress is None or seen.written:
+        if seen.written:
             return progress
         logger.warning(
             "transaction lost, the step is tried again",
@@ -1068,8 +1212,6 @@ class Execution:
         if seen is None:
             return None
         found = self._fold() if seen.written else progress
-        if found is None:
-            return None
         if not isinstance(error, Exception) and self._executor.leaving():
             self._settle(self._unfinished(found))
             raise error
@@ -1145,9 +1287,10 @@ def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | 
     return not isinstance(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
 
 
-def _result(finished: NewEvent) -> Any:
+def _stored(finished: NewEvent) -> dict[str, Any]:
     """What a resumed run would read: of the text that was stored, and not of the value again."""
-    return json.loads(finished.data or "{}", parse_float=_as_jsonb)["result"]
+    data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
+    return data
 
 
 def _as_jsonb(number: str) -> float | int:

@@ -281,8 +281,9 @@ WITH u AS (
          error = CASE WHEN {live} THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
          lease_expires_at = CASE WHEN {state} = 'running' THEN lease_expires_at END,
          not_before = CASE WHEN {state} = 'queued'
-                           THEN least(deadline_at, clock_timestamp() + make_interval(secs =>
-                             CASE WHEN {live} THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
+                           THEN least(CASE WHEN {live} THEN deadline_at END,
+                             clock_timestamp() + make_interval(secs =>
+                               CASE WHEN {live} THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
          finished_at = CASE WHEN {state} NOT IN ('running', 'queued') THEN clock_timestamp() END
    WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
   RETURNING run_id, last_seq, state, not_before, NOT ({live}) AS cancelled,
@@ -389,20 +390,23 @@ SELECT {EVENT_JSON} FROM {s}.run_events e
         self._turns = f"""
 SELECT {EVENT_JSON} FROM (
   SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
-         lead(starts, 2, false) OVER w AS starts_2, lead(rests, 1, false) OVER w AS rests_1,
+         lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
+         lag(step) OVER w AS started_step, lead(step) OVER w AS step_1,
+         lead(rests, 1, false) OVER w AS rests_1,
          lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
     FROM (
       SELECT e.*, e.type = 'StepStarted' AS starts,
              coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
         FROM {s}.run_events e
        WHERE e.run_id = %(run_id)s
-         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished')
+         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
+                         'CancelRequested')
               OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
               OR e.seq = (SELECT r.last_seq FROM {s}.runs r WHERE r.run_id = %(run_id)s))
     ) e WINDOW w AS (ORDER BY e.seq)
 ) e
- WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3)
-   AND NOT (started AND rests AND starts_1 AND rests_2)
+ WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
+   AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
  ORDER BY e.seq"""
         self._kept = f"""
 SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s"""
@@ -677,8 +681,8 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     ) -> list[Event]:
         """What says where an unfinished run is, and its last event. Raises RunNotFound.
 
-        The starts, failures and ends of steps and the traces of these names; of turns that follow
-        one another and did nothing but end with the trace `rest`, the last.
+        The starts, failures and ends of steps, a cancel and the traces of these names; of turns of
+        one step that follow one another and did nothing but end with the trace `rest`, the last.
         """
         parameters = {"run_id": run_id, "names": list(names), "rest": rest}
         rows = execute(connection, self._turns, parameters)

@@ -1,9 +1,12 @@
 """What a run will do: named steps and the routes between them. No registry, no I/O."""
 
+import functools
 import hashlib
 import inspect
+import math
 import re
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import UnionType
@@ -19,12 +22,25 @@ __all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "st
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 STEP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
+TIMEOUT_S = 10 * 365 * 86_400
+"""The longest `timeout` of a step: what every clock and wait can hold."""
+
 INPUT_BYTES = 262_144
 """The largest default input of a plan: that of a run with the default settings."""
 
 
 class PlanError(ValueError):
     """A plan that cannot work. Raised when it is built, which is when it is imported."""
+
+
+def occurrence(name: str, visit: int) -> str:
+    """The name of a visit to a step: `name`, then `name#2`."""
+    return name if visit == 1 else f"{name}#{visit}"
+
+
+def step_of(occurrence: str) -> str:
+    """The name of the step that an occurrence is a visit to."""
+    return occurrence.partition("#")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +124,22 @@ def step(
     """
 
     def decorate(function: Callable[..., Any]) -> Step:
-        label = name or function.__name__
-        if not STEP_NAME.fullmatch(label):
-            raise PlanError(f"step name {label!r} must match {STEP_NAME.pattern}")
-        if timeout is not None and not timeout > 0:
-            raise PlanError(f"step {label}: timeout must be more than 0 seconds, not {timeout!r}")
-        if inspect.iscoroutinefunction(function):
-            raise PlanError(f"step {label} is async; steps are ordinary functions (Celery is sync)")
-        try:
-            inspect.signature(function).bind(None)
-        except TypeError as error:
-            raise PlanError(f"step {label} must take exactly one argument, the context") from error
+        label = _step_name(function) if name is None else name
+        if not isinstance(label, str) or not STEP_NAME.fullmatch(label):
+            raise PlanError(
+                f"step name {label!r} must match {STEP_NAME.pattern}; "
+                'give one: step(name="…")(function)'
+            )
+        if timeout is not None and not (_is_number(timeout) and 0 < timeout <= TIMEOUT_S):
+            raise PlanError(
+                f"step {label}: timeout must be more than 0 seconds, and at most {TIMEOUT_S}, "
+                f"not {timeout!r}"
+            )
+        if retry is not None and not isinstance(retry, Retry):
+            raise PlanError(
+                f"step {label}: retry is {retry!r}; give it a policy: retry=retry(max_attempts=3)"
+            )
+        _check_body(label, function)
         return Step(
             name=label,
             function=function,
@@ -132,12 +153,70 @@ def step(
     return decorate if function is None else decorate(function)
 
 
+def _step_name(function: Callable[..., Any]) -> Any:
+    try:
+        return function.__name__
+    except AttributeError:
+        raise PlanError(
+            f"{function!r} has no name of its own to call the step by; "
+            'give one: step(name="…")(function)'
+        ) from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_body(label: str, function: Callable[..., Any]) -> None:
+    """Raises PlanError for what cannot be called with the context and return a result."""
+    if inspect.isclass(function):
+        raise PlanError(
+            f"step {label} is a class, and an instance is no result; "
+            "give it a function that returns JSON"
+        )
+    if not callable(function):
+        raise PlanError(
+            f"step {label} is a {type(function).__name__}, which cannot be called; give it a "
+            "function (in a class: put @step below nothing but @staticmethod, or outside)"
+        )
+    body = _body_of(function)
+    if inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body):
+        raise PlanError(
+            f"step {label} is async; steps are ordinary functions (Celery is sync): "
+            "call asyncio.run(…) in one"
+        )
+    if inspect.isgeneratorfunction(body):
+        raise PlanError(
+            f"step {label} is a generator, whose body would not run; return its result "
+            "instead of yielding, or make each part a step"
+        )
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise PlanError(f"step {label} must take exactly one argument, the context") from error
+    except ValueError as error:
+        raise PlanError(
+            f"step {label} is a builtin that does not tell its arguments; "
+            "call it in a function that takes the context"
+        ) from error
+
+
+def _body_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the code: of a partial what it calls, of an object its `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function):
+        return function
+    # Looked up on the class, as a call does.
+    return type(function).__call__
+
+
 def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
     try:
-        annotated = typing.get_type_hints(function).get("return", Any)
-    except (NameError, TypeError, AttributeError, SyntaxError):
-        return frozenset()  # it names what only a type checker has
+        annotated = typing.get_type_hints(_body_of(function)).get("return", Any)
+    except Exception:  # evaluates what the user wrote; it may name what only a type checker has
+        return frozenset()
     union = typing.get_origin(annotated) in (typing.Union, UnionType)
     kinds = typing.get_args(annotated) if union else (annotated,)
     return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
@@ -150,6 +229,9 @@ class Plan:
     whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
     `on_cancel` is a step that undoes what a cancelled run has done, before its RunFinished; it is
     not called for a run that had not begun. `default_input` is for runs that are started without.
+    `renamed` maps names that steps had in earlier versions to their names now: runs that stand at
+    such a step go on, with the same `ctx.key`; others that stand at a step which the plan does not
+    have wait for a worker that has it.
 
     Raises PlanError, naming the plan and the step, for what cannot work: two steps of one name, a
     route to nowhere, a step that nothing leads to, a default input that is not JSON.
@@ -164,6 +246,7 @@ class Plan:
         queue: str = "default",
         on_cancel: Step | None = None,
         default_input: Any = None,
+        renamed: Mapping[str, str] | None = None,
     ) -> None:
         if not PLAN_NAME.fullmatch(name):
             raise PlanError(f"plan name {name!r} must match {PLAN_NAME.pattern}")
@@ -176,13 +259,16 @@ class Plan:
         self.queue = queue
         self.steps = tuple(steps)
         self._by_name = {candidate.name: candidate for candidate in self.steps}
+        self._after = dict(
+            zip((candidate.name for candidate in self.steps), (*self.steps[1:], None), strict=True)
+        )
         if len(self._by_name) < len(self.steps):
-            names = [candidate.name for candidate in self.steps]
-            twice = sorted({label for label in names if names.count(label) > 1})
+            names = Counter(candidate.name for candidate in self.steps)
+            twice = sorted(label for label, times in names.items() if times > 1)
             raise PlanError(f"plan {name} has two steps called {', '.join(twice)}")
         self.routes = {label: tuple(targets) for label, targets in (routes or {}).items()}
         for label, targets in self.routes.items():
-            for unknown in {label, *targets} - set(self._by_name):
+            for unknown in {label, *targets} - self._by_name.keys():
                 raise PlanError(
                     f"plan {name}: routes name {unknown!r}, which is not one of its steps"
                 )
@@ -190,6 +276,7 @@ class Plan:
         self.default_input = default_input
         self._check_routes()
         self._check_on_cancel()
+        self.renamed = self._resolve(renamed or {})
         try:
             encode(default_input, where=f"plan {name}: default_input", limit=INPUT_BYTES)
         except BadPayload as error:
@@ -236,6 +323,35 @@ class Plan:
                 "ended by it; remove terminate_on_cancel"
             )
 
+    def _resolve(self, renamed: Mapping[str, str]) -> dict[str, str]:
+        """Each former name with the name that the step has now, through all renames after it."""
+        resolved = {}
+        for former, now in renamed.items():
+            for name in (former, now):
+                if not isinstance(name, str) or not STEP_NAME.fullmatch(name):
+                    raise PlanError(
+                        f"plan {self.name}: renamed names {name!r}, which is no step name: it maps "
+                        'names of steps, as {"before": "now"}, and their #2 with them'
+                    )
+            if self._find(former) is not None:
+                raise PlanError(
+                    f"plan {self.name}: renamed has {former!r} as a former name, and it is one of "
+                    "its steps: runs that stand there could mean either"
+                )
+            passed = {former}
+            while now in renamed:
+                if now in passed:
+                    raise PlanError(f"plan {self.name}: renamed goes round in a circle at {now!r}")
+                passed.add(now)
+                now = renamed[now]
+            if self._find(now) is None:
+                raise PlanError(
+                    f"plan {self.name}: renamed leads from {former!r} to {now!r}, which is not one "
+                    "of its steps"
+                )
+            resolved[former] = now
+        return resolved
+
     @staticmethod
     def task(
         task: CeleryTask,
@@ -281,17 +397,22 @@ class Plan:
         return self.steps[0]
 
     def get(self, name: str) -> Step | None:
-        """The step of this name, or None: a newer version of the plan may have others."""
+        """The step of this name, now or formerly; None if another version of the plan has it."""
+        return self._find(self.current(name))
+
+    def _find(self, name: str) -> Step | None:
         if self.on_cancel is not None and name == self.on_cancel.name:
             return self.on_cancel
         return self._by_name.get(name)
 
+    def current(self, name: str) -> str:
+        """What a step of this name, or an occurrence of it, is called now."""
+        step, number, visit = name.partition("#")
+        return self.renamed.get(step, step) + number + visit
+
     def after(self, name: str) -> Step | None:
         """The step that follows by default, or None at the end."""
-        if name not in self._by_name:
-            return None
-        place = self.steps.index(self._by_name[name]) + 1
-        return self.steps[place] if place < len(self.steps) else None
+        return self._after.get(name)
 
     def following(self, name: str) -> list[str]:
         """The names of all steps that may follow, the default first."""
@@ -300,11 +421,13 @@ class Plan:
 
     def may_go(self, source: str, target: str) -> bool:
         """Whether a step may return Goto(target)."""
-        return target in self.routes.get(source, ())
+        return self.current(target) in self.routes.get(source, ())
 
     def _hash(self) -> str:
         """Names and routes, not code: what a stored run depends on."""
         graph = repr((self.name, list(self._by_name), sorted(self.routes.items())))
         if self.on_cancel is not None:
             graph += self.on_cancel.name
+        if self.renamed:
+            graph += repr(sorted(self.renamed.items()))
         return hashlib.sha256(graph.encode()).hexdigest()[:12]

@@ -6,7 +6,13 @@ from datetime import datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.executor import CONNECTION_LOST, GIVEN_BACK, SNOOZED
+from beatless.orchestrator.executor import (
+    CONNECTION_LOST,
+    FOLLOWING,
+    GIVEN_BACK,
+    SNOOZED,
+    UNKNOWN_STEP,
+)
 from beatless.orchestrator.journal import Run, Standing
 
 HANDOVER = 0.01
@@ -36,7 +42,7 @@ def timeline(run: Run, events: Sequence[Event], standing: Standing) -> list[Mome
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
-    return [*_pruned(run), *_history(events), *_now(run, standing)]
+    return [*_pruned(run), *_history(events), *_now(run, standing, stands_at(events))]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
@@ -121,7 +127,25 @@ def _attempt(started: Event, ended: int, text: str) -> Moment:
     )
 
 
-def _now(run: Run, standing: Standing) -> Iterator[Moment]:
+def stands_at(events: Sequence[Event]) -> str | None:
+    """The step that an unfinished run is in, or goes on with; None if it has not begun.
+
+    By the journal alone. After a step that another version of the plan would not know, that one.
+    """
+    for event in reversed(events):
+        data = event.data or {}
+        match event.type:
+            case EventType.RUN_STARTED:
+                step: str | None = data.get("reused", {}).get("next")
+                return step
+            case EventType.STEP_STARTED:
+                return event.step
+            case EventType.STEP_FINISHED:
+                return data.get("next") or data.get(FOLLOWING) or event.step
+    return None
+
+
+def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:
     now = _ms(standing.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
@@ -142,6 +166,9 @@ def _now(run: Run, standing: Standing) -> Iterator[Moment]:
         text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
         if standing.paused:
             text += f"; the queue {run.queue} is paused"
+        if reason == UNKNOWN_STEP:
+            text += f"; for a worker whose version of plan {run.plan} has step {place}: those that "
+            text += "took it do not (`beatless plan check`)"
         yield Moment(at=now, kind="dispatch", text=text)
     published = run.last_seq if standing.unpublished is None else standing.unpublished - 1
     yield Moment(at=now, kind="publish", text=f"{published} of {run.last_seq} events are published")

@@ -4,7 +4,7 @@ import pytest
 
 from beatless import Plan, step
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.executor import CONNECTION_LOST, SNOOZED, UnknownStep, fold
+from beatless.orchestrator.executor import CONNECTION_LOST, SNOOZED, fold
 
 plan = Plan(
     "p",
@@ -101,17 +101,116 @@ def test_the_end_of_the_last_step_and_an_early_finish_leave_nothing_to_do():
 @pytest.mark.parametrize(
     "member",
     [
+        ("StepStarted", "gone", None),
+        ("StepStarted", "gone#2", None),
         ("StepFinished", "gone", {"result": 1}),
         ("StepFinished", "a", {"result": 1, "next": "gone"}),
+        ("StepFinished", "a", {"result": 1, "following": "gone"}),
         ("RunStarted", None, {"reused": {"next": "gone"}}),
     ],
 )
 def test_a_step_that_this_version_does_not_have_is_said_so(member):
-    with pytest.raises(UnknownStep, match="plan p has no step gone in this version"):
-        fold(plan, events(member))
+    progress = fold(plan, events(member))
+    assert (progress.step, progress.unknown) == (None, "gone")
 
 
 def test_a_retried_run_takes_over_the_results_of_the_first():
     reused = {"results": {"a": 1}, "visits": {"a": 1}, "next": "b"}
     progress = fold(plan, events(("RunStarted", None, {"reused": reused})))
     assert (progress.step.name, progress.results, progress.occurrence) == ("b", {"a": 1}, "b")
+
+
+def make(*names: str, **options) -> Plan:
+    return Plan("p", [step(name=name)(lambda ctx: None) for name in names], **options)
+
+
+@pytest.mark.parametrize(
+    ("names", "goes_on"),
+    [("one pack charge mail", "charge"), ("one mail", None), ("charge one mail", "charge")],
+)
+def test_an_open_attempt_goes_on_where_it_is_and_keeps_its_count(names, goes_on):
+    begun, failed = ("StepStarted", "charge", None), ("StepFailed", "charge", {"error": {}})
+    progress = fold(
+        make(*names.split()), events(STARTED, ("StepFinished", "one", None), begun, failed, begun)
+    )
+    if goes_on is None:
+        assert (progress.step, progress.unknown) == (None, "charge")
+    else:
+        assert (progress.step.name, progress.unknown) == ("charge", None)
+    assert (progress.starts, progress.failures) == (2, 1)
+
+
+def test_attempts_never_pass_from_one_step_to_another():
+    """Not in a history that an older release has written either."""
+    progress = fold(
+        make("one", "mail"),
+        events(
+            STARTED,
+            ("StepStarted", "charge", None),
+            ("StepFailed", "charge", {"error": {}}),
+            ("StepStarted", "mail", None),
+        ),
+    )
+    assert (progress.step.name, progress.starts, progress.failures) == ("mail", 1, 0)
+
+
+def test_after_a_step_comes_what_follows_it_in_this_version():
+    given_back = ("StepFinished", "one", {"result": 1, "following": "mail"})
+    assert fold(make("one", "pack", "mail"), events(STARTED, given_back)).step.name == "pack"
+
+
+def test_after_a_step_that_is_gone_comes_what_followed_it_in_the_version_that_finished_it():
+    given_back = ("StepFinished", "charge", {"result": 1, "following": "mail"})
+    progress = fold(make("one", "pay", "mail"), events(STARTED, given_back))
+    assert (progress.step.name, progress.results) == ("mail", {"charge": 1})
+
+
+RENAMED = make("one", "pay", "mail", renamed={"charge": "bill", "bill": "pay", "two": "one"})
+
+
+def test_a_renamed_step_keeps_its_key_its_attempts_and_its_results():
+    progress = fold(
+        RENAMED,
+        events(
+            STARTED,
+            ("StepFinished", "two", {"result": 1}),
+            ("StepFinished", "charge", {"result": 2, "next": "charge"}),
+            ("StepStarted", "charge#2", None),
+            ("StepFailed", "charge#2", {"error": {}}),
+            ("StepStarted", "bill#2", {"renamed_from": "charge#2"}),
+        ),
+    )
+    assert (progress.step.name, progress.occurrence, progress.key) == ("pay", "pay#2", "charge#2")
+    assert (progress.starts, progress.failures) == (2, 1)
+    assert progress.results == {"one": 1, "pay": 2}
+
+
+def test_what_a_retry_took_over_is_renamed_too():
+    reused = {"results": {"charge": 1, "charge#2": 2}, "visits": {"charge": 2}, "next": "bill"}
+    progress = fold(RENAMED, events(("RunStarted", None, {"reused": reused})))
+    assert progress.results == {"pay": 1, "pay#2": 2}
+    assert (progress.occurrence, progress.key) == ("pay#3", "pay#3")
+
+
+def test_a_step_that_began_after_the_cancel_is_the_one_that_undoes_and_no_other():
+    cancelled = [STARTED, ("StepStarted", "one", None), ("CancelRequested", None, None)]
+    undoing = [*cancelled, ("StepStarted", "undo", None)]
+    undo = step(name="undo")(lambda ctx: None)
+    progress = fold(make("one", on_cancel=undo), events(*undoing))
+    assert progress.step is undo
+    assert progress.compensating
+    for other in (
+        make("one"),
+        make("one", "undo"),
+        make("one", on_cancel=step(name="other")(lambda ctx: None)),
+    ):
+        progress = fold(other, events(*undoing))
+        assert (progress.step, progress.unknown, progress.compensating) == (None, "undo", True)
+    renamed = make("one", renamed={"undo": "other"}, on_cancel=step(name="other")(lambda ctx: None))
+    assert fold(renamed, events(*undoing)).step is renamed.on_cancel
+
+
+def test_the_step_that_undoes_is_no_step_of_a_run_that_nobody_cancelled():
+    undo = step(name="undo")(lambda ctx: None)
+    progress = fold(make("one", on_cancel=undo), events(STARTED, ("StepStarted", "undo", None)))
+    assert (progress.step, progress.unknown) == (None, "undo")

@@ -1,8 +1,12 @@
 """Plans and steps: what is refused, and that the refusal says where."""
 
+from functools import partial
+from time import monotonic
+
 import pytest
 
 from beatless import Finish, Goto, Plan, Snooze, StepContext, step
+from beatless.cli.plans import as_dict, as_svg, as_text
 from beatless.orchestrator.plan import PlanError
 
 
@@ -24,6 +28,31 @@ def goes_or_ends(ctx: StepContext) -> Goto | Finish:
 
 async def asynchronous(ctx: StepContext) -> int:
     return 3
+
+
+def yields(ctx: StepContext):
+    yield 1
+
+
+async def async_yields(ctx: StepContext):
+    yield 1
+
+
+class Callable:
+    def __call__(self, ctx: StepContext) -> Goto:
+        return Goto("two")
+
+    def method(self, ctx: StepContext) -> int:
+        return 7
+
+
+class AsyncCallable:
+    async def __call__(self, ctx: StepContext) -> int:
+        return 1
+
+
+def renamed(names: dict) -> Plan:
+    return Plan("p", [step(one), step(two)], on_cancel=step(name="undo")(one), renamed=names)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +95,35 @@ async def asynchronous(ctx: StepContext) -> int:
         (lambda: step(name="a#2")(one), "step name 'a#2' must match"),
         (lambda: step(timeout=0)(one), "step one: timeout must be more than 0"),
         (lambda: step(timeout=float("nan"))(one), "step one: timeout must be more than 0"),
+        (lambda: step(timeout=float("inf"))(one), "step one: timeout must be more than 0"),
+        (lambda: step(timeout="5")(one), "step one: timeout must be more than 0"),
+        (lambda: step(retry=3)(one), "step one: retry is 3; give it a policy"),
         (lambda: step(asynchronous), "step asynchronous is async"),
+        (lambda: step(name="")(one), "step name '' must match"),
+        (lambda: step(name=5)(one), "step name 5 must match"),
+        (lambda: step(lambda ctx: 1), "step name '<lambda>' must match .* give one"),
+        (lambda: step(partial(one)), "has no name of its own"),
+        (lambda: step(name="p")(partial(asynchronous)), "step p is async"),
+        (lambda: step(name="p")(partial(one, None)), "step p must take exactly one argument"),
+        (lambda: step(Callable()), "has no name of its own"),
+        (lambda: step(name="c")(AsyncCallable()), "step c is async"),
+        (lambda: step(yields), "step yields is a generator"),
+        (lambda: step(name="y")(partial(yields)), "step y is a generator"),
+        (lambda: step(async_yields), "step async_yields is async"),
+        (lambda: step(Callable), "step Callable is a class"),
+        (lambda: step(dict), "step dict is a class"),
+        (lambda: step(max), "step max is a builtin that does not tell its arguments"),
+        (lambda: step(Callable.method), "step method must take exactly one argument"),
+        (lambda: step(classmethod(one)), "step one is a classmethod, which cannot be called"),
+        (lambda: step(name="n")(5), "step n is a int, which cannot be called"),
+        (lambda: step(step(one)), "has no name of its own"),
+        (lambda: renamed({"one": "two"}), "renamed has 'one' as a former name, and it is one of"),
+        (lambda: renamed({"undo": "two"}), "renamed has 'undo' as a former name"),
+        (lambda: renamed({"old": "three"}), "renamed leads from 'old' to 'three', which is not"),
+        (lambda: renamed({"old": "older", "older": "old"}), "renamed goes round in a circle"),
+        (lambda: renamed({"old": "old"}), "renamed goes round in a circle at 'old'"),
+        (lambda: renamed({"old#2": "two"}), "renamed names 'old#2', which is no step name"),
+        (lambda: renamed({"old": None}), "renamed names None, which is no step name"),
         (lambda: step(name="none")(lambda: 1), "step none must take exactly one argument"),
         (lambda: step(name="both")(lambda a, b: 1), "step both must take exactly one argument"),
     ],
@@ -79,6 +136,48 @@ def test_a_plan_that_cannot_work_is_refused_when_it_is_built(make, message):
 def test_a_step_can_be_called_like_its_function():
     assert step(one)(None) == 1
     assert step(name="other")(two)(None) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "result"),
+    [(partial(lambda by, ctx: by, 5), 5), (Callable().method, 7), (id, None)],
+)
+def test_whatever_takes_the_context_and_can_be_called_is_a_step(function, result):
+    found = step(name="s")(function)(None)
+    assert found == (id(None) if result is None else result)
+
+
+def test_what_an_object_is_annotated_to_return_is_said_by_its_call():
+    assert step(name="s")(Callable()).outcomes == {Goto}
+    assert step(name="s")(partial(goes)).outcomes == {Goto}
+
+
+def test_renames_are_followed_to_the_name_that_a_step_has_now():
+    plan = renamed({"a": "b", "b": "two", "c": "two", "unwind": "undo"})
+    assert [plan.current(name) for name in ("a", "b#2", "c", "two", "d#3")] == [
+        "two",
+        "two#2",
+        "two",
+        "two",
+        "d#3",
+    ]
+    assert plan.get("unwind") is plan.on_cancel
+    assert plan.get("d") is None
+    assert plan.version != renamed({}).version
+
+
+def test_a_plan_of_ten_thousand_steps_is_built_walked_and_drawn_in_no_time():
+    steps = [step(name=f"s{number}")(one) for number in range(10_000)]
+    began = monotonic()
+    plan = Plan("many", steps)
+    names, current = 0, plan.first
+    while current is not None:
+        names, current = names + 1, plan.after(current.name)
+    assert names == 10_000
+    assert as_text(plan).count("s9999") == 1
+    assert as_svg(plan)
+    assert len(as_dict(plan)["steps"]) == 10_000
+    assert monotonic() - began < 30  # one second on an idle machine; two minutes if it is n²
 
 
 def test_a_step_is_named_after_its_function_unless_told_otherwise():

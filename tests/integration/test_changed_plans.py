@@ -1,0 +1,383 @@
+"""A plan that changes while runs are in flight: where each of them goes on, and where it waits."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import App, CannotRetry, Fatal, Goto, Plan, RunState, Snooze, StepContext, retry, step
+from beatless.orchestrator.executor import UNKNOWN_STEP
+from beatless.orchestrator.plan import Step
+from beatless.testing import Kit
+
+LEASE_S = 60
+OLD = ("one", "charge", "mail")
+
+
+def make(name: str, ledger: list[str], *, obeys: bool = True) -> Step:
+    """A step that notes its key and attempt, and ends as the run's input says of it."""
+
+    rested: list[bool] = []
+
+    @step(name=name, retry=retry(max_attempts=3, initial=10, jitter=0))
+    def body(ctx: StepContext) -> object:
+        ledger.append(f"{name} {ctx.key.partition(':')[2]} {ctx.attempt}")
+        match (ctx.input or {}).get(ctx.step) if obeys else None:
+            case "fails" if ctx.attempt == 1:
+                raise ValueError("away")
+            case "snoozes" if not rested:
+                rested.append(True)
+                return Snooze(10)
+            case "fatal":
+                raise Fatal("for good")
+            case "again":
+                return Goto(name, result="first")
+        return name
+
+    return body
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [Plan("order", [make(name, []) for name in OLD])]
+
+
+class Version:
+    """A worker with one version of the plan, and what its bodies did."""
+
+    def __init__(
+        self, app: App, names: str, *, undo: str = "", obeys: bool = False, **options: Any
+    ) -> None:
+        self.ledger: list[str] = []
+        self.plan = Plan(
+            "order",
+            [make(name, self.ledger, obeys=obeys) for name in names.split()],
+            on_cancel=make(undo, self.ledger) if undo else None,
+            **options,
+        )
+        self.app = App(app.settings, [self.plan])
+        self.kit = Kit(self.app)
+
+    def take(self, run_id: str, *, max_steps: int = 0) -> bool:
+        """Execute the run as far as it goes, if it is due."""
+        return self.kit.executor().execute(self.plan, run_id, 0, max_steps=max_steps)
+
+    def close(self) -> None:
+        self.kit.close()
+        self.app.close()
+
+
+Make = Callable[..., Version]
+
+
+@pytest.fixture
+def version(beatless_app: App) -> Iterator[Make]:
+    made: list[Version] = []
+
+    def version(names: str, **options: Any) -> Version:
+        made.append(Version(beatless_app, names, **options))
+        return made[-1]
+
+    yield version
+    for each in made:
+        each.close()
+
+
+def bring(kit: Kit, old: Version, where: str) -> str:
+    """A run that the old version has brought there."""
+    how = {"failed": {"charge": "fails"}, "snoozed": {"charge": "snoozes"}}.get(where)
+    run_id = kit.start_run("order", how).run_id
+    match where:
+        case "killed":
+            with old.kit.crash("step.before", nth=2):
+                old.take(run_id)
+        case "failed" | "snoozed":
+            old.take(run_id)
+        case "finished":
+            old.take(run_id, max_steps=2)
+        case "mail begun":
+            with old.kit.crash("step.before", nth=3):
+                old.take(run_id)
+    old.ledger.clear()
+    kit.advance(LEASE_S + 1)
+    return run_id
+
+
+STATES = ("not begun", "killed", "failed", "snoozed", "finished", "mail begun")
+CHARGE = {"killed": 2, "failed": 2, "snoozed": 1}
+"""The attempt of `charge` that comes next."""
+
+
+def expected(names: str, where: str, *, renamed: bool) -> list[str] | None:
+    """What the new version executes; None if it waits."""
+    if where == "not begun":
+        return [f"{name} {name} 1" for name in names.split()]
+    if where == "finished":
+        return ["mail mail 1"]
+    if where == "mail begun":
+        return ["mail mail 2"]
+    if renamed:
+        return [f"pay charge {CHARGE[where]}", "mail mail 1"]
+    if "charge" in names.split():
+        return [f"charge charge {CHARGE[where]}", "mail mail 1"]
+    return None
+
+
+PLANS = [
+    ("one pack pay mail", False),
+    ("one pack pay mail", True),
+    ("one pack charge mail", False),
+    ("one mail", False),
+]
+
+
+@pytest.mark.parametrize("where", STATES)
+@pytest.mark.parametrize(("names", "renamed"), PLANS)
+def test_a_run_goes_on_where_it_stands_or_waits_for_a_version_that_knows_the_place(
+    beatless: Kit, version: Make, names: str, renamed: bool, where: str
+) -> None:
+    old = version("one charge mail", obeys=True)
+    run_id = bring(beatless, old, where)
+    new = version(names, renamed={"charge": "pay"} if renamed else None)
+
+    assert new.take(run_id)
+
+    run = beatless.client.get_run(run_id)
+    todo = expected(names, where, renamed=renamed)
+    if todo is not None:
+        assert (run.state, new.ledger) == (RunState.COMPLETED, todo)
+    else:
+        assert (run.state, new.ledger) == (RunState.QUEUED, [])
+        assert not new.take(run_id)  # not before its time
+        beatless.advance(16)
+        assert new.take(run_id)
+        assert beatless.client.get_run(run_id).last_seq == run.last_seq  # nothing was counted
+        beatless.advance(16)
+        assert old.take(run_id)
+        assert old.ledger == [f"charge charge {CHARGE[where]}", "mail mail 1"]
+        assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+@pytest.mark.parametrize("where", STATES)
+def test_a_step_that_has_finished_is_not_done_again_where_the_new_order_has_it(
+    beatless: Kit, version: Make, where: str
+) -> None:
+    old, new = version("one charge mail", obeys=True), version("mail charge one")
+    run_id = bring(beatless, old, where)
+    assert new.take(run_id)
+    todo = {"not begun": ["mail mail 1", "charge charge 1", "one one 1"], "finished": []}
+    todo |= {place: [f"charge charge {attempt}"] for place, attempt in CHARGE.items()}
+    assert new.ledger == (todo | {"mail begun": ["mail mail 2"]})[where]
+    run = beatless.client.get_run(run_id)
+    last = {"not begun": "one", "mail begun": "mail"}.get(where, "charge")
+    assert (run.state, run.result) == (RunState.COMPLETED, last)
+    beatless.verify()
+
+
+@pytest.mark.parametrize("where", [*CHARGE, "finished", "mail begun"])
+def test_an_old_worker_gives_back_a_run_that_stands_at_a_step_it_does_not_know(
+    beatless: Kit, version: Make, where: str
+) -> None:
+    new, old = version("one charge mail", obeys=True), version("one ship")
+    run_id = bring(beatless, new, where)
+    for _ in range(3):
+        assert old.take(run_id)
+        beatless.advance(16)
+    assert old.ledger == []
+    assert new.take(run_id)
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_an_old_worker_does_not_pass_by_a_step_that_comes_next_and_that_it_does_not_know(
+    beatless: Kit, version: Make
+) -> None:
+    """Given back between two steps, as at each deploy: nothing of the next one has begun."""
+    new, old = version("reserve charge ship"), version("reserve ship")
+    run_id = beatless.start_run("order").run_id
+    new.take(run_id, max_steps=1)
+    assert old.take(run_id)
+    assert old.ledger == []
+    beatless.advance(16)
+    assert new.take(run_id)
+    assert new.ledger == ["reserve reserve 1", "charge charge 1", "ship ship 1"]
+
+
+def waits(postgres: psycopg.Connection, run_id: str) -> tuple[str, float]:
+    """Why it waits, and for how many seconds more."""
+    found = postgres.execute(
+        "SELECT reason, extract(epoch FROM due_at - clock_timestamp())::float8 "
+        "FROM dispatches WHERE run_id = %s",
+        (run_id,),
+    ).fetchone()
+    assert found is not None
+    return found
+
+
+def test_who_waits_for_a_version_is_looked_for_less_and_less_often_and_never_in_a_hurry(
+    beatless: Kit, version: Make, postgres: psycopg.Connection
+) -> None:
+    old, new = version("one charge mail", obeys=True), version("one mail")
+    run_id = beatless.start_run("order", {"charge": "fails"}).run_id
+    old.take(run_id)
+    beatless.advance(10)
+    delays = []
+    for _ in range(4):
+        assert new.take(run_id)
+        reason, delay = waits(postgres, run_id)
+        assert reason == UNKNOWN_STEP
+        delays.append(delay)
+        beatless.advance(delay + 1)
+    assert delays[0] < 6
+    assert delays == sorted(delays)
+    assert 14 < delays[-1] <= 15  # as long as a lost message may take
+    told = beatless.client.explain(run_id)
+    assert "a worker whose version of plan order has step charge" in told[-2].text
+
+
+def test_a_renamed_step_goes_on_through_three_versions_and_each_hands_back_what_it_cannot_know(
+    beatless: Kit, version: Make
+) -> None:
+    first = version("one charge mail", obeys=True)
+    second = version("one pay mail", obeys=True, renamed={"charge": "pay"})
+    third = version("one settle mail", renamed={"charge": "pay", "pay": "settle"})
+    run_id = beatless.start_run("order", {"charge": "fails"}).run_id
+    first.take(run_id)
+    beatless.advance(10)
+    with second.kit.crash("step.before"):
+        second.take(run_id)
+    beatless.advance(LEASE_S + 1)
+    first.ledger.clear()
+    for stranger in (first, version("one mail")):
+        assert stranger.take(run_id)
+        assert stranger.ledger == []
+        beatless.advance(16)
+    assert third.take(run_id)
+    assert third.ledger == ["settle charge 3", "mail mail 1"]
+    begun = [
+        (event.step, event.attempt, event.data)
+        for event in beatless.client.events(run_id)
+        if event.type == "StepStarted"
+    ]
+    assert begun[1:4] == [
+        ("charge", 1, None),
+        ("pay", 2, {"renamed_from": "charge"}),
+        ("settle", 3, {"renamed_from": "charge"}),
+    ]
+    beatless.verify()
+
+
+def test_a_second_visit_is_renamed_with_its_step(beatless: Kit, version: Make) -> None:
+    old = version("one charge mail", obeys=True, routes={"charge": ["charge"]})
+    new = version("one pay mail", renamed={"charge": "pay"})
+    run_id = beatless.start_run("order", {"charge": "again"}).run_id
+    with old.kit.crash("step.before", nth=3):
+        old.take(run_id)
+    beatless.advance(LEASE_S + 1)
+    assert new.take(run_id)
+    assert new.ledger == ["pay charge#2 2", "mail mail 1"]
+    beatless.verify()
+
+
+def test_a_route_to_the_former_name_of_a_step_is_a_route_to_it(
+    beatless: Kit, version: Make
+) -> None:
+    """One that the journal has, and one that a body takes."""
+    leap = step(name="leap")(lambda ctx: Goto("charge"))
+    old = version("one charge mail")
+    new = version("one pay mail")
+    before = Plan("order", [leap, *old.plan.steps], routes={"leap": ["charge"]})
+    after = Plan(
+        "order", [leap, *new.plan.steps], routes={"leap": ["pay"]}, renamed={"charge": "pay"}
+    )
+    for plan in (before, after):
+        run_id = beatless.start_run("order").run_id
+        old.kit.executor().execute(plan, run_id, 0, max_steps=1)
+        assert new.kit.executor().execute(after, run_id, 0)
+    assert new.ledger == ["pay pay 1", "mail mail 1"] * 2
+    beatless.verify()
+
+
+def test_a_retry_knows_steps_by_all_of_their_names(beatless: Kit, version: Make) -> None:
+    old = version("one charge mail", obeys=True)
+    run_id = beatless.start_run("order", {"charge": "fatal"}).run_id
+    old.take(run_id)
+    new = version("zero one pay mail", renamed={"charge": "pay"})
+    for from_step in (None, "charge", "pay"):
+        again = new.app.client.retry_run(run_id, from_step)
+        assert new.take(again.run_id)
+        assert new.ledger == ["pay pay 1", "mail mail 1"]
+        new.ledger.clear()
+    again = new.app.client.retry_run(run_id, "one")
+    assert new.take(again.run_id)  # at one, not at the new beginning
+    assert new.ledger == ["one one 1", "pay pay 1", "mail mail 1"]
+    for gone in ("charge", None):
+        with pytest.raises(CannotRetry, match="has no step charge any more; if it was renamed"):
+            version("one mail").app.client.retry_run(run_id, gone)
+    moved = version("charge one mail")
+    again = moved.app.client.retry_run(run_id)
+    assert moved.take(again.run_id)
+    assert moved.ledger == ["charge charge 1", "mail mail 1"]  # `one` had finished
+    beatless.verify()
+
+
+def test_the_step_that_undoes_goes_on_under_its_new_name_or_waits(
+    beatless: Kit, version: Make, postgres: psycopg.Connection
+) -> None:
+    old = version("one charge mail", obeys=True, undo="refund")
+    run_id = beatless.start_run("order", {"charge": "fails", "refund": "fails"}).run_id
+    old.take(run_id)
+    old.app.client.cancel_run(run_id)
+    assert old.take(run_id)
+    assert old.ledger[-1] == "refund refund 1"
+    beatless.advance(10)
+    strangers = (version("one charge mail", undo="undo"), version("one charge mail"))
+    for stranger in strangers:
+        assert stranger.take(run_id)
+        assert stranger.ledger == []
+        reason, delay = waits(postgres, run_id)
+        assert (reason, delay > 0) == (UNKNOWN_STEP, True)
+        beatless.advance(16)
+    new = version("one charge mail", undo="undo", renamed={"refund": "undo"})
+    assert new.take(run_id)
+    assert new.ledger == ["undo refund 2"]
+    assert beatless.client.get_run(run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+@pytest.mark.parametrize("undo", ["", "refund"])
+def test_a_cancel_ends_a_run_that_waits_for_a_version(
+    beatless: Kit, version: Make, undo: str
+) -> None:
+    old = version("one charge mail", obeys=True, undo=undo)
+    new = version("one mail", undo=undo)
+    run_id = beatless.start_run("order", {"charge": "fails"}).run_id
+    old.take(run_id)
+    beatless.advance(10)
+    assert new.take(run_id)
+    new.app.client.cancel_run(run_id)
+    if undo:
+        assert new.take(run_id)
+    assert new.ledger == (["refund refund 1"] if undo else [])
+    assert beatless.client.get_run(run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+def test_a_run_that_waits_for_a_version_ends_at_its_deadline(
+    beatless: Kit, version: Make, postgres: psycopg.Connection
+) -> None:
+    old, new = version("one charge mail", obeys=True), version("one mail")
+    run_id = beatless.start_run("order", {"charge": "fails"}, deadline=20).run_id
+    old.take(run_id)
+    beatless.advance(12)
+    assert new.take(run_id)
+    _, delay = waits(postgres, run_id)
+    assert delay < 8
+    beatless.advance(9)
+    assert new.take(run_id)
+    run = beatless.client.get_run(run_id)
+    assert run.error is not None
+    assert (run.state, run.error["type"]) == (RunState.FAILED, "DeadlineExceeded")
+    beatless.verify()
