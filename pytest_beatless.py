@@ -222,12 +222,44 @@ def beatless_tables() -> Any:
 
 
 @pytest.fixture
+def beatless_allowed_brokers() -> Sequence[str]:
+    """Brokers and result backends beside its own that a test may publish to, as URLs or patterns.
+
+    Override it. "*" allows them all.
+    """
+    return ()
+
+
+@pytest.fixture
+def _beatless_guard() -> Iterator[Any]:
+    with implementation().guarded() as guard:
+        yield guard
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """A test that would have published to a broker that is not its own has failed."""
+    guard: Any = pyfuncitem.funcargs.get("_beatless_guard")
+    try:
+        result = yield
+    except BaseException as error:
+        for refused in guard.take() if guard else ():
+            error.add_note(refused)
+        raise
+    if guard and (refused := guard.take()):
+        pytest.fail("\n".join(refused), pytrace=False)
+    return result
+
+
+@pytest.fixture
 def beatless_app(
     request: pytest.FixtureRequest,
     _beatless_schemas: Any,
     beatless_plans: Sequence[Any],
     beatless_settings: dict[str, Any],
     beatless_tables: Any,
+    _beatless_guard: Any,
+    beatless_allowed_brokers: Sequence[str],
 ) -> Iterator[Any]:
     """An App with a schema, prefix and channel that only this test has.
 
@@ -244,6 +276,8 @@ def beatless_app(
             beatless_plans,
             beatless_settings,
             beatless_tables,
+            _beatless_guard,
+            beatless_allowed_brokers,
             request.node.nodeid,
         ) as app,
     ):
@@ -251,7 +285,7 @@ def beatless_app(
 
 
 @pytest.fixture
-def beatless(beatless_app: Any, tmp_path: Path) -> Iterator[Any]:
+def beatless(beatless_app: Any, _beatless_guard: Any, tmp_path: Path) -> Iterator[Any]:
     """The helpers of `beatless.testing.Kit`, bound to the test's own app."""
-    with implementation().beatless(beatless_app, tmp_path) as kit:
+    with implementation().beatless(beatless_app, _beatless_guard, tmp_path) as kit:
         yield kit

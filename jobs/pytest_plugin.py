@@ -32,6 +32,7 @@ from beatless.app import App
 from beatless.auth import api_tokens
 from beatless.cli.environment import load
 from beatless.errors import ExtraMissing, JobsError, Unreachable
+from beatless.isolation import Fence, Guard, servers, watching
 from beatless.migrations import migrate
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.message import SHARDS
@@ -663,12 +664,22 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
 
 
 @contextmanager
+def guarded() -> Iterator[Guard]:
+    """What watches over the brokers that the code of one test publishes on."""
+    guard = Guard()
+    with watching(guard):
+        yield guard
+
+
+@contextmanager
 def beatless_app(
     pytestconfig: pytest.Config,
     schemas: Schemas,
     beatless_plans: Sequence[Plan],
     beatless_settings: dict[str, Any],
     beatless_tables: Tables | None,
+    guard: Guard,
+    allowed_brokers: Sequence[str],
     test: str,
 ) -> Iterator[App]:
     """An App with a schema, prefix and channel that only this test has.
@@ -700,6 +711,12 @@ def beatless_app(
         undo.callback(app.close)
         app.celery.conf.broker_transport_options["polling_interval"] = 0.05
         schemas.own_broker(app.settings)
+        guard.fence = Fence(
+            prefix=prefix,
+            servers=servers([schemas.services.broker_url, app.settings.broker_url]),
+            shared=not schemas.services.ours,
+            allowed=tuple(allowed_brokers),
+        )
         with named.acting_as(app) if named else nullcontext():
             undo.pop_all()
             yield app
@@ -707,7 +724,8 @@ def beatless_app(
         remove_queues(app)
     app.close()
     # Even if the test failed: what it has left says more about why.
-    problems = schemas.left_outside(prefix)
+    problems = guard.take() + schemas.left_outside(prefix)
+    guard.fence = None
     schemas.own_broker(app.settings)
     problems += schemas.give_back(schema)
     beside = schemas.beside() if problems else []
@@ -720,10 +738,10 @@ def beatless_app(
 
 
 @contextmanager
-def beatless(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
+def beatless(beatless_app: App, guard: Guard, tmp_path: Path) -> Iterator[Kit]:
     """The helpers, bound to the test's own app."""
     prefix = beatless_app.settings.prefix.removeprefix("t_").replace("_", "-")
-    kit = Kit(beatless_app, run_prefix=f"test-{prefix}", directory=tmp_path)
+    kit = Kit(beatless_app, run_prefix=f"test-{prefix}", directory=tmp_path, guard=guard)
     yield kit
     kit.close()
 

@@ -25,6 +25,7 @@ from beatless.app import App
 from beatless.client import Client, check_cursor
 from beatless.dev import Child
 from beatless.errors import WaitTimeout
+from beatless.isolation import Guard
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.executor import Executor
@@ -43,6 +44,13 @@ UNSET: Any = object()
 LOOK_EVERY = 0.5
 """Seconds without news after which a wait looks into the journal: without a relay nobody tells."""
 
+FENCED = (
+    "import sys, beatless.cli, beatless.isolation\n"
+    "with beatless.isolation.fenced(sys.argv.pop(1)):\n"
+    "    beatless.cli.main()"
+)
+"""A process of a test: `beatless`, which publishes on the test's own broker and on no other."""
+
 LINE = 300
 """Characters of a text that are shown when a wait took too long."""
 
@@ -51,14 +59,20 @@ class Kit:
     """The helpers of the `beatless` fixture, bound to one app with its own schema and prefix."""
 
     def __init__(
-        self, app: App, *, run_prefix: str = "test", directory: Path | None = None
+        self,
+        app: App,
+        *,
+        run_prefix: str = "test",
+        directory: Path | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        """`directory` is where processes of the test write their logs."""
+        """`directory` is where processes of the test write their logs; `guard` fences them in."""
         self.app = app
         self.client = app.client
         self.relay = app.relay(observer=self._observe)
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._directory = directory or Path.cwd()
+        self._guard = guard
         self._executor: Executor | None = None
         self._children: list[Child] = []
         self._last: dict[str, dict[str, Any]] = {}
@@ -352,11 +366,16 @@ UPDATE {schema}.run_events
         # It finds the modules that the test finds: `pythonpath` of pytest is on no path but this.
         given |= {"BEATLESS_APP": app, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         name = f"{arguments[0]}-{len(self._children) + 1}"
+        fenced: dict[str, Any] = {}
+        if self._guard is not None:
+            spec = self._guard.spec(self._directory / f"{name}.refused")
+            fenced["command"] = (sys.executable, "-P", "-c", FENCED, spec)
         child = Child(
             name,
             arguments,
             environ=os.environ | self.app.settings.to_env() | given,
             log=self._directory / f"{name}.log",
+            **fenced,
         )
         self._children.append(child)
         child.start()

@@ -108,7 +108,7 @@ def swallows(ctx: StepContext) -> str:
         raise RuntimeError("outer \0 with a NUL") from error
 
 
-existing = Celery("existing", broker="memory://", set_as_current=False)
+existing = Celery("existing", set_as_current=False)
 
 
 @existing.task(name="shop.charge", bind=True, shared=False)

@@ -12,6 +12,7 @@ import sqlalchemy
 from sqlalchemy import make_url
 
 from beatless.errors import BadSetting
+from beatless.isolation import Guard
 from beatless.pytest_plugin import Schemas, Services, beatless_app, search
 from beatless.services import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
@@ -237,12 +238,14 @@ def test_a_set_up_that_fails_gives_back_what_it_took(
         for _ in range(2):
             with (
                 pytest.raises(BadSetting),
-                beatless_app(pytestconfig, schemas, [], {"lease_seconds": -1}, None, "test"),
+                beatless_app(
+                    pytestconfig, schemas, [], {"lease_seconds": -1}, None, Guard(), (), "test"
+                ),
             ):
                 ...
         assert beside.beside() == []
 
-        with beatless_app(pytestconfig, schemas, [], {}, None, "test") as app:
+        with beatless_app(pytestconfig, schemas, [], {}, None, Guard(), (), "test") as app:
             assert app.settings.schema == f"s_{schemas.worker}_1"
             assert beside.beside() == ["test"]
         assert schemas.take() != schemas.take()  # one that did not fail gives it back once
