@@ -263,11 +263,14 @@ class Client:
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
+        retried: bool | None = None,
         before: Run | Place | None = None,
         limit: int = 50,
         connection: Caller | None = None,
     ) -> list[Run]:
         """Runs, newest first. `before` is the last run of the page before, or its time and id.
+
+        `retried` keeps those that somebody has retried, or those that nobody has.
 
         Raises BadRequest for a state that there is not.
         """
@@ -283,6 +286,7 @@ class Client:
                     plan=plan,
                     queue=queue,
                     tags=_tags(tags) if tags else None,
+                    retried=retried,
                     before=last,
                     limit=limit,
                 )
@@ -296,6 +300,7 @@ class Client:
         plan: str | None,
         queue: str | None,
         tags: Mapping[str, str] | None,
+        retried: bool | None,
         before: Place | None,
         limit: int,
         max_bytes: int,
@@ -310,6 +315,7 @@ class Client:
                 plan=plan,
                 queue=queue,
                 tags=_tags(tags) if tags else None,
+                retried=retried,
                 before=before,
                 limit=limit,
                 read=execute_lazily,
@@ -459,6 +465,7 @@ class Client:
         *,
         plan: str | None = None,
         queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
         error: str | None = None,
         within: float | timedelta | None = None,
         limit: int = 100,
@@ -469,7 +476,7 @@ class Client:
         for in "type: message" of the error, whatever its case; `within` keeps those that failed so
         many seconds ago or less. `run.error` has the last traceback.
         """
-        chosen = GivenUp(plan=plan, queue=queue, error=error, seconds=_seconds("within", within))
+        chosen = _given_up(plan, queue, tags, error, within)
 
         def read(caller: Caller) -> list[Run]:
             found = self._journal.given_up(
@@ -490,11 +497,21 @@ class Client:
 
         return self._do(None, read)
 
+    def count_failed_runs(self, chosen: GivenUp, *, limit: int) -> int:
+        """How many `failed_runs` there are, counted no further than `limit`."""
+        return self._do(
+            None,
+            lambda caller: self._journal.count_given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            ),
+        )
+
     def retry_failed(
         self,
         *,
         plan: str | None = None,
         queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
         error: str | None = None,
         within: float | timedelta | None = None,
         limit: int = 100,
@@ -504,7 +521,7 @@ class Client:
         Each is a transaction of its own: what was started before an interruption stays, and is not
         among those of the next call. Two calls at once retry each run once.
         """
-        chosen = GivenUp(plan=plan, queue=queue, error=error, seconds=_seconds("within", within))
+        chosen = _given_up(plan, queue, tags, error, within)
         started: list[Run] = []
         refused: list[Exception] = []
         for found, _ in self._retry_each(chosen, limit):
@@ -712,6 +729,22 @@ def _seconds(name: str, given: float | timedelta | None) -> float | None:
     if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
         raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
     return seconds
+
+
+def _given_up(
+    plan: str | None,
+    queue: str | None,
+    tags: Mapping[str, str] | None,
+    error: str | None,
+    within: float | timedelta | None,
+) -> GivenUp:
+    return GivenUp(
+        plan=plan,
+        queue=queue,
+        tags=_tags(tags),
+        error=error,
+        seconds=_seconds("within", within),
+    )
 
 
 def _check_state(state: str | None) -> None:

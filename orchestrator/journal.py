@@ -83,10 +83,14 @@ class Run:
     finished_at: datetime | None
     pruned_seq: int
     """Its events up to here were removed after the retention time."""
+    retried_by: str | None = None
+    """The id of its newest retry."""
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Self:
-        members = dict(zip(RUN_COLUMNS, row, strict=True))
+        """From the columns of the table, and `retried_by` where the statement has looked for it."""
+        names = (*RUN_COLUMNS, "retried_by")[: len(row)]
+        members = dict(zip(names, row, strict=True))
         return cls(**members | {"state": RunState(members["state"])})
 
     def require_events(self, after: int) -> None:
@@ -99,7 +103,7 @@ class Run:
         """The run as a JSON object; times are ISO 8601."""
         return {
             name: value.isoformat() if isinstance(value, datetime) else value
-            for name in RUN_COLUMNS
+            for name in (*RUN_COLUMNS, "retried_by")
             for value in [getattr(self, name)]
         }
 
@@ -114,6 +118,7 @@ class GivenUp:
 
     plan: str | None = None
     queue: str | None = None
+    tags: Mapping[str, str] | None = None
     error: str | None = None
     """In "type: message" of the error, whatever its case."""
     seconds: float | None = None
@@ -218,6 +223,9 @@ class Journal:
         self.max_event_bytes = max_event_bytes
         s = schema
         columns = ", ".join(RUN_COLUMNS)
+        retries = f"FROM {s}.runs n WHERE n.retry_of = r.run_id"
+        with_retry = f"""{columns},
+       (SELECT n.run_id {retries} ORDER BY n.created_at DESC LIMIT 1) AS retried_by"""
         bell = doorbell(s, "%(shard)s")
         self._create = f"""
 WITH input AS (
@@ -254,7 +262,7 @@ WITH input AS (
 SELECT {", ".join("u." + column for column in RUN_COLUMNS)}, {doorbell(s, "i.shard")}
   FROM u JOIN input i USING (run_id)"""
         self._find = f"""
-SELECT {columns} FROM {s}.runs
+SELECT {with_retry} FROM {s}.runs r
  WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)"""
         # An append that stays in the run: nothing but events, under the lease.
         self._append = f"""
@@ -342,15 +350,16 @@ WITH u AS (
 )
 SELECT {columns}, {bell} FROM u"""
         self._get = f"""
-SELECT {columns} FROM {s}.runs WHERE run_id = %(run_id)s AND namespace = %(namespace)s"""
+SELECT {with_retry} FROM {s}.runs r WHERE run_id = %(run_id)s AND namespace = %(namespace)s"""
         # Of the many stored runs few are unfinished: these are found by their dispatches.
         self._list = f"""
-SELECT {columns} FROM {s}.runs
+SELECT {with_retry} FROM {s}.runs r
  WHERE namespace = %(namespace)s
    AND (%(state)s::text IS NULL OR state = %(state)s) AND {{which}}
    AND (%(plan)s::text IS NULL OR plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR queue = %(queue)s)
    AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
+   AND (%(retried)s::bool IS NULL OR %(retried)s = EXISTS (SELECT {retries}))
    AND (%(before_at)s::timestamptz IS NULL
         OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
  ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
@@ -364,8 +373,7 @@ SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1
         }
         # Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
         self._whole = ", ".join("r." + column for column in RUN_COLUMNS)
-        self._given_up = f"""
-SELECT e.ts, r.run_id, {{what}}
+        given_up = f"""
   FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = 'failed'
    AND e.ts > coalesce((SELECT clock_timestamp() - make_interval(secs => %(seconds)s)), '-infinity')
@@ -375,11 +383,16 @@ SELECT e.ts, r.run_id, {{what}}
         OR (e.ts, r.run_id) > (%(after_at)s, %(after_id)s::text))
    AND (%(plan)s::text IS NULL OR r.plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR r.queue = %(queue)s)
+   AND (%(tags)s::jsonb IS NULL OR r.tags @> %(tags)s::jsonb)
    AND (%(error)s::text IS NULL
         OR strpos(lower(concat(r.error ->> 'type', ': ', r.error ->> 'message')),
                   lower(%(error)s)) > 0)
-   AND NOT EXISTS (SELECT FROM {s}.runs n WHERE n.retry_of = r.run_id)
+   AND NOT EXISTS (SELECT {retries})"""
+        self._given_up = f"""
+SELECT e.ts, r.run_id, {{what}} {given_up}
  ORDER BY e.ts, r.run_id LIMIT %(limit)s"""
+        self._count_given_up = f"""
+SELECT count(*) FROM (SELECT {given_up} LIMIT %(limit)s) AS found"""
         # No LIMIT, for there are no gaps: with one as a parameter Postgres plans each read anew,
         # which takes as long as the read itself.
         self._read = f"""
@@ -575,6 +588,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
+        retried: bool | None = None,
         before: Place | None = None,
         limit: int = 50,
         read: Read = execute,
@@ -593,6 +607,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "plan": plan,
                 "queue": queue,
                 "tags": json.dumps(dict(tags)) if tags else None,
+                "retried": retried,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
                 "limit": limit,
@@ -628,6 +643,13 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         rows = self._read_given_up(connection, "true", namespace, chosen, limit, execute)
         return [(row[0], row[1]) for row in rows]
 
+    def count_given_up(
+        self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
+    ) -> int:
+        """How many `given_up` would give."""
+        statement = self._count_given_up
+        return int(self._given_up_rows(connection, statement, namespace, chosen, limit)[0][0])
+
     def _read_given_up(
         self,
         connection: Caller,
@@ -636,14 +658,27 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         chosen: GivenUp,
         limit: int,
         read: Read,
-    ) -> Iterable[Any]:
+    ) -> Any:
+        statement = self._given_up.replace("{what}", what)
+        return self._given_up_rows(connection, statement, namespace, chosen, limit, read)
+
+    def _given_up_rows(
+        self,
+        connection: Caller,
+        statement: str,
+        namespace: str,
+        chosen: GivenUp,
+        limit: int,
+        read: Read = execute,
+    ) -> Any:
         return read(
             connection,
-            self._given_up.replace("{what}", what),
+            statement,
             {
                 "namespace": namespace,
                 "plan": chosen.plan,
                 "queue": chosen.queue,
+                "tags": json.dumps(dict(chosen.tags)) if chosen.tags else None,
                 "error": chosen.error,
                 "seconds": chosen.seconds,
                 "after_at": chosen.after[0] if chosen.after else None,

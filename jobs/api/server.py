@@ -108,6 +108,8 @@ class FailedRuns(BaseModel):
 
     plan: str | None = None
     queue: str | None = None
+    tag: list[str] = []
+    """name=value"""
     error: str | None = Field(default=None, max_length=1000)
     """In "type: message" of the error, whatever its case."""
     within: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
@@ -121,10 +123,17 @@ class FailedRuns(BaseModel):
         return GivenUp(
             plan=_text(self.plan),
             queue=_text(self.queue),
+            tags=dict(_pair(text) for text in self.tag),
             error=_text(self.error),
             seconds=self.within,
             after=_place(self.cursor),
         )
+
+
+class CountRequest(FailedRuns):
+    """Which of them to count, and how far."""
+
+    limit: int = Field(default=100_000, ge=1, le=100_000)
 
 
 class FinishedRuns(BaseModel):
@@ -342,6 +351,7 @@ def create_api(
         plan: str | None = None,
         queue: str | None = None,
         tag: Annotated[list[str] | None, Query(description="name=value")] = None,
+        retried: Annotated[bool | None, Query(description="whether somebody has")] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
         cursor: str | None = None,
     ) -> Response:
@@ -351,6 +361,7 @@ def create_api(
             plan=_text(plan),
             queue=_text(queue),
             tags=dict(_pair(text) for text in tag) if tag else None,
+            retried=retried,
             before=_place(cursor),
             limit=limit,
             max_bytes=RUNS_BYTES,
@@ -490,6 +501,13 @@ def create_api(
         return _runs(
             client.page_of_failed_runs(chosen.checked(), limit=chosen.limit, max_bytes=RUNS_BYTES)
         )
+
+    @api.get("/v1/failed-runs/count", responses=answers())
+    def count_failed_runs(
+        client: Reader, chosen: Annotated[CountRequest, Query()]
+    ) -> dict[str, int]:
+        """How many of them there are, counted no further than `limit`."""
+        return {"runs": client.count_failed_runs(chosen.checked(), limit=chosen.limit)}
 
     @api.post("/v1/failed-runs/retry", status_code=202, responses=answers())
     def retry_failed_runs(client: Writer, body: FailedRuns) -> Response:

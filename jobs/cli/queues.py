@@ -7,7 +7,7 @@ from datetime import datetime
 import click
 from rich.table import Table
 
-from beatless.cli.environment import Environment, seconds
+from beatless.cli.environment import Environment, pairs, seconds
 from beatless.cli.render import age
 from beatless.orchestrator.state import FINAL
 from beatless.outbox.letters import DeadLetter
@@ -122,6 +122,7 @@ def of_runs(command: Callable[..., None]) -> Callable[..., None]:
         (
             click.option("--plan", help="Only runs of this plan."),
             click.option("--queue", help="Only runs of this queue."),
+            click.option("--tag", "tags", metavar="K=V", multiple=True, help="Only with this tag."),
             click.option("--error", metavar="TEXT", help="Only if TEXT is in the error's message."),
             click.option("--within", metavar="TIME", help="Only what failed since then, as 2h."),
             click.option(
@@ -149,11 +150,12 @@ def ls(
     /,
     limit: int = 100,
     within: str | None = None,
+    tags: tuple[str, ...] = (),
     **chosen: str | None,
 ) -> None:
     """Failed runs, then messages (only without a filter); each oldest first."""
     since = None if within is None else seconds(within)
-    for run in env.app.client.failed_runs(**chosen, within=since, limit=limit):
+    for run in env.app.client.failed_runs(**chosen, tags=pairs(tags), within=since, limit=limit):
         if env.as_json:
             env.document({"kind": "run", **run.to_dict()})
         else:
@@ -162,7 +164,7 @@ def ls(
                 f"{run.run_id}  run of {run.plan}  queue {run.queue}  "
                 f"{age(run.finished_at)} ago  {error.get('type')}: {error.get('message')}"
             )
-    if since is not None or any(chosen.values()):
+    if since is not None or tags or any(chosen.values()):
         return
     for letter in env.app.client.dead_letters(limit):
         if env.as_json:
@@ -211,19 +213,20 @@ def requeue(
     messages: bool,
     limit: int,
     within: str | None,
+    tags: tuple[str, ...],
     **chosen: str | None,
 ) -> None:
     """Publish the message again, or retry the run; with --all, many runs. Prints the new ids.
 
     With --messages, many messages; prints how many.
     """
-    filtered = within is not None or any(chosen.values())
+    filtered = within is not None or tags or any(chosen.values())
     if (letter is not None) + every + messages != 1 or (letter is not None and filtered):
         raise click.UsageError(
             "give one ID, or --all with options that choose failed runs, or --messages"
         )
     if messages:
-        if within is not None or chosen["plan"] or chosen["queue"]:
+        if within is not None or tags or chosen["plan"] or chosen["queue"]:
             raise click.UsageError("--messages goes with --error and --limit only")
         again = env.app.client.requeue_dead_letters(reason=chosen["error"] or "", limit=limit)
         env.document({"requeued": again}) if env.as_json else click.echo(again)
@@ -236,7 +239,9 @@ def requeue(
         started, refused = [env.app.client.retry_run(letter)], list[Exception]()
     else:
         since = None if within is None else seconds(within)
-        started, refused = env.app.client.retry_failed(**chosen, within=since, limit=limit)
+        started, refused = env.app.client.retry_failed(
+            **chosen, tags=pairs(tags), within=since, limit=limit
+        )
     for run in started:
         env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
     for reason in refused:

@@ -121,16 +121,26 @@ class Client:
         plan: str | None = None,
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
+        retried: bool | None = None,
         before: Run | tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> list[Run]:
-        """Runs, newest first. `before` is the last run of the page before, or its time and id."""
+        """Runs, newest first. `before` is the last run of the page before, or its time and id.
+
+        `retried` keeps those that somebody has retried, or those that nobody has.
+        """
         found: list[Run] = []
         while len(found) < limit:
             wanted = min(limit - len(found), wire.PAGE)
             page, more = self._send(
                 wire.list_runs(
-                    state=state, plan=plan, queue=queue, tags=tags, before=before, limit=wanted
+                    state=state,
+                    plan=plan,
+                    queue=queue,
+                    tags=tags,
+                    retried=retried,
+                    before=before,
+                    limit=wanted,
                 )
             )
             found += page
@@ -196,6 +206,7 @@ class Client:
         *,
         plan: str | None = None,
         queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
         error: str | None = None,
         within: float | timedelta | None = None,
         limit: int = 100,
@@ -212,6 +223,7 @@ class Client:
                 wire.failed_runs(
                     plan=plan,
                     queue=queue,
+                    tags=tags,
                     error=error,
                     within=within,
                     limit=limit - len(found),
@@ -228,6 +240,7 @@ class Client:
         *,
         plan: str | None = None,
         queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
         error: str | None = None,
         within: float | timedelta | None = None,
         limit: int = 100,
@@ -243,7 +256,13 @@ class Client:
         while (left := limit - len(started) - len(refused)) > 0:
             page, reasons, cursor = self._send(
                 wire.retry_failed(
-                    plan=plan, queue=queue, error=error, within=within, limit=left, cursor=cursor
+                    plan=plan,
+                    queue=queue,
+                    tags=tags,
+                    error=error,
+                    within=within,
+                    limit=left,
+                    cursor=cursor,
                 )
             )
             started += page

@@ -227,6 +227,7 @@ def list_runs(
     plan: str | None,
     queue: str | None,
     tags: Mapping[str, str] | None,
+    retried: bool | None,
     before: Run | tuple[datetime, str] | None,
     limit: int,
 ) -> Call[tuple[list[Run], bool]]:
@@ -236,7 +237,8 @@ def list_runs(
         "state": state,
         "plan": plan,
         "queue": queue,
-        "tag": [f"{name}={value}" for name, value in (tags or {}).items()],
+        "tag": _pairs(tags),
+        "retried": None if retried is None else str(retried).lower(),
         "cursor": encode_page(*last) if last else None,
         "limit": min(limit, PAGE),
     }
@@ -411,8 +413,13 @@ def _part(part: str) -> str:
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """What chooses failed runs, without what was left open."""
-    given = {**options, "within": _seconds(options["within"])}
+    given = {**options, "within": _seconds(options["within"]), "tag": _pairs(options["tags"])}
+    del given["tags"]
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _pairs(tags: Mapping[str, str] | None) -> list[str]:
+    return [f"{name}={value}" for name, value in (tags or {}).items()]
 
 
 def _refusal(members: Mapping[str, Any]) -> Exception:

@@ -115,18 +115,20 @@ def test_runs_that_ended_are_cleaned_over_http(beatless: Kit, client: Client) ->
 
 def test_failed_runs_over_http(beatless: Kit, client: Client, postgres: Connection) -> None:
     for queue in ("a", "b", "a"):
-        client.start_run("fatally", queue=queue)
+        client.start_run("fatally", queue=queue, tags={"in": queue, "all": "=="})
     odd = client.start_run("fatally", queue="b").run_id
     beatless.work_until_idle()
     for options in (
         {},
         {"queue": "a"},
+        {"tags": {"in": "a", "all": "=="}},
         {"plan": "two_steps"},
         {"error": "FATAL", "limit": 2},
         {"within": timedelta(hours=1)},
     ):
         assert client.failed_runs(**options) == beatless.client.failed_runs(**options)
     assert len(client.failed_runs(queue="a")) == 2
+    assert len(client.failed_runs(tags={"in": "b"})) == 1
 
     # As if the plan had gone since then: it cannot be retried, and the answer says which and why.
     postgres.execute("UPDATE runs SET plan = 'gone' WHERE run_id = %s", [odd])
@@ -135,6 +137,10 @@ def test_failed_runs_over_http(beatless: Kit, client: Client, postgres: Connecti
     assert [run.queue for run in started] == ["b"]
     assert [(type(reason), reason.args[0]) for reason in refused] == [(UnknownPlan, "gone")]
     assert [run.run_id for run in client.failed_runs(queue="b")] == [odd]
+    for retried in (True, False):
+        of_both = client.list_runs(retried=retried), beatless.client.list_runs(retried=retried)
+        assert of_both[0] == of_both[1]
+    assert [run.retried_by for run in client.list_runs(retried=True)] == [started[0].run_id]
     client.remove_run(odd)
     assert len(client.failed_runs()) == 2
 
@@ -161,7 +167,7 @@ def test_dead_letters_over_http(beatless: Kit, client: Client, postgres: Connect
 def test_both_clients_have_every_call_of_the_clients_of_an_app() -> None:
     # What needs the database itself, or many requests for one call; and what a server answers by.
     local = {"epoch", "explain", "start_runs", "stored_id"}
-    local |= {"page_of_runs", "page_of_failed_runs", "retry_page"}
+    local |= {"page_of_runs", "page_of_failed_runs", "count_failed_runs", "retry_page"}
     calls = {name for name in vars(beatless.Client) if not name.startswith("_")} - local
     assert calls <= {name for name in vars(Client) if not name.startswith("_")}
     follow = {"stream_run", "wait_for_run"}

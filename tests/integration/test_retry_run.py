@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from beatless import CannotRetry, RunNotFound, RunState
+from beatless.orchestrator.journal import GivenUp
 from beatless.testing import Kit
 
 
@@ -177,3 +178,37 @@ def test_a_run_whose_tags_are_older_than_their_limit_can_be_retried(
     beatless.work_until_idle()
     postgres.execute("UPDATE runs SET tags = jsonb_build_object('a', repeat('x', 20000))")
     assert beatless.client.retry_run(run.run_id).tags == {"a": "x" * 20_000}
+
+
+def test_a_run_tells_its_newest_retry_and_lists_keep_those_with_or_without(beatless: Kit) -> None:
+    failed, left = (failed_after_the_first_step(beatless) for _ in range(2))
+    again = beatless.client.retry_run(failed).run_id
+    newest = beatless.client.retry_run(failed).run_id
+    assert beatless.client.get_run(failed).retried_by == newest
+    assert beatless.client.get_run(left).retried_by is None
+    listed = {run.run_id: run.retried_by for run in beatless.client.list_runs()}
+    assert listed == {failed: newest, left: None, again: None, newest: None}
+
+    def ids(**options) -> list[str]:
+        return [run.run_id for run in beatless.client.list_runs(**options)]
+
+    assert ids(retried=True) == [failed]
+    assert ids(retried=False, state="failed") == [left]
+    assert ids(retried=True, state="queued") == []
+    assert beatless.client.start_run("half", run_id=failed).retried_by == newest
+    beatless.client.remove_run(newest)
+    assert beatless.client.get_run(failed).retried_by == again
+
+
+def test_failed_runs_are_chosen_by_their_tags_and_counted(beatless: Kit) -> None:
+    runs = [failed_after_the_first_step(beatless, tags={"n": str(n % 2), "a": "b"}) for n in (0, 1)]
+    found = beatless.client.failed_runs(tags={"n": "1"})
+    assert [run.run_id for run in found] == [runs[1]]
+    assert len(beatless.client.failed_runs(tags={"a": "b"})) == 2
+    one, both = GivenUp(tags={"n": "0", "a": "b"}), GivenUp(tags={"a": "b"})
+    assert beatless.client.count_failed_runs(one, limit=10) == 1
+    assert beatless.client.count_failed_runs(both, limit=10) == 2
+    assert beatless.client.count_failed_runs(both, limit=1) == 1
+    started, refused = beatless.client.retry_failed(tags={"n": "0"})
+    assert ([run.retry_of for run in started], refused) == ([runs[0]], [])
+    assert beatless.client.count_failed_runs(both, limit=10) == 1
