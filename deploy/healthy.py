@@ -21,13 +21,19 @@ def get(url: str, headers: Mapping[str, str] | None = None) -> str:
         return str(answer.read().decode())
 
 
+def port(variable: str, default: str) -> str:
+    """Kubernetes has such variables of its own: a Service called `api` makes API_PORT=tcp://…"""
+    value = os.environ.get(variable, "")
+    return value if value.isdigit() else default
+
+
 def metrics() -> str:
-    return get(f"http://127.0.0.1:{os.environ['BEATLESS_METRICS_PORT']}/metrics")
+    return get(f"http://127.0.0.1:{port('BEATLESS_METRICS_PORT', '9464')}/metrics")
 
 
 def api() -> None:
     """It reaches a primary with a schema that it knows."""
-    get(f"http://127.0.0.1:{os.environ.get('API_PORT', '8400')}/readyz")
+    get(f"http://127.0.0.1:{port('API_PORT', '8400')}/readyz")
 
 
 def relay() -> None:
@@ -47,7 +53,7 @@ def worker() -> None:
 
 def flower() -> None:
     """It lets in who knows the password, and nobody else."""
-    url = f"http://127.0.0.1:{os.environ.get('FLOWER_PORT', '5555')}/workers"
+    url = f"http://127.0.0.1:{port('FLOWER_PORT', '5555')}/workers"
     try:
         get(url)
     except urllib.error.HTTPError as error:

@@ -38,6 +38,7 @@ from beatless.worker import (
     Farewell,
     MetricsListener,
     Replacements,
+    Surroundings,
     celery_settings,
 )
 
@@ -61,6 +62,7 @@ class App:
 
     def __init__(self, settings: Settings, plans: Sequence[Plan]) -> None:
         """Raises PlanError when two plans share a name."""
+        logs.enable_own_loggers()
         self.settings = settings
         self.plans = {plan.name: plan for plan in plans}
         if len(self.plans) < len(plans):
@@ -108,8 +110,9 @@ class App:
             observer=self.tracing.committed,
             on_process=self._on_worker_process,
         )
-        self.celery = RunsCelery(settings.prefix, set_as_current=False)
+        self.celery = RunsCelery(settings.prefix)
         self.celery.conf.update(celery_settings(settings, plans))
+        self.celery.steps["worker"].add(Surroundings)
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))

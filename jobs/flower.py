@@ -6,6 +6,7 @@ neither workers nor relays do anything for it, and its history is back when it s
 
 import atexit
 import logging
+import os
 import re
 import signal
 import threading
@@ -32,6 +33,7 @@ from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.queries import execute
+from beatless.settings import service_links
 from beatless.stream import parse
 
 logger = logging.getLogger(__name__)
@@ -293,6 +295,9 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
 
     Its own variables FLOWER_* and its flowerconfig.py are read as well.
     """
+    for name in service_links(os.environ):
+        if name.startswith("FLOWER_"):  # a Service called `flower` makes FLOWER_PORT=tcp://…
+            del os.environ[name]
     apply_env_options()
     apply_options("flower", arguments(chosen))
     extract_settings()

@@ -39,6 +39,11 @@ QUIET = ("celery.app.trace", "celery.worker.strategy", "alembic", "httpx")
 """What these tell below a warning is told by ours, once for each change of a run."""
 
 
+OURS = ("beatless", "pytest_beatless")
+BENEATH = ("celery", "kombu", "billiard", "amqp", "uvicorn")
+"""What our processes consist of beside our own packages."""
+
+
 class Format(StrEnum):
     """What a log line looks like."""
 
@@ -61,6 +66,7 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
+    enable_own_loggers(*BENEATH)
     # Celery leaves logging alone as soon as anybody listens to this.
     signals.setup_logging.connect(_leave_alone)
 
@@ -73,6 +79,17 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
         signals.setup_logging.disconnect(_leave_alone)
 
     return restore
+
+
+def enable_own_loggers(*others: str) -> None:
+    """Let the loggers of our packages, and these others, speak after somebody's `dictConfig`.
+
+    Unless told otherwise, that disables every logger it does not name. Levels, handlers and
+    propagation that it did set stay.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in (*OURS, *others):
+            logger.disabled = False
 
 
 def _leave_alone(**_: Any) -> None:

@@ -20,6 +20,20 @@ LEAST_EVENT_BYTES = 200
 
 REDIS = ("redis://", "rediss://", "unix://", "sentinel://")
 
+LINK = re.compile(
+    r"""(?P<name>\w+?)(?:
+        _SERVICE_HOST=[\w.:-]+
+      | _SERVICE_PORT(?:_[A-Z0-9_]+)?=[0-9]+
+      | _PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://.*
+      | _PORT_[0-9]+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=[0-9]+|ADDR=[\w.:-]+)
+    )""",
+    re.VERBOSE,
+)
+"""What Kubernetes tells a pod of the Services beside it, and Docker of a linked container."""
+
+DOCKER_LINK = re.compile(r"(?P<name>\w+?)(?:_NAME=/.*|_ENV_\w+=.*)", re.DOTALL)
+"""What Docker tells beside that."""
+
 ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
 """Names that the HTTP client and the command line read, and an app does not."""
 
@@ -120,7 +134,12 @@ class Settings:
         """
         source = os.environ if environ is None else environ
         known = {f"BEATLESS_{entry.name.upper()}": entry for entry in fields(cls)}
-        given = {name: value for name, value in source.items() if name.startswith("BEATLESS_")}
+        links = service_links(source)
+        given = {
+            name: value
+            for name, value in source.items()
+            if name.startswith("BEATLESS_") and name not in links
+        }
         for name in sorted(given.keys() - known.keys() - ELSEWHERE):
             raise BadSetting(name, "is not a setting of beatless; remove it", "…")
         values: dict[str, Any] = {}
@@ -168,6 +187,23 @@ class Settings:
             f"{entry.name}={redact(getattr(self, entry.name))!r}" for entry in fields(self)
         )
         return f"Settings({shown})"
+
+
+def service_links(environ: Mapping[str, str]) -> frozenset[str]:
+    """The variables by which Kubernetes and Docker tell where other services are.
+
+    A Service called beatless-metrics makes BEATLESS_METRICS_PORT=tcp://…: not a setting of ours.
+    """
+    found, linked = set(), set()
+    for name, value in environ.items():
+        if match := LINK.fullmatch(f"{name}={value}"):
+            found.add(name)
+            linked.add(match["name"])
+    for name, value in environ.items():
+        match = DOCKER_LINK.fullmatch(f"{name}={value}")
+        if match and match["name"] in linked:
+            found.add(name)
+    return frozenset(found)
 
 
 def redact(value: Any) -> Any:

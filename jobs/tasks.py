@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 from celery import Celery, Task
 
+from beatless.celery_app import FleetCelery
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.plan import Plan
 from beatless.worker import leaving
@@ -29,7 +30,7 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
     signature = subtask = s = si = map = starmap = chunks = refuse
 
 
-class RunsCelery(Celery):  # type: ignore[misc]  # Celery has no types
+class RunsCelery(FleetCelery):
     """A Celery app whose plans cannot be sent by name either."""
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:

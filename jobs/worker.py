@@ -29,8 +29,9 @@ from celery.worker import state as worker_state
 from kombu import Queue
 from psycopg.conninfo import make_conninfo
 
+from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
-from beatless.logs import Format
+from beatless.logs import Format, enable_own_loggers
 from beatless.metrics import Metrics, WorkerCounts, both, listen
 from beatless.orchestrator.executor import Executor, Observer, Scope, no_scope
 from beatless.orchestrator.journal import Journal
@@ -303,6 +304,31 @@ class Executors:
         return connection
 
 
+class Surroundings(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """What others left in the worker's processes: variables are named, silenced loggers speak.
+
+    It comes after `worker_init`, in which Celery's fix-up sets Django up, with its own logging.
+    """
+
+    requires = frozenset({"celery.worker.components:Pool"})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._celery = worker.app
+        signals.worker_process_init.connect(self._in_child)
+        enable_own_loggers()
+        warn_of_foreign(os.environ, worker.app.conf.broker_url)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_process_init.disconnect(self._in_child)
+
+    terminate = stop
+
+    def _in_child(self, **_: Any) -> None:
+        enable_own_loggers()
+        self._celery.set_default()  # a prefork child forgets how this app does it
+
+
 class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Puts a new child in the place of a dead one within a second. Celery looks every five.
 
@@ -519,6 +545,8 @@ def run_worker(
         # Celery's banner and what its signal handlers say are for people, past all logging.
         argv.insert(0, "--quiet")
         vars(sys)["__stdout__"] = None
+    elif os.environ.get("NO_COLOR"):
+        argv.insert(0, "--no-color")
     argv += ["--hostname", f"beatless-{os.getpid()}@%h"]
     if concurrency is not None:
         argv += ["--concurrency", str(concurrency)]

@@ -17,6 +17,7 @@ from kombu.exceptions import KombuError
 
 from beatless import loopback
 from beatless.app import REDIS_TIMEOUTS, App
+from beatless.celery_app import warn_of_foreign
 from beatless.cli.environment import Environment
 from beatless.client import reaching_postgres
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
@@ -183,6 +184,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     """Run a relay: it publishes events and hands runs to the broker."""
     env.log()
     app = env.app
+    warn_of_foreign(os.environ, app.settings.broker_url)
     check_servers(app)
 
     supervisor = Supervisor()

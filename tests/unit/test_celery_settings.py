@@ -1,12 +1,15 @@
 """The configuration of Celery is what docs/workers.md says, on both brokers."""
 
 import ast
+import logging
 import re
 from pathlib import Path
 
 import pytest
+from celery import _state
 
-from beatless import Settings
+from beatless import App, Settings
+from beatless.celery_app import IGNORED, ConfiguredElsewhere
 from beatless.worker import celery_settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text()
@@ -38,3 +41,47 @@ def test_every_value_that_is_documented_is_set(broker: str) -> None:
             assert (found | options)[name] == ast.literal_eval(value), name
             seen += 1
     assert seen >= 12
+
+
+def app() -> App:
+    return App(Settings(database_url="postgresql://127.0.0.1:1/x", redis_url=BROKERS["Redis"]), [])
+
+
+def test_the_environment_of_another_celery_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(app().celery.conf)
+    for name in IGNORED:
+        monkeypatch.setenv(name, "elsewhere")
+    found = app().celery
+    assert dict(found.conf) == before
+    assert found.connection_for_read().as_uri() == "redis://:**@127.0.0.1:1/0"
+    assert found.connection_for_write().as_uri() == "redis://:**@127.0.0.1:1/0"
+    assert found.conf.result_backend is None
+
+
+@pytest.mark.parametrize("call", ["config_from_object", "config_from_envvar"])
+def test_nobody_else_configures_the_celery_app(call: str) -> None:
+    with pytest.raises(ConfiguredElsewhere, match=f"{call} is for a Celery app of your own"):
+        getattr(app().celery, call)("django.conf:settings", namespace="CELERY")
+
+
+def test_the_app_of_a_django_project_stays_that_of_all_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Celery's fix-up makes the first app that is made the default one."""
+    monkeypatch.setattr(_state, "default_app", None)
+    found = app().celery
+    assert _state.default_app is None
+    found.set_default()
+    assert _state.default_app is found
+
+
+def test_loggers_that_a_dict_config_has_disabled_speak_again() -> None:
+    found = logging.getLogger("beatless.worker")
+    level = found.level
+    found.disabled = True
+    found.setLevel(logging.ERROR)
+    try:
+        app()
+        assert (found.disabled, found.level) == (False, logging.ERROR)
+    finally:
+        found.setLevel(level)

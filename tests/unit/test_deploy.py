@@ -3,6 +3,7 @@
 import configparser
 import json
 import re
+import runpy
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -437,3 +438,16 @@ def test_the_users_are_those_of_the_settings_page() -> None:
     }
     assert in_file.pop("default") == []
     assert in_file == documented
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name_of)
+def test_no_pod_is_told_of_services_by_variables(workload: dict[str, Any]) -> None:
+    assert workload["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_the_health_check_takes_no_service_for_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = runpy.run_path(str(DEPLOY / "healthy.py"))
+    monkeypatch.setenv("API_PORT", "tcp://10.96.12.7:8400")
+    assert healthy["port"]("API_PORT", "8400") == "8400"
+    monkeypatch.setenv("API_PORT", "80")
+    assert healthy["port"]("API_PORT", "8400") == "80"

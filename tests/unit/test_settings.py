@@ -109,3 +109,57 @@ def test_spaces_of_a_database_url_reach_libpq():
         "dbname": "the app",
         "options": "-c geqo=off -c jit=off",
     }
+
+
+def kubernetes_links(service: str) -> dict[str, str]:
+    """What a kubelet tells of a Service: https://kubernetes.io/docs/tutorials/services/."""
+    return {
+        f"{service}_SERVICE_HOST": "10.96.12.7",
+        f"{service}_SERVICE_PORT": "80",
+        f"{service}_SERVICE_PORT_HTTP": "80",
+        f"{service}_PORT": "tcp://10.96.12.7:80",
+        f"{service}_PORT_80_TCP": "tcp://10.96.12.7:80",
+        f"{service}_PORT_80_TCP_PROTO": "tcp",
+        f"{service}_PORT_80_TCP_PORT": "80",
+        f"{service}_PORT_80_TCP_ADDR": "fd00:10:96::7",
+        f"{service}_PORT_53_UDP": "udp://[fd00:10:96::7]:53",
+    }
+
+
+def docker_links(alias: str) -> dict[str, str]:
+    return {
+        f"{alias}_NAME": "/web/cache",
+        f"{alias}_PORT": "tcp://172.17.0.5:6379",
+        f"{alias}_PORT_6379_TCP": "tcp://172.17.0.5:6379",
+        f"{alias}_ENV_REDIS_VERSION": "8.0",
+        f"{alias}_ENV_PASSWORD": "two\nlines",
+    }
+
+
+@pytest.mark.parametrize(
+    "service",
+    ["BEATLESS", "BEATLESS_API", "BEATLESS_APP", "BEATLESS_METRICS", "BEATLESS_REDIS_URL"],
+)
+@pytest.mark.parametrize("links", [kubernetes_links, docker_links])
+def test_links_of_services_are_no_settings(links, service):
+    settings = Settings.from_env(MINIMAL | links(service))
+    assert settings == Settings.from_env(MINIMAL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BEATLESS_API_PORT",  # a number is no link
+        "BEATLESS_NAME",
+        "BEATLESS_API_ENV_X",  # nothing else tells of such a container
+        "BEATLESS_SERVICE",
+    ],
+)
+def test_what_only_looks_a_little_like_a_link_is_refused(name):
+    with pytest.raises(BadSetting, match="is not a setting of beatless"):
+        Settings.from_env(MINIMAL | {name: "8400"})
+
+
+def test_a_url_setting_is_never_a_link():
+    with pytest.raises(BadSetting, match="is not a redis://"):
+        Settings.from_env(MINIMAL | {"BEATLESS_REDIS_URL": "tcp://10.96.12.7:6379"})

@@ -1,0 +1,177 @@
+"""The Celery app of the fleet: configured by our settings, deaf to the environment.
+
+A container often has the variables of another Celery project, and of a command line that is not
+ours: `CELERY_BROKER_URL`, `BROKER_URL`, `APP` and many more. Celery prefers them to what an app was
+given, so that workers would silently consume from somebody else's broker.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+from celery import Celery, _state
+from celery.app.utils import Settings as CelerySettings
+from celery.loaders.app import AppLoader
+
+from beatless.errors import JobsError
+
+logger = logging.getLogger(__name__)
+
+IGNORED = (
+    "BROKER_URL",
+    "CELERY_BROKER_READ_URL",
+    "CELERY_BROKER_URL",
+    "CELERY_BROKER_WRITE_URL",
+    "CELERY_CONFIG_MODULE",
+    "CELERY_LOADER",
+    "CELERY_RESULT_BACKEND",
+    "CONFIG_MODULE",
+    "LOADER",
+    "RESULT_BACKEND",
+)
+"""Variables that would make Celery another one than the settings say."""
+
+COMMAND = "CELERY_WORKER_"
+"""Starts the variables by which `celery worker` takes options from the environment."""
+
+
+class ConfiguredElsewhere(JobsError):
+    """Somebody configures the Celery app of beatless, which its settings do."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(call)
+        self.call = call
+
+    def __str__(self) -> str:
+        return (
+            f"{self.call} is for a Celery app of your own: that of beatless is configured by "
+            "Settings alone; see docs/two-celeries.md"
+        )
+
+
+class Configuration(CelerySettings):  # type: ignore[misc]  # Celery has no types
+    """Celery's configuration without its looks at the environment."""
+
+    @property
+    def broker_url(self) -> Any:
+        return self.first("broker_url", "broker_host")
+
+    @property
+    def broker_read_url(self) -> Any:
+        return self.get("broker_read_url") or self.broker_url
+
+    @property
+    def broker_write_url(self) -> Any:
+        return self.get("broker_write_url") or self.broker_url
+
+    @property
+    def result_backend(self) -> Any:
+        return self.first("result_backend", "CELERY_RESULT_BACKEND")
+
+
+class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types
+    """Reads no module that the environment names."""
+
+    def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's
+        return {}
+
+
+class FleetCelery(Celery):  # type: ignore[misc]  # Celery has no types
+    """Celery as this app's settings say, whatever the environment says."""
+
+    _made = False
+
+    def __init__(self, main: str) -> None:
+        super().__init__(main, set_as_current=False, loader=Loader)
+        self._made = True
+        # Celery offers no place for a class of ours. The object is the same for good, and a plain
+        # assignment to it would be a setting.
+        object.__setattr__(self._conf, "__class__", Configuration)
+        for command in ("worker", "beat", "events"):
+            self.user_options[command].add(
+                click.Option(
+                    ["--beatless"],
+                    is_flag=True,
+                    is_eager=True,
+                    hidden=True,
+                    expose_value=False,
+                    callback=_forget_environment,
+                )
+            )
+
+    def set_current(self) -> None:
+        """As Celery's, unless the project has an app of its own.
+
+        Celery makes a worker's app the current one. Shared tasks of the project that a step calls
+        would be published to our broker then.
+        """
+        if _app_of_project() is None:
+            super().set_current()
+
+    def set_default(self) -> None:
+        """As `set_current`, for all threads, and never by the mere making of the app.
+
+        Celery's Django fix-up does that with the first app that is made.
+        """
+        if self._made:
+            _state.set_default_app(_app_of_project() or self)
+
+    def config_from_object(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfiguredElsewhere("config_from_object")
+
+    def config_from_envvar(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfiguredElsewhere("config_from_envvar")
+
+    def start(self, argv: Sequence[str] | None = None) -> Any:
+        """Celery's command line on these arguments."""
+        with _without_variables():
+            return super().start(argv)
+
+
+def _app_of_project() -> Celery | None:
+    """The app that shared tasks belong to, if somebody else has made one."""
+    for app in (_state._tls.current_app, _state.default_app):
+        # `default` is what Celery itself makes when somebody asks and there is none.
+        if app is not None and not isinstance(app, FleetCelery) and app.main != "default":
+            return app
+    return None
+
+
+def _forget_environment(context: click.Context, _option: click.Parameter, given: bool) -> bool:
+    """The options that come after this one are not looked for in the environment."""
+    if isinstance(getattr(context.obj, "app", None), FleetCelery):
+        context.auto_envvar_prefix = None
+    return given
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """Celery's global options come from its arguments, not from APP, BROKER_URL, NO_COLOR …"""
+    command = importlib.import_module("celery.bin.celery").celery  # a fifth of a second
+    before = [(option, option.envvar) for option in command.params]
+    for option in command.params:
+        option.envvar = None
+    try:
+        yield
+    finally:
+        for option, variable in before:
+            option.envvar = variable
+
+
+def warn_of_foreign(environ: Mapping[str, str], broker_url: str) -> None:
+    """Say which variables of another Celery are set and do not count."""
+    found = [
+        name
+        for name, value in sorted(environ.items())
+        if value and (name in IGNORED or name.startswith(COMMAND)) and value != broker_url
+    ]
+    if found:
+        # In the message, because Celery's own command shows nothing else.
+        logger.warning(
+            "variables of another Celery are ignored, the settings of beatless decide: %s",
+            " ".join(found),
+            extra={"action": "foreign_variables"},
+        )
