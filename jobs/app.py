@@ -15,6 +15,7 @@ from redis import asyncio as aioredis
 from beatless import canary, logs
 from beatless.client import Client
 from beatless.export import export_from_worker
+from beatless.lease_keeper import KeepsLeases
 from beatless.metrics import Metrics, both
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
@@ -116,6 +117,9 @@ class App:
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))
+        self.celery.steps["worker"].add(
+            KeepsLeases.of(self.executors.board, self.leases, self.executors.connect)
+        )
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)

@@ -33,6 +33,7 @@ from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
 from beatless.logs import Format, enable_own_loggers
 from beatless.metrics import Metrics, WorkerCounts, both, listen
+from beatless.orchestrator.board import SLOTS, Board
 from beatless.orchestrator.executor import Executor, Observer, Scope, no_scope
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Heartbeat, Leases
@@ -212,6 +213,7 @@ class Executors:
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
         self.draining = Draining()
+        self.board = Board()
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -235,10 +237,12 @@ class Executors:
 
     def _begin(self) -> None:
         self._threads = threading.local()
-        self._heartbeat = Heartbeat(self._leases, self.connect)
         # Only a child of the prefork pool has nothing but its run to lose.
         pool_child = current_process().name != "MainProcess"
-        self._counts.counts.take(getattr(current_process(), "index", 0))
+        place = getattr(current_process(), "index", 0)
+        self._counts.counts.take(place)
+        slots = [place % SLOTS] if pool_child else range(SLOTS)
+        self._heartbeat = Heartbeat(self._leases, self.connect, board=self.board, slots=slots)
         self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
         if self.draining.prepared:
             threading.Thread(

@@ -1123,7 +1123,7 @@ class Execution:
         def act(connection: Connection) -> Appended | None:
             nonlocal tried
             if tried:
-                self._executor.leases.renew_token(connection, self._lease)
+                self._renew(connection)
                 seen = self._look(connection)
                 if seen.written:
                     cancelled = seen.state is not intended
@@ -1161,6 +1161,10 @@ class Execution:
                 )
                 if self._executor.stopping.wait(delay):
                     raise
+
+    def _renew(self, connection: Connection) -> None:
+        self._executor.leases.renew_token(connection, self._lease)
+        self._executor.heartbeat.hold(self._lease)
 
     def _look(self, connection: Connection) -> Seen:
         return self._executor.leases.look(connection, self._lease, self._last_seq)
@@ -1225,9 +1229,7 @@ class Execution:
 
         Raises LeaseLost.
         """
-        self._patiently(
-            lambda connection: self._executor.leases.renew_token(connection, self._lease)
-        )
+        self._patiently(self._renew)
         seen = self._patiently(self._look)
         if seen.written and self._in_doubt is not None:
             cancelled = seen.state is not self._in_doubt.state

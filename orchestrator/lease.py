@@ -7,6 +7,7 @@ server's.
 """
 
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.journal import RUN_COLUMNS, Run
 from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.state import RunState
@@ -219,21 +221,28 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         These are gone, or somebody's transaction holds their rows at this moment: see `look`.
         """
         by_token = {token: lease for lease in leases for token in lease.tokens}
+        kept = self.extend_tokens(
+            connection, [(lease.run.run_id, token) for token, lease in by_token.items()]
+        )
+        for token, cancelled in kept.items():
+            by_token[token].cancelled = cancelled
+        return [lease for lease in leases if kept.keys().isdisjoint(lease.tokens)]
+
+    def extend_tokens(
+        self, connection: Connection, held: Sequence[tuple[str, int]]
+    ) -> dict[int, bool]:
+        """The same by run id and token: for each that was kept, whether a cancel was asked for."""
         with connection.pipeline(), connection.transaction():
             connection.execute(f"SELECT {self._patience}".encode())
             extended = connection.execute(
                 self._extend,
                 {
-                    "run_ids": [lease.run.run_id for lease in by_token.values()],
-                    "tokens": list(by_token),
+                    "run_ids": [run_id for run_id, _ in held],
+                    "tokens": [token for _, token in held],
                     "seconds": self.seconds,
                 },
             )
-        kept = set()
-        for token, cancelled in extended.fetchall():
-            by_token[token].cancelled = cancelled
-            kept.add(id(by_token[token]))
-        return [lease for lease in leases if id(lease) not in kept]
+        return dict(extended.fetchall())
 
     @contextmanager
     def impatient(self, connection: Connection, seconds: float) -> Iterator[None]:
@@ -293,9 +302,20 @@ class Heartbeat:
     Nothing that goes wrong ends it.
     """
 
-    def __init__(self, leases: Leases, connect: Callable[[], Connection]) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        connect: Callable[[], Connection],
+        *,
+        board: Board | None = None,
+        slots: Sequence[int] = (),
+    ) -> None:
+        """What is held is noted in these slots of `board`, as far as they go."""
         self._leases = leases
         self._connect = connect
+        self._board = board
+        self._free = list(slots)
+        self._slots: dict[int, int] = {}
         self._by_id: dict[int, Lease] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -303,9 +323,10 @@ class Heartbeat:
         self._stopping = False
 
     def hold(self, lease: Lease) -> None:
-        """Keep this lease from now on."""
+        """Keep this lease from now on; again when its token has changed."""
         with self._changed:
             self._by_id[id(lease)] = lease
+            self._note(lease)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="beatless-heartbeat", daemon=True
@@ -318,6 +339,27 @@ class Heartbeat:
         """Keep it no longer."""
         with self._changed:
             self._by_id.pop(id(lease), None)
+            slot = self._slots.pop(id(lease), None)
+            if self._board is not None and slot is not None:
+                self._board.clear(slot)
+                self._free.append(slot)
+
+    def _note(self, lease: Lease) -> None:
+        if self._board is None or id(lease) not in self._by_id:
+            return
+        if id(lease) not in self._slots:
+            if not self._free:
+                return
+            self._slots[id(lease)] = self._free.pop()
+        self._board.write(
+            self._slots[id(lease)],
+            Noted(
+                pid=os.getpid(),
+                beat=monotonic(),
+                run_id=lease.run.run_id,
+                tokens=lease.tokens,
+            ),
+        )
 
     def stop(self) -> None:
         with self._changed:
@@ -333,7 +375,12 @@ class Heartbeat:
         if not held:
             return True
         complete = True
-        for lease in self._leases.extend(connection, held):
+        missed = self._leases.extend(connection, held)
+        with self._changed:
+            for lease in held:
+                if not any(lease is other for other in missed):
+                    self._note(lease)
+        for lease in missed:
             seen = self._leases.look(connection, lease, 0)
             if seen.held:
                 complete = False

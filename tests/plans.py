@@ -1,5 +1,6 @@
 """The plans that the suite runs, and the app by which worker processes find them."""
 
+import ctypes
 import importlib
 import json
 import os
@@ -354,6 +355,16 @@ def exit_for_want(ctx: StepContext) -> None:
 
 exits = Plan("exits", [exit_for_want])
 
+
+@step
+def hold(ctx: StepContext) -> str:
+    """Works in C, with the interpreter's lock."""
+    ctypes.PyDLL(None).usleep(int(ctx.input["seconds"] * 1_000_000))
+    return "held"
+
+
+holds_the_lock = Plan("holds_the_lock", [hold])
+
 ALL = [
     *PLANS,
     two_steps,
@@ -379,6 +390,7 @@ ALL = [
     undeaf,
     tells_its_trace,
     exits,
+    holds_the_lock,
 ]
 
 app = App(Settings.from_env(), ALL)

@@ -11,18 +11,46 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import BadRequest, Event, LeaseLost, RunState, StepTimeout
+from beatless import (
+    App,
+    BadRequest,
+    Event,
+    LeaseLost,
+    Plan,
+    RunState,
+    StepContext,
+    StepTimeout,
+    step,
+)
 from beatless.dev import Child
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.watchdog import Attempt, Watchdog
 from beatless.testing import Kit
-from tests.plans import UNLIMITED
+from tests.plans import ALL, UNLIMITED
 
 APP = "tests.plans:app"
 
 
 def failures(events: list[Event]) -> list[dict[str, Any]]:
     return [event.data["error"] for event in events if event.type == "StepFailed"]
+
+
+HELD, LET_GO = threading.Event(), threading.Event()
+HOLD: list[Callable[[str], object]] = []
+
+
+@step(name="late", timeout=1)
+def wait_to_be_let_go(ctx: StepContext) -> None:
+    if (ctx.input or {}).get("hold"):
+        HOLD[0](ctx.run_id)
+        HELD.set()
+    LET_GO.wait(60)
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    HELD.clear(), LET_GO.clear(), HOLD.clear()
+    return [*ALL, Plan("two_late", [wait_to_be_let_go])]
 
 
 @pytest.fixture
@@ -255,6 +283,39 @@ def test_a_watchdog_that_cannot_reach_postgres_tries_again(beatless: Kit) -> Non
         watchdog.call(attempt, body)
     watchdog.stop()
     assert tries == [late, late]
+
+
+def test_a_row_that_somebody_holds_keeps_the_watchdog_from_no_other_run(
+    beatless: Kit, beatless_app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two runs in one process one is held: the other ends at its limit, and this one later."""
+    plan = beatless_app.plans["two_late"]
+    held = beatless.start_run("two_late", {"hold": True})
+    free = beatless.start_run("two_late")
+    runs = held, free
+    beatless.drain_outbox_once()
+    executors = [beatless_app.executors.new() for _ in runs]
+    threads = [
+        threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
+        for executor, run in zip(executors, runs, strict=True)
+    ]
+    with beatless_app.executors.connect() as somebody:
+        somebody.autocommit = False
+        HOLD.append(lambda run_id: beatless.client.cancel_run(run_id, connection=somebody))
+        threads[0].start()
+        assert HELD.wait(60)
+        threads[1].start()
+        beatless.wait_for_event(free.run_id, "StepFailed")
+        assert beatless.event_types(held.run_id) == ["RunStarted", "StepStarted"]
+        somebody.commit()
+
+    assert beatless.wait_for_run_completion(held.run_id).state is RunState.CANCELLED
+    LET_GO.set()
+    for thread, executor in zip(threads, executors, strict=True):
+        thread.join(60)
+        executor.disconnect()
+    assert caplog.text.count("it was here") <= 2  # told once each, however often it was tried
+    beatless.verify()
 
 
 def test_an_attempt_that_has_just_ended_is_not_told_to_end(beatless: Kit) -> None:

@@ -1,0 +1,74 @@
+"""Who keeps a worker's leases while a body lets no other thread of its process run."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from celery import bootsteps, platforms
+from celery.concurrency.prefork import TaskPool
+
+from beatless.orchestrator.board import Board
+from beatless.orchestrator.keeper import Keeper, keep_for_parent
+from beatless.orchestrator.lease import Connection, Leases
+
+ENDS_WITH_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""What is sent to the whole group of processes is for the main one, which has its leases still."""
+
+
+class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Runs a `Keeper` beside the processes that execute runs.
+
+    In the prefork pool that is a thread of the main process. In the others bodies run in the main
+    process itself: there it is a process of its own, forked before anything else has begun.
+    """
+
+    requires = frozenset({"celery.worker.components:Timer"})
+    make: ClassVar[partial[Keeper]]
+
+    @classmethod
+    def of(cls, board: Board, leases: Leases, connect: Callable[[], Connection]) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"make": partial(Keeper, board, leases, connect)})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._child: tuple[int, int] | None = None
+        # One that is embedded in a test has another's process.
+        embedded = threading.current_thread() is not threading.main_thread()
+        if not issubclass(worker.pool_cls, TaskPool) and not embedded:
+            self._fork()
+
+    def start(self, _worker: Any) -> None:
+        if self._child is None:
+            self._thread = threading.Thread(
+                target=self.make(self._stopping).run, name="beatless-keeper", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self, _worker: Any) -> None:
+        self._stopping.set()
+        if self._child is not None:
+            pid, end = self._child
+            self._child = None
+            os.close(end)
+            os.waitpid(pid, 0)
+
+    terminate = stop
+
+    def _fork(self) -> None:
+        end, ours = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(end)
+            self._child = pid, ours
+            return
+        os.close(ours)
+        platforms.set_pdeathsig("SIGKILL")
+        for number in ENDS_WITH_THE_WORKER:
+            signal.signal(number, signal.SIG_IGN)
+        keep_for_parent(self.make(self._stopping), end)

@@ -1,0 +1,80 @@
+"""Which leases a worker's processes hold, in memory that they share: for whoever looks after them.
+
+One mapping, made before any fork, with a slot for each run that a process executes. A slot has one
+writer, and nothing is locked, for a writer may be killed at any point: a number is odd while its
+slot is being written, and who reads a slot that changes meanwhile skips it.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+SLOTS = 1024
+SLOT_BYTES = 256
+
+_NUMBER = struct.Struct("=Q")
+_HEAD = struct.Struct("=qdqqH")
+"""pid (0: the slot is free), beat, two tokens (-1: none), bytes of the run id that follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """One lease as its process has noted it."""
+
+    pid: int
+    beat: float
+    """When its process has last made sure of it, by the machine's monotonic clock."""
+    run_id: str
+    tokens: Sequence[int]
+
+
+class Board:
+    """The slots."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, SLOTS * SLOT_BYTES)
+
+    def write(self, slot: int, noted: Noted) -> None:
+        """By the one process that uses this slot. What does not fit is left out."""
+        run_id = noted.run_id.encode()
+        if _NUMBER.size + _HEAD.size + len(run_id) > SLOT_BYTES:
+            return
+        first, second, *_ = (*noted.tokens, -1)
+        head = _HEAD.pack(noted.pid, noted.beat, first, second, len(run_id))
+        self._put(slot, head + run_id)
+
+    def clear(self, slot: int) -> None:
+        """Its lease is held no longer."""
+        self._put(slot, _HEAD.pack(0, 0.0, -1, -1, 0))
+
+    def read(self) -> Iterator[Noted]:
+        """Every lease that is held now."""
+        for slot in range(SLOTS):
+            found = self._read(slot)
+            if found is not None:
+                yield found
+
+    def _put(self, slot: int, content: bytes) -> None:
+        place = slot * SLOT_BYTES
+        (number,) = _NUMBER.unpack_from(self._memory, place)
+        # One that was killed while it wrote has left an odd number.
+        _NUMBER.pack_into(self._memory, place, number | 1)
+        start = place + _NUMBER.size
+        self._memory[start : start + len(content)] = content
+        _NUMBER.pack_into(self._memory, place, (number | 1) + 1)
+
+    def _read(self, slot: int) -> Noted | None:
+        place = slot * SLOT_BYTES
+        content = self._memory[place : place + SLOT_BYTES]
+        (number,) = _NUMBER.unpack_from(content)
+        pid, beat, first, second, length = _HEAD.unpack_from(content, _NUMBER.size)
+        if pid == 0 or number % 2 or _NUMBER.unpack_from(self._memory, place) != (number,):
+            return None
+        start = _NUMBER.size + _HEAD.size
+        return Noted(
+            pid=pid,
+            beat=beat,
+            run_id=content[start : start + length].decode(),
+            tokens=[token for token in (first, second) if token != -1],
+        )

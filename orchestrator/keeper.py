@@ -1,0 +1,120 @@
+"""Keeps leases from another process: of those that work and cannot keep them themselves."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import psycopg
+
+from beatless.orchestrator.board import Board, Noted
+from beatless.orchestrator.lease import Connection, Leases
+
+logger = logging.getLogger(__name__)
+
+LATE = 1 / 2
+"""The share of the lease time after which a heartbeat is late: it beats after a third."""
+
+STOPPED = frozenset("TtZX")
+"""States of a process, as proc(5) has them, in which it does no work: stopped, traced, or dead."""
+
+
+def works(pid: int) -> bool:
+    """Whether this process lives and is not stopped; False where the system cannot tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    # After its name, which is in brackets and may hold any.
+    return stat.rpartition(")")[2].split()[0] not in STOPPED
+
+
+class Keeper:
+    """Extends the leases on the board whose process works and has not made sure of them in time.
+
+    A body that holds the interpreter's lock, as a long call of C code does, lets no heartbeat run
+    in its process. Its run would be taken over while it works, and be executed twice.
+
+    1. sleep for a sixth of the lease time
+    2. look at the board, which costs no statement, and extend what is late
+
+    It opens a connection when something is late, and closes it when nothing is.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        leases: Leases,
+        connect: Callable[[], Connection],
+        stopping: threading.Event,
+    ) -> None:
+        self._board = board
+        self._leases = leases
+        self._connect = connect
+        self._stopping = stopping
+        self._connection: Connection | None = None
+        self._told: set[int] = set()
+
+    def run(self) -> None:
+        """Until `stopping` is set. Nothing that goes wrong ends it."""
+        while not self._stopping.wait(self._leases.seconds / 6):
+            try:
+                self.once()
+            except Exception as error:
+                logger.warning(
+                    "leases of busy processes were not kept, will retry",
+                    extra={"action": "keeping_failed", "reason": str(error)},
+                    exc_info=None if isinstance(error, psycopg.Error) else error,
+                )
+                self._disconnect()
+        self._disconnect()
+
+    def once(self) -> int:
+        """Extend what is late now; how many leases that were."""
+        before = monotonic() - self._leases.seconds * LATE
+        late = [noted for noted in self._board.read() if noted.beat < before and works(noted.pid)]
+        if not late:
+            self._told.clear()
+            self._disconnect()
+            return 0
+        if self._connection is None or self._connection.closed:
+            self._connection = self._connect()
+        kept = self._leases.extend_tokens(
+            self._connection, [(noted.run_id, token) for noted in late for token in noted.tokens]
+        )
+        for noted in late:
+            self._tell(noted, kept)
+        return len(kept)
+
+    def _tell(self, noted: Noted, kept: dict[int, bool]) -> None:
+        for token in kept.keys() & set(noted.tokens) - self._told:
+            self._told.add(token)
+            logger.warning(
+                "a step lets no other thread of its process run; its lease is kept from outside",
+                extra={"action": "lease_kept", "run_id": noted.run_id, "pid": noted.pid},
+            )
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def keep_for_parent(keeper: Keeper, end: int) -> None:
+    """Be the process that keeps another one's leases, until the pipe `end` is closed: no return.
+
+    For a process whose bodies run in threads of its own: while one of them lets no other run, only
+    another process can keep its leases.
+    """
+
+    def listen() -> None:
+        os.read(end, 1)
+        os._exit(0)
+
+    threading.Thread(target=listen, name="beatless-parent", daemon=True).start()
+    try:
+        keeper.run()
+    finally:
+        os._exit(1)
