@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 
-.PHONY: help install demo test test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean
+.PHONY: help install demo test test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean format test-one dev bench-retention bench-fanout bench-capacity
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -28,12 +28,20 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
+dev: $(STAMP) ## The whole stack in the foreground, until Ctrl-C; ARGS="--port 8400"
+	$(BIN)/beatless dev --ephemeral $(ARGS)
+
 demo: $(STAMP) ## Run the main job on throw-away services and check it
 	$(BIN)/beatless demo
 
 test: $(STAMP) ## The suite, in parallel, on embedded Postgres and Valkey
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(PYTEST) $(ARGS)
+
+test-one: $(STAMP) ## One file or test: make test-one T=tests/unit/test_plan.py
+	@[ -n "$(T)" ] || { echo "say which: make test-one T=tests/unit/test_plan.py" >&2; exit 2; }
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m pytest -m "long or not long" $(T) $(ARGS)
 
 test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
 	@$(MAKE) test ARGS="-p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)"
@@ -111,6 +119,10 @@ check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP) ## Write the format that check asks for
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
 
 # Made with the oldest Python, whose set of packages is the largest, and without this machine's
 # pip settings: neither its indexes nor its own wheels may leak into the file.
