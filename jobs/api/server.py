@@ -20,10 +20,11 @@ from fastapi.security import HTTPBearer
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from beatless import schema
 from beatless.api import problems, sse
+from beatless.api.bodies import BodyLimit
+from beatless.api.connections import Connections, raise_descriptor_limit, share
 from beatless.api.gate import Authenticate, Gate, GuardedRoute, granted
 from beatless.api.places import Places
 from beatless.api.problems import Problem
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PAGE_FILES = frozenset(path.name for path in STATIC.iterdir())
-BODY_LIMIT = 1024 * 1024
 EVENTS_BYTES = 4 * 1024 * 1024
 """After so many bytes of events an answer ends, and more must be asked for."""
 EVENTS_PAGE = 64
@@ -161,50 +161,6 @@ class Letters(BaseModel):
     reason: str = Field(default="", max_length=1000)
     """In their reason, whatever its case."""
     limit: int = Field(default=1000, ge=1, le=100_000)
-
-
-class BodyLimit:
-    """Refuses requests that are too large before they are read into memory."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        if lengths:
-            # The server takes care that not more comes than this.
-            if not lengths[0].isdigit() or int(lengths[0]) > BODY_LIMIT:
-                await self._refuse(scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
-            return
-        messages: list[Message] = []
-        size, more = 0, True
-        while more:
-            messages.append(message := await receive())
-            size += len(message.get("body", b""))
-            if size > BODY_LIMIT:
-                await self._refuse(scope, receive, send)
-                return
-            more = message.get("more_body", False)
-
-        async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
-
-        await self._app(scope, replay, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = problems.document(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _too_large())
-        await refusal(scope, receive, send)
-
-
-def _too_large() -> str:
-    return (
-        f"a request may have {BODY_LIMIT} bytes: store large input elsewhere and pass a reference"
-    )
 
 
 class Namespaces:
@@ -682,14 +638,21 @@ def serve(
 
 
 def make_server(
-    app: App, *, ready: Callable[[], None], root_path: str = "", **options: Any
+    app: App,
+    *,
+    ready: Callable[[], None],
+    root_path: str = "",
+    descriptors: int | None = None,
+    **options: Any,
 ) -> uvicorn.Server:
     """A server of the app's API, to be run with sockets; `ready` is called once it answers.
 
+    `descriptors` is how many files it may have open: by default the process's limit, raised.
     `root_path` is what a proxy takes away from the paths; the options are those of `create_api`.
     """
     api = create_api(app, **options)
     supervisor = Supervisor()
+    connections, backlog = share(descriptors or raise_descriptor_limit())
 
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
@@ -708,6 +671,8 @@ def make_server(
     return Server(
         uvicorn.Config(
             api,
+            http=Connections(connections).protocol(),
+            backlog=backlog,
             ws="none",
             root_path=root_path,
             log_level="warning",

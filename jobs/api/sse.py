@@ -1,6 +1,7 @@
 """A run as server-sent events. The contract is in docs/http.md."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -130,8 +132,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _listen(self, receive: Receive, sending: "asyncio.Task[None]") -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        # A body that never ends is as good as a viewer that is gone.
+        with contextlib.suppress(HTTPException):
+            while (await receive())["type"] != "http.disconnect":
+                pass
         sending.cancel()
 
 

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from beatless import App
-from beatless.api.server import BODY_LIMIT
+from beatless.api.bodies import BODY_BYTES
 from beatless.auth import Tokens
 from beatless.cli.demo import GOLDEN
 from beatless.cursors import encode_page
@@ -125,7 +125,7 @@ def test_starting_twice_is_one_run(beatless: Kit, api: Api) -> None:
         ({"plan": "two_steps", "\ud800": "\0"}, 422),
         (b"{broken", 422),
         (b"[]", 422),
-        (b'"x" * ' + b"x" * BODY_LIMIT, 413),
+        (b'"x" * ' + b"x" * BODY_BYTES, 413),
     ],
 )
 def test_bad_requests_are_problems(api: Api, body: Any, status: int) -> None:

@@ -30,17 +30,6 @@ def body(response: http.client.HTTPResponse) -> bytes:
         return response.read()
 
 
-def test_a_body_without_a_length_is_cut_off_too(api: Api) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=60)
-    chunks = (b"[" + b"1," * 500_000 for _ in range(3))
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/runs", chunks, headers, encode_chunked=True)
-    answer = connection.getresponse()
-    assert answer.status == 413
-    assert answer.headers["content-type"] == "application/problem+json"
-    connection.close()
-
-
 def test_a_process_has_only_so_many_streams(beatless: Kit, api: Api, monkeypatch) -> None:
     monkeypatch.setattr(places, "MAX_STREAMS", 2)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
