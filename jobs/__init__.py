@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_MODULES` says the sa
         UnknownPlan,
         Unreachable,
         WaitTimeout,
+        WrongEncoding,
     )
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
@@ -77,6 +78,7 @@ _MODULES = {
     "Unreachable": "beatless.errors",
     "WaitTimeout": "beatless.errors",
     "WorkerStops": "beatless.orchestrator.errors",
+    "WrongEncoding": "beatless.errors",
     "retry": "beatless.orchestrator.retry",
     "step": "beatless.orchestrator.plan",
 }
@@ -115,6 +117,7 @@ __all__ = [
     "Unreachable",
     "WaitTimeout",
     "WorkerStops",
+    "WrongEncoding",
     "retry",
     "step",
 ]

@@ -5,11 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psycopg
 import redis
-import sqlalchemy
 from kombu import Connection
-from psycopg.conninfo import make_conninfo
 from redis import asyncio as aioredis
 
 from beatless import canary, logs
@@ -23,13 +20,14 @@ from beatless.orchestrator.plan import Plan, PlanError
 from beatless.orchestrator.retention import Retention
 from beatless.outbox import forks
 from beatless.outbox.chores import Chore
-from beatless.outbox.doorbell import KEEPALIVE, DirectConnection, look_after
+from beatless.outbox.doorbell import DirectConnection
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import Queries
 from beatless.outbox.relay import Observer, Relay
+from beatless.postgres import connect_directly, engine
 from beatless.queues import Queues
-from beatless.settings import Settings, engine_url, libpq_url
+from beatless.settings import Settings
 from beatless.stream import Streams
 from beatless.tasks import RunsCelery, register
 from beatless.tracing import Publications, Tracing
@@ -78,9 +76,12 @@ class App:
         self.leases = Leases(settings.schema, seconds=settings.lease_seconds)
         self.queries = Queries(settings.schema)
         self.faults = CrashPoints(settings.fault)
-        self.engine = _engine(settings)
+        direct = not settings.pooled
+        self.engine = engine(
+            settings.database_url, "beatless", direct=direct, isolation_level="READ COMMITTED"
+        )
         # No more than there are steps at a time: one must not wait for the end of another.
-        self._steps_engine = _engine(settings, pool_size=0)
+        self._steps_engine = engine(settings.database_url, "beatless", direct=direct, pool_size=0)
         self._relays_redis: list[redis.Redis] = []
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         # One statement is its own transaction: no BEGIN and COMMIT around it.
@@ -126,8 +127,8 @@ class App:
         forks.watch(self)
 
     def after_fork(self) -> None:
-        for engine in (self.engine, self._steps_engine):
-            engine.dispose(close=False)
+        self.engine.dispose(close=False)
+        self._steps_engine.dispose(close=False)
 
     def client_for(self, namespace: str, *, canary: bool = False) -> Client:
         """A client that sees the runs of one namespace, and no others.
@@ -166,17 +167,9 @@ class App:
 
     def direct_connection(self) -> DirectConnection:
         """A new session of the relay: autocommit, never through a pooler."""
-        connection = DirectConnection.connect(
-            make_conninfo(
-                libpq_url(self.settings.listen_url),
-                application_name="beatless relay",
-                **KEEPALIVE,
-            ),
-            autocommit=True,
-            prepare_threshold=1,
+        return connect_directly(
+            self.settings, "beatless relay", DirectConnection, prepare_threshold=1
         )
-        forks.own(connection)
-        return connection
 
     def chores(self) -> list[Chore]:
         """What a relay does beside its drains: take away what ended long ago."""
@@ -232,30 +225,3 @@ class App:
         self.celery.close()
         for client in self._relays_redis:
             client.close()
-
-
-def _engine(settings: Settings, **pool: Any) -> sqlalchemy.Engine:
-    engine = sqlalchemy.create_engine(
-        engine_url(settings.database_url),
-        connect_args={
-            "prepare_threshold": None if settings.pooled else 5,
-            "application_name": "beatless",
-            **KEEPALIVE,
-        },
-        **pool,
-    )
-    sqlalchemy.event.listen(engine, "connect", _on_connect)
-    if not settings.pooled:  # a pooler's sessions are not ours to set
-        sqlalchemy.event.listen(engine, "connect", _on_direct_connect)
-    return engine
-
-
-def _on_connect(connection: psycopg.Connection[Any], _record: Any) -> None:
-    """Called by SQLAlchemy with what it has connected."""
-    forks.own(connection)
-
-
-def _on_direct_connect(connection: psycopg.Connection[Any], _record: Any) -> None:
-    connection.autocommit = True
-    look_after(connection)
-    connection.autocommit = False

@@ -24,6 +24,7 @@ from beatless.errors import (
     StatementTimeout,
     UnknownPlan,
     Unreachable,
+    WrongEncoding,
 )
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
@@ -53,6 +54,7 @@ CELERYS_OWN = frozenset({"celeryev", "control.pidbox"})
 
 ENDED = (
     psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
     psycopg.errors.LockNotAvailable,
     psycopg.errors.QueryCanceled,
 )
@@ -701,6 +703,14 @@ def reaching_postgres(schema: str) -> Iterator[None]:
     except exc.TimeoutError as error:
         reason = "all connections of this process's pool are in use"
         raise Unreachable("Postgres", reason) from error
+    except exc.DataError as error:
+        # Only the database can be at fault: what is no text anywhere was refused before.
+        if isinstance(error.orig, psycopg.errors.UntranslatableCharacter):
+            found = re.search(r'in encoding "(\w+)"$', error.orig.diag.message_primary or "")
+            raise WrongEncoding(
+                f"of schema {schema}", found[1] if found else "another encoding"
+            ) from error
+        raise
     except exc.ProgrammingError as error:
         if isinstance(
             error.orig, (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)

@@ -19,12 +19,11 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Self
 
-import sqlalchemy
-
 from beatless.errors import BadRequest, JobsError
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.doorbell import Alarm
+from beatless.postgres import engine as connect_engine
 from beatless.services import (
     EmbeddedPostgres,
     EmbeddedValkey,
@@ -32,7 +31,7 @@ from beatless.services import (
     die_with_parent,
     free_port,
 )
-from beatless.settings import Settings, engine_url
+from beatless.settings import Settings
 from beatless.stack_file import LOCK, STATE
 
 logger = logging.getLogger(__name__)
@@ -278,7 +277,7 @@ class Stack:
             metrics_port=None,  # one port would be asked for by each of the processes
             **self._options,
         )
-        engine = sqlalchemy.create_engine(engine_url(self.settings.database_url))
+        engine = connect_engine(self.settings.database_url, "beatless migrate", direct=True)
         migrate(engine, self.settings.schema)
         engine.dispose()
         self.relay = self._child("relay", ["relay"])

@@ -23,21 +23,20 @@ from urllib.parse import urlsplit
 import psycopg
 import redis
 from kombu.exceptions import KombuError, OperationalError
-from psycopg.conninfo import make_conninfo
 from sqlalchemy import exc
 
 from beatless import canary, loopback
 from beatless.app import App
 from beatless.client import Client, new_run_id
-from beatless.errors import JobsError
+from beatless.errors import JobsError, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import channel_of
+from beatless.postgres import connect, connect_directly
 from beatless.schema import head
-from beatless.settings import libpq_url
 from beatless.stream import Subscription
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,9 @@ NAMESPACE = "beatless-doctor"
 
 CANARIES = 3
 """Runs through the first queue; each hop's latency is their median."""
+
+NAME = "beatless doctor"
+"""What Postgres shows as the application of its sessions."""
 
 POSTGRES = {
     # https://www.postgresql.org/support/security/ , release of 2026-08-13 (28 CVEs)
@@ -77,6 +79,14 @@ VALKEY = {
     (8, 0): (8, "CVE-2026-23479"),
     (7, 2): (13, "CVE-2026-23479"),
 }
+
+POOLED = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "transaction_timeout": "0",
+}
+"""Limits by which sessions end that are not ours to set."""
 
 TROUBLE = (
     psycopg.Error,
@@ -188,7 +198,7 @@ class Doctor:
         """Every check, or only the named ones. Closes what it has opened."""
         with ExitStack() as stack:
             try:
-                self._postgres = stack.enter_context(self._connect(self._settings.database_url))
+                self._postgres = stack.enter_context(connect(self._settings, NAME))
             except psycopg.Error as error:
                 yield self._unreachable("postgres", "Postgres", error, "BEATLESS_DATABASE_URL")
             try:
@@ -221,6 +231,8 @@ class Doctor:
         return [
             ("postgres", self._versions_postgres, "postgres"),
             ("primary", self._primary, "postgres"),
+            ("encoding", self._encoding, "postgres"),
+            ("sessions", self._sessions, "postgres"),
             ("schema", self._schema, "postgres"),
             ("listen", self._listen, "postgres"),
             ("notify queue", self._notify_queue, "postgres"),
@@ -254,12 +266,9 @@ class Doctor:
             advice=f"see whether it runs, and what {setting} says",
         )
 
-    def _connect(self, url: str) -> psycopg.Connection[Any]:
-        return psycopg.connect(
-            make_conninfo(libpq_url(url), application_name="beatless doctor", connect_timeout=5),
-            autocommit=True,
-            prepare_threshold=None,
-        )
+    def _connect_directly(self) -> psycopg.Connection[Any]:
+        # Never prepared: the listen URL may lead through a pooler, which is what we find out.
+        return connect_directly(self._settings, NAME, psycopg.Connection, prepare_threshold=None)
 
     def _rows(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         assert self._postgres is not None  # noqa: S101 - see `needs` of the checks
@@ -319,6 +328,44 @@ class Doctor:
         else:
             yield Finding(check="primary", status=Status.OK, text="the primary, and writable")
 
+    def _encoding(self) -> Iterator[Finding]:
+        name, encoding = self._rows(
+            "SELECT current_database(), current_setting('server_encoding')"
+        )[0]
+        if encoding == "UTF8":
+            yield Finding(check="encoding", status=Status.OK, text="UTF8: it holds every text")
+            return
+        error = WrongEncoding(name, encoding)
+        yield Finding(
+            check="encoding", status=Status.PROBLEM, text=error.problem, advice=error.advice
+        )
+
+    def _sessions(self) -> Iterator[Finding]:
+        if not self._settings.pooled:
+            text = "they set what they depend on, whatever role and database say"
+            yield Finding(check="sessions", status=Status.OK, text=text)
+            return
+        wanted = {**POOLED, "default_transaction_isolation": "read committed"}
+        found = self._rows(
+            """
+SELECT name, current_setting(name, true)
+  FROM unnest(%(names)s::text[], %(values)s::text[]) AS s(name, value)
+ WHERE current_setting(name, true) <> value""",
+            {"names": list(wanted), "values": list(wanted.values())},
+        )
+        if not found:
+            text = "role and database set no limits for what comes through the pooler"
+            yield Finding(check="sessions", status=Status.OK, text=text)
+            return
+        yield Finding(
+            check="sessions",
+            status=Status.WARNING,
+            text="through the pooler, whose sessions beatless cannot set, come "
+            + ", ".join(f"{name} = {value}" for name, value in found),
+            advice="ALTER ROLE … SET them, for beatless' role, to "
+            + ", ".join(f"{name} = {wanted[name]}" for name, _ in found),
+        )
+
     def _schema(self) -> Iterator[Finding]:
         name = self._settings.schema
         if not self._rows("SELECT to_regclass(%(t)s)", {"t": f"{name}.beatless_version"})[0][0]:
@@ -366,7 +413,7 @@ class Doctor:
             )
             return
         try:
-            ear = self._connect(self._settings.listen_url)
+            ear = self._connect_directly()
         except psycopg.Error as error:
             yield self._unreachable("listen", "the listen URL", error, "BEATLESS_LISTEN_URL")
             return
@@ -389,7 +436,7 @@ class Doctor:
             private = f"beatless_doctor_{secrets.token_hex(6)}"
             ear.execute(f'LISTEN "{private}"'.encode())
             began = time.perf_counter()
-            with self._connect(self._settings.listen_url) as mouth:
+            with self._connect_directly() as mouth:
                 mouth.execute("SELECT pg_notify(%s, '')", (private,))
             came = list(ear.notifies(timeout=2.0, stop_after=1))
             took = (time.perf_counter() - began) * 1000
@@ -978,7 +1025,7 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
         flight = Flight(run_id=f"{id_prefix(NAMESPACE)}canary-{new_run_id()}", queue=queue)
         client = self._app.client_for(NAMESPACE, canary=True)
         with ExitStack() as stack:
-            ear = stack.enter_context(self._connect(self._settings.listen_url))
+            ear = stack.enter_context(self._connect_directly())
             ear.execute(f'LISTEN "{channel_of(self._settings.schema)}"'.encode())
             subscription = Subscription(
                 self._app.redis, channel_for(self._settings.prefix, flight.run_id)

@@ -5,6 +5,7 @@ JobsError
 ├── UnknownPlan         no plan of this app has this name
 ├── BadRequest          an argument is not usable
 ├── QueueBusy           runs of the queue are running
+├── WrongEncoding       the database cannot hold every text
 ├── SchemaBehind        the database lacks migrations that this version needs
 ├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
@@ -89,6 +90,21 @@ class SchemaBehind(JobsError):
             f"schema {self.schema!r} is at migration {self.found or 'none'}, this version needs "
             f"{self.needed}: run `beatless migrate`"
         )
+
+
+class WrongEncoding(JobsError):
+    """The database is not in UTF8, so that it cannot hold every text."""
+
+    def __init__(self, database: str, encoding: str) -> None:
+        super().__init__(database, encoding)
+        self.problem = f"the database {database} is in {encoding}, which cannot hold every text"
+        self.advice = (
+            f"make one in UTF8 (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0), move what "
+            f"{database} has with pg_dump, and let BEATLESS_DATABASE_URL name it"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.advice}"
 
 
 class MigrationBlocked(JobsError):

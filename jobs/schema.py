@@ -8,7 +8,8 @@ from pathlib import Path
 
 import sqlalchemy
 
-from beatless.errors import SchemaBehind
+from beatless.errors import SchemaBehind, WrongEncoding
+from beatless.outbox.queries import execute
 
 VERSION_TABLE = "beatless_version"
 
@@ -28,10 +29,19 @@ def head(versions: Path | None = None) -> str:
 def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
     """The revision of the schema, or None if it was never migrated."""
     table = f'"{schema}".{VERSION_TABLE}'
-    if connection.exec_driver_sql("SELECT to_regclass(%(t)s)", {"t": table}).scalar() is None:
+    if not execute(connection, "SELECT to_regclass(%(t)s) IS NOT NULL", {"t": table})[0][0]:
         return None
-    found: str | None = connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar()
-    return found
+    rows = execute(connection, f"SELECT version_num FROM {table}", {})
+    return rows[0][0] if rows else None
+
+
+def check_encoding(connection: sqlalchemy.Connection) -> None:
+    """Raises WrongEncoding for a database that cannot hold what people write."""
+    database, encoding = execute(
+        connection, "SELECT current_database(), current_setting('server_encoding')", {}
+    )[0]
+    if encoding != "UTF8":
+        raise WrongEncoding(database, encoding)
 
 
 def check(engine: sqlalchemy.Engine, schema: str) -> None:

@@ -14,7 +14,10 @@ from beatless.outbox.backoff import Backoff
 T = TypeVar("T")
 
 TRIES = 5
-"""How often a call is tried that Postgres ends for a deadlock with another."""
+"""How often a call is tried that Postgres ends for the sake of another."""
+
+CONFLICTS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+"""How it says so. A serialization failure needs a session that is not ours to set."""
 
 
 def transact(
@@ -35,11 +38,11 @@ def transact(
                 acted = True
             return result
         except exc.DBAPIError as error:
-            deadlock = isinstance(error.orig, psycopg.errors.DeadlockDetected)
+            conflict = isinstance(error.orig, CONFLICTS)
             lost = error.connection_invalidated and tried == 1 and (twice or not acted)
-            if not lost and (not deadlock or tried == TRIES):
+            if not lost and (not conflict or tried == TRIES):
                 raise
-            if deadlock:
+            if conflict:
                 # At once, we would take from the winner what it was just given.
                 pause.wait(backoff.delay(tried))
     raise AssertionError("unreachable")

@@ -27,8 +27,8 @@ from billiard.process import current_process
 from celery import Celery, bootsteps, signals
 from celery.worker import state as worker_state
 from kombu import Queue
-from psycopg.conninfo import make_conninfo
 
+from beatless import postgres
 from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
 from beatless.logs import Format, enable_own_loggers
@@ -40,10 +40,9 @@ from beatless.orchestrator.lease import Heartbeat, Leases
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
-from beatless.outbox.doorbell import KEEPALIVE, look_after
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import worker_queue
-from beatless.settings import Settings, libpq_url
+from beatless.settings import Settings
 from beatless.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -293,19 +292,7 @@ class Executors:
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""
-        connection = psycopg.connect(
-            make_conninfo(
-                libpq_url(self._settings.database_url),
-                application_name="beatless worker",
-                **KEEPALIVE,
-            ),
-            autocommit=True,
-            prepare_threshold=None if self._settings.pooled else 5,
-        )
-        forks.own(connection)
-        if not self._settings.pooled:  # a pooler's sessions are not ours to set
-            look_after(connection)
-        return connection
+        return postgres.connect(self._settings, "beatless worker")
 
 
 class Surroundings(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -567,7 +567,7 @@ class Execution:
             with self._executor.scope(
                 self._lease, progress.occurrence, progress.starts
             ) as self._traceparent:
-                progress = self._take_step(progress, progress.step)
+                progress = self._take_storable_step(progress, progress.step)
 
     def _resume(self) -> Progress | None:
         run = self._lease.run
@@ -644,6 +644,14 @@ class Execution:
             self._settle(regardless(settlement))
             return True
         return not self._settle(settlement).cancelled
+
+    def _take_storable_step(self, progress: Progress, step: Step) -> Progress | None:
+        """`_take_step`, of whatever its outcome or its failure consists."""
+        try:
+            return self._take_step(progress, step)
+        except psycopg.DataError as error:
+            self._settle(self._unstorable(progress, error))
+            return None
 
     def _take_step(self, progress: Progress, step: Step) -> Progress | None:
         """Run one attempt; the progress to go on with, or None when the run leaves this worker."""
@@ -940,6 +948,29 @@ class Execution:
             "message": f"step {progress.occurrence} ended its process {progress.crashes} times",
             "step": progress.occurrence,
         }
+        failed = self._failure(progress, facts)
+        return self._given_up(progress, failed, facts)
+
+    def _unstorable(self, progress: Progress, error: Exception) -> Settlement:
+        """Postgres refuses what the step gave, or how it failed: no other attempt will do better.
+
+        Told in ASCII, which a database in any encoding can hold.
+        """
+        text = f"what step {progress.occurrence} gave cannot be stored in this database: {error}"
+        facts = {
+            "type": "BadPayload",
+            "message": text[:MESSAGE_LIMIT].encode("ascii", "backslashreplace").decode(),
+            "step": progress.occurrence,
+        }
+        logger.error(
+            "step's outcome cannot be stored, its run fails",
+            extra={
+                "action": "unstorable",
+                "run_id": self._run_id,
+                "step": progress.occurrence,
+                "reason": str(error),
+            },
+        )
         failed = self._failure(progress, facts)
         return self._given_up(progress, failed, facts)
 

@@ -17,7 +17,6 @@ import secrets
 import select
 import socket
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from enum import StrEnum
 from time import monotonic
 from typing import Any, Self, TypeVar
@@ -34,9 +33,6 @@ RV = TypeVar("RV")
 PATIENCE = 10.0
 """Seconds that one statement of the relay may take before its session counts as dead."""
 
-LOOK_FOR_US = "5s"
-"""How often Postgres looks, during a statement, whether its client is still there."""
-
 HEARD = 0.05
 """Seconds after which a cancel counts as unheard."""
 
@@ -46,15 +42,6 @@ sake VACUUM keeps what has died since, in every table of the database."""
 
 KIN = "beatless relay of "
 """Starts the application name of a relay's other sessions; the pid of the first follows."""
-
-KEEPALIVE = {
-    "keepalives": 1,
-    "keepalives_idle": 5,
-    "keepalives_interval": 1,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 8000,
-    "connect_timeout": 5,
-}
 
 
 class DirectConnection(psycopg.Connection[Any]):
@@ -137,12 +124,6 @@ class Sessions:
             raise
 
     def _prepare(self) -> None:
-        for connection in (self.work, self.bell, self.watch):
-            connection.execute(
-                "SELECT set_config(name, '0', false) FROM unnest(%s::text[]) AS name",
-                (["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"],),
-            )
-            look_after(connection)
         found = self.work.execute(
             "SELECT to_regclass(%s)", (f"{self.queries.schema}.dispatches",)
         ).fetchone()
@@ -308,27 +289,6 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
             )
         if self._watching is not None and not self.watch.pgconn.is_busy():
             self.members_changed = self.watch_granted = True
-
-
-def look_after(connection: psycopg.Connection[Any]) -> None:
-    """Have the server notice within seconds that the host of this session is gone, with its locks.
-
-    Keepalives are each side's own: by default the server's are every two hours. The connection is
-    in autocommit mode. It is closed if that fails.
-    """
-    try:
-        connection.execute(
-            "SELECT set_config(name, value, false) FROM (VALUES ('tcp_keepalives_idle', '5'), "
-            "('tcp_keepalives_interval', '1'), ('tcp_keepalives_count', '3'), "
-            "('tcp_user_timeout', '8000')) AS s(name, value)"
-        )
-        # One that waits for a lock would else stay, with its snapshot, when we are gone. Not every
-        # platform can look after its clients.
-        with suppress(psycopg.errors.InvalidParameterValue):
-            connection.execute(f"SET client_connection_check_interval TO '{LOOK_FOR_US}'")
-    except BaseException:
-        connection.close()
-        raise
 
 
 def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:

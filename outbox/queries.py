@@ -6,15 +6,21 @@ the rate of the same statement through SQLAlchemy Core (ADR 0003). Writers embed
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
 import sqlalchemy
+from psycopg import pq
 from sqlalchemy import orm
 
+from beatless.outbox.adapters import Cursor, our_cursors
 from beatless.outbox.message import SHARDS, TaskMessage
 
-Caller = psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session
+Caller = (
+    psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session | orm.scoped_session[orm.Session]
+)
 Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]
 """`execute`, or `execute_lazily`."""
 
@@ -43,27 +49,90 @@ FEWER = 16
 def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
     """Run a statement in the caller's own transaction and return its rows as tuples.
 
-    Raises TypeError for anything but a psycopg connection or an SQLAlchemy Connection or Session on
-    a PostgreSQL driver that takes `%(name)s` parameters.
+    Whatever the session or the process have set for how values are read and written: adapters, row
+    and cursor factories, a pipeline, an encoding. Raises TypeError for anything but a psycopg
+    connection or an SQLAlchemy Connection or Session on a PostgreSQL driver that takes `%(name)s`
+    parameters.
     """
     if isinstance(connection, psycopg.Connection):
-        with connection.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
+        with _speaking_utf8(connection.pgconn, partial(_run, connection)):
+            return _run(connection, statement, parameters)
+    given = _sqlalchemy_connection(connection)
+    driver = given.connection.driver_connection
+    pgconn = getattr(driver, "pgconn", None)
+    with our_cursors(driver), _speaking_utf8(pgconn, partial(_run_in_sqlalchemy, given)):
+        return _run_in_sqlalchemy(given, statement, parameters)
+
+
+def _run(
+    connection: psycopg.Connection[Any], statement: str, parameters: Mapping[str, Any]
+) -> list[Any]:
+    with Cursor(connection) as cursor:
+        if connection.pgconn.pipeline_status == pq.PipelineStatus.OFF:
             cursor.execute(statement.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
+        else:
+            with connection.pipeline():  # at its end the answers have come, also within another
+                cursor.execute(statement.encode(), parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+def _run_in_sqlalchemy(
+    connection: sqlalchemy.Connection, statement: str, parameters: Mapping[str, Any]
+) -> list[Any]:
+    result = connection.exec_driver_sql(statement, dict(parameters))
+    return [tuple(row) for row in result] if result.returns_rows else []
+
+
+def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
+    """What of SQLAlchemy the caller has given. Raises TypeError."""
+    kind = type(connection)
+    if isinstance(connection, orm.scoped_session):
+        connection = connection()
     if isinstance(connection, orm.Session):
         connection = connection.connection()
+    if kind.__module__.startswith("sqlalchemy.ext.asyncio"):
+        raise TypeError(
+            f"connection= takes no {kind.__name__}: call from its run_sync, as in await "
+            "session.run_sync(lambda session: client.start_run(…, connection=session))"
+        )
+    if isinstance(connection, psycopg.AsyncConnection):
+        raise TypeError(
+            "connection= takes no psycopg AsyncConnection: use a psycopg Connection, or an "
+            "SQLAlchemy AsyncSession or AsyncConnection and its run_sync"
+        )
     if not isinstance(connection, sqlalchemy.Connection):
         raise TypeError(
             "connection= takes an SQLAlchemy Connection or Session, or a psycopg 3 Connection; "
-            f"not {type(connection).__name__}"
+            f"not {kind.__name__}"
         )
-    if connection.dialect.name != "postgresql" or connection.dialect.paramstyle != "pyformat":
+    dialect = connection.dialect
+    if dialect.name != "postgresql" or (
+        dialect.paramstyle != "pyformat" and not dialect.driver.startswith("psycopg")
+    ):
         raise TypeError(
             "connection= must reach PostgreSQL through psycopg (postgresql+psycopg://…), not "
-            f"{connection.dialect.name}+{connection.dialect.driver}"
+            f"{dialect.name}+{dialect.driver}"
         )
-    result = connection.exec_driver_sql(statement, dict(parameters))
-    return [tuple(row) for row in result] if result.returns_rows else []
+    return connection
+
+
+@contextmanager
+def _speaking_utf8(
+    pgconn: pq.abc.PGconn | None, run: Callable[[str, Mapping[str, Any]], list[Any]]
+) -> Iterator[None]:
+    """In this block the session's encoding holds every text; nearly always it does before."""
+    before = pgconn.parameter_status(b"client_encoding") if pgconn is not None else None
+    if pgconn is None or before in (b"UTF8", None):
+        yield
+        return
+    change = "SELECT set_config('client_encoding', %(name)s, false)"
+    run(change, {"name": "UTF8"})
+    try:
+        yield
+    finally:
+        # A transaction that has failed takes it back when it ends.
+        if pgconn.transaction_status != pq.TransactionStatus.INERROR:
+            run(change, {"name": before.decode() if before else ""})
 
 
 def execute_lazily(
@@ -75,11 +144,12 @@ def execute_lazily(
     """
     if not isinstance(connection, sqlalchemy.Connection):
         raise TypeError(f"takes an SQLAlchemy Connection, not {type(connection).__name__}")
-    result = connection.exec_driver_sql(
-        statement,
-        dict(parameters),
-        execution_options={"stream_results": True, "max_row_buffer": AT_ONCE},
-    )
+    with our_cursors(connection.connection.driver_connection):
+        result = connection.exec_driver_sql(
+            statement,
+            dict(parameters),
+            execution_options={"stream_results": True, "max_row_buffer": AT_ONCE},
+        )
     with result:
         for row in result:
             yield tuple(row)

@@ -19,6 +19,7 @@ from beatless.errors import (
     StatementTimeout,
     UnknownPlan,
     Unreachable,
+    WrongEncoding,
 )
 from beatless.orchestrator.errors import (
     BadPayload,
@@ -45,6 +46,7 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     StatementTimeout: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownPlan: HTTPStatus.NOT_FOUND,
     Unreachable: HTTPStatus.SERVICE_UNAVAILABLE,
+    WrongEncoding: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 

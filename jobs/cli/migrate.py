@@ -10,9 +10,10 @@ from beatless import migrations
 from beatless.cli.environment import Environment
 from beatless.client import reaching_postgres
 from beatless.errors import BadRequest
+from beatless.outbox.sessions import OWN
+from beatless.postgres import engine as connect_engine
 from beatless.schema import check as check_schema
 from beatless.schema import current
-from beatless.settings import engine_url
 
 
 @click.command()
@@ -34,9 +35,7 @@ def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: b
     env.log()
     # Not through a pooler: a migration keeps its lock and its settings from one statement to the
     # next.
-    engine = sqlalchemy.create_engine(
-        engine_url(settings.listen_url), connect_args={"application_name": "beatless migrate"}
-    )
+    engine = connect_engine(settings.listen_url, "beatless migrate", direct=True, session=OWN)
     with reaching_postgres(schema), closing_engine(engine):
         if not check:
             migrations.migrate(engine, schema, post=post)

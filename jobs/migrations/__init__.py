@@ -25,7 +25,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
 from beatless.errors import MigrationBlocked
-from beatless.schema import VERSIONS, current, head
+from beatless.schema import VERSIONS, check_encoding, current, head
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,13 @@ def migrate(
 
     Two at once wait for each other. `post` also does what must wait until no older code runs;
     `versions` is a directory with further revisions. The engine's sessions must be Postgres' own:
-    a pooler in transaction mode loses their settings. Raises MigrationBlocked if a table is held
-    for minutes; what was done until then stays, and the next call goes on from there.
+    a pooler in transaction mode loses their settings. Raises WrongEncoding, and MigrationBlocked if
+    a table is held for minutes; what was done until then stays, and the next call goes on from
+    there.
     """
     target = last(versions) if post else head(versions)
     with engine.connect() as connection, _alone(connection, schema):
+        check_encoding(connection)
         found = current(connection, schema)
         connection.rollback()
         if found is None or found < target:

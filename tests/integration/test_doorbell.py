@@ -375,7 +375,7 @@ def test_a_session_that_waits_ends_when_its_relay_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Postgres does not read from a client while it waits for a lock."""
-    monkeypatch.setattr(doorbell, "LOOK_FOR_US", "10ms")
+    monkeypatch.setattr("beatless.outbox.sessions.CLIENT_CHECK_INTERVAL", "10ms")
     sessions.work.execute(f"SELECT pg_advisory_lock({beatless_app.queries.leader_key}, 3)")
     other = Sessions(beatless_app.queries, beatless_app.direct_connection)
     other.watch_shard(3)

@@ -1,0 +1,80 @@
+"""How this package connects to Postgres: every session of ours is opened here."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from beatless.outbox import forks
+from beatless.outbox.adapters import ADAPTERS, Cursor
+from beatless.outbox.sessions import KEEPALIVE, OWN, SHARED, prepare_session
+from beatless.settings import Settings, engine_url, libpq_url
+
+AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
+
+
+def _open(
+    kind: type[AnyConnection],
+    url: str,
+    name: str,
+    *,
+    direct: bool,
+    session: Mapping[str, str],
+    **options: Any,
+) -> AnyConnection:
+    """An autocommit connection in UTF8. `name` is what Postgres shows as its application."""
+    given = libpq_url(url)
+    # What the encoding is does not depend on PGCLIENTENCODING, the role or the database: poolers
+    # pass this parameter on.
+    dsn = make_conninfo(given, application_name=name, client_encoding="UTF8", **KEEPALIVE)
+    connection = kind.connect(dsn, autocommit=True, **options)
+    forks.own(connection)
+    if direct:  # a pooler's sessions are not ours to set
+        prepare_session(
+            connection, session, options=str(conninfo_to_dict(given).get("options") or "")
+        )
+    return connection
+
+
+def connect(settings: Settings, name: str) -> psycopg.Connection[Any]:
+    """A connection for statements of ours alone."""
+    return _open(
+        psycopg.Connection,
+        settings.database_url,
+        name,
+        direct=not settings.pooled,
+        session=OWN,
+        cursor_factory=Cursor,
+        prepare_threshold=None if settings.pooled else 5,
+    )
+
+
+def connect_directly(
+    settings: Settings, name: str, kind: type[AnyConnection], **options: Any
+) -> AnyConnection:
+    """A session that no pooler shares with others, of whichever class."""
+    return _open(
+        kind, settings.listen_url, name, direct=True, session=OWN, context=ADAPTERS, **options
+    )
+
+
+def engine(
+    url: str, name: str, *, direct: bool, session: Mapping[str, str] = SHARED, **options: Any
+) -> sqlalchemy.Engine:
+    """An engine whose sessions may run the statements of others too, read by their adapters."""
+
+    def create() -> psycopg.Connection[Any]:
+        connection = _open(
+            psycopg.Connection,
+            url,
+            name,
+            direct=direct,
+            session=session,
+            prepare_threshold=5 if direct else None,
+        )
+        connection.autocommit = False
+        return connection
+
+    return sqlalchemy.create_engine(engine_url(url), creator=create, **options)

@@ -1,0 +1,108 @@
+"""How our own statements write their parameters and read their rows.
+
+Whatever adapters a caller's connection or the whole process has: a JSON reader that makes Decimals,
+a dumper that sends str as varchar, a row factory, cursors that want `$1`. And whatever its session
+says of how values are written: results are binary, so that DateStyle, TimeZone, IntervalStyle,
+bytea_output and extra_float_digits are never asked.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+from psycopg import postgres, pq
+from psycopg.abc import Buffer
+from psycopg.adapt import AdaptersMap, Loader
+from psycopg.rows import tuple_row
+from psycopg.types import array
+from psycopg.types.json import set_json_loads
+
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+"""Postgres counts from here."""
+
+
+class UtcLoader(Loader):
+    """A timestamptz in UTC: psycopg's own is in the time zone of the session."""
+
+    format = pq.Format.BINARY
+
+    def load(self, data: Buffer) -> datetime:
+        microseconds: int = struct.unpack("!q", data)[0]
+        return EPOCH + timedelta(microseconds=microseconds)
+
+
+def _adapters() -> AdaptersMap:
+    own = AdaptersMap()
+    postgres.register_default_types(own.types)
+    postgres.register_default_adapters(own)
+    array.register_all_arrays(own)
+    # Without a context psycopg changes the reader of all maps, ours too.
+    set_json_loads(json.loads, own)
+    own.register_loader("timestamptz", UtcLoader)
+    return own
+
+
+ADAPTERS = _adapters()
+"""psycopg's defaults, which nobody else can change."""
+
+
+class Cursor(psycopg.Cursor[tuple[Any, ...]]):
+    """A cursor of ours on anybody's connection."""
+
+    def __init__(self, connection: psycopg.Connection[Any], **_: Any) -> None:
+        super().__init__(connection, row_factory=tuple_row)
+        self.format = pq.Format.BINARY
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return ADAPTERS
+
+
+class ServerCursor(psycopg.ServerCursor[tuple[Any, ...]]):
+    """A server-side `Cursor`."""
+
+    def __init__(self, connection: psycopg.Connection[Any], name: str, **_: Any) -> None:
+        super().__init__(connection, name, row_factory=tuple_row)
+        self.format = pq.Format.BINARY
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return ADAPTERS
+
+
+class AsyncCursor(psycopg.AsyncCursor[tuple[Any, ...]]):
+    """A `Cursor` below SQLAlchemy's `run_sync`."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], **_: Any) -> None:
+        super().__init__(connection, row_factory=tuple_row)
+        self.format = pq.Format.BINARY
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return ADAPTERS
+
+
+@contextmanager
+def our_cursors(connection: Any) -> Iterator[None]:
+    """In this block SQLAlchemy executes with our cursors on its driver's connection."""
+    if isinstance(connection, psycopg.Connection):
+        given = connection.cursor_factory, connection.server_cursor_factory
+        connection.cursor_factory = Cursor
+        connection.server_cursor_factory = ServerCursor
+        try:
+            yield
+        finally:
+            connection.cursor_factory, connection.server_cursor_factory = given
+    elif isinstance(connection, psycopg.AsyncConnection):
+        factory = connection.cursor_factory
+        connection.cursor_factory = AsyncCursor
+        try:
+            yield
+        finally:
+            connection.cursor_factory = factory
+    else:
+        yield

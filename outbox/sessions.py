@@ -1,0 +1,100 @@
+"""What sessions of ours must be like, whatever the role, the database and the environment say.
+
+There is one list. A session of ours sets it when it begins: one round trip. Not as startup options,
+which PgBouncer refuses; and not through a pooler at all, whose sessions are not ours to set.
+Statements that run there, or in a caller's transaction, depend on nothing of it: see
+`beatless.outbox.adapters` and `beatless.outbox.queries.execute`.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+
+FOR_WRITING = """
+SELECT set_config(name, 'off', false) FROM pg_settings
+ WHERE name = 'default_transaction_read_only'
+   AND source IN ('user', 'database', 'database user', 'client')
+"""
+"""Not what the server's own configuration says: that is how providers keep a full disk from writes,
+and it may be said at any time."""
+
+CLIENT_CHECK_INTERVAL = "5s"
+"""How often Postgres looks, during a statement, whether its client is still there."""
+
+KEEPALIVE = {
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+    "connect_timeout": 5,
+}
+
+SHARED = {
+    # Its limits would end us: what of ours takes long has a limit of its own.
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
+    "default_transaction_deferrable": "off",
+    "array_nulls": "on",
+    # Keepalives are each side's own: by default the server's are every two hours, and until then it
+    # keeps the locks of a host that is gone.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "8000",
+}
+"""Of every session of ours, those in which steps run statements of their own too."""
+
+OWN = SHARED | {
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "standard_conforming_strings": "on",
+    "default_transaction_isolation": "read committed",
+    "jit": "off",
+}
+"""Of the sessions in which nobody else has statements."""
+
+
+def prepare_session(
+    connection: psycopg.Connection[Any],
+    settings: Mapping[str, str] = OWN,
+    *,
+    options: str = "",
+) -> None:
+    """Set what a session of ours depends on. It is in autocommit mode, and closed if that fails.
+
+    `options` are those of its URL: what is set there, as by `?options=-c statement_timeout=30s`, is
+    meant for us and stays. What this server does not have is left out.
+    """
+    kept = {name.lower() for name in re.findall(r"(?:-c\s*|--)([\w.]+)\s*=", options)}
+    wanted = {name: value for name, value in settings.items() if name.lower() not in kept}
+    try:
+        with connection.pipeline():
+            if "statement_timeout" in wanted:
+                # First, and by itself: the other statement could be too long already.
+                connection.execute("SET statement_timeout TO 0")
+            connection.execute(
+                "SELECT set_config(name, value, false) "
+                "FROM unnest(%s::text[], %s::text[]) AS s(name, value) "
+                "WHERE current_setting(name, true) IS NOT NULL",
+                (list(wanted), list(wanted.values())),
+            )
+        read_only = connection.pgconn.parameter_status(b"default_transaction_read_only")
+        if read_only == b"on" and "default_transaction_read_only" not in kept:
+            connection.execute(FOR_WRITING)
+        # One that waits for a lock would else stay, with its snapshot, when we are gone. Not every
+        # platform can look after its clients.
+        with suppress(psycopg.errors.InvalidParameterValue):
+            connection.execute(f"SET client_connection_check_interval TO '{CLIENT_CHECK_INTERVAL}'")
+    except BaseException:
+        connection.close()
+        raise

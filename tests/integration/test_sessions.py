@@ -1,0 +1,442 @@
+"""What role, database, environment and callers say of sessions changes nothing of ours."""
+
+import asyncio
+import decimal
+import functools
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+from psycopg.rows import dict_row
+from psycopg.types.json import set_json_loads
+from psycopg.types.numeric import Int8BinaryLoader
+from psycopg.types.string import StrDumperVarchar, TextLoader
+from sqlalchemy import make_url, orm
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from beatless import App, Plan, Run, Settings, StatementTimeout, StepContext, WrongEncoding, step
+from beatless.client import reaching_postgres
+from beatless.doctor import Doctor, Status
+from beatless.migrations import migrate
+from beatless.outbox.sessions import OWN
+from beatless.postgres import engine as connect_engine
+from beatless.pytest_plugin import Services
+from beatless.settings import engine_url, libpq_url
+from beatless.testing import Kit
+from beatless.transactions import transact
+from tests.serving import serving
+
+HOSTILE = {
+    "DateStyle": "German",
+    "IntervalStyle": "sql_standard",
+    "TimeZone": "Asia/Kathmandu",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "client_encoding": "LATIN1",
+    "search_path": "nowhere",
+    "statement_timeout": "1ms",
+    "lock_timeout": "1ms",
+    "idle_in_transaction_session_timeout": "50ms",
+    "idle_session_timeout": "300ms",
+    "transaction_timeout": "300ms",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_read_only": "on",
+    "default_transaction_deferrable": "on",
+    "jit": "on",
+    "jit_above_cost": "0",
+}
+
+TEXT = "→ 漢字 € ü"
+
+
+@step
+def speak(ctx: StepContext) -> dict[str, Any]:
+    ctx.trace("said", text=TEXT)
+    return {"text": TEXT, "price": 9.99}
+
+
+@step(transactional=True)
+def compute(ctx: StepContext) -> Any:
+    return ctx.connection.exec_driver_sql("SELECT 42 FROM pg_sleep(0.1)").scalar()
+
+
+@step
+def fail(ctx: StepContext) -> None:
+    raise ValueError(TEXT)
+
+
+@step
+def answer(ctx: StepContext) -> dict[str, str]:
+    return {"text": TEXT}
+
+
+@step(transactional=True)
+def answer_in_transaction(ctx: StepContext) -> dict[str, str]:
+    return {"text": TEXT}
+
+
+PLANS = [
+    Plan("speaks", [speak, compute]),
+    Plan("answers", [answer]),
+    Plan("answers_in_transaction", [answer_in_transaction]),
+    Plan("fails", [fail]),
+    Plan("plain", [compute]),
+]
+
+
+@pytest.fixture
+def server(beatless_services: Services) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(libpq_url(beatless_services.database_url), autocommit=True) as found:
+        yield found
+
+
+def available(server: psycopg.Connection) -> dict[str, str]:
+    rows = server.execute("SELECT name FROM pg_settings WHERE name = ANY(%s)", (list(HOSTILE),))
+    return {name: HOSTILE[name] for (name,) in rows.fetchall()}
+
+
+@pytest.fixture
+def database(server: psycopg.Connection) -> Iterator[tuple[str, str]]:
+    """A role of the test's own, and a database: their names, which are the same."""
+    name = f"t_{uuid.uuid4().hex[:8]}"
+    server.execute(f"CREATE ROLE {name} SUPERUSER LOGIN PASSWORD 'secret'".encode())
+    server.execute(f"CREATE DATABASE {name} TEMPLATE template0 OWNER {name}".encode())
+    yield name
+    server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    server.execute(f"DROP ROLE {name}".encode())
+
+
+@pytest.fixture
+def settings(beatless_app: App, database: str) -> Settings:
+    url = make_url(beatless_app.settings.database_url).set(
+        username=database, password="secret", database=database, query={}
+    )
+    text = url.render_as_string(hide_password=False)
+    return replace(beatless_app.settings, database_url=text, listen_url=text)
+
+
+def walk(settings: Settings, tmp_path: Any) -> None:
+    """Everything that processes and people do."""
+    engine = connect_engine(settings.listen_url, "migrate", direct=True, session=OWN)
+    migrate(engine, settings.schema)
+    engine.dispose()
+    app = App(settings, PLANS)
+    kit = Kit(app, directory=tmp_path)
+    try:
+        run = kit.client.start_run("speaks", {"who": TEXT}, key="k", tags={"a": TEXT}, delay=0.001)
+        assert kit.client.start_run("speaks", {"who": TEXT}, key="k", tags={"a": TEXT}) == run
+        kit.work_until_idle()
+        kit.advance(60)
+        kit.work_until_idle()
+        events = kit.collect_stream(run.run_id)
+        assert events[-1].data["result"] == 42
+        assert events[2].data["text"] == TEXT
+        (listed,) = kit.client.list_runs(tags={"a": TEXT}, before=None)
+        assert listed.state == "completed"
+        assert listed.created_at.utcoffset().total_seconds() == 0
+        assert kit.client.explain(run.run_id)
+        failed = kit.client.start_run("speaks")
+        kit.client.cancel_run(failed.run_id)
+        retried = kit.client.retry_run(failed.run_id)
+        errors: list[Exception] = []
+        relay = app.relay()
+        relay.start(errors.append)
+        try:
+            kit.wait_for_outbox_flush(retried.run_id)
+        finally:
+            relay.stop()
+        assert errors == []
+        kit.work_until_idle()
+        assert kit.client.get_run(retried.run_id).state == "completed"
+        with serving(app) as api:
+            assert len(api("GET", "/v1/runs").json["runs"]) == 3
+        kit.client.pause_queue("default")
+        kit.client.resume_queue("default")
+        assert kit.client.clean("completed", 0) == 2
+        kit.verify()
+        checks = ("postgres", "primary", "encoding", "sessions", "schema", "listen", "transactions")
+        found = list(Doctor(app).examine((*checks, "outbox", "queues", "connections", "bloat")))
+        assert [f for f in found if f.status in (Status.PROBLEM, Status.UNREACHABLE)] == []
+    finally:
+        kit.close()
+
+
+@pytest.mark.parametrize("where", ["ROLE", "DATABASE"])
+def test_settings_of_role_and_database_change_nothing(
+    server: psycopg.Connection, database: str, settings: Settings, tmp_path: Any, where: str
+) -> None:
+    for name, value in available(server).items():
+        server.execute(f"ALTER {where} {database} SET {name} = '{value}'".encode())
+    walk(settings, tmp_path)
+
+
+def test_the_environment_of_libpq_changes_nothing(
+    settings: Settings, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=1ms -c default_transaction_read_only=on")
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    monkeypatch.setenv("PGDATESTYLE", "German")
+    monkeypatch.setenv("PGTZ", "Asia/Kathmandu")
+    walk(settings, tmp_path)
+
+
+def test_what_the_url_itself_sets_is_meant_for_us(settings: Settings) -> None:
+    url = f"{settings.database_url}?options=-c%20statement_timeout%3D1234"
+    app = App(replace(settings, database_url=url, listen_url=url), PLANS)
+    try:
+        with app.engine.connect() as ours, app.executors.connect() as workers:
+            shown = ours.exec_driver_sql("SHOW statement_timeout").scalar()
+            assert shown == workers.execute("SHOW statement_timeout").fetchone()[0] == "1234ms"
+    finally:
+        app.close()
+
+
+def act(app: App, connection: Any) -> None:
+    """What may be done on a caller's connection."""
+    content = {"price": 9.99, "who": TEXT}
+    key = uuid.uuid4().hex
+    client = app.client
+    run = client.start_run(
+        "two_steps", content, key=key, tags={"a": TEXT}, delay=60, connection=connection
+    )
+    assert (
+        client.start_run("two_steps", content, key=key, tags={"a": TEXT}, connection=connection)
+        == run
+    )
+    assert run.input == content
+    assert run.created_at.utcoffset().total_seconds() == 0
+    assert client.get_run(run.run_id, connection=connection) == run
+    listed = client.list_runs(tags={"a": TEXT}, before=None, connection=connection)
+    assert run in listed
+    rest = client.list_runs(tags={"a": TEXT}, before=listed[0], connection=connection)
+    assert rest == listed[1:]
+    assert [e.type for e in client.events(run.run_id, connection=connection)] == ["RunStarted"]
+    assert client.explain(run.run_id, connection=connection)
+    cancelled = client.cancel_run(run.run_id, reason=TEXT, connection=connection)
+    assert cancelled.error["message"] == TEXT
+    assert client.retry_run(run.run_id, connection=connection).input == content
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_settings_of_a_callers_session_change_nothing(
+    beatless_app: App, server: psycopg.Connection, name: str
+) -> None:
+    if name not in available(server):
+        return  # this server has no such setting
+    # Who forbids to write, or sets a limit of a millisecond, means our statements too.
+    value = {"default_transaction_read_only": "off", "statement_timeout": "20s"}.get(name)
+    value = value or ("20s" if name.endswith("timeout") else HOSTILE[name])
+    change = f"SET {name} TO '{value}'"
+    url = beatless_app.settings.database_url
+    for autocommit in (True, False):
+        with psycopg.connect(libpq_url(url), autocommit=True) as connection:
+            connection.execute(change.encode())
+            before = connection.execute(f"SHOW {name}".encode()).fetchone()
+            connection.autocommit = autocommit
+            act(beatless_app, connection)
+            assert connection.execute(f"SHOW {name}".encode()).fetchone() == before
+            connection.rollback()
+    engine = sqlalchemy.create_engine(engine_url(url))
+    with engine.connect() as given:
+        given.exec_driver_sql(change)
+        act(beatless_app, given)
+        assert given.exec_driver_sql(f"SHOW {name}").scalar() == before[0]
+    engine.dispose()
+
+
+class Shouting(TextLoader):
+    def load(self, data: Any) -> str:
+        return super().load(data).upper()
+
+
+class Wrong(Int8BinaryLoader):
+    def load(self, data: Any) -> Any:
+        return decimal.Decimal(super().load(data))
+
+
+def spoil(adapters: Any) -> None:
+    """Adapters as applications register them, and worse."""
+    set_json_loads(functools.partial(json.loads, parse_float=decimal.Decimal), adapters)
+    adapters.adapters.register_loader("text", Shouting)
+    adapters.adapters.register_loader("int8", Wrong)
+    adapters.adapters.register_dumper(str, StrDumperVarchar)
+
+
+@pytest.fixture
+def url(beatless_app: App) -> str:
+    return libpq_url(beatless_app.settings.database_url)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"row_factory": dict_row},
+        {"cursor_factory": psycopg.RawCursor},
+        {"cursor_factory": psycopg.ClientCursor},
+        {"prepare_threshold": 0},
+        {"prepare_threshold": None},
+    ],
+    ids=["rows", "raw", "client", "prepared", "unprepared"],
+)
+def test_factories_of_a_callers_connection_are_not_ours(
+    beatless_app: App, url: str, options: dict[str, Any]
+) -> None:
+    for autocommit in (True, False):
+        with psycopg.connect(url, autocommit=autocommit, **options) as connection:
+            act(beatless_app, connection)
+
+
+def test_adapters_of_a_callers_connection_are_not_ours(beatless_app: App, url: str) -> None:
+    with psycopg.connect(url) as connection:
+        spoil(connection)
+        act(beatless_app, connection)
+    engine = sqlalchemy.create_engine(
+        engine_url(beatless_app.settings.database_url),
+        json_deserializer=functools.partial(json.loads, parse_float=decimal.Decimal),
+    )
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: spoil(connection))
+    with orm.Session(engine) as session:
+        act(beatless_app, session)
+    engine.dispose()
+
+
+def test_adapters_of_the_whole_process_are_not_ours(
+    beatless: Kit, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        psycopg.types.json._JsonLoader,
+        "_loads",
+        functools.partial(json.loads, parse_float=decimal.Decimal),
+    )
+    content = {"price": 9.99}
+    run = beatless.start_run("two_steps", content, key="k")
+    assert beatless.client.start_run("two_steps", content, run_id=run.run_id, key="k") == run
+    beatless.work_until_idle()
+    with serving(beatless.app) as api:
+        assert api("GET", "/v1/runs").json["runs"][0]["input"] == content
+    assert beatless.client.retry_run(run.run_id, "second").input == content
+    with psycopg.connect(url) as connection:
+        act(beatless.app, connection)
+
+
+def test_a_pipeline_of_the_callers_is_none_of_ours(beatless_app: App, url: str) -> None:
+    for autocommit in (True, False):
+        with (
+            psycopg.connect(url, autocommit=autocommit) as connection,
+            connection.pipeline(),
+        ):
+            act(beatless_app, connection)
+            connection.execute("SELECT 1")
+            act(beatless_app, connection)
+
+
+def test_a_scoped_session_and_an_autocommit_engine_are_taken(beatless_app: App) -> None:
+    sessions = orm.scoped_session(orm.sessionmaker(beatless_app.engine))
+    act(beatless_app, sessions)
+    sessions.remove()
+    engine = sqlalchemy.create_engine(
+        engine_url(beatless_app.settings.database_url), isolation_level="AUTOCOMMIT", echo=True
+    )
+    with engine.connect() as connection:
+        act(beatless_app, connection)
+        kept = beatless_app.client.start_run("two_steps", connection=connection)
+    assert beatless_app.client.get_run(kept.run_id) == kept
+    engine.dispose()
+
+
+def test_a_connection_that_begins_by_our_statement_commits_it(beatless_app: App) -> None:
+    with beatless_app.engine.connect() as connection:
+        run = beatless_app.client.start_run("two_steps", connection=connection)
+        connection.commit()
+    assert beatless_app.client.get_run(run.run_id) == run
+
+
+def test_asynchronous_sessions_are_taken_by_run_sync_and_named_without(beatless_app: App) -> None:
+    engine = create_async_engine(engine_url(beatless_app.settings.database_url))
+
+    async def main() -> None:
+        async with AsyncSession(engine) as session:
+            with pytest.raises(TypeError, match=r"takes no AsyncSession: call from its run_sync"):
+                beatless_app.client.start_run("two_steps", connection=session)
+            await session.run_sync(lambda given: act(beatless_app, given))
+        async with engine.connect() as connection:
+            with pytest.raises(TypeError, match=r"no AsyncConnection: call from its run_sync"):
+                beatless_app.client.start_run("two_steps", connection=connection)
+            await connection.run_sync(lambda given: act(beatless_app, given))
+        await engine.dispose()
+        url = libpq_url(beatless_app.settings.database_url)
+        async with await psycopg.AsyncConnection.connect(url) as plain:
+            with pytest.raises(TypeError, match="takes no psycopg AsyncConnection"):
+                beatless_app.client.start_run("two_steps", connection=plain)
+
+    asyncio.run(main())
+
+
+def test_a_serialization_failure_is_tried_again_and_is_no_absent_server(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    engine = beatless.app.engine.execution_options(isolation_level="SERIALIZABLE")
+    tries = 0
+
+    def cancel(connection: sqlalchemy.Connection, conflicts: int) -> Run:
+        nonlocal tries
+        tries += 1
+        beatless.client.get_run(run.run_id, connection=connection)
+        if tries <= conflicts:
+            postgres.execute("UPDATE runs SET tags = tags")
+        return beatless.client.cancel_run(run.run_id, connection=connection)
+
+    with pytest.raises(StatementTimeout), reaching_postgres("here"):
+        transact(engine, lambda connection: cancel(connection, 100), twice=True)
+    tries = 0
+    assert transact(engine, lambda connection: cancel(connection, 1), twice=True).state.final
+    assert tries == 2
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_in_another_encoding_is_refused_and_leaves_no_run_running(
+    beatless_app: App,
+    server: psycopg.Connection,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    encoding: str,
+) -> None:
+    name = f"t_{uuid.uuid4().hex[:8]}"
+    server.execute(
+        f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0".encode()
+    )
+    url = make_url(beatless_app.settings.database_url).set(database=name, query={})
+    text = url.render_as_string(hide_password=False)
+    app = App(replace(beatless_app.settings, database_url=text, listen_url=text), PLANS)
+    kit = Kit(app, directory=tmp_path)
+    try:
+        with pytest.raises(WrongEncoding, match=f"{name} is in {encoding}.*ENCODING 'UTF8'"):
+            migrate(app.engine, app.settings.schema)
+        (found,) = Doctor(app).examine(("encoding",))
+        assert found.status is Status.PROBLEM
+        assert encoding in found.text
+        # As one that an older version has made.
+        monkeypatch.setattr("beatless.migrations.check_encoding", lambda _: None)
+        migrate(app.engine, app.settings.schema)
+        runs = [kit.client.start_run(plan) for plan in [plan.name for plan in PLANS]]
+        kit.work_until_idle()
+        states = [kit.client.get_run(run.run_id).state.value for run in runs]
+        if encoding == "LATIN1":
+            assert states == ["failed", "failed", "failed", "failed", "completed"]
+            errors = [kit.client.get_run(run.run_id).error["message"] for run in runs[:-1]]
+            assert all("no equivalent in encoding" in error for error in errors)
+            with pytest.raises(WrongEncoding, match="LATIN1"):
+                kit.client.start_run("plain", TEXT)
+        else:
+            assert states == ["completed", "completed", "completed", "failed", "completed"]
+    finally:
+        kit.close()
+        server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
