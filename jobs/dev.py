@@ -27,7 +27,6 @@ from beatless.postgres import engine as connect_engine
 from beatless.services import (
     EmbeddedPostgres,
     EmbeddedValkey,
-    ServiceFailed,
     die_with_parent,
     free_port,
 )
@@ -100,21 +99,22 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        reader, writer = os.pipe()
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*self._command, "--ready-fd", str(writer), *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environ,
-                pass_fds=[writer],
-                start_new_session=True,
-                # Killing is safe, that is the point of it all; a slow farewell is not needed here.
-                preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
-            )
-        os.close(writer)
-        self._ready = reader
+        self._ready, writer = os.pipe()
+        try:
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*self._command, "--ready-fd", str(writer), *self._arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environ,
+                    pass_fds=[writer],
+                    start_new_session=True,
+                    # Killing is safe, that is the point of it all; a slow farewell is not needed.
+                    preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
+                )
+        finally:
+            os.close(writer)
 
     def restart(self) -> None:
         """Start it again after its end."""
@@ -187,9 +187,10 @@ class Guard:
         elif self.restart_at is not None and now >= self.restart_at:
             try:
                 self._start()
-            except ServiceFailed as error:
+            except Exception as error:  # whatever it is: the rest of the stack goes on
                 self._failures += 1
-                self._later(str(error), say)
+                ours = isinstance(error, JobsError)
+                self._later(str(error) if ours else f"{self._part.name}: {error}", say)
             else:
                 self._began, self.restart_at = monotonic(), None
                 say(f"{self._part.name} started again, PID {self.pid}")

@@ -27,7 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tornado.web import url
 
-from beatless import canary
+from beatless import canary, loopback
 from beatless.app import App
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
@@ -321,7 +321,7 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
     atexit.register(flower.stop)
     signal.signal(signal.SIGTERM, lambda *_: flower.io_loop.add_callback_from_signal(flower.stop))
     port = flower.start_http_server()
-    flower.io_loop.add_callback(ready, f"http://{chosen.host}:{port}")
+    flower.io_loop.add_callback(ready, loopback.url(chosen.host, port))
     try:
         flower.start()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What is this machine, by name and by address: the one place that decides."""
+"""What is this machine, by name and by address: the one place that decides, and writes it."""
 
 import ipaddress
 import socket
@@ -24,3 +24,8 @@ def is_host(host: str) -> bool:
     except OSError:
         return False
     return all(is_address(address) for address in found)
+
+
+def url(host: str, port: int) -> str:
+    """Where HTTP is served, as a browser takes it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -31,6 +31,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from sqlalchemy import exc
 
+from beatless import loopback
 from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.plan import Plan
@@ -646,10 +647,10 @@ def listen(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        problem = f"is {port}, and {host}:{port} cannot be used: {error.strerror}"
+        problem = f"is {port}, and {loopback.url(host, port)} cannot be served: {error.strerror}"
         raise BadSetting("BEATLESS_METRICS_PORT", problem, "9464") from error
     logger.info(
         "metrics are served",
-        extra={"action": "metrics", "url": f"http://{host}:{server.server_port}/metrics"},
+        extra={"action": "metrics", "url": f"{loopback.url(host, server.server_port)}/metrics"},
     )
     return server

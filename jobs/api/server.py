@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import exc
 
-from beatless import schema
+from beatless import loopback, schema
 from beatless.api import problems, sse
 from beatless.api.bodies import BodyLimit
 from beatless.api.connections import Connections, raise_descriptor_limit, share
@@ -632,8 +632,7 @@ def serve(
     address. Raises BadRequest for an address that cannot be listened on.
     """
     sockets = bind(host, port, reuse_port=reuse_port)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    url = loopback.url(host, sockets[0].getsockname()[1])
     make_server(app, ready=lambda: ready(url), **options).run(sockets=sockets)
 
 

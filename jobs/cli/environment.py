@@ -53,9 +53,12 @@ class Environment:
         if self._app is None:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
-                os.environ.update(settings_of_running(Path.cwd()))
+                os.environ.update(settings_of_running(Path.cwd(), self.note))
             name = self.named or os.environ.get("BEATLESS_APP", "")
-            self._app = load(name) if name else App(settings(), PLANS)
+            try:
+                self._app = load(name) if name else App(Settings.from_env(), PLANS)
+            except BadSetting as error:
+                raise explained(error) from error
         return self._app
 
     @property
@@ -95,15 +98,14 @@ class AppFailed(JobsError):
         return f"{self.name} cannot be imported: {self.reason}"
 
 
-def settings() -> Settings:
-    """The environment's settings. Raises BadSetting."""
-    try:
-        return Settings.from_env()
-    except BadSetting as error:
-        if error.problem != "is not set":
-            raise
-        problem = "is not set, and no `beatless dev` runs in this directory"
-        raise BadSetting(error.name, problem, error.example) from error
+def explained(error: BadSetting) -> BadSetting:
+    """With what else could have given a setting that is missing."""
+    if error.problem != "is not set":
+        return error
+    problem = f"{error.problem}, and no `beatless dev` runs in this directory"
+    if os.environ.get("BEATLESS_DATABASE_URL"):
+        problem = f"{error.problem}; BEATLESS_DATABASE_URL is, so no `beatless dev` is asked"
+    return BadSetting(error.name, problem, error.example)
 
 
 def load(name: str) -> App:
