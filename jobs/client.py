@@ -240,6 +240,8 @@ class Client:
             delay=delay,
             deadline=deadline,
             tags=_tags(request.tags),
+            default_queue=request.queue is None,
+            default_input=request.input is None,
         )
 
     def stored_id(self, run_id: str) -> str:
@@ -647,8 +649,14 @@ class Client:
                 priority=run.priority,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
-            # Its tags were checked when it was started, maybe before they had a limit.
-            new = replace(self._new_run(request), retry_of=run.run_id, tags=run.tags)
+            # Its tags were checked when it was started, maybe before they had a limit. Its input is
+            # not the plan's default of today if it is null.
+            new = replace(
+                self._new_run(request),
+                retry_of=run.run_id,
+                tags=run.tags,
+                input=encode(run.input, where="its input", limit=self._journal.max_event_bytes),
+            )
             events = self._journal.read(caller, run.run_id)
             reused = reusable(self._plans[run.plan], events, from_step)
             if reused is not None:

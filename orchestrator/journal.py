@@ -148,6 +148,10 @@ class NewRun:
     trace_context: Mapping[str, str] | None = None
     reused: str | None = None
     """JSON text of the step results that a retried run takes over."""
+    default_queue: bool = False
+    """The caller named none: it is the plan's, which may be another at the next start."""
+    default_input: bool = False
+    """As for the queue."""
 
     def to_json(self) -> str:
         members = {
@@ -165,6 +169,8 @@ class NewRun:
             "tags": dict(self.tags),
             "retry_of": self.retry_of,
             "trace_context": dict(self.trace_context) if self.trace_context else None,
+            "default_queue": self.default_queue,
+            "default_input": self.default_input,
         }
         text = json.dumps(members)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
@@ -232,13 +238,16 @@ WITH input AS (
   SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
     run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
     priority smallint, input jsonb, key text, not_before timestamptz, delay float8,
-    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb)
+    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb,
+    default_queue boolean, default_input boolean)
 ), u AS (
   INSERT INTO {s}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input, key,
-                        last_seq, not_before, deadline_at, tags, retry_of, trace_context)
+                        last_seq, not_before, deadline_at, tags, retry_of, trace_context,
+                        default_queue, default_input)
   SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
          coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
-         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context
+         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context,
+         default_queue, default_input
     FROM input
   ON CONFLICT DO NOTHING
   RETURNING *
@@ -246,8 +255,10 @@ WITH input AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
   SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
          jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
-           'queue', u.queue, 'retry_of', u.retry_of, 'reused', i.reused,
+           'queue', u.queue, 'retry_of', u.retry_of,
            'traceparent', u.trace_context->>'traceparent'))
+         -- Results of users, whose nulls are theirs.
+         || CASE WHEN i.reused IS NULL THEN '{{}}' ELSE jsonb_build_object('reused', i.reused) END
     FROM u JOIN input i USING (run_id)
 ), o AS (
   INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
@@ -261,8 +272,10 @@ WITH input AS (
 )
 SELECT {", ".join("u." + column for column in RUN_COLUMNS)}, {doorbell(s, "i.shard")}
   FROM u JOIN input i USING (run_id)"""
+        # Compared here: only Postgres knows which numbers are the same to it.
         self._find = f"""
-SELECT {with_retry} FROM {s}.runs r
+SELECT {with_retry}, default_queue, default_input, coalesce(input, 'null') = %(input)s::jsonb
+  FROM {s}.runs r
  WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)"""
         # An append that stays in the run: nothing but events, under the lease.
         self._append = f"""
@@ -464,21 +477,32 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         rows = execute(
             connection,
             self._find,
-            {"run_id": new.run_id, "namespace": new.namespace, "key": new.key},
+            {
+                "run_id": new.run_id,
+                "namespace": new.namespace,
+                "key": new.key,
+                "input": new.input,
+            },
         )
         if not rows:  # it was removed after it had kept the new one away
             return self._store(connection, [new]).get(new.run_id) or self._existing(connection, new)
-        found = [Run.from_row(row) for row in rows]
-        by_key = [run for run in found if new.key is not None and run.key == new.key]
-        existing = (by_key or found)[0]
+        by_key = [
+            row for row in rows if new.key is not None and Run.from_row(row[:-3]).key == new.key
+        ]
+        *row, default_queue, default_input, same_input = (by_key or rows)[0]
+        existing = Run.from_row(row)
         field = "key" if by_key else "run id"
+        # What neither start named is the same, whatever the plan's is now. An older release did not
+        # note what was named.
+        queue = new.default_queue and default_queue is not False
+        input = new.default_input and default_input is not False
         differs = [
             name
             for name, same in (
                 ("namespace", existing.namespace == new.namespace),
                 ("plan", existing.plan == new.plan),
-                ("queue", existing.queue == new.queue),
-                ("input", existing.input == json.loads(new.input)),
+                ("queue", queue or existing.queue == new.queue),
+                ("input", input or same_input),
                 ("key", existing.key == new.key),
             )
             if not same

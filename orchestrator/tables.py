@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Index,
@@ -45,6 +46,8 @@ runs = Table(
     Column("finished_at", Time),
     Column("pruned_seq", Integer, nullable=False, server_default=text("0")),
     Column("pruned_at", Time),
+    Column("default_queue", Boolean),
+    Column("default_input", Boolean),
     CheckConstraint(
         "state IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name="runs_state"
     ),
