@@ -38,6 +38,7 @@ from beatless.outbox.queries import channel_of
 from beatless.postgres import connect, connect_directly
 from beatless.schema import head
 from beatless.stream import Subscription
+from beatless.verify import unfit_rows
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +253,7 @@ class Doctor:
             ("plans", self._plans, "schema"),
             ("outbox", self._outbox, "schema"),
             ("queues", self._queues, "schema"),
+            ("rows", self._unfit_rows, "schema"),
             ("api", self._api, ""),
             ("flower", self._flower, ""),
             ("canary", self._canary, "schema"),
@@ -913,6 +915,19 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
             )
         if not rows and not paused:
             yield Finding(check="queues", status=Status.OK, text="nobody waits for long")
+
+    def _unfit_rows(self) -> Iterator[Finding]:
+        assert self._postgres is not None  # noqa: S101 - see `needs` of the checks
+        found = unfit_rows(self._postgres, self._settings.schema, limit=3)
+        for violation in found:
+            yield Finding(
+                check="rows",
+                status=Status.PROBLEM,
+                text=f"run {violation.run_id}: {violation.problem}",
+                advice="beatless did not write that: mend the row, or beatless remove RUN",
+            )
+        if not found:
+            yield Finding(check="rows", status=Status.OK, text="a relay can act on all of them")
 
     # What listens
 

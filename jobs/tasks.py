@@ -1,14 +1,19 @@
 """One Celery task for each plan, named after it: its message is the order to execute a run."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from celery import Celery, Task
 
 from beatless.celery_app import FleetCelery
+from beatless.orchestrator.events import storable
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.plan import Plan
+from beatless.outbox.queries import LAST_ATTEMPT
 from beatless.worker import leaving
+
+logger = logging.getLogger(__name__)
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types
@@ -51,9 +56,16 @@ def not_to_be_called(plan: str) -> TypeError:
 def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> None:
     """Let workers of this app execute runs of the plan."""
 
-    def execute_run(run_id: str, dispatch: int) -> None:
+    def execute_run(run_id: Any = None, dispatch: Any = None, *_: Any, **__: Any) -> None:
+        # Whoever reaches the broker can send anything.
+        if not isinstance(run_id, str) or not storable(run_id) or not isinstance(dispatch, int):
+            logger.warning(
+                "message dropped: it is not one of a relay's",
+                extra={"action": "strange_message", "plan": plan.name},
+            )
+            return
         try:
-            executor().execute(plan, run_id, dispatch)
+            executor().execute(plan, run_id, min(max(dispatch, 0), LAST_ATTEMPT))
         except Exception:
             raise
         except BaseException as error:

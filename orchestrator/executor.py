@@ -520,6 +520,7 @@ class Executor:
                 return self.leases.claim(
                     self.connection(),
                     run_id,
+                    plan=plan.name,
                     worker=self.worker,
                     first_step=plan.first.name,
                     dispatch=dispatch,

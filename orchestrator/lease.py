@@ -106,7 +106,7 @@ WITH u AS (
          worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
          not_before = NULL,
          last_seq = last_seq + CASE WHEN {{fresh}} THEN 1 ELSE 0 END
-   WHERE run_id = %(run_id)s
+   WHERE run_id = %(run_id)s AND plan = %(plan)s
      AND (state = 'running' AND lease_expires_at < clock_timestamp()
           OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
              AND NOT EXISTS (SELECT FROM {s}.queues q
@@ -122,7 +122,7 @@ WITH u AS (
 ), d AS (
   UPDATE {s}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
-         attempts = greatest(d.attempts, %(dispatch)s)
+         attempts = least(greatest(d.attempts, %(dispatch)s), d.attempts::bigint + 1)
     FROM u WHERE d.run_id = u.run_id
 ), back AS (
   UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
@@ -171,9 +171,19 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
   FROM {s}.runs r WHERE r.run_id = %(run_id)s"""
 
     def claim(
-        self, connection: Connection, run_id: str, *, worker: str, first_step: str, dispatch: int
+        self,
+        connection: Connection,
+        run_id: str,
+        *,
+        plan: str,
+        worker: str,
+        first_step: str,
+        dispatch: int,
     ) -> Lease | None:
         """Take the run if it waits and is due, or if its lease has run out; else None.
+
+        Who can write to the broker can name any plan and any dispatch: a run of another plan is not
+        taken, and no number moves that of the next message by more than one.
 
         Also None if somebody's transaction holds the run's row for longer than `PATIENCE`: it is
         dispatched again. For a run that was never claimed this also commits StepStarted of
@@ -183,6 +193,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         # seen, one that was not waits for us. It is one round trip all the same.
         parameters = {
             "run_id": run_id,
+            "plan": plan,
             "worker": worker,
             "seconds": self.seconds,
             "shard": shard_of(run_id),

@@ -43,6 +43,9 @@ sake VACUUM keeps what has died since, in every table of the database."""
 KIN = "beatless relay of "
 """Starts the application name of a relay's other sessions; the pid of the first follows."""
 
+CHANGED = json.dumps({"relays": "changed"})
+"""What relays tell each other when one came, went or gave shards back."""
+
 
 class DirectConnection(psycopg.Connection[Any]):
     """A connection whose statements cannot hang: a proxy may hold a dead socket open for ever."""
@@ -109,7 +112,8 @@ class Sessions:
         self.rung = False
         self.members_changed = False
         self.watch_granted = False
-        self._pongs: set[str] = set()
+        self._ping = ""
+        self._ponged = False
         self._watching: int | None = None
         self._watching_since = 0.0
         opened: list[DirectConnection] = []
@@ -154,36 +158,32 @@ class Sessions:
         Raises DirectConnectionRequired when it does not come back: PgBouncer in transaction mode
         accepts LISTEN and never delivers.
         """
-        nonce = self.ping()
+        self.ping()
         deadline = monotonic() + seconds
-        while not self.pong(nonce):
+        while not self.pong():
             if monotonic() >= deadline:
                 raise DirectConnectionRequired(seconds)
             self.wait(deadline - monotonic())
 
-    def ping(self) -> str:
+    def ping(self) -> None:
         """Ask for a notification through the bell session; `pong` tells whether it came."""
-        nonce = secrets.token_hex(8)
+        self._ping, self._ponged = json.dumps({"ping": secrets.token_hex(8)}), False
         self.bell.pgconn.send_query_params(
-            b"SELECT pg_notify($1, $2)",
-            [self.queries.channel.encode(), json.dumps({"ping": nonce}).encode()],
+            b"SELECT pg_notify($1, $2)", [self.queries.channel.encode(), self._ping.encode()]
         )
         self.bell.pgconn.flush()
-        return nonce
 
-    def pong(self, nonce: str) -> bool:
-        """Whether the notification of this ping has come."""
-        if nonce not in self._pongs:
+    def pong(self) -> bool:
+        """Whether the notification of the last ping has come."""
+        if not self._ponged:
             return False
-        self._pongs.discard(nonce)
+        self._ponged = False
         _finish(self.bell)
         return True
 
     def announce(self) -> None:
         """Tell the other relays that one came, went or gave shards back."""
-        self.work.execute(
-            "SELECT pg_notify(%s, %s)", (self.queries.channel, json.dumps({"relays": "changed"}))
-        )
+        self.work.execute("SELECT pg_notify(%s, %s)", (self.queries.channel, CHANGED))
 
     def end_silent(self, seconds: float) -> list[int]:
         """End the sessions of relays that sent no statement for so long; the pids they go by.
@@ -213,13 +213,13 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
         return sorted({pid for pid, _ in rows})
 
     def _heard(self, notification: psycopg.Notify) -> None:
-        if notification.payload.startswith("{"):
-            message = json.loads(notification.payload)
-            if "ping" in message:
-                self._pongs.add(message["ping"])
-                return
-            if notification.pid != self.pid:
-                self.members_changed = True
+        # Whoever may connect to the database can send anything.
+        payload = notification.payload
+        if payload == CHANGED:
+            self.members_changed |= notification.pid != self.pid
+        elif payload.startswith("{"):  # a ping: ours, another relay's or somebody's invention
+            self._ponged |= payload == self._ping
+            return
         self.rung = True
 
     def doze(self, shards: Sequence[int]) -> None:

@@ -42,6 +42,9 @@ EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
 BATCH_BYTES = 8 * 1024 * 1024
 """Bytes of events after which a batch takes no further row. A relay has them several times over."""
 
+LAST_ATTEMPT = 2**31 - 1
+"""The number of a run's messages stops there: the column is an integer."""
+
 FEWER = 16
 """How many times fewer rows are looked at while events are large: what is left out was built."""
 
@@ -213,12 +216,15 @@ class Queries:
         self.bell_key = f"'{s}.run_outbox'::regclass::oid::int4"
         self.leader_key = f"'{s}.dispatches'::regclass::oid::int4"
         self.chore_key = f"'{s}.run_events'::regclass::oid::int4"
+        # Whatever a row holds, no expression over its columns may fail: it would stop all runs.
+        next_attempt = f"least(d.attempts, {LAST_ATTEMPT - 1}) + 1"
         # LIMIT is a literal: a generic plan would guess 10 % of the table for a parameter.
         pick_events = _picked(
             s,
             f"""SELECT o.* FROM unnest(%(shards)s::int[]) AS own(shard) CROSS JOIN LATERAL (
    SELECT * FROM {s}.run_outbox o
-    WHERE o.shard = own.shard AND o.id > %(floor)s ORDER BY o.id LIMIT {{limit}}) o
+    WHERE o.shard = own.shard AND o.id > %(floor)s AND o.run_id <> ALL(%(aside)s::text[])
+    ORDER BY o.id LIMIT {{limit}}) o
   ORDER BY o.id""",
         )
         self.pick_events_sql = pick_events.replace("{limit}", str(per_shard))
@@ -227,7 +233,17 @@ class Queries:
         self.pick_run_sql = _picked(
             s,
             f"""SELECT * FROM {s}.run_outbox
-    WHERE shard = %(shard)s AND run_id = %(run_id)s ORDER BY id LIMIT 500""",
+    WHERE shard = %(shard)s AND run_id = %(run_id)s AND run_id <> ALL(%(aside)s::text[])
+    ORDER BY id LIMIT 500""",
+        )
+        self.heads_sql = f"""
+SELECT o.shard, o.id, o.run_id FROM unnest(%(shards)s::int[]) AS own(shard) CROSS JOIN LATERAL (
+   SELECT * FROM {s}.run_outbox o
+    WHERE o.shard = own.shard AND o.id > %(floor)s AND o.run_id <> ALL(%(aside)s::text[])
+      AND (%(run_id)s::text IS NULL OR o.run_id = %(run_id)s)
+    ORDER BY o.id LIMIT {per_shard}) o"""
+        self.pick_one_sql = _picked(
+            s, f"SELECT * FROM {s}.run_outbox WHERE shard = %(shard)s AND id = %(id)s"
         )
         # No write of the relay waits for a row: whoever holds it would stop all runs. Arrays as
         # text: psycopg takes half as long to write one as to write the list. Row by row,
@@ -267,19 +283,21 @@ WITH RECURSIVE lane(queue, priority) AS (
        WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
          AND d.due_at <= {now} AND d.shard = ANY(%(shards)s)
          AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
+         AND d.run_id <> ALL(%(aside)s::text[])
        ORDER BY d.due_at LIMIT {window}{{lock}}) d
 )
-(SELECT run_id, task, queue, attempts + 1, reason
+(SELECT run_id, task, queue, {next_attempt.replace("d.", "ready.")}, reason
    FROM ready LEFT JOIN out USING (queue) WHERE place <= {window} - coalesce(messages, 0)
   ORDER BY priority DESC, due_at)
 UNION ALL
-SELECT * FROM (SELECT d.run_id, d.task, d.queue, d.attempts + 1,
+SELECT * FROM (SELECT d.run_id, d.task, d.queue, {next_attempt},
         CASE d.state WHEN 'sent' THEN 'unclaimed' ELSE d.reason END
    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
   WHERE d.state <> 'waiting' AND d.due_at <= {now}
     AND d.shard = ANY(%(shards)s)
     AND (d.state = 'running' OR d.reason = 'lease' OR q.paused_at IS NULL)
     AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
+    AND d.run_id <> ALL(%(aside)s::text[])
   ORDER BY d.due_at LIMIT {window}{{lock}}) AS due"""
         self.pick_tasks_sql = pick_tasks.replace("{lock}", "")
         # Without those that another transaction holds. Locks are written: only while there are any.
@@ -287,40 +305,40 @@ SELECT * FROM (SELECT d.run_id, d.task, d.queue, d.attempts + 1,
             "{lock}", " FOR NO KEY UPDATE OF d SKIP LOCKED"
         )
         self.still_held_sql = f"""
-SELECT task_id FROM unnest(%(task_ids)s::text[]) AS task_id CROSS JOIN LATERAL (
-  SELECT attempts FROM {s}.dispatches
-   WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '') AND due_at <= {now} LIMIT 1) d
- WHERE attempts + 1 = regexp_replace(task_id, '^.*[.]', '')::int
-   AND NOT EXISTS (SELECT FROM {s}.dispatches
-                    WHERE run_id = regexp_replace(task_id, '[.][0-9]+$', '')
-                      FOR NO KEY UPDATE SKIP LOCKED)"""
+SELECT m.run_id || '.' || m.attempt
+  FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt) CROSS JOIN LATERAL (
+    SELECT attempts FROM {s}.dispatches d
+     WHERE d.run_id = m.run_id AND due_at <= {now} AND {next_attempt} = m.attempt LIMIT 1) d
+ WHERE NOT EXISTS (SELECT FROM {s}.dispatches d
+                    WHERE d.run_id = m.run_id FOR NO KEY UPDATE SKIP LOCKED)"""
         # A worker may have claimed the run before this statement came: its due time has moved.
         unclaimed = f"""run_id = ANY(ARRAY(
    SELECT free.run_id
      FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
     CROSS JOIN LATERAL (
-      SELECT run_id FROM {s}.dispatches
-       WHERE run_id = m.run_id AND attempts = m.attempt - 1
+      SELECT run_id FROM {s}.dispatches d
+       WHERE run_id = m.run_id AND {next_attempt} = m.attempt
          AND due_at <= coalesce(%(now)s, clock_timestamp())
        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) free))"""
         self.mark_sent_sql = f"""
 UPDATE {s}.dispatches d
-   SET state = 'sent', attempts = d.attempts + 1,
+   SET state = 'sent', attempts = {next_attempt},
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN least(power(2, d.attempts), 32) ELSE 1 END)
+         * CASE WHEN d.state = 'sent' THEN 1 << greatest(0, least(d.attempts, 5)) ELSE 1 END)
  WHERE {unclaimed}"""
         # Part of what was refused may have arrived, and be claimed. The next attempt is another: it
         # declares its queue anew.
         self.postpone_sql = f"""
 UPDATE {s}.dispatches d
-   SET attempts = d.attempts + 1,
+   SET attempts = {next_attempt},
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
        reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
  WHERE {unclaimed}"""
         # What is due and was not taken waits for a place in the window, which the claims of another
         # relay's shards may free without a ring: look again soon.
         self.next_due_sql = f"""{lanes}
-SELECT extract(epoch FROM min(t.due_at) - clock_timestamp())::float8 FROM (
+SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
+         THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8 FROM (
   SELECT min(due_at) AS due_at FROM {s}.dispatches
    WHERE state <> 'waiting' AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
   UNION ALL

@@ -6,7 +6,8 @@ import os
 import select
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from time import monotonic
@@ -81,6 +82,9 @@ PARTING = 2.0
 LOCKED_LOOK = 0.25
 """Seconds between two looks at what is due while another transaction holds its row."""
 
+SET_ASIDE_S = 60.0
+"""Seconds for which a run is left alone after a statement over one of its rows has failed."""
+
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
 
@@ -131,6 +135,9 @@ class Drain:
     1. one round trip: delete what the last step published, select what comes next
     2. send the tasks on their way, publish the events
     3. remember both as published; nothing is deleted that a door has not accepted
+
+    The round trip is one transaction. If a row makes it fail, each row is tried alone: the run of
+    the one that fails is set aside, and the others go on.
     """
 
     def __init__(
@@ -164,7 +171,9 @@ class Drain:
         self._undeleted: list[PickedEvents] = []
         self._large = False
         self._sent: list[TaskMessage] = []
-        self._unmarked: set[str] = set()
+        self._unmarked: dict[str, TaskMessage] = {}
+        self._aside: dict[str, float] = {}
+        """Until when each of these runs is left alone."""
         self._told_until: dict[str, float] = {}
         self.crowded = False
         """What another transaction holds took the places of others: look once more."""
@@ -185,19 +194,26 @@ class Drain:
             self._courier.close()
             self._courier = self._new_courier()
             self._task_door.failed(PublishFailed("the broker", f"no answer in {HOPELESS:g} s"))
+        self._aside = {run: until for run, until in self._aside.items() if monotonic() < until}
         marked = {message.task_id for message in self._sent}
-        with self._connection.pipeline():
-            forget = self._forget(now)
-            still_held = self._ask_for_unmarked(now)
-            events = self._pick_events(shards, run_id)
-            tasks = self._pick_tasks(shards, run_id, now)
+        unforgotten = (self._undeleted + self._published, self._sent)
+        try:
+            with self._connection.pipeline():
+                forget = self._forget(now)
+                still_held = self._ask_for_unmarked(now)
+                events = self._pick_events(shards, run_id)
+                tasks = self._pick_tasks(shards, run_id, now)
+        except psycopg.Error as error:
+            self._isolate(error, *unforgotten, shards, run_id, now)
+            return len(sent)
         picked = list(map(PickedEvents._make, events.fetchall())) if events else []
         messages = task_messages(tasks.fetchall()) if tasks else []
         if forget and self._note_undeleted(*forget):
             picked = self._without_undeleted(picked, run_id, looked=events is not None)
         if still_held:
-            self._unmarked = {task_id for (task_id,) in still_held.fetchall()}
-            self._unmarked.difference_update(message.task_id for message in messages)
+            held = {task_id for (task_id,) in still_held.fetchall()}
+            held.difference_update(message.task_id for message in messages)
+            self._unmarked = {task_id: self._unmarked[task_id] for task_id in held}
         messages = self._without_unmarked(messages, marked)
         if picked or messages:
             self._faults.reach("relay.after_claim")
@@ -217,7 +233,7 @@ class Drain:
                     "messages": sent,
                 },
             )
-        if run_id is None and events is not None:
+        if run_id is None and events is not None and not self._aside:
             size = sum(len(row.body) for row in picked)
             if size < BATCH_BYTES:
                 self._raise_floor(picked)
@@ -228,8 +244,12 @@ class Drain:
         """Delete what the last step published, without selecting more."""
         self._courier.wait(PARTING)
         self._take_back(shards, now)
-        if forget := self._forget(now):
-            self._note_undeleted(*forget)
+        unforgotten = (self._undeleted + self._published, self._sent)
+        try:
+            if forget := self._forget(now):
+                self._note_undeleted(*forget)
+        except psycopg.Error as error:
+            self._isolate(error, *unforgotten, (), None, now)
 
     @property
     def returned(self) -> bool:
@@ -246,7 +266,7 @@ class Drain:
 
     @property
     def opens_in(self) -> float | None:
-        """Seconds until a door is tried again that the last step left out, or None.
+        """Seconds until a door, or a run, is tried again that the last step left out, or None.
 
         0 if it has opened since: what that step did not ask for is told by no due time.
         """
@@ -255,6 +275,7 @@ class Drain:
             for door, was_open, failures in self._before_step
             if not was_open or not door.open or door.failures != failures
         ]
+        waits += [max(0.0, until - monotonic()) for until in self._aside.values()]
         return min(waits, default=None)
 
     @property
@@ -287,25 +308,16 @@ class Drain:
         done, deleted = self._undeleted + self._published, None
         self._undeleted, self._published = [], []
         if done:
-            deleted = self._connection.execute(
-                self._queries.forget_events_sql,
-                {
-                    "shards": f"{{{','.join(str(picked.shard) for picked in done)}}}",
-                    "ids": f"{{{','.join(str(picked.id) for picked in done)}}}",
-                },
-            )
+            deleted = self._connection.execute(self._queries.forget_events_sql, _ids(done))
         if self._sent:
-            self._connection.execute(
-                self._queries.mark_sent_sql,
-                {
-                    "run_ids": [message.run_id for message in self._sent],
-                    "attempts": [message.attempt for message in self._sent],
-                    "redispatch": self._redispatch,
-                    "now": now,
-                },
-            )
+            self._mark(self._queries.mark_sent_sql, self._sent, now)
             self._sent = []
         return (done, deleted) if deleted else None
+
+    def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> None:
+        self._connection.execute(
+            statement, _attempts(messages) | {"redispatch": self._redispatch, "now": now}
+        )
 
     def _note_undeleted(
         self, done: list[PickedEvents], deleted: psycopg.Cursor[tuple[Any, ...]]
@@ -331,7 +343,7 @@ class Drain:
 
         It is sent again when it is free: whoever took the message has given up by then.
         """
-        again = {message.task_id for message in messages if message.task_id in marked}
+        again = {message.task_id: message for message in messages if message.task_id in marked}
         self.crowded = bool(again)
         if not again:
             return messages
@@ -342,7 +354,7 @@ class Drain:
         if not self._unmarked:
             return None
         return self._connection.execute(
-            self._queries.still_held_sql, {"task_ids": list(self._unmarked), "now": now}
+            self._queries.still_held_sql, _attempts(self._unmarked.values()) | {"now": now}
         )
 
     def _pick_events(
@@ -357,9 +369,13 @@ class Drain:
             pick = (
                 self._queries.pick_few_events_sql if self._large else self._queries.pick_events_sql
             )
-            return cursor.execute(pick, {"shards": list(shards), "floor": self._floor})
+            return cursor.execute(
+                pick,
+                {"shards": list(shards), "floor": self._floor, "aside": list(self._aside)},
+            )
         return cursor.execute(
-            self._queries.pick_run_sql, {"shard": shard_of(run_id), "run_id": run_id}
+            self._queries.pick_run_sql,
+            {"shard": shard_of(run_id), "run_id": run_id, "aside": list(self._aside)},
         )
 
     def _pick_tasks(
@@ -369,8 +385,76 @@ class Drain:
             return None
         return self._connection.execute(
             self._queries.pick_free_tasks_sql if self._unmarked else self._queries.pick_tasks_sql,
-            {"shards": list(shards), "run_id": run_id, "now": now},
+            {"shards": list(shards), "run_id": run_id, "now": now, "aside": list(self._aside)},
         )
+
+    def _isolate(
+        self,
+        error: psycopg.Error,
+        published: Sequence[PickedEvents],
+        sent: Sequence[TaskMessage],
+        shards: Sequence[int],
+        run_id: str | None,
+        now: datetime | None,
+    ) -> None:
+        """Find the rows for whose sake a step failed and set their runs aside; all others go on.
+
+        Raises the error if no row is to blame for it.
+        """
+        if self._connection.closed or isinstance(error, psycopg.OperationalError):
+            raise error
+        # psycopg believes that what stood behind the failure in the pipeline was prepared.
+        self._connection.execute("DEALLOCATE ALL", prepare=False)
+        before = dict(self._aside)
+        parked = 0
+        self._undeleted, self._published, self._sent = [], [], []
+        for row in published:
+            with self._blaming(row.run_id.decode()):
+                self._connection.execute(self._queries.forget_events_sql, _ids([row]))
+        for message in sent:
+            with self._blaming(message.run_id):
+                self._mark(self._queries.mark_sent_sql, [message], now)
+        heads = self._connection.execute(
+            self._queries.heads_sql,
+            {
+                "shards": list(shards),
+                "floor": self._floor,
+                "aside": list(self._aside),
+                "run_id": run_id,
+            },
+        ).fetchall()
+        for shard, row_id, head in heads:
+            try:
+                self._connection.execute(self._queries.pick_one_sql, {"shard": shard, "id": row_id})
+            except psycopg.OperationalError:
+                raise
+            except psycopg.Error as reason:
+                with self._blaming(head):
+                    self._park(head, shard, [row_id], str(reason))
+                    parked += 1
+        if self._aside == before and not parked:
+            raise error
+        self.crowded = True
+
+    @contextmanager
+    def _blaming(self, run_id: str) -> Iterator[None]:
+        """Set this run aside if Postgres refuses a statement over nothing but its rows."""
+        try:
+            yield
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            self._aside[run_id] = monotonic() + SET_ASIDE_S
+            self._observer("set_aside", {"run_id": run_id})
+            logger.error(
+                "a run is set aside: Postgres refuses a statement over its rows",
+                extra={
+                    "action": "set_aside",
+                    "run_id": run_id,
+                    "retry_in": SET_ASIDE_S,
+                    "reason": str(error),
+                },
+            )
 
     def _publish_events(self, picked: list[PickedEvents]) -> int:
         if not picked:
@@ -437,19 +521,18 @@ class Drain:
         if self._strikes[run_id] < STRIKES:
             return
         del self._strikes[run_id]
+        with self._blaming(run_id):
+            self._park(run_id, rows[0].shard, [row.id for row in rows], str(refusal))
+
+    def _park(self, run_id: str, shard: int, ids: Sequence[int], reason: str) -> None:
         self._connection.execute(
             self._queries.park_sql,
-            {
-                "shard": rows[0].shard,
-                "ids": [row.id for row in rows],
-                "run_id": run_id,
-                "reason": str(refusal),
-            },
+            {"shard": shard, "ids": list(ids), "run_id": run_id, "reason": reason},
         )
         self._observer("parked", {"run_id": run_id})
         logger.error(
             "message parked as a dead letter",
-            extra={"action": "parked", "run_id": run_id, "reason": str(refusal)},
+            extra={"action": "parked", "run_id": run_id, "reason": reason},
         )
 
     def _take_back(self, shards: Sequence[int], now: datetime | None) -> Sequence[TaskMessage]:
@@ -474,15 +557,14 @@ class Drain:
         self, messages: Sequence[TaskMessage], refusal: PublishRefused, now: datetime | None
     ) -> None:
         """Leave a queue that the broker refuses alone for a while: the others flow."""
-        self._connection.execute(
-            self._queries.postpone_sql,
-            {
-                "run_ids": [message.run_id for message in messages],
-                "attempts": [message.attempt for message in messages],
-                "redispatch": self._redispatch,
-                "now": now,
-            },
-        )
+        try:
+            self._mark(self._queries.postpone_sql, messages, now)
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error:
+            for message in messages:
+                with self._blaming(message.run_id):
+                    self._mark(self._queries.postpone_sql, [message], now)
         queue = messages[0].queue
         self._observer("refused", {"queue": queue, "runs": len(messages)})
         if monotonic() < self._told_until.get(queue, 0.0):
@@ -537,6 +619,22 @@ class Drain:
     def reset_floor(self) -> None:
         """Look at everything again, because the set of shards has changed."""
         self._floor, self._candidate, self._decided = 0, None, False
+
+
+def _ids(rows: Sequence[PickedEvents]) -> dict[str, str]:
+    """Arrays as text: psycopg takes half as long to write one as to write the list."""
+    return {
+        "shards": f"{{{','.join(str(row.shard) for row in rows)}}}",
+        "ids": f"{{{','.join(str(row.id) for row in rows)}}}",
+    }
+
+
+def _attempts(messages: Iterable[TaskMessage]) -> dict[str, Any]:
+    found = list(messages)
+    return {
+        "run_ids": [message.run_id for message in found],
+        "attempts": [message.attempt for message in found],
+    }
 
 
 class Relay:
@@ -772,8 +870,7 @@ class Shift:
         began = quiet_since = monotonic()
         total = 0
         while monotonic() - quiet_since < self._linger():
-            if self._relay._stopping.is_set() or self._sessions.members_changed:
-                return
+            # One step at least: who sends news of members without end must not keep us from it.
             if moved := self._drain.step(self._shards):
                 quiet_since, total = monotonic(), total + moved
                 if total > BURST:
@@ -783,6 +880,8 @@ class Shift:
             else:
                 self._wait(self._relay._nap)
             self._look_after_sessions()
+            if self._relay._stopping.is_set() or self._sessions.members_changed:
+                return
         self._drowsy_moved = 0
         self._sessions.doze(self._shards)
 

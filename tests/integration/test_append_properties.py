@@ -114,7 +114,12 @@ class Writer:
             (self.run_id,),
         )
         lease = self.app.leases.claim(
-            self.connection, self.run_id, worker=str(self.number), first_step="a", dispatch=1
+            self.connection,
+            self.run_id,
+            plan="two_steps",
+            worker=str(self.number),
+            first_step="a",
+            dispatch=1,
         )
         if lease is not None:
             self.token = lease.token
@@ -141,7 +146,12 @@ def check(beatless: Kit, beatless_app: App, postgres: psycopg.Connection) -> Ite
         def play(scripts: list) -> None:
             run_id = beatless.start_run("two_steps", run_id=f"p{next(numbers)}").run_id
             lease = beatless_app.leases.claim(
-                sessions[0], run_id, worker="first", first_step="first", dispatch=1
+                sessions[0],
+                run_id,
+                plan="two_steps",
+                worker="first",
+                first_step="first",
+                dispatch=1,
             )
             begin = threading.Barrier(len(scripts))
             writers = [

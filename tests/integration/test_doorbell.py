@@ -45,11 +45,10 @@ def await_condition(condition: Callable[[], bool]) -> None:
 
 def rings(sessions: Sessions) -> bool:
     """Whether a notification has come. One that was sent after it proves that it would be here."""
-    nonce = secrets.token_hex(8)
     # Not `sessions.ping`: the bell session may be waiting for its locks.
-    ping = (sessions.queries.channel, json.dumps({"ping": nonce}))
-    sessions.work.execute("SELECT pg_notify(%s, %s)", ping)
-    while nonce not in sessions._pongs:
+    sessions._ping, sessions._ponged = json.dumps({"ping": secrets.token_hex(8)}), False
+    sessions.work.execute("SELECT pg_notify(%s, %s)", (sessions.queries.channel, sessions._ping))
+    while not sessions._ponged:
         sessions.wait(60)
     rung, sessions.rung = sessions.rung, False
     return rung

@@ -77,7 +77,9 @@ def test_a_pick_reads_a_batch_however_long_the_backlog(
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
 
-    rows = read(backlog, queries.pick_events_sql, {"shards": list(range(SHARDS)), "floor": 0})
+    rows = read(
+        backlog, queries.pick_events_sql, {"shards": list(range(SHARDS)), "floor": 0, "aside": []}
+    )
 
     assert rows == SHARDS * queries.per_shard
 
@@ -88,7 +90,7 @@ def test_a_look_for_due_runs_reads_no_delayed_one(
     queries = Queries(beatless_app.settings.schema)
     backlog.execute("UPDATE dispatches SET due_at = now() + interval '1 hour' WHERE shard > 0")
     backlog.execute("DELETE FROM dispatches WHERE shard = 0 AND run_id <> 'run-32'")
-    everything = {"shards": list(range(SHARDS)), "run_id": None, "now": None}
+    everything = {"shards": list(range(SHARDS)), "run_id": None, "now": None, "aside": []}
 
     for pick in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
         due = backlog.execute(pick.encode(), everything).fetchall()
@@ -132,9 +134,8 @@ def test_a_look_at_what_is_held_reads_nothing_else(
     beatless_app: App, backlog: psycopg.Connection
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
-    task_ids = [f"run-{number}.1" for number in range(1, 51)]
-
-    parameters = {"task_ids": [*task_ids, "run-60.7"], "now": None}
+    runs = [f"run-{number}" for number in range(1, 51)]
+    parameters = {"run_ids": [*runs, "run-60"], "attempts": [*[1] * 50, 7], "now": None}
     with (
         beatless_app.direct_connection() as other,
         other.transaction(),
@@ -145,4 +146,4 @@ def test_a_look_at_what_is_held_reads_nothing_else(
         held = backlog.execute(queries.still_held_sql.encode(), parameters).fetchall()
 
     assert held == [("run-7.1",)]
-    assert rows <= 2 * len(task_ids) + 1
+    assert rows <= 2 * len(runs) + 1

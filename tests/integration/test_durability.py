@@ -167,7 +167,9 @@ def test_a_heartbeat_keeps_the_lease_and_brings_the_cancel(
     run = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
     leases, connection = beatless_app.leases, beatless_app.executors.connect()
-    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+    lease = leases.claim(
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+    )
     heartbeat = Heartbeat(leases, beatless_app.executors.connect)
     heartbeat.hold(lease)
 
@@ -193,7 +195,9 @@ def test_a_heartbeat_keeps_the_lease_and_brings_the_cancel(
     assert not lease.lost
 
     beatless.advance(31)
-    leases.claim(connection, run.run_id, worker="other", first_step="first", dispatch=2)
+    leases.claim(
+        connection, run.run_id, plan="two_steps", worker="other", first_step="first", dispatch=2
+    )
     heartbeat.once(connection)
     assert lease.lost
     heartbeat.stop()
@@ -212,7 +216,7 @@ def test_the_heartbeat_thread_beats_by_itself(beatless: Kit, beatless_app: App) 
     run = beatless.start_run("two_steps")
     connection = beatless_app.executors.connect()
     lease = beatless_app.leases.claim(
-        connection, run.run_id, worker="w", first_step="first", dispatch=1
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
     )
     heartbeat = Counting(beatless_app.leases, beatless_app.executors.connect)
     heartbeat.hold(lease)
@@ -394,7 +398,9 @@ def test_a_write_whose_answer_was_lost_is_fenced_off(beatless: Kit, beatless_app
     connection = beatless_app.executors.connect()
     leases, journal = beatless_app.leases, beatless_app.journal
     beatless.drain_outbox_once()
-    lease = leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+    lease = leases.claim(
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+    )
     stale = lease.token
 
     leases.renew_token(connection, lease)

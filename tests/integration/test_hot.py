@@ -40,7 +40,9 @@ def updates(session: psycopg.Connection, postgres: psycopg.Connection) -> tuple[
 
 def begin(beatless: Kit, session: psycopg.Connection, run_id: str = "hot") -> Lease:
     beatless.client.start_run("two_steps", run_id=run_id, key=run_id, connection=session)
-    lease = beatless.app.leases.claim(session, run_id, worker="w", first_step="first", dispatch=1)
+    lease = beatless.app.leases.claim(
+        session, run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+    )
     assert lease is not None
     return lease
 
@@ -55,7 +57,9 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
     app.leases.renew_token(session, lease)
     again = Settlement(events=[trace], state=RunState.QUEUED, delay=0.0)
     assert journal.settle(session, run_id, lease.token, again)
-    claimed = app.leases.claim(session, run_id, worker="v", first_step="first", dispatch=2)
+    claimed = app.leases.claim(
+        session, run_id, plan="two_steps", worker="v", first_step="first", dispatch=2
+    )
     assert claimed is not None
     journal.cancel(session, run_id, namespace="default", reason=None, plain=[])
     boundary = Settlement(

@@ -253,7 +253,7 @@ def test_a_watchdog_that_cannot_reach_postgres_tries_again(beatless: Kit) -> Non
     beatless.drain_outbox_once()
     connection = beatless.app.executors.connect()
     lease = beatless.app.leases.claim(
-        connection, run.run_id, worker="w", first_step="first", dispatch=1
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
     )
     connection.close()
     tries = []

@@ -155,7 +155,7 @@ def test_a_worker_whose_run_was_taken_over_writes_nothing_while_the_other_is_in_
     beatless.advance(31)
     connection = beatless.app.executors.connect()
     lease = beatless.app.leases.claim(
-        connection, run.run_id, worker="other", first_step="gated", dispatch=2
+        connection, run.run_id, plan="gated", worker="other", first_step="gated", dispatch=2
     )
 
     gate.go.set()
@@ -180,7 +180,7 @@ def test_no_two_claims_of_a_run_have_the_same_token(beatless: Kit) -> None:
     seen = []
     for dispatch in range(1, 6):
         lease = beatless.app.leases.claim(
-            connection, run.run_id, worker="w", first_step="gated", dispatch=dispatch
+            connection, run.run_id, plan="gated", worker="w", first_step="gated", dispatch=dispatch
         )
         seen.append(lease.token)
         beatless.app.leases.renew_token(connection, lease)
@@ -215,7 +215,7 @@ def test_a_token_is_not_seen_again_after_a_failover_that_lost_its_claim(
     postgres.execute("UPDATE dispatches SET state = 'waiting', reason = 'start', attempts = 0")
     connection = beatless.app.executors.connect()
     lease = beatless.app.leases.claim(
-        connection, run.run_id, worker="other", first_step="gated", dispatch=1
+        connection, run.run_id, plan="gated", worker="other", first_step="gated", dispatch=1
     )
     assert lease.run.attempt == old_lease.run.attempt
     beatless.app.leases.renew_token(connection, replace(old_lease))

@@ -72,7 +72,7 @@ def test_no_run_starts_after_pause_has_returned(beatless: Kit, beatless_app: App
             claimed = None
             while claimed is None:
                 claimed = beatless_app.leases.claim(
-                    connection, run_id, worker="w", first_step="first", dispatch=1
+                    connection, run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
                 )
         connection.close()
 

@@ -345,7 +345,9 @@ def test_a_heartbeat_keeps_the_leases_of_free_runs_and_waits_for_no_row(
     leases = beatless_app.leases
     connection = beatless_app.executors.connect()
     claimed = [
-        leases.claim(connection, run.run_id, worker="w", first_step="first", dispatch=1)
+        leases.claim(
+            connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+        )
         for run in runs
     ]
     held, free = claimed[:4], claimed[4]
@@ -377,7 +379,7 @@ def test_a_removal_takes_what_was_appended_while_it_waited(
     run = beatless.start_run("two_steps")
     journal, connection = beatless_app.journal, beatless_app.executors.connect()
     lease = beatless_app.leases.claim(
-        connection, run.run_id, worker="w", first_step="first", dispatch=1
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
     )
     connection.autocommit = False
     event = journal.new_event(EventType.DEBUG_TRACE, where="x", data={"name": "late"})
@@ -412,7 +414,7 @@ def test_a_run_that_goes_back_to_wait_behind_a_resume_rings(
             sessions.wait(60)
 
         claimed = beatless_app.leases.claim(
-            connection, run.run_id, worker="w", first_step="first", dispatch=1
+            connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
         )
 
         assert claimed is None

@@ -782,8 +782,8 @@ def five(beatless_app: App) -> Iterator[list[Shift]]:
 
 def rung(shift: Shift) -> bool:
     """Whether the relay was told that others came or went, by all that was said until now."""
-    nonce = shift._sessions.ping()
-    while not shift._sessions.pong(nonce):
+    shift._sessions.ping()
+    while not shift._sessions.pong():
         shift._sessions.wait(60)
     return shift._sessions.members_changed
 
@@ -963,7 +963,7 @@ def pages(app: App, postgres: psycopg.Connection, floor: int) -> int:
     postgres.execute("SET enable_seqscan = off")
     (plan,) = postgres.execute(
         "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + app.queries.pick_events_sql,
-        {"shards": list(range(SHARDS)), "floor": floor},
+        {"shards": list(range(SHARDS)), "floor": floor, "aside": []},
     ).fetchone()
     top = plan[0]["Plan"]
     return top["Shared Hit Blocks"] + top["Shared Read Blocks"]
@@ -1197,7 +1197,7 @@ def test_what_arrived_of_a_refused_batch_and_was_claimed_keeps_its_lease(
     def claim() -> None:
         with closing(beatless_app.executors.connect()) as connection:
             assert beatless_app.leases.claim(
-                connection, run.run_id, worker="w", first_step="first", dispatch=1
+                connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
             )
 
     doors[1].refused_queues.add("default")

@@ -131,7 +131,9 @@ def test_an_unfinished_run_is_never_touched_however_old(
     failing = beatless.start_run("retries", {"failures": 1}).run_id
     running = beatless.start_run("two_steps").run_id
     beatless.step(failing)
-    beatless.app.leases.claim(session, running, worker="somebody", first_step="first", dispatch=1)
+    beatless.app.leases.claim(
+        session, running, plan="two_steps", worker="somebody", first_step="first", dispatch=1
+    )
     ended = finish_one(beatless)
     kept = {run_id: stored(postgres, run_id) for run_id in (far, failing, running)}
     assert all(kept.values())

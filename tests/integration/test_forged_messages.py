@@ -1,0 +1,110 @@
+"""Who may reach the broker, Redis or NOTIFY and nothing else: it costs latency at most."""
+
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import App, Plan, RunState, Snooze, StepContext, step
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.doorbell import CHANGED
+from beatless.outbox.publishers import worker_queue
+from beatless.outbox.queries import LAST_ATTEMPT
+from beatless.testing import Kit
+from tests.integration.test_relay import Announcements, running
+
+
+@step
+def charge(ctx: StepContext) -> str:
+    return "charged"
+
+
+@step
+def refund(ctx: StepContext) -> str:
+    return "refunded"
+
+
+@step
+def doze(ctx: StepContext) -> Snooze:
+    return Snooze(60)
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [Plan("charge", [charge]), Plan("refund", [refund]), Plan("doze", [doze])]
+
+
+def forge(app: App, task: str, *args: Any, **kwargs: Any) -> None:
+    queue = worker_queue(app.settings.prefix, "default")
+    app.celery.send_task(task, args=args, kwargs=kwargs, queue=queue, task_id="forged")
+
+
+def test_a_forged_message_runs_no_run_by_another_plan(beatless: Kit, beatless_app: App) -> None:
+    run = beatless.start_run("charge")
+    forge(beatless_app, "refund", run.run_id, 1)
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == "charged"
+    beatless.verify()
+
+
+@pytest.mark.parametrize("number", [LAST_ATTEMPT, 2**63, 2**200, -5, 10**6])
+def test_a_forged_number_moves_that_of_the_next_message_by_one_at_most(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, number: int
+) -> None:
+    run = beatless.start_run("doze")
+    forge(beatless_app, "doze", run.run_id, number)
+    assert beatless._execute(beatless._take_message())
+    assert postgres.execute("SELECT attempts FROM dispatches").fetchone()[0] in (0, 1)
+
+    other = beatless.start_run("charge")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(other.run_id).state is RunState.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(), (None, None), ("a\0b", 1), ("\ud800", 1), ([1], 1), ("r", "1")],
+)
+def test_a_forged_message_that_is_none_of_a_relay_is_dropped(
+    beatless_app: App, caplog: pytest.LogCaptureFixture, args: tuple[Any, ...]
+) -> None:
+    beatless_app.celery.tasks["charge"].run(*args, and_more=1)
+    assert "not one of a relay's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "payload",
+    ["{", "{}", '{"ping": []}', '{"ping": 1}', "[1]", "null", '{"":' * 1900, "\x01", "99", "relay"],
+)
+def test_a_forged_notification_restarts_no_relay(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, payload: str
+) -> None:
+    with running(beatless_app) as (_, announcements):
+        postgres.execute("SELECT pg_notify(%s, %s)", (beatless_app.queries.channel, payload))
+        run = beatless.start_run("charge")
+        beatless.wait_for_outbox_flush(run.run_id)
+    assert announcements.all("relay_failed") == []
+    assert len(announcements.all("relay_started")) == 1
+
+
+def test_a_relay_that_is_told_of_others_without_end_drains_all_the_same(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """Each piece of news has it count the relays anew, which must not be all that it does."""
+
+    class Flooding(Announcements):
+        def __call__(self, name: str, facts: dict[str, Any]) -> None:
+            super().__call__(name, facts)
+            if name == "relay_leads" and len(self.all("drained")) < 3:
+                postgres.execute("SELECT pg_notify(%s, %s)", (channel, CHANGED))
+
+    channel, announcements = beatless_app.queries.channel, Flooding()
+    relay = beatless_app.relay(observer=announcements, backoff=Backoff(initial=0.01, cap=0.05))
+    relay.start()
+    for _ in range(3):
+        run = beatless.start_run("charge")
+        beatless.wait_for_outbox_flush(run.run_id)
+    relay.stop()

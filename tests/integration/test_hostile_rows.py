@@ -1,0 +1,211 @@
+"""Rows that SQL permits and the product never writes: each costs its own run, and no other."""
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from beatless import App
+from beatless.doctor import Doctor
+from beatless.outbox.backoff import Backoff
+from beatless.testing import Kit
+from beatless.verify import verify
+from tests.integration.test_relay import Announcements, Door, doors, pending, recording, seqs
+
+__all__ = ["doors"]
+
+DISPATCHES = {
+    "attempts beyond what a float's power takes": "attempts = 1024",
+    "attempts at their end": "attempts = 2147483647",
+    "attempts one before their end": "attempts = 2147483646",
+    "attempts below zero": "attempts = -2147483648",
+    "due at infinity": "due_at = 'infinity'",
+    "due at minus infinity": "due_at = '-infinity'",
+    "due in the last year": "due_at = '294276-12-31'",
+    "due in the first year": "due_at = '4713-01-01 BC'",
+    "highest priority": "priority = 32767",
+    "lowest priority": "priority = -32768",
+    "a shard that is none": "shard = 99",
+    "a shard below zero": "shard = -1",
+    "a queue without a name": "queue = ''",
+    "a queue of odd characters": "queue = E'\\x06\\x16 \\n *#. ü \\'\" {}'",
+    "a very long queue": "queue = repeat('q', 100000)",
+    "a plan that is none": "queue = 'theirs', task = 'no such plan'",
+    "a plan without a name": "queue = 'theirs', task = ''",
+    "a plan of odd characters": "queue = 'theirs', task = E'\\x01\\n\\'\"{}%%s'",
+    "a reason of odd characters": "reason = E'\\x01\\'\"'",
+}
+STATES = ("waiting", "sent", "running")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_hostile_dispatches_cost_their_own_runs_only(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, state: str
+) -> None:
+    for hostile in DISPATCHES.values():
+        culprit = beatless.start_run("two_steps", priority=9)
+        postgres.execute(
+            f"UPDATE dispatches SET state = '{state}', reason = 'start' WHERE run_id = %s".encode(),
+            (culprit.run_id,),
+        )
+        postgres.execute(
+            f"UPDATE dispatches SET {hostile} WHERE run_id = %s".encode(), (culprit.run_id,)
+        )
+    beatless.advance(500)
+    announcements = Announcements()
+    relay = beatless_app.relay(observer=announcements, backoff=Backoff(initial=0.01, cap=0.05))
+    for _ in range(3):
+        others = [beatless.start_run("two_steps") for _ in range(2)]
+        relay.drain_once()
+        beatless.work_until_idle()
+        assert [beatless.client.get_run(run.run_id).state.final for run in others] == [True] * 2
+        beatless.advance(500)
+    relay.start()
+    announcements.wait("relay_asleep")
+    relay.stop()
+    assert pending(postgres) == 0
+    assert announcements.all("relay_failed") == []
+
+
+OUTBOX = {
+    "an event at the end of time": "UPDATE run_events SET ts = 'infinity' WHERE run_id = %s",
+    "an event before all time": "UPDATE run_events SET ts = '-infinity' WHERE run_id = %s",
+    "events that are none": "UPDATE run_outbox SET from_seq = 7, to_seq = 3 WHERE run_id = %s",
+    "more events than there are": "UPDATE run_outbox SET from_seq = -2147483648,"
+    " to_seq = 2147483647 WHERE run_id = %s",
+    "a type with quotes": "UPDATE run_events SET type = E'\"\\n' WHERE run_id = %s",
+    "a shard that is none": "UPDATE run_outbox SET shard = 99 WHERE run_id = %s",
+}
+
+
+@pytest.mark.parametrize("hostile", OUTBOX)
+def test_a_hostile_event_costs_its_own_run_only(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door], postgres, hostile: str
+) -> None:
+    others = [beatless.start_run("two_steps")]
+    culprit = beatless.start_run("two_steps")
+    others += [beatless.start_run("two_steps")]
+    postgres.execute(OUTBOX[hostile].encode(), (culprit.run_id,))
+    relay = recording(beatless_app, doors)
+
+    relay.drain_once()
+
+    published = [message.run_id for message in doors[0].messages]
+    assert [run_id for run_id in published if run_id != culprit.run_id] == [
+        other.run_id for other in others
+    ]
+    assert pending(postgres) == (hostile == "a shard that is none")
+    relay.stop()
+
+
+def test_an_event_that_cannot_be_built_is_a_dead_letter(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    culprit = beatless.start_run("two_steps")
+    postgres.execute("UPDATE run_events SET ts = 'infinity'")
+    assert ("I1", culprit.run_id) in violations(beatless_app)
+
+    beatless.drain_outbox_once()
+
+    (letter,) = beatless.client.dead_letters()
+    assert (letter.run_id, letter.from_seq, letter.to_seq) == (culprit.run_id, 1, 1)
+    assert "out of range" in letter.reason
+
+
+@pytest.fixture
+def refusing(postgres: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """Tables that take no change to the rows of the run 'culprit'."""
+    postgres.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE 'not this one'; END $$"
+    )
+    for table in ("dispatches", "run_outbox"):
+        postgres.execute(
+            f"CREATE TRIGGER refuse BEFORE UPDATE OR DELETE ON {table} FOR EACH ROW"
+            " WHEN (old.run_id = 'culprit') EXECUTE FUNCTION refuse()".encode()
+        )
+    yield postgres
+    for table in ("dispatches", "run_outbox"):
+        postgres.execute(f"DROP TRIGGER refuse ON {table}".encode())
+    postgres.execute("DROP FUNCTION refuse")
+
+
+def test_a_run_whose_rows_cannot_be_written_is_set_aside_and_tried_again_later(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door], refusing: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps", run_id="culprit")
+    others = [beatless.start_run("two_steps") for _ in range(3)]
+    announcements = Announcements()
+    relay = recording(beatless_app, doors, observer=announcements)
+
+    for _ in range(3):
+        relay.drain_once()
+
+    assert pending(refusing) == 1
+    marked = {
+        row[0] for row in refusing.execute("SELECT run_id FROM dispatches WHERE state='sent'")
+    }
+    assert marked == {other.run_id for other in others}
+    assert seqs(doors[0]) == {run_id: [1] for run_id in ("culprit", *marked)}
+    assert {facts["run_id"] for facts in announcements.all("set_aside")} == {"culprit"}
+    refusing.execute("ALTER TABLE run_outbox DISABLE TRIGGER ALL")
+    refusing.execute("ALTER TABLE dispatches DISABLE TRIGGER ALL")
+    drain = relay._once[1]
+    assert 0 < drain.opens_in <= 60
+    drain._aside.clear()
+    relay.drain_once()
+    relay.stop()
+    assert pending(refusing) == 0
+
+
+def test_a_queue_that_is_refused_costs_nothing_to_the_others_though_a_row_cannot_be_postponed(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door], refusing: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps", run_id="culprit", queue="bad")
+    postponed = beatless.start_run("two_steps", queue="bad")
+    other = beatless.start_run("two_steps")
+    refusing.execute("ALTER TABLE run_outbox DISABLE TRIGGER ALL")
+    doors[1].refused_queues = {"bad"}
+    relay = recording(beatless_app, doors)
+
+    relay.drain_once()
+    relay.stop()
+
+    rows = dict(refusing.execute("SELECT run_id, reason FROM dispatches").fetchall())
+    assert rows == {"culprit": "start", postponed.run_id: "refused", other.run_id: "start"}
+    assert {message.run_id for message in doors[1].messages} == {other.run_id}
+
+
+UNFIT = {
+    "dispatches SET shard = 99": "I7",
+    "dispatches SET due_at = 'infinity'": "I7",
+    "dispatches SET attempts = 2147483647": "I7",
+    "dispatches SET attempts = -1": "I7",
+    "dispatches SET task = 'another'": "I7",
+    "runs SET attempt = 2147483647": "I7",
+    "runs SET lease_token = 9223372036854775807": "I7",
+    "run_outbox SET shard = -1": "I8",
+}
+
+
+@pytest.mark.parametrize("hostile", UNFIT)
+def test_verify_and_doctor_name_a_row_that_no_relay_can_act_on(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, hostile: str
+) -> None:
+    culprit = beatless.start_run("two_steps")
+    other = beatless.start_run("two_steps")
+    postgres.execute(f"UPDATE {hostile} WHERE run_id = %s".encode(), (culprit.run_id,))
+
+    named = violations(beatless_app)
+
+    assert (UNFIT[hostile], culprit.run_id) in named
+    assert other.run_id not in {run_id for _, run_id in named}
+    said = str(list(Doctor(beatless_app).examine(["rows"])))
+    assert culprit.run_id in said
+    assert other.run_id not in said
+
+
+def violations(app: App) -> list[tuple[str, str]]:
+    with app.engine.connect() as connection:
+        found = verify(connection, app.settings.schema)
+    return [(violation.invariant, violation.run_id) for violation in found]
