@@ -38,7 +38,7 @@ from beatless.outbox.queries import channel_of
 from beatless.postgres import connect, connect_directly
 from beatless.schema import head
 from beatless.stream import Subscription
-from beatless.verify import unfit_rows
+from beatless.unfit_rows import unfit_rows
 
 logger = logging.getLogger(__name__)
 

@@ -1,25 +1,12 @@
 """Checks the promises of docs/guarantees.md on what is stored. Reads only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from beatless.outbox.message import SHARDS
-from beatless.outbox.queries import LAST_ATTEMPT, Caller, execute
+from beatless.outbox.queries import Caller, execute
+from beatless.unfit_rows import Violation, unfit
 
 PATIENCE = 60.0
 """Seconds after the end of a run in which a relay publishes its events, if there is one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
-    """One promise that one run breaks."""
-
-    invariant: str
-    run_id: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.invariant} run {self.run_id}: {self.problem}"
 
 
 def verify(
@@ -41,46 +28,6 @@ def verify(
         Violation(invariant=invariant, run_id=run_id, problem=problem)
         for invariant, run_id, problem in execute(connection, _checks(schema), parameters)
     ]
-
-
-def unfit_rows(connection: Caller, schema: str, *, limit: int) -> list[Violation]:
-    """Some of the rows of unfinished runs, and of the outbox, that no relay can act on."""
-    parameters = {"run_ids": None, "limit": limit}
-    statement = f"SELECT * FROM ({_unfit(schema)}) AS unfit LIMIT %(limit)s"
-    return [
-        Violation(invariant=invariant, run_id=run_id, problem=problem)
-        for invariant, run_id, problem in execute(connection, statement, parameters)
-    ]
-
-
-def _unfit(s: str) -> str:
-    """What the columns can hold and the product never writes."""
-    return f"""
-SELECT 'I7', run_id, format('its dispatch is in shard %%s, which no relay leads', shard)
-  FROM {s}.dispatches WHERE shard NOT BETWEEN 0 AND {SHARDS - 1}
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))
-UNION ALL
-SELECT 'I7', run_id, format('its dispatch is due at %%s: nothing will look at it', due_at)
-  FROM {s}.dispatches WHERE due_at >= '10000-01-01Z'
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))
-UNION ALL
-SELECT 'I7', run_id, format('its dispatch counts %%s messages', attempts)
-  FROM {s}.dispatches WHERE (attempts < 0 OR attempts >= {LAST_ATTEMPT - 1})
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))
-UNION ALL
-SELECT 'I7', run_id, format('its dispatch names plan %%s, the run is of plan %%s', d.task, r.plan)
-  FROM {s}.dispatches d JOIN {s}.runs r USING (run_id) WHERE d.task <> r.plan
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))
-UNION ALL
-SELECT 'I7', run_id, 'one of its counters has reached its end: no worker can take it'
-  FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
- WHERE (r.attempt = {LAST_ATTEMPT} OR r.last_seq >= {LAST_ATTEMPT - 1}
-        OR r.lease_token = {2**63 - 1})
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))
-UNION ALL
-SELECT 'I8', run_id, format('outbox row %%s is in shard %%s, which no relay leads', id, shard)
-  FROM {s}.run_outbox WHERE shard NOT BETWEEN 0 AND {SHARDS - 1}
-   AND (%(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s))"""
 
 
 def _checks(s: str) -> str:
@@ -171,7 +118,7 @@ UNION ALL
 SELECT 'I1', run_id, format('event %%s cannot be published: its time is %%s', seq, ts)
   FROM event WHERE ts <= '1000-01-01Z' OR ts >= '10000-01-01Z'
 UNION ALL
-{_unfit(s)}
+{unfit(s)}
 UNION ALL
 SELECT 'I9', run_id, format('%%s steps finished after its cancel was accepted', count(*))
   FROM head JOIN event USING (run_id)

@@ -58,7 +58,7 @@ def keeper(beatless: Kit, board: Board) -> Iterator[Keeper]:
 def claim(beatless: Kit, connection: psycopg.Connection) -> Lease:
     run = beatless.start_run("two_steps")
     lease = beatless.app.leases.claim(
-        connection, run.run_id, worker="w", first_step="first", dispatch=1
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
     )
     assert lease is not None
     return lease
@@ -125,7 +125,12 @@ def test_a_lease_that_another_worker_has_taken_over_is_not_kept(
     note(board, lease, ago=16, pid=os.getpid())
     beatless.advance(31)
     other = beatless.app.leases.claim(
-        connection, lease.run.run_id, worker="other", first_step="first", dispatch=2
+        connection,
+        lease.run.run_id,
+        plan="two_steps",
+        worker="other",
+        first_step="first",
+        dispatch=2,
     )
     beatless.advance(20)
 
