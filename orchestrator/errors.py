@@ -181,4 +181,4 @@ class Fatal(OrchestratorError):
         self.message = message
 
     def __str__(self) -> str:
-        return self.message
+        return str(self.message)

@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache
 from time import monotonic
-from types import TracebackType
 from typing import Any, TypeVar
 
 import psycopg
@@ -32,6 +30,7 @@ from beatless.orchestrator.errors import (
     WorkerStops,
 )
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.failure import MESSAGE_LIMIT, describe, is_a, storable_text, text_of
 from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
 from beatless.orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
 from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence, step_of
@@ -97,13 +96,7 @@ WATCHDOG_PATIENCE_S = 0.02
 """How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
 
 FAILURE_BYTES = 262_144
-"""Above what any failure can need, see the next two."""
-
-MESSAGE_LIMIT = 2000
-"""Characters of an error's message that are kept: its beginning."""
-
-TRACEBACK_LIMIT = 4000
-"""Characters of a traceback that are kept with a failure: its end, where the reason is."""
+"""Above what any failure can need, see `orchestrator.failure`."""
 
 AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
 """Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
@@ -667,9 +660,9 @@ class Execution:
         except NoConnection as error:
             return self._after_lost_transaction(str(error), refused=True)
         except BodyLost as lost:
-            return self._after_lost_transaction(str(lost.error))
+            return self._after_lost_transaction(text_of(lost.error))
         except BodyFailed as failure:
-            if isinstance(failure.error, (StepTimeout, DeadlineExceeded)):
+            if is_a(failure.error, (StepTimeout, DeadlineExceeded)):
                 self._interrupted()
             self._settle(self._failed(progress, step, failure.error))
             return None
@@ -743,13 +736,12 @@ class Execution:
 
     def _told(self, attempt: Attempt, error: BaseException) -> bool:
         """Whether the body passes on what it was told, and has not made it up."""
-        match error:
-            case LeaseLost():
-                return self._lease.lost
-            case WorkerStops():
-                return error is attempt.reason
-            case RunCancelled():
-                return error is attempt.reason or self._lease.cancelled or self._cancel_requested()
+        if is_a(error, LeaseLost):
+            return self._lease.lost
+        if is_a(error, WorkerStops):
+            return error is attempt.reason
+        if is_a(error, RunCancelled):
+            return error is attempt.reason or self._lease.cancelled or self._cancel_requested()
         return False
 
     def _limited(self, progress: Progress, step: Step) -> Attempt:
@@ -902,22 +894,23 @@ class Execution:
     def _failed(self, progress: Progress, step: Step, error: BaseException) -> Settlement:
         """Try again later, or end the run as failed."""
         delay = step.retry.delay(progress.failures + 1)
-        if isinstance(error, (Fatal, BadPayload)):
+        if is_a(error, (Fatal, BadPayload)):
             delay = None
-        if isinstance(error, DeadlineExceeded) and self._lease.late:
+        if is_a(error, DeadlineExceeded) and self._lease.late:
             delay = None
-        facts = _describe(error, progress.occurrence)
-        logger.warning(
-            "step failed",
-            extra={
-                "action": "step_failed",
-                "run_id": self._run_id,
-                "step": progress.occurrence,
-                "attempt": progress.starts,
-                "retry_in": delay,
-            },
-            exc_info=error,
-        )
+        facts = describe(error, progress.occurrence)
+        told = {
+            "action": "step_failed",
+            "run_id": self._run_id,
+            "step": progress.occurrence,
+            "attempt": progress.starts,
+            "retry_in": delay,
+        }
+        try:
+            logger.warning("step failed", extra=told, exc_info=error)
+        except Exception:  # of a handler that looks at the error; it is the user's, and may raise
+            told["reason"] = f"{facts['type']}: {facts['message']}"
+            logger.warning("step failed, with an error that cannot be logged", extra=told)
         failed = self._failure(progress, facts)
         if delay is None:
             return self._given_up(progress, failed, facts)
@@ -977,7 +970,7 @@ class Execution:
 
     def _lost(self, progress: Progress, reason: str) -> Settlement:
         """Postgres took back one transaction of the step after the other."""
-        last = _storable(reason[:MESSAGE_LIMIT])
+        last = storable_text(reason[:MESSAGE_LIMIT])
         facts = {
             "type": "TransactionLost",
             "message": f"step {progress.occurrence} lost the connection of its transaction "
@@ -1316,9 +1309,9 @@ def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | 
     """
     if transaction is None or not transaction.invalidated:
         return False
-    if isinstance(error, exc.DBAPIError) and isinstance(error.orig, TOO_SLOW):
+    if is_a(error, exc.DBAPIError) and isinstance(getattr(error, "orig", None), TOO_SLOW):
         return False
-    return not isinstance(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
+    return not is_a(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
 
 
 def _stored(finished: NewEvent) -> dict[str, Any]:
@@ -1330,33 +1323,6 @@ def _stored(finished: NewEvent) -> dict[str, Any]:
 def _as_jsonb(number: str) -> float | int:
     """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
     return int(Decimal(number)) if "e+" in number else float(number)
-
-
-def _describe(error: BaseException, step: str) -> dict[str, Any]:
-    try:
-        message = str(error)
-    except Exception:  # a broken __str__ is one more thing to tell, not one more failure
-        message = f"<{type(error).__name__} whose text cannot be shown>"
-    text = "".join(traceback.format_exception(type(error), error, _of_the_body(error)))
-    return {
-        "type": type(error).__name__,
-        "message": _storable(message[:MESSAGE_LIMIT]),
-        "step": step,
-        "traceback": _storable(text[-TRACEBACK_LIMIT:]),
-    }
-
-
-def _of_the_body(error: BaseException) -> TracebackType | None:
-    """The traceback from the step's own code on; all of it if the error is one of ours."""
-    found = error.__traceback__
-    while found and found.tb_frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
-        found = found.tb_next
-    return found or error.__traceback__
-
-
-def _storable(text: str) -> str:
-    """Text as Postgres can hold it: without NUL and halves of surrogate pairs."""
-    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
 def _failure_text(facts: dict[str, Any]) -> str:

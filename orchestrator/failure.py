@@ -1,0 +1,71 @@
+"""What is told of an exception that a step's body has raised.
+
+Its class is the user's, and so may be every attribute of it: to describe it never raises.
+"""
+
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+MESSAGE_LIMIT = 2000
+"""Characters of an error's message that are kept: its beginning."""
+
+TRACEBACK_LIMIT = 4000
+"""Characters of a traceback that are kept with a failure: its end, where the reason is."""
+
+TYPE_LIMIT = 200
+"""Characters of the name of a class that are kept."""
+
+
+def describe(error: BaseException, step: str) -> dict[str, Any]:
+    """The type, message and traceback of an error, as a failure stores them."""
+    kind = _text(lambda: type(error).__name__, "an exception")
+    message = text_of(error)
+    frames = _of_the_body(error)
+    trace = _text(
+        lambda: "".join(traceback.format_exception(type(error), error, frames)),
+        # Without what the exception itself would have to tell.
+        f"{''.join(traceback.format_tb(frames))}{kind}: {message}\n",
+    )
+    return {
+        "type": storable_text(kind[:TYPE_LIMIT]),
+        "message": storable_text(message[:MESSAGE_LIMIT]),
+        "step": step,
+        "traceback": storable_text(trace[-TRACEBACK_LIMIT:]),
+    }
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, or that it has none."""
+    kind = _text(lambda: type(error).__name__, "an exception")
+    return _text(lambda: str(error), f"<{kind} whose text cannot be shown>")
+
+
+def is_a(
+    error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]
+) -> bool:
+    """`isinstance`, which would ask the error for its `__class__`."""
+    return issubclass(type(error), kinds)
+
+
+def storable_text(text: str) -> str:
+    """Text as Postgres can hold it: without NUL and halves of surrogate pairs."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+
+def _text(tell: Callable[[], str], otherwise: str) -> str:
+    try:
+        return str.__str__(tell())  # of a subclass of str, the plain text
+    except BaseException:  # one more thing to tell, not one more failure
+        return otherwise
+
+
+def _of_the_body(error: BaseException) -> TracebackType | None:
+    """The traceback from the step's own code on; all of it if the error is one of ours."""
+    # As BaseException has it: a class may have another attribute of this name.
+    whole: TracebackType | None = vars(BaseException)["__traceback__"].__get__(error)
+    found = whole
+    while found and str(found.tb_frame.f_globals.get("__name__")).startswith(f"{__package__}."):
+        found = found.tb_next
+    return found or whole

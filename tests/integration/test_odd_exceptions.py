@@ -1,0 +1,168 @@
+"""Exceptions whose own code raises: whatever is asked of them, the attempt has failed, once."""
+
+from typing import Any
+
+import pytest
+
+from beatless import App, Fatal, Plan, RunState, StepContext, step
+from beatless.orchestrator.failure import describe
+from beatless.testing import Kit
+
+
+class Document(Exception):
+    """Members of a document as attributes, as many API clients have them."""
+
+    def __init__(self, document: Any) -> None:
+        super().__init__(document["title"])
+        self.document = document
+
+    def __getattr__(self, name: str) -> Any:
+        return self.document[name]
+
+
+class Recursive(Exception):
+    """What is left of one like the above when it was made without its __init__."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.document[name]
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+class NoText(Exception):
+    def __str__(self) -> str:
+        return ODD  # type: ignore[return-value]
+
+
+class Leaves(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Hidden(Exception):
+    @property
+    def __traceback__(self) -> Any:
+        raise ValueError("no traceback")
+
+    __cause__ = __context__ = __suppress_context__ = __notes__ = __class__ = __traceback__
+
+
+class Silent(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+
+class Unlike(Exception):
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    def __bool__(self) -> bool:
+        raise RuntimeError
+
+    def __len__(self) -> int:
+        raise RuntimeError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Odd(str):
+    __slots__ = ()
+
+    def __getitem__(self, _key: Any) -> str:
+        raise RuntimeError
+
+    def __format__(self, _spec: str) -> str:
+        raise RuntimeError
+
+    encode = __str__ = __format__  # type: ignore[assignment]
+
+
+class OddText(Exception):
+    def __str__(self) -> str:
+        return Odd("odd text")
+
+
+class NoName(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError
+
+
+class Nameless(Exception, metaclass=NoName):
+    pass
+
+
+LONG = type("E" * 1_000_000, (Exception,), {})
+
+ODD = {
+    "document": (lambda: Document({"title": "quota exceeded"}), "Document", "quota exceeded"),
+    "recursive": (lambda: Recursive("lost"), "Recursive", "lost"),
+    "mute": (Mute, "Mute", "<Mute whose text cannot be shown>"),
+    "no text": (NoText, "NoText", "<NoText whose text cannot be shown>"),
+    "leaves": (Leaves, "Leaves", "<Leaves whose text cannot be shown>"),
+    "hidden": (lambda: Hidden("seen"), "Hidden", "seen"),
+    "silent": (lambda: Silent("said"), "Silent", "said"),
+    "unlike": (lambda: Unlike("any"), "Unlike", "any"),
+    "odd text": (OddText, "OddText", "odd text"),
+    "nameless": (lambda: Nameless("who"), "an exception", "who"),
+    "group": (
+        lambda: ExceptionGroup("two", [Silent("a"), Recursive("b")]),
+        "ExceptionGroup",
+        "two (2 sub-exceptions)",
+    ),
+    "fatal": (lambda: Fatal(5), "Fatal", "5"),  # type: ignore[arg-type]
+}
+
+calls: list[str] = []
+
+
+@step
+def body(ctx: StepContext) -> None:
+    calls.append(ctx.step)
+    error = ODD[ctx.input][0]()
+    raise error
+
+
+@step(name="tx", transactional=True)
+def in_a_transaction(ctx: StepContext) -> None:
+    ctx.connection.exec_driver_sql("SELECT 1")
+    body.function(ctx)
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    calls.clear()
+    return [Plan("p", [body]), Plan("tx", [in_a_transaction])]
+
+
+@pytest.mark.parametrize("plan", ["p", "tx"])
+@pytest.mark.parametrize("odd", ODD)
+def test_an_exception_that_cannot_be_asked_has_failed_its_attempt_once(
+    beatless: Kit, beatless_app: App, odd: str, plan: str
+) -> None:
+    run = beatless.start_run(plan, odd)
+    beatless.work_until_idle()
+    found = beatless.client.get_run(run.run_id)
+    assert (found.state, len(calls)) == (RunState.FAILED, 1)
+    assert found.error is not None
+    assert (found.error["type"], found.error["message"]) == ODD[odd][1:]
+    assert "in body" in found.error["traceback"]
+    beatless.verify()
+
+
+def test_a_description_is_short_and_can_be_stored() -> None:
+    told = describe(LONG("x" * 10_000_000), "s")
+    assert (told["type"], told["message"]) == ("E" * 200, "x" * 2000)
+    assert len(told["traceback"]) == 4000
+    assert describe(ValueError("a\0b\ud800"), "s")["message"] == "a\\0b\\ud800"
+
+
+def test_an_error_that_was_raised_by_code_without_a_name_is_described() -> None:
+    with pytest.raises(ValueError, match="here") as raised:
+        exec("raise ValueError('here')", {"__name__": 5})
+    assert describe(raised.value, "s")["message"] == "here"
