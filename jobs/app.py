@@ -33,6 +33,7 @@ from beatless.tasks import RunsCelery, register
 from beatless.tracing import Publications, Tracing
 from beatless.worker import (
     Alive,
+    Announcement,
     Executors,
     Farewell,
     MetricsListener,
@@ -121,6 +122,7 @@ class App:
         self.celery.steps["worker"].add(
             KeepsLeases.of(self.executors.board, self.leases, self.executors.connect)
         )
+        self.celery.steps["worker"].add(Announcement.of(self.executors, settings))
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,10 +29,11 @@ from sqlalchemy import exc
 from beatless import canary, loopback
 from beatless.app import App
 from beatless.client import Client, new_run_id
-from beatless.errors import JobsError, WrongEncoding
+from beatless.errors import BadRequest, JobsError, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import channel_of
@@ -46,6 +48,9 @@ Row = tuple[Any, ...]
 
 NAMESPACE = "beatless-doctor"
 """Where canary runs are: in no list of the users' runs."""
+
+LONG_WAIT_S = 60.0
+"""A run that has been due for longer is told."""
 
 CANARIES = 3
 """Runs through the first queue; each hop's latency is their median."""
@@ -88,6 +93,12 @@ POOLED = {
     "transaction_timeout": "0",
 }
 """Limits by which sessions end that are not ours to set."""
+
+BACKPORTS = (
+    "unless the package is one of a distribution that has mended it under the old number: its "
+    "changelog says so"
+)
+"""A server only tells its number."""
 
 TROUBLE = (
     psycopg.Error,
@@ -148,6 +159,10 @@ class Flight:
     """Of its dispatch, at the end."""
 
 
+Check = tuple[str, Callable[[], Iterable[Finding]], str]
+"""Its name, what makes it, and what it needs: a server, the schema, or all for the canary."""
+
+
 class Broken(Exception):
     """A canary run did not come back."""
 
@@ -186,40 +201,52 @@ class Doctor:
         self._old = old_transaction
         self._postgres: psycopg.Connection[Any] | None = None
         self._redis: redis.Redis | None = None
-        self._offset = 0.0
-        """Seconds by which Postgres' clock is ahead of ours."""
         self._schema_ok = False
-        self._consumed: set[str] | None = None
-        """Queues that some worker consumes."""
         self.hops: list[Hop] = []
 
     # Everything, in order
 
     def examine(self, only: Collection[str] = ()) -> Iterator[Finding]:
-        """Every check, or only the named ones. Closes what it has opened."""
+        """Every check, or only the named ones. Closes what it has opened.
+
+        Alone a check says what it says among all. One that cannot be made tells why, and so does
+        the server that it needs. Raises BadRequest for a name that no check has.
+        """
+        checks = self._checks()
+        if unknown := sorted(set(only) - {name for name, _, _ in checks}):
+            names = ", ".join(name for name, _, _ in checks)
+            raise BadRequest("--check", f"{unknown[0]!r} is none of these: {names}")
+        return self._examine(checks, set(only))
+
+    def _examine(self, checks: Sequence[Check], only: Collection[str]) -> Iterator[Finding]:
+        chosen = [name for name, _, _ in checks if not only or name in only]
+        needs = {need for name, _, need in checks if name in chosen}
         with ExitStack() as stack:
-            try:
-                self._postgres = stack.enter_context(connect(self._settings, NAME))
-            except psycopg.Error as error:
-                yield self._unreachable("postgres", "Postgres", error, "BEATLESS_DATABASE_URL")
-            try:
-                self._redis = stack.enter_context(self._app.redis())
-                self._redis.ping()
-            except (redis.RedisError, OSError) as error:
-                self._redis = None
-                yield self._unreachable("redis", "Redis", error, "BEATLESS_REDIS_URL")
-            for name, check, needs in self._checks():
-                if (needs == "postgres" and self._postgres is None) or (
-                    needs == "redis" and self._redis is None
-                ):
+            if needs & {"postgres", "schema", "canary"}:
+                try:
+                    self._postgres = stack.enter_context(connect(self._settings, NAME))
+                except psycopg.Error as error:
+                    yield self._unreachable("postgres", "Postgres", error, "BEATLESS_DATABASE_URL")
+            if needs & {"redis", "canary"} or "clocks" in chosen:
+                try:
+                    self._redis = stack.enter_context(self._app.redis())
+                    self._redis.ping()
+                except (redis.RedisError, OSError) as error:
+                    self._redis = None
+                    yield self._unreachable("redis", "Redis", error, "BEATLESS_REDIS_URL")
+            for name, check, need in checks:
+                needed = name == "schema" and needs & {"schema", "canary"}
+                if name not in chosen and not needed:
                     continue
-                if needs == "schema" and not self._schema_ok:
-                    continue
-                chosen = not only or name in only
-                if not chosen and name != "schema":
+                if missing := self._missing(need):
+                    if (name in only and name != need) or name == "canary":
+                        text = f"not looked at: {missing}"
+                        yield Finding(check=name, status=Status.SKIPPED, text=text)
                     continue
                 try:
-                    yield from (finding for finding in check() if chosen)
+                    for finding in check():
+                        if name in chosen or finding.status is Status.PROBLEM:
+                            yield finding
                 except TROUBLE as error:
                     yield Finding(
                         check=name,
@@ -228,7 +255,19 @@ class Doctor:
                         advice="see whether the user of the URL has the rights for it",
                     )
 
-    def _checks(self) -> list[tuple[str, Callable[[], Iterable[Finding]], str]]:
+    def _missing(self, need: str) -> str:
+        """Why a check that needs this cannot be made; empty if it can."""
+        if need in ("postgres", "schema", "canary") and self._postgres is None:
+            return "Postgres cannot be reached"
+        if need in ("schema", "canary") and not self._schema_ok:
+            return f"schema {self._settings.schema} is not what this version needs"
+        if need in ("redis", "canary") and self._redis is None:
+            return "Redis cannot be reached"
+        if need in ("broker", "canary") and self._broker_fault is not None:
+            return "the broker cannot be reached"
+        return ""
+
+    def _checks(self) -> list[Check]:
         return [
             ("postgres", self._versions_postgres, "postgres"),
             ("primary", self._primary, "postgres"),
@@ -240,6 +279,7 @@ class Doctor:
             ("durability", self._durability, "postgres"),
             ("transactions", self._transactions, "postgres"),
             ("connections", self._connections, "postgres"),
+            ("wraparound", self._wraparound, "postgres"),
             ("bloat", self._bloat, "schema"),
             ("redis", self._versions_redis, "redis"),
             ("eviction", self._eviction, "redis"),
@@ -249,15 +289,65 @@ class Doctor:
             ("celery", self._celery, ""),
             ("visibility timeout", self._visibility, ""),
             ("relays", self._relays, "schema"),
-            ("workers", self._workers, ""),
+            ("workers", self._workers, "broker"),
             ("plans", self._plans, "schema"),
             ("outbox", self._outbox, "schema"),
             ("queues", self._queues, "schema"),
             ("rows", self._unfit_rows, "schema"),
             ("api", self._api, ""),
             ("flower", self._flower, ""),
-            ("canary", self._canary, "schema"),
+            ("canary", self._canary, "canary"),
         ]
+
+    # What several checks need, whichever of them is asked for first
+
+    @cached_property
+    def _offset(self) -> float:
+        """Seconds by which Postgres' clock is ahead of ours."""
+        return self._measure_offset()
+
+    @cached_property
+    def _broker_took(self) -> tuple[str, float]:
+        """The transport, and the seconds that a connection took."""
+        began = time.perf_counter()
+        with self._app.celery.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            return connection.transport_cls, time.perf_counter() - began
+
+    @cached_property
+    def _broker_fault(self) -> Exception | None:
+        """Why the broker cannot be reached."""
+        try:
+            _ = self._broker_took
+        except (KombuError, OperationalError, redis.RedisError, OSError) as error:
+            return error
+        return None
+
+    @cached_property
+    def _fleet(self) -> list[dict[str, Any]]:
+        """Of each worker that answers: the queues it consumes, the tasks it has, its settings."""
+        control = self._app.celery.control
+        with ThreadPoolExecutor(3) as pool:
+            asked = [
+                pool.submit(getattr(control.inspect(timeout=1.5), name))
+                for name in ("active_queues", "registered", "conf")
+            ]
+            return [answer.result() or {} for answer in asked]
+
+    @cached_property
+    def _consumed(self) -> dict[str, set[str]]:
+        """The queues that each worker consumes; empty if none answers."""
+        prefix = f"{self._settings.prefix}."
+        if self._broker_fault is not None:
+            return {}
+        return {
+            worker: {str(queue["name"]).removeprefix(prefix) for queue in found}
+            for worker, found in self._fleet[0].items()
+        }
+
+    def _unconsumed(self, queue: str) -> bool:
+        """Whether workers answer, and none of them consumes the queue."""
+        return bool(self._consumed) and not any(queue in names for names in self._consumed.values())
 
     @staticmethod
     def _unreachable(check: str, server: str, error: Exception, setting: str) -> Finding:
@@ -302,8 +392,8 @@ class Doctor:
             yield Finding(
                 check="postgres",
                 status=Status.WARNING,
-                text=f"{text} has known holes, {hole} among them",
-                advice=f"update to {major}.{needed} or newer",
+                text=f"{text}, older than {major}.{needed}, which closes {hole} and others",
+                advice=f"update to {major}.{needed} or newer, {BACKPORTS}",
             )
         else:
             yield Finding(check="postgres", status=Status.OK, text=text)
@@ -519,11 +609,11 @@ SELECT pid, coalesce(nullif(application_name, ''), backend_type), state,
             yield Finding(check="transactions", status=Status.OK, text=text)
 
     def _connections(self) -> Iterator[Finding]:
-        used, limit, age = self._rows(
+        used, limit = self._rows(
             """
 SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')
-         ::int, (SELECT age(datfrozenxid) FROM pg_database WHERE datname = current_database())"""
+         ::int"""
         )[0]
         text = f"{used} of {limit} connections are in use"
         if used > 0.8 * limit:
@@ -536,13 +626,21 @@ SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backe
             )
         else:
             yield Finding(check="connections", status=Status.OK, text=text)
+
+    def _wraparound(self) -> Iterator[Finding]:
+        age = self._rows(
+            "SELECT age(datfrozenxid) FROM pg_database WHERE datname = current_database()"
+        )[0][0]
+        text = f"the oldest transaction id is {age:,} back; at 2,100,000,000 writing stops"
         if age > 1_500_000_000:
             yield Finding(
                 check="wraparound",
                 status=Status.PROBLEM,
-                text=f"the oldest transaction id is {age:,} back; at 2,100,000,000 writing stops",
+                text=text,
                 advice="VACUUM FREEZE, and find what holds it: an old slot or transaction",
             )
+        else:
+            yield Finding(check="wraparound", status=Status.OK, text=text)
 
     def _bloat(self) -> Iterator[Finding]:
         rows = self._rows(
@@ -594,8 +692,8 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
             yield Finding(
                 check="redis",
                 status=Status.WARNING,
-                text=f"{shown} has known holes, {known[1]} among them",
-                advice=f"update to {known[0]} or newer",
+                text=f"{shown}, older than {known[0]}, which closes {known[1]} and others",
+                advice=f"update to {known[0]} or newer, {BACKPORTS}",
             )
 
     def _config(self, pattern: str) -> dict[str, str] | None:
@@ -668,20 +766,16 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
             yield Finding(check="output buffers", status=Status.OK, text=text)
 
     def _broker(self) -> Iterator[Finding]:
-        began = time.perf_counter()
-        try:
-            with self._app.celery.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=5)
-                took = (time.perf_counter() - began) * 1000
-                name = connection.transport_cls
-        except (KombuError, OperationalError, redis.RedisError, OSError) as error:
-            yield self._unreachable("broker", "the broker", error, "BEATLESS_BROKER_URL")
+        if self._broker_fault is not None:
+            yield self._unreachable(
+                "broker", "the broker", self._broker_fault, "BEATLESS_BROKER_URL"
+            )
             return
-        text = f"{name}, connected in {took:.1f} ms"
+        name, took = self._broker_took
+        text = f"{name}, connected in {took * 1000:.1f} ms"
         yield Finding(check="broker", status=Status.OK, text=text)
 
     def _clocks(self) -> Iterator[Finding]:
-        self._offset = self._measure_offset()
         skews = {"this machine": -self._offset}
         if self._redis is not None:
             with suppress(redis.RedisError):
@@ -714,9 +808,15 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
 
     def _celery(self) -> Iterator[Finding]:
         conf = self._app.celery.conf
-        dangerous = _dangerous(conf.accept_content)
-        if dangerous:
-            yield _pickle("this app", dangerous)
+        accepted = {"this app": conf.accept_content}
+        if self._broker_fault is None:
+            accepted |= {
+                worker: theirs.get("accept_content") or ()
+                for worker, theirs in sorted(self._fleet[2].items())
+            }
+        dangerous = {who: found for who, names in accepted.items() if (found := _dangerous(names))}
+        for who, found in dangerous.items():
+            yield _pickle(who, found)
         if conf.task_always_eager:
             yield Finding(
                 check="celery",
@@ -754,14 +854,18 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
             text = f"{timeout:g} s, above the longest step"
             yield Finding(check="visibility timeout", status=Status.OK, text=text)
 
-    def _relays(self) -> Iterator[Finding]:
-        rows = self._rows(
+    def _leaders(self) -> list[Row]:
+        """(shard, session) of each lead; from `SHARDS` on they are the relays themselves."""
+        return self._rows(
             f"""
 SELECT l.objid::int8, l.pid FROM pg_locks l
  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND l.classid = ({self._app.queries.leader_key})::oid"""
         )
+
+    def _relays(self) -> Iterator[Finding]:
+        rows = self._leaders()
         members = {pid for shard, pid in rows if shard >= SHARDS}
         leaders = {shard: pid for shard, pid in rows if shard < SHARDS}
         if not members:
@@ -787,14 +891,8 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
             yield Finding(check="relays", status=Status.OK, text=text)
 
     def _workers(self) -> Iterator[Finding]:
-        control = self._app.celery.control
-        with ThreadPoolExecutor(3) as pool:
-            asked = [
-                pool.submit(getattr(control.inspect(timeout=1.5), name))
-                for name in ("active_queues", "registered", "conf")
-            ]
-            queues, tasks, confs = (answer.result() or {} for answer in asked)
-        if not queues:
+        tasks, consumed = self._fleet[1], self._consumed
+        if not consumed:
             yield Finding(
                 check="workers",
                 status=Status.PROBLEM,
@@ -803,12 +901,6 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
                 "BEATLESS_BROKER_URL and BEATLESS_PREFIX",
             )
             return
-        prefix = f"{self._settings.prefix}."
-        consumed = {
-            worker: {str(queue["name"]).removeprefix(prefix) for queue in found}
-            for worker, found in queues.items()
-        }
-        self._consumed = set().union(*consumed.values())
         for worker, names in sorted(tasks.items()):
             unknown = sorted(
                 plan.name
@@ -823,10 +915,8 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
                     advice="deploy the version with these plans to it, or give them a queue of "
                     "their own",
                 )
-        for worker, conf in sorted(confs.items()):
-            if dangerous := _dangerous(conf.get("accept_content") or ()):
-                yield _pickle(worker, dangerous)
-        lost = sorted({plan.queue for plan in self._app.plans.values()} - self._consumed)
+        queues = set().union(*consumed.values())
+        lost = sorted({plan.queue for plan in self._app.plans.values()} - queues)
         if lost:
             yield Finding(
                 check="workers",
@@ -835,7 +925,7 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
                 advice=f"start `beatless worker --queues {','.join(lost)}`",
             )
         else:
-            text = f"{_count(len(queues), 'worker')} for {', '.join(sorted(self._consumed))}"
+            text = f"{_count(len(consumed), 'worker')} for {', '.join(sorted(queues))}"
             yield Finding(check="workers", status=Status.OK, text=text)
 
     def _plans(self) -> Iterator[Finding]:
@@ -886,35 +976,47 @@ SELECT (SELECT count(*) FROM {s}.run_outbox),
             yield Finding(check="outbox", status=Status.OK, text="everything is published")
 
     def _queues(self) -> Iterator[Finding]:
-        s = self._settings.schema
-        rows = self._rows(
-            f"""
-SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::float8
-  FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
- WHERE d.state = 'waiting' AND d.due_at < clock_timestamp() - interval '60 s'
-   AND q.paused_at IS NULL GROUP BY 1 ORDER BY 2 DESC"""
+        assert self._postgres is not None  # noqa: S101 - see `needs` of the checks
+        states = QueueStatements(self._settings.schema).states(self._postgres, ended=False)
+        now = self._rows("SELECT clock_timestamp()")[0][0]
+        waits = [
+            ((now - state.oldest).total_seconds(), state)
+            for state in states
+            if state.oldest is not None and state.paused_at is None
+        ]
+        long = sorted(
+            ((age, state) for age, state in waits if age > LONG_WAIT_S),
+            key=lambda wait: wait[0],
+            reverse=True,
         )
-        paused = self._rows(f"SELECT name FROM {s}.queues WHERE paused_at IS NOT NULL ORDER BY 1")
-        for queue, runs, age in rows[:3]:
-            unconsumed = self._consumed is not None and queue not in self._consumed
+        paused = [state.name for state in states if state.paused_at is not None]
+        for age, state in long[:3]:
             yield Finding(
                 check="queues",
                 status=Status.WARNING,
-                text=f"{_count(runs, 'run')} of queue {queue} wait, the oldest for {age:.0f} s",
-                advice=f"nobody consumes it: beatless worker --queues {queue}"
-                if unconsumed
-                else "more workers, or more concurrency",
+                text=f"{_count(state.waiting, 'run')} of queue {state.name} wait, the oldest for "
+                f"{age:.0f} s",
+                advice=self._what_it_waits_for(state.name),
             )
         if paused:
-            names = ", ".join(name for (name,) in paused)
             yield Finding(
                 check="queues",
                 status=Status.WARNING,
-                text=f"paused: {names}",
+                text=f"paused: {', '.join(paused)}",
                 advice="beatless resume Q, if that is not wanted any more",
             )
-        if not rows and not paused:
-            yield Finding(check="queues", status=Status.OK, text="nobody waits for long")
+        if not long and not paused:
+            text = f"no run has been due for more than {LONG_WAIT_S:.0f} s"
+            yield Finding(check="queues", status=Status.OK, text=text)
+
+    def _what_it_waits_for(self, queue: str) -> str:
+        if self._broker_fault is not None:
+            return "the broker cannot be reached: mend that first"
+        if not self._consumed:
+            return f"no worker answers: beatless worker --queues {queue}"
+        if self._unconsumed(queue):
+            return f"nobody consumes it: beatless worker --queues {queue}"
+        return "more workers, or more concurrency"
 
     def _unfit_rows(self) -> Iterator[Finding]:
         assert self._postgres is not None  # noqa: S101 - see `needs` of the checks
@@ -1001,7 +1103,7 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
         flights: list[Flight] = []
         flown = []
         for queue in queues:
-            if queue in paused or (self._consumed is not None and queue not in self._consumed):
+            if queue in paused or self._unconsumed(queue):
                 continue  # told by other checks
             try:
                 flights.extend(self._fly(queue) for _ in range(1 if flights else CANARIES))
@@ -1029,7 +1131,7 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
             skew = flight.answer.get("clock", 0.0) - flight.written[EventType.STEP_STARTED]
             if abs(skew) > 1.0 + self._patience:
                 yield Finding(
-                    check="clocks",
+                    check="canary",
                     status=Status.WARNING,
                     text=f"worker {flight.answer.get('host')} is {skew:+.1f} s off Postgres' clock",
                     advice="let NTP or chrony run there",
@@ -1109,7 +1211,7 @@ SELECT d.queue, count(*), extract(epoch FROM clock_timestamp() - min(due_at))::f
         return Broken(
             "relay",
             f"no relay took it in {self._patience:g} s",
-            "start `beatless relay`, or look at its log",
+            "look at the log of a relay" if self._leaders() else "start `beatless relay`",
         )
 
     def _remove(self, client: Client, flight: Flight) -> None:

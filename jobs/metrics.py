@@ -60,6 +60,9 @@ FRESH_SECONDS = 5.0
 TASKS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 MESSAGES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0)
 
+NAME_BYTES = 64
+"""Of a queue's name, in memory that a worker's children share: as long as one may be."""
+
 OUTCOMES = tuple(sorted(state.value for state in FINAL))
 ENDS = {EventType.STEP_FINISHED: "finished", EventType.STEP_FAILED: "failed"}
 
@@ -98,6 +101,7 @@ RUN_DURATION = Family(
 QUEUE_WAIT = Family(
     name="beatless_queue_wait_seconds",
     text="From the time a run was due to its claim by a worker.",
+    labels=("queue",),
     bounds=TASKS,
 )
 STEP_DURATION = Family(
@@ -248,28 +252,56 @@ class SharedCounts:
 
     Every child writes in a place of its own, so nobody waits for anybody; the place of a dead child
     is taken over, with what is in it, by the child that replaces it. All series are there from the
-    start: children cannot tell each other of new ones.
+    start: children cannot tell each other of new ones. But for one family, whose only label is a
+    queue: any run may name another one, so each place has names beside its numbers.
     """
 
-    def __init__(self, series: Iterable[tuple[Family, Labels]]) -> None:
+    def __init__(self, series: Iterable[tuple[Family, Labels]], of_queues: Family) -> None:
         self._offsets: dict[Series, int] = {}
+        self._of_queues = of_queues
         self._widths: dict[Series, int] = {}
         width = 0
         for family, labels in series:
             self._offsets[family.name, labels] = width
             self._widths[family.name, labels] = _width(family)
             width += _width(family)
+        self._queues = width
+        width += QUEUES * _width(of_queues)
         self._width = width
         memory = memoryview(mmap.mmap(-1, PLACES + PLACES * width * 8))
         self._used = memory[:PLACES]
         self._numbers = memory[PLACES:].cast("d")
+        self._names = memoryview(mmap.mmap(-1, PLACES * QUEUES * NAME_BYTES))
         self.take(0)
 
     def take(self, place: int) -> None:
         """Count in this place from now on: after a fork, in the child."""
         self._mutex = threading.Lock()  # the parent's may have been held by a thread of its own
-        self._start = place % PLACES * self._width
-        self._used[place % PLACES] = 1
+        self._place = place % PLACES
+        self._start = self._place * self._width
+        self._slots = {name: slot for slot, name in enumerate(self._queue_names(self._place))}
+        self._used[self._place] = 1
+
+    def _queue_names(self, place: int) -> list[str]:
+        """The queues that were counted in this place, in the order of their numbers."""
+        start = place * QUEUES * NAME_BYTES
+        block = bytes(self._names[start : start + QUEUES * NAME_BYTES])
+        cells = [block[at : at + NAME_BYTES] for at in range(0, len(block), NAME_BYTES)]
+        return [cell.rstrip(b"\0").decode(errors="replace") for cell in cells if cell[0]]
+
+    def _slot(self, queue: str) -> int:
+        """Where a queue is counted; the last one is for all that find no place."""
+        if queue not in self._slots:
+            name = queue if len(self._slots) < QUEUES - 1 else "other"
+            if name not in self._slots:
+                at = (self._place * QUEUES + len(self._slots)) * NAME_BYTES
+                written = name.encode()[:NAME_BYTES]
+                # The first byte says that there is a name: whoever is killed before has none.
+                self._names[at + 1 : at + len(written)] = written[1:]
+                self._names[at] = written[0]
+                self._slots[name] = len(self._slots)
+            return self._slots[name]
+        return self._slots[queue]
 
     def add(self, family: Family, labels: Labels = (), amount: float = 1.0) -> None:
         offset = self._offsets.get((family.name, labels))
@@ -286,6 +318,25 @@ class SharedCounts:
             self._numbers[start + bisect_left(family.bounds, value)] += 1
             self._numbers[start + len(family.bounds) + 1] += value
 
+    def observe_queue(self, value: float, queue: str) -> None:
+        """Put a value into the histogram of a queue."""
+        bounds = self._of_queues.bounds or ()
+        with self._mutex:
+            start = self._start + self._queues + self._slot(queue) * _width(self._of_queues)
+            self._numbers[start + bisect_left(bounds, value)] += 1
+            self._numbers[start + len(bounds) + 1] += value
+
+    def _read_queues(self, used: Iterable[int]) -> Mapping[Series, Sequence[float]]:
+        width = _width(self._of_queues)
+        found: dict[Series, list[float]] = {}
+        for place in used:
+            for slot, name in enumerate(self._queue_names(place)):
+                start = place * self._width + self._queues + slot * width
+                numbers = self._numbers[start : start + width].tolist()
+                sums = found.setdefault((self._of_queues.name, (name,)), [0.0] * width)
+                sums[:] = map(sum, zip(sums, numbers, strict=True))
+        return found
+
     def read(self) -> Mapping[Series, Sequence[float]]:
         used = [place for place in range(PLACES) if self._used[place]]
         rows = [
@@ -293,10 +344,11 @@ class SharedCounts:
             for place in used
         ]
         sums = [sum(column) for column in zip(*rows, strict=True)] or [0.0] * self._width
-        return {
+        fixed = {
             series: sums[offset : offset + self._widths[series]]
             for series, offset in self._offsets.items()
         }
+        return {**fixed, **self._read_queues(used)}
 
 
 def _metric(family: Family, series: Mapping[Labels, Sequence[float]]) -> Metric:
@@ -333,11 +385,11 @@ class WorkerCounts:
 
     def __init__(self, plans: Iterable[Plan]) -> None:
         self.active = False
-        self.counts = SharedCounts(self._series(list(plans)))
+        self.counts = SharedCounts(self._series(list(plans)), QUEUE_WAIT)
 
     @staticmethod
     def _series(plans: Sequence[Plan]) -> Iterator[tuple[Family, Labels]]:
-        yield from ((family, ()) for family in (RUN_DURATION, QUEUE_WAIT, LEASE_LOST))
+        yield from ((family, ()) for family in (RUN_DURATION, LEASE_LOST))
         for plan in plans:
             yield from ((RUNS_FINISHED, (plan.name, outcome)) for outcome in OUTCOMES)
             for step in (*plan.steps, *([plan.on_cancel] if plan.on_cancel else ())):
@@ -350,8 +402,9 @@ class WorkerCounts:
         if name == "settled":
             self._settled(facts)
         elif name == "claimed":
-            if facts["lease"].waited is not None:
-                self.counts.observe(QUEUE_WAIT, max(0.0, facts["lease"].waited))
+            lease = facts["lease"]
+            if lease.waited is not None:
+                self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
         elif name == "lease_lost":
             self.counts.add(LEASE_LOST)
 

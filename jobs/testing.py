@@ -237,15 +237,16 @@ SELECT c.relname, array_agg(a.attname::text)
                     for column in columns
                 )
                 execute(connection, f"UPDATE {schema}.{table} SET {changes}", moved)
-            execute(
-                connection,
-                f"""
+            for type, member in (("StepFailed", "retry_at"), ("RunStarted", "not_before")):
+                execute(
+                    connection,
+                    f"""
 UPDATE {schema}.run_events
-   SET data = jsonb_set(data, '{{retry_at}}', to_jsonb(
-         (data ->> 'retry_at')::bigint - %(milliseconds)s))
- WHERE type = 'StepFailed' AND jsonb_typeof(data -> 'retry_at') = 'number'""",
-                moved,
-            )
+   SET data = jsonb_set(data, '{{{member}}}', to_jsonb(
+         (data ->> '{member}')::bigint - %(milliseconds)s))
+ WHERE type = '{type}' AND jsonb_typeof(data -> '{member}') = 'number'""",
+                    moved,
+                )
             execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self.app.queries.channel})
         self._advanced += seconds
 

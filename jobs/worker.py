@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar, Self
@@ -38,6 +39,7 @@ from beatless.orchestrator.executor import Executor, Observer, Scope, no_scope
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Heartbeat, Leases
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueStatements
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -400,6 +402,75 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
     def _leave(self) -> None:
         logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
         os._exit(0)  # what hangs is fenced, or its lease runs out
+
+
+class Announcement(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Tells Postgres which queues this worker consumes, as long as it does."""
+
+    requires = frozenset({"celery.worker.components:Pool"})
+    statements: ClassVar[QueueStatements]
+    settings: ClassVar[Settings]
+    executors: ClassVar[Executors]
+
+    @classmethod
+    def of(cls, executors: Executors, settings: Settings) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(
+            cls.__name__,
+            (cls,),
+            {
+                "statements": QueueStatements(settings.schema),
+                "settings": settings,
+                "executors": executors,
+            },
+        )
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._worker = worker
+        self._name = f"{worker.hostname}:{secrets.token_hex(4)}"
+        self._version = metadata.version("beatless")
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, _worker: Any) -> None:
+        self._thread = threading.Thread(target=self._run, name="beatless-announcement", daemon=True)
+        self._thread.start()
+
+    def stop(self, _worker: Any) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(1.0)  # it is no more than forgotten later
+
+    terminate = stop
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._tell(self.statements.announce)
+            self._stopping.wait(PRESENCE_INTERVAL_S)
+        self._tell(self.statements.withdraw)
+
+    def _tell(self, tell: Callable[[psycopg.Connection[Any], Presence], None]) -> None:
+        prefix = f"{self.settings.prefix}."
+        names = list(self._worker.app.amqp.queues.consume_from)
+        try:
+            # A connection for each time: the main process forks, and has no other.
+            with self.executors.connect() as connection:
+                tell(
+                    connection,
+                    Presence(
+                        worker=self._name,
+                        hostname=self._worker.hostname,
+                        queues=[name.removeprefix(prefix) for name in names],
+                        processes=self._worker.concurrency or 1,
+                        version=self._version,
+                    ),
+                )
+        except Exception as error:
+            logger.warning(
+                "the worker could not tell which queues it consumes",
+                extra={"action": "announcement_failed", "reason": str(error)},
+            )
 
 
 class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

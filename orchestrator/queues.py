@@ -6,7 +6,7 @@ commit; `Queues` in `jobs` puts them together.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from time import monotonic
 
@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.02
 """Seconds between two looks for claims that are in flight."""
+
+PRESENCE_INTERVAL_S = 10.0
+"""Between two times that a worker tells what it consumes."""
+
+PRESENCE_EXPIRES_S = 3 * PRESENCE_INTERVAL_S
+"""After this without a word from it a worker is not counted any more."""
 
 FROZEN = 10.0
 """Seconds after which a claim that is still in flight has nobody who would end it: it waits for a
@@ -37,11 +43,24 @@ class QueueState:
     failed: int
     cancelled: int
     oldest: datetime | None
-    """Since when the run that waits the longest could have started."""
+    """Since when the run that waits the longest could have started, dispatched already or not."""
     per_minute: int
     """Runs that ended within the last minute."""
     workers: int
-    """Worker processes that execute runs of it now."""
+    """Workers that consume it now, busy or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """One worker, with all of its processes."""
+
+    worker: str
+    """Never that of another one, before or after."""
+    hostname: str
+    """As Celery calls it."""
+    queues: list[str]
+    processes: int
+    version: str
 
 
 class QueueStatements:
@@ -69,12 +88,20 @@ WITH unfinished AS (
                                       OR d.state = 'sent') AS waiting,
          count(*) FILTER (WHERE d.state = 'waiting' AND d.due_at > clock_timestamp()) AS delayed,
          count(*) FILTER (WHERE d.state = 'running') AS active,
-         min(d.due_at) FILTER (WHERE d.state = 'waiting' AND d.due_at <= clock_timestamp())
-           AS oldest,
+         -- What was sent is due again at its redispatch: its run knows since when it waits. There
+         -- are few of them, whatever the backlog.
+         least(min(d.due_at) FILTER (WHERE d.state = 'waiting' AND d.due_at <= clock_timestamp()),
+               min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
+                                        ELSE r.lease_expires_at END
+                      FROM {s}.runs r WHERE r.run_id = d.run_id))
+                 FILTER (WHERE d.state = 'sent')) AS oldest,
          count(DISTINCT (SELECT worker FROM {s}.runs r
                           WHERE r.run_id = d.run_id AND r.state = 'running'))
-           FILTER (WHERE d.state = 'running') AS workers
+           FILTER (WHERE d.state = 'running') AS executing
     FROM {s}.dispatches d GROUP BY d.queue
+), consumed AS (
+  SELECT name AS queue, count(*) AS workers FROM {s}.workers CROSS JOIN unnest(queues) AS name
+   WHERE seen_at > clock_timestamp() - make_interval(secs => {PRESENCE_EXPIRES_S}) GROUP BY name
 ), ended AS (
   SELECT queue, count(*) FILTER (WHERE state = 'completed') AS completed,
          count(*) FILTER (WHERE state = 'failed') AS failed,
@@ -84,13 +111,24 @@ WITH unfinished AS (
     FROM {s}.runs WHERE %(ended)s AND finished_at IS NOT NULL GROUP BY queue
 )
 SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
-       oldest, coalesce(workers, 0),
+       -- Those of older versions do not tell: then the processes that execute count.
+       oldest, coalesce(workers, executing, 0),
        coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)
   FROM (SELECT name FROM {s}.queues UNION SELECT queue FROM unfinished
         UNION SELECT queue FROM ended) AS known(name)
+  LEFT JOIN consumed c ON c.queue = name
   LEFT JOIN {s}.queues q USING (name)
   LEFT JOIN unfinished u ON u.queue = name LEFT JOIN ended e ON e.queue = name
  ORDER BY name"""
+        self._announce = f"""
+WITH gone AS (
+  DELETE FROM {s}.workers WHERE seen_at < clock_timestamp() - interval '1 day'
+)
+INSERT INTO {s}.workers AS w (worker, hostname, queues, processes, version)
+VALUES (%(worker)s, %(hostname)s, %(queues)s, %(processes)s, %(version)s)
+ON CONFLICT (worker) DO UPDATE
+   SET queues = excluded.queues, processes = excluded.processes, seen_at = clock_timestamp()"""
+        self._withdraw = f"DELETE FROM {s}.workers WHERE worker = %(worker)s"
         # The runs' rows are locked first, as every writer does, so a claim comes before or finds
         # nothing. In a statement of its own: what the writers before us have appended is not in the
         # snapshot of the statement that waited for them.
@@ -129,6 +167,14 @@ WITH gone AS (
 ), l AS (DELETE FROM {s}.dead_letters WHERE run_id = ANY(%(run_ids)s)
 ), d AS (DELETE FROM {s}.dispatches WHERE run_id = ANY(%(run_ids)s))
 SELECT run_id FROM gone"""
+
+    def announce(self, connection: Caller, presence: Presence) -> None:
+        """Tell that a worker consumes these queues, for the next `PRESENCE_EXPIRES_S`."""
+        execute(connection, self._announce, asdict(presence))
+
+    def withdraw(self, connection: Caller, presence: Presence) -> None:
+        """Tell that it consumes none any more."""
+        execute(connection, self._withdraw, {"worker": presence.worker})
 
     def pause(self, connection: Caller, name: str) -> None:
         """No run of the queue is claimed by whoever looks after this is committed."""

@@ -12,7 +12,7 @@ from sqlalchemy import (
     Text,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from beatless.outbox.tables import Id, Time, metadata
 
@@ -58,3 +58,15 @@ runs = Table(
     postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
 )
 """No index on a column that changes while a run lives: its updates stay HOT."""
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker", Id, primary_key=True),
+    Column("hostname", Text, nullable=False),
+    Column("queues", ARRAY(Text), nullable=False),
+    Column("processes", Integer, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("started_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Column("seen_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)

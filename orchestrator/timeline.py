@@ -37,6 +37,29 @@ class Moment:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A time in which no worker had the run."""
+
+    since: int
+    due: int | None
+    """When a worker could have taken it; None if the journal does not tell."""
+    reason: str = ""
+    """Why not before."""
+    then: str = "for a free worker"
+    """What it waited for from then on."""
+
+    def moments(self, ended: int) -> Iterator[Moment]:
+        """What it was waiting for, until an attempt began."""
+        due = ended if self.due is None else min(max(self.since, self.due), ended)
+        for begin, end, text in (
+            (self.since, due, self.reason),
+            (due, ended, self.then),
+        ):
+            if (passed := (end - begin) / 1000) >= HANDOVER:
+                yield Moment(at=begin, kind="wait", text=f"waited {text}", seconds=passed)
+
+
 def timeline(run: Run, events: Sequence[Event], standing: Standing) -> list[Moment]:
     """Attempts, waits, leases, dispatches and publishes of a run, in order; then where it stands.
 
@@ -53,7 +76,7 @@ def _pruned(run: Run) -> Iterator[Moment]:
 
 def _history(events: Sequence[Event]) -> Iterator[Moment]:
     open_attempt: Event | None = None
-    waits: tuple[int, str] | None = None
+    waits: Wait | None = None
     for event in events:
         data = event.data or {}
         outcome = ""
@@ -66,32 +89,35 @@ def _history(events: Sequence[Event]) -> Iterator[Moment]:
                 if data.get("reused", {}).get("next"):
                     text += f" from step {data['reused']['next']}"
                 yield Moment(at=event.ts, kind="accepted", text=text)
-                waits = event.ts, "for its time or a worker"
+                due = max(event.ts, data.get("not_before") or event.ts)
+                waits = Wait(event.ts, due, "for its time")
             case EventType.STEP_STARTED:
                 if open_attempt is not None:
                     yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
-                elif waits is not None and (passed := (event.ts - waits[0]) / 1000) >= HANDOVER:
-                    text = f"waited {waits[1]}"
-                    yield Moment(at=waits[0], kind="wait", text=text, seconds=passed)
+                elif waits is not None:
+                    yield from waits.moments(event.ts)
                 open_attempt, waits = event, None
             case EventType.STEP_FINISHED:
-                outcome, waits = "finished", (event.ts, "for another worker")
+                outcome, waits = "finished", Wait(event.ts, event.ts, then="for another worker")
                 if "next" in data:
                     outcome += f", on to {data['next'] or 'the end'}"
             case EventType.STEP_FAILED:
                 error = data.get("error") or {}
                 outcome = f"failed: {error.get('type')}: {error.get('message')}"
-                waits = event.ts, "for its next attempt"
+                due = data.get("retry_at")
+                waits = Wait(event.ts, due or event.ts, "for the back-off of its next attempt")
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
-                outcome, waits = "snoozed", (event.ts, f"a snooze of {data.get('seconds')} s")
+                seconds = float(data.get("seconds") or 0.0)
+                due = event.ts + round(seconds * 1000)
+                outcome, waits = "snoozed", Wait(event.ts, due, f"a snooze of {seconds:g} s")
             case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
                 outcome = "given back: its worker stopped, another one makes it again"
-                waits = event.ts, "for another worker"
+                waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 outcome = "its transaction was taken back: the connection broke"
                 if data.get("refused"):
                     outcome = "no connection was to be had for its transaction"
-                waits = event.ts, "for a connection"
+                waits = Wait(event.ts, None, "for a connection and a worker")
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")
@@ -157,11 +183,14 @@ def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:
     if standing.dispatch is not None:
         state, due_at, reason, attempts = standing.dispatch
         left = (due_at - standing.now).total_seconds()
+        waits = "waits to be dispatched"
+        if left > 0:
+            waits = f"is not due yet ({reason})"
         text = {
-            "waiting": "waits to be dispatched",
-            "sent": "was sent to the broker and is not claimed yet",
+            "waiting": waits,
+            "sent": "was sent to the broker, where no worker was free to take it yet",
             "running": "is executed",
-        }[state]
+        }.get(state, state)
         when = f"in {left:.1f} s" if left > 0 else "now"
         text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
         if standing.paused:

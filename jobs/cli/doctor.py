@@ -1,12 +1,12 @@
 """`beatless doctor`: what is well, what is not, and what to do about it."""
 
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import click
 from rich.markup import escape
-from rich.padding import Padding
 
 from beatless.cli.environment import Environment
 from beatless.cli.render import plain
@@ -20,6 +20,9 @@ MARKS = {
     Status.UNREACHABLE: "[red]✗[/]",
 }
 STYLES = {Status.SKIPPED: "dim", Status.WARNING: "yellow", Status.PROBLEM: "red"}
+
+INDENT = 22
+"""Characters before an advice."""
 
 WIDTH = 28
 """Characters of the slowest hop's bar."""
@@ -90,8 +93,12 @@ def show(env: Environment, finding: Finding) -> None:
     told = f"[{style}]{text}[/]" if style else text
     env.out.print(f" {MARKS[finding.status]} [bold]{finding.check:<19}[/]{told}")
     if finding.advice:
-        advice = f"[dim]→[/] {escape(plain(finding.advice))}"
-        env.out.print(Padding(advice, (0, 0, 0, 22), expand=False))
+        advice = [plain(finding.advice)]
+        if env.out.is_terminal:  # else it is one line, for whoever reads on
+            advice = textwrap.wrap(advice[0], max(40, env.out.width - INDENT - 2))
+        for place, text in enumerate(advice):
+            mark = "[dim]→[/]" if place == 0 else " "
+            env.out.print(f"{' ' * INDENT}{mark} {escape(text)}")
 
 
 def journey(hops: Sequence[Hop]) -> Iterator[str]:

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from datetime import datetime
 
 import click
-from rich.table import Table
+from rich.markup import escape
 
 from beatless.cli.environment import Environment, pairs, seconds
-from beatless.cli.render import age
+from beatless.cli.render import age, table
 from beatless.orchestrator.state import FINAL
 from beatless.outbox.letters import DeadLetter
 
@@ -27,20 +27,21 @@ def queues(env: Environment) -> None:
                 }
             )
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    counts = ("waiting", "delayed", "active", "completed", "failed", "cancelled")
-    for title in ("queue", "", *counts, "oldest", "per minute", "workers"):
-        table.add_column(title, no_wrap=True, justify="left" if title in ("queue", "") else "right")
-    for state in found:
-        table.add_row(
-            state.name,
+    numbers = ("waiting", "delayed", "active", "completed", "failed", "cancelled")
+    rows = [
+        (
+            escape(state.name),
             "[yellow]paused[/]" if state.paused_at else "",
-            *(str(getattr(state, name)) for name in counts),
+            *(str(getattr(state, name)) for name in numbers),
             age(state.oldest),
             str(state.per_minute),
             str(state.workers),
         )
-    env.out.print(table)
+        for state in found
+    ]
+    more = ("oldest", "per minute", "workers")
+    for line in table(("queue", "", *numbers, *more), rows, numbers=(*numbers, *more)):
+        env.out.print(line)
 
 
 @click.command()

@@ -1,14 +1,16 @@
 """How events and runs look to a person."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.journal import Run
@@ -145,22 +147,47 @@ def age(when: datetime | None) -> str:
     return f"{max(0.0, passed):.0f}s"
 
 
+def table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[str] = ()
+) -> Iterator[str]:
+    """Rows as lines, never shortened, whatever the width: people pipe them into other commands.
+
+    Columns whose title is in `numbers` stand to the right. A cell may have markup.
+    """
+    texts = [[Text.from_markup(cell) for cell in row] for row in rows]
+    widths = [
+        max(map(cell_len, column))
+        for column in zip(titles, *([text.plain for text in row] for row in texts), strict=True)
+    ]
+    places = list(zip(titles, widths, strict=True))
+    heads = [_cell(title, title, width, numbers) for title, width in places]
+    yield f"[dim]{'  '.join(heads).rstrip()}[/]"
+    for row in rows:
+        cells = zip(row, places, strict=True)
+        yield "  ".join(
+            _cell(cell, title, width, numbers) for cell, (title, width) in cells
+        ).rstrip()
+
+
+def _cell(cell: str, title: str, width: int, numbers: Collection[str]) -> str:
+    space = " " * (width - cell_len(Text.from_markup(cell).plain))
+    return space + cell if title in numbers else cell + space
+
+
 def run_table(found: Sequence[Run]) -> Iterator[str]:
-    """Runs as a table, one line each and never shortened: people pipe it into other commands."""
-    titles = ("run", "state", "plan", "queue", "events", "age")
+    """Runs as a table."""
     rows = [
-        (run.run_id, run.state.value, run.plan, run.queue, str(run.last_seq), age(run.created_at))
+        (
+            escape(run.run_id),
+            f"[{STATES[run.state.value]}]{run.state.value}[/]",
+            escape(run.plan),
+            escape(run.queue),
+            str(run.last_seq),
+            age(run.created_at),
+        )
         for run in found
     ]
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    yield "[dim]" + _columns(titles, widths) + "[/]"
-    for row in rows:
-        yield _columns(row, widths).replace(row[1], f"[{STATES[row[1]]}]{row[1]}[/]", 1)
-
-
-def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (escape(cell.ljust(width)) for cell, width in zip(cells, widths, strict=True))
-    return "  ".join(padded).rstrip()
+    yield from table(("run", "state", "plan", "queue", "events", "age"), rows)
 
 
 def run_sheet(run: Run) -> Iterator[str]:

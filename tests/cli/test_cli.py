@@ -404,3 +404,31 @@ def test_a_command_that_is_mistyped_is_told(command: Beatless) -> None:
     assert said.status == 2
     assert "'rusn'" in said.err
     assert "'runs'" in said.err
+
+
+def test_tables_and_advice_are_never_cut_off(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in ("20", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        queue = "a-queue-whose-name-is-as-long-as-it-may-be-and-even-longer-12345"
+        beatless.start_run("agents.run", queue=queue)
+        beatless.client.pause_queue(queue)
+
+        head, row, *_ = command("queues").out.splitlines()
+        counts = ["waiting", "delayed", "active", "completed", "failed", "cancelled"]
+        assert head.split() == ["queue", *counts, "oldest", "per", "minute", "workers"]
+        assert row.startswith(f"{queue}  paused")
+        assert row.endswith("0")
+        assert "…" not in row
+
+        head, row, *_ = command("runs").out.splitlines()
+        assert head.split() == ["run", "state", "plan", "queue", "events", "age"]
+        assert queue in row
+
+        told = command("doctor", "--check", "relays").out
+        assert "→ start `beatless relay`, two of them on different machines\n" in told
+
+
+def test_a_check_of_doctor_that_there_is_not_is_refused(command: Beatless) -> None:
+    refused(command("doctor", "--check", "relay"), 2, "'relay'", "postgres", "relays", "canary")

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import select
 import socket
 import struct
@@ -19,7 +20,7 @@ from sqlalchemy import make_url
 from beatless import App, Plan, StepContext, step
 from beatless.cli import run
 from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
-from beatless.errors import JobsError
+from beatless.errors import BadRequest, JobsError
 from beatless.orchestrator.plan import PlanError
 from beatless.outbox.queries import execute
 from beatless.services import EmbeddedPostgres, EmbeddedValkey
@@ -30,6 +31,10 @@ APP = "tests.plans:app"
 
 ALWAYS_EAGER = {"task_always_eager": True}
 """What the doctor must find. Nothing is published under it here."""
+
+
+@step
+def sleepy(ctx: StepContext) -> None: ...
 
 
 def examine(app: App, *checks: str, **options: Any) -> list[Finding]:
@@ -354,11 +359,78 @@ def test_runs_that_wait_and_events_that_are_not_published(beatless: Kit, beatles
     beatless.client.pause_queue("slow")
     beatless.advance(120)
 
+    only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "120 s")
     waiting, paused = examine(beatless_app, "queues")
     assert (waiting.status, paused.status) == (Status.WARNING, Status.WARNING)
     assert "1 run of queue default" in waiting.text
     assert "slow" in paused.text
-    only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "120 s")
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_runs_that_are_due_and_that_no_worker_takes(
+    beatless: Kit, beatless_app: App, sent: bool
+) -> None:
+    for _ in range(5):
+        beatless.start_run("two_steps")
+    if sent:
+        beatless.drain_outbox_once()
+        assert {queue.waiting for queue in beatless.client.queues()} == {5}
+    beatless.advance(90)
+
+    found = examine(beatless_app, "queues")
+    only(found, Status.WARNING, "5 runs of queue default", "oldest for 9")
+    assert found[0].advice == "no worker answers: beatless worker --queues default"
+
+
+# Alone and among all
+
+
+def test_a_check_that_there_is_not_is_told_with_those_that_there_are(beatless_app: App) -> None:
+    with pytest.raises(BadRequest, match=r"'output-buffers' is none of these: postgres, primary,"):
+        examine(beatless_app, "relays", "output-buffers")
+
+
+def test_every_check_says_alone_what_it_says_among_all(
+    beatless: Kit, beatless_app: App, changed: Callable[..., App]
+) -> None:
+    beatless.start_run("two_steps")
+    beatless.drain_outbox_once()
+    beatless.advance(90)
+    app = changed(plans=[*beatless_app.plans.values(), Plan("other", [sleepy], queue="unheard")])
+    among = examine(app, patience=0.2)
+    checks = {finding.check for finding in among}
+    assert {"wraparound", "canary", "queues", "workers", "celery"} <= checks
+    for check in checks - {"connections", "clocks"}:  # whose numbers move
+        found = examine(app, check, patience=0.2)
+        told = [finding for finding in among if finding.check == check]
+        assert [verdict(finding) for finding in found] == [verdict(finding) for finding in told]
+
+
+def verdict(finding: Finding) -> tuple[str, Status, str, str]:
+    """Without its numbers."""
+    return finding.check, finding.status, re.sub(r"[\d.]+", "0", finding.text), finding.advice
+
+
+def test_without_redis_nobody_is_told_to_start_a_relay(changed: Callable[..., App]) -> None:
+    app = changed(redis_url="redis://127.0.0.1:1/0", broker_url="redis://127.0.0.1:1/0")
+    found = examine(app)
+    told = {finding.check: finding for finding in found}
+    assert told["redis"].status is told["broker"].status is Status.UNREACHABLE
+    assert told["canary"].text == "not looked at: Redis cannot be reached"
+    assert not [finding for finding in found if "rights" in finding.advice]
+    assert "workers" not in told
+    only(examine(app, "workers"), Status.SKIPPED, "the broker cannot be reached")
+
+
+def test_a_version_that_a_distribution_may_have_mended_is_not_called_open(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beatless.doctor.VALKEY", {(99, 0): (1, "CVE-1")})
+    monkeypatch.setattr("beatless.doctor.REDIS", {(99, 0): (1, "CVE-1")})
+    (found,) = examine(beatless_app, "redis")
+    assert "older than 99.0.1, which closes CVE-1" in found.text
+    assert "hole" not in found.text
+    assert "distribution that has mended it under the old number" in found.advice
 
 
 # What listens

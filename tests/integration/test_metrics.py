@@ -15,6 +15,7 @@ from beatless.api import create_api
 from beatless.metrics import (
     FRESH_SECONDS,
     LEASE_LOST,
+    QUEUE_WAIT,
     QUEUES,
     RUN_DURATION,
     LocalCounts,
@@ -99,7 +100,7 @@ def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_ap
     name = "beatless_step_duration_seconds_count"
     assert found.value(name, plan="two_steps", step="first") == 3
     assert found.value("beatless_run_duration_seconds_count") == 4
-    assert found.value("beatless_queue_wait_seconds_count") == 6
+    assert found.value("beatless_queue_wait_seconds_count", queue="default") == 6
     assert found.value("beatless_outbox_published_total", kind="event") == len(published)
     assert found.value("beatless_outbox_published_total", kind="task") == 6
     assert (found.value("beatless_outbox_publish_latency_seconds_count") or 0) > 0
@@ -198,7 +199,7 @@ def test_scrapes_do_not_load_postgres_and_an_old_answer_is_not_given(
 
 
 def test_counts_of_children_outlive_them_and_their_places_are_taken_over() -> None:
-    counts = SharedCounts([(LEASE_LOST, ()), (RUN_DURATION, ())])
+    counts = SharedCounts([(LEASE_LOST, ()), (RUN_DURATION, ())], QUEUE_WAIT)
     for place, seconds in ((0, 0.004), (1, 7.0), (1, 1e9)):
         counts.take(place)
         counts.add(LEASE_LOST)
@@ -210,6 +211,29 @@ def test_counts_of_children_outlive_them_and_their_places_are_taken_over() -> No
     buckets = read[RUN_DURATION.name, ()]
     assert sum(buckets[:-1]) == 3
     assert (buckets[0], buckets[-2], buckets[-1]) == (1, 1, 1e9 + 7.004)
+
+
+def test_children_count_queues_that_only_they_have_met() -> None:
+    counts = SharedCounts([(LEASE_LOST, ())], QUEUE_WAIT)
+    counts.take(0)
+    counts.observe_queue(1.0, "mail")
+    counts.take(1)
+    counts.observe_queue(2.0, "slow")
+    counts.observe_queue(4.0, "mail")
+    counts.take(1)  # by the child that replaces it
+    counts.observe_queue(8.0, "slow")
+
+    read = counts.read()
+    assert read[QUEUE_WAIT.name, ("mail",)][-1] == 5.0
+    assert read[QUEUE_WAIT.name, ("slow",)][-1] == 10.0
+
+    long = "x" * 64
+    for number in range(2 * QUEUES):
+        counts.observe_queue(1.0, f"{long[:60]}{number:04}")
+    names = {labels for name, labels in counts.read() if name == QUEUE_WAIT.name}
+    assert len(names) == QUEUES
+    assert ("other",) in names
+    assert (f"{long[:60]}0001",) in names
 
 
 def test_every_metric_is_documented(beatless_app: App) -> None:

@@ -13,10 +13,13 @@ from beatless import App, BadRequest, RunNotFound, RunState
 from beatless.client import RunRequest
 from beatless.errors import QueueBusy, Unreachable
 from beatless.orchestrator.errors import RunIsActive
+from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, Presence, QueueStatements
 from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.publishers import CeleryTaskPublisher
+from beatless.outbox.queries import execute
 from beatless.testing import Kit
+from tests.valkeys import until
 
 
 def start(beatless: Kit, count: int, queue: str = "default") -> list[str]:
@@ -119,6 +122,75 @@ def test_counts_per_state(beatless: Kit) -> None:
     assert (found.completed, found.failed, found.cancelled) == (2, 1, 1)
     assert found.oldest is not None
     assert (found.per_minute, found.workers) == (4, 1)
+
+
+def test_the_oldest_run_is_told_whether_it_was_sent_or_not(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    def oldest() -> float:
+        (found,) = beatless.client.queues()
+        ((passed,),) = postgres.execute("SELECT extract(epoch FROM now() - %s)", (found.oldest,))
+        return float(passed or -1)
+
+    start(beatless, 41, "q")
+    beatless.advance(90)
+    assert 89 < oldest() < 100
+    while beatless.drain_outbox_once():
+        pass
+    assert 89 < oldest() < 100  # most were sent to the broker, and nobody takes them
+    beatless.advance(600)
+    beatless.drain_outbox_once()
+    assert 689 < oldest() < 700  # sent again
+    beatless.work_until_idle()
+    assert oldest() == -1
+    retried = beatless.start_run("retries", {"failures": 1}, queue="q")
+    beatless.work_until_idle()
+    beatless.advance(50)
+    beatless.drain_outbox_once()
+    assert 10 < oldest() < 51  # since the back-off of its attempt
+    beatless.client.cancel_run(retried.run_id)
+
+
+def test_workers_are_counted_by_what_they_consume(beatless: Kit, beatless_app: App) -> None:
+    start(beatless, 1, "q")
+    statements = QueueStatements(beatless_app.settings.schema)
+
+    def workers() -> int:
+        (found,) = beatless.client.queues()
+        return found.workers
+
+    def presence(name: str, *queues: str) -> Presence:
+        return Presence(worker=name, hostname="here", queues=list(queues), processes=8, version="1")
+
+    with beatless_app.engine.begin() as connection:
+        statements.announce(connection, presence("a", "q", "other"))
+        statements.announce(connection, presence("b", "q"))
+        statements.announce(connection, presence("c", "other"))
+    assert workers() == 2
+    with beatless_app.engine.begin() as connection:
+        statements.announce(connection, presence("b", "other"))  # told to consume another
+        statements.withdraw(connection, presence("c"))
+    assert workers() == 1
+    beatless.advance(PRESENCE_EXPIRES_S)  # killed
+    assert workers() == 0
+    beatless.advance(86_400)
+    with beatless_app.engine.begin() as connection:
+        statements.announce(connection, presence("d"))
+        rows = execute(connection, f"SELECT worker FROM {beatless_app.settings.schema}.workers", {})
+    assert rows == [("d",)]
+
+
+@pytest.mark.long
+def test_workers_that_consume_a_queue_are_counted_while_they_are_idle(beatless: Kit) -> None:
+    workers = [beatless.worker_process("tests.plans:app") for _ in range(2)]
+    beatless.start_run("two_steps")
+
+    def counted(number: int) -> None:
+        until(lambda: [queue.workers for queue in beatless.client.queues()] == [number])
+
+    counted(2)
+    workers[0].terminate()
+    counted(1)
 
 
 def test_a_long_history_is_counted_now_and_then(

@@ -140,6 +140,46 @@ def test_explain_tells_attempts_waits_leases_and_publishes(beatless: Kit) -> Non
     assert told(beatless, run.run_id)[-1][2] == "6 of 6 events are published"
 
 
+def waits(kit: Kit, run_id: str) -> list[tuple[str, int]]:
+    """What a run waited for, and how many seconds."""
+    found = kit.client.explain(run_id)
+    return [(m.text, round(m.seconds or 0.0)) for m in found if m.kind == "wait"]
+
+
+def test_explain_tells_a_back_off_from_the_wait_for_a_free_worker(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    run = beatless.start_run("two_steps")
+    later = beatless.start_run("two_steps", delay=30)
+    asleep = beatless.start_run("sleepy", {"wake": str(tmp_path / "wake")})
+    beatless.advance(40)
+    beatless.work_until_idle()
+    assert waits(beatless, run.run_id) == [("waited for a free worker", 40)]
+    assert waits(beatless, later.run_id) == [
+        ("waited for its time", 30),
+        ("waited for a free worker", 10),
+    ]
+    (tmp_path / "wake").touch()
+    beatless.advance(4000)
+    beatless.work_until_idle()
+    (_, (snooze, _), (free, seconds)) = waits(beatless, asleep.run_id)
+    assert (snooze[:17], free) == ("waited a snooze o", "waited for a free worker")
+    assert seconds > 100
+
+    failed = beatless.start_run("retries", {"failures": 1})
+    beatless.work_until_idle()
+    beatless.advance(600)
+    beatless.drain_outbox_once()
+    assert any("no worker was free" in text for _, _, text in told(beatless, failed.run_id))
+    beatless.work_until_idle()
+    *_, (backoff, _), (free, seconds) = waits(beatless, failed.run_id)
+    assert (backoff, free) == (
+        "waited for the back-off of its next attempt",
+        "waited for a free worker",
+    )
+    assert seconds > 500
+
+
 def test_explain_tells_of_an_attempt_whose_process_died(beatless: Kit) -> None:
     run = beatless.start_run("two_steps")
     with beatless.crash(at="step.effect_done"):
