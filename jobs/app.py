@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import redis
@@ -170,7 +171,10 @@ class App:
     def direct_connection(self) -> DirectConnection:
         """A new session of the relay: autocommit, never through a pooler."""
         return connect_directly(
-            self.settings, "beatless relay", DirectConnection, prepare_threshold=1
+            self.settings,
+            f"beatless relay {metadata.version('beatless')}",
+            DirectConnection,
+            prepare_threshold=1,
         )
 
     def chores(self) -> list[Chore]:

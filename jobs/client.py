@@ -535,15 +535,19 @@ class Client:
     def retry_page(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
         """`retry_failed` for a server: goes no further after so many bytes of new runs."""
         refused: list[Exception] = []
+        tried: list[Place] = []
 
         def started() -> Iterator[tuple[Run, Place]]:
             for found, place in self._retry_each(chosen, limit):
+                tried.append(place)
                 if isinstance(found, Run):
                     yield found, place
                 else:
                     refused.append(found)
 
-        return replace(_page(started(), limit, max_bytes), refused=refused)
+        page = _page(started(), limit, max_bytes)
+        following = page.next or (tried[-1] if len(tried) == limit else None)
+        return replace(page, refused=refused, next=following)
 
     def _retry_each(self, chosen: GivenUp, limit: int) -> Iterator[tuple[Run | Exception, Place]]:
         """The new run or why there is none, and the place of the run that failed."""

@@ -36,7 +36,7 @@ from beatless.orchestrator.events import EventType
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import channel_for
-from beatless.outbox.queries import channel_of
+from beatless.outbox.queries import channel_of, outbox_lag
 from beatless.postgres import connect, connect_directly
 from beatless.schema import head
 from beatless.stream import Subscription
@@ -948,16 +948,7 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
 
     def _outbox(self) -> Iterator[Finding]:
         s = self._settings.schema
-        pending, age, letters = self._rows(
-            f"""
-SELECT (SELECT count(*) FROM {s}.run_outbox),
-       (SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
-          FROM generate_series(0, {SHARDS - 1}) AS own(shard) CROSS JOIN LATERAL (
-            SELECT run_id, from_seq FROM {s}.run_outbox o WHERE o.shard = own.shard
-             ORDER BY id LIMIT 1) o
-          JOIN {s}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
-       (SELECT count(*) FROM {s}.dead_letters)"""
-        )[0]
+        pending, age, letters = self._rows(f"SELECT {outbox_lag(s)}")[0]
         if (age or 0) > 10:
             yield Finding(
                 check="outbox",

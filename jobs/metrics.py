@@ -36,8 +36,7 @@ from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.state import FINAL, RunState
-from beatless.outbox.message import SHARDS
-from beatless.outbox.queries import execute
+from beatless.outbox.queries import execute, outbox_lag
 
 logger = logging.getLogger(__name__)
 
@@ -576,13 +575,7 @@ class PostgresGauges:
         s = schema
         self._sql = f"""
 SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
-       (SELECT count(*) FROM {s}.run_outbox),
-       (SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
-          FROM generate_series(0, {SHARDS - 1}) AS own(shard) CROSS JOIN LATERAL (
-            SELECT run_id, from_seq FROM {s}.run_outbox o WHERE o.shard = own.shard
-             ORDER BY id LIMIT 1) o
-          JOIN {s}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
-       (SELECT count(*) FROM {s}.dead_letters),
+       {outbox_lag(s)},
        (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
           SELECT queue, CASE WHEN state = 'running' THEN state
                              WHEN state = 'waiting' AND due_at > clock_timestamp() THEN 'delayed'

@@ -181,6 +181,18 @@ def doorbell(schema: str, shard: str) -> str:
     )
 
 
+def outbox_lag(schema: str) -> str:
+    """Three columns: appends that are not published, the oldest's age in seconds, dead letters."""
+    return f"""
+       (SELECT count(*) FROM {schema}.run_outbox),
+       (SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
+          FROM generate_series(0, {SHARDS - 1}) AS own(shard) CROSS JOIN LATERAL (
+            SELECT run_id, from_seq FROM {schema}.run_outbox o WHERE o.shard = own.shard
+             ORDER BY id LIMIT 1) o
+          JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
+       (SELECT count(*) FROM {schema}.dead_letters)"""
+
+
 def outbox_row(schema: str, source: str, shard: str, count: str) -> str:
     """SQL that records an append: one row for all of its events."""
     return (

@@ -31,7 +31,7 @@ from beatless.api.problems import Problem
 from beatless.app import App
 from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.auth import Scope as Permission
-from beatless.client import Client, RunPage, new_run_id
+from beatless.client import Client, RunPage, new_run_id, reaching_postgres
 from beatless.cursors import decode_page, encode_page, parse_event_id
 from beatless.errors import BadRequest, SchemaBehind
 from beatless.namespaces import DEFAULT_NAMESPACE
@@ -41,6 +41,7 @@ from beatless.orchestrator.journal import GivenUp, Place, Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.queries import execute
 from beatless.supervision import Supervisor
+from beatless.system import System
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ def create_api(
     tokens = Tokens(app.engine, app.settings.schema)
     places = Places(tokens)
     namespaces = Namespaces(app)
+    system = System(app)
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -552,6 +554,17 @@ def create_api(
                 for plan in app.plans.values()
             ]
         }
+
+    @api.get("/v1/system", responses=answers())
+    def show_system(client: Reader, request: Request) -> dict[str, Any]:
+        """Relays, workers, versions and lag; the fleet is seen by the namespace `default` only."""
+        del client
+        if granted(request).namespace != DEFAULT_NAMESPACE:
+            raise Problem(
+                HTTPStatus.FORBIDDEN, f"a token of the namespace {DEFAULT_NAMESPACE} is needed"
+            )
+        with reaching_postgres(app.settings.schema):
+            return asdict(system.look())
 
     @api.get("/v1/token", responses=answers())
     def describe_token(request: Request) -> dict[str, Any]:

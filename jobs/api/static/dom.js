@@ -43,7 +43,12 @@ export class Rows {
 
 export function setText(node, text) { if (node.textContent !== text) node.textContent = text; }
 
-export function stateTag(state) { return el("span", { class: `state ${state}` }, state); }
+// What of an id is worth reading: the last digits of a UUID, and names that people gave.
+export function shortId(runId) { return /[0-9a-f]{8}-[0-9a-f-]{27}$/.test(runId) ? runId.slice(-8) : runId; }
+
+export function runLink(runId, words = "", attributes = {}) {
+  return el("a", { href: `#/run/${encodeURIComponent(runId)}`, title: runId, ...attributes }, words, el("span", { class: "mono" }, shortId(runId)));
+}
 
 export function span(ms) {
   if (ms < 0) return "0 ms";
@@ -85,6 +90,26 @@ export function copyable(text, what) {
     button.addEventListener("blur", () => { button.textContent = "copy"; }, { once: true });
   } }, "copy");
   return button;
+}
+
+// What is seldom wanted, behind a button. `items` are pairs of words and what they do.
+export function menu(label, items) {
+  const summary = el("summary", { "aria-label": label, title: label }, "⋯");
+  const act = (action) => {
+    node.open = false;
+    summary.focus(); // where a dialog gives the focus back to
+    action();
+  };
+  const node = el("details", { class: "menu" }, summary, el("div", { class: "items" },
+    ...items.map(([words, action]) => el("button", { type: "button", onclick: () => act(action) }, words))));
+  node.addEventListener("focusout", (event) => { if (event.relatedTarget && !node.contains(event.relatedTarget)) node.open = false; });
+  node.addEventListener("keydown", (event) => { if (event.key === "Escape" && node.open) { node.open = false; summary.focus(); } });
+  const outside = (event) => { if (!node.contains(event.target)) node.open = false; };
+  node.addEventListener("toggle", () => {
+    if (node.open) document.addEventListener("pointerdown", outside);
+    else document.removeEventListener("pointerdown", outside);
+  });
+  return node;
 }
 
 // A dialog that is made, asked and thrown away. `fill(form)` adds the fields; resolves with the

@@ -7,13 +7,14 @@ import { seen, watch } from "./places.js";
 import { showQueues } from "./queues.js";
 import { showRun } from "./run.js";
 import { showRuns } from "./runs.js";
+import { showSystem } from "./system.js";
 import { startRun } from "./start.js";
 
 const main = document.getElementById("main");
 const status = document.getElementById("status");
 const fresh = document.getElementById("new");
 const SHORTCUTS = [
-  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["d", "dead letters"],
+  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["d", "dead letters"], ["s", "system"],
   ["/", "go to the filter"], ["j  k", "next, previous row or step"], ["Enter", "open it"],
   ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
   ["x", "remove the run that is shown"], ["?", "this list"],
@@ -22,6 +23,8 @@ const SHORTCUTS = [
 // One page. `leave` is called when another one takes its place, `keys` are its own shortcuts.
 class Page {
   constructor() { this.left = false; this.keys = {}; this.timers = []; this.endings = []; }
+
+  title(words) { if (!this.left) document.title = `${words} · beatless`; }
 
   show(...nodes) { if (!this.left) main.replaceChildren(...nodes); }
 
@@ -68,21 +71,32 @@ async function route(event) {
   document.getElementById("said").replaceChildren();
   status.textContent = "";
   const [path, query] = location.hash.replace(/^#/, "").split("?");
-  const run = path.match(/^\/run\/(.+)$/);
-  const [name, show] = run ? ["runs", () => showRun(mine, decodeURIComponent(run[1]))]
-    : path === "/queues" ? ["queues", () => showQueues(mine)]
-    : path === "/dead-letters" ? ["letters", () => showLetters(mine)]
-    : ["runs", () => showRuns(mine, new URLSearchParams(query))];
+  const run = runOf(path);
+  const [name, title, show] = run !== null ? ["runs", run, () => showRun(mine, run)]
+    : path === "" || path === "/" ? ["runs", "Runs", () => showRuns(mine, new URLSearchParams(query))]
+    : path === "/queues" ? ["queues", "Queues", () => showQueues(mine)]
+    : path === "/dead-letters" ? ["letters", "Dead letters", () => showLetters(mine)]
+    : path === "/system" ? ["system", "System", () => showSystem(mine)]
+    : ["", "No such page", () => showNothing(mine, path)];
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.page === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = run ? `${decodeURIComponent(run[1])} · beatless` : "beatless";
+  mine.title(title);
   if (event) main.focus({ preventScroll: true });
   lacks("runs:write").then((reason) => forbid(fresh, reason)).catch(() => {}); // the page tells what is wrong
   try { await show(); } catch (error) {
-    mine.show(problem(error), el("p", {}, el("a", { href: "#/" }, "← all runs")));
+    mine.show(problem(error), el("p", {}, el("a", { href: "#/" }, "← All runs")));
   }
+}
+
+function runOf(path) {
+  try { return decodeURIComponent(path.match(/^\/run\/(.+)$/)?.[1] ?? "") || null; } catch { return null; }
+}
+
+function showNothing(shown, path) {
+  shown.show(el("h1", {}, "There is no such page"),
+    el("p", {}, "Nothing is at ", el("code", {}, `#${path}`), "."), el("p", {}, el("a", { href: "#/" }, "← All runs")));
 }
 
 function help() {
@@ -102,6 +116,7 @@ const KEYS = {
   r: () => { location.hash = "#/"; },
   q: () => { location.hash = "#/queues"; },
   d: () => { location.hash = "#/dead-letters"; },
+  s: () => { location.hash = "#/system"; },
   "/": () => main.querySelector("[data-filter]")?.focus(),
   j: () => walk(1),
   k: () => walk(-1),

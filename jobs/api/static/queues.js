@@ -1,7 +1,7 @@
 // Queues, and what can be said about them for the whole fleet.
 
 import { call, now, post } from "./api.js";
-import { Rows, age, ask, count, el, problem, setText, tell } from "./dom.js";
+import { Rows, age, ask, count, el, menu, problem, setText, tell } from "./dom.js";
 
 const COUNTS = ["waiting", "delayed", "active", "completed", "failed", "cancelled"];
 
@@ -79,12 +79,11 @@ export async function showQueues(page) {
     const workers = el("td", { class: "number", "data-label": "workers" });
     let halted = false;
     const toggle = el("button", { type: "button", "data-stop": true, onclick: () => act(queue.name, halted ? "resume" : "pause") });
-    const dangers = [["Drain", drain], ["Obliterate", obliterate]].map(([verb, action]) =>
-      el("button", { type: "button", class: "danger", "aria-label": `${verb} ${queue.name}`, onclick: () => action(queue.name) }, verb));
+    const more = menu(`More for ${queue.name}`, [["Drain…", () => drain(queue.name)], ["Obliterate…", () => obliterate(queue.name)]]);
     return {
       node: el("tr", {}, el("td", { class: "title" },
         el("a", { href: `#/?queue=${encodeURIComponent(queue.name)}` }, queue.name), " ", paused),
-        ...numbers, oldest, rate, workers, el("td", { class: "buttons" }, toggle, ...dangers.flatMap((button) => [" ", button]))),
+        ...numbers, oldest, rate, workers, el("td", { class: "buttons" }, toggle, " ", more)),
       update(state) {
         halted = Boolean(state.paused_at);
         paused.hidden = !halted;

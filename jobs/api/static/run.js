@@ -1,7 +1,7 @@
 // One run: its timeline and its events, live.
 
 import { address, call, callText, lacks, now, post, token } from "./api.js";
-import { ask, copyable, count, el, forbid, problem, setText, span, tell, time } from "./dom.js";
+import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time } from "./dom.js";
 import { member, object, parts, pretty } from "./json.js";
 import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
@@ -41,7 +41,7 @@ export async function showRun(page, runId) {
 
   const cancel = el("button", { type: "button", class: "danger", id: "cancel", title: "Cancel (c)", onclick: askToCancel }, "Cancel");
   const retry = el("button", { type: "button", id: "retry", title: "Retry (t)", onclick: askToRetry }, "Retry");
-  const remove = el("button", { type: "button", class: "danger", id: "remove", title: "Remove (x)", onclick: askToRemove }, "Remove");
+  const remove = el("button", { type: "button", id: "remove", title: "Remove (x)", onclick: askToRemove }, "Remove");
   forbid(cancel, reason);
   forbid(retry, reason);
 
@@ -105,7 +105,11 @@ export async function showRun(page, runId) {
 
   async function look() {
     if (!seen() || removing) return;
-    try { await call(path); } catch (error) { if (error.status === 404 && !removing) gone(); }
+    try {
+      const latest = await call(path);
+      dirty ||= latest.retried_by !== run.retried_by;
+      run = latest;
+    } catch (error) { if (error.status === 404 && !removing) gone(); }
   }
 
   function choose(name) {
@@ -157,15 +161,15 @@ export async function showRun(page, runId) {
       cancel.hidden = Boolean(final || stopping);
       retry.hidden = !final;
       forbid(remove, reason ?? (told === "running" && !final ? "A worker has it: cancel it first" : null));
+      page.title(`${run.plan} ${shortId(runId)} · ${told}`);
       const entries = [["Plan", el("a", { href: `#/?plan=${encodeURIComponent(run.plan)}` }, run.plan)],
         ["Queue", el("a", { href: `#/?queue=${encodeURIComponent(run.queue)}` }, run.queue)], ["Started", time(run.created_at)]];
       if (run.priority) entries.push(["Priority", String(run.priority)]);
       if (run.key) entries.push(["Key", el("code", {}, run.key)]);
       if (run.not_before) entries.push(["Not before", time(run.not_before)]);
       if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
-      if (run.retry_of) entries.push(["Retry of", el("a", { class: "mono", href: `#/run/${encodeURIComponent(run.retry_of)}` }, run.retry_of)]);
-      const tags = Object.entries(run.tags).map(([name, text]) => `${name}=${text}`);
-      if (tags.length) entries.push(["Tags", el("span", {}, ...tags.map((tag) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag })}` }, tag)))]);
+      if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
+      if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
       if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
       if (links.flower) entries.push(["In", el("a", { href: `${links.flower.replace(/\/$/, "")}/task/${encodeURIComponent(runId)}` }, "Flower")]);
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
@@ -306,8 +310,10 @@ export async function showRun(page, runId) {
   const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
     el("pre", { tabindex: "0" }, shown(member(text, "input"))));
   page.show(el("p", { class: "crumb" }, el("a", { href: "#/" }, "← Runs")),
-    el("div", { class: "head" }, el("h1", { class: "mono" }, runId), copyable(runId, "the id"), state,
+    el("div", { class: "head" }, el("h1", {}, run.plan, " ", el("span", { class: "mono soft" }, shortId(runId))), state,
+      el("span", { class: "tags" }, ...Object.entries(run.tags).map(([name, text]) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag: `${name}=${text}` })}` }, `${name}=${text}`))),
       el("span", { class: "actions" }, cancel, retry, remove)),
+    el("p", { class: "id soft" }, el("span", { class: "mono", id: "run-id" }, runId), copyable(runId, "the id")),
     facts, outcome, timeline, detail, run.input === null ? null : input, log.node);
   draw();
   try { await readPast(); } catch (error) {

@@ -2,13 +2,14 @@
 
 import { call, lacks, now } from "./api.js";
 import { cleanRuns } from "./clean.js";
-import { Rows, age, el, forbid, setText, span } from "./dom.js";
+import { Rows, age, el, forbid, runLink, setText, span } from "./dom.js";
+import { retryFailed } from "./failed.js";
 
 const STATES = ["queued", "running", "completed", "failed", "cancelled"];
 const PAGE = 50;
 
 export async function showRuns(page, query) {
-  const wanted = Object.fromEntries(["state", "plan", "queue", "tag"].map((name) => [name, query.get(name) ?? ""]));
+  const wanted = Object.fromEntries(["state", "plan", "queue", "tag", "retried"].map((name) => [name, query.get(name) ?? ""]));
   const cursors = [null]; // of the pages from the first to the one that is shown
   let found = { runs: [], next: null };
   const body = el("tbody", { id: "runs" });
@@ -17,7 +18,12 @@ export async function showRuns(page, query) {
   const newer = el("button", { type: "button", onclick: () => turn(-1) }, "← Newer");
   const older = el("button", { type: "button", onclick: () => turn(1) }, "Older →");
   const place = el("span", { class: "soft" });
-  const clean = el("button", { type: "button", id: "clean", class: "danger", title: "Take away runs that ended long ago", onclick: async () => {
+  const retry = el("button", { type: "button", id: "retry-all", title: "Retry the failed runs of this list", onclick: async () => {
+    if (await retryFailed(wanted)) await refresh();
+  } }, "Retry all that match…");
+  const open = el("input", { type: "checkbox", id: "not-retried", onchange: () => filter("retried", open.checked ? "false" : "") });
+  const unretried = el("label", { class: "check" }, open, el("span", {}, "not retried"));
+  const clean = el("button", { type: "button", id: "clean", title: "Take away runs that ended long ago", onclick: async () => {
     if (await cleanRuns(wanted.state)) await refresh();
   } }, "Clean up…");
   const tabs = ["", ...STATES].map((state) => {
@@ -30,10 +36,19 @@ export async function showRuns(page, query) {
   function filter(name, value) {
     wanted[name] = value.trim();
     cursors.length = 1;
-    for (const { state, tab } of tabs) tab.setAttribute("aria-pressed", String(wanted.state === state));
+    mark();
     const kept = new URLSearchParams(Object.entries(wanted).filter(([, text]) => text));
     history.replaceState(null, "", `#/${kept.size ? `?${kept}` : ""}`);
     return refresh();
+  }
+
+  // Which filters are chosen, and what goes with failed runs only.
+  function mark() {
+    const failed = wanted.state === "failed";
+    if (!failed) wanted.retried = "";
+    for (const { state, tab } of tabs) tab.setAttribute("aria-pressed", String(wanted.state === state));
+    retry.hidden = unretried.hidden = !failed;
+    open.checked = wanted.retried === "false";
   }
 
   function turn(by) {
@@ -73,6 +88,8 @@ export async function showRuns(page, query) {
   const [{ plans: known }, reason] = await Promise.all([call("/v1/plans"), lacks("runs:write")]);
   const plans = known.map((plan) => plan.name);
   forbid(clean, reason);
+  forbid(retry, reason);
+  mark();
   if (wanted.plan && !plans.includes(wanted.plan)) plans.push(wanted.plan);
   const choice = el("select", { id: "plan", "data-filter": true, onchange: (event) => filter("plan", event.target.value) },
     el("option", { value: "" }, "any plan"), ...plans.map((name) => el("option", { selected: name === wanted.plan }, name)));
@@ -82,32 +99,32 @@ export async function showRuns(page, query) {
     el("h1", { class: "unseen" }, "Runs"),
     el("div", { class: "bar" },
       el("div", { class: "tabs", role: "group", "aria-label": "State" }, ...tabs.map(({ tab }) => tab)),
-      el("label", {}, "plan", choice), typed("queue", "any queue"), typed("tag", "name=value")),
+      unretried, el("label", {}, "plan", choice), typed("queue", "any queue"), typed("tag", "name=value")),
     el("div", { class: "card" },
       el("table", { class: "runs" },
-        el("thead", {}, el("tr", {}, ...[["State"], ["Run"], ["Plan"], ["Queue", "wide"], ["Tags", "wide"],
-          ["Events", "number wide"], ["Took", "number"], ["Age", "number"]].map(([title, kind]) =>
+        el("thead", {}, el("tr", {}, ...[["Run"], ["State"], ["Tags"], ["Queue"], ["Events", "number"],
+           ["Took", "number"], ["Age", "number"]].map(([title, kind]) =>
           el("th", { scope: "col", class: kind }, title)))),
         body),
       nothing),
-    el("div", { class: "pager" }, clean, newer, place, older));
+    el("div", { class: "pager" }, clean, retry, newer, place, older));
   await page.every(2000, () => Promise.all([refresh(), count()]));
 }
 
 function makeRow(run) {
   const state = el("span", {});
-  const events = el("td", { class: "number wide" });
+  const events = el("td", { class: "number events" });
   const took = el("td", { class: "number took" });
   const old = el("td", { class: "number age" });
   const why = el("span", { class: "why", hidden: true });
-  const link = el("a", { href: `#/run/${encodeURIComponent(run.run_id)}`, class: "mono", "data-stop": true }, run.run_id);
-  const node = el("tr", { onclick: (event) => {
+  const link = runLink(run.run_id, el("strong", {}, run.plan), { "data-stop": true });
+  const again = el("span", { class: "again", hidden: true });
+  const node = el("tr", { "data-run": run.run_id, onclick: (event) => {
     if (!event.target.closest("a") && !getSelection().toString()) link.click();
   } },
-    el("td", {}, state), el("td", { class: "id" }, link, why), el("td", { class: "plan" }, run.plan),
-    el("td", { class: "wide" }, run.queue),
-    el("td", { class: "wide" }, ...Object.entries(run.tags).map(([name, value]) => el("span", { class: "tag" }, `${name}=${value}`))),
-    events, took, old);
+    el("td", { class: "run" }, link, again, why), el("td", { class: "at" }, state),
+    el("td", { class: "tags" }, ...Object.entries(run.tags).map(([name, value]) => el("span", { class: "tag" }, `${name}=${value}`))),
+    el("td", { class: "queue" }, run.queue), events, took, old);
   return {
     node,
     update(latest) {
@@ -117,6 +134,12 @@ function makeRow(run) {
       state.className = `state ${latest.state}`;
       why.hidden = latest.state !== "failed" || !latest.error;
       if (!why.hidden) setText(why, `${latest.error.type}: ${latest.error.message}`);
+      again.hidden = !latest.retried_by;
+      node.classList.toggle("retried", Boolean(latest.retried_by));
+      if (latest.retried_by && again.dataset.by !== latest.retried_by) {
+        again.dataset.by = latest.retried_by;
+        again.replaceChildren(runLink(latest.retried_by, "retried by ", { class: "badge" }));
+      }
       setText(events, String(latest.last_seq));
       const until = latest.finished_at ? Date.parse(latest.finished_at) : now();
       setText(took, latest.started_at ? span(until - Date.parse(latest.started_at)) : "");
