@@ -35,6 +35,7 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline
+from beatless.outbox.clock import monotonic
 from beatless.outbox.letters import DeadLetter, LetterStatements
 from beatless.outbox.queries import Caller, execute_lazily
 from beatless.queues import Queues
@@ -406,14 +407,14 @@ class Client:
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
-        left, deadline = timeout, None if timeout is None else time.monotonic() + timeout
+        left, deadline = timeout, None if timeout is None else monotonic() + timeout
         while not (run := self.get_run(run_id)).state.final:
             try:
                 for _ in self._streams.follow(run, run.last_seq, timeout=left):
                     pass
             except HistoryChanged:
                 # The end counts, in whichever history it comes.
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                left = None if deadline is None else max(0.0, deadline - monotonic())
         return run
 
     # Acting

@@ -16,12 +16,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import IO, Any, Self
 
 from beatless.errors import BadRequest, JobsError
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import Alarm
 from beatless.postgres import engine as connect_engine
 from beatless.services import (

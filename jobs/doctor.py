@@ -34,6 +34,7 @@ from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.queues import QueueStatements
+from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import channel_of, outbox_lag
@@ -1165,11 +1166,11 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
         return flight
 
     def _await(self, subscription: Subscription | None, flight: Flight) -> None:
-        deadline = time.monotonic() + self._patience
-        while EventType.RUN_FINISHED not in flight.heard and time.monotonic() < deadline:
+        deadline = monotonic() + self._patience
+        while EventType.RUN_FINISHED not in flight.heard and monotonic() < deadline:
             if subscription is None:
                 return
-            for event in subscription.next(deadline - time.monotonic()) or ():
+            for event in subscription.next(deadline - monotonic()) or ():
                 flight.heard.setdefault(event.type, time.time())
 
     def _look(self, client: Client, flight: Flight) -> None:

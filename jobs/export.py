@@ -8,10 +8,11 @@ nothing is repeated: spans are dropped, one warning is written.
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
 from typing import Any
 
 from celery import signals
+
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from time import monotonic, time
+from time import time
 from typing import Any, ClassVar, Protocol
 from wsgiref.simple_server import WSGIServer
 
@@ -36,6 +36,7 @@ from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.state import FINAL, RunState
+from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import execute, outbox_lag
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from time import monotonic
 from typing import TypeVar
 
 import sqlalchemy
@@ -16,6 +15,7 @@ from beatless.orchestrator.errors import RunIsActive
 from beatless.orchestrator.queues import QueueState, QueueStatements
 from beatless.orchestrator.state import FINAL
 from beatless.outbox import forks
+from beatless.outbox.clock import monotonic
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import Caller
 from beatless.transactions import transact

@@ -22,7 +22,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import IO, Any, Self
 
 import psycopg
@@ -31,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from beatless.errors import JobsError
+from beatless.outbox.clock import monotonic
 from beatless.privileges import server_user
 
 START_SECONDS = 60.0

@@ -6,7 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
+
+from beatless.outbox.clock import monotonic
 
 LOCK = "dev.lock"
 """Held by the stack as long as it lives; its process id is inside."""

@@ -14,7 +14,6 @@ import logging
 import select
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from time import monotonic
 from typing import Any, Self, TypeVar
 
 import redis
@@ -31,6 +30,7 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Journal, Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.publishers import channel_for
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import monotonic
+
+from beatless.outbox.clock import monotonic
 
 
 class Supervisor:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from celery.worker.request import Request
@@ -31,6 +30,7 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.journal import Run
 from beatless.orchestrator.lease import Lease
+from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.message import shard_of
 from beatless.outbox.publishers import channel_for, worker_queue

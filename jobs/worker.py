@@ -18,7 +18,6 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from time import monotonic
 from typing import Any, ClassVar, Self
 from wsgiref.simple_server import WSGIServer
 
@@ -45,6 +44,7 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueStatements
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
+from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import worker_queue
 from beatless.settings import Settings

@@ -4,10 +4,10 @@ Duck typed, for nothing here knows Celery: it is the task that brings its classe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
 from typing import Any, Protocol
 
 from beatless.orchestrator.errors import Fatal
+from beatless.outbox.clock import monotonic
 
 STATE_INTERVAL_S = 0.25
 """Between two stored calls of `update_state` with the same state, as between those of progress."""

@@ -1,7 +1,6 @@
 """What a step is given: its input, what went before, and ways to speak while it works."""
 
 from collections.abc import Callable, Mapping
-from time import monotonic
 from typing import Any
 
 import sqlalchemy
@@ -10,6 +9,7 @@ from beatless.orchestrator.errors import LeaseLost, RunCancelled
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease
+from beatless.outbox.clock import monotonic
 
 PROGRESS_EVERY = 0.25
 """Seconds between two progress events of a step: a tight loop cannot flood the journal."""

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache
-from time import monotonic
 from typing import Any, TypeVar
 
 import psycopg
@@ -37,6 +36,7 @@ from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurre
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.queries import Caller
 

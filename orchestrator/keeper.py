@@ -5,12 +5,12 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 
 import psycopg
 
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.lease import Connection, Leases
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 

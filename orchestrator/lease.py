@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any
 
 import psycopg
@@ -22,6 +21,7 @@ from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.journal import RUN_COLUMNS, Run
 from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.state import RunState
+from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import doorbell, execute
 

@@ -8,9 +8,9 @@ commit; `Queues` in `jobs` puts them together.
 import logging
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from time import monotonic
 
 from beatless.orchestrator.state import RunState
+from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller, channel_of, execute
 
 logger = logging.getLogger(__name__)

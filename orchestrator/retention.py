@@ -5,11 +5,11 @@ transaction, and between two steps the database rests.
 """
 
 import logging
-from time import monotonic
 from typing import Any
 
 import psycopg
 
+from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.queries import execute
 

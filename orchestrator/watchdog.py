@@ -9,13 +9,13 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any
 
 import psycopg
 
 from beatless.orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
 from beatless.orchestrator.lease import Connection, Lease, Leases
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from time import monotonic
 from typing import Any, Protocol
 
 import psycopg
 
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
 from beatless.outbox.queries import Queries
 

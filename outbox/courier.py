@@ -4,8 +4,8 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
 
+from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import PublishRefused
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.publishers import TaskPublisher

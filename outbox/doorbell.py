@@ -18,13 +18,13 @@ import select
 import socket
 from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
-from time import monotonic
 from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg import errors as pg_errors
 from psycopg import pq
 
+from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
 from beatless.outbox.queries import Queries
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from time import monotonic
 from typing import Any
 
 import psycopg
@@ -18,6 +17,7 @@ from psycopg.types.string import ByteaBinaryLoader
 
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.chores import Chore, Chores
+from beatless.outbox.clock import monotonic
 from beatless.outbox.courier import Courier
 from beatless.outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
 from beatless.outbox.errors import (

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from inspect import isawaitable
-from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Scope, Tokens
 from beatless.client import reaching_postgres
 from beatless.namespaces import check_namespace
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 

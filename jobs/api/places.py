@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from time import monotonic
 
 from beatless.api.problems import Problem
 from beatless.auth import Grant, Tokens
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 

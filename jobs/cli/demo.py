@@ -9,7 +9,6 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic
 
 import click
 from rich.markup import escape
@@ -23,6 +22,7 @@ from beatless.demo import PLANS
 from beatless.dev import Stack
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
+from beatless.outbox.clock import monotonic
 from beatless.supervision import stop_on_signals
 from beatless.verify import verify
 

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from time import monotonic
 
 import httpx2
 
@@ -12,6 +11,7 @@ from beatless.errors import BadRequest, HistoryChanged, JobsError, WaitTimeout
 from beatless.http.wire import AGAIN, error_of, pause_of
 from beatless.orchestrator.events import Event
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger(__name__)
 
