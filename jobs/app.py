@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 import redis
+import sqlalchemy
 from kombu import Connection
 from redis import asyncio as aioredis
 
@@ -26,6 +27,7 @@ from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import Queries
 from beatless.outbox.relay import Observer, Relay
+from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
 from beatless.queues import Queues
 from beatless.settings import Settings
@@ -86,22 +88,9 @@ class App:
         self._steps_engine = engine(settings.database_url, "beatless", direct=direct, pool_size=0)
         self._relays_redis: list[redis.Redis] = []
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
-        # One statement is its own transaction: no BEGIN and COMMIT around it.
-        autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        self.streams = Streams(
-            journal=self.journal,
-            engine=autocommit,
-            redis_client=self.redis,
-            aredis_client=self.aredis,
-            prefix=settings.prefix,
-            observer=self.metrics.streams,
-        )
-        self.queues = Queues(
-            engine=self.engine,
-            schema=settings.schema,
-            prefix=settings.prefix,
-            broker=self._broker,
-        )
+        self._bounded_engines: list[sqlalchemy.Engine] = []
+        self.streams = self.streams_on(self.engine)
+        self.queues = self._queues_on(self.engine)
         self.client = self.client_for("default")
         self.executors = Executors(
             settings=settings,
@@ -130,22 +119,73 @@ class App:
         forks.watch(self)
 
     def after_fork(self) -> None:
-        self.engine.dispose(close=False)
-        self._steps_engine.dispose(close=False)
+        for each in (self.engine, self._steps_engine, *self._bounded_engines):
+            each.dispose(close=False)
 
-    def client_for(self, namespace: str, *, canary: bool = False) -> Client:
+    def client_for(
+        self, namespace: str, *, canary: bool = False, engine: sqlalchemy.Engine | None = None
+    ) -> Client:
         """A client that sees the runs of one namespace, and no others.
 
-        `canary` gives it the plan of `beatless doctor` instead of yours.
+        `canary` gives it the plan of `beatless doctor` instead of yours; `engine` is one of
+        `bounded_engine`.
         """
         return Client(
             plans={self._canary.name: self._canary} if canary else self.plans,
             journal=self.journal,
-            engine=self.engine,
+            engine=engine or self.engine,
             streams=self.streams,
-            queues=self.queues,
+            queues=self._queues_on(engine) if engine else self.queues,
             namespace=namespace,
             tracing=self.tracing,
+        )
+
+    def bounded_engine(
+        self, *, lock_s: float, statement_s: float, **pool: Any
+    ) -> sqlalchemy.Engine:
+        """For a server: no statement waits for a lock, or works, for longer than that."""
+        limits = {
+            "lock_timeout": str(round(lock_s * 1000)),
+            "statement_timeout": str(round(statement_s * 1000)),
+        }
+        bounded = engine(
+            self.settings.database_url,
+            "beatless",
+            direct=not self.settings.pooled,
+            session=OWN | limits,
+            isolation_level="READ COMMITTED",
+            **pool,
+        )
+        if self.settings.pooled:  # a pooler's sessions are not ours to set
+            sets = "; ".join(f"SET LOCAL {name} = {value}" for name, value in limits.items())
+
+            def limit(connection: sqlalchemy.Connection) -> None:
+                connection.exec_driver_sql(sets)
+
+            sqlalchemy.event.listen(bounded, "begin", limit)
+        self._bounded_engines.append(bounded)
+        return bounded
+
+    def streams_on(self, engine: sqlalchemy.Engine) -> Streams:
+        """Streams that read the journal through this engine."""
+        # One statement is its own transaction: no BEGIN and COMMIT around it. But where limits are
+        # set in each transaction, there must be one.
+        limited = self.settings.pooled and engine in self._bounded_engines
+        return Streams(
+            journal=self.journal,
+            engine=engine if limited else engine.execution_options(isolation_level="AUTOCOMMIT"),
+            redis_client=self.redis,
+            aredis_client=self.aredis,
+            prefix=self.settings.prefix,
+            observer=self.metrics.streams,
+        )
+
+    def _queues_on(self, engine: sqlalchemy.Engine) -> Queues:
+        return Queues(
+            engine=engine,
+            schema=self.settings.schema,
+            prefix=self.settings.prefix,
+            broker=self._broker,
         )
 
     @contextmanager
@@ -228,6 +268,8 @@ class App:
         """Close what this process has opened."""
         self.engine.dispose()
         self._steps_engine.dispose()
+        for each in self._bounded_engines:
+            each.dispose()
         self.celery.close()
         for client in self._relays_redis:
             client.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 import celery
 import redis
+import sqlalchemy
 from kombu.exceptions import KombuError, OperationalError
 
 from beatless.app import App
@@ -81,8 +82,9 @@ class SystemState:
 class System:
     """Looks for one app, and asks no more often than an answer is fresh."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, engine: sqlalchemy.Engine) -> None:
         self._app = app
+        self._engine = engine
         self._mutex = threading.Lock()
         self._found: SystemState | None = None
         self._until = 0.0
@@ -97,7 +99,7 @@ class System:
 
     def _look(self) -> SystemState:
         schema = self._app.settings.schema
-        with self._app.engine.connect() as connection:
+        with self._engine.connect() as connection:
             revision = current(connection, schema)
             version, unpublished, lag, letters = execute(
                 connection, f"SELECT current_setting('server_version'), {outbox_lag(schema)}", {}

@@ -26,8 +26,9 @@ class Answer:
 class Api:
     """A client of the server, in the plainest way."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, state: Any = None) -> None:
         self.port = port
+        self.state = state
         self.token: str | None = None
 
     @property
@@ -99,7 +100,7 @@ def serving(app: App, port: int = 0, *, reuse_port: bool = False, **options: Any
     thread.start()
     assert ready.wait(60)
     try:
-        yield Api(sockets[0].getsockname()[1])
+        yield Api(sockets[0].getsockname()[1], server.config.app.state)
     finally:
         server.should_exit = True
         thread.join(60)

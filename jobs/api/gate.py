@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from inspect import isawaitable
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from beatless import loopback
+from beatless.api.lanes import Lanes
 from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Scope, Tokens
 from beatless.client import reaching_postgres
@@ -60,14 +61,17 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 class GuardedRoute(APIRoute):
     """A route that knows who asks before it reads what they send."""
 
-    def get_route_handler(self) -> Callable[[Request], Any]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
             gate: Gate = request.app.state.gate
             await gate.enter(request, self.path)
-            response: Response = await handle(request)
-            return response
+            if self.path in HEALTH:
+                return await handle(request)
+            lanes: Lanes = request.app.state.lanes.here()
+            async with lanes.lane(request, self.path):
+                return await handle(request)
 
         return guarded
 

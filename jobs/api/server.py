@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
+import sqlalchemy
 import uvicorn
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
@@ -19,27 +20,27 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import exc
 
-from beatless import loopback, schema
+from beatless import loopback
 from beatless.api import problems, sse
 from beatless.api.bodies import BodyLimit
 from beatless.api.connections import Connections, raise_descriptor_limit, share
 from beatless.api.gate import Authenticate, Gate, GuardedRoute, granted
+from beatless.api.lanes import LanesOfLoops
 from beatless.api.places import Places
 from beatless.api.problems import Problem
+from beatless.api.readiness import Readiness
 from beatless.app import App
 from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.auth import Scope as Permission
 from beatless.client import Client, RunPage, new_run_id, reaching_postgres
 from beatless.cursors import decode_page, encode_page, parse_event_id
-from beatless.errors import BadRequest, SchemaBehind
+from beatless.errors import BadRequest
 from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.journal import GivenUp, Place, Run
 from beatless.orchestrator.state import RunState
-from beatless.outbox.queries import execute
 from beatless.supervision import Supervisor
 from beatless.system import System
 
@@ -53,6 +54,10 @@ EVENTS_PAGE = 64
 RUNS_BYTES = 4 * 1024 * 1024
 """The same for lists of runs, which have each run's input, result and error."""
 STUCK_MILLISECONDS = 60_000
+LOCK_TIMEOUT_S = 2.0
+"""How long a statement waits for a row that somebody else holds."""
+STATEMENT_TIMEOUT_S = 20.0
+POOL_TIMEOUT_S = 5.0
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -167,15 +172,16 @@ class Letters(BaseModel):
 class Namespaces:
     """The clients of an app, one for each namespace that somebody has asked for."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, engine: sqlalchemy.Engine) -> None:
         self._app = app
-        self._clients = {DEFAULT_NAMESPACE: app.client}
+        self._engine = engine
+        self._clients: dict[str, Client] = {}
         self._mutex = threading.Lock()
 
     def client(self, namespace: str) -> Client:
         with self._mutex:
             if namespace not in self._clients:
-                self._clients[namespace] = self._app.client_for(namespace)
+                self._clients[namespace] = self._app.client_for(namespace, engine=self._engine)
             return self._clients[namespace]
 
 
@@ -196,10 +202,17 @@ def create_api(
     connection comes from loopback, no header tells of a proxy, and `Host` is a name of this machine
     with the port. With `is_open` everybody may. With `flower_url` the run page links to Flower.
     """
-    tokens = Tokens(app.engine, app.settings.schema)
+    engine = app.bounded_engine(
+        lock_s=LOCK_TIMEOUT_S, statement_s=STATEMENT_TIMEOUT_S, pool_timeout=POOL_TIMEOUT_S
+    )
+    streams = app.streams_on(engine)
+    tokens = Tokens(engine, app.settings.schema)
     places = Places(tokens)
-    namespaces = Namespaces(app)
-    system = System(app)
+    namespaces = Namespaces(app, engine)
+    readiness = Readiness(
+        app, app.bounded_engine(lock_s=1, statement_s=2, pool_size=1, max_overflow=0)
+    )
+    system = System(app, engine)
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -207,7 +220,7 @@ def create_api(
     @contextlib.asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         yield
-        await app.streams.aclose()
+        await streams.aclose()
 
     api = FastAPI(
         title="beatless",
@@ -222,6 +235,8 @@ def create_api(
     )
     api.state.gate = Gate(tokens, app.settings.schema, authenticate=authenticate, is_open=is_open)
     api.state.places = places
+    api.state.streams = streams
+    api.state.lanes = LanesOfLoops()
     api.router.route_class = GuardedRoute
     api.add_middleware(BodyLimit)
     problems.install(api)
@@ -440,7 +455,7 @@ def create_api(
         except BaseException:
             place.release()
             raise
-        chunks = sse.chunks(app.streams, run, epoch=epoch, after=after, reset=reset)
+        chunks = sse.chunks(streams, run, epoch=epoch, after=after, reset=reset)
         return sse.EventStream(chunks, places, place)
 
     @api.delete(
@@ -580,29 +595,8 @@ def create_api(
         return {"status": "ok"}
 
     @api.get("/readyz", include_in_schema=False)
-    def readyz() -> JSONResponse:
-        try:
-            schema.check(app.engine, app.settings.schema)
-            with app.engine.connect() as connection:
-                standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
-        except (exc.DBAPIError, SchemaBehind) as error:
-            # Anybody may ask: where our servers are stays in the log.
-            logger.warning("not ready", extra={"action": "not_ready", "reason": str(error)})
-            reason = str(error) if isinstance(error, SchemaBehind) else "Postgres cannot be reached"
-            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        if standby:
-            reason = "the database URL reaches a standby: streams must read the primary"
-            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        redis = app.redis()
-        try:
-            redis.ping()
-        except Exception as error:
-            logger.warning("degraded", extra={"action": "degraded", "reason": str(error)})
-            reason = "Redis cannot be reached: streams read the journal"
-            return JSONResponse({"status": "degraded", "reason": reason})
-        finally:
-            redis.close()
-        return JSONResponse({"status": "ok"})
+    async def readyz() -> JSONResponse:
+        return await readiness.answer()
 
     @api.get("/metrics", include_in_schema=False)
     def metrics(request: Request) -> Response:

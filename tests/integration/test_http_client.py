@@ -41,7 +41,7 @@ AT_ONCE = Backoff(initial=0.001, cap=0.01)
 
 @pytest.fixture
 def api(beatless_app: App) -> Iterator[Api]:
-    with serving(beatless_app) as api:
+    with serving(beatless_app, is_open=True) as api:  # a proxy's port is not the server's
         yield api
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -390,9 +389,7 @@ def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
 
     async def follow() -> None:
         nonlocal pruned
-        async for chunk in chunks(
-            beatless.app.streams, run, epoch="e", after=0, reset=False, counted=nullcontext
-        ):
+        async for chunk in chunks(beatless.app.streams, run, epoch="e", after=0, reset=False):
             text.append(chunk)
             if b"id: e.1\n" in chunk:
                 beatless.advance(31 * DAY)

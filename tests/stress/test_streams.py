@@ -69,7 +69,7 @@ def served(app: App, directory: Path) -> Iterator[tuple[Child, int]]:
     port = free_port()
     child = Child(
         "api",
-        ["serve", "--port", str(port)],
+        ["serve", "--port", str(port), "--open"],
         environ=os.environ | app.settings.to_env(),
         log=directory / "api.log",
     )
@@ -149,7 +149,7 @@ def test_the_api_is_restarted_in_order_and_killed(
         proxy = stack.enter_context(Proxy(0))
         viewers: Viewers | None = None
         for part in parts[:2]:
-            with serving(beatless_app) as api:
+            with serving(beatless_app, is_open=True) as api:
                 accepted = proxy.turn_to(api.port)
                 if viewers is None:
                     viewers = Viewers(proxy.url, run_ids)
@@ -165,7 +165,7 @@ def test_the_api_is_restarted_in_order_and_killed(
                 beatless.drain_outbox_once()
                 child.kill()
             work(beatless, part[1::2])
-        proxy.turn_to(stack.enter_context(serving(beatless_app)).port)
+        proxy.turn_to(stack.enter_context(serving(beatless_app, is_open=True)).port)
         assert viewers is not None
         exactly(beatless, run_ids, viewers)
 
@@ -179,11 +179,11 @@ def test_two_servers_share_an_address(
     other = App(beatless_app.settings, list(beatless_app.plans.values()))
     with (
         serving(beatless_app, reuse_port=True) as api,
-        serving(other, api.port, reuse_port=True),
+        serving(other, api.port, reuse_port=True) as second,
     ):
         viewers = Viewers(api.url, watched)
         viewers.wait_for(lambda found: found.seen >= len(watched))
-        streams = [app.streams.open_streams for app in (beatless_app, other)]
+        streams = [each.state.streams.open_streams for each in (api, second)]
         assert sum(streams) == len(watched)
         assert all(streams)
         work(beatless, run_ids)
@@ -209,9 +209,8 @@ async def curl(port: int, path: str, last_event_id: str | None = None) -> bytes:
     """Every byte of an answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     header = "" if last_event_id is None else f"Last-Event-ID: {last_event_id}\r\n"
-    writer.write(
-        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{header}\r\n".encode()
-    )
+    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+    writer.write(f"{head}{header}\r\n".encode())
     raw = await reader.read(-1)
     writer.close()
     return raw
@@ -282,7 +281,7 @@ def test_a_viewer_of_50_mb_that_hardly_reads(
         """1 KB for each six events that the others see."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         path = f"/v1/runs/{run.run_id}/stream"
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         for number in range(100):
             assert await reader.read(1024)
             if number == 0:
