@@ -269,13 +269,15 @@ class Client:
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
         retried: bool | None = None,
+        step: str | None = None,
         before: Run | Place | None = None,
         limit: int = 50,
         connection: Caller | None = None,
     ) -> list[Run]:
         """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
-        `retried` keeps those that somebody has retried, or those that nobody has.
+        `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
+        have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`).
 
         Raises BadRequest for a state that there is not.
         """
@@ -292,6 +294,7 @@ class Client:
                     queue=queue,
                     tags=_tags(tags) if tags else None,
                     retried=retried,
+                    step=step,
                     before=last,
                     limit=limit,
                 )
@@ -306,6 +309,7 @@ class Client:
         queue: str | None,
         tags: Mapping[str, str] | None,
         retried: bool | None,
+        step: str | None,
         before: Place | None,
         limit: int,
         max_bytes: int,
@@ -321,6 +325,7 @@ class Client:
                 queue=queue,
                 tags=_tags(tags) if tags else None,
                 retried=retried,
+                step=step,
                 before=before,
                 limit=limit,
                 read=execute_lazily,

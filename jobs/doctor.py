@@ -33,11 +33,13 @@ from beatless.errors import BadRequest, JobsError, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import channel_of, outbox_lag
+from beatless.places import places
 from beatless.postgres import connect, connect_directly
 from beatless.schema import head
 from beatless.stream import Subscription
@@ -943,7 +945,20 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
                 text=f"runs wait whose plan this app does not have: {told}",
                 advice="if no other app has it, deploy the plan again or cancel the runs",
             )
-        else:
+        waiting = places(self._app.engine, self._app.journal, self._app.plans, reason=UNKNOWN_STEP)
+        if waiting:
+            told = ", ".join(
+                f"{place.plan}.{place.step} ({place.runs}: {place.run_ids[0]})"
+                for place in waiting[:5]
+            )
+            yield Finding(
+                check="plans",
+                status=Status.WARNING,
+                text=f"runs wait in a step that the workers' version of the plan lacks: {told}",
+                advice="deploy a version that has it, or say what it is called now: "
+                'Plan(…, renamed={"before": "now"}); `beatless plan check` names all',
+            )
+        if not rows and not waiting:
             text = f"all unfinished runs are of the {len(self._app.plans)} plans of this app"
             yield Finding(check="plans", status=Status.OK, text=text)
 

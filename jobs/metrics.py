@@ -34,6 +34,7 @@ from sqlalchemy import exc
 from beatless import loopback
 from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.clock import monotonic
@@ -164,6 +165,11 @@ RUNS_ACTIVE = Family(
     name="beatless_runs_active",
     text="Unfinished runs: queued (due now), delayed (due later) or running.",
     labels=("queue", "state"),
+)
+RUNS_UNKNOWN_STEP = Family(
+    name="beatless_runs_unknown_step",
+    text="Unfinished runs in a step that the last worker's version of their plan does not have.",
+    labels=("plan",),
 )
 PENDING = Family(
     name="beatless_outbox_pending", text="Appends whose events have not been published yet."
@@ -564,10 +570,16 @@ class PostgresGauges:
     """
 
     def __init__(
-        self, engine: sqlalchemy.Engine, schema: str, *, wanted: Callable[[], bool]
+        self,
+        engine: sqlalchemy.Engine,
+        schema: str,
+        *,
+        plans: Iterable[str] = (),
+        wanted: Callable[[], bool],
     ) -> None:
         """`wanted` tells whether it is this process that shall export them now."""
         self.wanted = wanted
+        self._plans = list(plans)
         self._engine = engine
         self._mutex = threading.Lock()
         self._asked_at = float("-inf")
@@ -581,7 +593,10 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
           SELECT queue, CASE WHEN state = 'running' THEN state
                              WHEN state = 'waiting' AND due_at > clock_timestamp() THEN 'delayed'
                              ELSE 'queued' END AS state, count(*) AS runs
-            FROM {s}.dispatches GROUP BY 1, 2) t)"""
+            FROM {s}.dispatches GROUP BY 1, 2) t),
+       (SELECT jsonb_object_agg(task, runs) FROM (
+          SELECT task, count(*) AS runs FROM {s}.dispatches
+           WHERE reason = '{UNKNOWN_STEP}' GROUP BY 1) t)"""
 
     def now(self) -> float:
         """Postgres' time in seconds since the epoch, as far as the last scrape tells."""
@@ -598,12 +613,14 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
             answer = self._answer
         if answer is None:
             return
-        _, usage, pending, age, letters, active = answer
+        _, usage, pending, age, letters, active, unknown = answer
         yield _metric(NOTIFY_QUEUE, {(): [usage]})
         yield _metric(PENDING, {(): [pending]})
         yield _metric(OLDEST_AGE, {(): [age or 0.0]})
         yield _metric(DEAD_LETTERS, {(): [letters]})
         yield _metric(RUNS_ACTIVE, _capped(active or []))
+        counts = dict.fromkeys(self._plans, 0) | (unknown or {})
+        yield _metric(RUNS_UNKNOWN_STEP, {(plan,): [runs] for plan, runs in counts.items()})
 
     def forget(self) -> None:
         """Ask Postgres at the next scrape, however young the last answer is."""
@@ -664,7 +681,12 @@ class Metrics(Collector):
         self.worker = WorkerCounts(plans)
         self.streams = StreamCounts()
         self.relay = RelayCounts([plan.name for plan in plans])
-        self.postgres = PostgresGauges(engine, schema, wanted=lambda: 0 in self.relay.shards)
+        self.postgres = PostgresGauges(
+            engine,
+            schema,
+            plans=[plan.name for plan in plans],
+            wanted=lambda: 0 in self.relay.shards,
+        )
         self.relay.clock = self.postgres.now
 
     def collect(self) -> Iterator[Metric]:

@@ -294,21 +294,23 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
     if progress.compensating and progress.begun is None:
         return progress  # the `on_cancel` step has not begun
     try:
-        progress.step = next_step(plan, place, progress.after)
-        undoes = progress.step is not None and progress.step is plan.on_cancel
-        if progress.step is not None and undoes is not progress.compensating:
-            raise UnknownStep(plan.name, progress.step.name)  # not in this role
+        progress.step = next_step(plan, place, undoing=progress.compensating, after=progress.after)
     except UnknownStep as error:
         progress.step, progress.unknown = None, error.step
     return progress
 
 
 def next_step(
-    plan: Plan, place: Event, after: Callable[[Plan, str], Step | None] = Plan.after
+    plan: Plan,
+    place: Event,
+    *,
+    undoing: bool,
+    after: Callable[[Plan, str], Step | None] = Plan.after,
 ) -> Step | None:
     """The step that a run goes on with after the last RunStarted, StepStarted or StepFinished.
 
-    None if all have finished. Raises UnknownStep.
+    None if all have finished. Raises UnknownStep, also for a step that has the other role in this
+    version: `undoing` tells whether it is the one that undoes the run.
 
     1. a step that has begun, or that was chosen: that one
     2. after a step of the plan, the one that is `after` it in this version of the plan
@@ -317,6 +319,13 @@ def next_step(
     For 2 too the plan must have that one: a version that does not know it may be older, and must
     not pass it by.
     """
+    found = _next_step(plan, place, after)
+    if found is not None and (found is plan.on_cancel) is not undoing:
+        raise UnknownStep(plan.name, found.name)
+    return found
+
+
+def _next_step(plan: Plan, place: Event, after: Callable[[Plan, str], Step | None]) -> Step | None:
     data = place.data or {}
     match place.type:
         case EventType.STEP_STARTED:

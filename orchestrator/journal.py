@@ -113,6 +113,18 @@ Place = tuple[datetime, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """Where a run is that has not ended."""
+
+    plan: str
+    place: Event
+    """Its last RunStarted, StepStarted or StepFinished; results are left out."""
+    cancelled: bool
+    undoing: bool
+    """The place came after the cancel: it is an attempt of the plan's `on_cancel` step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GivenUp:
     """Which of the failed runs that nobody has retried."""
 
@@ -377,6 +389,29 @@ SELECT {with_retry} FROM {s}.runs r
    AND (%(before_at)s::timestamptz IS NULL
         OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
  ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
+        # The last event that says where a run is: by the index of its events, backwards.
+        place = f"""{s}.run_events e
+ WHERE e.run_id = r.run_id AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished')
+ ORDER BY e.seq DESC LIMIT 1"""
+        self._standing_at = f"""r.run_id IN (SELECT run_id FROM {s}.dispatches)
+   AND EXISTS (SELECT FROM (
+     SELECT CASE e.type WHEN 'StepStarted' THEN e.step
+                        WHEN 'RunStarted' THEN e.data #>> '{{reused,next}}'
+                        ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
+       FROM {place}) e WHERE %(step)s::text IN (at, split_part(at, '#', 1)))"""
+        # An attempt that was begun after the cancel is one of the step that undoes the run.
+        self._unfinished = f"""
+SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL,
+       CASE WHEN r.cancel_requested_at IS NOT NULL
+            THEN EXISTS (SELECT FROM {s}.run_events c
+                          WHERE c.run_id = r.run_id AND c.type = 'CancelRequested'
+                            AND c.seq < e.seq)
+            ELSE false END,
+       e.seq, e.type, e.step, (e.data - 'result') #- '{{reused,results}}'
+  FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
+ CROSS JOIN LATERAL (SELECT e.seq, e.type, e.step, e.data FROM {place}) e
+ WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
+ ORDER BY r.run_id"""
         self._hold = f"SELECT FROM {s}.runs WHERE run_id = %(run_id)s FOR UPDATE"
         self._retries = f"""
 SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1"""
@@ -614,15 +649,20 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
         retried: bool | None = None,
+        step: str | None = None,
         before: Place | None = None,
         limit: int = 50,
         read: Read = execute,
     ) -> Iterator[Run]:
         """Newest first. `before` is the place of the last run of the page before.
 
+        `step` keeps unfinished runs that are in this step, or go on with it.
+
         With `execute_lazily` few of the runs are in memory at once.
         """
         which = self._in_state.get(RunState(state), "true") if state else "true"
+        if step is not None:
+            which += f" AND {self._standing_at}"
         rows = read(
             connection,
             self._list.replace("{which}", which),
@@ -633,12 +673,23 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "queue": queue,
                 "tags": json.dumps(dict(tags)) if tags else None,
                 "retried": retried,
+                "step": step,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
                 "limit": limit,
             },
         )
         return (Run.from_row(row) for row in rows)
+
+    def unfinished(
+        self, connection: Caller, *, reason: str | None = None, read: Read = execute
+    ) -> Iterator[Unfinished]:
+        """Where all runs are that have not ended, or those that wait for this reason."""
+        for run_id, plan, cancelled, undoing, seq, type, step, data in read(
+            connection, self._unfinished, {"reason": reason}
+        ):
+            place = Event(run_id=run_id, seq=seq, ts=0, type=type, source="", step=step, data=data)
+            yield Unfinished(plan=plan, place=place, cancelled=cancelled, undoing=undoing)
 
     def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:
         """Whether there is a retry of this run, of which nobody can make another before we commit.

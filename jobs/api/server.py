@@ -325,6 +325,9 @@ def create_api(
         queue: str | None = None,
         tag: Annotated[list[str] | None, Query(description="name=value")] = None,
         retried: Annotated[bool | None, Query(description="whether somebody has")] = None,
+        step: Annotated[
+            str | None, Query(description="unfinished runs that are in it, or go on with it")
+        ] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
         cursor: str | None = None,
     ) -> Response:
@@ -335,6 +338,7 @@ def create_api(
             queue=_text(queue),
             tags=dict(_pair(text) for text in tag) if tag else None,
             retried=retried,
+            step=_text(step),
             before=_place(cursor),
             limit=limit,
             max_bytes=RUNS_BYTES,

@@ -4,9 +4,15 @@ from html import escape
 
 import click
 
+from beatless import canary
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
+from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Goto, Plan, Step
+from beatless.places import Place, places
+
+NAMED = 10
+"""Runs of one place that are named to a person."""
 
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
@@ -31,6 +37,55 @@ def show(env: Environment, name: str, svg: bool) -> None:
         click.echo(as_svg(found) if svg else as_text(found))
 
 
+@plan.command()
+@click.pass_obj
+def check(env: Environment) -> None:
+    """Whether every unfinished run can go on with the plans of this code.
+
+    Run it with the code that is to be deployed. Exit status 1 if a run would wait, because it is in
+    a step, or of a plan, that this code does not have.
+    """
+    known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
+    found = places(env.app.engine, env.app.journal, known)
+    waiting = sum(place.runs for place in found if place.waits)
+    if env.as_json:
+        env.document(
+            {
+                "unfinished": sum(place.runs for place in found),
+                "waiting": waiting,
+                "places": [place.to_dict() for place in found],
+            }
+        )
+    else:
+        for place in found:
+            click.echo(place_line(place))
+        if not found:
+            click.echo("no run is unfinished")
+    if waiting:
+        env.note(
+            f"{count(waiting, 'run')} would wait: keep the step until they have left it, or say "
+            'what it is called now, as in Plan(…, renamed={"charge": "pay"})'
+        )
+        raise click.exceptions.Exit(1)
+
+
+def place_line(place: Place) -> str:
+    """How many runs are where, and whether they can go on; of those that cannot, which."""
+    where = "not begun" if place.step is None else f"in {place.step}"
+    text = f"{place.plan}  {count(place.runs, 'run')} {where}"
+    if place.waits is None:
+        return f"{text}: can go on"
+    lacks = "has no such step" if place.waits == UNKNOWN_STEP else "is not in this app"
+    named = ", ".join(place.run_ids[:NAMED])
+    more = place.runs - NAMED
+    return f"{text}: would wait, the plan {lacks}: {named}{f' and {more} more' if more > 0 else ''}"
+
+
+def count(number: int, word: str) -> str:
+    """As in "1 run", "2 runs"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def as_dict(found: Plan) -> dict[str, object]:
     """The graph as a JSON object."""
     return {
@@ -49,6 +104,7 @@ def as_dict(found: Plan) -> dict[str, object]:
             for step in found.steps
         ],
         "on_cancel": None if found.on_cancel is None else found.on_cancel.name,
+        "renamed": found.renamed,
     }
 
 

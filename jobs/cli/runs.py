@@ -128,6 +128,7 @@ def show(env: Environment, run: str) -> None:
 @click.option("--plan")
 @click.option("--queue", metavar="Q")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
+@click.option("--step", metavar="S", help="Unfinished runs that are in it, or go on with it.")
 @click.option("--retried/--not-retried", default=None, help="Whether somebody has retried it.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @click.pass_obj
@@ -137,12 +138,19 @@ def runs(
     plan: str | None,
     queue: str | None,
     tags: tuple[str, ...],
+    step: str | None,
     retried: bool | None,
     limit: int,
 ) -> None:
     """Runs, newest first."""
     found = env.app.client.list_runs(
-        state=state, plan=plan, queue=queue, tags=pairs(tags), retried=retried, limit=limit
+        state=state,
+        plan=plan,
+        queue=queue,
+        tags=pairs(tags),
+        retried=retried,
+        step=step,
+        limit=limit,
     )
     if env.as_json:
         for run in found:

@@ -103,12 +103,14 @@ class AsyncClient:
         queue: str | None = None,
         tags: Mapping[str, str] | None = None,
         retried: bool | None = None,
+        step: str | None = None,
         before: Run | tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> list[Run]:
         """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
-        `retried` keeps those that somebody has retried, or those that nobody has.
+        `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
+        have not ended and are in this step, or go on with it.
         """
         found: list[Run] = []
         while len(found) < limit:
@@ -120,6 +122,7 @@ class AsyncClient:
                     queue=queue,
                     tags=tags,
                     retried=retried,
+                    step=step,
                     before=before,
                     limit=wanted,
                 )

@@ -228,6 +228,7 @@ def list_runs(
     queue: str | None,
     tags: Mapping[str, str] | None,
     retried: bool | None,
+    step: str | None,
     before: Run | tuple[datetime, str] | None,
     limit: int,
 ) -> Call[tuple[list[Run], bool]]:
@@ -239,6 +240,7 @@ def list_runs(
         "queue": queue,
         "tag": _pairs(tags),
         "retried": None if retried is None else str(retried).lower(),
+        "step": step,
         "cursor": encode_page(*last) if last else None,
         "limit": min(limit, PAGE),
     }

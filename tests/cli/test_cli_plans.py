@@ -1,14 +1,18 @@
 """The commands that draw a plan, retry a run, and explain one."""
 
+import json
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
 import pytest
 
-from beatless import App
+from beatless import App, Plan, StepContext, retry, step
 from beatless.cli import run
+from beatless.http import Client
+from beatless.places import places
 from beatless.testing import Kit
+from tests.serving import serving
 
 
 class Command:
@@ -100,3 +104,116 @@ def test_explain_is_a_timeline_and_json_lines(command: Command, beatless: Kit) -
     assert "claimed once by" in lines[-2]
     assert "6 of 6 events are published" in lines[-1]
     assert command("explain", done.run_id, "--json").count('"kind": "attempt"') == 2
+
+
+def standing_in_charge(kit: Kit, runs: int = 1) -> list[str]:
+    """Runs whose attempt of a step `charge` has failed and waits, of a version that has it."""
+
+    @step(name="charge", retry=retry(max_attempts=2, initial=10))
+    def charge(ctx: StepContext) -> None:
+        raise ValueError("away")
+
+    known = Plan("two_steps", [*kit.app.plans["two_steps"].steps[:1], charge])
+    started = [kit.start_run("two_steps").run_id for _ in range(runs)]
+    for run_id in started:
+        kit.executor().execute(known, run_id, 0)
+    return started
+
+
+def test_plan_check_tells_who_would_wait_for_a_step_that_this_code_does_not_have(
+    command: Command, beatless: Kit
+) -> None:
+    assert command("plan", "check") == "no run is unfinished\n"
+    fresh = beatless.start_run("two_steps").run_id
+    half = beatless.start_run("two_steps", run_id="half").run_id
+    beatless.step(half)
+    assert command("plan", "check") == (
+        "two_steps  1 run not begun: can go on\ntwo_steps  1 run in second: can go on\n"
+    )
+    stuck = standing_in_charge(beatless, runs=12)
+    shown = command("plan", "check", status=1).splitlines()
+    assert shown[0].startswith(
+        "two_steps  12 runs in charge: would wait, the plan has no such step: " + min(stuck)
+    )
+    assert shown[0].endswith(" and 2 more")
+    assert "12 runs would wait" in command.error.replace("\n", " ")
+    told = json.loads(command("--json", "plan", "check", status=1))
+    assert (told["unfinished"], told["waiting"]) == (14, 12)
+    assert told["places"] == [
+        {
+            "plan": "two_steps",
+            "step": "charge",
+            "runs": 12,
+            "waits": "unknown_step",
+            "run_ids": sorted(stuck),
+        },
+        {"plan": "two_steps", "step": None, "runs": 1, "waits": None, "run_ids": [fresh]},
+        {"plan": "two_steps", "step": "second", "runs": 1, "waits": None, "run_ids": [half]},
+    ]
+
+
+def test_plan_check_knows_renames_cancels_other_plans_and_the_step_that_undoes(
+    command: Command, beatless: Kit, beatless_app: App
+) -> None:
+    (stuck,) = standing_in_charge(beatless)
+    first, second = beatless_app.plans["two_steps"].steps
+    undo = step(name="undo", retry=retry(max_attempts=2, initial=10))(lambda ctx: ctx.input["gone"])
+    undone = Plan("compensated", [first], on_cancel=undo)
+    run_id = beatless.start_run("compensated").run_id
+    beatless.step(run_id)
+    beatless.client.cancel_run(run_id)
+    cancelled = places(beatless_app.engine, beatless_app.journal, beatless_app.plans)
+    assert [(place.step, place.waits) for place in cancelled] == [
+        ("charge", "unknown_step"),
+        ("wavers", None),
+    ]
+    beatless.executor().execute(undone, run_id, 0)
+
+    def waiting(*plans: Plan) -> list[tuple[str, str | None, str | None]]:
+        found = places(
+            beatless_app.engine, beatless_app.journal, {plan.name: plan for plan in plans}
+        )
+        return [(place.plan, place.step, place.waits) for place in found]
+
+    renamed = Plan("two_steps", [first, second], renamed={"charge": "second"})
+    assert waiting(renamed, undone) == [
+        ("compensated", "undo", None),
+        ("two_steps", "charge", None),
+    ]
+    assert waiting(renamed, Plan("compensated", [undo])) == [
+        ("compensated", "undo", "unknown_step"),  # the same name, and not the same role
+        ("two_steps", "charge", None),
+    ]
+    assert waiting() == [
+        ("compensated", "undo", "unknown_plan"),
+        ("two_steps", "charge", "unknown_plan"),
+    ]
+    assert stuck
+
+
+def test_runs_are_found_by_the_step_that_they_are_in(
+    command: Command, beatless: Kit, beatless_app: App
+) -> None:
+    (stuck,) = standing_in_charge(beatless)
+    half = beatless.start_run("two_steps", run_id="half").run_id
+    beatless.step(half)
+    ended = beatless.start_run("two_steps").run_id
+    beatless.executor().execute(beatless_app.plans["two_steps"], ended, 0)
+    again = beatless.start_run("loop", {"turns": 9}).run_id
+    for _ in range(3):
+        beatless.step(again)
+    found = {"charge": [stuck], "second": [half], "turn": [again], "turn#4": [], "first": []}
+    with serving(beatless_app) as api, Client(f"http://127.0.0.1:{api.port}") as client:
+        for name, run_ids in found.items():
+            ways = [
+                [run["run_id"] for run in documents(command("--json", "runs", "--step", name))],
+                [run.run_id for run in beatless.client.list_runs(step=name)],
+                [run.run_id for run in client.list_runs(step=name)],
+            ]
+            assert ways == [run_ids] * 3
+    assert beatless.client.list_runs(step="charge", state="running") == []
+    assert beatless.client.list_runs(step="charge", plan="loop") == []
+
+
+def documents(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]

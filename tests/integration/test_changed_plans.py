@@ -7,6 +7,8 @@ import psycopg
 import pytest
 
 from beatless import App, CannotRetry, Fatal, Goto, Plan, RunState, Snooze, StepContext, retry, step
+from beatless.api import create_api
+from beatless.doctor import Doctor, Status
 from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Step
 from beatless.testing import Kit
@@ -381,3 +383,30 @@ def test_a_run_that_waits_for_a_version_ends_at_its_deadline(
     assert run.error is not None
     assert (run.state, run.error["type"]) == (RunState.FAILED, "DeadlineExceeded")
     beatless.verify()
+
+
+def test_a_run_that_waits_for_a_version_is_told_by_doctor_and_counted(
+    beatless: Kit, version: Make, beatless_app: App
+) -> None:
+    def counted() -> float | None:
+        beatless_app.metrics.postgres.forget()
+        registry = beatless_app.metrics.registry
+        return registry.get_sample_value("beatless_runs_unknown_step", {"plan": "order"})
+
+    create_api(beatless_app)
+    old, new = version("one charge mail", obeys=True), version("one mail")
+    run_id = beatless.start_run("order", {"charge": "fails"}).run_id
+    old.take(run_id)
+    beatless.advance(10)
+    assert counted() == 0
+    assert new.take(run_id)
+    assert counted() == 1
+    (finding,) = Doctor(new.app).examine(("plans",))
+    assert finding.status is Status.WARNING
+    assert f"order.charge (1: {run_id})" in finding.text
+    assert "renamed=" in finding.advice
+    beatless.advance(16)
+    assert old.take(run_id)
+    assert counted() == 0
+    (finding,) = Doctor(new.app).examine(("plans",))
+    assert finding.status is Status.OK
