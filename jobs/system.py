@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
-from time import monotonic
 from typing import Any
 
 import celery
@@ -15,6 +14,7 @@ import sqlalchemy
 from kombu.exceptions import KombuError, OperationalError
 
 from beatless.app import App
+from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute, outbox_lag
 from beatless.schema import current, head
