@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_MODULES` says the sa
         WaitTimeout,
         WrongEncoding,
     )
+    from beatless.failures import Failure
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
         BadPayload,
@@ -54,6 +55,7 @@ _MODULES = {
     "DeadlineExceeded": "beatless.orchestrator.errors",
     "Event": "beatless.orchestrator.events",
     "EventsPruned": "beatless.orchestrator.errors",
+    "Failure": "beatless.failures",
     "Fatal": "beatless.orchestrator.errors",
     "Finish": "beatless.orchestrator.plan",
     "Goto": "beatless.orchestrator.plan",
@@ -93,6 +95,7 @@ __all__ = [
     "DeadlineExceeded",
     "Event",
     "EventsPruned",
+    "Failure",
     "Fatal",
     "Finish",
     "Goto",

@@ -14,6 +14,7 @@ from redis import asyncio as aioredis
 from beatless import canary, logs
 from beatless.client import Client
 from beatless.export import export_from_worker
+from beatless.failures import Failures, OnFailure
 from beatless.lease_keeper import KeepsLeases
 from beatless.metrics import Metrics, both
 from beatless.orchestrator.journal import Journal
@@ -63,8 +64,19 @@ class App:
     (`celery -A myproject.app:celery worker`), `app.relay()` makes a relay.
     """
 
-    def __init__(self, settings: Settings, plans: Sequence[Plan]) -> None:
-        """Raises PlanError when two plans share a name."""
+    def __init__(
+        self,
+        settings: Settings,
+        plans: Sequence[Plan],
+        *,
+        on_failure: OnFailure | None = None,
+    ) -> None:
+        """`on_failure` is called once for each run that has failed for good, and each dead letter.
+
+        In the process that wrote it, for five seconds at most; what it raises is logged.
+
+        Raises PlanError when two plans share a name.
+        """
         logs.enable_own_loggers()
         self.settings = settings
         self.plans = {plan.name: plan for plan in plans}
@@ -74,6 +86,8 @@ class App:
             raise PlanError(f"two plans are called {', '.join(twice)}")
         self._canary = canary.canary(plans)
         self.tracing = Tracing()
+        self.on_failure = on_failure
+        self._failures = Failures(on_failure)
         if self._canary.name in self.plans:
             raise PlanError(f"the plan {self._canary.name} is beatless's own: choose another name")
         self.journal = Journal(settings.schema, max_event_bytes=settings.max_event_bytes)
@@ -100,7 +114,7 @@ class App:
             faults=self.faults,
             counts=self.metrics.worker,
             scope=self._scope,
-            observer=self.tracing.committed,
+            observer=both(self.tracing.committed, self._failures),
             on_process=self._on_worker_process,
         )
         self.celery = RunsCelery(settings.prefix)
@@ -243,7 +257,9 @@ class App:
                 "redispatch": self.settings.redispatch_seconds,
                 "chores": self.chores(),
                 "faults": self.faults,
-                "observer": both(both(self.metrics.relay, Publications()), observer),
+                "observer": both(
+                    both(both(self.metrics.relay, Publications()), self._failures), observer
+                ),
                 **options,
             },
         )

@@ -707,6 +707,7 @@ def beatless_app(
                 **{"broker_url": schemas.services.broker_url} | beatless_settings,
             ),
             beatless_plans,
+            on_failure=named.on_failure if named else None,
         )
         undo.callback(app.close)
         app.celery.conf.broker_transport_options["polling_interval"] = 0.05

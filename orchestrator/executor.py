@@ -556,6 +556,8 @@ class Execution:
         self._steps_left = max_steps or -1
         self._began: float | None = None
         """When the attempt in flight was begun, by the monotonic clock."""
+        self._exception: BaseException | None = None
+        """What the body raised, until that is told."""
         self._traceparent: str | None = None
         self._in_doubt: Settlement | None = None
         """What a step's own transaction holds, until its commit is sure."""
@@ -908,6 +910,7 @@ class Execution:
         if is_a(error, DeadlineExceeded) and self._lease.late:
             delay = None
         facts = describe(error, progress.occurrence)
+        self._exception = error
         told = {
             "action": "step_failed",
             "run_id": self._run_id,
@@ -1117,9 +1120,10 @@ class Execution:
                 "reason": settlement.reason,
                 "last_seq": appended.last_seq,
                 "seconds": seconds,
+                "exception": self._exception,
             },
         )
-        self._began = None
+        self._began = self._exception = None
         facts = {"run_id": self._run_id, "plan": self._plan.name, "seq": appended.last_seq}
         if state.final:
             logger.info(

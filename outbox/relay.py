@@ -529,7 +529,7 @@ class Drain:
             self._queries.park_sql,
             {"shard": shard, "ids": list(ids), "run_id": run_id, "reason": reason},
         )
-        self._observer("parked", {"run_id": run_id})
+        self._observer("parked", {"run_id": run_id, "reason": reason})
         logger.error(
             "message parked as a dead letter",
             extra={"action": "parked", "run_id": run_id, "reason": reason},

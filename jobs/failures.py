@@ -1,0 +1,109 @@
+"""Tells the user's `on_failure` what has failed for good: once, in the process that wrote it."""
+
+import contextvars
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from beatless import canary
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.state import RunState
+
+logger = logging.getLogger(__name__)
+
+ON_FAILURE_S = 5.0
+"""How long a process waits for `on_failure`. Then it goes on, and may end before it returns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A run that has failed for good, or a message that became a dead letter."""
+
+    kind: str
+    """`run`, or `dead letter`."""
+    run_id: str
+    plan: str | None = None
+    """None for a dead letter."""
+    queue: str | None = None
+    step: str | None = None
+    """The occurrence that failed; None if no step did, as at a deadline without a worker."""
+    attempt: int | None = None
+    error: Mapping[str, Any]
+    """What is stored: `type` and `message`, and of a step `step` and `traceback`."""
+    exception: BaseException | None = None
+    """What the step raised, where it is known: not after its process had died."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+OnFailure = Callable[[Failure], object]
+
+
+class Failures:
+    """The observer of executors and relays that calls `on_failure`."""
+
+    def __init__(self, on_failure: OnFailure | None) -> None:
+        self._on_failure = on_failure
+
+    def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
+        if self._on_failure is None:
+            return
+        match name:
+            case "settled" if facts["state"] is RunState.FAILED:
+                self._settled(facts)
+            case "overdue":
+                for run_id, plan, queue in facts["runs"]:
+                    message = f"run {run_id} did not end before its deadline"
+                    error = {"type": "DeadlineExceeded", "message": message}
+                    self._call(
+                        Failure(kind="run", run_id=run_id, plan=plan, queue=queue, error=error)
+                    )
+            case "parked":
+                error = {"type": "DeadLetter", "message": facts["reason"]}
+                self._call(Failure(kind="dead letter", run_id=facts["run_id"], error=error))
+
+    def _settled(self, facts: Mapping[str, Any]) -> None:
+        run, events = facts["lease"].run, facts["events"]
+        if run.plan == canary.NAME:
+            return
+        attempts = [event.attempt for event in events if event.type == EventType.STEP_FAILED]
+        error = json.loads(events[-1].data)["error"]
+        self._call(
+            Failure(
+                kind="run",
+                run_id=run.run_id,
+                plan=run.plan,
+                queue=run.queue,
+                step=error.get("step"),
+                attempt=attempts[-1] if attempts else None,
+                error=error,
+                exception=facts["exception"],
+                tags=run.tags,
+            )
+        )
+
+    def _call(self, failure: Failure) -> None:
+        """In a thread of its own: one that hangs holds up neither this run's worker nor a relay."""
+        context = contextvars.copy_context()
+        thread = threading.Thread(
+            target=context.run, args=(self._tell, failure), name="beatless-on-failure", daemon=True
+        )
+        thread.start()
+        thread.join(ON_FAILURE_S)
+        if thread.is_alive():
+            logger.warning(
+                "on_failure has not returned, and is not waited for any longer",
+                extra={"action": "on_failure_hangs", "run_id": failure.run_id},
+            )
+
+    def _tell(self, failure: Failure) -> None:
+        assert self._on_failure is not None  # noqa: S101 - see `__call__`
+        try:
+            self._on_failure(failure)
+        except BaseException:  # it is the user's, and a thread of ours ends here
+            logger.exception(
+                "on_failure raised an error",
+                extra={"action": "on_failure_failed", "run_id": failure.run_id},
+            )
