@@ -354,7 +354,7 @@ class Client:
 
     def epoch(self) -> str:
         """Changes when the database's history may have changed: a seq means nothing beyond it."""
-        return self._do(None, self._journal.epoch)
+        return self._do(None, self._streams.epoch)
 
     def explain(self, run_id: str, *, connection: Caller | None = None) -> list[Moment]:
         """Its attempts, waits, leases, dispatches and publishes. Raises RunNotFound."""

@@ -4,6 +4,7 @@ Changes nothing but for its canary runs, which are in a namespace of their own a
 may not be asked (Redis' CONFIG on a managed server, say) is skipped and said.
 """
 
+import json
 import logging
 import re
 import secrets
@@ -27,7 +28,7 @@ from kombu.exceptions import KombuError, OperationalError
 from sqlalchemy import exc
 
 from beatless import canary, loopback
-from beatless.app import App
+from beatless.app import REDIS_TIMEOUTS, App
 from beatless.client import Client, new_run_id
 from beatless.errors import BadRequest, JobsError, WrongEncoding
 from beatless.namespaces import id_prefix
@@ -37,7 +38,6 @@ from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS, shard_of
-from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import channel_of, outbox_lag
 from beatless.places import places
 from beatless.postgres import connect, connect_directly
@@ -88,6 +88,9 @@ VALKEY = {
     (8, 0): (8, "CVE-2026-23479"),
     (7, 2): (13, "CVE-2026-23479"),
 }
+
+PEEKED = 50
+"""Messages of each queue that are looked at."""
 
 POOLED = {
     "statement_timeout": "0",
@@ -288,6 +291,7 @@ class Doctor:
             ("eviction", self._eviction, "redis"),
             ("output buffers", self._buffers, "redis"),
             ("broker", self._broker, ""),
+            ("shared broker", self._shared_broker, "schema"),
             ("clocks", self._clocks, "postgres"),
             ("celery", self._celery, ""),
             ("visibility timeout", self._visibility, ""),
@@ -778,6 +782,38 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
         text = f"{name}, connected in {took * 1000:.1f} ms"
         yield Finding(check="broker", status=Status.OK, text=text)
 
+    def _shared_broker(self) -> Iterator[Finding]:
+        """Whether another database has the same prefix there: each takes the other's messages."""
+        broker = self._settings.redis_broker
+        if broker is None:
+            return
+        prefix = self._settings.prefix
+        names = {queue.name for queue in self._app.client.queues()} | {"default"}
+        waiting: set[str] = set()
+        with broker.client(**REDIS_TIMEOUTS) as found:
+            client: Any = found  # redis-py's answers are typed for both of its worlds
+            for name in names:
+                for message in client.lrange(f"{prefix}:{prefix}.{name}", -PEEKED, -1):
+                    with suppress(ValueError, KeyError, TypeError):
+                        waiting.add(str(json.loads(message)["headers"]["id"]).rpartition(".")[0])
+        known = self._rows(
+            f"SELECT run_id FROM {self._settings.schema}.runs WHERE run_id = ANY(%(ids)s)",
+            {"ids": list(waiting)},
+        )
+        strange = sorted(waiting - {run_id for (run_id,) in known})
+        if strange:
+            yield Finding(
+                check="shared broker",
+                status=Status.WARNING,
+                text=f"{len(strange)} of {len(waiting)} waiting messages are of runs that this "
+                f"database does not have, as {strange[0]}: another database seems to use this "
+                f"broker with the prefix {prefix}, and each takes the other's messages",
+                advice="give each its own BEATLESS_PREFIX, or its own database number of the Redis",
+            )
+        else:
+            text = f"{len(waiting)} messages were looked at, all of this database's runs"
+            yield Finding(check="shared broker", status=Status.OK, text=text)
+
     def _clocks(self) -> Iterator[Finding]:
         skews = {"this machine": -self._offset}
         if self._redis is not None:
@@ -1151,9 +1187,7 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
         with ExitStack() as stack:
             ear = stack.enter_context(self._connect_directly())
             ear.execute(f'LISTEN "{channel_of(self._settings.schema)}"'.encode())
-            subscription = Subscription(
-                self._app.redis, channel_for(self._settings.prefix, flight.run_id)
-            )
+            subscription = Subscription(self._app.redis, self._app.streams.channel(flight.run_id))
             stack.callback(subscription.close)
             live = subscription.ensure()
             over = threading.Event()

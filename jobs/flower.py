@@ -32,6 +32,7 @@ from beatless.app import App
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.publishers import run_of
 from beatless.outbox.queries import execute
 from beatless.settings import service_links
 from beatless.stream import parse
@@ -217,7 +218,8 @@ class Listener:
         # A connection that comes back in silence would have missed what was published.
         client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
         with client, client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis-py's gap
-            pubsub.psubscribe(f"{self._app.settings.prefix}:events:*")
+            self._app.client.epoch()  # the database may be another since the last time
+            pubsub.psubscribe(self._app.streams.channel("*"))
             while (message := pubsub.get_message(timeout=5.0)) is None:
                 pass
             # Only now, or what is published in between would be missed.
@@ -228,7 +230,7 @@ class Listener:
                 if message is None:
                     pubsub.ping()  # a connection that is dead would be silent as well
                 elif message["type"] == "pmessage":
-                    for event in parse(message["data"]):
+                    for event in parse(message["data"], run_of(message["channel"].decode())):
                         self._hear(event)
 
     def _hear(self, event: Event) -> None:

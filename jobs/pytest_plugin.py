@@ -37,6 +37,7 @@ from beatless.migrations import migrate
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.message import SHARDS
 from beatless.outbox.publishers import worker_queue
+from beatless.outbox.tables import history
 from beatless.redis_urls import RedisUrl
 from beatless.schema import VERSION_TABLE
 from beatless.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
@@ -452,7 +453,11 @@ class Schemas:
         made, found = self._shapes[schema], self._shape(schema)
         own = own_tables(schema)
         same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
-        names = [f'"{schema}".{table.name}' for table in api_tokens.metadata.sorted_tables]
+        names = [
+            f'"{schema}".{table.name}'
+            for table in api_tokens.metadata.sorted_tables
+            if table is not history
+        ]
         kept = self._tables[schema] is not None and found.get(own) == made[own]
         if kept:
             names += [name for (name,) in self.connection.execute(ROWS.encode(), (own,))]

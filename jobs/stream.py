@@ -31,7 +31,8 @@ from beatless.orchestrator.journal import Journal, Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
-from beatless.outbox.publishers import channel_for
+from beatless.outbox.publishers import channel_for, run_of
+from beatless.outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,42 @@ class History:
         self._epoch, self.sure = epoch, True
 
 
+class Origin:
+    """What the database's history is now, as far as this process knows."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._epoch = ""
+        self._flushed = 0
+        self._look = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The epoch without its timeline, for names of channels; empty before the first look."""
+        return self._epoch.rpartition("t")[0]
+
+    def epoch(self, connection: Caller) -> str:
+        """The epoch now. It is renewed here if the disk has become an older copy of itself.
+
+        That is: a snapshot was restored while this process lived. One that was restored while none
+        did is for people to tell, by `beatless migrate --restored`.
+        """
+        epoch, flushed = self._journal.epoch(connection)
+        with self._look:
+            if epoch == self._epoch and 0 < flushed < self._flushed:
+                logger.warning(
+                    "the database has gone back in time: its epoch is renewed",
+                    extra={"action": "epoch_renewed", "epoch": epoch},
+                )
+                self._journal.renew(connection, epoch)
+                epoch, flushed = self._journal.epoch(connection)
+            self._epoch, self._flushed = epoch, flushed
+        return epoch
+
+    def after_fork(self) -> None:
+        self._look = threading.Lock()
+
+
 class Pager:
     """Reads a journal in pages whose size in bytes is bounded, however large the events are."""
 
@@ -149,6 +186,7 @@ class Streams:
         """
         self._journal = journal
         self._engine = engine
+        self._origin = Origin(journal)
         self._redis_client = redis_client
         self._prefix = prefix
         self._head_check = head_check
@@ -164,6 +202,26 @@ class Streams:
         # A loop goes on in the parent, and with it what its streams share.
         self._hubs = {}
         self._choosing = threading.Lock()
+        self._origin.after_fork()
+
+    def epoch(self, connection: Caller) -> str:
+        """Changes when the database's history may have changed: restore, or failover."""
+        return self._origin.epoch(connection)
+
+    def _current_epoch(self) -> str:
+        with self._engine.connect() as connection:
+            return self.epoch(connection)
+
+    def channel(self, run_id: str) -> str:
+        """The Redis channel of the run's events. Raises what Postgres raises, the first time."""
+        if not self._origin.name:
+            self._current_epoch()
+        return self._known_channel(run_id)
+
+    def _known_channel(self, run_id: str) -> str:
+        """`channel` in the history of the last look; empty before the first."""
+        name = self._origin.name
+        return channel_for(self._prefix, name, run_id) if name else ""
 
     def _hub(self) -> "Hub":
         """That of the running loop: what waits in one loop cannot be woken from another."""
@@ -174,7 +232,6 @@ class Streams:
                 self._hubs = {key: hub for key, hub in self._hubs.items() if not key.is_closed()}
                 self._hubs[loop] = Hub(
                     self._aredis_client,
-                    self._prefix,
                     heads=self._heads,
                     head_check=self._head_check,
                     without_redis=self._without_redis,
@@ -189,7 +246,9 @@ class Streams:
         deadline = None if timeout is None else monotonic() + timeout
         cursor, reason = Cursor(after), "start"
         history = History(run.run_id, None)
-        subscription = Subscription(self._redis_client, channel_for(self._prefix, run.run_id))
+        with contextlib.suppress(*AWAY):  # then the first look into the journal tells it
+            self.channel(run.run_id)
+        subscription = Subscription(self._redis_client, self._known_channel(run.run_id))
         self._observer("stream_opened", {})
         try:
             while True:
@@ -201,6 +260,8 @@ class Streams:
                 yield from (events := _Once(backfill))
                 if events.final:
                     return
+                if subscription.move(self._known_channel(run.run_id)):
+                    continue  # what we knew of the history was old
                 reason = "head_check" if live else "without_redis"
                 wait = self._head_check if live else self._without_redis
                 quiet_at = monotonic() + wait
@@ -267,7 +328,7 @@ class Streams:
         self, connection: sqlalchemy.Connection, run_ids: list[str]
     ) -> tuple[str, dict[str, int]]:
         """(the epoch, the last seq of each run)"""
-        return self._journal.epoch(connection), self._journal.heads(connection, run_ids)
+        return self.epoch(connection), self._journal.heads(connection, run_ids)
 
     def _state(self, run_id: str) -> tuple[str, int]:
         try:
@@ -304,9 +365,28 @@ class Streams:
             return
         deadline = None if timeout is None else monotonic() + timeout
         cursor, reason = Cursor(after), "start"
-        history = History(run.run_id, epoch)
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
-        async with self._hub().subscribe(run.run_id, after, history) as mailbox, self._counted():
+
+        async def wait(error: Exception) -> None:
+            nonlocal failures
+            failures += 1
+            delay = backoff.delay(failures)
+            _log_wait(run.run_id, error)
+            if deadline is not None and monotonic() + delay >= deadline:
+                raise WaitTimeout(run.run_id, timeout or 0, "unknown", cursor.seq) from error
+            await asyncio.sleep(delay)
+
+        while epoch is None or not self._origin.name:
+            try:
+                now = await asyncio.to_thread(self._current_epoch)
+                epoch = epoch or now
+            except AWAY as error:
+                await wait(error)
+                yield []
+        history = History(run.run_id, epoch)
+        channel = self._known_channel(run.run_id)
+        mailbox = self._hub().subscribe(channel, run.run_id, after, history)
+        async with mailbox, self._counted():
             while not mailbox.ended:
                 await mailbox.ready(None if deadline is None else deadline - monotonic())
                 more = True
@@ -317,14 +397,7 @@ class Streams:
                         )
                     except AWAY as error:
                         history.sure = False
-                        failures += 1
-                        delay = backoff.delay(failures)
-                        _log_wait(run.run_id, error)
-                        if deadline is not None and monotonic() + delay >= deadline:
-                            raise WaitTimeout(
-                                run.run_id, timeout or 0, "unknown", cursor.seq
-                            ) from error
-                        await asyncio.sleep(delay)
+                        await wait(error)
                         yield []
                         continue
                     failures = 0
@@ -413,12 +486,17 @@ def _remaining(
     return max(0.0, min(quiet_at, deadline or quiet_at) - now)
 
 
-def parse(body: bytes) -> list[Event]:
-    """The events of one Redis message; none of one that is not ours, for it may hide nothing."""
+def parse(body: bytes, run_id: str | None = None) -> list[Event]:
+    """The events of one Redis message; none of one that is not ours, for it may hide nothing.
+
+    Nor of one with events of another run than this, if it is given.
+    """
     try:
         events = [Event.from_json(line) for line in body.split(b"\n") if line]
         if all(type(event.seq) is int and event.seq > 0 for event in events):
-            return events
+            if run_id is None or all(event.run_id == run_id for event in events):
+                return events
+            raise ValueError("an event is of another run")
         raise ValueError("a seq is not a positive integer")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning(
@@ -448,10 +526,15 @@ class Subscription:
         self._forked = True
 
     def ensure(self) -> bool:
-        """Subscribe, if we are not, and wait for the acknowledgement; False without Redis."""
+        """Subscribe, if we are not, and wait for the acknowledgement; False without Redis.
+
+        Also while it is not known what to subscribe to.
+        """
         if self._pubsub is not None:
             return True
         self._forked = False
+        if not self._channel:
+            return False
         if monotonic() < self._retry_at:
             return False
         try:
@@ -475,6 +558,14 @@ class Subscription:
         self._retry_at = monotonic() + self._backoff.delay(self._failures)
         return False
 
+    def move(self, channel: str) -> bool:
+        """Listen there instead; False if it does already."""
+        if channel == self._channel:
+            return False
+        self.close()
+        self._channel = channel
+        return True
+
     def next(self, timeout: float) -> list[Event] | None:
         """The next message's events; [] after `timeout` seconds; None if one may be lost."""
         if self._pubsub is None:
@@ -486,7 +577,7 @@ class Subscription:
         except (RedisError, OSError):
             self.close()
             return None
-        return parse(message["data"]) if message else []
+        return parse(message["data"], run_of(self._channel)) if message else []
 
     def close(self) -> None:
         if self._pubsub is not None:
@@ -509,7 +600,6 @@ class Hub:
     def __init__(
         self,
         client: Callable[[], "aioredis.Redis"],
-        prefix: str,
         *,
         heads: Callable[[list[str]], tuple[str, dict[str, int]]],
         head_check: float,
@@ -518,7 +608,6 @@ class Hub:
     ) -> None:
         self.patience = patience
         self._client = client
-        self._prefix = prefix
         self._heads = heads
         self._head_check = head_check
         self._without_redis = without_redis
@@ -542,9 +631,9 @@ class Hub:
                 mailbox.ended = True
                 mailbox.missed("end")
 
-    def subscribe(self, run_id: str, after: int, history: History) -> "Mailbox":
+    def subscribe(self, channel: str, run_id: str, after: int, history: History) -> "Mailbox":
         """A mailbox for the run's messages, to be used with `async with`."""
-        return Mailbox(self, run_id, channel_for(self._prefix, run_id), after, history)
+        return Mailbox(self, run_id, channel, after, history)
 
     async def add(self, mailbox: "Mailbox") -> None:
         self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
@@ -683,7 +772,7 @@ class Hub:
         elif message["type"] == "message":
             size = len(message["data"])
             # What no mailbox takes is not even looked at.
-            events = parse(message["data"]) if size <= Mailbox.LIMIT else []
+            events = parse(message["data"], run_of(channel)) if size <= Mailbox.LIMIT else []
             for mailbox in self._mailboxes.get(channel, ()):
                 mailbox.put(events, size)
 

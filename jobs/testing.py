@@ -33,7 +33,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.message import shard_of
-from beatless.outbox.publishers import channel_for, worker_queue
+from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import execute
 from beatless.stream import Streams, Subscription
 from beatless.verify import PATIENCE, verify
@@ -296,9 +296,7 @@ UPDATE {schema}.run_events
         """
         deadline = monotonic() + timeout
         stored_id = self._client(run_id).get_run(run_id).run_id
-        subscription = Subscription(
-            self.app.redis, channel_for(self.app.settings.prefix, stored_id)
-        )
+        subscription = Subscription(self.app.redis, self._streams.channel(stored_id))
         try:
             subscription.ensure()
             while not self._flushed(run_id, seq):

@@ -15,17 +15,18 @@ from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import EVENT_JSON, Caller, Read, doorbell, execute, outbox_row
+from beatless.outbox.queries import (
+    EVENT_JSON,
+    Caller,
+    Read,
+    doorbell,
+    execute,
+    origin,
+    outbox_row,
+)
 
 LAST_SEQ = 2**31 - 1
 """No run has an event beyond it: the column is an integer."""
-
-EPOCH = """
-SELECT to_hex(system_identifier) || 't' || CASE
-         WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
-         ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
-  FROM pg_control_system()
-"""
 
 RUN_COLUMNS = (
     "run_id",
@@ -481,6 +482,16 @@ SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.att
               WHERE l.run_id = r.run_id ORDER BY id)
   FROM {s}.runs r LEFT JOIN {s}.dispatches d USING (run_id)
  WHERE r.run_id = %(run_id)s"""
+        timeline = """CASE WHEN pg_is_in_recovery()
+       THEN (SELECT timeline_id FROM pg_control_checkpoint())
+       ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END"""
+        epoch = f"{origin(s)} || 't' || {timeline}"
+        self._epoch = f"""
+SELECT {epoch}, CASE WHEN pg_is_in_recovery() THEN 0
+                     ELSE (pg_current_wal_flush_lsn() - '0/0')::bigint END"""
+        self._renew = f"""
+UPDATE {s}.history SET token = gen_random_uuid()::text
+ WHERE %(epoch)s::text IS NULL OR {epoch} = %(epoch)s"""
         self._heads = f"""
 SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
@@ -820,14 +831,20 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         """The last seq of each of these runs, in one statement."""
         return dict(execute(connection, self._heads, {"run_ids": list(run_ids)}))
 
-    def epoch(self, connection: Caller) -> str:
-        """Changes when the database's history may have changed: restore, or failover.
+    def epoch(self, connection: Caller) -> tuple[str, int]:
+        """(what changes with the database's history, up to where that is on disk)
 
-        The cluster's identity and its timeline (idea: Centrifugo's stream epoch): that of what is
+        The origin of the schema and the timeline (idea: Centrifugo's stream epoch): that of what is
         written now, for the last checkpoint's is the old one until minutes after a failover. A
-        standby writes nothing, and tells the checkpoint's.
+        standby writes nothing, and tells the checkpoint's. A position in the WAL that is smaller
+        than before, on one timeline, is of an older copy of the disk.
         """
-        return str(execute(connection, EPOCH, {})[0][0])
+        epoch, flushed = execute(connection, self._epoch, {})[0]
+        return epoch, flushed
+
+    def renew(self, connection: Caller, epoch: str | None = None) -> None:
+        """Make the epoch another one: the database is a copy. Only if it is this one, if given."""
+        execute(connection, self._renew, {"epoch": epoch})
 
     def new_event(
         self,

@@ -15,6 +15,8 @@ def shard_of(run_id: str) -> int:
 class EventMessage:
     """The committed events of one run and one batch, as newline-joined JSON."""
 
+    origin: str
+    """Which history they are of, see `queries.origin`: a Redis may serve several databases."""
     run_id: str
     body: bytes
 

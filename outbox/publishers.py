@@ -40,9 +40,14 @@ class TaskPublisher(Protocol):
         """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
 
 
-def channel_for(prefix: str, run_id: str) -> str:
-    """The Redis channel of a run's events."""
-    return f"{prefix}:events:{run_id}"
+def channel_for(prefix: str, origin: str, run_id: str) -> str:
+    """The Redis channel of a run's events. Pub/sub knows no database numbers, hence the origin."""
+    return f"{prefix}:events:{origin}:{run_id}"
+
+
+def run_of(channel: str) -> str:
+    """The run whose events go through this channel."""
+    return channel.split(":", 3)[-1]
 
 
 class RedisEventPublisher:
@@ -61,7 +66,10 @@ class RedisEventPublisher:
     def publish(self, messages: Sequence[EventMessage]) -> None:
         arguments: list[bytes | str] = []
         for message in messages:
-            arguments += (channel_for(self._prefix, message.run_id), message.body)
+            arguments += (
+                channel_for(self._prefix, message.origin, message.run_id),
+                message.body,
+            )
         try:
             self._call(arguments)
         except ResponseError as error:

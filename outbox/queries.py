@@ -169,6 +169,20 @@ def channel_of(schema: str) -> str:
     return channel
 
 
+def origin(schema: str) -> str:
+    """SQL of what tells the history of this schema from every other: 16 hexadecimal digits at most.
+
+    Of the cluster, the database, the table and the row. A dump that is restored makes another
+    table, or at least another row (its xmin), be it into the same cluster. A copy of the whole
+    cluster, as a snapshot of its disk, is the same until it is renewed.
+    """
+    return f"""(SELECT to_hex(hashtextextended(concat_ws('/', system_identifier,
+  (SELECT oid FROM pg_database WHERE datname = current_database()),
+  '{schema}.history'::regclass::oid,
+  (SELECT concat_ws('/', xmin, token) FROM {schema}.history LIMIT 1)), 0))
+  FROM pg_control_system())"""
+
+
 def doorbell(schema: str, shard: str) -> str:
     """SQL that rings the relay, but only if it sleeps. Holds its probe until the commit.
 
@@ -225,6 +239,7 @@ class Queries:
         self.schema = schema
         self.per_shard = per_shard
         self.channel = channel_of(schema)
+        self.origin = origin(s)
         self.bell_key = f"'{s}.run_outbox'::regclass::oid::int4"
         self.leader_key = f"'{s}.dispatches'::regclass::oid::int4"
         self.chore_key = f"'{s}.run_events'::regclass::oid::int4"

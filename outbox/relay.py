@@ -167,6 +167,8 @@ class Drain:
         self._redispatch = redispatch
         self._faults = faults
         self._observer = observer
+        self.origin = ""
+        """Of the events; read when the first are published."""
         self._published: list[PickedEvents] = []
         self._undeleted: list[PickedEvents] = []
         self._large = False
@@ -462,8 +464,15 @@ class Drain:
         rows: dict[bytes, list[PickedEvents]] = {}
         for row in picked:
             rows.setdefault(row.run_id, []).append(row)
+        if not self.origin:
+            found = self._connection.execute(f"SELECT {self._queries.origin}").fetchone()
+            self.origin = found[0] if found else ""
         messages = [
-            EventMessage(run_id=run.decode(), body=b"\n".join(row.body for row in group))
+            EventMessage(
+                origin=self.origin,
+                run_id=run.decode(),
+                body=b"\n".join(row.body for row in group),
+            )
             for run, group in rows.items()
         ]
         try:
@@ -511,7 +520,7 @@ class Drain:
     def _door_is_open(self) -> bool:
         """Whether events can be published at all: an empty message, to nobody, is accepted."""
         try:
-            self._events.publish([EventMessage(run_id="", body=b"")])
+            self._events.publish([EventMessage(origin="", run_id="", body=b"")])
         except (PublishFailed, PublishRefused):
             return False
         return True
@@ -1030,10 +1039,13 @@ class Shift:
     def _holders(self) -> tuple[dict[int, int], list[int]]:
         """Which session leads which shard, and the sessions of all relays."""
         rows = self._sessions.work.execute(
-            "SELECT objid::int8, pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            f"SELECT objid::int8, pid, {self._relay.queries.origin} "
+            "FROM pg_locks WHERE locktype = 'advisory' AND granted "
             "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
             f"AND classid = ({self._relay.queries.leader_key})::oid AND objsubid = 2"
         ).fetchall()
-        holders = {shard: pid for shard, pid in rows if shard < SHARDS}
-        members = sorted({pid for shard, pid in rows if shard >= SHARDS})
+        if rows:  # a renewed history is noticed by the way
+            self._drain.origin = rows[0][2]
+        holders = {shard: pid for shard, pid, _ in rows if shard < SHARDS}
+        members = sorted({pid for shard, pid, _ in rows if shard >= SHARDS})
         return holders, members

@@ -93,3 +93,5 @@ dead_letters = Table(
     Column("message", JSONB, nullable=False),
     Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
 )
+
+history = Table("history", metadata, Column("token", Text, nullable=False))

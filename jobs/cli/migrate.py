@@ -21,8 +21,15 @@ from beatless.schema import current
 @click.option("--since", metavar="REVISION", help="With --sql: only what comes after this one.")
 @click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
 @click.option("--post", is_flag=True, help="Also do what must wait until no older code runs.")
+@click.option(
+    "--restored",
+    is_flag=True,
+    help="The database is a copy, from a backup or a snapshot: viewers must begin anew.",
+)
 @click.pass_obj
-def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: bool) -> None:
+def migrate(
+    env: Environment, sql: bool, since: str | None, check: bool, post: bool, restored: bool
+) -> None:
     """Create the tables, or bring them to this version, while everything runs."""
     settings = env.app.settings
     schema = settings.schema
@@ -40,6 +47,9 @@ def migrate(env: Environment, sql: bool, since: str | None, check: bool, post: b
         if not check:
             migrations.migrate(engine, schema, post=post)
         check_schema(engine, schema)
+        if restored:
+            with engine.begin() as connection:
+                env.app.journal.renew(connection)
         with engine.connect() as connection:
             found = current(connection, schema)
     if env.as_json:

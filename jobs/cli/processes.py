@@ -84,7 +84,7 @@ def check_rights(app: App) -> None:
     """Raises PublishRefused if our user at Redis may not publish: no event would be live."""
     with app.redis() as client:
         RedisEventPublisher(client, app.settings.prefix).publish(
-            [EventMessage(run_id="", body=b"")]
+            [EventMessage(origin="", run_id="", body=b"")]
         )
 
 

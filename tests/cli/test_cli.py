@@ -432,3 +432,18 @@ def test_tables_and_advice_are_never_cut_off(
 
 def test_a_check_of_doctor_that_there_is_not_is_refused(command: Beatless) -> None:
     refused(command("doctor", "--check", "relay"), 2, "'relay'", "postgres", "relays", "canary")
+
+
+def test_people_can_tell_that_the_database_is_a_copy(command: Beatless, beatless: Kit) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    epoch = beatless.client.epoch()
+
+    assert command("migrate").status == 0
+    assert beatless.client.epoch() == epoch
+    assert command("migrate", "--restored").status == 0
+
+    after = beatless.client.epoch()
+    assert after.rpartition("t")[0] != epoch.rpartition("t")[0]
+    assert after.rpartition("t")[2] == epoch.rpartition("t")[2]
+    assert len(beatless.collect_stream(run.run_id)) == 6

@@ -18,7 +18,6 @@ from beatless import App
 from beatless.dev import Child
 from beatless.flower import FleetState, Listener
 from beatless.orchestrator.events import Event
-from beatless.outbox.publishers import channel_for
 from beatless.testing import Kit
 from tests.valkeys import until
 
@@ -245,7 +244,7 @@ def test_the_listener_survives_strange_messages_and_a_pool_that_has_nothing(
     assert refused.wait(60)
     run_id = beatless.start_run("two_steps").run_id
     client = beatless_app.redis()
-    channel = channel_for(beatless_app.settings.prefix, run_id)
+    channel = beatless_app.streams.channel(run_id)
 
     def seen() -> int:
         return sum(getattr(r, "action", "") == "strange_message" for r in caplog.records)

@@ -14,7 +14,6 @@ import pytest
 
 from beatless import App, RunState
 from beatless.outbox.faults import POINTS, SimulatedCrash
-from beatless.outbox.publishers import channel_for
 from beatless.stream import parse
 from beatless.testing import Kit
 
@@ -64,7 +63,7 @@ class Walk:
         self.runs.append(run.run_id)
 
     def listen(self, run_id: str) -> None:
-        self._ear.subscribe(channel_for(self.beatless.app.settings.prefix, run_id))
+        self._ear.subscribe(self.beatless.app.streams.channel(run_id))
 
     def move(self) -> None:
         name = self.random.choices(list(MOVES), list(MOVES.values()))[0]

@@ -37,10 +37,10 @@ def test_a_redis_that_has_forgotten_the_script_is_told_again(beatless_app: App) 
     prefix = beatless_app.settings.prefix
     door = RedisEventPublisher(client, prefix)
     ear = client.pubsub(ignore_subscribe_messages=True)
-    ear.subscribe(channel_for(prefix, "r"))
+    ear.subscribe(channel_for(prefix, "o", "r"))
     ear.get_message(timeout=60)
     for body in (b"one", b"two"):
-        door.publish([EventMessage(run_id="r", body=body)])
+        door.publish([EventMessage(origin="o", run_id="r", body=body)])
         assert ear.get_message(timeout=60)["data"] == body
         client.script_flush()
     ear.close()
@@ -49,10 +49,9 @@ def test_a_redis_that_has_forgotten_the_script_is_told_again(beatless_app: App) 
 
 def test_a_batch_goes_to_each_runs_own_channel_in_order(beatless: Kit) -> None:
     runs = [beatless.start_run("agents.run") for _ in range(3)]
-    prefix = beatless.app.settings.prefix
     client = beatless.app.redis()
     ear = client.pubsub(ignore_subscribe_messages=True)
-    ear.psubscribe(channel_for(prefix, "*"))
+    ear.psubscribe(beatless.app.streams.channel("*"))
     ear.get_message(timeout=60)
     beatless.work_until_idle()
 
@@ -60,7 +59,8 @@ def test_a_batch_goes_to_each_runs_own_channel_in_order(beatless: Kit) -> None:
     while sum(map(len, heard.values())) < 39:
         message = ear.get_message(timeout=60)
         heard.setdefault(message["channel"], []).extend(e.seq for e in parse(message["data"]))
-    assert heard == {channel_for(prefix, run.run_id).encode(): list(range(1, 14)) for run in runs}
+    channels = [beatless.app.streams.channel(run.run_id) for run in runs]
+    assert heard == {channel.encode(): list(range(1, 14)) for channel in channels}
     ear.close()
     client.close()
 
@@ -71,7 +71,7 @@ def test_a_redis_that_is_away_is_a_failure_that_can_be_repeated(
     app = elsewhere(beatless_app, shut_port)
     client = app.redis()
     with pytest.raises(PublishFailed, match="Redis cannot be reached"):
-        RedisEventPublisher(client, "p").publish([EventMessage(run_id="r", body=b"x")])
+        RedisEventPublisher(client, "p").publish([EventMessage(origin="o", run_id="r", body=b"x")])
     client.close()
     app.close()
 
@@ -188,7 +188,7 @@ def test_a_redis_that_hangs_up_is_asked_once_and_not_again_behind_the_relays_bac
         with closing(redis.Redis(port=listener.getsockname()[1])) as client:
             door = RedisEventPublisher(client, "p")
             with pytest.raises(PublishFailed, match="Redis cannot be reached"):
-                door.publish([EventMessage(run_id="r", body=b"x")])
+                door.publish([EventMessage(origin="o", run_id="r", body=b"x")])
         listener.shutdown(socket.SHUT_RDWR)
         answering.join(60)
     assert calls == 1

@@ -16,7 +16,6 @@ from beatless import App, BadSetting, Event
 from beatless.cli.processes import check_rights, check_servers
 from beatless.errors import Unreachable
 from beatless.outbox.errors import PublishRefused
-from beatless.outbox.publishers import channel_for
 from beatless.services import EmbeddedValkey
 from beatless.stream import Subscription
 from beatless.testing import Kit
@@ -53,7 +52,7 @@ def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
 
 def hears(kit: Kit, run_id: str) -> Subscription:
     """A subscription that is acknowledged."""
-    subscription = Subscription(kit.app.redis, channel_for(kit.app.settings.prefix, run_id))
+    subscription = Subscription(kit.app.redis, kit.app.streams.channel(run_id))
     assert subscription.ensure()
     return subscription
 
@@ -134,7 +133,7 @@ def test_runs_survive_the_death_of_the_master_and_streams_stay_exact(
     after = kit.start_run("agents.run", delay=3600)
     subscription = hears(kit, after.run_id)
     with redis.Redis.from_url(sentinels.replica.url) as master:
-        channel = channel_for(kit.app.settings.prefix, after.run_id)
+        channel = kit.app.streams.channel(after.run_id)
         assert master.pubsub_numsub(channel) == [(channel.encode(), 1)]
     kit.advance(3600)
     assert set(range(2, 14)) <= set(heard_to_the_end(subscription))

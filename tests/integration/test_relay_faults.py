@@ -20,7 +20,6 @@ import redis
 from beatless import App, RunState
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS
-from beatless.outbox.publishers import channel_for
 from beatless.outbox.relay import Relay
 from beatless.services import EmbeddedValkey
 from beatless.stream import parse
@@ -36,10 +35,10 @@ WATCHDOG = 1.0
 class Wire:
     """Everything that is published of one run, doubles and all."""
 
-    def __init__(self, client: redis.Redis, prefix: str, run_id: str) -> None:
+    def __init__(self, client: redis.Redis, channel: str) -> None:
         self.seqs: list[int] = []
         self._ear = client.pubsub(ignore_subscribe_messages=True)
-        self._ear.subscribe(channel_for(prefix, run_id))
+        self._ear.subscribe(channel)
         self._ear.get_message(timeout=60)
 
     def hear(self, count: int) -> list[int]:
@@ -58,7 +57,7 @@ class Wire:
 @contextmanager
 def wire(app: App, run_id: str) -> Iterator[Wire]:
     client = app.redis()
-    listening = Wire(client, app.settings.prefix, run_id)
+    listening = Wire(client, app.streams.channel(run_id))
     try:
         yield listening
     finally:

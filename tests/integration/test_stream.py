@@ -1,6 +1,7 @@
 """Streams give everything from any seq, in order, once, until RunFinished."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,7 +16,6 @@ from redis import asyncio as aioredis
 
 from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
 from beatless.cli.demo import GOLDEN
-from beatless.outbox.publishers import channel_for
 from beatless.settings import engine_url
 from beatless.stream import Mailbox, Streams
 from beatless.testing import Kit
@@ -47,7 +47,7 @@ class Watcher:
     def __init__(self, beatless: Kit, run_id: str, stream: Iterator[Event]) -> None:
         self.events: list[Event] = []
         self._redis = beatless.app.redis()
-        self._channel = channel_for(beatless.app.settings.prefix, run_id)
+        self._channel = beatless.app.streams.channel(run_id)
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._follow, args=(stream,))
         self._thread.start()
@@ -179,7 +179,7 @@ def test_doubled_and_reordered_messages_are_put_right(beatless: Kit, beatless_ap
         schema = beatless_app.settings.schema
         connection.exec_driver_sql(f"DELETE FROM {schema}.run_outbox")
     publisher = beatless_app.redis()
-    channel = channel_for(beatless_app.settings.prefix, run.run_id)
+    channel = beatless_app.streams.channel(run.run_id)
     bodies = [
         str(event.to_dict()).replace("'", '"') for event in beatless.client.events(run.run_id)
     ]
@@ -300,7 +300,7 @@ def through(path: Proxy, app: App) -> Callable[[], aioredis.Redis]:
 
 def subscribed(app: App, run_id: str) -> None:
     """Wait until Redis knows that somebody follows the run."""
-    channel = channel_for(app.settings.prefix, run_id)
+    channel = app.streams.channel(run_id)
     deadline = monotonic() + 20
     with app.redis() as client:
         while not client.pubsub_numsub(channel)[0][1]:
@@ -556,7 +556,7 @@ def test_a_strange_message_does_not_end_a_stream(beatless: Kit, beatless_app: Ap
     run = beatless.start_run("two_steps")
     stream = beatless.client.stream_run(run.run_id, timeout=60)
     assert next(stream).seq == 1
-    channel = channel_for(beatless_app.settings.prefix, run.run_id)
+    channel = beatless_app.streams.channel(run.run_id)
     deadline = monotonic() + 30
     with beatless_app.redis() as client:
         while not client.pubsub_numsub(channel)[0][1]:  # the stream's thread subscribes
@@ -587,8 +587,8 @@ def test_a_forged_seq_that_no_run_reaches_has_the_journal_read_once(
     watcher.wait_for(1)
     with beatless_app.redis() as client:
         client.publish(
-            channel_for(beatless_app.settings.prefix, run.run_id),
-            b'{"run_id":"r","seq":1000000,"ts":0,"type":"x","source":"y"}',
+            beatless_app.streams.channel(run.run_id),
+            json.dumps({"run_id": run.run_id, "seq": 10**6, "ts": 0, "type": "x", "source": "y"}),
         )
     assert looked.wait(60)
 

@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from beatless import Plan, StepContext, step
-from beatless.outbox.publishers import channel_for
 from beatless.stream import parse
 from beatless.testing import Kit
 
@@ -66,7 +65,7 @@ def test_what_is_published_read_and_resumed_is_what_was_stored(beatless: Kit, va
     # As text too, which Postgres does not touch: so the step has what no database has seen.
     given = {"text": json.dumps(value), "value": value}
     runs = [beatless.start_run("echo", given), beatless.start_run("echo", given)]
-    channel.subscribe(*(channel_for(beatless.app.settings.prefix, run.run_id) for run in runs))
+    channel.subscribe(*(beatless.app.streams.channel(run.run_id) for run in runs))
 
     beatless.step(runs[0].run_id)  # and the other one is executed without a break
     beatless.work_until_idle()

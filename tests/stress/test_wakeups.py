@@ -19,7 +19,7 @@ from beatless import App
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher, channel_for
+from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import doorbell
 from beatless.outbox.relay import Relay
 from beatless.stream import parse
@@ -238,7 +238,7 @@ def test_relay_processes_killed_with_sigkill_lose_and_reorder_nothing(
                 complete.set()
 
     with closing(client.pubsub(ignore_subscribe_messages=True)) as ear:
-        ear.psubscribe(channel_for(beatless_app.settings.prefix, "*"))
+        ear.psubscribe(beatless_app.streams.channel("*"))
         ear.get_message(timeout=60)
         hearing = threading.Thread(target=hear)
         hearing.start()

@@ -8,7 +8,7 @@ import pytest
 from beatless.client import new_run_id
 from beatless.orchestrator.state import FINAL, TRANSITIONS, RunState, allowed
 from beatless.outbox.message import SHARDS, TaskMessage, shard_of
-from beatless.outbox.publishers import channel_for, worker_queue
+from beatless.outbox.publishers import channel_for, run_of, worker_queue
 from beatless.outbox.queries import channel_of
 
 
@@ -44,7 +44,8 @@ def test_each_dispatch_has_a_task_id_of_its_own():
 
 
 def test_everything_outside_carries_the_prefix():
-    assert channel_for("mine", "r1") == "mine:events:r1"
+    assert channel_for("mine", "0f", "r:1") == "mine:events:0f:r:1"
+    assert run_of("mine:events:0f:r:1") == "r:1"
     queue = worker_queue("mine", "mail")
     assert (queue.name, queue.exchange.name, queue.routing_key) == ("mine.mail",) * 3
     assert channel_of("mine") == "beatless_mine"
