@@ -17,6 +17,7 @@ from beatless.export import export_from_worker
 from beatless.failures import Failures, OnFailure
 from beatless.lease_keeper import KeepsLeases
 from beatless.metrics import Metrics, both
+from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.plan import Plan, PlanError
@@ -233,15 +234,13 @@ class App:
 
     def chores(self) -> list[Chore]:
         """What a relay does beside its drains: take away what ended long ago."""
-        if self.settings.retention_days == 0:
-            return []
         return [
             Retention(
                 self.settings.schema,
                 events_days=self.settings.retention_days,
                 runs_days=self.settings.run_retention_days,
                 faults=self.faults,
-            )
+            ),
         ]
 
     def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
@@ -255,7 +254,8 @@ class App:
                 "connect": self.direct_connection,
                 "queries": self.queries,
                 "redispatch": self.settings.redispatch_seconds,
-                "chores": self.chores(),
+                "overdue": Deadlines(self.settings.schema).end,
+                "chores": [*self.chores(), AdoptsDeadlines(self.settings.schema)],
                 "faults": self.faults,
                 "observer": both(
                     both(both(self.metrics.relay, Publications()), self._failures), observer

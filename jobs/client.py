@@ -38,6 +38,7 @@ from beatless.orchestrator.timeline import Moment, timeline
 from beatless.outbox.clock import monotonic
 from beatless.outbox.letters import DeadLetter, LetterStatements
 from beatless.outbox.queries import Caller, execute_lazily
+from beatless.outbox.times import problem_with_moment, problem_with_seconds
 from beatless.queues import Queues
 from beatless.schema import head
 from beatless.stream import Streams
@@ -379,6 +380,7 @@ class Client:
         more, WaitTimeout if no RunFinished came within `timeout` seconds, and HistoryChanged when
         the database was restored or failed over: what was seen may be gone, follow it from 0.
         """
+        timeout = _seconds("timeout", timeout)
         run = self._check_stream(run_id, from_seq)
         return self._streams.follow(run, from_seq, timeout=timeout)
 
@@ -386,6 +388,7 @@ class Client:
         self, run_id: str, from_seq: int = 0, *, timeout: float | None = None
     ) -> AsyncIterator[Event]:
         """`stream_run` for asyncio. All streams of a loop share one connection to Redis."""
+        timeout = _seconds("timeout", timeout)
 
         async def events() -> AsyncIterator[Event]:
             run = await self._streams.in_thread(self._check_stream, run_id, from_seq)
@@ -412,6 +415,7 @@ class Client:
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        timeout = _seconds("timeout", timeout)
         left, deadline = timeout, None if timeout is None else monotonic() + timeout
         while not (run := self.get_run(run_id)).state.final:
             try:
@@ -754,8 +758,8 @@ def _log_run(message: str, run: Run) -> None:
 def _seconds(name: str, given: float | timedelta | None) -> float | None:
     """Seconds from now, checked."""
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
-    if seconds is not None and not 0 <= seconds < 10 * 365 * 86400:
-        raise BadRequest(name, f"is {seconds!r}, which is not 0 seconds to ten years")
+    if seconds is not None and (problem := problem_with_seconds(seconds)):
+        raise BadRequest(name, problem)
     return seconds
 
 
@@ -782,13 +786,8 @@ def _check_state(state: str | None) -> None:
 
 
 def _check_time(name: str, given: datetime | None) -> None:
-    if given is None:
-        return
-    if given.tzinfo is None:
-        raise BadRequest(name, "has no time zone: use datetime.now(UTC) + …")
-    # In all time zones a year of four digits, or it could be stored and not be read.
-    if not 1000 <= given.year < 9999:
-        raise BadRequest(name, f"is {given.isoformat()}, which is not in the years 1000 to 9998")
+    if given is not None and (problem := problem_with_moment(given)):
+        raise BadRequest(name, problem)
 
 
 def _age(older_than: float | timedelta) -> float:

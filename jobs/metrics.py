@@ -475,6 +475,10 @@ class RelayCounts:
             case "drained":
                 if self.active:
                     self._drained(facts)
+            case "overdue":
+                for _, plan, _ in facts["runs"]:
+                    labels = (self._known(plan), RunState.FAILED.value)
+                    self.counts.add(RUNS_FINISHED, labels)
             case "relay_woke":
                 self.counts.add(WAKEUPS, (facts["source"],))
             case "relay_watchdog":

@@ -11,9 +11,12 @@ from sqlalchemy.exc import ArgumentError
 
 from beatless.errors import BadSetting
 from beatless.outbox.faults import CrashPoints
+from beatless.outbox.times import MOST_S
 from beatless.redis_urls import RedisUrl
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
+
+MOST_DAYS = 1_000_000
 
 LEAST_EVENT_BYTES = 200
 """What the largest event needs that beatless itself writes with data of its own."""
@@ -80,16 +83,18 @@ class Settings:
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
         for name in ("lease_seconds", "redispatch_seconds", "grace_seconds", "max_event_bytes"):
-            if not 0 < (number := getattr(self, name)) < 1e9:
-                self._refuse(name, f"is {number!r}, which is not a number above 0")
+            if not 0 < (number := getattr(self, name)) < MOST_S:
+                problem = f"is {number!r}, which is not a number above 0 and below {MOST_S:.0f}"
+                self._refuse(name, problem)
         if self.max_event_bytes < LEAST_EVENT_BYTES:
             problem = (
                 f"is {self.max_event_bytes}, below {LEAST_EVENT_BYTES}: our own events need that"
             )
             self._refuse("max_event_bytes", problem)
         for name in ("retention_days", "run_retention_days"):
-            if not 0 <= (number := getattr(self, name)) < 1e6:
-                self._refuse(name, f"is {number!r}, which is not a number of days; 0 is for ever")
+            if not 0 <= (number := getattr(self, name)) < MOST_DAYS:
+                problem = f"is {number!r}, which is not a number of days; 0 is for ever"
+                self._refuse(name, f"{problem}, and less than {MOST_DAYS} are counted")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             self._refuse("metrics_port", f"is {self.metrics_port}, which is not a port")
         if self.log_format not in ("text", "json"):

@@ -35,6 +35,7 @@ from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.message import shard_of
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import execute
+from beatless.outbox.times import MOST_S, is_number
 from beatless.stream import Streams, Subscription
 from beatless.verify import PATIENCE, verify
 
@@ -50,6 +51,8 @@ FENCED = (
     "    beatless.cli.main()"
 )
 """A process of a test: `beatless`, which publishes on the test's own broker and on no other."""
+
+MOST_ADVANCE_S = 100 * MOST_S
 
 LINE = 300
 """Characters of a text that are shown when a wait took too long."""
@@ -214,8 +217,11 @@ class Kit:
 
         Leases, delays, retries, redispatches, retention and the ages of runs and tokens then are as
         they would be, in every process. The clocks of processes do not move, nor what they count
-        with them: the `timeout` of a step that is running, a relay's pause after a failure.
+        with them: the `timeout` of a step that is running, a relay's pause after a failure. Raises
+        ValueError for what is not 0 seconds to a thousand years.
         """
+        if not (is_number(seconds) and 0 <= seconds <= MOST_ADVANCE_S):
+            raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")
         schema = self.app.settings.schema
         moved = {"schema": schema, "seconds": seconds, "milliseconds": round(seconds * 1000)}
         with self.app.engine.begin() as connection:

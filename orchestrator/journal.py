@@ -278,10 +278,11 @@ WITH input AS (
   INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
   SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
 ), d AS (
-  INSERT INTO {s}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason)
+  INSERT INTO {s}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
+                              deadline_at)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority, 'waiting',
          coalesce(u.not_before, u.created_at),
-         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END
+         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
     FROM u JOIN input i USING (run_id)
 )
 SELECT {", ".join("u." + column for column in RUN_COLUMNS)}, {doorbell(s, "i.shard")}

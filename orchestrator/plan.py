@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import inspect
-import math
 import re
 import typing
 from collections import Counter
@@ -16,14 +15,12 @@ from beatless.orchestrator.celery_task import CeleryTask, call_task
 from beatless.orchestrator.errors import BadPayload, Fatal
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.retry import Retry
+from beatless.outbox.times import MOST_S, problem_with_seconds
 
 __all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "step"]
 
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 STEP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-
-TIMEOUT_S = 10 * 365 * 86_400
-"""The longest `timeout` of a step: what every clock and wait can hold."""
 
 INPUT_BYTES = 262_144
 """The largest default input of a plan: that of a run with the default settings."""
@@ -65,8 +62,8 @@ class Snooze:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seconds < float("inf"):
-            raise ValueError("Snooze takes a number of seconds, 0 or more")
+        if problem := problem_with_seconds(self.seconds):
+            raise ValueError(f"Snooze takes a number of seconds, 0 or more: it {problem}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +127,9 @@ def step(
                 f"step name {label!r} must match {STEP_NAME.pattern}; "
                 'give one: step(name="…")(function)'
             )
-        if timeout is not None and not (_is_number(timeout) and 0 < timeout <= TIMEOUT_S):
+        if timeout is not None and (problem_with_seconds(timeout) or timeout == 0):
             raise PlanError(
-                f"step {label}: timeout must be more than 0 seconds, and at most {TIMEOUT_S}, "
+                f"step {label}: timeout must be more than 0 seconds, and at most {MOST_S:.0f}, "
                 f"not {timeout!r}"
             )
         if retry is not None and not isinstance(retry, Retry):
@@ -161,10 +158,6 @@ def _step_name(function: Callable[..., Any]) -> Any:
             f"{function!r} has no name of its own to call the step by; "
             'give one: step(name="…")(function)'
         ) from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_body(label: str, function: Callable[..., Any]) -> None:

@@ -44,7 +44,10 @@ class Retention:
         batch: int = 1000,
         faults: CrashPoints | None = None,
     ) -> None:
-        """`events_days` counts from a run's end, `runs_days` from its pruning; 0 is for ever."""
+        """`events_days` counts from a run's end, `runs_days` from its pruning.
+
+        0 keeps them for ever, and with its events a run.
+        """
         self._faults = faults or CrashPoints()
         self._parameters = {
             "events": events_days * DAY,
@@ -108,6 +111,8 @@ SELECT extract(epoch FROM least(
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Remove one batch, in one transaction; seconds until the next step is worth while."""
+        if not self._parameters["events"]:
+            return REST
         began = monotonic()
         with connection.transaction():
             events, since = self._prune_events(connection)

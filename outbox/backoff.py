@@ -3,6 +3,11 @@
 import random
 from dataclasses import dataclass
 
+from beatless.outbox.times import problem_with_seconds
+
+MOST_FACTOR = 1000
+"""Its 64th power is a float still."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
@@ -18,8 +23,14 @@ class Backoff:
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.initial < 0 or self.cap < 0 or self.factor < 1 or not 0 <= self.jitter <= 1:
-            raise ValueError("need initial >= 0, cap >= 0, factor >= 1 and 0 <= jitter <= 1")
+        for name in ("initial", "cap"):
+            if problem := problem_with_seconds(getattr(self, name)):
+                raise ValueError(f"need initial >= 0 and cap >= 0: {name} {problem}")
+        if not (1 <= self.factor <= MOST_FACTOR and 0 <= self.jitter <= 1):
+            raise ValueError(
+                f"need initial >= 0, cap >= 0, 1 <= factor <= {MOST_FACTOR} and 0 <= jitter <= 1, "
+                f"not a factor (backoff) of {self.factor!r} and a jitter of {self.jitter!r}"
+            )
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after this many failures in a row (1 is the first)."""

@@ -365,7 +365,10 @@ UPDATE {s}.dispatches d
         # relay's shards may free without a ring: look again soon.
         self.next_due_sql = f"""{lanes}
 SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
-         THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8 FROM (
+         THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8,
+       (SELECT extract(epoch FROM deadline_at - clock_timestamp())::float8 FROM {s}.dispatches
+         WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1)
+  FROM (
   SELECT min(due_at) AS due_at FROM {s}.dispatches
    WHERE state <> 'waiting' AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
   UNION ALL

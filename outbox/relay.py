@@ -43,6 +43,11 @@ logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
+Overdue = Callable[
+    [psycopg.Connection[Any], Sequence[int], datetime | None], list[tuple[str, str, str]]
+]
+"""Ends overdue runs of some shards, as of a time or now: of each its id, plan and queue."""
+
 STEADY = 5.0
 """Seconds of work after which a relay's next failure is its first again."""
 
@@ -84,6 +89,9 @@ LOCKED_LOOK = 0.25
 
 SET_ASIDE_S = 60.0
 """Seconds for which a run is left alone after a statement over one of its rows has failed."""
+
+OVERDUE_LOOK_S = 1.0
+"""Between two looks for overdue runs: under load, and while one is held."""
 
 FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
@@ -153,8 +161,12 @@ class Drain:
         faults: CrashPoints,
         observer: Observer,
         on_return: Callable[[], None],
+        overdue: Overdue | None = None,
     ) -> None:
         self._connection = connection
+        self._overdue = overdue
+        self.deadline_at = 0.0
+        """When a run may be overdue, by the monotonic clock; infinity if none has a deadline."""
         self._queries = queries
         self._events = events
         self._new_courier = partial(Courier, tasks, on_return)
@@ -301,7 +313,37 @@ class Drain:
         row = self._connection.execute(
             self._queries.next_due_sql, {"shards": list(shards)}
         ).fetchone()
-        return row[0] if row else None
+        found: tuple[float | None, float | None] = (row[0], row[1]) if row else (None, None)
+        due, deadline = found
+        if self._overdue is None or deadline is None:
+            self.deadline_at = math.inf
+            return due
+        # What is overdue still is held, or its worker is ending it.
+        deadline = max(deadline, OVERDUE_LOOK_S)
+        self.deadline_at = monotonic() + deadline
+        return deadline if due is None else min(due, deadline)
+
+    def end_overdue(self, shards: Sequence[int], now: datetime | None = None) -> None:
+        """End the runs that have reached their deadline and that no worker has."""
+        if self._overdue is None:
+            return
+        try:
+            ended = self._overdue(self._connection, shards, now)
+        except psycopg.Error as error:
+            if self._connection.closed:
+                raise
+            # What is to be published must not wait for it.
+            logger.warning(
+                "overdue runs were not ended, will retry",
+                extra={"action": "overdue_failed", "reason": str(error)},
+            )
+            return
+        if ended:
+            self._observer("overdue", {"runs": ended})
+            logger.info(
+                "runs ended at their deadline, which no worker had",
+                extra={"action": "overdue", "runs": len(ended)},
+            )
 
     def _forget(
         self, now: datetime | None
@@ -666,6 +708,7 @@ class Relay:
         linger: float = 0.01,
         nap: float = 0.0003,
         watchdog: float = 15.0,
+        overdue: Overdue | None = None,
         chores: Sequence[Chore] = (),
         chores_after: float = 60.0,
         backoff: Backoff | None = None,
@@ -674,6 +717,7 @@ class Relay:
     ) -> None:
         """All times are seconds. `redispatch` is how long a sent message may stay unclaimed.
 
+        `overdue` ends runs that have reached their deadline and that no worker has.
         `chores` are done beside the drains, from `chores_after` on, by one relay at a time.
         """
         self._connect = connect
@@ -687,6 +731,7 @@ class Relay:
         self._backoff = backoff or Backoff()
         self._faults = faults or CrashPoints()
         self._observer = observer
+        self._overdue = overdue
         self._alarm = Alarm()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -754,6 +799,7 @@ class Relay:
             drain = self._once[1]
             total = 0
             try:
+                drain.end_overdue(ALL_SHARDS, now)
                 while (
                     (moved := drain.step(ALL_SHARDS, run_id=run_id, now=now))
                     or drain.await_broker()
@@ -832,6 +878,7 @@ class Relay:
             faults=self._faults,
             observer=self._observer,
             on_return=self._alarm.ring,
+            overdue=self._overdue,
         )
 
 
@@ -876,7 +923,7 @@ class Shift:
         self._relay._alarm.quiet()
 
     def _stay_awake(self) -> None:
-        began = quiet_since = monotonic()
+        began = quiet_since = looked = monotonic()
         total = 0
         while monotonic() - quiet_since < self._linger():
             # One step at least: who sends news of members without end must not keep us from it.
@@ -888,6 +935,9 @@ class Shift:
                     began, total = quiet_since, 0
             else:
                 self._wait(self._relay._nap)
+            if monotonic() - looked > OVERDUE_LOOK_S:
+                looked = monotonic()
+                self._drain.end_overdue(self._shards)
             self._look_after_sessions()
             if self._relay._stopping.is_set() or self._sessions.members_changed:
                 return
@@ -942,6 +992,8 @@ class Shift:
 
         Under load there is always more: whoever went on would leave all writers ringing meanwhile.
         """
+        if monotonic() >= self._drain.deadline_at:
+            self._drain.end_overdue(self._shards)
         total = moved = self._drain.step(self._shards)
         due = None
         while total <= BUSY:

@@ -66,6 +66,8 @@ dispatches = Table(
     Column("due_at", Time, nullable=False),
     Column("reason", Text, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("deadline_at", Time),
+    Index("dispatches_deadline", "deadline_at", postgresql_where=text("deadline_at IS NOT NULL")),
     Index(
         "dispatches_waiting",
         "queue",

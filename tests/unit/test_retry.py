@@ -27,8 +27,17 @@ def test_a_step_is_tried_once_unless_told_otherwise():
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_attempts": 0}, {"max_crashes": 0}, {"initial": -1}, {"backoff": 0.5}, {"jitter": 2}],
+    [
+        *({"max_attempts": 0}, {"max_crashes": 0}, {"initial": -1}, {"backoff": 0.5}),
+        *({"jitter": 2}, {"jitter": float("nan")}, {"backoff": float("nan")}, {"backoff": 1e9}),
+        *({"initial": 3.2e8}, {"initial": float("nan")}, {"cap": float("inf")}, {"cap": "60"}),
+    ],
 )
 def test_a_policy_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match=r"need initial|at least one attempt"):
         retry(**options)
+
+
+def test_the_steepest_policy_reaches_its_cap_and_no_overflow():
+    policy = retry(max_attempts=10_000, initial=10, backoff=1000, cap=3e8, jitter=0)
+    assert [policy.delay(failures) for failures in (1, 2, 9_999)] == [10, 10_000, 3e8]

@@ -1,0 +1,12 @@
+"""The relay finds runs that are past their deadline."""
+
+from beatless.migrations import apply
+
+revision = "0006"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    apply(__file__)
