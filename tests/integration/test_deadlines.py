@@ -279,7 +279,7 @@ def test_waits_and_moves_of_time_are_bounded_too(beatless: Kit, seconds: Any) ->
     ):
         with pytest.raises(BadRequest, match="which is not 0 seconds to ten years"):
             wait()
-    with pytest.raises(ValueError, match=r"seconds is .* which is not 0 seconds to a thousand years"):
+    with pytest.raises(ValueError, match="0 seconds to a thousand years"):
         beatless.advance(seconds)
     with pytest.raises(BadRequest):
         beatless.start_run("two_steps", deadline=timedelta(days=10_000))

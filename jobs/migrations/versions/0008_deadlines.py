@@ -2,8 +2,8 @@
 
 from beatless.migrations import apply
 
-revision = "0006"
-down_revision = "0005"
+revision = "0008"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 
