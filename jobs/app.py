@@ -234,13 +234,15 @@ class App:
 
     def chores(self) -> list[Chore]:
         """What a relay does beside its drains: take away what ended long ago."""
+        if self.settings.retention_days == 0:
+            return []
         return [
             Retention(
                 self.settings.schema,
                 events_days=self.settings.retention_days,
                 runs_days=self.settings.run_retention_days,
                 faults=self.faults,
-            ),
+            )
         ]
 
     def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:

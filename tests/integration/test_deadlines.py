@@ -157,7 +157,7 @@ def test_who_holds_a_lease_ends_the_run_itself(beatless: Kit, beatless_app: App)
     beatless.drain_outbox_once()
     with beatless_app.executors.connect() as connection:
         lease = beatless_app.leases.claim(
-            connection, run.run_id, worker="w", first_step="first", dispatch=1
+            connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
         )
         beatless.advance(6)
         beatless.drain_outbox_once()
