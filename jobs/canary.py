@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from beatless.namespaces import id_prefix
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.plan import Plan, step
 
 NAME = "beatless.canary"
+
+NAMESPACE = "beatless-doctor"
+"""Where its runs are: in no list of the users' runs."""
+
+
+def is_one(run_id: str) -> bool:
+    """Whether the run is one of doctor's."""
+    return run_id.startswith(id_prefix(NAMESPACE))
 
 
 def canary(plans: Sequence[Plan]) -> Plan:

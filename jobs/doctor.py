@@ -49,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 Row = tuple[Any, ...]
 
-NAMESPACE = "beatless-doctor"
-"""Where canary runs are: in no list of the users' runs."""
-
 LONG_WAIT_S = 60.0
 """A run that has been due for longer is told."""
 
@@ -1182,8 +1179,8 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
 
     def _fly(self, queue: str) -> Flight:
         """One canary run, there and back. Raises Broken, naming the hop where it was lost."""
-        flight = Flight(run_id=f"{id_prefix(NAMESPACE)}canary-{new_run_id()}", queue=queue)
-        client = self._app.client_for(NAMESPACE, canary=True)
+        flight = Flight(run_id=f"{id_prefix(canary.NAMESPACE)}canary-{new_run_id()}", queue=queue)
+        client = self._app.client_for(canary.NAMESPACE, canary=True)
         with ExitStack() as stack:
             ear = stack.enter_context(self._connect_directly())
             ear.execute(f'LISTEN "{channel_of(self._settings.schema)}"'.encode())

@@ -1,8 +1,7 @@
 """What of a fleet runs now: relays, workers, versions, and how far publishing is behind."""
 
 import platform
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -11,19 +10,12 @@ from typing import Any
 import celery
 import redis
 import sqlalchemy
-from kombu.exceptions import KombuError, OperationalError
 
 from beatless.app import App
-from beatless.outbox.clock import monotonic
+from beatless.orchestrator.queues import QueueStatements, WorkerState
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute, outbox_lag
 from beatless.schema import current, head
-
-ASK_SECONDS = 1.0
-"""How long workers have for their answer: how many there are nobody knows beforehand."""
-
-FRESH_SECONDS = 3.0
-"""An answer is given to all who ask meanwhile: it asks every worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,25 +25,11 @@ class RelayState:
     pid: int
     """Of the session, not of the relay's process."""
     version: str | None
-    """None where the server does not show sessions of other users."""
+    """None where it is not told: by older ones, or of sessions of another role."""
     address: str | None
     since: datetime | None
     shards: list[int]
     """Those that it leads, which it alone publishes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerState:
-    """One worker, as it answered. Those of versions that have no answer yet have a name only."""
-
-    name: str
-    version: str | None
-    python: str | None
-    celery: str | None
-    queues: list[str]
-    concurrency: int | None
-    executing: int | None
-    """Runs that its processes have now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +48,7 @@ class SystemState:
     revision_needed: str
     shards: int
     relays: list[RelayState]
-    workers: list[WorkerState] | None
-    """None while the broker cannot be reached, through which they are asked."""
+    workers: list[WorkerState]
     unpublished: int
     """Appends whose events were not published yet."""
     lag_seconds: float
@@ -79,72 +56,43 @@ class SystemState:
     dead_letters: int
 
 
-class System:
-    """Looks for one app, and asks no more often than an answer is fresh."""
+def look(app: App, engine: sqlalchemy.Engine) -> SystemState:
+    """Raises what SQLAlchemy does for a Postgres that cannot be reached."""
+    schema = app.settings.schema
+    with engine.connect() as connection:
+        revision = current(connection, schema)
+        version, unpublished, lag, letters = execute(
+            connection, f"SELECT current_setting('server_version'), {outbox_lag(schema)}", {}
+        )[0]
+        sessions = execute(connection, _sessions(app.queries.leader_key), {})
+        workers = QueueStatements(schema).workers(connection)
+    return SystemState(
+        version=metadata.version("beatless"),
+        python=platform.python_version(),
+        celery=celery.__version__,
+        postgres=version.partition(" ")[0],
+        redis=_redis_version(app),
+        revision=revision,
+        revision_needed=head(),
+        shards=SHARDS,
+        relays=list(_relays(sessions)),
+        workers=workers,
+        unpublished=unpublished,
+        lag_seconds=max(0.0, lag or 0.0),
+        dead_letters=letters,
+    )
 
-    def __init__(self, app: App, engine: sqlalchemy.Engine) -> None:
-        self._app = app
-        self._engine = engine
-        self._mutex = threading.Lock()
-        self._found: SystemState | None = None
-        self._until = 0.0
 
-    def look(self) -> SystemState:
-        """Raises what SQLAlchemy does for a Postgres that cannot be reached."""
-        with self._mutex:
-            if self._found is None or monotonic() >= self._until:
-                self._found = self._look()
-                self._until = monotonic() + FRESH_SECONDS
-            return self._found
-
-    def _look(self) -> SystemState:
-        schema = self._app.settings.schema
-        with self._engine.connect() as connection:
-            revision = current(connection, schema)
-            version, unpublished, lag, letters = execute(
-                connection, f"SELECT current_setting('server_version'), {outbox_lag(schema)}", {}
-            )[0]
-            sessions = execute(connection, _sessions(self._app.queries.leader_key), {})
-        return SystemState(
-            version=metadata.version("beatless"),
-            python=platform.python_version(),
-            celery=celery.__version__,
-            postgres=version.partition(" ")[0],
-            redis=self._redis_version(),
-            revision=revision,
-            revision_needed=head(),
-            shards=SHARDS,
-            relays=list(_relays(sessions)),
-            workers=self._workers(),
-            unpublished=unpublished,
-            lag_seconds=max(0.0, lag or 0.0),
-            dead_letters=letters,
-        )
-
-    def _redis_version(self) -> str | None:
-        client = self._app.redis()
-        try:
-            found = client.info("server")
-            name = "Valkey" if "valkey_version" in found else "Redis"
-            return f"{name} {found.get('valkey_version', found.get('redis_version'))}"
-        except (redis.RedisError, OSError):
-            return None
-        finally:
-            client.close()
-
-    def _workers(self) -> list[WorkerState] | None:
-        control = self._app.celery.control
-        try:
-            with self._app.celery.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=ASK_SECONDS)
-                answers = control.broadcast(
-                    "beatless_status", reply=True, timeout=ASK_SECONDS, connection=connection
-                )
-        except (KombuError, OperationalError, redis.RedisError, OSError):
-            return None
-        told = {name: facts for answer in answers or () for name, facts in answer.items()}
-        prefix = f"{self._app.settings.prefix}."
-        return [_worker(name, facts, prefix) for name, facts in sorted(told.items())]
+def _redis_version(app: App) -> str | None:
+    client = app.redis()
+    try:
+        found = client.info("server")
+        name = "Valkey" if "valkey_version" in found else "Redis"
+        return f"{name} {found.get('valkey_version', found.get('redis_version'))}"
+    except (redis.RedisError, OSError):
+        return None
+    finally:
+        client.close()
 
 
 def _sessions(leader_key: str) -> str:
@@ -166,20 +114,8 @@ def _relays(rows: list[Any]) -> Iterator[RelayState]:
         if shard >= SHARDS:  # each relay has this lock, whatever it leads
             yield RelayState(
                 pid=pid,
-                version=name.removeprefix("beatless relay ") if name else None,
+                version=(name or "").removeprefix("beatless relay").strip() or None,
                 address=address,
                 since=since,
                 shards=shards.get(pid, []),
             )
-
-
-def _worker(name: str, facts: Mapping[str, Any], prefix: str) -> WorkerState:
-    return WorkerState(
-        name=name,
-        version=facts.get("version"),
-        python=facts.get("python"),
-        celery=facts.get("celery"),
-        queues=sorted(queue.removeprefix(prefix) for queue in facts.get("queues", ())),
-        concurrency=facts.get("concurrency"),
-        executing=facts.get("executing"),
-    )

@@ -7,7 +7,6 @@ acknowledged early, nothing is prefetched, and whatever the broker loses is sent
 import logging
 import mmap
 import os
-import platform
 import secrets
 import select
 import socket
@@ -21,14 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from wsgiref.simple_server import WSGIServer
 
-import celery
 import psycopg
 import sqlalchemy
 from billiard.common import _should_have_exited
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
 from celery.worker import state as worker_state
-from celery.worker.control import inspect_command
 from kombu import Queue
 
 from beatless import postgres
@@ -620,18 +617,3 @@ def run_worker(
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     return 0
-
-
-@inspect_command()  # type: ignore[untyped-decorator]  # Celery has no types
-def beatless_status(state: Any) -> dict[str, Any]:
-    """What a worker answers to whoever looks at the whole fleet."""
-    consumer = state.consumer
-    consumed = consumer.task_consumer.queues if consumer.task_consumer else ()
-    return {
-        "version": metadata.version("beatless"),
-        "python": platform.python_version(),
-        "celery": celery.__version__,
-        "queues": [queue.name for queue in consumed],
-        "concurrency": getattr(consumer.pool, "num_processes", None),
-        "executing": len(worker_state.active_requests),
-    }

@@ -63,6 +63,18 @@ class Presence:
     version: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """One worker that tells now what it consumes."""
+
+    hostname: str
+    """As Celery calls it."""
+    version: str
+    queues: list[str]
+    processes: int
+    started_at: datetime
+
+
 class QueueStatements:
     """The statements of one schema over queues and the removal of runs."""
 
@@ -128,6 +140,10 @@ INSERT INTO {s}.workers AS w (worker, hostname, queues, processes, version)
 VALUES (%(worker)s, %(hostname)s, %(queues)s, %(processes)s, %(version)s)
 ON CONFLICT (worker) DO UPDATE
    SET queues = excluded.queues, processes = excluded.processes, seen_at = clock_timestamp()"""
+        self._present = f"""
+SELECT hostname, version, queues, processes, started_at FROM {s}.workers
+ WHERE seen_at > clock_timestamp() - make_interval(secs => {PRESENCE_EXPIRES_S})
+ ORDER BY hostname, started_at"""
         self._withdraw = f"DELETE FROM {s}.workers WHERE worker = %(worker)s"
         # The runs' rows are locked first, as every writer does, so a claim comes before or finds
         # nothing. In a statement of its own: what the writers before us have appended is not in the
@@ -209,6 +225,12 @@ SELECT run_id FROM gone"""
         """Let the queue's runs be dispatched again, and wake the relays."""
         execute(connection, self._resume, {"name": name})
         execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": self._channel})
+
+    def workers(self, connection: Caller) -> list[WorkerState]:
+        """Those that consume queues now; of older versions none tells."""
+        names = ("hostname", "version", "queues", "processes", "started_at")
+        rows = execute(connection, self._present, {})
+        return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
 
     def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
         """Every queue that has runs or was paused; without those that ended, all but them."""

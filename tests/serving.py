@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import uvicorn
+from starlette.types import ASGIApp
+
 from beatless import App
 from beatless.api.server import bind, make_server
 
@@ -101,6 +104,29 @@ def serving(app: App, port: int = 0, *, reuse_port: bool = False, **options: Any
     assert ready.wait(60)
     try:
         yield Api(sockets[0].getsockname()[1], server.config.app.state)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
+    """An app of somebody's on a plain uvicorn, as its users run it."""
+    ready = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    sockets = bind("127.0.0.1", 0)
+    server = Server(uvicorn.Config(host, log_config=None, **options))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield Api(sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(60)

@@ -3,11 +3,14 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +45,7 @@ from beatless.orchestrator.events import storable
 from beatless.orchestrator.journal import GivenUp, Place, Run
 from beatless.orchestrator.state import RunState
 from beatless.supervision import Supervisor
-from beatless.system import System
+from beatless.system import look
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,15 @@ LOCK_TIMEOUT_S = 2.0
 """How long a statement waits for a row that somebody else holds."""
 STATEMENT_TIMEOUT_S = 20.0
 POOL_TIMEOUT_S = 5.0
+INLINE_SCRIPT = re.findall(r"<script>(.*?)</script>", (STATIC / "index.html").read_text())[0]
+"""Adds the slash that an address below a proxy's path may lack: all that the page loads is relative
+to it."""
+INLINE_HASH = b64encode(sha256(INLINE_SCRIPT.encode()).digest()).decode()
 PAGE_HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "default-src 'none'; "
+        f"script-src 'self' 'sha256-{INLINE_HASH}'; "
+        "style-src 'self'; connect-src 'self'; "
         "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
@@ -212,7 +221,6 @@ def create_api(
     readiness = Readiness(
         app, app.bounded_engine(lock_s=1, statement_s=2, pool_size=1, max_overflow=0)
     )
-    system = System(app, engine)
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
@@ -583,7 +591,7 @@ def create_api(
                 HTTPStatus.FORBIDDEN, f"a token of the namespace {DEFAULT_NAMESPACE} is needed"
             )
         with reaching_postgres(app.settings.schema):
-            return asdict(system.look())
+            return asdict(look(app, engine))
 
     @api.get("/v1/token", responses=answers())
     def describe_token(request: Request) -> dict[str, Any]:

@@ -4,13 +4,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -18,33 +15,10 @@ from starlette.types import ASGIApp
 
 from beatless import App
 from beatless.api import create_api
-from beatless.api.server import PAGE_FILES, bind
+from beatless.api.server import PAGE_FILES
 from beatless.http import Client
 from beatless.testing import Kit
-from tests.serving import Api
-
-
-@contextmanager
-def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
-    """An app of somebody's on a plain uvicorn, as its users run it."""
-    ready = threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            ready.set()
-
-    sockets = bind("127.0.0.1", 0)
-    server = Server(uvicorn.Config(host, log_config=None, **options))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
-    thread.start()
-    assert ready.wait(60)
-    try:
-        yield Api(sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+from tests.serving import Api, hosting
 
 
 def in_fastapi(app: App) -> tuple[ASGIApp, dict[str, str]]:

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from sqlalchemy import exc
 
-from beatless import App
+from beatless import App, canary
 from beatless.dev import Child
 from beatless.flower import FleetState, Listener
+from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit
 from tests.valkeys import until
@@ -190,6 +192,17 @@ def test_a_lost_worker_is_a_retry_of_the_run() -> None:
     state.event(said("task-failed", "r.1", exception="WorkerLostError()"))
     assert state.tasks["r"].state == "SUCCESS"
     assert state.counter["w2@host"]["task-succeeded"] == 1
+
+
+def test_canaries_of_doctor_are_in_no_list() -> None:
+    state = FleetState(plans={"plan", canary.NAME})
+    run_id = f"{id_prefix(canary.NAMESPACE)}canary-1"
+    for kind in ("task-received", "task-started", "task-succeeded"):
+        state.event(said(kind, f"{run_id}.1", name=canary.NAME))
+    state.journal(replace(event(1, "RunStarted", plan=canary.NAME), run_id=run_id))
+    state.journal(replace(event(2, "RunFinished", outcome="completed"), run_id=run_id))
+    assert not state.tasks
+    assert canary.NAME not in state._seen_types
 
 
 @pytest.mark.parametrize("uuid", ["0190-other", "order.123"])

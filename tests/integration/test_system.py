@@ -38,7 +38,7 @@ def test_a_relay_and_a_worker_are_named_with_their_versions(beatless: Kit, api: 
     assert relay["version"] == worker["version"] == metadata.version("beatless")
     assert len(relay["shards"]) <= found["shards"]
     assert "default" in worker["queues"]
-    assert (worker["concurrency"], worker["executing"]) == (2, 0)
+    assert worker["processes"] == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ export async function showSystem(page) {
   const relayRows = new Rows(relays, (relay) => relay.pid, makeRow);
   const workerRows = new Rows(workers, (worker) => worker.name, makeRow);
   const none = el("p", { class: "empty", hidden: true }, "No relay runs: nothing is dispatched, and no event is live. Start ", el("code", {}, "beatless relay"), ".");
-  const idle = el("p", { class: "empty", hidden: true });
+  const idle = el("p", { class: "empty", hidden: true }, "No worker tells that it is there: runs wait for one. Start ", el("code", {}, "beatless worker"), ".");
 
   async function refresh() {
     const found = await call("/v1/system");
@@ -23,14 +23,12 @@ export async function showSystem(page) {
     relayRows.show(found.relays.map((relay) => ({ pid: relay.pid, cells: [
       ["relay", relay.address ?? "this host"], ["shards", `${relay.shards.length} of ${found.shards}`],
       ["version", relay.version ?? "unknown"], ["up", relay.since ? age(now() - Date.parse(relay.since)) : "unknown"]] })));
-    workerRows.show((found.workers ?? []).map((worker) => ({ name: worker.name, cells: [
-      ["worker", worker.name], ["queues", worker.queues.join(", ") || "unknown"],
-      ["executing", worker.executing === null ? "unknown" : `${worker.executing} of ${worker.concurrency ?? "?"}`],
-      ["version", versions(worker)]] })));
+    workerRows.show(found.workers.map((worker) => ({ name: `${worker.hostname} ${worker.started_at}`, cells: [
+      ["worker", worker.hostname], ["queues", worker.queues.join(", ")], ["processes", String(worker.processes)],
+      ["version", worker.version], ["up", age(now() - Date.parse(worker.started_at))]] })));
     none.hidden = found.relays.length > 0;
-    idle.hidden = Boolean(found.workers?.length);
-    setText(idle, found.workers === null ? "The broker cannot be reached, through which workers are asked." : "No worker answers: runs wait for one.");
-    const others = new Set([...found.relays, ...found.workers ?? []].map(({ version }) => version).filter((version) => version && version !== found.version));
+    idle.hidden = found.workers.length > 0;
+    const others = new Set([...found.relays, ...found.workers].map(({ version }) => version).filter((version) => version && version !== found.version));
     const told = [];
     if (others.size) told.push(`Other versions of beatless run beside ${found.version}: ${[...others].sort().join(", ")}.`);
     if (found.revision !== found.revision_needed) told.push(`The schema is at revision ${found.revision ?? "none"}, this version is made for ${found.revision_needed}.`);
@@ -42,13 +40,9 @@ export async function showSystem(page) {
 
   page.show(el("h1", {}, "System"), facts, notes,
     card("Relays", ["Relay", "Leads shards", "Version", "Up"], relays, none),
-    card("Workers", ["Worker", "Queues", "Executing", "Version"], workers, idle),
+    card("Workers", ["Worker", "Queues", "Processes", "Version", "Up"], workers, idle),
     el("p", { class: "soft" }, "Every hop is tried, and known misconfigurations are looked for, by ", el("code", {}, "beatless doctor"), "."));
   await page.every(5000, refresh);
-}
-
-function versions({ version, celery, python }) {
-  return version === null ? "unknown: older than its answer" : `${version}, Celery ${celery}, Python ${python}`;
 }
 
 function card(title, heads, body, empty) {

@@ -1,0 +1,66 @@
+"""The run page below a path, with and without the slash at its end."""
+
+from collections.abc import Callable
+
+import pytest
+from fastapi import FastAPI
+from playwright.sync_api import Page, expect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from beatless import App
+from beatless.api import create_api
+from beatless.testing import Kit
+from tests.serving import hosting
+
+Opener = Callable[..., Page]
+
+AT = "/sub/path"
+
+
+def in_fastapi(app: App) -> ASGIApp:
+    host = FastAPI()
+    host.mount(AT, create_api(app))
+    return host
+
+
+def behind_a_proxy(app: App) -> ASGIApp:
+    """One that takes the path away and does not say so."""
+    api = create_api(app)
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            below = scope["path"].startswith(AT)
+            scope = {**scope, "path": (scope["path"].removeprefix(AT) or "/") if below else "/404"}
+        await api(scope, receive, send)
+
+    return proxy
+
+
+@pytest.mark.parametrize("host", [in_fastapi, behind_a_proxy])
+def test_the_page_works_below_a_path(
+    beatless: Kit, open_page: Opener, host: Callable[[App], ASGIApp]
+) -> None:
+    run = beatless.start_run("checkout", {"lost": "at sea"}).run_id
+    with hosting(host(beatless.app)) as api:
+        page = open_page(expected="404 (Not Found)")
+        loaded: list[str] = []
+        page.on("response", lambda answer: loaded.append(answer.url) if answer.ok else None)
+        page.goto(f"{api.url}{AT}/#/run/{run}")
+        expect(page.locator("#status")).to_have_text("Live")
+        page.goto(f"{api.url}{AT}#/run/{run}")
+        page.wait_for_url(f"{api.url}{AT}/#/run/{run}")
+        expect(page.locator("#status")).to_have_text("Live")
+        beatless.work_until_idle()
+        expect(page.locator("#state")).to_have_text("failed")
+        for link in ("Runs", "Queues", "Dead letters", "System"):
+            page.get_by_role("link", name=link, exact=True).click()
+            expect(page.locator("#status")).to_have_text("Live")
+        page.get_by_role("link", name="beatless").click()
+        page.locator("#runs tr").click()
+        expect(page.locator("#status")).to_have_text("Ended")
+        page.get_by_role("button", name="Retry").click()
+        page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+        expect(page.locator(".facts")).to_contain_text("Retry of")
+        assert page.url.startswith(f"{api.url}{AT}/#/run/")
+        page.close()
+        assert all(url.startswith(f"{api.url}{AT}") for url in loaded)
