@@ -55,7 +55,8 @@ runs = Table(
     Index("runs_created", "namespace", "created_at", "run_id"),
     Index("runs_retries", "retry_of", postgresql_where=text("retry_of IS NOT NULL")),
     Index("runs_pruned", "pruned_at", postgresql_where=text("pruned_at IS NOT NULL")),
-    postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
+    # As the keyword postgresql_with, which SQLAlchemy 2.0 does not know for tables.
+    info={"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"}},
 )
 """No index on a column that changes while a run lives: its updates stay HOT."""
 

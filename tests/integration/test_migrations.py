@@ -88,7 +88,7 @@ def test_what_alembic_does_not_compare_agrees_too(
 ) -> None:
     schema = beatless_app.settings.schema
     for table in runs.metadata.sorted_tables:
-        wanted = table.dialect_options["postgresql"]["with"] or {}
+        wanted = table.info.get("postgresql_with", {})
         (found,) = postgres.execute(
             "SELECT reloptions FROM pg_class WHERE oid = %s::regclass", (f"{schema}.{table.name}",)
         ).fetchone()
