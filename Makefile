@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from nothing but python3 (>= 3.11) and make.
 PYTHON ?= python3
 VENV ?= .venv
+LOCK = requirements.txt
 WORKERS ?= auto
 # Tests wait for servers a third of their time: `auto` is one worker more than there are cores.
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')
@@ -11,8 +12,9 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
+EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install demo test test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean format test-one dev bench-retention bench-fanout bench-capacity
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean format test-one dev bench-retention bench-fanout bench-capacity
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -20,16 +22,21 @@ help: ## Show what there is to make
 
 install: $(STAMP) ## Create the virtual environment with everything the other targets need
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "beatless needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 dev: $(STAMP) ## The whole stack in the foreground, until Ctrl-C; ARGS="--port 8400"
 	$(BIN)/beatless dev --ephemeral $(ARGS)
+
+build: $(STAMP) ## The source distribution and the wheel that is made of it, in dist/
+	@rm -rf build dist
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
 demo: $(STAMP) ## Run the main job on throw-away services and check it
 	$(BIN)/beatless demo
@@ -45,6 +52,20 @@ test-one: $(STAMP) ## One file or test: make test-one T=tests/unit/test_plan.py
 
 test-random: $(STAMP) ## The suite in random order; SEED=n repeats an order, which pytest prints
 	@$(MAKE) test ARGS="-p randomly $(if $(SEED),--randomly-seed=$(SEED)) $(ARGS)"
+
+test-wheel: build ## What `make build` makes, in an empty environment with the newest of everything
+	$(BIN)/python -m pytest deploy/wheel -n 0 $(ARGS)
+
+# On the oldest Postgres as well where Debian has installed it.
+OLDEST_POSTGRES = $(wildcard /usr/lib/postgresql/15/bin)
+IN_OLDEST = unit $(addprefix integration/test_,$(addsuffix .py,runs queues races workers kills cancel retry_run limits \
+  processes environment stream api relay publishers kit kit_calls migrations doctor context sessions changed_plans))
+
+test-oldest: ## The heart of the suite with the oldest of everything that pyproject.toml allows (Python 3.11)
+	@$(MAKE) install VENV=$(VENV)-oldest LOCK=requirements-oldest.txt
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_OLDEST:%=tests/%) \
+	  $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
 
 # Nothing downloads a browser: the distribution's is driven.
 BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys; sys.exit(not find())' || \
@@ -125,19 +146,22 @@ format: $(STAMP) ## Write the format that check asks for
 	$(BIN)/ruff format .
 
 # Made with the oldest Python, whose set of packages is the largest, and without this machine's
-# pip settings: neither its indexes nor its own wheels may leak into the file.
-lock: ## Pin what is installed, with hashes, in requirements.txt (needs Python 3.11)
+# pip settings: neither its indexes nor its own wheels may leak into the files.
+COMPILE = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
+  .venv-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe --generate-hashes \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
+  --no-header --no-annotate --all-build-deps
+
+lock: ## Pin what is installed, with hashes: requirements.txt, requirements-oldest.txt (needs Python 3.11)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "the lock is made with Python 3.11; try: make PYTHON=python3.11 lock" >&2; exit 2; }
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
-	env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
-	  .venv-lock/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
-	  --no-header --no-annotate --all-build-deps $(EXTRAS) \
-	  --output-file requirements.txt pyproject.toml
+	$(COMPILE) $(EXTRAS) --output-file requirements.txt pyproject.toml
+	.venv-lock/bin/python .ci/floors.py > .venv-lock/floors.txt
+	$(COMPILE) $(EXTRAS_OLDEST) --constraint .venv-lock/floors.txt --output-file requirements-oldest.txt pyproject.toml
 	@rm -rf .venv-lock
-	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt
+	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt requirements-oldest.txt
 
 clean: ## Remove what the other targets made
 	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \

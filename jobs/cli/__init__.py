@@ -154,11 +154,12 @@ def run(arguments: list[str]) -> int:
             return fail(f"argument {place} is not valid UTF-8", 2)
     try:
         status = cli.main(args=arguments, prog_name="beatless", standalone_mode=False)
-    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as ended:
-        if isinstance(ended, click.exceptions.NoArgsIsHelpError):
-            ended.show()
+    except click.exceptions.Exit as ended:
         return ended.exit_code
     except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # which Click 8.1 does not have
+            error.show()
+            return error.exit_code
         command = error.ctx.command_path if error.ctx else "beatless"
         return fail(f"{error.format_message()} Try '{command} --help'.", error.exit_code)
     except click.ClickException as error:
