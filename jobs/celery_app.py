@@ -85,7 +85,7 @@ class FleetCelery(Celery):  # type: ignore[misc]  # Celery has no types
     _made = False
 
     def __init__(self, main: str) -> None:
-        super().__init__(main, set_as_current=False, loader=Loader)
+        super().__init__(main, set_as_current=False, loader=f"{__name__}:{Loader.__qualname__}")
         self._made = True
         # Celery offers no place for a class of ours. The object is the same for good, and a plain
         # assignment to it would be a setting.

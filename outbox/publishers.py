@@ -107,7 +107,8 @@ class CeleryTaskPublisher:
                 # no more messages on RabbitMQ, so what was sent in vain declares it anew.
                 for name in {message.queue for message in messages if message.attempt > 1}:
                     self._queue(name)(producer.channel).declare()
-                if len(messages) > 1 and producer.supports_batch_publish:
+                # kombu before 5.7 has no batches: a round trip for each message.
+                if len(messages) > 1 and getattr(producer, "supports_batch_publish", False):
                     with producer.batch(len(messages)):
                         self._send(messages, producer)
                 else:

@@ -86,7 +86,7 @@ def test_the_request_of_a_task_is_that_of_its_step():
     assert (request.args, request.kwargs) == ([], {"order": 7})
     assert request.delivery_info["routing_key"] == "mail"
     assert request.delivery_info["priority"] == 4
-    assert (request.task, request.time_limit) == ("shop.tasks.asks", 30)
+    assert (request.task, request.timelimit) == ("shop.tasks.asks", [30, 30])
     assert (request.is_eager, request.chord, request.chain, request.group) == (False,) + (None,) * 3
     assert Plan.task(asks)(Given([1, 2])).args == [1, 2]
 
