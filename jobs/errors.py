@@ -7,6 +7,7 @@ JobsError
 ├── QueueBusy           runs of the queue are running
 ├── WrongEncoding       the database cannot hold every text
 ├── SchemaBehind        the database lacks migrations that this version needs
+├── SchemaTaken         the schema has tables of others under names of ours
 ├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long
@@ -105,6 +106,21 @@ class WrongEncoding(JobsError):
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.advice}"
+
+
+class SchemaTaken(JobsError):
+    """The schema has something of others under names of ours. Nothing was changed."""
+
+    def __init__(self, schema: str, names: Sequence[str]) -> None:
+        super().__init__(schema, names)
+        self.schema = schema
+        self.names = names
+
+    def __str__(self) -> str:
+        return (
+            f"schema {self.schema!r} has {', '.join(self.names)}, not made by beatless: let "
+            "BEATLESS_SCHEMA name a schema of its own; nothing was changed"
+        )
 
 
 class MigrationBlocked(JobsError):

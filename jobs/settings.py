@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -39,6 +39,21 @@ DOCKER_LINK = re.compile(r"(?P<name>\w+?)(?:_NAME=/.*|_ENV_\w+=.*)", re.DOTALL)
 
 ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
 """Names that the HTTP client and the command line read, and an app does not."""
+
+
+SEVERAL_HOSTS = re.compile(
+    r"(?P<start>[a-z+]+://(?:[^/?#]*@)?)(?P<hosts>[^@/?#]*,[^@/?#]*)(?P<rest>(?:[/?#].*)?)",
+    re.DOTALL,
+)
+PLACEHOLDER = "several.hosts.invalid"
+
+HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\],]+)(:\d+)?")
+SOCKET_OR_HOST = re.compile(r"[/@][^,]*|[^:,/]+|[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
+
+TARGETS = ("read-write", "primary", "any")
+"""Of libpq's `target_session_attrs`: with another one nothing could be written."""
+
+SEVERAL = "postgresql://user:password@one.example:5432,two.example:5432/app"
 
 
 def _setting(example: str, parse: Callable[[str], Any] = str, **options: Any) -> Any:
@@ -120,14 +135,32 @@ class Settings:
 
     def _check_postgres(self, name: str, value: str) -> None:
         try:
-            drivername = make_url(value).drivername
-        except ArgumentError:
+            url = engine_url(value)
+        except (ArgumentError, ValueError):
             self._refuse(name, "is not a URL" if value else "is empty")
+        drivername = value.partition("://")[0]
+        if drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
+            self._refuse(name, f"starts with {drivername}://, not with postgresql://")
+        target = url.query.get("target_session_attrs", "any")
+        if target not in TARGETS:
+            problem = f"has target_session_attrs={target}, where nothing can be written: choose "
+            self._refuse(name, problem + " or ".join(TARGETS))
+        several = SEVERAL_HOSTS.fullmatch(value)
+        if several is not None:
+            for host in several["hosts"].split(","):
+                if not HOST.fullmatch(host):
+                    self._refuse(name, f"has {host!r} among its hosts, which is not host:port")
         else:
-            if drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
-                self._refuse(name, f"starts with {drivername}://, not with postgresql://")
+            hosts = url.normalized_query.get("host", ())
+            one = len(hosts) <= 1 and all(SOCKET_OR_HOST.fullmatch(host) for host in hosts)
+            if not one or any("," in port for port in url.normalized_query.get("port", ())):
+                self._refuse(
+                    name,
+                    "names several hosts, or a port, in ?host=, which libpq and SQLAlchemy read "
+                    f"differently: write them as {SEVERAL}",
+                )
 
-    def _refuse(self, name: str, problem: str) -> None:
+    def _refuse(self, name: str, problem: str) -> NoReturn:
         examples = {entry.name: entry.metadata["example"] for entry in fields(self)}
         raise BadSetting(f"BEATLESS_{name.upper()}", problem, examples[name])
 
@@ -220,12 +253,23 @@ def redact(value: Any) -> Any:
 
 
 def engine_url(url: str) -> URL:
-    """The URL for SQLAlchemy, on the psycopg driver."""
-    return make_url(url).set(drivername="postgresql+psycopg")
+    """The URL for SQLAlchemy, on the psycopg driver. It names several hosts in a way of its own."""
+    found = SEVERAL_HOSTS.fullmatch(url)
+    if found is None:
+        return make_url(url).set(drivername="postgresql+psycopg")
+    plain = make_url(f"{found['start']}{found['rest']}").set(drivername="postgresql+psycopg")
+    return plain.update_query_dict({"host": found["hosts"].split(",")})
 
 
 def libpq_url(url: str | URL) -> str:
-    """The URL for psycopg itself."""
+    """The URL for psycopg itself. Of several hosts the primary, unless it says otherwise."""
+    several = SEVERAL_HOSTS.fullmatch(url) if isinstance(url, str) else None
+    if several is not None:
+        text = libpq_url(f"{several['start']}{PLACEHOLDER}{several['rest']}")
+        text = text.replace(PLACEHOLDER, several["hosts"], 1)
+        if "target_session_attrs" in text:
+            return text
+        return f"{text}{'&' if '?' in text else '?'}target_session_attrs=primary"
     found = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     # SQLAlchemy writes a space as itself before the query and as + in it; libpq reads neither.
     address, mark, query = found.partition("?")

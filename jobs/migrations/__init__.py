@@ -24,7 +24,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
-from beatless.errors import MigrationBlocked
+from beatless.errors import MigrationBlocked, SchemaTaken
+from beatless.outbox.queries import execute
 from beatless.schema import VERSIONS, check_encoding, current, head
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ TRIES = 240
 CONCURRENTLY = re.compile(
     r"(?P<create>CREATE (?:UNIQUE )?INDEX) CONCURRENTLY IF NOT EXISTS (?P<name>\w+)"
 )
+
+CREATED = re.compile(
+    r"^CREATE (?:UNIQUE )?(?:TABLE|INDEX)(?: CONCURRENTLY)?(?: IF NOT EXISTS)? (\w+)", re.MULTILINE
+)
+
+TABLE = re.compile(r"CREATE TABLE(?: IF NOT EXISTS)? (?P<name>\w+) \((?P<body>.*)\)", re.DOTALL)
 
 HOLDERS = """
 SELECT format('session %%s of %%s (%%s), in its transaction for %%s s', a.pid,
@@ -83,14 +90,15 @@ def migrate(
 
     Two at once wait for each other. `post` also does what must wait until no older code runs;
     `versions` is a directory with further revisions. The engine's sessions must be Postgres' own:
-    a pooler in transaction mode loses their settings. Raises WrongEncoding, and MigrationBlocked if
-    a table is held for minutes; what was done until then stays, and the next call goes on from
-    there.
+    a pooler in transaction mode loses their settings. Raises WrongEncoding, SchemaTaken, and
+    MigrationBlocked if a table is held for minutes; what was done until then stays, and the next
+    call goes on from there.
     """
     target = last(versions) if post else head(versions)
     with engine.connect() as connection, _alone(connection, schema):
         check_encoding(connection)
         found = current(connection, schema)
+        check_names(connection, schema, found, versions)
         connection.rollback()
         if found is None or found < target:
             config = _config(schema, connection, versions, new=found is None)
@@ -98,6 +106,51 @@ def migrate(
             command.upgrade(config, target)
             found = target
     return found
+
+
+def check_names(
+    connection: sqlalchemy.Connection, schema: str, found: str | None, versions: Path | None
+) -> None:
+    """Raises SchemaTaken if the schema has something of others under a name that is to be made.
+
+    What an interrupted migration has made has our columns. Asked before the first change: IF NOT
+    EXISTS would take somebody's table for ours.
+    """
+    places = [VERSIONS, *([versions] if versions else [])]
+    texts = {file.name: file.read_text() for place in places for file in place.glob("*.sql")}
+    tables = {name: columns for text in texts.values() for name, columns in _tables(text)}
+    pending = [text for name, text in texts.items() if not found or name.partition("_")[0] > found]
+    names = {name for text in pending for name in CREATED.findall(text)}
+    rows = execute(
+        connection,
+        "SELECT c.relname::text, ARRAY(SELECT a.attname::text FROM pg_attribute a "
+        "WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped), t.relname::text "
+        "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "LEFT JOIN pg_index i ON i.indexrelid = c.oid LEFT JOIN pg_class t ON t.oid = i.indrelid "
+        "WHERE n.nspname = %(schema)s AND c.relname = ANY(%(names)s) ORDER BY 1",
+        {"schema": schema, "names": sorted(names)},
+    )
+    taken = [
+        name
+        for name, columns, indexed in rows
+        # A new schema is made at once: nothing that is there is left of an interrupted migration.
+        if not found
+        or (indexed is None and not tables.get(name, {""}) <= set(columns))
+        or (indexed is not None and indexed not in tables)
+    ]
+    if taken:
+        raise SchemaTaken(schema, taken)
+
+
+def _tables(text: str) -> Iterator[tuple[str, set[str]]]:
+    """The tables that a file makes, with their columns."""
+    for statement in statements(text):
+        if made := TABLE.search(re.sub(r"--.*", "", statement)):
+            body = made["body"].partition(") WITH (")[0]
+            # Of `numeric(10, 2)` or a CHECK only the first part is at the outermost level.
+            flat = re.sub(r"\([^()]*\)", "", re.sub(r"\([^()]*\)", "", body))
+            first = [column.split()[0] for column in flat.split(",") if column.strip()]
+            yield made["name"], {word for word in first if word.islower()}
 
 
 @contextmanager

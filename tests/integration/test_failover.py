@@ -12,7 +12,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
 
 from beatless import App, Event, HistoryChanged
 from beatless.migrations import migrate
@@ -160,18 +159,10 @@ def test_a_standby_that_takes_over_is_another_epoch_from_its_first_moment(
     beatless_app: App, tmp_path: Path, pair: tuple[EmbeddedPostgres, EmbeddedPostgres]
 ) -> None:
     primary, standby = pair
-    both = make_url(primary.url).set(
-        host=None,
-        port=None,
-        query={
-            "host": "127.0.0.1,127.0.0.1",
-            "port": f"{primary.port},{standby.port}",
-            "target_session_attrs": "read-write",
-        },
-    )
+    both = primary.url.replace(f":{primary.port}/", f":{primary.port},127.0.0.1:{standby.port}/")
     settings = replace(
         beatless_app.settings,
-        database_url=both.render_as_string(hide_password=False),
+        database_url=both,
         listen_url="",
     )
     kit = Kit(App(settings, list(beatless_app.plans.values())), directory=tmp_path)

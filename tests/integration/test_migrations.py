@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from beatless import App, SchemaBehind
+from beatless.errors import SchemaTaken
 from beatless.migrations import migrate, migration_sql
 from beatless.orchestrator.tables import runs
 from beatless.schema import VERSION_TABLE, check, current, head
@@ -206,3 +207,51 @@ def test_two_schemas_in_one_database_do_not_see_each_other(
     other.close()
     with pytest.raises(AssertionError, match="outbox 1 to 1"):
         beatless.wait_for_outbox_flush("same", timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "CREATE TABLE {}.api_tokens (id bigint, token text, expires_at timestamptz)",
+        "CREATE TABLE {}.queues (name text)",
+        "CREATE VIEW {}.history AS SELECT 1 AS token",
+        "CREATE TABLE {0}.mine (a int); CREATE INDEX runs_key ON {0}.mine (a)",
+    ],
+)
+def test_a_schema_with_tables_of_others_is_refused_before_the_first_change(
+    beatless_app: App, postgres: psycopg.Connection, schema: str, theirs: str
+) -> None:
+    postgres.execute(f"CREATE SCHEMA {schema}; {theirs.format(schema)}".encode())
+    before = shape(postgres, schema)
+    with pytest.raises(SchemaTaken, match="BEATLESS_SCHEMA name a schema of its own"):
+        migrate(beatless_app.engine, schema)
+    assert shape(postgres, schema) == before
+
+
+def test_a_table_of_others_under_a_name_that_is_still_to_be_made_is_refused(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    migrate(beatless_app.engine, schema)
+    postgres.execute(
+        f"UPDATE {schema}.beatless_version SET version_num = '0001'; "
+        f"DROP TABLE {schema}.api_tokens; CREATE TABLE {schema}.api_tokens (id bigint)".encode()
+    )
+    before = shape(postgres, schema)
+    with pytest.raises(SchemaTaken, match="has api_tokens, not made by beatless"):
+        migrate(beatless_app.engine, schema)
+    assert shape(postgres, schema) == before
+
+
+def test_what_an_interrupted_migration_has_made_is_ours(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    migrate(beatless_app.engine, schema)
+    postgres.execute(f"UPDATE {schema}.beatless_version SET version_num = '0001'".encode())
+    assert migrate(beatless_app.engine, schema) == head()
+
+
+def test_other_tables_may_be_in_the_schema(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    postgres.execute(f"CREATE SCHEMA {schema}; CREATE TABLE {schema}.orders (id int)".encode())
+    assert migrate(beatless_app.engine, schema) == head()

@@ -163,3 +163,54 @@ def test_what_only_looks_a_little_like_a_link_is_refused(name):
 def test_a_url_setting_is_never_a_link():
     with pytest.raises(BadSetting, match="is not a redis://"):
         Settings.from_env(MINIMAL | {"BEATLESS_REDIS_URL": "tcp://10.96.12.7:6379"})
+
+
+MANY = "postgresql://me:s%40c@one:5433,[::1]:5434/app"
+
+
+def test_several_hosts_are_spelled_in_one_way_that_both_drivers_get_in_theirs():
+    settings = Settings.from_env(MINIMAL | {"BEATLESS_DATABASE_URL": f"{MANY}?sslmode=require"})
+    assert conninfo_to_dict(libpq_url(settings.database_url)) == {
+        "user": "me",
+        "password": "s@c",
+        "host": "one,::1",
+        "port": "5433,5434",
+        "dbname": "app",
+        "sslmode": "require",
+        "target_session_attrs": "primary",
+    }
+    found = engine_url(settings.listen_url)
+    assert found.query["host"] == ("one:5433", "[::1]:5434")
+    assert (found.host, found.password, found.database) == (None, "s@c", "app")
+    assert "s%40c" not in repr(settings)
+    chosen = conninfo_to_dict(libpq_url(f"{MANY}?target_session_attrs=read-write"))
+    assert chosen["target_session_attrs"] == "read-write"
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["host=a:1&host=b:2", "host=a,b&port=1,2", "host=a,b", "host=a:1", "host=a&host=b", "port=1,2"],
+)
+def test_other_spellings_of_several_hosts_are_refused_with_the_right_one(query):
+    with pytest.raises(BadSetting, match=r"write them as postgresql://.*one\.example:5432,two"):
+        Settings.from_env(MINIMAL | {"BEATLESS_LISTEN_URL": f"postgresql://me:s@/app?{query}"})
+
+
+@pytest.mark.parametrize("url", ["postgresql://a:x,b:1/app", "postgresql://a,,b/app"])
+def test_a_bad_host_among_several_is_refused(url):
+    with pytest.raises(BadSetting, match="which is not host:port"):
+        Settings.from_env(MINIMAL | {"BEATLESS_DATABASE_URL": url})
+
+
+@pytest.mark.parametrize("host", ["/run/postgresql", "db", "::1", "10.0.0.1", "@abstract"])
+def test_one_host_or_socket_may_stand_in_the_query(host):
+    url = f"postgresql://me@/app?host={host}"
+    assert Settings.from_env(MINIMAL | {"BEATLESS_DATABASE_URL": url}).database_url == url
+
+
+@pytest.mark.parametrize("target", ["standby", "read-only", "prefer-standby"])
+def test_a_target_that_cannot_be_written_to_is_refused(target):
+    with pytest.raises(BadSetting, match=f"target_session_attrs={target}"):
+        Settings.from_env(
+            MINIMAL | {"BEATLESS_DATABASE_URL": f"{MANY}?target_session_attrs={target}"}
+        )
