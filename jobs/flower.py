@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from flower.app import Flower
+from flower.app import Flower, rewrite_handler
 from flower.command import apply_env_options, apply_options, extract_settings, setup_logging
 from flower.command import settings as web_settings
 from flower.events import EventsState
@@ -29,6 +29,7 @@ from tornado.web import url
 
 from beatless import canary, loopback
 from beatless.app import App
+from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
@@ -299,19 +300,30 @@ class TaskPage(TaskView):  # type: ignore[misc]  # Flower has no types
 def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) -> None:
     """Serve Flower until told to stop; `ready` gets its URL once it answers.
 
-    Its own variables FLOWER_* and its flowerconfig.py are read as well.
+    Its own variables FLOWER_* and its flowerconfig.py are read as well. Raises BadRequest where
+    others could reach it and it asks nobody who they are.
     """
     for name in service_links(os.environ):
         if name.startswith("FLOWER_"):  # a Service called `flower` makes FLOWER_PORT=tcp://…
             del os.environ[name]
     apply_env_options()
     apply_options("flower", arguments(chosen))
+    oauth = default_options.auth and default_options.auth_provider
+    if not (default_options.basic_auth or oauth or loopback.is_host(chosen.host)):
+        raise BadRequest(
+            "--host",
+            f"{chosen.host} can be reached by others: give --basic-auth USER:PASSWORD as well, or "
+            "FLOWER_AUTH with FLOWER_AUTH_PROVIDER",
+        )
     extract_settings()
     setup_logging()
     flower = Flower(
         capp=app.celery, options=default_options, page_url=chosen.page_url, **web_settings
     )
-    flower.add_handlers(".*", [url(r"/task/(.+)", TaskPage)])
+    page = url(r"/task/(.+)", TaskPage)
+    if default_options.url_prefix:
+        page = rewrite_handler(page, default_options.url_prefix)
+    flower.add_handlers(".*", [page])
     listener = None
     if chosen.steps:
         state = FleetState(

@@ -27,6 +27,17 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
         request._protected = 1  # as Celery marks a call that must not be taken for another
         return self.run(*args, **kwargs)
 
+    @property
+    def rate_limit(self) -> None:
+        """None: a worker holds back what is limited, and behind it the other plans of its queue."""
+        return None
+
+    @rate_limit.setter
+    def rate_limit(self, limit: Any) -> None:
+        """Raises ValueError, as an answer to Flower's button; 0 asks for what is so."""
+        if limit not in (None, 0, "0"):
+            raise ValueError(f"{self.name} is a plan of beatless: runs have no rate limit")
+
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
         """Raises TypeError: a message that nobody has stored would execute nothing."""
         raise not_to_be_called(self.name)

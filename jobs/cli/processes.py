@@ -15,7 +15,6 @@ import redis
 from celery import signals
 from kombu.exceptions import KombuError
 
-from beatless import loopback
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.celery_app import warn_of_foreign
 from beatless.cli.environment import Environment
@@ -234,7 +233,7 @@ def served(app: App) -> Iterator[None]:
     "--basic-auth",
     metavar="USER:PASSWORD",
     envvar="FLOWER_BASIC_AUTH",
-    help="Required unless on loopback; default: FLOWER_BASIC_AUTH.",
+    help="Required unless on loopback or with OAuth; default: FLOWER_BASIC_AUTH.",
 )
 @click.option("--read-only", is_flag=True, help="Show everything, let nobody change anything.")
 @click.option("--steps/--no-steps", default=True, help="Runs and steps, or Celery's tasks alone.")
@@ -257,10 +256,6 @@ def flower(
     ready_fd: int | None,
 ) -> None:
     """Run Flower on the app's workers and runs."""
-    if basic_auth is None and not loopback.is_host(host):
-        raise BadRequest(
-            "--host", f"{host} can be reached by others: give --basic-auth USER:PASSWORD as well"
-        )
     if page_url is not None:
         check_url("--page-url", page_url)
     try:

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import exc
 
 from beatless import App, canary
-from beatless.dev import Child
+from beatless.dev import Child, NotReady
 from beatless.flower import FleetState, Listener
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
@@ -71,6 +71,51 @@ def flower(beatless_app: App, tmp_path: Path) -> Iterator[Callable[..., FlowerCl
     for child in children:
         child.terminate()
         child.reap(monotonic() + 5)
+
+
+@pytest.mark.long
+def test_a_task_below_a_prefix_links_to_the_run_page(
+    beatless: Kit, flower: Callable[..., FlowerClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_URL_PREFIX", "tasks")
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    client = flower("--page-url", "http://page.example/")
+    until(lambda: client.get(f"/tasks/task/{run.run_id}")[0] == 200)
+    status, page = client.get(f"/tasks/task/{run.run_id}")
+    assert (status, f"http://page.example/#/run/{run.run_id}" in page) == (200, True)
+
+
+@pytest.mark.long
+def test_beyond_this_machine_it_asks_for_a_password_or_oauth(
+    beatless_app: App, tmp_path: Path
+) -> None:
+    def start(**environ: str) -> Child:
+        child = Child(
+            "flower",
+            ["flower", "--port", "0", "--host", "0.0.0.0"],
+            environ=os.environ | beatless_app.settings.to_env() | environ,
+            log=tmp_path / "flower.log",
+        )
+        child.start()
+        return child
+
+    oauth = {
+        "FLOWER_AUTH": "operator@example.com",
+        "FLOWER_AUTH_PROVIDER": "flower.views.auth.GoogleAuth2LoginHandler",
+        "FLOWER_OAUTH2_KEY": "key",
+        "FLOWER_OAUTH2_SECRET": "secret",
+        "FLOWER_OAUTH2_REDIRECT_URI": "https://flower.example/login",
+    }
+    for given in ({}, {"FLOWER_AUTH": oauth["FLOWER_AUTH"]}):
+        child = start(**given)
+        with pytest.raises(NotReady, match="can be reached by others"):
+            child.wait_ready()
+        child.reap(monotonic() + 5)
+    child = start(**oauth)
+    child.wait_ready()
+    child.terminate()
+    child.reap(monotonic() + 5)
 
 
 def test_runs_are_tasks_and_steps_their_children(

@@ -71,3 +71,11 @@ def test_a_worker_executes_what_was_sent_to_it_and_no_call_within():
     within("r1", 1)
     within.pop_request()
     assert executed == [("within", "r1", 1)]
+
+
+def test_a_rate_limit_of_a_plan_is_refused_with_an_answer():
+    with pytest.raises(ValueError, match="runs have no rate limit"):
+        task.rate_limit = "1/m"
+    task.rate_limit = "0"
+    assert task.rate_limit is None
+    mail.rate_limit = "1/m"
