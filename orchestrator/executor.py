@@ -575,10 +575,8 @@ class Execution:
                 progress = self._take_storable_step(progress, progress.step)
 
     def _resume(self) -> Progress | None:
-        run = self._lease.run
-        fresh = run.retry_of is None and run.cancel_requested_at is None
-        if fresh and run.attempt == 1 and self._last_seq == 2:
-            return Progress(step=self._plan.first, starts=1)  # started by the claim itself
+        if self._lease.begun:
+            return Progress(step=self._plan.first, starts=1)
         progress = self._fold()
         if self._lease.cancelled and self._plan.on_cancel and not progress.compensating:
             progress.compensate(self._plan.on_cancel)

@@ -52,6 +52,8 @@ class Lease:
     """Seconds that the run was due before this claim; None if it was taken from another worker."""
     age: float = 0.0
     """Seconds from the run's first claim to this one."""
+    begun: bool = False
+    """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
     claimed_at: float = field(default_factory=monotonic)
@@ -136,7 +138,7 @@ SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timest
        extract(epoch FROM clock_timestamp()
          - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
        extract(epoch FROM clock_timestamp() - started_at)::float8, u.trace_context,
-       {doorbell(s, "%(shard)s")} FROM u""".replace(
+       {{begun}}, {doorbell(s, "%(shard)s")} FROM u""".replace(
             "{fresh}",
             "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
             " AND (deadline_at IS NULL OR deadline_at > clock_timestamp())",
@@ -214,7 +216,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         rows = claimed.fetchall()
         if not rows:
             return None
-        *row, token, left, waited, age, trace_context, _ = rows[0]
+        *row, token, left, waited, age, trace_context, begun, _ = rows[0]
         run = Run.from_row(row)
         return Lease(
             run=run,
@@ -224,6 +226,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             waited=waited,
             age=age,
             trace_context=trace_context,
+            begun=begun,
         )
 
     def extend(self, connection: Connection, leases: Sequence[Lease]) -> list[Lease]:

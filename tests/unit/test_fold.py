@@ -1,10 +1,14 @@
 """Where a run resumes: the journal folded by its plan."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+import beatless
 from beatless import Plan, step
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.executor import CONNECTION_LOST, SNOOZED, fold
+from beatless.orchestrator.executor import CONNECTION_LOST, FOLDED, SNOOZED, fold
 
 plan = Plan(
     "p",
@@ -214,3 +218,8 @@ def test_the_step_that_undoes_is_no_step_of_a_run_that_nobody_cancelled():
     undo = step(name="undo")(lambda ctx: None)
     progress = fold(make("one", on_cancel=undo), events(STARTED, ("StepStarted", "undo", None)))
     assert (progress.step, progress.unknown) == (None, "undo")
+
+
+def test_the_page_knows_the_traces_of_attempts_that_do_not_count():
+    page = (Path(beatless.__file__).parent / "api/static/timeline.js").read_text()
+    assert set(re.findall(r'"(beatless\.[a-z_]+)"', page)) == set(FOLDED)
