@@ -127,15 +127,19 @@ class Origin:
         That is: a snapshot was restored while this process lived. One that was restored while none
         did is for people to tell, by `beatless migrate --restored`.
         """
+        # Noted before the statement: what other threads learn meanwhile may be newer.
+        before = (self._epoch, self._flushed)
         epoch, flushed = self._journal.epoch(connection)
         with self._look:
-            if epoch == self._epoch and 0 < flushed < self._flushed:
+            if epoch == before[0] == self._epoch and 0 < flushed < before[1]:
                 logger.warning(
                     "the database has gone back in time: its epoch is renewed",
                     extra={"action": "epoch_renewed", "epoch": epoch},
                 )
                 self._journal.renew(connection, epoch)
                 epoch, flushed = self._journal.epoch(connection)
+            if epoch == self._epoch:
+                flushed = max(flushed, self._flushed)
             self._epoch, self._flushed = epoch, flushed
         return epoch
 
