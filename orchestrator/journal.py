@@ -280,7 +280,8 @@ WITH input AS (
 ), d AS (
   INSERT INTO {s}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
                               deadline_at)
-  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority, 'waiting',
+  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
+         CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          coalesce(u.not_before, u.created_at),
          CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
     FROM u JOIN input i USING (run_id)
@@ -340,7 +341,9 @@ WITH u AS (
   DELETE FROM {s}.dispatches d USING u
    WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
 ), later AS (
-  UPDATE {s}.dispatches d SET state = 'waiting', due_at = u.not_before, reason = %(reason)s
+  UPDATE {s}.dispatches d
+     SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
+         due_at = u.not_before, reason = %(reason)s
     FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
 )
 SELECT last_seq, cancelled, {bell} FROM u"""

@@ -98,11 +98,13 @@ ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.pau
 WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
                                       OR d.state = 'sent') AS waiting,
-         count(*) FILTER (WHERE d.state = 'waiting' AND d.due_at > clock_timestamp()) AS delayed,
+         count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
+           AS delayed,
          count(*) FILTER (WHERE d.state = 'running') AS active,
          -- What was sent is due again at its redispatch: its run knows since when it waits. There
          -- are few of them, whatever the backlog.
-         least(min(d.due_at) FILTER (WHERE d.state = 'waiting' AND d.due_at <= clock_timestamp()),
+         least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
+                                   AND d.due_at <= clock_timestamp()),
                min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
                                         ELSE r.lease_expires_at END
                       FROM {s}.runs r WHERE r.run_id = d.run_id))

@@ -188,6 +188,7 @@ def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:
             waits = f"is not due yet ({reason})"
         text = {
             "waiting": waits,
+            "delayed": waits,
             "sent": "was sent to the broker, where no worker was free to take it yet",
             "running": "is executed",
         }.get(state, state)

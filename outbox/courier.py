@@ -2,13 +2,25 @@
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import PublishRefused
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.publishers import TaskPublisher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A batch to be published."""
+
+    messages: Sequence[TaskMessage]
+    unclaimed: Sequence[TaskMessage] = ()
+    """Sent before and claimed by nobody: sent again if the message before is lost."""
+    out: Mapping[str, int] = field(default_factory=dict)
+    """How many messages of each of their queues are out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +30,10 @@ class Delivery:
     messages: Sequence[TaskMessage]
     error: BaseException | None
     """None: the publisher has accepted all of it but what it refused."""
+    kept: Sequence[TaskMessage] = ()
+    """Not sent, because their last messages are in the broker still."""
+    lost: Sequence[TaskMessage] = ()
+    """Not sent, though their last messages are lost: another of the same plan is sent first."""
     refused: Sequence[tuple[Sequence[TaskMessage], PublishRefused]] = ()
     """The messages of each queue that the broker will not have."""
 
@@ -32,7 +48,7 @@ class Courier:
     def __init__(self, publisher: TaskPublisher, on_return: Callable[[], None]) -> None:
         self._publisher = publisher
         self._on_return = on_return
-        self._orders: queue.SimpleQueue[Sequence[TaskMessage] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._returned: Delivery | None = None
         self._refused: set[str] = set()
@@ -52,13 +68,22 @@ class Courier:
         """Whether its thread is still at a batch."""
         return self._thread is not None and self._thread.is_alive()
 
-    def send(self, messages: Sequence[TaskMessage]) -> None:
-        """Let this batch be published."""
+    def send(
+        self,
+        messages: Sequence[TaskMessage],
+        *,
+        unclaimed: Sequence[TaskMessage] = (),
+        out: Mapping[str, int] | None = None,
+    ) -> None:
+        """Let this batch be published, and of the unclaimed ones those that are lost.
+
+        `out` is how many messages of each of their queues are out.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="beatless-courier", daemon=True)
             self._thread.start()
         self.away, self._sent_at = True, monotonic()
-        self._orders.put(messages)
+        self._orders.put(Order(messages=messages, unclaimed=unclaimed, out=out or {}))
 
     def wait(self, seconds: float | None) -> bool:
         """Wait for the batch that is away; False if its fate is still unknown then."""
@@ -86,9 +111,42 @@ class Courier:
         self._orders.put(None)
 
     def _run(self) -> None:
-        while (messages := self._orders.get()) is not None:
-            self._deliveries.put(self._publish(messages))
+        while (order := self._orders.get()) is not None:
+            self._deliveries.put(self._carry(order))
             self._on_return()
+
+    def _carry(self, order: Order) -> Delivery:
+        try:
+            again, kept, lost = self._look(order)
+        except BaseException as error:
+            return Delivery(messages=(), error=error)
+        delivery = self._publish([*order.messages, *again])
+        return replace(delivery, kept=kept, lost=lost)
+
+    def _look(self, order: Order) -> tuple[list[TaskMessage], list[TaskMessage], list[TaskMessage]]:
+        """The unclaimed messages that are to be sent again, are in the broker still, are lost.
+
+        Nobody can ask a broker for one message. But when it holds fewer of a queue than are out,
+        the oldest are lost, or were dropped by a worker that does not have their plan: one of each
+        plan is sent again, and the others after that one was claimed.
+        """
+        again, kept, lost = list[TaskMessage](), list[TaskMessage](), list[TaskMessage]()
+        for messages in _by_queue(order.unclaimed):
+            name = messages[0].queue
+            missing = max(0, order.out[name] - self._publisher.waiting(name))
+            kept += messages[missing:]
+            plans: dict[str, list[TaskMessage]] = defaultdict(list)
+            for message in messages[:missing]:
+                if message.reason == "lease":
+                    again.append(message)
+                elif message.reason == "broker_lost":
+                    lost.append(message)
+                else:
+                    plans[message.task].append(message)
+            for first, *rest in plans.values():
+                again.append(first)
+                lost += rest
+        return again, kept, lost
 
     def _publish(self, messages: Sequence[TaskMessage]) -> Delivery:
         """One bad queue must not hold up the rest of the batch, nor let it be sent twice."""

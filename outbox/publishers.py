@@ -1,6 +1,7 @@
 """The two doors out of Postgres. A batch is published whole or not at all, as far as we know."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import redis
@@ -38,6 +39,9 @@ class TaskPublisher(Protocol):
 
     def publish(self, messages: Sequence[TaskMessage]) -> None:
         """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
+
+    def waiting(self, queue: str) -> int:
+        """How many messages of the queue no worker has taken. Raises as `publish` does."""
 
 
 def channel_for(prefix: str, origin: str, run_id: str) -> str:
@@ -100,22 +104,33 @@ class CeleryTaskPublisher:
         self._prefix = prefix
         self._queues: dict[str, Queue] = {}
 
+    def waiting(self, queue: str) -> int:
+        with self._reaching(), self._app.producer_or_acquire() as producer:
+            found = self._queue(queue)(producer.channel)
+            found.declare()
+            return int(found.queue_declare().message_count)
+
     def publish(self, messages: Sequence[TaskMessage]) -> None:
-        try:
-            with self._app.producer_or_acquire() as producer:
-                # kombu declares a queue once for each connection. One that was deleted since takes
-                # no more messages on RabbitMQ, so what was sent in vain declares it anew.
-                for name in {message.queue for message in messages if message.attempt > 1}:
-                    self._queue(name)(producer.channel).declare()
-                # kombu before 5.7 has no batches: a round trip for each message.
-                if len(messages) > 1 and getattr(producer, "supports_batch_publish", False):
-                    with producer.batch(len(messages)):
-                        self._send(messages, producer)
-                else:
+        with self._reaching(), self._app.producer_or_acquire() as producer:
+            # kombu declares a queue once for each connection. One that was deleted since takes
+            # no more messages on RabbitMQ, so what was sent in vain declares it anew.
+            for name in {message.queue for message in messages if message.attempt > 1}:
+                self._queue(name)(producer.channel).declare()
+            # kombu before 5.7 has no batches: a round trip for each message.
+            if len(messages) > 1 and getattr(producer, "supports_batch_publish", False):
+                with producer.batch(len(messages)):
                     self._send(messages, producer)
-                if isinstance(producer.channel, pyamqp.Channel):
-                    # RabbitMQ answers no publish, and a refusal meets whoever calls next: be it us.
-                    producer.channel.basic_qos(0, 0, False)
+            else:
+                self._send(messages, producer)
+            if isinstance(producer.channel, pyamqp.Channel):
+                # RabbitMQ answers no publish, and a refusal meets whoever calls next: be it us.
+                producer.channel.basic_qos(0, 0, False)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Tell a door that is shut from a message that is refused."""
+        try:
+            yield
         except pyamqp.Transport.channel_errors as error:
             if not error.method_sig or error.method_sig[0] in CONNECTING:
                 raise PublishFailed("the broker", str(error)) from error

@@ -5,7 +5,7 @@ the rate of the same statement through SQLAlchemy Core (ADR 0003). Writers embed
 `doorbell` in their own statement, so that fact, outbox row and wake-up are one round trip.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +38,13 @@ EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
 `date_part` is a float, `extract` a numeric: the event would take a tenth longer.
 """
 
+
+RARELY = 4
+"""Times the redispatch interval after which a message that was sent again, or is in the broker
+still, is looked at again."""
+
+DEFER_S = 2
+"""Seconds until a dead worker's run that found its queue full is looked at again."""
 
 BATCH_BYTES = 8 * 1024 * 1024
 """Bytes of events after which a batch takes no further row. A relay has them several times over."""
@@ -238,6 +245,7 @@ class Queries:
         s = schema
         self.schema = schema
         self.per_shard = per_shard
+        self.window = window
         self.channel = channel_of(schema)
         self.origin = origin(s)
         self.bell_key = f"'{s}.run_outbox'::regclass::oid::int4"
@@ -295,37 +303,60 @@ WITH RECURSIVE lane(queue, priority) AS (
 ), open AS (
   SELECT lane.* FROM lane LEFT JOIN {s}.queues q ON q.name = lane.queue WHERE q.paused_at IS NULL
 )"""
-        # Lanes are walked by index, so a long queue costs nothing to the others; a paused queue is
-        # not looked at. Lost messages and dead workers are rows of `dispatches_out` that are due; a
-        # run that a dead worker had begun goes on even if its queue was paused meanwhile. The time
-        # is a subquery: compared with a volatile function, every delayed run would be read.
+        # Lanes are walked by index, so a long queue costs nothing to the others, and neither does
+        # one whose runs are all for later: they are `delayed`, and found by their time. A paused
+        # queue is not looked at. Lost messages, dead workers and what has become due are rows of
+        # `dispatches_out` that are due; a run that a dead worker had begun goes on even if its
+        # queue was paused meanwhile. The time is a subquery: compared with a volatile function,
+        # every delayed run would be read. While a message of a plan is out that was lost once, no
+        # other of the plan is sent in that queue: the workers may not have it, and drop them all.
         now = "(SELECT coalesce(%(now)s, clock_timestamp()))"
-        pick_tasks = f"""{lanes}, out AS (
-  SELECT queue, count(*) AS messages FROM {s}.dispatches
-   WHERE state <> 'waiting' AND state = 'sent' GROUP BY queue
-), ready AS (
-  SELECT d.*, row_number() OVER (PARTITION BY d.queue ORDER BY d.priority DESC, d.due_at) AS place
-    FROM open CROSS JOIN LATERAL (
-      SELECT run_id, task, queue, priority, due_at, attempts, reason FROM {s}.dispatches d
-       WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
-         AND d.due_at <= {now} AND d.shard = ANY(%(shards)s)
+        mine = """shard = ANY(%(shards)s)
          AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
-         AND d.run_id <> ALL(%(aside)s::text[])
-       ORDER BY d.due_at LIMIT {window}{{lock}}) d
+         AND d.run_id <> ALL(%(aside)s::text[])"""
+        columns = "d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.state"
+        pick_tasks = f"""{lanes}, out AS MATERIALIZED (
+  SELECT queue, task, shard, reason FROM {s}.dispatches WHERE state = 'sent'
+), messages AS MATERIALIZED (
+  SELECT queue, count(*) AS sent, count(*) FILTER (WHERE shard = ANY(%(shards)s)) AS ours
+    FROM out GROUP BY queue
+), doubted AS MATERIALIZED (
+  SELECT DISTINCT queue, task FROM out WHERE reason = 'unclaimed' AND shard = ANY(%(shards)s)
+), due AS MATERIALIZED (
+  SELECT {columns}, q.paused_at IS NOT NULL AS paused
+    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
+   WHERE d.state <> 'waiting' AND d.due_at <= {now} AND d.{mine}
+     AND (d.state <> 'sent' OR d.reason = 'lease' OR q.paused_at IS NULL)
+   ORDER BY d.due_at LIMIT {window}{{lock}}
+), ready AS (
+  SELECT d.*, row_number() OVER (
+           PARTITION BY d.queue
+           ORDER BY d.state = 'running' DESC, d.priority DESC, d.due_at) AS place
+    FROM (
+      SELECT d.*, false AS paused FROM open CROSS JOIN LATERAL (
+        SELECT {columns} FROM {s}.dispatches d
+         WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
+           AND d.due_at <= {now} AND d.{mine}
+           AND NOT EXISTS (
+             SELECT FROM doubted o WHERE o.queue = d.queue AND o.task = d.task)
+         ORDER BY d.due_at LIMIT {window}{{lock}}) d
+      UNION ALL
+      SELECT * FROM due WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
 )
-(SELECT run_id, task, queue, {next_attempt.replace("d.", "ready.")}, reason
-   FROM ready LEFT JOIN out USING (queue) WHERE place <= {window} - coalesce(messages, 0)
-  ORDER BY priority DESC, due_at)
+SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
+  FROM ready d LEFT JOIN messages USING (queue) WHERE place <= %(places)s - coalesce(ours, 0)
 UNION ALL
-SELECT * FROM (SELECT d.run_id, d.task, d.queue, {next_attempt},
-        CASE d.state WHEN 'sent' THEN 'unclaimed' ELSE d.reason END
-   FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
-  WHERE d.state <> 'waiting' AND d.due_at <= {now}
-    AND d.shard = ANY(%(shards)s)
-    AND (d.state = 'running' OR d.reason = 'lease' OR q.paused_at IS NULL)
-    AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
-    AND d.run_id <> ALL(%(aside)s::text[])
-  ORDER BY d.due_at LIMIT {window}{{lock}}) AS due"""
+(SELECT d.run_id, d.task, d.queue, {next_attempt},
+        CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
+        'look', coalesce(sent, 0)
+   FROM due d LEFT JOIN messages USING (queue) WHERE d.state = 'sent' ORDER BY d.due_at)
+UNION ALL
+SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
+  FROM due d
+ WHERE d.state = 'delayed' AND d.paused
+    OR d.state <> 'sent' AND d.run_id IN (
+      SELECT run_id FROM ready r LEFT JOIN messages USING (queue)
+       WHERE r.state <> 'waiting' AND place > %(places)s - coalesce(ours, 0))"""
         self.pick_tasks_sql = pick_tasks.replace("{lock}", "")
         # Without those that another transaction holds. Locks are written: only while there are any.
         self.pick_free_tasks_sql = pick_tasks.replace(
@@ -350,14 +381,36 @@ SELECT m.run_id || '.' || m.attempt
         self.mark_sent_sql = f"""
 UPDATE {s}.dispatches d
    SET state = 'sent', attempts = {next_attempt},
+       reason = CASE WHEN d.state = 'sent' AND d.reason <> 'lease' THEN 'unclaimed'
+                     ELSE d.reason END,
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN 1 << greatest(0, least(d.attempts, 5)) ELSE 1 END)
+         * CASE WHEN d.state = 'sent' THEN {RARELY} ELSE 1 END)
  WHERE {unclaimed}"""
+        # Their messages are in the broker still.
+        self.mark_kept_sql = f"""
+UPDATE {s}.dispatches d
+   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s * {RARELY})
+ WHERE {unclaimed}"""
+        # Their messages are lost: they wait for a place in the window again.
+        self.mark_lost_sql = f"""
+UPDATE {s}.dispatches d
+   SET state = 'waiting', due_at = clock_timestamp(),
+       reason = CASE reason WHEN 'broker_lost' THEN reason ELSE 'unclaimed' END
+ WHERE {unclaimed}"""
+        # What has become due and finds no place: a delayed run waits in its lane from now on, so
+        # that those behind it are seen; the run of a dead worker is tried again soon.
+        self.defer_sql = f"""
+UPDATE {s}.dispatches d
+   SET state = CASE state WHEN 'delayed' THEN 'waiting' ELSE state END,
+       due_at = CASE state WHEN 'delayed' THEN due_at
+                     ELSE clock_timestamp() + make_interval(secs => {DEFER_S}) END
+ WHERE state <> 'sent' AND {unclaimed}"""
         # Part of what was refused may have arrived, and be claimed. The next attempt is another: it
         # declares its queue anew.
         self.postpone_sql = f"""
 UPDATE {s}.dispatches d
-   SET attempts = {next_attempt},
+   SET state = CASE WHEN state = 'running' OR reason = 'lease' THEN state ELSE 'delayed' END,
+       attempts = {next_attempt},
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
        reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
  WHERE {unclaimed}"""
@@ -380,13 +433,13 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
        AND shard = ANY(%(shards)s)
      ORDER BY dispatches.due_at LIMIT 1) n
 ) t"""
+        # They are due now, and what the broker has lost of them is sent again.
         self.resend_unclaimed_sql = f"""
 UPDATE {s}.dispatches
-   SET state = CASE reason WHEN 'lease' THEN state ELSE 'waiting' END, due_at = clock_timestamp(),
+   SET due_at = clock_timestamp(),
        reason = CASE reason WHEN 'lease' THEN reason ELSE 'broker_lost' END
  WHERE run_id = ANY(ARRAY(
-   SELECT run_id FROM {s}.dispatches
-    WHERE state <> 'waiting' AND state = 'sent' AND shard = ANY(%(shards)s)
+   SELECT run_id FROM {s}.dispatches WHERE state = 'sent' AND shard = ANY(%(shards)s)
       FOR NO KEY UPDATE SKIP LOCKED))"""
         self.last_id_sql = f"SELECT last_value FROM {s}.run_outbox_id_seq"
         self.park_sql = f"""
@@ -418,11 +471,25 @@ SELECT shard, id, run_id, body FROM (
  WHERE coalesce(bytes_before, 0) < {BATCH_BYTES} ORDER BY id"""
 
 
-def task_messages(rows: Sequence[tuple[str, str, str, int, str]]) -> list[TaskMessage]:
-    """The rows of `pick_tasks_sql` as messages."""
+class PickedTask(NamedTuple):
+    """One run that is due, and what is to be done about it."""
+
+    message: TaskMessage
+    act: str
+    """`send` it; `look` whether its last message is lost; `defer` it, for its queue is full."""
+    sent: int
+    """How many messages of its queue are out as far as Postgres knows, of all relays."""
+
+
+def picked_tasks(rows: Iterable[tuple[str, str, str, int, str, str, int]]) -> list[PickedTask]:
+    """The rows of `pick_tasks_sql`."""
     return [
-        TaskMessage(run_id=run_id, task=task, queue=queue, attempt=attempt, reason=reason)
-        for run_id, task, queue, attempt, reason in rows
+        PickedTask(
+            TaskMessage(run_id=run_id, task=task, queue=queue, attempt=attempt, reason=reason),
+            act,
+            sent,
+        )
+        for run_id, task, queue, attempt, reason, act, sent in rows
     ]
 
 

@@ -35,8 +35,9 @@ from beatless.outbox.queries import (
     FEWER,
     Floor,
     PickedEvents,
+    PickedTask,
     Queries,
-    task_messages,
+    picked_tasks,
 )
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ class Drain:
         self._published: list[PickedEvents] = []
         self._undeleted: list[PickedEvents] = []
         self._large = False
-        self._sent: list[TaskMessage] = []
+        self._marks: list[tuple[str, Sequence[TaskMessage]]] = []
+        """What to note of the tasks that have come back, by statement."""
         self._unmarked: dict[str, TaskMessage] = {}
         self._aside: dict[str, float] = {}
         """Until when each of these runs is left alone."""
@@ -209,8 +211,14 @@ class Drain:
             self._courier = self._new_courier()
             self._task_door.failed(PublishFailed("the broker", f"no answer in {HOPELESS:g} s"))
         self._aside = {run: until for run, until in self._aside.items() if monotonic() < until}
-        marked = {message.task_id for message in self._sent}
-        unforgotten = (self._undeleted + self._published, self._sent)
+        marked = {
+            (message.task_id, act)
+            for statement, messages in self._marks
+            for message in messages
+            for act in ("look", "send")
+            if act == "look" or statement != self._queries.mark_lost_sql
+        }
+        unforgotten = (self._undeleted + self._published, self._marks)
         try:
             with self._connection.pipeline():
                 forget = self._forget(now)
@@ -221,21 +229,29 @@ class Drain:
             self._isolate(error, *unforgotten, shards, run_id, now)
             return len(sent)
         picked = list(map(PickedEvents._make, events.fetchall())) if events else []
-        messages = task_messages(tasks.fetchall()) if tasks else []
+        tasks_due = picked_tasks(tasks.fetchall()) if tasks else []
         if forget and self._note_undeleted(*forget):
             picked = self._without_undeleted(picked, run_id, looked=events is not None)
         if still_held:
             held = {task_id for (task_id,) in still_held.fetchall()}
-            held.difference_update(message.task_id for message in messages)
+            held.difference_update(due.message.task_id for due in tasks_due)
             self._unmarked = {task_id: self._unmarked[task_id] for task_id in held}
-        messages = self._without_unmarked(messages, marked)
+        tasks_due = self._without_unmarked(tasks_due, marked)
+        self._defer([due.message for due in tasks_due if due.act == "defer"], now)
+        messages = [due.message for due in tasks_due if due.act == "send"]
+        unclaimed = [due for due in tasks_due if due.act == "look"]
         if picked or messages:
             self._faults.reach("relay.after_claim")
-        if messages:
-            self._courier.send(messages)
+        if messages or unclaimed:
+            self._courier.send(
+                messages,
+                unclaimed=[due.message for due in unclaimed],
+                out={due.message.queue: due.sent for due in unclaimed},
+            )
         published = self._publish_events(picked)
-        if messages and self._courier.wait(PROMPT):
+        if (messages or unclaimed) and self._courier.wait(PROMPT):
             sent += self._take_back(shards, now)
+            self.crowded |= any(mark == self._queries.mark_lost_sql for mark, _ in self._marks)
         if published or sent:
             self._faults.reach("relay.after_publish")
             self._observer(
@@ -258,7 +274,7 @@ class Drain:
         """Delete what the last step published, without selecting more."""
         self._courier.wait(PARTING)
         self._take_back(shards, now)
-        unforgotten = (self._undeleted + self._published, self._sent)
+        unforgotten = (self._undeleted + self._published, self._marks)
         try:
             if forget := self._forget(now):
                 self._note_undeleted(*forget)
@@ -353,15 +369,36 @@ class Drain:
         self._undeleted, self._published = [], []
         if done:
             deleted = self._connection.execute(self._queries.forget_events_sql, _ids(done))
-        if self._sent:
-            self._mark(self._queries.mark_sent_sql, self._sent, now)
-            self._sent = []
+        for statement, messages in self._marks:
+            self._mark(statement, messages, now)
+        self._marks = []
         return (done, deleted) if deleted else None
 
-    def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> None:
-        self._connection.execute(
+    def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> int:
+        """How many rows were free to be written, if it is not sent in a pipeline."""
+        return self._connection.execute(
             statement, _attempts(messages) | {"redispatch": self._redispatch, "now": now}
-        )
+        ).rowcount
+
+    def _mark_each(
+        self, statement: str, messages: Sequence[TaskMessage], now: datetime | None
+    ) -> int:
+        """`_mark`, and a row for which it fails does not hold up the others."""
+        try:
+            return self._mark(statement, messages, now)
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error:
+            marked = 0
+            for message in messages:
+                with self._blaming(message.run_id):
+                    marked += self._mark(statement, [message], now)
+            return marked
+
+    def _defer(self, messages: Sequence[TaskMessage], now: datetime | None) -> None:
+        """Let what finds no place in its queue make room in the look for what comes next."""
+        if messages:
+            self.crowded |= self._mark_each(self._queries.defer_sql, messages, now) > 0
 
     def _note_undeleted(
         self, done: list[PickedEvents], deleted: psycopg.Cursor[tuple[Any, ...]]
@@ -382,17 +419,23 @@ class Drain:
             self._undeleted += [row for row in picked if row.id in known]
         return [row for row in picked if row.id not in known]
 
-    def _without_unmarked(self, messages: list[TaskMessage], marked: set[str]) -> list[TaskMessage]:
+    def _without_unmarked(
+        self, picked: list[PickedTask], marked: set[tuple[str, str]]
+    ) -> list[PickedTask]:
         """What is due again as if it had not been sent is held: by a claim, or for long.
 
         It is sent again when it is free: whoever took the message has given up by then.
         """
-        again = {message.task_id: message for message in messages if message.task_id in marked}
+        again = {
+            due.message.task_id: due.message
+            for due in picked
+            if (due.message.task_id, due.act) in marked
+        }
         self.crowded = bool(again)
         if not again:
-            return messages
+            return picked
         self._unmarked |= again
-        return [message for message in messages if message.task_id not in again]
+        return [due for due in picked if due.message.task_id not in again]
 
     def _ask_for_unmarked(self, now: datetime | None) -> psycopg.Cursor[tuple[Any, ...]] | None:
         if not self._unmarked:
@@ -429,14 +472,21 @@ class Drain:
             return None
         return self._connection.execute(
             self._queries.pick_free_tasks_sql if self._unmarked else self._queries.pick_tasks_sql,
-            {"shards": list(shards), "run_id": run_id, "now": now, "aside": list(self._aside)},
+            {
+                "shards": list(shards),
+                "run_id": run_id,
+                "now": now,
+                "aside": list(self._aside),
+                # All relays together have no more places than one alone.
+                "places": math.ceil(self._queries.window * len(shards) / SHARDS),
+            },
         )
 
     def _isolate(
         self,
         error: psycopg.Error,
         published: Sequence[PickedEvents],
-        sent: Sequence[TaskMessage],
+        marks: Sequence[tuple[str, Sequence[TaskMessage]]],
         shards: Sequence[int],
         run_id: str | None,
         now: datetime | None,
@@ -451,13 +501,12 @@ class Drain:
         self._connection.execute("DEALLOCATE ALL", prepare=False)
         before = dict(self._aside)
         parked = 0
-        self._undeleted, self._published, self._sent = [], [], []
+        self._undeleted, self._published, self._marks = [], [], []
         for row in published:
             with self._blaming(row.run_id.decode()):
                 self._connection.execute(self._queries.forget_events_sql, _ids([row]))
-        for message in sent:
-            with self._blaming(message.run_id):
-                self._mark(self._queries.mark_sent_sql, [message], now)
+        for statement, messages in marks:
+            self._mark_each(statement, messages, now)
         heads = self._connection.execute(
             self._queries.heads_sql,
             {
@@ -596,26 +645,28 @@ class Drain:
             return ()
         if delivery.error is not None:
             raise delivery.error
-        self._sent = list(delivery.messages)
+        queries = self._queries
+        self._marks += [
+            (statement, messages)
+            for statement, messages in (
+                (queries.mark_sent_sql, delivery.messages),
+                (queries.mark_kept_sql, delivery.kept),
+                (queries.mark_lost_sql, delivery.lost),
+            )
+            if messages
+        ]
         for messages, refusal in delivery.refused:
             self._postpone(messages, refusal, now)
-        if self._sent and self._task_door.succeeded():
-            # The broker may have come back empty: what it held and nobody claimed is sent again.
-            self._connection.execute(self._queries.resend_unclaimed_sql, {"shards": list(shards)})
-        return self._sent
+        if (delivery.messages or delivery.kept) and self._task_door.succeeded():
+            # The broker may have come back empty: what it held and nobody claimed is looked at.
+            self._connection.execute(queries.resend_unclaimed_sql, {"shards": list(shards)})
+        return delivery.messages
 
     def _postpone(
         self, messages: Sequence[TaskMessage], refusal: PublishRefused, now: datetime | None
     ) -> None:
         """Leave a queue that the broker refuses alone for a while: the others flow."""
-        try:
-            self._mark(self._queries.postpone_sql, messages, now)
-        except psycopg.OperationalError:
-            raise
-        except psycopg.Error:
-            for message in messages:
-                with self._blaming(message.run_id):
-                    self._mark(self._queries.postpone_sql, [message], now)
+        self._mark_each(self._queries.postpone_sql, messages, now)
         queue = messages[0].queue
         self._observer("refused", {"queue": queue, "runs": len(messages)})
         if monotonic() < self._told_until.get(queue, 0.0):

@@ -76,6 +76,7 @@ dispatches = Table(
         postgresql_where=text("state = 'waiting'"),
     ),
     Index("dispatches_out", "due_at", postgresql_where=text("state <> 'waiting'")),
+    Index("dispatches_sent", "queue", postgresql_where=text("state = 'sent'")),
 )
 
 queues = Table(

@@ -90,7 +90,13 @@ def test_a_look_for_due_runs_reads_no_delayed_one(
     queries = Queries(beatless_app.settings.schema)
     backlog.execute("UPDATE dispatches SET due_at = now() + interval '1 hour' WHERE shard > 0")
     backlog.execute("DELETE FROM dispatches WHERE shard = 0 AND run_id <> 'run-32'")
-    everything = {"shards": list(range(SHARDS)), "run_id": None, "now": None, "aside": []}
+    everything = {
+        "shards": list(range(SHARDS)),
+        "run_id": None,
+        "now": None,
+        "aside": [],
+        "places": 64,
+    }
 
     for pick in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
         due = backlog.execute(pick.encode(), everything).fetchall()

@@ -293,7 +293,7 @@ def test_a_test_that_times_out_tells_where_everything_stands(
             "*last_seq 1, claimed 0 times, by None",
             "*event 1 RunStarted*",
             "*outbox 1 to 1",
-            "*dispatch ('waiting', *, 'delay', 0)",
+            "*dispatch ('delayed', *, 'delay', 0)",
             "*this process, last step_committed: {'run_id': 'order-1', 'step': 'reserve'}",
             "*this process, last drained: {'events': *, 'tasks': *, 'rows': *, 'messages': *}",
             "*relay-1 (ended): *",

@@ -24,6 +24,7 @@ from beatless.metrics import (
 )
 from beatless.testing import Kit
 from tests.integration.test_processes import await_death, notes
+from tests.integration.test_relay import lose_messages
 from tests.valkeys import until
 
 APP = "tests.plans:app"
@@ -125,6 +126,7 @@ def test_a_retry_counts_as_a_redispatch_with_its_reason(beatless: Kit, beatless_
     beatless.work_until_idle()
     lost = beatless.start_run("two_steps")
     beatless.drain_outbox_once(lost.run_id)
+    lose_messages(beatless_app)
     beatless.advance(60)
     beatless.drain_outbox_once(lost.run_id)
 

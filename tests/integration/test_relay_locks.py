@@ -14,6 +14,7 @@ from tests.integration.test_relay import (
     Announcements,
     Door,
     doors,
+    lose_messages,
     pending,
     recording,
     seqs,
@@ -126,6 +127,7 @@ def test_a_broker_that_is_back_gets_what_it_lost_though_a_run_is_held(
     relay = recording(beatless_app, doors, backoff=Backoff(initial=0, cap=0))
     relay.drain_once()
     doors[1].error = PublishFailed("the broker", "restarted empty")
+    lose_messages(beatless_app)
     new = beatless.start_run("two_steps")
     relay.drain_once()
     doors[1].error = None
