@@ -28,7 +28,7 @@ from beatless.errors import (
 )
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, id_prefix
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
-from beatless.orchestrator.events import Event, encode, storable
+from beatless.orchestrator.events import Event, EventText, encode, storable
 from beatless.orchestrator.executor import reusable
 from beatless.orchestrator.journal import GivenUp, Journal, NewRun, Place, Run
 from beatless.orchestrator.plan import Plan
@@ -352,6 +352,13 @@ class Client:
             return self._journal.read(caller, run.run_id, after=from_seq, limit=limit)
 
         return self._do(connection, read)
+
+    def event_page(self, run: Run, from_seq: int, limit: int) -> tuple[list[EventText], bool]:
+        """`events` for a server: as text, few at once, and whether there may be more."""
+        return self._do(
+            None,
+            lambda caller: self._journal.read_page(caller, run.run_id, after=from_seq, limit=limit),
+        )
 
     def epoch(self) -> str:
         """Changes when the database's history may have changed: a seq means nothing beyond it."""

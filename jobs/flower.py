@@ -235,8 +235,8 @@ class Listener:
                 if message is None:
                     pubsub.ping()  # a connection that is dead would be silent as well
                 elif message["type"] == "pmessage":
-                    for event in parse(message["data"], run_of(message["channel"].decode())):
-                        self._hear(event)
+                    for text in parse(message["data"], run_of(message["channel"].decode())):
+                        self._hear(text.event())
 
     def _hear(self, event: Event) -> None:
         before = self._seqs.get(event.run_id, 0)

@@ -26,8 +26,8 @@ from redis.retry import Retry
 from sqlalchemy import exc
 
 from beatless.errors import HistoryChanged, WaitTimeout
-from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Journal, Run
+from beatless.orchestrator.events import Event, EventText
+from beatless.orchestrator.journal import PAGE_BYTES, Journal, Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
@@ -51,9 +51,6 @@ PAGE = 500
 
 FIRST_PAGE = 64
 
-PAGE_BYTES = 512 * 1024
-"""Of them as JSON: what a slow reader holds in memory, if no event alone is larger."""
-
 
 def ignore(_name: str, _facts: dict[str, Any]) -> None:
     """The observer of streams that nobody observes."""
@@ -64,9 +61,9 @@ class Cursor:
 
     def __init__(self, after: int) -> None:
         self.seq = after
-        self._early: dict[int, Event] = {}
+        self._early: dict[int, EventText] = {}
 
-    def feed(self, events: Iterable[Event]) -> Iterator[Event]:
+    def feed(self, events: Iterable[EventText]) -> Iterator[EventText]:
         """The events that are now next in order."""
         self._early.update((event.seq, event) for event in events if event.seq > self.seq)
         while event := self._early.pop(self.seq + 1, None):
@@ -148,23 +145,18 @@ class Origin:
 
 
 class Pager:
-    """Reads a journal in pages whose size in bytes is bounded, however large the events are."""
+    """How many events to ask for: as many as may fit into a page, to judge by the last one.
+
+    What does not fit is built by Postgres in vain.
+    """
 
     def __init__(self) -> None:
         self.limit = FIRST_PAGE
 
-    def cut(self, lines: Sequence[str]) -> tuple[list[Event], bool]:
-        """(the events to pass on, whether there may be more) of what was read with `limit`."""
-        size = taken = 0
-        for line in lines:
-            if taken and size + len(line) > PAGE_BYTES:
-                break
-            size += len(line)
-            taken += 1
-        more = taken < len(lines) or len(lines) == self.limit
-        if taken:
-            self.limit = max(1, min(PAGE, PAGE_BYTES * taken // max(1, size)))
-        return [Event.from_json(line) for line in lines[:taken]], more
+    def learn(self, page: Sequence[EventText]) -> None:
+        if page:
+            size = sum(len(event.text) for event in page)
+            self.limit = max(1, min(PAGE, PAGE_BYTES * len(page) // max(1, size)))
 
 
 class Streams:
@@ -213,7 +205,7 @@ class Streams:
         return self._origin.epoch(connection)
 
     def _current_epoch(self) -> str:
-        with self._engine.connect() as connection:
+        with self._engine.begin() as connection:
             return self.epoch(connection)
 
     def channel(self, run_id: str) -> str:
@@ -295,7 +287,7 @@ class Streams:
         reason: str,
         timeout: float | None,
         deadline: float | None,
-    ) -> Iterator[Event]:
+    ) -> Iterator[EventText]:
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
         while True:
             try:
@@ -316,16 +308,17 @@ class Streams:
 
     def _read(
         self, run_id: str, after: int, pager: Pager, history: History
-    ) -> tuple[list[Event], bool]:
-        with self._engine.connect() as connection:
+    ) -> tuple[list[EventText], bool]:
+        with self._engine.begin() as connection:
             if not history.sure:
                 epoch, heads = self._look(connection, [run_id])
                 history.check(epoch, heads.get(run_id, BEYOND), after)
-            lines = self._journal.read_lines(connection, run_id, after=after, limit=pager.limit)
-        return pager.cut(lines)
+            page, more = self._journal.read_page(connection, run_id, after=after, limit=pager.limit)
+        pager.learn(page)
+        return page, more
 
     def _heads(self, run_ids: list[str]) -> tuple[str, dict[str, int]]:
-        with self._engine.connect() as connection:
+        with self._engine.begin() as connection:
             return self._look(connection, run_ids)
 
     def _look(
@@ -350,8 +343,8 @@ class Streams:
         """`follow` for asyncio."""
         async with contextlib.aclosing(self.watch(run, after, timeout=timeout)) as batches:
             async for batch in batches:
-                for event in batch:
-                    yield event
+                for text in batch:
+                    yield text.event()
 
     async def watch(
         self,
@@ -361,7 +354,7 @@ class Streams:
         epoch: str | None = None,
         timeout: float | None = None,
         idle: float | None = None,
-    ) -> AsyncGenerator[list[Event]]:
+    ) -> AsyncGenerator[list[EventText]]:
         """`afollow` in batches; an empty one says that nothing came for `idle` seconds, or that
         the journal cannot be read now. Ends early after `end`. `epoch` is that of `after`.
         """
@@ -456,16 +449,16 @@ class Streams:
 
 
 class _Once:
-    """Passes events on and remembers whether the last one was final."""
+    """Passes events on as objects and remembers whether the last one was final."""
 
-    def __init__(self, events: Iterable[Event]) -> None:
+    def __init__(self, events: Iterable[EventText]) -> None:
         self._events = events
         self.final = False
 
     def __iter__(self) -> Iterator[Event]:
         for event in self._events:
             self.final = event.final
-            yield event
+            yield event.event()
             if self.final:
                 return
 
@@ -490,18 +483,13 @@ def _remaining(
     return max(0.0, min(quiet_at, deadline or quiet_at) - now)
 
 
-def parse(body: bytes, run_id: str | None = None) -> list[Event]:
+def parse(body: bytes, run_id: str | None = None) -> list[EventText]:
     """The events of one Redis message; none of one that is not ours, for it may hide nothing.
 
     Nor of one with events of another run than this, if it is given.
     """
     try:
-        events = [Event.from_json(line) for line in body.split(b"\n") if line]
-        if all(type(event.seq) is int and event.seq > 0 for event in events):
-            if run_id is None or all(event.run_id == run_id for event in events):
-                return events
-            raise ValueError("an event is of another run")
-        raise ValueError("a seq is not a positive integer")
+        return [EventText.read(line, run_id) for line in body.split(b"\n") if line]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         logger.warning(
             "a message on a run's channel is not ours",
@@ -570,7 +558,7 @@ class Subscription:
         self._channel = channel
         return True
 
-    def next(self, timeout: float) -> list[Event] | None:
+    def next(self, timeout: float) -> list[EventText] | None:
         """The next message's events; [] after `timeout` seconds; None if one may be lost."""
         if self._pubsub is None:
             if not self._forked:
@@ -784,7 +772,7 @@ class Hub:
 class Mailbox:
     """What the hub has heard for one stream. Bounded: a slow reader reads the journal instead."""
 
-    LIMIT = 1024 * 1024
+    LIMIT = 512 * 1024
     """Bytes that may wait for the reader."""
 
     def __init__(self, hub: Hub, run_id: str, channel: str, seq: int, history: History) -> None:
@@ -796,7 +784,7 @@ class Mailbox:
         self.live = False
         self.ended = False
         self._hub = hub
-        self._waiting: list[Event] = []
+        self._waiting: list[EventText] = []
         self._size = 0
         self._missed = False
         self.reason = "start"
@@ -826,7 +814,7 @@ class Mailbox:
         self._missed, self.reason = True, reason
         self._news.set()
 
-    def put(self, events: Sequence[Event], size: int) -> None:
+    def put(self, events: Sequence[EventText], size: int) -> None:
         """A message of so many bytes. What does not fit is read from the journal instead."""
         self._size += size
         if self._size > self.LIMIT:
@@ -851,7 +839,7 @@ class Mailbox:
             self._state_known.set()
         self._missed = self.ended
 
-    async def next(self, timeout: float | None) -> list[Event] | None:
+    async def next(self, timeout: float | None) -> list[EventText] | None:
         """The events that have come; [] after `timeout` seconds; None if some may be lost."""
         if not self._waiting and not self._missed:
             self._news.clear()

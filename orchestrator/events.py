@@ -2,15 +2,20 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
 from beatless.orchestrator.errors import BadPayload
+from beatless.outbox.message import one_line
 
 NESTING = 100
 """Levels of lists and objects in a value: every reader must get it back, on any Python's stack."""
+
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class EventType(StrEnum):
@@ -79,6 +84,45 @@ class Event:
             if (value := getattr(self, name)) is not None:
                 members[name] = value
         return members
+
+
+@dataclass(frozen=True, slots=True)
+class EventText:
+    """An event as it travels, for what passes it on: as objects it takes a multiple of that."""
+
+    seq: int
+    type: str
+    text: bytes
+    """Its JSON in one line, whatever a reader takes for the end of a line."""
+
+    @classmethod
+    def of(cls, seq: int, type: str, text: str) -> Self:
+        """Of what Postgres has built."""
+        return cls(seq, type, one_line(text.encode()))
+
+    @classmethod
+    def read(cls, line: bytes, run_id: str | None = None) -> Self:
+        """Of what came from elsewhere, of this run if it is given.
+
+        Raises ValueError, TypeError and KeyError.
+        """
+        event = Event.from_json(line)
+        if run_id not in (None, event.run_id):
+            raise ValueError("an event is of another run")
+        if type(event.seq) is not int or event.seq <= 0:
+            raise ValueError("a seq is not a positive integer")
+        if not NAME.fullmatch(event.type):
+            raise ValueError("a type is not a name")
+        return cls.of(event.seq, event.type, line.decode())
+
+    @property
+    def final(self) -> bool:
+        """True for RunFinished: nothing follows."""
+        return self.type == EventType.RUN_FINISHED
+
+    def event(self) -> Event:
+        """What it tells."""
+        return Event.from_json(self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
-from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import (
@@ -26,6 +26,9 @@ from beatless.outbox.queries import (
 )
 
 LAST_SEQ = 2**31 - 1
+
+PAGE_BYTES = 256 * 1024
+"""Of events as JSON that a reader of pages has in memory at once."""
 """No run has an event beyond it: the column is an integer."""
 
 RUN_COLUMNS = (
@@ -453,6 +456,15 @@ SELECT count(*) FROM (SELECT {given_up} LIMIT %(limit)s) AS found"""
 SELECT {EVENT_JSON} FROM {s}.run_events e
  WHERE e.run_id = %(run_id)s AND e.seq > %(after)s
    AND e.seq <= %(until)s ORDER BY e.seq"""
+        # OFFSET 0, or each line would be built three times.
+        self._read_page = f"""
+SELECT seq, type, line FROM (
+  SELECT *, sum(octet_length(line)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING)
+            - octet_length(line) AS before
+    FROM (SELECT e.seq, e.type, {EVENT_JSON} AS line FROM {s}.run_events e
+           WHERE e.run_id = %(run_id)s AND e.seq > %(after)s AND e.seq <= %(until)s
+           ORDER BY e.seq OFFSET 0) AS lines) AS sized
+ WHERE before < {PAGE_BYTES} ORDER BY seq"""
         # A snooze is a start and a trace. Of many in a row the last says all that the others say.
         self._turns = f"""
 SELECT {EVENT_JSON} FROM (
@@ -782,17 +794,30 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
     ) -> list[Event]:
         """The events with a seq above `after`, in order. Raises EventsPruned and RunNotFound."""
-        lines = self.read_lines(connection, run_id, after=after, limit=limit)
-        return [Event.from_json(line) for line in lines]
-
-    def read_lines(
-        self, connection: Caller, run_id: str, *, after: int = 0, limit: int | None = None
-    ) -> list[str]:
-        """`read` as JSON text, for readers that hold no more than they must."""
         until = LAST_SEQ if limit is None else min(after + limit, LAST_SEQ)
         rows = execute(connection, self._read, {"run_id": run_id, "after": after, "until": until})
-        lines = [line for (line,) in rows]
-        if not lines or Event.from_json(lines[0]).seq != after + 1:
+        events = [Event.from_json(line) for (line,) in rows]
+        self._check_kept(connection, run_id, after, events[0].seq if events else None)
+        return events
+
+    def read_page(
+        self, connection: Caller, run_id: str, *, after: int, limit: int
+    ) -> tuple[list[EventText], bool]:
+        """`read` as text, no more than `PAGE_BYTES` of it if no event alone is larger.
+
+        And whether there may be more.
+        """
+        until = min(after + limit, LAST_SEQ)
+        rows = execute(
+            connection, self._read_page, {"run_id": run_id, "after": after, "until": until}
+        )
+        page = [EventText.of(*row) for row in rows]
+        self._check_kept(connection, run_id, after, page[0].seq if page else None)
+        full = sum(len(event.text) for event in page) >= PAGE_BYTES
+        return page, full or len(page) == limit
+
+    def _check_kept(self, connection: Caller, run_id: str, after: int, first: int | None) -> None:
+        if first != after + 1:
             # Asked second: what goes while we read was there in the statement before, or is missed.
             kept = execute(connection, self._kept, {"run_id": run_id})
             if not kept:
@@ -800,7 +825,6 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             pruned, last = kept[0]
             if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
-        return lines
 
     def turns(
         self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str

@@ -11,6 +11,20 @@ def shard_of(run_id: str) -> int:
     return zlib.crc32(run_id.encode()) % SHARDS
 
 
+LINE_ENDS = tuple(
+    (end.encode(), f"\\u{ord(end):04x}".encode()) for end in ("\x85", "\u2028", "\u2029")
+)
+"""What Unicode counts as the end of a line and JSON does not: in it only as part of a string."""
+
+
+def one_line(text: bytes) -> bytes:
+    """The same JSON, whatever its reader takes for the end of a line beside `\\n`."""
+    if not text.isascii():
+        for end, escaped in LINE_ENDS:
+            text = text.replace(end, escaped)
+    return text.replace(b"\r", b" ")  # only ever between two parts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventMessage:
     """The committed events of one run and one batch, as newline-joined JSON."""

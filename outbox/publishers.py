@@ -19,7 +19,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from beatless.outbox.errors import PublishFailed, PublishRefused
-from beatless.outbox.message import EventMessage, TaskMessage
+from beatless.outbox.message import EventMessage, TaskMessage, one_line
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 
@@ -72,7 +72,7 @@ class RedisEventPublisher:
         for message in messages:
             arguments += (
                 channel_for(self._prefix, message.origin, message.run_id),
-                message.body,
+                one_line(message.body),
             )
         try:
             self._call(arguments)

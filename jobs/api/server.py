@@ -44,6 +44,7 @@ from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.journal import GivenUp, Place, Run
 from beatless.orchestrator.state import RunState
+from beatless.stream import Pager
 from beatless.supervision import Supervisor
 from beatless.system import look
 
@@ -53,7 +54,6 @@ STATIC = Path(__file__).parent / "static"
 PAGE_FILES = frozenset(path.name for path in STATIC.iterdir())
 EVENTS_BYTES = 4 * 1024 * 1024
 """After so many bytes of events an answer ends, and more must be asked for."""
-EVENTS_PAGE = 64
 RUNS_BYTES = 4 * 1024 * 1024
 """The same for lists of runs, which have each run's input, result and error."""
 STUCK_MILLISECONDS = 60_000
@@ -371,19 +371,19 @@ def create_api(
         """Stored events after `from_seq`: as many as fit into some MiB, and at least one."""
         epoch = client.epoch()  # first, as for a stream
         run = client.get_run(_text(run_id))
-        lines: list[str] = []
-        size, more = 0, True
+        lines: list[bytes] = []
+        size, more, pager = 0, True, Pager()
         while more and len(lines) < limit and size < EVENTS_BYTES:
-            wanted = min(limit - len(lines), EVENTS_PAGE)
-            page = client.events(run.run_id, from_seq + len(lines), wanted)
-            more = len(page) == wanted
+            wanted = min(limit - len(lines), pager.limit)
+            page, more = client.event_page(run, from_seq + len(lines), wanted)
+            pager.learn(page)
             for event in page:
-                lines.append(sse.encode(event))
-                size += len(lines[-1])
+                lines.append(event.text)
+                size += len(event.text)
                 if size >= EVENTS_BYTES:
                     break
         head = json.dumps({"epoch": epoch, "last_seq": run.last_seq})[:-1]
-        content = f'{head}, "events": [{",".join(lines)}]}}'
+        content = b'%b, "events": [%b]}' % (head.encode(), b",".join(lines))
         return Response(content, media_type="application/json")
 
     @api.post("/v1/runs/{run_id}/cancel", status_code=202, responses=answers(s409="it had ended"))

@@ -2,10 +2,9 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 
@@ -18,7 +17,7 @@ from beatless.api.problems import Problem
 from beatless.client import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
-from beatless.orchestrator.events import Event
+from beatless.orchestrator.events import EventText
 from beatless.orchestrator.journal import Run
 from beatless.stream import Streams
 
@@ -170,24 +169,17 @@ async def chunks(
         return  # the viewer comes again, at this server or another, and hears why
 
 
-def frames(batch: Sequence[Event], epoch: str) -> list[bytes]:
+def frames(batch: Sequence[EventText], epoch: str) -> Iterator[bytes]:
     """The events as frames, many to a chunk."""
-    found: list[bytes] = []
     waiting: list[bytes] = []
     size = 0
     for event in batch:
-        head = f"id: {epoch}.{event.seq}\nevent: {event.type}\n"
-        frame = f"{head}data: {encode(event)}\n\n".encode()
+        head = f"id: {epoch}.{event.seq}\nevent: {event.type}\ndata: "
+        frame = b"%b%b\n\n" % (head.encode(), event.text)
         if size + len(frame) > CHUNK and waiting:
-            found.append(b"".join(waiting))
+            yield b"".join(waiting)
             waiting, size = [], 0
         waiting.append(frame)
         size += len(frame)
     if waiting:
-        found.append(b"".join(waiting))
-    return found
-
-
-def encode(event: Event) -> str:
-    """An event as JSON text, in one line."""
-    return json.dumps(event.to_dict(), ensure_ascii=False, separators=(",", ":"))
+        yield b"".join(waiting)

@@ -3,11 +3,13 @@
 import asyncio
 import http.client
 import logging
+import socket
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
+import psycopg
 import pytest
 
 from beatless import App, RunState
@@ -274,3 +276,55 @@ def test_a_token_is_good_whatever_page_sends_it(beatless: Kit, beatless_app: App
     path = "/v1/queues/other/pause"
     answer = api("POST", path, Origin="https://ours.example", Sec_Fetch_Site="cross-site")
     assert answer.status == 202
+
+
+def traces_of_many_objects(postgres: psycopg.Connection, run_id: str, count: int) -> None:
+    """Events that take as objects 25 times what they take as JSON."""
+    postgres.execute(
+        "INSERT INTO run_events (run_id, seq, type, source, step, attempt, data)"
+        " SELECT %s, n, 'DebugTrace', 'worker', 's', 1, jsonb_build_object('d', %s::jsonb)"
+        " FROM generate_series(2, %s) n",
+        [run_id, "[" + ",".join(["{}"] * 80_000) + "]", count + 1],
+    )
+    postgres.execute("UPDATE runs SET last_seq = %s WHERE run_id = %s", [count + 1, run_id])
+
+
+def test_stored_events_are_passed_on_as_text(
+    beatless: Kit, api: Api, postgres: psycopg.Connection
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    traces_of_many_objects(postgres, run_id, 24)
+    tracemalloc.start()
+    try:
+        answer = body(api.open("GET", f"/v1/runs/{run_id}/events"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(answer) > server.EVENTS_BYTES
+    assert peak < 6 * server.EVENTS_BYTES
+
+
+def test_viewers_that_do_not_read_take_little_memory(
+    beatless: Kit, api: Api, postgres: psycopg.Connection
+) -> None:
+    count = 10
+    run_id = beatless.start_run("two_steps").run_id
+    traces_of_many_objects(postgres, run_id, 8)
+    request = f"GET /v1/runs/{run_id}/stream HTTP/1.1\r\nHost: 127.0.0.1:{api.port}\r\n\r\n"
+    tracemalloc.start()
+    try:
+        with ExitStack() as stack:
+            for _ in range(count):
+                viewer = stack.enter_context(socket.socket())
+                viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                viewer.connect(("127.0.0.1", api.port))
+                viewer.sendall(request.encode())
+                assert viewer.recv(1000, socket.MSG_PEEK)
+            # One that reads, after them all: what they are sent now is as much as ever.
+            with api.stream(f"/v1/runs/{run_id}/stream") as stream:
+                for _ in range(9):
+                    next(stream)
+            now, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert now < count * 1024 * 1024 * 1.5

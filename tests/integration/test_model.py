@@ -127,8 +127,8 @@ class Walk:
                 continue
             if message["channel"].endswith(b":end"):
                 return seqs
-            for event in parse(message["data"]):
-                seqs[event.run_id].append(event.seq)
+            for text in parse(message["data"]):
+                seqs[text.event().run_id].append(text.seq)
         raise AssertionError("the end was not heard")
 
 

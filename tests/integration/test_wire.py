@@ -73,7 +73,9 @@ def test_what_is_published_read_and_resumed_is_what_was_stored(beatless: Kit, va
     heard: dict[str, list[Any]] = {run.run_id: [] for run in runs}
     while sum(map(len, heard.values())) < 14:
         message = channel.get_message(timeout=60)
-        for event in parse(message["data"]) if message["type"] == "message" else []:
+        for text in parse(message["data"]) if message["type"] == "message" else []:
+            assert len(text.text.decode().splitlines()) == 1
+            event = text.event()
             heard[event.run_id].append(event)
     channel.close()
     client.close()

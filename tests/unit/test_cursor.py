@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beatless.orchestrator.events import Event
+from beatless.orchestrator.events import EventText
 from beatless.stream import Cursor
 
 
-def event(seq: int) -> Event:
-    return Event(run_id="r", seq=seq, ts=0, type="DebugTrace", source="worker")
+def event(seq: int) -> EventText:
+    return EventText(seq, "DebugTrace", b"")
 
 
 batches = st.lists(st.lists(st.integers(1, 30), max_size=12), max_size=20)
