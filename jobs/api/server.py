@@ -577,7 +577,13 @@ def create_api(
         del client
         return {
             "plans": [
-                {"name": plan.name, "queue": plan.queue, "steps": [s.name for s in plan.steps]}
+                {
+                    "name": plan.name,
+                    "queue": plan.queue,
+                    "steps": [s.name for s in plan.steps],
+                    "on_cancel": None if plan.on_cancel is None else plan.on_cancel.name,
+                    "renamed": plan.renamed,
+                }
                 for plan in app.plans.values()
             ]
         }

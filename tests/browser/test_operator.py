@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from playwright.sync_api import Page, expect
 
+from beatless import Plan, StepContext, retry, step
 from beatless.auth import Tokens
 from beatless.client import new_run_id
 from beatless.orchestrator.journal import GivenUp
 from beatless.testing import Kit
+from tests.browser.plans import checkout
 
 Opener = Callable[..., Page]
 
@@ -162,3 +164,28 @@ def test_what_of_the_system_is_missing_is_said(
     other.add_init_script(f"sessionStorage.setItem('beatless-token', '{foreign}')")
     other.goto(f"{url}/#/system")
     expect(other.get_by_role("alert")).to_contain_text("the namespace default is needed")
+
+
+def test_a_run_in_a_step_that_the_plan_does_not_have_says_what_it_waits_for(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    @step(retry=retry(max_attempts=2, initial=1000))
+    def weigh(ctx: StepContext) -> None:
+        raise ValueError("no scales")
+
+    before = Plan("checkout", [*checkout.steps[:1], weigh])
+    run = beatless.start_run("checkout").run_id
+    beatless.executor().execute(before, run, 0)
+    page = open_page()
+    page.goto(f"{url}/#/run/{run}")
+    expect(page.locator("#unknown-step")).to_have_text(
+        "weigh, which this version of the plan does not have"
+    )
+
+    renamed = Plan("checkout", checkout.steps[:2], renamed={"weigh": checkout.steps[1].name})
+    beatless.advance(1001)
+    beatless.executor().execute(renamed, run, 0)
+    expect(page.locator("#state")).to_have_text("completed")
+    expect(page.locator("#unknown-step")).to_have_count(0)
+    kinds = page.locator('[data-step="weigh"]').first
+    expect(kinds).to_have_attribute("data-kind", "bad")

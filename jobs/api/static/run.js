@@ -29,7 +29,9 @@ export async function showRun(page, runId) {
   let removing = false; // by this page, which then tells more than that it is gone
   let removed = false;
 
-  const steps = plans.plans.find((plan) => plan.name === run.plan)?.steps ?? [];
+  const plan = plans.plans.find((each) => each.name === run.plan);
+  const steps = plan?.steps ?? [];
+  const known = new Set([...steps, plan?.on_cancel, ...Object.keys(plan?.renamed ?? {})]);
   const state = el("span", { id: "state" });
   const facts = el("dl", { class: "facts" });
   const outcome = el("div", { id: "outcome" });
@@ -172,6 +174,10 @@ export async function showRun(page, runId) {
       if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
       if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
       if (links.flower) entries.push(["In", el("a", { href: `${links.flower.replace(/\/$/, "")}/task/${encodeURIComponent(runId)}` }, "Flower")]);
+      const lacking = final || !story.place ? null : story.place.split("#")[0];
+      if (lacking && plan && !known.has(lacking)) {
+        entries.push(["Waits in", el("span", { id: "unknown-step" }, el("code", {}, story.place), ", which this version of the plan does not have")]);
+      }
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));

@@ -19,6 +19,7 @@ export class Story {
     this.cancel = null;
     this.end = null;
     this.reused = {};
+    this.place = null; // the step it is in, or goes on with, where the journal tells
   }
 
   add(event) {
@@ -28,6 +29,9 @@ export class Story {
     if (event.type === "RunStarted" && data.reused?.results) {
       this.reused = Object.fromEntries(parts(member(event.text, "data", "reused", "results")));
     }
+    if (event.type === "RunStarted") this.place = data.reused?.next ?? null;
+    if (event.type === "StepStarted") this.place = event.step;
+    if (event.type === "StepFinished") this.place = data.next ?? data.following ?? null;
     if (event.type === "CancelRequested") this.cancel = event;
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
@@ -36,6 +40,7 @@ export class Story {
     const running = open && open.end === null;
     if (event.type === "StepStarted") {
       this.begun ??= event.ts;
+      if (data.renamed_from) this.leave(data.renamed_from, event.ts);
       if (running) { open.end = event.ts; open.kind = "lost"; } // its worker died without a word
       if (lane.waits.length && lane.waits.at(-1).end === null) lane.waits.at(-1).end = event.ts;
       lane.attempts.push({ number: event.attempt ?? 1, start: event.ts, end: null, kind: "now", error: null });
@@ -64,12 +69,16 @@ export class Story {
 
   finish(event) {
     this.end = event;
-    for (const lane of this.lanes.values()) {
-      const open = lane.attempts.at(-1);
-      if (open && open.end === null) Object.assign(open, { end: event.ts, kind: "lost" });
-      const wait = lane.waits.at(-1);
-      if (wait && wait.end === null) wait.end = event.ts;
-    }
+    for (const name of this.lanes.keys()) this.leave(name, event.ts);
+  }
+
+  // Nothing more happens in this lane.
+  leave(name, ts) {
+    const lane = this.lanes.get(name);
+    const open = lane?.attempts.at(-1);
+    if (open && open.end === null) Object.assign(open, { end: ts, kind: "lost" });
+    const wait = lane?.waits.at(-1);
+    if (wait && wait.end === null) wait.end = ts;
   }
 
   lane(name) {
