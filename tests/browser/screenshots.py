@@ -32,6 +32,8 @@ class Shop:
         self.start({"order": 15}, not_before_hours=2)
         for number in range(3):
             self.client.wait_for_run(self.client.start_run("refund", {"order": number}).run_id)
+        lost = self.ended(order=11, lost=REASON, tags={"shop": "bruges"})
+        self.client.wait_for_run(self.client.retry_run(lost.run_id).run_id)
         self.failed = self.ended(order=16, lost=REASON, declined=1, tags={"shop": "ghent"})
         (gates / "charge").touch()
         self.live = self.start(
@@ -74,6 +76,9 @@ def shoot(browser: Browser, url: str, shop: Shop, directory: Path) -> None:
         page.goto(f"{url}/#/queues")
         page.locator("#queues tr").nth(1).wait_for()
         save("queues")
+        page.goto(f"{url}/#/system")
+        page.locator("#workers tr").nth(2).wait_for()
+        save("system")
         context.close()
     context = browser.new_context(viewport=PHONE, device_scale_factor=1)
     page = context.new_page()
@@ -81,6 +86,9 @@ def shoot(browser: Browser, url: str, shop: Shop, directory: Path) -> None:
     page.locator("#status.ended").wait_for()
     hide_paths(page)
     page.screenshot(path=directory / "run-phone.png", animations="disabled")
+    page.goto(f"{url}/#/?state=failed")
+    page.locator("#runs tr").nth(2).wait_for()
+    page.screenshot(path=directory / "runs-phone.png", animations="disabled")
     context.close()
 
 
