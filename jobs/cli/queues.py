@@ -112,7 +112,7 @@ def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bo
 @click.group("dead-letters", invoke_without_command=True)
 @click.pass_context
 def dead_letters(context: click.Context) -> None:
-    """What was given up on: failed runs that nobody retried, and messages never published."""
+    """Failed runs that nobody retried, and dead letters: messages that could not be published."""
     if context.invoked_subcommand is None:
         context.invoke(ls)
 
@@ -154,7 +154,7 @@ def ls(
     tags: tuple[str, ...] = (),
     **chosen: str | None,
 ) -> None:
-    """Failed runs, then messages (only without a filter); each oldest first."""
+    """Failed runs, then dead letters (only without a filter); each oldest first."""
     since = None if within is None else seconds(within)
     for run in env.app.client.failed_runs(**chosen, tags=pairs(tags), within=since, limit=limit):
         if env.as_json:

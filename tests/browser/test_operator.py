@@ -158,6 +158,7 @@ def test_what_of_the_system_is_missing_is_said(
     expect(page.get_by_text("No relay runs")).to_be_visible()
     expect(page.get_by_text("No worker tells")).to_be_visible()
     expect(page.locator("#system-not-published")).to_contain_text("1 append, oldest ")
+    page.close()
     tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
     _, foreign = tokens.create(["admin"], namespace="acme")
     other = open_page(expected="403 (Forbidden)")
