@@ -153,7 +153,8 @@ class Client:
 
         `connection` is your own SQLAlchemy Connection or Session, or psycopg connection: the run is
         then part of your transaction, and nothing is committed here. `key` names the run's purpose:
-        a second start with the same key and content gives back the first run. `delay` is seconds or
+        a second start with the same key and content gives back the first run, also if the plan's
+        default queue or input, which it did not name, are others by now. `delay` is seconds or
         a timedelta; higher `priority` (0 to 9) goes first within a queue. A run that has not ended
         `deadline` (seconds or a timedelta) from now fails then, in the middle of a step if need be.
         `traceparent` (W3C Trace Context) is the trace it joins; default: OpenTelemetry's current
