@@ -12,6 +12,7 @@ from kombu import Connection
 from redis import asyncio as aioredis
 
 from beatless import canary, logs
+from beatless.child_signals import LeavesSignals, Meant
 from beatless.client import Client
 from beatless.export import export_from_worker
 from beatless.failures import Failures, OnFailure
@@ -124,6 +125,7 @@ class App:
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))
+        self.celery.steps["worker"].add(LeavesSignals.of(Meant()))
         self.celery.steps["worker"].add(
             KeepsLeases.of(self.executors.board, self.leases, self.executors.connect)
         )

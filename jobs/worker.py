@@ -6,6 +6,7 @@ acknowledged early, nothing is prefetched, and whatever the broker loses is sent
 
 import logging
 import mmap
+import multiprocessing
 import os
 import secrets
 import select
@@ -242,6 +243,9 @@ class Executors:
         pool_child = current_process().name != "MainProcess"
         place = getattr(current_process(), "index", 0)
         self._counts.counts.take(place)
+        if pool_child:
+            # Or the bodies could not start processes with multiprocessing.
+            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         slots = [place % SLOTS] if pool_child else range(SLOTS)
         self._heartbeat = Heartbeat(self._leases, self.connect, board=self.board, slots=slots)
         self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
@@ -612,8 +616,25 @@ def run_worker(
     argv += ["--hostname", f"beatless-{os.getpid()}@%h"]
     if concurrency is not None:
         argv += ["--concurrency", str(concurrency)]
+    workers: list[Any] = []
+    told: list[str] = []
+
+    def begins(sender: Any, **_: Any) -> None:
+        workers.append(sender)
+
+    def stops(how: str, **_: Any) -> None:
+        told.append(how)
+
+    signals.worker_init.connect(begins)
+    signals.worker_shutting_down.connect(stops)
     try:
         celery.worker_main([*argv, *arguments])
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
-    return 0
+    finally:
+        signals.worker_init.disconnect(begins)
+        signals.worker_shutting_down.disconnect(stops)
+    if "Warm" in told:
+        return 0
+    # Celery keeps to itself that it could not go on.
+    return int(next((worker.exitcode or 0 for worker in workers), 0))

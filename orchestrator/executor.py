@@ -2,14 +2,17 @@
 
 import json
 import logging
+import os
+import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -726,7 +729,7 @@ class Execution:
         context = self._context(progress, transaction, attempt)
         self._speaking = attempt
         try:
-            outcome = self._executor.limit(attempt, lambda: step.function(context))
+            outcome = self._executor.limit(attempt, lambda: in_one_process(step, context))
             check_transaction(step, transaction)
             return self._outcome(progress, step, outcome)
         except SimulatedCrash:
@@ -1297,6 +1300,30 @@ def regardless(settlement: Settlement) -> Settlement:
         error_if_cancelled=settlement.error,
         delay_if_cancelled=settlement.delay or 0.0,
     )
+
+
+def in_one_process(step: Step, context: StepContext) -> Any:
+    """Call a body. A copy of the process that it forks ends with it: the run is not the copy's."""
+    pid = os.getpid()
+    try:
+        return step.function(context)
+    finally:
+        if os.getpid() != pid:
+            leave_copy(sys.exception())
+
+
+def leave_copy(error: BaseException | None) -> NoReturn:
+    """End as a process ends whose program is over, without what belongs to the one it copies."""
+    status: object = 0
+    if isinstance(error, SystemExit):
+        status = error.code or 0
+    elif error is not None:
+        traceback.print_exception(error)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:

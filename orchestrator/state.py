@@ -13,6 +13,15 @@ class RunState(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "RunState | None":
+        """A state that a newer version has written is shown, and nothing is done to its run."""
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_, unknown._value_ = value, value
+        return unknown
+
     @property
     def final(self) -> bool:
         return self in FINAL
@@ -21,7 +30,7 @@ class RunState(StrEnum):
 FINAL = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
 
 TRANSITIONS = {
-    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED, RunState.FAILED}),
     RunState.RUNNING: frozenset({RunState.RUNNING, RunState.QUEUED}) | FINAL,
     RunState.COMPLETED: frozenset[RunState](),
     RunState.FAILED: frozenset[RunState](),

@@ -3,11 +3,13 @@
 import ctypes
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -363,6 +365,16 @@ def hold(ctx: StepContext) -> str:
     return "held"
 
 
+@step
+def multiply(ctx: StepContext) -> list[list[int]]:
+    """In processes of its own, of both kinds that the standard library has."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        first = pool.map(abs, [-1, -2])
+    with ProcessPoolExecutor(1) as executor:
+        return [first, list(executor.map(abs, [-3, -4]))]
+
+
+multiplies = Plan("multiplies", [multiply])
 holds_the_lock = Plan("holds_the_lock", [hold])
 
 ALL = [
@@ -391,6 +403,7 @@ ALL = [
     tells_its_trace,
     exits,
     holds_the_lock,
+    multiplies,
 ]
 
 app = App(Settings.from_env(), ALL)

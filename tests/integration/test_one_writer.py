@@ -5,15 +5,20 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 import pytest
 
 from beatless import LeaseLost, Plan, RunState, StepEnded, step
 from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.deadlines import Deadlines
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.journal import Settlement
+from beatless.orchestrator.journal import Appended, Settlement
+from beatless.orchestrator.state import TRANSITIONS, allowed
+from beatless.outbox.clock import monotonic
+from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
 
 THREADS, EACH = 6, 20
@@ -174,6 +179,101 @@ def test_a_worker_whose_run_was_taken_over_writes_nothing_while_the_other_is_in_
     frozen.disconnect()
 
 
+def await_lock(postgres: psycopg.Connection, pid: int) -> None:
+    """Return when this session waits for a row that somebody else holds."""
+    waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted)"
+    until = monotonic() + 60
+    while not postgres.execute(waits, (pid,)).fetchone()[0]:
+        assert monotonic() < until
+
+
+BOUNDARIES = {
+    "the next step": (
+        Settlement(events=[], state=RunState.RUNNING, state_if_cancelled=RunState.RUNNING),
+        RunState.RUNNING,
+    ),
+    "an end": (Settlement(events=[], state=RunState.COMPLETED), RunState.CANCELLED),
+    "a wait": (Settlement(events=[], state=RunState.QUEUED, delay=60.0), RunState.CANCELLED),
+}
+
+
+@pytest.mark.parametrize("what", ["a trace", *BOUNDARIES])
+def test_a_cancel_that_a_write_has_waited_for_is_seen_by_it(
+    beatless: Kit, postgres: psycopg.Connection, what: str
+) -> None:
+    """The writer has begun before the cancel was committed, and learns of it all the same."""
+    app = beatless.app
+    run = beatless.start_run("gated")
+    connection = app.executors.connect()
+    lease = app.leases.claim(
+        connection, run.run_id, plan="gated", worker="w", first_step="gated", dispatch=1
+    )
+    trace = app.journal.new_event(EventType.DEBUG_TRACE, where="here", data={"name": "x"})
+
+    def write() -> Appended | None:
+        if what == "a trace":
+            return app.journal.append(connection, run.run_id, lease.token, [trace])
+        settlement = BOUNDARIES[what][0]
+        ended = replace(settlement, events=[trace], if_cancelled=[trace])
+        return app.journal.settle(connection, run.run_id, lease.token, ended)
+
+    with ThreadPoolExecutor(1) as pool, app.executors.connect() as somebody:
+        somebody.autocommit = False
+        beatless.client.cancel_run(run.run_id, connection=somebody)
+        written = pool.submit(write)
+        await_lock(postgres, connection.info.backend_pid)
+        somebody.commit()
+        told = written.result(60)
+
+    assert told is not None
+    assert told.cancelled
+    if what != "a trace":
+        assert beatless.client.get_run(run.run_id).state is BOUNDARIES[what][1]
+    assert beatless.event_types(run.run_id)[-2:] == ["CancelRequested", "DebugTrace"]
+    connection.close()
+
+
+@pytest.mark.parametrize("what", ["cancel", "take over"])
+def test_who_has_waited_for_the_end_of_a_run_finds_it_ended(
+    beatless: Kit, postgres: psycopg.Connection, what: str
+) -> None:
+    """The other way round: the worker's last write was not committed when it was asked for."""
+    app = beatless.app
+    run = beatless.start_run("gated")
+    worker, other = app.executors.connect(), app.executors.connect()
+    lease = app.leases.claim(
+        worker, run.run_id, plan="gated", worker="w", first_step="gated", dispatch=1
+    )
+    beatless.advance(31)
+    done = app.journal.new_event(
+        EventType.STEP_FINISHED, step="gated", attempt=1, where="here", data={"result": 1}
+    )
+    end = app.journal.new_event(
+        EventType.RUN_FINISHED, where="here", data={"outcome": "completed", "result": 1}
+    )
+
+    def act() -> Any:
+        if what == "cancel":
+            return beatless.client.cancel_run(run.run_id, connection=other).state
+        return app.leases.claim(
+            other, run.run_id, plan="gated", worker="v", first_step="gated", dispatch=2
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        with worker.transaction():
+            settlement = Settlement(events=[done, end], state=RunState.COMPLETED, result="1")
+            assert app.journal.settle(worker, run.run_id, lease.token, settlement)
+            acted = pool.submit(act)
+            await_lock(postgres, other.info.backend_pid)
+        assert acted.result(60) in (None, RunState.COMPLETED)
+
+    types = ["RunStarted", "StepStarted", "StepFinished", "RunFinished"]
+    assert beatless.event_types(run.run_id) == types
+    beatless.verify()
+    worker.close()
+    other.close()
+
+
 def test_no_two_claims_of_a_run_have_the_same_token(beatless: Kit) -> None:
     run = beatless.start_run("gated")
     connection = beatless.app.executors.connect()
@@ -232,3 +332,43 @@ def test_a_token_is_not_seen_again_after_a_failover_that_lost_its_claim(
     )
     connection.close()
     old.disconnect()
+
+
+@pytest.mark.parametrize("before", list(RunState))
+def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
+    beatless: Kit, postgres: psycopg.Connection, before: RunState
+) -> None:
+    """Every statement that changes a state, on a run in each of them, owned and due."""
+    app = beatless.app
+    connection = app.executors.connect()
+    trace = app.journal.new_event(EventType.DEBUG_TRACE, where="here", data={"name": "x"})
+
+    def settle(after: RunState) -> Callable[[str], object]:
+        settlement = Settlement(events=[trace], state=after)
+        return lambda run_id: app.journal.settle(connection, run_id, 1, settlement)
+
+    statements: dict[str, Callable[[str], object]] = {
+        "claim": lambda run_id: app.leases.claim(
+            connection, run_id, plan="gated", worker="w", first_step="gated", dispatch=1
+        ),
+        "append": lambda run_id: app.journal.append(connection, run_id, 1, [trace]),
+        "cancel": beatless.client.cancel_run,
+        "deadline": lambda _: Deadlines(app.settings.schema).end(connection, ALL_SHARDS, None),
+        **{f"settle {after}": settle(after) for after in RunState},
+    }
+    reached = set()
+    for statement in statements.values():
+        run_id = beatless.start_run("gated", deadline=1).run_id
+        postgres.execute(
+            "UPDATE runs SET state = %s, lease_token = 1, deadline_at = now() - interval '1 s',"
+            " lease_expires_at = now() - interval '1 s' WHERE run_id = %s",
+            (before, run_id),
+        )
+        postgres.execute("UPDATE dispatches SET deadline_at = now() - interval '1 s'")
+        statement(run_id)
+        after = beatless.client.get_run(run_id).state
+        assert after is before or allowed(before, after)
+        reached.add(after)
+        postgres.execute("TRUNCATE runs, run_events, run_outbox, dispatches")
+    assert reached | {before} == TRANSITIONS[before] | {before}
+    connection.close()

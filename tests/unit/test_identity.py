@@ -67,3 +67,9 @@ def test_a_run_ends_only_from_where_it_can():
     assert not allowed(RunState.QUEUED, RunState.COMPLETED)
     assert allowed(RunState.RUNNING, RunState.QUEUED)
     assert TRANSITIONS.keys() == set(RunState)
+
+
+def test_a_state_of_a_newer_version_is_shown_and_is_not_final() -> None:
+    unknown = RunState("paused")
+    assert (unknown.value, str(unknown), unknown.final) == ("paused", "paused", False)
+    assert unknown not in list(RunState)

@@ -1,0 +1,155 @@
+"""Signals of whoever ends a worker, its exit status, and processes that bodies start."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from beatless import Plan, StepContext, step
+from beatless.child_signals import EVERY_CHILD, Left, Meant
+from beatless.dev import Child
+from beatless.outbox.clock import monotonic
+from beatless.testing import Kit
+from tests.plans import ALL
+
+APP = "tests.plans:app"
+
+
+@step
+def forks(ctx: StepContext) -> int:
+    """Its copy comes to an end of its own: by a return, an exit, or an error."""
+    pid = os.fork()
+    if pid == 0:
+        if ctx.input == "returns":
+            return 99
+        if ctx.input == "fails":
+            raise ValueError("in the copy")
+        sys.exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [*ALL, Plan("forks", [forks])]
+
+
+def await_line(child: Child, line: str) -> None:
+    until = monotonic() + 60
+    while line not in child.log.read_text():
+        assert monotonic() < until, child.last_words()
+        threading.Event().wait(0.05)
+
+
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300}])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
+def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
+    beatless: Kit, tmp_path: Path, number: signal.Signals
+) -> None:
+    go = tmp_path / "go"
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    run = beatless.start_run("gated", {"go": str(go)})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+
+    os.killpg(worker.pid, number)
+    await_line(worker, "runs are given back")
+    if number == signal.SIGTERM:
+        os.killpg(worker.pid, number)  # once more: only a second SIGINT ends steps
+    go.touch()
+
+    assert beatless.wait_for_run_completion(run.run_id).attempt == 1
+    assert worker._process.wait(60) == 0
+    assert beatless.event_types(run.run_id)[2:] == ["StepFinished", "RunFinished"]
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_a_child_that_celery_ends_gives_its_run_back(beatless: Kit, tmp_path: Path) -> None:
+    """Flower's "Terminate": no failure and no crash."""
+    go = tmp_path / "go"
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, concurrency=1)
+    run = beatless.start_run("gated", {"go": str(go)})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+    control = beatless.app.celery.control
+    (active,) = control.inspect(timeout=5).active().values()
+
+    control.revoke(active[0]["id"], terminate=True)
+
+    trace = beatless.wait_for_event(run.run_id, "DebugTrace")
+    assert trace.data["name"] == "beatless.given_back"
+    go.touch()
+    ended = beatless.wait_for_run_completion(run.run_id)
+    assert (ended.result, ended.attempt) == ("through", 2)
+    beatless.verify()
+
+
+def test_a_handler_obeys_only_who_means_its_process() -> None:
+    meant = Meant()
+    left = Left(meant)
+    assert left == signal.SIG_IGN
+    left(signal.SIGTERM, None)
+    assert os.getpid() not in meant
+    for pid in range(2, 1030):
+        meant.add(pid)
+    meant.add(os.getpid())
+    assert os.getpid() in meant
+    other = Meant()
+    other.add(EVERY_CHILD)
+    assert os.getpid() in other
+
+
+def test_a_process_that_a_step_has_forked_ends_by_a_signal() -> None:
+    left = Left(Meant())
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, left)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("how", "status"), [("returns", 0), ("exits", 7), ("fails", 1)])
+def test_a_copy_that_a_body_forks_ends_with_the_body_and_writes_nothing(
+    beatless: Kit, how: str, status: int
+) -> None:
+    run = beatless.start_run("forks", how)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == status
+    types = ["RunStarted", "StepStarted", "StepFinished", "RunFinished"]
+    assert beatless.event_types(run.run_id) == types
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_a_body_in_a_child_of_the_worker_may_use_multiprocessing(beatless: Kit) -> None:
+    beatless.relay_process(APP)
+    beatless.worker_process(APP)
+    run = beatless.start_run("multiplies")
+    assert beatless.wait_for_run_completion(run.run_id).result == [[1, 2], [3, 4]]
+
+
+@pytest.mark.long
+def test_a_worker_that_cannot_go_on_says_so_by_its_status(beatless: Kit) -> None:
+    code = (
+        "from beatless.cli import main\n"
+        "import tests.plans\n"
+        "tests.plans.app.celery.conf.result_backend = 'no-such-backend'\n"
+        "main()\n"
+    )
+    settings = beatless.app.settings.to_env() | {"BEATLESS_APP": APP}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "worker", "--concurrency", "1"],
+        env=os.environ | settings,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        timeout=120,
+    )
+    assert b"Unrecoverable error" in done.stderr + done.stdout
+    assert done.returncode != 0
