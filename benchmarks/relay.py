@@ -7,7 +7,6 @@ import gc
 import json
 import random
 import re
-import select
 import statistics
 import sys
 import threading
@@ -33,6 +32,7 @@ from beatless.orchestrator.tables import runs
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import channel_of, doorbell
+from beatless.outbox.sockets import readable
 from beatless.outbox.tables import run_events, run_outbox
 from beatless.settings import libpq_url
 from benchmarks.measure import (
@@ -507,7 +507,7 @@ def raw_latency(bench: Bench) -> float:
             begin = monotonic()
             mouth.execute("NOTIFY raw")
             while ear.pgconn.notifies() is None:
-                select.select([ear], [], [])
+                readable([ear], None)
                 ear.pgconn.consume_input()
             notified.append(monotonic() - begin)
             begin = monotonic()

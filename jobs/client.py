@@ -37,7 +37,7 @@ from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline
 from beatless.outbox.clock import monotonic
 from beatless.outbox.letters import DeadLetter, LetterStatements
-from beatless.outbox.queries import Caller, execute_lazily
+from beatless.outbox.queries import Caller, execute_lazily, refuse_two_phase
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
 from beatless.queues import Queues
 from beatless.schema import head
@@ -698,6 +698,7 @@ class Client:
         Everything here can be repeated: a start has its run id, a cancel is stored once.
         """
         if given is not None:
+            refuse_two_phase(given)
             return act(given)
         with reaching_postgres(self._journal.schema):
             return transact(self._engine, act, twice=True)

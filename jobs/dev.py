@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import Alarm
+from beatless.outbox.sockets import readable
 from beatless.postgres import engine as connect_engine
 from beatless.services import (
     EmbeddedPostgres,
@@ -125,7 +125,7 @@ class Child:
         """Return when it said so. Raises NotReady, with its last words, if it ends before."""
         assert self._ready is not None  # noqa: S101 - started before
         waiting: list[int | Alarm] = [self._ready, *([alarm] if alarm else [])]
-        ready, _, _ = select.select(waiting, [], [], READY_SECONDS)
+        ready = readable(waiting, READY_SECONDS)
         if alarm in ready:
             raise KeyboardInterrupt
         if self._ready not in ready or not os.read(self._ready, 1):
@@ -340,7 +340,7 @@ class Stack:
             waits = [at - monotonic() for guard in guards if (at := guard.restart_at) is not None]
             try:
                 sockets: list[int | Alarm] = [*pidfds, self.alarm]
-                select.select(sockets, [], [], max(0.0, min(waits)) if waits else None)
+                readable(sockets, min(waits, default=None))
             finally:
                 for pidfd in pidfds:
                     os.close(pidfd)
@@ -394,7 +394,7 @@ class Stack:
             except BlockingIOError:
                 # It may be a command that only looks whether a stack runs here.
                 if monotonic() < deadline:
-                    select.select([self.alarm], [], [], 0.02)
+                    readable([self.alarm], 0.02)
                     continue
                 lock.seek(0)
                 pid = int(lock.read().strip() or 0)

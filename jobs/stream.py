@@ -11,7 +11,6 @@ A Redis message is a hint. It may be late, doubled or lost; the journal is the t
 import asyncio
 import contextlib
 import logging
-import select
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
@@ -50,6 +49,10 @@ PAGE = 500
 """Events read from the journal at once."""
 
 FIRST_PAGE = 64
+
+GAP_PAUSE_S = 1.0
+"""Seconds until the journal is read again for an event that it did not have: whoever may publish on
+the channel can invent any number of them."""
 
 
 def ignore(_name: str, _facts: dict[str, Any]) -> None:
@@ -240,7 +243,7 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor, reason = Cursor(after), "start"
+        cursor, reason, sought = Cursor(after), "start", -1
         history = History(run.run_id, None)
         with contextlib.suppress(*AWAY):  # then the first look into the journal tells it
             self.channel(run.run_id)
@@ -275,6 +278,9 @@ class Streams:
                 if cursor.missing:
                     cursor.forget()
                     reason = "gap"
+                    if cursor.seq == sought:
+                        threading.Event().wait(GAP_PAUSE_S)
+                    sought = cursor.seq
         finally:
             self._observer("stream_closed", {})
             subscription.close()
@@ -361,7 +367,7 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor, reason = Cursor(after), "start"
+        cursor, reason, sought = Cursor(after), "start", -1
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
 
         async def wait(error: Exception) -> None:
@@ -424,6 +430,9 @@ class Streams:
                 if cursor.missing:
                     cursor.forget()
                     reason = "gap"
+                    if cursor.seq == sought:
+                        await asyncio.sleep(GAP_PAUSE_S)
+                    sought = cursor.seq
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -506,7 +515,7 @@ class Subscription:
         self._channel = channel
         self._pubsub: Any = None
         self._redis: redis.Redis | None = None
-        self._backoff = Backoff(initial=0.5, cap=10.0)
+        self._backoff = Backoff(initial=0.5, cap=2.0)
         self._failures = 0
         self._retry_at = 0.0
         self._forked = False
@@ -562,7 +571,7 @@ class Subscription:
         """The next message's events; [] after `timeout` seconds; None if one may be lost."""
         if self._pubsub is None:
             if not self._forked:
-                select.select([], [], [], timeout)
+                threading.Event().wait(max(0.0, timeout))
             return None
         try:
             message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout)

@@ -9,7 +9,6 @@ import mmap
 import multiprocessing
 import os
 import secrets
-import select
 import socket
 import sys
 import threading
@@ -45,6 +44,7 @@ from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import worker_queue
+from beatless.outbox.sockets import readable
 from beatless.settings import Settings
 from beatless.supervision import Supervisor
 
@@ -152,7 +152,7 @@ class Draining(threading.Event):
     def announced(self) -> None:
         """Return when it is set, in whichever process of this worker."""
         if self._pipe is not None:
-            select.select([self._pipe[0]], [], [])
+            readable([self._pipe[0]], None)
 
     def set(self) -> None:
         if self._pipe is not None and not self.is_set():

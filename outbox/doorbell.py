@@ -15,7 +15,6 @@ the listener, or the reverse, would be a sleeper that nobody can wake.
 import inspect
 import json
 import secrets
-import select
 import socket
 from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
@@ -28,6 +27,7 @@ from psycopg import pq
 from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
 from beatless.outbox.queries import Queries
+from beatless.outbox.sockets import readable
 
 RV = TypeVar("RV")
 
@@ -298,7 +298,7 @@ SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
         Raises OperationalError when a session is gone.
         """
         sockets: list[DirectConnection | Alarm] = [self.work, self.bell, self.watch, *others]
-        ready, _, _ = select.select(sockets, [], [], timeout)
+        ready = readable(sockets, timeout)
         for connection in (self.work, self.bell, self.watch):
             if connection in ready:
                 connection.pgconn.consume_input()
@@ -336,7 +336,7 @@ def _cancel(connection: DirectConnection) -> bool:
     deadline = monotonic() + PATIENCE
     while connection.pgconn.is_busy() and monotonic() < deadline:
         connection.cancel_safe(timeout=PATIENCE)
-        if select.select([connection], [], [], HEARD)[0]:
+        if readable([connection], HEARD):
             connection.pgconn.consume_input()
     return _finish(connection, ignore=pg_errors.QueryCanceled)
 
@@ -346,7 +346,7 @@ def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = N
     pgconn = connection.pgconn
     deadline = monotonic() + PATIENCE
     while pgconn.is_busy():
-        if not select.select([connection], [], [], deadline - monotonic())[0]:
+        if not readable([connection], deadline - monotonic()):
             raise psycopg.OperationalError("a session of the relay does not answer")
         pgconn.consume_input()
     done = True

@@ -165,6 +165,24 @@ def execute_lazily(
             yield tuple(row)
 
 
+def refuse_two_phase(connection: Caller) -> None:
+    """Raises ValueError for a transaction that is to be prepared: Postgres prepares no NOTIFY.
+
+    At once and always, instead of at its end and only while a relay sleeps.
+    """
+    if isinstance(connection, orm.Session):
+        connection = connection.connection()
+    if isinstance(connection, sqlalchemy.Connection):
+        refused = isinstance(connection.get_transaction(), sqlalchemy.TwoPhaseTransaction)
+    else:
+        refused = getattr(connection, "_tpc", None) is not None  # psycopg has no public name for it
+    if refused:
+        raise ValueError(
+            "connection= is in a two-phase transaction, and Postgres cannot prepare one that wakes "
+            "a relay: do this in a transaction of its own, with a key= so that it can be repeated"
+        )
+
+
 def channel_of(schema: str) -> str:
     """The NOTIFY channel of a schema. Channels are per database, so the schema is in the name.
 

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import select
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +38,7 @@ from beatless.outbox.queries import (
     Queries,
     picked_tasks,
 )
+from beatless.outbox.sockets import readable
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,9 @@ PARTING = 2.0
 LOCKED_LOOK = 0.25
 """Seconds between two looks at what is due while another transaction holds its row."""
 
+BACKOFF_CAP_S = 2.0
+"""Seconds between two tries of a server that is away: what waits behind it waits no longer."""
+
 SET_ASIDE_S = 60.0
 """Seconds for which a run is left alone after a statement over one of its rows has failed."""
 
@@ -120,6 +123,10 @@ class Door:
     def opens_in(self) -> float:
         """Seconds until the next try."""
         return max(0.0, self._retry_at - monotonic())
+
+    def try_now(self) -> None:
+        """Something else has shown that its server may be back."""
+        self._retry_at = 0.0
 
     def succeeded(self) -> bool:
         """Note a success; True if it ended a series of failures."""
@@ -575,7 +582,8 @@ class Drain:
             accepted = self._publish_singly(messages, rows, error)
         else:
             accepted = picked
-            self._event_door.succeeded()
+            if self._event_door.succeeded():
+                self._task_door.try_now()
         self._published = list(accepted)
         return len(accepted)
 
@@ -658,6 +666,7 @@ class Drain:
         for messages, refusal in delivery.refused:
             self._postpone(messages, refusal, now)
         if (delivery.messages or delivery.kept) and self._task_door.succeeded():
+            self._event_door.try_now()
             # The broker may have come back empty: what it held and nobody claimed is looked at.
             self._connection.execute(queries.resend_unclaimed_sql, {"shards": list(shards)})
         return delivery.messages
@@ -779,7 +788,7 @@ class Relay:
         self._linger = linger
         self._nap = nap
         self._watchdog = watchdog
-        self._backoff = backoff or Backoff()
+        self._backoff = backoff or Backoff(cap=BACKOFF_CAP_S)
         self._faults = faults or CrashPoints()
         self._observer = observer
         self._overdue = overdue
@@ -915,7 +924,7 @@ class Relay:
             self._alarm.quiet()
             if self._stopping.is_set():
                 return
-            select.select([self._alarm], [], [], left)
+            readable([self._alarm], left)
 
     def _drain(self, connection: psycopg.Connection[Any]) -> Drain:
         return Drain(

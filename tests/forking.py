@@ -2,12 +2,13 @@
 
 import json
 import os
-import select
 import signal
 import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
+
+from beatless.outbox.sockets import readable
 
 
 class ForkedChild:
@@ -36,7 +37,7 @@ class ForkedChild:
         os.close(self._answers)
 
     def told(self, seconds: float = 30.0) -> dict[str, Any]:
-        ready, _, _ = select.select([self._answers], [], [], seconds)
+        ready = readable([self._answers], seconds)
         assert ready, f"the child says nothing for {seconds} s"
         text = b""
         while not text.endswith(b"\n"):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import select
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import psycopg
 import pytest
 import redis
 
+from beatless.outbox.sockets import readable
 from beatless.services import (
     DirectoryInUse,
     EmbeddedPostgres,
@@ -57,7 +57,7 @@ def wait_for_end(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([process], [], [], 60)[0])
+        return bool(readable([process], 60))
     finally:
         os.close(process)
 

@@ -1,6 +1,5 @@
 """Valkey as it is run elsewhere: behind Sentinels, behind TLS, as a Cluster, with ACL users."""
 
-import select
 import socket
 import ssl
 import threading
@@ -12,6 +11,7 @@ from time import monotonic
 
 import redis
 
+from beatless.outbox.sockets import readable
 from beatless.services import EmbeddedValkey, free_port
 
 CERTIFICATES = Path(__file__).parent / "certificates"
@@ -185,7 +185,7 @@ class TlsFront:
                 self._sockets += [outside, inside]
                 while not self._closing.is_set():
                     ready = [outside] if outside.pending() else []
-                    ready = ready or select.select([outside, inside], [], [], 0.1)[0]
+                    ready = ready or readable([outside, inside], 0.1)
                     for one in ready:
                         data = one.recv(65536)
                         if not data:

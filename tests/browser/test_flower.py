@@ -2,13 +2,13 @@
 
 import os
 import re
-import select
 from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
 from beatless.dev import Child
+from beatless.outbox.sockets import readable
 from beatless.services import free_port
 from beatless.testing import Kit
 from tests.browser.conftest import PLANS
@@ -84,7 +84,7 @@ def see_and_shut_down(beatless: Kit, page: Page, flower: str) -> None:
     page.locator("#worker-shutdown").click()
     ended = os.pidfd_open(workers[0].pid)
     try:
-        assert select.select([ended], [], [], 60)[0], "the worker goes on"
+        assert readable([ended], 60), "the worker goes on"
     finally:
         os.close(ended)
     for run_id in more:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+
+from beatless.outbox.sockets import readable
 
 SECONDS = 240.0
 
@@ -90,7 +91,7 @@ def gone(pids: list[int]) -> None:
         except ProcessLookupError:
             continue
         try:
-            ready = select.select([descriptor], [], [], max(0.0, deadline - monotonic()))[0]
+            ready = readable([descriptor], deadline - monotonic())
             assert ready, f"process {pid} is left: {Path(f'/proc/{pid}/cmdline').read_bytes()!r}"
         finally:
             os.close(descriptor)

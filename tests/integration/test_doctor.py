@@ -3,7 +3,6 @@
 import http.server
 import json
 import re
-import select
 import socket
 import struct
 import threading
@@ -23,6 +22,7 @@ from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
 from beatless.errors import BadRequest, JobsError
 from beatless.orchestrator.plan import PlanError
 from beatless.outbox.queries import execute
+from beatless.outbox.sockets import readable
 from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.settings import libpq_url
 from beatless.testing import Kit
@@ -550,7 +550,7 @@ def pooler(database_url: str) -> Iterator[str]:
         waiting = b""
         with source, target:
             while not over.is_set():
-                if not select.select([source], [], [], 0.05)[0]:
+                if not readable([source], 0.05):
                     continue
                 try:
                     data = source.recv(65536)
@@ -572,7 +572,7 @@ def pooler(database_url: str) -> Iterator[str]:
 
     def accept() -> None:
         while not over.is_set():
-            if not select.select([listener], [], [], 0.05)[0]:
+            if not readable([listener], 0.05):
                 continue
             client, _ = listener.accept()
             upstream = socket.create_connection((server.host or "", server.port or 0))

@@ -1,5 +1,7 @@
 """Who may reach the broker, Redis or NOTIFY and nothing else: it costs latency at most."""
 
+import json
+from contextlib import closing
 from typing import Any
 
 import psycopg
@@ -108,3 +110,26 @@ def test_a_relay_that_is_told_of_others_without_end_drains_all_the_same(
         run = beatless.start_run("charge")
         beatless.wait_for_outbox_flush(run.run_id)
     relay.stop()
+
+
+def test_forged_events_of_a_far_seq_do_not_have_the_journal_read_without_pause(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        beatless.client._streams,
+        "_observer",
+        lambda name, facts: read.append(facts["reason"]) if name == "backfill" else None,
+    )
+    run = beatless.start_run("charge")
+    stream = beatless.client.stream_run(run.run_id, timeout=60)
+    assert next(stream).type == "RunStarted"
+    channel = beatless.client._streams.channel(run.run_id)
+    with closing(beatless_app.redis()) as client:
+        for seq in range(1000, 1200):
+            event = {"run_id": run.run_id, "seq": seq, "ts": 1, "type": "DebugTrace", "v": 1}
+            client.publish(channel, json.dumps(event | {"source": "worker"}))
+    beatless.work_until_idle()
+
+    assert list(stream)[-1].type == "RunFinished"
+    assert read.count("gap") <= 4

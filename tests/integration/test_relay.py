@@ -1,7 +1,6 @@
 """The relay: order, doors, doorbell, shards, takeover. Real Postgres and Redis, no worker."""
 
 import json
-import select
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from beatless.outbox.publishers import (
 )
 from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
 from beatless.outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
+from beatless.outbox.sockets import readable
 from beatless.settings import libpq_url
 from beatless.stream import parse
 from beatless.testing import Kit
@@ -1096,7 +1096,7 @@ def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_ap
     announcements.wait("relay_failed")
     assert tries.acquire(timeout=60)
     relay._alarm.ring()
-    until(lambda: not select.select([relay._alarm], [], [], 0)[0])  # it has been heard
+    until(lambda: not readable([relay._alarm], 0))  # it has been heard
 
     assert not tries.acquire(blocking=False)
     relay.stop()

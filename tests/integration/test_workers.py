@@ -1,7 +1,6 @@
 """Workers as processes: how they stop, what they hold, and which queues they serve."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from beatless import App, BadRequest, RunState, Settings
 from beatless.cli.processes import weights
 from beatless.client import RunRequest
+from beatless.outbox.sockets import readable
 from beatless.testing import Kit
 from beatless.worker import ReadyFile, WeightedCycle, run_worker
 
@@ -48,7 +48,7 @@ def beatless_settings() -> dict[str, float]:
 
 def await_end(pid: int) -> None:
     watched = os.pidfd_open(pid)
-    assert select.select([watched], [], [], 60)[0], "the worker does not end"
+    assert readable([watched], 60), "the worker does not end"
     os.close(watched)
 
 
