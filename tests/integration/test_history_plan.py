@@ -12,6 +12,7 @@ from beatless.auth import Tokens
 from beatless.orchestrator.journal import GivenUp
 from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.retention import Retention
+from beatless.outbox import queries
 from tests.integration.test_drain_plan import scans
 
 HISTORY = 10_000
@@ -22,7 +23,7 @@ HOUR = 3600.0
 EXPLAIN = b"EXPLAIN (ANALYZE, FORMAT JSON) "
 
 
-class Counting(psycopg.Cursor[Any]):
+class Counting(queries.Cursor):
     """Executes each statement twice; first to count the rows that it reads, and rolled back."""
 
     read = 0
@@ -59,6 +60,7 @@ def history(
             postgres.execute("ANALYZE runs, run_events, dispatches")
             guard.execute(lock)
         monkeypatch.setattr(Counting, "read", 0)
+        monkeypatch.setattr(queries, "Cursor", Counting)
         postgres.cursor_factory = Counting
         yield postgres
     assert 0 < Counting.read < 100
@@ -94,7 +96,7 @@ def queues(beatless_app: App) -> QueueStatements:
     return QueueStatements(beatless_app.settings.schema)
 
 
-def test_dead_letters(beatless_app: App, history: psycopg.Connection) -> None:
+def test_failed_runs(beatless_app: App, history: psycopg.Connection) -> None:
     found = beatless_app.journal.given_up(
         history,
         namespace="default",
