@@ -378,30 +378,66 @@ class Client:
     # Following
 
     def stream_run(
-        self, run_id: str, from_seq: int = 0, *, timeout: float | None = None
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        *,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
     ) -> Iterator[Event]:
         """Every event after `from_seq`, in order and once, as it is committed, to RunFinished.
 
         Goes on through the loss of Redis (then slower) and of Postgres. Ends at once for a run that
         ended at or before `from_seq`. Raises RunNotFound (later too, if the run is removed),
         BadRequest for a `from_seq` beyond the head, EventsPruned for events that are not kept any
-        more, WaitTimeout if no RunFinished came within `timeout` seconds, and HistoryChanged when
-        the database was restored or failed over: what was seen may be gone, follow it from 0.
+        more, WaitTimeout if no RunFinished came within `timeout` seconds. When the database was
+        restored or failed over, what was seen may be gone: it raises HistoryChanged; or it calls
+        `on_reset`, which must forget the events, and gives all of them from the first.
         """
         timeout = _seconds("timeout", timeout)
         run = self._check_stream(run_id, from_seq)
-        return self._streams.follow(run, from_seq, timeout=timeout)
+        if on_reset is None:
+            return self._streams.follow(run, from_seq, timeout=timeout)
+        return self._follow_anew(run, from_seq, timeout, on_reset)
+
+    def _follow_anew(
+        self, run: Run, after: int, timeout: float | None, on_reset: Callable[[], None]
+    ) -> Iterator[Event]:
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - monotonic())
+            try:
+                yield from self._streams.follow(run, after, timeout=left)
+                return
+            except HistoryChanged:
+                on_reset()
+                run, after = self.get_run(run.run_id), 0
 
     def astream_run(
-        self, run_id: str, from_seq: int = 0, *, timeout: float | None = None
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        *,
+        timeout: float | None = None,
+        on_reset: Callable[[], None] | None = None,
     ) -> AsyncIterator[Event]:
         """`stream_run` for asyncio. All streams of a loop share one connection to Redis."""
         timeout = _seconds("timeout", timeout)
 
         async def events() -> AsyncIterator[Event]:
             run = await self._streams.in_thread(self._check_stream, run_id, from_seq)
-            async for event in self._streams.afollow(run, from_seq, timeout=timeout):
-                yield event
+            after, deadline = from_seq, None if timeout is None else monotonic() + timeout
+            while True:
+                left = None if deadline is None else max(0.0, deadline - monotonic())
+                try:
+                    async for event in self._streams.afollow(run, after, timeout=left):
+                        yield event
+                    return
+                except HistoryChanged:
+                    if on_reset is None:
+                        raise
+                    on_reset()
+                    run, after = await self._streams.in_thread(self.get_run, run_id), 0
 
         return events()
 
@@ -581,9 +617,19 @@ class Client:
             except (UnknownPlan, BadRequest, OrchestratorError) as reason:
                 yield reason, place
 
-    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first. See `failed_runs` for runs."""
-        return self._do(None, lambda caller: self._letters.list(caller, limit=limit))
+    def dead_letters(self, limit: int = 100, after: int = 0) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first, with an id above `after`.
+
+        See `failed_runs` for runs.
+        """
+        return self._do(None, lambda caller: self._letters.list(caller, limit=limit, after=after))
+
+    def dead_letter(self, letter_id: int) -> DeadLetter:
+        """One of `dead_letters`. Raises BadRequest if there is no such letter."""
+        found = self.dead_letters(limit=1, after=letter_id - 1)
+        if not found or found[0].id != letter_id:
+            raise BadRequest("dead letter", f"{letter_id} does not exist")
+        return found[0]
 
     def requeue_dead_letter(self, letter_id: int) -> None:
         """Publish the message again. Raises BadRequest if there is no such letter."""

@@ -26,7 +26,7 @@ class LetterStatements:
         self._channel = channel_of(schema)
         self._list = f"""
 SELECT id, run_id, reason, (message ->> 'from_seq')::int, (message ->> 'to_seq')::int, created_at
-  FROM {s}.dead_letters ORDER BY id LIMIT %(limit)s"""
+  FROM {s}.dead_letters WHERE id > %(after)s ORDER BY id LIMIT %(limit)s"""
         self._requeue = f"""
 WITH gone AS (DELETE FROM {s}.dead_letters WHERE {{which}} RETURNING run_id, message)
 INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
@@ -38,9 +38,9 @@ RETURNING run_id, pg_notify(%(channel)s, '')"""
    ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)"""
         self._discard = f"DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING id"
 
-    def list(self, connection: Caller, *, limit: int) -> list[DeadLetter]:
-        """Oldest first."""
-        rows = execute(connection, self._list, {"limit": limit})
+    def list(self, connection: Caller, *, limit: int, after: int = 0) -> list[DeadLetter]:
+        """Oldest first, those with an id above `after`."""
+        rows = execute(connection, self._list, {"limit": limit, "after": after})
         return [
             DeadLetter(
                 id=row[0],

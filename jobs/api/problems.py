@@ -92,7 +92,14 @@ def install(api: FastAPI) -> None:
     """Let every error leave as a problem document."""
 
     def ours(_request: Request, error: Exception) -> Response:
-        status = STATUSES.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        status = STATUSES.get(type(error))
+        if status is None:
+            logger.error(
+                "an error has no HTTP status",
+                extra={"action": "no_status", "error": type(error).__name__},
+                exc_info=error,
+            )
+            return unexpected(_request, error)
         if isinstance(error, Unreachable):
             # Where our servers are is nobody's business who only has a token.
             logger.warning(

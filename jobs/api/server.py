@@ -546,10 +546,20 @@ def create_api(
 
     @api.get("/v1/dead-letters", responses=answers())
     def list_dead_letters(
-        client: Operator, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+        client: Operator,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
     ) -> dict[str, Any]:
-        """Messages that could not be published, oldest first."""
-        return {"dead_letters": [asdict(letter) for letter in client.dead_letters(limit)]}
+        """Messages that could not be published, oldest first; `after` is the `next` before."""
+        found = client.dead_letters(limit, after)
+        following = found[-1].id if len(found) == limit else None
+        return {"dead_letters": [asdict(letter) for letter in found], "next": following}
+
+    @api.get("/v1/dead-letters/{letter_id}", responses=answers())
+    def get_dead_letter(letter_id: Letter, client: Operator) -> dict[str, Any]:
+        """One of them."""
+        with _no_such_letter():
+            return asdict(client.dead_letter(letter_id))
 
     @api.post("/v1/dead-letters/requeue", status_code=202, responses=answers())
     def requeue_dead_letters(client: Operator, body: Letters) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Commands about queues and dead letters, for the whole fleet, and about taking runs away."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 
@@ -9,7 +10,10 @@ from rich.markup import escape
 
 from beatless.cli.environment import Environment, pairs, seconds
 from beatless.cli.render import age, table
-from beatless.orchestrator.state import FINAL
+from beatless.errors import BadRequest
+from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.journal import Run
+from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.letters import DeadLetter
 
 
@@ -135,12 +139,41 @@ def of_runs(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def find(env: Environment, letter: str) -> DeadLetter | None:
-    """The message of this number; else it is the id of a run."""
-    if not letter.isdigit():
-        return None
-    letters = env.app.client.dead_letters(1_000_000)
-    return next((one for one in letters if one.id == int(letter)), None)
+KIND = click.option(
+    "--message/--run",
+    "is_message",
+    default=None,
+    help="What ID is, if there is a message of this number and a run with this id.",
+)
+
+
+def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter | Run:
+    """The message of this number, or the failed run with this id.
+
+    Raises BadRequest where it is both, or a run that is no dead letter, and RunNotFound.
+    """
+    client = env.app.client
+    message = run = None
+    if is_message is not False and letter.isascii() and letter.isdigit() and len(letter) < 19:
+        with suppress(BadRequest):
+            message = client.dead_letter(int(letter))
+    if is_message and message is None:
+        raise BadRequest("dead letter", f"{letter} does not exist")
+    if not is_message:
+        try:
+            run = client.get_run(letter)
+        except RunNotFound:
+            if message is None:
+                raise
+    if message is not None and run is not None:
+        raise BadRequest("dead letter", f"{letter} is a message and a run: say --message or --run")
+    if message is not None:
+        return message
+    assert run is not None  # noqa: S101 - or RunNotFound was raised
+    if run.state is not RunState.FAILED or run.retried_by is not None:
+        was = f"retried as {run.retried_by}" if run.retried_by else run.state.value
+        raise BadRequest("dead letter", f"{letter} is none: that run is {was}")
+    return run
 
 
 @dead_letters.command()
@@ -181,35 +214,37 @@ def ls(
 
 @dead_letters.command()
 @click.argument("letter", metavar="ID")
+@KIND
 @click.pass_obj
-def show(env: Environment, letter: str) -> None:
+def show(env: Environment, letter: str, is_message: bool | None) -> None:
     """Why it was given up on: of a run, the traceback of its last attempt."""
-    message = find(env, letter)
-    if message is None:
-        run = env.app.client.get_run(letter)
-        error = run.error or {}
+    found = find(env, letter, is_message)
+    if isinstance(found, Run):
+        error = found.error or {}
         if env.as_json:
-            env.document({"kind": "run", **run.to_dict()})
+            env.document({"kind": "run", **found.to_dict()})
         else:
             click.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
     elif env.as_json:
         env.document(
-            {"kind": "message", **asdict(message), "created_at": message.created_at.isoformat()}
+            {"kind": "message", **asdict(found), "created_at": found.created_at.isoformat()}
         )
     else:
-        click.echo(message.reason)
+        click.echo(found.reason)
 
 
 @dead_letters.command()
 @click.argument("letter", metavar="[ID]", required=False)
 @click.option("--all", "every", is_flag=True, help="All failed runs that the options choose.")
 @click.option("--messages", is_flag=True, help="All messages, or those with --error TEXT.")
+@KIND
 @of_runs
 @click.pass_obj
 def requeue(
     env: Environment,
     /,
     letter: str | None,
+    is_message: bool | None,
     every: bool,
     messages: bool,
     limit: int,
@@ -232,12 +267,13 @@ def requeue(
         again = env.app.client.requeue_dead_letters(reason=chosen["error"] or "", limit=limit)
         env.document({"requeued": again}) if env.as_json else click.echo(again)
         return
-    if letter is not None and (message := find(env, letter)):
-        env.app.client.requeue_dead_letter(message.id)
-        env.note(f"dead letter {letter} is in the outbox again")
-        return
     if letter is not None:
-        started, refused = [env.app.client.retry_run(letter)], list[Exception]()
+        found = find(env, letter, is_message)
+        if isinstance(found, DeadLetter):
+            env.app.client.requeue_dead_letter(found.id)
+            env.note(f"dead letter {letter} is in the outbox again")
+            return
+        started, refused = [env.app.client.retry_run(found.run_id)], list[Exception]()
     else:
         since = None if within is None else seconds(within)
         started, refused = env.app.client.retry_failed(
@@ -253,12 +289,14 @@ def requeue(
 
 @dead_letters.command()
 @click.argument("letter", metavar="ID")
+@KIND
 @click.pass_obj
-def discard(env: Environment, letter: str) -> None:
+def discard(env: Environment, letter: str, is_message: bool | None) -> None:
     """Forget the message, whose events stay in the journal; or remove the run with its events."""
-    if message := find(env, letter):
-        env.app.client.discard_dead_letter(message.id)
+    found = find(env, letter, is_message)
+    if isinstance(found, DeadLetter):
+        env.app.client.discard_dead_letter(found.id)
         env.note(f"dead letter {letter} is discarded")
     else:
-        env.app.client.remove_run(letter)
+        env.app.client.remove_run(found.run_id)
         env.note(f"run {letter} is removed")

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from beatless.client import check_cursor
+from beatless.errors import BadSetting
 from beatless.http import wire
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
@@ -51,6 +53,14 @@ class AsyncClient:
     def after_fork(self) -> None:
         self._http = self._new_http()
 
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A client of `BEATLESS_API_URL` with the token in `BEATLESS_TOKEN`. Raises BadSetting."""
+        url = os.environ.get("BEATLESS_API_URL")
+        if not url:
+            raise BadSetting("BEATLESS_API_URL", "is not set", "https://beatless.example")
+        return cls(url, token=os.environ.get("BEATLESS_TOKEN"), **options)
+
     async def aclose(self) -> None:
         """Close its connections."""
         await self._http.aclose()
@@ -74,6 +84,7 @@ class AsyncClient:
         deadline: float | timedelta | None = None,
         priority: int = 0,
         tags: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
     ) -> Run:
         """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
         return await self._send(
@@ -88,6 +99,7 @@ class AsyncClient:
                 deadline=deadline,
                 priority=priority,
                 tags=tags,
+                traceparent=traceparent,
             )
         )
 
@@ -199,7 +211,7 @@ class AsyncClient:
     ) -> list[Run]:
         """The runs that were given up on: failed, and retried by nobody. Oldest end first.
 
-        At most 1,000; `error` is looked for in "type: message" of the error, `within` keeps those
+        `error` is looked for in "type: message" of the error, `within` keeps those
         that failed so many seconds ago or less. `remove_run` discards one.
         """
         found: list[Run] = []
@@ -257,9 +269,20 @@ class AsyncClient:
                 break
         return started, refused
 
-    async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first, at most 1,000."""
-        return await self._send(wire.dead_letters(limit))
+    async def dead_letters(self, limit: int = 100, after: int = 0) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first, with an id above `after`."""
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            page, more = await self._send(wire.dead_letters(limit - len(found), after))
+            found += page
+            if not more:
+                break
+            after = page[-1].id
+        return found
+
+    async def dead_letter(self, letter_id: int) -> DeadLetter:
+        """One of `dead_letters`. Raises BadRequest if there is no such letter."""
+        return await self._send(wire.dead_letter(letter_id))
 
     async def requeue_dead_letter(self, letter_id: int) -> None:
         """Publish the message again. Raises BadRequest if there is no such letter."""
@@ -342,7 +365,7 @@ class AsyncClient:
         for tried in itertools.count(1):
             try:
                 response = await self._http.request(
-                    call.method, call.path, json=call.body, params=call.query
+                    call.method, call.path, json=call.body, params=call.query, headers=call.headers
                 )
             except httpx2.TransportError as error:
                 delay = wire.pause_after(call, tried, error, self._backoff)

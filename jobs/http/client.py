@@ -93,6 +93,7 @@ class Client:
         deadline: float | timedelta | None = None,
         priority: int = 0,
         tags: Mapping[str, str] | None = None,
+        traceparent: str | None = None,
     ) -> Run:
         """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
         return self._send(
@@ -107,6 +108,7 @@ class Client:
                 deadline=deadline,
                 priority=priority,
                 tags=tags,
+                traceparent=traceparent,
             )
         )
 
@@ -216,7 +218,7 @@ class Client:
     ) -> list[Run]:
         """The runs that were given up on: failed, and retried by nobody. Oldest end first.
 
-        At most 1,000; `error` is looked for in "type: message" of the error, `within` keeps those
+        `error` is looked for in "type: message" of the error, `within` keeps those
         that failed so many seconds ago or less. `remove_run` discards one.
         """
         found: list[Run] = []
@@ -274,9 +276,20 @@ class Client:
                 break
         return started, refused
 
-    def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first, at most 1,000."""
-        return self._send(wire.dead_letters(limit))
+    def dead_letters(self, limit: int = 100, after: int = 0) -> list[DeadLetter]:
+        """Event messages that could not be published, oldest first, with an id above `after`."""
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            page, more = self._send(wire.dead_letters(limit - len(found), after))
+            found += page
+            if not more:
+                break
+            after = page[-1].id
+        return found
+
+    def dead_letter(self, letter_id: int) -> DeadLetter:
+        """One of `dead_letters`. Raises BadRequest if there is no such letter."""
+        return self._send(wire.dead_letter(letter_id))
 
     def requeue_dead_letter(self, letter_id: int) -> None:
         """Publish the message again. Raises BadRequest if there is no such letter."""
@@ -398,7 +411,7 @@ class Client:
         for tried in itertools.count(1):
             try:
                 response = self._http.request(
-                    call.method, call.path, json=call.body, params=call.query
+                    call.method, call.path, json=call.body, params=call.query, headers=call.headers
                 )
             except httpx2.TransportError as error:
                 delay = wire.pause_after(call, tried, error, self._backoff)

@@ -91,6 +91,7 @@ class Call(Generic[T]):
     read: Callable[[Any], T]
     """Makes the result of the JSON of a good answer; it gets None for an empty one."""
     body: Any = None
+    headers: Mapping[str, str] | None = None
     query: Mapping[str, Any] | None = None
     repeatable: bool = True
     """Whether doing it twice is as good as once."""
@@ -199,6 +200,7 @@ def start_run(
     deadline: float | timedelta | None,
     priority: int,
     tags: Mapping[str, str] | None,
+    traceparent: str | None,
 ) -> Call[Run]:
     """A start has its id before it is sent: an answer that was lost is asked for again."""
     body = {
@@ -214,7 +216,8 @@ def start_run(
         "tags": None if tags is None else dict(tags),
     }
     body = {name: value for name, value in body.items() if value is not None}
-    return Call(method="POST", path="/v1/runs", body=body, read=run_of)
+    headers = {"traceparent": traceparent} if traceparent else None
+    return Call(method="POST", path="/v1/runs", body=body, headers=headers, read=run_of)
 
 
 def get_run(run_id: str) -> Call[Run]:
@@ -336,12 +339,24 @@ def retry_failed(**chosen: Any) -> Call[tuple[list[Run], list[Exception], str | 
     )
 
 
-def dead_letters(limit: int) -> Call[list[DeadLetter]]:
+def dead_letters(limit: int, after: int) -> Call[tuple[list[DeadLetter], bool]]:
+    """A page of them, and whether there may be more."""
     return Call(
         method="GET",
         path="/v1/dead-letters",
-        query={"limit": limit},
-        read=lambda found: [record_of(DeadLetter, members) for members in found["dead_letters"]],
+        query={"limit": min(limit, PAGE), "after": after},
+        read=lambda found: (
+            [record_of(DeadLetter, members) for members in found["dead_letters"]],
+            found.get("next") is not None,
+        ),
+    )
+
+
+def dead_letter(letter_id: int) -> Call[DeadLetter]:
+    return Call(
+        method="GET",
+        path=_path("dead-letters", str(letter_id)),
+        read=lambda found: record_of(DeadLetter, found),
     )
 
 
@@ -417,6 +432,8 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """What chooses failed runs, without what was left open."""
     given = {**options, "within": _seconds(options["within"]), "tag": _pairs(options["tags"])}
     del given["tags"]
+    if "limit" in given:
+        given["limit"] = min(given["limit"], PAGE)
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from psycopg import Connection
 
-import beatless
 from beatless import (
     App,
     BadPayload,
@@ -162,16 +161,6 @@ def test_dead_letters_over_http(beatless: Kit, client: Client, postgres: Connect
     client.requeue_dead_letter(letters[1].id)
     assert client.dead_letters() == []
     beatless.drain_outbox_once()
-
-
-def test_both_clients_have_every_call_of_the_clients_of_an_app() -> None:
-    # What needs the database itself, or many requests for one call; and what a server answers by.
-    local = {"epoch", "explain", "start_runs", "stored_id"}
-    local |= {"page_of_runs", "page_of_failed_runs", "count_failed_runs", "retry_page"}
-    calls = {name for name in vars(beatless.Client) if not name.startswith("_")} - local
-    assert calls <= {name for name in vars(Client) if not name.startswith("_")}
-    follow = {"stream_run", "wait_for_run"}
-    assert calls - follow <= {name for name in vars(AsyncClient) if not name.startswith("_")}
 
 
 def test_the_calls_of_the_async_client_are_those_of_the_other(beatless: Kit, api: Api) -> None:
