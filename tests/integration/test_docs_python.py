@@ -1,0 +1,141 @@
+"""docs/python.md: it names everything, and its recipes work as they stand there."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import String, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from beatless import Plan, RunState, StepContext, step
+from beatless.client import Client
+from beatless.pytest_plugin import Services
+from beatless.testing import Kit
+
+TEXT = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+BLOCKS = {
+    match[1]: match[0]
+    for match in re.findall(r"```python\n(# (\S+?\.py)\b.*?)```", TEXT, re.DOTALL)
+}
+
+
+def members(kind: type) -> list[str]:
+    found = [name for name in dir(kind) if not name.startswith("_")]
+    if kind is StepContext:
+        source = inspect.getsource(StepContext.__init__)
+        found += re.findall(r"self\.([a-z]\w*)[:=, ]", source)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(StepContext, "ctx."), (Client, "")])
+def test_every_member_is_named(kind: type, prefix: str) -> None:
+    missing = [
+        name for name in members(kind) if not re.search(rf"`{re.escape(prefix)}{name}\b", TEXT)
+    ]
+    assert missing == []
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    number: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column(String, default="new")
+
+
+class TestOrm:
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        names: dict[str, Any] = {"step": step, "StepContext": StepContext, "Order": Order}
+        (block,) = re.findall(r"```python\n(from sqlalchemy.orm.*?)```", TEXT, re.DOTALL)
+        exec(block, names)
+
+        @step(transactional=True)
+        def fail(ctx: StepContext) -> None:
+            with Session(bind=ctx.connection) as session:
+                session.merge(Order(number=ctx.input["order"], state="lost"))
+                session.commit()
+            raise ValueError("the step fails after its commit")
+
+        return [Plan("reserve", [names["reserve"]]), Plan("fails", [fail])]
+
+    @pytest.fixture
+    def beatless_tables(self) -> Any:
+        return Base.metadata.create_all
+
+    @pytest.mark.parametrize(
+        ("plan", "ended", "state"),
+        [("reserve", RunState.COMPLETED, "reserved"), ("fails", RunState.FAILED, "new")],
+    )
+    def test_a_session_commits_with_the_step(
+        self, plan: str, ended: RunState, state: str, beatless: Kit
+    ) -> None:
+        with Session(beatless.app.engine) as session, session.begin():
+            session.add(Order(number=7))
+            run = beatless.app.client.start_run(plan, {"order": 7}, connection=session)
+        beatless.work_until_idle()
+
+        assert beatless.client.get_run(run.run_id).state == ended
+        with Session(beatless.app.engine) as session:
+            assert session.scalars(select(Order.state)).all() == [state]
+
+
+MODELS = """
+from django.db import models
+
+
+class Order(models.Model):
+    title = models.TextField()
+    state = models.TextField(default="new")
+"""
+
+SETTINGS = """
+DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql", "NAME": "nowhere"}}
+INSTALLED_APPS = ["shop"]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+USE_TZ = True
+"""
+
+ROLLBACK = """
+
+import pytest
+from django.db import transaction
+
+
+def test_an_order_that_is_rolled_back_has_no_run(beatless, django_tables):
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        place_order("book")
+        1 / 0
+    assert beatless.client.list_runs() == []
+    assert not Order.objects.exists()
+"""
+
+
+@pytest.mark.parametrize("plugin", ["no:django", "django"])
+def test_the_recipes_for_django_work(
+    plugin: str,
+    pytester: pytest.Pytester,
+    beatless_services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop = pytester.mkpydir("shop")
+    (shop / "models.py").write_text(MODELS)
+    (shop / "settings.py").write_text(SETTINGS)
+    for name in ("shop/durable.py", "shop/views.py", "conftest.py", "test_shop.py"):
+        (pytester.path / name).write_text(BLOCKS[name])
+    with (pytester.path / "test_shop.py").open("a") as tests:
+        tests.write(ROLLBACK)
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    done = pytester.runpytest_subprocess(
+        *("-p", plugin, "-p", "no:randomly", "-p", "no:celery", "-p", "no:schemathesis"),
+        *("-o", "beatless_app=shop.durable:app", "-o", "pythonpath=."),
+        "--beatless-services=external",
+        timeout=120,
+    )
+    done.assert_outcomes(passed=2)
