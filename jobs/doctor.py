@@ -782,7 +782,7 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
     def _shared_broker(self) -> Iterator[Finding]:
         """Whether another database has the same prefix there: each takes the other's messages."""
         broker = self._settings.redis_broker
-        if broker is None:
+        if broker is None or self._broker_fault is not None:
             return
         prefix = self._settings.prefix
         names = {queue.name for queue in self._app.client.queues()} | {"default"}
