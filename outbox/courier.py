@@ -28,8 +28,9 @@ class Delivery:
     """What has become of a batch."""
 
     messages: Sequence[TaskMessage]
+    """What the publisher has accepted, whatever became of the rest."""
     error: BaseException | None
-    """None: the publisher has accepted all of it but what it refused."""
+    """Why the others were not accepted; None if there are none but what was refused."""
     kept: Sequence[TaskMessage] = ()
     """Not sent, because their last messages are in the broker still."""
     lost: Sequence[TaskMessage] = ()
@@ -116,24 +117,33 @@ class Courier:
             self._on_return()
 
     def _carry(self, order: Order) -> Delivery:
-        try:
-            again, kept, lost = self._look(order)
-        except BaseException as error:
-            return Delivery(messages=(), error=error)
-        delivery = self._publish([*order.messages, *again])
-        return replace(delivery, kept=kept, lost=lost)
+        again, seen = self._look(order)
+        return replace(
+            _together([seen, self._publish([*order.messages, *again])]),
+            kept=seen.kept,
+            lost=seen.lost,
+        )
 
-    def _look(self, order: Order) -> tuple[list[TaskMessage], list[TaskMessage], list[TaskMessage]]:
-        """The unclaimed messages that are to be sent again, are in the broker still, are lost.
+    def _look(self, order: Order) -> tuple[list[TaskMessage], Delivery]:
+        """The unclaimed messages that are to be sent again, and what is so of the others.
 
         Nobody can ask a broker for one message. But when it holds fewer of a queue than are out,
         the oldest are lost, or were dropped by a worker that does not have their plan: one of each
         plan is sent again, and the others after that one was claimed.
         """
         again, kept, lost = list[TaskMessage](), list[TaskMessage](), list[TaskMessage]()
+        refused: list[tuple[Sequence[TaskMessage], PublishRefused]] = []
         for messages in _by_queue(order.unclaimed):
             name = messages[0].queue
-            missing = max(0, order.out[name] - self._publisher.waiting(name))
+            try:
+                missing = max(0, order.out[name] - self._publisher.waiting(name))
+            except PublishRefused as refusal:
+                refused.append((messages, refusal))
+                continue
+            except BaseException as error:
+                return again, Delivery(
+                    messages=(), error=error, kept=kept, lost=lost, refused=refused
+                )
             kept += messages[missing:]
             plans: dict[str, list[TaskMessage]] = defaultdict(list)
             for message in messages[:missing]:
@@ -146,10 +156,15 @@ class Courier:
             for first, *rest in plans.values():
                 again.append(first)
                 lost += rest
-        return again, kept, lost
+        return again, Delivery(messages=(), error=None, kept=kept, lost=lost, refused=refused)
 
     def _publish(self, messages: Sequence[TaskMessage]) -> Delivery:
-        """One bad queue must not hold up the rest of the batch, nor let it be sent twice."""
+        """One bad queue must not hold up the rest of the batch, nor let it be sent twice.
+
+        A batch that was refused may have arrived in part, and is sent again queue by queue: nobody
+        says which part, and the claim drops what comes twice. From then on a bad queue is sent by
+        itself, until it is accepted.
+        """
         known = [message for message in messages if message.queue in self._refused]
         others = [message for message in messages if message.queue not in self._refused]
         parts = [others] if others else []
@@ -160,12 +175,14 @@ class Courier:
             self._publisher.publish(messages)
         except PublishRefused as refusal:
             parts = _by_queue(messages)
+            if len(parts) == 1 and refusal.of_message:
+                parts = [[message] for message in messages]
             if len(parts) > 1:
                 return _together([self._try(part) for part in parts])
             self._refused.add(messages[0].queue)
             return Delivery(messages=(), error=None, refused=((messages, refusal),))
         except BaseException as error:
-            return Delivery(messages=messages, error=error)
+            return Delivery(messages=(), error=error)
         self._refused.difference_update(message.queue for message in messages)
         return Delivery(messages=messages, error=None)
 

@@ -52,10 +52,12 @@ class PublishFailed(OutboxError):
 class PublishRefused(OutboxError):
     """The door is up and refuses the batch: sending it again will not help."""
 
-    def __init__(self, door: str, reason: str) -> None:
-        super().__init__(door, reason)
+    def __init__(self, door: str, reason: str, of_message: bool = False) -> None:
+        """`of_message`: it is one message that cannot be sent, and not its queue."""
+        super().__init__(door, reason, of_message)
         self.door = door
         self.reason = reason
+        self.of_message = of_message
 
     def __str__(self) -> str:
         return f"{self.door} refuses the message: {self.reason}"

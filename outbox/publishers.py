@@ -1,5 +1,6 @@
 """The two doors out of Postgres. A batch is published whole or not at all, as far as we know."""
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.exceptions import EncodeError
 from kombu.transport import pyamqp
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -22,6 +24,9 @@ from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import EventMessage, TaskMessage, one_line
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
+
+UNSENDABLE = (ValueError, TypeError, LookupError, struct.error, EncodeError)
+"""Raised by kombu and its transports for what a message holds."""
 
 CONNECTING = (0, 10)
 """AMQP's classes of methods that are of no queue: a rejected login is told of class 0."""
@@ -136,7 +141,13 @@ class CeleryTaskPublisher:
                 raise PublishFailed("the broker", str(error)) from error
             # RabbitMQ's answer about this very exchange or queue: of another type, or forbidden.
             raise PublishRefused("the broker", str(error)) from error
+        except UNSENDABLE as error:
+            # The message itself: a name that is too long for AMQP, say.
+            reason = f"{type(error).__name__}: {error}"
+            raise PublishRefused("the broker", reason, of_message=True) from error
         except Exception as error:
+            if "WRONGTYPE" in str(error):  # somebody else's key has the queue's name
+                raise PublishRefused("the broker", str(error)) from error
             # Each transport has errors of its own, with no base in common: the door is shut.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
             reason = str(error) or type(error).__name__

@@ -650,8 +650,7 @@ class Drain:
             return ()
         if isinstance(delivery.error, PublishFailed):
             self._task_door.failed(delivery.error)
-            return ()
-        if delivery.error is not None:
+        elif delivery.error is not None:
             raise delivery.error
         queries = self._queries
         self._marks += [
@@ -663,6 +662,8 @@ class Drain:
             )
             if messages
         ]
+        if delivery.error is not None:
+            return delivery.messages  # what was refused meanwhile may be the door's fault as well
         for messages, refusal in delivery.refused:
             self._postpone(messages, refusal, now)
         if (delivery.messages or delivery.kept) and self._task_door.succeeded():

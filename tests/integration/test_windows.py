@@ -6,8 +6,9 @@ import pytest
 from beatless import App, Plan, StepContext, step
 from beatless.client import RunRequest
 from beatless.outbox.doorbell import prepare_to_drain
+from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import SHARDS, shard_of
-from beatless.outbox.publishers import worker_queue
+from beatless.outbox.publishers import CeleryTaskPublisher, worker_queue
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.relay import Drain
 from beatless.testing import Kit
@@ -213,3 +214,64 @@ def test_a_look_reads_nothing_of_queues_whose_runs_are_all_for_later(
     }
     assert read(postgres, getattr(beatless_app.queries, statement), parameters) < 100
     postgres.execute("DELETE FROM dispatches WHERE run_id LIKE 'later-%'")
+
+
+def test_what_was_accepted_of_a_batch_is_not_sent_again_when_the_door_shuts_behind_it(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door], postgres: psycopg.Connection
+) -> None:
+    class Shutting(Door):
+        def publish(self, messages) -> None:
+            if any(message.queue == "bad" for message in messages) and not self.refused_queues:
+                raise PublishFailed("the broker", "gone in between")
+            super().publish(messages)
+
+    door = Shutting(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
+    door.refused_queues.add("bad")
+    relay = recording(beatless_app, (doors[0], door))
+    start(beatless, 1, queue="bad")
+    relay.drain_once()  # from now on the queue is sent by itself, behind the others
+    door.refused_queues.clear()
+    start(beatless, 1, queue="bad")
+    good = start(beatless, 3)
+    relay.drain_once()
+    sent = postgres.execute("SELECT run_id FROM dispatches WHERE state = 'sent'").fetchall()
+    relay.stop()
+
+    assert sorted(run_id for (run_id,) in sent) == sorted(good)
+    assert sorted(message.run_id for message in door.messages) == sorted(good)
+
+
+def test_a_queue_whose_name_is_a_key_of_somebody_else_shuts_no_door(
+    beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
+) -> None:
+    with beatless_app._broker() as broker:
+        client = broker.default_channel.client
+        client.set(f"{beatless_app.settings.prefix}.taken", "a string")
+        start(beatless, 3, queue="taken", priority=9)
+        good = start(beatless, 3)
+        settle(drain)
+        client.delete(f"{beatless_app.settings.prefix}.taken")
+    assert drain._task_door.failures == 0
+    sent = postgres.execute("SELECT run_id FROM dispatches WHERE state = 'sent'").fetchall()
+    assert sorted(run_id for (run_id,) in sent) == sorted(good)
+
+
+def test_a_message_that_cannot_be_sent_costs_its_own_run(
+    beatless: Kit, beatless_app: App, doors: tuple[Door, Door], postgres: psycopg.Connection
+) -> None:
+    """As a run id that is too long for AMQP."""
+
+    class Encoding(Door):
+        def publish(self, messages) -> None:
+            if any(message.run_id in self.refused for message in messages):
+                raise PublishRefused("the broker", "too long", of_message=True)
+            super().publish(messages)
+
+    door = Encoding(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
+    culprit, *others = start(beatless, 4)
+    door.refused.add(culprit)
+    relay = recording(beatless_app, (doors[0], door))
+    relay.drain_once()
+    relay.stop()
+    states = dict(postgres.execute("SELECT run_id, state FROM dispatches").fetchall())
+    assert states == {culprit: "delayed"} | dict.fromkeys(others, "sent")
