@@ -115,6 +115,10 @@ TROUBLE = (
 )
 
 
+LOST_AFTER_S = 2.0
+"""After a run's last event, until a body that is in it still counts as one that has lost it."""
+
+
 class Status(StrEnum):
     """How bad it is."""
 
@@ -294,6 +298,7 @@ class Doctor:
             ("visibility timeout", self._visibility, ""),
             ("relays", self._relays, "schema"),
             ("workers", self._workers, "broker"),
+            ("places", self._places, "schema"),
             ("plans", self._plans, "schema"),
             ("outbox", self._outbox, "schema"),
             ("queues", self._queues, "schema"),
@@ -329,12 +334,12 @@ class Doctor:
 
     @cached_property
     def _fleet(self) -> list[dict[str, Any]]:
-        """Of each worker that answers: the queues it consumes, the tasks it has, its settings."""
+        """Of each worker that answers: its queues, tasks and settings, what it does, its pool."""
         control = self._app.celery.control
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(5) as pool:
             asked = [
                 pool.submit(getattr(control.inspect(timeout=1.5), name))
-                for name in ("active_queues", "registered", "conf")
+                for name in ("active_queues", "registered", "conf", "active", "stats")
             ]
             return [answer.result() or {} for answer in asked]
 
@@ -963,6 +968,42 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
         else:
             text = f"{_count(len(consumed), 'worker')} for {', '.join(sorted(queues))}"
             yield Finding(check="workers", status=Status.OK, text=text)
+
+    def _places(self) -> Iterator[Finding]:
+        """Places that a body keeps whose run it has no more: its end was forced, and it goes on."""
+        if self._broker_fault is not None:
+            text = "not looked at: the broker cannot be reached"
+            yield Finding(check="places", status=Status.SKIPPED, text=text)
+            return
+        all_there = True
+        for worker, requests in sorted(self._fleet[3].items()):
+            ours = [
+                (str(request["args"][0]), f"%:{request['worker_pid']}:%")
+                for request in requests
+                if request["name"] in self._app.plans and request.get("args")
+            ]
+            ((lost,),) = self._rows(
+                f"SELECT count(*) FROM unnest(%(run_ids)s::text[], %(workers)s::text[]) "
+                f"AS held(run_id, worker) JOIN {self._settings.schema}.runs r USING (run_id) "
+                "WHERE NOT (r.state = 'running' AND r.worker LIKE held.worker) AND "
+                f"(SELECT max(ts) FROM {self._settings.schema}.run_events e "
+                f"WHERE e.run_id = r.run_id) < clock_timestamp() - interval '{LOST_AFTER_S:g} s'",
+                {"run_ids": [run for run, _ in ours], "workers": [like for _, like in ours]},
+            )
+            if not lost:
+                continue
+            all_there = False
+            places = self._fleet[4].get(worker, {}).get("pool", {}).get("max-concurrency", lost)
+            yield Finding(
+                check="places",
+                status=Status.PROBLEM if lost >= places else Status.WARNING,
+                text=f"{worker} has lost {lost} of {places} places: bodies whose end was forced "
+                "go on in them",
+                advice="restart it; give steps that hang a timeout in the prefork pool, which ends "
+                "them",
+            )
+        if all_there:
+            yield Finding(check="places", status=Status.OK, text="no worker has lost a place")
 
     def _plans(self) -> Iterator[Finding]:
         rows = self._rows(

@@ -375,6 +375,7 @@ def multiply(ctx: StepContext) -> list[list[int]]:
 
 
 multiplies = Plan("multiplies", [multiply])
+keeps_its_place = Plan("keeps_its_place", [step(name="keeps", timeout=0.3)(gate.function)])
 holds_the_lock = Plan("holds_the_lock", [hold])
 
 ALL = [
@@ -403,6 +404,7 @@ ALL = [
     tells_its_trace,
     exits,
     holds_the_lock,
+    keeps_its_place,
     multiplies,
 ]
 

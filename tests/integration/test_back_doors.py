@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -9,11 +10,12 @@ import pytest
 import sqlalchemy
 
 from beatless import LeaseLost, Plan, RunCancelled, RunState, WorkerStops, retry, step
+from beatless.doctor import Doctor, Status
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.executor import GIVEN_BACK
 from beatless.orchestrator.plan import Finish
 from beatless.testing import Kit
-from tests.plans import exits, two_steps
+from tests.plans import exits, keeps_its_place, two_steps
 
 APP = "tests.plans:app"
 
@@ -33,6 +35,24 @@ def test_a_worker_keeps_its_places_whatever_its_bodies_raise(beatless: Kit, pool
     assert worker.alive
     assert [beatless.client.get_run(run.run_id).attempt for run in exits] == [1] * 5
     beatless.verify()
+
+
+@pytest.mark.long
+def test_doctor_sees_a_worker_whose_places_are_kept_by_bodies_that_go_on(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    """In the threads pool nothing can end them: their runs have failed, and no other one begins."""
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, arguments=("--", "--pool", "threads"))
+    stuck = beatless.start_run("keeps_its_place", {"go": str(tmp_path / "go")})
+    assert beatless.wait_for_run_completion(stuck.run_id).error["type"] == "StepTimeout"
+    beatless.advance(3)
+
+    (told,) = Doctor(beatless.app).examine(["places"])
+
+    assert told.status is Status.PROBLEM
+    assert "has lost 1 of 1 places" in told.text
+    (tmp_path / "go").touch()
 
 
 class PanicException(BaseException):
@@ -129,6 +149,7 @@ def beatless_plans() -> list[Plan]:
         Plan("fine", [fine]),
         exits,
         two_steps,
+        keeps_its_place,
     ]
 
 
