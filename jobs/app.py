@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +34,7 @@ from beatless.outbox.relay import Observer, Relay
 from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
 from beatless.queues import Queues
+from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
 from beatless.stream import Streams
 from beatless.tasks import RunsCelery, register
@@ -72,10 +74,14 @@ class App:
         plans: Sequence[Plan],
         *,
         on_failure: OnFailure | None = None,
+        redact: Redact | None = None,
     ) -> None:
         """`on_failure` is called once for each run that has failed for good, and each dead letter.
 
         In the process that wrote it, for five seconds at most; what it raises is logged.
+
+        `redact` says what may be shown of inputs, results, errors and traces: on the page, over
+        HTTP, on the command line, in logs, spans and Flower. What is stored stays.
 
         Raises PlanError when two plans share a name.
         """
@@ -87,7 +93,9 @@ class App:
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
         self._canary = canary.canary(plans)
-        self.tracing = Tracing()
+        self.redact = redact
+        self.redaction = Redaction(redact)
+        self.tracing = Tracing(partial(self.redaction.value, "error"))
         self.on_failure = on_failure
         self._failures = Failures(on_failure)
         if self._canary.name in self.plans:
@@ -118,6 +126,7 @@ class App:
             scope=self._scope,
             observer=both(self.tracing.committed, self._failures),
             on_process=self._on_worker_process,
+            shown_error=partial(self.redaction.value, "error") if redact else None,
         )
         self.celery = RunsCelery(settings.prefix)
         self.celery.conf.update(celery_settings(settings, plans))
@@ -140,14 +149,22 @@ class App:
             each.dispose(close=False)
 
     def client_for(
-        self, namespace: str, *, canary: bool = False, engine: sqlalchemy.Engine | None = None
+        self,
+        namespace: str,
+        *,
+        canary: bool = False,
+        shown: bool = False,
+        engine: sqlalchemy.Engine | None = None,
     ) -> Client:
         """A client that sees the runs of one namespace, and no others.
 
         `canary` gives it the plan of `beatless doctor` instead of yours; `engine` is one of
-        `bounded_engine`.
+        `bounded_engine`. `shown` is for whoever shows somebody what it gives: see `redact`.
         """
-        return Client(
+        kind: type[Client] = Client
+        if shown and self.redaction.active:
+            kind = type("ShownClient", (ShownClient,), {"redaction": self.redaction})
+        return kind(
             plans={self._canary.name: self._canary} if canary else self.plans,
             journal=self.journal,
             engine=engine or self.engine,

@@ -371,9 +371,14 @@ class Client:
         def look(caller: Caller) -> list[Moment]:
             run = self._get(caller, run_id)
             events = self._journal.read(caller, run.run_id, after=run.pruned_seq)
-            return timeline(run, events, self._journal.standing(caller, run.run_id))
+            standing = self._journal.standing(caller, run.run_id)
+            return timeline(run, self.told(events), standing)
 
         return self._do(connection, look)
+
+    def told(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Of these events, what `explain` may tell: all."""
+        return events
 
     # Following
 

@@ -333,7 +333,10 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
         )
         flower.events.state = state
         listener = Listener(
-            app, lambda event: flower.io_loop.add_callback(partial(state.journal, event))
+            app,
+            lambda event: flower.io_loop.add_callback(
+                partial(state.journal, app.redaction.event(event))
+            ),
         )
         listener.start()
     atexit.register(flower.stop)

@@ -718,6 +718,7 @@ def beatless_app(
             ),
             beatless_plans,
             on_failure=named.on_failure if named else None,
+            redact=named.redact if named else None,
         )
         undo.callback(app.close)
         app.celery.conf.broker_transport_options["polling_interval"] = 0.05

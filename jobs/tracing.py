@@ -14,7 +14,7 @@ Who exports the spans is the process's affair: see beatless.export.
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from time import time_ns
@@ -47,7 +47,9 @@ REMEMBERED = 10_000
 class Tracing:
     """Makes the spans of one app."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: Callable[[Any], Any] = lambda error: error) -> None:
+        """`shown` gives of an error what a span may say."""
+        self._shown = shown
         # Delegates to the process's provider, as soon as there is one.
         self._tracer = trace.get_tracer("beatless") if INSTALLED else None
 
@@ -163,7 +165,7 @@ class Tracing:
         for number, event in enumerate(facts["events"], 1):
             span.add_event(event.type, {"beatless.seq": seq + number})
             if event.type == EventType.STEP_FAILED and span.is_recording():
-                error = json.loads(event.data or "{}").get("error") or {}
+                error = self._shown(json.loads(event.data or "{}").get("error") or {})
                 text = f"{error.get('type')}: {error.get('message')}"
                 span.set_status(trace.Status(trace.StatusCode.ERROR, text))
         state: RunState = facts["state"]

@@ -34,7 +34,7 @@ from beatless.errors import BadRequest
 from beatless.logs import Format, enable_own_loggers
 from beatless.metrics import Metrics, WorkerCounts, both, listen
 from beatless.orchestrator.board import SLOTS, Board
-from beatless.orchestrator.executor import Executor, Observer, Scope, no_scope
+from beatless.orchestrator.executor import Executor, Observer, Scope, ShownError, no_scope
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Heartbeat, Leases
 from beatless.orchestrator.plan import Plan
@@ -194,6 +194,7 @@ class Executors:
         scope: Scope = no_scope,
         observer: Observer | None = None,
         on_process: Callable[[], None] | None = None,
+        shown_error: ShownError | None = None,
     ) -> None:
         """`engine` is for transactional steps.
 
@@ -201,6 +202,7 @@ class Executors:
         """
         self._observer = both(counts, observer)
         self._on_process = on_process
+        self._shown_error = shown_error
         self._counts = counts
         self._scope = scope
         self._settings = settings
@@ -285,6 +287,7 @@ class Executors:
             faults=self._faults,
             observer=both(self._observer, observer),
             scope=self._scope,
+            shown_error=self._shown_error,
             redispatch_s=self._settings.redispatch_seconds,
             **options,
         )

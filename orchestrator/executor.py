@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
+ShownError = Callable[[dict[str, Any]], dict[str, Any]]
+
 Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
 """Entered around the work on a run (no step) and around each attempt of a step (its occurrence).
 
@@ -432,6 +434,7 @@ class Executor:
         faults: CrashPoints | None = None,
         observer: Observer = ignore,
         scope: Scope = no_scope,
+        shown_error: ShownError | None = None,
         redispatch_s: float = 15.0,
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
@@ -451,6 +454,8 @@ class Executor:
         self.faults = faults or CrashPoints()
         self.observer = observer
         self.scope = scope
+        self.shown_error = shown_error
+        """What log lines may say of an error; None: all of it, with its traceback."""
         self.redispatch_s = redispatch_s
         self._connect = connect
         self._connection: Connection | None = None
@@ -919,10 +924,14 @@ class Execution:
             "attempt": progress.starts,
             "retry_in": delay,
         }
+        shown = facts
+        if self._executor.shown_error is not None:
+            shown = self._executor.shown_error(facts)
+            told["reason"] = f"{shown.get('type')}: {shown.get('message')}"
         try:
-            logger.warning("step failed", extra=told, exc_info=error)
+            logger.warning("step failed", extra=told, exc_info=error if shown is facts else None)
         except Exception:  # of a handler that looks at the error; it is the user's, and may raise
-            told["reason"] = f"{facts['type']}: {facts['message']}"
+            told["reason"] = f"{shown.get('type')}: {shown.get('message')}"
             logger.warning("step failed, with an error that cannot be logged", extra=told)
         failed = self._failure(progress, facts)
         if delay is None:

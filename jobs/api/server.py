@@ -190,7 +190,9 @@ class Namespaces:
     def client(self, namespace: str) -> Client:
         with self._mutex:
             if namespace not in self._clients:
-                self._clients[namespace] = self._app.client_for(namespace, engine=self._engine)
+                self._clients[namespace] = self._app.client_for(
+                    namespace, shown=True, engine=self._engine
+                )
             return self._clients[namespace]
 
 
@@ -467,7 +469,7 @@ def create_api(
         except BaseException:
             place.release()
             raise
-        chunks = sse.chunks(streams, run, epoch=epoch, after=after, reset=reset)
+        chunks = sse.chunks(streams, run, app.redaction.text, epoch=epoch, after=after, reset=reset)
         return sse.EventStream(chunks, places, place)
 
     @api.delete(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 
@@ -141,6 +141,7 @@ class EventStream(Response):
 async def chunks(
     streams: Streams,
     run: Run,
+    shown: Callable[[EventText], EventText],
     *,
     epoch: str,
     after: int,
@@ -163,7 +164,7 @@ async def chunks(
             async for batch in watched:
                 if not batch:
                     yield ALIVE
-                for chunk in frames(batch, epoch):
+                for chunk in frames([shown(event) for event in batch], epoch):
                     yield chunk
     except (HistoryChanged, WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why

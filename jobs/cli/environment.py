@@ -15,8 +15,10 @@ from rich.console import Console
 
 from beatless import logs
 from beatless.app import App
+from beatless.client import Client
 from beatless.demo import PLANS
 from beatless.errors import BadRequest, BadSetting, JobsError
+from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.plan import PlanError
 from beatless.settings import Settings
@@ -60,6 +62,11 @@ class Environment:
             except BadSetting as error:
                 raise explained(error) from error
         return self._app
+
+    @property
+    def client(self) -> Client:
+        """For what is shown to whoever gave the command."""
+        return self.app.client_for(DEFAULT_NAMESPACE, shown=True)
 
     @property
     def app_name(self) -> str:

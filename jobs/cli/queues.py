@@ -21,7 +21,7 @@ from beatless.outbox.letters import DeadLetter
 @click.pass_obj
 def queues(env: Environment) -> None:
     """Every queue with its counts."""
-    found = env.app.client.queues()
+    found = env.client.queues()
     if env.as_json:
         for state in found:
             env.document(
@@ -53,7 +53,7 @@ def queues(env: Environment) -> None:
 @click.pass_obj
 def pause(env: Environment, queue: str) -> None:
     """Start no more runs of queue Q anywhere; those that run go on."""
-    env.app.client.pause_queue(queue)
+    env.client.pause_queue(queue)
     env.note(f"queue {queue} is paused")
 
 
@@ -62,7 +62,7 @@ def pause(env: Environment, queue: str) -> None:
 @click.pass_obj
 def resume(env: Environment, queue: str) -> None:
     """Let the runs of queue Q start again."""
-    env.app.client.resume_queue(queue)
+    env.client.resume_queue(queue)
     env.note(f"queue {queue} goes on")
 
 
@@ -71,7 +71,7 @@ def resume(env: Environment, queue: str) -> None:
 @click.pass_obj
 def drain(env: Environment, queue: str) -> None:
     """Take away the runs of queue Q that wait; prints how many."""
-    removed = env.app.client.drain_queue(queue)
+    removed = env.client.drain_queue(queue)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 
 
@@ -81,7 +81,7 @@ def drain(env: Environment, queue: str) -> None:
 @click.pass_obj
 def obliterate(env: Environment, queue: str, force: bool) -> None:
     """Take away queue Q with all of its runs; prints how many."""
-    removed = env.app.client.obliterate_queue(queue, force=force)
+    removed = env.client.obliterate_queue(queue, force=force)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 
 
@@ -90,7 +90,7 @@ def obliterate(env: Environment, queue: str, force: bool) -> None:
 @click.pass_obj
 def remove(env: Environment, run: str) -> None:
     """Take RUN away with all of its events."""
-    env.app.client.remove_run(run)
+    env.client.remove_run(run)
     env.note(f"run {run} is removed")
 
 
@@ -103,13 +103,13 @@ def remove(env: Environment, run: str) -> None:
 def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bool) -> None:
     """Take away runs that ended long ago; prints how many."""
     if dry_run:
-        runs, events = env.app.client.count_finished(state, seconds(older_than))
+        runs, events = env.client.count_finished(state, seconds(older_than))
         if env.as_json:
             env.document({"runs": runs, "events": events})
         else:
             click.echo(f"{runs} runs with {events} events")
         return
-    removed = env.app.client.clean(state, seconds(older_than), limit)
+    removed = env.client.clean(state, seconds(older_than), limit)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 
 
@@ -152,7 +152,7 @@ def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter |
 
     Raises BadRequest where it is both, or a run that is no dead letter, and RunNotFound.
     """
-    client = env.app.client
+    client = env.client
     message = run = None
     if is_message is not False and letter.isascii() and letter.isdigit() and len(letter) < 19:
         with suppress(BadRequest):
@@ -189,7 +189,7 @@ def ls(
 ) -> None:
     """Failed runs, then dead letters (only without a filter); each oldest first."""
     since = None if within is None else seconds(within)
-    for run in env.app.client.failed_runs(**chosen, tags=pairs(tags), within=since, limit=limit):
+    for run in env.client.failed_runs(**chosen, tags=pairs(tags), within=since, limit=limit):
         if env.as_json:
             env.document({"kind": "run", **run.to_dict()})
         else:
@@ -200,7 +200,7 @@ def ls(
             )
     if since is not None or tags or any(chosen.values()):
         return
-    for letter in env.app.client.dead_letters(limit):
+    for letter in env.client.dead_letters(limit):
         if env.as_json:
             env.document(
                 {"kind": "message", **asdict(letter), "created_at": letter.created_at.isoformat()}
@@ -264,19 +264,19 @@ def requeue(
     if messages:
         if within is not None or tags or chosen["plan"] or chosen["queue"]:
             raise click.UsageError("--messages goes with --error and --limit only")
-        again = env.app.client.requeue_dead_letters(reason=chosen["error"] or "", limit=limit)
+        again = env.client.requeue_dead_letters(reason=chosen["error"] or "", limit=limit)
         env.document({"requeued": again}) if env.as_json else click.echo(again)
         return
     if letter is not None:
         found = find(env, letter, is_message)
         if isinstance(found, DeadLetter):
-            env.app.client.requeue_dead_letter(found.id)
+            env.client.requeue_dead_letter(found.id)
             env.note(f"dead letter {letter} is in the outbox again")
             return
-        started, refused = [env.app.client.retry_run(found.run_id)], list[Exception]()
+        started, refused = [env.client.retry_run(found.run_id)], list[Exception]()
     else:
         since = None if within is None else seconds(within)
-        started, refused = env.app.client.retry_failed(
+        started, refused = env.client.retry_failed(
             **chosen, tags=pairs(tags), within=since, limit=limit
         )
     for run in started:
@@ -295,8 +295,8 @@ def discard(env: Environment, letter: str, is_message: bool | None) -> None:
     """Forget the message, whose events stay in the journal; or remove the run with its events."""
     found = find(env, letter, is_message)
     if isinstance(found, DeadLetter):
-        env.app.client.discard_dead_letter(found.id)
+        env.client.discard_dead_letter(found.id)
         env.note(f"dead letter {letter} is discarded")
     else:
-        env.app.client.remove_run(found.run_id)
+        env.client.remove_run(found.run_id)
         env.note(f"run {letter} is removed")

@@ -49,7 +49,7 @@ def start(
     """Start a run of PLAN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
     export("beatless", os.environ)
-    run = env.app.client.start_run(
+    run = env.client.start_run(
         plan,
         json_input(input_),
         run_id=run_id,
@@ -68,7 +68,7 @@ def start(
         click.echo(run.run_id, err=True)
     else:
         click.echo(run.run_id)
-    follow_to_end(env, run.run_id, env.app.client.stream_run(run.run_id, timeout=limit))
+    follow_to_end(env, run.run_id, env.client.stream_run(run.run_id, timeout=limit))
 
 
 @click.command()
@@ -79,7 +79,7 @@ def start(
 @click.pass_obj
 def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str | None) -> None:
     """The events of RUN."""
-    client = env.app.client
+    client = env.client
     if follow:
         limit = None if timeout is None else seconds(timeout)
         follow_to_end(env, run, client.stream_run(run, from_seq, timeout=limit))
@@ -96,7 +96,7 @@ def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str
 
 def beginning(env: Environment, run_id: str) -> int:
     """When the run was accepted, in milliseconds."""
-    return round(env.app.client.get_run(run_id).created_at.timestamp() * 1000)
+    return round(env.client.get_run(run_id).created_at.timestamp() * 1000)
 
 
 def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> None:
@@ -106,7 +106,7 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
             env.document(event.to_dict())
     else:
         render.follow(env.out, stream, beginning(env, run_id))
-    if env.app.client.get_run(run_id).state is not RunState.COMPLETED:
+    if env.client.get_run(run_id).state is not RunState.COMPLETED:
         raise click.exceptions.Exit(1)
 
 
@@ -115,7 +115,7 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
 @click.pass_obj
 def show(env: Environment, run: str) -> None:
     """Everything that is stored about RUN."""
-    found = env.app.client.get_run(run)
+    found = env.client.get_run(run)
     if env.as_json:
         env.document(found.to_dict())
         return
@@ -143,7 +143,7 @@ def runs(
     limit: int,
 ) -> None:
     """Runs, newest first."""
-    found = env.app.client.list_runs(
+    found = env.client.list_runs(
         state=state,
         plan=plan,
         queue=queue,
@@ -166,7 +166,7 @@ def runs(
 @click.pass_obj
 def cancel(env: Environment, run: str, reason: str | None) -> None:
     """Ask RUN to stop. A run that waits ends at once, one that runs after its step."""
-    found = env.app.client.cancel_run(run, reason=reason)
+    found = env.client.cancel_run(run, reason=reason)
     if env.as_json:
         env.document(found.to_dict())
     elif found.cancel_requested_at is None:
@@ -188,12 +188,12 @@ def retry(
 ) -> None:
     """Start a new run that reuses what RUN has finished; prints its id."""
     limit = None if timeout is None else seconds(timeout)
-    new = env.app.client.retry_run(run, from_step)
+    new = env.client.retry_run(run, from_step)
     if not follow:
         env.document(new.to_dict()) if env.as_json else click.echo(new.run_id)
         return
     click.echo(new.run_id, err=env.as_json)
-    follow_to_end(env, new.run_id, env.app.client.stream_run(new.run_id, timeout=limit))
+    follow_to_end(env, new.run_id, env.client.stream_run(new.run_id, timeout=limit))
 
 
 @click.command()
@@ -201,7 +201,7 @@ def retry(
 @click.pass_obj
 def explain(env: Environment, run: str) -> None:
     """What happened to RUN: its attempts, waits, leases, dispatches and publishes."""
-    found = env.app.client.explain(run)
+    found = env.client.explain(run)
     if env.as_json:
         for moment in found:
             env.document(moment.to_dict())
@@ -218,7 +218,7 @@ def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
     """Check the guarantees on what is stored about RUN…: one line for each violation."""
     if everything == bool(run):
         raise BadRequest("verify", "takes either run ids or --all")
-    client = env.app.client
+    client = env.client
     for run_id in run:
         client.get_run(run_id)
     with env.app.engine.connect() as connection:

@@ -408,7 +408,7 @@ def test_every_check_says_alone_what_it_says_among_all(
 
 def verdict(finding: Finding) -> tuple[str, Status, str, str]:
     """Without its numbers."""
-    return finding.check, finding.status, re.sub(r"[\d.]+", "0", finding.text), finding.advice
+    return finding.check, finding.status, re.sub(r"[\d.,]+", "0", finding.text), finding.advice
 
 
 def test_without_redis_nobody_is_told_to_start_a_relay(changed: Callable[..., App]) -> None:

@@ -1,0 +1,161 @@
+"""What people are shown of runs: inputs, results, errors and traces after `App(redact=…)`.
+
+Whatever shows runs to somebody takes them from here: the HTTP API with its page and streams, the
+command line, log lines, spans and Flower. What is stored stays, and your own code that asks
+`app.client` gets it.
+"""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from beatless.client import Client, RunPage
+from beatless.orchestrator.events import Event, EventText
+from beatless.orchestrator.journal import Run
+
+logger = logging.getLogger(__name__)
+
+Redact = Callable[[str, Any], Any]
+"""Takes what it is (`input`, `result`, `error`, `trace`) and the value; what may be shown of it."""
+
+FAILED = "[redact raised an error]"
+"""Shown in place of a value that `redact` could not look at, or of which it made no JSON."""
+
+MEMBERS = ("input", "result", "error")
+"""Of a run. Those of its events are called the same."""
+
+
+class Redaction:
+    """Applies the user's `redact`; None shows everything."""
+
+    def __init__(self, redact: Redact | None) -> None:
+        self._redact = redact
+
+    @property
+    def active(self) -> bool:
+        return self._redact is not None
+
+    def value(self, what: str, value: Any) -> Any:
+        """What may be shown of a value. Never raises, and then never shows it."""
+        if self._redact is None or value is None:
+            return value
+        try:
+            # Of a copy: it may change what it is given.
+            shown = self._redact(what, json.loads(json.dumps(value)))
+            json.dumps(shown)
+        except Exception as error:
+            logger.warning(
+                "redact raised an error: the value is not shown",
+                extra={"action": "redact_failed", "what": what, "reason": type(error).__name__},
+            )
+            shown = FAILED
+        if what == "error" and not isinstance(shown, Mapping):
+            # Whoever shows an error asks for these.
+            return {"type": value.get("type"), "message": str(shown)}
+        return shown
+
+    def run(self, run: Run) -> Run:
+        if self._redact is None:
+            return run
+        return replace(run, **{name: self.value(name, getattr(run, name)) for name in MEMBERS})
+
+    def event(self, event: Event) -> Event:
+        if self._redact is None or not event.data:
+            return event
+        data = dict(event.data)
+        if event.type == "DebugTrace":
+            facts = {name: value for name, value in data.items() if name != "name"}
+            if facts and not str(data.get("name")).startswith("beatless."):
+                shown = self.value("trace", facts)
+                data = {"name": data.get("name")} | (
+                    dict(shown) if isinstance(shown, Mapping) else {"shown": shown}
+                )
+            return replace(event, data=data)
+        for name in MEMBERS:
+            if name in data:
+                data[name] = self.value(name, data[name])
+        if isinstance(data.get("on_cancel"), Mapping):
+            data["on_cancel"] = self.value("error", data["on_cancel"])
+        reused = data.get("reused")
+        if isinstance(reused, Mapping) and isinstance(reused.get("results"), Mapping):
+            results = {step: self.value("result", one) for step, one in reused["results"].items()}
+            data["reused"] = {**reused, "results": results}
+        return replace(event, data=data)
+
+    def text(self, event: EventText) -> EventText:
+        """`event` for one as it travels."""
+        if self._redact is None:
+            return event
+        shown = self.event(event.event()).to_dict()
+        text = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+        return EventText.of(event.seq, event.type, text)
+
+    def page(self, page: RunPage) -> RunPage:
+        if self._redact is None:
+            return page
+        return replace(page, lines=[self._line(line) for line in page.lines])
+
+    def _line(self, line: str) -> str:
+        run = json.loads(line)
+        run |= {name: self.value(name, run[name]) for name in MEMBERS if name in run}
+        return json.dumps(run, ensure_ascii=False)
+
+
+class ShownClient(Client):
+    """A client for those who show what it gives to somebody."""
+
+    redaction = Redaction(None)
+
+    def start_runs(self, *args: Any, **options: Any) -> list[Run]:
+        return [self.redaction.run(run) for run in super().start_runs(*args, **options)]
+
+    def get_run(self, *args: Any, **options: Any) -> Run:
+        return self.redaction.run(super().get_run(*args, **options))
+
+    def list_runs(self, *args: Any, **options: Any) -> list[Run]:
+        return [self.redaction.run(run) for run in super().list_runs(*args, **options)]
+
+    def page_of_runs(self, *args: Any, **options: Any) -> RunPage:
+        return self.redaction.page(super().page_of_runs(*args, **options))
+
+    def events(self, *args: Any, **options: Any) -> list[Event]:
+        return [self.redaction.event(event) for event in super().events(*args, **options)]
+
+    def event_page(self, *args: Any, **options: Any) -> tuple[list[EventText], bool]:
+        page, more = super().event_page(*args, **options)
+        return [self.redaction.text(event) for event in page], more
+
+    def told(self, events: Sequence[Event]) -> Sequence[Event]:
+        return [self.redaction.event(event) for event in events]
+
+    def stream_run(self, *args: Any, **options: Any) -> Iterator[Event]:
+        events = super().stream_run(*args, **options)
+        return map(self.redaction.event, events)
+
+    async def _redacted(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        async for event in events:
+            yield self.redaction.event(event)
+
+    def astream_run(self, *args: Any, **options: Any) -> AsyncIterator[Event]:
+        return self._redacted(super().astream_run(*args, **options))
+
+    def cancel_run(self, *args: Any, **options: Any) -> Run:
+        return self.redaction.run(super().cancel_run(*args, **options))
+
+    def failed_runs(self, *args: Any, **options: Any) -> list[Run]:
+        return [self.redaction.run(run) for run in super().failed_runs(*args, **options)]
+
+    def page_of_failed_runs(self, *args: Any, **options: Any) -> RunPage:
+        return self.redaction.page(super().page_of_failed_runs(*args, **options))
+
+    def retry_failed(self, *args: Any, **options: Any) -> tuple[list[Run], list[Exception]]:
+        started, refused = super().retry_failed(*args, **options)
+        return [self.redaction.run(run) for run in started], refused
+
+    def retry_page(self, *args: Any, **options: Any) -> RunPage:
+        return self.redaction.page(super().retry_page(*args, **options))
+
+    def retry_run(self, *args: Any, **options: Any) -> Run:
+        return self.redaction.run(super().retry_run(*args, **options))

@@ -1,0 +1,162 @@
+"""`App(redact=…)`: what it hides is shown nowhere, and stays as it is where it is stored."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from beatless import App, Fatal, Plan, RunState, StepContext, step
+from beatless.api import create_api
+from beatless.cli import run as command
+from beatless.logs import Format, configure
+from beatless.redaction import FAILED, Redaction
+from beatless.testing import Kit
+
+SECRET = "4111-1111"
+
+
+@step
+def charge(ctx: StepContext) -> dict[str, Any]:
+    ctx.trace("asked", card=SECRET)
+    return {"card": SECRET, "paid": True}
+
+
+@step
+def refuse(ctx: StepContext) -> None:
+    raise Fatal(f"no such card: {SECRET}")
+
+
+PLANS = [Plan("charges", [charge]), Plan("refuses", [charge, refuse])]
+
+
+def hide(what: str, value: Any) -> Any:
+    """As a careful user writes it: the members stay, the secret goes."""
+    return json.loads(json.dumps(value).replace(SECRET, f"hidden {what}"))
+
+
+hidden = App.__new__(App)
+"""The app that the command line loads: the test's, see `kit`."""
+
+
+@pytest.fixture
+def kit(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
+    app = App(beatless_app.settings, PLANS, redact=hide)
+    kit = Kit(app, directory=tmp_path)
+    hidden.__dict__ = app.__dict__
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+def runs(kit: Kit) -> list[str]:
+    found = [kit.start_run(plan.name, {"card": SECRET}).run_id for plan in PLANS]
+    kit.work_until_idle()
+    return found
+
+
+def test_what_is_stored_stays_and_the_apps_own_code_gets_it(kit: Kit, runs: list[str]) -> None:
+    paid, refused = (kit.client.get_run(run_id) for run_id in runs)
+    assert paid.input == {"card": SECRET}
+    assert paid.result == {"card": SECRET, "paid": True}
+    assert refused.error is not None
+    assert SECRET in refused.error["message"]
+    assert SECRET in str([event.data for event in kit.client.events(runs[0])])
+
+
+def test_http_and_its_streams_show_none_of_it(kit: Kit, runs: list[str]) -> None:
+    with TestClient(create_api(kit.app, is_open=True), base_url="http://localhost") as http:
+        said = [
+            http.get("/v1/runs").text,
+            http.get("/v1/failed-runs").text,
+            http.post(f"/v1/runs/{runs[1]}/retry").text,
+            http.post("/v1/runs", json={"plan": "charges", "input": {"card": SECRET}}).text,
+        ]
+        for run_id in runs:
+            said += [
+                http.get(f"/v1/runs/{run_id}").text,
+                http.get(f"/v1/runs/{run_id}/events").text,
+                http.get(f"/v1/runs/{run_id}/stream").text,
+            ]
+    assert SECRET not in str(said)
+    told = str(said)
+    for what in ("hidden input", "hidden result", "hidden error", "hidden trace"):
+        assert what in told
+    assert json.loads(said[4])["result"] == {"card": "hidden result", "paid": True}
+
+
+def test_the_command_line_shows_none_of_it(
+    kit: Kit,
+    runs: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BEATLESS_APP", f"{__name__}:hidden")
+    monkeypatch.setattr("beatless.cli.environment.load", lambda _name: kit.app)
+    for run_id in runs:
+        for name in ("show", "events", "explain"):
+            for flags in ((), ("--json",)):
+                assert command([*flags, name, run_id]) == 0
+    for flags in ((), ("--json",)):
+        assert command([*flags, "runs"]) == 0
+        assert command([*flags, "dead-letters"]) == 0
+        assert command([*flags, "dead-letters", "show", runs[1]]) == 0
+    told = capsys.readouterr().out
+    assert SECRET not in told
+    assert told.count("hidden result") > 2
+    assert "hidden error" in told
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_log_lines_show_none_of_it(kit: Kit, tmp_path: Path, form: Format) -> None:
+    log = tmp_path / "lines.log"
+    with log.open("w") as stream:
+        restore = configure(form, stream)
+        kit.start_run("refuses", {"card": SECRET})
+        kit.work_until_idle()
+        restore()
+    told = log.read_text()
+    assert "step failed" in told
+    assert SECRET not in told
+    assert "hidden error" in told
+
+
+def test_a_redact_that_raises_or_gives_no_json_shows_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def raises(_what: str, value: Any) -> Any:
+        raise ValueError(value)
+
+    with caplog.at_level(logging.WARNING):
+        assert Redaction(raises).value("input", {"card": SECRET}) == FAILED
+        assert Redaction(lambda _what, _value: {1j}).value("result", SECRET) == FAILED
+        shown = Redaction(raises).value("error", {"type": "Fatal", "message": SECRET})
+    assert shown == {"type": "Fatal", "message": FAILED}
+    assert SECRET not in caplog.text
+
+
+def test_it_gets_a_copy_and_may_change_it() -> None:
+    def changes(_what: str, value: Any) -> Any:
+        value["card"] = "hidden"
+        return value
+
+    stored = {"card": SECRET}
+    assert Redaction(changes).value("input", stored) == {"card": "hidden"}
+    assert stored == {"card": SECRET}
+
+
+def test_the_retry_of_a_run_whose_results_are_hidden_takes_over_what_is_stored(kit: Kit) -> None:
+    first = kit.start_run("refuses", {"card": SECRET})
+    kit.work_until_idle()
+    shown = kit.app.client_for("default", shown=True)
+    again = shown.retry_run(first.run_id)
+    assert again.input == {"card": "hidden input"}
+    stored = kit.client.get_run(again.run_id)
+    assert stored.input == {"card": SECRET}
+    (started, *_) = kit.client.events(again.run_id)
+    assert SECRET in str(started.data)
+    assert SECRET not in str(shown.events(again.run_id)[0].data)
+    assert stored.state is RunState.QUEUED
