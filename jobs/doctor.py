@@ -18,6 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from importlib import metadata
 from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,6 +58,12 @@ CANARIES = 3
 
 NAME = "beatless doctor"
 """What Postgres shows as the application of its sessions."""
+
+PACKAGES = (
+    ("celery", (5, 6), "a prefork worker takes one more message for each place than it executes"),
+    ("kombu", (5, 7), "a relay makes a round trip to the broker for each message, not each batch"),
+)
+"""Since when a package lacks which weakness."""
 
 POSTGRES = {
     # https://www.postgresql.org/support/security/ , release of 2026-08-13 (28 CVEs)
@@ -294,6 +301,7 @@ class Doctor:
             ("broker", self._broker, ""),
             ("shared broker", self._shared_broker, "schema"),
             ("clocks", self._clocks, "postgres"),
+            ("packages", self._packages, ""),
             ("celery", self._celery, ""),
             ("visibility timeout", self._visibility, ""),
             ("relays", self._relays, "schema"),
@@ -846,6 +854,23 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
         return offset
 
     # Celery and the fleet
+
+    def _packages(self) -> Iterator[Finding]:
+        weak = 0
+        for package, since, weakness in PACKAGES:
+            version = metadata.version(package)
+            if tuple(map(int, re.findall(r"\d+", version)[:2])) < since:
+                weak += 1
+                newer = ".".join(map(str, since))
+                yield Finding(
+                    check="packages",
+                    status=Status.WARNING,
+                    text=f"{package} {version}: {weakness}",
+                    advice=f"pip install '{package}>={newer}' when your project can",
+                )
+        if not weak:
+            text = ", ".join(f"{package} {metadata.version(package)}" for package, *_ in PACKAGES)
+            yield Finding(check="packages", status=Status.OK, text=text)
 
     def _celery(self) -> Iterator[Finding]:
         conf = self._app.celery.conf

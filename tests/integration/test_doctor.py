@@ -597,3 +597,25 @@ def pooler(database_url: str) -> Iterator[str]:
         for thread in threads:
             thread.join()
         listener.close()
+
+
+@pytest.mark.parametrize(
+    ("celery", "kombu", "told"),
+    [
+        ("5.5.3", "5.5.4", ["celery 5.5.3: a prefork", "kombu 5.5.4: a relay"]),
+        ("5.6.0", "5.6.1", ["kombu 5.6.1: a relay"]),
+        ("5.7.0", "5.10.0", ["celery 5.7.0, kombu 5.10.0"]),
+    ],
+)
+def test_an_older_package_is_told_with_its_weakness(
+    celery: str,
+    kombu: str,
+    told: list[str],
+    changed: Callable[..., App],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"celery": celery, "kombu": kombu}
+    monkeypatch.setattr("beatless.doctor.metadata.version", versions.__getitem__)
+    found = examine(changed(), "packages")
+    assert len(found) == len(told)
+    assert all(finding.text.startswith(text) for finding, text in zip(found, told, strict=True))
