@@ -243,6 +243,7 @@ def stream_token(beatless: Kit, api: Api, tokens: Tokens) -> tuple[str, str]:
     """(the id of its maker, the path of a stream with it)"""
     tokens.create([Scope.ADMIN])
     run = beatless.start_run("two_steps").run_id
+    beatless.work_until_idle()  # so that each stream of it ends by itself
     maker, api.token = tokens.create([Scope.RUNS_READ], seconds=60)
     made = api("POST", f"/v1/runs/{run}/stream-token").json
     assert made["seconds"] == STREAM_SECONDS
@@ -273,6 +274,7 @@ def test_a_stream_token_made_without_a_token_ends_when_there_is_one(
     beatless: Kit, api: Api, tokens: Tokens
 ) -> None:
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
+    beatless.work_until_idle()
     made = api("POST", f"{path}-token").json["token"]
     with api.stream(f"{path}?token={made}") as frames:
         next(frames)

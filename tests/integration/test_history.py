@@ -63,6 +63,22 @@ def test_a_dump_that_is_restored_is_another_history(
         next(stream)
 
 
+def test_a_stream_that_is_told_to_begins_anew_in_another_history(
+    beatless: Kit, postgres: psycopg.Connection, monkeypatch
+) -> None:
+    monkeypatch.setattr(beatless.app.streams, "_head_check", 0.1)
+    run = beatless.start_run("two_steps")
+    resets: list[bool] = []
+    stream = beatless.client.stream_run(
+        run.run_id, timeout=60, on_reset=lambda: resets.append(True)
+    )
+    assert next(stream).seq == 1
+    postgres.execute(next(iter(RESTORES.values())).encode())
+    beatless.work_until_idle()
+    assert [event.seq for event in stream] == [1, 2, 3, 4, 5, 6]
+    assert resets == [True]
+
+
 def test_maintenance_of_the_table_is_no_other_history(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:
