@@ -317,6 +317,7 @@ class Client:
         max_bytes: int,
     ) -> RunPage:
         """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
+        _check_state(state)
 
         def read(caller: Caller) -> RunPage:
             found = self._journal.list_runs(

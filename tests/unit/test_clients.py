@@ -10,7 +10,7 @@ from beatless.http import AsyncClient
 from beatless.http import Client as HttpClient
 
 NEED_THE_DATABASE = {"start_runs", "explain", "epoch", "stored_id", "count_failed_runs"}
-OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page"}
+OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page", "told"}
 OF_THE_CONNECTION = {"from_env", "close", "aclose", "after_fork"}
 
 
