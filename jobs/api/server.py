@@ -22,7 +22,7 @@ from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from beatless import loopback
 from beatless.api import problems, sse
@@ -151,12 +151,22 @@ class CountRequest(FailedRuns):
     limit: int = Field(default=100_000, ge=1, le=100_000)
 
 
+def _known(state: RunState) -> RunState:
+    """RunState takes what a newer version has written; who asks shall ask for what there is."""
+    if state not in set(RunState):
+        raise ValueError(f"is none of {', '.join(RunState)}")
+    return state
+
+
+KnownState = Annotated[RunState, AfterValidator(_known)]
+
+
 class FinishedRuns(BaseModel):
     """Which runs that have ended."""
 
     model_config = ConfigDict(extra="forbid")
 
-    state: RunState
+    state: KnownState
     """One in which runs end."""
     older_than: float = Field(ge=0, le=1e9, allow_inf_nan=False)
     """Ended so many seconds ago or more."""
@@ -330,7 +340,7 @@ def create_api(
     @api.get("/v1/runs", responses=answers())
     def list_runs(
         client: Reader,
-        state: RunState | None = None,
+        state: KnownState | None = None,
         plan: str | None = None,
         queue: str | None = None,
         tag: Annotated[list[str] | None, Query(description="name=value")] = None,

@@ -139,7 +139,7 @@ def impatient(_beatless_schemas):
             "*the view public.seen",
             "*the schema t_main_*_more",
             "*a session of 'beatless worker' (idle in transaction) with a lock*",
-            "*a session of 'beatless relay' (idle) with a lock*",
+            "*a session of 'beatless relay *' (idle) with a lock*",
             "*the Redis key shared:*",
         ]
     )
