@@ -487,7 +487,10 @@ class Client:
         has an `on_cancel` step, and that has begun, ends after that step. One that has ended stays
         as it is. Raises RunNotFound.
         """
-        plain = [name for name, plan in self._plans.items() if plan.on_cancel is None]
+        undo = {
+            name: None if plan.on_cancel is None else plan.on_cancel.name
+            for name, plan in self._plans.items()
+        }
         run = self._do(
             connection,
             lambda caller: self._journal.cancel(
@@ -495,7 +498,7 @@ class Client:
                 self.stored_id(run_id),
                 namespace=self._namespace,
                 reason=reason,
-                plain=plain,
+                undo=undo,
             ),
         )
         if connection is None:

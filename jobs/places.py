@@ -55,7 +55,8 @@ def places(
     found: dict[tuple[str, str | None, str | None], Place] = {}
     with engine.begin() as connection:
         for run in journal.unfinished(connection, reason=reason, read=execute_lazily):
-            at = stands_at([run.place])
+            undoes = run.undo is not None and not run.undoing
+            at = run.undo if undoes else stands_at([run.place])
             step = None if at is None else step_of(at)
             waits = _waits(plans.get(run.plan), run)
             place = found.setdefault(
@@ -73,7 +74,8 @@ def _waits(plan: Plan | None, run: Unfinished) -> str | None:
     if plan is None:
         return UNKNOWN_PLAN
     if run.cancelled and not run.undoing:
-        return None  # it ends, or the plan's own `on_cancel` step begins
+        # It ends, or the plan's own `on_cancel` step begins.
+        return UNKNOWN_STEP if run.undo is not None and plan.on_cancel is None else None
     try:
         next_step(plan, run.place, undoing=run.undoing)
     except UnknownStep:

@@ -81,6 +81,9 @@ UNKNOWN_STEP_S = 1.0
 RENAMED_FROM = "renamed_from"
 """In StepStarted: the name that the occurrence had at its first attempt, and has in its key."""
 
+ON_CANCEL = "on_cancel"
+"""In CancelRequested: the step that is to undo the run. In StepFinished: that it has."""
+
 FOLLOWING = "following"
 """In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
 
@@ -182,6 +185,8 @@ class Progress:
     """Transactions in a row that Postgres took back."""
     refused: int = 0
     """Those that it did not let begin."""
+    promised: str | None = None
+    """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
     """The run is cancelled, and the plan's `on_cancel` step is what comes last."""
 
@@ -235,6 +240,11 @@ class Progress:
         self.go_on(step)
         self.compensating = True
 
+    def lacks(self, step: str) -> None:
+        """The same, and this version of the plan has no such step."""
+        self.go_on(None)
+        self.unknown, self.compensating = step, True
+
     def uncounted(self) -> None:
         """The attempt was ended by no fault of the step's."""
         self.starts -= 1
@@ -283,7 +293,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                     if not progress.compensating:
                         progress.compensate(plan.on_cancel)
             case EventType.CANCEL_REQUESTED:
-                stopping = True
+                stopping, progress.promised = True, data.get(ON_CANCEL)
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 progress.uncounted()
                 progress.judged()
@@ -586,8 +596,11 @@ class Execution:
         if self._lease.begun:
             return Progress(step=self._plan.first, starts=1)
         progress = self._fold()
-        if self._lease.cancelled and self._plan.on_cancel and not progress.compensating:
-            progress.compensate(self._plan.on_cancel)
+        if self._lease.cancelled and not progress.compensating:
+            if self._plan.on_cancel is not None:
+                progress.compensate(self._plan.on_cancel)
+            elif progress.promised is not None:
+                progress.lacks(progress.promised)
         if self._lease.late and not progress.compensating:
             self._settle(self._overdue([]))
             return None
@@ -870,7 +883,7 @@ class Execution:
         late = self._lease.late
         gives_back = self._executor.stopping.is_set() or self._steps_left == 0
         if progress.compensating:
-            data["on_cancel"] = True
+            data[ON_CANCEL] = True
         elif (late or gives_back) and following is not None and "next" not in data:
             data[FOLLOWING] = following.name
         finished = self._event(EventType.STEP_FINISHED, progress, **data)

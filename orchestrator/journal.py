@@ -124,6 +124,8 @@ class Unfinished:
     place: Event
     """Its last RunStarted, StepStarted or StepFinished; results are left out."""
     cancelled: bool
+    undo: str | None
+    """The `on_cancel` step that the cancel has promised."""
     undoing: bool
     """The place came after the cancel: it is an attempt of the plan's `on_cancel` step."""
 
@@ -353,7 +355,7 @@ SELECT last_seq, cancelled, {bell} FROM u"""
         # A run that waits ends at once; one that runs is told, and ends at its next boundary. One
         # that has begun and waits, of a plan with an `on_cancel` step, is due now for that step.
         ends = """state = 'queued'
-           AND (plan = ANY(%(plain)s) OR attempt = 0 AND retry_of IS NULL)"""
+           AND (%(undo)s::jsonb -> plan = 'null' OR attempt = 0 AND retry_of IS NULL)"""
         self._cancel = f"""
 WITH u AS (
   UPDATE {s}.runs
@@ -369,7 +371,9 @@ WITH u AS (
 ), e AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
   SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
-         'CancelRequested', 'api', jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text))
+         'CancelRequested', 'api',
+         jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
+           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
     FROM u
   UNION ALL
   SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
@@ -401,23 +405,26 @@ SELECT {with_retry} FROM {s}.runs r
         place = f"""{s}.run_events e
  WHERE e.run_id = r.run_id AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished')
  ORDER BY e.seq DESC LIMIT 1"""
+        promise = f"""LEFT JOIN LATERAL (
+    SELECT c.seq, c.data ->> 'on_cancel' AS undo FROM {s}.run_events c
+     WHERE r.cancel_requested_at IS NOT NULL AND c.run_id = r.run_id
+       AND c.type = 'CancelRequested') c ON true"""
         self._standing_at = f"""r.run_id IN (SELECT run_id FROM {s}.dispatches)
    AND EXISTS (SELECT FROM (
-     SELECT CASE e.type WHEN 'StepStarted' THEN e.step
-                        WHEN 'RunStarted' THEN e.data #>> '{{reused,next}}'
-                        ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
-       FROM {place}) e WHERE %(step)s::text IN (at, split_part(at, '#', 1)))"""
+     SELECT CASE WHEN c.undo IS NOT NULL AND NOT (e.type = 'StepStarted' AND c.seq < e.seq)
+                 THEN c.undo
+                 WHEN e.type = 'StepStarted' THEN e.step
+                 WHEN e.type = 'RunStarted' THEN e.data #>> '{{reused,next}}'
+                 ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
+       FROM (SELECT e.seq, e.type, e.step, e.data FROM {place}) e {promise}) e
+    WHERE %(step)s::text IN (at, split_part(at, '#', 1)))"""
         # An attempt that was begun after the cancel is one of the step that undoes the run.
         self._unfinished = f"""
-SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL,
-       CASE WHEN r.cancel_requested_at IS NOT NULL
-            THEN EXISTS (SELECT FROM {s}.run_events c
-                          WHERE c.run_id = r.run_id AND c.type = 'CancelRequested'
-                            AND c.seq < e.seq)
-            ELSE false END,
+SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
        e.seq, e.type, e.step, (e.data - 'result') #- '{{reused,results}}'
   FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
  CROSS JOIN LATERAL (SELECT e.seq, e.type, e.step, e.data FROM {place}) e
+  {promise}
  WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
  ORDER BY r.run_id"""
         self._hold = f"SELECT FROM {s}.runs WHERE run_id = %(run_id)s FOR UPDATE"
@@ -633,12 +640,12 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         *,
         namespace: str,
         reason: str | None,
-        plain: Sequence[str],
+        undo: Mapping[str, str | None],
     ) -> Run:
         """Store a cancel. A run that has ended, or was cancelled before, is returned unchanged.
 
-        `plain` names the plans without an `on_cancel` step: their waiting runs end at once. Raises
-        RunNotFound.
+        `undo` has the name of each plan's `on_cancel` step; waiting runs of those without end at
+        once. Raises RunNotFound.
         """
         error = encode(
             cancel_error(reason), where="the reason of the cancel", limit=self.max_event_bytes
@@ -652,7 +659,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
                 "shard": shard_of(run_id),
                 "reason": reason,
                 "error": error,
-                "plain": list(plain),
+                "undo": json.dumps(dict(undo)),
             },
         )
         if rows:
@@ -712,11 +719,13 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         self, connection: Caller, *, reason: str | None = None, read: Read = execute
     ) -> Iterator[Unfinished]:
         """Where all runs are that have not ended, or those that wait for this reason."""
-        for run_id, plan, cancelled, undoing, seq, type, step, data in read(
+        for run_id, plan, cancelled, undo, undoing, seq, type, step, data in read(
             connection, self._unfinished, {"reason": reason}
         ):
             place = Event(run_id=run_id, seq=seq, ts=0, type=type, source="", step=step, data=data)
-            yield Unfinished(plan=plan, place=place, cancelled=cancelled, undoing=undoing)
+            yield Unfinished(
+                plan=plan, place=place, cancelled=cancelled, undo=undo, undoing=undoing
+            )
 
     def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:
         """Whether there is a retry of this run, of which nobody can make another before we commit.

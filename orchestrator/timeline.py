@@ -10,6 +10,7 @@ from beatless.orchestrator.executor import (
     CONNECTION_LOST,
     FOLLOWING,
     GIVEN_BACK,
+    ON_CANCEL,
     SNOOZED,
     UNKNOWN_STEP,
 )
@@ -158,17 +159,20 @@ def stands_at(events: Sequence[Event]) -> str | None:
 
     By the journal alone. After a step that another version of the plan would not know, that one.
     """
-    for event in reversed(events):
+    place = None
+    promised: str | None = None
+    for event in events:
         data = event.data or {}
         match event.type:
             case EventType.RUN_STARTED:
-                step: str | None = data.get("reused", {}).get("next")
-                return step
+                place = data.get("reused", {}).get("next")
             case EventType.STEP_STARTED:
-                return event.step
+                place, promised = event.step, None
             case EventType.STEP_FINISHED:
-                return data.get("next") or data.get(FOLLOWING) or event.step
-    return None
+                place = data.get("next") or data.get(FOLLOWING) or event.step
+            case EventType.CANCEL_REQUESTED:
+                promised = data.get(ON_CANCEL)
+    return promised or place
 
 
 def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:

@@ -165,7 +165,7 @@ def test_plan_check_knows_renames_cancels_other_plans_and_the_step_that_undoes(
     cancelled = places(beatless_app.engine, beatless_app.journal, beatless_app.plans)
     assert [(place.step, place.waits) for place in cancelled] == [
         ("charge", "unknown_step"),
-        ("wavers", None),
+        ("undo", None),
     ]
     beatless.executor().execute(undone, run_id, 0)
 
@@ -182,6 +182,10 @@ def test_plan_check_knows_renames_cancels_other_plans_and_the_step_that_undoes(
     ]
     assert waiting(renamed, Plan("compensated", [undo])) == [
         ("compensated", "undo", "unknown_step"),  # the same name, and not the same role
+        ("two_steps", "charge", None),
+    ]
+    assert waiting(renamed, Plan("compensated", [first])) == [
+        ("compensated", "undo", "unknown_step"),
         ("two_steps", "charge", None),
     ]
     assert waiting() == [

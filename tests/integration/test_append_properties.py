@@ -65,7 +65,7 @@ class Writer:
                     self.extend()
                 case "cancel":
                     self.app.journal.cancel(
-                        self.connection, self.run_id, namespace="default", reason=None, plain=[]
+                        self.connection, self.run_id, namespace="default", reason=None, undo={}
                     )
 
     def events(self, mark: str, token: int, count: int) -> list:

@@ -11,6 +11,7 @@ from beatless.api import create_api
 from beatless.doctor import Doctor, Status
 from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Step
+from beatless.places import places
 from beatless.testing import Kit
 
 LEASE_S = 60
@@ -349,6 +350,51 @@ def test_the_step_that_undoes_goes_on_under_its_new_name_or_waits(
     beatless.verify()
 
 
+@pytest.mark.parametrize("where", ["killed", "failed", "snoozed", "finished"])
+def test_a_cancelled_run_waits_for_a_version_that_has_the_step_which_undoes_it(
+    beatless: Kit, version: Make, postgres: psycopg.Connection, where: str
+) -> None:
+    """Nothing of the step has begun, and the new plan has none."""
+    old = version("one charge mail", obeys=True, undo="refund")
+    new = version("one charge mail")
+    run_id = bring(beatless, old, where)
+    old.app.client.cancel_run(run_id)
+    assert [place.step for place in places(new.app.engine, new.app.journal, new.app.plans)] == [
+        "refund"
+    ]
+    assert new.take(run_id)
+    assert new.ledger == []
+    reason, delay = waits(postgres, run_id)
+    assert (reason, delay > 0) == (UNKNOWN_STEP, True)
+    (place,) = places(new.app.engine, new.app.journal, new.app.plans)
+    assert (place.step, place.waits) == ("refund", UNKNOWN_STEP)
+    assert "has step refund" in beatless.client.explain(run_id)[-2].text
+    (found,) = beatless.client.list_runs(step="refund")
+    assert found.run_id == run_id
+    beatless.advance(16)
+    renamed = version("one charge mail", undo="undo", renamed={"refund": "undo"})
+    assert renamed.take(run_id)
+    assert renamed.ledger == ["undo undo 1"]
+    assert beatless.client.get_run(run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+def test_a_run_that_was_ended_without_what_its_cancel_promised_can_be_retried(
+    beatless: Kit, version: Make
+) -> None:
+    """A worker had it that knows no step which undoes it: its plan decides."""
+    old, new = version("one charge mail", undo="refund"), version("one charge mail")
+    run_id = beatless.start_run("order").run_id
+    cancels = step(name="one")(lambda ctx: old.app.client.cancel_run(ctx.run_id).run_id)
+    plan = Plan("order", [cancels, *new.plan.steps[1:]])
+    assert new.kit.executor().execute(plan, run_id, 0)
+    assert beatless.client.get_run(run_id).state is RunState.CANCELLED
+    again = new.app.client.retry_run(run_id)
+    assert new.take(again.run_id)
+    assert new.ledger == ["charge charge 1", "mail mail 1"]
+    beatless.verify()
+
+
 @pytest.mark.parametrize("undo", ["", "refund"])
 def test_a_cancel_ends_a_run_that_waits_for_a_version(
     beatless: Kit, version: Make, undo: str
@@ -410,3 +456,34 @@ def test_a_run_that_waits_for_a_version_is_told_by_doctor_and_counted(
     assert counted() == 0
     (finding,) = Doctor(new.app).examine(("plans",))
     assert finding.status is Status.OK
+
+
+@pytest.mark.parametrize("where", [*CHARGE, "finished", "mail begun"])
+def test_a_rename_that_the_old_version_was_told_of_goes_forth_and_back(
+    beatless: Kit, version: Make, where: str
+) -> None:
+    """A rolling deploy in two steps, and its roll-back: same key, same attempts, same results."""
+    told = version("one charge mail", obeys=True, renamed={"pay": "charge"})
+    run_id = bring(beatless, told, where)
+    new = version("one pay mail", renamed={"charge": "pay"})
+    with new.kit.crash("step.before"):
+        new.take(run_id)
+    beatless.advance(LEASE_S + 1)
+    assert told.take(run_id)
+    mail = 3 if where == "mail begun" else 2
+    paid = [] if where in ("finished", "mail begun") else [f"charge charge {CHARGE[where] + 1}"]
+    assert told.ledger == ([*paid, "mail mail 1"] if paid else [f"mail mail {mail}"])
+    beatless.verify()
+
+
+def test_the_results_of_a_renamed_step_have_the_name_that_each_version_gives_it(
+    beatless: Kit, version: Make
+) -> None:
+    new = version("one pay mail", renamed={"charge": "pay"})
+    run_id = beatless.start_run("order").run_id
+    new.take(run_id, max_steps=2)
+    told = version("one charge mail", renamed={"pay": "charge"})
+    reads = step(name="mail")(lambda ctx: ctx.results["charge"])
+    plan = Plan("order", [*told.plan.steps[:2], reads], renamed={"pay": "charge"})
+    assert told.kit.executor().execute(plan, run_id, 0)
+    assert beatless.client.get_run(run_id).result == "pay"

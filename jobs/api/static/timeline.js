@@ -20,6 +20,7 @@ export class Story {
     this.end = null;
     this.reused = {};
     this.place = null; // the step it is in, or goes on with, where the journal tells
+    this.undo = null; // the step that the cancel has promised
   }
 
   add(event) {
@@ -31,8 +32,12 @@ export class Story {
     }
     if (event.type === "RunStarted") this.place = data.reused?.next ?? null;
     if (event.type === "StepStarted") this.place = event.step;
-    if (event.type === "StepFinished") this.place = data.next ?? data.following ?? null;
-    if (event.type === "CancelRequested") this.cancel = event;
+    if (event.type === "StepFinished") this.place = this.undo ?? data.next ?? data.following ?? null;
+    if (event.type === "CancelRequested") {
+      this.cancel = event;
+      this.undo = data.on_cancel ?? null;
+      this.place = this.undo ?? this.place;
+    }
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
     const lane = this.lane(event.step);
