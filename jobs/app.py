@@ -47,6 +47,7 @@ from beatless.worker import (
     MetricsListener,
     Replacements,
     Surroundings,
+    Unreadable,
     celery_settings,
 )
 
@@ -131,6 +132,7 @@ class App:
         self.celery = RunsCelery(settings.prefix)
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Surroundings)
+        self.celery.steps["consumer"].add(Unreadable)
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))

@@ -329,6 +329,21 @@ class Surroundings(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         self._celery.set_default()  # a prefork child forgets how this app does it
 
 
+class Unreadable(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """What is no message ends no worker: it connects anew, as after a lost connection.
+
+    kombu raises these for anything in the broker's list that it did not write, when it has taken it
+    out already. What runs goes on.
+    """
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        parent.connection_errors = (
+            *parent.connection_errors,
+            *(ValueError, TypeError, LookupError, AttributeError),
+        )
+
+
 class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Puts a new child in the place of a dead one within a second. Celery looks every five.
 

@@ -14,6 +14,7 @@ from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import LAST_ATTEMPT
 from beatless.testing import Kit
 from tests.integration.test_relay import Announcements, running
+from tests.plans import two_steps
 
 
 @step
@@ -133,3 +134,32 @@ def test_forged_events_of_a_far_seq_do_not_have_the_journal_read_without_pause(
 
     assert list(stream)[-1].type == "RunFinished"
     assert read.count("gap") <= 4
+
+
+GARBAGE = (
+    b"garbage",
+    b"{}",
+    b'{"body": 1, "headers": {}, "properties": {}}',
+    b"[]",
+    b"\xff",
+    b"null",
+)
+
+
+class TestGarbage:
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        return [two_steps]
+
+    @pytest.mark.long
+    def test_what_is_no_message_ends_no_worker(self, beatless: Kit, beatless_app: App) -> None:
+        beatless.relay_process("tests.plans:app")
+        worker = beatless.worker_process("tests.plans:app")
+        with beatless_app._broker() as broker:
+            for garbage in GARBAGE:
+                broker.default_channel.client.lpush(
+                    f"{beatless_app.settings.prefix}.default", garbage
+                )
+        run = beatless.start_run("two_steps")
+        beatless.wait_for_run_completion(run.run_id, timeout=60)
+        assert worker.alive

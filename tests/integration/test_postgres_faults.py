@@ -4,7 +4,7 @@ The proxies and the servers that are hurt belong to one test each.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,15 @@ def proxied(beatless_app: App, path: Proxy, tmp_path: Path) -> Iterator[Kit]:
     kit.close()
 
 
+def counted(app: App) -> Callable[..., float | None]:
+    """What the metrics of this process say."""
+
+    def value(name: str, **labels: str) -> float | None:
+        return app.metrics.registry.get_sample_value(f"beatless_{name}_total", labels)
+
+    return value
+
+
 @pytest.mark.parametrize("marker", [b"StepFinished", b"RunFinished"])
 def test_a_step_whose_commit_was_not_answered_is_neither_repeated_nor_lost(
     proxied: Kit, path: Proxy, marker: bytes
@@ -77,6 +86,10 @@ def test_a_step_whose_commit_was_not_answered_is_neither_repeated_nor_lost(
         *["StepStarted", "StepFinished"] * 2,
         "RunFinished",
     ]
+    counts = counted(proxied.app)
+    assert counts("runs_finished", plan="two_steps", outcome="completed") == 1
+    for step in ("first", "second"):
+        assert counts("step_attempts", plan="two_steps", step=step, outcome="finished") == 1
     proxied.verify()
 
 
@@ -122,6 +135,9 @@ def test_a_transactional_step_whose_commit_was_not_answered_is_not_executed_agai
     assert postgres.execute("SELECT key FROM effects").fetchall() == [(f"{run.run_id}:insert",)]
     attempts = [e.attempt for e in proxied.client.events(run.run_id) if e.type == "StepStarted"]
     assert attempts == [1, 1]
+    counts = counted(proxied.app)
+    for step in ("insert", "after_insert"):  # each once, that of the lost answer too
+        assert counts("step_attempts", plan="transactional", step=step, outcome="finished") == 1
     postgres.execute("DROP TABLE effects")
     proxied.verify()
 
