@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from beatless.outbox.queries import execute, outbox_row
+from beatless.outbox.queries import LAST_ATTEMPT, execute, outbox_row
 
 BATCH = 100
 """Runs that one statement ends."""
@@ -44,6 +44,7 @@ WITH due AS (
            'run ' || r.run_id || ' did not end before its deadline') AS error
     FROM due JOIN {s}.runs r USING (run_id) JOIN {s}.dispatches d USING (run_id)
    WHERE r.deadline_at <= {now} AND r.cancel_requested_at IS NULL
+     AND r.last_seq < {LAST_ATTEMPT}  -- one that has no number left must not keep the others
      AND (r.state = 'queued' OR r.state = 'running' AND r.lease_expires_at <= {now})
      FOR NO KEY UPDATE OF r SKIP LOCKED FOR UPDATE OF d SKIP LOCKED
 ), u AS (

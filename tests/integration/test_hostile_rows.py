@@ -209,3 +209,15 @@ def violations(app: App) -> list[tuple[str, str]]:
     with app.engine.connect() as connection:
         found = verify(connection, app.settings.schema)
     return [(violation.invariant, violation.run_id) for violation in found]
+
+
+def test_an_overdue_run_without_a_number_left_keeps_no_other_from_its_end(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    culprit, other = (beatless.start_run("two_steps", deadline=60) for _ in range(2))
+    postgres.execute("UPDATE runs SET last_seq = 2147483647 WHERE run_id = %s", (culprit.run_id,))
+    beatless.client.pause_queue("default")
+    beatless.advance(61)
+    beatless.drain_outbox_once()
+    assert beatless.client.get_run(other.run_id).state.final
+    assert not beatless.client.get_run(culprit.run_id).state.final

@@ -69,7 +69,7 @@ def counted(app: App) -> Callable[..., float | None]:
     return value
 
 
-@pytest.mark.parametrize("marker", [b"StepFinished", b"RunFinished"])
+@pytest.mark.parametrize("marker", [b"StepFinished", b"completed"])
 def test_a_step_whose_commit_was_not_answered_is_neither_repeated_nor_lost(
     proxied: Kit, path: Proxy, marker: bytes
 ) -> None:
