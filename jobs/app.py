@@ -13,6 +13,7 @@ from kombu import Connection
 from redis import asyncio as aioredis
 
 from beatless import canary, logs
+from beatless.celery_app import asking
 from beatless.child_signals import LeavesSignals, Meant
 from beatless.client import Client
 from beatless.export import export_from_worker
@@ -105,12 +106,18 @@ class App:
         self.leases = Leases(settings.schema, seconds=settings.lease_seconds)
         self.queries = Queries(settings.schema)
         self.faults = CrashPoints(settings.fault)
-        direct = not settings.pooled
+        direct, password = not settings.pooled, settings.password("database")
         self.engine = engine(
-            settings.database_url, "beatless", direct=direct, isolation_level="READ COMMITTED"
+            settings.database_url,
+            "beatless",
+            direct=direct,
+            password=password,
+            isolation_level="READ COMMITTED",
         )
         # No more than there are steps at a time: one must not wait for the end of another.
-        self._steps_engine = engine(settings.database_url, "beatless", direct=direct, pool_size=0)
+        self._steps_engine = engine(
+            settings.database_url, "beatless", direct=direct, password=password, pool_size=0
+        )
         self._relays_redis: list[redis.Redis] = []
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         self._bounded_engines: list[sqlalchemy.Engine] = []
@@ -130,6 +137,8 @@ class App:
             shown_error=partial(self.redaction.value, "error") if redact else None,
         )
         self.celery = RunsCelery(settings.prefix)
+        if (broker_password := settings.password("broker")) is not None:
+            self.celery.amqp.Connection = asking(broker_password)
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Surroundings)
         self.celery.steps["consumer"].add(Unreadable)

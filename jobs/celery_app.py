@@ -15,7 +15,10 @@ import click
 from celery import Celery, _state
 from celery.app.utils import Settings as CelerySettings
 from celery.loaders.app import AppLoader
+from kombu import Connection
+from kombu.connection import ConnectionPool
 
+from beatless.credentials import Password, ask
 from beatless.errors import JobsError
 
 logger = logging.getLogger(__name__)
@@ -175,3 +178,30 @@ def warn_of_foreign(environ: Mapping[str, str], broker_url: str) -> None:
             " ".join(found),
             extra={"action": "foreign_variables"},
         )
+
+
+def asking(password: Password) -> type[Connection]:
+    """kombu's connections, with a password that is asked for whenever one is made."""
+
+    class Asking(Connection):  # type: ignore[misc]  # kombu has no types
+        def _establish_connection(self) -> Any:
+            self.password = ask(password, ConnectionError)
+            return super()._establish_connection()
+
+        def Pool(self, limit: int | None = None, **options: Any) -> Any:  # noqa: N802 - kombu's
+            return AskingPool(self, limit, **options)
+
+    class AskingPool(ConnectionPool):  # type: ignore[misc]  # kombu has no types
+        def new(self) -> Any:
+            made = super().new()
+            if not isinstance(made, Asking):  # kombu 5.7 makes them of a class of its own
+                establish = made._establish_connection
+
+                def with_password() -> Any:
+                    made.password = ask(password, ConnectionError)
+                    return establish()
+
+                made._establish_connection = with_password
+            return made
+
+    return Asking

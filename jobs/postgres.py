@@ -7,6 +7,7 @@ import psycopg
 import sqlalchemy
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from beatless.credentials import Password, ask
 from beatless.outbox import forks
 from beatless.outbox.adapters import ADAPTERS, Cursor
 from beatless.outbox.sessions import KEEPALIVE, OWN, SHARED, prepare_session
@@ -22,6 +23,7 @@ def _open(
     *,
     direct: bool,
     session: Mapping[str, str],
+    password: Password | None,
     **options: Any,
 ) -> AnyConnection:
     """An autocommit connection in UTF8. `name` is what Postgres shows as its application."""
@@ -29,6 +31,8 @@ def _open(
     # What the encoding is does not depend on PGCLIENTENCODING, the role or the database: poolers
     # pass this parameter on.
     dsn = make_conninfo(given, application_name=name, client_encoding="UTF8", **KEEPALIVE)
+    if password is not None:
+        dsn = make_conninfo(dsn, password=ask(password, psycopg.OperationalError))
     connection = kind.connect(dsn, autocommit=True, **options)
     forks.own(connection)
     if direct:  # a pooler's sessions are not ours to set
@@ -46,6 +50,7 @@ def connect(settings: Settings, name: str) -> psycopg.Connection[Any]:
         name,
         direct=not settings.pooled,
         session=OWN,
+        password=settings.password("database"),
         cursor_factory=Cursor,
         prepare_threshold=None if settings.pooled else 5,
     )
@@ -56,12 +61,25 @@ def connect_directly(
 ) -> AnyConnection:
     """A session that no pooler shares with others, of whichever class."""
     return _open(
-        kind, settings.listen_url, name, direct=True, session=OWN, context=ADAPTERS, **options
+        kind,
+        settings.listen_url,
+        name,
+        direct=True,
+        session=OWN,
+        password=settings.password("database"),
+        context=ADAPTERS,
+        **options,
     )
 
 
 def engine(
-    url: str, name: str, *, direct: bool, session: Mapping[str, str] = SHARED, **options: Any
+    url: str,
+    name: str,
+    *,
+    direct: bool,
+    session: Mapping[str, str] = SHARED,
+    password: Password | None = None,
+    **options: Any,
 ) -> sqlalchemy.Engine:
     """An engine whose sessions may run the statements of others too, read by their adapters."""
 
@@ -72,6 +90,7 @@ def engine(
             name,
             direct=direct,
             session=session,
+            password=password,
             prepare_threshold=5 if direct else None,
         )
         connection.autocommit = False

@@ -26,6 +26,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
+from beatless.credentials import Password, RedisCredentials
+
 SCHEMES = ("redis", "rediss", "unix", "sentinel")
 
 CERTIFICATES = {
@@ -59,6 +61,8 @@ class RedisUrl:
     """The name that the Sentinels know the servers by, for `sentinel`."""
     sentinel: Mapping[str, Any] = field(repr=False)
     """The credentials of the Sentinels themselves."""
+    credentials: Password | None = field(default=None, repr=False)
+    """Gives the password at each connect, instead of the URL."""
 
     @classmethod
     def parse(cls, url: str) -> Self:
@@ -174,6 +178,9 @@ class RedisUrl:
         return found
 
     def _login(self) -> dict[str, Any]:
+        if self.credentials is not None:
+            provider = RedisCredentials(self.username, self.credentials)
+            return {"credential_provider": provider, "db": self.db}
         return {"username": self.username, "password": self.password, "db": self.db}
 
     def _secured(self) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NoReturn, Self
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from beatless.credentials import Password, from_command
 from beatless.errors import BadSetting
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.times import MOST_S
@@ -70,6 +72,15 @@ class Settings:
     redis_url: str = _setting("redis://:password@redis.example:6379/0")
     broker_url: str = _setting("amqp://user:password@rabbit.example//", default="")
     """Default: `redis_url`."""
+    database_password_command: str = _setting("aws rds generate-db-auth-token …", default="")
+    """Prints the password of both Postgres URLs; run at each connect."""
+    redis_password_command: str = _setting("/usr/local/bin/redis-password", default="")
+    broker_password_command: str = _setting("/usr/local/bin/broker-password", default="")
+    """Default: that of Redis, if the broker is the same."""
+    database_password: Password | None = None
+    """Gives the password instead of a command; a keyword only, as the next two."""
+    redis_password: Password | None = None
+    broker_password: Password | None = None
     schema: str = _setting("beatless", default="beatless")
     prefix: str = _setting("beatless", default="beatless")
     """Starts the name of every queue, channel and key."""
@@ -120,6 +131,11 @@ class Settings:
         self._check_redis("redis_url", self.redis_url)
         if self.broker_url.startswith(REDIS):
             self._check_redis("broker_url", self.broker_url)
+        for name in ("database", "redis", "broker"):
+            try:
+                shlex.split(getattr(self, f"{name}_password_command"))
+            except ValueError as error:
+                self._refuse(f"{name}_password_command", f"is no command: {error}")
         try:
             CrashPoints(self.fault)
         except ValueError as error:
@@ -161,7 +177,7 @@ class Settings:
                 )
 
     def _refuse(self, name: str, problem: str) -> NoReturn:
-        examples = {entry.name: entry.metadata["example"] for entry in fields(self)}
+        examples = {entry.name: entry.metadata["example"] for entry in variables(type(self))}
         raise BadSetting(f"BEATLESS_{name.upper()}", problem, examples[name])
 
     @classmethod
@@ -171,7 +187,7 @@ class Settings:
         Raises BadSetting, with an example, for unknown names, missing ones and bad values.
         """
         source = os.environ if environ is None else environ
-        known = {f"BEATLESS_{entry.name.upper()}": entry for entry in fields(cls)}
+        known = {f"BEATLESS_{entry.name.upper()}": entry for entry in variables(cls)}
         links = service_links(source)
         given = {
             name: value
@@ -201,19 +217,31 @@ class Settings:
         """The settings as environment variables, for a process of the same app."""
         return {
             f"BEATLESS_{entry.name.upper()}": str(value)
-            for entry in fields(self)
+            for entry in variables(type(self))
             if (value := getattr(self, entry.name)) not in ("", None)
         }
 
     @property
     def redis(self) -> RedisUrl:
         """Where the live events go."""
-        return RedisUrl.parse(self.redis_url)
+        return replace(RedisUrl.parse(self.redis_url), credentials=self.password("redis"))
+
+    def password(self, server: str) -> Password | None:
+        """What gives the password of `database`, `redis` or `broker` now, if it changes."""
+        given: Password | None = getattr(self, f"{server}_password")
+        command: str = getattr(self, f"{server}_password_command")
+        if given is None and command:
+            given = from_command(command)
+        if given is None and server == "broker" and self.broker_url == self.redis_url:
+            given = self.password("redis")
+        return given
 
     @property
     def redis_broker(self) -> RedisUrl | None:
         """The broker, if it is a Redis."""
-        return RedisUrl.parse(self.broker_url) if self.broker_url.startswith(REDIS) else None
+        if not self.broker_url.startswith(REDIS):
+            return None
+        return replace(RedisUrl.parse(self.broker_url), credentials=self.password("broker"))
 
     @property
     def pooled(self) -> bool:
@@ -242,6 +270,11 @@ def service_links(environ: Mapping[str, str]) -> frozenset[str]:
         if match and match["name"] in linked:
             found.add(name)
     return frozenset(found)
+
+
+def variables(cls: type[Settings]) -> list[Field[Any]]:
+    """The settings that the environment has too."""
+    return [entry for entry in fields(cls) if entry.metadata]
 
 
 def redact(value: Any) -> Any:

@@ -42,7 +42,13 @@ def migrate(
     env.log()
     # Not through a pooler: a migration keeps its lock and its settings from one statement to the
     # next.
-    engine = connect_engine(settings.listen_url, "beatless migrate", direct=True, session=OWN)
+    engine = connect_engine(
+        settings.listen_url,
+        "beatless migrate",
+        direct=True,
+        session=OWN,
+        password=settings.password("database"),
+    )
     with reaching_postgres(schema), closing_engine(engine):
         if not check:
             migrations.migrate(engine, schema, post=post)

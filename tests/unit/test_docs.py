@@ -52,7 +52,9 @@ def test_every_setting_is_documented() -> None:
 
     text = (ROOT / "docs" / "settings.md").read_text()
     for name in Settings.__dataclass_fields__:
-        assert f"`BEATLESS_{name.upper()}`" in text
+        # What the environment cannot hold is a keyword.
+        variable = name not in ("database_password", "redis_password", "broker_password")
+        assert f"`BEATLESS_{name.upper()}`" in text if variable else f"{name}=" in text
 
 
 def test_every_command_is_in_the_help_of_the_interface() -> None:

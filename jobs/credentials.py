@@ -1,0 +1,65 @@
+"""Passwords that expire: asked for at each connect, of a function or of a command."""
+
+import asyncio
+import shlex
+import subprocess
+from collections.abc import Callable
+
+from redis.credentials import CredentialProvider
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+Password = Callable[[], str]
+"""Gives the password that is good now."""
+
+COMMAND_TIMEOUT_S = 10.0
+
+
+class PasswordUnavailable(Exception):
+    """The password could not be had. For whoever connects the server is away."""
+
+
+def from_command(command: str) -> Password:
+    """What the command prints, without the end of its line. It is run without a shell."""
+    words = shlex.split(command)
+
+    def ask() -> str:
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True
+            )
+        except subprocess.CalledProcessError as error:
+            said = str(error.stderr).strip().splitlines()
+            reason = f"{words[0]} ended with status {error.returncode}: {' '.join(said[-1:])}"
+            raise PasswordUnavailable(reason) from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise PasswordUnavailable(f"{words[0]} could not be run: {error}") from error
+        password = done.stdout.rstrip("\r\n")
+        if not password:
+            raise PasswordUnavailable(f"{words[0]} printed nothing")
+        return password
+
+    return ask
+
+
+def ask(password: Password, failure: Callable[[str], Exception]) -> str:
+    """The password; or, whatever happened to whoever knows it, the error that a lost server is."""
+    try:
+        return password()
+    except Exception as error:
+        reason = f"its password could not be had: {str(error) or type(error).__name__}"
+        raise failure(reason) from error
+
+
+class RedisCredentials(CredentialProvider):
+    """What redis-py asks at each connect."""
+
+    def __init__(self, username: str | None, password: Password) -> None:
+        self._username = username
+        self._password = password
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        found = ask(self._password, RedisConnectionError)
+        return (self._username, found) if self._username else (found,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return await asyncio.to_thread(self.get_credentials)
