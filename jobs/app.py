@@ -34,6 +34,7 @@ from beatless.outbox.queries import Queries
 from beatless.outbox.relay import Observer, Relay
 from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
+from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
@@ -122,6 +123,11 @@ class App:
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
         self._bounded_engines: list[sqlalchemy.Engine] = []
         self.streams = self.streams_on(self.engine)
+        self.queue_limit = QueueLimit(
+            settings.schema,
+            most=settings.max_queues,
+            plans={plan.queue for plan in (*plans, self._canary)},
+        )
         self.queues = self._queues_on(self.engine)
         self.client = self.client_for("default")
         self.executors = Executors(
@@ -182,6 +188,7 @@ class App:
             streams=self.streams,
             queues=self._queues_on(engine) if engine else self.queues,
             namespace=namespace,
+            queue_limit=self.queue_limit,
             tracing=self.tracing,
         )
 

@@ -39,6 +39,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.letters import DeadLetter, LetterStatements
 from beatless.outbox.queries import Caller, execute_lazily, refuse_two_phase
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
+from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
 from beatless.schema import head
 from beatless.stream import Streams
@@ -117,6 +118,7 @@ class Client:
         engine: sqlalchemy.Engine,
         streams: Streams,
         queues: Queues,
+        queue_limit: QueueLimit,
         tracing: Tracing,
         namespace: str = DEFAULT_NAMESPACE,
     ) -> None:
@@ -126,6 +128,7 @@ class Client:
         self._engine = engine
         self._streams = streams
         self._queues = queues
+        self._queue_limit = queue_limit
         self._tracing = tracing
         self._letters = LetterStatements(journal.schema)
         self._namespace = check_namespace(namespace)
@@ -195,11 +198,15 @@ class Client:
                     with span as carried:
                         pass  # side by side, not one in the other
                 new.append(replace(wanted, trace_context=carried) if carried else wanted)
-            runs = self._do(connection, lambda caller: self._journal.create_runs(caller, new))
+            runs = self._do(connection, lambda caller: self._create(caller, new))
         if connection is None and logger.isEnabledFor(logging.INFO):
             for run in runs:
                 _log_run("run stored", run)
         return runs
+
+    def _create(self, caller: Caller, new: Sequence[NewRun]) -> list[Run]:
+        self._queue_limit.check(caller, self._namespace, {run.queue for run in new})
+        return self._journal.create_runs(caller, new)
 
     def _new_run(self, request: RunRequest) -> NewRun:
         plan = self._plans.get(request.plan)

@@ -92,6 +92,8 @@ class Settings:
     grace_seconds: float = _setting("20", float, default=20.0)
     """How long a worker that was told to stop lets its steps go on."""
     max_event_bytes: int = _setting("262144", int, default=262_144)
+    max_queues: int = _setting("1000", int, default=1000)
+    """In how many queues the unfinished runs of one namespace may be, beside those of the plans."""
     retention_days: float = _setting("30", float, default=30.0)
     """How long the events of an ended run are kept; 0: for ever."""
     run_retention_days: float = _setting("365", float, default=365.0)
@@ -108,7 +110,13 @@ class Settings:
         for name in ("schema", "prefix"):
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
-        for name in ("lease_seconds", "redispatch_seconds", "grace_seconds", "max_event_bytes"):
+        for name in (
+            "lease_seconds",
+            "redispatch_seconds",
+            "grace_seconds",
+            "max_event_bytes",
+            "max_queues",
+        ):
             if not 0 < (number := getattr(self, name)) < MOST_S:
                 problem = f"is {number!r}, which is not a number above 0 and below {MOST_S:.0f}"
                 self._refuse(name, problem)

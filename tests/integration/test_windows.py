@@ -3,7 +3,7 @@
 import psycopg
 import pytest
 
-from beatless import App, Plan, StepContext, step
+from beatless import App, BadRequest, Plan, StepContext, step
 from beatless.client import RunRequest
 from beatless.outbox.doorbell import prepare_to_drain
 from beatless.outbox.errors import PublishFailed, PublishRefused
@@ -275,3 +275,27 @@ def test_a_message_that_cannot_be_sent_costs_its_own_run(
     relay.stop()
     states = dict(postgres.execute("SELECT run_id, state FROM dispatches").fetchall())
     assert states == {culprit: "delayed"} | dict.fromkeys(others, "sent")
+
+
+class TestQueueLimit:
+    @pytest.fixture
+    def beatless_settings(self) -> dict[str, object]:
+        return {"max_queues": 3}
+
+    @pytest.mark.parametrize("namespace", ["default", "acme"])
+    def test_a_namespace_has_runs_in_so_many_queues_and_no_more(
+        self, beatless: Kit, beatless_app: App, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client, other = beatless_app.client_for(namespace), beatless_app.client_for("other")
+        other.start_runs([RunRequest(plan="known", queue=f"theirs-{n}") for n in range(3)])
+        first = client.start_run("known", queue="one", delay=3600)
+        client.start_runs([RunRequest(plan="known", queue=queue) for queue in ("two", "three")])
+        with pytest.raises(BadRequest, match="BEATLESS_MAX_QUEUES"):
+            client.start_run("known", queue="four")
+        client.start_run("known")  # the plan's own
+        client.start_run("known", queue="two")
+        monkeypatch.setattr("beatless.queue_limit.FULL_FOR_S", 0.0)
+        with pytest.raises(BadRequest, match="BEATLESS_MAX_QUEUES"):
+            client.start_run("known", queue="four")
+        client.cancel_run(first.run_id)
+        client.start_run("known", queue="four")
