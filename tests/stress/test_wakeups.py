@@ -19,11 +19,16 @@ from beatless import App
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import doorbell
-from beatless.outbox.relay import Relay
+from beatless.outbox.relay import Relay, Shift
 from beatless.stream import parse
 from beatless.testing import Kit
+from tests.integration.test_relay import pending, until
+from tests.integration.test_wakeup_promises import shift
+
+__all__ = ["shift"]
 
 QUICK = Backoff(initial=0.005, cap=0.02)
 ROUNDS = 5
@@ -187,36 +192,37 @@ def first_arrivals(seqs: list[int]) -> list[int]:
     return seen
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("careful", [True, False])
 def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
     beatless: Kit,
     beatless_app: App,
     postgres: psycopg.Connection,
-    client: redis.Redis,
+    shift: Shift,
     careful: bool,
 ) -> None:
+    """The one interleaving that matters, by hand: a writer that began while the relay was awake."""
     journal = beatless_app.journal if careful else careless(beatless_app)
-    relay = Relay(
-        connect=beatless_app.direct_connection,
-        queries=beatless_app.queries,
-        events=Door(beatless_app, client),
-        tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
-        backoff=QUICK,
-        # Awake until the next append has come, asleep before one that is held is committed.
-        linger=0.02,
-        watchdog=600,
-    )
-    relay.start()
-    kept = True
-    for round in range(30):
-        (name,) = lease_runs(postgres, f"control-{round}", 1)
-        write(beatless_app.executors.connect, journal, [name], 3, round, 0.2)
-        kept = kept and empty_in_time(postgres, 1.0)
-        if not kept:
-            break
-    relay.stop()
-    assert kept is careful
+    (name,) = lease_runs(postgres, "control", 1)
+    sessions = shift._sessions
+    with beatless_app.executors.connect() as writer:
+        writer.autocommit = False
+        event = journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": 1})
+        assert journal.append(writer, name, 1, [event])
+        sessions.doze(shift._shards)
+        if careful:
+            shift._fall_asleep()
+            assert sessions.state is State.DROWSY
+        else:
+            until(lambda: shift._fall_asleep() or sessions.state is State.ASLEEP)
+        writer.commit()
+    if careful:
+        until(lambda: shift._fall_asleep() or sessions.state is not State.DROWSY)
+    else:
+        # A notification that was sent after the commit: one of the writer would be here as well.
+        sessions.work.execute("SELECT pg_notify(%s, %s)", (sessions.queries.channel, "{"))
+        sessions.wait(0)
+        assert not sessions.rung
+    assert (pending(postgres) == 0) is careful
 
 
 @pytest.mark.long
