@@ -459,7 +459,6 @@ UPDATE {s}.dispatches
  WHERE run_id = ANY(ARRAY(
    SELECT run_id FROM {s}.dispatches WHERE state = 'sent' AND shard = ANY(%(shards)s)
       FOR NO KEY UPDATE SKIP LOCKED))"""
-        self.last_id_sql = f"SELECT last_value FROM {s}.run_outbox_id_seq"
         self.park_sql = f"""
 WITH gone AS (
   DELETE FROM {s}.run_outbox WHERE ctid = ANY(ARRAY(

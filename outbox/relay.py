@@ -203,6 +203,7 @@ class Drain:
         self._strikes: Counter[str] = Counter()
         self._floor = 0
         self._candidate: Floor | None = None
+        self._highest = 0
         self._decided = False
         self._since_floor = 0
 
@@ -696,11 +697,13 @@ class Drain:
     def _raise_floor(self, picked: Sequence[PickedEvents]) -> None:
         """Skip the dead rows that an old snapshot keeps VACUUM from removing.
 
-        1. remember the last id m that was given out and the next transaction id x
+        1. remember the highest id m that was picked and the next transaction id x
         2. once no transaction below x runs, every id up to m is visible or will never be
         3. after one complete look since then, everything up to m has been published
-        Ids commit out of order, so "the last id seen" would lose rows.
+        Ids commit out of order, so m alone, without the wait for x, would lose rows. It is not
+        read from the sequence, which a role that may write rows need not be allowed to see.
         """
+        self._highest = max(self._highest, *(row.id for row in picked), 0)
         per_shard = Counter(row.shard for row in picked)
         looked = self._queries.few_per_shard if self._large else self._queries.per_shard
         complete = (
@@ -716,12 +719,11 @@ class Drain:
             return
         self._since_floor = 0
         if self._candidate is None:
-            # The id first: whoever drew an id up to it already had its transaction id.
-            last = self._connection.execute(self._queries.last_id_sql).fetchone()
-            # An id of our own, not the snapshot's xmax: that leaves out who began and runs still.
+            # Whoever drew an id up to the highest one already has its transaction id. One of our
+            # own, not the snapshot's xmax: that leaves out who began and runs still.
             xid = self._connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone()
-            if last and xid:
-                self._candidate = Floor(last[0], xid[0])
+            if xid and self._highest > self._floor:
+                self._candidate = Floor(self._highest, xid[0])
         elif not self._decided:
             xmin = self._connection.execute(
                 "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
@@ -730,7 +732,7 @@ class Drain:
 
     def reset_floor(self) -> None:
         """Look at everything again, because the set of shards has changed."""
-        self._floor, self._candidate, self._decided = 0, None, False
+        self._floor, self._highest, self._candidate, self._decided = 0, 0, None, False
 
 
 def _ids(rows: Sequence[PickedEvents]) -> dict[str, str]:
