@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -557,6 +556,16 @@ class WeightedCycle:
         return last_used
 
 
+class QueueOrder(dict[str, int]):
+    """Weights by queue, as the transport's `queue_order_strategy`, which makes a cycle of them.
+
+    It is JSON: a worker tells the options of its transport to whoever inspects it.
+    """
+
+    def __call__(self) -> WeightedCycle:
+        return WeightedCycle(self)
+
+
 class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Serves a worker's metrics from its main process, if the settings name a port."""
 
@@ -620,7 +629,7 @@ def run_worker(
             weights = {f"{settings.prefix}.{name}": weight for name, weight in queues.items()}
             celery.conf.broker_transport_options = {
                 **celery.conf.broker_transport_options,
-                "queue_order_strategy": partial(WeightedCycle, weights),
+                "queue_order_strategy": QueueOrder(weights),
             }
     if ready_file is not None:
         celery.steps["worker"].add(ReadyFile.of(ready_file))

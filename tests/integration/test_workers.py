@@ -161,6 +161,9 @@ class TestWeights:
         }
         beatless.drain_outbox_once()
         beatless.worker_process(APP, concurrency=1, arguments=["--queues", "fast=3,slow=1"])
+        (stats,) = beatless.app.celery.control.inspect(timeout=30, limit=1).stats().values()
+        order = stats["broker"]["transport_options"]["queue_order_strategy"]
+        assert sorted(order.values()) == [1, 3]  # whoever inspects it is answered
         beatless.relay_process(APP)  # else nobody tells of the ends
         ended = [beatless.wait_for_run_completion(run_id) for run_id in runs]
 
