@@ -31,7 +31,7 @@ from sqlalchemy import exc
 from beatless import canary, loopback
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.client import Client, new_run_id
-from beatless.errors import BadRequest, JobsError, WrongEncoding
+from beatless.errors import BadRequest, JobsError, WaitTimeout, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
@@ -261,6 +261,10 @@ class Doctor:
                     for finding in check():
                         if name in chosen or finding.status is Status.PROBLEM:
                             yield finding
+                except redis.exceptions.NoPermissionError as error:
+                    # The users of `deploy/redis` have no more rights than they need.
+                    text = f"this server does not let its user look: {_said(error)}"
+                    yield Finding(check=name, status=Status.SKIPPED, text=text)
                 except TROUBLE as error:
                     yield Finding(
                         check=name,
@@ -1260,7 +1264,11 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
             try:
                 client.start_run(canary.NAME, run_id=flight.run_id, queue=queue)
                 flight.committed = time.time()
-                self._await(subscription if live else None, flight)
+                if live:
+                    self._await(subscription, flight)
+                else:  # the journal tells how far it comes
+                    with suppress(WaitTimeout):
+                        client.wait_for_run(flight.run_id, timeout=self._patience)
             finally:
                 over.set()
                 listening.join()
@@ -1273,15 +1281,13 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
                 "event",
                 "it was executed, but its events did not come over Redis",
                 "see whether relays and this machine have the same BEATLESS_REDIS_URL and "
-                "BEATLESS_PREFIX, and what a relay's log says",
+                "BEATLESS_PREFIX, whether its user may subscribe, and what a relay's log says",
             )
         return flight
 
-    def _await(self, subscription: Subscription | None, flight: Flight) -> None:
+    def _await(self, subscription: Subscription, flight: Flight) -> None:
         deadline = monotonic() + self._patience
         while EventType.RUN_FINISHED not in flight.heard and monotonic() < deadline:
-            if subscription is None:
-                return
             for event in subscription.next(deadline - monotonic()) or ():
                 flight.heard.setdefault(event.type, time.time())
 

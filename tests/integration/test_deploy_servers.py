@@ -11,6 +11,7 @@ from sqlalchemy import make_url
 
 from beatless import App, Settings
 from beatless.demo import PLANS
+from beatless.doctor import Doctor, Status
 from beatless.metrics import RUNS_ACTIVE
 from beatless.migrations import migrate
 from beatless.services import EmbeddedPostgres, EmbeddedValkey
@@ -60,7 +61,10 @@ def roles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Roles]:
         yield Roles(postgres, valkey.url)
 
 
-def test_everything_that_runs_works_with_the_role_of_the_app(roles: Roles, tmp_path: Path) -> None:
+def test_everything_that_runs_works_with_the_role_of_the_app(
+    roles: Roles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)  # else only under load
     kit = Kit(roles.app("app"), directory=tmp_path)
     try:
         client = kit.client
@@ -154,7 +158,7 @@ def test_the_monitor_sees_what_metrics_and_autoscaling_ask_for(roles: Roles) -> 
         monitor.close()
 
 
-def test_redis_takes_the_file_of_users(tmp_path: Path) -> None:
+def test_redis_takes_the_file_of_users(roles: Roles, tmp_path: Path) -> None:
     users = (DEPLOY / "redis" / "users.acl").read_text()
     # The kit's own door, which the file closes.
     (tmp_path / "users.acl").write_text(
@@ -165,6 +169,15 @@ def test_redis_takes_the_file_of_users(tmp_path: Path) -> None:
     (directory / "password").write_text("doorkeeper")
     settings = {"aclfile": str(tmp_path / "users.acl")}
     with EmbeddedValkey(directory, settings=settings) as server:
+        settings = {
+            variable: f"redis://{user}:change-me-{user}@127.0.0.1:{server.port}/0"
+            for variable, user in (("redis_url", "relay"), ("broker_url", "broker"))
+        }
+        looking = App(Settings(database_url=roles.url("app"), **settings), PLANS)
+        checks = ("redis", "eviction", "output buffers", "shared broker", "clocks")
+        for finding in Doctor(looking).examine(checks):
+            assert finding.status in (Status.OK, Status.SKIPPED), finding
+        looking.close()
 
         def client(user: str) -> "redis.Redis":
             return redis.Redis(

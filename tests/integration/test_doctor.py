@@ -345,6 +345,25 @@ def test_events_that_go_to_another_redis(beatless: Kit, beatless_app: App, tmp_p
         )
 
 
+def test_a_user_of_redis_who_may_not_subscribe(
+    beatless: Kit, beatless_app: App, changed: Callable[..., App]
+) -> None:
+    """The run went through: neither the relay nor a worker is to blame."""
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, concurrency=1)
+    name = f"{beatless_app.settings.prefix}-deaf"
+    with beatless_app.redis() as client:
+        client.acl_setuser(
+            name, enabled=True, nopass=True, categories=["+@all"], commands=["-subscribe"]
+        )
+        try:
+            url = make_url(beatless_app.settings.redis_url).set(username=name, password="x")
+            deaf = changed(redis_url=url.render_as_string(hide_password=False))
+            only(examine(deaf, "canary"), Status.PROBLEM, "event: it was executed")
+        finally:
+            client.acl_deluser(name)
+
+
 def test_runs_of_a_plan_that_nobody_has(
     beatless: Kit, beatless_app: App, changed: Callable[..., App]
 ) -> None:
