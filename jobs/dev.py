@@ -409,6 +409,9 @@ class Stack:
             self._data = self.directory / "ephemeral"
             shutil.rmtree(self._data, ignore_errors=True)
             self._data.mkdir(mode=0o700)
+        elif self._made_directory:
+            # Data and passwords: nothing for the repository that the user works in.
+            (self.directory / ".gitignore").write_text("*\n")
 
     def _child(self, name: str, arguments: Sequence[str]) -> Child:
         environ = {

@@ -40,14 +40,13 @@ def dev(
     """A whole beatless in the foreground: servers, relay, workers, API, Flower; Ctrl-C ends it."""
     env: Environment = context.obj
     port = usable(context, "port", port)
-    flower_port = usable(context, "flower_port", flower_port)
     stack = Stack(
         data_dir,
         ephemeral=ephemeral,
         app_name=env.app_name,
         workers=workers,
         api_port=port,
-        flower_port=None if no_flower else flower_port,
+        flower_port=None if no_flower else usable(context, "flower_port", flower_port),
     )
 
     def stop() -> None:

@@ -126,7 +126,9 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     assert [event["seq"] for event in events] == list(range(1, 14))
     assert followed.stderr.strip() == events[0]["run_id"]
 
-    second = call(tmp_path, "dev")
+    # A port is looked at by who wants it.
+    taken = next(line.rpartition(":")[2] for line in stack.lines if line.startswith("flower"))
+    second = call(tmp_path, "dev", "--no-flower", "--flower-port", taken)
     assert second.returncode == 1
     assert f"kill {stack.process.pid}" in second.stderr
     assert "--data-dir" in second.stderr
@@ -150,6 +152,7 @@ def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
 ) -> None:
     first = dev("--data-dir", "here")
     run_id = call(tmp_path, "start", "agents.run", "--follow").stdout.split()[0]
+    assert (tmp_path / "here" / ".gitignore").read_text() == "*\n"
     everything = first.processes()
     assert len(everything) >= 6
 
