@@ -125,13 +125,13 @@ class Guard:
 
     def refuse(self, what: str, url: str) -> None:
         """Raises ForeignBroker."""
-        text = f"{what} {url}, which is not the test's own"
+        text = f"{what} {url}, which is not the test's own, and was not sent. {ADVICE}"
         if self._report is not None:
             with self._report.open("a") as report:
                 report.write(text + "\n")
         with self._mutex:
             self._found.append(text)
-        raise ForeignBroker(f"{text}, and was not sent. {ADVICE}")
+        raise ForeignBroker(text)
 
 
 ADVICE = (

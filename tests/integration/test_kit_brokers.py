@@ -236,8 +236,11 @@ def test_a_test_whose_code_would_have_published_elsewhere_fails(
             pass
         """
     )
-    result = pytester.runpytest_subprocess("-p", "pytest_beatless", "-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess(
+        "-p", "pytest_beatless", "-p", "no:cacheprovider", "--show-capture=no"
+    )
     result.assert_outcomes(passed=1, failed=5)
     result.stdout.fnmatch_lines(["*the task shop.mail ('celery') would have been sent to redis*"])
     assert result.stdout.str().count("the task shop.mail") >= 5
+    assert result.stdout.str().count("was not sent. Give that Celery app a broker") >= 5
     assert keys(foreign) == []
