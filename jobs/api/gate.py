@@ -102,7 +102,7 @@ class Gate:
         if path.startswith("/v1/"):
             request.state.beatless_grant = await self._grant(request)
         elif not await self._may_look(request):
-            raise _unauthorized()
+            raise self._refusal()
 
     async def _may_look(self, request: Request) -> bool:
         """At what needs no token once there is one: the page, its document, the metrics."""
@@ -121,22 +121,30 @@ class Gate:
             found = await run_in_threadpool(self._find, in_url)
             if found is None or found.run_id is None:
                 # A token of a person does not belong into a URL.
-                raise _unauthorized()
+                raise self._refusal()
             return found
         if self._authenticate is not None:
             granted = await self._asked(self._authenticate, request)
             if granted is not None:
                 if not bearer and is_foreign(request):
-                    raise _unauthorized()
+                    raise _unauthorized("another site's page has the browser send this request")
                 return granted
         elif not bearer and self._may_be_open(request):
             if not await run_in_threadpool(self._any):
                 return EVERYTHING
-            raise _unauthorized()
+            raise self._refusal()
         found = await run_in_threadpool(self._find, bearer) if bearer else None
         if found is None:
-            raise _unauthorized()
+            raise self._refusal()
         return found
+
+    def _refusal(self) -> Problem:
+        if self._authenticate is None:
+            return _unauthorized("a valid bearer token is needed: `beatless token create`")
+        return _unauthorized(
+            "the app in which this API is mounted does not let this request in, "
+            "and it has no valid bearer token"
+        )
 
     def _may_be_open(self, request: Request) -> bool:
         return is_local(request) or (self._is_open and not is_foreign(request))
@@ -237,7 +245,5 @@ def is_foreign(request: Request) -> bool:
         return True
 
 
-def _unauthorized() -> Problem:
-    return Problem(
-        HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed: `beatless token create`"
-    ).with_headers(WWW_Authenticate="Bearer")
+def _unauthorized(detail: str) -> Problem:
+    return Problem(HTTPStatus.UNAUTHORIZED, detail).with_headers(WWW_Authenticate="Bearer")

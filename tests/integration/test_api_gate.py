@@ -45,11 +45,16 @@ def api(beatless_app: App) -> Iterator[Api]:
 
 def ask(api: FastAPI, *paths: str, client=("127.0.0.1", 5000), url="http://127.0.0.1:8400", **sent):
     """The statuses of requests from a client at an address."""
+    return [answer.status_code for answer in answers(api, *paths, client=client, url=url, **sent)]
 
-    async def get() -> list[int]:
+
+def answers(
+    api: FastAPI, *paths: str, client=("127.0.0.1", 5000), url="http://127.0.0.1:8400", **sent
+):
+    async def get() -> list[httpx2.Response]:
         door = httpx2.ASGITransport(api, client=client)
         async with httpx2.AsyncClient(transport=door, base_url=url) as asked:
-            return [(await asked.get(path, **sent)).status_code for path in paths]
+            return [await asked.get(path, **sent) for path in paths]
 
     return asyncio.run(get())
 
@@ -371,6 +376,11 @@ def test_the_host_says_what_a_request_may_do(
     assert ask(api, "/v1/runs", headers={"Authorization": "Bearer bl_wrong"}) == [401]
     foreign = {"X-Person": "ann", "Origin": "https://evil.example"}
     assert ask(api, "/v1/runs", headers=foreign) == [401]
+    # Each refusal says what the host's own people can do about it: a token is not all there is.
+    for answer in answers(api, "/v1/runs", "/"):
+        assert "the app in which this API is mounted" in answer.json()["detail"]
+    (answer,) = answers(api, "/v1/runs", headers=foreign)
+    assert "another site's page" in answer.json()["detail"]
 
 
 def test_a_stream_token_of_the_host_is_good_for_its_run(beatless_app: App) -> None:
