@@ -140,8 +140,14 @@ class Door:
         self._observer("publish_failed", {"door": self.name, "failures": self.failures})
         logger.warning(
             "publish failed, will retry",
-            extra={"action": "publish_failed", "door": self.name, "retry_in": delay},
-            exc_info=error,
+            extra={
+                "action": "publish_failed",
+                "door": self.name,
+                "retry_in": delay,
+                "reason": str(error),
+            },
+            # The same once more every two seconds would bury whatever else is in the log.
+            exc_info=error if self.failures == 1 else None,
         )
 
 
