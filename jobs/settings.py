@@ -62,6 +62,22 @@ def _setting(example: str, parse: Callable[[str], Any] = str, **options: Any) ->
     return field(metadata={"example": example, "parse": parse}, **options)
 
 
+_WORDS = (
+    "all analyse analyze and any array as asc asymmetric authorization binary both case "
+    "cast check collate collation column concurrently constraint create cross "
+    "current_catalog current_date current_role current_schema current_time "
+    "current_timestamp current_user default deferrable desc distinct do else end except "
+    "false fetch for foreign freeze from full grant group having ilike in initially inner "
+    "intersect into is isnull join lateral leading left like limit localtime "
+    "localtimestamp natural not notnull null offset on only or order outer overlaps "
+    "placing primary references returning right select session_user similar some "
+    "symmetric system_user table tablesample then to trailing true union unique user "
+    "using variadic verbose when where window with "
+)
+RESERVED = frozenset(_WORDS.split())
+"""Words of SQL that name a schema only in quotes, which no statement of ours writes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Where things are and how long they may take. Each is `BEATLESS_<NAME>` in the environment."""
@@ -110,6 +126,8 @@ class Settings:
         for name in ("schema", "prefix"):
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
+        if self.schema in RESERVED or self.schema.startswith("pg_"):
+            self._refuse("schema", f"is {self.schema!r}, a word that SQL or Postgres has reserved")
         for name in (
             "lease_seconds",
             "redispatch_seconds",
