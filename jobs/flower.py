@@ -35,6 +35,7 @@ from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.publishers import run_of
 from beatless.outbox.queries import execute
+from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
 from beatless.stream import parse
 
@@ -126,7 +127,7 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
                 if again:
                     self._tell(run_id, "retried", moment, **why)
             case EventType.RUN_FINISHED:
-                outcome = OUTCOMES[data["outcome"]]
+                outcome = OUTCOMES.get(str(data.get("outcome")), "failed")
                 took = {"runtime": moment - run.started} if run.started else {}
                 self._tell(run_id, outcome, moment, exception=reason(data.get("error")), **took)
                 run.uncounted = f"task-{outcome}"
@@ -196,7 +197,7 @@ class Listener:
         self._backoff = Backoff()
         self._failures = 0
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beatless-flower", daemon=True)
+        self._thread = LastingThread("flower", lambda _: self._run())
 
     def start(self) -> None:
         self._thread.start()

@@ -24,6 +24,7 @@ from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import doorbell, execute
+from beatless.outbox.threads import LastingThread, Observer, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +114,15 @@ WITH u AS (
           OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
              AND NOT EXISTS (SELECT FROM {s}.queues q
                               WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
-  RETURNING r.*, (SELECT o.not_before FROM {s}.runs o WHERE o.run_id = r.run_id) AS was_due
+  RETURNING r.*, (SELECT o.not_before FROM {s}.runs o WHERE o.run_id = r.run_id) AS was_due,
+            {{begun}} AS begun
 ), e AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt)
   SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
-    FROM u WHERE {{begun}}
+    FROM u WHERE begun
 ), o AS (
   INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE {{begun}}
+  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE begun
 ), d AS (
   UPDATE {s}.dispatches d
      SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
@@ -138,13 +140,16 @@ SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timest
        extract(epoch FROM clock_timestamp()
          - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
        extract(epoch FROM clock_timestamp() - started_at)::float8, u.trace_context,
-       {{begun}}, {doorbell(s, "%(shard)s")} FROM u""".replace(
+       begun, {doorbell(s, "%(shard)s")} FROM u""".replace(
             "{fresh}",
             "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
             " AND (deadline_at IS NULL OR deadline_at > clock_timestamp())",
         ).replace(
             "{begun}",
-            "last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL",
+            "(last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL"
+            # Of a newer version, which writes events that this one does not know.
+            f" AND NOT EXISTS (SELECT FROM {s}.run_events e"
+            " WHERE e.run_id = r.run_id AND e.seq = 2))",
         )
         self._renew = f"""
 UPDATE {s}.runs SET lease_token = %(next)s
@@ -323,6 +328,7 @@ class Heartbeat:
         *,
         board: Board | None = None,
         slots: Sequence[int] = (),
+        observer: Observer = ignore,
     ) -> None:
         """What is held is noted in these slots of `board`, as far as they go."""
         self._leases = leases
@@ -332,7 +338,8 @@ class Heartbeat:
         self._slots: dict[int, int] = {}
         self._by_id: dict[int, Lease] = {}
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._observer = observer
+        self._thread: LastingThread | None = None
         self._resting = False
         self._stopping = False
 
@@ -342,10 +349,9 @@ class Heartbeat:
             self._by_id[id(lease)] = lease
             self._note(lease)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="beatless-heartbeat", daemon=True
-                )
-                self._thread.start()
+                thread = LastingThread("heartbeat", self._run, observer=self._observer)
+                thread.start()
+                self._thread = thread  # one that could not be started is started with the next
             elif self._resting:
                 self._changed.notify()
 
@@ -380,7 +386,7 @@ class Heartbeat:
             self._stopping = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.end()
 
     def once(self, connection: Connection) -> bool:
         """Extend every lease that is held now; False if somebody's transaction holds a row."""
@@ -413,7 +419,7 @@ class Heartbeat:
                 )
         return complete
 
-    def _run(self) -> None:
+    def _run(self, thread: LastingThread) -> None:
         connection: Connection | None = None
         failing = False
         while True:
@@ -430,13 +436,16 @@ class Heartbeat:
                     break
                 if not self._by_id:
                     failing = False
+                    thread.works()
                     continue
             try:
                 if connection is None or connection.closed:
                     connection = self._connect()
                 failing = not self.once(connection)
+                thread.works()
             except Exception as error:
                 failing = True
+                thread.failed()
                 # Mostly Postgres is away. Whatever it is: the token protects the run.
                 logger.warning(
                     "heartbeat failed, will retry",

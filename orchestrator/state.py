@@ -40,4 +40,4 @@ TRANSITIONS = {
 
 def allowed(before: RunState, after: RunState) -> bool:
     """Whether a run may go from one state to the other."""
-    return after in TRANSITIONS[before]
+    return after in TRANSITIONS.get(before, ())

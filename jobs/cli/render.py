@@ -47,7 +47,9 @@ def brief(value: Any, width: int = 72) -> str:
 
 def facts(event: Event) -> str:
     """What an event says beyond its type and step."""
-    data = dict(event.data or {})
+    if not isinstance(event.data, dict):  # as no version before wrote it
+        return "" if event.data is None else brief(event.data)
+    data = dict(event.data)
     match event.type:
         case EventType.STEP_FINISHED:
             return brief(data.get("result"))
@@ -179,7 +181,7 @@ def run_table(found: Sequence[Run]) -> Iterator[str]:
     rows = [
         (
             escape(run.run_id),
-            f"[{STATES[run.state.value]}]{run.state.value}[/]",
+            f"[{STATES.get(run.state.value, 'bold')}]{escape(run.state.value)}[/]",
             escape(run.plan),
             escape(run.queue),
             str(run.last_seq),

@@ -1,0 +1,70 @@
+"""Threads of ours that last as long as their process, whatever goes wrong in them."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from beatless.outbox.faults import SimulatedCrash
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+AGAIN_S = 1.0
+"""Until a thread goes on in which something has gone wrong that nobody foresaw."""
+
+
+def ignore(_name: str, _facts: dict[str, Any]) -> None:
+    """The observer of a thread that nobody observes."""
+
+
+class LastingThread(threading.Thread):
+    """Does its work until it returns, or again after anything that it raises.
+
+    The work is given the thread, and tells it what it survives by itself: `failed`, then `works`.
+    The observer hears of each failure (`thread_failed`), and when it is over (`thread_works`).
+    """
+
+    def __init__(
+        self, name: str, work: Callable[["LastingThread"], None], *, observer: Observer = ignore
+    ) -> None:
+        super().__init__(name=f"beatless-{name}", daemon=True)
+        self.failing = False
+        self._what = name
+        self._work = work
+        self._observer = observer
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._work(self)
+                return
+            except SimulatedCrash:
+                raise  # its process "has died"
+            except BaseException:  # an end that nobody asked for is one that nobody would notice
+                logger.critical(
+                    "a thread failed, it begins again",
+                    extra={"action": "thread_failed", "which": self._what, "retry_in": AGAIN_S},
+                    exc_info=True,
+                )
+                self.failed()
+            if self._ending.wait(AGAIN_S):
+                return
+
+    def failed(self) -> None:
+        """Something went wrong, and the thread goes on."""
+        first, self.failing = not self.failing, True
+        self._observer("thread_failed", {"thread": self._what, "first": first})
+
+    def works(self) -> None:
+        """It does what it is there for."""
+        if self.failing:
+            self.failing = False
+            self._observer("thread_works", {"thread": self._what})
+
+    def end(self, timeout: float | None = None) -> None:
+        """Wait for its end; its work has been told before."""
+        self._ending.set()
+        self.join(timeout)
