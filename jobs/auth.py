@@ -16,6 +16,7 @@ from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace
 from beatless.orchestrator.tables import runs
 from beatless.outbox.queries import execute
 from beatless.outbox.tables import Id
+from beatless.outbox.times import problem_with_seconds
 
 api_tokens = Table(
     "api_tokens",
@@ -132,6 +133,8 @@ class Tokens:
             raise BadRequest(
                 "scope", f"queues is the whole fleet's: it belongs to namespace {DEFAULT_NAMESPACE}"
             )
+        if seconds is not None and (problem := problem_with_seconds(seconds)):
+            raise BadRequest("expires", problem)
         token_id, secret = secrets.token_hex(16), f"bl_{secrets.token_urlsafe(32)}"
         with self._engine.begin() as connection:
             execute(

@@ -12,6 +12,7 @@ from beatless.http.wire import AGAIN, error_of, pause_of
 from beatless.orchestrator.events import Event
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
+from beatless.outbox.times import problem_with_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class Follower:
         on_reset: Callable[[], None] | None,
         backoff: Backoff,
     ) -> None:
+        """Raises BadRequest for a timeout that is no time."""
+        if timeout is not None and (problem := problem_with_seconds(timeout)):
+            raise BadRequest("timeout", problem)
         self.run_id = run_id
         self.seq = after
         self.deadline = None if timeout is None else monotonic() + timeout

@@ -223,6 +223,15 @@ def test_a_token_is_good_until_it_expires(
     assert api("GET", "/v1/runs").status == 401, "one that expired is still one"
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan"), 3e11])
+def test_how_long_a_token_is_good_has_the_bounds_of_all_times(
+    tokens: Tokens, seconds: float
+) -> None:
+    with pytest.raises(BadRequest, match=r"expires.*ten years"):
+        tokens.create([Scope.RUNS_READ], seconds=seconds)
+    assert tokens.list() == []
+
+
 def test_a_token_is_good_for_its_namespace_only(
     beatless: Kit, api: Api, tokens: Tokens, beatless_app: App
 ) -> None:

@@ -348,6 +348,26 @@ def test_a_connection_that_brings_nothing_is_given_up(beatless: Kit, api: Api) -
         assert proxy.accepted >= 4
 
 
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), 3e11, True, "60"])
+def test_a_wait_has_the_bounds_of_all_times(
+    beatless: Kit, client: Client, api: Api, timeout: float
+) -> None:
+    run = beatless.start_run("two_steps")
+
+    async def follow() -> None:
+        async with AsyncClient(api.url, token=api.token) as other:
+            await other.wait_for_run(run.run_id, timeout=timeout)
+
+    for wait in (
+        lambda: client.wait_for_run(run.run_id, timeout=timeout),
+        lambda: client.stream_run(run.run_id, timeout=timeout),
+        lambda: beatless.client.wait_for_run(run.run_id, timeout=timeout),
+        lambda: asyncio.run(follow()),
+    ):
+        with pytest.raises(BadRequest, match=r"timeout.*ten years"):
+            wait()
+
+
 def test_a_viewer_gives_up_in_time(beatless: Kit, client: Client) -> None:
     run = beatless.start_run("two_steps")
 
