@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -15,8 +16,8 @@ from beatless.client import RunRequest, reaching_postgres
 from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.executor import Executor
-from beatless.orchestrator.journal import Run
-from beatless.orchestrator.lease import Heartbeat
+from beatless.orchestrator.journal import Appended, Run, Settlement
+from beatless.orchestrator.lease import Heartbeat, Lease
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS
@@ -335,6 +336,52 @@ def test_a_claim_that_waits_for_a_row_does_not_hold_up_a_pause_for_long(
     beatless.client.resume_queue("default")
     assert executor.execute(plan, run.run_id, 1) is True
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def test_a_worker_that_lost_its_lease_writes_nothing_while_another_executes_its_run(
+    beatless: Kit, beatless_app: App, executors
+) -> None:
+    leases, journal = beatless_app.leases, beatless_app.journal
+    run = beatless.start_run("two_steps")
+    frozen, second = (executor.connection() for executor in (executors(), executors()))
+
+    def claim(connection: psycopg.Connection[Any]) -> Lease:
+        lease = leases.claim(
+            connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+        )
+        assert lease is not None
+        return lease
+
+    def trace(connection: psycopg.Connection[Any], lease: Lease) -> Appended | None:
+        event = journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": 1})
+        return journal.append(connection, run.run_id, lease.token, [event])
+
+    def fail(connection: psycopg.Connection[Any], lease: Lease) -> Appended | None:
+        event = journal.new_event(EventType.RUN_FINISHED, where="here", data={"outcome": "failed"})
+        settlement = Settlement(events=[event], state=RunState.FAILED)
+        return journal.settle(connection, run.run_id, lease.token, settlement)
+
+    lost = claim(frozen)
+    beatless.advance(60)
+    held = claim(second)
+    seq = trace(second, held).last_seq
+
+    assert lost.token != held.token
+    assert trace(frozen, lost) is None
+    assert fail(frozen, lost) is None
+    assert leases.extend(frozen, [lost]) == [lost]
+    leases.renew_token(frozen, lost)  # an own commit is in doubt for it
+    assert (trace(frozen, lost), fail(frozen, lost)) == (None, None)
+    assert trace(frozen, replace(lost, token=lost.next_token)) is None
+    seen = leases.look(frozen, lost, 0)
+    assert (seen.held, seen.written) == (False, False)
+
+    assert leases.extend(second, [held]) == []
+    assert trace(second, held).last_seq == seq + 1
+    leases.renew_token(second, held)
+    assert trace(second, held).last_seq == seq + 2
+    assert fail(second, held).last_seq == seq + 3
+    assert fail(second, held) is None
 
 
 @pytest.mark.parametrize("table", ["runs", "dispatches"])

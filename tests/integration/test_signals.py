@@ -70,6 +70,30 @@ def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300}])
+def test_a_hangup_of_the_whole_group_lets_its_step_end_and_starts_the_worker_again(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    """As when a terminal closes, and as Celery's workers take it."""
+    go = tmp_path / "go"
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    run = beatless.start_run("gated", {"go": str(go)})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+
+    os.killpg(worker.pid, signal.SIGHUP)
+    await_line(worker, "runs are given back")
+    go.touch()
+
+    assert beatless.wait_for_run_completion(run.run_id).attempt == 1
+    assert beatless.event_types(run.run_id)[2:] == ["StepFinished", "RunFinished"]
+    after = beatless.start_run("two_steps")
+    assert beatless.wait_for_run_completion(after.run_id).attempt == 1
+    assert worker.alive
+    beatless.verify()
+
+
+@pytest.mark.long
 def test_a_child_that_celery_ends_gives_its_run_back(beatless: Kit, tmp_path: Path) -> None:
     """Flower's "Terminate": no failure and no crash."""
     go = tmp_path / "go"
