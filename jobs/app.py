@@ -153,7 +153,9 @@ class App:
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))
         self.celery.steps["worker"].add(LeavesSignals.of(Meant()))
         self.celery.steps["worker"].add(
-            KeepsLeases.of(self.executors.board, self.leases, self.executors.connect)
+            KeepsLeases.of(
+                self.executors.board, self.leases, self.executors.connect, self.metrics.worker
+            )
         )
         self.celery.steps["worker"].add(Announcement.of(self.executors, settings))
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))

@@ -36,7 +36,7 @@ from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.executor import UNKNOWN_STEP
-from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, QueueStatements
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.queries import channel_of, outbox_lag
@@ -311,6 +311,7 @@ class Doctor:
             ("relays", self._relays, "schema"),
             ("workers", self._workers, "broker"),
             ("places", self._places, "schema"),
+            ("threads", self._threads, "schema"),
             ("plans", self._plans, "schema"),
             ("outbox", self._outbox, "schema"),
             ("queues", self._queues, "schema"),
@@ -1033,6 +1034,24 @@ SELECT l.objid::int8, l.pid FROM pg_locks l
             )
         if all_there:
             yield Finding(check="places", status=Status.OK, text="no worker has lost a place")
+
+    def _threads(self) -> Iterator[Finding]:
+        """What workers tell of their own threads."""
+        rows = self._rows(
+            f"SELECT hostname, failing FROM {self._settings.schema}.workers "
+            "WHERE failing <> '{}' AND seen_at > clock_timestamp() "
+            f"- interval '{PRESENCE_EXPIRES_S:g} s' ORDER BY hostname"
+        )
+        for worker, failing in rows:
+            yield Finding(
+                check="threads",
+                status=Status.PROBLEM,
+                text=f"in {worker} these fail, and have not worked since: {', '.join(failing)}",
+                advice="its log says why (thread_failed, heartbeat_failed, watchdog_failed, "
+                "keeping_failed); if Postgres can be reached from there, restart it",
+            )
+        if not rows:
+            yield Finding(check="threads", status=Status.OK, text="those of all workers work")
 
     def _plans(self) -> Iterator[Finding]:
         rows = self._rows(

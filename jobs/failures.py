@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 ON_FAILURE_S = 5.0
 """How long a process waits for `on_failure`. Then it goes on, and may end before it returns."""
 
+MAX_HANGING = 64
+"""Calls of `on_failure` that have not returned in time; while there are so many, none is made."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -46,6 +49,7 @@ class Failures:
 
     def __init__(self, on_failure: OnFailure | None) -> None:
         self._on_failure = on_failure
+        self._hanging: list[threading.Thread] = []
 
     def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
         if self._on_failure is None:
@@ -85,14 +89,33 @@ class Failures:
         )
 
     def _call(self, failure: Failure) -> None:
-        """In a thread of its own: one that hangs holds up neither this run's worker nor a relay."""
+        """In a thread of its own: one that hangs holds up neither this run's worker nor a relay.
+
+        While one hangs, no other is waited for: a relay tells of many runs at a time.
+        """
+        self._hanging = [thread for thread in self._hanging if thread.is_alive()]
+        if len(self._hanging) >= MAX_HANGING:
+            logger.error(
+                "on_failure was not called: too many calls of it have not returned",
+                extra={"action": "on_failure_failed", "run_id": failure.run_id},
+            )
+            return
         context = contextvars.copy_context()
         thread = threading.Thread(
             target=context.run, args=(self._tell, failure), name="beatless-on-failure", daemon=True
         )
-        thread.start()
-        thread.join(ON_FAILURE_S)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many; who wrote that the run has failed goes on
+            logger.exception(
+                "on_failure was not called",
+                extra={"action": "on_failure_failed", "run_id": failure.run_id},
+            )
+            return
+        if not self._hanging:
+            thread.join(ON_FAILURE_S)
         if thread.is_alive():
+            self._hanging.append(thread)
             logger.warning(
                 "on_failure has not returned, and is not waited for any longer",
                 extra={"action": "on_failure_hangs", "run_id": failure.run_id},

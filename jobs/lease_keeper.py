@@ -1,18 +1,24 @@
 """Who keeps a worker's leases while a body lets no other thread of its process run."""
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Self
 
 from celery import bootsteps, platforms
 from celery.concurrency.prefork import TaskPool
 
+from beatless.metrics import WorkerCounts
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.keeper import Keeper, keep_for_parent
 from beatless.orchestrator.lease import Connection, Leases
+from beatless.outbox.threads import LastingThread
+
+logger = logging.getLogger(__name__)
 
 ENDS_WITH_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What is sent to the whole group of processes is for the main one, which has its leases still."""
@@ -27,16 +33,23 @@ class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
 
     requires = frozenset({"celery.worker.components:Timer"})
     make: ClassVar[partial[Keeper]]
+    counts: ClassVar[WorkerCounts]
 
     @classmethod
-    def of(cls, board: Board, leases: Leases, connect: Callable[[], Connection]) -> type[Self]:
+    def of(
+        cls,
+        board: Board,
+        leases: Leases,
+        connect: Callable[[], Connection],
+        counts: WorkerCounts,
+    ) -> type[Self]:
         """The step of one app: Celery takes classes."""
-        return type(cls.__name__, (cls,), {"make": partial(Keeper, board, leases, connect)})
+        make = partial(Keeper, board, leases, connect)
+        return type(cls.__name__, (cls,), {"make": make, "counts": counts})
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
         self._child: tuple[int, int] | None = None
         # One that is embedded in a test has another's process.
         embedded = threading.current_thread() is not threading.main_thread()
@@ -44,11 +57,21 @@ class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
             self._fork()
 
     def start(self, _worker: Any) -> None:
-        if self._child is None:
-            self._thread = threading.Thread(
-                target=self.make(self._stopping).run, name="beatless-keeper", daemon=True
+        run = self.make(self._stopping).run if self._child is None else self._watch
+        LastingThread("keeper", run, observer=self.counts).start()
+
+    def _watch(self, thread: LastingThread) -> None:
+        """Notice that the process has ended: nobody can fork another one safely."""
+        if (child := self._child) is None:
+            return
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, child[0], os.WEXITED | os.WNOWAIT)
+        if not self._stopping.is_set():
+            thread.failed()
+            logger.error(
+                "the process that keeps leases has ended: restart this worker",
+                extra={"action": "keeper_ended"},
             )
-            self._thread.start()
 
     def stop(self, _worker: Any) -> None:
         self._stopping.set()
@@ -56,7 +79,8 @@ class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
             pid, end = self._child
             self._child = None
             os.close(end)
-            os.waitpid(pid, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
     terminate = stop
 

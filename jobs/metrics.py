@@ -29,7 +29,6 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from sqlalchemy import exc
 
 from beatless import loopback
 from beatless.errors import BadSetting
@@ -119,6 +118,16 @@ STEP_ATTEMPTS = Family(
 LEASE_LOST = Family(
     name="beatless_lease_lost_total",
     text="Runs that were taken from a worker that was too slow to keep its lease.",
+)
+THREAD_FAILURES = Family(
+    name="beatless_thread_failures_total",
+    text="Times that something went wrong in a thread of ours, which went on.",
+    labels=("thread",),
+)
+THREADS_FAILING = Family(
+    name="beatless_threads_failing",
+    text="Threads of ours that have failed and not worked since.",
+    labels=("thread",),
 )
 REDISPATCH = Family(
     name="beatless_redispatch_total",
@@ -228,10 +237,10 @@ class LocalCounts:
         with self._mutex:
             self._series.setdefault((family.name, labels), _empty(family))[0] += amount
 
-    def set(self, family: Family, value: float) -> None:
+    def set(self, family: Family, value: float, labels: Labels = ()) -> None:
         """Set a gauge."""
         with self._mutex:
-            self._series[family.name, ()] = [value]
+            self._series[family.name, labels] = [value]
 
     def observe(self, family: Family, value: float, labels: Labels = ()) -> None:
         with self._mutex:
@@ -278,7 +287,8 @@ class SharedCounts:
         self._used = memory[:PLACES]
         self._numbers = memory[PLACES:].cast("d")
         self._names = memoryview(mmap.mmap(-1, PLACES * QUEUES * NAME_BYTES))
-        self.take(0)
+        # The place of the main process, which its children leave alone.
+        self.take(PLACES - 1)
 
     def take(self, place: int) -> None:
         """Count in this place from now on: after a fork, in the child."""
@@ -287,6 +297,9 @@ class SharedCounts:
         self._start = self._place * self._width
         self._slots = {name: slot for slot, name in enumerate(self._queue_names(self._place))}
         self._used[self._place] = 1
+        for (name, _), offset in self._offsets.items():
+            if name == THREADS_FAILING.name:  # the threads went with the child before
+                self._numbers[self._start + offset] = 0.0
 
     def _queue_names(self, place: int) -> list[str]:
         """The queues that were counted in this place, in the order of their numbers."""
@@ -387,6 +400,15 @@ class WorkerCounts:
         STEP_DURATION,
         STEP_ATTEMPTS,
         LEASE_LOST,
+        THREAD_FAILURES,
+        THREADS_FAILING,
+    )
+    THREADS: ClassVar[tuple[str, ...]] = (
+        "heartbeat",
+        "watchdog",
+        "keeper",
+        "announcement",
+        "grace",
     )
 
     def __init__(self, plans: Iterable[Plan]) -> None:
@@ -396,6 +418,8 @@ class WorkerCounts:
     @staticmethod
     def _series(plans: Sequence[Plan]) -> Iterator[tuple[Family, Labels]]:
         yield from ((family, ()) for family in (RUN_DURATION, LEASE_LOST))
+        for family in (THREAD_FAILURES, THREADS_FAILING):
+            yield from ((family, (thread,)) for thread in WorkerCounts.THREADS)
         for plan in plans:
             yield from ((RUNS_FINISHED, (plan.name, outcome)) for outcome in OUTCOMES)
             for step in (*plan.steps, *([plan.on_cancel] if plan.on_cancel else ())):
@@ -413,6 +437,20 @@ class WorkerCounts:
                 self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
         elif name == "lease_lost":
             self.counts.add(LEASE_LOST)
+        elif name == "thread_failed":
+            self.counts.add(THREAD_FAILURES, (facts["thread"],))
+            if facts["first"]:
+                self.counts.add(THREADS_FAILING, (facts["thread"],))
+        elif name == "thread_works":
+            self.counts.add(THREADS_FAILING, (facts["thread"],), -1)
+
+    def failing(self) -> list[str]:
+        """Which threads of this worker and its children have failed, and not worked since."""
+        return sorted(
+            labels[0]
+            for (name, labels), numbers in self.counts.read().items()
+            if name == THREADS_FAILING.name and numbers[0] > 0
+        )
 
     def _settled(self, facts: dict[str, Any]) -> None:
         lease, plan = facts["lease"], facts["lease"].run.plan
@@ -450,6 +488,8 @@ class RelayCounts:
         LATENCY,
         WAKEUPS,
         LISTENER_UP,
+        THREAD_FAILURES,
+        THREADS_FAILING,
     )
 
     def __init__(self, plans: Iterable[str]) -> None:
@@ -467,6 +507,9 @@ class RelayCounts:
             self.counts.declare(FAILURES, (kind,))
         for source in ("notify", "timer", "broker", "reconnect", "watchdog"):
             self.counts.declare(WAKEUPS, (source,))
+        for thread in ("relay", "courier", "chores"):
+            self.counts.declare(THREAD_FAILURES, (thread,))
+            self.counts.declare(THREADS_FAILING, (thread,))
         self.counts.declare(LATENCY)
         self.counts.declare(LISTENER_UP)
 
@@ -493,11 +536,29 @@ class RelayCounts:
                     self.counts.add(WAKEUPS, ("reconnect",))
                 self._started = True
                 self.counts.set(LISTENER_UP, 1)
+                self._works("relay")
+            case "thread_failed":
+                self._failed(facts["thread"])
+            case "thread_works":
+                self._works(facts["thread"])
+            case "chore_failed":
+                self._failed("chores")
+            case "chore_step" | "chore_rests":
+                self._works("chores")
             case "relay_leads":
                 self.shards = frozenset(facts["shards"])
             case "relay_failed" | "relay_stopped":
                 self.shards = frozenset()
                 self.counts.set(LISTENER_UP, 0)
+                if name == "relay_failed":
+                    self._failed("relay")
+
+    def _failed(self, thread: str) -> None:
+        self.counts.add(THREAD_FAILURES, (thread,))
+        self.counts.set(THREADS_FAILING, 1, (thread,))
+
+    def _works(self, thread: str) -> None:
+        self.counts.set(THREADS_FAILING, 0, (thread,))
 
     def _drained(self, facts: dict[str, Any]) -> None:
         rows, messages = facts["rows"], facts["messages"]
@@ -546,13 +607,14 @@ def _places(batch: bytes, pattern: bytes) -> Iterator[int]:
 class StreamCounts:
     """What the streams of a process do. Called as their observer."""
 
-    FAMILIES: ClassVar[tuple[Family, ...]] = (STREAMS_OPEN, STREAM_GAPS, BACKFILL)
+    FAMILIES: ClassVar[tuple[Family, ...]] = (STREAMS_OPEN, STREAM_GAPS, BACKFILL, THREAD_FAILURES)
 
     def __init__(self) -> None:
         self.active = False
         self.counts = LocalCounts()
         self.counts.declare(STREAMS_OPEN)
         self.counts.declare(STREAM_GAPS)
+        self.counts.declare(THREAD_FAILURES, ("streams",))
 
     def __call__(self, name: str, facts: dict[str, Any]) -> None:
         self.active = True
@@ -561,6 +623,8 @@ class StreamCounts:
                 self.counts.add(STREAMS_OPEN)
             case "stream_closed":
                 self.counts.add(STREAMS_OPEN, amount=-1)
+            case "thread_failed":
+                self.counts.add(THREAD_FAILURES, (facts["thread"],))
             case "backfill":
                 if facts["reason"] == "gap":
                     self.counts.add(STREAM_GAPS)
@@ -638,8 +702,10 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
                 execute(connection, "SET LOCAL statement_timeout = '2s'", {})
                 began = time()
                 answer: Sequence[Any] = execute(connection, self._sql, {})[0]
-        except exc.SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        except Exception as error:  # whatever it is: what this process counts itself is told
+            reason = (
+                str(getattr(error, "orig", None) or error).strip() or repr(error)
+            ).splitlines()[0]
             logger.warning(
                 "metrics of Postgres cannot be read",
                 extra={"action": "metrics_failed", "reason": reason},

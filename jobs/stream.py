@@ -12,7 +12,15 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from typing import Any, Self, TypeVar
 
 import redis
@@ -49,6 +57,9 @@ PAGE = 500
 """Events read from the journal at once."""
 
 FIRST_PAGE = 64
+
+AGAIN_S = 1.0
+"""Until a task goes on in which something has gone wrong that nobody foresaw."""
 
 GAP_PAUSE_S = 1.0
 """Seconds until the journal is read again for an event that it did not have: whoever may publish on
@@ -235,6 +246,7 @@ class Streams:
                     head_check=self._head_check,
                     without_redis=self._without_redis,
                     patience=self._patience,
+                    observer=self._observer,
                 )
             return self._hubs[loop]
 
@@ -606,8 +618,10 @@ class Hub:
         head_check: float,
         without_redis: float,
         patience: float,
+        observer: Observer = ignore,
     ) -> None:
         self.patience = patience
+        self._observer = observer
         self._client = client
         self._heads = heads
         self._head_check = head_check
@@ -639,10 +653,12 @@ class Hub:
     async def add(self, mailbox: "Mailbox") -> None:
         self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
         if not self._tasks or any(task.done() for task in self._tasks):
+            for task in self._tasks:
+                task.cancel()
             self._tasks = [
-                asyncio.create_task(self._read(), name="beatless-streams"),
-                asyncio.create_task(self._check_heads(), name="beatless-heads"),
-                asyncio.create_task(self._check_redis(), name="beatless-ping"),
+                asyncio.create_task(self._lasting("streams", self._read)),
+                asyncio.create_task(self._lasting("heads", self._check_heads)),
+                asyncio.create_task(self._lasting("ping", self._check_redis)),
             ]
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
@@ -684,6 +700,19 @@ class Hub:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _lasting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it until it returns, or again after anything that it raises: streams wait for it."""
+        while True:
+            try:
+                return await work()
+            except Exception:
+                logger.exception(
+                    "a task of the streams failed, it begins again",
+                    extra={"action": "task_failed", "which": name, "retry_in": AGAIN_S},
+                )
+                self._observer("thread_failed", {"thread": "streams"})
+            await asyncio.sleep(AGAIN_S)
+
     async def _check_heads(self) -> None:
         while self._mailboxes:
             live = self._pubsub is not None
@@ -724,41 +753,42 @@ class Hub:
     async def _read(self) -> None:
         backoff, failures = Backoff(initial=0.1, cap=2.0), 0
         while self._mailboxes:
-            client = self._client()
-            client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
-            pubsub = client.pubsub()
-            try:
-                async with asyncio.timeout(self.patience) as self._limit:
-                    asked: set[str] = set()
-                    # Others may come while we wait for the connection: they count on us until then.
-                    while late := self._mailboxes.keys() - asked:
-                        await pubsub.subscribe(*late)
-                        asked |= late
-                    self._limit.reschedule(None)
-                    self._pubsub, self._heard = pubsub, True
-                    while self._mailboxes:
-                        message = await pubsub.get_message(timeout=None)
-                        if message is not None:
-                            failures, self._heard = 0, True
-                            self._deliver(message)
-            except Exception as error:
-                # Whatever it is: the streams of this loop wait for this task, each for ever.
-                failures += 1
-                logger.warning(
-                    "Redis is away, streams read the journal",
-                    extra={
-                        "action": "stream_without_redis",
-                        "reason": str(error) or f"no answer in {self.patience:g} s",
-                    },
-                )
-            finally:
-                self._pubsub = None
-                self._acknowledged.clear()
-                for boxes in self._mailboxes.values():
-                    for mailbox in boxes:
-                        mailbox.connected(live=False)
-                await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's gap
-                await client.aclose()
+            async with contextlib.AsyncExitStack() as opened:
+                try:
+                    client = self._client()
+                    opened.push_async_callback(client.aclose)
+                    client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
+                    pubsub = client.pubsub()
+                    opened.push_async_callback(pubsub.aclose)
+                    async with asyncio.timeout(self.patience) as self._limit:
+                        asked: set[str] = set()
+                        # Others may come while we wait for the connection: they count on us.
+                        while late := self._mailboxes.keys() - asked:
+                            await pubsub.subscribe(*late)
+                            asked |= late
+                        self._limit.reschedule(None)
+                        self._pubsub, self._heard = pubsub, True
+                        while self._mailboxes:
+                            message = await pubsub.get_message(timeout=None)
+                            if message is not None:
+                                failures, self._heard = 0, True
+                                self._deliver(message)
+                except Exception as error:
+                    # Whatever it is: the streams of this loop wait for this task, each for ever.
+                    failures += 1
+                    logger.warning(
+                        "Redis is away, streams read the journal",
+                        extra={
+                            "action": "stream_without_redis",
+                            "reason": str(error) or f"no answer in {self.patience:g} s",
+                        },
+                    )
+                finally:
+                    self._pubsub = None
+                    self._acknowledged.clear()
+                    for boxes in self._mailboxes.values():
+                        for mailbox in boxes:
+                            mailbox.connected(live=False)
             if failures:
                 await asyncio.sleep(backoff.delay(failures))
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -44,6 +45,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.sockets import readable
+from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
 from beatless.supervision import Supervisor
 
@@ -202,7 +204,7 @@ class Executors:
         self._observer = both(counts, observer)
         self._on_process = on_process
         self._shown_error = shown_error
-        self._counts = counts
+        self.counts = counts
         self._scope = scope
         self._settings = settings
         self._journal = journal
@@ -243,25 +245,25 @@ class Executors:
         # Only a child of the prefork pool has nothing but its run to lose.
         pool_child = current_process().name != "MainProcess"
         place = getattr(current_process(), "index", 0)
-        self._counts.counts.take(place)
+        self.counts.counts.take(place)
         if pool_child:
             # Or the bodies could not start processes with multiprocessing.
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         slots = [place % SLOTS] if pool_child else range(SLOTS)
-        self._heartbeat = Heartbeat(self._leases, self.connect, board=self.board, slots=slots)
-        self._watchdog = Watchdog(self._leases, self.connect, own_process=pool_child)
+        self._heartbeat = Heartbeat(
+            self._leases, self.connect, board=self.board, slots=slots, observer=self.counts
+        )
+        self._watchdog = Watchdog(
+            self._leases, self.connect, own_process=pool_child, observer=self.counts
+        )
         if self.draining.prepared:
-            threading.Thread(
-                target=self._end_of_grace,
-                args=(self._watchdog,),
-                name="beatless-grace",
-                daemon=True,
-            ).start()
+            end = partial(self._end_of_grace, self._watchdog)
+            LastingThread("grace", end, observer=self.counts).start()
         # Never the host name alone: a restarted container has the name of the one that died.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._pid = os.getpid()
 
-    def _end_of_grace(self, watchdog: Watchdog) -> None:
+    def _end_of_grace(self, watchdog: Watchdog, _thread: LastingThread) -> None:
         self.draining.announced()
         # A process whose runs all end before has ended with them.
         threading.Event().wait(self._settings.grace_seconds)
@@ -421,8 +423,10 @@ class Farewell(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no 
             self._last.cancel()
 
     def _leave(self) -> None:
-        logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
-        os._exit(0)  # what hangs is fenced, or its lease runs out
+        try:
+            logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
+        finally:
+            os._exit(0)  # what hangs is fenced, or its lease runs out
 
 
 class Announcement(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
@@ -452,26 +456,28 @@ class Announcement(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         self._name = f"{worker.hostname}:{secrets.token_hex(4)}"
         self._version = metadata.version("beatless")
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: LastingThread | None = None
 
     def start(self, _worker: Any) -> None:
-        self._thread = threading.Thread(target=self._run, name="beatless-announcement", daemon=True)
+        self._thread = LastingThread("announcement", self._run, observer=self.executors.counts)
         self._thread.start()
 
     def stop(self, _worker: Any) -> None:
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join(1.0)  # it is no more than forgotten later
+            self._thread.end(1.0)  # it is no more than forgotten later
 
     terminate = stop
 
-    def _run(self) -> None:
+    def _run(self, thread: LastingThread) -> None:
         while not self._stopping.is_set():
-            self._tell(self.statements.announce)
+            self._tell(self.statements.announce, thread)
             self._stopping.wait(PRESENCE_INTERVAL_S)
-        self._tell(self.statements.withdraw)
+        self._tell(self.statements.withdraw, thread)
 
-    def _tell(self, tell: Callable[[psycopg.Connection[Any], Presence], None]) -> None:
+    def _tell(
+        self, tell: Callable[[psycopg.Connection[Any], Presence], None], thread: LastingThread
+    ) -> None:
         prefix = f"{self.settings.prefix}."
         names = list(self._worker.app.amqp.queues.consume_from)
         try:
@@ -485,9 +491,12 @@ class Announcement(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
                         queues=[name.removeprefix(prefix) for name in names],
                         processes=self._worker.concurrency or 1,
                         version=self._version,
+                        failing=self.executors.counts.failing(),
                     ),
                 )
+            thread.works()
         except Exception as error:
+            thread.failed()
             logger.warning(
                 "the worker could not tell which queues it consumes",
                 extra={"action": "announcement_failed", "reason": str(error)},

@@ -497,8 +497,8 @@ class Executor:
             )
             return False
         self.faults.reach("claim.committed")
-        self.heartbeat.hold(lease)
         try:
+            self.heartbeat.hold(lease)
             with self.scope(lease, None, lease.run.attempt):
                 self._work(plan, lease, max_steps)
         finally:

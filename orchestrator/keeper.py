@@ -11,6 +11,7 @@ import psycopg
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.lease import Connection, Leases
 from beatless.outbox.clock import monotonic
+from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +58,21 @@ class Keeper:
         self._connection: Connection | None = None
         self._told: set[int] = set()
 
-    def run(self) -> None:
+    def run(self, thread: LastingThread | None = None) -> None:
         """Until `stopping` is set. Nothing that goes wrong ends it."""
         while not self._stopping.wait(self._leases.seconds / 6):
             try:
                 self.once()
+                if thread is not None:
+                    thread.works()
             except Exception as error:
                 logger.warning(
                     "leases of busy processes were not kept, will retry",
                     extra={"action": "keeping_failed", "reason": str(error)},
                     exc_info=None if isinstance(error, psycopg.Error) else error,
                 )
+                if thread is not None:
+                    thread.failed()
                 self._disconnect()
         self._disconnect()
 
@@ -116,5 +121,9 @@ def keep_for_parent(keeper: Keeper, end: int) -> None:
     threading.Thread(target=listen, name="beatless-parent", daemon=True).start()
     try:
         keeper.run()
+    except BaseException:
+        logger.critical(
+            "the process that keeps leases fails", extra={"action": "keeper_failed"}, exc_info=True
+        )
     finally:
         os._exit(1)

@@ -6,7 +6,7 @@ commit; `Queues` in `jobs` puts them together.
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 from beatless.orchestrator.state import RunState
@@ -61,6 +61,8 @@ class Presence:
     queues: list[str]
     processes: int
     version: str
+    failing: list[str] = field(default_factory=list)
+    """Which of its threads have failed, and not worked since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class WorkerState:
     queues: list[str]
     processes: int
     started_at: datetime
+    failing: list[str]
+    """Which of its threads have failed, and not worked since."""
 
 
 class QueueStatements:
@@ -138,12 +142,13 @@ SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(a
 WITH gone AS (
   DELETE FROM {s}.workers WHERE seen_at < clock_timestamp() - interval '1 day'
 )
-INSERT INTO {s}.workers AS w (worker, hostname, queues, processes, version)
-VALUES (%(worker)s, %(hostname)s, %(queues)s, %(processes)s, %(version)s)
+INSERT INTO {s}.workers AS w (worker, hostname, queues, processes, version, failing)
+VALUES (%(worker)s, %(hostname)s, %(queues)s, %(processes)s, %(version)s, %(failing)s)
 ON CONFLICT (worker) DO UPDATE
-   SET queues = excluded.queues, processes = excluded.processes, seen_at = clock_timestamp()"""
+   SET queues = excluded.queues, processes = excluded.processes, failing = excluded.failing,
+       seen_at = clock_timestamp()"""
         self._present = f"""
-SELECT hostname, version, queues, processes, started_at FROM {s}.workers
+SELECT hostname, version, queues, processes, started_at, failing FROM {s}.workers
  WHERE seen_at > clock_timestamp() - make_interval(secs => {PRESENCE_EXPIRES_S})
  ORDER BY hostname, started_at"""
         self._withdraw = f"DELETE FROM {s}.workers WHERE worker = %(worker)s"
@@ -230,7 +235,7 @@ SELECT run_id FROM gone"""
 
     def workers(self, connection: Caller) -> list[WorkerState]:
         """Those that consume queues now; of older versions none tells."""
-        names = ("hostname", "version", "queues", "processes", "started_at")
+        names = ("hostname", "version", "queues", "processes", "started_at", "failing")
         rows = execute(connection, self._present, {})
         return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
 

@@ -70,4 +70,5 @@ workers = Table(
     Column("version", Text, nullable=False),
     Column("started_at", Time, nullable=False, server_default=text("clock_timestamp()")),
     Column("seen_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Column("failing", ARRAY(Text), nullable=False, server_default="{}"),
 )

@@ -16,6 +16,7 @@ import psycopg
 from beatless.orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.outbox.clock import monotonic
+from beatless.outbox.threads import LastingThread, Observer, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, leases: Leases, connect: Callable[[], Connection], *, own_process: bool
+        self,
+        leases: Leases,
+        connect: Callable[[], Connection],
+        *,
+        own_process: bool,
+        observer: Observer = ignore,
     ) -> None:
         """`own_process`: nothing else runs in this process, so it may be ended."""
         self._leases = leases
@@ -91,7 +97,8 @@ class Watchdog:
         self._own_process = own_process
         self._attempts: list[Attempt] = []
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._observer = observer
+        self._thread: LastingThread | None = None
         self._stopping = False
         self._ending = False
         self._connection: Connection | None = None
@@ -129,7 +136,10 @@ class Watchdog:
             self._ending = True
             attempts = [attempt for attempt in self._attempts if attempt.reason is None]
         for attempt in attempts:
-            self._tell(attempt, WorkerStops(attempt.lease.run.run_id))
+            try:
+                self._tell(attempt, WorkerStops(attempt.lease.run.run_id))
+            except Exception as error:  # the others end all the same
+                self._away(attempt, error)
         with self._changed:
             self._wake()
 
@@ -138,9 +148,12 @@ class Watchdog:
             self._stopping = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.end()
 
     def _begin(self, attempt: Attempt) -> Any:
+        if attempt.watched or self._ending:
+            with self._changed:
+                self._wake()  # before anything else: it may be that no thread can be started
         previous = None
         attempt.gentle &= self._own_process and threading.current_thread() is (
             threading.main_thread()
@@ -161,14 +174,15 @@ class Watchdog:
             self._attempts.append(attempt)
             if self._ending:
                 attempt.reason, attempt.act_at = WorkerStops(attempt.lease.run.run_id), monotonic()
-            if attempt.watched or self._ending:
-                self._wake()
+            if self._thread is not None and (attempt.watched or self._ending):
+                self._changed.notify()
         return previous
 
     def _wake(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="beatless-watchdog", daemon=True)
-            self._thread.start()
+            thread = LastingThread("watchdog", self._run, observer=self._observer)
+            thread.start()
+            self._thread = thread  # one that could not be started is started with the next
         else:
             self._changed.notify()
 
@@ -182,12 +196,14 @@ class Watchdog:
         if attempt.gentle:
             signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
 
-    def _run(self) -> None:
+    def _run(self, thread: LastingThread) -> None:
         while True:
             with self._changed:
                 if self._stopping:
                     break
                 due = min((_due(attempt) for attempt in self._attempts), default=NEVER)
+                if not self._attempts:
+                    thread.works()
                 if due > monotonic():
                     self._changed.wait(None if due == NEVER else due - monotonic())
                     continue
@@ -197,7 +213,9 @@ class Watchdog:
             for attempt in late:
                 try:
                     self._act(attempt)
+                    thread.works()
                 except Exception as error:
+                    thread.failed()
                     self._away(attempt, error)
         if self._connection is not None:
             self._connection.close()

@@ -11,6 +11,7 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
 from beatless.outbox.queries import Queries
+from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +65,20 @@ class Chores:
         self._failures = 0
         self._due = [monotonic() + after] * len(chores)
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: LastingThread | None = None
 
     def start(self) -> None:
         """Begin, unless it has begun or there is nothing to do."""
         if self._chores and self._thread is None:
-            self._thread = threading.Thread(target=self.run, name="beatless-chores", daemon=True)
-            self._thread.start()
+            thread = LastingThread("chores", lambda _: self.run(), observer=self._observer)
+            thread.start()
+            self._thread = thread
 
     def stop(self) -> None:
         """Finish the current step and return."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.end()
 
     def run(self) -> None:
         """Work until `stop()`."""

@@ -1,7 +1,6 @@
 """Carries task messages to their publisher in a thread of its own, one batch at a time."""
 
 import queue
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import PublishRefused
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.publishers import TaskPublisher
+from beatless.outbox.threads import LastingThread, Observer, ignore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,13 @@ class Courier:
     courier's thread when a batch that is not waited for any more has found its end.
     """
 
-    def __init__(self, publisher: TaskPublisher, on_return: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        publisher: TaskPublisher,
+        on_return: Callable[[], None],
+        *,
+        observer: Observer = ignore,
+    ) -> None:
         self._publisher = publisher
         self._on_return = on_return
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -54,7 +60,8 @@ class Courier:
         self._returned: Delivery | None = None
         self._refused: set[str] = set()
         """Queues that were not accepted when last tried: each is sent by itself."""
-        self._thread: threading.Thread | None = None
+        self._observer = observer
+        self._thread: LastingThread | None = None
         self.away = False
         """A batch was sent and not taken back: send no other."""
         self._sent_at = 0.0
@@ -81,8 +88,9 @@ class Courier:
         `out` is how many messages of each of their queues are out.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="beatless-courier", daemon=True)
-            self._thread.start()
+            thread = LastingThread("courier", self._run, observer=self._observer)
+            thread.start()
+            self._thread = thread
         self.away, self._sent_at = True, monotonic()
         self._orders.put(Order(messages=messages, unclaimed=unclaimed, out=out or {}))
 
@@ -111,10 +119,16 @@ class Courier:
         """End the thread. One that hangs in its publisher ends after it, and is not awaited."""
         self._orders.put(None)
 
-    def _run(self) -> None:
+    def _run(self, thread: LastingThread) -> None:
         while (order := self._orders.get()) is not None:
-            self._deliveries.put(self._carry(order))
+            try:
+                delivery = self._carry(order)
+            except BaseException as error:
+                # Whatever it is: the relay waits for its batch, and does not know this thread.
+                delivery = Delivery(messages=(), error=error)
+            self._deliveries.put(delivery)
             self._on_return()
+            thread.works()
 
     def _carry(self, order: Order) -> Delivery:
         again, seen = self._look(order)

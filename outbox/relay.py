@@ -39,6 +39,7 @@ from beatless.outbox.queries import (
     picked_tasks,
 )
 from beatless.outbox.sockets import readable
+from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Drain:
         """When a run may be overdue, by the monotonic clock; infinity if none has a deadline."""
         self._queries = queries
         self._events = events
-        self._new_courier = partial(Courier, tasks, on_return)
+        self._new_courier = partial(Courier, tasks, on_return, observer=observer)
         self._courier = self._new_courier()
         self._hanging: list[Courier] = []
         self._event_door = event_door
@@ -803,7 +804,7 @@ class Relay:
         self._overdue = overdue
         self._alarm = Alarm()
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: LastingThread | None = None
         self._chores = Chores(
             chores, queries=queries, connect=connect, observer=observer, after=chores_after
         )
@@ -819,9 +820,7 @@ class Relay:
         self._refuse_in_child()
         if self._thread is not None:
             raise RuntimeError("this relay was started before: make a new one")
-        self._thread = threading.Thread(
-            target=self.run, args=(on_error,), name="beatless-relay", daemon=True
-        )
+        self._thread = LastingThread("relay", lambda _: self.run(on_error), observer=self._observer)
         self._thread.start()
 
     def _refuse_in_child(self) -> None:
@@ -846,7 +845,7 @@ class Relay:
             return
         self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.end()
         self._chores.stop()
         with self._once_lock:
             self._forget_once()

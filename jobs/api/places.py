@@ -102,7 +102,14 @@ class Places:
             if _server_stops():
                 self.end_all()
             elif monotonic() >= look_at:
-                await self._check_tokens()
+                try:
+                    await self._check_tokens()
+                except Exception:
+                    # Whatever it is: without this task no stream would end when the server stops.
+                    logger.exception(
+                        "open streams cannot be looked after, will retry",
+                        extra={"action": "look_after_failed"},
+                    )
                 look_at = monotonic() + TOKEN_CHECK_S
 
     async def _check_tokens(self) -> None:

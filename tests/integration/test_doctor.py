@@ -21,6 +21,7 @@ from beatless.cli import run
 from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
 from beatless.errors import BadRequest, JobsError
 from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.outbox.queries import execute
 from beatless.outbox.sockets import readable
 from beatless.services import EmbeddedPostgres, EmbeddedValkey
@@ -399,6 +400,34 @@ def test_runs_that_are_due_and_that_no_worker_takes(
     found = examine(beatless_app, "queues")
     only(found, Status.WARNING, "5 runs of queue default", "oldest for 9")
     assert found[0].advice == "no worker answers: beatless worker --queues default"
+
+
+def test_a_worker_in_which_a_thread_has_failed(beatless_app: App) -> None:
+    only(examine(beatless_app, "threads"), Status.OK, "work")
+    statements = QueueStatements(beatless_app.settings.schema)
+    counts = beatless_app.metrics.worker
+
+    def announce() -> None:
+        with beatless_app.engine.begin() as connection:
+            for name, failing in (("sound", []), ("sick", counts.failing())):
+                statements.announce(
+                    connection,
+                    Presence(
+                        worker=name,
+                        hostname=f"{name}@here",
+                        queues=["default"],
+                        processes=1,
+                        version="1",
+                        failing=failing,
+                    ),
+                )
+
+    counts("thread_failed", {"thread": "watchdog", "first": True})
+    announce()
+    only(examine(beatless_app, "threads"), Status.PROBLEM, "sick@here", "watchdog")
+    counts("thread_works", {"thread": "watchdog"})
+    announce()
+    only(examine(beatless_app, "threads"), Status.OK, "work")
 
 
 # Alone and among all

@@ -14,6 +14,7 @@ import pytest
 
 from beatless import App, Failure, Fatal, Plan, RunState, StepContext, retry, step
 from beatless.failures import Failures, OnFailure
+from beatless.outbox.clock import monotonic
 from beatless.testing import Kit
 from tests import plans
 
@@ -155,6 +156,39 @@ def test_one_that_hangs_is_waited_for_no_longer_than_said(
         assert kit.client.get_run(runs[1].run_id).state is RunState.COMPLETED
     go.set()
     assert "on_failure has not returned" in caplog.text
+
+
+def test_one_that_hangs_holds_up_a_relay_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beatless.failures.ON_FAILURE_S", 0.5)
+    monkeypatch.setattr("beatless.failures.MAX_HANGING", 40)
+    go, told = threading.Event(), threading.Semaphore(0)
+
+    def hangs(_failure: Failure) -> None:
+        go.wait(60)
+        told.release()
+
+    failures = Failures(hangs)
+    began = monotonic()
+    failures("overdue", {"runs": [(f"r{n}", "p", "q") for n in range(100)]})
+    assert monotonic() - began < 20
+    go.set()
+    for _ in range(40):
+        assert told.acquire(timeout=60)
+    for thread in failures._hanging:
+        thread.join(60)
+    failures("overdue", {"runs": [("later", "p", "q")]})
+    assert told.acquire(timeout=60)
+
+
+def test_a_thread_that_cannot_be_started_harms_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    Failures(lambda _failure: None)("parked", {"run_id": "r", "reason": "too large"})
+    assert "on_failure was not called" in caplog.text
 
 
 def test_the_recipe_for_sentry_sends_the_exception_once_with_its_tags(

@@ -17,7 +17,7 @@ from redis import asyncio as aioredis
 from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
 from beatless.cli.demo import GOLDEN
 from beatless.settings import engine_url
-from beatless.stream import Mailbox, Streams
+from beatless.stream import Hub, Mailbox, Streams
 from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
@@ -165,6 +165,55 @@ def test_streams_work_without_redis(beatless: Kit, beatless_app: App, shut_port:
     beatless.work_until_idle()
 
     assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("part", ["_read", "_check_heads", "_check_redis", "client"])
+def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """As a command that gives the password of Redis, and is not there at first."""
+    monkeypatch.setattr("beatless.stream.AGAIN_S", 0.01)
+    run = beatless.start_run("two_steps")
+    failures, failed = iter([ValueError("unforeseen")] * 3), threading.Event()
+    counted: list[str] = []
+
+    def fail() -> None:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        failed.set()
+
+    def client() -> aioredis.Redis:
+        if part == "client":
+            fail()
+        return beatless_app.aredis()
+
+    if part != "client":
+        work = getattr(Hub, part)
+
+        async def failing_work(hub: Hub) -> None:
+            fail()
+            await work(hub)
+
+        monkeypatch.setattr(Hub, part, failing_work)
+    following = streams(
+        beatless_app,
+        aredis_client=client,
+        head_check=0.05,
+        without_redis=0.05,
+        observer=lambda name, _facts: counted.append(name),
+    )
+
+    async def main() -> list[int]:
+        seen = []
+        async for event in following.afollow(run, 0):
+            seen.append(event.seq)
+            if event.seq == 1:
+                await asyncio.to_thread(failed.wait, 60)
+                await asyncio.to_thread(beatless.work_until_idle)
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == [1, 2, 3, 4, 5, 6]
+    assert counted.count("thread_failed") == (0 if part == "client" else 3)
 
 
 def test_doubled_and_reordered_messages_are_put_right(beatless: Kit, beatless_app: App) -> None:
