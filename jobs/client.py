@@ -380,11 +380,11 @@ class Client:
             run = self._get(caller, run_id)
             events = self._journal.read(caller, run.run_id, after=run.pruned_seq)
             standing = self._journal.standing(caller, run.run_id)
-            return timeline(run, self.told(events), standing)
+            return timeline(run, self._told(events), standing)
 
         return self._do(connection, look)
 
-    def told(self, events: Sequence[Event]) -> Sequence[Event]:
+    def _told(self, events: Sequence[Event]) -> Sequence[Event]:
         """Of these events, what `explain` may tell: all."""
         return events
 

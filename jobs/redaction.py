@@ -127,7 +127,7 @@ class ShownClient(Client):
         page, more = super().event_page(*args, **options)
         return [self.redaction.text(event) for event in page], more
 
-    def told(self, events: Sequence[Event]) -> Sequence[Event]:
+    def _told(self, events: Sequence[Event]) -> Sequence[Event]:
         return [self.redaction.event(event) for event in events]
 
     def stream_run(self, *args: Any, **options: Any) -> Iterator[Event]:

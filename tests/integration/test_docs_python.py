@@ -94,7 +94,6 @@ class Order(models.Model):
 """
 
 SETTINGS = """
-DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql", "NAME": "nowhere"}}
 INSTALLED_APPS = ["shop"]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
@@ -124,7 +123,7 @@ def test_the_recipes_for_django_work(
 ) -> None:
     shop = pytester.mkpydir("shop")
     (shop / "models.py").write_text(MODELS)
-    (shop / "settings.py").write_text(SETTINGS)
+    (shop / "settings.py").write_text(BLOCKS["shop/settings.py"] + SETTINGS)
     for name in ("shop/durable.py", "shop/views.py", "conftest.py", "test_shop.py"):
         (pytester.path / name).write_text(BLOCKS[name])
     with (pytester.path / "test_shop.py").open("a") as tests:
