@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from playwright.sync_api import Page, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from beatless import App
-from beatless.api import create_api
+from beatless.api import Grant, create_api
+from beatless.api import Scope as Right
 from beatless.testing import Kit
 from tests.serving import hosting
 
@@ -64,3 +65,27 @@ def test_the_page_works_below_a_path(
         assert page.url.startswith(f"{api.url}{AT}/#/run/")
         page.close()
         assert all(url.startswith(f"{api.url}{AT}") for url in loaded)
+
+
+def test_who_is_signed_out_of_the_host_is_told_so_and_goes_on_when_back(
+    beatless: Kit, open_page: Opener
+) -> None:
+    def by_cookie(request: Request) -> Grant | None:
+        return Grant(scopes=[Right.ADMIN]) if "who" in request.cookies else None
+
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app, authenticate=by_cookie))
+    with hosting(host) as api:
+        page = open_page(expected="401 (Unauthorized)")
+        ticket = {"name": "who", "value": "ann", "url": api.url}
+        page.context.add_cookies([ticket])
+        page.goto(f"{api.url}{AT}/")
+        expect(page.locator("#status")).to_have_text("Live")
+        page.context.clear_cookies()
+        page.get_by_role("link", name="System").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("the app in which this API is mounted")
+        page.context.add_cookies([ticket])
+        dialog.get_by_role("button", name="Back").click()
+        expect(page.locator("main")).to_contain_text("Relays")
+        page.close()

@@ -24,8 +24,8 @@ export async function callText(path, options = {}) {
   const answer = await fetch(address(path), { ...options, headers });
   const told = Date.parse(answer.headers.get("date"));
   if (told) skew = Math.abs(told - Date.now()) > 2000 ? told - Date.now() : 0;
-  if (answer.status === 401) { await login(); return callText(path, options); }
   const text = answer.status === 204 ? null : await answer.text();
+  if (answer.status === 401) { await login(refusal(answer, text)); return callText(path, options); }
   if (!answer.ok) throw Object.assign(new Error(refusal(answer, text)), { status: answer.status });
   return text;
 }
@@ -56,10 +56,11 @@ export async function lacks(scope) {
   return (await scopes()).includes(scope) ? null : `This token lacks the scope ${scope}`;
 }
 
-function login() {
+function login(reason) {
   asked ??= ask({
     title: "A token is needed",
     fields: [
+      el("p", {}, `The server says: ${reason}.`),
       el("p", {}, "Make one with ", el("code", {}, "beatless token create --scope runs:read --scope runs:write --scope queues"),
         ". It is kept until this tab is closed."),
       el("label", {}, "Token", el("input", { name: "token", type: "password", autocomplete: "off", required: true })),
