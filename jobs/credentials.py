@@ -28,8 +28,8 @@ def from_command(command: str) -> Password:
                 words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True
             )
         except subprocess.CalledProcessError as error:
-            said = str(error.stderr).strip().splitlines()
-            reason = f"{words[0]} ended with status {error.returncode}: {' '.join(said[-1:])}"
+            said = str(error.stderr).strip().splitlines()[-1:]
+            reason = ": ".join([f"{words[0]} ended with status {error.returncode}", *said])
             raise PasswordUnavailable(reason) from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PasswordUnavailable(f"{words[0]} could not be run: {error}") from error
