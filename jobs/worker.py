@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ import sqlalchemy
 from billiard.common import _should_have_exited
 from billiard.process import current_process
 from celery import Celery, bootsteps, signals
+from celery.platforms import isatty
 from celery.worker import state as worker_state
 from kombu import Queue
 
@@ -661,8 +663,22 @@ def run_worker(
     def stops(how: str, **_: Any) -> None:
         told.append(how)
 
+    main, before, hung_up = os.getpid(), signal.getsignal(signal.SIGHUP), []
+
+    def hangs_up(number: int, _frame: object) -> None:
+        if os.getpid() == main and not told:
+            # Whose terminal has gone does not come back behind it.
+            if not isatty(sys.stdin):
+                hung_up.append(number)
+            os.kill(main, signal.SIGTERM)
+
+    def ready(**_: Any) -> None:
+        # Celery's own starts what `sys.argv` says, which is not always what was started.
+        signal.signal(signal.SIGHUP, before if before == signal.SIG_IGN else hangs_up)
+
     signals.worker_init.connect(begins)
     signals.worker_shutting_down.connect(stops)
+    signals.worker_ready.connect(ready)
     try:
         celery.worker_main([*argv, *arguments])
     except SystemExit as ended:
@@ -670,6 +686,11 @@ def run_worker(
     finally:
         signals.worker_init.disconnect(begins)
         signals.worker_shutting_down.disconnect(stops)
+        signals.worker_ready.disconnect(ready)
+    if hung_up:
+        logger.info("worker starts again", extra={"action": "worker_restarts"})
+        logging.shutdown()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself
     if "Warm" in told:
         return 0
     # Celery keeps to itself that it could not go on.
