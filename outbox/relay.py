@@ -92,6 +92,12 @@ LOCKED_LOOK = 0.25
 BACKOFF_CAP_S = 2.0
 """Seconds between two tries of a server that is away: what waits behind it waits no longer."""
 
+NEVER_OF_A_ROW = frozenset(
+    ("08", "25", "26", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "")
+)
+"""Classes of SQLSTATE for which no row is to blame: the connection, the transaction (a primary that
+has become read-only), rights, what does not exist, resources, locks, an operator, the system."""
+
 SET_ASIDE_S = 60.0
 """Seconds for which a run is left alone after a statement over one of its rows has failed."""
 
@@ -401,9 +407,9 @@ class Drain:
         """`_mark`, and a row for which it fails does not hold up the others."""
         try:
             return self._mark(statement, messages, now)
-        except psycopg.OperationalError:
-            raise
-        except psycopg.Error:
+        except psycopg.Error as error:
+            if not is_of_a_row(error):
+                raise
             marked = 0
             for message in messages:
                 with self._blaming(message.run_id):
@@ -510,7 +516,7 @@ class Drain:
 
         Raises the error if no row is to blame for it.
         """
-        if self._connection.closed or isinstance(error, psycopg.OperationalError):
+        if self._connection.closed or not is_of_a_row(error):
             raise error
         # psycopg believes that what stood behind the failure in the pipeline was prepared.
         self._connection.execute("DEALLOCATE ALL", prepare=False)
@@ -534,9 +540,9 @@ class Drain:
         for shard, row_id, head in heads:
             try:
                 self._connection.execute(self._queries.pick_one_sql, {"shard": shard, "id": row_id})
-            except psycopg.OperationalError:
-                raise
             except psycopg.Error as reason:
+                if not is_of_a_row(reason):
+                    raise
                 with self._blaming(head):
                     self._park(head, shard, [row_id], str(reason))
                     parked += 1
@@ -549,9 +555,9 @@ class Drain:
         """Set this run aside if Postgres refuses a statement over nothing but its rows."""
         try:
             yield
-        except psycopg.OperationalError:
-            raise
         except psycopg.Error as error:
+            if not is_of_a_row(error):
+                raise
             self._aside[run_id] = monotonic() + SET_ASIDE_S
             self._observer("set_aside", {"run_id": run_id})
             logger.error(
@@ -740,6 +746,11 @@ class Drain:
     def reset_floor(self) -> None:
         """Look at everything again, because the set of shards has changed."""
         self._floor, self._highest, self._candidate, self._decided = 0, 0, None, False
+
+
+def is_of_a_row(error: psycopg.Error) -> bool:
+    """Whether Postgres may refuse a statement for the sake of one row, and not of all others."""
+    return (error.sqlstate or "")[:2] not in NEVER_OF_A_ROW
 
 
 def _ids(rows: Sequence[PickedEvents]) -> dict[str, str]:

@@ -389,7 +389,10 @@ def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
 
     async def follow() -> None:
         nonlocal pruned
-        async for chunk in chunks(beatless.app.streams, run, epoch="e", after=0, reset=False):
+        stream = chunks(
+            beatless.app.streams, run, beatless.app.redaction.text, epoch="e", after=0, reset=False
+        )
+        async for chunk in stream:
             text.append(chunk)
             if b"id: e.1\n" in chunk:
                 beatless.advance(31 * DAY)
