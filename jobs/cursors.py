@@ -3,7 +3,7 @@
 import base64
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import storable
@@ -22,11 +22,12 @@ def decode_page(cursor: str) -> tuple[datetime, str]:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         moment, run_id = json.loads(base64.urlsafe_b64decode(padded))
-        found = datetime.fromisoformat(moment)
-    except (ValueError, TypeError, RecursionError):
+        given = datetime.fromisoformat(moment)
+        # Postgres takes no time zone that is 16 hours or more away.
+        found = given.astimezone(UTC) if given.tzinfo else None
+    except (ValueError, TypeError, RecursionError, OverflowError):
         found, run_id = None, None
-    ours = found is not None and isinstance(run_id, str) and storable(run_id)
-    if found is None or found.tzinfo is None or not ours:
+    if found is None or not isinstance(run_id, str) or not storable(run_id):
         raise BadRequest("cursor", "is not one of ours: pass the `next` of the page before")
     return found, run_id
 

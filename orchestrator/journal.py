@@ -8,7 +8,7 @@ that. `Journal` holds the statements of one schema.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
@@ -181,7 +181,8 @@ class NewRun:
             "queue": self.queue,
             "priority": self.priority,
             "key": self.key,
-            "not_before": self.not_before.isoformat() if self.not_before else None,
+            # In UTC: Postgres takes no time zone that is 16 hours or more away from it.
+            "not_before": self.not_before.astimezone(UTC).isoformat() if self.not_before else None,
             "delay": self.delay,
             "deadline": self.deadline,
             "tags": dict(self.tags),

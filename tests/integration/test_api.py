@@ -149,6 +149,21 @@ def test_a_cursor_of_a_list_that_no_run_can_have_is_refused(api: Api, run_id: st
     assert api("GET", f"/v1/runs?cursor={cursor}").status == 400
 
 
+@pytest.mark.parametrize("zone", ["-23:59", "+23:59", "+15:59"])
+def test_a_time_is_taken_from_every_time_zone(beatless: Kit, api: Api, zone: str) -> None:
+    moment = datetime.fromisoformat(f"2999-12-31T23:59:59{zone}")
+    answer = api("POST", "/v1/runs", {"plan": "two_steps", "not_before": moment.isoformat()})
+    assert beatless.client.get_run(answer.json["run_id"]).not_before == moment
+
+    assert len(api("GET", f"/v1/runs?cursor={encode_page(moment, 'r')}").json["runs"]) == 1
+
+
+@pytest.mark.parametrize("moment", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59"])
+def test_a_cursor_beyond_all_time_is_refused(api: Api, moment: str) -> None:
+    cursor = encode_page(datetime.fromisoformat(moment), "r")
+    assert api("GET", f"/v1/runs?cursor={cursor}").status == 400
+
+
 @pytest.mark.parametrize("text", ["\ud800", "\0"])
 def test_what_postgres_cannot_hold_is_refused_everywhere(
     beatless: Kit, api: Api, text: str
