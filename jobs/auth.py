@@ -188,7 +188,8 @@ SELECT t.namespace, t.scopes, t.run_id, t.id, t.maker FROM {self._table} t
         namespace, scopes, run_id, token_id, maker = rows[0]
         return Grant(
             namespace=namespace,
-            scopes=frozenset(scopes),
+            # An array of Postgres may hold arrays and nulls: they are no scopes.
+            scopes=frozenset(scope for scope in scopes if isinstance(scope, str)),
             run_id=run_id,
             token_id=token_id,
             maker=maker,

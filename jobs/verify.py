@@ -34,7 +34,8 @@ def _checks(s: str) -> str:
     """One statement, so that everything is seen at one instant."""
     return f"""
 WITH run AS MATERIALIZED (
-  SELECT run_id, state, last_seq, attempt, finished_at, pruned_seq FROM {s}.runs
+  SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
+         pruned_seq::bigint AS pruned_seq FROM {s}.runs
    WHERE %(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s)
 ), event AS MATERIALIZED (
   SELECT e.* FROM {s}.run_events e JOIN run USING (run_id)

@@ -230,7 +230,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             deadline=None if left is None else monotonic() + left,
             waited=waited,
             age=age,
-            trace_context=trace_context,
+            trace_context=_carrier(trace_context),
             begun=begun,
         )
 
@@ -456,3 +456,9 @@ class Heartbeat:
                     connection.close()
         if connection is not None:
             connection.close()
+
+
+def _carrier(stored: Any) -> Mapping[str, str] | None:
+    """The headers that a row carries, unless it holds anything else: the run is worth more."""
+    headers = isinstance(stored, dict) and all(isinstance(value, str) for value in stored.values())
+    return stored if headers else None

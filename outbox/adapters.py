@@ -21,18 +21,31 @@ from psycopg.rows import tuple_row
 from psycopg.types import array
 from psycopg.types.json import set_json_loads
 
+from beatless.outbox.times import FIRST_YEAR, LAST_YEAR
+
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 """Postgres counts from here."""
 
+EARLIEST = datetime(FIRST_YEAR, 1, 1, tzinfo=UTC)
+LATEST = datetime(LAST_YEAR, 12, 31, tzinfo=UTC)
+FIRST = (EARLIEST - EPOCH) // timedelta(microseconds=1)
+LAST = (LATEST - EPOCH) // timedelta(microseconds=1)
+
 
 class UtcLoader(Loader):
-    """A timestamptz in UTC: psycopg's own is in the time zone of the session."""
+    """A timestamptz in UTC: psycopg's own is in the time zone of the session.
+
+    Postgres has times before and after all that Python has, and infinities: whoever writes one with
+    SQL must not have the lists fail that it stands in.
+    """
 
     format = pq.Format.BINARY
 
     def load(self, data: Buffer) -> datetime:
         microseconds: int = struct.unpack("!q", data)[0]
-        return EPOCH + timedelta(microseconds=microseconds)
+        if FIRST <= microseconds <= LAST:
+            return EPOCH + timedelta(microseconds=microseconds)
+        return EARLIEST if microseconds < FIRST else LATEST
 
 
 def _adapters() -> AdaptersMap:

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import Caller, channel_of, execute
+
+INT4 = (-(2**31), 2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +27,20 @@ class LetterStatements:
     def __init__(self, schema: str) -> None:
         s = schema
         self._channel = channel_of(schema)
+        # Whatever a letter holds, it must not have the others fail that it stands among.
+        shard = _whole("shard", 0, SHARDS - 1)
+        from_seq, to_seq = _whole("from_seq", *INT4), _whole("to_seq", *INT4)
+        fit = f"{shard} IS NOT NULL AND {from_seq} IS NOT NULL AND {to_seq} IS NOT NULL"
         self._list = f"""
-SELECT id, run_id, reason, (message ->> 'from_seq')::int, (message ->> 'to_seq')::int, created_at
+SELECT id, run_id, reason, coalesce({from_seq}, 0), coalesce({to_seq}, 0), created_at
   FROM {s}.dead_letters WHERE id > %(after)s ORDER BY id LIMIT %(limit)s"""
         self._requeue = f"""
-WITH gone AS (DELETE FROM {s}.dead_letters WHERE {{which}} RETURNING run_id, message)
+WITH gone AS (DELETE FROM {s}.dead_letters WHERE {{which}} AND {fit} RETURNING run_id, message)
 INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
-SELECT (message ->> 'shard')::smallint, run_id, (message ->> 'from_seq')::int,
-       (message ->> 'to_seq')::int FROM gone ORDER BY (message ->> 'from_seq')::int
+SELECT {shard}, run_id, {from_seq}, {to_seq} FROM gone ORDER BY {from_seq}
 RETURNING run_id, pg_notify(%(channel)s, '')"""
         self._some = f"""id IN (
-  SELECT id FROM {s}.dead_letters WHERE strpos(lower(reason), lower(%(reason)s)) > 0
+  SELECT id FROM {s}.dead_letters WHERE strpos(lower(reason), lower(%(reason)s)) > 0 AND {fit}
    ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)"""
         self._discard = f"DELETE FROM {s}.dead_letters WHERE id = %(id)s RETURNING id"
 
@@ -70,3 +76,10 @@ RETURNING run_id, pg_notify(%(channel)s, '')"""
     def discard(self, connection: Caller, letter_id: int) -> bool:
         """Forget the message: its events stay in the journal; False if there is none."""
         return bool(execute(connection, self._discard, {"id": letter_id}))
+
+
+def _whole(name: str, least: int, most: int) -> str:
+    """SQL of a number in a message; NULL unless it is one, between these two."""
+    text = f"CASE jsonb_typeof(message -> '{name}') WHEN 'number' THEN message ->> '{name}' END"
+    number = f"({text})::numeric"
+    return f"CASE WHEN {number} BETWEEN {least} AND {most} THEN {number}::int END"

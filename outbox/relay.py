@@ -208,6 +208,7 @@ class Drain:
         self._marks: list[tuple[str, Sequence[TaskMessage]]] = []
         """What to note of the tasks that have come back, by statement."""
         self._unmarked: dict[str, TaskMessage] = {}
+        self._isolations = 0
         self._aside: dict[str, float] = {}
         """Until when each of these runs is left alone."""
         self._told_until: dict[str, float] = {}
@@ -518,8 +519,10 @@ class Drain:
         """
         if self._connection.closed or not is_of_a_row(error):
             raise error
-        # psycopg believes that what stood behind the failure in the pipeline was prepared.
-        self._connection.execute("DEALLOCATE ALL", prepare=False)
+        # psycopg believes that what stood behind the failure in the pipeline was prepared, and does
+        # not look at what a statement has done that it has seen before.
+        self._isolations += 1
+        self._connection.execute(f"DEALLOCATE ALL -- {self._isolations}", prepare=False)
         before = dict(self._aside)
         parked = 0
         self._undeleted, self._published, self._marks = [], [], []

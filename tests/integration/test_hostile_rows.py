@@ -6,13 +6,18 @@ import psycopg
 import pytest
 
 from beatless import App
+from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.outbox.backoff import Backoff
+from beatless.system import look
 from beatless.testing import Kit
 from beatless.verify import verify
 from tests.integration.test_relay import Announcements, Door, doors, pending, recording, seqs
 
 __all__ = ["doors"]
+
+UNINDEXABLE = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) AS n)"
+"""What repeats would be packed until it fits."""
 
 DISPATCHES = {
     "attempts beyond what a float's power takes": "attempts = 1024",
@@ -30,6 +35,8 @@ DISPATCHES = {
     "a queue without a name": "queue = ''",
     "a queue of odd characters": "queue = E'\\x06\\x16 \\n *#. ü \\'\" {}'",
     "a very long queue": "queue = repeat('q', 100000)",
+    "a queue that no index takes": f"queue = {UNINDEXABLE}, state = 'running'",
+    "a delayed queue that no index takes": f"queue = {UNINDEXABLE}, state = 'delayed'",
     "a plan that is none": "queue = 'theirs', task = 'no such plan'",
     "a plan without a name": "queue = 'theirs', task = ''",
     "a plan of odd characters": "queue = 'theirs', task = E'\\x01\\n\\'\"{}%%s'",
@@ -110,6 +117,97 @@ def test_an_event_that_cannot_be_built_is_a_dead_letter(
     (letter,) = beatless.client.dead_letters()
     assert (letter.run_id, letter.from_seq, letter.to_seq) == (culprit.run_id, 1, 1)
     assert "out of range" in letter.reason
+
+
+def test_events_that_cannot_be_built_one_after_another_stop_no_relay(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    for _ in range(4):
+        beatless.start_run("two_steps")
+        postgres.execute("UPDATE run_events SET ts = 'infinity' WHERE seq = 1")
+        other = beatless.start_run("two_steps")
+        beatless.work_until_idle()
+        assert beatless.client.get_run(other.run_id).state.final
+
+
+TIMES = {
+    "runs": ("created_at", "not_before", "deadline_at", "lease_expires_at", "started_at"),
+    "queues": ("paused_at",),
+    "workers": ("started_at",),
+    "dead_letters": ("created_at",),
+    "api_tokens": ("created_at", "expires_at"),
+}
+
+
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "294276-12-31", "4713-01-01 BC"])
+def test_a_time_that_python_does_not_have_fails_no_list(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, moment: str
+) -> None:
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    tokens.create([Scope.ADMIN])
+    beatless.start_run("two_steps")
+    beatless.client.pause_queue("default")
+    postgres.execute("INSERT INTO workers VALUES ('w', 'h', '{default}', 1, '1')")
+    postgres.execute(LETTER, ("{}",))
+    for table, columns in TIMES.items():
+        for column in columns:
+            postgres.execute(f"UPDATE {table} SET {column} = '{moment}'".encode())
+
+    assert len(beatless.client.list_runs()) == 1
+    assert [queue.name for queue in beatless.client.queues()] == ["default"]
+    assert len(look(beatless_app, beatless_app.engine).workers) == 1
+    assert len(beatless.client.dead_letters()) == 1
+    assert len(tokens.list()) == 1
+
+
+LETTER = "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', 'a', 'b', %s)"
+
+
+def test_a_hostile_letter_keeps_no_other_from_being_listed_and_requeued(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    hostile = ["5", "null", "[]", "{}", '{"from_seq": "x"}', '{"shard": 99999, "from_seq": 1e30}']
+    good = '{"shard": 0, "from_seq": 1, "to_seq": 2}'
+    for message in [*hostile, good]:
+        postgres.execute(LETTER, (message,))
+
+    letters = beatless.client.dead_letters()
+
+    assert [(letter.from_seq, letter.to_seq) for letter in letters] == [(0, 0)] * 6 + [(1, 2)]
+    assert beatless.client.requeue_dead_letters() == 1
+    assert len(beatless.client.dead_letters()) == len(hostile)
+
+
+@pytest.mark.parametrize("carried", ["5", "[]", "null", '{"traceparent": 5}'])
+def test_a_run_goes_on_whatever_its_trace_context_is(
+    beatless: Kit, postgres: psycopg.Connection, carried: str
+) -> None:
+    run = beatless.start_run("two_steps")
+    postgres.execute("UPDATE runs SET trace_context = %s", (carried,))
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state == "completed"
+
+
+@pytest.mark.parametrize("column", ["pruned_seq", "last_seq", "attempt"])
+def test_a_counter_at_its_end_does_not_keep_verify_from_the_others(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, column: str
+) -> None:
+    run = beatless.start_run("two_steps")
+    postgres.execute(f"UPDATE runs SET {column} = 2147483647".encode())
+
+    assert run.run_id in {run_id for _, run_id in violations(beatless_app)}
+
+
+def test_scopes_of_a_token_that_are_no_names_grant_nothing(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
+    secret = tokens.create([Scope.ADMIN])[1]
+    for scopes in ("{{admin}}", "{NULL}", "{}"):
+        postgres.execute("UPDATE api_tokens SET scopes = %s", (scopes,))
+        assert not (found := tokens.find(secret)) or not found.allows(Scope.RUNS_READ)
 
 
 @pytest.fixture
