@@ -63,8 +63,8 @@ ENDED = (
 )
 """What a server says that is there and has ended the statement."""
 
-TAGS_LENGTH = 16 * 1024
-"""Characters of all names and values: tags are for finding runs."""
+TAGS_BYTES = 16 * 1024
+"""Of all names and values in UTF-8: tags are for finding runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -878,9 +878,9 @@ def _tags(tags: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (tags or {}).items():
         if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
             raise BadRequest("tags", "must map strings to strings of valid text, without NUL")
-    if sum(len(name) + len(value) for name, value in (tags or {}).items()) > TAGS_LENGTH:
+    if sum(len((name + value).encode()) for name, value in (tags or {}).items()) > TAGS_BYTES:
         raise BadRequest(
-            "tags", f"are longer than {TAGS_LENGTH} characters: put what is large into the input"
+            "tags", f"are longer than {TAGS_BYTES} bytes: put what is large into the input"
         )
     return dict(tags or {})
 
@@ -890,7 +890,7 @@ def _page(found: Iterable[tuple[Run, Place]], limit: int, max_bytes: int) -> Run
     size = 0
     for run, place in found:
         lines.append(json.dumps(run.to_dict(), ensure_ascii=False, separators=(",", ":")))
-        size += len(lines[-1])
+        size += len(lines[-1].encode())
         if size >= max_bytes or len(lines) == limit:
             return RunPage(lines=lines, next=place)
     return RunPage(lines=lines, next=None)

@@ -37,7 +37,8 @@ def _refusal(scope: Scope) -> tuple[HTTPStatus, str] | None:
         return [value for key, value in scope["headers"] if key == name]
 
     size = sum(len(name) + len(value) for name, value in scope["headers"])
-    if size + len(scope["path"]) + len(scope["query_string"]) > HEAD_BYTES:
+    path = scope.get("raw_path") or scope["path"].encode(errors="surrogatepass")
+    if size + len(path) + len(scope["query_string"]) > HEAD_BYTES:
         status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         return status, f"address and headers may have {HEAD_BYTES} bytes"
     lengths = values(b"content-length")

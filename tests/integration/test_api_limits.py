@@ -201,6 +201,14 @@ def test_large_runs_come_in_answers_that_are_not(beatless: Kit, api: Api, monkey
         assert client.failed_runs() == []
 
 
+def test_a_page_of_runs_counts_bytes_and_not_characters(
+    beatless: Kit, api: Api, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "RUNS_BYTES", 5000)
+    beatless.client.start_runs([RunRequest(plan="fatally", input="漢" * 1000) for _ in range(6)])
+    assert len(api("GET", "/v1/runs?limit=100").json["runs"]) == 2
+
+
 def test_the_async_client_reads_large_runs_page_by_page(
     beatless: Kit, api: Api, monkeypatch
 ) -> None:

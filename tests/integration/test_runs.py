@@ -441,6 +441,8 @@ def test_listing_is_newest_first_and_pages_without_gaps(beatless: Kit) -> None:
 
 
 def test_tags_are_for_finding_runs_and_not_for_content(beatless: Kit) -> None:
-    with pytest.raises(BadRequest, match="tags are longer than 16384 characters"):
+    with pytest.raises(BadRequest, match="tags are longer than 16384 bytes"):
         beatless.start_run("two_steps", tags={"a": "x" * 10_000, "b": "x" * 7000})
+    with pytest.raises(BadRequest, match="tags are longer than 16384 bytes"):
+        beatless.start_run("two_steps", tags={"a": "漢" * 5500})
     assert beatless.start_run("two_steps", tags={"a": "x" * 16_383}).tags["a"] == "x" * 16_383
