@@ -14,7 +14,7 @@ import pytest
 from beatless import App, RunConflict, RunState
 from beatless.client import RunRequest, reaching_postgres
 from beatless.errors import StatementTimeout
-from beatless.orchestrator.events import EventType
+from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.journal import Appended, Run, Settlement
 from beatless.orchestrator.lease import Heartbeat, Lease
@@ -225,6 +225,55 @@ def test_cancel_and_finish_race_to_one_end(beatless: Kit, beatless_app: App, exe
             assert (executed, ended.state) == (True, RunState.COMPLETED)
     beatless.drain_outbox_once()
     beatless.verify()
+
+
+@pytest.mark.parametrize("first", ["cancel", "end"])
+def test_of_a_cancel_and_an_end_the_second_sees_the_first_on_whose_row_it_waited(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, executors, first: str
+) -> None:
+    journal, run = beatless_app.journal, beatless.start_run("two_steps")
+    holder, waiter = (executor.connection() for executor in (executors(), executors()))
+    lease = beatless_app.leases.claim(
+        holder, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+    )
+
+    def end(connection: psycopg.Connection[Any]) -> Appended | None:
+        def finished(outcome: str) -> NewEvent:
+            data = {"outcome": outcome, "result": 1}
+            return journal.new_event(EventType.RUN_FINISHED, where="here", data=data)
+
+        settlement = Settlement(
+            events=[finished("completed")],
+            state=RunState.COMPLETED,
+            if_cancelled=[finished("cancelled")],
+        )
+        return journal.settle(connection, run.run_id, lease.token, settlement)
+
+    def cancel(connection: psycopg.Connection[Any]) -> Run:
+        return journal.cancel(connection, run.run_id, namespace="default", reason=None, undo={})
+
+    before, after = (cancel, end) if first == "cancel" else (end, cancel)
+    found: list[Any] = []
+    second = threading.Thread(target=lambda: found.append(after(waiter)))
+    pid = waiter.info.backend_pid
+    with holder.transaction():
+        before(holder)
+        second.start()
+        deadline = monotonic() + 60
+        while not postgres.execute("SELECT cardinality(pg_blocking_pids(%s))", (pid,)).fetchone()[
+            0
+        ]:
+            assert monotonic() < deadline
+    second.join(60)
+
+    told = beatless.event_types(run.run_id)[2:]
+    state = beatless.client.get_run(run.run_id).state
+    if first == "cancel":
+        assert found[0].cancelled
+        assert (state, told) == (RunState.CANCELLED, ["CancelRequested", "RunFinished"])
+    else:
+        assert found[0].state is RunState.COMPLETED
+        assert (state, told) == (RunState.COMPLETED, ["RunFinished"])
 
 
 def test_many_cancels_at_once_are_one(beatless: Kit) -> None:
