@@ -47,6 +47,7 @@ from beatless.worker import (
     Executors,
     Farewell,
     MetricsListener,
+    Reconnects,
     Replacements,
     Surroundings,
     Unreadable,
@@ -148,6 +149,7 @@ class App:
         self.celery.conf.update(celery_settings(settings, plans))
         self.celery.steps["worker"].add(Surroundings)
         self.celery.steps["consumer"].add(Unreadable)
+        self.celery.steps["consumer"].add(Reconnects.of(self.executors.draining))
         self.celery.steps["worker"].add(Replacements)
         self.celery.steps["worker"].add(Alive)
         self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))

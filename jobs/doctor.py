@@ -42,6 +42,7 @@ from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.queries import channel_of, outbox_lag
 from beatless.places import places
 from beatless.postgres import connect, connect_directly
+from beatless.redis_urls import is_replica
 from beatless.schema import head
 from beatless.stream import Subscription
 from beatless.unfit_rows import unfit_rows
@@ -702,6 +703,15 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
         began = time.perf_counter()
         self._client.ping()
         took = (time.perf_counter() - began) * 1000
+        if is_replica(self._client):
+            yield Finding(
+                check="redis",
+                status=Status.WARNING,
+                text="the Redis URL reaches a replica: events that are published there reach "
+                "nobody who listens at the master",
+                advice="set BEATLESS_REDIS_URL to the master, or to its Sentinels",
+            )
+            return
         facts = self._client.info("server")
         valkey = "valkey_version" in facts
         name = "Valkey" if valkey else "Redis"
@@ -793,6 +803,17 @@ SELECT s.relname, s.n_dead_tup, s.n_live_tup,
                 "broker", "the broker", self._broker_fault, "BEATLESS_BROKER_URL"
             )
             return
+        if self._settings.redis_broker is not None:
+            with self._settings.redis_broker.client(**REDIS_TIMEOUTS) as client:
+                if is_replica(client):
+                    yield Finding(
+                        check="broker",
+                        status=Status.PROBLEM,
+                        text="the broker URL reaches a replica: nothing can be sent to a worker",
+                        advice="set BEATLESS_BROKER_URL, or BEATLESS_REDIS_URL without it, to the "
+                        "master, or to its Sentinels",
+                    )
+                    return
         name, took = self._broker_took
         text = f"{name}, connected in {took * 1000:.1f} ms"
         yield Finding(check="broker", status=Status.OK, text=text)

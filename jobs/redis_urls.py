@@ -219,6 +219,15 @@ def is_cluster(client: "redis.Redis") -> bool:
     return bool(facts.get("cluster_enabled"))
 
 
+def is_replica(client: "redis.Redis") -> bool:
+    """Whether the server follows another one; False if it does not say."""
+    try:
+        facts: Any = client.info("replication")
+    except redis.ResponseError:
+        return False  # the user may not ask
+    return bool(facts.get("role") == "slave")
+
+
 def _tls(options: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {name: options[name] for name in FILES if name in options}
     for name, path in found.items():

@@ -43,9 +43,11 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueStatements
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
+from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.publishers import worker_queue
+from beatless.outbox.relay import BACKOFF_CAP_S, STEADY
 from beatless.outbox.sockets import readable
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
@@ -121,6 +123,9 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
 
 FAREWELL = 5.0
 """Seconds after the grace in which a worker ends, whatever hangs in it."""
+
+SHUTDOWN_LOOK_S = 0.25
+"""Between two looks, while a worker waits, whether it is to end."""
 
 TOUCH_EVERY = 5.0
 """Seconds between two touches of the ready file."""
@@ -332,19 +337,82 @@ class Surroundings(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         self._celery.set_default()  # a prefork child forgets how this app does it
 
 
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
+"""Raised by kombu for anything in the broker's list that it did not write."""
+
+
 class Unreadable(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """What is no message ends no worker: it connects anew, as after a lost connection.
 
-    kombu raises these for anything in the broker's list that it did not write, when it has taken it
-    out already. What runs goes on.
+    It is out of the list already when kombu raises. What runs goes on.
     """
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        parent.connection_errors = (
-            *parent.connection_errors,
-            *(ValueError, TypeError, LookupError, AttributeError),
+        parent.connection_errors = (*parent.connection_errors, *UNREADABLE)
+
+
+class Reconnects(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """How soon a worker tries its broker again: as soon as a relay, and never without a pause.
+
+    Celery lets up to 30 s pass before it notices that a broker is back. And it has no back-off from
+    one that accepts the connection and then refuses, as a read-only replica does.
+    """
+
+    draining: ClassVar[Draining]
+
+    @classmethod
+    def of(cls, draining: Draining) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"draining": draining})
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._backoff = Backoff(cap=BACKOFF_CAP_S)
+        self._failures = 0
+        self._connected_at = monotonic()
+        self._connect, self._lost = (
+            parent.ensure_connected,
+            parent.on_connection_error_after_connected,
         )
+        parent.ensure_connected = self.connect
+        parent.on_connection_error_after_connected = self.lost
+
+    def connect(self, connection: Any) -> Any:
+        """In the place of the consumer's `ensure_connected`."""
+        connection.ensure_connection = partial(
+            connection.ensure_connection,
+            interval_start=1,
+            interval_step=1,
+            interval_max=BACKOFF_CAP_S,
+        )
+        connected = self._connect(connection)
+        self._connected_at = monotonic()
+        return connected
+
+    def lost(self, error: Exception) -> None:
+        """In the place of the consumer's `on_connection_error_after_connected`."""
+        self._lost(error)
+        delay = self.delay(error, monotonic() - self._connected_at)
+        if self._failures > 1:
+            logger.warning(
+                "the broker accepts connections and ends them, will retry",
+                extra={"action": "broker_refuses", "retry_in": delay, "reason": str(error)},
+            )
+        until = monotonic() + delay
+        while (left := until - monotonic()) > 0:
+            worker_state.maybe_shutdown()
+            if self.draining.wait(min(left, SHUTDOWN_LOOK_S)):
+                return
+
+    def delay(self, error: Exception, lasted: float) -> float:
+        """Seconds until the next try after a connection that lasted for so many."""
+        if isinstance(error, UNREADABLE) or lasted > STEADY:
+            self._failures = 0
+        if isinstance(error, UNREADABLE):
+            return 0.0  # it is out of the list: the next message is another one
+        self._failures += 1
+        return self._backoff.delay(self._failures)
 
 
 class Replacements(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 from sqlalchemy import make_url
 
 from beatless import App, Plan, StepContext, step
@@ -98,6 +99,16 @@ def test_a_replica(beatless_app: App, tmp_path: Path, changed: Callable[..., App
         app = changed(database_url=server.url, listen_url="")
 
         only(examine(app, "primary"), Status.PROBLEM, "replica")
+
+
+def test_a_replica_of_redis(tmp_path: Path, changed: Callable[..., App], shut_port: int) -> None:
+    with EmbeddedValkey(tmp_path / "valkey") as server:
+        with redis.Redis.from_url(server.url) as admin:
+            admin.execute_command("REPLICAOF", "127.0.0.1", shut_port)
+        app = changed(redis_url=server.url, broker_url=server.url)
+
+        only(examine(app, "broker"), Status.PROBLEM, "reaches a replica")
+        only(examine(app, "redis"), Status.WARNING, "reaches a replica")
 
 
 def test_a_read_only_database(beatless_app: App, changed: Callable[..., App]) -> None:

@@ -286,6 +286,27 @@ def test_a_closed_task_door_does_not_stop_events(
     assert [message.run_id for message in doors[1].messages] == [run.run_id]
 
 
+@pytest.mark.parametrize("first", ["_event_door", "_task_door"])
+def test_the_door_that_opens_first_has_the_other_tried_at_once(
+    beatless: Kit, beatless_app: App, doors, first: str
+) -> None:
+    for door in doors:
+        door.error = PublishFailed("Redis", "gone")
+    run = beatless.start_run("two_steps")
+    relay = recording(beatless_app, doors, backoff=Backoff(initial=3600, cap=3600))
+    relay.drain_once()
+    for door in doors:
+        door.error = None
+    assert relay.drain_once() == 0  # nobody knows yet
+    getattr(relay._once[1], first).try_now()  # its back-off has passed
+
+    relay.drain_once()
+    relay.stop()
+
+    assert seqs(doors[0]) == {run.run_id: [1]}
+    assert [message.run_id for message in doors[1].messages] == [run.run_id]
+
+
 def until(condition) -> None:
     """Wait for a back-off of some hundredths of a second to pass."""
     ticking = threading.Event()

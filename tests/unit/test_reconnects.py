@@ -1,0 +1,63 @@
+"""How soon a worker tries its broker again."""
+
+from typing import Any
+
+import kombu
+import pytest
+from celery.exceptions import WorkerShutdown
+from celery.worker import state as worker_state
+
+from beatless.outbox.relay import BACKOFF_CAP_S
+from beatless.worker import Draining, Reconnects
+
+
+class Consumer:
+    """As much of Celery's as the step touches."""
+
+    def ensure_connected(self, connection: kombu.Connection) -> kombu.Connection:
+        return connection
+
+    def on_connection_error_after_connected(self, error: Exception) -> None:
+        self.error = error
+
+
+@pytest.fixture
+def consumer() -> Consumer:
+    return Consumer()
+
+
+@pytest.fixture
+def step(consumer: Consumer) -> Any:
+    return Reconnects.of(Draining())(consumer)
+
+
+def test_a_broker_that_is_away_is_tried_every_two_seconds(step: Any, consumer: Consumer) -> None:
+    connection = consumer.ensure_connected(kombu.Connection("redis://127.0.0.1:1/0"))
+    assert connection.ensure_connection.keywords["interval_max"] == BACKOFF_CAP_S == 2.0
+
+
+def test_a_broker_that_accepts_and_refuses_is_left_alone_for_longer_and_longer(step: Any) -> None:
+    refused = ConnectionError("You can't write against a read only replica.")
+    delays = [step.delay(refused, 0.01) for _ in range(60)]
+    assert delays[0] <= 0.1
+    assert all(BACKOFF_CAP_S * 0.8 <= delay <= BACKOFF_CAP_S for delay in delays[6:])
+    assert step.delay(refused, 60.0) <= 0.1  # it had worked meanwhile
+
+
+def test_what_is_no_message_holds_up_nobody(step: Any) -> None:
+    assert [step.delay(ValueError("no JSON"), 0.01) for _ in range(60)] == [0.0] * 60
+
+
+def test_the_pause_ends_when_the_worker_is_told_to_stop(
+    step: Any, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = ConnectionError("refused")
+    for _ in range(60):
+        step.delay(refused, 0.0)
+    monkeypatch.setattr(worker_state, "should_stop", 0)
+    with pytest.raises(WorkerShutdown):
+        consumer.on_connection_error_after_connected(refused)
+    monkeypatch.setattr(worker_state, "should_stop", None)
+    step.draining.set()
+    consumer.on_connection_error_after_connected(refused)
+    assert consumer.error is refused
