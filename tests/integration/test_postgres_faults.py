@@ -142,6 +142,32 @@ def test_a_transactional_step_whose_commit_was_not_answered_is_not_executed_agai
     proxied.verify()
 
 
+def test_a_cancelled_end_whose_commit_was_not_answered_is_counted_as_what_it_was(
+    proxied: Kit, path: Proxy, postgres: psycopg.Connection
+) -> None:
+    postgres.execute("CREATE TABLE effects (key text)")
+    run = proxied.start_run("transactional", {"table": f"{proxied.app.settings.schema}.effects"})
+    journal = proxied.app.journal
+    original = journal.settle
+
+    def settle(*arguments):
+        journal.settle = original
+        proxied.client.cancel_run(run.run_id)
+        appended = original(*arguments)
+        path.lose_answer_to(b"COMMIT")
+        return appended
+
+    journal.settle = settle
+    proxied.work_until_idle()
+
+    assert path.lost.is_set()
+    assert proxied.client.get_run(run.run_id).state is RunState.CANCELLED
+    counts = counted(proxied.app)
+    assert counts("runs_finished", plan="transactional", outcome="cancelled") == 1
+    postgres.execute("DROP TABLE effects")
+    proxied.verify()
+
+
 def test_a_start_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Proxy) -> None:
     proxied.client.list_runs()  # a connection that the pool hands out again
     path.lose_answer_to(b"COMMIT")
