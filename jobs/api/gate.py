@@ -205,25 +205,21 @@ def is_local(request: Request) -> bool:
         and peer is not None
         and loopback.is_address(peer[0])
         and request.scope.get("http_version") != "1.0"
-        and not any(name.startswith(PROXY_HEADERS) for name in request.headers)
+        and not any(name.replace("_", "-").startswith(PROXY_HEADERS) for name in request.headers)
         and _names_us(request, here[1])
         and not is_foreign(request)
     )
 
 
 def _names_us(request: Request, port: int | None) -> bool:
+    """Letter by letter: what takes an address apart leaves out what it does not know."""
+    default = DEFAULT_PORTS.get(request.scope["scheme"])
+    names = [f"[{name}]" if ":" in name else name for name in loopback.NAMES]
+    good = {f"{name}:{port or default}" for name in names}
+    if (port or default) == default:
+        good |= set(names)
     hosts = request.headers.getlist("host")
-    try:
-        named = urlsplit(f"//{hosts[0]}") if len(hosts) == 1 else None
-        default = DEFAULT_PORTS.get(request.url.scheme)
-        return (
-            named is not None
-            and named.hostname in loopback.NAMES
-            and (named.port or default) == (port or default)
-            and not (named.path or named.query or named.fragment or named.username)
-        )
-    except ValueError:
-        return False
+    return len(hosts) == 1 and hosts[0].lower() in good
 
 
 def is_foreign(request: Request) -> bool:

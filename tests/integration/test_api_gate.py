@@ -84,6 +84,8 @@ FROM_ELSEWHERE = [
     {"headers": {"Host": "localhost:80"}},
     {"headers": {"Host": "localhost:8400@rebound.example"}},
     {"headers": {"Host": "localhost:x"}},
+    {"headers": {"Host": "[::1]rebound.example:8400"}},
+    {"headers": {"Host": "[::1%25rebound.example]:8400"}},
     {"headers": {"Host": ""}},
     {"headers": [("Host", "localhost:8400"), ("Host", "rebound.example")]},
     {"headers": {"Origin": "https://evil.example"}},
@@ -92,6 +94,7 @@ FROM_ELSEWHERE = [
         {"headers": {name: "203.0.113.9"}}
         for name in (
             "X-Forwarded-For",
+            "X_Forwarded_For",
             "X-Forwarded-Host",
             "X-Forwarded-Proto",
             "X-Forwarded-Prefix",
