@@ -178,3 +178,38 @@ def test_a_relay_that_has_just_said_something_is_not_taken_for_frozen(beatless_a
         one.work.execute("SELECT 1")
         assert two.end_silent(60) == []
         assert two.end_silent(0) == [one.pid]
+
+
+def test_a_relay_whose_shards_change_looks_at_all_of_their_rows_again(
+    beatless: Kit, shift: Shift, postgres: psycopg.Connection
+) -> None:
+    beatless.start_run("two_steps")
+    shift._drain._floor = 2**40  # as high as the rows of others that it has not led
+    shift._drain.step(shift._shards)
+    assert pending(postgres) == 1
+
+    shift._share_shards()
+    shift._drain.step(shift._shards)
+    shift._drain.finish(shift._shards)
+
+    assert pending(postgres) == 0
+
+
+def test_a_ring_that_comes_while_a_drowsy_relay_looks_is_not_forgotten(
+    beatless: Kit, shift: Shift, postgres: psycopg.Connection
+) -> None:
+    sessions, look = shift._sessions, shift._drain_all
+
+    def look_and_be_rung() -> int:
+        moved = look()
+        sessions.rung = True  # of a row that this look did not see
+        return moved
+
+    shift._drain_all = look_and_be_rung
+    with psycopg.connect(libpq_url(beatless.app.settings.listen_url)) as writer:
+        writer.execute(f"SELECT pg_advisory_xact_lock_shared({sessions.queries.bell_key}, {SHARD})")
+        sessions.doze(shift._shards)
+        shift._fall_asleep()
+        assert sessions.state is State.DROWSY
+        assert sessions.rung
+    sessions.rouse()
