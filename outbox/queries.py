@@ -434,10 +434,13 @@ UPDATE {s}.dispatches d
  WHERE {unclaimed}"""
         # What is due and was not taken waits for a place in the window, which the claims of another
         # relay's shards may free without a ring: look again soon.
+        # Before PostgreSQL 17 an infinite time has no distance from another.
+        deadline = """least(greatest(deadline_at, clock_timestamp() - interval '1 day'),
+                                  clock_timestamp() + interval '1 day')"""
         self.next_due_sql = f"""{lanes}
 SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
          THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8,
-       (SELECT extract(epoch FROM deadline_at - clock_timestamp())::float8 FROM {s}.dispatches
+       (SELECT extract(epoch FROM {deadline} - clock_timestamp())::float8 FROM {s}.dispatches
          WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1)
   FROM (
   SELECT min(due_at) AS due_at FROM {s}.dispatches
