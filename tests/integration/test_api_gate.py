@@ -419,3 +419,9 @@ def test_what_a_host_grants_must_be_a_grant(beatless_app: App) -> None:
         else:
             with pytest.raises(error):
                 ask(api, "/v1/runs")
+
+
+def test_a_length_of_thousands_of_digits_is_too_large(beatless_app: App) -> None:
+    """Other servers than ours pass it on to an API that is mounted."""
+    length = {"Content-Length": "9" * 5000}
+    assert ask(create_api(beatless_app), "/v1/runs", headers=length) == [413]
