@@ -227,7 +227,8 @@ class Listener:
             self._app.client.epoch()  # the database may be another since the last time
             pubsub.psubscribe(self._app.streams.channel("*"))
             while (message := pubsub.get_message(timeout=5.0)) is None:
-                pass
+                if self._stopping.is_set():
+                    return
             # Only now, or what is published in between would be missed.
             self._catch_up()
             self._failures = 0

@@ -61,6 +61,9 @@ FIRST_PAGE = 64
 AGAIN_S = 1.0
 """Until a task goes on in which something has gone wrong that nobody foresaw."""
 
+SUBSCRIBE_S = 5.0
+"""Seconds that a stream waits for Redis to acknowledge its subscription."""
+
 GAP_PAUSE_S = 1.0
 """Seconds until the journal is read again for an event that it did not have: whoever may publish on
 the channel can invent any number of them."""
@@ -265,7 +268,7 @@ class Streams:
             while True:
                 # The journal is read after every (re)subscription: what was published before it
                 # is never heard, and only the journal knows what that was.
-                live = subscription.ensure()
+                live = subscription.ensure(_left(deadline, SUBSCRIBE_S))
                 history.sure = False
                 backfill = self._backfill(cursor, run.run_id, history, reason, timeout, deadline)
                 yield from (events := _Once(backfill))
@@ -291,7 +294,7 @@ class Streams:
                     cursor.forget()
                     reason = "gap"
                     if cursor.seq == sought:
-                        threading.Event().wait(GAP_PAUSE_S)
+                        threading.Event().wait(_left(deadline, GAP_PAUSE_S))
                     sought = cursor.seq
         finally:
             self._observer("stream_closed", {})
@@ -382,21 +385,21 @@ class Streams:
         cursor, reason, sought = Cursor(after), "start", -1
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
 
-        async def wait(error: Exception) -> None:
+        async def wait(error: Exception, rest: Callable[[float], Awaitable[None]]) -> None:
             nonlocal failures
             failures += 1
             delay = backoff.delay(failures)
             _log_wait(run.run_id, error)
             if deadline is not None and monotonic() + delay >= deadline:
                 raise WaitTimeout(run.run_id, timeout or 0, "unknown", cursor.seq) from error
-            await asyncio.sleep(delay)
+            await rest(delay)
 
         while epoch is None or not self._origin.name:
             try:
                 now = await asyncio.to_thread(self._current_epoch)
                 epoch = epoch or now
             except AWAY as error:
-                await wait(error)
+                await wait(error, asyncio.sleep)
                 yield []
         history = History(run.run_id, epoch)
         channel = self._known_channel(run.run_id)
@@ -412,7 +415,7 @@ class Streams:
                         )
                     except AWAY as error:
                         history.sure = False
-                        await wait(error)
+                        await wait(error, mailbox.rest)
                         yield []
                         continue
                     failures = 0
@@ -443,7 +446,7 @@ class Streams:
                     cursor.forget()
                     reason = "gap"
                     if cursor.seq == sought:
-                        await asyncio.sleep(GAP_PAUSE_S)
+                        await mailbox.rest(_left(deadline, GAP_PAUSE_S))
                     sought = cursor.seq
 
     @contextlib.asynccontextmanager
@@ -504,6 +507,11 @@ def _remaining(
     return max(0.0, min(quiet_at, deadline or quiet_at) - now)
 
 
+def _left(deadline: float | None, most: float) -> float:
+    """The seconds until the deadline, of so many."""
+    return most if deadline is None else max(0.0, min(most, deadline - monotonic()))
+
+
 def parse(body: bytes, run_id: str | None = None) -> list[EventText]:
     """The events of one Redis message; none of one that is not ours, for it may hide nothing.
 
@@ -538,7 +546,7 @@ class Subscription:
         self._pubsub = self._redis = None
         self._forked = True
 
-    def ensure(self) -> bool:
+    def ensure(self, patience: float = SUBSCRIBE_S) -> bool:
         """Subscribe, if we are not, and wait for the acknowledgement; False without Redis.
 
         Also while it is not known what to subscribe to.
@@ -557,7 +565,7 @@ class Subscription:
             self._redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
             pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
             pubsub.subscribe(self._channel)
-            while (message := pubsub.get_message(timeout=5.0)) is not None:
+            while (message := pubsub.get_message(timeout=patience)) is not None:
                 if message["type"] == "subscribe":
                     self._pubsub, self._failures = pubsub, 0
                     return True
@@ -643,8 +651,7 @@ class Hub:
         """End every stream."""
         for boxes in self._mailboxes.values():
             for mailbox in boxes:
-                mailbox.ended = True
-                mailbox.missed("end")
+                mailbox.end()
 
     def subscribe(self, channel: str, run_id: str, after: int, history: History) -> "Mailbox":
         """A mailbox for the run's messages, to be used with `async with`."""
@@ -821,7 +828,6 @@ class Mailbox:
         """The last event that the reader has passed on."""
         self.history = history
         self.live = False
-        self.ended = False
         self._hub = hub
         self._waiting: list[EventText] = []
         self._size = 0
@@ -830,6 +836,22 @@ class Mailbox:
         """Why the reader shall look into the journal."""
         self._news = asyncio.Event()
         self._state_known = asyncio.Event()
+        self._over = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream was told to end."""
+        return self._over.is_set()
+
+    def end(self) -> None:
+        self._over.set()
+        self.missed("end")
+
+    async def rest(self, seconds: float) -> None:
+        """Wait for so long, or until the stream is told to end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
 
     async def __aenter__(self) -> Self:
         try:

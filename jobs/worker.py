@@ -224,6 +224,7 @@ class Executors:
         self._threads = threading.local()
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
+        self._closed = threading.Event()
         self.draining = Draining()
         self.board = Board()
         forks.watch(self)
@@ -232,6 +233,7 @@ class Executors:
         # Its threads are in the parent, and one of them may have held the lock.
         self._mutex = threading.Lock()
         self._threads = threading.local()
+        self._closed = threading.Event()
         self._heartbeat = self._watchdog = None
         self._pid = 0
 
@@ -273,8 +275,8 @@ class Executors:
     def _end_of_grace(self, watchdog: Watchdog, _thread: LastingThread) -> None:
         self.draining.announced()
         # A process whose runs all end before has ended with them.
-        threading.Event().wait(self._settings.grace_seconds)
-        watchdog.stop_all()
+        if not self._closed.wait(self._settings.grace_seconds):
+            watchdog.stop_all()
 
     def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
         """An executor of its own, for a caller that looks after it."""
@@ -302,6 +304,7 @@ class Executors:
 
     def close(self) -> None:
         """Stop this process's threads. Its executors close their own connections."""
+        self._closed.set()
         if self._heartbeat is not None and self._pid == os.getpid():
             self._heartbeat.stop()
         if self._watchdog is not None and self._pid == os.getpid():

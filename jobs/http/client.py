@@ -48,6 +48,7 @@ class Client:
         self._backoff = backoff
         self._http = self._new_http()
         self._pid = os.getpid()
+        self._closed = threading.Event()
         forks.watch(self)
 
     def _new_http(self) -> httpx2.Client:
@@ -61,6 +62,7 @@ class Client:
     def after_fork(self) -> None:
         self._http = self._new_http()
         self._pid = os.getpid()
+        self._closed = threading.Event()
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -71,7 +73,8 @@ class Client:
         return cls(url, token=os.environ.get("BEATLESS_TOKEN"), **options)
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close its connections. Who waits between two tries, in another thread, tries no more."""
+        self._closed.set()
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -380,7 +383,7 @@ class Client:
                 delay = follower.closed()
             except (httpx2.TransportError, Interrupted) as error:
                 delay = follower.failed(error)
-            threading.Event().wait(delay)
+            self._closed.wait(delay)
 
     def astream_run(
         self,
@@ -421,7 +424,7 @@ class Client:
                 delay = wire.pause_after(call, tried, response, self._backoff)
                 if delay is None:
                     return wire.result_of(call, response)
-            threading.Event().wait(delay)
+            self._closed.wait(delay)
         raise AssertionError("unreachable")
 
 

@@ -263,6 +263,23 @@ def test_an_api_that_is_not_there(monkeypatch, shut_port: int) -> None:
         Client.from_env()
 
 
+def test_who_waits_between_two_tries_ends_when_the_client_is_closed(shut_port: int) -> None:
+    client = Client(f"http://127.0.0.1:{shut_port}", backoff=Backoff(initial=3600, cap=3600))
+    ended: list[Exception] = []
+
+    def call() -> None:
+        try:
+            client.list_runs()
+        except Exception as error:
+            ended.append(error)
+
+    calling = threading.Thread(target=call, daemon=True)
+    calling.start()
+    client.close()
+    calling.join(60)
+    assert len(ended) == 1
+
+
 def test_streams_from_any_seq(beatless: Kit, client: Client) -> None:
     run = beatless.start_run("agents.run")
     beatless.work_until_idle()

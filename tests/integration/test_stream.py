@@ -15,9 +15,10 @@ import sqlalchemy
 from redis import asyncio as aioredis
 
 from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
+from beatless import stream as stream_module
 from beatless.cli.demo import GOLDEN
 from beatless.settings import engine_url
-from beatless.stream import Hub, Mailbox, Streams
+from beatless.stream import History, Hub, Mailbox, Streams
 from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
@@ -645,6 +646,41 @@ def test_a_forged_seq_that_no_run_reaches_has_the_journal_read_once(
 
     assert [event.seq for event in watcher.end()] == [1, 2, 3, 4, 5, 6]
     assert reads.count("gap") == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_pause_between_two_looks_for_a_forged_seq_ends_with_the_timeout(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    monkeypatch.setattr(stream_module, "GAP_PAUSE_S", 3600.0)
+    run = beatless.start_run("two_steps")
+    following = streams(beatless_app)
+    stream = (
+        step_by_step(following.afollow(run, 0, timeout=2))
+        if asynchronous
+        else following.follow(run, 0, timeout=2)
+    )
+    assert next(stream).seq == 1
+    event = {"run_id": run.run_id, "ts": 0, "type": "x", "source": "y"}
+    with beatless_app.redis() as client:
+        for seq in (10**6, 10**6 + 1):
+            message = json.dumps(event | {"seq": seq})
+            client.publish(beatless_app.streams.channel(run.run_id), message)
+
+    with pytest.raises(WaitTimeout):
+        next(stream)
+
+
+def test_a_stream_that_waits_for_postgres_ends_when_it_is_told_to(beatless_app: App) -> None:
+    async def ends() -> None:
+        hub = streams(beatless_app)._hub()
+        mailbox = hub.subscribe("channel", "run", 0, History("run", None))
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            group.create_task(mailbox.rest(3600))
+            mailbox.end()
+        assert mailbox.ended
+
+    asyncio.run(ends())
 
 
 def step_by_step(events: AsyncIterator[Event]) -> Iterator[Event]:

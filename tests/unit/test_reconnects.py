@@ -1,5 +1,6 @@
-"""How soon a worker tries its broker again."""
+"""How soon a worker tries its broker again, and what its end does not wait for."""
 
+import threading
 from typing import Any
 
 import kombu
@@ -7,6 +8,7 @@ import pytest
 from celery.exceptions import WorkerShutdown
 from celery.worker import state as worker_state
 
+from beatless import App, Settings
 from beatless.outbox.relay import BACKOFF_CAP_S
 from beatless.worker import Draining, Reconnects
 
@@ -61,3 +63,22 @@ def test_the_pause_ends_when_the_worker_is_told_to_stop(
     step.draining.set()
     consumer.on_connection_error_after_connected(refused)
     assert consumer.error is refused
+
+
+def test_closed_executors_wait_for_no_grace() -> None:
+    address = "127.0.0.1:1"
+    app = App(
+        Settings(
+            database_url=f"postgresql://{address}/x",
+            redis_url=f"redis://{address}/0",
+            grace_seconds=3600,
+        ),
+        [],
+    )
+    app.executors.draining.prepare()
+    app.executors._begin()
+    (waiting,) = [t for t in threading.enumerate() if t.name == "beatless-grace"]
+    app.executors.draining.set()
+    app.executors.close()
+    waiting.join(60)
+    assert not waiting.is_alive()
