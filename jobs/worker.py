@@ -355,6 +355,10 @@ class Unreadable(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
         parent.connection_errors = (*parent.connection_errors, *UNREADABLE)
 
 
+LOST = ("on_connection_error_before_connected", "on_connection_error_after_connected")
+"""What Celery's consumer calls at once before it connects anew."""
+
+
 class Reconnects(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """How soon a worker tries its broker again: as soon as a relay, and never without a pause.
 
@@ -374,12 +378,10 @@ class Reconnects(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
         self._backoff = Backoff(cap=BACKOFF_CAP_S)
         self._failures = 0
         self._connected_at = monotonic()
-        self._connect, self._lost = (
-            parent.ensure_connected,
-            parent.on_connection_error_after_connected,
-        )
+        self._connect = parent.ensure_connected
         parent.ensure_connected = self.connect
-        parent.on_connection_error_after_connected = self.lost
+        for name in LOST:
+            setattr(parent, name, partial(self.lost, getattr(parent, name)))
 
     def connect(self, connection: Any) -> Any:
         """In the place of the consumer's `ensure_connected`."""
@@ -393,9 +395,9 @@ class Reconnects(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
         self._connected_at = monotonic()
         return connected
 
-    def lost(self, error: Exception) -> None:
-        """In the place of the consumer's `on_connection_error_after_connected`."""
-        self._lost(error)
+    def lost(self, tell: Callable[[Exception], None], error: Exception) -> None:
+        """In the place of the consumer's methods named in `LOST`, of which `tell` is one."""
+        tell(error)
         delay = self.delay(error, monotonic() - self._connected_at)
         if self._failures > 1:
             logger.warning(

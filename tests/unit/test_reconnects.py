@@ -10,7 +10,7 @@ from celery.worker import state as worker_state
 
 from beatless import App, Settings
 from beatless.outbox.relay import BACKOFF_CAP_S
-from beatless.worker import Draining, Reconnects
+from beatless.worker import LOST, Draining, Reconnects
 
 
 class Consumer:
@@ -20,6 +20,9 @@ class Consumer:
         return connection
 
     def on_connection_error_after_connected(self, error: Exception) -> None:
+        self.error = error
+
+    def on_connection_error_before_connected(self, error: Exception) -> None:
         self.error = error
 
 
@@ -50,18 +53,19 @@ def test_what_is_no_message_holds_up_nobody(step: Any) -> None:
     assert [step.delay(ValueError("no JSON"), 0.01) for _ in range(60)] == [0.0] * 60
 
 
+@pytest.mark.parametrize("when", LOST)
 def test_the_pause_ends_when_the_worker_is_told_to_stop(
-    step: Any, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+    step: Any, consumer: Consumer, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     refused = ConnectionError("refused")
     for _ in range(60):
         step.delay(refused, 0.0)
     monkeypatch.setattr(worker_state, "should_stop", 0)
     with pytest.raises(WorkerShutdown):
-        consumer.on_connection_error_after_connected(refused)
+        getattr(consumer, when)(refused)
     monkeypatch.setattr(worker_state, "should_stop", None)
     step.draining.set()
-    consumer.on_connection_error_after_connected(refused)
+    getattr(consumer, when)(refused)
     assert consumer.error is refused
 
 
