@@ -46,6 +46,10 @@ def uses(source: str) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
+PAUSES = {"jobs/services.py", "jobs/stack_file.py", "jobs/stream.py"}
+"""In calls that end by a deadline or with the thread of their caller, and that no `stop()` ends."""
+
+
 def offences(source: str, forbidden: set[str]) -> set[str]:
     return forbidden & set(uses(source))
 
@@ -200,6 +204,17 @@ EXAMINED = {
 }
 """What the doctor must find, what the kit lets other Celery apps do, what a thread survives:
 nothing of ours there."""
+
+
+def test_no_product_code_waits_for_an_event_that_nobody_can_set():
+    product = [ROOT / folder for folder in ("jobs", "orchestrator", "outbox")]
+    waiting = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(path.is_relative_to(folder) for folder in product)
+        and offences(path.read_text(), {"threading.Event().wait", "Event().wait"})
+    }
+    assert waiting == PAUSES
 
 
 def test_tests_with_servers_publish_through_them():
