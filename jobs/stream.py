@@ -64,6 +64,9 @@ AGAIN_S = 1.0
 SUBSCRIBE_S = 5.0
 """Seconds that a stream waits for Redis to acknowledge its subscription."""
 
+LEAST_PATIENCE_S = 0.05
+"""Seconds that even a stream whose time is over gives Redis to answer."""
+
 GAP_PAUSE_S = 1.0
 """Seconds until the journal is read again for an event that it did not have: whoever may publish on
 the channel can invent any number of them."""
@@ -562,7 +565,11 @@ class Subscription:
             self._redis = self._client()
             # Without retries a lost connection is an error; with them redis-py reconnects in
             # silence, and what was published meanwhile would be missed without a trace.
-            self._redis.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
+            options = self._redis.connection_pool.connection_kwargs
+            options["retry"] = Retry(NoBackoff(), 0)
+            for name in ("socket_connect_timeout", "socket_timeout"):
+                if options.get(name):  # 0 would not mean soon, but without waiting at all
+                    options[name] = min(options[name], max(LEAST_PATIENCE_S, patience))
             pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
             pubsub.subscribe(self._channel)
             while (message := pubsub.get_message(timeout=patience)) is not None:

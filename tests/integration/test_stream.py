@@ -671,6 +671,21 @@ def test_the_pause_between_two_looks_for_a_forged_seq_ends_with_the_timeout(
         next(stream)
 
 
+def test_a_redis_that_accepts_and_says_nothing_delays_no_timeout(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("two_steps")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:p@127.0.0.1:{silent.getsockname()[1]}/0"
+        app = App(replace(beatless_app.settings, redis_url=url), [])
+        stream = app.streams.follow(run, 0, timeout=0.2)
+        began = monotonic()
+        with pytest.raises(WaitTimeout):
+            list(stream)
+        assert monotonic() - began < 4
+        app.close()
+
+
 def test_a_stream_that_waits_for_postgres_ends_when_it_is_told_to(beatless_app: App) -> None:
     async def ends() -> None:
         hub = streams(beatless_app)._hub()
