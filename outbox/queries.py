@@ -336,7 +336,9 @@ WITH RECURSIVE lane(queue, priority) AS (
         pick_tasks = f"""{lanes}, out AS MATERIALIZED (
   SELECT queue, task, shard, reason FROM {s}.dispatches WHERE state = 'sent'
 ), messages AS MATERIALIZED (
-  SELECT queue, count(*) AS sent, count(*) FILTER (WHERE shard = ANY(%(shards)s)) AS ours
+  SELECT queue, count(*) AS sent,
+         least({window} - count(*),
+               %(places)s - count(*) FILTER (WHERE shard = ANY(%(shards)s))) AS free
     FROM out GROUP BY queue
 ), doubted AS MATERIALIZED (
   SELECT DISTINCT queue, task FROM out WHERE reason = 'unclaimed' AND shard = ANY(%(shards)s)
@@ -362,7 +364,7 @@ WITH RECURSIVE lane(queue, priority) AS (
       SELECT * FROM due WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
 )
 SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
-  FROM ready d LEFT JOIN messages USING (queue) WHERE place <= %(places)s - coalesce(ours, 0)
+  FROM ready d LEFT JOIN messages USING (queue) WHERE place <= coalesce(free, %(places)s)
 UNION ALL
 (SELECT d.run_id, d.task, d.queue, {next_attempt},
         CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
@@ -374,7 +376,7 @@ SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
  WHERE d.state = 'delayed' AND d.paused
     OR d.state <> 'sent' AND d.run_id IN (
       SELECT run_id FROM ready r LEFT JOIN messages USING (queue)
-       WHERE r.state <> 'waiting' AND place > %(places)s - coalesce(ours, 0))"""
+       WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))"""
         self.pick_tasks_sql = pick_tasks.replace("{lock}", "")
         # Without those that another transaction holds. Locks are written: only while there are any.
         self.pick_free_tasks_sql = pick_tasks.replace(

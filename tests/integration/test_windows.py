@@ -97,6 +97,18 @@ def test_two_relays_have_one_window(beatless: Kit, beatless_app: App, doors) -> 
         relay.stop()
 
 
+def test_a_relay_that_takes_over_shards_adds_nothing_to_a_full_window(
+    beatless: Kit, beatless_app: App, drain: Drain
+) -> None:
+    """What is out is spread unevenly: fewer of its shards than it has places for."""
+    start(beatless, 150)
+    settle(drain)
+    for shard in ALL_SHARDS:
+        settle(drain, (shard,))
+        assert in_broker(beatless_app) == WINDOW
+    assert beatless.work_until_idle() == 150
+
+
 def test_many_runs_whose_workers_died_at_once_come_through_the_window(
     beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
 ) -> None:
