@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from time import monotonic
 
 from beatless.errors import BadRequest
 from beatless.namespaces import id_prefix
+from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller, execute
 
 KNOWN_FOR_S = 60.0

@@ -77,7 +77,11 @@ def test_a_hangup_of_the_whole_group_lets_its_step_end_and_starts_the_worker_aga
     """As when a terminal closes, and as Celery's workers take it."""
     go = tmp_path / "go"
     beatless.relay_process(APP)
-    worker = beatless.worker_process(APP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup, and inherited
+    try:
+        worker = beatless.worker_process(APP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     run = beatless.start_run("gated", {"go": str(go)})
     beatless.wait_for_event(run.run_id, "StepStarted")
 

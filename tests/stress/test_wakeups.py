@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from beatless import App
-from beatless.orchestrator.events import EventType
+from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.doorbell import State
@@ -239,7 +239,7 @@ def test_relay_processes_killed_with_sigkill_lose_and_reorder_nothing(
         while not complete.is_set():
             message = ear.get_message(timeout=0.2)
             for event in parse(message["data"]) if message else ():
-                heard[event.run_id].append(event.seq)
+                heard[Event.from_json(event.text).run_id].append(event.seq)
             if all(heard[name] and max(heard[name]) == each for name in names):
                 complete.set()
 
