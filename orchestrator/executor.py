@@ -794,7 +794,9 @@ class Execution:
         def settle(connection: Connection, reason: Exception) -> bool:
             settlement, token = settlement_of(reason), self._lease.token
             with self._executor.leases.impatient(connection, WATCHDOG_PATIENCE_S):
-                appended = self._journal.settle(connection, self._run_id, token, settlement)
+                appended = self._journal.settle(
+                    connection, self._run_id, token, settlement, self._last_seq
+                )
             if appended is not None:
                 self._committed(settlement, appended)
             return appended is not None
@@ -1099,7 +1101,7 @@ class Execution:
             self._require(attempt, event.step)
             appended = self._write(
                 lambda connection: self._journal.append(
-                    connection, self._run_id, self._lease.token, [event]
+                    connection, self._run_id, self._lease.token, [event], self._last_seq
                 ),
                 RunState.RUNNING,
             )
@@ -1113,7 +1115,9 @@ class Execution:
         self, settlement: Settlement, transaction: sqlalchemy.Connection | None = None
     ) -> Appended:
         def write(connection: Caller) -> Appended | None:
-            return self._journal.settle(connection, self._run_id, self._lease.token, settlement)
+            return self._journal.settle(
+                connection, self._run_id, self._lease.token, settlement, self._last_seq
+            )
 
         if transaction is None:
             with self._writing:

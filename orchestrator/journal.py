@@ -304,6 +304,7 @@ SELECT {with_retry}, default_queue, default_input, coalesce(input, 'null') = %(i
 WITH u AS (
   UPDATE {s}.runs SET last_seq = last_seq + %(n)s
    WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+     AND last_seq >= %(after)s
   RETURNING run_id, last_seq, cancel_requested_at IS NOT NULL AS cancelled
 ), e AS (
   INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt, data)
@@ -329,6 +330,7 @@ WITH u AS (
                                CASE WHEN {live} THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
          finished_at = CASE WHEN {state} NOT IN ('running', 'queued') THEN clock_timestamp() END
    WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+     AND last_seq >= %(after)s
   RETURNING run_id, last_seq, state, not_before, NOT ({live}) AS cancelled,
             CASE WHEN {live} THEN %(n)s ELSE %(n_cancelled)s END AS n
 ), e AS (
@@ -583,15 +585,25 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         return existing
 
     def append(
-        self, connection: Caller, run_id: str, token: int, events: Sequence[NewEvent]
+        self,
+        connection: Caller,
+        run_id: str,
+        token: int,
+        events: Sequence[NewEvent],
+        after: int = 0,
     ) -> Appended | None:
-        """Commit events under a lease; None if the lease is gone and nothing was written."""
+        """Commit events under a lease; None if the lease is gone and nothing was written.
+
+        Also None if the journal has lost `after`, which the owner of the lease has seen: a failover
+        that lost the last commits may keep the claim.
+        """
         rows = execute(
             connection,
             self._append,
             {
                 "run_id": run_id,
                 "token": token,
+                "after": after,
                 "shard": shard_of(run_id),
                 "n": len(events),
                 "types": [event.type.value for event in events],
@@ -603,9 +615,14 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
 
     def settle(
-        self, connection: Caller, run_id: str, token: int, settlement: Settlement
+        self,
+        connection: Caller,
+        run_id: str,
+        token: int,
+        settlement: Settlement,
+        after: int = 0,
     ) -> Appended | None:
-        """Commit a boundary under a lease; None if the lease is gone and nothing was written."""
+        """Commit a boundary under a lease; None as of `append`."""
         events = (*settlement.events, *settlement.if_cancelled)
         rows = execute(
             connection,
@@ -613,6 +630,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
             {
                 "run_id": run_id,
                 "token": token,
+                "after": after,
                 "shard": shard_of(run_id),
                 "n": len(settlement.events),
                 "n_cancelled": len(settlement.if_cancelled),

@@ -137,6 +137,36 @@ def test_a_frozen_worker_that_wakes_up_writes_nothing(
     beatless.verify()
 
 
+def test_a_worker_whose_last_commits_a_failover_has_lost_does_not_go_on_without_them(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, tmp_path: Path
+) -> None:
+    """Its claim is there still. What had finished in the lost seconds runs again."""
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("ledger", {"ledger": str(ledger)})
+    original = beatless_app.journal.settle
+    settled = 0
+
+    def failed_over(*arguments):
+        nonlocal settled
+        settled += 1
+        if settled == 2:
+            postgres.execute("DELETE FROM run_events WHERE run_id = %s AND seq > 2", (run.run_id,))
+            postgres.execute("DELETE FROM run_outbox WHERE run_id = %s", (run.run_id,))
+            postgres.execute("UPDATE runs SET last_seq = 2 WHERE run_id = %s", (run.run_id,))
+        return original(*arguments)
+
+    beatless_app.journal.settle = failed_over
+    beatless.work_once()
+    assert beatless.client.get_run(run.run_id).last_seq == 2
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    first, second, *others = begun(ledger).values()
+    assert (first, second, {*others}) == (2, 2, {1})
+    beatless.verify()
+
+
 def test_an_executor_that_lost_its_lease_stops_and_says_so(
     beatless: Kit, beatless_app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
