@@ -557,7 +557,7 @@ class Announcement(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
         names = list(self._worker.app.amqp.queues.consume_from)
         try:
             # A connection for each time: the main process forks, and has no other.
-            with self.executors.connect() as connection:
+            with forks.without_forks(), self.executors.connect() as connection:
                 tell(
                     connection,
                     Presence(

@@ -11,6 +11,7 @@ import psycopg
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.lease import Connection, Leases
 from beatless.outbox.clock import monotonic
+from beatless.outbox.forks import without_forks
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class Keeper:
         """Until `stopping` is set. Nothing that goes wrong ends it."""
         while not self._stopping.wait(self._leases.seconds / 6):
             try:
-                self.once()
+                with without_forks():
+                    self.once()
                 if thread is not None:
                     thread.works()
             except Exception as error:

@@ -8,11 +8,16 @@ inherited before any of its code runs. Nothing is sent: the parent's sessions st
 
 import os
 import socket
+import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import psycopg
+
+FORK_PATIENCE_S = 1.0
+"""Seconds for which a fork waits for threads that are inside `without_forks`."""
 
 
 class Forkable(Protocol):
@@ -37,6 +42,39 @@ def watch(forkable: Forkable) -> None:
     _forkables.add(forkable)
 
 
+class _Gate:
+    """Held by the thread that forks, or by one that is where no other may fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._forks = threading.local()
+
+    def close(self) -> None:
+        self._forks.alone = self.lock.acquire(timeout=FORK_PATIENCE_S)
+
+    def open(self) -> None:
+        if self._forks.alone:
+            self.lock.release()
+
+    def renew(self) -> None:
+        self.lock = threading.RLock()
+
+
+_gate = _Gate()
+
+
+@contextmanager
+def without_forks() -> Iterator[None]:
+    """For a thread of a process that forks, while it connects: a fork waits until it is done.
+
+    libpq, OpenSSL and the resolver lock what they share between threads. A child that is forked
+    meanwhile inherits the lock, and waits for ever when it connects itself. A fork waits no longer
+    than `FORK_PATIENCE_S`: a server that does not answer must not stop it.
+    """
+    with _gate.lock:
+        yield
+
+
 def _in_child() -> None:
     inherited = [connection for connection in _connections if not connection.closed]
     _connections.clear()
@@ -53,4 +91,5 @@ def _in_child() -> None:
         forkable.after_fork()
 
 
+os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.renew)
 os.register_at_fork(after_in_child=_in_child)
