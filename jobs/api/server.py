@@ -54,7 +54,7 @@ STATIC = Path(__file__).parent / "static"
 PAGE_FILES = frozenset(path.name for path in STATIC.iterdir())
 EVENTS_BYTES = 4 * 1024 * 1024
 """After so many bytes of events an answer ends, and more must be asked for."""
-RUNS_BYTES = 4 * 1024 * 1024
+RUNS_BYTES = 1024 * 1024
 """The same for lists of runs, which have each run's input, result and error."""
 STUCK_MILLISECONDS = 60_000
 LOCK_TIMEOUT_S = 2.0
