@@ -1,6 +1,7 @@
 """Passwords that change while processes live: asked for at each connect."""
 
 import asyncio
+import shlex
 import threading
 import uuid
 from collections.abc import Iterator
@@ -94,7 +95,9 @@ def test_everything_goes_on_when_the_passwords_have_changed(
     more = (
         {"database_password": vault.ask, "redis_password": vault.ask}
         if how == "function"
-        else {f"{name}_password_command": f"cat {vault.file}" for name in COMMANDS}
+        else {
+            f"{name}_password_command": f"cat {shlex.quote(str(vault.file))}" for name in COMMANDS
+        }
     )
     settings = without_passwords(beatless_app.settings, vault.user, **more)
     kit = Kit(App(settings, list(beatless_app.plans.values())), directory=tmp_path)

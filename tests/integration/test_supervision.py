@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,12 +17,16 @@ Hear = Callable[[bytes], None]
 
 
 @pytest.fixture
-def hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
+def hear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
     """Stands in for systemd, whose protocol is these datagrams: waits for one of them."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
-        door.bind(str(tmp_path / "notify"))
+    with (
+        # The path of a socket may have no more than 107 bytes.
+        TemporaryDirectory(prefix="notify-") as short,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door,
+    ):
+        door.bind(f"{short}/notify")
         door.settimeout(30)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{short}/notify")
         monkeypatch.setenv("WATCHDOG_USEC", "150000")
         monkeypatch.delenv("WATCHDOG_PID", raising=False)
 
