@@ -47,7 +47,7 @@ class Wait:
     """When a worker could have taken it; None if the journal does not tell."""
     reason: str = ""
     """Why not before."""
-    then: str = "for a free worker"
+    then: str = "for a worker to take it"
     """What it waited for from then on."""
 
     def moments(self, ended: int) -> Iterator[Moment]:

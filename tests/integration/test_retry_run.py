@@ -155,15 +155,15 @@ def test_explain_tells_a_back_off_from_the_wait_for_a_free_worker(
     beatless.advance(40)
     beatless.work_until_idle()
     ((text, seconds),) = waits(beatless, run.run_id)
-    assert (text, 40 <= seconds < 70) == ("waited for a free worker", True)
+    assert (text, 40 <= seconds < 70) == ("waited for a worker to take it", True)
     (time, (text, seconds)) = waits(beatless, later.run_id)
     assert time == ("waited for its time", 30)
-    assert (text, 9 <= seconds < 40) == ("waited for a free worker", True)
+    assert (text, 9 <= seconds < 40) == ("waited for a worker to take it", True)
     (tmp_path / "wake").touch()
     beatless.advance(4000)
     beatless.work_until_idle()
     (_, (snooze, _), (free, seconds)) = waits(beatless, asleep.run_id)
-    assert (snooze[:17], free) == ("waited a snooze o", "waited for a free worker")
+    assert (snooze[:17], free) == ("waited a snooze o", "waited for a worker to take it")
     assert seconds > 100
 
     failed = beatless.start_run("retries", {"failures": 1})
@@ -175,7 +175,7 @@ def test_explain_tells_a_back_off_from_the_wait_for_a_free_worker(
     *_, (backoff, _), (free, seconds) = waits(beatless, failed.run_id)
     assert (backoff, free) == (
         "waited for the back-off of its next attempt",
-        "waited for a free worker",
+        "waited for a worker to take it",
     )
     assert seconds > 500
 
