@@ -304,6 +304,11 @@ class Drain:
             self._isolate(error, *unforgotten, (), None, now)
 
     @property
+    def marks_due(self) -> bool:
+        """Whether the next step writes what has become of messages, and so when they are due."""
+        return bool(self._marks)
+
+    @property
     def returned(self) -> bool:
         """Whether the broker has answered, after a step that did not wait for it."""
         return self._courier.returned
@@ -1079,16 +1084,19 @@ class Shift:
         total = moved = self._drain.step(self._shards)
         due = None
         while total <= BUSY:
-            # Asked before the last step: what becomes due between the two is in one of them.
-            due = self._drain.next_due(self._shards)
+            # Asked before the last step: what becomes due between the two is in one of them. And
+            # when all that was sent is marked: until then its rows are overdue, and none is next.
+            marked = not self._drain.marks_due
+            due = self._drain.next_due(self._shards) if marked else None
             moved = self._drain.step(self._shards)
             total += moved
-            if not moved and not self._drain.crowded:
+            if not moved and not self._drain.crowded and marked:
                 break
         if moved:
             return total
         drain = self._drain
         waits = [due, drain.opens_in, drain.hopeless_in, drain.unlocked_in]
+        waits += [0.0] if drain.marks_due else []
         known = [wait for wait in waits if wait is not None]
         self._next_due = monotonic() + max(0.0, min(known)) if known else None
         return total

@@ -196,3 +196,26 @@ class TestBrokerThatForgets:
             starts = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
             assert len(set(starts)) == len(starts)
         beatless.verify()
+
+
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 1}])
+def test_a_message_of_a_dead_workers_run_that_is_lost_is_sent_again(
+    beatless: Kit, tmp_path: Path, postgres: psycopg.Connection
+) -> None:
+    """A relay that sleeps looks at it when it is overdue, though nobody rings."""
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    run = beatless.start_run("gated", {"go": str(tmp_path / "go")})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+    worker.kill()
+    beatless.advance(301)  # its lease has run out
+
+    settings = beatless.app.settings
+    with redis.Redis.from_url(settings.broker_url or settings.redis_url) as broker:
+        sent, until = 0, monotonic() + 60
+        while sent < 4:
+            assert monotonic() < until, f"sent {sent} times"
+            for key in broker.keys(f"{settings.prefix}*"):
+                if broker.type(key) == b"list":
+                    broker.delete(key)  # the broker loses it
+            (sent,) = postgres.execute("SELECT attempts FROM dispatches").fetchone()
