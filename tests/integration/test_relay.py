@@ -494,7 +494,7 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
         postgres.execute("UPDATE dispatches SET due_at = now()")  # nobody rings
         announcements.wait_until(lambda seen: tasks_of(seen) == 1 and seen[-1] == timer)
     woken = [facts["source"] for name, facts in announcements.seen[before:] if name == "relay_woke"]
-    assert set(woken) == {"timer"}
+    assert set(woken) - {"broker"} == {"timer"}  # which may answer later
 
 
 def tasks_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
