@@ -139,8 +139,8 @@ def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
             yield primary, standby
 
 
-def fail_over(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
-    """The primary is lost; all that it has committed is on the standby, which takes its place."""
+def catch_up(primary: EmbeddedPostgres) -> None:
+    """Returns once the standby has replayed all that the primary has committed."""
     with psycopg.connect(primary.url, autocommit=True) as session:
 
         def replayed() -> bool:
@@ -150,6 +150,11 @@ def fail_over(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
             return rows.fetchone() == (True,)
 
         until(replayed)
+
+
+def fail_over(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
+    """The primary is lost; all that it has committed is on the standby, which takes its place."""
+    catch_up(primary)
     primary.crash()
     with psycopg.connect(standby.url, autocommit=True) as session:
         assert session.execute("SELECT pg_promote()").fetchone() == (True,)
@@ -169,6 +174,7 @@ def test_a_standby_that_takes_over_is_another_epoch_from_its_first_moment(
     migrate(kit.app.engine, kit.app.settings.schema)
     run = kit.start_run("two_steps")
     before = kit.client.epoch()
+    catch_up(primary)
     with psycopg.connect(standby.url) as session:
         assert kit.app.journal.epoch(session)[0] == before
     stream = following(kit.app).follow(run, 0)
