@@ -46,7 +46,7 @@ from beatless.stream import Streams
 from beatless.tracing import Tracing
 from beatless.transactions import transact
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.client")
 
 T = TypeVar("T")
 
