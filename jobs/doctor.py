@@ -30,7 +30,8 @@ from sqlalchemy import exc
 
 from beatless import canary, loopback
 from beatless.app import REDIS_TIMEOUTS, App
-from beatless.client import Client, new_run_id
+from beatless.client import Client
+from beatless.client.requests import new_run_id
 from beatless.errors import BadRequest, JobsError, WaitTimeout, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError

@@ -20,6 +20,12 @@ def id_prefix(namespace: str) -> str:
     return "" if namespace == DEFAULT_NAMESPACE else f"{namespace}~"
 
 
+def stored_id(namespace: str, run_id: str) -> str:
+    """The id of a run as it is stored, given with or without the prefix of its namespace."""
+    prefix = id_prefix(namespace)
+    return run_id if run_id.startswith(prefix) else prefix + run_id
+
+
 def namespace_of(run_id: str) -> str:
     """The namespace that an id belongs to, as `id_prefix` has marked it."""
     name, mark, _ = run_id.partition("~")

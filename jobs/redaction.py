@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from beatless.client import Client, RunPage
+from beatless.client import Client
+from beatless.client.pages import RunPage
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.journal import Run
 

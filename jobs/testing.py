@@ -21,7 +21,8 @@ from kombu import Connection
 from kombu.message import Message
 
 from beatless.app import App
-from beatless.client import Client, check_cursor
+from beatless.client import Client
+from beatless.client.streams import check_cursor
 from beatless.dev import Child
 from beatless.errors import WaitTimeout
 from beatless.isolation import Guard

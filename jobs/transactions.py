@@ -1,15 +1,19 @@
-"""Transactions of our own, repeated where they were ended for no fault of theirs."""
+"""Our own transactions: repeated after a conflict, with errors that name an absent server."""
 
 import itertools
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.errors import SchemaBehind, StatementTimeout, Unreachable, WrongEncoding
 from beatless.outbox.backoff import Backoff
+from beatless.schema import head
 
 T = TypeVar("T")
 
@@ -18,6 +22,15 @@ TRIES = 5
 
 CONFLICTS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 """How it says so. A serialization failure needs a session that is not ours to set."""
+
+
+ENDED = (
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.QueryCanceled,
+)
+"""Errors by which a server that is there ends a statement."""
 
 
 def transact(
@@ -46,3 +59,33 @@ def transact(
                 # At once, we would take from the winner what it was just given.
                 pause.wait(backoff.delay(tried))
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def reaching_postgres(schema: str) -> Iterator[None]:
+    """Turn the errors of an absent server or schema into ours, which say what to do."""
+    try:
+        yield
+    except (exc.OperationalError, psycopg.OperationalError) as error:
+        cause = error.orig if isinstance(error, exc.DBAPIError) else error
+        reason = str(cause).strip().splitlines()[0]
+        if isinstance(cause, ENDED):
+            raise StatementTimeout(reason) from error
+        raise Unreachable("Postgres", reason) from error
+    except exc.TimeoutError as error:
+        reason = "all connections of this process's pool are in use"
+        raise Unreachable("Postgres", reason) from error
+    except exc.DataError as error:
+        # Only the database can be at fault: what is no text anywhere was refused before.
+        if isinstance(error.orig, psycopg.errors.UntranslatableCharacter):
+            found = re.search(r'in encoding "(\w+)"$', error.orig.diag.message_primary or "")
+            raise WrongEncoding(
+                f"of schema {schema}", found[1] if found else "another encoding"
+            ) from error
+        raise
+    except exc.ProgrammingError as error:
+        if isinstance(
+            error.orig, (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
+        ):
+            raise SchemaBehind(schema, None, head()) from error
+        raise

@@ -18,9 +18,9 @@ from beatless import loopback
 from beatless.api.lanes import Lanes
 from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Scope, Tokens
-from beatless.client import reaching_postgres
 from beatless.namespaces import check_namespace
 from beatless.outbox.clock import monotonic
+from beatless.transactions import reaching_postgres
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,9 @@ from beatless.api.readiness import Readiness
 from beatless.app import App
 from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.auth import Scope as Permission
-from beatless.client import Client, RunPage, new_run_id, reaching_postgres
+from beatless.client import Client
+from beatless.client.pages import RunPage
+from beatless.client.requests import new_run_id
 from beatless.cursors import decode_page, encode_page, parse_event_id
 from beatless.errors import BadRequest
 from beatless.namespaces import DEFAULT_NAMESPACE
@@ -47,6 +49,7 @@ from beatless.orchestrator.state import RunState
 from beatless.stream import Pager
 from beatless.supervision import Supervisor
 from beatless.system import look
+from beatless.transactions import reaching_postgres
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from beatless.api.places import Place, Places, kept_by
 from beatless.api.problems import Problem
-from beatless.client import beyond_the_head
+from beatless.client.streams import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import EventText

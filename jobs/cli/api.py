@@ -11,11 +11,11 @@ from beatless import loopback
 from beatless.auth import Scope, Tokens
 from beatless.cli.environment import Environment, seconds
 from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, tell
-from beatless.client import reaching_postgres
 from beatless.errors import BadRequest, ExtraMissing
 from beatless.export import export
 from beatless.logs import Format
 from beatless.schema import check
+from beatless.transactions import reaching_postgres
 
 logger = logging.getLogger(__name__)
 

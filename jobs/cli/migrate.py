@@ -8,12 +8,12 @@ import sqlalchemy
 
 from beatless import migrations
 from beatless.cli.environment import Environment
-from beatless.client import reaching_postgres
 from beatless.errors import BadRequest
 from beatless.outbox.sessions import OWN
 from beatless.postgres import engine as connect_engine
 from beatless.schema import check as check_schema
 from beatless.schema import current
+from beatless.transactions import reaching_postgres
 
 
 @click.command()

@@ -18,7 +18,6 @@ from kombu.exceptions import KombuError
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.celery_app import warn_of_foreign
 from beatless.cli.environment import Environment
-from beatless.client import reaching_postgres
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.export import export
 from beatless.logs import Format
@@ -29,6 +28,7 @@ from beatless.redis_urls import is_cluster
 from beatless.schema import check
 from beatless.settings import Settings
 from beatless.supervision import Supervisor, stop_on_signals
+from beatless.transactions import reaching_postgres
 from beatless.worker import run_worker
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import httpx2
 
-from beatless.client import check_cursor
+from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
 from beatless.http import wire
 from beatless.http.aio import AsyncClient

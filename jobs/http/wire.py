@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from beatless.client import new_run_id
+from beatless.client.requests import new_run_id
 from beatless.cursors import encode_page
 from beatless.errors import (
     AccessDenied,

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from beatless import App, RunConflict, RunState
-from beatless.client import RunRequest, reaching_postgres
+from beatless.client import RunRequest
 from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.executor import Executor
@@ -22,6 +22,7 @@ from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
+from beatless.transactions import reaching_postgres
 
 
 def at_once(*acts: Callable[[], Any]) -> list[Any]:

@@ -20,7 +20,6 @@ from sqlalchemy import make_url, orm
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from beatless import App, Plan, Run, Settings, StatementTimeout, StepContext, WrongEncoding, step
-from beatless.client import reaching_postgres
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
 from beatless.outbox.sessions import OWN
@@ -28,7 +27,7 @@ from beatless.postgres import engine as connect_engine
 from beatless.pytest_plugin import Services
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
-from beatless.transactions import transact
+from beatless.transactions import reaching_postgres, transact
 from tests.serving import serving
 
 HOSTILE = {

@@ -1,0 +1,82 @@
+"""The collaborators of a client, its namespace and its transactions."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import sqlalchemy
+
+from beatless.client.requests import RunRequest, new_run
+from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
+from beatless.orchestrator.journal import Journal, NewRun, Run
+from beatless.orchestrator.plan import Plan
+from beatless.outbox.letters import LetterStatements
+from beatless.outbox.queries import Caller, refuse_two_phase
+from beatless.queue_limit import QueueLimit
+from beatless.queues import Queues
+from beatless.stream import Streams
+from beatless.tracing import Tracing
+from beatless.transactions import reaching_postgres, transact
+
+T = TypeVar("T")
+
+
+class BaseClient:
+    """Holds the collaborators of a client; runs statements for its namespace. No state of a run."""
+
+    def __init__(
+        self,
+        *,
+        plans: Mapping[str, Plan],
+        journal: Journal,
+        engine: sqlalchemy.Engine,
+        streams: Streams,
+        queues: Queues,
+        queue_limit: QueueLimit,
+        tracing: Tracing,
+        namespace: str = DEFAULT_NAMESPACE,
+    ) -> None:
+        """Raises BadRequest for a namespace that cannot be one."""
+        self._plans = plans
+        self._journal = journal
+        self._engine = engine
+        self._streams = streams
+        self._queues = queues
+        self._queue_limit = queue_limit
+        self._tracing = tracing
+        self._letters = LetterStatements(journal.schema)
+        self._namespace = check_namespace(namespace)
+
+    def stored_id(self, run_id: str) -> str:
+        """The id as it is stored: with the name of the namespace."""
+        return stored_id(self._namespace, run_id)
+
+    def get_run(self, run_id: str, *, connection: Caller | None = None) -> Run:
+        """The run as it is stored now. Raises RunNotFound."""
+        return self._in_transaction(connection, lambda caller: self._get(caller, run_id))
+
+    def _get(self, caller: Caller, run_id: str) -> Run:
+        return self._journal.get(caller, self.stored_id(run_id), namespace=self._namespace)
+
+    def _checked(self, request: RunRequest) -> NewRun:
+        """Raises UnknownPlan, BadRequest and BadPayload."""
+        return new_run(
+            request,
+            plans=self._plans,
+            namespace=self._namespace,
+            max_event_bytes=self._journal.max_event_bytes,
+        )
+
+    def epoch(self) -> str:
+        """Changes when the database's history may have changed: a seq means nothing beyond it."""
+        return self._in_transaction(None, self._streams.epoch)
+
+    def _in_transaction(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
+        """Act on the caller's connection, or on one of ours, in a transaction of its own.
+
+        Everything here can be repeated: a start has its run id, a cancel is stored once.
+        """
+        if given is not None:
+            refuse_two_phase(given)
+            return act(given)
+        with reaching_postgres(self._journal.schema):
+            return transact(self._engine, act, twice=True)

@@ -1,0 +1,194 @@
+"""Calls about runs that failed: list, count and retry."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+
+from beatless.client.base import BaseClient
+from beatless.client.pages import RunPage, page_of
+from beatless.client.requests import RunRequest, checked_tags, new_run_id, seconds
+from beatless.errors import BadRequest, UnknownPlan
+from beatless.orchestrator.errors import CannotRetry, OrchestratorError
+from beatless.orchestrator.events import encode
+from beatless.orchestrator.executor import reusable
+from beatless.orchestrator.journal import GivenUp, Place, Run
+from beatless.outbox.queries import Caller, execute_lazily
+
+
+class FailedRunCalls(BaseClient):
+    """Failed runs that nobody has retried."""
+
+    def failed_runs(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> list[Run]:
+        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
+
+        Those whose events were pruned cannot be retried and are not among them. `error` is looked
+        for in "type: message" of the error, whatever its case; `within` keeps those that failed so
+        many seconds ago or less. `run.error` has the last traceback.
+        """
+        chosen = _given_up(plan, queue, tags, error, within)
+
+        def read(caller: Caller) -> list[Run]:
+            found = self._journal.given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            )
+            return [run for run, _ in found]
+
+        return self._in_transaction(None, read)
+
+    def page_of_failed_runs(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+        """`failed_runs` for a server: ends after so many bytes, has few runs in memory at once."""
+
+        def read(caller: Caller) -> RunPage:
+            found = self._journal.given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit, read=execute_lazily
+            )
+            return page_of(found, limit, max_bytes)
+
+        return self._in_transaction(None, read)
+
+    def count_failed_runs(self, chosen: GivenUp, *, limit: int) -> int:
+        """How many `failed_runs` there are, counted no further than `limit`."""
+        return self._in_transaction(
+            None,
+            lambda caller: self._journal.count_given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            ),
+        )
+
+    def retry_run(
+        self, run_id: str, from_step: str | None = None, *, connection: Caller | None = None
+    ) -> Run:
+        """Start a new run that goes on where an ended one has failed; the new run.
+
+        It has the same plan, input, queue, priority, tags and length of deadline, an id of its own,
+        no key, and `retry_of`. Finished steps are not executed again: their results are taken over,
+        those before `from_step` if it is given (a name, or an occurrence such as `Act#12`). A run
+        that its `on_cancel` step has undone begins at the beginning.
+
+        Raises RunNotFound, UnknownPlan and CannotRetry.
+        """
+        return self._retry(run_id, from_step, connection, once=False)
+
+    def retry_failed(
+        self,
+        *,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        error: str | None = None,
+        within: float | timedelta | None = None,
+        limit: int = 100,
+    ) -> tuple[list[Run], list[Exception]]:
+        """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
+
+        Each is a transaction of its own: what was started before an interruption stays, and is not
+        among those of the next call. Two calls at once retry each run once.
+        """
+        chosen = _given_up(plan, queue, tags, error, within)
+        started: list[Run] = []
+        refused: list[Exception] = []
+        for found, _ in self._retry_each(chosen, limit):
+            started.append(found) if isinstance(found, Run) else refused.append(found)
+        return started, refused
+
+    def retry_page(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+        """`retry_failed` for a server: goes no further after so many bytes of new runs."""
+        refused: list[Exception] = []
+        tried: list[Place] = []
+
+        def started() -> Iterator[tuple[Run, Place]]:
+            for found, place in self._retry_each(chosen, limit):
+                tried.append(place)
+                if isinstance(found, Run):
+                    yield found, place
+                else:
+                    refused.append(found)
+
+        page = page_of(started(), limit, max_bytes)
+        following = page.next or (tried[-1] if len(tried) == limit else None)
+        return replace(page, refused=refused, next=following)
+
+    def _retry_each(self, chosen: GivenUp, limit: int) -> Iterator[tuple[Run | Exception, Place]]:
+        """The new run or why there is none, and the place of the run that failed."""
+        places = self._in_transaction(
+            None,
+            lambda caller: self._journal.places_given_up(
+                caller, namespace=self._namespace, chosen=chosen, limit=limit
+            ),
+        )
+        for place in places:
+            try:
+                yield self._retry(place[1], None, None, once=True), place
+            except (UnknownPlan, BadRequest, OrchestratorError) as reason:
+                yield reason, place
+
+    def _retry(
+        self, run_id: str, from_step: str | None, connection: Caller | None, *, once: bool
+    ) -> Run:
+        new_id = new_run_id()  # drawn here: a start whose answer was lost is repeated
+
+        def start(caller: Caller) -> Run:
+            run = self._get(caller, run_id)
+            if once and self._journal.retried(
+                caller, run.run_id, by_other_than=self.stored_id(new_id)
+            ):
+                raise CannotRetry(run_id, "somebody has retried it meanwhile")
+            if not run.state.final:
+                raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
+            if run.pruned_seq:
+                raise CannotRetry(
+                    run_id, "what it had finished is not kept any more; start it anew"
+                )
+            request = RunRequest(
+                plan=run.plan,
+                run_id=new_id,
+                input=run.input,
+                queue=run.queue,
+                priority=run.priority,
+                deadline=run.deadline_at - run.created_at if run.deadline_at else None,
+            )
+            # Its tags were checked when it was started, maybe before they had a limit. Its input is
+            # not the plan's default of today if it is null.
+            new = replace(
+                self._checked(request),
+                retry_of=run.run_id,
+                tags=run.tags,
+                input=encode(run.input, where="its input", limit=self._journal.max_event_bytes),
+            )
+            events = self._journal.read(caller, run.run_id)
+            reused = reusable(self._plans[run.plan], events, from_step)
+            if reused is not None:
+                limit = self._journal.max_event_bytes
+                text = encode(reused, where=f"what run {run_id} has finished", limit=limit)
+                new = replace(new, reused=text)
+            follows = ((events[0].data or {}) if events else {}).get("traceparent")
+            with self._tracing.starting(new.plan, new.run_id, follows=follows) as carried:
+                new = replace(new, trace_context=carried)
+                return self._journal.create_runs(caller, [new])[0]
+
+        return self._in_transaction(connection, start)
+
+
+def _given_up(
+    plan: str | None,
+    queue: str | None,
+    tags: Mapping[str, str] | None,
+    error: str | None,
+    within: float | timedelta | None,
+) -> GivenUp:
+    return GivenUp(
+        plan=plan,
+        queue=queue,
+        tags=checked_tags(tags),
+        error=error,
+        seconds=seconds("within", within),
+    )

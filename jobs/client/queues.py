@@ -1,0 +1,63 @@
+"""Calls about queues and what is kept in them, for the whole fleet."""
+
+from datetime import timedelta
+
+from beatless.client.base import BaseClient
+from beatless.client.requests import queue_name, seconds
+from beatless.errors import BadRequest
+from beatless.orchestrator.queues import QueueState
+from beatless.transactions import reaching_postgres
+
+
+class QueueCalls(BaseClient):
+    """Queue control, and the removal of runs."""
+
+    def queues(self) -> list[QueueState]:
+        """Every queue that has runs or is paused, with its counts."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.states()
+
+    def pause_queue(self, queue: str) -> None:
+        """After this returned no run of the queue starts anywhere; those that run go on."""
+        with reaching_postgres(self._journal.schema):
+            self._queues.pause(queue_name(queue))
+
+    def resume_queue(self, queue: str) -> None:
+        """Let the queue's runs start again."""
+        with reaching_postgres(self._journal.schema):
+            self._queues.resume(queue_name(queue))
+
+    def drain_queue(self, queue: str) -> int:
+        """Take away the runs that wait, leave those that run; how many were taken away."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.drain(queue_name(queue))
+
+    def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
+        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+        with reaching_postgres(self._journal.schema):
+            return self._queues.obliterate(queue_name(queue), force=force)
+
+    def remove_run(self, run_id: str) -> None:
+        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+        run_id = self.get_run(run_id).run_id
+        with reaching_postgres(self._journal.schema):
+            self._queues.remove_run(run_id, namespace=self._namespace)
+
+    def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
+        """Take away up to `limit` runs that ended in this state so long ago; how many."""
+        age = _age(older_than)
+        with reaching_postgres(self._journal.schema):
+            return self._queues.clean(state, seconds=age, limit=limit, namespace=self._namespace)
+
+    def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
+        """(runs, events) that `clean` would take away without a limit."""
+        age = _age(older_than)
+        with reaching_postgres(self._journal.schema):
+            return self._queues.count_finished(state, seconds=age, namespace=self._namespace)
+
+
+def _age(older_than: float | timedelta) -> float:
+    age = seconds("older_than", older_than)
+    if age is None:
+        raise BadRequest("older_than", "is missing: 0 takes away whatever has ended")
+    return age
