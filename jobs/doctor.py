@@ -36,7 +36,7 @@ from beatless.errors import BadRequest, JobsError, WaitTimeout, WrongEncoding
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.executor import UNKNOWN_STEP
+from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, QueueStatements
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS, shard_of

@@ -33,8 +33,8 @@ from prometheus_client.registry import Collector
 from beatless import loopback
 from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import execute, outbox_lag

@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.executor import (
+from beatless.orchestrator.journal import Run, Standing
+from beatless.orchestrator.progress import (
     CONNECTION_LOST,
     FOLLOWING,
     GIVEN_BACK,
@@ -14,7 +15,6 @@ from beatless.orchestrator.executor import (
     SNOOZED,
     UNKNOWN_STEP,
 )
-from beatless.orchestrator.journal import Run, Standing
 
 HANDOVER = 0.01
 """Seconds between two steps above which somebody else has taken the run over."""

@@ -7,8 +7,8 @@ import click
 from beatless import canary
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
-from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Goto, Plan, Step
+from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.places import Place, places
 
 NAMED = 10

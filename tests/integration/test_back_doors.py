@@ -12,8 +12,8 @@ import sqlalchemy
 from beatless import LeaseLost, Plan, RunCancelled, RunState, WorkerStops, retry, step
 from beatless.doctor import Doctor, Status
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.executor import GIVEN_BACK
 from beatless.orchestrator.plan import Finish
+from beatless.orchestrator.progress import GIVEN_BACK
 from beatless.testing import Kit
 from tests.plans import exits, keeps_its_place, two_steps
 

@@ -9,8 +9,8 @@ import pytest
 from beatless import App, CannotRetry, Fatal, Goto, Plan, RunState, Snooze, StepContext, retry, step
 from beatless.api import create_api
 from beatless.doctor import Doctor, Status
-from beatless.orchestrator.executor import UNKNOWN_STEP
 from beatless.orchestrator.plan import Step
+from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.places import places
 from beatless.testing import Kit
 

@@ -10,7 +10,7 @@ from psycopg.types.json import Jsonb
 
 from beatless import App, Plan, step
 from beatless.orchestrator.errors import RunNotFound
-from beatless.orchestrator.executor import CONNECTION_LOST, FOLDED, GIVEN_BACK, SNOOZED, fold
+from beatless.orchestrator.progress import CONNECTION_LOST, FOLDED, GIVEN_BACK, SNOOZED, fold
 from beatless.testing import Kit
 
 plan = Plan(

@@ -11,6 +11,7 @@ import beatless.errors
 import beatless.orchestrator.errors
 import beatless.orchestrator.executor
 import beatless.orchestrator.plan
+import beatless.orchestrator.progress
 import beatless.outbox.errors
 import beatless.outbox.faults
 import beatless.services
@@ -22,6 +23,7 @@ MODULES = [
     beatless.orchestrator.errors,
     beatless.orchestrator.executor,
     beatless.orchestrator.plan,
+    beatless.orchestrator.progress,
     beatless.outbox.errors,
     beatless.outbox.faults,
 ]

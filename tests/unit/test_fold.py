@@ -8,7 +8,7 @@ import pytest
 import beatless
 from beatless import Plan, step
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.executor import CONNECTION_LOST, FOLDED, SNOOZED, fold
+from beatless.orchestrator.progress import CONNECTION_LOST, FOLDED, SNOOZED, fold
 
 plan = Plan(
     "p",

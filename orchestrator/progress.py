@@ -1,0 +1,312 @@
+"""Where a run is in its plan, folded from its events. Pure: it reads and writes nothing."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from beatless.orchestrator.errors import CannotRetry, RunCancelled
+from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.plan import Plan, Step, occurrence, step_of
+
+SNOOZED = "beatless.snoozed"
+"""The trace that a Snooze leaves: the attempt before it was not a failure."""
+
+GIVEN_BACK = "beatless.given_back"
+"""An attempt that was ended because its worker stopped: it does not count."""
+
+CONNECTION_LOST = "beatless.connection_lost"
+"""The trace of a transaction that Postgres took back: its attempt is made again, uncounted.
+
+With `refused`, there was no connection to begin it on.
+"""
+
+FOLDED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
+"""The traces that `fold` looks at."""
+
+UNKNOWN_STEP = "unknown_step"
+"""Why a run waits that stands at a step which the worker's version of the plan does not have."""
+
+RENAMED_FROM = "renamed_from"
+"""In StepStarted: the name that the occurrence had at its first attempt, and has in its key."""
+
+ON_CANCEL = "on_cancel"
+"""In CancelRequested: the step that is to undo the run. In StepFinished: that it has."""
+
+FOLLOWING = "following"
+"""In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
+
+
+class UnknownStep(Exception):
+    """The journal is at a step that this version of the plan does not have."""
+
+    def __init__(self, plan: str, step: str) -> None:
+        super().__init__(plan, step)
+        self.plan = plan
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"plan {self.plan} has no step {self.step} in this version"
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run is, folded from its events. Steps have the names of this version of the plan."""
+
+    step: Step | None
+    """What comes next; None when every step has finished."""
+    unknown: str | None = None
+    """What comes next, if this version of the plan does not have it: then `step` is None."""
+    begun: str | None = None
+    """The occurrence whose attempts are counted, by the name that its first attempt had."""
+    results: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+    """That of the step that finished last."""
+    visits: Counter[str] = field(default_factory=Counter)
+    straight: set[str] = field(default_factory=set)
+    """The steps that have finished since a route was last taken."""
+    starts: int = 0
+    failures: int = 0
+    lost: int = 0
+    """Transactions in a row that Postgres took back."""
+    refused: int = 0
+    """Those that it did not let begin."""
+    promised: str | None = None
+    """The `on_cancel` step of the plan that the cancel was accepted by."""
+    compensating: bool = False
+    """The run is cancelled, and the plan's `on_cancel` step is what comes last."""
+
+    @property
+    def occurrence(self) -> str:
+        """The name of this visit to the step: `name`, then `name#2`."""
+        return "" if self.step is None else self.upcoming(self.step)
+
+    def upcoming(self, step: Step) -> str:
+        """The name of the next visit to a step."""
+        return occurrence(step.name, self.visits[step.name] + 1)
+
+    @property
+    def key(self) -> str:
+        """What this occurrence was called when it began: a rename leaves its key alone."""
+        return self.begun or self.occurrence
+
+    @property
+    def crashes(self) -> int:
+        """Attempts that ended without a word: their process died."""
+        return self.starts - self.failures
+
+    def after(self, plan: Plan, name: str) -> Step | None:
+        """The step that follows this one by default, or None at the end.
+
+        Only a route leads back to a step that has finished. If one comes next in the list, it stood
+        before this one when the run passed it: it is not done again.
+        """
+        following = plan.after(name)
+        while following is not None and following.name in self.straight:
+            following = plan.after(following.name)
+        return following
+
+    def finished(self, name: str, result: Any, *, routed: bool) -> None:
+        """A visit to the step of this name has its result."""
+        self.straight.add(name)
+        if routed:
+            self.straight.clear()
+        self.visits[name] += 1
+        self.results[occurrence(name, self.visits[name])] = self.results[name] = result
+        self.result = result
+
+    def go_on(self, step: Step | None, *, begun: str | None = None) -> None:
+        """This step comes next; nothing of it is counted yet."""
+        self.step, self.unknown, self.begun = step, None, begun
+        self.starts = self.failures = 0
+        self.judged()
+
+    def compensate(self, step: Step) -> None:
+        """The run was cancelled; the step that undoes it comes next."""
+        self.go_on(step)
+        self.compensating = True
+
+    def lacks(self, step: str) -> None:
+        """The same, and this version of the plan has no such step."""
+        self.go_on(None)
+        self.unknown, self.compensating = step, True
+
+    def uncounted(self) -> None:
+        """The attempt was ended by no fault of the step's."""
+        self.starts -= 1
+
+    def judged(self) -> None:
+        """The attempt ended as the step would have it: what was lost before is past."""
+        self.lost = self.refused = 0
+
+    def lose(self, *, refused: bool) -> None:
+        """Its transaction is gone, or never was."""
+        self.uncounted()
+        self.lost += not refused
+        self.refused += refused
+
+
+def fold(plan: Plan, events: Sequence[Event]) -> Progress:
+    """The place of a run in its plan.
+
+    Attempts are counted by the names that the journal has: what another version of the plan has
+    begun is never counted on another step. What the plan says is asked once, of the last place.
+    """
+    progress, place, stopping = Progress(step=None), events[0], False
+    for event in events:
+        data = event.data or {}
+        match event.type:
+            case EventType.RUN_STARTED:
+                reused = data.get("reused", {})
+                for name, result in reused.get("results", {}).items():
+                    progress.results[plan.current(name)] = result
+                for name, visits in reused.get("visits", {}).items():
+                    progress.visits[plan.current(name)] += visits
+                progress.straight.update(map(plan.current, reused.get("passed", ())))
+            case EventType.STEP_STARTED:
+                place, begun = event, _key(event)
+                if begun != progress.begun:
+                    progress.go_on(None, begun=begun)
+                    # No other step begins after a cancel.
+                    progress.compensating = stopping
+                progress.starts += 1
+            case EventType.STEP_FAILED:
+                progress.failures += 1
+                progress.judged()
+                error = data.get("error") or {}
+                if error.get("type") == RunCancelled.__name__ and plan.on_cancel is not None:
+                    stopping = True
+                    if not progress.compensating:
+                        progress.compensate(plan.on_cancel)
+            case EventType.CANCEL_REQUESTED:
+                stopping, progress.promised = True, data.get(ON_CANCEL)
+            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
+                progress.uncounted()
+                progress.judged()
+            case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
+                progress.uncounted()
+            case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
+                progress.lose(refused=data.get("refused", False))
+            case EventType.STEP_FINISHED:
+                place = event
+                name = plan.current(step_of(event.step or ""))
+                progress.finished(name, data.get("result"), routed="next" in data)
+                progress.go_on(None)
+    if progress.compensating and progress.begun is None:
+        return progress  # the `on_cancel` step has not begun
+    try:
+        progress.step = next_step(plan, place, undoing=progress.compensating, after=progress.after)
+    except UnknownStep as error:
+        progress.step, progress.unknown = None, error.step
+    return progress
+
+
+def next_step(
+    plan: Plan,
+    place: Event,
+    *,
+    undoing: bool,
+    after: Callable[[Plan, str], Step | None] = Plan.after,
+) -> Step | None:
+    """The step that a run goes on with after the last RunStarted, StepStarted or StepFinished.
+
+    None if all have finished. Raises UnknownStep, also for a step that has the other role in this
+    version: `undoing` tells whether it is the one that undoes the run.
+
+    1. a step that has begun, or that was chosen: that one
+    2. after a step of the plan, the one that is `after` it in this version of the plan
+    3. after another one, the one that would have followed in the version that finished it
+
+    For 2 too the plan must have that one: a version that does not know it may be older, and must
+    not pass it by.
+    """
+    found = _next_step(plan, place, after)
+    if found is not None and (found is plan.on_cancel) is not undoing:
+        raise UnknownStep(plan.name, found.name)
+    return found
+
+
+def _next_step(plan: Plan, place: Event, after: Callable[[Plan, str], Step | None]) -> Step | None:
+    data = place.data or {}
+    match place.type:
+        case EventType.STEP_STARTED:
+            return known_step(plan, step_of(place.step or ""))
+        case EventType.STEP_FINISHED:
+            if "next" in data:
+                return None if data["next"] is None else known_step(plan, data["next"])
+            followed = known_step(plan, data[FOLLOWING]) if FOLLOWING in data else None
+            finished = plan.get(step_of(place.step or ""))
+            if finished is not None and finished is not plan.on_cancel:
+                return after(plan, finished.name)
+            return followed or known_step(plan, step_of(place.step or ""))
+        case _:
+            chosen = data.get("reused", {}).get("next")
+            return plan.first if chosen is None else known_step(plan, chosen)
+
+
+def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
+    """What a retry of an ended run takes over: the results, and the step to begin with.
+
+    None if it begins at the beginning, as it does for a run that its `on_cancel` step has undone.
+    `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
+    before. Raises CannotRetry.
+    """
+    run_id = events[0].run_id
+    progress = fold(plan, events)
+    if from_step is not None:
+        begun = [
+            event
+            for event in events
+            if event.type == EventType.STEP_STARTED and from_step in _names(plan, event.step or "")
+        ]
+        if not begun:
+            raise CannotRetry(run_id, f"it never began a step {from_step}")
+        # The last occurrence, from its first attempt on.
+        first = next(event for event in begun if _key(event) == _key(begun[-1]))
+        name = step_of(first.step or "")
+        step = plan.get(name)
+        if step is None or step is not plan.on_cancel:
+            progress = fold(plan, [event for event in events if event.seq < first.seq])
+            progress.step, progress.unknown = step, None if step else name
+    if progress.compensating:
+        return None
+    if progress.unknown is not None:
+        raise CannotRetry(
+            run_id,
+            f"plan {plan.name} has no step {progress.unknown} any more; if it was renamed, say so "
+            f'in the plan: renamed={{"{progress.unknown}": …}}',
+        )
+    if progress.step is None:
+        raise CannotRetry(run_id, "all of its steps have finished; name the step to begin with")
+    if not progress.visits and progress.step is plan.first:
+        return None
+    reused = {
+        "results": progress.results,
+        "visits": dict(progress.visits),
+        "next": progress.step.name,
+    }
+    ahead, passed = plan.after(progress.step.name), []
+    while ahead is not None:
+        if ahead.name in progress.straight:
+            passed.append(ahead.name)
+        ahead = plan.after(ahead.name)
+    return reused | {"passed": passed} if passed else reused
+
+
+def _key(started: Event) -> str | None:
+    """The name that the first attempt of this occurrence had."""
+    name: str | None = (started.data or {}).get(RENAMED_FROM, started.step)
+    return name
+
+
+def _names(plan: Plan, occurrence: str) -> set[str]:
+    """All names that somebody may mean it by."""
+    now = plan.current(occurrence)
+    return {occurrence, step_of(occurrence), now, step_of(now)}
+
+
+def known_step(plan: Plan, name: str) -> Step:
+    found = plan.get(name)
+    if found is None:
+        raise UnknownStep(plan.name, name)
+    return found
