@@ -1,7 +1,8 @@
 """The pytest plugin of beatless: its options, and the fixtures for any project's tests.
 
 pytest loads it wherever beatless is installed. So it imports nothing of beatless, which would cost
-every session a second, before a test asks for a fixture: `beatless.pytest_plugin` has what they do.
+every session a second, before a test asks for a fixture: what fixtures do is in the package
+`beatless.testing`.
 """
 
 import importlib
@@ -168,12 +169,12 @@ def implementation() -> ModuleType:
     spec = importlib.util.find_spec("beatless")
     assert spec is not None  # noqa: S101 - it is installed with this module
     found = next(iter(spec.submodule_search_locations or ()), spec.origin or "")
-    if not Path(found, "pytest_plugin.py").exists():
+    if not Path(found, "testing", "fixtures.py").exists():
         raise pytest.UsageError(
             f"`import beatless` finds {found}, which stands in for the installed package: rename "
             "it, or keep its folder off sys.path"
         )
-    return importlib.import_module("beatless.pytest_plugin")
+    return importlib.import_module("beatless.testing.fixtures")
 
 
 @contextmanager

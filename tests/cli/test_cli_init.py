@@ -10,7 +10,7 @@ import pytest
 
 from beatless.cli import run
 from beatless.cli.init import TEMPLATES, requirement
-from beatless.pytest_plugin import Services
+from beatless.testing.fixtures import Services
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from beatless import Plan, RunState, StepContext, step
 from beatless.client import Client
-from beatless.pytest_plugin import Services
 from beatless.testing import Kit
+from beatless.testing.fixtures import Services
 
 TEXT = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
 BLOCKS = {

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from beatless.outbox.faults import POINTS
-from beatless.pytest_plugin import Services
 from beatless.testing import Kit
+from beatless.testing.fixtures import Services
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 

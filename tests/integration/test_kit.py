@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from beatless import App, Plan, RunState, StepContext, step
-from beatless.pytest_plugin import Schemas, own_tables, remove_keys
 from beatless.testing import Kit
+from beatless.testing.fixtures import Schemas, own_tables, remove_keys
 
 PROJECT = """
 import pytest

@@ -12,11 +12,11 @@ import sqlalchemy
 from sqlalchemy import make_url
 
 from beatless.errors import BadSetting
-from beatless.isolation import Guard
-from beatless.pytest_plugin import Schemas, Services, beatless_app, search
 from beatless.services import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
 from beatless.testing import Kit
+from beatless.testing.broker_guard import Guard
+from beatless.testing.fixtures import Schemas, Services, beatless_app, search
 
 
 def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import beatless
 import pytest_beatless
-from beatless.pytest_plugin import Services
+from beatless.testing.fixtures import Services
 
 
 @pytest.fixture(autouse=True)

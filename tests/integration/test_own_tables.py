@@ -7,9 +7,9 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from beatless.pytest_plugin import Schemas, Services, own_tables
 from beatless.settings import libpq_url
 from beatless.testing import Kit
+from beatless.testing.fixtures import Schemas, Services, own_tables
 
 
 @pytest.mark.parametrize("_turn", [1, 2])

@@ -17,9 +17,9 @@ from beatless import App, RunState, Unreachable
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.relay import Relay
-from beatless.pytest_plugin import FAST, Services
 from beatless.services import EmbeddedPostgres
 from beatless.testing import Kit
+from beatless.testing.fixtures import FAST, Services
 from tests.integration.test_relay import Announcements
 from tests.proxy import Proxy, proxy
 from tests.valkeys import until

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from beatless.pytest_plugin import Services
+from beatless.testing.fixtures import Services
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -24,9 +24,9 @@ from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
 from beatless.outbox.sessions import OWN
 from beatless.postgres import engine as connect_engine
-from beatless.pytest_plugin import Services
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
+from beatless.testing.fixtures import Services
 from beatless.transactions import reaching_postgres, transact
 from tests.serving import serving
 

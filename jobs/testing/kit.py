@@ -25,7 +25,6 @@ from beatless.client import Client
 from beatless.client.streams import check_cursor
 from beatless.dev import Child
 from beatless.errors import WaitTimeout
-from beatless.isolation import Guard
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.executor import Executor
@@ -38,6 +37,7 @@ from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import execute
 from beatless.outbox.times import MOST_S, is_number
 from beatless.stream import Streams, Subscription
+from beatless.testing.broker_guard import Guard
 from beatless.verify import PATIENCE, verify
 
 UNSET: Any = object()
@@ -47,8 +47,8 @@ LOOK_EVERY = 0.5
 """Seconds without news after which a wait looks into the journal: without a relay nobody tells."""
 
 FENCED = (
-    "import sys, beatless.cli, beatless.isolation\n"
-    "with beatless.isolation.fenced(sys.argv.pop(1)):\n"
+    "import sys, beatless.cli, beatless.testing.broker_guard\n"
+    "with beatless.testing.broker_guard.fenced(sys.argv.pop(1)):\n"
     "    beatless.cli.main()"
 )
 """A process of a test: `beatless`, which publishes on the test's own broker and on no other."""

@@ -32,7 +32,6 @@ from beatless.app import App
 from beatless.auth import api_tokens
 from beatless.cli.environment import load
 from beatless.errors import ExtraMissing, JobsError, Unreachable
-from beatless.isolation import Fence, Guard, servers, watching
 from beatless.migrations import migrate
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.message import SHARDS
@@ -42,7 +41,8 @@ from beatless.redis_urls import RedisUrl
 from beatless.schema import VERSION_TABLE
 from beatless.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
 from beatless.settings import REDIS, Settings, engine_url, libpq_url
-from beatless.testing import Kit, queue_names
+from beatless.testing.broker_guard import Fence, Guard, servers, watching
+from beatless.testing.kit import Kit, queue_names
 
 FAST = {
     # A test's data need not survive a power cut; a killed server keeps it all the same.
