@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean format test-one dev bench-retention bench-fanout bench-capacity
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -140,6 +140,9 @@ check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+architecture: $(STAMP) ## Write the tables of modules in docs/architecture.md
+	$(BIN)/python -m tests.architecture docs/architecture.md
 
 format: $(STAMP) ## Write the format that check asks for
 	$(BIN)/ruff check --fix-only -q .
