@@ -367,8 +367,10 @@ class Log {
   clear() { this.events = []; this.waiting = []; this.matching = 0; this.body.replaceChildren(); }
 
   matches(event) {
-    const text = this.text.value.trim().toLowerCase();
-    return (!this.type.value || event.type === this.type.value) && (!text || event.text.toLowerCase().includes(text));
+    // Spaces do not count: JSON is stored with them, and people type it without.
+    const plain = (text) => text.toLowerCase().replace(/\s+/g, "");
+    const wanted = plain(this.text.value);
+    return (!this.type.value || event.type === this.type.value) && (!wanted || plain(event.text).includes(wanted));
   }
 
   filter() {
