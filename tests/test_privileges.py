@@ -14,8 +14,8 @@ START = """
 import os, sys
 from pathlib import Path
 import psycopg
-from beatless import privileges
-from beatless.services import EmbeddedPostgres
+from beatless.local import privileges
+from beatless.local.postgres import EmbeddedPostgres
 
 here, become = Path(sys.argv[1]), sys.argv[2]
 if become:  # this process's own number for others, as in a container that gives it any

@@ -16,15 +16,11 @@ import psycopg
 import pytest
 import redis
 
+from beatless.local.errors import DirectoryInUse, ServiceFailed, ServicesMissing
+from beatless.local.ports import free_port
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.sockets import readable
-from beatless.services import (
-    DirectoryInUse,
-    EmbeddedPostgres,
-    EmbeddedValkey,
-    ServiceFailed,
-    ServicesMissing,
-    free_port,
-)
 
 FAST = {"fsync": "off"}
 Server = EmbeddedPostgres | EmbeddedValkey
@@ -246,7 +242,7 @@ def test_a_port_lost_to_another_process_is_replaced(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = iter([taken.getsockname()[1], free_port()])
-        monkeypatch.setattr("beatless.services.free_port", lambda: next(ports))
+        monkeypatch.setattr("beatless.local.server.free_port", lambda: next(ports))
 
         with kind(tmp_path) as server:
             assert server.port != taken.getsockname()[1]
@@ -294,7 +290,8 @@ def test_the_errors_survive_pickling() -> None:
 OWNER = """
 import sys
 from pathlib import Path
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 
 here = Path(sys.argv[1])
 postgres = EmbeddedPostgres(here / "pg", settings={"fsync": "off"})

@@ -11,8 +11,9 @@ from time import monotonic
 
 import redis
 
+from beatless.local.ports import free_port
+from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.sockets import readable
-from beatless.services import EmbeddedValkey, free_port
 
 CERTIFICATES = Path(__file__).parent / "certificates"
 """A test authority's certificate, and one for 127.0.0.1 and localhost. Good until 2126."""

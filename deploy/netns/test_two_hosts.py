@@ -19,10 +19,11 @@ import pytest
 
 from beatless import App, Settings
 from beatless.cli.demo import GOLDEN
-from beatless.dev import Child
+from beatless.local.child import Child
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.orchestrator.plan import Plan
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.testing import Kit
 from tests.valkeys import until
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from beatless.cli.demo import GOLDEN
-from beatless.services import free_port
+from beatless.local.ports import free_port
 
 DEPLOY = Path(__file__).parents[1]
 RUNS = 200

@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from beatless import App
+from beatless.local.ports import free_port
 from beatless.redis_urls import RedisUrl
-from beatless.services import free_port
 from beatless.testing import Kit
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from beatless.cli import render
 from beatless.cli.environment import Environment
 from beatless.client import RunRequest
 from beatless.demo import PLANS
-from beatless.dev import Stack
+from beatless.local.stack import Stack
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic

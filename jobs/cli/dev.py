@@ -1,7 +1,6 @@
 """`beatless dev`."""
 
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
-from beatless.dev import Stack
 from beatless.errors import BadRequest
+from beatless.local.ports import is_free
+from beatless.local.stack import Stack
 from beatless.supervision import stop_on_signals
 
 
@@ -83,14 +83,3 @@ def write_env_file(path: Path, environ: Mapping[str, str]) -> None:
         raise BadRequest("--env-file", f"{path} cannot be written: {error.strerror}") from error
     with os.fdopen(descriptor, "w") as file:
         file.writelines(f"{name}={value}\n" for name, value in environ.items())
-
-
-def is_free(port: int) -> bool:
-    """Whether something could listen on this port of 127.0.0.1 now."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

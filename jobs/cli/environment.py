@@ -18,11 +18,11 @@ from beatless.app import App
 from beatless.client import Client
 from beatless.demo import PLANS
 from beatless.errors import BadRequest, BadSetting, JobsError
+from beatless.local.stack_file import settings_of_running
 from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.plan import PlanError
 from beatless.settings import Settings
-from beatless.stack_file import settings_of_running
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

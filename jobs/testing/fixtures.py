@@ -32,6 +32,9 @@ from beatless.app import App
 from beatless.auth import api_tokens
 from beatless.cli.environment import load
 from beatless.errors import ExtraMissing, JobsError, Unreachable
+from beatless.local.errors import ServiceFailed
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.message import SHARDS
@@ -39,7 +42,6 @@ from beatless.outbox.publishers import worker_queue
 from beatless.outbox.tables import history
 from beatless.redis_urls import RedisUrl
 from beatless.schema import VERSION_TABLE
-from beatless.services import EmbeddedPostgres, EmbeddedValkey, ServiceFailed
 from beatless.settings import REDIS, Settings, engine_url, libpq_url
 from beatless.testing.broker_guard import Fence, Guard, servers, watching
 from beatless.testing.kit import Kit, queue_names
@@ -246,7 +248,7 @@ def start_containers(config: pytest.Config, stack: ExitStack) -> tuple[str, str]
     settings = server_settings(config)
     try:
         # Imported when it is asked for: the extra `docker` is not installed everywhere.
-        containers = importlib.import_module("beatless.containers")
+        containers = importlib.import_module("beatless.local.containers")
     except ModuleNotFoundError as error:
         raise ExtraMissing("it", "testcontainers", "docker") from error
     try:

@@ -23,8 +23,8 @@ from kombu.message import Message
 from beatless.app import App
 from beatless.client import Client
 from beatless.client.streams import check_cursor
-from beatless.dev import Child
 from beatless.errors import WaitTimeout
+from beatless.local.child import Child
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.executor import Executor

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from beatless import App, Plan
-from beatless.dev import Child
-from beatless.services import free_port
+from beatless.local.child import Child
+from beatless.local.ports import free_port
 from beatless.testing import Kit
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund

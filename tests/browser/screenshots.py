@@ -10,7 +10,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page
 
 from beatless import App, Run, RunRequest, Settings
-from beatless.dev import Stack
+from beatless.local.stack import Stack
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from beatless.dev import Child
+from beatless.local.child import Child
+from beatless.local.ports import free_port
 from beatless.outbox.sockets import readable
-from beatless.services import free_port
 from beatless.testing import Kit
 from tests.browser.conftest import PLANS
 from tests.serving import serving

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from beatless import BadSetting, loopback
 from beatless.cli import run
-from beatless.dev import Guard
+from beatless.local.restarts import Restarter
+from beatless.local.stack_file import LOCK, STATE, settings_of_running
 from beatless.metrics import listen
-from beatless.stack_file import LOCK, STATE, settings_of_running
 
 FOUND = {"BEATLESS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}
 
@@ -98,9 +98,7 @@ class Part:
         with subprocess.Popen([sys.executable, "-c", ""]) as ended:
             self.pid = ended.pid
 
-    def crash(self) -> None: ...
-
-    def start(self) -> None:
+    def restart(self) -> None:
         if self.error is not None:
             raise self.error
 
@@ -109,16 +107,16 @@ class Part:
 def test_a_restart_that_fails_in_any_way_is_tried_again(error: Exception) -> None:
     said: list[str] = []
     part = Part(error)
-    guard = Guard(part)
-    guard.look(said.append)
-    guard.restart_at = 0.0
-    guard.look(said.append)
+    restarter = Restarter(part)
+    restarter.check(said.append)
+    restarter.restart_at = 0.0
+    restarter.check(said.append)
     assert str(error) in said[-1]
-    assert guard.restart_at
-    part.error, guard.restart_at = None, 0.0
-    guard.look(said.append)
+    assert restarter.restart_at
+    part.error, restarter.restart_at = None, 0.0
+    restarter.check(said.append)
     assert "started again" in said[-1]
-    assert guard.restart_at is None
+    assert restarter.restart_at is None
 
 
 def test_an_ipv6_address_is_printed_as_a_browser_takes_it() -> None:

@@ -12,9 +12,10 @@ from sqlalchemy import make_url
 from beatless import App, Settings
 from beatless.demo import PLANS
 from beatless.doctor import Doctor, Status
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.metrics import RUNS_ACTIVE
 from beatless.migrations import migrate
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.testing import Kit
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

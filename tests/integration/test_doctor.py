@@ -21,11 +21,12 @@ from beatless import App, Plan, StepContext, step
 from beatless.cli import run
 from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
 from beatless.errors import BadRequest, JobsError
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.outbox.queries import execute
 from beatless.outbox.sockets import readable
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 

@@ -14,9 +14,9 @@ import psycopg
 import pytest
 
 from beatless import App, Event, HistoryChanged
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.privileges import server_user
 from beatless.migrations import migrate
-from beatless.privileges import server_user
-from beatless.services import EmbeddedPostgres
 from beatless.stream import Observer, Streams, ignore
 from beatless.testing import Kit
 from tests.serving import serving

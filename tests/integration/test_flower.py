@@ -16,8 +16,9 @@ import pytest
 from sqlalchemy import exc
 
 from beatless import App, canary
-from beatless.dev import Child, NotReady
 from beatless.flower import FleetState, Listener
+from beatless.local.child import Child
+from beatless.local.errors import NotReady
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit

@@ -17,7 +17,7 @@ import redis
 
 from beatless import App, RunState
 from beatless.client import RunRequest
-from beatless.services import EmbeddedValkey
+from beatless.local.valkey import EmbeddedValkey
 from beatless.testing import Kit
 from tests.integration.test_processes import await_death
 from tests.integration.test_relay import lose_messages

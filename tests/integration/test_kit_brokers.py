@@ -9,8 +9,8 @@ from celery import Celery, chain, chord, group
 from kombu import Connection, Exchange, Producer, Queue
 
 from beatless import App, Plan
+from beatless.local.valkey import EmbeddedValkey
 from beatless.redis_urls import RedisUrl
-from beatless.services import EmbeddedValkey
 from beatless.testing.broker_guard import Fence, ForeignBroker, Guard, servers
 
 

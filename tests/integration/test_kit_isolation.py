@@ -12,7 +12,7 @@ import sqlalchemy
 from sqlalchemy import make_url
 
 from beatless.errors import BadSetting
-from beatless.services import EmbeddedValkey
+from beatless.local.valkey import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
 from beatless.testing import Kit
 from beatless.testing.broker_guard import Guard

@@ -22,7 +22,7 @@ from beatless import (
     StepTimeout,
     step,
 )
-from beatless.dev import Child
+from beatless.local.child import Child
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.watchdog import Attempt, Watchdog
 from beatless.testing import Kit

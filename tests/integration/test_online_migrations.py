@@ -14,9 +14,9 @@ import pytest
 import sqlalchemy
 
 from beatless.errors import MigrationBlocked
+from beatless.local.postgres import EmbeddedPostgres
 from beatless.migrations import migrate, migration_sql, statements
 from beatless.schema import VERSION_TABLE, check, current, head
-from beatless.services import EmbeddedPostgres
 from beatless.settings import engine_url
 from tests.integration.test_migrations import shape
 from tests.valkeys import until

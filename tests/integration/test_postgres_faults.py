@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import make_url
 
 from beatless import App, RunState, Unreachable
+from beatless.local.postgres import EmbeddedPostgres
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.relay import Relay
-from beatless.services import EmbeddedPostgres
 from beatless.testing import Kit
 from beatless.testing.fixtures import FAST, Services
 from tests.integration.test_relay import Announcements

@@ -15,8 +15,8 @@ import redis
 from beatless import App, BadSetting, Event
 from beatless.cli.processes import check_rights, check_servers
 from beatless.errors import Unreachable
+from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.errors import PublishRefused
-from beatless.services import EmbeddedValkey
 from beatless.stream import Subscription
 from beatless.testing import Kit
 from tests.integration.test_stream import streams

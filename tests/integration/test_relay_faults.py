@@ -18,10 +18,10 @@ import pytest
 import redis
 
 from beatless import App, RunState
+from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS
 from beatless.outbox.relay import Relay
-from beatless.services import EmbeddedValkey
 from beatless.stream import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import Announcements, shards_of

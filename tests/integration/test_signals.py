@@ -11,7 +11,7 @@ import pytest
 
 from beatless import Plan, StepContext, step
 from beatless.child_signals import EVERY_CHILD, Left, Meant
-from beatless.dev import Child
+from beatless.local.child import Child
 from beatless.outbox.clock import monotonic
 from beatless.testing import Kit
 from tests.plans import ALL

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from beatless import App
-from beatless.dev import Child
+from beatless.local.child import Child
 from beatless.supervision import Supervisor
 from beatless.testing import Kit
 

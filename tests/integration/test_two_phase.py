@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from beatless import App
+from beatless.local.postgres import EmbeddedPostgres
 from beatless.migrations import migrate
 from beatless.outbox.message import SHARDS
-from beatless.services import EmbeddedPostgres
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 

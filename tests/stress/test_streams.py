@@ -13,8 +13,9 @@ import psycopg
 import pytest
 
 from beatless import App, Plan, StepContext, step
-from beatless.dev import Child
-from beatless.services import EmbeddedValkey, free_port
+from beatless.local.child import Child
+from beatless.local.ports import free_port
+from beatless.local.valkey import EmbeddedValkey
 from beatless.testing import Kit
 from tests.http_proxy import Proxy
 from tests.serving import serving

@@ -20,10 +20,11 @@ import sqlalchemy
 from beatless import App, Settings
 from beatless.cli.demo import GOLDEN
 from beatless.demo import PLANS
-from beatless.dev import Child
+from beatless.local.child import Child
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.schema import VERSION_TABLE, head
-from beatless.services import EmbeddedPostgres, EmbeddedValkey
 from beatless.settings import engine_url
 from beatless.testing import Kit
 from tests.valkeys import until

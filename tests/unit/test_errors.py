@@ -6,20 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-import beatless.dev
 import beatless.errors
+import beatless.local.errors
 import beatless.orchestrator.errors
 import beatless.orchestrator.executor
 import beatless.orchestrator.plan
 import beatless.orchestrator.progress
 import beatless.outbox.errors
 import beatless.outbox.faults
-import beatless.services
 
 MODULES = [
-    beatless.dev,
     beatless.errors,
-    beatless.services,
+    beatless.local.errors,
     beatless.orchestrator.errors,
     beatless.orchestrator.executor,
     beatless.orchestrator.plan,

@@ -1,0 +1,1 @@
+"""Servers and processes that `beatless dev`, the demo and tests start on this machine."""

@@ -1,0 +1,112 @@
+"""A `beatless` process that this one starts, and that ends with it even if it is killed."""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from beatless.local.errors import NotReady
+from beatless.local.processes import die_with_parent
+from beatless.outbox.clock import monotonic
+from beatless.outbox.doorbell import Alarm
+from beatless.outbox.sockets import readable
+
+READY_TIMEOUT_S = 60.0
+
+
+class Child:
+    """One process of the stack. It says through a pipe when it is ready."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        environ: dict[str, str],
+        log: Path,
+        # -P: a folder called `beatless` in the current directory must not stand in for ours.
+        command: Sequence[str] = (sys.executable, "-P", "-m", "beatless.cli"),
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._command = [*command, arguments[0]]
+        self._arguments = arguments[1:]
+        self._environ = environ
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready: int | None = None
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RuntimeError(f"{self.name} is not running")
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        self._ready, writer = os.pipe()
+        try:
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*self._command, "--ready-fd", str(writer), *self._arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environ,
+                    pass_fds=[writer],
+                    start_new_session=True,
+                    # Killing is safe, that is the point of it all; a slow farewell is not needed.
+                    preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
+                )
+        finally:
+            os.close(writer)
+
+    def restart(self) -> None:
+        """Start it again after its end."""
+        self.reap(monotonic())
+        self.start()
+
+    def wait_ready(self, alarm: Alarm | None = None) -> None:
+        """Return when it said so. Raises NotReady, with its last words, if it ends before."""
+        assert self._ready is not None  # noqa: S101 - started before
+        waiting: list[int | Alarm] = [self._ready, *([alarm] if alarm else [])]
+        ready = readable(waiting, READY_TIMEOUT_S)
+        if alarm in ready:
+            raise KeyboardInterrupt
+        if self._ready not in ready or not os.read(self._ready, 1):
+            raise NotReady(self.name, self.last_words())
+
+    def last_words(self) -> str:
+        """The end of its log, as one line."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+        return " | ".join(lines) or "nothing"
+
+    def kill(self) -> None:
+        """SIGKILL to this process alone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def terminate(self) -> None:
+        if self.alive and self._process is not None:
+            self._process.terminate()
+
+    def reap(self, deadline: float) -> None:
+        """Wait for its end; past the deadline, end it and its group."""
+        if self._process is not None:
+            try:
+                self._process.wait(max(0.0, deadline - monotonic()))
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+        if self._ready is not None:
+            os.close(self._ready)
+            self._ready = None
