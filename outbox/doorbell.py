@@ -28,6 +28,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
 from beatless.outbox.queries import Queries
 from beatless.outbox.sockets import readable
+from beatless.outbox.statements import statements
 
 RV = TypeVar("RV")
 
@@ -131,6 +132,7 @@ class Sessions:
 
     def __init__(self, queries: Queries, connect: Callable[[], DirectConnection]) -> None:
         self.queries = queries
+        self._sql = statements(__file__, queries.schema)
         self.state = State.AWAKE
         self.rung = False
         self.members_changed = False
@@ -215,23 +217,8 @@ class Sessions:
         sessions are ended starts over when it wakes, and can mark nothing of what it had in hand.
         """
         rows = self.work.execute(
-            f"""
-WITH bound AS (
-  SELECT DISTINCT pid FROM pg_locks
-   WHERE locktype = 'advisory' AND objsubid = 2
-     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-     AND (classid = ({self.queries.leader_key})::oid
-          OR classid = ({self.queries.bell_key})::oid AND mode = 'ExclusiveLock')
-), kin AS (
-  SELECT a.pid, a.state_change,
-         coalesce(substring(a.application_name FROM '^{KIN}([0-9]+)$')::int, a.pid) AS relay
-    FROM pg_stat_activity a JOIN bound USING (pid) WHERE a.usename = current_user
-), silent AS (
-  SELECT relay FROM kin WHERE relay <> pg_backend_pid() GROUP BY relay
-  HAVING max(state_change) < clock_timestamp() - make_interval(secs => %s)
-)
-SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)""",
-            (seconds,),
+            self._sql["end_silent"].encode(),
+            {"seconds": seconds, "sibling": f"^{KIN}([0-9]+)$"},
         ).fetchall()
         return sorted({pid for pid, _ in rows})
 

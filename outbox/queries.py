@@ -17,6 +17,7 @@ from sqlalchemy import orm
 
 from beatless.outbox.adapters import Cursor, our_cursors
 from beatless.outbox.message import SHARDS, TaskMessage
+from beatless.outbox.statements import fragment, statements
 
 Caller = (
     psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session | orm.scoped_session[orm.Session]
@@ -37,7 +38,6 @@ EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
 
 `date_part` is a float, `extract` a numeric: the event would take a tenth longer.
 """
-
 
 RARELY = 4
 """Times the redispatch interval after which a message that was sent again, or is in the broker
@@ -222,14 +222,7 @@ def doorbell(schema: str, shard: str) -> str:
 
 def outbox_lag(schema: str) -> str:
     """Three columns: appends that are not published, the oldest's age in seconds, dead letters."""
-    return f"""
-       (SELECT count(*) FROM {schema}.run_outbox),
-       (SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
-          FROM generate_series(0, {SHARDS - 1}) AS own(shard) CROSS JOIN LATERAL (
-            SELECT run_id, from_seq FROM {schema}.run_outbox o WHERE o.shard = own.shard
-             ORDER BY id LIMIT 1) o
-          JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
-       (SELECT count(*) FROM {schema}.dead_letters)"""
+    return fragment("outbox_lag", schema, last_shard=SHARDS - 1)
 
 
 def outbox_row(schema: str, source: str, shard: str, count: str) -> str:
@@ -260,237 +253,42 @@ class Queries:
     """The relay's statements for one schema."""
 
     def __init__(self, schema: str, *, per_shard: int = 128, window: int = 64) -> None:
-        s = schema
+        sql = statements(
+            __file__,
+            schema,
+            per_shard=per_shard,
+            few_per_shard=max(1, per_shard // FEWER),
+            window=window,
+            batch_bytes=BATCH_BYTES,
+            rarely=RARELY,
+            defer_s=DEFER_S,
+        )
         self.schema = schema
         self.per_shard = per_shard
+        self.few_per_shard = max(1, per_shard // FEWER)
         self.window = window
         self.channel = channel_of(schema)
-        self.origin = origin(s)
-        self.bell_key = f"'{s}.run_outbox'::regclass::oid::int4"
-        self.leader_key = f"'{s}.dispatches'::regclass::oid::int4"
-        self.chore_key = f"'{s}.run_events'::regclass::oid::int4"
-        # Whatever a row holds, no expression over its columns may fail: it would stop all runs.
-        next_attempt = f"least(d.attempts, {LAST_ATTEMPT - 1}) + 1"
-        # LIMIT is a literal: a generic plan would guess 10 % of the table for a parameter.
-        pick_events = _picked(
-            s,
-            f"""SELECT o.* FROM unnest(%(shards)s::int[]) AS own(shard) CROSS JOIN LATERAL (
-   SELECT * FROM {s}.run_outbox o
-    WHERE o.shard = own.shard AND o.id > %(floor)s AND o.run_id <> ALL(%(aside)s::text[])
-    ORDER BY o.id LIMIT {{limit}}) o
-  ORDER BY o.id""",
-        )
-        self.pick_events_sql = pick_events.replace("{limit}", str(per_shard))
-        self.few_per_shard = max(1, per_shard // FEWER)
-        self.pick_few_events_sql = pick_events.replace("{limit}", str(self.few_per_shard))
-        self.pick_run_sql = _picked(
-            s,
-            f"""SELECT * FROM {s}.run_outbox
-    WHERE shard = %(shard)s AND run_id = %(run_id)s AND run_id <> ALL(%(aside)s::text[])
-    ORDER BY id LIMIT 500""",
-        )
-        self.heads_sql = f"""
-SELECT o.shard, o.id, o.run_id FROM unnest(%(shards)s::int[]) AS own(shard) CROSS JOIN LATERAL (
-   SELECT * FROM {s}.run_outbox o
-    WHERE o.shard = own.shard AND o.id > %(floor)s AND o.run_id <> ALL(%(aside)s::text[])
-      AND (%(run_id)s::text IS NULL OR o.run_id = %(run_id)s)
-    ORDER BY o.id LIMIT {per_shard}) o"""
-        self.pick_one_sql = _picked(
-            s, f"SELECT * FROM {s}.run_outbox WHERE shard = %(shard)s AND id = %(id)s"
-        )
-        # No write of the relay waits for a row: whoever holds it would stop all runs. Arrays as
-        # text: psycopg takes half as long to write one as to write the list. Row by row,
-        # by LIMIT: told by an ANALYZE of the empty table that it has one row, the planner would
-        # join the other way round and read the whole backlog.
-        self.forget_events_sql = f"""
-DELETE FROM {s}.run_outbox WHERE ctid = ANY(ARRAY(
-  SELECT o.ctid
-    FROM unnest(%(shards)s::text::int[], %(ids)s::text::bigint[]) AS done(shard, id)
-   CROSS JOIN LATERAL (
-     SELECT ctid FROM {s}.run_outbox r WHERE r.shard = done.shard AND r.id = done.id
-      LIMIT 1 FOR UPDATE SKIP LOCKED) o))"""
-        lanes = f"""
-WITH RECURSIVE lane(queue, priority) AS (
-  (SELECT queue, priority FROM {s}.dispatches WHERE state = 'waiting'
-    ORDER BY queue, priority LIMIT 1)
-  UNION ALL
-  SELECT n.queue, n.priority FROM lane CROSS JOIN LATERAL (
-    SELECT queue, priority FROM {s}.dispatches
-     WHERE state = 'waiting' AND (queue, priority) > (lane.queue, lane.priority)
-     ORDER BY queue, priority LIMIT 1) n
-), open AS (
-  SELECT lane.* FROM lane LEFT JOIN {s}.queues q ON q.name = lane.queue WHERE q.paused_at IS NULL
-)"""
-        # Lanes are walked by index, so a long queue costs nothing to the others, and neither does
-        # one whose runs are all for later: they are `delayed`, and found by their time. A paused
-        # queue is not looked at. Lost messages, dead workers and what has become due are rows of
-        # `dispatches_out` that are due; a run that a dead worker had begun goes on even if its
-        # queue was paused meanwhile. The time is a subquery: compared with a volatile function,
-        # every delayed run would be read. While a message of a plan is out that was lost once, no
-        # other of the plan is sent in that queue: the workers may not have it, and drop them all.
-        now = "(SELECT coalesce(%(now)s, clock_timestamp()))"
-        mine = """shard = ANY(%(shards)s)
-         AND (%(run_id)s::text IS NULL OR d.run_id = %(run_id)s)
-         AND d.run_id <> ALL(%(aside)s::text[])"""
-        columns = "d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.state"
-        pick_tasks = f"""{lanes}, out AS MATERIALIZED (
-  SELECT queue, task, shard, reason FROM {s}.dispatches WHERE state = 'sent'
-), messages AS MATERIALIZED (
-  SELECT queue, count(*) AS sent,
-         least({window} - count(*),
-               %(places)s - count(*) FILTER (WHERE shard = ANY(%(shards)s))) AS free
-    FROM out GROUP BY queue
-), doubted AS MATERIALIZED (
-  SELECT DISTINCT queue, task FROM out WHERE reason = 'unclaimed' AND shard = ANY(%(shards)s)
-), due AS MATERIALIZED (
-  SELECT {columns}, q.paused_at IS NOT NULL AS paused
-    FROM {s}.dispatches d LEFT JOIN {s}.queues q ON q.name = d.queue
-   WHERE d.state <> 'waiting' AND d.due_at <= {now} AND d.{mine}
-     AND (d.state <> 'sent' OR d.reason = 'lease' OR q.paused_at IS NULL)
-   ORDER BY d.due_at LIMIT {window}{{lock}}
-), ready AS (
-  SELECT d.*, row_number() OVER (
-           PARTITION BY d.queue
-           ORDER BY d.state = 'running' DESC, d.priority DESC, d.due_at) AS place
-    FROM (
-      SELECT d.*, false AS paused FROM open CROSS JOIN LATERAL (
-        SELECT {columns} FROM {s}.dispatches d
-         WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
-           AND d.due_at <= {now} AND d.{mine}
-           AND NOT EXISTS (
-             SELECT FROM doubted o WHERE o.queue = d.queue AND o.task = d.task)
-         ORDER BY d.due_at LIMIT {window}{{lock}}) d
-      UNION ALL
-      SELECT * FROM due WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
-)
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
-  FROM ready d LEFT JOIN messages USING (queue) WHERE place <= coalesce(free, %(places)s)
-UNION ALL
-(SELECT d.run_id, d.task, d.queue, {next_attempt},
-        CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
-        'look', coalesce(sent, 0)
-   FROM due d LEFT JOIN messages USING (queue) WHERE d.state = 'sent' ORDER BY d.due_at)
-UNION ALL
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
-  FROM due d
- WHERE d.state = 'delayed' AND d.paused
-    OR d.state <> 'sent' AND d.run_id IN (
-      SELECT run_id FROM ready r LEFT JOIN messages USING (queue)
-       WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))"""
-        self.pick_tasks_sql = pick_tasks.replace("{lock}", "")
-        # Without those that another transaction holds. Locks are written: only while there are any.
-        self.pick_free_tasks_sql = pick_tasks.replace(
-            "{lock}", " FOR NO KEY UPDATE OF d SKIP LOCKED"
-        )
-        self.still_held_sql = f"""
-SELECT m.run_id || '.' || m.attempt
-  FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt) CROSS JOIN LATERAL (
-    SELECT attempts FROM {s}.dispatches d
-     WHERE d.run_id = m.run_id AND due_at <= {now} AND {next_attempt} = m.attempt LIMIT 1) d
- WHERE NOT EXISTS (SELECT FROM {s}.dispatches d
-                    WHERE d.run_id = m.run_id FOR NO KEY UPDATE SKIP LOCKED)"""
-        # A worker may have claimed the run before this statement came: its due time has moved.
-        unclaimed = f"""run_id = ANY(ARRAY(
-   SELECT free.run_id
-     FROM unnest(%(run_ids)s::text[], %(attempts)s::int[]) AS m(run_id, attempt)
-    CROSS JOIN LATERAL (
-      SELECT run_id FROM {s}.dispatches d
-       WHERE run_id = m.run_id AND {next_attempt} = m.attempt
-         AND due_at <= coalesce(%(now)s, clock_timestamp())
-       LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) free))"""
-        self.mark_sent_sql = f"""
-UPDATE {s}.dispatches d
-   SET state = 'sent', attempts = {next_attempt},
-       reason = CASE WHEN d.state = 'sent' AND d.reason <> 'lease' THEN 'unclaimed'
-                     ELSE d.reason END,
-       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN {RARELY} ELSE 1 END)
- WHERE {unclaimed}"""
-        # Their messages are in the broker still.
-        self.mark_kept_sql = f"""
-UPDATE {s}.dispatches d
-   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s * {RARELY})
- WHERE {unclaimed}"""
-        # Their messages are lost: they wait for a place in the window again.
-        self.mark_lost_sql = f"""
-UPDATE {s}.dispatches d
-   SET state = 'waiting', due_at = clock_timestamp(),
-       reason = CASE reason WHEN 'broker_lost' THEN reason ELSE 'unclaimed' END
- WHERE {unclaimed}"""
-        # What has become due and finds no place: a delayed run waits in its lane from now on, so
-        # that those behind it are seen; the run of a dead worker is tried again soon.
-        self.defer_sql = f"""
-UPDATE {s}.dispatches d
-   SET state = CASE state WHEN 'delayed' THEN 'waiting' ELSE state END,
-       due_at = CASE state WHEN 'delayed' THEN due_at
-                     ELSE clock_timestamp() + make_interval(secs => {DEFER_S}) END
- WHERE state <> 'sent' AND {unclaimed}"""
-        # Part of what was refused may have arrived, and be claimed. The next attempt is another: it
-        # declares its queue anew.
-        self.postpone_sql = f"""
-UPDATE {s}.dispatches d
-   SET state = CASE WHEN state = 'running' OR reason = 'lease' THEN state ELSE 'delayed' END,
-       attempts = {next_attempt},
-       due_at = clock_timestamp() + make_interval(secs => %(redispatch)s),
-       reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
- WHERE {unclaimed}"""
-        # What is due and was not taken waits for a place in the window, which the claims of another
-        # relay's shards may free without a ring: look again soon.
-        # Before PostgreSQL 17 an infinite time has no distance from another.
-        deadline = """least(greatest(deadline_at, clock_timestamp() - interval '1 day'),
-                                  clock_timestamp() + interval '1 day')"""
-        self.next_due_sql = f"""{lanes}
-SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
-         THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8,
-       (SELECT extract(epoch FROM {deadline} - clock_timestamp())::float8 FROM {s}.dispatches
-         WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1)
-  FROM (
-  SELECT min(due_at) AS due_at FROM {s}.dispatches
-   WHERE state <> 'waiting' AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
-  UNION ALL
-  SELECT n.due_at FROM open CROSS JOIN LATERAL (
-    SELECT CASE WHEN due_at > clock_timestamp() THEN due_at
-                ELSE clock_timestamp() + interval '0.25 s' END AS due_at
-      FROM {s}.dispatches
-     WHERE state = 'waiting' AND queue = open.queue AND priority = open.priority
-       AND shard = ANY(%(shards)s)
-     ORDER BY dispatches.due_at LIMIT 1) n
-) t"""
-        # They are due now, and what the broker has lost of them is sent again.
-        self.resend_unclaimed_sql = f"""
-UPDATE {s}.dispatches
-   SET due_at = clock_timestamp(),
-       reason = CASE reason WHEN 'lease' THEN reason ELSE 'broker_lost' END
- WHERE run_id = ANY(ARRAY(
-   SELECT run_id FROM {s}.dispatches WHERE state = 'sent' AND shard = ANY(%(shards)s)
-      FOR NO KEY UPDATE SKIP LOCKED))"""
-        self.park_sql = f"""
-WITH gone AS (
-  DELETE FROM {s}.run_outbox WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {s}.run_outbox WHERE shard = %(shard)s AND id = ANY(%(ids)s)
-       FOR UPDATE SKIP LOCKED))
-  RETURNING shard, from_seq, to_seq
-)
-INSERT INTO {s}.dead_letters (kind, run_id, reason, message)
-SELECT 'event', %(run_id)s, %(reason)s,
-       jsonb_build_object('shard', min(shard), 'from_seq', min(from_seq), 'to_seq', max(to_seq))
-  FROM gone
-HAVING count(*) > 0"""
-
-
-def _picked(schema: str, rows: str) -> str:
-    # The rows come by id, so they are sorted before they have bodies. One at least is given out.
-    return f"""
-SELECT shard, id, run_id, body FROM (
-  SELECT p.shard, p.id, p.run_id, coalesce(b.body, '') AS body,
-         sum(octet_length(b.body)) OVER (
-           ORDER BY p.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
-    FROM ({rows}) p
-   CROSS JOIN LATERAL (
-     SELECT string_agg({EVENT_JSON}, E'\\n' ORDER BY e.seq) AS body
-       FROM {schema}.run_events e
-      WHERE e.run_id = p.run_id AND e.seq BETWEEN p.from_seq AND p.to_seq) b) q
- WHERE coalesce(bytes_before, 0) < {BATCH_BYTES} ORDER BY id"""
+        self.origin = fragment("origin", schema)
+        self.bell_key = fragment("bell_key", schema)
+        self.leader_key = fragment("leader_key", schema)
+        self.chore_key = fragment("chore_key", schema)
+        self.pick_events_sql = sql["pick_events"]
+        self.pick_few_events_sql = sql["pick_few_events"]
+        self.pick_run_sql = sql["pick_run"]
+        self.pick_one_sql = sql["pick_one"]
+        self.heads_sql = sql["heads"]
+        self.forget_events_sql = sql["forget_events"]
+        self.park_sql = sql["park"]
+        self.pick_tasks_sql = sql["pick_tasks"]
+        self.pick_free_tasks_sql = sql["pick_free_tasks"]
+        self.still_held_sql = sql["still_held"]
+        self.mark_sent_sql = sql["mark_sent"]
+        self.mark_kept_sql = sql["mark_kept"]
+        self.mark_lost_sql = sql["mark_lost"]
+        self.defer_sql = sql["defer"]
+        self.postpone_sql = sql["postpone"]
+        self.next_due_sql = sql["next_due"]
+        self.resend_unclaimed_sql = sql["resend_unclaimed"]
 
 
 class PickedTask(NamedTuple):

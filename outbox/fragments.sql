@@ -1,0 +1,44 @@
+-- Text that statements of several files share.
+
+-- fragment: event_json
+-- One event as the JSON text that every reader gets, built by Postgres (2.4 x json.dumps).
+-- `date_part` is a float, `extract` a numeric: the event would take a tenth longer.
+'{"run_id":"' || e.run_id || '","seq":' || e.seq
+ || ',"ts":' || (date_part('epoch', e.ts) * 1000)::bigint
+ || ',"type":"' || e.type || '","v":' || e.v || ',"source":"' || e.source || '"'
+ || CASE WHEN e.step IS NULL THEN '' ELSE ',"step":' || to_json(e.step)::text END
+ || CASE WHEN e.attempt IS NULL THEN '' ELSE ',"attempt":' || e.attempt END
+ || CASE WHEN e.data IS NULL THEN '' ELSE ',"data":' || e.data::text END || '}'
+
+-- fragment: bell_key
+-- First key of the advisory locks by which a relay sleeps; the second is the shard.
+'{schema}.run_outbox'::regclass::oid::int4
+
+-- fragment: leader_key
+-- First key of the advisory locks by which a relay leads; the second is the shard.
+'{schema}.dispatches'::regclass::oid::int4
+
+-- fragment: chore_key
+-- First key of the advisory locks by which a relay does a chore; the second is the chore's place.
+'{schema}.run_events'::regclass::oid::int4
+
+-- fragment: origin
+-- The history of this schema, told from every other: 16 hexadecimal digits at most.
+-- Of the cluster, the database, the table and the row. A dump that is restored makes another table,
+-- or at least another row (its xmin), be it into the same cluster. A copy of the whole cluster, as
+-- a snapshot of its disk, is the same until it is renewed.
+(SELECT to_hex(hashtextextended(concat_ws('/', system_identifier,
+  (SELECT oid FROM pg_database WHERE datname = current_database()),
+  '{schema}.history'::regclass::oid,
+  (SELECT concat_ws('/', xmin, token) FROM {schema}.history LIMIT 1)), 0))
+  FROM pg_control_system())
+
+-- fragment: outbox_lag
+-- Three columns: appends that are not published, the oldest's age in seconds, dead letters.
+(SELECT count(*) FROM {schema}.run_outbox),
+(SELECT extract(epoch FROM clock_timestamp() - min(e.ts))::float8
+   FROM generate_series(0, {last_shard}) AS own(shard) CROSS JOIN LATERAL (
+     SELECT run_id, from_seq FROM {schema}.run_outbox o WHERE o.shard = own.shard
+      ORDER BY id LIMIT 1) o
+   JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
+(SELECT count(*) FROM {schema}.dead_letters)

@@ -1,0 +1,119 @@
+"""The SQL files: named, described, in use, and with nothing to fill in that nobody knows."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import beatless
+from beatless.outbox import statements as reader
+from beatless.outbox.statements import Statement, StatementFile, read, statements
+
+PACKAGE = Path(beatless.__file__).parent
+FILES = sorted(
+    path
+    for folder in (PACKAGE, PACKAGE / "orchestrator", PACKAGE / "outbox")
+    for path in folder.rglob("*.sql")
+    if "migrations" not in path.parts
+)
+OF_MODULES = [path for path in FILES if path.name != reader.SHARED]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def subscripts(source: str) -> set[str]:
+    """Names by which a module takes statements: the x of `sql["x"]` and `self._sql["x"]`."""
+    return {
+        node.slice.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
+        and ast.unparse(node.value).split(".")[-1].lstrip("_") == "sql"
+    }
+
+
+@pytest.mark.parametrize("path", OF_MODULES, ids=named)
+def test_the_module_beside_a_file_runs_each_of_its_statements_and_no_other(path: Path) -> None:
+    assert subscripts(path.with_suffix(".py").read_text()) == set(read(path).statements)
+
+
+def test_each_fragment_is_in_a_statement_or_asked_for() -> None:
+    used = {name for path in FILES for name in re.findall(r"\{([a-z_]+)\}", path.read_text())}
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    used |= {name for text in sources for name in re.findall(r'\bfragment\("([a-z_]+)"', text)}
+    defined = {
+        name for path in FILES for name in re.findall(r"-- fragment: ([a-z_]+)", path.read_text())
+    }
+    assert defined <= used
+
+
+@pytest.mark.parametrize("path", OF_MODULES, ids=named)
+def test_a_statement_names_its_tables_with_the_schema(path: Path) -> None:
+    tables = r"(?:FROM|JOIN|INTO|UPDATE|USING)\s+(?:runs|run_events|run_outbox|dispatches)\b"
+    for statement in read(path).statements.values():
+        assert not re.search(tables, statement.text), statement.name
+
+
+def parse(text: str) -> StatementFile:
+    part = Statement(name="part", description="Shared.", text="{schema}.runs")
+    return StatementFile.parse(text, fragments={"part": part}, where="here")
+
+
+def test_comments_are_kept_out_of_the_text_and_fragments_are_put_in() -> None:
+    found = parse(
+        "-- About the file.\n\n-- fragment: which\n-- Which.\nid = %(id)s\n\n-- name: find\n"
+        "-- Find a run.\n-- Why.\nSELECT *\n  -- because\n  FROM {part}\n WHERE {which}\n"
+    ).statements
+    assert found == {
+        "find": Statement(
+            name="find",
+            description="Find a run. Why. because",
+            text="SELECT *\n  FROM {schema}.runs\n WHERE id = %(id)s",
+        )
+    }
+
+
+def test_text_that_only_looks_like_a_placeholder_stays() -> None:
+    text = "SELECT '{}'::jsonb, '{reused,next}', '{1}'"
+    (found,) = parse(f"-- name: look\n-- Look.\n{text}").statements.values()
+    assert (found.text, found.placeholders) == (text, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("-- name: a\n-- A.\nSELECT 1\n-- name: a\n-- A.\nSELECT 2", "a stands there twice"),
+        ("-- name: part\n-- A.\nSELECT 1", "part stands there twice"),
+        ("-- name: a\nSELECT 1", "a needs a description"),
+        ("-- name: a\n-- A.\n", "a needs a description, and then its text"),
+        ("-- name: a", "a needs a description"),
+        ("-- name: a\n-- A.\nSELECT 1 -- one", "a comment in a has no line of its own"),
+        ("SELECT 1\n-- name: a\n-- A.\nSELECT 1", "text before the first name"),
+    ],
+)
+def test_a_block_that_is_not_well_formed_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^here: .*{problem}"):
+        parse(text)
+
+
+def test_what_nobody_has_filled_in_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "some.sql").write_text("-- name: a\n-- A.\nSELECT FROM {schema}.runs LIMIT {most}")
+    module = str(tmp_path / "some.py")
+
+    assert statements(module, "s", most=7) == {"a": "SELECT FROM s.runs LIMIT 7"}
+    with pytest.raises(ValueError, match="a has no value for most"):
+        statements(module, "s")
+    with pytest.raises(ValueError, match=r"no statement beside .* has least"):
+        statements(module, "s", most=7, least=1)
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "some.sql"
+    path.write_text("-- name: a\n-- A.\nSELECT 1")
+    first = read(path)
+    path.unlink()
+    assert read(path) is first
