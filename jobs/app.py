@@ -19,7 +19,7 @@ from beatless.client import Client
 from beatless.export import export_from_worker
 from beatless.failures import Failures, OnFailure
 from beatless.lease_keeper import KeepsLeases
-from beatless.metrics import Metrics, both
+from beatless.metrics import Metrics
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
@@ -29,9 +29,10 @@ from beatless.outbox import forks
 from beatless.outbox.chores import Chore
 from beatless.outbox.doorbell import DirectConnection
 from beatless.outbox.faults import CrashPoints
+from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import Queries
-from beatless.outbox.relay import Observer, Relay
+from beatless.outbox.relay import Relay
 from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
 from beatless.queue_limit import QueueLimit
@@ -139,7 +140,7 @@ class App:
             faults=self.faults,
             counts=self.metrics.worker,
             scope=self._scope,
-            observer=both(self.tracing.committed, self._failures),
+            observer=fan_out(self.tracing.committed, self._failures),
             on_process=self._on_worker_process,
             shown_error=partial(self.redaction.value, "error") if redact else None,
         )
@@ -300,9 +301,7 @@ class App:
                 "overdue": Deadlines(self.settings.schema).end,
                 "chores": [*self.chores(), AdoptsDeadlines(self.settings.schema)],
                 "faults": self.faults,
-                "observer": both(
-                    both(both(self.metrics.relay, Publications()), self._failures), observer
-                ),
+                "observer": fan_out(self.metrics.relay, Publications(), self._failures, observer),
                 **options,
             },
         )

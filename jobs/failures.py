@@ -10,7 +10,9 @@ from typing import Any
 
 from beatless import canary
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.observer import Settled
 from beatless.orchestrator.state import RunState
+from beatless.outbox.observer import DeadLettered, DeadlinesExpired, Signal
 
 logger = logging.getLogger(__name__)
 
@@ -51,29 +53,29 @@ class Failures:
         self._on_failure = on_failure
         self._hanging: list[threading.Thread] = []
 
-    def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
+    def __call__(self, signal: Signal) -> None:
         if self._on_failure is None:
             return
-        match name:
-            case "settled" if facts["state"] is RunState.FAILED:
-                self._settled(facts)
-            case "overdue":
-                for run_id, plan, queue in facts["runs"]:
+        match signal:
+            case Settled(state=RunState.FAILED):
+                self._settled(signal)
+            case DeadlinesExpired(runs=runs):
+                for run_id, plan, queue in runs:
                     message = f"run {run_id} did not end before its deadline"
                     error = {"type": "DeadlineExceeded", "message": message}
                     self._call(
                         Failure(kind="run", run_id=run_id, plan=plan, queue=queue, error=error)
                     )
-            case "parked":
-                error = {"type": "DeadLetter", "message": facts["reason"]}
-                self._call(Failure(kind="dead letter", run_id=facts["run_id"], error=error))
+            case DeadLettered(run_id=run_id, reason=reason):
+                error = {"type": "DeadLetter", "message": reason}
+                self._call(Failure(kind="dead letter", run_id=run_id, error=error))
 
-    def _settled(self, facts: Mapping[str, Any]) -> None:
-        run, events = facts["lease"].run, facts["events"]
+    def _settled(self, signal: Settled) -> None:
+        run, events = signal.lease.run, signal.events
         if run.plan == canary.NAME:
             return
         attempts = [event.attempt for event in events if event.type == EventType.STEP_FAILED]
-        error = json.loads(events[-1].data)["error"]
+        error = json.loads(events[-1].data or "{}")["error"]
         self._call(
             Failure(
                 kind="run",
@@ -83,7 +85,7 @@ class Failures:
                 step=error.get("step"),
                 attempt=attempts[-1] if attempts else None,
                 error=error,
-                exception=facts["exception"],
+                exception=signal.exception,
                 tags=run.tags,
             )
         )

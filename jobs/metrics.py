@@ -33,17 +33,36 @@ from prometheus_client.registry import Collector
 from beatless import loopback
 from beatless.errors import BadSetting
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.observer import Claimed, Settled, TakenOver
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.clock import monotonic
+from beatless.outbox.observer import (
+    BatchFailed,
+    ChoreFailed,
+    ChoreRested,
+    ChoreStepped,
+    DeadlinesExpired,
+    Drained,
+    QueueRefused,
+    RelayFailed,
+    RelayStarted,
+    RelayStopped,
+    RelayWoke,
+    ShardsAssigned,
+    Signal,
+    ThreadFailed,
+    ThreadRecovered,
+    WatchdogRan,
+)
 from beatless.outbox.queries import execute, outbox_lag
+from beatless.streams.observer import Backfilled, StreamClosed, StreamOpened
 
 logger = logging.getLogger(__name__)
 
 Labels = tuple[str, ...]
 Series = tuple[str, Labels]
-Observer = Callable[[str, dict[str, Any]], None]
 
 PLACES = 1024
 """Children of one worker that can count at the same time."""
@@ -194,18 +213,6 @@ NOTIFY_QUEUE = Family(
     name="beatless_pg_notify_queue_usage_ratio",
     text="How full Postgres' queue of notifications is; at 1 every commit that notifies fails.",
 )
-
-
-def both(first: Observer, second: Observer | None) -> Observer:
-    """An observer that tells two."""
-    if second is None:
-        return first
-
-    def tell(name: str, facts: dict[str, Any]) -> None:
-        first(name, facts)
-        second(name, facts)
-
-    return tell
 
 
 class Counts(Protocol):
@@ -427,22 +434,22 @@ class WorkerCounts:
                 for outcome in (*ENDS.values(), "snoozed"):
                     yield STEP_ATTEMPTS, (plan.name, step.name, outcome)
 
-    def __call__(self, name: str, facts: dict[str, Any]) -> None:
+    def __call__(self, signal: Signal) -> None:
         self.active = True
-        if name == "settled":
-            self._settled(facts)
-        elif name == "claimed":
-            lease = facts["lease"]
-            if lease.waited is not None:
-                self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
-        elif name == "lease_lost":
-            self.counts.add(LEASE_LOST)
-        elif name == "thread_failed":
-            self.counts.add(THREAD_FAILURES, (facts["thread"],))
-            if facts["first"]:
-                self.counts.add(THREADS_FAILING, (facts["thread"],))
-        elif name == "thread_works":
-            self.counts.add(THREADS_FAILING, (facts["thread"],), -1)
+        match signal:
+            case Settled():
+                self._settled(signal)
+            case Claimed(lease=lease):
+                if lease.waited is not None:
+                    self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
+            case TakenOver():
+                self.counts.add(LEASE_LOST)
+            case ThreadFailed(thread=thread, first=first):
+                self.counts.add(THREAD_FAILURES, (thread,))
+                if first:
+                    self.counts.add(THREADS_FAILING, (thread,))
+            case ThreadRecovered(thread=thread):
+                self.counts.add(THREADS_FAILING, (thread,), -1)
 
     def failing(self) -> list[str]:
         """Which threads of this worker and its children have failed, and not worked since."""
@@ -452,22 +459,21 @@ class WorkerCounts:
             if name == THREADS_FAILING.name and numbers[0] > 0
         )
 
-    def _settled(self, facts: dict[str, Any]) -> None:
-        lease, plan = facts["lease"], facts["lease"].run.plan
-        for event in facts["events"]:
+    def _settled(self, signal: Settled) -> None:
+        plan = signal.lease.run.plan
+        for event in signal.events:
             outcome = ENDS.get(event.type)
             if outcome is None and event.type == EventType.DEBUG_TRACE:
-                outcome = "snoozed" if facts["reason"] == "snooze" else None
-            if outcome is None:
+                outcome = "snoozed" if signal.reason == "snooze" else None
+            if outcome is None or event.step is None:
                 continue
             step = event.step.partition("#")[0]
             self.counts.add(STEP_ATTEMPTS, (plan, step, outcome))
-            if facts["seconds"] is not None:
-                self.counts.observe(STEP_DURATION, facts["seconds"], (plan, step))
-        state: RunState = facts["state"]
-        if state.final:
-            self.counts.add(RUNS_FINISHED, (plan, state.value))
-            self.counts.observe(RUN_DURATION, lease.seconds)
+            if signal.duration_s is not None:
+                self.counts.observe(STEP_DURATION, signal.duration_s, (plan, step))
+        if signal.state.final:
+            self.counts.add(RUNS_FINISHED, (plan, signal.state.value))
+            self.counts.observe(RUN_DURATION, signal.lease.seconds)
 
 
 class RelayCounts:
@@ -513,45 +519,48 @@ class RelayCounts:
         self.counts.declare(LATENCY)
         self.counts.declare(LISTENER_UP)
 
-    def __call__(self, name: str, facts: dict[str, Any]) -> None:
-        match name:
-            case "drained":
+    def __call__(self, signal: Signal) -> None:
+        match signal:
+            case Drained():
                 if self.active:
-                    self._drained(facts)
-            case "overdue":
-                for _, plan, _ in facts["runs"]:
+                    self._drained(signal)
+            case DeadlinesExpired(runs=runs):
+                for _, plan, _ in runs:
                     labels = (self._known(plan), RunState.FAILED.value)
                     self.counts.add(RUNS_FINISHED, labels)
-            case "relay_woke":
-                self.counts.add(WAKEUPS, (facts["source"],))
-            case "relay_watchdog":
+            case RelayWoke(source=source):
+                self.counts.add(WAKEUPS, (source,))
+            case WatchdogRan():
                 self.counts.add(WAKEUPS, ("watchdog",))
-            case "publish_failed":
-                kind = "event" if facts["door"] == "Redis" else "task"
-                self.counts.add(FAILURES, (kind,))
-            case "refused":
+            case BatchFailed(publisher=publisher):
+                self.counts.add(FAILURES, ("event" if publisher == "Redis" else "task",))
+            case QueueRefused():
                 self.counts.add(FAILURES, ("task",))
-            case "relay_started":
+            case RelayStarted():
                 if self._started:
                     self.counts.add(WAKEUPS, ("reconnect",))
                 self._started = True
                 self.counts.set(LISTENER_UP, 1)
                 self._works("relay")
-            case "thread_failed":
-                self._failed(facts["thread"])
-            case "thread_works":
-                self._works(facts["thread"])
-            case "chore_failed":
+            case ThreadFailed(thread=thread):
+                self._failed(thread)
+            case ThreadRecovered(thread=thread):
+                self._works(thread)
+            case ChoreFailed():
                 self._failed("chores")
-            case "chore_step" | "chore_rests":
+            case ChoreStepped() | ChoreRested():
                 self._works("chores")
-            case "relay_leads":
-                self.shards = frozenset(facts["shards"])
-            case "relay_failed" | "relay_stopped":
-                self.shards = frozenset()
-                self.counts.set(LISTENER_UP, 0)
-                if name == "relay_failed":
-                    self._failed("relay")
+            case ShardsAssigned(shards=shards):
+                self.shards = frozenset(shards)
+            case RelayFailed():
+                self._leads_none()
+                self._failed("relay")
+            case RelayStopped():
+                self._leads_none()
+
+    def _leads_none(self) -> None:
+        self.shards = frozenset()
+        self.counts.set(LISTENER_UP, 0)
 
     def _failed(self, thread: str) -> None:
         self.counts.add(THREAD_FAILURES, (thread,))
@@ -560,8 +569,8 @@ class RelayCounts:
     def _works(self, thread: str) -> None:
         self.counts.set(THREADS_FAILING, 0, (thread,))
 
-    def _drained(self, facts: dict[str, Any]) -> None:
-        rows, messages = facts["rows"], facts["messages"]
+    def _drained(self, drained: Drained) -> None:
+        rows, messages = drained.rows, drained.messages
         for message in messages:
             if message.attempt > 1:
                 self.counts.add(REDISPATCH, (message.reason,))
@@ -616,19 +625,19 @@ class StreamCounts:
         self.counts.declare(STREAM_GAPS)
         self.counts.declare(THREAD_FAILURES, ("streams",))
 
-    def __call__(self, name: str, facts: dict[str, Any]) -> None:
+    def __call__(self, signal: Signal) -> None:
         self.active = True
-        match name:
-            case "stream_opened":
+        match signal:
+            case StreamOpened():
                 self.counts.add(STREAMS_OPEN)
-            case "stream_closed":
+            case StreamClosed():
                 self.counts.add(STREAMS_OPEN, amount=-1)
-            case "thread_failed":
-                self.counts.add(THREAD_FAILURES, (facts["thread"],))
-            case "backfill":
-                if facts["reason"] == "gap":
+            case ThreadFailed(thread=thread):
+                self.counts.add(THREAD_FAILURES, (thread,))
+            case Backfilled(reason=reason, events=events):
+                if reason == "gap":
                     self.counts.add(STREAM_GAPS)
-                self.counts.add(BACKFILL, (facts["reason"],), facts["events"])
+                self.counts.add(BACKFILL, (reason,), events)
 
 
 class PostgresGauges:

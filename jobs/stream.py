@@ -38,12 +38,12 @@ from beatless.orchestrator.journal import PAGE_BYTES, Journal, Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
+from beatless.outbox.observer import Observer, ThreadFailed, ignore
 from beatless.outbox.publishers import channel_for, run_of
 from beatless.outbox.queries import Caller
+from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 
 logger = logging.getLogger(__name__)
-
-Observer = Callable[[str, dict[str, Any]], None]
 
 T = TypeVar("T")
 
@@ -70,10 +70,6 @@ LEAST_PATIENCE_S = 0.05
 GAP_PAUSE_S = 1.0
 """Seconds until the journal is read again for an event that it did not have: whoever may publish on
 the channel can invent any number of them."""
-
-
-def ignore(_name: str, _facts: dict[str, Any]) -> None:
-    """The observer of streams that nobody observes."""
 
 
 class Cursor:
@@ -261,12 +257,13 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor, reason, sought = Cursor(after), "start", -1
+        cursor, sought = Cursor(after), -1
+        reason: BackfillReason = "start"
         history = History(run.run_id, None)
         with contextlib.suppress(*AWAY):  # then the first look into the journal tells it
             self.channel(run.run_id)
         subscription = Subscription(self._redis_client, self._known_channel(run.run_id))
-        self._observer("stream_opened", {})
+        self._observer(StreamOpened())
         try:
             while True:
                 # The journal is read after every (re)subscription: what was published before it
@@ -300,7 +297,7 @@ class Streams:
                         threading.Event().wait(_left(deadline, GAP_PAUSE_S))
                     sought = cursor.seq
         finally:
-            self._observer("stream_closed", {})
+            self._observer(StreamClosed())
             subscription.close()
 
     def _backfill(
@@ -308,7 +305,7 @@ class Streams:
         cursor: Cursor,
         run_id: str,
         history: History,
-        reason: str,
+        reason: BackfillReason,
         timeout: float | None,
         deadline: float | None,
     ) -> Iterator[EventText]:
@@ -325,7 +322,7 @@ class Streams:
                     raise WaitTimeout(run_id, timeout or 0, "unknown", cursor.seq) from error
                 threading.Event().wait(delay)
                 continue
-            self._observer("backfill", {"reason": reason, "events": len(page)})
+            self._observer(Backfilled(reason=reason, events=len(page)))
             yield from cursor.feed(page)
             if not more:
                 return
@@ -385,7 +382,8 @@ class Streams:
         if run.state.final and after >= run.last_seq:
             return
         deadline = None if timeout is None else monotonic() + timeout
-        cursor, reason, sought = Cursor(after), "start", -1
+        cursor, sought = Cursor(after), -1
+        reason: BackfillReason = "start"
         backoff, failures, pager = Backoff(initial=0.1, cap=2.0), 0, Pager()
 
         async def wait(error: Exception, rest: Callable[[float], Awaitable[None]]) -> None:
@@ -422,7 +420,7 @@ class Streams:
                         yield []
                         continue
                     failures = 0
-                    self._observer("backfill", {"reason": reason, "events": len(page)})
+                    self._observer(Backfilled(reason=reason, events=len(page)))
                     if batch := list(cursor.feed(page)):
                         mailbox.seq = cursor.seq
                         yield batch
@@ -454,11 +452,11 @@ class Streams:
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
-        self._observer("stream_opened", {})
+        self._observer(StreamOpened())
         try:
             yield
         finally:
-            self._observer("stream_closed", {})
+            self._observer(StreamClosed())
 
     @property
     def open_streams(self) -> int:
@@ -724,7 +722,7 @@ class Hub:
                     "a task of the streams failed, it begins again",
                     extra={"action": "task_failed", "which": name, "retry_in": AGAIN_S},
                 )
-                self._observer("thread_failed", {"thread": "streams"})
+                self._observer(ThreadFailed(thread="streams", first=True))
             await asyncio.sleep(AGAIN_S)
 
     async def _check_heads(self) -> None:
@@ -839,7 +837,7 @@ class Mailbox:
         self._waiting: list[EventText] = []
         self._size = 0
         self._missed = False
-        self.reason = "start"
+        self.reason: BackfillReason = "start"
         """Why the reader shall look into the journal."""
         self._news = asyncio.Event()
         self._state_known = asyncio.Event()
@@ -877,7 +875,7 @@ class Mailbox:
         self._state_known.set()
         self.missed("reconnect" if live else "without_redis")
 
-    def missed(self, reason: str) -> None:
+    def missed(self, reason: BackfillReason) -> None:
         """Something may have been lost: the reader shall look into the journal."""
         self._missed, self.reason = True, reason
         self._news.set()

@@ -22,7 +22,9 @@ from typing import Any
 
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.observer import Settled
 from beatless.orchestrator.state import RunState
+from beatless.outbox.observer import Drained, Signal
 
 try:
     from opentelemetry import context, trace
@@ -153,24 +155,23 @@ class Tracing:
         ):
             yield _traceparent()
 
-    def committed(self, name: str, facts: Mapping[str, Any]) -> None:
+    def committed(self, signal: Signal) -> None:
         """An executor's observer: what is in the journal now is an event of the span, with seq."""
-        if name != "settled" or self._tracer is None:
+        if not isinstance(signal, Settled) or self._tracer is None:
             return
         run = RUN.get()
         if run is None:
             return
         span = trace.get_current_span()
-        seq = facts["last_seq"] - len(facts["events"])
-        for number, event in enumerate(facts["events"], 1):
+        seq = signal.last_seq - len(signal.events)
+        for number, event in enumerate(signal.events, 1):
             span.add_event(event.type, {"beatless.seq": seq + number})
             if event.type == EventType.STEP_FAILED and span.is_recording():
                 error = self._shown(json.loads(event.data or "{}").get("error") or {})
                 text = f"{error.get('type')}: {error.get('message')}"
                 span.set_status(trace.Status(trace.StatusCode.ERROR, text))
-        state: RunState = facts["state"]
-        run.set_attribute("beatless.state", state.value)
-        if state is RunState.FAILED:
+        run.set_attribute("beatless.state", signal.state.value)
+        if signal.state is RunState.FAILED:
             run.set_status(trace.Status(trace.StatusCode.ERROR))
 
 
@@ -181,11 +182,11 @@ class Publications:
         self._tracer = trace.get_tracer("beatless") if INSTALLED else None
         self._known: OrderedDict[bytes, context.Context] = OrderedDict()
 
-    def __call__(self, name: str, facts: Mapping[str, Any]) -> None:
-        if name != "drained" or self._tracer is None or not _recording():
+    def __call__(self, signal: Signal) -> None:
+        if not isinstance(signal, Drained) or self._tracer is None or not _recording():
             return
         now = time_ns()
-        for row in facts["rows"]:
+        for row in signal.rows:
             place = len(row.run_id) + 11  # after {"run_id":"…
             if row.body[place : place + 10] == b'","seq":1,':
                 self._learn(row.run_id, row.body)

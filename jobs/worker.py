@@ -34,9 +34,9 @@ from beatless import postgres
 from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
 from beatless.logs import Format, enable_own_loggers
-from beatless.metrics import Metrics, WorkerCounts, both, listen
+from beatless.metrics import Metrics, WorkerCounts, listen
 from beatless.orchestrator.board import SLOTS, Board
-from beatless.orchestrator.executor import Executor, Observer, Scope, ShownError, no_scope
+from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Heartbeat, Leases
 from beatless.orchestrator.plan import Plan
@@ -46,6 +46,7 @@ from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
+from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.relay import BACKOFF_CAP_S, STEADY
 from beatless.outbox.sockets import readable
@@ -208,7 +209,7 @@ class Executors:
 
         `on_process` is called in each process that Celery executes runs in, before the first.
         """
-        self._observer = both(counts, observer)
+        self._observer = fan_out(counts, observer)
         self._on_process = on_process
         self._shown_error = shown_error
         self.counts = counts
@@ -295,7 +296,7 @@ class Executors:
             leaving=leaving,
             limit=self._watchdog.call,
             faults=self._faults,
-            observer=both(self._observer, observer),
+            observer=fan_out(self._observer, observer),
             scope=self._scope,
             shown_error=self._shown_error,
             redispatch_s=self._settings.redispatch_seconds,

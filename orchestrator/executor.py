@@ -33,6 +33,7 @@ from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import MESSAGE_LIMIT, describe, is_a, storable_text, text_of
 from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
 from beatless.orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
+from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
 from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
@@ -53,11 +54,10 @@ from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
+from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
-
-Observer = Callable[[str, dict[str, Any]], None]
 
 ShownError = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -96,10 +96,6 @@ AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
 
 NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
 """What psycopg counts among them, and no waiting will change."""
-
-
-def ignore(_name: str, _facts: dict[str, Any]) -> None:
-    """The observer of an executor that nobody observes."""
 
 
 def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[str | None]:
@@ -200,7 +196,7 @@ class Executor:
         """
         lease = self._claim(plan, run_id, dispatch)
         if lease is None:
-            self.observer("not_claimed", {"run_id": run_id})
+            self.observer(NotClaimed(run_id=run_id))
             logger.info(
                 "message dropped: the run is not to be executed now",
                 extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
@@ -218,7 +214,7 @@ class Executor:
 
     def _work(self, plan: Plan, lease: Lease, max_steps: int) -> None:
         run = lease.run
-        self.observer("claimed", {"lease": lease})
+        self.observer(Claimed(lease=lease))
         logger.info(
             "run claimed",
             extra={
@@ -233,7 +229,7 @@ class Executor:
         try:
             Execution(self, plan, lease, max_steps).work()
         except LeaseLost as error:
-            self.observer("lease_lost", {"run_id": run.run_id})
+            self.observer(TakenOver(run_id=run.run_id))
             logger.warning(
                 "lease lost: another worker has the run, nothing was written",
                 extra={"action": "lease_lost", "run_id": run.run_id, "token": error.token},
@@ -436,7 +432,7 @@ class Execution:
         if step.transactional:
             self._committed(settlement, appended)
         executor.faults.reach("step.committed")
-        executor.observer("step_committed", {"run_id": self._run_id, "step": progress.occurrence})
+        executor.observer(StepCommitted(run_id=self._run_id, step=progress.occurrence))
         if appended.cancelled or settlement.state is not RunState.RUNNING:
             return None
         stored = _stored(settlement.events[0])
@@ -849,16 +845,15 @@ class Execution:
         if began is not None:
             seconds = monotonic() - began
         self._executor.observer(
-            "settled",
-            {
-                "lease": self._lease,
-                "events": events,
-                "state": state,
-                "reason": settlement.reason,
-                "last_seq": appended.last_seq,
-                "seconds": seconds,
-                "exception": self._exception,
-            },
+            Settled(
+                lease=self._lease,
+                events=events,
+                state=state,
+                reason=settlement.reason,
+                last_seq=appended.last_seq,
+                duration_s=seconds,
+                exception=self._exception,
+            )
         )
         self._began = self._exception = None
         facts = {"run_id": self._run_id, "plan": self._plan.name, "seq": appended.last_seq}

@@ -23,8 +23,9 @@ from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
+from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.queries import doorbell, execute
-from beatless.outbox.threads import LastingThread, Observer, ignore
+from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import psycopg
 from beatless.orchestrator.errors import LeaseLost, RunCancelled, WorkerStops
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.outbox.clock import monotonic
-from beatless.outbox.threads import LastingThread, Observer, ignore
+from beatless.outbox.observer import Observer, ignore
+from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 

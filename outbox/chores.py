@@ -10,6 +10,7 @@ import psycopg
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
+from beatless.outbox.observer import ChoreFailed, ChoreRested, ChoreStepped, ChoreTaken, Observer
 from beatless.outbox.queries import Queries
 from beatless.outbox.threads import LastingThread
 
@@ -53,7 +54,7 @@ class Chores:
         *,
         queries: Queries,
         connect: Callable[[], DirectConnection],
-        observer: Callable[[str, dict[str, Any]], None],
+        observer: Observer,
         after: float,
     ) -> None:
         """`after` is how many seconds the first step waits."""
@@ -102,7 +103,7 @@ class Chores:
                 if not self._lock(connection, place):
                     return REST
                 while (rest := self._chores[place].step(connection)) <= CLOSE_AFTER:
-                    self._observer("chore_step", {"rest": rest})
+                    self._observer(ChoreStepped(rest_s=rest))
                     if self._stopping.wait(rest):
                         break
         except Exception as error:
@@ -113,10 +114,10 @@ class Chores:
                 "a chore of the relay failed, will retry",
                 extra={"action": "chore_failed", "retry_in": rest, "reason": str(error)},
             )
-            self._observer("chore_failed", {"error": str(error)})
+            self._observer(ChoreFailed(error=str(error)))
         else:
             self._failures = 0
-            self._observer("chore_rests", {"rest": rest})
+            self._observer(ChoreRested(rest_s=rest))
         return rest
 
     def _lock(self, connection: DirectConnection, place: int) -> bool:
@@ -125,5 +126,5 @@ class Chores:
         ).fetchone()
         if row and row[0]:
             return True
-        self._observer("chore_taken", {})
+        self._observer(ChoreTaken())
         return False

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from beatless.outbox.clock import monotonic
 from beatless.outbox.errors import PublishRefused
 from beatless.outbox.message import TaskMessage
+from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.publishers import TaskPublisher
-from beatless.outbox.threads import LastingThread, Observer, ignore
+from beatless.outbox.threads import LastingThread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

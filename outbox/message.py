@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SHARDS = 16
 
@@ -23,6 +24,15 @@ def one_line(text: bytes) -> bytes:
         for end, escaped in LINE_ENDS:
             text = text.replace(end, escaped)
     return text.replace(b"\r", b" ")  # only ever between two parts
+
+
+class PickedEvents(NamedTuple):
+    """One outbox row with the events it stands for."""
+
+    shard: int
+    id: int
+    run_id: bytes
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

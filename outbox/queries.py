@@ -233,15 +233,6 @@ def outbox_row(schema: str, source: str, shard: str, count: str) -> str:
     )
 
 
-class PickedEvents(NamedTuple):
-    """One outbox row with the events it stands for."""
-
-    shard: int
-    id: int
-    run_id: bytes
-    body: bytes
-
-
 class Floor(NamedTuple):
     """Outbox ids up to `id` are all decided once every transaction below `xmax` has ended."""
 

@@ -26,14 +26,33 @@ from beatless.outbox.errors import (
     SchemaMissing,
 )
 from beatless.outbox.faults import CrashPoints
-from beatless.outbox.message import SHARDS, EventMessage, TaskMessage, shard_of
+from beatless.outbox.message import SHARDS, EventMessage, PickedEvents, TaskMessage, shard_of
+from beatless.outbox.observer import (
+    BatchFailed,
+    DeadLettered,
+    DeadlinesExpired,
+    Drained,
+    Observer,
+    PublisherName,
+    QueueRefused,
+    RelayAsleep,
+    RelayFailed,
+    RelayStarted,
+    RelayStopped,
+    RelayWoke,
+    RunSetAside,
+    ShardsAssigned,
+    StalledRelayEnded,
+    WakeSource,
+    WatchdogRan,
+    ignore,
+)
 from beatless.outbox.publishers import EventPublisher, TaskPublisher
 from beatless.outbox.queries import (
     ALL_SHARDS,
     BATCH_BYTES,
     FEWER,
     Floor,
-    PickedEvents,
     PickedTask,
     Queries,
     picked_tasks,
@@ -42,8 +61,6 @@ from beatless.outbox.sockets import readable
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
-
-Observer = Callable[[str, dict[str, Any]], None]
 
 Overdue = Callable[
     [psycopg.Connection[Any], Sequence[int], datetime | None], list[tuple[str, str, str]]
@@ -108,14 +125,10 @@ FLOOR_EVERY = 1000
 """Messages between two attempts to raise the scan floor."""
 
 
-def ignore(_name: str, _facts: dict[str, Any]) -> None:
-    """The observer of a relay that nobody observes."""
-
-
 class Door:
     """One publisher and its back-off: the other door stays open while this one is shut."""
 
-    def __init__(self, name: str, backoff: Backoff, observer: Observer) -> None:
+    def __init__(self, name: PublisherName, backoff: Backoff, observer: Observer) -> None:
         self.name = name
         self.failures = 0
         self._backoff = backoff
@@ -144,7 +157,7 @@ class Door:
         self.failures += 1
         delay = self._backoff.delay(self.failures)
         self._retry_at = monotonic() + delay
-        self._observer("publish_failed", {"door": self.name, "failures": self.failures})
+        self._observer(BatchFailed(publisher=self.name, failures=self.failures))
         logger.warning(
             "publish failed, will retry",
             extra={
@@ -277,13 +290,7 @@ class Drain:
         if published or sent:
             self._faults.reach("relay.after_publish")
             self._observer(
-                "drained",
-                {
-                    "events": published,
-                    "tasks": len(sent),
-                    "rows": self._published,
-                    "messages": sent,
-                },
+                Drained(events=published, tasks=len(sent), rows=self._published, messages=sent)
             )
         if run_id is None and events is not None and not self._aside:
             size = sum(len(row.body) for row in picked)
@@ -382,7 +389,7 @@ class Drain:
             )
             return
         if ended:
-            self._observer("overdue", {"runs": ended})
+            self._observer(DeadlinesExpired(runs=ended))
             logger.info(
                 "runs ended at their deadline, which no worker had",
                 extra={"action": "overdue", "runs": len(ended)},
@@ -567,7 +574,7 @@ class Drain:
             if not is_of_a_row(error):
                 raise
             self._aside[run_id] = monotonic() + SET_ASIDE_S
-            self._observer("set_aside", {"run_id": run_id})
+            self._observer(RunSetAside(run_id=run_id))
             logger.error(
                 "a run is set aside: Postgres refuses a statement over its rows",
                 extra={
@@ -659,7 +666,7 @@ class Drain:
             self._queries.park_sql,
             {"shard": shard, "ids": list(ids), "run_id": run_id, "reason": reason},
         )
-        self._observer("parked", {"run_id": run_id, "reason": reason})
+        self._observer(DeadLettered(run_id=run_id, reason=reason))
         logger.error(
             "message parked as a dead letter",
             extra={"action": "parked", "run_id": run_id, "reason": reason},
@@ -700,7 +707,7 @@ class Drain:
         """Leave a queue that the broker refuses alone for a while: the others flow."""
         self._mark_each(self._queries.postpone_sql, messages, now)
         queue = messages[0].queue
-        self._observer("refused", {"queue": queue, "runs": len(messages)})
+        self._observer(QueueRefused(queue=queue, messages=len(messages)))
         if monotonic() < self._told_until.get(queue, 0.0):
             return  # a backlog comes in many batches
         self._told_until[queue] = monotonic() + self._redispatch
@@ -920,7 +927,7 @@ class Relay:
                     sessions.prove_listening()
                     proven = True
                     self._chores.start()
-                    self._observer("relay_started", {})
+                    self._observer(RelayStarted())
                     shift = Shift(self, sessions)
                     try:
                         shift.work()
@@ -936,12 +943,12 @@ class Relay:
                     "relay lost its sessions, will start over",
                     extra={"action": "relay_restart", "retry_in": delay, "reason": str(error)},
                 )
-                self._observer("relay_failed", {"error": str(error)})
+                self._observer(RelayFailed(error=str(error)))
                 if on_error is not None:
                     on_error(error)
                 self._rest(delay)
         self._chores.stop()
-        self._observer("relay_stopped", {})
+        self._observer(RelayStopped())
 
     def _rest(self, seconds: float) -> None:
         """Wait until then, or until the relay is asked to stop; nothing else ends it."""
@@ -1044,7 +1051,7 @@ class Shift:
             if self._is_busy(self._drain_all()):
                 self._sessions.rouse()
                 return
-            self._relay._observer("relay_asleep", {"shards": self._shards})
+            self._relay._observer(RelayAsleep(shards=self._shards))
         elif not self._sessions.rung:
             # The locks are asked for one after another: behind a shard whose lock a caller's open
             # transaction holds, the writers of the others are still silent. So look now and then.
@@ -1067,8 +1074,8 @@ class Shift:
             woke, before = monotonic(), self._last_wake
             self._last_wake = woke
             moved = self._drain_all()
-            source = "notify" if rung else "timer" if due else "broker"
-            self._relay._observer("relay_woke", {"source": source})
+            source: WakeSource = "notify" if rung else "timer" if due else "broker"
+            self._relay._observer(RelayWoke(source=source))
             # As Linux' NAPI: interrupts while idle, none under load.
             if moved > BUSY or (moved and woke - before < self._relay._linger):
                 self._sessions.rouse()
@@ -1123,13 +1130,13 @@ class Shift:
                 "a relay was silent for too long: its sessions were ended, its shards are free",
                 extra={"action": "relay_silenced", "pid": pid},
             )
-            self._relay._observer("relay_silenced", {"pid": pid})
+            self._relay._observer(StalledRelayEnded(pid=pid))
             self._sessions.members_changed = True
         if len(self._holders()[0]) < SHARDS:  # whoever should have noticed has not
             self._sessions.members_changed = True
             self._sessions.announce()
         self._sessions.renew_watch()
-        self._relay._observer("relay_watchdog", {})
+        self._relay._observer(WatchdogRan())
         self._watchdog_at = monotonic() + self._relay._watchdog
 
     def _share_shards(self) -> None:
@@ -1164,7 +1171,7 @@ class Shift:
         self._drain.reset_floor()
         if changed:
             sessions.announce()
-        self._relay._observer("relay_leads", {"shards": self._shards})
+        self._relay._observer(ShardsAssigned(shards=self._shards))
         ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
         others, still = self._holders()
         # Nobody watched who went since the count, or gave up a shard that was not free then.

@@ -3,27 +3,21 @@
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.observer import Observer, ThreadFailed, ThreadRecovered, ignore
 
 logger = logging.getLogger(__name__)
 
-Observer = Callable[[str, dict[str, Any]], None]
-
 AGAIN_S = 1.0
 """Until a thread goes on in which something has gone wrong that nobody foresaw."""
-
-
-def ignore(_name: str, _facts: dict[str, Any]) -> None:
-    """The observer of a thread that nobody observes."""
 
 
 class LastingThread(threading.Thread):
     """Does its work until it returns, or again after anything that it raises.
 
     The work is given the thread, and tells it what it survives by itself: `failed`, then `works`.
-    The observer hears of each failure (`thread_failed`), and when it is over (`thread_works`).
+    The observer hears of each failure (`ThreadFailed`), and when it is over (`ThreadRecovered`).
     """
 
     def __init__(
@@ -56,13 +50,13 @@ class LastingThread(threading.Thread):
     def failed(self) -> None:
         """Something went wrong, and the thread goes on."""
         first, self.failing = not self.failing, True
-        self._observer("thread_failed", {"thread": self._what, "first": first})
+        self._observer(ThreadFailed(thread=self._what, first=first))
 
     def works(self) -> None:
         """It does what it is there for."""
         if self.failing:
             self.failing = False
-            self._observer("thread_works", {"thread": self._what})
+            self._observer(ThreadRecovered(thread=self._what))
 
     def end(self, timeout: float | None = None) -> None:
         """Wait for its end; its work has been told before."""

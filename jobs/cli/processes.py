@@ -23,6 +23,7 @@ from beatless.export import export
 from beatless.logs import Format
 from beatless.metrics import listen
 from beatless.outbox.message import EventMessage
+from beatless.outbox.observer import RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import RedisEventPublisher
 from beatless.redis_urls import is_cluster
 from beatless.schema import check
@@ -188,17 +189,18 @@ def relay(env: Environment, ready_fd: int | None) -> None:
 
     supervisor = Supervisor()
 
-    def observe(name: str, facts: dict[str, Any]) -> None:
+    def observe(signal: Signal) -> None:
         # Its loop tells something at least every 15 s, also while it waits for a server.
         supervisor.alive()
-        if name == "relay_started":
-            logger.info("relay listens", extra={"action": "relay_started"})
-            tell(ready_fd)
-        elif name == "relay_leads":
-            logger.info(
-                "relay leads shards",
-                extra={"action": "relay_leads", "shards": " ".join(map(str, facts["shards"]))},
-            )
+        match signal:
+            case RelayStarted():
+                logger.info("relay listens", extra={"action": "relay_started"})
+                tell(ready_fd)
+            case ShardsAssigned(shards=shards):
+                logger.info(
+                    "relay leads shards",
+                    extra={"action": "relay_leads", "shards": " ".join(map(str, shards))},
+                )
 
     check_rights(app)
     export("beatless-relay", os.environ)

@@ -7,11 +7,13 @@ announce. See docs/testing.md.
 
 import itertools
 import os
+import re
 import reprlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.message import shard_of
+from beatless.outbox.observer import Signal
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import execute
 from beatless.outbox.times import MOST_S, is_number
@@ -79,7 +82,7 @@ class Kit:
         self._guard = guard
         self._executor: Executor | None = None
         self._children: list[Child] = []
-        self._last: dict[str, dict[str, Any]] = {}
+        self._last: dict[type[Signal], Signal] = {}
         self._broker: Connection | None = None
         self._taking = threading.Lock()  # a channel is for one thread at a time
         self._advanced = 0.0
@@ -423,8 +426,9 @@ UPDATE {schema}.run_events
                 {"run_id": run.run_id},
             )
         lines += [f"  dispatch {row}" for row in dispatch] or ["  no dispatch"]
-        for name, facts in self._last.copy().items():  # a relay in a thread may add to it
-            told = {fact: shown(value) for fact, value in facts.items()}
+        for kind, signal in self._last.copy().items():  # a relay in a thread may add to it
+            name = re.sub(r"\B([A-Z])", r"_\1", kind.__name__).lower()
+            told = {field.name: shown(getattr(signal, field.name)) for field in fields(signal)}
             lines.append(f"  this process, last {name}: {told}")
         for child in self._children:
             with suppress(OSError):
@@ -449,8 +453,8 @@ UPDATE {schema}.run_events
                 if child not in workers:
                     last.callback(child.terminate)
 
-    def _observe(self, name: str, facts: dict[str, Any]) -> None:
-        self._last[name] = facts
+    def _observe(self, signal: Signal) -> None:
+        self._last[type(signal)] = signal
 
     def _client(self, run_id: str) -> Client:
         """The client that sees this run."""

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import make_url
@@ -15,6 +14,7 @@ from sqlalchemy import make_url
 from beatless import App, BadSetting, Settings, Unreachable
 from beatless.credentials import PasswordUnavailable, from_command
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.observer import Drained, Signal
 from beatless.redis_urls import RedisUrl
 from beatless.testing import Kit
 
@@ -103,8 +103,8 @@ def test_everything_goes_on_when_the_passwords_have_changed(
     kit = Kit(App(settings, list(beatless_app.plans.values())), directory=tmp_path)
     drained = threading.Event()
 
-    def observe(name: str, _facts: dict[str, Any]) -> None:
-        if name == "drained":
+    def observe(signal: Signal) -> None:
+        if isinstance(signal, Drained):
             drained.set()
 
     relay = kit.app.relay(observer=observe, backoff=Backoff(initial=0.01, cap=0.05))

@@ -25,6 +25,7 @@ from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.valkey import EmbeddedValkey
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.queues import Presence, QueueStatements
+from beatless.outbox.observer import ThreadFailed, ThreadRecovered
 from beatless.outbox.queries import execute
 from beatless.outbox.sockets import readable
 from beatless.settings import libpq_url
@@ -434,10 +435,10 @@ def test_a_worker_in_which_a_thread_has_failed(beatless_app: App) -> None:
                     ),
                 )
 
-    counts("thread_failed", {"thread": "watchdog", "first": True})
+    counts(ThreadFailed(thread="watchdog", first=True))
     announce()
     only(examine(beatless_app, "threads"), Status.PROBLEM, "sick@here", "watchdog")
-    counts("thread_works", {"thread": "watchdog"})
+    counts(ThreadRecovered(thread="watchdog"))
     announce()
     only(examine(beatless_app, "threads"), Status.OK, "work")
 

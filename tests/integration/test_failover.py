@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import psycopg
 import pytest
@@ -17,7 +16,9 @@ from beatless import App, Event, HistoryChanged
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.privileges import server_user
 from beatless.migrations import migrate
-from beatless.stream import Observer, Streams, ignore
+from beatless.outbox.observer import Observer, Signal, ignore
+from beatless.stream import Streams
+from beatless.streams.observer import Backfilled, StreamClosed
 from beatless.testing import Kit
 from tests.serving import serving
 from tests.valkeys import until
@@ -89,19 +90,19 @@ def test_an_async_stream_whose_events_are_gone_ends_with_an_error(beatless: Kit)
 def test_a_wait_ends_with_the_run_in_whichever_history(beatless: Kit) -> None:
     run = beatless.start_run("two_steps")
     beatless.step(run.run_id)
-    opened: Queue[str] = Queue()
+    opened: Queue[Signal] = Queue()
 
-    def observe(name: str, _facts: dict[str, Any]) -> None:
-        if name in ("backfill", "stream_closed"):
-            opened.put(name)
+    def observe(signal: Signal) -> None:
+        if isinstance(signal, Backfilled | StreamClosed):
+            opened.put(signal)
 
     client = beatless.app.client_for("default")
     client._streams = following(beatless.app, observer=observe)
     with ThreadPoolExecutor(1) as waiting:
         result = waiting.submit(client.wait_for_run, run.run_id, 30)
-        assert opened.get(timeout=30) == "backfill"
+        assert isinstance(opened.get(timeout=30), Backfilled)
         go_back(beatless, run.run_id, 1)
-        while opened.get(timeout=30) != "stream_closed":
+        while opened.get(timeout=30) != StreamClosed():
             pass
         beatless.work_until_idle()
         assert result.result(60).result == "one two"

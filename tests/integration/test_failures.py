@@ -15,6 +15,7 @@ import pytest
 from beatless import App, Failure, Fatal, Plan, RunState, StepContext, retry, step
 from beatless.failures import Failures, OnFailure
 from beatless.outbox.clock import monotonic
+from beatless.outbox.observer import DeadLettered, DeadlinesExpired, Drained
 from beatless.testing import Kit
 from tests import plans
 
@@ -110,9 +111,9 @@ def test_a_deadline_is_told(kit: Kit, told: list[Failure]) -> None:
 def test_what_a_relay_ends_and_gives_up_on_is_told() -> None:
     told: list[Failure] = []
     failures = Failures(told.append)
-    failures("overdue", {"runs": [("r1", "p", "q")]})
-    failures("parked", {"run_id": "r2", "reason": "too large for Redis"})
-    failures("drained", {"rows": []})
+    failures(DeadlinesExpired(runs=[("r1", "p", "q")]))
+    failures(DeadLettered(run_id="r2", reason="too large for Redis"))
+    failures(Drained(events=0, tasks=0, rows=[], messages=[]))
     assert [(f.kind, f.run_id, f.plan) for f in told] == [
         ("run", "r1", "p"),
         ("dead letter", "r2", None),
@@ -169,14 +170,14 @@ def test_one_that_hangs_holds_up_a_relay_once(monkeypatch: pytest.MonkeyPatch) -
 
     failures = Failures(hangs)
     began = monotonic()
-    failures("overdue", {"runs": [(f"r{n}", "p", "q") for n in range(100)]})
+    failures(DeadlinesExpired(runs=[(f"r{n}", "p", "q") for n in range(100)]))
     assert monotonic() - began < 20
     go.set()
     for _ in range(40):
         assert told.acquire(timeout=60)
     for thread in failures._hanging:
         thread.join(60)
-    failures("overdue", {"runs": [("later", "p", "q")]})
+    failures(DeadlinesExpired(runs=[("later", "p", "q")]))
     assert told.acquire(timeout=60)
 
 
@@ -187,7 +188,7 @@ def test_a_thread_that_cannot_be_started_harms_nothing(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", full)
-    Failures(lambda _failure: None)("parked", {"run_id": "r", "reason": "too large"})
+    Failures(lambda _failure: None)(DeadLettered(run_id="r", reason="too large"))
     assert "on_failure was not called" in caplog.text
 
 

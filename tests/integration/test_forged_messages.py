@@ -10,8 +10,10 @@ import pytest
 from beatless import App, Plan, RunState, Snooze, StepContext, step
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.doorbell import CHANGED
+from beatless.outbox.observer import Drained, RelayFailed, RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import LAST_ATTEMPT
+from beatless.streams.observer import Backfilled
 from beatless.testing import Kit
 from tests.integration.test_relay import Announcements, running
 from tests.plans import two_steps
@@ -89,8 +91,8 @@ def test_a_forged_notification_restarts_no_relay(
         postgres.execute("SELECT pg_notify(%s, %s)", (beatless_app.queries.channel, payload))
         run = beatless.start_run("charge")
         beatless.wait_for_outbox_flush(run.run_id)
-    assert announcements.all("relay_failed") == []
-    assert len(announcements.all("relay_started")) == 1
+    assert announcements.all(RelayFailed) == []
+    assert len(announcements.all(RelayStarted)) == 1
 
 
 def test_a_relay_that_is_told_of_others_without_end_drains_all_the_same(
@@ -99,9 +101,9 @@ def test_a_relay_that_is_told_of_others_without_end_drains_all_the_same(
     """Each piece of news has it count the relays anew, which must not be all that it does."""
 
     class Flooding(Announcements):
-        def __call__(self, name: str, facts: dict[str, Any]) -> None:
-            super().__call__(name, facts)
-            if name == "relay_leads" and len(self.all("drained")) < 3:
+        def __call__(self, signal: Signal) -> None:
+            super().__call__(signal)
+            if isinstance(signal, ShardsAssigned) and len(self.all(Drained)) < 3:
                 postgres.execute("SELECT pg_notify(%s, %s)", (channel, CHANGED))
 
     channel, announcements = beatless_app.queries.channel, Flooding()
@@ -120,7 +122,7 @@ def test_forged_events_of_a_far_seq_do_not_have_the_journal_read_without_pause(
     monkeypatch.setattr(
         beatless.client._streams,
         "_observer",
-        lambda name, facts: read.append(facts["reason"]) if name == "backfill" else None,
+        lambda signal: read.append(signal.reason) if isinstance(signal, Backfilled) else None,
     )
     run = beatless.start_run("charge")
     stream = beatless.client.stream_run(run.run_id, timeout=60)

@@ -9,6 +9,7 @@ from beatless import App
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
 from beatless.testing import Kit
 from beatless.verify import verify
@@ -70,10 +71,10 @@ def test_hostile_dispatches_cost_their_own_runs_only(
         assert [beatless.client.get_run(run.run_id).state.final for run in others] == [True] * 2
         beatless.advance(500)
     relay.start()
-    announcements.wait("relay_asleep")
+    announcements.wait(RelayAsleep)
     relay.stop()
     assert pending(postgres) == 0
-    assert announcements.all("relay_failed") == []
+    assert announcements.all(RelayFailed) == []
 
 
 OUTBOX = {
@@ -247,7 +248,7 @@ def test_a_run_whose_rows_cannot_be_written_is_set_aside_and_tried_again_later(
     }
     assert marked == {other.run_id for other in others}
     assert seqs(doors[0]) == {run_id: [1] for run_id in ("culprit", *marked)}
-    assert {facts["run_id"] for facts in announcements.all("set_aside")} == {"culprit"}
+    assert {signal.run_id for signal in announcements.all(RunSetAside)} == {"culprit"}
     refusing.execute("ALTER TABLE run_outbox DISABLE TRIGGER ALL")
     refusing.execute("ALTER TABLE dispatches DISABLE TRIGGER ALL")
     drain = relay._once[1]

@@ -94,8 +94,11 @@ def impatient(_beatless_schemas):
 
         def test_leaves_a_relay_running(beatless):
             import threading
+            from beatless.outbox.observer import RelayAsleep
             asleep = threading.Event()
-            relay = beatless.app.relay(observer=lambda n, _: n == "relay_asleep" and asleep.set())
+            relay = beatless.app.relay(
+                observer=lambda signal: isinstance(signal, RelayAsleep) and asleep.set()
+            )
             relay.start()
             assert asleep.wait(60)
             leaked.append(relay)

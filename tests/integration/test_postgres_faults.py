@@ -17,6 +17,13 @@ from beatless import App, RunState, Unreachable
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.observer import (
+    Drained,
+    RelayAsleep,
+    RelayFailed,
+    RelayStarted,
+    StalledRelayEnded,
+)
 from beatless.outbox.relay import Relay
 from beatless.testing import Kit
 from beatless.testing.fixtures import FAST, Services
@@ -213,11 +220,11 @@ def test_a_relay_whose_sessions_are_black_holes_comes_back_and_takes_its_shards_
 ) -> None:
     """No end of the connection is ever seen, and the server keeps the old sessions' locks."""
     with relaying(proxied.app, watchdog=0.5) as (_, announcements):
-        announcements.wait("relay_asleep")
+        announcements.wait(RelayAsleep)
         path.hold()
         run = beatless.start_run("two_steps")
-        announcements.wait("relay_failed")
-        announcements.wait("relay_silenced")
+        announcements.wait(RelayFailed)
+        announcements.wait(StalledRelayEnded)
         beatless.wait_for_outbox_flush(run.run_id)
 
 
@@ -256,7 +263,7 @@ def test_a_crash_of_postgres_in_the_middle_of_a_step_loses_nothing(
             pass
 
         server.crash()
-        announcements.wait("relay_failed")
+        announcements.wait(RelayFailed)
         go.touch()
         server.start()
 
@@ -313,11 +320,11 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
             admin.execute("SELECT pg_reload_conf()")
             await_read_only(server)
             go.touch()
-            assert announcements.all("relay_failed") == []
+            assert announcements.all(RelayFailed) == []
             admin.execute(f"UPDATE {kit.app.settings.schema}.dispatches SET due_at = now()")
             admin.execute("SELECT pg_notify(%s, '')", (kit.app.queries.channel,))
-            announcements.wait("relay_failed", 4)
-            since, lives = published(announcements) - before, announcements.all("relay_started")
+            announcements.wait(RelayFailed, 4)
+            since, lives = published(announcements) - before, announcements.all(RelayStarted)
             assert waits.noted[:4] == [1, 2, 3, 4]  # each new session is no new beginning
             admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
             admin.execute("SELECT pg_reload_conf()")
@@ -347,7 +354,7 @@ def await_read_only(server: EmbeddedPostgres) -> None:
 
 
 def published(announcements: Announcements) -> int:
-    return len(announcements.all("drained"))
+    return len(announcements.all(Drained))
 
 
 def test_without_a_connection_left_a_relay_waits_and_leaves_none_open(
@@ -364,9 +371,9 @@ def test_without_a_connection_left_a_relay_waits_and_leaves_none_open(
             kit.client.get_run(run.run_id)
 
         with relaying(kit.app) as (_, announcements):
-            announcements.wait("relay_failed", 5)
+            announcements.wait(RelayFailed, 5)
             crowd.close()
-            announcements.wait("relay_asleep")
+            announcements.wait(RelayAsleep)
             kit.wait_for_outbox_flush(run.run_id)
         kit.work_until_idle()
         assert kit.client.get_run(run.run_id).state is RunState.COMPLETED

@@ -5,8 +5,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import psycopg
 import pytest
@@ -22,6 +23,18 @@ from beatless.outbox.errors import (
     SchemaMissing,
 )
 from beatless.outbox.message import SHARDS, shard_of
+from beatless.outbox.observer import (
+    BatchFailed,
+    Drained,
+    QueueRefused,
+    RelayAsleep,
+    RelayFailed,
+    RelayStarted,
+    RelayWoke,
+    ShardsAssigned,
+    Signal,
+    WatchdogRan,
+)
 from beatless.outbox.publishers import (
     CeleryTaskPublisher,
     EventPublisher,
@@ -38,34 +51,36 @@ from beatless.testing import Kit
 
 QUICK = Backoff(initial=0.01, cap=0.05)
 
+S = TypeVar("S", bound=Signal)
+
 
 class Announcements:
     """What a relay announced, to be waited for."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.seen: list[Signal] = []
         self._news = threading.Condition()
 
-    def __call__(self, name: str, facts: dict[str, Any]) -> None:
+    def __call__(self, signal: Signal) -> None:
         with self._news:
-            self.seen.append((name, facts))
+            self.seen.append(signal)
             self._news.notify_all()
 
-    def wait(self, name: str, count: int = 1) -> dict[str, Any]:
+    def wait(self, kind: type[S], count: int = 1) -> S:
         with self._news:
-            assert self._news.wait_for(lambda: len(self.all(name)) >= count, timeout=60), (
-                f"{name} not announced {count} times: {self.seen[-20:]}"
+            assert self._news.wait_for(lambda: len(self.all(kind)) >= count, timeout=60), (
+                f"{kind.__name__} not announced {count} times: {self.seen[-20:]}"
             )
-            return self.all(name)[count - 1]
+            return self.all(kind)[count - 1]
 
     def wait_until(self, condition) -> None:
         with self._news:
             if not self._news.wait_for(lambda: condition(self.seen), timeout=60):
-                last = "\n".join(f"{name} {facts}" for name, facts in self.seen[-30:])
+                last = "\n".join(map(str, self.seen[-30:]))
                 raise AssertionError(f"did not come true; the last announcements:\n{last}")
 
-    def all(self, name: str) -> list[dict[str, Any]]:
-        return [facts for seen, facts in self.seen if seen == name]
+    def all(self, kind: type[S]) -> list[S]:
+        return [signal for signal in self.seen if isinstance(signal, kind)]
 
 
 class Door:
@@ -144,7 +159,7 @@ def running(app: App, **options) -> Iterator[tuple[Relay, Announcements]]:
     relay = app.relay(observer=announcements, backoff=QUICK, **options)
     relay.start()
     try:
-        announcements.wait("relay_asleep")
+        announcements.wait(RelayAsleep)
         yield relay, announcements
     finally:
         relay.stop()
@@ -464,7 +479,7 @@ def test_a_sleeping_relay_is_woken_by_a_commit(beatless: Kit, beatless_app: App)
     with running(beatless_app) as (_, announcements):
         run = beatless.start_run("two_steps")
         beatless.wait_for_outbox_flush(run.run_id)
-        assert announcements.wait("relay_woke")["source"] == "notify"
+        assert announcements.wait(RelayWoke).source == "notify"
 
 
 def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
@@ -484,7 +499,7 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
         return due / 36_000  # an hour is a tenth of a second
 
     monkeypatch.setattr(Drain, "next_due", next_due)
-    timer = ("relay_woke", {"source": "timer"})
+    timer = RelayWoke(source="timer")
     with running(beatless_app, watchdog=600) as (_, announcements):
         beatless.start_run("two_steps", delay=3600)
         announcements.wait_until(lambda seen: timer in seen)
@@ -493,13 +508,13 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
         before = announcements.seen.index(timer)
         postgres.execute("UPDATE dispatches SET due_at = now()")  # nobody rings
         announcements.wait_until(lambda seen: tasks_of(seen) == 1 and seen[-1] == timer)
-    woken = [facts["source"] for name, facts in announcements.seen[before:] if name == "relay_woke"]
-    assert set(woken) - {"broker"} == {"timer"}  # which may answer later
+    woken = {signal.source for signal in announcements.seen[before:] if type(signal) is RelayWoke}
+    assert woken - {"broker"} == {"timer"}  # which may answer later
 
 
-def tasks_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
+def tasks_of(seen: list[Signal]) -> int:
     """How many dispatches have been sent and marked."""
-    return sum(facts["tasks"] for name, facts in seen if name == "drained")
+    return sum(signal.tasks for signal in seen if isinstance(signal, Drained))
 
 
 class Noted(DirectConnection):
@@ -528,9 +543,9 @@ def test_an_idle_relay_sends_nothing_but_its_watchdog(beatless: Kit, beatless_ap
     connect, statements = noting(beatless_app)
     with running(beatless_app, connect=connect, watchdog=0.2) as (_, announcements):
         begin = len(statements)
-        announcements.wait("relay_watchdog", 3)
+        announcements.wait(WatchdogRan, 3)
         said = [text for text in statements[begin:] if text != "a cursor"]
-        watched = len(announcements.all("relay_watchdog"))
+        watched = len(announcements.all(WatchdogRan))
     assert all("FROM pg_locks" in text for text in said), said
     # Who is silent, and whether all shards are led.
     assert len(said) <= 2 * (watched + 1)
@@ -553,11 +568,11 @@ def test_a_shut_door_is_left_alone_until_it_is_time(
     )
     beatless.start_run("two_steps")
     relay.start()
-    announcements.wait("publish_failed")
+    announcements.wait(BatchFailed)
     announcements.wait_until(lambda seen: tasks_of(seen) == 1)
-    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 1)
+    announcements.wait(WatchdogRan, len(announcements.all(WatchdogRan)) + 1)
     begin = len(statements)
-    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 2)
+    announcements.wait(WatchdogRan, len(announcements.all(WatchdogRan)) + 2)
     said = [text for text in statements[begin:] if text != "a cursor"]
     relay.stop()
     assert all("FROM pg_locks" in text for text in said), said
@@ -591,12 +606,12 @@ def test_a_relay_whose_session_is_terminated_starts_over_and_drains(
     relay = beatless_app.relay(connect=connect, observer=announcements, backoff=QUICK)
     errors: list[Exception] = []
     relay.start(errors.append)
-    announcements.wait("relay_asleep")
+    announcements.wait(RelayAsleep)
 
     place = ["work", "bell", "watch"].index(session)
     postgres.execute("SELECT pg_terminate_backend(%s)", (pids[place],))
     run = beatless.start_run("two_steps")
-    announcements.wait("relay_started", 2)
+    announcements.wait(RelayStarted, 2)
     beatless.wait_for_outbox_flush(run.run_id)
     relay.stop()
 
@@ -610,8 +625,8 @@ def test_two_relays_share_the_shards_and_one_takes_over_when_the_other_goes(
     one = beatless_app.relay(observer=first, backoff=QUICK)
     two = beatless_app.relay(observer=second, backoff=QUICK)
     one.start()
-    first.wait("relay_asleep")
-    assert first.wait("relay_leads")["shards"] == tuple(range(SHARDS))
+    first.wait(RelayAsleep)
+    assert first.wait(ShardsAssigned).shards == tuple(range(SHARDS))
 
     two.start()
     second.wait_until(lambda seen: shards_of(seen) == SHARDS // 2)
@@ -628,8 +643,8 @@ def test_two_relays_share_the_shards_and_one_takes_over_when_the_other_goes(
     two.stop()
 
 
-def shards_of(seen: list[tuple[str, dict[str, Any]]]) -> int:
-    leads = [facts["shards"] for name, facts in seen if name == "relay_leads"]
+def shards_of(seen: list[Signal]) -> int:
+    leads = [signal.shards for signal in seen if isinstance(signal, ShardsAssigned)]
     return len(leads[-1]) if leads else 0
 
 
@@ -640,7 +655,7 @@ def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatles
             runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
             beatless.wait_for_outbox_flush(runs[-1].run_id)
         # The second may be what it takes to see that there is more.
-        assert 1 <= len(announcements.all("relay_woke")) <= 2
+        assert 1 <= len(announcements.all(RelayWoke)) <= 2
 
 
 def test_a_relay_whose_work_does_not_end_gives_the_bell_back_meanwhile(
@@ -650,22 +665,22 @@ def test_a_relay_whose_work_does_not_end_gives_the_bell_back_meanwhile(
     held: list[int] = []
 
     class Feeding(Announcements):
-        def __call__(self, name: str, facts: dict[str, Any]) -> None:
-            if name == "drained" and len(held) < 40:
+        def __call__(self, signal: Signal) -> None:
+            if isinstance(signal, Drained) and len(held) < 40:
                 found = postgres.execute(
                     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND "
                     "mode = 'ExclusiveLock' AND classid = 'run_outbox'::regclass::oid"
                 ).fetchone()
                 held.append(found[0])
                 beatless.start_run("two_steps")
-            super().__call__(name, facts)
+            super().__call__(signal)
 
     announcements = Feeding()
     relay = beatless_app.relay(observer=announcements, backoff=QUICK)
     relay.start()
-    announcements.wait("relay_asleep")
+    announcements.wait(RelayAsleep)
     beatless.start_run("two_steps")
-    announcements.wait("drained", 41)
+    announcements.wait(Drained, 41)
     relay.stop()
     assert held[0] == SHARDS
     assert not any(held[10:])
@@ -771,22 +786,23 @@ def test_an_open_transaction_in_one_shard_holds_up_no_writer_of_the_later_ones(
 def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: App) -> None:
     seen = Announcements()
     relays: dict[int, Relay] = {}
+    led: dict[int, Sequence[int]] = {}
+
+    def observe(number: int, signal: Signal) -> None:
+        if isinstance(signal, ShardsAssigned):
+            led[number] = signal.shards
+        seen(signal)
+
     for number in range(5):
         relays[number] = beatless_app.relay(
-            backoff=QUICK,
-            watchdog=600,
-            observer=lambda name, facts, number=number: seen(name, {**facts, "relay": number}),
+            backoff=QUICK, watchdog=600, observer=partial(observe, number)
         )
         relays[number].start()
 
-    def all_led(told: list[tuple[str, dict[str, Any]]]) -> bool:
-        led = {
-            facts["relay"]: facts["shards"]
-            for name, facts in told
-            if name == "relay_leads" and facts["relay"] in relays
-        }
-        shards = [shard for theirs in led.values() for shard in theirs]
-        return len(led) == len(relays) and sorted(shards) == list(range(SHARDS))
+    def all_led(_: list[Signal]) -> bool:
+        theirs = {number: shards for number, shards in led.copy().items() if number in relays}
+        shards = [shard for each in theirs.values() for shard in each]
+        return len(theirs) == len(relays) and sorted(shards) == list(range(SHARDS))
 
     seen.wait_until(all_led)
     for number in (0, 3, 1, 4):
@@ -878,9 +894,7 @@ def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
 
     monkeypatch.setattr(Shift, "_holders", holders)
     with running(beatless_app) as (_, announcements):
-        announcements.wait_until(
-            lambda seen: [2 in facts["shards"] for name, facts in seen if name == "relay_leads"][-1]
-        )
+        announcements.wait_until(lambda _: 2 in announcements.all(ShardsAssigned)[-1].shards)
 
 
 def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
@@ -930,10 +944,10 @@ def test_a_relay_survives_what_nobody_foresaw(beatless: Kit, beatless_app: App, 
     announcements = Announcements()
     relay = recording(beatless_app, doors, observer=announcements, watchdog=600)
     relay.start()
-    announcements.wait("relay_asleep")
+    announcements.wait(RelayAsleep)
     doors[0].error = ZeroDivisionError("in a library")
     run = beatless.start_run("two_steps")
-    announcements.wait("relay_failed", 2)
+    announcements.wait(RelayFailed, 2)
     doors[0].error = None
     beatless.wait_for_outbox_flush(run.run_id)
     relay.stop()
@@ -1065,16 +1079,14 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     run = beatless.start_run("two_steps")
     for _ in range(HANGING + 1):
         assert broker.asked.acquire(timeout=60)
-    announcements.wait("relay_watchdog", len(announcements.all("relay_watchdog")) + 2)
+    announcements.wait(WatchdogRan, len(announcements.all(WatchdogRan)) + 2)
     assert not broker.asked.acquire(blocking=False)  # enough threads hang
     beatless.wait_for_outbox_flush(run.run_id)
-    assert announcements.wait("publish_failed", 2)["door"] == "broker"
-    assert announcements.all("relay_failed") == []
+    assert announcements.wait(BatchFailed, 2).publisher == "broker"
+    assert announcements.all(RelayFailed) == []
 
     broker.free.set()
-    announcements.wait_until(
-        lambda seen: any(facts["tasks"] for name, facts in seen if name == "drained")
-    )
+    announcements.wait_until(lambda seen: tasks_of(seen) > 0)
     broker.let_go(relay)
     assert {message.run_id for message in broker.messages} == {run.run_id}
 
@@ -1092,7 +1104,7 @@ def test_a_sleeping_relay_notices_that_what_it_sends_again_does_not_arrive(
     broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
     relay = recording(beatless_app, (doors[0], broker), observer=announcements, watchdog=600)
     relay.start()
-    announcements.wait("relay_asleep")
+    announcements.wait(RelayAsleep)
     for _ in range(2):
         assert broker.asked.acquire(timeout=30)
     broker.free.set()
@@ -1114,7 +1126,7 @@ def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_ap
     )
     relay._alarm.ring()
     relay.start()
-    announcements.wait("relay_failed")
+    announcements.wait(RelayFailed)
     assert tries.acquire(timeout=60)
     relay._alarm.ring()
     until(lambda: not readable([relay._alarm], 0))  # it has been heard
@@ -1128,11 +1140,9 @@ def test_a_shard_that_was_a_strangers_for_a_moment_is_led_after_it(beatless_app:
     with beatless_app.direct_connection() as stranger:
         stranger.execute(f"SELECT pg_advisory_lock({beatless_app.queries.leader_key}, 3)")
         with running(beatless_app, watchdog=600) as (_, announcements):
-            assert len(announcements.wait("relay_leads")["shards"]) == SHARDS - 1
+            assert len(announcements.wait(ShardsAssigned).shards) == SHARDS - 1
             stranger.close()
-            announcements.wait_until(
-                lambda seen: any(len(facts.get("shards", ())) == SHARDS for _, facts in seen)
-            )
+            announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
 
 
 def test_what_becomes_due_while_a_relay_looks_is_sent(
@@ -1176,14 +1186,14 @@ def test_a_queue_that_the_broker_refuses_holds_up_no_other(
     assert {message.run_id for message in doors[1].messages} == {run.run_id for run in good}
     states = "SELECT run_id, state FROM dispatches WHERE reason = 'refused' AND due_at > now()"
     assert sorted(postgres.execute(states)) == [(run.run_id, "delayed") for run in bad]
-    assert announcements.all("refused") == [{"queue": "bad", "runs": 3}]
-    assert announcements.all("publish_failed") == []
+    assert announcements.all(QueueRefused) == [QueueRefused(queue="bad", messages=3)]
+    assert announcements.all(BatchFailed) == []
     assert "(reason: refused)" in str(beatless.client.explain(bad[0].run_id))
 
     later = beatless.start_run("two_steps")
     relay.drain_once()  # at once: no door is shut, and the refused are not tried again
     assert doors[1].messages[-1].run_id == later.run_id
-    assert len(announcements.all("refused")) == 1
+    assert len(announcements.all(QueueRefused)) == 1
 
     doors[1].refused_queues.clear()  # the broker has been mended
     beatless.advance(16)
@@ -1263,7 +1273,7 @@ def test_a_broker_that_goes_away_while_a_batch_is_sent_by_queue_is_a_shut_door(
     relay.drain_once()
     relay.stop()
 
-    assert announcements.all("publish_failed") == [{"door": "broker", "failures": 1}]
+    assert announcements.all(BatchFailed) == [BatchFailed(publisher="broker", failures=1)]
     assert postgres.execute("SELECT DISTINCT reason FROM dispatches").fetchall() == [("start",)]
 
 

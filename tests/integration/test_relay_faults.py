@@ -21,6 +21,7 @@ from beatless import App, RunState
 from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS
+from beatless.outbox.observer import BatchFailed, Drained, RelayAsleep, StalledRelayEnded
 from beatless.outbox.relay import Relay
 from beatless.stream import parse
 from beatless.testing import Kit
@@ -110,7 +111,7 @@ def test_a_relay_frozen_in_the_middle_of_a_batch_is_replaced_and_harms_nothing_w
             f" AND classid = ({beatless_app.queries.leader_key})::oid AND objsubid = 2"
         ).fetchall()
         with standby(beatless_app, watchdog=WATCHDOG) as (_, announcements):
-            assert [(announcements.wait("relay_silenced")["pid"],)] == leaders
+            assert [(announcements.wait(StalledRelayEnded).pid,)] == leaders
             announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
             beatless.wait_for_outbox_flush(run.run_id)
             while beatless.step(run.run_id):
@@ -163,7 +164,7 @@ class TestBrokerThatHangs:
         self, beatless: Kit, beatless_app: App, broker: EmbeddedValkey
     ) -> None:
         with standby(beatless_app, redispatch=3600) as (_, announcements):
-            announcements.wait("relay_asleep")
+            announcements.wait(RelayAsleep)
             before = beatless.start_run("two_steps")
             beatless.wait_for_outbox_flush(before.run_id)
             announcements.wait_until(lambda seen: tasks_in(seen) == 1)
@@ -181,7 +182,7 @@ class TestBrokerThatHangs:
 
 
 def tasks_in(seen) -> int:
-    return sum(facts["tasks"] for name, facts in seen if name == "drained")
+    return sum(signal.tasks for signal in seen if isinstance(signal, Drained))
 
 
 @pytest.fixture
@@ -197,13 +198,13 @@ def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
     settings = replace(beatless_app.settings, redis_url=bus.url)
     app = App(settings, list(beatless_app.plans.values()))
     with standby(app, redispatch=3600) as (_, announcements):
-        announcements.wait("relay_asleep")
+        announcements.wait(RelayAsleep)
         first = beatless.start_run("two_steps")
         announcements.wait_until(lambda seen: tasks_in(seen) == 1 and events_in(seen) == 1)
         bus.stop()
 
         runs = [beatless.start_run("two_steps") for _ in range(3)]
-        announcements.wait("publish_failed", 2)
+        announcements.wait(BatchFailed, 2)
         announcements.wait_until(lambda seen: tasks_in(seen) == 4)
         for run in runs:
             while beatless.step(run.run_id):
@@ -222,4 +223,4 @@ def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
 
 
 def events_in(seen) -> int:
-    return sum(facts["events"] for name, facts in seen if name == "drained")
+    return sum(signal.events for signal in seen if isinstance(signal, Drained))

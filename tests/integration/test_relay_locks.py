@@ -9,6 +9,7 @@ from beatless import App
 from beatless.client import RunRequest
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.errors import PublishFailed
+from beatless.outbox.observer import RelayAsleep, RelayFailed
 from beatless.testing import Kit
 from tests.integration.test_relay import (
     Announcements,
@@ -94,12 +95,12 @@ def test_a_lease_that_has_run_out_is_taken_over_when_its_row_is_free(
     relay = recording(beatless_app, doors, observer=announcements, watchdog=600)
     with holding(beatless_app, "dispatches", [dead.run_id]):
         relay.start()
-        announcements.wait("relay_asleep")
+        announcements.wait(RelayAsleep)
         announcements.wait_until(lambda seen: tasks_of(seen) == 1)
     announcements.wait_until(lambda seen: tasks_of(seen) == 2)
     until(lambda: len(postgres.execute(SENT).fetchall()) == 1)
     relay.stop()
-    assert announcements.all("relay_failed") == []
+    assert announcements.all(RelayFailed) == []
 
 
 def test_an_event_whose_outbox_row_is_held_is_published_once_and_forgotten_later(

@@ -19,8 +19,10 @@ from beatless.api.sse import chunks
 from beatless.orchestrator.retention import REST, SHORT_REST, Retention
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.observer import ChoreFailed, ChoreRested, ChoreStepped, ChoreTaken
 from beatless.outbox.relay import Relay
 from beatless.testing import Kit
+from tests.integration.test_relay import Announcements
 
 DAY = 86_400
 QUICK = Backoff(initial=0.01, cap=0.05)
@@ -412,27 +414,6 @@ def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
 # The relay's timers
 
 
-class Announcements:
-    """What a relay announced, to be waited for."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, dict[str, Any]]] = []
-        self._news = threading.Condition()
-
-    def __call__(self, name: str, facts: dict[str, Any]) -> None:
-        with self._news:
-            self.seen.append((name, facts))
-            self._news.notify_all()
-
-    def wait(self, name: str) -> dict[str, Any]:
-        with self._news:
-            assert self._news.wait_for(lambda: self.all(name), timeout=60), self.seen[-20:]
-            return self.all(name)[0]
-
-    def all(self, name: str) -> list[dict[str, Any]]:
-        return [facts for seen, facts in self.seen if seen == name]
-
-
 @pytest.fixture
 def relay(beatless_app: App) -> Iterator[Callable[..., Announcements]]:
     """Starts relays that do their chores at once."""
@@ -458,8 +439,8 @@ def test_the_relay_prunes_by_itself_and_goes_on_publishing(
 
     announcements = relay(chores=[retention(batch=4)])
 
-    assert announcements.wait("chore_rests") == {"rest": REST}
-    assert len(announcements.all("chore_step")) == 5  # 18 events, 4 at once
+    assert announcements.wait(ChoreRested) == ChoreRested(rest_s=REST)
+    assert len(announcements.all(ChoreStepped)) == 5  # 18 events, 4 at once
     assert [stored(postgres, run_id) for run_id in ended] == [[], [], []]
     waiting = beatless.start_run("two_steps")
     beatless.wait_for_outbox_flush(waiting.run_id)
@@ -471,7 +452,7 @@ def test_the_relay_of_an_app_prunes_by_default(
 ) -> None:
     run_id = finish(beatless, "two_steps")
     beatless.advance(31 * DAY)
-    relay().wait("chore_rests")
+    relay().wait(ChoreRested)
     assert stored(postgres, run_id) == []
 
 
@@ -497,7 +478,7 @@ def test_a_step_in_a_frozen_process_is_taken_back_by_postgres(relay) -> None:
             return 60.0
 
     chore = Asking()
-    relay(chores=[chore]).wait("chore_rests")
+    relay(chores=[chore]).wait(ChoreRested)
     assert chore.found == ["10s", "10s", "1s"]
 
 
@@ -521,7 +502,7 @@ def test_of_two_relays_one_does_the_chore(beatless: Kit, relay) -> None:
     relay(chores=[chore])
     try:
         assert chore.begun.wait(60)
-        relay(chores=[chore]).wait("chore_taken")
+        relay(chores=[chore]).wait(ChoreTaken)
         assert chore.steps == 1
         # And nobody's drains wait for it.
         run = beatless.start_run("two_steps")
@@ -536,6 +517,6 @@ def test_a_chore_that_fails_is_tried_again_and_stops_nothing(beatless: Kit, rela
             raise ValueError("on purpose")
 
     announcements = relay(chores=[Failing()])
-    assert announcements.wait("chore_failed") == {"error": "on purpose"}
+    assert announcements.wait(ChoreFailed) == ChoreFailed(error="on purpose")
     run = beatless.start_run("two_steps")
     beatless.wait_for_outbox_flush(run.run_id)

@@ -17,8 +17,10 @@ from redis import asyncio as aioredis
 from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
 from beatless import stream as stream_module
 from beatless.cli.demo import GOLDEN
+from beatless.outbox.observer import Signal, ThreadFailed
 from beatless.settings import engine_url
 from beatless.stream import History, Hub, Mailbox, Streams
+from beatless.streams.observer import Backfilled
 from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
@@ -176,7 +178,7 @@ def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
     monkeypatch.setattr("beatless.stream.AGAIN_S", 0.01)
     run = beatless.start_run("two_steps")
     failures, failed = iter([ValueError("unforeseen")] * 3), threading.Event()
-    counted: list[str] = []
+    counted: list[Signal] = []
 
     def fail() -> None:
         if (failure := next(failures, None)) is not None:
@@ -201,7 +203,7 @@ def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
         aredis_client=client,
         head_check=0.05,
         without_redis=0.05,
-        observer=lambda name, _facts: counted.append(name),
+        observer=counted.append,
     )
 
     async def main() -> list[int]:
@@ -214,7 +216,8 @@ def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
         return seen
 
     assert asyncio.run(asyncio.wait_for(main(), 60)) == [1, 2, 3, 4, 5, 6]
-    assert counted.count("thread_failed") == (0 if part == "client" else 3)
+    failures = [signal for signal in counted if isinstance(signal, ThreadFailed)]
+    assert len(failures) == (0 if part == "client" else 3)
 
 
 def test_doubled_and_reordered_messages_are_put_right(beatless: Kit, beatless_app: App) -> None:
@@ -625,10 +628,10 @@ def test_a_forged_seq_that_no_run_reaches_has_the_journal_read_once(
     reads: list[str] = []
     looked = threading.Event()
 
-    def observe(name: str, facts: dict[str, Any]) -> None:
-        if name == "backfill":
-            reads.append(facts["reason"])
-            if facts["reason"] == "gap":
+    def observe(signal: Signal) -> None:
+        if isinstance(signal, Backfilled):
+            reads.append(signal.reason)
+            if signal.reason == "gap":
                 looked.set()
 
     following = streams(beatless_app, observer=observe)

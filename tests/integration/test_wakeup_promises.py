@@ -9,6 +9,7 @@ import pytest
 from beatless import App
 from beatless.outbox.doorbell import Sessions, State
 from beatless.outbox.message import SHARDS
+from beatless.outbox.observer import StalledRelayEnded
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.relay import Shift
 from beatless.settings import libpq_url
@@ -21,6 +22,7 @@ from tests.integration.test_relay import (
     recording,
     running,
     seqs,
+    shards_of,
     until,
 )
 
@@ -158,10 +160,8 @@ def test_a_relay_that_says_nothing_for_too_long_loses_its_shards(
         for shard in ALL_SHARDS[:8]:
             frozen.work.execute(f"SELECT pg_advisory_lock({key}, {shard})")
         with running(beatless_app, watchdog=0.2) as (_, announcements):
-            assert announcements.wait("relay_silenced")["pid"] == frozen.pid
-            announcements.wait_until(
-                lambda seen: any(len(facts.get("shards", ())) == SHARDS for _, facts in seen)
-            )
+            assert announcements.wait(StalledRelayEnded).pid == frozen.pid
+            announcements.wait_until(lambda seen: shards_of(seen) == SHARDS)
             run = beatless.start_run("two_steps", run_id=in_shard(3, "his"))
             beatless.wait_for_outbox_flush(run.run_id)
     finally:

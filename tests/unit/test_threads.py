@@ -18,6 +18,7 @@ from beatless.outbox import threads
 from beatless.outbox.chores import Chores
 from beatless.outbox.clock import monotonic
 from beatless.outbox.courier import Courier
+from beatless.outbox.observer import RelayFailed, RelayStarted, ThreadFailed
 from beatless.outbox.queries import Queries
 from beatless.outbox.threads import LastingThread
 
@@ -242,8 +243,8 @@ def test_the_failures_of_a_child_count_until_another_takes_its_place(
     counts: WorkerCounts,
 ) -> None:
     counts.counts.take(3)
-    counts("thread_failed", {"thread": "heartbeat", "first": True})
-    counts("thread_failed", {"thread": "heartbeat", "first": False})
+    counts(ThreadFailed(thread="heartbeat", first=True))
+    counts(ThreadFailed(thread="heartbeat", first=False))
     assert counts.failing() == ["heartbeat"]
     counts.counts.take(3)  # it was killed
     assert counts.failing() == []
@@ -252,10 +253,10 @@ def test_the_failures_of_a_child_count_until_another_takes_its_place(
 
 def test_what_fails_in_streams_and_relays_is_counted() -> None:
     streams, relay = StreamCounts(), RelayCounts([])
-    streams("thread_failed", {"thread": "streams", "first": True})
-    relay("relay_failed", {"error": "x"})
+    streams(ThreadFailed(thread="streams", first=True))
+    relay(RelayFailed(error="x"))
     assert counted(relay, "relay") == (1, 1)
-    relay("relay_started", {})
+    relay(RelayStarted())
     assert counted(relay, "relay") == (1, 0)
     read = streams.counts.read()
     assert read["beatless_thread_failures_total", ("streams",)] == [1]
