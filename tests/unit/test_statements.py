@@ -11,11 +11,9 @@ from beatless.outbox import statements as reader
 from beatless.outbox.statements import Statement, StatementFile, read, statements
 
 PACKAGE = Path(beatless.__file__).parent
+FOLDERS = (PACKAGE, PACKAGE / "orchestrator", PACKAGE / "outbox")
 FILES = sorted(
-    path
-    for folder in (PACKAGE, PACKAGE / "orchestrator", PACKAGE / "outbox")
-    for path in folder.rglob("*.sql")
-    if "migrations" not in path.parts
+    path for folder in FOLDERS for path in folder.rglob("*.sql") if "migrations" not in path.parts
 )
 OF_MODULES = [path for path in FILES if path.name != reader.SHARED]
 
@@ -43,7 +41,7 @@ def test_the_module_beside_a_file_runs_each_of_its_statements_and_no_other(path:
 
 def test_each_fragment_is_in_a_statement_or_asked_for() -> None:
     used = {name for path in FILES for name in re.findall(r"\{([a-z_]+)\}", path.read_text())}
-    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    sources = [path.read_text() for folder in FOLDERS for path in folder.rglob("*.py")]
     used |= {name for text in sources for name in re.findall(r'\bfragment\("([a-z_]+)"', text)}
     defined = {
         name for path in FILES for name in re.findall(r"-- fragment: ([a-z_]+)", path.read_text())
