@@ -26,13 +26,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from beatless import loopback
 from beatless.api import problems, sse
-from beatless.api.bodies import BodyLimit
+from beatless.api.body_limit import BodyLimit
 from beatless.api.connections import Connections, raise_descriptor_limit, share
 from beatless.api.gate import Authenticate, Gate, GuardedRoute, granted
 from beatless.api.lanes import LanesOfLoops
-from beatless.api.places import Places
 from beatless.api.problems import Problem
 from beatless.api.readiness import Readiness
+from beatless.api.stream_limits import Places
 from beatless.app import App
 from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.auth import Scope as Permission

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from beatless.api.places import Place, Places, kept_by
 from beatless.api.problems import Problem
+from beatless.api.stream_limits import Place, Places, kept_by
 from beatless.client.streams import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound

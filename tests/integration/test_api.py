@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from beatless import App
-from beatless.api.bodies import BODY_BYTES
+from beatless.api.body_limit import BODY_BYTES
 from beatless.auth import Tokens
 from beatless.cli.demo import GOLDEN
 from beatless.cursors import encode_page

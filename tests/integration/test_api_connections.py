@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from beatless import App
-from beatless.api import bodies, connections, server
-from beatless.api.bodies import BODY_BYTES
+from beatless.api import body_limit, connections, server
+from beatless.api.body_limit import BODY_BYTES
 from beatless.auth import Scope, Tokens
 from beatless.testing import Kit
 from tests.serving import Api, serving
@@ -101,7 +101,7 @@ def test_nothing_of_a_body_is_read_before_it_is_known_who_sends_it(
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(body_limit, "BODY_TIMEOUT_S", 0.2)
     for headers in ([CHUNKED], ["Content-Length: 10"]):
         with connected(api) as connection:
             connection.sendall(head(api, JSON, *headers))
@@ -109,7 +109,7 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(api: Api, monkeypatch) -
 
 
 def test_a_stream_whose_request_never_ends_is_ended(beatless: Kit, api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(body_limit, "BODY_TIMEOUT_S", 0.2)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     with connected(api) as connection:
         connection.sendall(head(api, "Content-Length: 10", method="GET", path=path))

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from beatless import App, RunState
-from beatless.api import places, server, sse
+from beatless.api import server, sse, stream_limits
 from beatless.auth import Scope, Tokens
 from beatless.client import RunRequest
 from beatless.http import AsyncClient, Client
@@ -33,7 +33,7 @@ def body(response: http.client.HTTPResponse) -> bytes:
 
 
 def test_a_process_has_only_so_many_streams(beatless: Kit, api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(places, "MAX_STREAMS", 2)
+    monkeypatch.setattr(stream_limits, "MAX_STREAMS", 2)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     with ExitStack() as stack:
         open_streams = [stack.enter_context(api.stream(path)) for _ in range(2)]
@@ -51,7 +51,7 @@ def test_a_process_has_only_so_many_streams(beatless: Kit, api: Api, monkeypatch
 def test_a_token_has_only_so_many_streams(
     beatless: Kit, beatless_app: App, api: Api, monkeypatch
 ) -> None:
-    monkeypatch.setattr(places, "MAX_STREAMS_PER_TOKEN", 1)
+    monkeypatch.setattr(stream_limits, "MAX_STREAMS_PER_TOKEN", 1)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)
     one, other = (tokens.create([Scope.RUNS_READ])[1] for _ in range(2))
@@ -66,7 +66,7 @@ def test_a_token_has_only_so_many_streams(
 def test_stream_tokens_together_have_no_more_streams_than_their_namespace(
     beatless: Kit, beatless_app: App, api: Api, monkeypatch
 ) -> None:
-    monkeypatch.setattr(places, "MAX_STREAMS_PER_NAMESPACE", 2)
+    monkeypatch.setattr(stream_limits, "MAX_STREAMS_PER_NAMESPACE", 2)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     theirs = beatless_app.client_for("theirs").start_run("two_steps").run_id
     tokens = Tokens(beatless_app.engine, beatless_app.settings.schema)

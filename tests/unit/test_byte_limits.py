@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from beatless.api.bodies import HEAD_BYTES, BodyLimit
+from beatless.api.body_limit import HEAD_BYTES, BodyLimit
 
 
 async def _app(_scope: Scope, _receive: Receive, send: Send) -> None:
