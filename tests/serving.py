@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from beatless import App
-from beatless.api.server import bind, make_server
+from beatless.api.serving import bind, make_server
 
 
 @dataclass

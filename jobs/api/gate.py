@@ -2,20 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from inspect import isawaitable
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from fastapi.routing import APIRoute
 from sqlalchemy import exc
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
 
 from beatless import loopback
-from beatless.api.lanes import Lanes
 from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Scope, Tokens
 from beatless.namespaces import check_namespace
@@ -56,24 +52,6 @@ TOKEN_CHECK_S = 5.0
 """How long it is believed that there is a token, for what is no secret beside the token's."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-class GuardedRoute(APIRoute):
-    """A route that knows who asks before it reads what they send."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def guarded(request: Request) -> Response:
-            gate: Gate = request.app.state.gate
-            await gate.enter(request, self.path)
-            if self.path in HEALTH:
-                return await handle(request)
-            lanes: Lanes = request.app.state.lanes.here()
-            async with lanes.lane(request, self.path):
-                return await handle(request)
-
-        return guarded
 
 
 class Gate:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
@@ -12,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from beatless.api.open_streams import OpenStreams
 from beatless.api.problems import Problem
-from beatless.api.stream_limits import Place, Places, kept_by
+from beatless.api.stream_limits import Reservation
 from beatless.client.streams import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
@@ -70,17 +72,20 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes], places: Places, place: Place) -> None:
+    def __init__(
+        self, chunks: AsyncIterator[bytes], open_streams: OpenStreams, reservation: Reservation
+    ) -> None:
+        """Releases the reservation when it ends, or is dropped before it begins."""
         self._chunks = chunks
-        self._places = places
-        self._place = place
+        self._open_streams = open_streams
+        self._reservation = reservation
         self._started = False
         self._ended = False
         self._sending: asyncio.Task[None] | None = None
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
-        kept_by(place, self)
+        weakref.finalize(self, reservation.release)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
@@ -88,7 +93,10 @@ class EventStream(Response):
         assert sending is not None  # noqa: S101 - a server runs each request as a task
         listening = asyncio.create_task(self._listen(receive, sending))
         try:
-            with self._places.streaming(self._place, self.end):
+            with (
+                self._reservation,
+                self._open_streams.watching(self._reservation.grant, self.end),
+            ):
                 async with aclosing(self._chunks):  # type: ignore[type-var]  # it is a generator
                     await self._send(send)
         except asyncio.CancelledError:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from beatless import App
-from beatless.api import body_limit, connections, server
+from beatless.api import body_limit, connections
 from beatless.api.body_limit import BODY_BYTES
 from beatless.auth import Scope, Tokens
 from beatless.testing import Kit
@@ -159,7 +159,7 @@ def test_a_connection_is_dropped_too_when_its_second_request_is_not_whole(
 def test_silent_connections_give_way_and_those_at_work_do_not(
     beatless: Kit, beatless_app: App, monkeypatch
 ) -> None:
-    monkeypatch.setattr(server, "share", lambda _descriptors: (3, 64))
+    monkeypatch.setattr("beatless.api.serving.share", lambda _descriptors: (3, 64))
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     with serving(beatless_app) as api, ExitStack() as stack:
         streams = [stack.enter_context(api.stream(path)) for _ in range(2)]

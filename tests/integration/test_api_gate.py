@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from beatless import App
-from beatless.api import Grant, Scope, create_api, stream_limits
+from beatless.api import Grant, Scope, create_api, open_streams
 from beatless.auth import STREAM_SECONDS, Tokens
 from beatless.errors import BadRequest
 from beatless.testing import Kit
@@ -308,8 +308,8 @@ def test_an_open_stream_ends_in_order_soon_after_what_it_was_opened_with(
     monkeypatch,
     who: str,
 ) -> None:
-    monkeypatch.setattr(stream_limits, "TOKEN_CHECK_S", 0.0)
-    monkeypatch.setattr(stream_limits, "STOP_CHECK_S", 0.05)
+    monkeypatch.setattr(open_streams, "TOKEN_CHECK_S", 0.0)
+    monkeypatch.setattr(open_streams, "STOP_CHECK_S", 0.05)
     path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
     with serving(beatless_app) as api:
         if who != "nobody":
@@ -335,8 +335,8 @@ def test_an_open_stream_ends_in_order_soon_after_what_it_was_opened_with(
 def test_open_streams_outlive_a_look_at_their_tokens_that_fails(
     beatless: Kit, beatless_app: App, tokens: Tokens, postgres: psycopg.Connection, monkeypatch
 ) -> None:
-    monkeypatch.setattr(stream_limits, "TOKEN_CHECK_S", 0.0)
-    monkeypatch.setattr(stream_limits, "STOP_CHECK_S", 0.01)
+    monkeypatch.setattr(open_streams, "TOKEN_CHECK_S", 0.0)
+    monkeypatch.setattr(open_streams, "STOP_CHECK_S", 0.01)
     looked = threading.Semaphore(0)
     good = Tokens.good
 

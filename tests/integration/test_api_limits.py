@@ -6,6 +6,7 @@ import logging
 import socket
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from beatless import App, RunState
-from beatless.api import server, sse, stream_limits
+from beatless.api import responses, server, sse, stream_limits
 from beatless.auth import Scope, Tokens
 from beatless.client import RunRequest
 from beatless.http import AsyncClient, Client
@@ -46,6 +47,22 @@ def test_a_process_has_only_so_many_streams(beatless: Kit, api: Api, monkeypatch
         assert [list(stream)[-1]["event"] for stream in open_streams] == ["RunFinished"] * 2
     with api.stream(path) as stream:
         assert len(list(stream)) == 7
+
+
+def test_a_burst_of_streams_passes_no_limit(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, monkeypatch
+) -> None:
+    monkeypatch.setattr(stream_limits, "MAX_STREAMS", 3)
+    monkeypatch.setattr(server, "LOCK_TIMEOUT_S", 60)
+    path = f"/v1/runs/{beatless.start_run('two_steps').run_id}/stream"
+    beatless.work_until_idle()  # so that each stream of it ends by itself
+    with serving(beatless_app) as api, ThreadPoolExecutor(12) as crowd:
+        with postgres.transaction():
+            postgres.execute("LOCK TABLE runs")  # no stream is open before all have been asked for
+            asked = as_completed([crowd.submit(api, "GET", path) for _ in range(12)], timeout=60)
+            assert [next(asked).result().status for _ in range(9)] == [503] * 9
+        assert [each.result().status for each in asked] == [200] * 3
+        assert api("GET", path).status == 200
 
 
 def test_a_token_has_only_so_many_streams(
@@ -159,7 +176,7 @@ def test_where_the_servers_are_is_not_told(beatless_app: App, shut_port: int) ->
 
 
 def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(server, "EVENTS_BYTES", 1000)
+    monkeypatch.setattr(responses, "EVENTS_BYTES", 1000)
     run = beatless.start_run("traces", {"traces": 60})
     beatless.work_until_idle()
     answer = api("GET", f"/v1/runs/{run.run_id}/events?limit=10000")
@@ -171,7 +188,7 @@ def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monk
 
 
 def test_large_runs_come_in_answers_that_are_not(beatless: Kit, api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(server, "RUNS_BYTES", 5000)
+    monkeypatch.setattr(responses, "RUNS_BYTES", 5000)
     requests = [RunRequest(plan="fatally", input="x" * 1000) for _ in range(12)]
     requests[4] = RunRequest(plan="fatally", input="x" * 9000)
     beatless.client.start_runs(requests)
@@ -204,7 +221,7 @@ def test_large_runs_come_in_answers_that_are_not(beatless: Kit, api: Api, monkey
 def test_a_page_of_runs_counts_bytes_and_not_characters(
     beatless: Kit, api: Api, monkeypatch
 ) -> None:
-    monkeypatch.setattr(server, "RUNS_BYTES", 5000)
+    monkeypatch.setattr(responses, "RUNS_BYTES", 5000)
     beatless.client.start_runs([RunRequest(plan="fatally", input="漢" * 1000) for _ in range(6)])
     assert len(api("GET", "/v1/runs?limit=100").json["runs"]) == 2
 
@@ -212,7 +229,7 @@ def test_a_page_of_runs_counts_bytes_and_not_characters(
 def test_the_async_client_reads_large_runs_page_by_page(
     beatless: Kit, api: Api, monkeypatch
 ) -> None:
-    monkeypatch.setattr(server, "RUNS_BYTES", 1)
+    monkeypatch.setattr(responses, "RUNS_BYTES", 1)
     beatless.client.start_runs([RunRequest(plan="fatally") for _ in range(4)])
     beatless.work_until_idle()
     runs, failed = beatless.client.list_runs(), beatless.client.failed_runs()
@@ -233,7 +250,7 @@ def test_a_list_has_few_large_runs_in_memory_at_once(
     beatless: Kit, api: Api, monkeypatch, path: str
 ) -> None:
     """As objects an input of 20 kB can take 24 times that."""
-    monkeypatch.setattr(server, "RUNS_BYTES", 20_000)
+    monkeypatch.setattr(responses, "RUNS_BYTES", 20_000)
     beatless.client.start_runs([RunRequest(plan="fatally", input=[{}] * 7000) for _ in range(20)])
     beatless.work_until_idle()
     tracemalloc.start()
@@ -308,8 +325,8 @@ def test_stored_events_are_passed_on_as_text(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(answer) > server.EVENTS_BYTES
-    assert peak < 6 * server.EVENTS_BYTES
+    assert len(answer) > responses.EVENTS_BYTES
+    assert peak < 6 * responses.EVENTS_BYTES
 
 
 def test_viewers_that_do_not_read_take_little_memory(

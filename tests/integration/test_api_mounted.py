@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from beatless import App
 from beatless.api import create_api
-from beatless.api.server import PAGE_FILES
+from beatless.api.routes.page import PAGE_FILES
 from beatless.http import Client
 from beatless.testing import Kit
 from tests.serving import Api, hosting

@@ -1,0 +1,65 @@
+"""Who may call a route: the gate before the request is read, the scope before it is answered."""
+
+from collections.abc import Awaitable, Callable, Coroutine
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from beatless.api.gate import HEALTH, granted
+from beatless.api.problems import Problem
+from beatless.api.services import services_of
+from beatless.auth import Grant, Scope
+from beatless.client import Client
+
+
+class GuardedRoute(APIRoute):
+    """A route that asks the gate, and takes a lane, before it reads what was sent.
+
+    Not a dependency: FastAPI reads and parses the body before it resolves the first of them.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            services = services_of(request)
+            await services.gate.enter(request, self.path)
+            if self.path in HEALTH:
+                return await handle(request)
+            async with services.lanes.here().lane(request, self.path):
+                return await handle(request)
+
+        return guarded
+
+
+def granted_for(request: Request, scope: Scope, *, run_id: str | None = None) -> Grant:
+    """The grant of whoever sent the request. Raises Problem (403) if it lacks the scope.
+
+    The grant of a stream token is for one run: it is good only where `run_id` names that run, as it
+    is stored.
+    """
+    grant = granted(request)
+    if not grant.allows(scope) or grant.run_id not in (None, run_id):
+        raise lacks(scope)
+    return grant
+
+
+def lacks(scope: Scope) -> Problem:
+    """The answer to a token without the scope."""
+    return Problem(HTTPStatus.FORBIDDEN, f"this token lacks the scope {scope}")
+
+
+def _client_for(scope: Scope) -> Callable[[Request], Awaitable[Client]]:
+    async def client(request: Request) -> Client:
+        return services_of(request).clients.of(granted_for(request, scope).namespace)
+
+    return client
+
+
+Reader = Annotated[Client, Depends(_client_for(Scope.RUNS_READ))]
+Writer = Annotated[Client, Depends(_client_for(Scope.RUNS_WRITE))]
+Operator = Annotated[Client, Depends(_client_for(Scope.QUEUES))]
+"""Queues are the whole fleet's, whatever a token's namespace."""

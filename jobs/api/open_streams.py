@@ -1,0 +1,94 @@
+"""The open streams of one API: which of them must end, and when."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from beatless.auth import Grant, Tokens
+from beatless.outbox.clock import monotonic
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK_S = 0.5
+TOKEN_CHECK_S = 10.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class OpenStream:
+    """One of them. `end` ends it in order, between two chunks."""
+
+    grant: Grant
+    end: Callable[[], None]
+
+
+class OpenStreams:
+    """Ends the streams whose token is no longer good, and all of them when the server stops.
+
+    It looks at the server itself: uvicorn waits for every answer to end and tells an app without a
+    lifespan nothing.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._open: set[OpenStream] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def watching(self, grant: Grant, end: Callable[[], None]) -> Iterator[None]:
+        """In this block, in a loop, the stream is watched."""
+        stream = OpenStream(grant, end)
+        self._open.add(stream)
+        try:
+            loop = asyncio.get_running_loop()
+            if self._watch is None or self._watch.done() or self._watch.get_loop() is not loop:
+                self._watch = loop.create_task(self._end_in_time(), name="beatless-open-streams")
+            yield
+        finally:
+            self._open.discard(stream)
+
+    def end_all(self) -> None:
+        """End every stream in order: its viewer comes again."""
+        for stream in list(self._open):
+            stream.end()
+
+    async def _end_in_time(self) -> None:
+        check_at = monotonic() + TOKEN_CHECK_S
+        while self._open:
+            await asyncio.sleep(STOP_CHECK_S)
+            if _server_stops():
+                self.end_all()
+            elif monotonic() >= check_at:
+                try:
+                    await self._check_tokens()
+                except Exception:
+                    # Whatever it is: without this task no stream would end when the server stops.
+                    logger.exception(
+                        "open streams cannot be looked after, will retry",
+                        extra={"action": "look_after_failed"},
+                    )
+                check_at = monotonic() + TOKEN_CHECK_S
+
+    async def _check_tokens(self) -> None:
+        streams = [stream for stream in list(self._open) if stream.grant.token_id is not None]
+        asked = {stream.grant.token_id for stream in streams if stream.grant.token_id is not None}
+        try:
+            good = await asyncio.to_thread(self._tokens.good, asked) if asked else frozenset()
+        except Exception as error:
+            # Whatever it is: they end with their rotation at the latest.
+            logger.warning(
+                "tokens of open streams cannot be looked at, will retry",
+                extra={"action": "token_check_failed", "reason": str(error)},
+            )
+            return
+        for stream in streams:
+            if stream.grant.token_id not in good:
+                stream.end()
+
+
+def _server_stops() -> bool:
+    # Its handler of signals is a method of the server, which knows.
+    handler = signal.getsignal(signal.SIGTERM)
+    return bool(getattr(getattr(handler, "__self__", None), "should_exit", False))

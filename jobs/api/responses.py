@@ -1,0 +1,71 @@
+"""Answers of the routes: what they may be, and pages of runs as text."""
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request, Response
+
+from beatless.client.pages import RunPage
+from beatless.cursors import encode_page
+from beatless.orchestrator.journal import Run
+
+EVENTS_BYTES = 4 * 1024 * 1024
+"""After so many bytes of events an answer ends, and more must be asked for."""
+RUNS_BYTES = 1024 * 1024
+"""The same for lists of runs, which have each run's input, result and error."""
+
+PROBLEM: dict[str, Any] = {
+    "content": {
+        "application/problem+json": {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "detail"],
+                "properties": {
+                    "type": {"type": "string"},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "detail": {"type": "string"},
+                    "error": {"type": "string"},
+                    "arguments": {"type": "array"},
+                },
+            }
+        }
+    }
+}
+
+COMMON = {
+    400: "the request or the cursor cannot be read",
+    401: "no valid token",
+    403: "the token lacks the scope",
+    404: "there is no such run, plan or queue, or not for this token",
+    413: "the request is too large",
+    422: "the request is invalid",
+    503: "Postgres cannot be reached, or a limit is reached; see Retry-After",
+}
+
+
+def refusals(others: dict[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The documentation of the problems that a call may answer; `others` are its own."""
+    return {
+        status: {"description": text, **PROBLEM}
+        for status, text in (COMMON | (others or {})).items()
+    }
+
+
+def run_page(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -> Response:
+    """They are JSON already: as objects many would take a multiple of the memory."""
+    following = None if page.next is None else encode_page(*page.next)
+    tail = json.dumps({"next": following} | others)[1:]
+    content = f'{{"runs":[{",".join(page.lines)}],{tail}'
+    return Response(content, status, media_type="application/json")
+
+
+def location(request: Request, run: Run) -> str:
+    """The path of a run, below whatever the API is mounted at."""
+    return f"{root_of(request)}/v1/runs/{run.run_id}"
+
+
+def root_of(request: Request) -> str:
+    """The path at which the API is mounted; empty if it is not."""
+    return str(request.scope.get("root_path", "")).rstrip("/")

@@ -1,0 +1,1 @@
+"""The routes, one router for each noun."""

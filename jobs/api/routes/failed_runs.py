@@ -1,0 +1,38 @@
+"""Runs that failed and that nobody has retried."""
+
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from beatless.api import responses
+from beatless.api.access import GuardedRoute, Reader, Writer
+from beatless.api.bodies import CountRequest, FailedRuns
+from beatless.api.problems import named
+from beatless.api.responses import refusals, run_page
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+@router.get("/v1/failed-runs", responses=refusals())
+def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> Response:
+    """Runs that failed and that nobody has retried, oldest end first, some MiB of them."""
+    return run_page(
+        client.page_of_failed_runs(
+            chosen.checked(), limit=chosen.limit, max_bytes=responses.RUNS_BYTES
+        )
+    )
+
+
+@router.get("/v1/failed-runs/count", responses=refusals())
+def count_failed_runs(client: Reader, chosen: Annotated[CountRequest, Query()]) -> dict[str, int]:
+    """How many of them there are, counted no further than `limit`."""
+    return {"runs": client.count_failed_runs(chosen.checked(), limit=chosen.limit)}
+
+
+@router.post("/v1/failed-runs/retry", status_code=202, responses=refusals())
+def retry_failed_runs(client: Writer, body: FailedRuns) -> Response:
+    """Retry many of them: the new runs, and why others cannot be retried."""
+    found = client.retry_page(body.checked(), limit=body.limit, max_bytes=responses.RUNS_BYTES)
+    refused = [{"detail": str(reason)} | named(reason) for reason in found.refused]
+    return run_page(found, status=HTTPStatus.ACCEPTED, refused=refused)

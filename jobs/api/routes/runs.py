@@ -1,0 +1,156 @@
+"""Start, read, cancel, retry and remove runs."""
+
+import json
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from beatless.api import responses
+from beatless.api.access import GuardedRoute, Reader, Writer
+from beatless.api.bodies import (
+    CancelRequest,
+    KnownState,
+    RetryRequest,
+    StartRequest,
+    place_of,
+    storable_text,
+    tags_of,
+)
+from beatless.api.problems import Problem
+from beatless.api.responses import location, refusals, run_page
+from beatless.client.requests import new_run_id
+from beatless.orchestrator.errors import RunNotFound
+from beatless.stream import Pager
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+@router.post(
+    "/v1/runs",
+    status_code=201,
+    responses=refusals({409: "key or run_id was used with other content"})
+    | {200: {"description": "it was started before"}},
+)
+def start_run(
+    body: StartRequest,
+    client: Writer,
+    request: Request,
+    response: Response,
+    traceparent: Annotated[
+        str | None, Header(description="W3C Trace Context: the trace that the run joins")
+    ] = None,
+) -> dict[str, Any]:
+    """Start a run; the same `key` or `run_id` with the same content gives the first run."""
+    existed = False
+    if body.run_id is not None:
+        with suppress(RunNotFound):
+            existed = bool(client.get_run(storable_text(body.run_id)))
+    # An id of our own tells whether the run that comes back is the one we asked for.
+    wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
+    started = client.start_run(**wanted.model_dump(), traceparent=traceparent)
+    if existed or started.run_id != client.stored_id(wanted.run_id or ""):
+        response.status_code = 200
+    response.headers["Location"] = location(request, started)
+    return started.to_dict()
+
+
+@router.get("/v1/runs", responses=refusals())
+def list_runs(
+    client: Reader,
+    state: KnownState | None = None,
+    plan: str | None = None,
+    queue: str | None = None,
+    tag: Annotated[list[str] | None, Query(description="name=value")] = None,
+    retried: Annotated[bool | None, Query(description="whether somebody has")] = None,
+    step: Annotated[
+        str | None, Query(description="unfinished runs that are in it, or go on with it")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: str | None = None,
+) -> Response:
+    """Runs, newest first, as many as fit into some MiB; `cursor` is the `next` before."""
+    found = client.page_of_runs(
+        state=None if state is None else state.value,
+        plan=storable_text(plan),
+        queue=storable_text(queue),
+        tags=tags_of(tag) if tag else None,
+        retried=retried,
+        step=storable_text(step),
+        before=place_of(cursor),
+        limit=limit,
+        max_bytes=responses.RUNS_BYTES,
+    )
+    return run_page(found)
+
+
+@router.get("/v1/runs/{run_id}", responses=refusals())
+def get_run(run_id: str, client: Reader) -> dict[str, Any]:
+    """One run."""
+    return client.get_run(storable_text(run_id)).to_dict()
+
+
+@router.get(
+    "/v1/runs/{run_id}/events",
+    responses=refusals({410: "the events are not kept any more"}),
+)
+def get_events(
+    run_id: str,
+    client: Reader,
+    from_seq: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> Response:
+    """Stored events after `from_seq`: as many as fit into some MiB, and at least one."""
+    epoch = client.epoch()  # first, as for a stream
+    run = client.get_run(storable_text(run_id))
+    lines: list[bytes] = []
+    size, more, pager = 0, True, Pager()
+    while more and len(lines) < limit and size < responses.EVENTS_BYTES:
+        wanted = min(limit - len(lines), pager.limit)
+        page, more = client.event_page(run, from_seq + len(lines), wanted)
+        pager.learn(page)
+        for event in page:
+            lines.append(event.text)
+            size += len(event.text)
+            if size >= responses.EVENTS_BYTES:
+                break
+    head = json.dumps({"epoch": epoch, "last_seq": run.last_seq})[:-1]
+    content = b'%b, "events": [%b]}' % (head.encode(), b",".join(lines))
+    return Response(content, media_type="application/json")
+
+
+@router.post("/v1/runs/{run_id}/cancel", status_code=202, responses=refusals({409: "it had ended"}))
+def cancel_run(run_id: str, client: Writer, body: CancelRequest | None = None) -> dict[str, Any]:
+    """Ask a run to stop; 409 if it has ended as something else."""
+    run = client.cancel_run(storable_text(run_id), reason=body.reason if body else None)
+    if run.cancel_requested_at is None:
+        raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
+    return run.to_dict()
+
+
+@router.post(
+    "/v1/runs/{run_id}/retry", status_code=201, responses=refusals({409: "it cannot be retried"})
+)
+def retry_run(
+    run_id: str,
+    client: Writer,
+    request: Request,
+    response: Response,
+    body: RetryRequest | None = None,
+) -> dict[str, Any]:
+    """Start a new run that reuses what this one has finished; 409 if it cannot be retried."""
+    new = client.retry_run(storable_text(run_id), storable_text(body.from_step) if body else None)
+    response.headers["Location"] = location(request, new)
+    return new.to_dict()
+
+
+@router.delete(
+    "/v1/runs/{run_id}",
+    status_code=204,
+    responses=refusals({409: "a worker has it"}),
+)
+def remove_run(run_id: str, client: Writer) -> Response:
+    """Take a run away with all of its events."""
+    client.remove_run(storable_text(run_id))
+    return Response(status_code=204)

@@ -1,0 +1,80 @@
+"""Follow a run as server-sent events."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from beatless.api import sse
+from beatless.api.access import GuardedRoute, granted_for
+from beatless.api.bodies import storable_text
+from beatless.api.gate import granted
+from beatless.api.problems import Problem
+from beatless.api.responses import refusals
+from beatless.api.services import services_of
+from beatless.auth import STREAM_SECONDS, Scope
+from beatless.cursors import parse_event_id
+from beatless.errors import BadRequest
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+@router.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=refusals())
+def stream_token(run_id: str, request: Request) -> dict[str, Any]:
+    """A token that may follow this run for some minutes, for EventSource's `?token=`."""
+    services = services_of(request)
+    grant = granted_for(request, Scope.RUNS_READ)
+    run = services.clients.of(grant.namespace).get_run(storable_text(run_id))
+    secret = services.tokens.create_for_stream(
+        run.run_id, namespace=grant.namespace, maker=grant.token_id
+    )
+    return {"token": secret, "seconds": STREAM_SECONDS}
+
+
+@router.get(
+    "/v1/runs/{run_id}/stream",
+    status_code=200,
+    response_class=sse.EventStream,
+    responses=refusals(
+        {
+            409: "the cursor is beyond the last event",
+            410: "the events after it are not kept any more",
+        }
+    )
+    | {204: {"description": "the run has ended there: do not come again"}},
+)
+def stream_run(
+    run_id: str,
+    request: Request,
+    from_seq: str | None = None,
+    fromSeq: str | None = None,  # noqa: N803 - the name that browsers' code uses
+) -> Response:
+    """Every event after the cursor, in order and once, until RunFinished."""
+    services = services_of(request)
+    client = services.clients.of(granted(request).namespace)
+    grant = granted_for(request, Scope.RUNS_READ, run_id=client.stored_id(run_id))
+    header = request.headers.get("last-event-id")
+    name, text = ("from_seq", from_seq or fromSeq or "0")
+    if header:
+        name, text = "Last-Event-ID", header
+    try:
+        given, seq = parse_event_id(text, name)
+    except BadRequest as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, str(error), error) from error
+    # Reserved before anything is read: a burst of requests passes no limit.
+    reservation = services.stream_limits.reserve(grant)
+    try:
+        # First: of another epoch than the run it names too little rather than too much as seen.
+        epoch = client.epoch()
+        run = client.get_run(storable_text(run_id))
+        after, reset = sse.start_of(run, epoch, given, seq)
+        if after < 0:
+            reservation.release()
+            return Response(status_code=204)
+        run.require_events(after)
+    except BaseException:
+        reservation.release()
+        raise
+    shown = services.app.redaction.text
+    chunks = sse.chunks(services.streams, run, shown, epoch=epoch, after=after, reset=reset)
+    return sse.EventStream(chunks, services.open_streams, reservation)

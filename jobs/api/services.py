@@ -1,0 +1,60 @@
+"""The collaborators of one API: made once by `create_api`, found by each of its requests."""
+
+import threading
+from dataclasses import dataclass
+
+import sqlalchemy
+from fastapi import Request
+
+from beatless.api.gate import Gate
+from beatless.api.lanes import LanesOfLoops
+from beatless.api.open_streams import OpenStreams
+from beatless.api.readiness import Readiness
+from beatless.api.stream_limits import StreamLimits
+from beatless.app import App
+from beatless.auth import Tokens
+from beatless.client import Client
+from beatless.stream import Streams
+
+
+class Clients:
+    """The clients of an app, one for each namespace that a request has asked for."""
+
+    def __init__(self, app: App, engine: sqlalchemy.Engine) -> None:
+        self._app = app
+        self._engine = engine
+        self._clients: dict[str, Client] = {}
+        self._mutex = threading.Lock()
+
+    def of(self, namespace: str) -> Client:
+        """The client of a namespace. Raises BadRequest for a name that cannot be one."""
+        with self._mutex:
+            if namespace not in self._clients:
+                self._clients[namespace] = self._app.client_for(
+                    namespace, shown=True, engine=self._engine
+                )
+            return self._clients[namespace]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """Whatever outlives a request."""
+
+    app: App
+    engine: sqlalchemy.Engine
+    """Bounded: no statement of a request waits for a lock, or works, for long."""
+    clients: Clients
+    tokens: Tokens
+    streams: Streams
+    stream_limits: StreamLimits
+    open_streams: OpenStreams
+    gate: Gate
+    lanes: LanesOfLoops
+    readiness: Readiness
+    flower_url: str | None
+
+
+def services_of(request: Request) -> Services:
+    """Those of the API that answers the request, which may be mounted in another app."""
+    found: Services = request.app.state.services
+    return found
