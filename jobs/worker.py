@@ -43,12 +43,11 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueStatements
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
-from beatless.outbox.backoff import Backoff
+from beatless.outbox.backoff import BACKOFF_CAP_S, BACKOFF_RESET_S, Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.publishers import worker_queue
-from beatless.outbox.relay import BACKOFF_CAP_S, STEADY
 from beatless.outbox.sockets import readable
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
@@ -413,7 +412,7 @@ class Reconnects(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has n
 
     def delay(self, error: Exception, lasted: float) -> float:
         """Seconds until the next try after a connection that lasted for so many."""
-        if isinstance(error, UNREADABLE) or lasted > STEADY:
+        if isinstance(error, UNREADABLE) or lasted > BACKOFF_RESET_S:
             self._failures = 0
         if isinstance(error, UNREADABLE):
             return 0.0  # it is out of the list: the next message is another one

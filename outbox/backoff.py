@@ -8,6 +8,12 @@ from beatless.outbox.times import problem_with_seconds
 MOST_FACTOR = 1000
 """Its 64th power is a float still."""
 
+BACKOFF_CAP_S = 2.0
+"""Seconds between two tries of a server that is away: what waits behind it waits no longer."""
+
+BACKOFF_RESET_S = 5.0
+"""Seconds of work after which the next failure of a process counts as its first again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:

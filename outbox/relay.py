@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
-from beatless.outbox.backoff import Backoff
+from beatless.outbox.backoff import BACKOFF_CAP_S, BACKOFF_RESET_S, Backoff
 from beatless.outbox.chores import Chore, Chores
 from beatless.outbox.clock import monotonic
 from beatless.outbox.courier import Courier
@@ -67,9 +67,6 @@ Overdue = Callable[
 ]
 """Ends overdue runs of some shards, as of a time or now: of each its id, plan and queue."""
 
-STEADY = 5.0
-"""Seconds of work after which a relay's next failure is its first again."""
-
 STRIKES = 5
 """Refusals of one message, while its door is open to others, after which it is parked."""
 
@@ -105,9 +102,6 @@ PARTING = 2.0
 
 LOCKED_LOOK = 0.25
 """Seconds between two looks at what is due while another transaction holds its row."""
-
-BACKOFF_CAP_S = 2.0
-"""Seconds between two tries of a server that is away: what waits behind it waits no longer."""
 
 NEVER_OF_A_ROW = frozenset(
     ("08", "25", "26", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "")
@@ -937,7 +931,7 @@ class Relay:
                 # Whatever it is: a relay that ends would leave its shards to nobody.
                 if not proven and isinstance(error, (DirectConnectionRequired, SchemaMissing)):
                     raise
-                failures = 1 if monotonic() - began > STEADY else failures + 1
+                failures = 1 if monotonic() - began > BACKOFF_RESET_S else failures + 1
                 delay = self._backoff.delay(failures)
                 logger.warning(
                     "relay lost its sessions, will start over",

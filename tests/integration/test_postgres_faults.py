@@ -291,7 +291,7 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
     beatless_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "beatless.outbox.relay.STEADY", 3600.0
+        "beatless.outbox.relay.BACKOFF_RESET_S", 3600.0
     )  # a slow life is no reason to count anew
     go = tmp_path / "go"
     waits = Waits(initial=0.001, cap=0.02)

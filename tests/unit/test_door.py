@@ -3,9 +3,9 @@
 import pytest
 
 from beatless.outbox import relay as relays
-from beatless.outbox.backoff import Backoff
+from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
 from beatless.outbox.errors import PublishFailed
-from beatless.outbox.relay import BACKOFF_CAP_S, Door, ignore
+from beatless.outbox.relay import Door, ignore
 
 
 def test_a_door_that_stays_shut_has_one_traceback_and_a_reason_each_time(

@@ -9,7 +9,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import state as worker_state
 
 from beatless import App, Settings
-from beatless.outbox.relay import BACKOFF_CAP_S
+from beatless.outbox.backoff import BACKOFF_CAP_S
 from beatless.worker import LOST, Draining, Reconnects
 
 
