@@ -14,10 +14,10 @@ from typing import Any
 import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
+from beatless.outbox.async_publisher import Courier
 from beatless.outbox.backoff import BACKOFF_CAP_S, BACKOFF_RESET_S, Backoff
 from beatless.outbox.chores import Chore, Chores
 from beatless.outbox.clock import monotonic
-from beatless.outbox.courier import Courier
 from beatless.outbox.doorbell import Alarm, DirectConnection, Sessions, State, prepare_to_drain
 from beatless.outbox.errors import (
     DirectConnectionRequired,

@@ -15,9 +15,9 @@ from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Heartbeat, Lease, Leases
 from beatless.orchestrator.watchdog import Attempt, Watchdog
 from beatless.outbox import threads
+from beatless.outbox.async_publisher import Courier
 from beatless.outbox.chores import Chores
 from beatless.outbox.clock import monotonic
-from beatless.outbox.courier import Courier
 from beatless.outbox.observer import RelayFailed, RelayStarted, ThreadFailed
 from beatless.outbox.queries import Queries
 from beatless.outbox.threads import LastingThread
