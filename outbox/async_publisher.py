@@ -1,4 +1,4 @@
-"""Carries task messages to their publisher in a thread of its own, one batch at a time."""
+"""Publishes task messages in a thread of its own, one batch at a time."""
 
 import queue
 from collections import defaultdict
@@ -14,8 +14,8 @@ from beatless.outbox.threads import LastingThread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """A batch to be published."""
+class Batch:
+    """Task messages to publish together. True unless it is empty."""
 
     messages: Sequence[TaskMessage]
     unclaimed: Sequence[TaskMessage] = ()
@@ -23,13 +23,16 @@ class Order:
     out: Mapping[str, int] = field(default_factory=dict)
     """How many messages of each of their queues are out."""
 
+    def __bool__(self) -> bool:
+        return bool(self.messages or self.unclaimed)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
-    """What has become of a batch."""
+class BatchResult:
+    """The fate of a batch."""
 
-    messages: Sequence[TaskMessage]
-    """What the publisher has accepted, whatever became of the rest."""
+    accepted: Sequence[TaskMessage]
+    """Messages that the broker has, whatever became of the rest."""
     error: BaseException | None
     """Why the others were not accepted; None if there are none but what was refused."""
     kept: Sequence[TaskMessage] = ()
@@ -40,107 +43,98 @@ class Delivery:
     """The messages of each queue that the broker will not have."""
 
 
-class Courier:
-    """A broker that hangs for its whole timeout delays no event, because it has its own thread.
+class AsyncTaskPublisher:
+    """Keeps a broker that hangs for its whole timeout from delaying events, by a thread for it.
 
-    Used by one thread, which sends, waits a moment, and takes back; `on_return` is called in the
-    courier's thread when a batch that is not waited for any more has found its end.
+    Used by one thread, which sends a batch, waits a moment, and collects the result; `on_result` is
+    called in the publishing thread when a batch has found its end.
     """
 
     def __init__(
         self,
         publisher: TaskPublisher,
-        on_return: Callable[[], None],
+        on_result: Callable[[], None],
         *,
         observer: Observer = ignore,
     ) -> None:
         self._publisher = publisher
-        self._on_return = on_return
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._returned: Delivery | None = None
+        self._on_result = on_result
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[BatchResult] = queue.SimpleQueue()
+        self._result: BatchResult | None = None
         self._refused: set[str] = set()
         """Queues that were not accepted when last tried: each is sent by itself."""
         self._observer = observer
         self._thread: LastingThread | None = None
-        self.away = False
-        """A batch was sent and not taken back: send no other."""
+        self.in_flight = False
+        """A batch was sent and its result not collected: send no other."""
         self._sent_at = 0.0
 
     @property
-    def away_for(self) -> float:
-        """Seconds since the batch was sent that is away; 0 if none is."""
-        return monotonic() - self._sent_at if self.away else 0.0
+    def in_flight_s(self) -> float:
+        """Seconds since the batch in flight was sent; 0 if none is."""
+        return monotonic() - self._sent_at if self.in_flight else 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether its thread is still at a batch."""
+        """Whether its thread has not ended."""
         return self._thread is not None and self._thread.is_alive()
 
-    def send(
-        self,
-        messages: Sequence[TaskMessage],
-        *,
-        unclaimed: Sequence[TaskMessage] = (),
-        out: Mapping[str, int] | None = None,
-    ) -> None:
-        """Let this batch be published, and of the unclaimed ones those that are lost.
+    @property
+    def has_result(self) -> bool:
+        """Whether there is a result to collect."""
+        return self.in_flight and (self._result is not None or not self._results.empty())
 
-        `out` is how many messages of each of their queues are out.
-        """
+    def send(self, batch: Batch) -> None:
+        """Let these messages be published, and of the unclaimed ones those that are lost."""
         if self._thread is None:
             thread = LastingThread("courier", self._run, observer=self._observer)
             thread.start()
             self._thread = thread
-        self.away, self._sent_at = True, monotonic()
-        self._orders.put(Order(messages=messages, unclaimed=unclaimed, out=out or {}))
+        self.in_flight, self._sent_at = True, monotonic()
+        self._batches.put(batch)
 
     def wait(self, seconds: float | None) -> bool:
-        """Wait for the batch that is away; False if its fate is still unknown then."""
-        if self.away and self._returned is None:
+        """Wait for the batch in flight; False if its fate is still unknown then."""
+        if self.in_flight and self._result is None:
             try:
-                self._returned = self._deliveries.get(timeout=seconds)
+                self._result = self._results.get(timeout=seconds)
             except queue.Empty:
                 return False
         return True
 
-    def take_back(self) -> Delivery | None:
-        """What has become of the batch; None if none was sent, or it is still on its way."""
-        if not self.away or not self.wait(0):
+    def collect_result(self) -> BatchResult | None:
+        """Take the result of the batch; None if none was sent, or it is still in flight."""
+        if not self.in_flight or not self.wait(0):
             return None
-        delivery, self._returned, self.away = self._returned, None, False
-        return delivery
-
-    @property
-    def returned(self) -> bool:
-        """Whether there is something to take back."""
-        return self.away and (self._returned is not None or not self._deliveries.empty())
+        result, self._result, self.in_flight = self._result, None, False
+        return result
 
     def close(self) -> None:
         """End the thread. One that hangs in its publisher ends after it, and is not awaited."""
-        self._orders.put(None)
+        self._batches.put(None)
 
     def _run(self, thread: LastingThread) -> None:
-        while (order := self._orders.get()) is not None:
+        while (batch := self._batches.get()) is not None:
             try:
-                delivery = self._carry(order)
+                result = self._process(batch)
             except BaseException as error:
                 # Whatever it is: the relay waits for its batch, and does not know this thread.
-                delivery = Delivery(messages=(), error=error)
-            self._deliveries.put(delivery)
-            self._on_return()
+                result = BatchResult(accepted=(), error=error)
+            self._results.put(result)
+            self._on_result()
             thread.works()
 
-    def _carry(self, order: Order) -> Delivery:
-        again, seen = self._look(order)
+    def _process(self, batch: Batch) -> BatchResult:
+        again, counted = self._count_missing(batch)
         return replace(
-            _together([seen, self._publish([*order.messages, *again])]),
-            kept=seen.kept,
-            lost=seen.lost,
+            _together([counted, self._publish([*batch.messages, *again])]),
+            kept=counted.kept,
+            lost=counted.lost,
         )
 
-    def _look(self, order: Order) -> tuple[list[TaskMessage], Delivery]:
-        """The unclaimed messages that are to be sent again, and what is so of the others.
+    def _count_missing(self, batch: Batch) -> tuple[list[TaskMessage], BatchResult]:
+        """Find the unclaimed messages that are to be sent again, and the fate of the others.
 
         Nobody can ask a broker for one message. But when it holds fewer of a queue than are out,
         the oldest are lost, or were dropped by a worker that does not have their plan: one of each
@@ -148,16 +142,16 @@ class Courier:
         """
         again, kept, lost = list[TaskMessage](), list[TaskMessage](), list[TaskMessage]()
         refused: list[tuple[Sequence[TaskMessage], PublishRefused]] = []
-        for messages in _by_queue(order.unclaimed):
+        for messages in _by_queue(batch.unclaimed):
             name = messages[0].queue
             try:
-                missing = max(0, order.out[name] - self._publisher.waiting(name))
+                missing = max(0, batch.out[name] - self._publisher.waiting(name))
             except PublishRefused as refusal:
                 refused.append((messages, refusal))
                 continue
             except BaseException as error:
-                return again, Delivery(
-                    messages=(), error=error, kept=kept, lost=lost, refused=refused
+                return again, BatchResult(
+                    accepted=(), error=error, kept=kept, lost=lost, refused=refused
                 )
             kept += messages[missing:]
             plans: dict[str, list[TaskMessage]] = defaultdict(list)
@@ -171,10 +165,10 @@ class Courier:
             for first, *rest in plans.values():
                 again.append(first)
                 lost += rest
-        return again, Delivery(messages=(), error=None, kept=kept, lost=lost, refused=refused)
+        return again, BatchResult(accepted=(), error=None, kept=kept, lost=lost, refused=refused)
 
-    def _publish(self, messages: Sequence[TaskMessage]) -> Delivery:
-        """One bad queue must not hold up the rest of the batch, nor let it be sent twice.
+    def _publish(self, messages: Sequence[TaskMessage]) -> BatchResult:
+        """Publish them so that one bad queue neither holds up the others nor has them sent twice.
 
         A batch that was refused may have arrived in part, and is sent again queue by queue: nobody
         says which part, and the claim drops what comes twice. From then on a bad queue is sent by
@@ -185,7 +179,7 @@ class Courier:
         parts = [others] if others else []
         return _together([self._try(part) for part in [*parts, *_by_queue(known)]])
 
-    def _try(self, messages: Sequence[TaskMessage]) -> Delivery:
+    def _try(self, messages: Sequence[TaskMessage]) -> BatchResult:
         try:
             self._publisher.publish(messages)
         except PublishRefused as refusal:
@@ -195,11 +189,11 @@ class Courier:
             if len(parts) > 1:
                 return _together([self._try(part) for part in parts])
             self._refused.add(messages[0].queue)
-            return Delivery(messages=(), error=None, refused=((messages, refusal),))
+            return BatchResult(accepted=(), error=None, refused=((messages, refusal),))
         except BaseException as error:
-            return Delivery(messages=(), error=error)
+            return BatchResult(accepted=(), error=error)
         self._refused.difference_update(message.queue for message in messages)
-        return Delivery(messages=messages, error=None)
+        return BatchResult(accepted=messages, error=None)
 
 
 def _by_queue(messages: Sequence[TaskMessage]) -> list[list[TaskMessage]]:
@@ -209,9 +203,9 @@ def _by_queue(messages: Sequence[TaskMessage]) -> list[list[TaskMessage]]:
     return list(queues.values())
 
 
-def _together(parts: Sequence[Delivery]) -> Delivery:
-    return Delivery(
-        messages=[message for part in parts for message in part.messages],
+def _together(parts: Sequence[BatchResult]) -> BatchResult:
+    return BatchResult(
+        accepted=[message for part in parts for message in part.accepted],
         error=next((part.error for part in parts if part.error), None),
         refused=[refused for part in parts for refused in part.refused],
     )

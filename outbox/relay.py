@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
-from beatless.outbox.async_publisher import Courier
+from beatless.outbox.async_publisher import AsyncTaskPublisher, Batch
 from beatless.outbox.backoff import BACKOFF_CAP_S, BACKOFF_RESET_S, Backoff
 from beatless.outbox.chores import Chore, Chores
 from beatless.outbox.clock import monotonic
@@ -197,9 +197,9 @@ class Drain:
         """When a run may be overdue, by the monotonic clock; infinity if none has a deadline."""
         self._queries = queries
         self._events = events
-        self._new_courier = partial(Courier, tasks, on_return, observer=observer)
+        self._new_courier = partial(AsyncTaskPublisher, tasks, on_return, observer=observer)
         self._courier = self._new_courier()
-        self._hanging: list[Courier] = []
+        self._hanging: list[AsyncTaskPublisher] = []
         self._event_door = event_door
         self._task_door = task_door
         self._doors = (event_door, task_door)
@@ -273,9 +273,11 @@ class Drain:
             self._faults.reach("relay.after_claim")
         if messages or unclaimed:
             self._courier.send(
-                messages,
-                unclaimed=[due.message for due in unclaimed],
-                out={due.message.queue: due.sent for due in unclaimed},
+                Batch(
+                    messages=messages,
+                    unclaimed=[due.message for due in unclaimed],
+                    out={due.message.queue: due.sent for due in unclaimed},
+                )
             )
         published = self._publish_events(picked)
         if (messages or unclaimed) and self._courier.wait(PROMPT):
@@ -312,7 +314,7 @@ class Drain:
     @property
     def returned(self) -> bool:
         """Whether the broker has answered, after a step that did not wait for it."""
-        return self._courier.returned
+        return self._courier.has_result
 
     @property
     def unlocked_in(self) -> float | None:
@@ -340,13 +342,13 @@ class Drain:
     def hopeless_in(self) -> float | None:
         """Seconds until the batch that is away counts as not sent; None if none will."""
         self._hanging = [courier for courier in self._hanging if courier.alive]
-        if not self._courier.away or len(self._hanging) >= HANGING:
+        if not self._courier.in_flight or len(self._hanging) >= HANGING:
             return None
-        return max(0.0, HOPELESS - self._courier.away_for)
+        return max(0.0, HOPELESS - self._courier.in_flight_s)
 
     def await_broker(self) -> bool:
         """Wait for the tasks that are on their way; False if there are none."""
-        return self._courier.away and self._courier.wait(HOPELESS)
+        return self._courier.in_flight and self._courier.wait(HOPELESS)
 
     def close(self) -> None:
         """End the thread that hands tasks over."""
@@ -496,7 +498,7 @@ class Drain:
     def _pick_tasks(
         self, shards: Sequence[int], run_id: str | None, now: datetime | None
     ) -> psycopg.Cursor[tuple[Any, ...]] | None:
-        if not self._task_door.open or self._courier.away:
+        if not self._task_door.open or self._courier.in_flight:
             return None
         return self._connection.execute(
             self._queries.pick_free_tasks_sql if self._unmarked else self._queries.pick_tasks_sql,
@@ -668,7 +670,7 @@ class Drain:
 
     def _take_back(self, shards: Sequence[int], now: datetime | None) -> Sequence[TaskMessage]:
         """Note what has become of the tasks that are on their way; those that have arrived."""
-        delivery = self._courier.take_back()
+        delivery = self._courier.collect_result()
         if delivery is None:
             return ()
         if isinstance(delivery.error, PublishFailed):
@@ -679,21 +681,21 @@ class Drain:
         self._marks += [
             (statement, messages)
             for statement, messages in (
-                (queries.mark_sent_sql, delivery.messages),
+                (queries.mark_sent_sql, delivery.accepted),
                 (queries.mark_kept_sql, delivery.kept),
                 (queries.mark_lost_sql, delivery.lost),
             )
             if messages
         ]
         if delivery.error is not None:
-            return delivery.messages  # what was refused meanwhile may be the door's fault as well
+            return delivery.accepted  # what was refused meanwhile may be the door's fault as well
         for messages, refusal in delivery.refused:
             self._postpone(messages, refusal, now)
-        if (delivery.messages or delivery.kept) and self._task_door.succeeded():
+        if (delivery.accepted or delivery.kept) and self._task_door.succeeded():
             self._event_door.try_now()
             # The broker may have come back empty: what it held and nobody claimed is looked at.
             self._connection.execute(queries.resend_unclaimed_sql, {"shards": list(shards)})
-        return delivery.messages
+        return delivery.accepted
 
     def _postpone(
         self, messages: Sequence[TaskMessage], refusal: PublishRefused, now: datetime | None

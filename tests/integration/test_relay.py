@@ -365,7 +365,7 @@ def test_what_a_broker_held_is_sent_again_if_it_answers_to_a_relay_that_stops(
     broker.error = None
     broker.free.clear()
     drain = relay._once[1]
-    until(lambda: drain.step(ALL_SHARDS) == 0 and drain._courier.away)
+    until(lambda: drain.step(ALL_SHARDS) == 0 and drain._courier.in_flight)
     broker.free.set()
 
     drain.finish(ALL_SHARDS)

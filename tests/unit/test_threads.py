@@ -15,7 +15,7 @@ from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Heartbeat, Lease, Leases
 from beatless.orchestrator.watchdog import Attempt, Watchdog
 from beatless.outbox import threads
-from beatless.outbox.async_publisher import Courier
+from beatless.outbox.async_publisher import AsyncTaskPublisher, Batch
 from beatless.outbox.chores import Chores
 from beatless.outbox.clock import monotonic
 from beatless.outbox.observer import RelayFailed, RelayStarted, ThreadFailed
@@ -199,20 +199,21 @@ def test_chores_are_done_after_anything(
     assert counted(counts, "chores")[0] >= 3
 
 
-def test_a_batch_comes_back_from_a_courier_after_anything(error: BaseException) -> None:
+def test_a_batch_has_a_result_after_anything(error: BaseException) -> None:
     def fails(*_arguments: Any) -> Any:
         raise error
 
     counts = RelayCounts([])
-    courier = Courier(SimpleNamespace(publish=fails, waiting=fails), lambda: None, observer=counts)
-    for orders in ({"messages": [None]}, {"messages": [None, None]}):
-        courier.send(**orders)
-        assert courier.wait(60)
-        delivery = courier.take_back()
-        assert delivery is not None
-        assert delivery.error is not None
-    assert courier.alive
-    courier.close()
+    door = SimpleNamespace(publish=fails, waiting=fails)
+    publisher = AsyncTaskPublisher(door, lambda: None, observer=counts)
+    for messages in ([None], [None, None]):
+        publisher.send(Batch(messages=messages))
+        assert publisher.wait(60)
+        result = publisher.collect_result()
+        assert result is not None
+        assert result.error is not None
+    assert publisher.alive
+    publisher.close()
 
 
 def test_a_thread_that_could_not_be_started_is_started_with_the_next_lease(
