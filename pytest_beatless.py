@@ -177,6 +177,12 @@ def implementation() -> ModuleType:
     return importlib.import_module("beatless.testing.fixtures")
 
 
+def named_app(config: pytest.Config) -> Any:
+    """The App that `beatless_app` in the pytest settings names, or None. Raises UsageError."""
+    with importable(config):
+        return implementation().named_app(config)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """What is wrong with the set-up is told in its sentence, without a traceback."""
@@ -203,7 +209,7 @@ def _beatless_schemas(beatless_services: Any, pytestconfig: pytest.Config) -> It
 def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Any]:
     """The plans of the test's app. Override it, or set `beatless_app` in the pytest settings."""
     with told():
-        plans: Sequence[Any] = implementation().beatless_plans(pytestconfig)
+        plans: Sequence[Any] = implementation().beatless_plans(named_app(pytestconfig))
     return plans
 
 
@@ -277,7 +283,7 @@ def beatless_app(
     with (
         told(),
         implementation().beatless_app(
-            request.config,
+            named_app(request.config),
             _beatless_schemas,
             beatless_plans,
             beatless_settings,

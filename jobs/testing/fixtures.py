@@ -27,7 +27,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import make_url
 
-import pytest_beatless
 from beatless.app import App
 from beatless.auth import api_tokens
 from beatless.cli.environment import load
@@ -658,15 +657,13 @@ def named_app(pytestconfig: pytest.Config) -> App | None:
     if not name:
         return None
     try:
-        with pytest_beatless.importable(pytestconfig):
-            return load(name)
+        return load(name)
     except JobsError as error:
         raise pytest.UsageError(f"beatless_app = {name}: {error}") from error
 
 
-def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Plan]:
+def beatless_plans(named: App | None) -> Sequence[Plan]:
     """The plans of the App that `beatless_app` in the pytest settings names."""
-    named = named_app(pytestconfig)
     if named is None:
         raise pytest.UsageError(
             "no plans to test: set beatless_app = module:attribute in the pytest settings, or "
@@ -685,7 +682,7 @@ def guarded() -> Iterator[Guard]:
 
 @contextmanager
 def beatless_app(
-    pytestconfig: pytest.Config,
+    named: App | None,
     schemas: Schemas,
     beatless_plans: Sequence[Plan],
     beatless_settings: dict[str, Any],
@@ -704,7 +701,6 @@ def beatless_app(
             "remove it; to use other servers see --beatless-services, and for one test with "
             "another Redis make an App of dataclasses.replace(beatless_app.settings, redis_url=…)"
         )
-    named = named_app(pytestconfig)
     with ExitStack() as undo:
         prefix = schemas.begin(test)
         undo.callback(schemas.end)

@@ -227,9 +227,7 @@ def test_one_redis_under_two_names_is_claimed_once(private: Services) -> None:
         assert (one.worker, two.worker) == ("names", "namesx2")
 
 
-def test_a_set_up_that_fails_gives_back_what_it_took(
-    beatless_services: Services, pytestconfig: pytest.Config
-) -> None:
+def test_a_set_up_that_fails_gives_back_what_it_took(beatless_services: Services) -> None:
     shared = replace(beatless_services, ours=False)
     with (
         closing(Schemas(shared, "fails", session="s2")) as schemas,
@@ -238,14 +236,12 @@ def test_a_set_up_that_fails_gives_back_what_it_took(
         for _ in range(2):
             with (
                 pytest.raises(BadSetting),
-                beatless_app(
-                    pytestconfig, schemas, [], {"lease_seconds": -1}, None, Guard(), (), "test"
-                ),
+                beatless_app(None, schemas, [], {"lease_seconds": -1}, None, Guard(), (), "test"),
             ):
                 ...
         assert beside.beside() == []
 
-        with beatless_app(pytestconfig, schemas, [], {}, None, Guard(), (), "test") as app:
+        with beatless_app(None, schemas, [], {}, None, Guard(), (), "test") as app:
             assert app.settings.schema == f"s_{schemas.worker}_1"
             assert beside.beside() == ["test"]
         assert schemas.take() != schemas.take()  # one that did not fail gives it back once

@@ -20,7 +20,7 @@ REASON = re.compile(r"\b(Long|Large)\b[^.]*\b(because|so that|for)\b")
 
 TOO_LONG = {
     *("server", "doctor", "metrics", "pytest_plugin", "stream", "testing", "worker", "executor"),
-    *("journal", "relay", "fixtures"),
+    *("journal", "relay", "fixtures", "kit"),
     *("Doctor", "Kit", "Execution", "Journal", "Drain"),
     *("create_api", "__init__"),
 }
