@@ -103,7 +103,9 @@ class SharedServices:
 
     def _start(self, stack: ExitStack) -> str:
         try:
-            return str(implementation().answer_of_services(self._config, stack))
+            return str(
+                implementation("beatless.testing.servers").answer_of_services(self._config, stack)
+            )
         except Exception as error:
             return json.dumps({"refused": f"{type(error).__name__}: {error}"})
 
@@ -161,8 +163,8 @@ def pytest_exception_interact(call: pytest.CallInfo[Any], report: Any) -> None:
         report.sections.append(("beatless", UNSET))
 
 
-def implementation() -> ModuleType:
-    """What the fixtures do, imported when the first of them is asked for.
+def implementation(module: str = "beatless.testing.fixtures") -> ModuleType:
+    """A module of `beatless.testing`, imported when the first fixture is asked for.
 
     Raises UsageError if a folder of the user's own stands in for our package.
     """
@@ -174,13 +176,7 @@ def implementation() -> ModuleType:
             f"`import beatless` finds {found}, which stands in for the installed package: rename "
             "it, or keep its folder off sys.path"
         )
-    return importlib.import_module("beatless.testing.fixtures")
-
-
-def named_app(config: pytest.Config) -> Any:
-    """The App that `beatless_app` in the pytest settings names, or None. Raises UsageError."""
-    with importable(config):
-        return implementation().named_app(config)
+    return importlib.import_module(module)
 
 
 @contextmanager
@@ -200,9 +196,15 @@ def beatless_services(pytestconfig: pytest.Config) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def _beatless_schemas(beatless_services: Any, pytestconfig: pytest.Config) -> Iterator[Any]:
-    with told(), implementation().beatless_schemas(beatless_services, pytestconfig) as schemas:
-        yield schemas
+def _beatless_isolation(beatless_services: Any, pytestconfig: pytest.Config) -> Iterator[Any]:
+    with told(), implementation().beatless_isolation(beatless_services, pytestconfig) as isolation:
+        yield isolation
+
+
+def named_app(config: pytest.Config) -> Any:
+    """The App that `beatless_app` in the pytest settings names, or None. Raises UsageError."""
+    with importable(config):
+        return implementation().named_app(config)
 
 
 @pytest.fixture
@@ -266,7 +268,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 @pytest.fixture
 def beatless_app(
     request: pytest.FixtureRequest,
-    _beatless_schemas: Any,
+    _beatless_isolation: Any,
     beatless_plans: Sequence[Any],
     beatless_settings: dict[str, Any],
     beatless_tables: Any,
@@ -283,14 +285,14 @@ def beatless_app(
     with (
         told(),
         implementation().beatless_app(
-            named_app(request.config),
-            _beatless_schemas,
-            beatless_plans,
-            beatless_settings,
-            beatless_tables,
-            _beatless_guard,
-            beatless_allowed_brokers,
             request.node.nodeid,
+            _beatless_isolation,
+            named=named_app(request.config),
+            plans=beatless_plans,
+            settings=beatless_settings,
+            tables=beatless_tables,
+            guard=_beatless_guard,
+            allowed_brokers=beatless_allowed_brokers,
         ) as app,
     ):
         yield app

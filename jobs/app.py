@@ -306,22 +306,6 @@ class App:
             },
         )
 
-    @contextmanager
-    def acting_as(self, other: "App") -> Iterator[None]:
-        """In this block, whoever holds this app works with all that the other one has. For tests.
-
-        Its Celery app with its tasks does so too. What else was taken out of it before, as in
-        `client = app.client`, stays this app's own.
-        """
-        own, celery = self.__dict__, self.celery
-        celery.finalize()  # its tasks hold it, not the one of whichever test asks for them first
-        own_celery = celery.__dict__
-        self.__dict__, celery.__dict__ = other.__dict__, other.celery.__dict__
-        try:
-            yield
-        finally:
-            self.__dict__, celery.__dict__ = own, own_celery
-
     def close(self) -> None:
         """Close what this process has opened."""
         self.engine.dispose()

@@ -10,7 +10,7 @@ import pytest
 
 from beatless.cli import run
 from beatless.cli.init import TEMPLATES, requirement
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from beatless import Plan, RunState, StepContext, step
 from beatless.client import Client
 from beatless.testing import Kit
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 
 TEXT = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
 BLOCKS = {

@@ -7,7 +7,7 @@ import pytest
 
 from beatless.outbox.faults import POINTS
 from beatless.testing import Kit
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 

@@ -9,7 +9,9 @@ import pytest
 
 from beatless import App, Plan, RunState, StepContext, step
 from beatless.testing import Kit
-from beatless.testing.fixtures import Schemas, own_tables, remove_keys
+from beatless.testing.isolation import Isolation
+from beatless.testing.names import own_tables
+from beatless.testing.redis_stores import remove_keys
 
 PROJECT = """
 import pytest
@@ -44,8 +46,8 @@ def test_a_test_that_leaves_something_outside_of_its_names_fails(project):
         PROJECT
         + """
 @pytest.fixture(scope="session", autouse=True)
-def impatient(_beatless_schemas):
-    _beatless_schemas.connection.execute("SET lock_timeout TO '200ms'")
+def impatient(_beatless_isolation):
+    _beatless_isolation.connection.execute("SET lock_timeout TO '200ms'")
 """
     )
     project.makepyfile(
@@ -307,61 +309,61 @@ def test_a_test_that_times_out_tells_where_everything_stands(
 def test_two_sessions_on_the_same_servers_do_not_meet(beatless_services):
     """As two checkouts of a project on one machine, whose xdist workers have the same names."""
     with (
-        closing(Schemas(beatless_services, "same")) as one,
-        closing(Schemas(beatless_services, "same")) as other,
+        closing(Isolation(beatless_services, "same")) as one,
+        closing(Isolation(beatless_services, "same")) as other,
     ):
-        assert one.worker != other.worker
-        ours, theirs = one.take(), other.take()
+        assert one.name.worker != other.name.worker
+        ours, theirs = one.schemas.take(), other.schemas.take()
         assert ours != theirs
-        assert one.give_back(ours) == other.give_back(theirs) == []
-    with closing(Schemas(beatless_services, "same")) as next_one:
-        assert next_one.worker == one.worker
+        assert one.schemas.give_back(ours) == other.schemas.give_back(theirs) == []
+    with closing(Isolation(beatless_services, "same")) as next_one:
+        assert next_one.name.worker == one.name.worker
 
 
 def test_clean_up_of_one_test_never_touches_another(beatless_services):
     """Not even of the test whose number has a digit more."""
     with (
-        closing(Schemas(beatless_services, "one")) as one,
-        closing(Schemas(beatless_services, "ten")) as ten,
+        closing(Isolation(beatless_services, "one")) as one,
+        closing(Isolation(beatless_services, "ten")) as ten,
     ):
-        ours, theirs = one.take(), ten.take()
-        prefix, neighbour = f"t_{one.worker}_1", f"t_{one.worker}_10"
-        keys = [f"{neighbour}:x", f"{neighbour}.x", f"t_{ten.worker}_1:x"]
+        ours, theirs = one.schemas.take(), ten.schemas.take()
+        prefix, neighbour = f"t_{one.name.worker}_1", f"t_{one.name.worker}_10"
+        keys = [f"{neighbour}:x", f"{neighbour}.x", f"t_{ten.name.worker}_1:x"]
         for name in (f"{prefix}:x", f"{prefix}.x", *keys):
-            one.redis.set(name, "kept")
+            one.stores.events.set(name, "kept")
         for schema in (ours, theirs):
             one.connection.execute(f"INSERT INTO {schema}.queues (name) VALUES ('kept')")
             one.connection.execute(f"CREATE TABLE {own_tables(schema)}.kept ()")
 
-        remove_keys(one.redis, f"{prefix}[:.]*")
-        assert one.give_back(ours) == []
+        remove_keys(one.stores.events, f"{prefix}[:.]*")
+        assert one.schemas.give_back(ours) == []
 
-        assert [one.redis.exists(name) for name in keys] == [1, 1, 1]
-        assert not one.redis.exists(f"{prefix}:x", f"{prefix}.x")
+        assert [one.stores.events.exists(name) for name in keys] == [1, 1, 1]
+        assert not one.stores.events.exists(f"{prefix}:x", f"{prefix}.x")
         left = "SELECT (SELECT count(*) FROM {}.queues), to_regclass('{}.kept') IS NOT NULL"
         found = [
             one.connection.execute(left.format(schema, own_tables(schema))).fetchone()
             for schema in (ours, theirs)
         ]
         assert found == [(0, False), (1, True)]
-        one.redis.delete(*keys)
+        one.stores.events.delete(*keys)
 
 
 def test_on_servers_that_others_use_only_our_own_names_are_judged(beatless_services, beatless):
     foreign = replace(beatless_services, ours=False)
     client = beatless.app.redis()
     own = f"{beatless.app.settings.prefix}:foreign"
-    with closing(Schemas(foreign, "guest")) as schemas:
+    with closing(Isolation(foreign, "guest")) as isolation:
         client.set(own, "x")  # a name of another worker, as far as the guest can tell
-        client.set(f"t_{schemas.worker}_1:x", "x")
-        client.set(f"t_{schemas.worker}_2:x", "x")
+        client.set(f"t_{isolation.name.worker}_1:x", "x")
+        client.set(f"t_{isolation.name.worker}_2:x", "x")
 
-        assert schemas.left_outside(f"t_{schemas.worker}_1") == [
-            f"the Redis key t_{schemas.worker}_2:x"
+        assert isolation.leaks.left_outside(f"t_{isolation.name.worker}_1") == [
+            f"the Redis key t_{isolation.name.worker}_2:x"
         ]
 
         assert client.exists(own)
-        client.delete(f"t_{schemas.worker}_1:x", f"t_{schemas.worker}_2:x")
+        client.delete(f"t_{isolation.name.worker}_1:x", f"t_{isolation.name.worker}_2:x")
     client.close()
 
 

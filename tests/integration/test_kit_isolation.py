@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -16,7 +17,10 @@ from beatless.local.valkey import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
 from beatless.testing import Kit
 from beatless.testing.broker_guard import Guard
-from beatless.testing.fixtures import Schemas, Services, beatless_app, search
+from beatless.testing.fixtures import beatless_app
+from beatless.testing.isolation import Isolation
+from beatless.testing.schemas import search
+from beatless.testing.servers import Services
 
 
 def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -> None:
@@ -190,7 +194,7 @@ def test_what_a_killed_session_has_left_is_gone_before_the_first_test(private: S
     ):
         for client in (events, broker):
             client.mset({"t_killed_9:x": "x", "t_killed_1.default": "x", "t_killeds_1:x": "x"})
-        with closing(Schemas(private, "killed")):
+        with closing(Isolation(private, "killed")):
             assert events.keys() == broker.keys() == [b"t_killeds_1:x"]
 
 
@@ -202,16 +206,16 @@ def test_two_databases_with_one_redis_take_different_names(
     url = make_url(beatless_services.database_url).set(database=other)
     elsewhere = replace(beatless_services, database_url=url.render_as_string(hide_password=False))
     try:
-        with closing(Schemas(beatless_services, "twice")) as one:
-            with closing(Schemas(elsewhere, "twice")) as two:
-                assert (one.worker, two.worker) == ("twice", "twicex2")
+        with closing(Isolation(beatless_services, "twice")) as one:
+            with closing(Isolation(elsewhere, "twice")) as two:
+                assert (one.name.worker, two.name.worker) == ("twice", "twicex2")
                 # Nobody has tables in public there.
-                assert f"{two.url('s')}".endswith("s_own%2Cpublic")
+                assert f"{two.schemas.url('s')}".endswith("s_own%2Cpublic")
                 two.connection.execute("CREATE TABLE public.orders ()")
-            with closing(Schemas(elsewhere, "twice")) as two:
-                assert f"{two.url('s')}".endswith("s_own")
-        with closing(Schemas(elsewhere, "twice")) as two:
-            assert two.worker == "twice"
+            with closing(Isolation(elsewhere, "twice")) as two:
+                assert f"{two.schemas.url('s')}".endswith("s_own")
+        with closing(Isolation(elsewhere, "twice")) as two:
+            assert two.name.worker == "twice"
     finally:
         postgres.execute(f"DROP DATABASE {other} WITH (FORCE)")
 
@@ -221,63 +225,70 @@ def test_one_redis_under_two_names_is_claimed_once(private: Services) -> None:
     events = private.redis_url.replace("127.0.0.1", "localhost")
     twice = replace(private, redis_url=events, broker_url=private.redis_url.removesuffix("/0"))
     with (
-        closing(Schemas(twice, "names")) as one,
-        closing(Schemas(replace(private, broker_url=events), "names")) as two,
+        closing(Isolation(twice, "names")) as one,
+        closing(Isolation(replace(private, broker_url=events), "names")) as two,
     ):
-        assert (one.worker, two.worker) == ("names", "namesx2")
+        assert (one.name.worker, two.name.worker) == ("names", "namesx2")
 
 
 def test_a_set_up_that_fails_gives_back_what_it_took(beatless_services: Services) -> None:
     shared = replace(beatless_services, ours=False)
     with (
-        closing(Schemas(shared, "fails", session="s2")) as schemas,
-        closing(Schemas(shared, "looks", session="s2")) as beside,
+        closing(Isolation(shared, "fails", session="s2")) as isolation,
+        closing(Isolation(shared, "looks", session="s2")) as beside,
     ):
+        make = partial(
+            beatless_app,
+            "test",
+            isolation,
+            named=None,
+            plans=[],
+            tables=None,
+            guard=Guard(),
+            allowed_brokers=(),
+        )
         for _ in range(2):
-            with (
-                pytest.raises(BadSetting),
-                beatless_app(None, schemas, [], {"lease_seconds": -1}, None, Guard(), (), "test"),
-            ):
+            with pytest.raises(BadSetting), make(settings={"lease_seconds": -1}):
                 ...
-        assert beside.beside() == []
+        assert beside.neighbours.running() == []
 
-        with beatless_app(None, schemas, [], {}, None, Guard(), (), "test") as app:
-            assert app.settings.schema == f"s_{schemas.worker}_1"
-            assert beside.beside() == ["test"]
-        assert schemas.take() != schemas.take()  # one that did not fail gives it back once
+        with make(settings={}) as app:
+            assert app.settings.schema == f"s_{isolation.name.worker}_1"
+            assert beside.neighbours.running() == ["test"]
+        assert isolation.take() != isolation.take()  # one that did not fail gives it back once
 
 
 def test_a_leak_is_told_once_with_whom_else_it_may_be_of(private: Services) -> None:
     with (
-        closing(Schemas(private, "one", session="s1")) as one,
-        closing(Schemas(private, "two", session="s1")) as two,
-        closing(Schemas(private, "three")) as alone,
+        closing(Isolation(private, "one", session="s1")) as one,
+        closing(Isolation(private, "two", session="s1")) as two,
+        closing(Isolation(private, "three")) as alone,
     ):
         prefix = one.begin("test_innocent")
         two.begin("test_culprit")
-        two.redis.set("stray", "x")
-        two.redis.publish("stray", "x")
+        two.stores.events.set("stray", "x")
+        two.stores.events.publish("stray", "x")
 
-        told = [problem for problem in one.left_outside(prefix) if "stray" in problem]
+        told = [problem for problem in one.leaks.left_outside(prefix) if "stray" in problem]
 
         assert told == ["a message on stray", "the Redis key stray"]
-        assert one.beside() == ["test_culprit"]
-        assert not keys(two.left_outside("t_two_1"))
+        assert one.neighbours.running() == ["test_culprit"]
+        assert not keys(two.leaks.left_outside("t_two_1"))
         two.end()
-        assert one.beside() == []
+        assert one.neighbours.running() == []
         # A session of its own tells it too.
-        assert keys(alone.left_outside(alone.begin("test"))) == ["the Redis key stray"]
-        assert alone.beside() == []
+        assert keys(alone.leaks.left_outside(alone.begin("test"))) == ["the Redis key stray"]
+        assert alone.neighbours.running() == []
 
 
 def test_a_broker_of_the_tests_own_is_left_empty(
     beatless_services: Services, valkey: EmbeddedValkey
 ) -> None:
     with (
-        closing(Schemas(beatless_services, "own")) as schemas,
+        closing(Isolation(beatless_services, "own")) as isolation,
         closing(redis.Redis.from_url(valkey.url)) as broker,
     ):
-        prefix = schemas.begin("test")
+        prefix = isolation.begin("test")
         settings = Settings(
             database_url=beatless_services.database_url,
             redis_url=beatless_services.redis_url,
@@ -285,16 +296,18 @@ def test_a_broker_of_the_tests_own_is_left_empty(
             prefix=prefix,
         )
         broker.mset({f"{prefix}:x": "x", f"{prefix}.x": "x", f"{prefix}0:x": "x"})
-        schemas.own_broker(settings)
+        isolation.stores.clean_own_broker(settings)
         assert broker.keys() == [f"{prefix}0:x".encode()]
         valkey.stop()
-        schemas.own_broker(settings)  # one that is away says nothing
+        isolation.stores.clean_own_broker(settings)  # one that is away says nothing
 
 
 def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
-    with closing(Schemas(private, "one", allowed=["shop:*"])) as schemas:
-        schemas.redis.mset({"shop:cart": "x", "shops:cart": "x"})
-        assert keys(schemas.left_outside(schemas.begin("test"))) == ["the Redis key shops:cart"]
+    with closing(Isolation(private, "one", allowed=["shop:*"])) as isolation:
+        isolation.stores.events.mset({"shop:cart": "x", "shops:cart": "x"})
+        assert keys(isolation.leaks.left_outside(isolation.begin("test"))) == [
+            "the Redis key shops:cart"
+        ]
 
 
 @pytest.mark.long
@@ -350,15 +363,15 @@ def test_workers_tell_a_leak_once_and_name_the_tests_that_ran_beside(
 
 def test_on_servers_of_others_their_keys_are_gone_through_once(private: Services) -> None:
     with (
-        closing(Schemas(replace(private, ours=False), "guest")) as schemas,
+        closing(Isolation(replace(private, ours=False), "guest")) as isolation,
         closing(redis.Redis.from_url(private.redis_url)) as client,
     ):
         client.mset({f"others:{number}": "x" for number in range(5_000)})
-        prefix = schemas.begin("test")
+        prefix = isolation.begin("test")
         client.mset({f"{prefix}:x": "x", f"{prefix}.x": "x"})
         client.config_resetstat()
 
-        assert keys(schemas.left_outside(prefix)) == []
+        assert keys(isolation.leaks.left_outside(prefix)) == []
 
         assert client.info("commandstats")["cmdstat_scan"]["calls"] == 2  # events, and broker
         assert client.dbsize() == 5_000

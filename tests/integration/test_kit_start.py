@@ -8,7 +8,7 @@ import pytest
 
 import beatless
 import pytest_beatless
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 
 
 @pytest.fixture(autouse=True)
@@ -346,9 +346,9 @@ def test_no_test_costs_a_schema_where_the_app_cannot_be_imported(shop: pytest.Py
 
         def test_other(beatless): ...
 
-        def test_what_is_there(_beatless_schemas):
-            name = rf"s\\_{_beatless_schemas.worker}\\_%"
-            rows = _beatless_schemas.connection.execute(
+        def test_what_is_there(_beatless_isolation):
+            name = rf"s\\_{_beatless_isolation.name.worker}\\_%"
+            rows = _beatless_isolation.connection.execute(
                 "SELECT nspname FROM pg_namespace WHERE nspname LIKE %s", (name,)
             )
             assert rows.fetchall() == []

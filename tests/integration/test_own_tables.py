@@ -9,7 +9,9 @@ import sqlalchemy
 
 from beatless.settings import libpq_url
 from beatless.testing import Kit
-from beatless.testing.fixtures import Schemas, Services, own_tables
+from beatless.testing.isolation import Isolation
+from beatless.testing.names import own_tables
+from beatless.testing.servers import Services
 
 
 @pytest.mark.parametrize("_turn", [1, 2])
@@ -75,22 +77,23 @@ def test_they_are_made_once_and_only_for_those_who_ask(beatless_services: Servic
         made.append(1)
         METADATA.create_all(connection)
 
-    with closing(Schemas(beatless_services, "tables")) as schemas:
+    with closing(Isolation(beatless_services, "tables")) as isolation:
+        connection, schemas = isolation.connection, isolation.schemas
         plain = schemas.take()
         first = schemas.take(count)
         table = f"{own_tables(first)}.things"
-        schemas.connection.execute(f"INSERT INTO {table} DEFAULT VALUES")
+        connection.execute(f"INSERT INTO {table} DEFAULT VALUES")
         assert schemas.give_back(first) == []
         assert schemas.take(count) == first
         assert made == [1]
-        rows = schemas.connection.execute(f"INSERT INTO {table} DEFAULT VALUES RETURNING id")
+        rows = connection.execute(f"INSERT INTO {table} DEFAULT VALUES RETURNING id")
         assert rows.fetchall() == [(1,)]
         assert schemas.give_back(first) == schemas.give_back(plain) == []
 
         assert schemas.take() == plain  # for whoever asks for none, and
         assert schemas.take() == first  # so is this one
         found = f"SELECT to_regclass('{table}')"
-        assert schemas.connection.execute(found).fetchone() == (None,)
+        assert connection.execute(found).fetchone() == (None,)
 
         assert schemas.give_back(first) == []
         with pytest.raises(ZeroDivisionError):

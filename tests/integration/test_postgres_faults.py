@@ -26,7 +26,7 @@ from beatless.outbox.observer import (
 )
 from beatless.outbox.relay import Relay
 from beatless.testing import Kit
-from beatless.testing.fixtures import FAST, Services
+from beatless.testing.servers import FAST, Services
 from tests.integration.test_relay import Announcements
 from tests.proxy import Proxy, proxy
 from tests.valkeys import until

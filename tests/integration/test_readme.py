@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 
 README = Path(__file__).parents[2] / "README.md"
 

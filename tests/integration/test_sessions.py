@@ -26,7 +26,7 @@ from beatless.outbox.sessions import OWN
 from beatless.postgres import engine as connect_engine
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
-from beatless.testing.fixtures import Services
+from beatless.testing.servers import Services
 from beatless.transactions import reaching_postgres, transact
 from tests.serving import serving
 

@@ -1,0 +1,77 @@
+"""What one xdist worker keeps apart for its tests, and from those of others."""
+
+import itertools
+from collections.abc import Sequence
+
+import psycopg
+
+from beatless.settings import libpq_url
+from beatless.testing.leaks import LeakDetector, objects
+from beatless.testing.names import WorkerName
+from beatless.testing.neighbours import Neighbours
+from beatless.testing.redis_stores import RedisStores
+from beatless.testing.schemas import SchemaPool, Tables
+from beatless.testing.servers import Services
+
+LOCK_TIMEOUT = "3s"
+"""How long a schema that is emptied is waited for, while sessions of its test end."""
+
+
+class Isolation:
+    """Schemas, names and leaks of the tests of one xdist worker."""
+
+    def __init__(
+        self, services: Services, worker: str, *, session: str = "", allowed: Sequence[str] = ()
+    ) -> None:
+        """`session` is known to all xdist workers that run beside this one, and to nobody else.
+
+        `allowed` are patterns of keys and channels that a test may leave, as shop:*.
+        """
+        self.services = services
+        self.connection = psycopg.connect(libpq_url(services.database_url), autocommit=True)
+        self.connection.execute(f"SET lock_timeout TO '{LOCK_TIMEOUT}'")
+        self.stores = RedisStores(services)
+        self.name = WorkerName(worker, self.connection, self.stores)
+        # What a session that was killed has left would be taken for our tests' doing.
+        self.stores.remove(self.name.prefixes)
+        self.neighbours = Neighbours(self.stores.events, session, self.name.worker)
+        taken = any(
+            " public." in found for found in objects(self.connection, self.name, everybody=True)
+        )
+        self.schemas = SchemaPool(
+            self.connection, services.database_url, self.name, search_public=not taken
+        )
+        self.leaks = LeakDetector(
+            services,
+            self.name,
+            connection=self.connection,
+            stores=self.stores,
+            neighbours=self.neighbours,
+            allowed=allowed,
+        )
+        self._tests = itertools.count(1)
+
+    def begin(self, test: str) -> str:
+        """A prefix for the test of this name."""
+        self.leaks.writes.begin()
+        self.neighbours.begin(test)
+        return self.name.prefix(next(self._tests))
+
+    def take(self, tables: Tables | None = None) -> str:
+        """A schema for the test whose tables are empty, and beside it what `tables` makes."""
+        schema = self.schemas.take(tables)
+        self.leaks.writes.allow(schema)
+        return schema
+
+    def end(self) -> None:
+        """The test has ended."""
+        self.leaks.writes.allow("")
+        self.neighbours.end()
+
+    def close(self) -> None:
+        """Give back all that the worker holds."""
+        self.leaks.close()
+        self.schemas.close()
+        self.name.release()
+        self.connection.close()
+        self.stores.close()

@@ -1,0 +1,234 @@
+"""Migrated schemas for tests, recycled, so that a test costs milliseconds.
+
+Beside each schema of runs there is one for the tables of the code under test.
+"""
+
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import make_url
+
+from beatless.auth import api_tokens
+from beatless.migrations import migrate
+from beatless.outbox.message import SHARDS
+from beatless.outbox.tables import history
+from beatless.schema import VERSION_TABLE
+from beatless.settings import engine_url, libpq_url
+from beatless.testing.names import WorkerName, own_tables
+
+Tables = Callable[[sqlalchemy.Connection], object]
+"""Makes the tables of the code under test."""
+
+SHAPE = """
+WITH spaces AS (
+  SELECT oid, nspname FROM pg_namespace WHERE nspname = ANY(%s)
+), tables AS (
+  SELECT c.*, nspname FROM spaces JOIN pg_class c ON c.relnamespace = spaces.oid
+), facts AS (
+  SELECT nspname, concat_ws(' ', 'space', oid) AS fact FROM spaces
+  UNION ALL
+  -- Not its xmin: TRUNCATE changes it.
+  SELECT nspname, concat_ws(' ', 'class', oid, relname, relnatts, relpersistence, reloptions,
+                            relacl, relowner, relrowsecurity) FROM tables
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'column', attrelid, attnum, a.xmin)
+    FROM tables JOIN pg_attribute a ON attrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'default', d.oid, d.xmin)
+    FROM tables JOIN pg_attrdef d ON adrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'index', indexrelid, i.xmin)
+    FROM tables JOIN pg_index i ON indrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'sequence', seqrelid, s.xmin)
+    FROM tables JOIN pg_sequence s ON seqrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'trigger', t.oid, t.xmin)
+    FROM tables JOIN pg_trigger t ON tgrelid = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'rule', r.oid, r.xmin)
+    FROM tables JOIN pg_rewrite r ON ev_class = tables.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'constraint', n.oid, n.xmin)
+    FROM spaces JOIN pg_constraint n ON connamespace = spaces.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'function', p.oid, p.xmin)
+    FROM spaces JOIN pg_proc p ON pronamespace = spaces.oid
+  UNION ALL
+  SELECT nspname, concat_ws(' ', 'type', y.oid, y.xmin)
+    FROM spaces JOIN pg_type y ON typnamespace = spaces.oid
+)
+SELECT nspname, sum(hashtextextended(fact, 0)) FROM facts GROUP BY nspname
+"""
+"""A number for what is in a schema beside its rows."""
+
+ROWS = """
+SELECT oid::regclass::text FROM pg_class
+ WHERE relnamespace = %s::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+"""
+
+NUMBERS = """
+SELECT setval(seqrelid, seqstart, false) FROM pg_sequence JOIN pg_class ON oid = seqrelid
+ WHERE relnamespace = '"{}"'::regnamespace"""
+"""Sequences begin anew; RESTART IDENTITY would take those of runs with them."""
+
+
+class SchemaPool:
+    """The schemas of one xdist worker."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        database_url: str,
+        name: WorkerName,
+        *,
+        search_public: bool,
+    ) -> None:
+        """`search_public`: sessions of a test find extensions, and nobody's tables, in `public`."""
+        self._connection = connection
+        self._database_url = database_url
+        self._name = name
+        self._behind = ",public" if search_public else ""
+        self._numbers = itertools.count(1)
+        self._free: list[str] = []
+        self._abandoned: list[str] = []
+        self._shapes: dict[str, Any] = {}
+        self._tables: dict[str, Tables | None] = {}
+
+    def url(self, schema: str) -> str:
+        """Where sessions of the test make and find tables without a schema.
+
+        Extensions are in `public`, which comes behind the test's own, unless others have tables
+        there: those would be found, changed and dropped in place of the test's.
+        """
+        return search(self._database_url, own_tables(schema) + self._behind)
+
+    def take(self, tables: Tables | None = None) -> str:
+        """A schema whose tables are empty, and beside it one with those that `tables` makes."""
+        fitting = [name for name in self._free if self._tables[name] == tables]
+        schema = (fitting or self._free or [self._make()])[-1]
+        if schema in self._free:
+            self._free.remove(schema)
+        if self._tables[schema] != tables:
+            self._make_own(schema, tables)
+        return schema
+
+    def _make(self) -> str:
+        schema = self._name.schema(next(self._numbers))
+        engine = sqlalchemy.create_engine(engine_url(self._database_url))
+        self._drop(schema)
+        migrate(engine, schema)
+        engine.dispose()
+        self._make_own(schema, None)
+        return schema
+
+    def _make_own(self, schema: str, tables: Tables | None) -> None:
+        own = own_tables(schema)
+        self._connection.execute(
+            f'DROP SCHEMA IF EXISTS "{own}" CASCADE; CREATE SCHEMA "{own}"'.encode()
+        )
+        self._tables[schema] = None
+        if tables is not None:
+            engine = sqlalchemy.create_engine(engine_url(self.url(schema)))
+            try:
+                with engine.begin() as connection:
+                    tables(connection)
+            except BaseException:
+                self._abandoned.append(schema)
+                raise
+            finally:
+                engine.dispose()
+        self._tables[schema] = tables
+        self._shapes[schema] = self._shape(schema)
+
+    def _shape(self, schema: str) -> Any:
+        """Everything of a test's schemas that emptying their tables does not undo."""
+        names = [schema, own_tables(schema)]
+        shape: dict[str, Any] = dict(self._connection.execute(SHAPE.encode(), (names,)).fetchall())
+        version = f'SELECT version_num FROM "{schema}".{VERSION_TABLE}'
+        try:
+            shape[VERSION_TABLE] = self._connection.execute(version.encode()).fetchall()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.LockNotAvailable):
+            shape[VERSION_TABLE] = None
+        return shape
+
+    def _drop(self, schema: str) -> None:
+        for name in (schema, own_tables(schema)):
+            self._connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
+
+    def give_back(self, schema: str) -> list[str]:
+        """Empty the schema for the next test, or tell who still holds something of it.
+
+        One in which a test has made, changed or dropped something is dropped.
+        """
+        made, found = self._shapes[schema], self._shape(schema)
+        own = own_tables(schema)
+        same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
+        names = [
+            f'"{schema}".{table.name}'
+            for table in api_tokens.metadata.sorted_tables
+            if table is not history
+        ]
+        kept = self._tables[schema] is not None and found.get(own) == made[own]
+        if kept:
+            names += [name for (name,) in self._connection.execute(ROWS.encode(), (own,))]
+        # A connection that was closed a moment ago still holds its locks: all of them are awaited.
+        clean = (
+            "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
+            f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
+            f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {', '.join(names)}"
+        )
+        if kept:
+            clean += f"; {NUMBERS.format(own)}"
+        try:
+            if not same:
+                self._drop(schema)
+            elif kept or found.get(own) == made[own]:
+                self._connection.execute(clean.encode())
+            else:
+                self._connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE; {clean}'.encode())
+                self._make_own(schema, None)
+        except psycopg.errors.LockNotAvailable:
+            self._abandoned.append(schema)
+            return self._holders(schema)
+        if same:
+            self._free.append(schema)
+        return []
+
+    def _holders(self, schema: str) -> list[str]:
+        rows = self._connection.execute(
+            """
+SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
+ WHERE a.pid <> pg_backend_pid() AND a.backend_type = 'client backend' AND a.pid IN (
+   SELECT l.pid FROM pg_locks l LEFT JOIN pg_class c ON c.oid IN (l.relation, l.classid)
+    WHERE c.relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN (%s, %s)))""",
+            (schema, own_tables(schema)),
+        ).fetchall()
+        return [
+            f"a session of {name!r} ({state}) with a lock in the test's schema, last: {query[:200]}"
+            for name, state, query in rows
+        ]
+
+    def close(self) -> None:
+        """Drop the schemas, but for those in use."""
+        for schema in (*self._free, *self._abandoned):
+            # What is locked may be so still; the next session drops it then.
+            with suppress(psycopg.errors.LockNotAvailable):
+                self._drop(schema)
+
+
+def search(url: str, path: str) -> str:
+    """The URL of sessions that look for tables without a schema in this path, and make them there.
+
+    What the URL itself sets for its sessions stays.
+    """
+    found = make_url(url)
+    given = found.query.get("options", ())
+    options = [given] if isinstance(given, str) else given
+    return libpq_url(
+        found.update_query_dict({"options": " ".join([*options, f"-csearch_path={path}"])})
+    )
