@@ -12,14 +12,16 @@ import sqlalchemy
 from kombu import Connection
 from redis import asyncio as aioredis
 
-from beatless import canary, logs
+from beatless import canary
 from beatless.celery_app import asking
 from beatless.child_signals import LeavesSignals, Meant
 from beatless.client import Client
-from beatless.export import export_from_worker
 from beatless.failures import Failures, OnFailure
 from beatless.lease_keeper import KeepsLeases
-from beatless.metrics import Metrics
+from beatless.observe import logs
+from beatless.observe.export import export_from_worker
+from beatless.observe.metrics import Metrics
+from beatless.observe.tracing import Publications, Tracing
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
@@ -39,9 +41,8 @@ from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
-from beatless.stream import Streams
+from beatless.streams.streams import Streams
 from beatless.tasks import RunsCelery, register
-from beatless.tracing import Publications, Tracing
 from beatless.worker import (
     Alive,
     Announcement,

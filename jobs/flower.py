@@ -37,7 +37,7 @@ from beatless.outbox.publishers import run_of
 from beatless.outbox.queries import execute
 from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
-from beatless.stream import parse
+from beatless.streams.streams import parse
 
 logger = logging.getLogger(__name__)
 

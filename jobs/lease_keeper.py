@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from celery import bootsteps, platforms
 from celery.concurrency.prefork import TaskPool
 
-from beatless.metrics import WorkerCounts
+from beatless.observe.metrics import WorkerCounts
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.keeper import Keeper, keep_for_parent
 from beatless.orchestrator.lease import Connection, Leases

@@ -33,8 +33,9 @@ from kombu import Queue
 from beatless import postgres
 from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
-from beatless.logs import Format, enable_own_loggers
-from beatless.metrics import Metrics, WorkerCounts, listen
+from beatless.observe.logs import Format, enable_own_loggers
+from beatless.observe.metrics import Metrics, WorkerCounts, listen
+from beatless.observe.systemd import Supervisor
 from beatless.orchestrator.board import SLOTS, Board
 from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
 from beatless.orchestrator.journal import Journal
@@ -51,7 +52,6 @@ from beatless.outbox.publishers import worker_queue
 from beatless.outbox.sockets import readable
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
-from beatless.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 

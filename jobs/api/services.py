@@ -14,7 +14,7 @@ from beatless.api.stream_limits import StreamLimits
 from beatless.app import App
 from beatless.auth import Tokens
 from beatless.client import Client
-from beatless.stream import Streams
+from beatless.streams.streams import Streams
 
 
 class Clients:

@@ -11,7 +11,7 @@ from beatless.api.connections import Connections, raise_descriptor_limit, share
 from beatless.api.server import create_api
 from beatless.app import App
 from beatless.errors import BadRequest
-from beatless.supervision import Supervisor
+from beatless.observe.systemd import Supervisor
 
 STUCK_MS = 60_000
 """What a viewer was sent and has not acknowledged is kept no longer."""

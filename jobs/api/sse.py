@@ -21,7 +21,7 @@ from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import EventText
 from beatless.orchestrator.journal import Run
-from beatless.stream import Streams
+from beatless.streams.streams import Streams
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from beatless.auth import Scope, Tokens
 from beatless.cli.environment import Environment, seconds
 from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, tell
 from beatless.errors import BadRequest, ExtraMissing
-from beatless.export import export
-from beatless.logs import Format
+from beatless.observe.export import export
+from beatless.observe.logs import Format
 from beatless.schema import check
 from beatless.transactions import reaching_postgres
 

@@ -20,10 +20,10 @@ from beatless.cli.environment import Environment
 from beatless.client import RunRequest
 from beatless.demo import PLANS
 from beatless.local.stack import Stack
+from beatless.observe.systemd import stop_on_signals
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
-from beatless.supervision import stop_on_signals
 from beatless.verify import verify
 
 GOLDEN = [

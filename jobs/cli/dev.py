@@ -11,7 +11,7 @@ from beatless.cli.environment import Environment
 from beatless.errors import BadRequest
 from beatless.local.ports import is_free
 from beatless.local.stack import Stack
-from beatless.supervision import stop_on_signals
+from beatless.observe.systemd import stop_on_signals
 
 
 @click.command()

@@ -13,13 +13,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from beatless import logs
 from beatless.app import App
 from beatless.client import Client
 from beatless.demo import PLANS
 from beatless.errors import BadRequest, BadSetting, JobsError
 from beatless.local.stack_file import settings_of_running
 from beatless.namespaces import DEFAULT_NAMESPACE
+from beatless.observe import logs
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.plan import PlanError
 from beatless.settings import Settings

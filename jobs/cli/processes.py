@@ -19,16 +19,16 @@ from beatless.app import REDIS_TIMEOUTS, App
 from beatless.celery_app import warn_of_foreign
 from beatless.cli.environment import Environment
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
-from beatless.export import export
-from beatless.logs import Format
-from beatless.metrics import listen
+from beatless.observe.export import export
+from beatless.observe.logs import Format
+from beatless.observe.metrics import listen
+from beatless.observe.systemd import Supervisor, stop_on_signals
 from beatless.outbox.message import EventMessage
 from beatless.outbox.observer import RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import RedisEventPublisher
 from beatless.redis_urls import is_cluster
 from beatless.schema import check
 from beatless.settings import Settings
-from beatless.supervision import Supervisor, stop_on_signals
 from beatless.transactions import reaching_postgres
 from beatless.worker import run_worker
 

@@ -9,7 +9,7 @@ import click
 from beatless.cli import render
 from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
 from beatless.errors import BadRequest
-from beatless.export import export
+from beatless.observe.export import export
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.verify import verify as find_violations

@@ -7,14 +7,14 @@ import sqlalchemy
 
 from beatless.client.requests import RunRequest, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
+from beatless.observe.tracing import Tracing
 from beatless.orchestrator.journal import Journal, NewRun, Run
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_two_phase
 from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
-from beatless.stream import Streams
-from beatless.tracing import Tracing
+from beatless.streams.streams import Streams
 from beatless.transactions import reaching_postgres, transact
 
 T = TypeVar("T")

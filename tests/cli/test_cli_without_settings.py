@@ -17,7 +17,7 @@ from beatless import BadSetting, loopback
 from beatless.cli import run
 from beatless.local.restarts import Restarter
 from beatless.local.stack_file import LOCK, STATE, settings_of_running
-from beatless.metrics import listen
+from beatless.observe.metrics import listen
 
 FOUND = {"BEATLESS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}
 

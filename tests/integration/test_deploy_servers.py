@@ -14,8 +14,8 @@ from beatless.demo import PLANS
 from beatless.doctor import Doctor, Status
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.valkey import EmbeddedValkey
-from beatless.metrics import RUNS_ACTIVE
 from beatless.migrations import migrate
+from beatless.observe.metrics import RUNS_ACTIVE
 from beatless.testing import Kit
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -17,8 +17,8 @@ from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.privileges import server_user
 from beatless.migrations import migrate
 from beatless.outbox.observer import Observer, Signal, ignore
-from beatless.stream import Streams
 from beatless.streams.observer import Backfilled, StreamClosed
+from beatless.streams.streams import Streams
 from beatless.testing import Kit
 from tests.serving import serving
 from tests.valkeys import until

@@ -14,7 +14,7 @@ from beatless import App, HistoryChanged
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
-from beatless.stream import Streams
+from beatless.streams.streams import Streams
 from beatless.testing import Kit
 from tests.serving import serving
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from beatless.logs import JsonLines, TextLines, configure, masked, scope
+from beatless.observe.logs import JsonLines, TextLines, configure, masked, scope
 from beatless.orchestrator.lease import Lease
 from beatless.testing import Kit
 

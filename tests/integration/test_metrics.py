@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from beatless import App
 from beatless.api import create_api
-from beatless.metrics import (
+from beatless.observe.metrics import (
     FRESH_SECONDS,
     LEASE_LOST,
     QUEUE_WAIT,

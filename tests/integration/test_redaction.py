@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from beatless import App, Fatal, Plan, RunState, StepContext, step
 from beatless.api import create_api
 from beatless.cli import run as command
-from beatless.logs import Format, configure
+from beatless.observe.logs import Format, configure
 from beatless.redaction import FAILED, Redaction
 from beatless.testing import Kit
 

@@ -46,7 +46,7 @@ from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
 from beatless.outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
 from beatless.outbox.sockets import readable
 from beatless.settings import libpq_url
-from beatless.stream import parse
+from beatless.streams.streams import parse
 from beatless.testing import Kit
 
 QUICK = Backoff(initial=0.01, cap=0.05)

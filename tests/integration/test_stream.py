@@ -15,12 +15,12 @@ import sqlalchemy
 from redis import asyncio as aioredis
 
 from beatless import App, BadRequest, Event, RunNotFound, WaitTimeout
-from beatless import stream as stream_module
 from beatless.cli.demo import GOLDEN
 from beatless.outbox.observer import Signal, ThreadFailed
 from beatless.settings import engine_url
-from beatless.stream import History, Hub, Mailbox, Streams
+from beatless.streams import streams as stream_module
 from beatless.streams.observer import Backfilled
+from beatless.streams.streams import History, Hub, Mailbox, Streams
 from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
@@ -175,7 +175,7 @@ def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """As a command that gives the password of Redis, and is not there at first."""
-    monkeypatch.setattr("beatless.stream.AGAIN_S", 0.01)
+    monkeypatch.setattr("beatless.streams.streams.AGAIN_S", 0.01)
     run = beatless.start_run("two_steps")
     failures, failed = iter([ValueError("unforeseen")] * 3), threading.Event()
     counted: list[Signal] = []

@@ -10,7 +10,7 @@ import pytest
 
 from beatless import App
 from beatless.local.child import Child
-from beatless.supervision import Supervisor
+from beatless.observe.systemd import Supervisor
 from beatless.testing import Kit
 
 Hear = Callable[[bytes], None]

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from beatless import App
 from beatless.api import create_api
 from beatless.client import RunRequest
-from beatless.export import PAUSE, asked_for
+from beatless.observe.export import PAUSE, asked_for
 from beatless.testing import Kit
 
 APP = "tests.plans:app"

@@ -23,7 +23,7 @@ from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import doorbell
 from beatless.outbox.relay import Relay, Shift
-from beatless.stream import parse
+from beatless.streams.streams import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import pending, until
 from tests.integration.test_wakeup_promises import shift

@@ -14,9 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from beatless import Settings, metrics
+from beatless import Settings
 from beatless.cli import cli
-from beatless.metrics import Family
+from beatless.observe import metrics
+from beatless.observe.metrics import Family
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCS = DEPLOY.parent / "docs"

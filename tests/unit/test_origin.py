@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from beatless.stream import Origin
+from beatless.streams.streams import Origin
 
 
 class Disk:

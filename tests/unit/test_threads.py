@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless.metrics import RelayCounts, StreamCounts, WorkerCounts
+from beatless.observe.metrics import RelayCounts, StreamCounts, WorkerCounts
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Heartbeat, Lease, Leases

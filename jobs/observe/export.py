@@ -14,7 +14,7 @@ from celery import signals
 
 from beatless.outbox.clock import monotonic
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.export")
 
 ASKED = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 TIMEOUTS = ("OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")

@@ -8,7 +8,7 @@ start CHECKOUT            where start_run was called; its context is stored with
 │  └─ step charge
 └─ …
 
-Who exports the spans is the process's affair: see beatless.export.
+Who exports the spans is the process's affair: see beatless.observe.export.
 """
 
 import json

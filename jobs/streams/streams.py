@@ -43,7 +43,7 @@ from beatless.outbox.publishers import channel_for, run_of
 from beatless.outbox.queries import Caller
 from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.stream")
 
 T = TypeVar("T")
 

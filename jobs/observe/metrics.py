@@ -59,7 +59,7 @@ from beatless.outbox.observer import (
 from beatless.outbox.queries import execute, outbox_lag
 from beatless.streams.observer import Backfilled, StreamClosed, StreamOpened
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.metrics")
 
 Labels = tuple[str, ...]
 Series = tuple[str, Labels]
