@@ -72,6 +72,18 @@ class App:
 
     `app.client` starts and follows runs, `app.celery` is the Celery app for workers and Flower
     (`celery -A myproject.app:celery worker`), `app.relay()` makes a relay.
+
+    >>> from beatless import App, Plan, Settings, step
+    >>> @step
+    ... def charge(ctx): ...
+    >>> settings = Settings(
+    ...     database_url="postgresql://shop@db.example/shop",
+    ...     redis_url="redis://redis.example:6379/0",
+    ... )
+    >>> app = App(settings, plans=[Plan("checkout", [charge])])
+    >>> sorted(app.plans)
+    ['checkout']
+    >>> app.close()
     """
 
     def __init__(

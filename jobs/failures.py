@@ -25,7 +25,14 @@ MAX_HANGING = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A run that has failed for good, or a message that became a dead letter."""
+    """A run that has failed for good, or a message that became a dead letter.
+
+    >>> from beatless import App, Failure
+    >>> def page_an_operator(failure: Failure) -> None:
+    ...     print(f"{failure.kind} of {failure.plan}: {failure.error['message']}")
+    >>> app = App(app.settings, plans=[], on_failure=page_an_operator)
+    >>> app.close()
+    """
 
     kind: str
     """`run`, or `dead letter`."""

@@ -80,7 +80,22 @@ RESERVED = frozenset(_WORDS.split())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Where things are and how long they may take. Each is `BEATLESS_<NAME>` in the environment."""
+    """The addresses of the servers, the limits and the times of an app.
+
+    Each is a keyword and `BEATLESS_<NAME>` in the environment. Raises BadSetting, which names the
+    variable, the problem and an example.
+
+    >>> from beatless import Settings
+    >>> settings = Settings.from_env(
+    ...     {
+    ...         "BEATLESS_DATABASE_URL": "postgresql://shop@db.example/shop",
+    ...         "BEATLESS_REDIS_URL": "redis://redis.example:6379/0",
+    ...     },
+    ...     lease_seconds=60,
+    ... )
+    >>> settings.lease_seconds, settings.schema
+    (60, 'beatless')
+    """
 
     database_url: str = _setting("postgresql://user:password@db.example/app")
     listen_url: str = _setting("postgresql://user:password@db-direct.example/app", default="")

@@ -19,7 +19,18 @@ CANCEL_EVERY = 0.25
 
 
 class StepContext:
-    """One attempt of one step. Made by the executor."""
+    """One attempt of one step: its input, earlier results, and the calls that it may make.
+
+    The executor makes it. A unit test of a step gives anything that has the attributes.
+
+    >>> from types import SimpleNamespace
+    >>> from beatless import StepContext, step
+    >>> @step
+    ... def charge(ctx: StepContext):
+    ...     return {"order": ctx.input["order"], "key": ctx.key}
+    >>> charge(SimpleNamespace(input={"order": 7}, key="run-1:charge"))
+    {'order': 7, 'key': 'run-1:charge'}
+    """
 
     def __init__(
         self,
@@ -92,7 +103,7 @@ class StepContext:
         )
 
     def progress(self, pct: float, note: str | None = None) -> None:
-        """Tell how far the step is, in percent. At most four a second are stored."""
+        """Trace the progress of the step, in percent. At most four a second are stored."""
         now = monotonic()
         if now < self._next_progress:
             return
@@ -100,7 +111,7 @@ class StepContext:
         self.trace("progress", pct=max(0.0, min(100.0, float(pct))), note=note)
 
     def raise_if_cancelled(self) -> None:
-        """Raise RunCancelled if somebody asked to cancel. Cheap enough for every turn of a loop.
+        """Raise RunCancelled if a cancel was requested. Cheap enough for every turn of a loop.
 
         Raises LeaseLost if the run was taken from this worker, and StepEnded after the end of the
         step. In a plan's `on_cancel` step the

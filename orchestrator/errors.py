@@ -174,7 +174,14 @@ class DeadlineExceeded(OrchestratorError):
 
 
 class Fatal(OrchestratorError):
-    """Raise it in a step when trying again cannot help: the run fails at once."""
+    """Raise it in a step when trying again cannot help: the run fails at once.
+
+    >>> from beatless import Fatal, step
+    >>> @step
+    ... def charge(ctx):
+    ...     if ctx.input["amount"] <= 0:
+    ...         raise Fatal(f"nothing to charge: {ctx.input['amount']}")
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

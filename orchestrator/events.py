@@ -19,7 +19,7 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class EventType(StrEnum):
-    """What an event tells."""
+    """The types of events."""
 
     RUN_STARTED = "RunStarted"
     STEP_STARTED = "StepStarted"
@@ -32,7 +32,13 @@ class EventType(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One committed fact. `seq` is its place in the run: 1, 2, 3 … without a gap."""
+    """One committed fact. `seq` is its place in the run: 1, 2, 3 … without a gap.
+
+    >>> run = app.client.start_run("checkout", {"order": 1})
+    >>> event = app.client.events(run.run_id)[0]
+    >>> event.seq, event.type, event.source, event.final
+    (1, 'RunStarted', 'api', False)
+    """
 
     run_id: str
     seq: int
@@ -40,7 +46,7 @@ class Event:
     """Milliseconds since 1970, by the clock of Postgres."""
     type: str
     source: str
-    """Who wrote it: api, worker or relay."""
+    """Its writer: api, worker or relay."""
     step: str | None = None
     attempt: int | None = None
     data: dict[str, Any] | None = None

@@ -60,7 +60,12 @@ RUN_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One execution of a plan, as it is stored now."""
+    """One execution of a plan, as it is stored now.
+
+    >>> run = app.client.start_run("checkout", {"order": 1}, tags={"shop": "berlin"})
+    >>> run.plan, run.state.value, run.input, run.tags, run.last_seq
+    ('checkout', 'queued', {'order': 1}, {'shop': 'berlin'}, 1)
+    """
 
     run_id: str
     namespace: str

@@ -42,7 +42,12 @@ def step_of(occurrence: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Goto:
-    """Return it from a step to go on at another one, declared in the plan's `routes`."""
+    """Return it from a step to continue at another one, declared in the plan's `routes`.
+
+    >>> from beatless import Goto
+    >>> def verify(ctx) -> Goto:
+    ...     return Goto("Stop" if ctx.input["done"] else "Perceive", result={"seen": 3})
+    """
 
     step: str
     result: Any = None
@@ -50,14 +55,30 @@ class Goto:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Return it from a step to complete the run now."""
+    """Return it from a step to complete the run now, with this result.
+
+    >>> from beatless import Finish, step
+    >>> @step
+    ... def look_up(ctx):
+    ...     if ctx.input["cached"]:
+    ...         return Finish({"answer": 42})
+    """
 
     result: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """Return it from a step to give the worker back and be called again after some seconds."""
+    """Return it from a step to release the worker and be called again after some seconds.
+
+    It is not a failed attempt. Raises ValueError for a negative number, and for one that is none.
+
+    >>> from beatless import Snooze, step
+    >>> @step
+    ... def wait_for_payment(ctx):
+    ...     if not ctx.input["paid"]:
+    ...         return Snooze(30)
+    """
 
     seconds: float
 
@@ -118,6 +139,16 @@ def step(
     `transactional` step gets `ctx.connection`, whose work is committed together with its
     StepFinished. `terminate_on_cancel` ends a step that does not look for a cancel by itself.
     Raises PlanError for a bad name, timeout or signature.
+
+    >>> from beatless import retry, step
+    >>> @step
+    ... def reserve(ctx):
+    ...     return {"reserved": ctx.input["order"]}
+    >>> @step(timeout=30, retry=retry(max_attempts=5))
+    ... def charge(ctx):
+    ...     return {"charged": ctx.results["reserve"]["reserved"]}
+    >>> charge.name, charge.timeout
+    ('charge', 30)
     """
 
     def decorate(function: Callable[..., Any]) -> Step:
@@ -228,6 +259,14 @@ class Plan:
 
     Raises PlanError, naming the plan and the step, for what cannot work: two steps of one name, a
     route to nowhere, a step that nothing leads to, a default input that is not JSON.
+
+    >>> from beatless import Plan, step
+    >>> @step
+    ... def reserve(ctx): ...
+    >>> @step
+    ... def charge(ctx): ...
+    >>> Plan("checkout", [reserve, charge], queue="payments")
+    Plan('checkout', [reserve, charge])
     """
 
     def __init__(

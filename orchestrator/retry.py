@@ -1,4 +1,4 @@
-"""When a failed step is tried again."""
+"""The retry policy of a step."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from beatless.outbox.backoff import Backoff
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often a step may fail, and how long to wait in between. Times are seconds."""
+    """The attempts of a step, and the seconds between them."""
 
     max_attempts: int = 1
     backoff: float = 2.0
@@ -15,7 +15,7 @@ class Retry:
     cap: float = 60.0
     jitter: float = 0.2
     max_crashes: int = 5
-    """How often the step's process may die in it before the run fails: a poison step."""
+    """Deaths of the step's process, while it executes the step, before the run fails."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1 or self.max_crashes < 1:
@@ -38,7 +38,17 @@ def retry(
     jitter: float = 0.2,
     max_crashes: int = 5,
 ) -> Retry:
-    """A retry policy: wait `initial` seconds, times `backoff` after each failure, at most `cap`."""
+    """A retry policy: wait `initial` seconds, times `backoff` after each failure, at most `cap`.
+
+    `max_attempts` counts the first attempt too; `jitter` is the share of a wait that is random;
+    after `max_crashes` deaths of its process in the step the run fails. Raises ValueError for
+    numbers that make no policy.
+
+    >>> from beatless import retry
+    >>> policy = retry(max_attempts=3, initial=1, backoff=4, jitter=0)
+    >>> policy.delay(1), policy.delay(2), policy.delay(3)
+    (1.0, 4.0, None)
+    """
     return Retry(
         max_attempts=max_attempts,
         backoff=backoff,

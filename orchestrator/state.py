@@ -4,7 +4,12 @@ from enum import StrEnum
 
 
 class RunState(StrEnum):
-    """Where a run is in its life."""
+    """The state of a run.
+
+    >>> from beatless import RunState
+    >>> RunState("failed") is RunState.FAILED, RunState.FAILED.final
+    (True, True)
+    """
 
     QUEUED = "queued"
     """Waits: for a worker, for its start time, or for the next attempt (`not_before`)."""

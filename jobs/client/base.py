@@ -51,7 +51,12 @@ class BaseClient:
         return stored_id(self._namespace, run_id)
 
     def get_run(self, run_id: str, *, connection: Caller | None = None) -> Run:
-        """The run as it is stored now. Raises RunNotFound."""
+        """The run as it is stored now. Raises RunNotFound.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> client.get_run(run.run_id).state.value
+        'queued'
+        """
         return self._in_transaction(connection, lambda caller: self._get(caller, run_id))
 
     def _get(self, caller: Caller, run_id: str) -> Run:
@@ -67,7 +72,11 @@ class BaseClient:
         )
 
     def epoch(self) -> str:
-        """Changes when the database's history may have changed: a seq means nothing beyond it."""
+        """Changes when the database's history may have changed: a seq means nothing beyond it.
+
+        >>> client.epoch() == client.epoch()
+        True
+        """
         return self._in_transaction(None, self._streams.epoch)
 
     def _in_transaction(self, given: Caller | None, act: Callable[[Caller], T]) -> T:

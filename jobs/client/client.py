@@ -28,6 +28,13 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
 
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They
     may be given with and without it. So nobody can ask for, or take, an id of somebody else's.
+
+    >>> from beatless import Client
+    >>> isinstance(app.client, Client)
+    True
+    >>> run = app.client.start_run("checkout", {"order": 1}, key="order:1")
+    >>> app.client.get_run(run.run_id).state
+    <RunState.QUEUED: 'queued'>
     """
 
     def start_run(
@@ -58,6 +65,11 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         one. One that cannot be read is left out.
 
         Raises UnknownPlan, BadRequest, BadPayload, RunConflict (key or id used with other content).
+
+        >>> run = client.start_run("checkout", {"order": 1}, key="order:1", priority=5)
+        >>> again = client.start_run("checkout", {"order": 1}, key="order:1", priority=5)
+        >>> again.run_id == run.run_id
+        True
         """
         request = RunRequest(
             plan=plan,
@@ -77,7 +89,13 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     def start_runs(
         self, requests: Sequence[RunRequest], *, connection: Caller | None = None
     ) -> list[Run]:
-        """Store many runs in one statement and one transaction; the runs in the given order."""
+        """Store many runs in one statement and one transaction; the runs in the given order.
+
+        >>> from beatless import RunRequest
+        >>> orders = [RunRequest(plan="checkout", input={"order": n}) for n in (1, 2, 3)]
+        >>> len(client.start_runs(orders))
+        3
+        """
         if not requests:
             return []
         new = []
@@ -121,6 +139,12 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`).
 
         Raises BadRequest for a state that there is not.
+
+        >>> for order in (1, 2):
+        ...     run = client.start_run("checkout", {"order": order}, tags={"customer": "ada"})
+        >>> found = client.list_runs(state="queued", tags={"customer": "ada"})
+        >>> [run.input["order"] for run in found]
+        [2, 1]
         """
         _check_state(state)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
@@ -184,7 +208,12 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         *,
         connection: Caller | None = None,
     ) -> list[Event]:
-        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
+        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> [event.type for event in client.events(run.run_id)]
+        ['RunStarted']
+        """
         if from_seq < 0:
             raise BadRequest("from_seq", "is negative; 0 gives everything")
 
@@ -202,7 +231,12 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         )
 
     def explain(self, run_id: str, *, connection: Caller | None = None) -> list[Moment]:
-        """Its attempts, waits, leases, dispatches and publishes. Raises RunNotFound."""
+        """Its attempts, waits, leases, dispatches and publishes. Raises RunNotFound.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> client.explain(run.run_id)[0].text
+        'accepted, plan checkout ...'
+        """
 
         def look(caller: Caller) -> list[Moment]:
             run = self._get(caller, run_id)
@@ -224,6 +258,10 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         A run that waits ends at once. One that runs ends after the step in flight. One whose plan
         has an `on_cancel` step, and that has begun, ends after that step. One that has ended stays
         as it is. Raises RunNotFound.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> client.cancel_run(run.run_id, reason="sold out").state.value
+        'cancelled'
         """
         undo = {
             name: None if plan.on_cancel is None else plan.on_cancel.name

@@ -33,6 +33,11 @@ class FailedRunCalls(BaseClient):
         Those whose events were pruned cannot be retried and are not among them. `error` is looked
         for in "type: message" of the error, whatever its case; `within` keeps those that failed so
         many seconds ago or less. `run.error` has the last traceback.
+
+        >>> run = client.start_run("checkout", {"order": 1, "declined": True})
+        >>> executed = beatless.work_until_idle()
+        >>> [failed.error["message"] for failed in client.failed_runs(error="card declined")]
+        ['card declined']
         """
         chosen = _given_up(plan, queue, tags, error, within)
 
@@ -75,6 +80,11 @@ class FailedRunCalls(BaseClient):
         that its `on_cancel` step has undone begins at the beginning.
 
         Raises RunNotFound, UnknownPlan and CannotRetry.
+
+        >>> run = client.start_run("checkout", {"order": 1, "declined": True})
+        >>> executed = beatless.work_until_idle()
+        >>> client.retry_run(run.run_id, from_step="charge").retry_of == run.run_id
+        True
         """
         return self._retry(run_id, from_step, connection, once=False)
 
@@ -92,6 +102,13 @@ class FailedRunCalls(BaseClient):
 
         Each is a transaction of its own: what was started before an interruption stays, and is not
         among those of the next call. Two calls at once retry each run once.
+
+        >>> order = {"order": 1, "declined": True}
+        >>> run = client.start_run("checkout", order, tags={"day": "monday"})
+        >>> executed = beatless.work_until_idle()
+        >>> started, refused = client.retry_failed(tags={"day": "monday"}, within=3600)
+        >>> len(started), refused
+        (1, [])
         """
         chosen = _given_up(plan, queue, tags, error, within)
         started: list[Run] = []

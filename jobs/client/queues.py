@@ -13,44 +13,85 @@ class QueueCalls(BaseClient):
     """Queue control, and the removal of runs."""
 
     def queues(self) -> list[QueueState]:
-        """Every queue that has runs or is paused, with its counts."""
+        """Every queue that has runs or is paused, with its counts.
+
+        >>> run = client.start_run("checkout", {"order": 1}, queue="mail")
+        >>> [queue.waiting for queue in client.queues() if queue.name == "mail"]
+        [1]
+        """
         with reaching_postgres(self._journal.schema):
             return self._queues.states()
 
     def pause_queue(self, queue: str) -> None:
-        """After this returned no run of the queue starts anywhere; those that run go on."""
+        """After this returned no run of the queue starts anywhere; those that run go on.
+
+        >>> client.pause_queue("mail")
+        >>> [queue.paused_at is not None for queue in client.queues() if queue.name == "mail"]
+        [True]
+        """
         with reaching_postgres(self._journal.schema):
             self._queues.pause(queue_name(queue))
 
     def resume_queue(self, queue: str) -> None:
-        """Let the queue's runs start again."""
+        """Let the queue's runs start again.
+
+        >>> client.pause_queue("mail")
+        >>> client.resume_queue("mail")
+        """
         with reaching_postgres(self._journal.schema):
             self._queues.resume(queue_name(queue))
 
     def drain_queue(self, queue: str) -> int:
-        """Take away the runs that wait, leave those that run; how many were taken away."""
+        """Take away the runs that wait, leave those that run; how many were taken away.
+
+        >>> run = client.start_run("checkout", {"order": 1}, queue="letters")
+        >>> client.drain_queue("letters")
+        1
+        """
         with reaching_postgres(self._journal.schema):
             return self._queues.drain(queue_name(queue))
 
     def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
-        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`.
+
+        >>> run = client.start_run("checkout", {"order": 1}, queue="parcels")
+        >>> client.obliterate_queue("parcels", force=True)
+        1
+        """
         with reaching_postgres(self._journal.schema):
             return self._queues.obliterate(queue_name(queue), force=force)
 
     def remove_run(self, run_id: str) -> None:
-        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+        """Take a run away with all of its events. Raises RunNotFound, RunIsActive.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> stopped = client.cancel_run(run.run_id)
+        >>> client.remove_run(run.run_id)
+        """
         run_id = self.get_run(run_id).run_id
         with reaching_postgres(self._journal.schema):
             self._queues.remove_run(run_id, namespace=self._namespace)
 
     def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
-        """Take away up to `limit` runs that ended in this state so long ago; how many."""
+        """Take away up to `limit` runs that ended in this state so long ago; how many.
+
+        >>> run = client.cancel_run(client.start_run("checkout", {"order": 1}).run_id)
+        >>> beatless.advance(7 * 86_400)
+        >>> client.clean("cancelled", older_than=7 * 86_400) >= 1
+        True
+        """
         age = _age(older_than)
         with reaching_postgres(self._journal.schema):
             return self._queues.clean(state, seconds=age, limit=limit, namespace=self._namespace)
 
     def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
-        """(runs, events) that `clean` would take away without a limit."""
+        """(runs, events) that `clean` would take away without a limit.
+
+        >>> run = client.cancel_run(client.start_run("checkout", {"order": 1}).run_id)
+        >>> runs, events = client.count_finished("cancelled", older_than=0)
+        >>> runs >= 1 and events >= 3
+        True
+        """
         age = _age(older_than)
         with reaching_postgres(self._journal.schema):
             return self._queues.count_finished(state, seconds=age, namespace=self._namespace)

@@ -27,7 +27,13 @@ TAGS_BYTES = 16 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """One run of a `start_runs` call; the members are those of `start_run`."""
+    """One run of a `start_runs` call; the members are those of `start_run`.
+
+    >>> from beatless import RunRequest
+    >>> orders = [RunRequest(plan="checkout", input={"order": n}) for n in (1, 2)]
+    >>> [run.input for run in app.client.start_runs(orders)]
+    [{'order': 1}, {'order': 2}]
+    """
 
     plan: str
     input: Any = None

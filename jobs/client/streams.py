@@ -31,6 +31,11 @@ class StreamCalls(BaseClient):
         more, WaitTimeout if no RunFinished came within `timeout` seconds. When the database was
         restored or failed over, what was seen may be gone: it raises HistoryChanged; or it calls
         `on_reset`, which must forget the events, and gives all of them from the first.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> [event.type for event in client.stream_run(run.run_id, from_seq=6)]
+        ['StepFinished', 'RunFinished']
         """
         timeout = seconds("timeout", timeout)
         run = self._check_stream(run_id, from_seq)
@@ -59,7 +64,16 @@ class StreamCalls(BaseClient):
         timeout: float | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> AsyncIterator[Event]:
-        """`stream_run` for asyncio. All streams of a loop share one connection to Redis."""
+        """`stream_run` for asyncio. All streams of a loop share one connection to Redis.
+
+        >>> import asyncio
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> async def steps():
+        ...     return [event.step async for event in client.astream_run(run.run_id, from_seq=6)]
+        >>> asyncio.run(steps())
+        ['ship', None]
+        """
         timeout = seconds("timeout", timeout)
 
         async def events() -> AsyncIterator[Event]:
@@ -83,6 +97,9 @@ class StreamCalls(BaseClient):
         """A token that may follow this run over HTTP for some minutes, for `EventSource`'s URL.
 
         Raises RunNotFound.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> url = f"/v1/runs/{run.run_id}/stream?access_token={client.stream_token(run.run_id)}"
         """
         run = self.get_run(run_id)
         with reaching_postgres(self._journal.schema):
@@ -96,7 +113,13 @@ class StreamCalls(BaseClient):
         return run
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
-        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> client.wait_for_run(run.run_id, timeout=10).result
+        {'parcel': 'p_1'}
+        """
         timeout = seconds("timeout", timeout)
         left, deadline = timeout, None if timeout is None else monotonic() + timeout
         while not (run := self.get_run(run_id)).state.final:

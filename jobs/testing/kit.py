@@ -63,7 +63,14 @@ LINE = 300
 
 
 class Kit:
-    """The helpers of the `beatless` fixture, bound to one app with its own schema and prefix."""
+    """The helpers of the `beatless` fixture, bound to one app with its own schema and prefix.
+
+    >>> run = beatless.start_run("checkout", {"order": 1})
+    >>> beatless.work_until_idle()
+    1
+    >>> beatless.client.get_run(run.run_id).state.value
+    'completed'
+    """
 
     def __init__(
         self,
@@ -101,7 +108,11 @@ class Kit:
     # Starting
 
     def start_run(self, plan: str, input: Any = None, **options: Any) -> Run:
-        """`client.start_run` with a run id that tells the test: `test-<worker>-<test>-<number>`."""
+        """`client.start_run` with a run id that tells the test: `test-<worker>-<test>-<number>`.
+
+        >>> beatless.start_run("checkout", {"order": 1}).run_id
+        'test-...'
+        """
         options.setdefault("run_id", next(self._ids))
         return self.client.start_run(plan, input, **options)
 
@@ -118,6 +129,11 @@ class Kit:
         """Exactly `count` runs of the plan were started like this; the runs, oldest first.
 
         In whichever namespace, unless it is given.
+
+        >>> run = beatless.client.start_run("checkout", {"order": 7}, key="order:7")
+        >>> [found] = beatless.assert_started("checkout", input={"order": 7}, key="order:7")
+        >>> found.run_id == run.run_id
+        True
         """
         found = [
             run
@@ -138,7 +154,12 @@ class Kit:
     # Doing what the processes do
 
     def drain_outbox_once(self, run_id: str | None = None) -> int:
-        """One drain of the relay: publish what is due, of one run or all; how many messages."""
+        """One drain of the relay: publish what is due, of one run or all; how many messages.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> beatless.drain_outbox_once(run.run_id)  # RunStarted, and the task message
+        2
+        """
         return self.relay.drain_once(run_id)
 
     def work_once(self) -> bool:
@@ -147,6 +168,10 @@ class Kit:
         Other tasks of the same Celery app are executed too. Like a worker this logs their failures,
         and unlike one it waits for no `countdown`. Raises AssertionError for a task that the app
         does not have.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> beatless.work_once(), beatless.work_once()
+        (True, False)
         """
         self.drain_outbox_once()
         while (message := self._take_message()) is not None:
@@ -160,6 +185,10 @@ class Kit:
         A message whose run is not to be executed any more, as the second one of a run, does not
         count. What waits for a later time stays: see `advance`. Raises AssertionError after
         `limit`.
+
+        >>> runs = [beatless.start_run("checkout", {"order": n}) for n in (1, 2)]
+        >>> beatless.work_until_idle()
+        2
         """
         for done in range(limit):
             if not self.work_once():
@@ -168,7 +197,14 @@ class Kit:
         raise AssertionError(f"still not idle after {limit} executions: does a plan run for ever?")
 
     def step(self, run_id: str) -> bool:
-        """Execute exactly one step of the run and give it back; False if it is not due."""
+        """Execute exactly one step of the run and give it back; False if it is not due.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> beatless.step(run.run_id)
+        True
+        >>> beatless.event_types(run.run_id)
+        ['RunStarted', 'StepStarted', 'StepFinished']
+        """
         run = self._client(run_id).get_run(run_id)
         return self.executor().execute(self.app.plans[run.plan], run.run_id, 0, max_steps=1)
 
@@ -179,6 +215,13 @@ class Kit:
         Its connections are gone and its lease stays until `advance` lets it run out. At a point of
         the relay it is `drain_outbox_once` that dies, and forgets what it had published. What
         follows in the block is not executed. Raises AssertionError if the point was never reached.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> with beatless.crash(at="step.committed"):
+        ...     beatless.work_once()
+        >>> beatless.advance(beatless.app.settings.lease_seconds)
+        >>> beatless.work_until_idle()
+        1
         """
         self.app.faults.arm(at, nth=nth, action="raise")
         try:
@@ -193,7 +236,13 @@ class Kit:
             self.app.faults.disarm(at)
 
     def executor(self) -> Executor:
-        """The worker of `work_once` and `step`. Raises RuntimeError in a forked process."""
+        """The worker of `work_once` and `step`. Raises RuntimeError in a forked process.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> checkout = beatless.app.plans["checkout"]
+        >>> beatless.executor().execute(checkout, run.run_id, 0, max_steps=2)
+        True
+        """
         if self._pid != os.getpid():
             raise RuntimeError(
                 f"this kit is of process {self._pid}, before it forked: here its `client` can be "
@@ -207,6 +256,12 @@ class Kit:
         """Drop the worker's connections, as its death would; the next call starts another.
 
         A broker that waits for acknowledgements delivers again what the worker held.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> first = beatless.step(run.run_id)
+        >>> beatless.forget_worker()
+        >>> beatless.step(run.run_id)  # by another worker
+        True
         """
         if self._executor is not None:
             self._executor.disconnect()
@@ -223,6 +278,13 @@ class Kit:
         they would be, in every process. The clocks of processes do not move, nor what they count
         with them: the `timeout` of a step that is running, a relay's pause after a failure. Raises
         ValueError for what is not 0 seconds to a thousand years.
+
+        >>> run = beatless.start_run("checkout", {"order": 1}, delay=3600)
+        >>> beatless.work_until_idle()
+        0
+        >>> beatless.advance(3600)
+        >>> beatless.work_until_idle()
+        1
         """
         if not (is_number(seconds) and 0 <= seconds <= MOST_ADVANCE_S):
             raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")
@@ -263,7 +325,13 @@ UPDATE {schema}.run_events
     # Waiting for processes
 
     def wait_for_run_completion(self, run_id: str, timeout: float = 60.0) -> Run:
-        """Wait until the run has ended. Raises AssertionError, telling where everything stands."""
+        """Wait until the run has ended. Raises AssertionError, telling where everything stands.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.wait_for_run_completion(run.run_id).result
+        {'parcel': 'p_1'}
+        """
         run = self._client(run_id).get_run(run_id)
         self._follow(run, run.last_seq, timeout)
         return self._client(run_id).get_run(run_id)
@@ -280,6 +348,11 @@ UPDATE {schema}.run_events
         """Wait until the run has an event of this type, of this step, with this seq; the first one.
 
         Raises AssertionError if none came, as soon as the run has ended without.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.wait_for_event(run.run_id, "StepFinished", step="charge").data["result"]
+        {'charge': 'ch_1'}
         """
         wanted = {"type": type, "step": step, "seq": seq}
         run = self._client(run_id).get_run(run_id)
@@ -303,6 +376,10 @@ UPDATE {schema}.run_events
 
         An event that is still to come is waited for. Raises RunNotFound, and AssertionError, as
         soon as the run has ended without event `seq`.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.wait_for_outbox_flush(run.run_id)
         """
         deadline = monotonic() + timeout
         stored_id = self._client(run_id).get_run(run_id).run_id
@@ -332,13 +409,24 @@ UPDATE {schema}.run_events
         return run.last_seq >= seq and (first is None or first > seq)
 
     def collect_stream(self, run_id: str, from_seq: int = 0, timeout: float = 60.0) -> list[Event]:
-        """All events of the stream from there to RunFinished."""
+        """All events of the stream from there to RunFinished.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> [event.seq for event in beatless.collect_stream(run.run_id, from_seq=6)]
+        [7, 8]
+        """
         run = self._client(run_id).get_run(run_id)
         check_cursor(run, from_seq)
         return self._follow(run, from_seq, timeout)
 
     def event_types(self, run_id: str) -> list[str]:
-        """The types of the stored events, in order."""
+        """The types of the stored events, in order.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> beatless.event_types(run.run_id)
+        ['RunStarted']
+        """
         return [event.type for event in self._client(run_id).events(run_id)]
 
     def _follow(self, run: Run, after: int, timeout: float) -> list[Event]:
@@ -361,13 +449,22 @@ UPDATE {schema}.run_events
 
         It has the plans of that App, whatever `beatless_plans` gives to the test. Settings are
         those of the test's app, and those given here: `fault="step.before@2:kill"` crashes it.
+
+        >>> worker = beatless.worker_process("shop.app:app", concurrency=2)
+        >>> worker.alive
+        True
         """
         return self._process(
             app, ["worker", "--concurrency", str(concurrency), *arguments], settings
         )
 
     def relay_process(self, app: str, **settings: Any) -> Child:
-        """A real relay, listening; it ends with the test."""
+        """A real relay, listening; it ends with the test.
+
+        >>> relay = beatless.relay_process("shop.app:app")
+        >>> relay.alive
+        True
+        """
         return self._process(app, ["relay"], settings)
 
     def _process(self, app: str, arguments: list[str], settings: dict[str, Any]) -> Child:
@@ -394,7 +491,12 @@ UPDATE {schema}.run_events
     # Looking
 
     def verify(self) -> None:
-        """Raises AssertionError if anything stored breaks a guarantee."""
+        """Raises AssertionError if anything stored breaks a guarantee.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.verify()
+        """
         # `advance` passes no time for a relay that only drains when it is told to.
         patience = PATIENCE + self._advanced
         with self.app.engine.connect() as connection:
@@ -406,6 +508,13 @@ UPDATE {schema}.run_events
         """Where a run stands: its row, last events, outbox, dispatch, and its processes.
 
         Without what is in them: no input, result or message body.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> print(beatless.describe(run.run_id))
+        run test-...: queued
+          last_seq 1, claimed 0 times, by None
+          event 1 RunStarted
+          ...
         """
         client = self._client(run_id)
         run = client.get_run(run_id)

@@ -1,0 +1,122 @@
+"""The examples in the docstrings of what users call: each has one, and they are executed."""
+
+import doctest
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import beatless as package
+from beatless import Client, Fatal, Plan, StepContext, step
+from beatless.testing import Kit
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+WITHOUT = {"Kit.close", "Client.stored_id", "Client.page_of_runs", "Client.event_page"} | {
+    "Client.count_failed_runs",
+    "Client.page_of_failed_runs",
+    "Client.retry_page",
+}
+"""What the fixture and the API call, and users have no need of."""
+
+
+@step
+def reserve(ctx: StepContext) -> dict[str, Any]:
+    return {"reserved": ctx.input["order"]}
+
+
+@step
+def charge(ctx: StepContext) -> dict[str, Any]:
+    if ctx.input.get("declined"):
+        raise Fatal("card declined")
+    return {"charge": f"ch_{ctx.input['order']}"}
+
+
+@step
+def ship(ctx: StepContext) -> dict[str, Any]:
+    return {"parcel": f"p_{ctx.input['order']}"}
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [Plan("checkout", [reserve, charge, ship])]
+
+
+def names_of_the_package() -> Iterator[tuple[str, Any]]:
+    """Its classes and functions, without the errors that users only catch."""
+    for name in package.__all__:
+        value = getattr(package, name)
+        if value is Fatal or not (inspect.isclass(value) and issubclass(value, Exception)):
+            yield name, value
+
+
+def calls(kind: type) -> Iterator[tuple[str, Any]]:
+    """The public methods and properties of a class."""
+    for name, value in inspect.getmembers(kind):
+        if not name.startswith("_") and f"{kind.__name__}.{name}" not in WITHOUT:
+            if isinstance(value, property):
+                value = value.fget
+            if inspect.isroutine(value):
+                yield f"{kind.__name__}.{name}", value
+
+
+def examples(name: str, value: Any) -> doctest.DocTest:
+    text = inspect.cleandoc(value.__doc__ or "")
+    return doctest.DocTestParser().get_doctest(text, {}, name, inspect.getsourcefile(value), 0)
+
+
+def without_example(documented: Iterator[tuple[str, Any]]) -> list[str]:
+    return [name for name, value in documented if not examples(name, value).examples]
+
+
+def check(documented: Iterator[tuple[str, Any]], names: dict[str, Any]) -> None:
+    """Executes the examples of each, which see these names and none of one another's."""
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=OPTIONS)
+    for name, value in documented:
+        test = examples(name, value)
+        test.globs = dict(names)
+        runner.run(test, out=report.append)
+    assert not report, "\n".join(report)
+
+
+def test_each_name_of_the_package_has_an_example() -> None:
+    assert without_example(names_of_the_package()) == []
+
+
+def test_the_examples_of_the_package_give_what_they_show(beatless: Kit) -> None:
+    check(names_of_the_package(), {"app": beatless.app, "beatless": beatless})
+
+
+def test_each_call_of_the_client_has_an_example() -> None:
+    assert without_example(calls(Client)) == []
+
+
+def test_the_examples_of_the_client_give_what_they_show(beatless: Kit) -> None:
+    check(calls(Client), {"client": beatless.client, "beatless": beatless})
+
+
+def test_each_helper_of_the_kit_has_an_example() -> None:
+    assert without_example(calls(Kit)) == []
+
+
+SHOP = """
+from beatless import App, Plan, Settings, step
+
+@step
+def charge(ctx): ...
+
+app = App(Settings.from_env(), plans=[Plan("checkout", [charge])])
+"""
+"""The project whose worker and relay the examples start."""
+
+
+def test_the_examples_of_the_kit_give_what_they_show(
+    beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "app.py").write_text(SHOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    check(calls(Kit), {"beatless": beatless})
