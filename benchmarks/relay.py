@@ -31,8 +31,9 @@ from beatless.orchestrator.events import EventType
 from beatless.orchestrator.tables import runs
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import worker_queue
-from beatless.outbox.queries import channel_of, doorbell
+from beatless.outbox.queries import channel_of
 from beatless.outbox.sockets import readable
+from beatless.outbox.statements import fragment
 from beatless.outbox.tables import run_events, run_outbox
 from beatless.settings import libpq_url
 from benchmarks.measure import (
@@ -80,6 +81,7 @@ def script(statement: str) -> str:
     values = {
         "run_id": "('0192f3a4-7b1c-7d3e-8f00-' || lpad(:client_id::text, 12, '0'))",
         "token": "1",
+        "after": "0",
         "n": "1",
         "shard": ":shard",
         "types": f"ARRAY['{TRACE.value}']",
@@ -94,7 +96,7 @@ def script(statement: str) -> str:
 def without_outbox(statement: str) -> str:
     """The append without its outbox row."""
     return re.sub(
-        r", o AS \(INSERT.*?\)(?=\s*SELECT last_seq, cancelled)", "", statement, flags=re.DOTALL
+        r", o AS \(\s*INSERT.*?\)(?=\s*SELECT last_seq, cancelled)", "", statement, flags=re.DOTALL
     )
 
 
@@ -155,8 +157,8 @@ def relays(bench: Bench, count: int = 1, **options: Any) -> Iterator[list[Any]]:
 
 
 def append(bench: Bench) -> None:
-    statement = bench.app.journal._append
-    bell = doorbell("bench", "%(shard)s")
+    statement = bench.app.journal.sql["append"]
+    bell = fragment("doorbell", "bench")
     assert bell in statement
     notify = f"pg_notify('{channel_of('bench')}', (%(shard)s)::text)"
     texts = {
@@ -212,7 +214,7 @@ def api(bench: Bench) -> None:
     journal = bench.app.journal
     (run_id, *_) = make_runs(bench, 1)
     text = json.dumps(DATA)
-    statement = journal._append.encode()
+    statement = journal.sql["append"].encode()
     engine = bench.app.engine.execution_options(schema_translate_map={None: "bench"})
     with writer(bench) as connection:
 
@@ -224,6 +226,7 @@ def api(bench: Bench) -> None:
         parameters = {
             "run_id": run_id,
             "token": 1,
+            "after": 0,
             "shard": shard_of(run_id),
             "n": 1,
             "types": [TRACE.value],
@@ -595,7 +598,7 @@ def idle(bench: Bench) -> None:
             make_runs(bench, 16)
             with relays(bench):
                 list(listener.notifies(timeout=0))
-                pgbench(bench, script(bench.app.journal._append), clients=16)
+                pgbench(bench, script(bench.app.journal.sql["append"]), clients=16)
                 rung = len(list(listener.notifies(timeout=0.2)))
                 events = bench.db.execute("SELECT sum(last_seq) FROM runs").fetchone()
                 shares.append(100 * rung / int(events[0]))  # type: ignore[index]
@@ -622,7 +625,7 @@ def growth(bench: Bench) -> None:
             bench.db.execute("VACUUM ANALYZE runs")
             bench.db.execute("CHECKPOINT")
             for _ in range(2):
-                tps = pgbench(bench, script(journal._append), clients=8)
+                tps = pgbench(bench, script(journal.sql["append"]), clients=8)
                 appended.setdefault(name, []).append(tps)
             with writer(bench) as connection:
                 names = [f"0192f3a4-7b1c-7d3e-8f00-{number:012}" for number in range(8, 1000)]
@@ -709,14 +712,15 @@ def wire(bench: Bench) -> None:
     journal = bench.app.journal
     bench.db.execute("ALTER SYSTEM SET full_page_writes = off")
     bench.db.execute("SELECT pg_reload_conf()")
-    lean = without_outbox(journal._append)
-    assert lean != journal._append
+    lean = without_outbox(journal.sql["append"])
+    assert lean != journal.sql["append"]
 
     def wal(statement: str) -> float:
         (run_id, *_) = make_runs(bench, 1)
         parameters = {
             "run_id": run_id,
             "token": 1,
+            "after": 0,
             "shard": 0,
             "n": 10,
             "types": [TRACE.value] * 10,
@@ -732,7 +736,7 @@ def wire(bench: Bench) -> None:
             row = connection.execute(f"SELECT ({position}) - %s", (begin[0],)).fetchone()  # type: ignore[index]
         return float(row[0]) / 1000  # type: ignore[index]
 
-    found = interleaved({"with": lambda: wal(journal._append), "without": lambda: wal(lean)})
+    found = interleaved({"with": lambda: wal(journal.sql["append"]), "without": lambda: wal(lean)})
     bench.db.execute("ALTER SYSTEM RESET full_page_writes")
     bench.db.execute("SELECT pg_reload_conf()")
     record(

@@ -78,7 +78,7 @@ def hot(bench: Bench, schema: str) -> None:
 def appends(bench: Bench, schema: str, *, type: EventType = TRACE) -> tuple[float, float]:
     """(appends per second, 99th percentile in ms) of four writers, two seconds long."""
     bench.db.execute(f"TRUNCATE {schema}.run_outbox")
-    statement = Journal(schema, max_event_bytes=262_144)._append
+    statement = Journal(schema, max_event_bytes=262_144).sql["append"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "append.sql"
         file.write_text(script(statement).replace(TRACE.value, type.value))

@@ -15,21 +15,14 @@ from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import (
-    EVENT_JSON,
-    Caller,
-    Read,
-    doorbell,
-    execute,
-    origin,
-    outbox_row,
-)
+from beatless.outbox.queries import Caller, Read, execute
+from beatless.outbox.statements import statements
 
 LAST_SEQ = 2**31 - 1
+"""No run has an event beyond it: the column is an integer."""
 
 PAGE_BYTES = 256 * 1024
 """Of events as JSON that a reader of pages has in memory at once."""
-"""No run has an event beyond it: the column is an integer."""
 
 RUN_COLUMNS = (
     "run_id",
@@ -251,280 +244,15 @@ class Journal:
     def __init__(self, schema: str, *, max_event_bytes: int) -> None:
         self.schema = schema
         self.max_event_bytes = max_event_bytes
-        s = schema
-        columns = ", ".join(RUN_COLUMNS)
-        retries = f"FROM {s}.runs n WHERE n.retry_of = r.run_id"
-        with_retry = f"""{columns},
-       (SELECT n.run_id {retries} ORDER BY n.created_at DESC LIMIT 1) AS retried_by"""
-        bell = doorbell(s, "%(shard)s")
-        self._create = f"""
-WITH input AS (
-  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
-    run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
-    priority smallint, input jsonb, key text, not_before timestamptz, delay float8,
-    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb,
-    default_queue boolean, default_input boolean)
-), u AS (
-  INSERT INTO {s}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input, key,
-                        last_seq, not_before, deadline_at, tags, retry_of, trace_context,
-                        default_queue, default_input)
-  SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
-         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
-         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context,
-         default_queue, default_input
-    FROM input
-  ON CONFLICT DO NOTHING
-  RETURNING *
-), e AS (
-  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
-  SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
-         jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
-           'queue', u.queue, 'retry_of', u.retry_of,
-           'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
-           'traceparent', u.trace_context->>'traceparent'))
-         -- Results of users, whose nulls are theirs.
-         || CASE WHEN i.reused IS NULL THEN '{{}}' ELSE jsonb_build_object('reused', i.reused) END
-    FROM u JOIN input i USING (run_id)
-), o AS (
-  INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
-), d AS (
-  INSERT INTO {s}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                              deadline_at)
-  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
-         CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
-         coalesce(u.not_before, u.created_at),
-         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
-    FROM u JOIN input i USING (run_id)
-)
-SELECT {", ".join("u." + column for column in RUN_COLUMNS)}, {doorbell(s, "i.shard")}
-  FROM u JOIN input i USING (run_id)"""
-        # Compared here: only Postgres knows which numbers are the same to it.
-        self._find = f"""
-SELECT {with_retry}, default_queue, default_input, coalesce(input, 'null') = %(input)s::jsonb
-  FROM {s}.runs r
- WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)"""
-        # An append that stays in the run: nothing but events, under the lease.
-        self._append = f"""
-WITH u AS (
-  UPDATE {s}.runs SET last_seq = last_seq + %(n)s
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
-     AND last_seq >= %(after)s
-  RETURNING run_id, last_seq, cancel_requested_at IS NOT NULL AS cancelled
-), e AS (
-  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt, data)
-  SELECT u.run_id, u.last_seq - %(n)s + x.n, clock_timestamp(), x.type, 'worker', x.step,
-         x.attempt, x.data::jsonb
-    FROM u, unnest(%(types)s::text[], %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])
-         WITH ORDINALITY AS x(type, step, attempt, data, n)
-), o AS ({outbox_row(s, "u", "%(shard)s", "%(n)s")})
-SELECT last_seq, cancelled, {bell} FROM u"""
-        live = "cancel_requested_at IS NULL"
-        state = f"CASE WHEN {live} THEN %(state)s ELSE %(state_cancelled)s END"
-        self._settle = f"""
-WITH u AS (
-  UPDATE {s}.runs
-     SET last_seq = last_seq + CASE WHEN {live} THEN %(n)s ELSE %(n_cancelled)s END,
-         state = {state},
-         result = CASE WHEN {live} THEN %(result)s::jsonb END,
-         error = CASE WHEN {live} THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
-         lease_expires_at = CASE WHEN {state} = 'running' THEN lease_expires_at END,
-         not_before = CASE WHEN {state} = 'queued'
-                           THEN least(CASE WHEN {live} THEN deadline_at END,
-                             clock_timestamp() + make_interval(secs =>
-                               CASE WHEN {live} THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
-         finished_at = CASE WHEN {state} NOT IN ('running', 'queued') THEN clock_timestamp() END
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
-     AND last_seq >= %(after)s
-  RETURNING run_id, last_seq, state, not_before, NOT ({live}) AS cancelled,
-            CASE WHEN {live} THEN %(n)s ELSE %(n_cancelled)s END AS n
-), e AS (
-  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt, data)
-  SELECT u.run_id, u.last_seq - u.n + row_number() OVER (ORDER BY x.n), clock_timestamp(), x.type,
-         'worker', x.step, x.attempt,
-         CASE WHEN x.type = 'StepFailed'
-              THEN x.data::jsonb || jsonb_build_object(
-                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
-              ELSE x.data::jsonb END
-    FROM u, unnest(%(branches)s::bool[], %(types)s::text[], %(steps)s::text[], %(attempts)s::int[],
-                   %(datas)s::text[]) WITH ORDINALITY AS x(branch, type, step, attempt, data, n)
-   WHERE x.branch = u.cancelled
-), o AS ({outbox_row(s, "u WHERE n > 0", "%(shard)s", "n")}
-), gone AS (
-  DELETE FROM {s}.dispatches d USING u
-   WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
-), later AS (
-  UPDATE {s}.dispatches d
-     SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
-         due_at = u.not_before, reason = %(reason)s
-    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
-)
-SELECT last_seq, cancelled, {bell} FROM u"""
-        # A run that waits ends at once; one that runs is told, and ends at its next boundary. One
-        # that has begun and waits, of a plan with an `on_cancel` step, is due now for that step.
-        ends = """state = 'queued'
-           AND (%(undo)s::jsonb -> plan = 'null' OR attempt = 0 AND retry_of IS NULL)"""
-        self._cancel = f"""
-WITH u AS (
-  UPDATE {s}.runs
-     SET cancel_requested_at = clock_timestamp(),
-         last_seq = last_seq + CASE WHEN {ends} THEN 2 ELSE 1 END,
-         state = CASE WHEN {ends} THEN 'cancelled' ELSE state END,
-         not_before = NULL,
-         error = CASE WHEN {ends} THEN %(error)s::jsonb ELSE error END,
-         finished_at = CASE WHEN {ends} THEN clock_timestamp() END
-   WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')
-     AND cancel_requested_at IS NULL
-  RETURNING *
-), e AS (
-  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, data)
-  SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
-         'CancelRequested', 'api',
-         jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
-           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
-    FROM u
-  UNION ALL
-  SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
-         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb, 'plan', u.plan)
-    FROM u WHERE u.state = 'cancelled'
-), o AS ({outbox_row(s, "u", "%(shard)s", "CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END")}
-), gone AS (
-  DELETE FROM {s}.dispatches d USING u WHERE d.run_id = u.run_id AND u.state = 'cancelled'
-), now AS (
-  UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp(), reason = 'cancel'
-    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
-)
-SELECT {columns}, {bell} FROM u"""
-        self._get = f"""
-SELECT {with_retry} FROM {s}.runs r WHERE run_id = %(run_id)s AND namespace = %(namespace)s"""
-        # Of the many stored runs few are unfinished: these are found by their dispatches.
-        self._list = f"""
-SELECT {with_retry} FROM {s}.runs r
- WHERE namespace = %(namespace)s
-   AND (%(state)s::text IS NULL OR state = %(state)s) AND {{which}}
-   AND (%(plan)s::text IS NULL OR plan = %(plan)s)
-   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
-   AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
-   AND (%(retried)s::bool IS NULL OR %(retried)s = EXISTS (SELECT {retries}))
-   AND (%(before_at)s::timestamptz IS NULL
-        OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
- ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s"""
-        # The last event that says where a run is: by the index of its events, backwards.
-        place = f"""{s}.run_events e
- WHERE e.run_id = r.run_id AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished')
- ORDER BY e.seq DESC LIMIT 1"""
-        promise = f"""LEFT JOIN LATERAL (
-    SELECT c.seq, c.data ->> 'on_cancel' AS undo FROM {s}.run_events c
-     WHERE r.cancel_requested_at IS NOT NULL AND c.run_id = r.run_id
-       AND c.type = 'CancelRequested') c ON true"""
-        self._standing_at = f"""r.run_id IN (SELECT run_id FROM {s}.dispatches)
-   AND EXISTS (SELECT FROM (
-     SELECT CASE WHEN c.undo IS NOT NULL AND NOT (e.type = 'StepStarted' AND c.seq < e.seq)
-                 THEN c.undo
-                 WHEN e.type = 'StepStarted' THEN e.step
-                 WHEN e.type = 'RunStarted' THEN e.data #>> '{{reused,next}}'
-                 ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
-       FROM (SELECT e.seq, e.type, e.step, e.data FROM {place}) e {promise}) e
-    WHERE %(step)s::text IN (at, split_part(at, '#', 1)))"""
-        # An attempt that was begun after the cancel is one of the step that undoes the run.
-        self._unfinished = f"""
-SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
-       e.seq, e.type, e.step, (e.data - 'result') #- '{{reused,results}}'
-  FROM {s}.dispatches d JOIN {s}.runs r USING (run_id)
- CROSS JOIN LATERAL (SELECT e.seq, e.type, e.step, e.data FROM {place}) e
-  {promise}
- WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
- ORDER BY r.run_id"""
-        self._hold = f"SELECT FROM {s}.runs WHERE run_id = %(run_id)s FOR UPDATE"
-        self._retries = f"""
-SELECT 1 FROM {s}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1"""
-        self._in_state = {
-            RunState.QUEUED: f"run_id IN (SELECT run_id FROM {s}.dispatches)",
-            RunState.RUNNING: f"""run_id = ANY(ARRAY(
-     SELECT run_id FROM {s}.dispatches WHERE state <> 'waiting'))""",
+        self.sql = statements(__file__, schema, page_bytes=PAGE_BYTES)
+        self._lists = {
+            (None, False): self.sql["list"],
+            (None, True): self.sql["list_at_step"],
+            (RunState.QUEUED, False): self.sql["list_queued"],
+            (RunState.QUEUED, True): self.sql["list_queued_at_step"],
+            (RunState.RUNNING, False): self.sql["list_running"],
+            (RunState.RUNNING, True): self.sql["list_running_at_step"],
         }
-        # Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
-        self._whole = ", ".join("r." + column for column in RUN_COLUMNS)
-        given_up = f"""
-  FROM {s}.run_events e JOIN {s}.runs r USING (run_id)
- WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = 'failed'
-   AND e.ts > coalesce((SELECT clock_timestamp() - make_interval(secs => %(seconds)s)), '-infinity')
-   AND r.namespace = %(namespace)s AND r.pruned_seq = 0
-   AND e.ts >= coalesce(%(after_at)s::timestamptz, '-infinity')
-   AND (%(after_at)s::timestamptz IS NULL
-        OR (e.ts, r.run_id) > (%(after_at)s, %(after_id)s::text))
-   AND (%(plan)s::text IS NULL OR r.plan = %(plan)s)
-   AND (%(queue)s::text IS NULL OR r.queue = %(queue)s)
-   AND (%(tags)s::jsonb IS NULL OR r.tags @> %(tags)s::jsonb)
-   AND (%(error)s::text IS NULL
-        OR strpos(lower(concat(r.error ->> 'type', ': ', r.error ->> 'message')),
-                  lower(%(error)s)) > 0)
-   AND NOT EXISTS (SELECT {retries})"""
-        self._given_up = f"""
-SELECT e.ts, r.run_id, {{what}} {given_up}
- ORDER BY e.ts, r.run_id LIMIT %(limit)s"""
-        self._count_given_up = f"""
-SELECT count(*) FROM (SELECT {given_up} LIMIT %(limit)s) AS found"""
-        # No LIMIT, for there are no gaps: with one as a parameter Postgres plans each read anew,
-        # which takes as long as the read itself.
-        self._read = f"""
-SELECT {EVENT_JSON} FROM {s}.run_events e
- WHERE e.run_id = %(run_id)s AND e.seq > %(after)s
-   AND e.seq <= %(until)s ORDER BY e.seq"""
-        # OFFSET 0, or each line would be built three times.
-        self._read_page = f"""
-SELECT seq, type, line FROM (
-  SELECT *, sum(octet_length(line)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING)
-            - octet_length(line) AS before
-    FROM (SELECT e.seq, e.type, {EVENT_JSON} AS line FROM {s}.run_events e
-           WHERE e.run_id = %(run_id)s AND e.seq > %(after)s AND e.seq <= %(until)s
-           ORDER BY e.seq OFFSET 0) AS lines) AS sized
- WHERE before < {PAGE_BYTES} ORDER BY seq"""
-        # A snooze is a start and a trace. Of many in a row the last says all that the others say.
-        self._turns = f"""
-SELECT {EVENT_JSON} FROM (
-  SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
-         lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
-         lag(step) OVER w AS started_step, lead(step) OVER w AS step_1,
-         lead(rests, 1, false) OVER w AS rests_1,
-         lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
-    FROM (
-      SELECT e.*, e.type = 'StepStarted' AS starts,
-             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
-        FROM {s}.run_events e
-       WHERE e.run_id = %(run_id)s
-         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
-                         'CancelRequested')
-              OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
-              OR e.seq = (SELECT r.last_seq FROM {s}.runs r WHERE r.run_id = %(run_id)s))
-    ) e WINDOW w AS (ORDER BY e.seq)
-) e
- WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
-   AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
- ORDER BY e.seq"""
-        self._kept = f"""
-SELECT pruned_seq, last_seq FROM {s}.runs WHERE run_id = %(run_id)s"""
-        self._standing = f"""
-SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
-       EXISTS (SELECT FROM {s}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
-       (SELECT min(from_seq) FROM {s}.run_outbox o
-         WHERE o.shard = %(shard)s AND o.run_id = r.run_id),
-       ARRAY(SELECT kind || ': ' || reason FROM {s}.dead_letters l
-              WHERE l.run_id = r.run_id ORDER BY id)
-  FROM {s}.runs r LEFT JOIN {s}.dispatches d USING (run_id)
- WHERE r.run_id = %(run_id)s"""
-        timeline = """CASE WHEN pg_is_in_recovery()
-       THEN (SELECT timeline_id FROM pg_control_checkpoint())
-       ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END"""
-        epoch = f"{origin(s)} || 't' || {timeline}"
-        self._epoch = f"""
-SELECT {epoch}, CASE WHEN pg_is_in_recovery() THEN 0
-                     ELSE (pg_current_wal_flush_lsn() - '0/0')::bigint END"""
-        self._renew = f"""
-UPDATE {s}.history SET token = gen_random_uuid()::text
- WHERE %(epoch)s::text IS NULL OR {epoch} = %(epoch)s"""
-        self._heads = f"""
-SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
     def create_runs(self, connection: Caller, new: Sequence[NewRun]) -> list[Run]:
         """Store runs, their RunStarted, outbox rows and dispatches; the runs in the given order.
@@ -548,13 +276,13 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
         """Those of the runs, by their ids, whose id and key nobody has used."""
         text = f"[{','.join(run.to_json() for run in new)}]"
-        rows = execute(connection, self._create, {"runs": text})
+        rows = execute(connection, self.sql["create"], {"runs": text})
         return {row[0]: Run.from_row(row[:-1]) for row in rows}
 
     def _existing(self, connection: Caller, new: NewRun) -> Run:
         rows = execute(
             connection,
-            self._find,
+            self.sql["find"],
             {
                 "run_id": new.run_id,
                 "namespace": new.namespace,
@@ -604,7 +332,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         """
         rows = execute(
             connection,
-            self._append,
+            self.sql["append"],
             {
                 "run_id": run_id,
                 "token": token,
@@ -631,7 +359,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         events = (*settlement.events, *settlement.if_cancelled)
         rows = execute(
             connection,
-            self._settle,
+            self.sql["settle"],
             {
                 "run_id": run_id,
                 "token": token,
@@ -676,7 +404,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         )
         rows = execute(
             connection,
-            self._cancel,
+            self.sql["cancel"],
             {
                 "run_id": run_id,
                 "namespace": namespace,
@@ -692,7 +420,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
     def get(self, connection: Caller, run_id: str, *, namespace: str) -> Run:
         """Raises RunNotFound."""
-        rows = execute(connection, self._get, {"run_id": run_id, "namespace": namespace})
+        rows = execute(connection, self.sql["get"], {"run_id": run_id, "namespace": namespace})
         if not rows:
             raise RunNotFound(run_id)
         return Run.from_row(rows[0])
@@ -718,12 +446,11 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
         With `execute_lazily` few of the runs are in memory at once.
         """
-        which = self._in_state.get(RunState(state), "true") if state else "true"
-        if step is not None:
-            which += f" AND {self._standing_at}"
+        asked = RunState(state) if state else None
+        unfinished = asked if asked in (RunState.QUEUED, RunState.RUNNING) else None
         rows = read(
             connection,
-            self._list.replace("{which}", which),
+            self._lists[unfinished, step is not None],
             {
                 "namespace": namespace,
                 "state": state,
@@ -744,7 +471,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     ) -> Iterator[Unfinished]:
         """Where all runs are that have not ended, or those that wait for this reason."""
         for run_id, plan, cancelled, undo, undoing, seq, type, step, data in read(
-            connection, self._unfinished, {"reason": reason}
+            connection, self.sql["unfinished"], {"reason": reason}
         ):
             place = Event(run_id=run_id, seq=seq, ts=0, type=type, source="", step=step, data=data)
             yield Unfinished(
@@ -756,8 +483,10 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
         Locked first and asked second: a retry that was committed while we waited is seen.
         """
-        execute(connection, self._hold, {"run_id": run_id})
-        return bool(execute(connection, self._retries, {"run_id": run_id, "but": by_other_than}))
+        execute(connection, self.sql["hold"], {"run_id": run_id})
+        return bool(
+            execute(connection, self.sql["retries"], {"run_id": run_id, "but": by_other_than})
+        )
 
     def given_up(
         self,
@@ -769,36 +498,30 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         read: Read = execute,
     ) -> Iterator[tuple[Run, Place]]:
         """Failed runs that nobody has retried and that can be, oldest end first."""
-        rows = self._read_given_up(connection, self._whole, namespace, chosen, limit, read)
+        rows = self._read_failed(
+            connection, self.sql["failed_runs"], namespace, chosen, limit, read
+        )
         return ((Run.from_row(row[2:]), (row[0], row[1])) for row in rows)
 
     def places_given_up(
         self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
     ) -> list[Place]:
         """The ids of `given_up`, with their places."""
-        rows = self._read_given_up(connection, "true", namespace, chosen, limit, execute)
-        return [(row[0], row[1]) for row in rows]
+        return [
+            (at, run_id)
+            for at, run_id in self._read_failed(
+                connection, self.sql["failed_places"], namespace, chosen, limit
+            )
+        ]
 
     def count_given_up(
         self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
     ) -> int:
         """How many `given_up` would give."""
-        statement = self._count_given_up
-        return int(self._given_up_rows(connection, statement, namespace, chosen, limit)[0][0])
+        statement = self.sql["count_failed"]
+        return int(self._read_failed(connection, statement, namespace, chosen, limit)[0][0])
 
-    def _read_given_up(
-        self,
-        connection: Caller,
-        what: str,
-        namespace: str,
-        chosen: GivenUp,
-        limit: int,
-        read: Read,
-    ) -> Any:
-        statement = self._given_up.replace("{what}", what)
-        return self._given_up_rows(connection, statement, namespace, chosen, limit, read)
-
-    def _given_up_rows(
+    def _read_failed(
         self,
         connection: Caller,
         statement: str,
@@ -828,7 +551,9 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     ) -> list[Event]:
         """The events with a seq above `after`, in order. Raises EventsPruned and RunNotFound."""
         until = LAST_SEQ if limit is None else min(after + limit, LAST_SEQ)
-        rows = execute(connection, self._read, {"run_id": run_id, "after": after, "until": until})
+        rows = execute(
+            connection, self.sql["read"], {"run_id": run_id, "after": after, "until": until}
+        )
         events = [Event.from_json(line) for (line,) in rows]
         self._check_kept(connection, run_id, after, events[0].seq if events else None)
         return events
@@ -842,7 +567,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         """
         until = min(after + limit, LAST_SEQ)
         rows = execute(
-            connection, self._read_page, {"run_id": run_id, "after": after, "until": until}
+            connection, self.sql["read_page"], {"run_id": run_id, "after": after, "until": until}
         )
         page = [EventText.of(*row) for row in rows]
         self._check_kept(connection, run_id, after, page[0].seq if page else None)
@@ -852,7 +577,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
     def _check_kept(self, connection: Caller, run_id: str, after: int, first: int | None) -> None:
         if first != after + 1:
             # Asked second: what goes while we read was there in the statement before, or is missed.
-            kept = execute(connection, self._kept, {"run_id": run_id})
+            kept = execute(connection, self.sql["kept"], {"run_id": run_id})
             if not kept:
                 raise RunNotFound(run_id)
             pruned, last = kept[0]
@@ -868,14 +593,16 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         one step that follow one another and did nothing but end with the trace `rest`, the last.
         """
         parameters = {"run_id": run_id, "names": list(names), "rest": rest}
-        rows = execute(connection, self._turns, parameters)
+        rows = execute(connection, self.sql["turns"], parameters)
         if not rows:
             raise RunNotFound(run_id)
         return [Event.from_json(line) for (line,) in rows]
 
     def standing(self, connection: Caller, run_id: str) -> Standing:
         """Where a run stands beside its own row. Raises RunNotFound."""
-        rows = execute(connection, self._standing, {"run_id": run_id, "shard": shard_of(run_id)})
+        rows = execute(
+            connection, self.sql["standing"], {"run_id": run_id, "shard": shard_of(run_id)}
+        )
         if not rows:
             raise RunNotFound(run_id)
         now, lease, state, due_at, reason, attempts, paused, unpublished, letters = rows[0]
@@ -890,7 +617,7 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
 
     def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:
         """The last seq of each of these runs, in one statement."""
-        return dict(execute(connection, self._heads, {"run_ids": list(run_ids)}))
+        return dict(execute(connection, self.sql["heads"], {"run_ids": list(run_ids)}))
 
     def epoch(self, connection: Caller) -> tuple[str, int]:
         """(what changes with the database's history, up to where that is on disk)
@@ -900,12 +627,12 @@ SELECT run_id, last_seq FROM {s}.runs WHERE run_id = ANY(%(run_ids)s)"""
         standby writes nothing, and tells the checkpoint's. A position in the WAL that is smaller
         than before, on one timeline, is of an older copy of the disk.
         """
-        epoch, flushed = execute(connection, self._epoch, {})[0]
+        epoch, flushed = execute(connection, self.sql["epoch"], {})[0]
         return epoch, flushed
 
     def renew(self, connection: Caller, epoch: str | None = None) -> None:
         """Make the epoch another one: the database is a copy. Only if it is this one, if given."""
-        execute(connection, self._renew, {"epoch": epoch})
+        execute(connection, self.sql["renew"], {"epoch": epoch})
 
     def new_event(
         self,

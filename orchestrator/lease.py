@@ -18,13 +18,13 @@ from typing import Any
 import psycopg
 
 from beatless.orchestrator.board import Board, Noted
-from beatless.orchestrator.journal import RUN_COLUMNS, Run
-from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.journal import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
 from beatless.outbox.observer import Observer, ignore
-from beatless.outbox.queries import doorbell, execute
+from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
@@ -92,91 +92,7 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
-        # A claim that waited for the row of somebody's open transaction, with the fence in its
-        # hands, would hold up `pause`. Not for the fence itself: only a `pause` of an older version
-        # holds it alone, and is waited for.
-        self._patience = f"set_config('lock_timeout', '{PATIENCE * 1000:.0f}', true)"
-        self._fence = f"SELECT {QueueStatements(schema).claim_fence}, {self._patience}"
-        s = schema
-        columns = ", ".join("u." + column for column in RUN_COLUMNS)
-        # A subquery of RETURNING sees the row as it was: since when the run has waited.
-        # The first step of a fresh run starts in the claim itself: one commit less for each run.
-        # A paused queue sends its message back to wait; `pause` makes that exact (`queues`).
-        self._claim = f"""
-WITH u AS (
-  UPDATE {s}.runs r
-     SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
-         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
-         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
-         not_before = NULL,
-         last_seq = last_seq + CASE WHEN {{fresh}} THEN 1 ELSE 0 END
-   WHERE run_id = %(run_id)s AND plan = %(plan)s
-     AND (state = 'running' AND lease_expires_at < clock_timestamp()
-          OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
-             AND NOT EXISTS (SELECT FROM {s}.queues q
-                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
-  RETURNING r.*, (SELECT o.not_before FROM {s}.runs o WHERE o.run_id = r.run_id) AS was_due,
-            {{begun}} AS begun
-), e AS (
-  INSERT INTO {s}.run_events (run_id, seq, ts, type, source, step, attempt)
-  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
-    FROM u WHERE begun
-), o AS (
-  INSERT INTO {s}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE begun
-), d AS (
-  UPDATE {s}.dispatches d
-     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
-         attempts = least(greatest(d.attempts, %(dispatch)s), d.attempts::bigint + 1)
-    FROM u WHERE d.run_id = u.run_id
-), back AS (
-  UPDATE {s}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
-   WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND d.reason <> 'lease'
-     AND NOT EXISTS (SELECT FROM u)
-     AND EXISTS (SELECT FROM {s}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
-  -- A `resume` that came meanwhile has rung before this row could be seen.
-  RETURNING {doorbell(s, "%(shard)s")}
-)
-SELECT {columns}, u.lease_token, extract(epoch FROM u.deadline_at - clock_timestamp())::float8,
-       extract(epoch FROM clock_timestamp()
-         - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
-       extract(epoch FROM clock_timestamp() - started_at)::float8, u.trace_context,
-       begun, {doorbell(s, "%(shard)s")} FROM u""".replace(
-            "{fresh}",
-            "last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL"
-            " AND (deadline_at IS NULL OR deadline_at > clock_timestamp())",
-        ).replace(
-            "{begun}",
-            "(last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL"
-            # Of a newer version, which writes events that this one does not know.
-            f" AND NOT EXISTS (SELECT FROM {s}.run_events e"
-            " WHERE e.run_id = r.run_id AND e.seq = 2))",
-        )
-        self._renew = f"""
-UPDATE {s}.runs SET lease_token = %(next)s
- WHERE run_id = %(run_id)s AND lease_token = ANY(%(tokens)s::bigint[]) AND state = 'running'
-RETURNING lease_token"""
-        # Whoever holds a row, it is not waited for: the other leases must not run out meanwhile.
-        self._extend = f"""
-WITH held AS (
-  SELECT r.run_id FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[]) AS l(run_id, token)
-    JOIN {s}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
-    JOIN {s}.dispatches d ON d.run_id = r.run_id
-     FOR NO KEY UPDATE OF r, d SKIP LOCKED
-), u AS (
-  UPDATE {s}.runs r
-     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
-    FROM held WHERE r.run_id = held.run_id
-  RETURNING r.run_id, lease_token, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
-), d AS (
-  UPDATE {s}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
-)
-SELECT lease_token, cancelled FROM u"""
-        self._look = f"""
-SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
-       EXISTS (SELECT FROM {s}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s
-                                              AND e.source = 'worker')
-  FROM {s}.runs r WHERE r.run_id = %(run_id)s"""
+        self.sql = statements(__file__, schema, lock_timeout_ms=round(PATIENCE * 1000))
 
     def claim(
         self,
@@ -211,8 +127,8 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
         }
         try:
             with connection.pipeline(), connection.transaction():
-                connection.execute(self._fence)
-                claimed = connection.execute(self._claim, parameters)
+                connection.execute(self.sql["fence"])
+                claimed = connection.execute(self.sql["claim"], parameters)
         except psycopg.errors.LockNotAvailable:
             logger.info(
                 "run not claimed: another transaction holds its row; it is dispatched again",
@@ -253,9 +169,9 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
     ) -> dict[int, bool]:
         """The same by run id and token: for each that was kept, whether a cancel was asked for."""
         with connection.pipeline(), connection.transaction():
-            connection.execute(f"SELECT {self._patience}".encode())
+            connection.execute(self.sql["wait_shortly"])
             extended = connection.execute(
-                self._extend,
+                self.sql["extend"],
                 {
                     "run_ids": [run_id for run_id, _ in held],
                     "tokens": [token for _, token in held],
@@ -268,9 +184,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
     def impatient(self, connection: Connection, seconds: float) -> Iterator[None]:
         """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""
         with connection.transaction():
-            connection.execute(
-                "SELECT set_config('lock_timeout', %s, true)", [f"{seconds * 1000:.0f}"]
-            )
+            connection.execute(self.sql["wait_for"], {"milliseconds": f"{seconds * 1000:.0f}"})
             yield
 
     def renew_token(self, connection: Connection, lease: Lease) -> None:
@@ -284,7 +198,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
             lease.next_token = new_token()
         rows = execute(
             connection,
-            self._renew,
+            self.sql["renew"],
             {"run_id": lease.run.run_id, "tokens": lease.tokens, "next": lease.next_token},
         )
         if rows:
@@ -292,7 +206,7 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
 
     def look(self, connection: Connection, lease: Lease, after: int) -> Seen:
         """What has become of a lease and of our writes: the answer to an interrupted commit."""
-        rows = execute(connection, self._look, {"run_id": lease.run.run_id, "after": after})
+        rows = execute(connection, self.sql["look"], {"run_id": lease.run.run_id, "after": after})
         if not rows:
             return Seen(held=False, written=False, last_seq=0, state=RunState.CANCELLED)
         token, last_seq, lease.cancelled, state, written = rows[0]

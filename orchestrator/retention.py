@@ -12,6 +12,7 @@ import psycopg
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
 
 logger = logging.getLogger(__name__)
 
@@ -57,57 +58,7 @@ class Retention:
         self._keeps_runs = runs_days == 0
         self._since: Any = None
         self._events = self._runs = 0
-        s = schema
-        # `since` passes over the index entries of what this session has deleted: VACUUM has not
-        # been there yet, and every look would begin with all of them. The times are subqueries:
-        # compared with a volatile function, all that is not due would be read.
-        ago = "(SELECT clock_timestamp() - make_interval(secs => {seconds}))"
-        self._lock = f"""
-WITH due AS (
-  SELECT e.run_id, e.ts FROM {s}.run_events e
-   WHERE e.type = 'RunFinished' AND e.ts < {ago.format(seconds="%(events)s")}
-     AND e.ts >= coalesce(%(since)s::timestamptz, '-infinity')
-   ORDER BY e.ts LIMIT 200
-), locked AS (
-  SELECT r.run_id, r.pruned_seq, r.last_seq, due.ts
-    FROM {s}.runs r JOIN due USING (run_id)
-   WHERE r.state IN ('completed', 'failed', 'cancelled')
-     FOR UPDATE OF r SKIP LOCKED
-), measured AS (
-  SELECT *, sum(last_seq - pruned_seq) OVER (ORDER BY ts, run_id) - (last_seq - pruned_seq)
-            AS before FROM locked
-)
-SELECT run_id, pruned_seq, least(last_seq, pruned_seq + %(batch)s - before)::int, last_seq, ts
-  FROM measured WHERE before < %(batch)s ORDER BY ts, run_id"""
-        self._prune = f"""
-WITH part AS (
-  SELECT * FROM unnest(%(run_ids)s::text[], %(above)s::int[], %(upto)s::int[])
-                AS p(run_id, above, upto)
-), gone AS (
-  DELETE FROM {s}.run_events e USING part p
-   WHERE e.run_id = p.run_id AND e.seq > p.above AND e.seq <= p.upto
-)
-UPDATE {s}.runs r
-   SET pruned_seq = p.upto, pruned_at = CASE WHEN p.upto = r.last_seq THEN clock_timestamp() END
-  FROM part p WHERE r.run_id = p.run_id"""
-        self._forget = f"""
-WITH chosen AS (
-  SELECT run_id FROM {s}.runs
-   WHERE pruned_at < {ago.format(seconds="%(runs)s")}
-   ORDER BY pruned_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
-), letters AS (
-  DELETE FROM {s}.dead_letters l USING chosen WHERE l.run_id = chosen.run_id
-), unpublished AS (
-  DELETE FROM {s}.run_outbox WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
-)
-DELETE FROM {s}.runs r USING chosen WHERE r.run_id = chosen.run_id RETURNING r.run_id"""
-        self._next = f"""
-SELECT extract(epoch FROM least(
-  (SELECT ts FROM {s}.run_events WHERE type = 'RunFinished' ORDER BY ts LIMIT 1)
-    + make_interval(secs => %(events)s),
-  (SELECT pruned_at FROM {s}.runs WHERE pruned_at IS NOT NULL AND %(runs)s > 0
-    ORDER BY pruned_at LIMIT 1) + make_interval(secs => %(runs)s)
-) - clock_timestamp())::float8"""
+        self._sql = statements(__file__, schema)
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Remove one batch, in one transaction; seconds until the next step is worth while."""
@@ -118,7 +69,7 @@ SELECT extract(epoch FROM least(
             events, since = self._prune_events(connection)
             runs = 0
             if not events and not self._keeps_runs:
-                runs = len(execute(connection, self._forget, self._parameters))
+                runs = len(execute(connection, self._sql["forget"], self._parameters))
         self._events, self._runs, self._since = self._events + events, self._runs + runs, since
         if events or runs:
             return EASE * (monotonic() - began)
@@ -128,17 +79,17 @@ SELECT extract(epoch FROM least(
                 extra={"action": "retention", "events": self._events, "runs": self._runs},
             )
         self._since, self._events, self._runs = None, 0, 0
-        (due,) = execute(connection, self._next, self._parameters)[0]
+        (due,) = execute(connection, self._sql["next"], self._parameters)[0]
         return REST if due is None else min(REST, max(SHORT_REST, due))
 
     def _prune_events(self, connection: psycopg.Connection[Any]) -> tuple[int, Any]:
         """How many were removed, and since when to look the next time."""
-        rows = execute(connection, self._lock, self._parameters | {"since": self._since})
+        rows = execute(connection, self._sql["lock"], self._parameters | {"since": self._since})
         if not rows:
             return 0, self._since
         execute(
             connection,
-            self._prune,
+            self._sql["prune"],
             {
                 "run_ids": [row[0] for row in rows],
                 "above": [row[1] for row in rows],

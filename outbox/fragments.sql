@@ -22,6 +22,13 @@
 -- First key of the advisory locks by which a relay does a chore; the second is the chore's place.
 '{schema}.run_events'::regclass::oid::int4
 
+-- fragment: doorbell
+-- Ring the relay of %(shard)s, but only if it sleeps. Holds its probe until the commit.
+-- The shared advisory lock is released after the rows are visible, so the exclusive lock that the
+-- relay needs to fall asleep comes later and its last look sees them.
+CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)
+     THEN pg_notify('beatless_{schema}', (%(shard)s)::text) END
+
 -- fragment: origin
 -- The history of this schema, told from every other: 16 hexadecimal digits at most.
 -- Of the cluster, the database, the table and the row. A dump that is restored makes another table,

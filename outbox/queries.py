@@ -1,8 +1,9 @@
-"""Every statement of the outbox. Takes a connection, never commits.
+"""The relay's statements, and how any statement is run. Takes a connection, never commits.
 
 The statements are SQL text with the schema written in, because the hot ones were measured at twice
-the rate of the same statement through SQLAlchemy Core (ADR 0003). Writers embed `outbox_row` and
-`doorbell` in their own statement, so that fact, outbox row and wake-up are one round trip.
+the rate of the same statement through SQLAlchemy Core (ADR 0003). Writers insert the outbox row and
+have the fragment `doorbell` in their own statement, so that fact, outbox row and wake-up are one
+round trip.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,17 +28,6 @@ Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]
 
 AT_ONCE = 8
 """Rows that `execute_lazily` has in memory."""
-
-EVENT_JSON = """'{"run_id":"' || e.run_id || '","seq":' || e.seq
- || ',"ts":' || (date_part('epoch', e.ts) * 1000)::bigint
- || ',"type":"' || e.type || '","v":' || e.v || ',"source":"' || e.source || '"'
- || CASE WHEN e.step IS NULL THEN '' ELSE ',"step":' || to_json(e.step)::text END
- || CASE WHEN e.attempt IS NULL THEN '' ELSE ',"attempt":' || e.attempt END
- || CASE WHEN e.data IS NULL THEN '' ELSE ',"data":' || e.data::text END || '}'"""
-"""One event as the JSON text that every reader gets, built by Postgres (2.4 x json.dumps).
-
-`date_part` is a float, `extract` a numeric: the event would take a tenth longer.
-"""
 
 RARELY = 4
 """Times the redispatch interval after which a message that was sent again, or is in the broker
@@ -194,43 +184,9 @@ def channel_of(schema: str) -> str:
     return channel
 
 
-def origin(schema: str) -> str:
-    """SQL of what tells the history of this schema from every other: 16 hexadecimal digits at most.
-
-    Of the cluster, the database, the table and the row. A dump that is restored makes another
-    table, or at least another row (its xmin), be it into the same cluster. A copy of the whole
-    cluster, as a snapshot of its disk, is the same until it is renewed.
-    """
-    return f"""(SELECT to_hex(hashtextextended(concat_ws('/', system_identifier,
-  (SELECT oid FROM pg_database WHERE datname = current_database()),
-  '{schema}.history'::regclass::oid,
-  (SELECT concat_ws('/', xmin, token) FROM {schema}.history LIMIT 1)), 0))
-  FROM pg_control_system())"""
-
-
-def doorbell(schema: str, shard: str) -> str:
-    """SQL that rings the relay, but only if it sleeps. Holds its probe until the commit.
-
-    The shared advisory lock is released after the rows are visible, so the exclusive lock that the
-    relay needs to fall asleep comes later and its last look sees them.
-    """
-    return (
-        f"CASE WHEN NOT pg_try_advisory_xact_lock_shared('{schema}.run_outbox'::regclass::oid::int4"
-        f", {shard}) THEN pg_notify('{channel_of(schema)}', ({shard})::text) END"
-    )
-
-
 def outbox_lag(schema: str) -> str:
     """Three columns: appends that are not published, the oldest's age in seconds, dead letters."""
     return fragment("outbox_lag", schema, last_shard=SHARDS - 1)
-
-
-def outbox_row(schema: str, source: str, shard: str, count: str) -> str:
-    """SQL that records an append: one row for all of its events."""
-    return (
-        f"INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq) "
-        f"SELECT {shard}, run_id, last_seq - ({count}) + 1, last_seq FROM {source}"
-    )
 
 
 class Floor(NamedTuple):

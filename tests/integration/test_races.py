@@ -331,7 +331,7 @@ def test_a_worker_that_is_frozen_in_a_claim_holds_up_no_other_claim(
     statements = QueueStatements(beatless_app.settings.schema)
     with beatless_app.executors.connect() as frozen, beatless_app.executors.connect() as waiting:
         frozen.execute("BEGIN")
-        frozen.execute(f"SELECT {statements.claim_fence}")
+        frozen.execute(beatless_app.leases.sql["fence"])
         pause = threading.Thread(target=statements.await_claims, args=(waiting,))
         pause.start()
         waits = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
@@ -356,7 +356,7 @@ def test_the_session_of_a_claim_that_does_not_end_is_ended(
     statements = QueueStatements(beatless_app.settings.schema)
     with beatless_app.executors.connect() as frozen:
         frozen.execute("BEGIN")
-        frozen.execute(f"SELECT {statements.claim_fence}")
+        frozen.execute(beatless_app.leases.sql["fence"])
         statements.await_claims(postgres, patience=0)
         with pytest.raises(psycopg.OperationalError, match="terminating connection"):
             frozen.execute("SELECT 1")

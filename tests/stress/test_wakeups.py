@@ -21,8 +21,8 @@ from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
-from beatless.outbox.queries import doorbell
 from beatless.outbox.relay import Relay, Shift
+from beatless.outbox.statements import fragment
 from beatless.streams.streams import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import pending, until
@@ -61,7 +61,7 @@ def careless(app: App) -> Journal:
     """A journal whose probe lets go at once, instead of with the commit."""
     journal = Journal(app.settings.schema, max_event_bytes=app.settings.max_event_bytes)
     key = f"'{app.settings.schema}.run_outbox'::regclass::oid::int4"
-    bell = doorbell(app.settings.schema, "%(shard)s")
+    bell = fragment("doorbell", app.settings.schema)
     probe = f"pg_try_advisory_xact_lock_shared({key}, %(shard)s)"
     assert probe in bell
     broken = bell.replace(
@@ -69,7 +69,7 @@ def careless(app: App) -> Journal:
         f"(pg_try_advisory_lock_shared({key}, %(shard)s)"
         f" AND pg_advisory_unlock_shared({key}, %(shard)s)::text IS NOT NULL)",
     )
-    journal._append = journal._append.replace(bell, broken)
+    journal.sql["append"] = journal.sql["append"].replace(bell, broken)
     return journal
 
 

@@ -1,0 +1,384 @@
+-- Statements over runs and their events. Each changes a run, its events, its outbox row and its
+-- dispatch at once, and rings the relay.
+
+-- name: create
+-- Store new runs with RunStarted, outbox row and dispatch; a run whose id or key is used is left out.
+WITH input AS (
+  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
+    run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
+    priority smallint, input jsonb, key text, not_before timestamptz, delay float8,
+    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb,
+    default_queue boolean, default_input boolean)
+), u AS (
+  INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input,
+                             key, last_seq, not_before, deadline_at, tags, retry_of, trace_context,
+                             default_queue, default_input)
+  SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
+         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
+         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context,
+         default_queue, default_input
+    FROM input
+  ON CONFLICT DO NOTHING
+  RETURNING *
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
+         jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
+           'queue', u.queue, 'retry_of', u.retry_of,
+           'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
+           'traceparent', u.trace_context->>'traceparent'))
+         -- Results of users, whose nulls are theirs.
+         || CASE WHEN i.reused IS NULL THEN '{}' ELSE jsonb_build_object('reused', i.reused) END
+    FROM u JOIN input i USING (run_id)
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
+), d AS (
+  INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
+                                   deadline_at)
+  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
+         CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
+         coalesce(u.not_before, u.created_at),
+         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
+    FROM u JOIN input i USING (run_id)
+)
+-- The doorbell of each run's own shard.
+SELECT {run_columns},
+       CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, i.shard)
+            THEN pg_notify('beatless_{schema}', (i.shard)::text) END
+  FROM u AS r JOIN input i USING (run_id)
+
+-- fragment: retried_by
+-- The id of the newest retry of a run `r`.
+(SELECT n.run_id FROM {schema}.runs n WHERE n.retry_of = r.run_id
+  ORDER BY n.created_at DESC LIMIT 1) AS retried_by
+
+-- name: find
+-- Read the runs that have this id or key, and whether their input is this one.
+-- Compared here: only Postgres knows which numbers are the same to it.
+SELECT {run_columns}, {retried_by}, default_queue, default_input,
+       coalesce(input, 'null') = %(input)s::jsonb
+  FROM {schema}.runs r
+ WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)
+
+-- name: append
+-- Append events under a lease, to a run that stays as it is.
+WITH u AS (
+  UPDATE {schema}.runs SET last_seq = last_seq + %(n)s
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+     AND last_seq >= %(after)s
+  RETURNING run_id, last_seq, cancel_requested_at IS NOT NULL AS cancelled
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT u.run_id, u.last_seq - %(n)s + x.n, clock_timestamp(), x.type, 'worker', x.step,
+         x.attempt, x.data::jsonb
+    FROM u, unnest(%(types)s::text[], %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])
+         WITH ORDINALITY AS x(type, step, attempt, data, n)
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, last_seq - (%(n)s) + 1, last_seq FROM u
+)
+SELECT last_seq, cancelled, {doorbell} FROM u
+
+-- fragment: settled_state
+-- The state after a boundary: one if nobody asked to cancel, another if somebody did.
+CASE WHEN cancel_requested_at IS NULL THEN %(state)s ELSE %(state_cancelled)s END
+
+-- name: settle
+-- Append the events of a step boundary under a lease, and set where the run stands after it.
+-- Which of two outcomes is decided on the locked row, so a cancel is before or after, never between.
+WITH u AS (
+  UPDATE {schema}.runs
+     SET last_seq = last_seq
+           + CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END,
+         state = {settled_state},
+         result = CASE WHEN cancel_requested_at IS NULL THEN %(result)s::jsonb END,
+         error = CASE WHEN cancel_requested_at IS NULL
+                      THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
+         lease_expires_at = CASE WHEN {settled_state} = 'running' THEN lease_expires_at END,
+         not_before = CASE WHEN {settled_state} = 'queued'
+                           THEN least(CASE WHEN cancel_requested_at IS NULL THEN deadline_at END,
+                             clock_timestamp() + make_interval(secs =>
+                               CASE WHEN cancel_requested_at IS NULL
+                                    THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
+         finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
+                            THEN clock_timestamp() END
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+     AND last_seq >= %(after)s
+  RETURNING run_id, last_seq, state, not_before, NOT (cancel_requested_at IS NULL) AS cancelled,
+            CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END AS n
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT u.run_id, u.last_seq - u.n + row_number() OVER (ORDER BY x.n), clock_timestamp(), x.type,
+         'worker', x.step, x.attempt,
+         CASE WHEN x.type = 'StepFailed'
+              THEN x.data::jsonb || jsonb_build_object(
+                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
+              ELSE x.data::jsonb END
+    FROM u, unnest(%(branches)s::bool[], %(types)s::text[], %(steps)s::text[], %(attempts)s::int[],
+                   %(datas)s::text[]) WITH ORDINALITY AS x(branch, type, step, attempt, data, n)
+   WHERE x.branch = u.cancelled
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, last_seq - (n) + 1, last_seq FROM u WHERE n > 0
+), gone AS (
+  DELETE FROM {schema}.dispatches d USING u
+   WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
+), later AS (
+  UPDATE {schema}.dispatches d
+     SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
+         due_at = u.not_before, reason = %(reason)s
+    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
+)
+SELECT last_seq, cancelled, {doorbell} FROM u
+
+-- fragment: ends_at_once
+-- Whether a cancel ends the run in the same statement.
+-- A run that waits ends at once; one that runs is told, and ends at its next boundary. One that has
+-- begun and waits, of a plan with an `on_cancel` step, is due now for that step.
+state = 'queued'
+AND (%(undo)s::jsonb -> plan = 'null' OR attempt = 0 AND retry_of IS NULL)
+
+-- name: cancel
+-- Store a cancel of an unfinished run, and end the run if it waits.
+WITH u AS (
+  UPDATE {schema}.runs
+     SET cancel_requested_at = clock_timestamp(),
+         last_seq = last_seq + CASE WHEN {ends_at_once} THEN 2 ELSE 1 END,
+         state = CASE WHEN {ends_at_once} THEN 'cancelled' ELSE state END,
+         not_before = NULL,
+         error = CASE WHEN {ends_at_once} THEN %(error)s::jsonb ELSE error END,
+         finished_at = CASE WHEN {ends_at_once} THEN clock_timestamp() END
+   WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')
+     AND cancel_requested_at IS NULL
+  RETURNING *
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
+         'CancelRequested', 'api',
+         jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
+           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
+    FROM u
+  UNION ALL
+  SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
+         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb, 'plan', u.plan)
+    FROM u WHERE u.state = 'cancelled'
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, last_seq - (CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END) + 1,
+         last_seq FROM u
+), gone AS (
+  DELETE FROM {schema}.dispatches d USING u WHERE d.run_id = u.run_id AND u.state = 'cancelled'
+), now AS (
+  UPDATE {schema}.dispatches d SET state = 'waiting', due_at = clock_timestamp(), reason = 'cancel'
+    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
+)
+SELECT {run_columns}, {doorbell} FROM u AS r
+
+-- name: get
+-- Read one run.
+SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+ WHERE run_id = %(run_id)s AND namespace = %(namespace)s
+
+-- fragment: listed
+-- Runs of a namespace, of a state if one is given. Each list says next by which index it is found.
+SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+ WHERE namespace = %(namespace)s
+   AND (%(state)s::text IS NULL OR state = %(state)s)
+
+-- fragment: filtered
+-- The other filters of a list, and a page of it, newest first.
+AND (%(plan)s::text IS NULL OR plan = %(plan)s)
+   AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+   AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
+   AND (%(retried)s::bool IS NULL
+        OR %(retried)s = EXISTS (SELECT FROM {schema}.runs n WHERE n.retry_of = r.run_id))
+   AND (%(before_at)s::timestamptz IS NULL
+        OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
+ ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s
+
+-- fragment: place
+-- The last event that says where a run `r` is: by the index of its events, backwards.
+SELECT e.seq, e.type, e.step, e.data FROM {schema}.run_events e
+ WHERE e.run_id = r.run_id AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished')
+ ORDER BY e.seq DESC LIMIT 1
+
+-- fragment: promise
+-- The `on_cancel` step that a cancel of the run `r` has promised.
+LEFT JOIN LATERAL (
+    SELECT c.seq, c.data ->> 'on_cancel' AS undo FROM {schema}.run_events c
+     WHERE r.cancel_requested_at IS NOT NULL AND c.run_id = r.run_id
+       AND c.type = 'CancelRequested') c ON true
+
+-- fragment: at_step
+-- Whether an unfinished run `r` is in this step, or goes on with it.
+r.run_id IN (SELECT run_id FROM {schema}.dispatches)
+   AND EXISTS (SELECT FROM (
+     SELECT CASE WHEN c.undo IS NOT NULL AND NOT (e.type = 'StepStarted' AND c.seq < e.seq)
+                 THEN c.undo
+                 WHEN e.type = 'StepStarted' THEN e.step
+                 WHEN e.type = 'RunStarted' THEN e.data #>> '{reused,next}'
+                 ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
+       FROM ({place}) e {promise}) e
+    WHERE %(step)s::text IN (at, split_part(at, '#', 1)))
+
+-- fragment: queued
+-- Of the many stored runs few are unfinished: these are found by their dispatches.
+run_id IN (SELECT run_id FROM {schema}.dispatches)
+
+-- fragment: running
+-- Runs that run are found by the dispatches that do not wait.
+run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting'))
+
+-- name: list
+-- List runs of any state, or of a final one, newest first.
+{listed} AND true {filtered}
+
+-- name: list_queued
+-- List runs that wait, newest first.
+{listed} AND {queued} {filtered}
+
+-- name: list_running
+-- List runs that run, newest first.
+{listed} AND {running} {filtered}
+
+-- name: list_at_step
+-- List unfinished runs at a step, newest first.
+{listed} AND true AND {at_step} {filtered}
+
+-- name: list_queued_at_step
+-- List runs that wait at a step, newest first.
+{listed} AND {queued} AND {at_step} {filtered}
+
+-- name: list_running_at_step
+-- List runs that run at a step, newest first.
+{listed} AND {running} AND {at_step} {filtered}
+
+-- name: unfinished
+-- List where all unfinished runs are, or those that wait for this reason.
+-- An attempt that was begun after the cancel is one of the step that undoes the run.
+SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
+       e.seq, e.type, e.step, (e.data - 'result') #- '{reused,results}'
+  FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
+ CROSS JOIN LATERAL ({place}) e
+  {promise}
+ WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
+ ORDER BY r.run_id
+
+-- name: hold
+-- Lock a run: nobody else can retry it before the commit.
+SELECT FROM {schema}.runs WHERE run_id = %(run_id)s FOR UPDATE
+
+-- name: retries
+-- Find out whether a run has another retry than this one.
+SELECT 1 FROM {schema}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1
+
+-- fragment: failed
+-- Failed runs `r` that nobody has retried and that can be, with their last events `e`.
+-- Kept by no row of its own: a retry, a removal or retention takes the run out of this list.
+FROM {schema}.run_events e JOIN {schema}.runs r USING (run_id)
+ WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = 'failed'
+   AND e.ts > coalesce((SELECT clock_timestamp() - make_interval(secs => %(seconds)s)), '-infinity')
+   AND r.namespace = %(namespace)s AND r.pruned_seq = 0
+   AND e.ts >= coalesce(%(after_at)s::timestamptz, '-infinity')
+   AND (%(after_at)s::timestamptz IS NULL
+        OR (e.ts, r.run_id) > (%(after_at)s, %(after_id)s::text))
+   AND (%(plan)s::text IS NULL OR r.plan = %(plan)s)
+   AND (%(queue)s::text IS NULL OR r.queue = %(queue)s)
+   AND (%(tags)s::jsonb IS NULL OR r.tags @> %(tags)s::jsonb)
+   AND (%(error)s::text IS NULL
+        OR strpos(lower(concat(r.error ->> 'type', ': ', r.error ->> 'message')),
+                  lower(%(error)s)) > 0)
+   AND NOT EXISTS (SELECT FROM {schema}.runs n WHERE n.retry_of = r.run_id)
+
+-- name: failed_runs
+-- List a page of failed runs that nobody has retried, oldest end first.
+SELECT e.ts, r.run_id, {run_columns} {failed}
+ ORDER BY e.ts, r.run_id LIMIT %(limit)s
+
+-- name: failed_places
+-- List as failed_runs does, ids and places only.
+SELECT e.ts, r.run_id {failed}
+ ORDER BY e.ts, r.run_id LIMIT %(limit)s
+
+-- name: count_failed
+-- Count what failed_runs would list, up to a limit.
+SELECT count(*) FROM (SELECT {failed} LIMIT %(limit)s) AS found
+
+-- name: read
+-- Read the events of a run after a seq, up to another.
+-- No LIMIT, for there are no gaps: with one as a parameter Postgres plans each read anew, which
+-- takes as long as the read itself.
+SELECT {event_json} FROM {schema}.run_events e
+ WHERE e.run_id = %(run_id)s AND e.seq > %(after)s
+   AND e.seq <= %(until)s ORDER BY e.seq
+
+-- name: read_page
+-- Read as read does, up to so many bytes.
+-- OFFSET 0, or each line would be built three times.
+SELECT seq, type, line FROM (
+  SELECT *, sum(octet_length(line)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING)
+            - octet_length(line) AS before
+    FROM (SELECT e.seq, e.type, {event_json} AS line FROM {schema}.run_events e
+           WHERE e.run_id = %(run_id)s AND e.seq > %(after)s AND e.seq <= %(until)s
+           ORDER BY e.seq OFFSET 0) AS lines) AS sized
+ WHERE before < {page_bytes} ORDER BY seq
+
+-- name: turns
+-- Read the events that say where an unfinished run is, and its last one.
+-- A snooze is a start and a trace. Of many in a row the last says all that the others say.
+SELECT {event_json} FROM (
+  SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
+         lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
+         lag(step) OVER w AS started_step, lead(step) OVER w AS step_1,
+         lead(rests, 1, false) OVER w AS rests_1,
+         lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
+    FROM (
+      SELECT e.*, e.type = 'StepStarted' AS starts,
+             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
+        FROM {schema}.run_events e
+       WHERE e.run_id = %(run_id)s
+         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
+                         'CancelRequested')
+              OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
+              OR e.seq = (SELECT r.last_seq FROM {schema}.runs r WHERE r.run_id = %(run_id)s))
+    ) e WINDOW w AS (ORDER BY e.seq)
+) e
+ WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
+   AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
+ ORDER BY e.seq
+
+-- name: kept
+-- Read which events of a run are kept.
+SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s
+
+-- name: standing
+-- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters.
+SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
+       EXISTS (SELECT FROM {schema}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
+       (SELECT min(from_seq) FROM {schema}.run_outbox o
+         WHERE o.shard = %(shard)s AND o.run_id = r.run_id),
+       ARRAY(SELECT kind || ': ' || reason FROM {schema}.dead_letters l
+              WHERE l.run_id = r.run_id ORDER BY id)
+  FROM {schema}.runs r LEFT JOIN {schema}.dispatches d USING (run_id)
+ WHERE r.run_id = %(run_id)s
+
+-- fragment: epoch_now
+-- The origin of the schema and the timeline that is written now; on a standby, the checkpoint's.
+{origin} || 't' || CASE WHEN pg_is_in_recovery()
+       THEN (SELECT timeline_id FROM pg_control_checkpoint())
+       ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END
+
+-- name: epoch
+-- Read what names this history of the database, and up to where it is on disk.
+SELECT {epoch_now}, CASE WHEN pg_is_in_recovery() THEN 0
+                     ELSE (pg_current_wal_flush_lsn() - '0/0')::bigint END
+
+-- name: renew
+-- Make the epoch another one, only if it is this one, if given.
+UPDATE {schema}.history SET token = gen_random_uuid()::text
+ WHERE %(epoch)s::text IS NULL OR {epoch_now} = %(epoch)s
+
+-- name: heads
+-- Read the last seq of each of these runs.
+SELECT run_id, last_seq FROM {schema}.runs WHERE run_id = ANY(%(run_ids)s)

@@ -1,0 +1,105 @@
+-- Statements over leases. All clocks are the server's.
+
+-- name: fence
+-- Take the fence of the claims, and wait for no lock for long.
+-- A claim that waited for the row of somebody's open transaction, with the fence in its hands, would
+-- hold up `pause`. Not for the fence itself: only a `pause` of an older version holds it alone, and
+-- is waited for.
+SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
+       set_config('lock_timeout', '{lock_timeout_ms}', true)
+
+-- name: wait_shortly
+-- Wait for no lock for long, in this transaction.
+SELECT set_config('lock_timeout', '{lock_timeout_ms}', true)
+
+-- name: wait_for
+-- Wait for a lock so many milliseconds, in this transaction.
+SELECT set_config('lock_timeout', %(milliseconds)s, true)
+
+-- fragment: fresh
+-- Whether a run was never claimed, so that its first step starts in the claim itself.
+last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL
+AND (deadline_at IS NULL OR deadline_at > clock_timestamp())
+
+-- fragment: begun
+-- Whether the claim has started the first step.
+-- Not if there is an event: a newer version writes some that this one does not know.
+(last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL
+ AND NOT EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = r.run_id AND e.seq = 2))
+
+-- name: claim
+-- Take the lease of a run that waits and is due, or whose lease has run out.
+-- A subquery of RETURNING sees the row as it was: since when the run has waited. The first step of a
+-- fresh run starts in the claim itself: one commit less for each run. A paused queue sends its
+-- message back to wait; `pause` makes that exact (`queues`).
+WITH u AS (
+  UPDATE {schema}.runs r
+     SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL,
+         last_seq = last_seq + CASE WHEN {fresh} THEN 1 ELSE 0 END
+   WHERE run_id = %(run_id)s AND plan = %(plan)s
+     AND (state = 'running' AND lease_expires_at < clock_timestamp()
+          OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
+             AND NOT EXISTS (SELECT FROM {schema}.queues q
+                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
+  RETURNING r.*, (SELECT o.not_before FROM {schema}.runs o WHERE o.run_id = r.run_id) AS was_due,
+            {begun} AS begun
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, 2, clock_timestamp(), 'StepStarted', 'worker', %(first)s, 1
+    FROM u WHERE begun
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, 2, 2 FROM u WHERE begun
+), d AS (
+  UPDATE {schema}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = least(greatest(d.attempts, %(dispatch)s), d.attempts::bigint + 1)
+    FROM u WHERE d.run_id = u.run_id
+), back AS (
+  UPDATE {schema}.dispatches d SET state = 'waiting', due_at = clock_timestamp()
+   WHERE d.run_id = %(run_id)s AND d.state = 'sent' AND d.reason <> 'lease'
+     AND NOT EXISTS (SELECT FROM u)
+     AND EXISTS (SELECT FROM {schema}.queues q WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
+  -- A `resume` that came meanwhile has rung before this row could be seen.
+  RETURNING {doorbell}
+)
+SELECT {run_columns}, r.lease_token,
+       extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
+       extract(epoch FROM clock_timestamp()
+         - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
+       extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context,
+       begun, {doorbell} FROM u AS r
+
+-- name: renew
+-- Give a lease that is held another token.
+UPDATE {schema}.runs SET lease_token = %(next)s
+ WHERE run_id = %(run_id)s AND lease_token = ANY(%(tokens)s::bigint[]) AND state = 'running'
+RETURNING lease_token
+
+-- name: extend
+-- Keep these leases for their full time from now, but for those whose rows somebody holds.
+-- Whoever holds a row, it is not waited for: the other leases must not run out meanwhile.
+WITH held AS (
+  SELECT r.run_id FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[]) AS l(run_id, token)
+    JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
+    JOIN {schema}.dispatches d ON d.run_id = r.run_id
+     FOR NO KEY UPDATE OF r, d SKIP LOCKED
+), u AS (
+  UPDATE {schema}.runs r
+     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
+    FROM held WHERE r.run_id = held.run_id
+  RETURNING r.run_id, lease_token, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
+), d AS (
+  UPDATE {schema}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
+)
+SELECT lease_token, cancelled FROM u
+
+-- name: look
+-- Read who has the lease of a run, and whether a worker has written since a seq.
+SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
+       EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s
+                                              AND e.source = 'worker')
+  FROM {schema}.runs r WHERE r.run_id = %(run_id)s

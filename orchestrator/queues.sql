@@ -1,0 +1,160 @@
+-- Statements over queues, workers and the removal of runs.
+
+-- name: claims
+-- List the transactions that hold the fence of the claims.
+SELECT pid, virtualtransaction FROM pg_locks
+ WHERE locktype = 'advisory' AND classid = {claim_fence} AND objid = 0 AND objsubid = 2 AND granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+
+-- name: end
+-- End these sessions.
+SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity
+ WHERE pid = ANY(%(pids)s) AND usename = current_user
+
+-- name: rest
+-- Wait between two looks at the claims.
+SELECT pg_sleep({look_every_s})
+
+-- name: pause
+-- Note that a queue is paused, unless it is.
+INSERT INTO {schema}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp())
+ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL
+
+-- name: resume
+-- Note that a queue is not paused.
+DELETE FROM {schema}.queues WHERE name = %(name)s
+
+-- name: wake
+-- Wake the relays of all shards.
+SELECT pg_notify(%(c)s, '')
+
+-- name: states
+-- Read every queue that has runs or was paused; without those that ended, all but them.
+-- Reads in whole the dispatches, and the runs if those that ended are asked for: for people.
+WITH unfinished AS (
+  SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
+                                      OR d.state = 'sent') AS waiting,
+         count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
+           AS delayed,
+         count(*) FILTER (WHERE d.state = 'running') AS active,
+         -- What was sent is due again at its redispatch: its run knows since when it waits. There
+         -- are few of them, whatever the backlog.
+         least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
+                                   AND d.due_at <= clock_timestamp()),
+               min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
+                                        ELSE r.lease_expires_at END
+                      FROM {schema}.runs r WHERE r.run_id = d.run_id))
+                 FILTER (WHERE d.state = 'sent')) AS oldest,
+         count(DISTINCT (SELECT worker FROM {schema}.runs r
+                          WHERE r.run_id = d.run_id AND r.state = 'running'))
+           FILTER (WHERE d.state = 'running') AS executing
+    FROM {schema}.dispatches d GROUP BY d.queue
+), consumed AS (
+  SELECT name AS queue, count(*) AS workers FROM {schema}.workers CROSS JOIN unnest(queues) AS name
+   WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s}) GROUP BY name
+), ended AS (
+  SELECT queue, count(*) FILTER (WHERE state = 'completed') AS completed,
+         count(*) FILTER (WHERE state = 'failed') AS failed,
+         count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+         count(*) FILTER (WHERE finished_at > clock_timestamp() - interval '1 minute')
+           AS per_minute
+    FROM {schema}.runs WHERE %(ended)s AND finished_at IS NOT NULL GROUP BY queue
+)
+SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
+       -- Those of older versions do not tell: then the processes that execute count.
+       oldest, coalesce(workers, executing, 0),
+       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)
+  FROM (SELECT name FROM {schema}.queues UNION SELECT queue FROM unfinished
+        UNION SELECT queue FROM ended) AS known(name)
+  LEFT JOIN consumed c ON c.queue = name
+  LEFT JOIN {schema}.queues q USING (name)
+  LEFT JOIN unfinished u ON u.queue = name LEFT JOIN ended e ON e.queue = name
+ ORDER BY name
+
+-- name: announce
+-- Note what a worker consumes, and forget those that have not told for a day.
+WITH gone AS (
+  DELETE FROM {schema}.workers WHERE seen_at < clock_timestamp() - interval '1 day'
+)
+INSERT INTO {schema}.workers AS w (worker, hostname, queues, processes, version, failing)
+VALUES (%(worker)s, %(hostname)s, %(queues)s, %(processes)s, %(version)s, %(failing)s)
+ON CONFLICT (worker) DO UPDATE
+   SET queues = excluded.queues, processes = excluded.processes, failing = excluded.failing,
+       seen_at = clock_timestamp()
+
+-- name: present
+-- List the workers that have told what they consume, not long ago.
+SELECT hostname, version, queues, processes, started_at, failing FROM {schema}.workers
+ WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s})
+ ORDER BY hostname, started_at
+
+-- name: withdraw
+-- Forget a worker.
+DELETE FROM {schema}.workers WHERE worker = %(worker)s
+
+-- name: choose_waiting
+-- Lock the runs of a queue that no worker has.
+-- The runs' rows are locked first, as every writer does, so a claim comes before or finds nothing.
+-- In a statement of its own, as all that lock runs for a removal: what the writers before us have
+-- appended is not in the snapshot of the statement that waited for them. By their dispatches, as
+-- unfinished runs are found: the history is not read.
+SELECT run_id, state FROM {schema}.runs WHERE state = 'queued' AND run_id = ANY(ARRAY(
+  SELECT run_id FROM {schema}.dispatches WHERE state = 'waiting' AND queue = %(queue)s
+  UNION ALL
+  SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting' AND queue = %(queue)s))
+ ORDER BY run_id FOR UPDATE
+
+-- name: choose_queue
+-- Lock every run of a queue.
+-- Reads the runs in whole: a person removes the queue.
+SELECT run_id, state FROM {schema}.runs WHERE queue = %(queue)s ORDER BY run_id FOR UPDATE
+
+-- name: choose_run
+-- Lock one run that no worker has.
+SELECT run_id, state FROM {schema}.runs
+ WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state <> 'running'
+ ORDER BY run_id FOR UPDATE
+
+-- fragment: ended
+-- The runs of a namespace that ended in a state so long ago, oldest end first.
+-- By their last event or, when it is pruned, by the time of that. The time is a subquery: compared
+-- with a volatile function, all runs would be read. Row by row, by LIMIT, and by lists: right after
+-- many runs have ended the planner knows nothing of them, and would join by reading all.
+(SELECT r.run_id, r.last_seq - r.pruned_seq AS events FROM {schema}.runs r
+  WHERE r.pruned_at IS NOT NULL
+    AND r.finished_at < (SELECT clock_timestamp() - make_interval(secs => %(seconds)s))
+    AND r.namespace = %(namespace)s AND r.state = %(state)s
+  ORDER BY r.pruned_at LIMIT %(limit)s)
+UNION ALL
+(SELECT r.run_id, r.last_seq - r.pruned_seq FROM {schema}.run_events e CROSS JOIN LATERAL (
+   SELECT * FROM {schema}.runs r
+    WHERE r.run_id = e.run_id AND r.namespace = %(namespace)s AND r.state = %(state)s LIMIT 1) r
+  WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = %(state)s
+    AND e.ts < (SELECT clock_timestamp() - make_interval(secs => %(seconds)s))
+  ORDER BY e.ts LIMIT %(limit)s)
+
+-- name: choose_ended
+-- Lock runs that ended in a state so long ago, oldest end first.
+SELECT run_id, state FROM {schema}.runs
+ WHERE run_id = ANY(ARRAY(SELECT run_id FROM ({ended} LIMIT %(limit)s) AS ended))
+ ORDER BY run_id FOR UPDATE
+
+-- name: count_ended
+-- Count the runs that choose_ended would lock without a limit, and their events.
+SELECT count(*), coalesce(sum(events), 0)::bigint FROM ({ended}) AS ended
+
+-- name: running
+-- Count the runs of a queue that run.
+-- A run that runs is out, whatever its dispatch says: its takeover may be on its way.
+SELECT count(*) FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
+ WHERE d.queue = %(queue)s AND d.state <> 'waiting' AND r.state = 'running'
+
+-- name: remove
+-- Delete these runs with all that is stored of them.
+WITH gone AS (
+  DELETE FROM {schema}.runs WHERE run_id = ANY(%(run_ids)s) RETURNING run_id
+), e AS (DELETE FROM {schema}.run_events WHERE run_id = ANY(%(run_ids)s)
+), o AS (DELETE FROM {schema}.run_outbox WHERE run_id = ANY(%(run_ids)s)
+), l AS (DELETE FROM {schema}.dead_letters WHERE run_id = ANY(%(run_ids)s)
+), d AS (DELETE FROM {schema}.dispatches WHERE run_id = ANY(%(run_ids)s))
+SELECT run_id FROM gone
