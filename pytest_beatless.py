@@ -181,7 +181,7 @@ def implementation(module: str = "beatless.testing.fixtures") -> ModuleType:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What is wrong with the set-up is told in its sentence, without a traceback."""
+    """Report errors of the set-up as one sentence, without a traceback."""
     try:
         yield
     except pytest.UsageError as error:
@@ -227,7 +227,7 @@ def beatless_settings() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def beatless_tables() -> Any:
-    """What makes your own tables, given an SQLAlchemy connection, as `metadata.create_all`.
+    """The function that creates your own tables on a connection, as `metadata.create_all`.
 
     Override it, for the session. Each test then has them, and empty: they are made once for many
     tests. None: whoever wants some makes them, and they are dropped after the test.

@@ -288,7 +288,7 @@ class App:
         )
 
     def chores(self) -> list[Chore]:
-        """What a relay does beside its drains: take away what ended long ago."""
+        """The relay's periodic work beside its drains: retention."""
         if self.settings.retention_days == 0:
             return []
         return [

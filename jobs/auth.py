@@ -58,7 +58,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What somebody may do. `run_id` narrows it to following one run."""
+    """The scopes and namespace of a caller. `run_id` narrows them to following one run."""
 
     scopes: Collection[str]
     namespace: str = DEFAULT_NAMESPACE
@@ -174,7 +174,7 @@ VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s, %(mak
         return secret
 
     def find(self, secret: str) -> Grant | None:
-        """What this token grants now; None if it is unknown, expired or revoked."""
+        """The grant of this token now; None if it is unknown, expired or revoked."""
         with self._engine.begin() as connection:
             rows = execute(
                 connection,

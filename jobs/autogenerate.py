@@ -1,4 +1,4 @@
-"""What keeps Alembic's autogenerate of your project from dropping the tables of beatless.
+"""A filter for Alembic's autogenerate, which would drop the tables of beatless.
 
 With `include_schemas=True` Alembic compares all schemas of the database with your models, and
 removes what they do not have. In your `env.py`:

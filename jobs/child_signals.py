@@ -24,7 +24,7 @@ EVERY_CHILD = 1
 
 
 class Meant:
-    """Whom the main process itself has ended, in memory that its children see."""
+    """The children that the main process has ended, in memory that they share with it."""
 
     def __init__(self) -> None:
         self._pids = memoryview(mmap.mmap(-1, PLACES * 8)).cast("Q")

@@ -19,7 +19,7 @@ class PasswordUnavailable(Exception):
 
 
 def from_command(command: str) -> Password:
-    """What the command prints, without the end of its line. It is run without a shell."""
+    """The first line that the command prints. It is run without a shell."""
     words = shlex.split(command)
 
     def ask() -> str:
@@ -51,7 +51,7 @@ def ask(password: Password, failure: Callable[[str], Exception]) -> str:
 
 
 class RedisCredentials(CredentialProvider):
-    """What redis-py asks at each connect."""
+    """The credential provider that redis-py calls at each connect."""
 
     def __init__(self, username: str | None, password: Password) -> None:
         self._username = username

@@ -1,4 +1,4 @@
-"""What a page of runs and a place in a stream are called over HTTP."""
+"""Cursors over HTTP: of a page of runs, and of a place in a stream."""
 
 import base64
 import json

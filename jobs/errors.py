@@ -177,7 +177,7 @@ class AccessDenied(JobsError):
 
 
 class ExtraMissing(JobsError):
-    """What was asked for needs packages that `pip install beatless` alone does not bring."""
+    """The call needs packages of an extra that is not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(what, package, extra)

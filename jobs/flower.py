@@ -55,7 +55,7 @@ OUTCOMES = {"completed": "succeeded", "failed": "failed", "cancelled": "revoked"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowerOptions:
-    """How Flower is served."""
+    """The address and access of Flower."""
 
     host: str
     port: int
@@ -78,7 +78,7 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
         self._plans = plans
 
     def event(self, event: dict[str, Any]) -> None:
-        """What a worker says about the delivery of a run becomes a fact of the run's task."""
+        """Map Celery's events about a delivery to the task of its run."""
         found = DELIVERY.fullmatch(str(event.get("uuid", "")))
         if found is not None and canary.is_one(found[1]):
             return

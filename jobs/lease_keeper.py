@@ -1,4 +1,4 @@
-"""Who keeps a worker's leases while a body lets no other thread of its process run."""
+"""A process that extends a worker's leases while a body holds the interpreter lock."""
 
 import logging
 import os

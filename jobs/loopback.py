@@ -1,4 +1,4 @@
-"""What is this machine, by name and by address: the one place that decides, and writes it."""
+"""Loopback names and addresses: the one place that recognises and writes them."""
 
 import ipaddress
 import socket
@@ -27,5 +27,5 @@ def is_host(host: str) -> bool:
 
 
 def url(host: str, port: int) -> str:
-    """Where HTTP is served, as a browser takes it."""
+    """The URL of an HTTP server, as a browser accepts it."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -16,7 +16,7 @@ def check_namespace(name: str) -> str:
 
 
 def id_prefix(namespace: str) -> str:
-    """What the ids of its runs begin with; no id that somebody chooses can hold a `~`."""
+    """The prefix of its run ids; no id that a caller chooses can hold a `~`."""
     return "" if namespace == DEFAULT_NAMESPACE else f"{namespace}~"
 
 

@@ -1,4 +1,4 @@
-"""Where unfinished runs are, and whether this version of their plans can go on. Reads only."""
+"""The steps at which unfinished runs stand, and whether their plans still have them. Reads only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How this package connects to Postgres: every session of ours is opened here."""
+"""Connections to Postgres: every session of this package is opened here."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

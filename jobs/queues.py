@@ -153,7 +153,7 @@ class Queues:
 
 
 def _with_ended(found: list[QueueState], counted: dict[str, QueueState]) -> list[QueueState]:
-    """What is so now, with the counts of ended runs from before."""
+    """The current states, with the counts of ended runs from before."""
     now = {state.name: state for state in found}
     for name, before in counted.items():
         if name in now:

@@ -1,4 +1,4 @@
-"""What people are shown of runs: inputs, results, errors and traces after `App(redact=…)`.
+"""Redaction of the inputs, results, errors and traces that are shown, by `App(redact=…)`.
 
 Whatever shows runs to somebody takes them from here: the HTTP API with its page and streams, the
 command line, log lines, spans and Flower. What is stored stays, and your own code that asks
@@ -39,7 +39,7 @@ class Redaction:
         return self._redact is not None
 
     def value(self, what: str, value: Any) -> Any:
-        """What may be shown of a value. Never raises, and then never shows it."""
+        """The value as it may be shown. Never raises: without a redaction nothing is shown."""
         if self._redact is None or value is None:
             return value
         try:

@@ -1,4 +1,4 @@
-"""What a Redis URL means, for redis-py and for kombu, which read it differently.
+"""Redis URLs for redis-py and for kombu, which read them differently.
 
     redis://user:password@host:6379/0          one server; of a Cluster, any of its nodes
     rediss://…                                 the same with TLS, and certificates are checked

@@ -264,11 +264,11 @@ class Settings:
 
     @property
     def redis(self) -> RedisUrl:
-        """Where the live events go."""
+        """The Redis of the live events."""
         return replace(RedisUrl.parse(self.redis_url), credentials=self.password("redis"))
 
     def password(self, server: str) -> Password | None:
-        """What gives the password of `database`, `redis` or `broker` now, if it changes."""
+        """The source of the password of `database`, `redis` or `broker`, if it changes."""
         given: Password | None = getattr(self, f"{server}_password")
         command: str = getattr(self, f"{server}_password_command")
         if given is None and command:

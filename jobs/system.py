@@ -1,4 +1,4 @@
-"""What of a fleet runs now: relays, workers, versions, and how far publishing is behind."""
+"""The state of a fleet: relays, workers, versions, and the delay of publishing."""
 
 import platform
 from collections.abc import Iterator

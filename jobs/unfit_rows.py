@@ -29,7 +29,7 @@ def unfit_rows(connection: Caller, schema: str, *, limit: int) -> list[Violation
 
 
 def unfit(s: str) -> str:
-    """What the columns can hold and the product never writes."""
+    """Values that the columns can hold and beatless never writes."""
     return f"""
 SELECT 'I7', run_id, format('its dispatch is in shard %%s, which no relay leads', shard)
   FROM {s}.dispatches WHERE shard NOT BETWEEN 0 AND {SHARDS - 1}

@@ -1,1 +1,1 @@
-"""What a run is: plans, events, states, the journal, leases and the executor."""
+"""Runs: plans, events, states, the journal, leases and the executor."""

@@ -1,4 +1,4 @@
-"""Which leases a worker's processes hold, in memory that they share: for whoever looks after them.
+"""The leases that a worker's processes hold, in memory that they share with their keeper.
 
 One mapping, made before any fork, with a slot for each run that a process executes. A slot has one
 writer, and nothing is locked, for a writer may be killed at any point: a number is odd while its

@@ -14,7 +14,7 @@ STATE_INTERVAL_S = 0.25
 
 
 class CeleryTask(Protocol):
-    """What `Plan.task` needs of a Celery task."""
+    """The members of a Celery task that `Plan.task` needs."""
 
     name: str
     run: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""What a step is given: its input, what went before, and ways to speak while it works."""
+"""The argument of a step: input, earlier results, and calls for traces, progress and cancels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

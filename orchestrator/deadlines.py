@@ -27,7 +27,7 @@ EASE_S = 0.2
 
 
 class Deadlines:
-    """What a relay asks to end overdue runs. One statement, which waits for no row."""
+    """Ends overdue runs for a relay. One statement, which waits for no row."""
 
     def __init__(self, schema: str) -> None:
         self._sql = _statements(schema)

@@ -127,7 +127,7 @@ class EventText:
         return self.type == EventType.RUN_FINISHED
 
     def event(self) -> Event:
-        """What it tells."""
+        """The type of the event."""
         return Event.from_json(self.text)
 
 

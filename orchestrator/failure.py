@@ -1,4 +1,4 @@
-"""What is told of an exception that a step's body has raised.
+"""An exception of a step's body as a stored error: type, message, traceback.
 
 Its class is the user's, and so may be every attribute of it: to describe it never raises.
 """

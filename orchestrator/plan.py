@@ -1,4 +1,4 @@
-"""What a run will do: named steps and the routes between them. No registry, no I/O."""
+"""Plans: named steps and the routes between them. No registry, no I/O."""
 
 import functools
 import hashlib
@@ -438,7 +438,7 @@ class Plan:
         return self._by_name.get(name)
 
     def current(self, name: str) -> str:
-        """What a step of this name, or an occurrence of it, is called now."""
+        """The current name of a step, or of an occurrence, with this name."""
         step, number, visit = name.partition("#")
         return self.renamed.get(step, step) + number + visit
 

@@ -1,4 +1,4 @@
-"""What happened to a run and when, for a person who wonders: its journal and rows, put in words."""
+"""The timeline of a run for operators: its journal and rows as sentences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +51,7 @@ class Wait:
     """What it waited for from then on."""
 
     def moments(self, ended: int) -> Iterator[Moment]:
-        """What it was waiting for, until an attempt began."""
+        """The reason for which the run waited until an attempt began."""
         due = ended if self.due is None else min(max(self.since, self.due), ended)
         for begin, end, text in (
             (self.since, due, self.reason),

@@ -302,7 +302,7 @@ class Watchdog:
 
 
 def _due(attempt: Attempt) -> float:
-    """When the watchdog must look at an attempt again."""
+    """The time at which the watchdog must check an attempt again."""
     if attempt.reason is not None:
         return NEVER if attempt.act_at is None else attempt.act_at
     ends = NEVER if attempt.ends_at is None else attempt.ends_at

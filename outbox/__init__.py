@@ -1,1 +1,1 @@
-"""How a committed fact leaves Postgres: messages, the doorbell, the relay and its two doors."""
+"""The transactional outbox: messages, the doorbell, the relay and its two publishers."""

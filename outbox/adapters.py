@@ -1,4 +1,4 @@
-"""How our own statements write their parameters and read their rows.
+"""Adapters of our own statements, for their parameters and rows.
 
 Whatever adapters a caller's connection or the whole process has: a JSON reader that makes Decimals,
 a dumper that sends str as varchar, a row factory, cursors that want `$1`. And whatever its session

@@ -1,4 +1,4 @@
-"""How long to wait before trying again. Does no waiting itself."""
+"""Exponential backoff. Does no waiting itself."""
 
 import random
 from dataclasses import dataclass

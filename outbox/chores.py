@@ -31,7 +31,7 @@ CLOSE_AFTER = 1.0
 
 
 class Chore(Protocol):
-    """What is done in steps, each of which may be repeated."""
+    """Periodic work in steps, each of which may be repeated."""
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Do a little on an autocommit connection; seconds until the next step is worth while.

@@ -1,4 +1,4 @@
-"""What a forked process must not share with its parent: open connections, and locks held by threads
+"""Resets after a fork: open connections, and locks held by threads
 that do not exist in it.
 
 Servers that load the application and then fork (gunicorn `--preload`, multiprocessing) copy every

@@ -1,4 +1,4 @@
-"""What leaves Postgres: an event message goes to Redis, a task message to the Celery broker."""
+"""Outbox messages: an event message goes to Redis, a task message to the Celery broker."""
 
 import zlib
 from dataclasses import dataclass

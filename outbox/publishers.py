@@ -46,7 +46,7 @@ class TaskPublisher(Protocol):
         """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
 
     def waiting(self, queue: str) -> int:
-        """How many messages of the queue no worker has taken. Raises as `publish` does."""
+        """The number of messages that wait in the queue. Raises as `publish` does."""
 
 
 def channel_for(prefix: str, origin: str, run_id: str) -> str:

@@ -1,4 +1,4 @@
-"""What sessions of ours must be like, whatever the role, the database and the environment say.
+"""Settings of our sessions, independent of role, database and environment.
 
 There is one list. A session of ours sets it when it begins: one round trip. Not as startup options,
 which PgBouncer refuses; and not through a pooler at all, whose sessions are not ours to set.

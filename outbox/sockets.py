@@ -8,7 +8,7 @@ LONGEST_S = 86400.0
 
 
 class HasFileno(Protocol):
-    """What can be waited for, beside a bare descriptor."""
+    """Objects with a descriptor to wait on."""
 
     def fileno(self) -> int: ...
 

@@ -40,7 +40,7 @@ class Statement:
 
     @property
     def placeholders(self) -> frozenset[str]:
-        """What is left to fill in: `schema`, and names of numbers."""
+        """The placeholders: `schema`, and names of numbers."""
         return frozenset(_PLACEHOLDER.findall(self.text))
 
 

@@ -1,4 +1,4 @@
-"""How long a time may be, wherever one is given: in Python, over HTTP, on the command line."""
+"""Limits of durations: in Python, over HTTP, on the command line."""
 
 from datetime import datetime
 from typing import Any
@@ -11,7 +11,7 @@ FIRST_YEAR, LAST_YEAR = 1000, 9998
 
 
 def problem_with_seconds(given: Any) -> str:
-    """What is wrong with a number of seconds, to be put after its name; empty if nothing is."""
+    """The problem with a number of seconds, to follow its name; empty if it has none."""
     if is_number(given) and 0 <= given <= MOST_S:
         return ""
     return f"is {given!r}, which is not 0 seconds to ten years"

@@ -40,7 +40,7 @@ GOLDEN_SEQS = list(range(1, len(GOLDEN) + 1))
 
 
 class DemoFailed(click.ClickException):
-    """What the demo was to show is not so."""
+    """The demo did not show its claim."""
 
 
 @click.command()

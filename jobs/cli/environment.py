@@ -1,4 +1,4 @@
-"""What a command works with: the app, its settings, and the way to write."""
+"""The environment of a command: the app, its settings, and its output."""
 
 import importlib
 import json
@@ -70,7 +70,7 @@ class Environment:
 
     @property
     def app_name(self) -> str:
-        """How another process finds the same app."""
+        """The environment variables by which another process finds the same app."""
         return self.named or os.environ.get("BEATLESS_APP", "")
 
     def close(self) -> None:

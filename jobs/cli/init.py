@@ -43,7 +43,7 @@ def init(env: Environment, directory: Path) -> None:
 
 
 def requirement() -> str:
-    """How pip finds this very beatless: on the package index, or where it was installed from."""
+    """The pip requirement of this beatless: by version, or by the path it was installed from."""
     distribution = metadata.distribution("beatless")
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     if "vcs_info" in origin:

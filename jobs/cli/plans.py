@@ -70,7 +70,7 @@ def check(env: Environment) -> None:
 
 
 def place_line(place: Place) -> str:
-    """How many runs are where, and whether they can go on; of those that cannot, which."""
+    """Count the unfinished runs at each step of each plan; list those that cannot continue."""
     where = "not begun" if place.step is None else f"in {place.step}"
     text = f"{place.plan}  {count(place.runs, 'run')} {where}"
     if place.waits is None:
@@ -109,7 +109,7 @@ def as_dict(found: Plan) -> dict[str, object]:
 
 
 def notes(step: Step) -> str:
-    """What a step is beside its name, in short."""
+    """The options of a step, in short."""
     found = []
     if step.timeout is not None:
         found.append(f"{step.timeout:g} s")

@@ -1,4 +1,4 @@
-"""How events and runs look to a person."""
+"""Events and runs as text for people."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -46,7 +46,7 @@ def brief(value: Any, width: int = 72) -> str:
 
 
 def facts(event: Event) -> str:
-    """What an event says beyond its type and step."""
+    """The data of an event, in short."""
     if not isinstance(event.data, dict):  # as no version before wrote it
         return "" if event.data is None else brief(event.data)
     data = dict(event.data)
@@ -139,7 +139,7 @@ def bars(console: Console) -> Iterator[tuple[Progress, dict[str, TaskID]]]:
 
 
 def age(when: datetime | None) -> str:
-    """How long ago, roughly."""
+    """The age of a time, rounded."""
     if when is None:
         return ""
     passed = (datetime.now(UTC) - when).total_seconds()

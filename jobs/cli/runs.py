@@ -95,7 +95,7 @@ def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str
 
 
 def beginning(env: Environment, run_id: str) -> int:
-    """When the run was accepted, in milliseconds."""
+    """The time at which the run was accepted, in milliseconds."""
     return round(env.client.get_run(run_id).created_at.timestamp() * 1000)
 
 
@@ -200,7 +200,7 @@ def retry(
 @click.argument("run")
 @click.pass_obj
 def explain(env: Environment, run: str) -> None:
-    """What happened to RUN: its attempts, waits, leases, dispatches and publishes."""
+    """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""
     found = env.client.explain(run)
     if env.as_json:
         for moment in found:

@@ -61,7 +61,7 @@ class FailedRunCalls(BaseClient):
         return self._in_transaction(None, read)
 
     def count_failed_runs(self, chosen: GivenUp, *, limit: int) -> int:
-        """How many `failed_runs` there are, counted no further than `limit`."""
+        """The number of `failed_runs`, counted up to `limit`."""
         return self._in_transaction(
             None,
             lambda caller: self._journal.count_given_up(

@@ -142,7 +142,7 @@ def check_cursor(run: Run, after: int) -> None:
 
 
 def beyond_the_head(run: Run, after: int) -> BadRequest:
-    """What is wrong with a cursor of events that do not exist yet."""
+    """The error for a cursor beyond the last event."""
     return BadRequest(
         "from_seq", f"is {after}, beyond the last event {run.last_seq} of run {run.run_id}"
     )

@@ -220,7 +220,7 @@ class Module:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What was counted in some files. Tallies add up, in any grouping, to the same total."""
+    """Counts over some files. Tallies add up, in any grouping, to the same total."""
 
     files: int = 0
     lines: int = 0
@@ -321,7 +321,7 @@ BLOCKS = frozenset(
 
 
 def measure(source: bytes, file: str) -> Tally:
-    """What a source holds; `file` is what to call it. Raises what `ast.parse` raises."""
+    """The counts of one source; `file` is its name. Raises as `ast.parse` does."""
     tree = ast.parse(source, filename=file)
     lines = len(source.splitlines())
     tally = Tally(files=1, lines=lines, largest=[Module(file=file, lines=lines)])
@@ -478,7 +478,7 @@ def tail(text: str, length: int) -> str:
 
 
 def counts(work: Path, index: int) -> Path:
-    """Where the tally of a chunk is kept."""
+    """The path of a chunk's tally."""
     return work / f"chunk-{index:04d}.json"
 
 
@@ -498,7 +498,7 @@ def note(ledger: Path, **facts: Any) -> None:
 
 
 def kept(path: Path) -> str:
-    """What an earlier step wrote. Raises Fatal if it is not here."""
+    """The file that an earlier step wrote. Raises Fatal if it is missing."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What keeps the servers and processes of one machine from coming up.
+"""Errors of local servers and processes that do not start.
 
 JobsError
 ├── ServicesMissing

@@ -1,4 +1,4 @@
-"""Whom an embedded Postgres runs as: it refuses root, and initdb refuses a user without a name.
+"""The user of an embedded Postgres: it refuses root, and initdb refuses a user without a name.
 
 Files stay where they are, whatever the rights of the folders above them: the server reaches its own
 binaries and its data even below a home of mode 0700.
@@ -25,7 +25,7 @@ _CHANGES_USER = 1 << _CAP_SETGID | 1 << _CAP_SETUID
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerUser:
-    """Whom the server runs as, and how a child becomes it."""
+    """The user that the server runs as, and how a child becomes it."""
 
     uid: int
     gid: int

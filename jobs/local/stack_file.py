@@ -1,4 +1,4 @@
-"""How a `beatless dev` is found by the commands that are run in its directory."""
+"""The file by which commands find the `beatless dev` of their directory."""
 
 import contextlib
 import fcntl

@@ -237,7 +237,7 @@ def _online(statement: str, tries: int) -> None:
 
 
 def _drop_invalid(bind: sqlalchemy.Connection, name: str) -> None:
-    """What a concurrent build left that was interrupted: IF NOT EXISTS would take it for done."""
+    """Drop invalid indexes of interrupted builds: IF NOT EXISTS would take them for done."""
     invalid = bind.exec_driver_sql(
         "SELECT 1 FROM pg_index JOIN pg_class c ON c.oid = indexrelid WHERE NOT indisvalid "
         "AND c.relnamespace = current_schema()::regnamespace AND c.relname = %(name)s",

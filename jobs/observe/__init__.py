@@ -1,1 +1,1 @@
-"""What a process reports about itself: log lines, metrics, spans, and its readiness to systemd."""
+"""Reports of a process: log lines, metrics, spans, and its readiness to systemd."""

@@ -88,7 +88,7 @@ def export_from_worker(service: str, environ: Mapping[str, str]) -> None:
 
 
 def _nothing() -> None:
-    """What is left to be sent where nothing is."""
+    """Send the last spans where no collector is named: there are none."""
 
 
 class Patient:

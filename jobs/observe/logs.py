@@ -45,7 +45,7 @@ BENEATH = ("celery", "kombu", "billiard", "amqp", "uvicorn")
 
 
 class Format(StrEnum):
-    """What a log line looks like."""
+    """The formatter of log lines."""
 
     TEXT = "text"
     JSON = "json"
@@ -93,7 +93,7 @@ def enable_own_loggers(*others: str) -> None:
 
 
 def _leave_alone(**_: Any) -> None:
-    """What Celery calls instead of making handlers of its own."""
+    """The receiver of Celery's signal `setup_logging`: Celery then makes no handlers."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def trace_of(context: Mapping[str, str] | None) -> str | None:
 
 
 def facts_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What a line says beyond its message. Only plain values: a structure may hold anything."""
+    """The facts of a line beside its message. Only plain values: a structure may hold payloads."""
     given = {
         name: value
         for name, value in vars(record).items()

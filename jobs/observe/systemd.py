@@ -14,7 +14,7 @@ from beatless.outbox.clock import monotonic
 
 
 class Supervisor:
-    """Whoever started this process and watches it."""
+    """The supervisor of this process, which started it and watches it."""
 
     def __init__(self) -> None:
         path = os.environ.get("NOTIFY_SOCKET", "")

@@ -121,7 +121,7 @@ class History:
 
 
 class Origin:
-    """What the database's history is now, as far as this process knows."""
+    """The identity of the database's history, as far as this process knows."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -161,7 +161,7 @@ class Origin:
 
 
 class Pager:
-    """How many events to ask for: as many as may fit into a page, to judge by the last one.
+    """The number of events to read: as many as fit into a page, judging by the last one.
 
     What does not fit is built by Postgres in vain.
     """
@@ -460,7 +460,7 @@ class Streams:
 
     @property
     def open_streams(self) -> int:
-        """How many asynchronous streams are being followed, in all loops."""
+        """The number of open asynchronous streams, in all loops."""
         with self._choosing:
             return sum(hub.open_streams for hub in self._hubs.values())
 
@@ -649,7 +649,7 @@ class Hub:
 
     @property
     def open_streams(self) -> int:
-        """How many streams are being followed."""
+        """The number of open streams."""
         return sum(len(boxes) for boxes in list(self._mailboxes.values()))
 
     def end(self) -> None:
@@ -821,7 +821,7 @@ class Hub:
 
 
 class Mailbox:
-    """What the hub has heard for one stream. Bounded: a slow reader reads the journal instead."""
+    """The live events of one stream. Bounded: a slow reader reads the journal instead."""
 
     LIMIT = 512 * 1024
     """Bytes that may wait for the reader."""

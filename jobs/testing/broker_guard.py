@@ -38,7 +38,7 @@ class ForeignBroker(AssertionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
-    """What is the test's own."""
+    """The names and brokers of one test."""
 
     prefix: str
     """Of the names of its queues and exchanges, or of all keys of its Redis."""
@@ -108,13 +108,13 @@ class Guard:
         self._mutex = threading.Lock()
 
     def spec(self, report: Path) -> str:
-        """What `fenced` needs in a process of the test."""
+        """The specification that `fenced` reads in a process of the test."""
         assert self.fence is not None  # noqa: S101 - a process is started within a test
         self._reports.append(report)
         return json.dumps({"report": str(report), **asdict(self.fence)})
 
     def take(self) -> list[str]:
-        """What was refused since the last call."""
+        """The publishes refused since the last call."""
         with self._mutex:
             found, self._found = self._found, []
         for report in self._reports:

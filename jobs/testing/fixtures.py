@@ -1,4 +1,4 @@
-"""What the fixtures of the plugin `pytest_beatless` do, loaded when a test asks for one.
+"""The bodies of the fixtures of `pytest_beatless`, imported when a test requests one.
 
 Each test has a schema, a prefix, a NOTIFY channel, advisory keys and a Celery app of its own, named
 after the xdist worker and the number of the test. A test that leaves something outside of them
@@ -42,7 +42,7 @@ def beatless_services(config: pytest.Config) -> Iterator[Services]:
 
 @contextmanager
 def beatless_isolation(services: Services, config: pytest.Config) -> Iterator[Isolation]:
-    """What keeps the tests of this process apart."""
+    """The isolation of this process's tests."""
     given = getattr(config, "workerinput", {})
     isolation = Isolation(
         services,
@@ -151,7 +151,7 @@ def beatless_app(
 
 
 def explanation(problems: Sequence[str], beside: Sequence[str]) -> str:
-    """What the test has left, and which tests ran beside it."""
+    """The leaks of the test, and the tests that ran beside it."""
     whose = "this test, or one that ran beside it," if beside else "this test"
     lines = [f"{whose} left something outside of its own names:", *problems]
     lines += [f"beside it ran {test}" for test in beside]

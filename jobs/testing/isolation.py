@@ -1,4 +1,4 @@
-"""What one xdist worker keeps apart for its tests, and from those of others."""
+"""The isolation of one xdist worker's tests, from each other and from those of others."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What tests of plans use: drive runs step by step, crash, move time, and look at what happened.
+"""The test kit: drive runs step by step, crash, move time, and inspect the outcome.
 
 Everything is real: Postgres, Redis, the relay's drain, the executor. Nothing sleeps: what a process
 would do by itself, a test does by a call, and where processes are wanted it waits for what they
@@ -505,7 +505,7 @@ UPDATE {schema}.run_events
             raise AssertionError("\n".join(str(violation) for violation in found))
 
     def describe(self, run_id: str) -> str:
-        """Where a run stands: its row, last events, outbox, dispatch, and its processes.
+        """The state of a run: its row, last events, outbox, dispatch, and its processes.
 
         Without what is in them: no input, result or message body.
 

@@ -1,4 +1,4 @@
-"""What a test has left outside of its own names: in Postgres, in Redis, and as messages.
+"""Leaks of a test outside of its own names: in Postgres, in Redis, and as messages.
 
 Keys, messages and tables have no author: the first worker that sees one tells it, with the tests
 that ran beside its own (ADR 0024). What belongs to others is never touched.
@@ -65,7 +65,7 @@ What belongs to an extension is left out: a database has each extension once, fo
 def objects(
     connection: psycopg.Connection[Any], name: WorkerName, *, everybody: bool = False
 ) -> set[str]:
-    """What is in the database outside of the kit's schemas, and left in one named after us.
+    """The tables outside of the kit's schemas, and the leftovers in a schema named after us.
 
     `everybody`: also in schemas of others.
     """
@@ -103,7 +103,7 @@ class ForeignWrites:
         self._own_schema = schema
 
     def found(self) -> list[str]:
-        """What was written since the test began."""
+        """The names written since the test began."""
         return sorted(self._found)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class LeakDetector:
         self.writes = ForeignWrites(services.database_url, name)
 
     def left_outside(self, prefix: str) -> list[str]:
-        """What has appeared outside of this test's names. Each is told once and left in place.
+        """Leaks outside of this test's names. Each is reported once and left in place.
 
         The test's own keys are removed.
         """

@@ -37,7 +37,7 @@ class WorkerName:
         self.worker = self._claim_next(wanted)
 
     def prefix(self, number: int) -> str:
-        """What the names of a test begin with."""
+        """The prefix of a test's names."""
         return f"t_{self.worker}_{number}"
 
     def schema(self, number: int) -> str:

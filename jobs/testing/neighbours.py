@@ -1,4 +1,4 @@
-"""What the xdist workers of one session tell each other in Redis: their tests, and leaks found."""
+"""Messages between the xdist workers of one session, in Redis: their tests, and leaks found."""
 
 from typing import Any
 

@@ -100,7 +100,7 @@ class SchemaPool:
         self._tables: dict[str, Tables | None] = {}
 
     def url(self, schema: str) -> str:
-        """Where sessions of the test make and find tables without a schema.
+        """The search path of the test's sessions, for tables without a schema.
 
         Extensions are in `public`, which comes behind the test's own, unless others have tables
         there: those would be found, changed and dropped in place of the test's.

@@ -29,7 +29,7 @@ FAST = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Where this session's servers are."""
+    """The addresses of this session's servers."""
 
     database_url: str
     redis_url: str
@@ -129,7 +129,7 @@ def start_containers(config: pytest.Config, stack: ExitStack) -> tuple[str, str]
 
 
 def answer_of_services(config: pytest.Config, stack: ExitStack) -> str:
-    """What the controller tells an xdist worker that asks for servers."""
+    """The answer of the controller to an xdist worker that requests servers."""
     try:
         return json.dumps({"services": asdict(start_services(config, stack))})
     except pytest.UsageError as error:

@@ -1,4 +1,4 @@
-"""What retention needs: how far a run is pruned, and what is due next."""
+"""Retention: the pruned part of a run, and an index of the runs that are due."""
 
 from beatless.migrations import apply
 

@@ -1,4 +1,4 @@
-"""What keeps questions about ended runs quick when there are millions of them."""
+"""Indexes for queries over millions of ended runs."""
 
 from beatless.migrations import apply
 

@@ -1,4 +1,4 @@
-"""What tells this schema's history from every other, and from a copy of it."""
+"""An identity of this schema's history, which a copy of it does not share."""
 
 from beatless.migrations import apply
 

@@ -1,4 +1,4 @@
-"""What is for later takes no relay's time, and what is sent is counted by queue."""
+"""Delayed dispatches cost a relay nothing, and sent ones are counted by queue."""
 
 from beatless.migrations import apply
 
