@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from celery import bootsteps, platforms
 from celery.concurrency.prefork import TaskPool
 
-from beatless.observe.metrics import WorkerCounts
+from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.keeper import Keeper, keep_for_parent
 from beatless.orchestrator.lease import Connection, Leases
@@ -33,7 +33,7 @@ class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
 
     requires = frozenset({"celery.worker.components:Timer"})
     make: ClassVar[partial[Keeper]]
-    counts: ClassVar[WorkerCounts]
+    counts: ClassVar[WorkerCounters]
 
     @classmethod
     def of(
@@ -41,7 +41,7 @@ class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
         board: Board,
         leases: Leases,
         connect: Callable[[], Connection],
-        counts: WorkerCounts,
+        counts: WorkerCounters,
     ) -> type[Self]:
         """The step of one app: Celery takes classes."""
         make = partial(Keeper, board, leases, connect)

@@ -33,8 +33,9 @@ from kombu import Queue
 from beatless import postgres
 from beatless.celery_app import warn_of_foreign
 from beatless.errors import BadRequest
+from beatless.observe.counters import WorkerCounters
 from beatless.observe.logs import Format, enable_own_loggers
-from beatless.observe.metrics import Metrics, WorkerCounts, listen
+from beatless.observe.metrics import Metrics, listen
 from beatless.observe.systemd import Supervisor
 from beatless.orchestrator.board import SLOTS, Board
 from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
@@ -198,7 +199,7 @@ class Executors:
         leases: Leases,
         engine: sqlalchemy.Engine,
         faults: CrashPoints,
-        counts: WorkerCounts,
+        counts: WorkerCounters,
         scope: Scope = no_scope,
         observer: Observer | None = None,
         on_process: Callable[[], None] | None = None,

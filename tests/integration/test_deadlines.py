@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from beatless import App, BadRequest, Event, Plan, RunState, Snooze, StepContext, retry, step
-from beatless.observe.metrics import RUNS_FINISHED
+from beatless.observe.families import RUNS_FINISHED
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.retention import REST, Retention

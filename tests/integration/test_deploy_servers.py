@@ -15,7 +15,7 @@ from beatless.doctor import Doctor, Status
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
-from beatless.observe.metrics import RUNS_ACTIVE
+from beatless.observe.families import RUNS_ACTIVE
 from beatless.testing import Kit
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

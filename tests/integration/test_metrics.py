@@ -12,16 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from beatless import App
 from beatless.api import create_api
-from beatless.observe.metrics import (
-    FRESH_SECONDS,
-    LEASE_LOST,
-    QUEUE_WAIT,
-    QUEUES,
-    RUN_DURATION,
-    LocalCounts,
-    PostgresGauges,
-    SharedCounts,
-)
+from beatless.observe.counts import LocalCounts, SharedCounts
+from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, RUN_DURATION
+from beatless.observe.gauges import CACHE_S, PostgresGauges
 from beatless.testing import Kit
 from tests.integration.test_processes import await_death, notes
 from tests.integration.test_relay import lose_messages
@@ -197,7 +190,7 @@ def test_scrapes_do_not_load_postgres_and_an_old_answer_is_not_given(
     assert pending() == 1
     nowhere = PostgresGauges(beatless_app.engine, "nowhere", wanted=lambda: True)
     assert list(nowhere.collect()) == []
-    assert FRESH_SECONDS < 15  # the usual time between two scrapes
+    assert CACHE_S < 15  # the usual time between two scrapes
 
 
 def test_counts_of_children_outlive_them_and_their_places_are_taken_over() -> None:
@@ -230,10 +223,10 @@ def test_children_count_queues_that_only_they_have_met() -> None:
     assert read[QUEUE_WAIT.name, ("slow",)][-1] == 10.0
 
     long = "x" * 64
-    for number in range(2 * QUEUES):
+    for number in range(2 * MAX_QUEUE_SERIES):
         counts.observe_queue(1.0, f"{long[:60]}{number:04}")
     names = {labels for name, labels in counts.read() if name == QUEUE_WAIT.name}
-    assert len(names) == QUEUES
+    assert len(names) == MAX_QUEUE_SERIES
     assert ("other",) in names
     assert (f"{long[:60]}0001",) in names
 
@@ -261,7 +254,7 @@ def test_every_source_of_a_waking_is_documented(beatless_app: App) -> None:
 
 def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) -> None:
     beatless_app.metrics.relay.active = True
-    for number in range(QUEUES + 2):
+    for number in range(MAX_QUEUE_SERIES + 2):
         beatless.start_run("two_steps", queue=f"q{number}", delay=3600)
     beatless.drain_outbox_once()
     create_api(beatless_app)
@@ -269,7 +262,7 @@ def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) 
     found = scrape(beatless_app.metrics.registry)
 
     started = [name for name, _ in found if name == "beatless_runs_started_total"]
-    assert len(started) == QUEUES + 1
+    assert len(started) == MAX_QUEUE_SERIES + 1
     name = "beatless_runs_started_total"
     assert found.value(name, plan="two_steps", queue="other") == 2
     assert found.value("beatless_runs_active", queue="other", state="delayed") == 2

@@ -16,8 +16,8 @@ import yaml
 
 from beatless import Settings
 from beatless.cli import cli
-from beatless.observe import metrics
-from beatless.observe.metrics import Family
+from beatless.observe import families
+from beatless.observe.families import Family
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCS = DEPLOY.parent / "docs"
@@ -25,7 +25,7 @@ BASE = DEPLOY / "kubernetes" / "base"
 PRODUCTION = DEPLOY / "kubernetes" / "overlays" / "production"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SETTINGS = {f"BEATLESS_{entry.name.upper()}" for entry in fields(Settings)}
-FAMILIES = {found.name: found for found in vars(metrics).values() if isinstance(found, Family)}
+FAMILIES = {found.name: found for found in vars(families).values() if isinstance(found, Family)}
 OURS = ("relay", "worker", "api", "flower", "migrate", "token")
 CUSTOM = {"ScaledObject", "TriggerAuthentication"}
 """Of KEDA: no schema of Kubernetes itself tells what they hold."""
@@ -338,7 +338,7 @@ def problems(expression: str) -> list[str]:
         family = FAMILIES.get(name) or FAMILIES.get(re.sub(r"_(bucket|count|sum)$", "", name))
         if name == "beatless_build_info":
             continue
-        if family is None or (family.name != name) != (family.bounds is not None):
+        if family is None or (family.name != name) != (family.buckets_s is not None):
             found.append(f"{name} is no metric")
             continue
         known |= set(family.labels)

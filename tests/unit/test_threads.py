@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless.observe.metrics import RelayCounts, StreamCounts, WorkerCounts
+from beatless.observe.counters import RelayCounters, StreamCounters, WorkerCounters
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Heartbeat, Lease, Leases
@@ -42,8 +42,8 @@ def error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ba
 
 
 @pytest.fixture
-def counts() -> WorkerCounts:
-    return WorkerCounts([])
+def counts() -> WorkerCounters:
+    return WorkerCounters([])
 
 
 def counted(counts: Any, thread: str) -> tuple[float, float]:
@@ -82,7 +82,7 @@ def lease() -> Lease:
 
 
 def test_a_thread_begins_again_after_anything(
-    error: BaseException, counts: WorkerCounts, caplog: pytest.LogCaptureFixture
+    error: BaseException, counts: WorkerCounters, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = Fails(error)
     thread = LastingThread("grace", work, observer=counts)
@@ -114,7 +114,7 @@ def test_a_thread_that_is_told_to_end_ends_between_two_failures() -> None:
     assert monotonic() - began < threads.AGAIN_S
 
 
-def test_a_heartbeat_beats_after_anything(error: BaseException, counts: WorkerCounts) -> None:
+def test_a_heartbeat_beats_after_anything(error: BaseException, counts: WorkerCounters) -> None:
     work = Fails(error)
 
     class Extended(Leases):
@@ -129,7 +129,7 @@ def test_a_heartbeat_beats_after_anything(error: BaseException, counts: WorkerCo
     assert counted(counts, "heartbeat")[0] >= 3
 
 
-def test_a_watchdog_watches_after_anything(error: BaseException, counts: WorkerCounts) -> None:
+def test_a_watchdog_watches_after_anything(error: BaseException, counts: WorkerCounters) -> None:
     work, settled = Fails(error), threading.Event()
 
     def settle(_connection: Any, _reason: Exception) -> bool:
@@ -159,7 +159,7 @@ def test_a_watchdog_watches_after_anything(error: BaseException, counts: WorkerC
     assert counted(counts, "watchdog")[0] >= 3
 
 
-def test_a_keeper_keeps_after_anything(error: BaseException, counts: WorkerCounts) -> None:
+def test_a_keeper_keeps_after_anything(error: BaseException, counts: WorkerCounters) -> None:
     work, stopping = Fails(error), threading.Event()
 
     class Read(Board):
@@ -180,7 +180,7 @@ def test_a_keeper_keeps_after_anything(error: BaseException, counts: WorkerCount
 def test_chores_are_done_after_anything(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts, done = RelayCounts([]), threading.Event()
+    counts, done = RelayCounters([]), threading.Event()
     failures = iter([error] * 3)
 
     def connect() -> Any:
@@ -203,7 +203,7 @@ def test_a_batch_has_a_result_after_anything(error: BaseException) -> None:
     def fails(*_arguments: Any) -> Any:
         raise error
 
-    counts = RelayCounts([])
+    counts = RelayCounters([])
     door = SimpleNamespace(publish=fails, waiting=fails)
     publisher = AsyncTaskPublisher(door, lambda: None, observer=counts)
     for messages in ([None], [None, None]):
@@ -241,7 +241,7 @@ def test_a_thread_that_could_not_be_started_is_started_with_the_next_lease(
 
 
 def test_the_failures_of_a_child_count_until_another_takes_its_place(
-    counts: WorkerCounts,
+    counts: WorkerCounters,
 ) -> None:
     counts.counts.take(3)
     counts(ThreadFailed(thread="heartbeat", first=True))
@@ -253,7 +253,7 @@ def test_the_failures_of_a_child_count_until_another_takes_its_place(
 
 
 def test_what_fails_in_streams_and_relays_is_counted() -> None:
-    streams, relay = StreamCounts(), RelayCounts([])
+    streams, relay = StreamCounters(), RelayCounters([])
     streams(ThreadFailed(thread="streams", first=True))
     relay(RelayFailed(error="x"))
     assert counted(relay, "relay") == (1, 1)

@@ -1,0 +1,121 @@
+"""Gauges whose values stand in Postgres, read when they are scraped."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import time
+from typing import Any
+
+import sqlalchemy
+from prometheus_client.core import Metric
+
+from beatless.observe.families import (
+    DEAD_LETTERS,
+    MAX_QUEUE_SERIES,
+    NOTIFY_QUEUE,
+    OLDEST_AGE,
+    PENDING,
+    RUNS_ACTIVE,
+    RUNS_UNKNOWN_STEP,
+    Labels,
+)
+from beatless.orchestrator.progress import UNKNOWN_STEP
+from beatless.outbox.clock import monotonic
+from beatless.outbox.message import SHARDS
+from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
+
+logger = logging.getLogger("beatless.metrics")
+
+CACHE_S = 5.0
+"""How long an answer of Postgres is reused: scrapes are more frequent than changes."""
+
+TIMEOUT_S = 2.0
+"""How long Postgres may take to answer; then a scrape has no gauges."""
+
+
+class PostgresGauges:
+    """The gauges of one schema, from one statement at most every `CACHE_S`.
+
+    Without an answer there are none: an old number would hide the trouble.
+    """
+
+    def __init__(
+        self,
+        engine: sqlalchemy.Engine,
+        schema: str,
+        *,
+        plans: Iterable[str] = (),
+        wanted: Callable[[], bool],
+    ) -> None:
+        """`wanted` tells whether this process shall expose them now."""
+        self.wanted = wanted
+        self._plans = list(plans)
+        self._engine = engine
+        self._mutex = threading.Lock()
+        self._asked_at = float("-inf")
+        self._answer: Sequence[Any] | None = None
+        self._offset = 0.0
+        self._sql = statements(__file__, schema, last_shard=SHARDS - 1)
+
+    def now(self) -> float:
+        """Postgres' time in seconds since the epoch, by its offset at the last scrape."""
+        return time() + self._offset
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics; none if another process exposes them, or if Postgres does not answer."""
+        if not self.wanted():
+            return
+        with self._mutex:
+            if monotonic() >= self._asked_at + CACHE_S:
+                self._answer = self._ask()
+                self._asked_at = monotonic()
+            answer = self._answer
+        if answer is None:
+            return
+        _, usage, pending, age, letters, active, unknown = answer
+        yield NOTIFY_QUEUE.metric({(): [usage]})
+        yield PENDING.metric({(): [pending]})
+        yield OLDEST_AGE.metric({(): [age or 0.0]})
+        yield DEAD_LETTERS.metric({(): [letters]})
+        yield RUNS_ACTIVE.metric(_capped(active or []))
+        counts = dict.fromkeys(self._plans, 0) | (unknown or {})
+        yield RUNS_UNKNOWN_STEP.metric({(plan,): [runs] for plan, runs in counts.items()})
+
+    def forget(self) -> None:
+        """Ask Postgres at the next scrape, however recent the last answer is."""
+        with self._mutex:
+            self._asked_at = float("-inf")
+
+    def _ask(self) -> Sequence[Any] | None:
+        began = time()
+        try:
+            with self._engine.begin() as connection:
+                execute(connection, f"SET LOCAL statement_timeout = '{TIMEOUT_S:g}s'", {})
+                began = time()
+                answer: Sequence[Any] = execute(
+                    connection, self._sql["snapshot"], {"unknown_step": UNKNOWN_STEP}
+                )[0]
+        except Exception as error:  # whatever it is: this process's own counts are exposed
+            reason = (
+                str(getattr(error, "orig", None) or error).strip() or repr(error)
+            ).splitlines()[0]
+            logger.warning(
+                "metrics of Postgres cannot be read",
+                extra={"action": "metrics_failed", "reason": reason},
+            )
+            return None
+        self._offset = answer[0] - (began + time()) / 2
+        return answer
+
+
+def _capped(active: Sequence[tuple[str, str, int]]) -> dict[Labels, list[float]]:
+    """Counts by queue and state; those of the queues with the fewest runs as `other`."""
+    sizes: dict[str, int] = {}
+    for queue, _, runs in active:
+        sizes[queue] = sizes.get(queue, 0) + runs
+    named = set(sorted(sizes, key=lambda queue: (-sizes[queue], queue))[:MAX_QUEUE_SERIES])
+    found: dict[Labels, list[float]] = {}
+    for queue, state, runs in active:
+        found.setdefault((queue if queue in named else "other", state), [0.0])[0] += runs
+    return found

@@ -1,0 +1,15 @@
+-- What Postgres alone knows, for Prometheus.
+
+-- name: snapshot
+-- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
+-- queue and state, and by task those at an unknown step.
+SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
+       {outbox_lag},
+       (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
+          SELECT queue, CASE WHEN state = 'running' THEN state
+                             WHEN state <> 'sent' AND due_at > clock_timestamp() THEN 'delayed'
+                             ELSE 'queued' END AS state, count(*) AS runs
+            FROM {schema}.dispatches GROUP BY 1, 2) t),
+       (SELECT jsonb_object_agg(task, runs) FROM (
+          SELECT task, count(*) AS runs FROM {schema}.dispatches
+           WHERE reason = %(unknown_step)s GROUP BY 1) t)
