@@ -1,13 +1,25 @@
 """The requests of the API as models, and the rules of their text."""
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from datetime import timedelta
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from beatless.api.problems import Problem
+from beatless.client.requests import RunRequest, json_members
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import storable
@@ -58,23 +70,45 @@ def _known(state: RunState) -> RunState:
 KnownState = Annotated[RunState, AfterValidator(_known)]
 
 
-class StartRequest(BaseModel):
-    """A run to start."""
+class RunBody(BaseModel):
+    """The members of a RunRequest that travel in a body."""
 
     model_config = ConfigDict(extra="forbid")
 
-    plan: str
-    input: Any = None
-    run_id: str | None = None
-    key: str | None = None
-    queue: str | None = None
-    delay: float | None = None
-    """Seconds from now."""
-    not_before: datetime | None = None
-    deadline: float | None = None
-    """Seconds from now."""
-    priority: int = Field(default=0, ge=0, le=9)
-    tags: dict[str, str] | None = None
+    def request(self, *, traceparent: str | None) -> RunRequest:
+        """As the client takes it, unchecked."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return RunRequest(**given, traceparent=traceparent)
+
+
+JSON_TYPES = {timedelta: float, Mapping[str, str]: dict[str, str]}
+"""The JSON form of Python's types: a duration is a number of seconds."""
+
+
+def _json_type(hint: Any) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(map(_json_type, get_args(hint)))]  # noqa: UP007 - built at run time
+    return JSON_TYPES.get(hint, hint)
+
+
+def _members_of_a_run() -> dict[str, Any]:
+    """The fields of StartRequest: those of RunRequest, with types that JSON has."""
+    hints = get_type_hints(RunRequest)
+    found: dict[str, Any] = {}
+    for each in json_members():
+        allowed = each.metadata.get("range")
+        limits = {"ge": allowed[0], "le": allowed[-1]} if allowed else {}
+        default = ... if each.default is MISSING else each.default
+        found[each.name] = (_json_type(hints[each.name]), Field(default, **limits))
+    return found
+
+
+if TYPE_CHECKING:
+    StartRequest = RunBody
+else:
+    StartRequest = create_model(
+        "StartRequest", __base__=RunBody, __doc__="A run to start.", **_members_of_a_run()
+    )
 
 
 class CancelRequest(BaseModel):

@@ -2,65 +2,104 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
 from beatless.cli import render
 from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
+from beatless.client.requests import PRIORITIES
 from beatless.errors import BadRequest
 from beatless.observe.export import export
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.verify import verify as find_violations
 
+Command = Callable[..., None]
+
 TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit status 1 then.")
+
+
+@dataclass(frozen=True)
+class RunOption:
+    """An option of `beatless start`, and how its text becomes a member of RunRequest."""
+
+    declare: Callable[[Command], Command]
+    read: Callable[[Any], Any] = field(default=lambda value: value)
+
+
+RUN_OPTIONS = {
+    "run_id": RunOption(click.option("--run-id", metavar="ID", help="Your own id for the run.")),
+    "key": RunOption(
+        click.option("--key", help="Start it once: the same key gives back the same run.")
+    ),
+    "queue": RunOption(click.option("--queue", metavar="Q")),
+    "delay": RunOption(
+        click.option("--delay", metavar="30s", help="Start it so much later."), seconds
+    ),
+    "not_before": RunOption(
+        click.option(
+            "--at",
+            "not_before",
+            metavar="TIME",
+            help="Start it then, e.g. 2026-12-24T18:00:00+01:00.",
+        ),
+        moment,
+    ),
+    "deadline": RunOption(
+        click.option("--deadline", metavar="1h", help="Fail if it has not ended so much later."),
+        seconds,
+    ),
+    "priority": RunOption(
+        click.option(
+            "--priority",
+            type=click.IntRange(PRIORITIES[0], PRIORITIES[-1]),
+            default=0,
+            help="Higher goes first.",
+        )
+    ),
+    "tags": RunOption(click.option("--tag", "tags", metavar="K=V", multiple=True), pairs),
+}
+"""By the member that each gives. A test compares them with RunRequest."""
+
+
+def run_options(command: Command) -> Command:
+    """Declare all of them, in this order."""
+    for option in reversed(RUN_OPTIONS.values()):
+        command = option.declare(command)
+    return command
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `start_run`. Raises BadRequest."""
+    return {
+        name: None if given[name] is None else option.read(given[name])
+        for name, option in RUN_OPTIONS.items()
+    }
 
 
 @click.command()
 @click.argument("plan")
 @click.option("--input", "input_", metavar="JSON|@FILE|-", help="The run's input.")
-@click.option("--run-id", metavar="ID", help="Your own id for the run.")
-@click.option("--key", help="Start it once: the same key gives back the same run.")
-@click.option("--queue", metavar="Q")
-@click.option("--delay", metavar="30s", help="Start it so much later.")
-@click.option("--at", metavar="TIME", help="Start it then, e.g. 2026-12-24T18:00:00+01:00.")
-@click.option("--deadline", metavar="1h", help="Fail if it has not ended so much later.")
-@click.option("--priority", type=click.IntRange(0, 9), default=0, help="Higher goes first.")
-@click.option("--tag", "tags", metavar="K=V", multiple=True)
+@run_options
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
 @TIMEOUT
 @click.pass_obj
 def start(
     env: Environment,
+    /,
     plan: str,
     input_: str | None,
-    run_id: str | None,
-    key: str | None,
-    queue: str | None,
-    delay: str | None,
-    at: str | None,
-    deadline: str | None,
-    priority: int,
-    tags: tuple[str, ...],
     follow: bool,
     timeout: str | None,
+    **given: Any,
 ) -> None:
     """Start a run of PLAN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
     export("beatless", os.environ)
-    run = env.client.start_run(
-        plan,
-        json_input(input_),
-        run_id=run_id,
-        key=key,
-        queue=queue,
-        delay=None if delay is None else seconds(delay),
-        not_before=None if at is None else moment(at),
-        deadline=None if deadline is None else seconds(deadline),
-        priority=priority,
-        tags=pairs(tags),
-    )
+    run = env.client.start_run(plan, json_input(input_), **read_options(given))
     if not follow:
         env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
         return

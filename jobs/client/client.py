@@ -4,14 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Unpack
 
 from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
 from beatless.client.pages import RunPage, page_of
 from beatless.client.queues import QueueCalls
-from beatless.client.requests import RunRequest, checked_tags
+from beatless.client.requests import RunOptions, RunRequest, checked_tags, shows_run_options
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import Event, EventText
@@ -37,21 +36,14 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     <RunState.QUEUED: 'queued'>
     """
 
+    @shows_run_options
     def start_run(
         self,
         plan: str,
         input: Any = None,
         *,
-        run_id: str | None = None,
-        key: str | None = None,
-        queue: str | None = None,
-        delay: float | timedelta | None = None,
-        not_before: datetime | None = None,
-        deadline: float | timedelta | None = None,
-        priority: int = 0,
-        tags: Mapping[str, str] | None = None,
-        traceparent: str | None = None,
         connection: Caller | None = None,
+        **options: Unpack[RunOptions],
     ) -> Run:
         """Store a run; it will be executed if and when the transaction commits.
 
@@ -71,19 +63,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         >>> again.run_id == run.run_id
         True
         """
-        request = RunRequest(
-            plan=plan,
-            input=input,
-            run_id=run_id,
-            key=key,
-            queue=queue,
-            delay=delay,
-            not_before=not_before,
-            deadline=deadline,
-            priority=priority,
-            tags=tags,
-            traceparent=traceparent,
-        )
+        request = RunRequest(plan=plan, input=input, **options)
         return self.start_runs([request], connection=connection)[0]
 
     def start_runs(

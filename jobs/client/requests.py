@@ -1,13 +1,14 @@
 """One run to start: its options, and their rules."""
 
+import inspect
 import re
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
@@ -15,6 +16,8 @@ from beatless.orchestrator.events import encode, storable
 from beatless.orchestrator.journal import NewRun
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
+
+Start = TypeVar("Start", bound=Callable[..., Any])
 
 RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -25,9 +28,28 @@ TAGS_BYTES = 16 * 1024
 """Of all names and values in UTF-8: tags are for finding runs."""
 
 
+PRIORITIES = range(10)
+
+
+class RunOptions(TypedDict, total=False):
+    """The keywords of `start_run` in every client; a test compares them with RunRequest."""
+
+    run_id: str | None
+    key: str | None
+    queue: str | None
+    delay: float | timedelta | None
+    not_before: datetime | None
+    deadline: float | timedelta | None
+    priority: int
+    tags: Mapping[str, str] | None
+    traceparent: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
     """One run of a `start_runs` call; the members are those of `start_run`.
+
+    The body of `POST /v1/runs` and its model are made from the fields: see `json_members`.
 
     >>> from beatless import RunRequest
     >>> orders = [RunRequest(plan="checkout", input={"order": n}) for n in (1, 2)]
@@ -43,9 +65,35 @@ class RunRequest:
     delay: float | timedelta | None = None
     not_before: datetime | None = None
     deadline: float | timedelta | None = None
-    priority: int = 0
+    priority: int = field(default=0, metadata={"range": PRIORITIES})
     tags: Mapping[str, str] | None = None
-    traceparent: str | None = None
+    traceparent: str | None = field(default=None, metadata={"header": True})
+
+
+def json_members() -> list[Field[Any]]:
+    """The fields of a RunRequest that the body of a request has; the others are headers."""
+    return [each for each in fields(RunRequest) if not each.metadata.get("header")]
+
+
+def shows_run_options(start: Start) -> Start:
+    """Let `help` and `inspect.signature` list the options of a run in place of `**options`."""
+    shown = inspect.signature(start)
+    hints = get_type_hints(RunRequest)
+    options = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields(RunRequest)
+        if each.name in RunOptions.__annotations__
+    ]
+    given = shown.parameters.values()
+    before = [each for each in given if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    after = [each for each in given if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    vars(start)["__signature__"] = shown.replace(parameters=[*before, *options, *after])
+    return start
 
 
 def new_run_id() -> str:
@@ -109,7 +157,7 @@ def new_run(
         isinstance(request.key, str) and 0 < len(request.key) <= 256 and storable(request.key)
     ):
         raise BadRequest("key", "must be a string of 1 to 256 characters of valid text, no NUL")
-    if not isinstance(request.priority, int) or not 0 <= request.priority <= 9:
+    if not isinstance(request.priority, int) or request.priority not in PRIORITIES:
         raise BadRequest("priority", f"is {request.priority!r}, which is not 0 to 9")
     if request.delay is not None and request.not_before is not None:
         raise BadRequest("delay", "and not_before cannot both be given")

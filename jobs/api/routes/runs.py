@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -43,14 +44,15 @@ def start_run(
     ] = None,
 ) -> dict[str, Any]:
     """Start a run; the same `key` or `run_id` with the same content gives the first run."""
+    asked = body.request(traceparent=traceparent)
     existed = False
-    if body.run_id is not None:
+    if asked.run_id is not None:
         with suppress(RunNotFound):
-            existed = bool(client.get_run(storable_text(body.run_id)))
+            existed = bool(client.get_run(storable_text(asked.run_id)))
     # An id of our own tells whether the run that comes back is the one we asked for.
-    wanted = body.model_copy(update={"run_id": body.run_id or new_run_id()})
-    started = client.start_run(**wanted.model_dump(), traceparent=traceparent)
-    if existed or started.run_id != client.stored_id(wanted.run_id or ""):
+    run_id = asked.run_id or new_run_id()
+    (started,) = client.start_runs([replace(asked, run_id=run_id)])
+    if existed or started.run_id != client.stored_id(run_id):
         response.status_code = 200
     response.headers["Location"] = location(request, started)
     return started.to_dict()
