@@ -3,24 +3,34 @@
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from datetime import datetime, timedelta
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import wire
+from beatless.http import calls, wire
+from beatless.http.calls import Flow, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Run
-from beatless.orchestrator.queues import QueueState
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.letters import DeadLetter
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def in_loop(
+    flow: Callable[P, Flow[T]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+    """The method of an AsyncClient that performs a flow of the table."""
+
+    async def method(self: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> T:
+        return await self._perform(flow(*arguments, **options))
+
+    return named_as(flow, method)
 
 
 class AsyncClient:
@@ -71,98 +81,28 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def start_run(
-        self,
-        plan: str,
-        input: Any = None,
-        *,
-        run_id: str | None = None,
-        key: str | None = None,
-        queue: str | None = None,
-        delay: float | timedelta | None = None,
-        not_before: datetime | None = None,
-        deadline: float | timedelta | None = None,
-        priority: int = 0,
-        tags: Mapping[str, str] | None = None,
-        traceparent: str | None = None,
-    ) -> Run:
-        """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
-        return await self._send(
-            wire.start_run(
-                plan,
-                input,
-                run_id=run_id,
-                key=key,
-                queue=queue,
-                delay=delay,
-                not_before=not_before,
-                deadline=deadline,
-                priority=priority,
-                tags=tags,
-                traceparent=traceparent,
-            )
-        )
-
-    async def get_run(self, run_id: str) -> Run:
-        """The run as it is stored now. Raises RunNotFound."""
-        return await self._send(wire.get_run(run_id))
-
-    async def list_runs(
-        self,
-        *,
-        state: str | None = None,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        retried: bool | None = None,
-        step: str | None = None,
-        before: Run | tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> list[Run]:
-        """Runs, newest first. `before` is the last run of the page before, or its time and id.
-
-        `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
-        have not ended and are in this step, or go on with it.
-        """
-        found: list[Run] = []
-        while len(found) < limit:
-            wanted = min(limit - len(found), wire.PAGE)
-            page, more = await self._send(
-                wire.list_runs(
-                    state=state,
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    retried=retried,
-                    step=step,
-                    before=before,
-                    limit=wanted,
-                )
-            )
-            found += page
-            if not more:
-                break
-            before = page[-1]
-        return found
-
-    async def events(self, run_id: str, from_seq: int = 0, limit: int | None = None) -> list[Event]:
-        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
-        found: list[Event] = []
-        while limit is None or len(found) < limit:
-            wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
-            after = from_seq + len(found)
-            page, last_seq = await self._send(wire.events(run_id, after, wanted))
-            found += page
-            if not page or page[-1].seq >= last_seq:
-                break
-        return found
-
-    async def stream_token(self, run_id: str) -> str:
-        """A token that may follow this run for some minutes, for `EventSource`'s URL.
-
-        Raises RunNotFound.
-        """
-        return await self._send(wire.stream_token(run_id))
+    start_run = in_loop(calls.start_run)
+    get_run = in_loop(calls.get_run)
+    list_runs = in_loop(calls.list_runs)
+    events = in_loop(calls.events)
+    stream_token = in_loop(calls.stream_token)
+    cancel_run = in_loop(calls.cancel_run)
+    retry_run = in_loop(calls.retry_run)
+    remove_run = in_loop(calls.remove_run)
+    clean = in_loop(calls.clean)
+    count_finished = in_loop(calls.count_finished)
+    failed_runs = in_loop(calls.failed_runs)
+    retry_failed = in_loop(calls.retry_failed)
+    dead_letters = in_loop(calls.dead_letters)
+    dead_letter = in_loop(calls.dead_letter)
+    requeue_dead_letter = in_loop(calls.requeue_dead_letter)
+    requeue_dead_letters = in_loop(calls.requeue_dead_letters)
+    discard_dead_letter = in_loop(calls.discard_dead_letter)
+    queues = in_loop(calls.queues)
+    pause_queue = in_loop(calls.pause_queue)
+    resume_queue = in_loop(calls.resume_queue)
+    drain_queue = in_loop(calls.drain_queue)
+    obliterate_queue = in_loop(calls.obliterate_queue)
 
     async def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
@@ -174,150 +114,6 @@ class AsyncClient:
             if event.final:
                 break
         return await self.get_run(run_id)
-
-    async def cancel_run(self, run_id: str, *, reason: str | None = None) -> Run:
-        """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound."""
-        return await self._send(wire.cancel_run(run_id, reason)) or await self.get_run(run_id)
-
-    async def retry_run(self, run_id: str, from_step: str | None = None) -> Run:
-        """Start a new run that goes on where an ended one has failed; the new run.
-
-        Not tried again when its answer is lost: there could be two. Raises RunNotFound,
-        UnknownPlan and CannotRetry.
-        """
-        return await self._send(wire.retry_run(run_id, from_step))
-
-    async def remove_run(self, run_id: str) -> None:
-        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
-        await self._send(wire.remove_run(run_id))
-
-    async def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
-        """Take away up to `limit` runs that ended in this state so long ago; how many."""
-        return await self._send(wire.clean(state, older_than, limit))
-
-    async def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
-        """(runs, events) that `clean` would take away without a limit."""
-        return await self._send(wire.count_finished(state, older_than))
-
-    async def failed_runs(
-        self,
-        *,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        error: str | None = None,
-        within: float | timedelta | None = None,
-        limit: int = 100,
-    ) -> list[Run]:
-        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
-
-        `error` is looked for in "type: message" of the error, `within` keeps those
-        that failed so many seconds ago or less. `remove_run` discards one.
-        """
-        found: list[Run] = []
-        cursor = None
-        while len(found) < limit:
-            page, cursor = await self._send(
-                wire.failed_runs(
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    error=error,
-                    within=within,
-                    limit=limit - len(found),
-                    cursor=cursor,
-                )
-            )
-            found += page
-            if cursor is None:
-                break
-        return found
-
-    async def retry_failed(
-        self,
-        *,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        error: str | None = None,
-        within: float | timedelta | None = None,
-        limit: int = 100,
-    ) -> tuple[list[Run], list[Exception]]:
-        """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
-
-        Not tried again when its answer is lost: it can be called again, and then tells of those
-        only that were left. Two calls at once retry each run once.
-        """
-        started: list[Run] = []
-        refused: list[Exception] = []
-        cursor = None
-        while (left := limit - len(started) - len(refused)) > 0:
-            page, reasons, cursor = await self._send(
-                wire.retry_failed(
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    error=error,
-                    within=within,
-                    limit=left,
-                    cursor=cursor,
-                )
-            )
-            started += page
-            refused += reasons
-            if cursor is None:
-                break
-        return started, refused
-
-    async def dead_letters(self, limit: int = 100, after: int = 0) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first, with an id above `after`."""
-        found: list[DeadLetter] = []
-        while len(found) < limit:
-            page, more = await self._send(wire.dead_letters(limit - len(found), after))
-            found += page
-            if not more:
-                break
-            after = page[-1].id
-        return found
-
-    async def dead_letter(self, letter_id: int) -> DeadLetter:
-        """One of `dead_letters`. Raises BadRequest if there is no such letter."""
-        return await self._send(wire.dead_letter(letter_id))
-
-    async def requeue_dead_letter(self, letter_id: int) -> None:
-        """Publish the message again. Raises BadRequest if there is no such letter."""
-        await self._send(wire.requeue_dead_letter(letter_id))
-
-    async def requeue_dead_letters(self, *, reason: str = "", limit: int = 1000) -> int:
-        """Publish many messages again, oldest first; how many they were.
-
-        Those that have `reason` in their reason, whatever its case.
-        """
-        return await self._send(wire.requeue_dead_letters(reason=reason, limit=limit))
-
-    async def discard_dead_letter(self, letter_id: int) -> None:
-        """Forget the message; its events stay in the journal. Raises BadRequest."""
-        await self._send(wire.discard_dead_letter(letter_id))
-
-    async def queues(self) -> list[QueueState]:
-        """Every queue that has runs or is paused, with its counts."""
-        return await self._send(wire.queues())
-
-    async def pause_queue(self, queue: str) -> None:
-        """After this returned no run of the queue starts anywhere; those that run go on."""
-        await self._send(wire.pause_queue(queue))
-
-    async def resume_queue(self, queue: str) -> None:
-        """Let the queue's runs start again."""
-        await self._send(wire.resume_queue(queue))
-
-    async def drain_queue(self, queue: str) -> int:
-        """Take away the runs that wait, leave those that run; how many were taken away."""
-        return await self._send(wire.drain_queue(queue))
-
-    async def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
-        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
-        return await self._send(wire.obliterate_queue(queue, force=force))
 
     async def astream_run(
         self,
@@ -336,7 +132,7 @@ class AsyncClient:
         while True:
             request = self._http.build_request(
                 "GET",
-                wire.stream_path(follower.run_id),
+                wire.path_of("runs", follower.run_id, "stream"),
                 headers=follower.headers,
                 timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
             )
@@ -361,7 +157,17 @@ class AsyncClient:
                 delay = follower.failed(error)
             await asyncio.sleep(delay)
 
-    async def _send(self, call: wire.Call[T]) -> T:
+    async def _perform(self, flow: Flow[T]) -> T:
+        """The result of a flow of requests."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(await self._send(call))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def _send(self, call: wire.Call[Any]) -> Any:
         for tried in itertools.count(1):
             try:
                 response = await self._http.request(

@@ -4,26 +4,34 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import wire
+from beatless.http import calls, wire
 from beatless.http.aio import AsyncClient
+from beatless.http.calls import Flow, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Run
-from beatless.orchestrator.queues import QueueState
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.letters import DeadLetter
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def in_thread(flow: Callable[P, Flow[T]]) -> Callable[Concatenate["Client", P], T]:
+    """The method of a Client that performs a flow of the table."""
+
+    def method(self: "Client", /, *arguments: P.args, **options: P.kwargs) -> T:
+        return self._perform(flow(*arguments, **options))
+
+    return named_as(flow, method)
 
 
 class Client:
@@ -83,98 +91,28 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start_run(
-        self,
-        plan: str,
-        input: Any = None,
-        *,
-        run_id: str | None = None,
-        key: str | None = None,
-        queue: str | None = None,
-        delay: float | timedelta | None = None,
-        not_before: datetime | None = None,
-        deadline: float | timedelta | None = None,
-        priority: int = 0,
-        tags: Mapping[str, str] | None = None,
-        traceparent: str | None = None,
-    ) -> Run:
-        """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
-        return self._send(
-            wire.start_run(
-                plan,
-                input,
-                run_id=run_id,
-                key=key,
-                queue=queue,
-                delay=delay,
-                not_before=not_before,
-                deadline=deadline,
-                priority=priority,
-                tags=tags,
-                traceparent=traceparent,
-            )
-        )
-
-    def get_run(self, run_id: str) -> Run:
-        """The run as it is stored now. Raises RunNotFound."""
-        return self._send(wire.get_run(run_id))
-
-    def list_runs(
-        self,
-        *,
-        state: str | None = None,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        retried: bool | None = None,
-        step: str | None = None,
-        before: Run | tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> list[Run]:
-        """Runs, newest first. `before` is the last run of the page before, or its time and id.
-
-        `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
-        have not ended and are in this step, or go on with it.
-        """
-        found: list[Run] = []
-        while len(found) < limit:
-            wanted = min(limit - len(found), wire.PAGE)
-            page, more = self._send(
-                wire.list_runs(
-                    state=state,
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    retried=retried,
-                    step=step,
-                    before=before,
-                    limit=wanted,
-                )
-            )
-            found += page
-            if not more:
-                break
-            before = page[-1]
-        return found
-
-    def events(self, run_id: str, from_seq: int = 0, limit: int | None = None) -> list[Event]:
-        """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
-        found: list[Event] = []
-        while limit is None or len(found) < limit:
-            wanted = wire.PAGE if limit is None else min(limit - len(found), wire.PAGE)
-            after = from_seq + len(found)
-            page, last_seq = self._send(wire.events(run_id, after, wanted))
-            found += page
-            if not page or page[-1].seq >= last_seq:
-                break
-        return found
-
-    def stream_token(self, run_id: str) -> str:
-        """A token that may follow this run for some minutes, for `EventSource`'s URL.
-
-        Raises RunNotFound.
-        """
-        return self._send(wire.stream_token(run_id))
+    start_run = in_thread(calls.start_run)
+    get_run = in_thread(calls.get_run)
+    list_runs = in_thread(calls.list_runs)
+    events = in_thread(calls.events)
+    stream_token = in_thread(calls.stream_token)
+    cancel_run = in_thread(calls.cancel_run)
+    retry_run = in_thread(calls.retry_run)
+    remove_run = in_thread(calls.remove_run)
+    clean = in_thread(calls.clean)
+    count_finished = in_thread(calls.count_finished)
+    failed_runs = in_thread(calls.failed_runs)
+    retry_failed = in_thread(calls.retry_failed)
+    dead_letters = in_thread(calls.dead_letters)
+    dead_letter = in_thread(calls.dead_letter)
+    requeue_dead_letter = in_thread(calls.requeue_dead_letter)
+    requeue_dead_letters = in_thread(calls.requeue_dead_letters)
+    discard_dead_letter = in_thread(calls.discard_dead_letter)
+    queues = in_thread(calls.queues)
+    pause_queue = in_thread(calls.pause_queue)
+    resume_queue = in_thread(calls.resume_queue)
+    drain_queue = in_thread(calls.drain_queue)
+    obliterate_queue = in_thread(calls.obliterate_queue)
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
@@ -184,150 +122,6 @@ class Client:
             if event.final:
                 break
         return self.get_run(run_id)
-
-    def cancel_run(self, run_id: str, *, reason: str | None = None) -> Run:
-        """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound."""
-        return self._send(wire.cancel_run(run_id, reason)) or self.get_run(run_id)
-
-    def retry_run(self, run_id: str, from_step: str | None = None) -> Run:
-        """Start a new run that goes on where an ended one has failed; the new run.
-
-        Not tried again when its answer is lost: there could be two. Raises RunNotFound,
-        UnknownPlan and CannotRetry.
-        """
-        return self._send(wire.retry_run(run_id, from_step))
-
-    def remove_run(self, run_id: str) -> None:
-        """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
-        self._send(wire.remove_run(run_id))
-
-    def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
-        """Take away up to `limit` runs that ended in this state so long ago; how many."""
-        return self._send(wire.clean(state, older_than, limit))
-
-    def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
-        """(runs, events) that `clean` would take away without a limit."""
-        return self._send(wire.count_finished(state, older_than))
-
-    def failed_runs(
-        self,
-        *,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        error: str | None = None,
-        within: float | timedelta | None = None,
-        limit: int = 100,
-    ) -> list[Run]:
-        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
-
-        `error` is looked for in "type: message" of the error, `within` keeps those
-        that failed so many seconds ago or less. `remove_run` discards one.
-        """
-        found: list[Run] = []
-        cursor = None
-        while len(found) < limit:
-            page, cursor = self._send(
-                wire.failed_runs(
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    error=error,
-                    within=within,
-                    limit=limit - len(found),
-                    cursor=cursor,
-                )
-            )
-            found += page
-            if cursor is None:
-                break
-        return found
-
-    def retry_failed(
-        self,
-        *,
-        plan: str | None = None,
-        queue: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        error: str | None = None,
-        within: float | timedelta | None = None,
-        limit: int = 100,
-    ) -> tuple[list[Run], list[Exception]]:
-        """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
-
-        Not tried again when its answer is lost: it can be called again, and then tells of those
-        only that were left. Two calls at once retry each run once.
-        """
-        started: list[Run] = []
-        refused: list[Exception] = []
-        cursor = None
-        while (left := limit - len(started) - len(refused)) > 0:
-            page, reasons, cursor = self._send(
-                wire.retry_failed(
-                    plan=plan,
-                    queue=queue,
-                    tags=tags,
-                    error=error,
-                    within=within,
-                    limit=left,
-                    cursor=cursor,
-                )
-            )
-            started += page
-            refused += reasons
-            if cursor is None:
-                break
-        return started, refused
-
-    def dead_letters(self, limit: int = 100, after: int = 0) -> list[DeadLetter]:
-        """Event messages that could not be published, oldest first, with an id above `after`."""
-        found: list[DeadLetter] = []
-        while len(found) < limit:
-            page, more = self._send(wire.dead_letters(limit - len(found), after))
-            found += page
-            if not more:
-                break
-            after = page[-1].id
-        return found
-
-    def dead_letter(self, letter_id: int) -> DeadLetter:
-        """One of `dead_letters`. Raises BadRequest if there is no such letter."""
-        return self._send(wire.dead_letter(letter_id))
-
-    def requeue_dead_letter(self, letter_id: int) -> None:
-        """Publish the message again. Raises BadRequest if there is no such letter."""
-        self._send(wire.requeue_dead_letter(letter_id))
-
-    def requeue_dead_letters(self, *, reason: str = "", limit: int = 1000) -> int:
-        """Publish many messages again, oldest first; how many they were.
-
-        Those that have `reason` in their reason, whatever its case.
-        """
-        return self._send(wire.requeue_dead_letters(reason=reason, limit=limit))
-
-    def discard_dead_letter(self, letter_id: int) -> None:
-        """Forget the message; its events stay in the journal. Raises BadRequest."""
-        self._send(wire.discard_dead_letter(letter_id))
-
-    def queues(self) -> list[QueueState]:
-        """Every queue that has runs or is paused, with its counts."""
-        return self._send(wire.queues())
-
-    def pause_queue(self, queue: str) -> None:
-        """After this returned no run of the queue starts anywhere; those that run go on."""
-        self._send(wire.pause_queue(queue))
-
-    def resume_queue(self, queue: str) -> None:
-        """Let the queue's runs start again."""
-        self._send(wire.resume_queue(queue))
-
-    def drain_queue(self, queue: str) -> int:
-        """Take away the runs that wait, leave those that run; how many were taken away."""
-        return self._send(wire.drain_queue(queue))
-
-    def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
-        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
-        return self._send(wire.obliterate_queue(queue, force=force))
 
     def stream_run(
         self,
@@ -357,7 +151,7 @@ class Client:
             pid = self._pid
             request = self._http.build_request(
                 "GET",
-                wire.stream_path(follower.run_id),
+                wire.path_of("runs", follower.run_id, "stream"),
                 headers=follower.headers,
                 timeout=httpx2.Timeout(self._timeout, read=follower.patience(self._stall)),
             )
@@ -410,7 +204,17 @@ class Client:
 
         return events()
 
-    def _send(self, call: wire.Call[T]) -> T:
+    def _perform(self, flow: Flow[T]) -> T:
+        """The result of a flow of requests."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(self._send(call))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _send(self, call: wire.Call[Any]) -> Any:
         for tried in itertools.count(1):
             try:
                 response = self._http.request(

@@ -13,7 +13,7 @@ from beatless import BadRequest, RunNotFound
 from beatless.api import create_api
 from beatless.cli import run
 from beatless.errors import JobsError
-from beatless.http import AsyncClient, Client, wire
+from beatless.http import AsyncClient, Client, calls
 from beatless.testing import Kit
 from tests.serving import serving
 
@@ -54,7 +54,7 @@ def cli(beatless: Kit, monkeypatch, capsys) -> Cli:
 def test_all_clients_read_any_number_of_them_in_pages(
     beatless: Kit, postgres: psycopg.Connection, monkeypatch
 ) -> None:
-    monkeypatch.setattr(wire, "PAGE", 2)
+    monkeypatch.setattr(calls, "PAGE", 2)
     first = beatless.start_run("fatally").run_id
     numbers = [message(postgres, first) for _ in range(5)]
     failed = {first, *(beatless.start_run("fatally").run_id for _ in range(4))}

@@ -79,7 +79,7 @@ def test_it_gives_what_the_client_of_the_app_gives(beatless: Kit, client: Client
 
 
 def test_long_lists_come_in_pages(beatless: Kit, client: Client, monkeypatch) -> None:
-    monkeypatch.setattr("beatless.http.wire.PAGE", 3)
+    monkeypatch.setattr("beatless.http.calls.PAGE", 3)
     for _ in range(7):
         run = beatless.start_run("two_steps")
     beatless.work_until_idle()

@@ -1,36 +1,48 @@
-"""The three clients offer the same."""
+"""The three clients offer the same, and each option of a run has every way in."""
 
 import inspect
-from typing import Any
+from collections.abc import Generator
+from dataclasses import fields
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 
-from beatless import Client
-from beatless.http import AsyncClient
+from beatless import Client, RunRequest
+from beatless.api.bodies import StartRequest
+from beatless.cli.runs import RUN_OPTIONS
+from beatless.client.requests import RunOptions
+from beatless.http import AsyncClient, calls
 from beatless.http import Client as HttpClient
 
 NEED_THE_DATABASE = {"start_runs", "explain", "epoch", "stored_id", "count_failed_runs"}
 OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page", "told"}
 OF_THE_CONNECTION = {"from_env", "close", "aclose", "after_fork"}
+WITH_STREAMS = {"stream_run", "astream_run", "wait_for_run"}
+"""Not in the table: their I/O is their own."""
 
 
-def offers(kind: type) -> dict[str, list[tuple[str, Any, Any]]]:
-    """(name, kind and default) of each option of each call, without `connection`."""
-    return {
-        name: [
-            (each.name, each.kind, each.default)
-            for each in inspect.signature(call).parameters.values()
-            if each.name not in ("self", "connection")
-        ]
-        for name, call in inspect.getmembers(kind, inspect.isroutine)
-        if not name.startswith("_") and name not in OF_THE_CONNECTION
-    }
+def offers(kind: type) -> dict[str, tuple[list[tuple[str, Any, Any, Any]], Any]]:
+    """(name, kind, default and type) of each option of each call, and its result.
+
+    Without `connection`.
+    """
+    found = {}
+    for name, call in inspect.getmembers(kind, inspect.isroutine):
+        if not name.startswith("_") and name not in OF_THE_CONNECTION:
+            signature = inspect.signature(call)
+            options = [
+                (each.name, each.kind, each.default, each.annotation)
+                for each in signature.parameters.values()
+                if each.name not in ("self", "connection")
+            ]
+            found[name] = (options, signature.return_annotation)
+    return found
 
 
 def test_the_clients_over_http_have_the_calls_of_an_apps_client() -> None:
-    calls = offers(Client).keys() - NEED_THE_DATABASE - OF_THE_SERVER
-    assert offers(HttpClient).keys() == calls
-    assert offers(AsyncClient).keys() == calls - {"stream_run"}
+    names = offers(Client).keys() - NEED_THE_DATABASE - OF_THE_SERVER
+    assert offers(HttpClient).keys() == names
+    assert offers(AsyncClient).keys() == names - {"stream_run"}
     assert {"from_env", "after_fork"} <= set(dir(HttpClient)) & set(dir(AsyncClient))
 
 
@@ -39,3 +51,32 @@ def test_each_call_has_the_same_options_in_each_client(call: str) -> None:
     assert offers(HttpClient)[call] == offers(Client)[call]
     if call in offers(AsyncClient):
         assert offers(AsyncClient)[call] == offers(Client)[call]
+
+
+def test_every_call_over_http_is_one_of_the_table() -> None:
+    flows = {
+        name
+        for name, flow in inspect.getmembers(calls, inspect.isfunction)
+        if get_origin(inspect.signature(flow).return_annotation) is Generator
+    }
+    table = {name for name in flows if not name.startswith("_")} - {"ask"}
+    assert table | WITH_STREAMS == offers(HttpClient).keys()
+    for name in table:
+        for kind in (HttpClient, AsyncClient):
+            assert getattr(kind, name).__doc__ == getattr(calls, name).__doc__
+
+
+def test_the_keywords_of_a_start_are_the_members_of_a_run_request() -> None:
+    members = get_type_hints(RunRequest)
+    assert list(members)[:2] == ["plan", "input"]
+    assert get_type_hints(RunOptions) == {name: members[name] for name in list(members)[2:]}
+    options, _ = offers(Client)["start_run"]
+    assert [(name, default) for name, _, default, _ in options[1:]] == [
+        (each.name, each.default) for each in fields(RunRequest)[1:]
+    ]
+
+
+def test_every_member_of_a_run_request_has_its_way_into_the_api_and_the_command_line() -> None:
+    members = [each.name for each in fields(RunRequest)]
+    assert [*StartRequest.model_fields, "traceparent"] == members  # a header, over HTTP
+    assert ["plan", "input", *RUN_OPTIONS, "traceparent"] == members  # from OpenTelemetry
