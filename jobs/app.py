@@ -12,12 +12,8 @@ import sqlalchemy
 from kombu import Connection
 from redis import asyncio as aioredis
 
-from beatless import canary
-from beatless.celery_app import asking
-from beatless.child_signals import LeavesSignals, Meant
 from beatless.client import Client
 from beatless.failures import Failures, OnFailure
-from beatless.lease_keeper import KeepsLeases
 from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
@@ -42,19 +38,22 @@ from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
 from beatless.streams.streams import Streams
-from beatless.tasks import RunsCelery, register
-from beatless.worker import (
-    Alive,
-    Announcement,
-    Executors,
-    Farewell,
+from beatless.worker import canary
+from beatless.worker.bootsteps import (
+    FastPoolRepair,
     MetricsListener,
-    Reconnects,
-    Replacements,
-    Surroundings,
-    Unreadable,
-    celery_settings,
+    ProcessSetup,
+    SystemdWatchdog,
 )
+from beatless.worker.celery_app import asking
+from beatless.worker.celery_settings import celery_settings
+from beatless.worker.child_signals import ChildSignals, TerminatedChildren
+from beatless.worker.executors import Executors
+from beatless.worker.lease_keeper import LeaseKeeper
+from beatless.worker.presence import PresenceReport
+from beatless.worker.reconnects import ReconnectBackoff, UnreadableMessages
+from beatless.worker.shutdown import GracefulShutdown
+from beatless.worker.tasks import RunsCelery, register
 
 REDIS_TIMEOUTS: dict[str, Any] = {
     "socket_timeout": 5,
@@ -161,19 +160,19 @@ class App:
         if (broker_password := settings.password("broker")) is not None:
             self.celery.amqp.Connection = asking(broker_password)
         self.celery.conf.update(celery_settings(settings, plans))
-        self.celery.steps["worker"].add(Surroundings)
-        self.celery.steps["consumer"].add(Unreadable)
-        self.celery.steps["consumer"].add(Reconnects.of(self.executors.draining))
-        self.celery.steps["worker"].add(Replacements)
-        self.celery.steps["worker"].add(Alive)
-        self.celery.steps["worker"].add(Farewell.of(self.executors.draining, settings))
-        self.celery.steps["worker"].add(LeavesSignals.of(Meant()))
+        self.celery.steps["worker"].add(ProcessSetup)
+        self.celery.steps["consumer"].add(UnreadableMessages)
+        self.celery.steps["consumer"].add(ReconnectBackoff.of(self.executors.draining))
+        self.celery.steps["worker"].add(FastPoolRepair)
+        self.celery.steps["worker"].add(SystemdWatchdog)
+        self.celery.steps["worker"].add(GracefulShutdown.of(self.executors.draining, settings))
+        self.celery.steps["worker"].add(ChildSignals.of(TerminatedChildren()))
         self.celery.steps["worker"].add(
-            KeepsLeases.of(
+            LeaseKeeper.of(
                 self.executors.board, self.leases, self.executors.connect, self.metrics.worker
             )
         )
-        self.celery.steps["worker"].add(Announcement.of(self.executors, settings))
+        self.celery.steps["worker"].add(PresenceReport.of(self.executors, settings))
         self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
         for plan in (*plans, self._canary):
             register(self.celery, plan, self.executors)

@@ -28,7 +28,7 @@ import redis
 from kombu.exceptions import KombuError, OperationalError
 from sqlalchemy import exc
 
-from beatless import canary, loopback
+from beatless import loopback
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.client import Client
 from beatless.client.requests import new_run_id
@@ -47,6 +47,7 @@ from beatless.redis_urls import is_replica
 from beatless.schema import head
 from beatless.streams.streams import Subscription
 from beatless.unfit_rows import unfit_rows
+from beatless.worker import canary
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from beatless import canary
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.observer import Settled
 from beatless.orchestrator.state import RunState
 from beatless.outbox.observer import DeadLettered, DeadlinesExpired, Signal
+from beatless.worker import canary
 
 logger = logging.getLogger(__name__)
 

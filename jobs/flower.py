@@ -27,7 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tornado.web import url
 
-from beatless import canary, loopback
+from beatless import loopback
 from beatless.app import App
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
@@ -38,6 +38,7 @@ from beatless.outbox.queries import execute
 from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
 from beatless.streams.streams import parse
+from beatless.worker import canary
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from html import escape
 
 import click
 
-from beatless import canary
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
 from beatless.orchestrator.plan import Goto, Plan, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.places import Place, places
+from beatless.worker import canary
 
 NAMED = 10
 """Runs of one place that are named to a person."""

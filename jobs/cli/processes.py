@@ -16,7 +16,6 @@ from celery import signals
 from kombu.exceptions import KombuError
 
 from beatless.app import REDIS_TIMEOUTS, App
-from beatless.celery_app import warn_of_foreign
 from beatless.cli.environment import Environment
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.observe.export import export
@@ -30,7 +29,8 @@ from beatless.redis_urls import is_cluster
 from beatless.schema import check
 from beatless.settings import Settings
 from beatless.transactions import reaching_postgres
-from beatless.worker import run_worker
+from beatless.worker.celery_app import warn_of_foreign
+from beatless.worker.run import run_worker
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from sqlalchemy import exc
 
-from beatless import App, canary
+from beatless import App
 from beatless.flower import FleetState, Listener
 from beatless.local.child import Child
 from beatless.local.errors import NotReady
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit
+from beatless.worker import canary
 from tests.valkeys import until
 
 PASSWORD = "operator:secret"

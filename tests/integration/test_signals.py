@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from beatless import Plan, StepContext, step
-from beatless.child_signals import EVERY_CHILD, Left, Meant
 from beatless.local.child import Child
 from beatless.outbox.clock import monotonic
 from beatless.testing import Kit
+from beatless.worker.child_signals import EVERY_CHILD, IgnoredSignal, TerminatedChildren
 from tests.plans import ALL
 
 APP = "tests.plans:app"
@@ -119,8 +119,8 @@ def test_a_child_that_celery_ends_gives_its_run_back(beatless: Kit, tmp_path: Pa
 
 
 def test_a_handler_obeys_only_who_means_its_process() -> None:
-    meant = Meant()
-    left = Left(meant)
+    meant = TerminatedChildren()
+    left = IgnoredSignal(meant)
     assert left == signal.SIG_IGN
     left(signal.SIGTERM, None)
     assert os.getpid() not in meant
@@ -128,13 +128,13 @@ def test_a_handler_obeys_only_who_means_its_process() -> None:
         meant.add(pid)
     meant.add(os.getpid())
     assert os.getpid() in meant
-    other = Meant()
+    other = TerminatedChildren()
     other.add(EVERY_CHILD)
     assert os.getpid() in other
 
 
 def test_a_process_that_a_step_has_forked_ends_by_a_signal() -> None:
-    left = Left(Meant())
+    left = IgnoredSignal(TerminatedChildren())
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, left)

@@ -16,7 +16,9 @@ from beatless.cli.processes import weights
 from beatless.client import RunRequest
 from beatless.outbox.sockets import readable
 from beatless.testing import Kit
-from beatless.worker import ReadyFile, WeightedCycle, run_worker
+from beatless.worker.bootsteps import ReadyFile
+from beatless.worker.run import run_worker
+from beatless.worker.weights import WeightedCycle
 
 APP = "tests.plans:app"
 POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
@@ -24,7 +26,7 @@ POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
 GOES_ON = """
 import os, signal, threading
 from celery import signals
-from beatless.worker import run_worker
+from beatless.worker.run import run_worker
 from tests.plans import app
 
 @signals.worker_ready.connect

@@ -11,8 +11,8 @@ from celery import _state
 from celery.exceptions import FixupWarning
 
 from beatless import App, Settings
-from beatless.celery_app import IGNORED, ConfiguredElsewhere
-from beatless.worker import celery_settings
+from beatless.worker.celery_app import IGNORED, ConfiguredElsewhere
+from beatless.worker.celery_settings import celery_settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text()
 TABLE = TEXT.partition("## What is set, and why")[2]
@@ -97,4 +97,4 @@ def test_the_app_of_a_django_project_is_made_with_celerys_fix_up(
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FixupWarning)  # where Django is not installed
-        assert app().celery.loader_cls == "beatless.celery_app:Loader"
+        assert app().celery.loader_cls == "beatless.worker.celery_app:Loader"

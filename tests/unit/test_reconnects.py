@@ -10,7 +10,8 @@ from celery.worker import state as worker_state
 
 from beatless import App, Settings
 from beatless.outbox.backoff import BACKOFF_CAP_S
-from beatless.worker import LOST, Draining, Reconnects
+from beatless.worker.reconnects import CONNECTION_ERROR_HOOKS, ReconnectBackoff
+from beatless.worker.shutdown import Draining
 
 
 class Consumer:
@@ -33,7 +34,7 @@ def consumer() -> Consumer:
 
 @pytest.fixture
 def step(consumer: Consumer) -> Any:
-    return Reconnects.of(Draining())(consumer)
+    return ReconnectBackoff.of(Draining())(consumer)
 
 
 def test_a_broker_that_is_away_is_tried_every_two_seconds(step: Any, consumer: Consumer) -> None:
@@ -53,7 +54,7 @@ def test_what_is_no_message_holds_up_nobody(step: Any) -> None:
     assert [step.delay(ValueError("no JSON"), 0.01) for _ in range(60)] == [0.0] * 60
 
 
-@pytest.mark.parametrize("when", LOST)
+@pytest.mark.parametrize("when", CONNECTION_ERROR_HOOKS)
 def test_the_pause_ends_when_the_worker_is_told_to_stop(
     step: Any, consumer: Consumer, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:

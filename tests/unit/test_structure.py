@@ -19,7 +19,7 @@ REASON = re.compile(r"\b(Long|Large)\b[^.]*\b(because|so that|for)\b")
 """What the docstring of a longer one says: "Long, because …"."""
 
 TOO_LONG = {
-    *("server", "doctor", "streams", "worker", "executor"),
+    *("server", "doctor", "streams", "executor"),
     *("journal", "relay", "kit"),
     *("Doctor", "Kit", "Execution", "Journal", "Drain"),
     *("create_api", "__init__"),

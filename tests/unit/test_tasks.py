@@ -4,7 +4,7 @@ import pytest
 from celery import chain, group, signature
 
 from beatless import App, Plan, Settings, step
-from beatless.tasks import register
+from beatless.worker.tasks import register
 
 
 @step

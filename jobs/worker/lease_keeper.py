@@ -18,13 +18,13 @@ from beatless.orchestrator.keeper import Keeper, keep_for_parent
 from beatless.orchestrator.lease import Connection, Leases
 from beatless.outbox.threads import LastingThread
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.lease_keeper")
 
 ENDS_WITH_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What is sent to the whole group of processes is for the main one, which has its leases still."""
 
 
-class KeepsLeases(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Runs a `Keeper` beside the processes that execute runs.
 
     In the prefork pool that is a thread of the main process. In the others bodies run in the main

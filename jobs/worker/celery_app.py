@@ -21,7 +21,7 @@ from kombu.connection import ConnectionPool
 from beatless.credentials import Password, ask
 from beatless.errors import JobsError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.celery_app")
 
 IGNORED = (
     "BROKER_URL",

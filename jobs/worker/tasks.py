@@ -6,14 +6,14 @@ from typing import Any, NoReturn
 
 from celery import Celery, Task
 
-from beatless.celery_app import FleetCelery
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.queries import LAST_ATTEMPT
-from beatless.worker import leaving
+from beatless.worker.celery_app import FleetCelery
+from beatless.worker.shutdown import is_exiting
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("beatless.tasks")
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types
@@ -80,7 +80,7 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> No
         except Exception:
             raise
         except BaseException as error:
-            if leaving():
+            if is_exiting():
                 raise
             # Celery's pools lose a place, or a process, by what is not an Exception.
             raise RuntimeError(f"run {run_id} was left by {type(error).__name__}") from error

@@ -14,16 +14,17 @@ from typing import Any, ClassVar, Self
 from billiard.common import _shutdown_cleanup
 from celery import bootsteps, signals
 
-LEFT = (signal.SIGTERM, signal.SIGHUP)
+LEFT_TO_MAIN_PROCESS = (signal.SIGTERM, signal.SIGHUP)
 """Beside SIGINT, which Celery's children ignore."""
 
 PLACES = 1024
+"""The newest so many are remembered."""
 
 EVERY_CHILD = 1
 """No child has this number."""
 
 
-class Meant:
+class TerminatedChildren:
     """The children that the main process has ended, in memory that they share with it."""
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Meant:
         return not {pid, EVERY_CHILD}.isdisjoint(self._pids.tolist())
 
 
-class Left:
+class IgnoredSignal:
     """The handler of a child: does nothing, unless the main process means this child.
 
     A function and not SIG_IGN, which programs that a step starts would inherit. It is equal to
@@ -48,8 +49,8 @@ class Left:
 
     __hash__ = None  # type: ignore[assignment]  # nobody needs it
 
-    def __init__(self, meant: Meant) -> None:
-        self._meant = meant
+    def __init__(self, terminated: TerminatedChildren) -> None:
+        self._terminated = terminated
         self._pid = os.getpid()
 
     def __eq__(self, other: object) -> bool:
@@ -59,20 +60,20 @@ class Left:
         if os.getpid() != self._pid:  # a process that a step has forked: signals are its own
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self._pid in self._meant:
+        elif self._pid in self._terminated:
             _shutdown_cleanup(number, frame)
 
 
-class LeavesSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+class ChildSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Has children leave signals to the main process, and tells them when it means them."""
 
     requires = frozenset({"celery.worker.components:Pool"})
-    meant: ClassVar[Meant]
+    terminated: ClassVar[TerminatedChildren]
 
     @classmethod
-    def of(cls, meant: Meant) -> type[Self]:
+    def of(cls, terminated: TerminatedChildren) -> type[Self]:
         """The step of one app: Celery takes classes."""
-        return type(cls.__name__, (cls,), {"meant": meant})
+        return type(cls.__name__, (cls,), {"terminated": terminated})
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -84,7 +85,7 @@ class LeavesSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ha
         if getattr(worker.pool, "uses_semaphore", False) and end is not None:
 
             def terminate_job(pid: int, signal: Any = None) -> None:
-                self.meant.add(pid)
+                self.terminated.add(pid)
                 end(pid, signal)
 
             worker.pool.terminate_job = terminate_job
@@ -93,11 +94,11 @@ class LeavesSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ha
         signals.worker_process_init.disconnect(self._in_child)
 
     def terminate(self, worker: Any) -> None:
-        self.meant.add(EVERY_CHILD)
+        self.terminated.add(EVERY_CHILD)
         self.stop(worker)
 
     def _in_child(self, **_: Any) -> None:
         if os.getpid() == self._main:
             return  # the solo pool says so in the main process
-        for number in LEFT:
-            signal.signal(number, Left(self.meant))
+        for number in LEFT_TO_MAIN_PROCESS:
+            signal.signal(number, IgnoredSignal(self.terminated))

@@ -1,0 +1,143 @@
+"""Small steps of Celery's worker: set-up of its processes, pool repair, signs of life, metrics."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Self
+from wsgiref.simple_server import WSGIServer
+
+from celery import bootsteps, signals
+
+from beatless.observe.logs import enable_own_loggers
+from beatless.observe.metrics import Metrics, listen
+from beatless.observe.systemd import Supervisor
+from beatless.settings import Settings
+from beatless.worker.celery_app import warn_of_foreign
+
+READY_FILE_TOUCH_INTERVAL_S = 5.0
+
+
+class ProcessSetup(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """What others left in the worker's processes: variables are named, silenced loggers speak.
+
+    It comes after `worker_init`, in which Celery's fix-up sets Django up, with its own logging.
+    """
+
+    requires = frozenset({"celery.worker.components:Pool"})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._celery = worker.app
+        signals.worker_process_init.connect(self._in_child)
+        enable_own_loggers()
+        warn_of_foreign(os.environ, worker.app.conf.broker_url)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_process_init.disconnect(self._in_child)
+
+    terminate = stop
+
+    def _in_child(self, **_: Any) -> None:
+        enable_own_loggers()
+        self._celery.set_default()  # a prefork child forgets how this app does it
+
+
+class FastPoolRepair(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Puts a new child in the place of a dead one within a second. Celery looks every five.
+
+    Steps that are ended by force end their process, so a death is nothing rare here.
+    """
+
+    requires = frozenset({"celery.worker.components:Pool"})
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Called by Celery when it has made its event loop: only with the prefork pool."""
+        maintain = getattr(getattr(worker.pool, "_pool", None), "maintain_pool", None)
+        if maintain is not None:
+            hub.call_repeatedly(1.0, maintain)
+
+
+class SystemdWatchdog(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Tells systemd that the main process takes messages, if it wants to know: prefork only."""
+
+    requires = frozenset({"celery.worker.components:Pool"})
+
+    def register_with_event_loop(self, _worker: Any, hub: Any) -> None:
+        """As in `FastPoolRepair`."""
+        supervisor = Supervisor()
+        if supervisor.interval:
+            hub.call_repeatedly(supervisor.interval, supervisor.alive)
+
+
+class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Serves a worker's metrics from its main process, if the settings name a port."""
+
+    requires = frozenset({"celery.worker.components:Pool"})
+    metrics: ClassVar[Metrics]
+    settings: ClassVar[Settings]
+
+    @classmethod
+    def of(cls, metrics: Metrics, settings: Settings) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"metrics": metrics, "settings": settings})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._server: WSGIServer | None = None
+
+    def include_if(self, _worker: Any) -> bool:
+        return self.settings.metrics_port is not None
+
+    def start(self, _worker: Any) -> None:
+        self.metrics.worker.active = True
+        self._server = listen(
+            self.metrics.registry, self.settings.metrics_host, self.settings.metrics_port or 0
+        )
+        signals.worker_process_init.connect(self._in_child)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_process_init.disconnect(self._in_child)
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    terminate = stop
+
+    def _in_child(self, **_: Any) -> None:
+        # Or the port of a killed worker would be taken until the last of its children is gone.
+        if self._server is not None:
+            self._server.socket.close()
+
+
+class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """A file that is there while the worker takes runs, and young while its event loop turns.
+
+    Whoever starts the worker makes it when the worker is ready.
+    """
+
+    requires = frozenset({"celery.worker.components:Timer"})
+    path: ClassVar[Path]
+
+    @classmethod
+    def of(cls, path: Path) -> type[Self]:
+        """The step of one worker: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"path": path})
+
+    def start(self, worker: Any) -> None:
+        self.path.unlink(missing_ok=True)  # of one that was killed
+        worker.timer.call_repeatedly(READY_FILE_TOUCH_INTERVAL_S, self._touch)
+        signals.worker_shutting_down.connect(self._gone)
+
+    def stop(self, _worker: Any) -> None:
+        signals.worker_shutting_down.disconnect(self._gone)
+        self._gone()
+
+    terminate = stop
+
+    def _touch(self) -> None:
+        with suppress(FileNotFoundError):  # it went when the worker was told to stop
+            os.utime(self.path)
+
+    def _gone(self, **_: Any) -> None:
+        self.path.unlink(missing_ok=True)

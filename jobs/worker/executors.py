@@ -1,0 +1,156 @@
+"""The executors inside of a worker's processes, with their heartbeat and watchdog."""
+
+import multiprocessing
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from billiard.process import current_process
+
+from beatless import postgres
+from beatless.observe.counters import WorkerCounters
+from beatless.orchestrator.board import SLOTS, Board
+from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Heartbeat, Leases
+from beatless.orchestrator.watchdog import Watchdog
+from beatless.outbox import forks
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.observer import Observer, fan_out
+from beatless.outbox.threads import LastingThread
+from beatless.settings import Settings
+from beatless.worker.shutdown import Draining, is_exiting
+
+
+class Executors:
+    """Gives each thread of each worker process its executor, opened after fork."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        journal: Journal,
+        leases: Leases,
+        engine: sqlalchemy.Engine,
+        faults: CrashPoints,
+        counts: WorkerCounters,
+        scope: Scope = no_scope,
+        observer: Observer | None = None,
+        on_process: Callable[[], None] | None = None,
+        shown_error: ShownError | None = None,
+    ) -> None:
+        """`engine` is for transactional steps.
+
+        `on_process` is called in each process that Celery executes runs in, before the first.
+        """
+        self._observer = fan_out(counts, observer)
+        self._on_process = on_process
+        self._shown_error = shown_error
+        self.counts = counts
+        self._scope = scope
+        self._settings = settings
+        self._journal = journal
+        self._leases = leases
+        self._engine = engine
+        self._faults = faults
+        self._mutex = threading.Lock()
+        self._pid = 0
+        self._worker = ""
+        self._threads = threading.local()
+        self._heartbeat: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
+        self._closed = threading.Event()
+        self.draining = Draining()
+        self.board = Board()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        # Its threads are in the parent, and one of them may have held the lock.
+        self._mutex = threading.Lock()
+        self._threads = threading.local()
+        self._closed = threading.Event()
+        self._heartbeat = self._watchdog = None
+        self._pid = 0
+
+    def __call__(self) -> Executor:
+        with self._mutex:
+            if self._pid != os.getpid():
+                self._begin()
+                if self._on_process is not None:
+                    self._on_process()
+        executor: Executor | None = getattr(self._threads, "executor", None)
+        if executor is None:
+            executor = self.new()
+            self._threads.executor = executor
+        return executor
+
+    def _begin(self) -> None:
+        self._threads = threading.local()
+        # Only a child of the prefork pool has nothing but its run to lose.
+        pool_child = current_process().name != "MainProcess"
+        place = getattr(current_process(), "index", 0)
+        self.counts.counts.take(place)
+        if pool_child:
+            # Or the bodies could not start processes with multiprocessing.
+            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        slots = [place % SLOTS] if pool_child else range(SLOTS)
+        self._heartbeat = Heartbeat(
+            self._leases, self.connect, board=self.board, slots=slots, observer=self.counts
+        )
+        self._watchdog = Watchdog(
+            self._leases, self.connect, own_process=pool_child, observer=self.counts
+        )
+        if self.draining.prepared:
+            end = partial(self._end_of_grace, self._watchdog)
+            LastingThread("grace", end, observer=self.counts).start()
+        # Never the host name alone: a restarted container has the name of the one that died.
+        self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._pid = os.getpid()
+
+    def _end_of_grace(self, watchdog: Watchdog, _thread: LastingThread) -> None:
+        self.draining.announced()
+        # A process whose runs all end before has ended with them.
+        if not self._closed.wait(self._settings.grace_seconds):
+            watchdog.stop_all()
+
+    def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
+        """An executor of its own, for a caller that looks after it."""
+        if self._heartbeat is None:
+            self._begin()
+        assert self._heartbeat is not None  # noqa: S101 - set by _begin
+        assert self._watchdog is not None  # noqa: S101 - set by _begin
+        return Executor(
+            journal=self._journal,
+            leases=self._leases,
+            connect=self.connect,
+            engine=self._engine,
+            heartbeat=self._heartbeat,
+            worker=self._worker,
+            stopping=self.draining,
+            leaving=is_exiting,
+            limit=self._watchdog.call,
+            faults=self._faults,
+            observer=fan_out(self._observer, observer),
+            scope=self._scope,
+            shown_error=self._shown_error,
+            redispatch_s=self._settings.redispatch_seconds,
+            **options,
+        )
+
+    def close(self) -> None:
+        """Stop this process's threads. Its executors close their own connections."""
+        self._closed.set()
+        if self._heartbeat is not None and self._pid == os.getpid():
+            self._heartbeat.stop()
+        if self._watchdog is not None and self._pid == os.getpid():
+            self._watchdog.stop()
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """An autocommit connection of a worker."""
+        return postgres.connect(self._settings, "beatless worker")

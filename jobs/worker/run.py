@@ -1,0 +1,136 @@
+"""Runs a Celery worker in this process, from its command line to its exit status."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, signals
+from celery.platforms import isatty
+
+from beatless.errors import BadRequest
+from beatless.observe.logs import Format
+from beatless.outbox.publishers import worker_queue
+from beatless.settings import Settings
+from beatless.worker.bootsteps import ReadyFile
+from beatless.worker.weights import QueueOrder
+
+logger = logging.getLogger("beatless.worker")
+
+
+def run_worker(
+    celery: Celery,
+    settings: Settings,
+    *,
+    queues: Mapping[str, int] | None = None,
+    concurrency: int | None = None,
+    ready_file: Path | None = None,
+    arguments: Sequence[str] = (),
+) -> int:
+    """Run a Celery worker in this process until it is told to stop; its exit status.
+
+    `queues` have weights. Raises BadRequest for weights that differ on another broker than Redis,
+    which itself decides what a worker gets next.
+    """
+    if queues:
+        consume(celery, settings, queues)
+    if ready_file is not None:
+        celery.steps["worker"].add(ReadyFile.of(ready_file))
+    lifecycle = WorkerLifecycle()
+    try:
+        with lifecycle.watched():
+            celery.worker_main([*command_line(settings, concurrency), *arguments])
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    if lifecycle.hung_up:
+        logger.info("worker starts again", extra={"action": "worker_restarts"})
+        logging.shutdown()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself
+    return lifecycle.exit_status()
+
+
+def consume(celery: Celery, settings: Settings, queues: Mapping[str, int]) -> None:
+    """Let workers of this app take runs of these queues alone, in shares of their weights.
+
+    Raises BadRequest for weights that differ on another broker than Redis.
+    """
+    celery.conf.task_queues = [worker_queue(settings.prefix, name) for name in queues]
+    if len(set(queues.values())) > 1:
+        if settings.redis_broker is None:
+            raise BadRequest("--queues", "has weights, which only a Redis broker can give")
+        weights = {f"{settings.prefix}.{name}": weight for name, weight in queues.items()}
+        celery.conf.broker_transport_options = {
+            **celery.conf.broker_transport_options,
+            "queue_order_strategy": QueueOrder(weights),
+        }
+
+
+def command_line(settings: Settings, concurrency: int | None) -> list[str]:
+    """The arguments of Celery's command."""
+    argv = ["worker", "--without-gossip", "--without-mingle"]
+    if settings.log_format == Format.JSON:
+        # Celery's banner and what its signal handlers say are for people, past all logging.
+        argv.insert(0, "--quiet")
+        vars(sys)["__stdout__"] = None
+    elif os.environ.get("NO_COLOR"):
+        argv.insert(0, "--no-color")
+    argv += ["--hostname", f"beatless-{os.getpid()}@%h"]
+    if concurrency is not None:
+        argv += ["--concurrency", str(concurrency)]
+    return argv
+
+
+class WorkerLifecycle:
+    """One worker of this process, as Celery's signals tell of it."""
+
+    def __init__(self) -> None:
+        self.hung_up = False
+        """Whether it got a SIGHUP that asks it to start again."""
+        self._main = os.getpid()
+        self._sighup_before = signal.getsignal(signal.SIGHUP)
+        self._workers: list[Any] = []
+        self._stops: list[str] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """The block in which the worker runs."""
+        receivers = (
+            (signals.worker_init, self._begins),
+            (signals.worker_ready, self._ready),
+            (signals.worker_shutting_down, self._shuts_down),
+        )
+        for sent, receiver in receivers:
+            sent.connect(receiver)
+        try:
+            yield
+        finally:
+            for sent, receiver in receivers:
+                sent.disconnect(receiver)
+
+    def exit_status(self) -> int:
+        """0 after an orderly end; what Celery left otherwise."""
+        if "Warm" in self._stops:
+            return 0
+        # Celery keeps to itself that it could not go on.
+        return int(next((worker.exitcode or 0 for worker in self._workers), 0))
+
+    def _begins(self, sender: Any, **_: Any) -> None:
+        self._workers.append(sender)
+
+    def _ready(self, **_: Any) -> None:
+        # Celery's own starts what `sys.argv` says, which is not always what was started.
+        before = self._sighup_before
+        signal.signal(signal.SIGHUP, before if before == signal.SIG_IGN else self._hangs_up)
+
+    def _shuts_down(self, how: str, **_: Any) -> None:
+        self._stops.append(how)
+
+    def _hangs_up(self, _number: int, _frame: object) -> None:
+        if os.getpid() == self._main and not self._stops:
+            # Whose terminal has gone does not come back behind it.
+            self.hung_up = self.hung_up or not isatty(sys.stdin)
+            os.kill(self._main, signal.SIGTERM)
