@@ -15,6 +15,7 @@ from beatless.errors import BadRequest
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace
 from beatless.orchestrator.tables import runs
 from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
 from beatless.outbox.tables import Id
 from beatless.outbox.times import problem_with_seconds
 
@@ -101,13 +102,7 @@ class Tokens:
 
     def __init__(self, engine: sqlalchemy.Engine, schema: str) -> None:
         self._engine = engine
-        self._table = f"{schema}.api_tokens"
-        alive = "({0}.expires_at IS NULL OR {0}.expires_at > clock_timestamp())"
-        self._any = f"EXISTS (SELECT FROM {self._table} WHERE run_id IS NULL)"
-        self._good = f"""{alive.format("t")} AND CASE
-  WHEN t.maker IS NULL THEN true
-  WHEN t.maker = '{NO_TOKEN}' THEN NOT {self._any}
-  ELSE EXISTS (SELECT FROM {self._table} m WHERE m.id = t.maker AND {alive.format("m")}) END"""
+        self._sql = statements(__file__, schema, sweep=SWEEP)
 
     def create(
         self,
@@ -139,15 +134,7 @@ class Tokens:
         with self._engine.begin() as connection:
             execute(
                 connection,
-                f"""
-WITH old AS (
-  DELETE FROM {self._table} WHERE id = ANY(ARRAY(
-    SELECT id FROM {self._table}
-     WHERE expires_at < (SELECT clock_timestamp() - interval '1 day')
-     ORDER BY expires_at LIMIT {SWEEP} FOR UPDATE SKIP LOCKED)))
-INSERT INTO {self._table} (id, hash, namespace, scopes, run_id, note, maker, expires_at)
-VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s, %(maker)s,
-        clock_timestamp() + make_interval(secs => %(seconds)s))""",
+                self._sql["create"],
                 {
                     "id": token_id,
                     "hash": _hash(secret),
@@ -178,9 +165,7 @@ VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s, %(mak
         with self._engine.begin() as connection:
             rows = execute(
                 connection,
-                f"""
-SELECT t.namespace, t.scopes, t.run_id, t.id, t.maker FROM {self._table} t
- WHERE t.hash = %(hash)s AND {self._good}""",
+                self._sql["find"],
                 {"hash": _hash(secret)},
             )
         if not rows:
@@ -200,9 +185,7 @@ SELECT t.namespace, t.scopes, t.run_id, t.id, t.maker FROM {self._table} t
         with self._engine.begin() as connection:
             rows = execute(
                 connection,
-                f"""
-SELECT t.id FROM {self._table} t WHERE t.id = ANY(%(ids)s) AND {self._good}
-UNION ALL SELECT '{NO_TOKEN}' WHERE '{NO_TOKEN}' = ANY(%(ids)s) AND NOT {self._any}""",
+                self._sql["good"],
                 {"ids": list(token_ids)},
             )
         return frozenset(token_id for (token_id,) in rows)
@@ -210,15 +193,14 @@ UNION ALL SELECT '{NO_TOKEN}' WHERE '{NO_TOKEN}' = ANY(%(ids)s) AND NOT {self._a
     def any(self) -> bool:
         """Whether there is any token, so that everybody needs one."""
         with self._engine.begin() as connection:
-            return bool(execute(connection, f"SELECT {self._any}", {})[0][0])
+            return bool(execute(connection, self._sql["any"], {})[0][0])
 
     def list(self) -> list[Token]:
         """The tokens that are not for a single stream, oldest first."""
         with self._engine.begin() as connection:
             rows = execute(
                 connection,
-                f"SELECT id, namespace, scopes, note, created_at, expires_at FROM {self._table}"
-                " WHERE run_id IS NULL ORDER BY created_at",
+                self._sql["list"],
                 {},
             )
         return [
@@ -238,7 +220,7 @@ UNION ALL SELECT '{NO_TOKEN}' WHERE '{NO_TOKEN}' = ANY(%(ids)s) AND NOT {self._a
         with self._engine.begin() as connection:
             rows = execute(
                 connection,
-                f"DELETE FROM {self._table} WHERE id = %(id)s RETURNING id",
+                self._sql["revoke"],
                 {"id": token_id},
             )
         if not rows:

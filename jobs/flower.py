@@ -35,6 +35,7 @@ from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.publishers import run_of
 from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
 from beatless.streams.streams import parse
@@ -193,6 +194,7 @@ class Listener:
 
     def __init__(self, app: App, tell: Callable[[Event], None]) -> None:
         self._app = app
+        self._sql = statements(__file__, app.settings.schema)
         self._tell = tell
         self._seqs: OrderedDict[str, int] = OrderedDict()
         self._backoff = Backoff()
@@ -267,12 +269,7 @@ class Listener:
     def _catch_up(self) -> None:
         """Read the newest runs, and those whose end was not heard."""
         with self._app.engine.connect() as connection:
-            rows = execute(
-                connection,
-                f"SELECT run_id, last_seq FROM {self._app.settings.schema}.runs "
-                "ORDER BY created_at DESC LIMIT %(limit)s",
-                {"limit": HISTORY},
-            )
+            rows = execute(connection, self._sql["newest"], {"limit": HISTORY})
         for run_id, last_seq in reversed(rows):
             if last_seq > (before := self._seqs.get(run_id, 0)):
                 self._read(run_id, before)

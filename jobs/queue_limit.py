@@ -8,6 +8,7 @@ from beatless.errors import BadRequest
 from beatless.namespaces import id_prefix
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller, execute
+from beatless.outbox.statements import statements
 
 KNOWN_FOR_S = 60.0
 """Seconds until the queues of a namespace are read again."""
@@ -35,10 +36,7 @@ class QueueLimit:
         self._plans = frozenset(plans)
         self._known: dict[str, _Known] = {}
         self._lock = threading.Lock()
-        # The ids of a namespace begin with its name and a `~`; those of the default one have none.
-        self._all = f"SELECT DISTINCT queue FROM {schema}.dispatches WHERE strpos(run_id, '~') = 0"
-        self._mine = f"""
-SELECT DISTINCT queue FROM {schema}.dispatches WHERE run_id > %(prefix)s AND run_id < %(end)s"""
+        self._sql = statements(__file__, schema)
 
     def check(self, caller: Caller, namespace: str, queues: Collection[str]) -> None:
         """Raises BadRequest if one of these queues is beyond the limit of the namespace."""
@@ -64,6 +62,6 @@ SELECT DISTINCT queue FROM {schema}.dispatches WHERE run_id > %(prefix)s AND run
 
     def _read(self, caller: Caller, namespace: str) -> set[str]:
         prefix = id_prefix(namespace)
-        statement = self._mine if prefix else self._all
+        statement = self._sql["of_namespace"] if prefix else self._sql["of_default"]
         parameters = {"prefix": prefix, "end": prefix.replace("~", "\x7f")}
         return {queue for (queue,) in execute(caller, statement, parameters)} - self._plans

@@ -14,7 +14,8 @@ import sqlalchemy
 from beatless.app import App
 from beatless.orchestrator.queues import QueueStatements, WorkerState
 from beatless.outbox.message import SHARDS
-from beatless.outbox.queries import execute, outbox_lag
+from beatless.outbox.queries import execute
+from beatless.outbox.statements import statements
 from beatless.schema import current, head
 
 
@@ -59,12 +60,11 @@ class SystemState:
 def look(app: App, engine: sqlalchemy.Engine) -> SystemState:
     """Raises what SQLAlchemy does for a Postgres that cannot be reached."""
     schema = app.settings.schema
+    sql = statements(__file__, schema, last_shard=SHARDS - 1)
     with engine.connect() as connection:
         revision = current(connection, schema)
-        version, unpublished, lag, letters = execute(
-            connection, f"SELECT current_setting('server_version'), {outbox_lag(schema)}", {}
-        )[0]
-        sessions = execute(connection, _sessions(app.queries.leader_key), {})
+        version, unpublished, lag, letters = execute(connection, sql["versions_and_lag"], {})[0]
+        sessions = execute(connection, sql["relays"], {})
         workers = QueueStatements(schema).workers(connection)
     return SystemState(
         version=metadata.version("beatless"),
@@ -93,16 +93,6 @@ def _redis_version(app: App) -> str | None:
         return None
     finally:
         client.close()
-
-
-def _sessions(leader_key: str) -> str:
-    return f"""
-SELECT l.pid, l.objid::int8, a.application_name, host(a.client_addr), a.backend_start
-  FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
- WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND l.classid = ({leader_key})::oid
- ORDER BY a.backend_start, l.pid, l.objid"""
 
 
 def _relays(rows: list[Any]) -> Iterator[RelayState]:

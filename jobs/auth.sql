@@ -1,0 +1,48 @@
+-- Statements over the tokens of the HTTP API.
+
+-- fragment: any_token
+-- Whether there is a token that is not for a single stream, so that everybody needs one.
+EXISTS (SELECT FROM {schema}.api_tokens WHERE run_id IS NULL)
+
+-- fragment: grants
+-- Whether a token `t` is good now: it has not expired, and neither has the one that made it.
+-- The maker '' is whoever made one while there was none.
+(t.expires_at IS NULL OR t.expires_at > clock_timestamp()) AND CASE
+  WHEN t.maker IS NULL THEN true
+  WHEN t.maker = '' THEN NOT {any_token}
+  ELSE EXISTS (SELECT FROM {schema}.api_tokens m WHERE m.id = t.maker
+                  AND (m.expires_at IS NULL OR m.expires_at > clock_timestamp())) END
+
+-- name: create
+-- Store a token, and delete some that expired long ago.
+WITH old AS (
+  DELETE FROM {schema}.api_tokens WHERE id = ANY(ARRAY(
+    SELECT id FROM {schema}.api_tokens
+     WHERE expires_at < (SELECT clock_timestamp() - interval '1 day')
+     ORDER BY expires_at LIMIT {sweep} FOR UPDATE SKIP LOCKED)))
+INSERT INTO {schema}.api_tokens (id, hash, namespace, scopes, run_id, note, maker, expires_at)
+VALUES (%(id)s, %(hash)s, %(namespace)s, %(scopes)s, %(run_id)s, %(note)s, %(maker)s,
+        clock_timestamp() + make_interval(secs => %(seconds)s))
+
+-- name: find
+-- Read what a token grants, by the hash of its secret.
+SELECT t.namespace, t.scopes, t.run_id, t.id, t.maker FROM {schema}.api_tokens t
+ WHERE t.hash = %(hash)s AND {grants}
+
+-- name: good
+-- List those of these tokens that are good; '' is, while there is none.
+SELECT t.id FROM {schema}.api_tokens t WHERE t.id = ANY(%(ids)s) AND {grants}
+UNION ALL SELECT '' WHERE '' = ANY(%(ids)s) AND NOT {any_token}
+
+-- name: any
+-- Find out whether everybody needs a token.
+SELECT {any_token}
+
+-- name: list
+-- List the tokens that are not for a single stream, oldest first.
+SELECT id, namespace, scopes, note, created_at, expires_at FROM {schema}.api_tokens
+ WHERE run_id IS NULL ORDER BY created_at
+
+-- name: revoke
+-- Delete a token.
+DELETE FROM {schema}.api_tokens WHERE id = %(id)s RETURNING id

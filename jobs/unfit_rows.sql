@@ -1,0 +1,6 @@
+-- The statement over rows that no relay can act on.
+
+-- name: some
+-- List some of the unfit rows, with the promise that each breaks.
+-- Reads in whole the dispatches and the outbox: for people.
+SELECT * FROM ({unfit}) AS unfit LIMIT %(limit)s
