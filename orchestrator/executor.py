@@ -31,8 +31,9 @@ from beatless.orchestrator.errors import (
 )
 from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import MESSAGE_LIMIT, describe, is_a, storable_text, text_of
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
-from beatless.orchestrator.lease import Connection, Heartbeat, Lease, Leases, Seen
+from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
 from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
 from beatless.orchestrator.progress import (
@@ -895,7 +896,7 @@ class Execution:
             if tried:
                 self._renew(connection)
                 seen = self._look(connection)
-                if seen.written:
+                if seen.committed_since:
                     cancelled = seen.state is not intended
                     return Appended(last_seq=seen.last_seq, cancelled=cancelled)
             tried = True
@@ -936,8 +937,8 @@ class Execution:
         self._executor.leases.renew_token(connection, self._lease)
         self._executor.heartbeat.hold(self._lease)
 
-    def _look(self, connection: Connection) -> Seen:
-        return self._executor.leases.look(connection, self._lease, self._last_seq)
+    def _look(self, connection: Connection) -> LeaseStatus:
+        return self._executor.leases.inspect(connection, self._lease, self._last_seq)
 
     def _after_lost_transaction(self, reason: str, *, refused: bool = False) -> Progress | None:
         """The connection broke in a transactional step: go on if it was committed, else again.
@@ -948,7 +949,7 @@ class Execution:
         if seen is None:
             return None
         progress = self._fold()
-        if seen.written:
+        if seen.committed_since:
             return progress
         logger.warning(
             "transaction lost, the step is tried again",
@@ -985,23 +986,23 @@ class Execution:
         seen = self._find_out()
         if seen is None:
             return None
-        found = self._fold() if seen.written else progress
+        found = self._fold() if seen.committed_since else progress
         if not isinstance(error, Exception) and self._executor.leaving():
             self._settle(self._unfinished(found))
             raise error
-        if seen.written:
+        if seen.committed_since:
             return found
         self._settle(self._failed(progress, step, error))
         return None
 
-    def _find_out(self) -> Seen | None:
+    def _find_out(self) -> LeaseStatus | None:
         """What has become of a commit whose answer is unknown; None if the run has ended with it.
 
         Raises LeaseLost.
         """
         self._patiently(self._renew)
         seen = self._patiently(self._look)
-        if seen.written and self._in_doubt is not None:
+        if seen.committed_since and self._in_doubt is not None:
             cancelled = seen.state is not self._in_doubt.state
             self._committed(self._in_doubt, Appended(last_seq=seen.last_seq, cancelled=cancelled))
         self._in_doubt = None

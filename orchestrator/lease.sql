@@ -97,7 +97,7 @@ WITH held AS (
 )
 SELECT lease_token, cancelled FROM u
 
--- name: look
+-- name: inspect
 -- Read who has the lease of a run, and whether a worker has written since a seq.
 SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
        EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s

@@ -233,7 +233,7 @@ class Watchdog:
                 self._tell(attempt, attempt.late)
             else:
                 attempt.look_at = now + LOOK_EVERY
-                self._leases.look(self._connected(), attempt.lease, 0)
+                self._leases.inspect(self._connected(), attempt.lease, 0)
                 if attempt.lease.cancelled:
                     self._tell(attempt, RunCancelled(attempt.lease.run.run_id))
         elif attempt.act_at is not None and attempt.act_at <= now:

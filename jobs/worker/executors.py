@@ -17,8 +17,9 @@ from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board
 from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
-from beatless.orchestrator.lease import Heartbeat, Leases
+from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints

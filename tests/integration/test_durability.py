@@ -12,8 +12,9 @@ import pytest
 
 from beatless import App, LeaseLost, RunState
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Settlement
-from beatless.orchestrator.lease import Heartbeat, new_token
+from beatless.orchestrator.lease import new_token
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
 

@@ -9,8 +9,9 @@ import psycopg
 import pytest
 
 from beatless.orchestrator.board import SLOTS, Board, Noted
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.keeper import Keeper, works
-from beatless.orchestrator.lease import Heartbeat, Lease
+from beatless.orchestrator.lease import Lease
 from beatless.testing import Kit
 
 APP = "tests.plans:app"

@@ -320,7 +320,7 @@ def test_a_token_is_not_seen_again_after_a_failover_that_lost_its_claim(
     assert lease.run.attempt == old_lease.run.attempt
     beatless.app.leases.renew_token(connection, replace(old_lease))
     assert beatless.app.leases.extend(connection, [old_lease]) == [old_lease]
-    assert not beatless.app.leases.look(connection, old_lease, 0).held
+    assert not beatless.app.leases.inspect(connection, old_lease, 0).held
 
     gate.go.set()
     worker.join(60)

@@ -16,8 +16,9 @@ from beatless.client import RunRequest
 from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Appended, Run, Settlement
-from beatless.orchestrator.lease import Heartbeat, Lease
+from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS
@@ -423,8 +424,8 @@ def test_a_worker_that_lost_its_lease_writes_nothing_while_another_executes_its_
     leases.renew_token(frozen, lost)  # an own commit is in doubt for it
     assert (trace(frozen, lost), fail(frozen, lost)) == (None, None)
     assert trace(frozen, replace(lost, token=lost.next_token)) is None
-    seen = leases.look(frozen, lost, 0)
-    assert (seen.held, seen.written) == (False, False)
+    seen = leases.inspect(frozen, lost, 0)
+    assert (seen.held, seen.committed_since) == (False, False)
 
     assert leases.extend(second, [held]) == []
     assert trace(second, held).last_seq == seq + 1

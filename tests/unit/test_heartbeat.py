@@ -7,7 +7,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless.orchestrator.lease import Heartbeat, Lease, Leases
+from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.lease import Lease, Leases
 
 
 def lease() -> Lease:
@@ -70,7 +71,7 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
 def test_after_a_failure_it_goes_on_and_does_not_wait_for_its_next_turn(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
-    monkeypatch.setattr("beatless.orchestrator.lease.AGAIN", 0.01)
+    monkeypatch.setattr("beatless.orchestrator.heartbeat.RETRY_INTERVAL_S", 0.01)
     kept = threading.Event()
 
     class FailsOnce(Leases):

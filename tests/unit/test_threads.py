@@ -11,8 +11,9 @@ import pytest
 
 from beatless.observe.counters import RelayCounters, StreamCounters, WorkerCounters
 from beatless.orchestrator.board import Board
+from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.keeper import Keeper
-from beatless.orchestrator.lease import Heartbeat, Lease, Leases
+from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.watchdog import Attempt, Watchdog
 from beatless.outbox import threads
 from beatless.outbox.async_publisher import AsyncTaskPublisher, Batch
@@ -36,7 +37,7 @@ ERRORS = [ValueError("unforeseen"), SystemExit(3), Untold(), MemoryError()]
 @pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)
 def error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BaseException:
     monkeypatch.setattr(threads, "AGAIN_S", 0.01)
-    monkeypatch.setattr("beatless.orchestrator.lease.AGAIN", 0.01)
+    monkeypatch.setattr("beatless.orchestrator.heartbeat.RETRY_INTERVAL_S", 0.01)
     monkeypatch.setattr("beatless.orchestrator.watchdog.AGAIN", 0.01)
     return request.param
 
