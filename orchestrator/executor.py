@@ -1,62 +1,65 @@
-"""Executes one run: claim it, fold its journal, run what is left, commit each boundary."""
+"""Executes runs, one at a time: claims each, and does what its `Execution` asks for."""
 
-import json
 import logging
-import os
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
-from decimal import Decimal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from inspect import GEN_CLOSED, getgeneratorstate
+from typing import Any
 
 import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.orchestrator.body import (
+    NoConnection,
+    check_transaction,
+    in_one_process,
+    step_transaction,
+    transaction_lost,
+)
+from beatless.orchestrator.boundaries import Conclusion, StepFailure
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import (
-    BadPayload,
     DeadlineExceeded,
-    Fatal,
     LeaseLost,
     RunCancelled,
-    RunNotFound,
-    StepEnded,
     StepTimeout,
     WorkerStops,
 )
-from beatless.orchestrator.events import EventType, NewEvent, encode
-from beatless.orchestrator.failure import MESSAGE_LIMIT, describe, is_a, storable_text, text_of
-from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Appended, Journal, Settlement, cancel_error
-from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
-from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
-from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
-from beatless.orchestrator.progress import (
-    CONNECTION_LOST,
-    FOLDED,
-    FOLLOWING,
-    GIVEN_BACK,
-    ON_CANCEL,
-    RENAMED_FROM,
-    SNOOZED,
-    UNKNOWN_STEP,
-    Progress,
-    UnknownStep,
-    fold,
-    known_step,
+from beatless.orchestrator.execution import (
+    Cancelled,
+    Commit,
+    CommitFailed,
+    Committed,
+    Execution,
+    Raised,
+    ReadJournal,
+    Recover,
+    Recovered,
+    Reply,
+    Request,
+    Requests,
+    Returned,
+    RunBody,
+    Stopped,
+    TransactionLost,
+    Unstorable,
 )
+from beatless.orchestrator.failure import is_a, text_of
+from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.journal import Appended, Journal
+from beatless.orchestrator.lease import Connection, Lease, Leases
+from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
+from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
+from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
-from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.observer import Observer, ignore
-from beatless.outbox.queries import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -68,36 +71,6 @@ Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
 Gives the W3C `traceparent` of the work, if somebody traces it.
 """
 
-T = TypeVar("T")
-
-UNKNOWN_STEP_S = 1.0
-"""Seconds that it waits at first: most workers of a rolling deploy have the step, or none."""
-
-BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
-"""Between attempts whose transactions were lost, from the second in a row on."""
-
-MAX_LOSSES = 20
-"""Transactions of a step that are lost in a row until the run fails: a quarter of an hour.
-
-A statement that crashes its server would else do so each minute for ever. Those that were refused
-have done nothing, and do not count.
-"""
-
-TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
-"""How Postgres ends the connection of a transaction that took too long: a failure of the step."""
-
-WATCHDOG_PATIENCE_S = 0.02
-"""How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
-
-FAILURE_BYTES = 262_144
-"""Above what any failure can need, see `orchestrator.failure`."""
-
-AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
-"""Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
-
-NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
-"""What psycopg counts among them, and no waiting will change."""
-
 
 def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[str | None]:
     """The scope of an executor whose work nobody follows."""
@@ -107,30 +80,6 @@ def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContext
 def no_limit(_attempt: Attempt, body: Callable[[], Any]) -> Any:
     """The time limit of an executor that cannot end a step: none."""
     return body()
-
-
-class BodyFailed(Exception):
-    """Carries what a step's body raised, apart from what writing its outcome may raise."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class BodyLost(BodyFailed):
-    """The same, after the connection of its transaction broke: it was not the body that failed."""
-
-
-class ProcessLeaves(Exception):
-    """Carries what was raised in a body to end its process: it was not the body that failed."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class NoConnection(Exception):
-    """There is none for a transactional step now: its body was not called."""
 
 
 class Executor:
@@ -228,7 +177,7 @@ class Executor:
             },
         )
         try:
-            Execution(self, plan, lease, max_steps).work()
+            RunDriver(self, plan, lease, max_steps).drive()
         except LeaseLost as error:
             self.observer(TakenOver(run_id=run.run_id))
             logger.warning(
@@ -259,254 +208,185 @@ class Executor:
                 again = False
 
 
-class Execution:
-    """One worker's work on one run, from the claim to the end or to giving it back.
+class AttemptEnded(Exception):
+    """Leaves the transaction of an attempt whose body has not returned, with what came of it."""
 
-    1. fold the journal: what has finished is not done again
-    2. start the next step's attempt (counted in Postgres before the body runs)
-    3. call the body
-    4. settle: the step's outcome and the next step's start are one commit
-    5. go on at 3, until the run ends, waits, or the worker stops
-    """
+    def __init__(self, reply: Raised | Cancelled | Stopped | TransactionLost) -> None:
+        super().__init__(reply)
+        self.reply = reply
+
+
+class RunDriver:
+    """Does what the execution of one claimed run asks for, in the thread that has claimed it."""
 
     def __init__(self, executor: Executor, plan: Plan, lease: Lease, max_steps: int) -> None:
         self._executor = executor
-        self._journal = executor.journal
         self._plan = plan
         self._lease = lease
         self._run_id = lease.run.run_id
-        self._last_seq = lease.run.last_seq
-        self._last_ts = 0
-        """Of the last event that was read, in milliseconds by the clock of Postgres."""
-        self._steps_left = max_steps or -1
+        self._execution = Execution(
+            plan,
+            lease,
+            max_event_bytes=executor.journal.max_event_bytes,
+            max_steps=max_steps,
+            stopping=executor.stopping.is_set,
+            redispatch_s=executor.redispatch_s,
+        )
+        self._writer = LeasedWriter(
+            lease,
+            journal=executor.journal,
+            leases=executor.leases,
+            heartbeat=executor.heartbeat,
+            connection=executor.connection,
+            disconnect=executor.disconnect,
+            stopping=executor.stopping,
+            on_commit=self._announce,
+        )
         self._began: float | None = None
         """When the attempt in flight was begun, by the monotonic clock."""
         self._exception: BaseException | None = None
-        """What the body raised, until that is told."""
-        self._traceparent: str | None = None
-        self._in_doubt: Settlement | None = None
-        """What a step's own transaction holds, until its commit is sure."""
-        self._writing = threading.RLock()
-        """Held by the one thread that writes: a step may have many."""
-        self._speaking: Attempt | None = None
-        """The attempt whose threads may write now."""
+        """What the body raised, until that is announced."""
 
-    def work(self) -> None:
-        progress = self._resume()
-        while progress is not None and progress.step is not None:
+    def drive(self) -> None:
+        """Until the run has ended, waits, or is given back. Raises LeaseLost."""
+        requests = self._execution.requests()
+        request = self._until_body(requests, None)
+        while request is not None:
             with self._executor.scope(
-                self._lease, progress.occurrence, progress.starts
-            ) as self._traceparent:
-                progress = self._take_storable_step(progress, progress.step)
+                self._lease, request.occurrence, request.attempt
+            ) as traceparent:
+                reply = self._attempt(requests, request, traceparent)
+                request = self._until_body(requests, reply)
 
-    def _resume(self) -> Progress | None:
-        if self._lease.begun:
-            return Progress(step=self._plan.first, starts=1)
-        progress = self._fold()
-        if self._lease.cancelled and not progress.compensating:
-            if self._plan.on_cancel is not None:
-                progress.compensate(self._plan.on_cancel)
-            elif progress.promised is not None:
-                progress.lacks(progress.promised)
-        if self._lease.late and not progress.compensating:
-            self._settle(self._overdue([]))
-            return None
-        return self._attempt(progress)
-
-    def _fold(self) -> Progress:
-        """Where the journal says the run is."""
+    def _until_body(self, requests: Requests, reply: Reply | None) -> RunBody | None:
+        """Do all that comes before the next body; None if there is none."""
         try:
-            events = self._patiently(
-                lambda connection: self._journal.turns(
-                    connection, self._run_id, names=FOLDED, rest=SNOOZED
-                )
-            )
-        except RunNotFound as error:  # taken away by force
-            raise LeaseLost(self._run_id, self._lease.token) from error
-        self._last_seq = events[-1].seq
-        self._last_ts = events[-1].ts
-        return fold(self._plan, events)
-
-    def _attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Progress | None:
-        """Start the next attempt of where the run is; None if there is none to start."""
-        if progress.unknown is not None:
-            self._hand_back(progress, progress.unknown)
+            request = requests.send(reply)
+            while not isinstance(request, RunBody):
+                request = requests.send(self._perform(request))
+        except StopIteration:
             return None
-        if progress.step is None:
-            self._settle(self._completed([], progress.result))
-            return None
-        if progress.crashes >= progress.step.retry.max_crashes:
-            self._settle(self._poisoned(progress))
-            return None
-        return progress if self._start(progress, before) else None
+        return request
 
-    def _hand_back(self, progress: Progress, step: str) -> None:
-        """The run stands at a step of another version of the plan: a worker that has it goes on.
+    def _perform(self, request: Request) -> Reply:
+        match request:
+            case ReadJournal():
+                return self._writer.read()
+            case Recover():
+                status = self._writer.recover()
+                return Recovered(committed=status.committed_since, ended=status.state.final)
+            case Commit():
+                return self._commit(request)
+            case RunBody():
+                raise TypeError("a body is called within the scope of its attempt")
 
-        Looked for at once, and then less and less often.
-        """
-        claimed = self._lease.run.started_at
-        waited = 0.0
-        if claimed is not None:
-            waited = claimed.timestamp() + self._lease.age - self._last_ts / 1000
-        delay = min(max(waited / 2, UNKNOWN_STEP_S), self._executor.redispatch_s)
-        logger.warning(
-            "run given back: its plan is newer or older than this worker's",
-            extra={
-                "action": "unknown_step",
-                "run_id": self._run_id,
-                "step": step,
-                "retry_in": delay,
-                "reason": str(UnknownStep(self._plan.name, step)),
-            },
-        )
-        returned = self._give_back(UNKNOWN_STEP, delay=delay)
-        self._settle(regardless(returned) if progress.compensating else returned)
-
-    def _start(self, progress: Progress, before: Sequence[NewEvent]) -> bool:
-        """Count an attempt before its body runs; False if the run was cancelled instead."""
-        progress.starts += 1
-        renamed = {} if progress.key == progress.occurrence else {RENAMED_FROM: progress.key}
-        started = self._event(EventType.STEP_STARTED, progress, **renamed)
-        settlement = Settlement(
-            events=[*before, started], state=RunState.RUNNING, **self._cancelled(before)
-        )
-        if progress.compensating:
-            self._settle(regardless(settlement))
-            return True
-        return not self._settle(settlement).cancelled
-
-    def _take_storable_step(self, progress: Progress, step: Step) -> Progress | None:
-        """`_take_step`, of whatever its outcome or its failure consists."""
+    def _commit(self, commit: Commit) -> Committed | Unstorable:
+        self._report(commit.failure)
         try:
-            return self._take_step(progress, step)
+            appended = self._writer.settle(commit.settlement)
         except psycopg.DataError as error:
-            self._settle(self._unstorable(progress, error))
-            return None
+            return Unstorable(str(error))
+        return Committed(cancelled=appended.cancelled)
 
-    def _take_step(self, progress: Progress, step: Step) -> Progress | None:
-        """Run one attempt; the progress to go on with, or None when the run leaves this worker."""
-        executor = self._executor
+    def _attempt(self, requests: Requests, request: RunBody, traceparent: str | None) -> Reply:
+        """Call the body and commit what it returned."""
+        executor, step = self._executor, request.step
         self._began = monotonic()
         executor.faults.reach("step.before")
         try:
-            with self._transaction(step) as transaction:
-                settlement, following = self._call(progress, step, transaction)
+            with step_transaction(step, executor.engine) as transaction:
+                conclusion = self._call(request, traceparent, transaction)
                 executor.faults.reach("step.effect_done")
-                appended = self._settle(settlement, transaction)
+                commit = requests.send(Returned(conclusion))
+                assert isinstance(commit, Commit)  # noqa: S101 - as `RunBody` has it
+                if transaction is None:
+                    appended = self._writer.settle(commit.settlement)
+                else:
+                    appended = self._writer.settle_within(transaction, commit.settlement)
+        except AttemptEnded as ended:
+            if may_have_struck(step, ended.reply):
+                self._writer.reconnect()
+            return ended.reply
         except NoConnection as error:
-            return self._after_lost_transaction(str(error), refused=True)
-        except BodyLost as lost:
-            return self._after_lost_transaction(text_of(lost.error))
-        except BodyFailed as failure:
-            if is_a(failure.error, (StepTimeout, DeadlineExceeded)):
-                self._interrupted()
-            self._settle(self._failed(progress, step, failure.error))
-            return None
-        except RunCancelled:
-            if step.terminate_on_cancel:
-                self._interrupted()
-            self._settle(self._stopped(progress))
-            return None
-        except WorkerStops:
-            self._interrupted()
-            self._settle(self._unfinished(progress))
-            return None
-        except ProcessLeaves as leaves:
-            self._interrupted()
-            self._settle(self._unfinished(progress))
-            raise leaves.error from None
+            return TransactionLost(str(error), refused=True)
         except exc.DBAPIError as error:
             # Not the body's: of our statement, or of a commit that may have happened.
             if error.connection_invalidated or isinstance(error, exc.OperationalError):
-                return self._after_lost_transaction(str(error))
-            self._settle(self._failed(progress, step, error))
-            return None
+                return TransactionLost(str(error))
+            return Raised(error)
         except (LeaseLost, SimulatedCrash):
             raise
         except BaseException as error:
             if isinstance(error, AWAY) and not isinstance(error, NEVER):
                 raise  # the worker stops, and has waited for Postgres until then
-            return self._after_failed_outcome(progress, step, error)
-        # Only now: until the commit, what an interrupted transaction wrote is not sure.
-        self._last_seq = appended.last_seq
-        if step.transactional:
-            self._committed(settlement, appended)
+            if getgeneratorstate(requests) == GEN_CLOSED:
+                raise  # a signal struck there: the lease brings the run back
+            executor.disconnect()
+            leaving = not isinstance(error, Exception) and executor.leaving()
+            return CommitFailed(error, leaving)
+        if transaction is not None:
+            self._writer.confirm(commit.settlement, appended)
         executor.faults.reach("step.committed")
-        executor.observer(StepCommitted(run_id=self._run_id, step=progress.occurrence))
-        if appended.cancelled or settlement.state is not RunState.RUNNING:
-            return None
-        stored = _stored(settlement.events[0])
-        progress.finished(step.name, stored["result"], routed="next" in stored)
-        progress.go_on(following)
-        progress.starts = 1
-        return progress
+        executor.observer(StepCommitted(run_id=self._run_id, step=request.occurrence))
+        return Committed(cancelled=appended.cancelled)
 
     def _call(
-        self, progress: Progress, step: Step, transaction: sqlalchemy.Connection | None
-    ) -> tuple[Settlement, Step | None]:
-        """Call the body and decide what its outcome writes. Raises BodyFailed, BodyLost.
-
-        Whatever the body raises is its failure, and be it SystemExit: only what we have raised in
-        it, or who ends this process, is not.
-        """
-        attempt = self._limited(progress, step)
-        context = self._context(progress, transaction, attempt)
-        self._speaking = attempt
+        self, request: RunBody, traceparent: str | None, transaction: sqlalchemy.Connection | None
+    ) -> Conclusion:
+        """Call the body and conclude from what it returns. Raises AttemptEnded."""
+        attempt = self._limited(request)
+        context = self._context(request, traceparent, transaction, attempt)
+        self._writer.open(attempt)
         try:
-            outcome = self._executor.limit(attempt, lambda: in_one_process(step, context))
-            check_transaction(step, transaction)
-            return self._outcome(progress, step, outcome)
+            value = self._executor.limit(attempt, lambda: in_one_process(request.step, context))
+            check_transaction(request.step, transaction)
+            return request.conclude(value)
         except SimulatedCrash:
             raise
         except BaseException as error:
-            if self._told(attempt, error):
-                raise
-            if not isinstance(error, Exception) and self._executor.leaving():
-                raise ProcessLeaves(error) from error
-            if transaction_lost(error, transaction):
-                raise BodyLost(error) from error
-            raise BodyFailed(error) from error
+            raise AttemptEnded(self._end_of_body(attempt, error, transaction)) from error
         finally:
-            with self._writing:
-                self._speaking = None
+            self._writer.close()
 
-    def _told(self, attempt: Attempt, error: BaseException) -> bool:
-        """Whether the body passes on what it was told, and has not made it up."""
-        if is_a(error, LeaseLost):
-            return self._lease.lost
-        if is_a(error, WorkerStops):
-            return error is attempt.reason
-        if is_a(error, RunCancelled):
-            return error is attempt.reason or self._lease.cancelled or self._cancel_requested()
-        return False
+    def _end_of_body(
+        self,
+        attempt: Attempt,
+        error: BaseException,
+        transaction: sqlalchemy.Connection | None,
+    ) -> Raised | Cancelled | Stopped | TransactionLost:
+        """What it means that a body has raised this. Raises LeaseLost.
 
-    def _limited(self, progress: Progress, step: Step) -> Attempt:
+        Whatever the body raises is its failure, and be it SystemExit: only what it was told and
+        passes on, and has not made up, is not; nor what ends this process.
+        """
+        if is_a(error, LeaseLost) and self._lease.lost:
+            raise error
+        if is_a(error, WorkerStops) and error is attempt.reason:
+            return Stopped()
+        if is_a(error, RunCancelled) and (
+            error is attempt.reason or self._lease.cancelled or self._writer.cancel_requested()
+        ):
+            return Cancelled()
+        if not isinstance(error, Exception) and self._executor.leaving():
+            return Stopped(error)
+        if transaction_lost(error, transaction):
+            return TransactionLost(text_of(error))
+        return Raised(error)
+
+    def _limited(self, request: RunBody) -> Attempt:
         """The attempt as the watchdog sees it."""
+        step = request.step
         ends_at = None if step.timeout is None else monotonic() + step.timeout
-        late: Exception = StepTimeout(progress.occurrence, step.timeout or 0.0)
-        deadline = None if progress.compensating else self._lease.deadline
+        late: Exception = StepTimeout(request.occurrence, step.timeout or 0.0)
+        deadline = None if request.compensating else self._lease.deadline
         if deadline is not None and (ends_at is None or deadline < ends_at):
             ends_at, late = deadline, DeadlineExceeded(self._run_id)
 
         @cache  # it may take the watchdog more than one try
         def settlement_of(reason: Exception) -> Settlement:
-            match reason:
-                case RunCancelled():
-                    return self._stopped(progress)
-                case WorkerStops():
-                    return self._unfinished(progress)
-            return self._failed(progress, step, reason)
-
-        def settle(connection: Connection, reason: Exception) -> bool:
-            settlement, token = settlement_of(reason), self._lease.token
-            with self._executor.leases.impatient(connection, WATCHDOG_PATIENCE_S):
-                appended = self._journal.settle(
-                    connection, self._run_id, token, settlement, self._last_seq
-                )
-            if appended is not None:
-                self._committed(settlement, appended)
-            return appended is not None
+            commit = request.interrupted(reason)
+            self._report(commit.failure)
+            return commit.settlement
 
         return Attempt(
             lease=self._lease,
@@ -514,587 +394,105 @@ class Execution:
             late=late,
             terminate_on_cancel=step.terminate_on_cancel,
             gentle=not step.transactional,
-            settle=settle,
+            settle=lambda connection, reason: self._writer.settle_once(
+                connection, settlement_of(reason)
+            ),
         )
-
-    def _interrupted(self) -> None:
-        """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
-        self._executor.disconnect()
-        self._last_seq = self._patiently(self._look).last_seq
-
-    @contextmanager
-    def _transaction(self, step: Step) -> Iterator[sqlalchemy.Connection | None]:
-        if not step.transactional:
-            yield None
-            return
-        try:
-            connection = self._executor.engine.connect()
-        except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
-            raise NoConnection(str(error)) from error
-        with connection, connection.begin():
-            yield connection
 
     def _context(
-        self, progress: Progress, transaction: sqlalchemy.Connection | None, attempt: Attempt
+        self,
+        request: RunBody,
+        traceparent: str | None,
+        transaction: sqlalchemy.Connection | None,
+        attempt: Attempt,
     ) -> StepContext:
-        occurrence = progress.occurrence  # which the progress leaves before the last thread does
         return StepContext(
             lease=self._lease,
-            step=occurrence,
-            key=f"{self._run_id}:{progress.key}",
-            attempt=progress.starts,
-            results=progress.results,
-            journal=self._journal,
-            append=lambda event: self._append(attempt, event),
-            check_cancel=lambda: self._cancel_noticed(attempt, occurrence),
+            step=request.occurrence,
+            key=request.key,
+            attempt=request.attempt,
+            results=request.results,
+            journal=self._executor.journal,
+            append=lambda event: self._writer.append(attempt, event),
+            check_cancel=lambda: self._writer.cancel_noticed(attempt, request.occurrence),
             connection=transaction,
-            cancellable=not progress.compensating,
-            traceparent=self._traceparent,
+            cancellable=not request.compensating,
+            traceparent=traceparent,
         )
 
-    # What a boundary writes
-
-    def _outcome(
-        self, progress: Progress, step: Step, outcome: Any
-    ) -> tuple[Settlement, Step | None]:
-        """The settlement of what the step returned, and the step that follows."""
-        if step.outcomes and not isinstance(outcome, tuple(step.outcomes)):
-            raise Fatal(
-                f"step {step.name} returned a {type(outcome).__name__}; it is annotated to return "
-                f"only {', '.join(sorted(kind.__name__ for kind in step.outcomes))}"
-            )
-        match outcome:
-            case Snooze(seconds):
-                note = self._event(EventType.DEBUG_TRACE, progress, name=SNOOZED, seconds=seconds)
-                snoozed = Settlement(
-                    events=[note],
-                    state=RunState.QUEUED,
-                    delay=seconds,
-                    reason="snooze",
-                    **self._cancelled([]),
-                )
-                return regardless(snoozed) if progress.compensating else snoozed, step
-            case Finish():
-                following = None
-                data = {"result": outcome.result, "next": None}
-            case Goto(target):
-                if not self._plan.may_go(step.name, target):
-                    raise Fatal(
-                        f"step {step.name} returned Goto({target!r}), which plan "
-                        f"{self._plan.name} does not declare in its routes"
-                    )
-                following = known_step(self._plan, target)
-                data = {"result": outcome.result, "next": following.name}
-            case _:
-                following = progress.after(self._plan, step.name)
-                data = {"result": outcome}
-        self._steps_left -= 1
-        late = self._lease.late
-        gives_back = self._executor.stopping.is_set() or self._steps_left == 0
-        if progress.compensating:
-            data[ON_CANCEL] = True
-        elif (late or gives_back) and following is not None and "next" not in data:
-            data[FOLLOWING] = following.name
-        finished = self._event(EventType.STEP_FINISHED, progress, **data)
-        if progress.compensating:
-            ended = self._ended(RunState.CANCELLED, [finished], cancel_error(None))
-            return regardless(ended), None
-        if following is None:
-            return self._completed([finished], data["result"]), None
-        if late:
-            return self._overdue([finished]), None
-        if gives_back:
-            return self._give_back("shutdown", [finished]), following
-        visit = progress.visits[following.name] + 1 + (following is step)
-        started = NewEvent(
-            type=EventType.STEP_STARTED, step=occurrence(following.name, visit), attempt=1
-        )
-        return (
-            Settlement(
-                events=[finished, started],
-                state=RunState.RUNNING,
-                **self._cancelled([finished]),
-            ),
-            following,
-        )
-
-    def _completed(self, events: Sequence[NewEvent], result: Any) -> Settlement:
-        text = self._encode(result, "result")
-        ended = NewEvent(
-            type=EventType.RUN_FINISHED, data=f'{{"outcome":"completed","result":{text}}}'
-        )
-        return Settlement(
-            events=[*events, ended],
-            state=RunState.COMPLETED,
-            result=text,
-            **self._cancelled(events),
-        )
-
-    def _failed(self, progress: Progress, step: Step, error: BaseException) -> Settlement:
-        """Try again later, or end the run as failed."""
-        delay = step.retry.delay(progress.failures + 1)
-        if is_a(error, (Fatal, BadPayload)):
-            delay = None
-        if is_a(error, DeadlineExceeded) and self._lease.late:
-            delay = None
-        facts = describe(error, progress.occurrence)
-        self._exception = error
-        told = {
+    def _report(self, failure: StepFailure | None) -> None:
+        """Log the failure of an attempt."""
+        if failure is None:
+            return
+        self._exception = failure.error
+        extra = {
             "action": "step_failed",
             "run_id": self._run_id,
-            "step": progress.occurrence,
-            "attempt": progress.starts,
-            "retry_in": delay,
+            "step": failure.step,
+            "attempt": failure.attempt,
+            "retry_in": failure.retry_in,
         }
-        shown = facts
+        shown = failure.facts
         if self._executor.shown_error is not None:
-            shown = self._executor.shown_error(facts)
-            told["reason"] = f"{shown.get('type')}: {shown.get('message')}"
+            shown = self._executor.shown_error(failure.facts)
+            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
+        shows_all = shown is failure.facts
         try:
-            logger.warning("step failed", extra=told, exc_info=error if shown is facts else None)
+            logger.warning(
+                "step failed", extra=extra, exc_info=failure.error if shows_all else None
+            )
         except Exception:  # of a handler that looks at the error; it is the user's, and may raise
-            told["reason"] = f"{shown.get('type')}: {shown.get('message')}"
-            logger.warning("step failed, with an error that cannot be logged", extra=told)
-        failed = self._failure(progress, facts)
-        if delay is None:
-            return self._given_up(progress, failed, facts)
-        again = Settlement(
-            events=[failed],
-            state=RunState.QUEUED,
-            delay=delay,
-            reason="retry",
-            **self._cancelled([failed]),
-        )
-        return regardless(again) if progress.compensating else again
+            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
+            logger.warning("step failed, with an error that cannot be logged", extra=extra)
 
-    def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
-        """The step has failed for good. A run whose `on_cancel` step fails is cancelled still."""
-        if not progress.compensating:
-            return self._ended(RunState.FAILED, [failed], facts)
-        error = cancel_error(None) | {"on_cancel": facts}
-        return regardless(self._ended(RunState.CANCELLED, [failed], error))
-
-    def _overdue(self, events: Sequence[NewEvent]) -> Settlement:
-        """The run has reached its deadline."""
-        error = DeadlineExceeded(self._run_id)
-        facts = {"type": type(error).__name__, "message": str(error)}
-        return self._ended(RunState.FAILED, events, facts)
-
-    def _poisoned(self, progress: Progress) -> Settlement:
-        facts = {
-            "type": "StepCrashed",
-            "message": f"step {progress.occurrence} ended its process {progress.crashes} times",
-            "step": progress.occurrence,
-        }
-        failed = self._failure(progress, facts)
-        return self._given_up(progress, failed, facts)
-
-    def _unstorable(self, progress: Progress, error: Exception) -> Settlement:
-        """Postgres refuses what the step gave, or how it failed: no other attempt will do better.
-
-        Told in ASCII, which a database in any encoding can hold.
-        """
-        text = f"what step {progress.occurrence} gave cannot be stored in this database: {error}"
-        facts = {
-            "type": "BadPayload",
-            "message": text[:MESSAGE_LIMIT].encode("ascii", "backslashreplace").decode(),
-            "step": progress.occurrence,
-        }
-        logger.error(
-            "step's outcome cannot be stored, its run fails",
-            extra={
-                "action": "unstorable",
-                "run_id": self._run_id,
-                "step": progress.occurrence,
-                "reason": str(error),
-            },
-        )
-        failed = self._failure(progress, facts)
-        return self._given_up(progress, failed, facts)
-
-    def _lost(self, progress: Progress, reason: str) -> Settlement:
-        """Postgres took back one transaction of the step after the other."""
-        last = storable_text(reason[:MESSAGE_LIMIT])
-        facts = {
-            "type": "TransactionLost",
-            "message": f"step {progress.occurrence} lost the connection of its transaction "
-            f"{progress.lost + 1} times in a row, the last time: {last}",
-            "step": progress.occurrence,
-        }
-        failed = self._failure(progress, facts)
-        return self._given_up(progress, failed, facts)
-
-    def _stopped(self, progress: Progress) -> Settlement:
-        """The body itself noticed the cancel."""
-        facts = cancel_error(None) | {"step": progress.occurrence}
-        failed = self._failure(progress, facts)
-        if progress.compensating:
-            return self._given_up(progress, failed, facts)
-        if self._plan.on_cancel is None:
-            return self._ended(RunState.CANCELLED, [failed], facts)
-        return regardless(Settlement(events=[failed], state=RunState.QUEUED, reason="cancel"))
-
-    def _unfinished(self, progress: Progress) -> Settlement:
-        """The worker stops in the middle of a step: another one makes this attempt again."""
-        note = self._event(EventType.DEBUG_TRACE, progress, name=GIVEN_BACK)
-        returned = self._give_back("shutdown", [note])
-        return regardless(returned) if progress.compensating else returned
-
-    def _ended(
-        self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
-    ) -> Settlement:
-        text = _failure_text(facts)
-        ended = NewEvent(
-            type=EventType.RUN_FINISHED, data=f'{{"outcome":"{state.value}","error":{text}}}'
-        )
-        return Settlement(
-            events=[*events, ended], state=state, error=text, **self._cancelled(events)
-        )
-
-    def _give_back(
-        self, reason: str, events: Sequence[NewEvent] = (), delay: float = 0.0
-    ) -> Settlement:
-        return Settlement(
-            events=events,
-            state=RunState.QUEUED,
-            delay=delay,
-            reason=reason,
-            **self._cancelled(events),
-        )
-
-    def _cancelled(self, events: Sequence[NewEvent]) -> dict[str, Any]:
-        """The other way of a settlement: the step in flight commits, then the run is over.
-
-        If the plan has an `on_cancel` step the run is given back instead, and is due at once: the
-        next claim begins with that step.
-        """
-        if self._plan.on_cancel is not None:
-            return {"if_cancelled": events, "state_if_cancelled": RunState.QUEUED}
-        text = _failure_text(cancel_error(None))
-        ended = NewEvent(
-            type=EventType.RUN_FINISHED, data=f'{{"outcome":"cancelled","error":{text}}}'
-        )
-        return {"if_cancelled": [*events, ended], "error_if_cancelled": text}
-
-    def _event(self, type: EventType, progress: Progress, **data: Any) -> NewEvent:
-        return self._journal.new_event(
-            type,
-            step=progress.occurrence,
-            attempt=progress.starts,
-            where=f"step {progress.occurrence}:",
-            data=data,
-        )
-
-    def _failure(self, progress: Progress, facts: dict[str, Any]) -> NewEvent:
-        return NewEvent(
-            type=EventType.STEP_FAILED,
-            step=progress.occurrence,
-            attempt=progress.starts,
-            data=f'{{"error":{_failure_text(facts)}}}',
-        )
-
-    def _encode(self, value: Any, what: str) -> str:
-        return encode(
-            value,
-            where=f"the {what} of run {self._run_id}",
-            limit=self._journal.max_event_bytes,
-        )
-
-    # Writing, and finding out whether it was written
-
-    def _append(self, attempt: Attempt, event: NewEvent) -> None:
-        """Commit one event in the middle of a step. Raises StepEnded to threads after it."""
-        with self._writing:
-            self._require(attempt, event.step)
-            appended = self._write(
-                lambda connection: self._journal.append(
-                    connection, self._run_id, self._lease.token, [event], self._last_seq
-                ),
-                RunState.RUNNING,
-            )
-            self._lease.cancelled |= appended.cancelled
-
-    def _require(self, attempt: Attempt, step: str | None) -> None:
-        if self._speaking is not attempt:
-            raise StepEnded(self._run_id, step or "")
-
-    def _settle(
-        self, settlement: Settlement, transaction: sqlalchemy.Connection | None = None
-    ) -> Appended:
-        def write(connection: Caller) -> Appended | None:
-            return self._journal.settle(
-                connection, self._run_id, self._lease.token, settlement, self._last_seq
-            )
-
-        if transaction is None:
-            with self._writing:
-                appended = self._write(write, settlement.state)
-            self._committed(settlement, appended)
-            return appended
-        found = write(transaction)
-        if found is None:
-            raise LeaseLost(self._run_id, self._lease.token)
-        self._in_doubt = settlement
-        return found
-
-    def _committed(self, settlement: Settlement, appended: Appended) -> None:
-        """Tell what is now in the journal."""
-        cancelled, self._in_doubt = appended.cancelled, None
-        state = settlement.state_if_cancelled if cancelled else settlement.state
-        events = settlement.if_cancelled if cancelled else settlement.events
-        began, seconds = self._began, None
-        if began is not None:
-            seconds = monotonic() - began
+    def _announce(self, settlement: Settlement, appended: Appended) -> None:
+        """Tell observers and the log of a boundary that is committed."""
+        boundary = settlement.chosen(cancelled=appended.cancelled)
+        began = self._began
         self._executor.observer(
             Settled(
                 lease=self._lease,
-                events=events,
-                state=state,
+                events=boundary.events,
+                state=boundary.state,
                 reason=settlement.reason,
                 last_seq=appended.last_seq,
-                duration_s=seconds,
+                duration_s=None if began is None else monotonic() - began,
                 exception=self._exception,
             )
         )
         self._began = self._exception = None
         facts = {"run_id": self._run_id, "plan": self._plan.name, "seq": appended.last_seq}
-        if state.final:
+        if boundary.state.final:
             logger.info(
                 "run finished",
                 extra={
                     "action": "finished",
-                    "state": state.value,
+                    "state": boundary.state.value,
                     "seconds": round(self._lease.seconds, 6),
                     **facts,
                 },
             )
-        elif state is RunState.QUEUED:
-            delay = settlement.delay_if_cancelled if cancelled else settlement.delay
+        elif boundary.state is RunState.QUEUED:
             logger.info(
                 "run waits",
                 extra={
                     "action": "waits",
-                    "state": state.value,
-                    "reason": "cancel" if cancelled else settlement.reason,
-                    "delay": delay or 0.0,
+                    "state": boundary.state.value,
+                    "reason": "cancel" if appended.cancelled else settlement.reason,
+                    "delay": boundary.delay_s,
                     **facts,
                 },
             )
 
-    def _write(
-        self, write: Callable[[Connection], Appended | None], intended: RunState
-    ) -> Appended:
-        """Write once, whatever happens to the connection. Raises LeaseLost.
 
-        A commit whose answer was lost may have happened. Only the owner of the lease writes as a
-        worker, so one look at the journal tells.
-        """
-        tried = False
-
-        def act(connection: Connection) -> Appended | None:
-            nonlocal tried
-            if tried:
-                self._renew(connection)
-                seen = self._look(connection)
-                if seen.committed_since:
-                    cancelled = seen.state is not intended
-                    return Appended(last_seq=seen.last_seq, cancelled=cancelled)
-            tried = True
-            return write(connection)
-
-        appended = self._patiently(act)
-        if appended is None:
-            self._lease.lost = True
-            raise LeaseLost(self._run_id, self._lease.token)
-        self._last_seq = appended.last_seq
-        return appended
-
-    def _patiently(self, act: Callable[[Connection], T]) -> T:
-        """Do it as soon as Postgres can be reached, unless the worker stops first."""
-        backoff, failures = Backoff(initial=0.05, cap=5.0), 0
-        while True:
-            try:
-                return act(self._executor.connection())
-            except NEVER:
-                raise
-            except AWAY as error:
-                self._executor.disconnect()
-                failures += 1
-                delay = backoff.delay(failures)
-                logger.warning(
-                    "Postgres is away, will try again",
-                    extra={
-                        "action": "postgres_away",
-                        "run_id": self._run_id,
-                        "retry_in": delay,
-                        "reason": str(error),
-                    },
-                )
-                if self._executor.stopping.wait(delay):
-                    raise
-
-    def _renew(self, connection: Connection) -> None:
-        self._executor.leases.renew_token(connection, self._lease)
-        self._executor.heartbeat.hold(self._lease)
-
-    def _look(self, connection: Connection) -> LeaseStatus:
-        return self._executor.leases.inspect(connection, self._lease, self._last_seq)
-
-    def _after_lost_transaction(self, reason: str, *, refused: bool = False) -> Progress | None:
-        """The connection broke in a transactional step: go on if it was committed, else again.
-
-        The first time in a row at once, for Postgres can be reached again; then it is given time.
-        """
-        seen = self._find_out()
-        if seen is None:
-            return None
-        progress = self._fold()
-        if seen.committed_since:
-            return progress
-        logger.warning(
-            "transaction lost, the step is tried again",
-            extra={
-                "action": "transaction_lost",
-                "run_id": self._run_id,
-                "step": progress.occurrence,
-                "refused": refused,
-                "reason": reason,
-            },
-        )
-        if not refused and progress.lost + 1 >= MAX_LOSSES:
-            self._settle(self._lost(progress, reason))
-            return None
-        facts = {"refused": True} if refused else {}
-        lost = self._event(EventType.DEBUG_TRACE, progress, name=CONNECTION_LOST, **facts)
-        again = progress.lost + progress.refused
-        progress.lose(refused=refused)
-        if not again:
-            return self._attempt(progress, [lost])
-        returned = self._give_back("connection", [lost], BETWEEN_LOSSES.delay(again))
-        self._settle(regardless(returned) if progress.compensating else returned)
-        return None
-
-    def _after_failed_outcome(
-        self, progress: Progress, step: Step, error: BaseException
-    ) -> Progress | None:
-        """Something was raised after the body had returned: go on if it was committed all the same.
-
-        By Postgres, which cannot store what the step returned; by what somebody has hung on commits
-        of SQLAlchemy; by who ends this process.
-        """
-        self._executor.disconnect()
-        seen = self._find_out()
-        if seen is None:
-            return None
-        found = self._fold() if seen.committed_since else progress
-        if not isinstance(error, Exception) and self._executor.leaving():
-            self._settle(self._unfinished(found))
-            raise error
-        if seen.committed_since:
-            return found
-        self._settle(self._failed(progress, step, error))
-        return None
-
-    def _find_out(self) -> LeaseStatus | None:
-        """What has become of a commit whose answer is unknown; None if the run has ended with it.
-
-        Raises LeaseLost.
-        """
-        self._patiently(self._renew)
-        seen = self._patiently(self._look)
-        if seen.committed_since and self._in_doubt is not None:
-            cancelled = seen.state is not self._in_doubt.state
-            self._committed(self._in_doubt, Appended(last_seq=seen.last_seq, cancelled=cancelled))
-        self._in_doubt = None
-        if seen.state.final:
-            return None
-        if not seen.held:
-            raise LeaseLost(self._run_id, self._lease.token)
-        return seen
-
-    def _cancel_noticed(self, attempt: Attempt, step: str) -> bool:
-        """For the threads of a step. Raises StepEnded to one that outlived it."""
-        with self._writing:
-            self._require(attempt, step)
-            return self._cancel_requested()
-
-    def _cancel_requested(self) -> bool:
-        self._patiently(self._look)
-        return self._lease.cancelled
-
-
-def regardless(settlement: Settlement) -> Settlement:
-    """The same whether or not somebody asked to cancel: for a run that is cancelled already."""
-    return replace(
-        settlement,
-        if_cancelled=settlement.events,
-        state_if_cancelled=settlement.state,
-        error_if_cancelled=settlement.error,
-        delay_if_cancelled=settlement.delay or 0.0,
-    )
-
-
-def in_one_process(step: Step, context: StepContext) -> Any:
-    """Call a body. A copy of the process that it forks ends with it: the run is not the copy's."""
-    pid = os.getpid()
-    try:
-        return step.function(context)
-    finally:
-        if os.getpid() != pid:
-            leave_copy(sys.exception())
-
-
-def leave_copy(error: BaseException | None) -> NoReturn:
-    """End as a process ends whose program is over, without what belongs to the one it copies."""
-    status: object = 0
-    if isinstance(error, SystemExit):
-        status = error.code or 0
-    elif error is not None:
-        traceback.print_exception(error)
-        status = 1
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(status if isinstance(status, int) else 1)
-
-
-def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:
-    """Raises what the step's own handling of its connection may have hidden."""
-    if transaction is None or (transaction.in_transaction() and not transaction.invalidated):
-        return
-    if transaction.invalidated:
-        reason = ConnectionError("the connection was lost, and the step went on")
-        raise exc.DBAPIError(None, None, reason, connection_invalidated=True)
-    raise Fatal(
-        f"step {step.name} ended the transaction of ctx.connection: leave commit and rollback to "
-        "beatless, so that they include StepFinished"
-    )
-
-
-def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | None) -> bool:
-    """Whether a body raised because the connection of its transaction broke.
-
-    What Postgres says of a statement is the step's to bear: a lock that was not to be had, a
-    deadlock, a limit. So is what happens to connections of the step's own.
-    """
-    if transaction is None or not transaction.invalidated:
-        return False
-    if is_a(error, exc.DBAPIError) and isinstance(getattr(error, "orig", None), TOO_SLOW):
-        return False
-    return not is_a(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))
-
-
-def _stored(finished: NewEvent) -> dict[str, Any]:
-    """What a resumed run would read: of the text that was stored, and not of the value again."""
-    data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
-    return data
-
-
-def _as_jsonb(number: str) -> float | int:
-    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
-    return int(Decimal(number)) if "e+" in number else float(number)
-
-
-def _failure_text(facts: dict[str, Any]) -> str:
-    """Facts of ours as JSON. The limit on users' data must not keep a failure from being told."""
-    return encode(facts, where="the error", limit=FAILURE_BYTES)
+def may_have_struck(step: Step, reply: Raised | Cancelled | Stopped | TransactionLost) -> bool:
+    """Whether the watchdog's exception struck in the body: in the middle of a commit, perhaps."""
+    match reply:
+        case Stopped():
+            return True
+        case Cancelled():
+            return step.terminate_on_cancel
+        case Raised(error):
+            return is_a(error, (StepTimeout, DeadlineExceeded))
+        case TransactionLost():
+            return False

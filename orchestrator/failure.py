@@ -1,6 +1,6 @@
-"""An exception of a step's body as a stored error: type, message, traceback.
+"""Stored errors of a run: the exception of a step's body, or its cancel.
 
-Its class is the user's, and so may be every attribute of it: to describe it never raises.
+The class is the user's, and so may be every attribute of it: to describe it never raises.
 """
 
 import traceback
@@ -34,6 +34,11 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
         "step": step,
         "traceback": storable_text(trace[-TRACEBACK_LIMIT:]),
     }
+
+
+def cancel_error(reason: str | None) -> dict[str, Any]:
+    """What a cancelled run stores as its error."""
+    return {"type": "RunCancelled", "message": reason or "the run was cancelled"}
 
 
 def text_of(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
+from beatless.orchestrator.failure import cancel_error
+from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, Read, execute
@@ -205,26 +207,6 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
-    """What a step boundary writes: one way if nobody asked to cancel, another if somebody did.
-
-    The choice is made by Postgres on the locked row, so a cancel is before or after, never between.
-    """
-
-    events: Sequence[NewEvent]
-    state: RunState
-    result: str | None = None
-    error: str | None = None
-    delay: float | None = None
-    """Seconds until the run is due again, when the state is queued."""
-    reason: str = "retry"
-    if_cancelled: Sequence[NewEvent] = ()
-    state_if_cancelled: RunState = RunState.CANCELLED
-    error_if_cancelled: str | None = None
-    delay_if_cancelled: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What the rows beside a run say about it now."""
 
@@ -356,7 +338,8 @@ class Journal:
         after: int = 0,
     ) -> Appended | None:
         """Commit a boundary under a lease; None as of `append`."""
-        events = (*settlement.events, *settlement.if_cancelled)
+        normal, cancelled = settlement.normal, settlement.if_cancelled
+        events = (*normal.events, *cancelled.events)
         rows = execute(
             connection,
             self.sql["settle"],
@@ -365,18 +348,17 @@ class Journal:
                 "token": token,
                 "after": after,
                 "shard": shard_of(run_id),
-                "n": len(settlement.events),
-                "n_cancelled": len(settlement.if_cancelled),
-                "state": settlement.state.value,
-                "state_cancelled": settlement.state_if_cancelled.value,
-                "result": settlement.result,
-                "error": settlement.error,
-                "error_cancelled": settlement.error_if_cancelled,
-                "delay": settlement.delay or 0.0,
-                "delay_cancelled": settlement.delay_if_cancelled,
+                "n": len(normal.events),
+                "n_cancelled": len(cancelled.events),
+                "state": normal.state.value,
+                "state_cancelled": cancelled.state.value,
+                "result": normal.result,
+                "error": normal.error,
+                "error_cancelled": cancelled.error,
+                "delay": normal.delay_s,
+                "delay_cancelled": cancelled.delay_s,
                 "reason": settlement.reason,
-                "branches": [False] * len(settlement.events)
-                + [True] * len(settlement.if_cancelled),
+                "branches": [False] * len(normal.events) + [True] * len(cancelled.events),
                 "types": [event.type.value for event in events],
                 "steps": [event.step for event in events],
                 "attempts": [event.attempt for event in events],
@@ -648,8 +630,3 @@ class Journal:
         if data:
             text = encode(dict(data), where=where, limit=self.max_event_bytes)
         return NewEvent(type=type, step=step, attempt=attempt, data=text)
-
-
-def cancel_error(reason: str | None) -> dict[str, Any]:
-    """What a cancelled run stores as its error."""
-    return {"type": "RunCancelled", "message": reason or "the run was cancelled"}

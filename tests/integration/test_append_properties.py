@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from beatless import App
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.journal import Settlement
+from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
 from beatless.testing import Kit
@@ -93,12 +93,8 @@ class Writer:
             events.append(
                 self.app.journal.new_event(EventType.RUN_FINISHED, where="here", data=end)
             )
-        settlement = Settlement(
-            events=events,
-            state=RunState.COMPLETED if finish else RunState.RUNNING,
-            if_cancelled=events,
-            state_if_cancelled=RunState.COMPLETED if finish else RunState.RUNNING,
-        )
+        state = RunState.COMPLETED if finish else RunState.RUNNING
+        settlement = Settlement.ignoring_cancel(Boundary(events=events, state=state))
         told = self.app.journal.settle(self.connection, self.run_id, self.token, settlement)
         if told is None:
             self.refused.append(mark)

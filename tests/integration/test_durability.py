@@ -13,8 +13,8 @@ import pytest
 from beatless import App, LeaseLost, RunState
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Settlement
 from beatless.orchestrator.lease import new_token
+from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
 
@@ -127,7 +127,9 @@ def test_a_frozen_worker_that_wakes_up_writes_nothing(
     event = beatless_app.journal.new_event(
         EventType.DEBUG_TRACE, where="x", data={"name": "zombie"}
     )
-    settlement = Settlement(events=[event], state=RunState.COMPLETED, result="0")
+    settlement = Settlement.ignoring_cancel(
+        Boundary(events=[event], state=RunState.COMPLETED, result="0")
+    )
     assert beatless_app.journal.append(connection, run.run_id, token, [event]) is None
     assert beatless_app.journal.settle(connection, run.run_id, token, settlement) is None
     connection.close()

@@ -13,8 +13,8 @@ import pytest
 from beatless import App
 from beatless.client import RunRequest
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.journal import Settlement
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.testing import Kit
 
@@ -55,7 +55,7 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
         assert app.leases.extend(session, [lease]) == []
         assert journal.append(session, run_id, lease.token, [trace, trace])
     app.leases.renew_token(session, lease)
-    again = Settlement(events=[trace], state=RunState.QUEUED, delay=0.0)
+    again = Settlement.ignoring_cancel(Boundary(events=[trace], state=RunState.QUEUED))
     assert journal.settle(session, run_id, lease.token, again)
     claimed = app.leases.claim(
         session, run_id, plan="two_steps", worker="v", first_step="first", dispatch=2
@@ -63,11 +63,15 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
     assert claimed is not None
     journal.cancel(session, run_id, namespace="default", reason=None, undo={})
     boundary = Settlement(
-        events=[], if_cancelled=[trace], state=RunState.RUNNING, state_if_cancelled=RunState.RUNNING
+        normal=Boundary(state=RunState.RUNNING),
+        if_cancelled=Boundary(events=[trace], state=RunState.RUNNING),
     )
     assert journal.settle(session, run_id, claimed.token, boundary)
     end = journal.new_event(EventType.RUN_FINISHED, where="here", data={"outcome": "cancelled"})
-    finish = Settlement(events=[], if_cancelled=[end], state=RunState.COMPLETED)
+    finish = Settlement(
+        normal=Boundary(state=RunState.COMPLETED),
+        if_cancelled=Boundary(events=[end], state=RunState.CANCELLED),
+    )
     assert journal.settle(session, run_id, claimed.token, finish)
     return 14
 

@@ -11,7 +11,7 @@ import sqlalchemy
 from sqlalchemy import exc
 
 from beatless import App, Plan, RunState, StepContext, retry, step
-from beatless.orchestrator.executor import MAX_LOSSES
+from beatless.orchestrator.boundaries import MAX_LOSSES
 from beatless.testing import Kit
 
 Make = Callable[..., Kit]

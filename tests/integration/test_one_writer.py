@@ -15,7 +15,8 @@ from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.deadlines import Deadlines
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.journal import Appended, Settlement
+from beatless.orchestrator.journal import Appended
+from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import TRANSITIONS, allowed
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import ALL_SHARDS
@@ -173,7 +174,10 @@ def test_a_worker_whose_run_was_taken_over_writes_nothing_while_the_other_is_in_
     )
     assert beatless.app.journal.append(connection, run.run_id, lease.token, [trace])
     beatless.app.journal.settle(
-        connection, run.run_id, lease.token, Settlement(events=[], state=RunState.QUEUED)
+        connection,
+        run.run_id,
+        lease.token,
+        Settlement.ignoring_cancel(Boundary(state=RunState.QUEUED)),
     )
     connection.close()
     frozen.disconnect()
@@ -188,12 +192,9 @@ def await_lock(postgres: psycopg.Connection, pid: int) -> None:
 
 
 BOUNDARIES = {
-    "the next step": (
-        Settlement(events=[], state=RunState.RUNNING, state_if_cancelled=RunState.RUNNING),
-        RunState.RUNNING,
-    ),
-    "an end": (Settlement(events=[], state=RunState.COMPLETED), RunState.CANCELLED),
-    "a wait": (Settlement(events=[], state=RunState.QUEUED, delay=60.0), RunState.CANCELLED),
+    "the next step": (Boundary(state=RunState.RUNNING), RunState.RUNNING),
+    "an end": (Boundary(state=RunState.COMPLETED), RunState.CANCELLED),
+    "a wait": (Boundary(state=RunState.QUEUED, delay_s=60.0), RunState.CANCELLED),
 }
 
 
@@ -213,8 +214,11 @@ def test_a_cancel_that_a_write_has_waited_for_is_seen_by_it(
     def write() -> Appended | None:
         if what == "a trace":
             return app.journal.append(connection, run.run_id, lease.token, [trace])
-        settlement = BOUNDARIES[what][0]
-        ended = replace(settlement, events=[trace], if_cancelled=[trace])
+        boundary, if_cancelled = BOUNDARIES[what]
+        ended = Settlement(
+            normal=replace(boundary, events=[trace]),
+            if_cancelled=Boundary(events=[trace], state=if_cancelled),
+        )
         return app.journal.settle(connection, run.run_id, lease.token, ended)
 
     with ThreadPoolExecutor(1) as pool, app.executors.connect() as somebody:
@@ -261,7 +265,9 @@ def test_who_has_waited_for_the_end_of_a_run_finds_it_ended(
 
     with ThreadPoolExecutor(1) as pool:
         with worker.transaction():
-            settlement = Settlement(events=[done, end], state=RunState.COMPLETED, result="1")
+            settlement = Settlement.ignoring_cancel(
+                Boundary(events=[done, end], state=RunState.COMPLETED, result="1")
+            )
             assert app.journal.settle(worker, run.run_id, lease.token, settlement)
             acted = pool.submit(act)
             await_lock(postgres, other.info.backend_pid)
@@ -328,7 +334,10 @@ def test_a_token_is_not_seen_again_after_a_failover_that_lost_its_claim(
     assert isinstance(gate.said[0], LeaseLost)
     assert beatless.event_types(run.run_id) == ["RunStarted", "StepStarted"]
     beatless.app.journal.settle(
-        connection, run.run_id, lease.token, Settlement(events=[], state=RunState.QUEUED)
+        connection,
+        run.run_id,
+        lease.token,
+        Settlement.ignoring_cancel(Boundary(state=RunState.QUEUED)),
     )
     connection.close()
     old.disconnect()
@@ -344,7 +353,7 @@ def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
     trace = app.journal.new_event(EventType.DEBUG_TRACE, where="here", data={"name": "x"})
 
     def settle(after: RunState) -> Callable[[str], object]:
-        settlement = Settlement(events=[trace], state=after)
+        settlement = Settlement.ignoring_cancel(Boundary(events=[trace], state=after))
         return lambda run_id: app.journal.settle(connection, run_id, 1, settlement)
 
     statements: dict[str, Callable[[str], object]] = {

@@ -17,9 +17,10 @@ from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Appended, Run, Settlement
+from beatless.orchestrator.journal import Appended, Run
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
@@ -245,9 +246,8 @@ def test_of_a_cancel_and_an_end_the_second_sees_the_first_on_whose_row_it_waited
             return journal.new_event(EventType.RUN_FINISHED, where="here", data=data)
 
         settlement = Settlement(
-            events=[finished("completed")],
-            state=RunState.COMPLETED,
-            if_cancelled=[finished("cancelled")],
+            normal=Boundary(events=[finished("completed")], state=RunState.COMPLETED),
+            if_cancelled=Boundary(events=[finished("cancelled")], state=RunState.CANCELLED),
         )
         return journal.settle(connection, run.run_id, lease.token, settlement)
 
@@ -409,7 +409,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing_while_another_executes_its_
 
     def fail(connection: psycopg.Connection[Any], lease: Lease) -> Appended | None:
         event = journal.new_event(EventType.RUN_FINISHED, where="here", data={"outcome": "failed"})
-        settlement = Settlement(events=[event], state=RunState.FAILED)
+        settlement = Settlement.ignoring_cancel(Boundary(events=[event], state=RunState.FAILED))
         return journal.settle(connection, run.run_id, lease.token, settlement)
 
     lost = claim(frozen)
@@ -424,8 +424,8 @@ def test_a_worker_that_lost_its_lease_writes_nothing_while_another_executes_its_
     leases.renew_token(frozen, lost)  # an own commit is in doubt for it
     assert (trace(frozen, lost), fail(frozen, lost)) == (None, None)
     assert trace(frozen, replace(lost, token=lost.next_token)) is None
-    seen = leases.inspect(frozen, lost, 0)
-    assert (seen.held, seen.committed_since) == (False, False)
+    status = leases.inspect(frozen, lost, 0)
+    assert (status.held, status.committed_since) == (False, False)
 
     assert leases.extend(second, [held]) == []
     assert trace(second, held).last_seq == seq + 1

@@ -8,7 +8,9 @@ import pytest
 
 import beatless.errors
 import beatless.local.errors
+import beatless.orchestrator.body
 import beatless.orchestrator.errors
+import beatless.orchestrator.execution
 import beatless.orchestrator.executor
 import beatless.orchestrator.plan
 import beatless.orchestrator.progress
@@ -19,6 +21,8 @@ MODULES = [
     beatless.errors,
     beatless.local.errors,
     beatless.orchestrator.errors,
+    beatless.orchestrator.body,
+    beatless.orchestrator.execution,
     beatless.orchestrator.executor,
     beatless.orchestrator.plan,
     beatless.orchestrator.progress,

@@ -1,0 +1,94 @@
+"""Calls the body of a step, in its transaction and in this process alone."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import psycopg
+import sqlalchemy
+from sqlalchemy import exc
+
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal, StepTimeout
+from beatless.orchestrator.failure import is_a
+from beatless.orchestrator.leased_writer import AWAY
+from beatless.orchestrator.plan import Step
+
+TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
+"""How Postgres ends the connection of a transaction that took too long: a failure of the step."""
+
+
+class NoConnection(Exception):
+    """There is none for a transactional step now: its body was not called."""
+
+
+@contextmanager
+def step_transaction(
+    step: Step, engine: sqlalchemy.Engine
+) -> Iterator[sqlalchemy.Connection | None]:
+    """The transaction of a transactional step, committed at the end; None for other steps.
+
+    Raises NoConnection.
+    """
+    if not step.transactional:
+        yield None
+        return
+    try:
+        connection = engine.connect()
+    except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
+        raise NoConnection(str(error)) from error
+    with connection, connection.begin():
+        yield connection
+
+
+def in_one_process(step: Step, context: StepContext) -> Any:
+    """Call a body. A copy of the process that it forks ends with it: the run is not the copy's."""
+    pid = os.getpid()
+    try:
+        return step.function(context)
+    finally:
+        if os.getpid() != pid:
+            leave_copy(sys.exception())
+
+
+def leave_copy(error: BaseException | None) -> NoReturn:
+    """End as a process ends whose program is over, without what belongs to the one it copies."""
+    status: object = 0
+    if isinstance(error, SystemExit):
+        status = error.code or 0
+    elif error is not None:
+        traceback.print_exception(error)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else 1)
+
+
+def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:
+    """Raises what the step's own handling of its connection may have hidden."""
+    if transaction is None or (transaction.in_transaction() and not transaction.invalidated):
+        return
+    if transaction.invalidated:
+        reason = ConnectionError("the connection was lost, and the step went on")
+        raise exc.DBAPIError(None, None, reason, connection_invalidated=True)
+    raise Fatal(
+        f"step {step.name} ended the transaction of ctx.connection: leave commit and rollback to "
+        "beatless, so that they include StepFinished"
+    )
+
+
+def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | None) -> bool:
+    """Whether a body raised because the connection of its transaction broke.
+
+    What Postgres says of a statement is the step's to bear: a lock that was not to be had, a
+    deadlock, a limit. So is what happens to connections of the step's own.
+    """
+    if transaction is None or not transaction.invalidated:
+        return False
+    if is_a(error, exc.DBAPIError) and isinstance(getattr(error, "orig", None), TOO_SLOW):
+        return False
+    return not is_a(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))

@@ -1,0 +1,333 @@
+"""What each outcome of an attempt commits. Pure: it decides, and neither writes nor logs.
+
+An attempt ends in one of these ways; the run then goes on, waits or has ended:
+
+    the body returned      StepFinished, with the next StepStarted or RunFinished; or a snooze
+    the body failed        StepFailed, and the run waits for the next attempt or has failed
+    the run is cancelled   StepFailed, and the run has ended, or waits for its `on_cancel` step
+    the worker stops       a trace: the attempt is made again and does not count
+    the transaction broke  a trace: the same; after many in a row the run has failed
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal
+from beatless.orchestrator.events import EventType, NewEvent, encode
+from beatless.orchestrator.failure import (
+    MESSAGE_LIMIT,
+    cancel_error,
+    describe,
+    is_a,
+    storable_text,
+)
+from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
+from beatless.orchestrator.progress import (
+    CONNECTION_LOST,
+    FOLLOWING,
+    GIVEN_BACK,
+    ON_CANCEL,
+    RENAMED_FROM,
+    SNOOZED,
+    UNKNOWN_STEP,
+    Progress,
+    known_step,
+)
+from beatless.orchestrator.settlement import Boundary, Settlement
+from beatless.orchestrator.state import RunState
+from beatless.outbox.backoff import Backoff
+
+BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
+"""Seconds between attempts whose transactions were lost, from the second in a row on."""
+
+MAX_LOSSES = 20
+"""Transactions of a step that are lost in a row until the run fails: a quarter of an hour.
+
+A statement that crashes its server would else do so each minute for ever. Those that were refused
+have done nothing, and do not count.
+"""
+
+FAILURE_BYTES = 262_144
+"""Above what any failure can need, see `orchestrator.failure`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conclusion:
+    """What the return value of a body commits."""
+
+    settlement: Settlement
+    following: Step | None
+    """The step that comes next: the same one after a snooze, None at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailure:
+    """What an attempt that failed commits, and what a log says of it."""
+
+    settlement: Settlement
+    step: str
+    """The occurrence."""
+    attempt: int
+    error: BaseException
+    facts: dict[str, Any]
+    """Its type, message and traceback, as they are stored."""
+    retry_in: float | None
+    """Seconds until the next attempt; None if there is none."""
+
+
+class Boundaries:
+    """The boundaries of one run of a plan. Each method is a function of where the run is.
+
+    A cancel that was accepted before wins: the step in flight commits, then the run is over. If the
+    plan has an `on_cancel` step the run is given back instead, and is due at once: the next claim
+    begins with that step.
+    """
+
+    def __init__(self, plan: Plan, run_id: str, *, max_event_bytes: int) -> None:
+        self._plan = plan
+        self._run_id = run_id
+        self._max_event_bytes = max_event_bytes
+
+    # An attempt begins
+
+    def started(self, progress: Progress, before: Sequence[NewEvent]) -> Settlement:
+        """The start of the attempt that the progress counts already, after other events."""
+        renamed = {} if progress.key == progress.occurrence else {RENAMED_FROM: progress.key}
+        started = self._event(EventType.STEP_STARTED, progress, **renamed)
+        going_on = Boundary(events=[*before, started], state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, before)
+
+    # The body returned
+
+    def concluded(
+        self, progress: Progress, step: Step, value: Any, *, late: bool, gives_back: bool
+    ) -> Conclusion:
+        """The outcome that the step returned.
+
+        `late`: the run has reached its deadline. `gives_back`: another worker goes on with it.
+        Raises Fatal for an outcome that the plan does not allow, and BadPayload for a result that
+        cannot be stored.
+        """
+        if step.outcomes and not isinstance(value, tuple(step.outcomes)):
+            raise Fatal(
+                f"step {step.name} returned a {type(value).__name__}; it is annotated to return "
+                f"only {', '.join(sorted(kind.__name__ for kind in step.outcomes))}"
+            )
+        match value:
+            case Snooze(seconds):
+                return Conclusion(settlement=self._snoozed(progress, seconds), following=step)
+            case Finish(result):
+                following, data = None, {"result": result, "next": None}
+            case Goto(target, result):
+                if not self._plan.may_go(step.name, target):
+                    raise Fatal(
+                        f"step {step.name} returned Goto({target!r}), which plan "
+                        f"{self._plan.name} does not declare in its routes"
+                    )
+                following = known_step(self._plan, target)
+                data = {"result": result, "next": following.name}
+            case result:
+                following, data = progress.after(self._plan, step.name), {"result": result}
+        if progress.compensating:
+            data[ON_CANCEL] = True
+        elif (late or gives_back) and following is not None and "next" not in data:
+            data[FOLLOWING] = following.name
+        finished = self._event(EventType.STEP_FINISHED, progress, **data)
+        if progress.compensating:
+            ended = self._end(RunState.CANCELLED, [finished], cancel_error(None))
+            return Conclusion(settlement=Settlement.ignoring_cancel(ended), following=None)
+        if following is None:
+            completed = self.completed(data["result"], [finished])
+            return Conclusion(settlement=completed, following=None)
+        if late:
+            return Conclusion(settlement=self.overdue([finished]), following=None)
+        if gives_back:
+            returned = self._given_back(progress, "shutdown", [finished])
+            return Conclusion(settlement=returned, following=following)
+        visit = progress.visits[following.name] + 1 + (following is step)
+        started = NewEvent(
+            type=EventType.STEP_STARTED, step=occurrence(following.name, visit), attempt=1
+        )
+        going_on = Boundary(events=[finished, started], state=RunState.RUNNING)
+        settlement = self._unless_cancelled(progress, going_on, [finished])
+        return Conclusion(settlement=settlement, following=following)
+
+    def completed(self, result: Any, events: Sequence[NewEvent] = ()) -> Settlement:
+        """The end of a run whose steps have all finished. Raises BadPayload."""
+        text = encode(
+            result, where=f"the result of run {self._run_id}", limit=self._max_event_bytes
+        )
+        ended = NewEvent(
+            type=EventType.RUN_FINISHED, data=f'{{"outcome":"completed","result":{text}}}'
+        )
+        return Settlement(
+            normal=Boundary(events=[*events, ended], state=RunState.COMPLETED, result=text),
+            if_cancelled=self._cancelled(events),
+        )
+
+    def _snoozed(self, progress: Progress, seconds: float) -> Settlement:
+        note = self._event(EventType.DEBUG_TRACE, progress, name=SNOOZED, seconds=seconds)
+        waiting = Boundary(events=[note], state=RunState.QUEUED, delay_s=seconds)
+        return self._unless_cancelled(progress, waiting, [], "snooze")
+
+    # The body failed
+
+    def failed(
+        self, progress: Progress, step: Step, error: BaseException, *, late: bool
+    ) -> StepFailure:
+        """The step is tried again later, or the run has failed. To describe it never raises."""
+        retry_in = step.retry.delay(progress.failures + 1)
+        if is_a(error, (Fatal, BadPayload)) or (is_a(error, DeadlineExceeded) and late):
+            retry_in = None
+        facts = describe(error, progress.occurrence)
+        failed = self._failure(progress, facts)
+        if retry_in is None:
+            settlement = self._given_up(progress, failed, facts)
+        else:
+            waiting = Boundary(events=[failed], state=RunState.QUEUED, delay_s=retry_in)
+            settlement = self._unless_cancelled(progress, waiting, [failed], "retry")
+        return StepFailure(
+            settlement=settlement,
+            step=progress.occurrence,
+            attempt=progress.starts,
+            error=error,
+            facts=facts,
+            retry_in=retry_in,
+        )
+
+    def crashed(self, progress: Progress) -> Settlement:
+        """The step has ended its process too often: it is not tried again."""
+        return self._failed_with(
+            progress,
+            "StepCrashed",
+            f"step {progress.occurrence} ended its process {progress.crashes} times",
+        )
+
+    def unstorable(self, progress: Progress, reason: str) -> Settlement:
+        """Postgres refuses what the step gave, or how it failed: no other attempt will do better.
+
+        In ASCII, which a database in any encoding can hold.
+        """
+        text = f"what step {progress.occurrence} gave cannot be stored in this database: {reason}"
+        message = text[:MESSAGE_LIMIT].encode("ascii", "backslashreplace").decode()
+        return self._failed_with(progress, "BadPayload", message)
+
+    def overdue(self, events: Sequence[NewEvent] = ()) -> Settlement:
+        """The run has reached its deadline."""
+        error = DeadlineExceeded(self._run_id)
+        facts = {"type": type(error).__name__, "message": str(error)}
+        return self._ended(RunState.FAILED, events, facts)
+
+    # The run is cancelled, or its worker stops
+
+    def stopped(self, progress: Progress) -> Settlement:
+        """The step ended early because of a cancel."""
+        facts = cancel_error(None) | {"step": progress.occurrence}
+        failed = self._failure(progress, facts)
+        if progress.compensating:
+            return self._given_up(progress, failed, facts)
+        if self._plan.on_cancel is None:
+            return self._ended(RunState.CANCELLED, [failed], facts)
+        waiting = Boundary(events=[failed], state=RunState.QUEUED)
+        return Settlement.ignoring_cancel(waiting, "cancel")
+
+    def unfinished(self, progress: Progress) -> Settlement:
+        """The worker stops in the middle of a step: another one makes this attempt again."""
+        note = self._event(EventType.DEBUG_TRACE, progress, name=GIVEN_BACK)
+        return self._given_back(progress, "shutdown", [note])
+
+    def unknown(self, progress: Progress, delay_s: float) -> Settlement:
+        """The run stands at a step that this version of the plan does not have."""
+        return self._given_back(progress, UNKNOWN_STEP, [], delay_s)
+
+    # The transaction broke
+
+    def connection_lost(self, progress: Progress, *, refused: bool) -> NewEvent:
+        """The trace that uncounts the attempt whose transaction is gone, or never was."""
+        facts = {"refused": True} if refused else {}
+        return self._event(EventType.DEBUG_TRACE, progress, name=CONNECTION_LOST, **facts)
+
+    def disconnected(self, progress: Progress, lost: NewEvent, losses: int) -> Settlement:
+        """The attempt is made again later; `losses` is how many in a row were before it."""
+        return self._given_back(progress, "connection", [lost], BETWEEN_LOSSES.delay(losses))
+
+    def lost(self, progress: Progress, reason: str) -> Settlement:
+        """Postgres took back one transaction of the step after the other."""
+        last = storable_text(reason[:MESSAGE_LIMIT])
+        return self._failed_with(
+            progress,
+            "TransactionLost",
+            f"step {progress.occurrence} lost the connection of its transaction "
+            f"{progress.lost + 1} times in a row, the last time: {last}",
+        )
+
+    # Of these they are made
+
+    def _unless_cancelled(
+        self,
+        progress: Progress,
+        boundary: Boundary,
+        events: Sequence[NewEvent],
+        reason: str = "retry",
+    ) -> Settlement:
+        """This boundary; or these events and the end of the run if it was cancelled before."""
+        if progress.compensating:
+            return Settlement.ignoring_cancel(boundary, reason)
+        return Settlement(normal=boundary, if_cancelled=self._cancelled(events), reason=reason)
+
+    def _given_back(
+        self, progress: Progress, reason: str, events: Sequence[NewEvent], delay_s: float = 0.0
+    ) -> Settlement:
+        waiting = Boundary(events=events, state=RunState.QUEUED, delay_s=delay_s)
+        return self._unless_cancelled(progress, waiting, events, reason)
+
+    def _failed_with(self, progress: Progress, type: str, message: str) -> Settlement:
+        facts = {"type": type, "message": message, "step": progress.occurrence}
+        return self._given_up(progress, self._failure(progress, facts), facts)
+
+    def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
+        """The step has failed for good. A run whose `on_cancel` step fails is cancelled still."""
+        if not progress.compensating:
+            return self._ended(RunState.FAILED, [failed], facts)
+        error = cancel_error(None) | {"on_cancel": facts}
+        return Settlement.ignoring_cancel(self._end(RunState.CANCELLED, [failed], error))
+
+    def _ended(
+        self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
+    ) -> Settlement:
+        return Settlement(
+            normal=self._end(state, events, facts), if_cancelled=self._cancelled(events)
+        )
+
+    def _cancelled(self, events: Sequence[NewEvent]) -> Boundary:
+        if self._plan.on_cancel is not None:
+            return Boundary(events=events, state=RunState.QUEUED)
+        return self._end(RunState.CANCELLED, events, cancel_error(None))
+
+    def _end(self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]) -> Boundary:
+        text = _failure_text(facts)
+        ended = NewEvent(
+            type=EventType.RUN_FINISHED, data=f'{{"outcome":"{state.value}","error":{text}}}'
+        )
+        return Boundary(events=[*events, ended], state=state, error=text)
+
+    def _failure(self, progress: Progress, facts: dict[str, Any]) -> NewEvent:
+        return NewEvent(
+            type=EventType.STEP_FAILED,
+            step=progress.occurrence,
+            attempt=progress.starts,
+            data=f'{{"error":{_failure_text(facts)}}}',
+        )
+
+    def _event(self, type: EventType, progress: Progress, **data: Any) -> NewEvent:
+        """Raises BadPayload."""
+        text = None
+        if data:
+            text = encode(data, where=f"step {progress.occurrence}:", limit=self._max_event_bytes)
+        return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
+
+
+def _failure_text(facts: dict[str, Any]) -> str:
+    """Facts of ours as JSON. The limit on users' data must not keep a failure from being stored."""
+    return encode(facts, where="the error", limit=FAILURE_BYTES)

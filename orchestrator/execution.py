@@ -1,0 +1,433 @@
+"""The work on one claimed run, from its claim to its end or to giving it back. Does no I/O.
+
+An `Execution` asks for what it needs and is sent what came of it:
+
+    ReadJournal   → the events
+    RunBody       → Returned, Raised, Cancelled, Stopped or TransactionLost
+    Commit        → Committed, or Unstorable;
+                    of what a body returned also Raised, TransactionLost or CommitFailed
+    Recover       → Recovered
+
+So a driver decides how, where and beside what other runs it is done: see `Executor`. A driver that
+loses the lease, or dies, asks no more.
+
+1. fold the journal: what has finished is not done again
+2. start the next step's attempt (counted in Postgres before the body runs)
+3. call the body
+4. settle: the step's outcome and the next step's start are one commit
+5. go on at 3, until the run ends, waits, or the worker stops
+"""
+
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
+from beatless.orchestrator.errors import RunCancelled, WorkerStops
+from beatless.orchestrator.events import Event, NewEvent
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.progress import Progress, UnknownStep, fold
+from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+UNKNOWN_STEP_S = 1.0
+"""Seconds that a run waits at first whose step this worker does not have.
+
+Most workers of a rolling deploy have the step, or none.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadJournal:
+    """Read the events that say where the run is; the reply is these events.
+
+    See `Journal.turns`.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Commit a boundary under the lease."""
+
+    settlement: Settlement
+    failure: StepFailure | None = None
+    """The failed attempt that it ends, to be logged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBody:
+    """Call the body of a step; what it returns is committed next, in the transaction of the step.
+
+    `conclude` belongs to the call: whatever it raises about the returned value, the body has failed
+    with. `interrupted` says what to commit, at once, if the attempt must end before its body does:
+    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. Nobody else writes then.
+    """
+
+    step: Step
+    occurrence: str
+    key: str
+    """Of this occurrence, the same in each attempt."""
+    attempt: int
+    results: Mapping[str, Any]
+    compensating: bool
+    """The step undoes a cancelled run: it knows no cancel and no deadline."""
+    conclude: Callable[[Any], Conclusion]
+    interrupted: Callable[[Exception], Commit]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recover:
+    """Find out what has become of a commit whose answer is unknown, and keep it from happening."""
+
+
+Request = ReadJournal | Commit | RunBody | Recover
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The boundary is in the journal."""
+
+    cancelled: bool
+    """It is the one for a cancelled run."""
+
+
+class Unstorable(Exception):
+    """The reply to a Commit that Postgres refuses for what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The body has returned, and `conclude` accepted what."""
+
+    conclusion: Conclusion
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The body has failed."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The body was told of the cancel, or was ended by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The worker stops, and the body has not returned."""
+
+    error: BaseException | None = None
+    """What ends the process: raised again once the run is given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionLost:
+    """The connection of the step's transaction broke, or none was to be had."""
+
+    reason: str
+    refused: bool = False
+    """There was none to begin it on: the body was not called."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitFailed:
+    """Something else was raised after the body had returned: it may have been committed or not.
+
+    By Postgres, which cannot store what the step returned; by what somebody has hung on commits of
+    SQLAlchemy; by who ends this process.
+    """
+
+    error: BaseException
+    leaving: bool
+    """It ends the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What has become of the commit in doubt; the lease is still held unless the run has ended."""
+
+    committed: bool
+    ended: bool
+
+
+Reply = (
+    Sequence[Event]
+    | Committed
+    | Unstorable
+    | Returned
+    | Raised
+    | Cancelled
+    | Stopped
+    | TransactionLost
+    | CommitFailed
+    | Recovered
+)
+
+Requests = Generator[Request, Reply | None, None]
+
+Part = Generator[Request, Any, Progress | None]
+"""Goes on with the progress that it returns; with None the run leaves this worker."""
+
+
+class Execution:
+    """One worker's decisions about one run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        lease: Lease,
+        *,
+        max_event_bytes: int,
+        max_steps: int = 0,
+        stopping: Callable[[], bool] = lambda: False,
+        redispatch_s: float = 15.0,
+    ) -> None:
+        """`max_steps` gives the run back after that many (0: no limit), as `stopping` does.
+
+        A run that stands at a step which its plan does not have is given back for at most
+        `redispatch_s`.
+        """
+        self._plan = plan
+        self._lease = lease
+        self._run_id = lease.run.run_id
+        self._boundaries = Boundaries(plan, self._run_id, max_event_bytes=max_event_bytes)
+        self._steps_left = max_steps or -1
+        self._stopping = stopping
+        self._redispatch_s = redispatch_s
+        self._last_ts_ms = 0
+        """Of the last event that was read, by the clock of Postgres."""
+
+    def requests(self) -> Requests:
+        """All that is to be done, in order. Each request must be answered before the next.
+
+        Raises Unstorable, and the error of a Stopped.
+        """
+        progress = yield from self._resume()
+        while progress is not None and progress.step is not None:
+            progress = yield from self._take_storable_step(progress, progress.step)
+
+    def _resume(self) -> Part:
+        if self._lease.begun:
+            return Progress(step=self._plan.first, starts=1)
+        progress = yield from self._fold()
+        if self._lease.cancelled and not progress.compensating:
+            if self._plan.on_cancel is not None:
+                progress.compensate(self._plan.on_cancel)
+            elif progress.promised is not None:
+                progress.lacks(progress.promised)
+        if self._lease.late and not progress.compensating:
+            yield from self._settle(self._boundaries.overdue())
+            return None
+        return (yield from self._begin_attempt(progress))
+
+    def _fold(self) -> Generator[Request, Any, Progress]:
+        """Where the journal says the run is."""
+        events: Sequence[Event] = yield ReadJournal()
+        self._last_ts_ms = events[-1].ts
+        return fold(self._plan, events)
+
+    def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
+        """Start the next attempt of where the run is; None if there is none to start.
+
+        It is counted before its body runs.
+        """
+        if progress.unknown is not None:
+            yield from self._hand_back(progress, progress.unknown)
+            return None
+        if progress.step is None:
+            yield from self._settle(self._boundaries.completed(progress.result))
+            return None
+        if progress.crashes >= progress.step.retry.max_crashes:
+            yield from self._settle(self._boundaries.crashed(progress))
+            return None
+        progress.starts += 1
+        started = yield from self._settle(self._boundaries.started(progress, before))
+        return None if started.cancelled and not progress.compensating else progress
+
+    def _hand_back(self, progress: Progress, step: str) -> Generator[Request, Any, None]:
+        """The run stands at a step of another version of the plan: a worker that has it goes on.
+
+        It is looked for at once, and then less and less often.
+        """
+        claimed = self._lease.run.started_at
+        waited = 0.0
+        if claimed is not None:
+            waited = claimed.timestamp() + self._lease.age - self._last_ts_ms / 1000
+        delay = min(max(waited / 2, UNKNOWN_STEP_S), self._redispatch_s)
+        logger.warning(
+            "run given back: its plan is newer or older than this worker's",
+            extra={
+                "action": "unknown_step",
+                "run_id": self._run_id,
+                "step": step,
+                "retry_in": delay,
+                "reason": str(UnknownStep(self._plan.name, step)),
+            },
+        )
+        yield from self._settle(self._boundaries.unknown(progress, delay))
+
+    def _take_storable_step(self, progress: Progress, step: Step) -> Part:
+        """`_take_step`, of whatever its outcome or its failure consists."""
+        try:
+            return (yield from self._take_step(progress, step))
+        except Unstorable as error:
+            logger.error(
+                "step's outcome cannot be stored, its run fails",
+                extra={
+                    "action": "unstorable",
+                    "run_id": self._run_id,
+                    "step": progress.occurrence,
+                    "reason": str(error),
+                },
+            )
+            yield from self._settle(self._boundaries.unstorable(progress, str(error)))
+            return None
+
+    def _take_step(self, progress: Progress, step: Step) -> Part:
+        """Run one attempt."""
+
+        def conclude(value: Any) -> Conclusion:
+            return self._boundaries.concluded(
+                progress,
+                step,
+                value,
+                late=self._lease.late,
+                gives_back=self._stopping() or self._steps_left == 1,
+            )
+
+        end = yield RunBody(
+            step=step,
+            occurrence=progress.occurrence,
+            key=f"{self._run_id}:{progress.key}",
+            attempt=progress.starts,
+            results=progress.results,
+            compensating=progress.compensating,
+            conclude=conclude,
+            interrupted=lambda reason: self._interrupted(progress, step, reason),
+        )
+        if isinstance(end, Returned):
+            conclusion = end.conclusion
+            end = yield Commit(settlement=conclusion.settlement)
+            if isinstance(end, Committed):
+                return self._go_on(progress, step, conclusion, cancelled=end.cancelled)
+        match end:
+            case TransactionLost():
+                return (yield from self._after_lost_transaction(progress, end))
+            case CommitFailed():
+                return (yield from self._after_failed_commit(progress, step, end))
+            case Raised(error):
+                yield from self._fail(progress, step, error)
+            case Cancelled():
+                yield from self._settle(self._boundaries.stopped(progress))
+            case Stopped(error):
+                yield from self._settle(self._boundaries.unfinished(progress))
+                if error is not None:
+                    raise error from None
+        return None
+
+    def _go_on(
+        self, progress: Progress, step: Step, conclusion: Conclusion, *, cancelled: bool
+    ) -> Progress | None:
+        normal = conclusion.settlement.normal
+        if cancelled or normal.state is not RunState.RUNNING:
+            return None
+        self._steps_left -= 1
+        finished = _as_stored(normal.events[0])
+        progress.finished(step.name, finished["result"], routed="next" in finished)
+        progress.go_on(conclusion.following)
+        progress.starts = 1
+        return progress
+
+    def _interrupted(self, progress: Progress, step: Step, reason: Exception) -> Commit:
+        match reason:
+            case RunCancelled():
+                return Commit(settlement=self._boundaries.stopped(progress))
+            case WorkerStops():
+                return Commit(settlement=self._boundaries.unfinished(progress))
+        return self._failed(progress, step, reason)
+
+    def _failed(self, progress: Progress, step: Step, error: BaseException) -> Commit:
+        failure = self._boundaries.failed(progress, step, error, late=self._lease.late)
+        return Commit(settlement=failure.settlement, failure=failure)
+
+    def _fail(
+        self, progress: Progress, step: Step, error: BaseException
+    ) -> Generator[Request, Any, None]:
+        yield from self._commit(self._failed(progress, step, error))
+
+    def _after_lost_transaction(self, progress: Progress, lost: TransactionLost) -> Part:
+        """Go on if it was committed all the same, else make the attempt again.
+
+        The first time in a row at once, for Postgres can be reached again; then it is given time.
+        """
+        recovered: Recovered = yield Recover()
+        if recovered.ended:
+            return None
+        progress = yield from self._fold()
+        if recovered.committed:
+            self._steps_left -= 1
+            return progress
+        logger.warning(
+            "transaction lost, the step is tried again",
+            extra={
+                "action": "transaction_lost",
+                "run_id": self._run_id,
+                "step": progress.occurrence,
+                "refused": lost.refused,
+                "reason": lost.reason,
+            },
+        )
+        if not lost.refused and progress.lost + 1 >= MAX_LOSSES:
+            yield from self._settle(self._boundaries.lost(progress, lost.reason))
+            return None
+        trace = self._boundaries.connection_lost(progress, refused=lost.refused)
+        losses = progress.lost + progress.refused
+        progress.lose(refused=lost.refused)
+        if not losses:
+            return (yield from self._begin_attempt(progress, [trace]))
+        yield from self._settle(self._boundaries.disconnected(progress, trace, losses))
+        return None
+
+    def _after_failed_commit(self, progress: Progress, step: Step, failed: CommitFailed) -> Part:
+        """Go on if it was committed all the same, else the step has failed."""
+        recovered: Recovered = yield Recover()
+        if recovered.ended:
+            return None
+        found = (yield from self._fold()) if recovered.committed else progress
+        if failed.leaving:
+            yield from self._settle(self._boundaries.unfinished(found))
+            raise failed.error
+        if recovered.committed:
+            self._steps_left -= 1
+            return found
+        yield from self._fail(progress, step, failed.error)
+        return None
+
+    def _settle(self, settlement: Settlement) -> Generator[Request, Any, Committed]:
+        return (yield from self._commit(Commit(settlement=settlement)))
+
+    def _commit(self, commit: Commit) -> Generator[Request, Any, Committed]:
+        """Raises Unstorable."""
+        reply: Committed | Unstorable = yield commit
+        if isinstance(reply, Unstorable):
+            raise reply
+        return reply
+
+
+def _as_stored(finished: NewEvent) -> dict[str, Any]:
+    """What a resumed run would read: of the text that was stored, and not of the value again."""
+    data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
+    return data
+
+
+def _as_jsonb(number: str) -> float | int:
+    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
+    return int(Decimal(number)) if "e+" in number else float(number)

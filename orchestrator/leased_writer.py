@@ -1,0 +1,258 @@
+"""Writes the events of one run under its lease, however often Postgres goes away meanwhile.
+
+Only the owner of a lease writes as a worker. So a commit whose answer was lost has happened if the
+journal has grown by an event of a worker; that it happens later is ruled out by a new token.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import psycopg
+import sqlalchemy
+
+from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
+from beatless.orchestrator.events import Event, NewEvent
+from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.journal import Appended, Journal
+from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
+from beatless.orchestrator.progress import FOLDED, SNOOZED
+from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
+from beatless.orchestrator.watchdog import Attempt
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.queries import Caller
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+T = TypeVar("T")
+
+WATCHDOG_LOCK_TIMEOUT_S = 0.02
+"""How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
+
+BETWEEN_TRIES = Backoff(initial=0.05, cap=5.0)
+"""Seconds between tries to reach Postgres."""
+
+AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+"""Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
+
+NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
+"""What psycopg counts among them, and no waiting will change."""
+
+
+class LeasedWriter:
+    """The one writer of a run among the workers, and among the threads of its step."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        journal: Journal,
+        leases: Leases,
+        heartbeat: Heartbeat,
+        connection: Callable[[], Connection],
+        disconnect: Callable[[], None],
+        stopping: threading.Event,
+        on_commit: Callable[[Settlement, Appended], None],
+    ) -> None:
+        """`connection` gives an autocommit connection, a new one after `disconnect`.
+
+        `stopping` ends the waiting for Postgres. `on_commit` is called once for each settlement, as
+        soon as it is known to be committed.
+        """
+        self._lease = lease
+        self._run_id = lease.run.run_id
+        self._journal = journal
+        self._leases = leases
+        self._heartbeat = heartbeat
+        self._connection = connection
+        self._disconnect = disconnect
+        self._stopping = stopping
+        self._on_commit = on_commit
+        self._last_seq = lease.run.last_seq
+        """Of the last event that is known to be committed."""
+        self._in_doubt: Settlement | None = None
+        """What a step's own transaction holds, until its commit is sure."""
+        self._writing = threading.RLock()
+        """Held by the one thread that writes: a step may have many."""
+        self._speaking: Attempt | None = None
+        """The attempt whose threads may write now."""
+
+    def read(self) -> list[Event]:
+        """The events that say where the run is. Raises LeaseLost if there is no run any more."""
+        try:
+            events = self._patiently(
+                lambda connection: self._journal.turns(
+                    connection, self._run_id, names=FOLDED, rest=SNOOZED
+                )
+            )
+        except RunNotFound as error:  # taken away by force
+            raise LeaseLost(self._run_id, self._lease.token) from error
+        self._last_seq = events[-1].seq
+        return events
+
+    # Settlements
+
+    def settle(self, settlement: Settlement) -> Appended:
+        """Commit a boundary. Raises LeaseLost."""
+        with self._writing:
+            appended = self._write(
+                lambda connection: self._settle(connection, settlement), settlement.normal.state
+            )
+        self._in_doubt = None
+        self._on_commit(settlement, appended)
+        return appended
+
+    def settle_within(self, transaction: sqlalchemy.Connection, settlement: Settlement) -> Appended:
+        """Write a boundary in the transaction of a step, which commits it. Raises LeaseLost.
+
+        It is in doubt until `confirm` or `recover`.
+        """
+        appended = self._settle(transaction, settlement)
+        if appended is None:
+            raise LeaseLost(self._run_id, self._lease.token)
+        self._in_doubt = settlement
+        return appended
+
+    def confirm(self, settlement: Settlement, appended: Appended) -> None:
+        """The transaction of the step is committed."""
+        # Only now: until the commit, what an interrupted transaction wrote is not sure.
+        self._last_seq, self._in_doubt = appended.last_seq, None
+        self._on_commit(settlement, appended)
+
+    def settle_once(self, connection: Connection, settlement: Settlement) -> bool:
+        """Commit a boundary on another thread's connection; False if the lease is gone.
+
+        Raises psycopg.errors.LockNotAvailable, soon, if somebody's transaction holds the run's row.
+        """
+        with self._leases.impatient(connection, WATCHDOG_LOCK_TIMEOUT_S):
+            appended = self._settle(connection, settlement)
+        if appended is None:
+            return False
+        self._on_commit(settlement, appended)
+        return True
+
+    def recover(self) -> LeaseStatus:
+        """Find out what has become of a commit whose answer is unknown. Raises LeaseLost.
+
+        The lease is still held unless the run has ended with that commit.
+        """
+        self._patiently(self._renew)
+        status = self._patiently(self._inspect)
+        if status.committed_since and self._in_doubt is not None:
+            cancelled = status.state is not self._in_doubt.normal.state
+            self._on_commit(self._in_doubt, Appended(last_seq=status.last_seq, cancelled=cancelled))
+        self._in_doubt = None
+        if not status.state.final and not status.held:
+            raise LeaseLost(self._run_id, self._lease.token)
+        return status
+
+    # What the threads of a step write and ask
+
+    def open(self, attempt: Attempt) -> None:
+        """Let the threads of this attempt write."""
+        self._speaking = attempt
+
+    def close(self) -> None:
+        """Let them write no more; waits for one that writes."""
+        with self._writing:
+            self._speaking = None
+
+    def append(self, attempt: Attempt, event: NewEvent) -> None:
+        """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
+        with self._writing:
+            self._require(attempt, event.step)
+            appended = self._write(
+                lambda connection: self._journal.append(
+                    connection, self._run_id, self._lease.token, [event], self._last_seq
+                ),
+                RunState.RUNNING,
+            )
+            self._lease.cancelled |= appended.cancelled
+
+    def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
+        """`cancel_requested` for the threads of a step. Raises StepEnded after it."""
+        with self._writing:
+            self._require(attempt, step)
+            return self.cancel_requested()
+
+    def cancel_requested(self) -> bool:
+        """Whether a cancel was accepted, by the row and not by the last heartbeat."""
+        self._patiently(self._inspect)
+        return self._lease.cancelled
+
+    def reconnect(self) -> None:
+        """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
+        self._disconnect()
+        self._last_seq = self._patiently(self._inspect).last_seq
+
+    def _require(self, attempt: Attempt, step: str | None) -> None:
+        if self._speaking is not attempt:
+            raise StepEnded(self._run_id, step or "")
+
+    # One write, and finding out whether it was written
+
+    def _settle(self, connection: Caller, settlement: Settlement) -> Appended | None:
+        return self._journal.settle(
+            connection, self._run_id, self._lease.token, settlement, self._last_seq
+        )
+
+    def _write(
+        self, write: Callable[[Connection], Appended | None], intended: RunState
+    ) -> Appended:
+        """Write once, whatever happens to the connection. Raises LeaseLost.
+
+        A commit whose answer was lost may have happened: the journal is looked at before the next
+        try.
+        """
+        tried = False
+
+        def act(connection: Connection) -> Appended | None:
+            nonlocal tried
+            if tried:
+                self._renew(connection)
+                status = self._inspect(connection)
+                if status.committed_since:
+                    cancelled = status.state is not intended
+                    return Appended(last_seq=status.last_seq, cancelled=cancelled)
+            tried = True
+            return write(connection)
+
+        appended = self._patiently(act)
+        if appended is None:
+            self._lease.lost = True
+            raise LeaseLost(self._run_id, self._lease.token)
+        self._last_seq = appended.last_seq
+        return appended
+
+    def _patiently(self, act: Callable[[Connection], T]) -> T:
+        """Do it as soon as Postgres can be reached, unless the worker stops first."""
+        failures = 0
+        while True:
+            try:
+                return act(self._connection())
+            except NEVER:
+                raise
+            except AWAY as error:
+                self._disconnect()
+                failures += 1
+                delay = BETWEEN_TRIES.delay(failures)
+                logger.warning(
+                    "Postgres is away, will try again",
+                    extra={
+                        "action": "postgres_away",
+                        "run_id": self._run_id,
+                        "retry_in": delay,
+                        "reason": str(error),
+                    },
+                )
+                if self._stopping.wait(delay):
+                    raise
+
+    def _renew(self, connection: Connection) -> None:
+        self._leases.renew_token(connection, self._lease)
+        self._heartbeat.hold(self._lease)
+
+    def _inspect(self, connection: Connection) -> LeaseStatus:
+        return self._leases.inspect(connection, self._lease, self._last_seq)

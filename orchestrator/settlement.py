@@ -1,0 +1,45 @@
+"""What a boundary of a run commits, as a value: one way if it was cancelled, another if not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from beatless.orchestrator.events import NewEvent
+from beatless.orchestrator.state import RunState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """Events to append to a run, and the state it is in after them."""
+
+    state: RunState
+    events: Sequence[NewEvent] = ()
+    result: str | None = None
+    """JSON text; a cancelled run has none."""
+    error: str | None = None
+    """JSON text."""
+    delay_s: float = 0.0
+    """Seconds until the run is due again, when the state is queued."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """Both ways that a boundary can go.
+
+    Postgres chooses on the locked row, so a cancel is before a boundary or after it, never between.
+    """
+
+    normal: Boundary
+    if_cancelled: Boundary
+    """Written instead if a cancel was accepted before."""
+    reason: str = "retry"
+    """Why the run waits, in its dispatch, when the state is queued."""
+
+    @classmethod
+    def ignoring_cancel(cls, boundary: Boundary, reason: str = "retry") -> Self:
+        """The same boundary either way: for a run whose cancel is being carried out."""
+        return cls(normal=boundary, if_cancelled=boundary, reason=reason)
+
+    def chosen(self, *, cancelled: bool) -> Boundary:
+        """The boundary that was written."""
+        return self.if_cancelled if cancelled else self.normal
