@@ -1,8 +1,8 @@
-"""A TCP proxy that can hold a connection without a word, or lose one answer."""
+"""A TCP proxy that holds connections without a word, loses an answer, and cuts anywhere."""
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 
@@ -14,6 +14,8 @@ class Proxy:
         self.port = 0
         self.lost = threading.Event()
         """An answer has been lost."""
+        self.cut_after: Callable[[], int] | None = None
+        """After how many bytes of answers each new connection is cut."""
         self._marker = b""
         self._flows: set[asyncio.Event] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -37,6 +39,24 @@ class Proxy:
     async def _hold(self) -> None:
         for flow in self._flows:
             flow.clear()
+
+    def release(self) -> None:
+        """What was held flows again."""
+        asyncio.run_coroutine_threadsafe(self._release(), self._loop).result(10)
+
+    async def _release(self) -> None:
+        for flow in self._flows:
+            flow.set()
+
+    def cut(self) -> int:
+        """End all connections with a reset; how many."""
+        return asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(10)
+
+    async def _cut(self) -> int:
+        open_ = [writer for writer in self._writers if not writer.is_closing()]
+        for writer in open_:
+            writer.transport.abort()
+        return len(open_) // 2
 
     def lose_answer_to(self, marker: bytes) -> None:
         """The next request with these bytes reaches the server; its answer reaches nobody."""
@@ -62,7 +82,11 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        server, forth = await asyncio.open_connection("127.0.0.1", self._upstream)
+        try:
+            server, forth = await asyncio.open_connection("127.0.0.1", self._upstream)
+        except OSError:  # it is away: so are we
+            back.transport.abort()
+            return
         self._writers.add(forth)
         flow, losing = asyncio.Event(), asyncio.Event()
         flow.set()
@@ -105,10 +129,15 @@ class Proxy:
         flow: asyncio.Event,
         losing: asyncio.Event,
     ) -> None:
+        left = self.cut_after() if self.cut_after else None
         while data := await reader.read(65536):
             await flow.wait()
             if losing.is_set():
                 self.lost.set()
+                return
+            if left is not None and (left := left - len(data)) <= 0:
+                writer.write(data[: left or None])
+                await writer.drain()
                 return
             writer.write(data)
             await writer.drain()

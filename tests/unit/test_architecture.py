@@ -52,7 +52,7 @@ def test_the_walk_names_files_and_functions_that_are_there() -> None:
 def defines(source: str, name: str) -> bool:
     return (
         re.search(
-            rf"^\s*(?:async def|def|class|-- (?:name|fragment):) {name}\b", source, re.MULTILINE
+            rf"^\s*(?:async def|def|class|-- name:|-- fragment:) {name}\b", source, re.MULTILINE
         )
         is not None
     )

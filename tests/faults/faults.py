@@ -1,0 +1,449 @@
+"""The faults, by name. Each hits something that lives, or says that there was nothing to hit."""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+
+import psycopg
+import redis
+
+from beatless.local.valkey import EmbeddedValkey
+from tests.faults.fleet import LEASE_S, Fleet, Slot
+
+Fault = Callable[[Fleet, random.Random], bool]
+"""Injects it, and returns whether it hit."""
+
+FAULTS: dict[str, Fault] = {}
+"""Every fault of the general load."""
+
+WORKERS = ("prefork", "threads", "far")
+RELAYS = ("relay-1", "relay-2")
+
+
+def fault(act: Fault) -> Fault:
+    """Add a fault under the name of its function."""
+    FAULTS[act.__name__] = act
+    return act
+
+
+def hold(seconds: float) -> None:
+    """The fault lasts."""
+    threading.Event().wait(seconds)
+
+
+def chosen(fleet: Fleet, chance: random.Random, *names: str) -> Slot | None:
+    """One of the processes that are there."""
+    ready = [fleet.slots[name] for name in names if fleet.slots[name].ready]
+    return chance.choice(ready) if ready else None
+
+
+def leased(fleet: Fleet) -> int:
+    """How many runs are under a lease."""
+    with fleet.connect() as session:
+        row = session.execute("SELECT count(*) FROM runs WHERE state = 'running'").fetchone()
+    return row[0] if row else 0
+
+
+# Workers
+
+
+def signalled(names: tuple[str, ...], number: signal.Signals) -> Fault:
+    """A signal to one of these processes; what a worker must hold then is a lease."""
+
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        slot = chosen(fleet, chance, *names)
+        hit = slot is not None and (names == RELAYS or names == ("api",) or leased(fleet) > 0)
+        if slot is not None:
+            os.kill(slot.pid, number)
+        return hit
+
+    return act
+
+
+def frozen(names: tuple[str, ...], least: float, most: float, *, child: bool = False) -> Fault:
+    """SIGSTOP, and SIGCONT after a time; of one of its children instead, if wanted."""
+
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        slot = chosen(fleet, chance, *names)
+        pids = [] if slot is None else slot.children if child else [slot.pid]
+        hit = bool(pids) and (names == RELAYS or leased(fleet) > 0)
+        for pid in chance.sample(pids, min(1, len(pids))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                hold(chance.uniform(least, most))
+                os.kill(pid, signal.SIGCONT)
+        return hit
+
+    return act
+
+
+FAULTS["worker_killed"] = signalled(WORKERS, signal.SIGKILL)
+FAULTS["worker_stopped_warmly"] = signalled(WORKERS, signal.SIGTERM)
+FAULTS["worker_frozen_past_its_lease"] = frozen(("threads", "far"), LEASE_S + 0.5, LEASE_S + 2)
+FAULTS["worker_frozen_for_a_moment"] = frozen(WORKERS, 0.1, 1.0)
+FAULTS["child_frozen_past_its_lease"] = frozen(("prefork",), LEASE_S + 0.5, LEASE_S + 2, child=True)
+FAULTS["relay_killed"] = signalled(RELAYS, signal.SIGKILL)
+FAULTS["relay_stopped"] = signalled(RELAYS, signal.SIGTERM)
+FAULTS["relay_frozen"] = frozen(RELAYS, 0.5, 4.0)
+FAULTS["api_killed"] = signalled(("api",), signal.SIGKILL)
+FAULTS["api_stopped"] = signalled(("api",), signal.SIGTERM)
+
+
+@fault
+def child_killed(fleet: Fleet, chance: random.Random) -> bool:
+    slot = chosen(fleet, chance, "prefork")
+    children = slot.children if slot else []
+    hit = bool(children) and leased(fleet) > 0
+    if children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(children), signal.SIGKILL)
+    return hit
+
+
+@fault
+def every_worker_killed(fleet: Fleet, chance: random.Random) -> bool:
+    hit = leased(fleet) > 0
+    for name in WORKERS:
+        if fleet.slots[name].ready:
+            os.kill(fleet.slots[name].pid, signal.SIGKILL)
+    return hit
+
+
+def crash_point(name: str, point: str, names: tuple[str, ...], passes: int) -> Fault:
+    """The next process ends itself at the point; this one is stopped for it.
+
+    It hits when that process has ended: the keeper of the fleet counts it then.
+    """
+
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        slot = chosen(fleet, chance, *names)
+        if slot is not None and not slot.armed:
+            slot.arm(name, f"{point}@{chance.randint(1, passes)}:kill")
+            os.kill(slot.pid, signal.SIGTERM)
+        return False
+
+    return act
+
+
+for point in (
+    "claim.committed",
+    "step.before",
+    "step.effect_done",
+    "step.committed",
+    "task.before_ack",
+):
+    name = f"worker_dies_at_{point}"
+    FAULTS[name] = crash_point(name, point, ("threads", "far"), 12)
+for point in ("relay.after_claim", "relay.after_publish"):
+    name = f"relay_dies_at_{point}"
+    FAULTS[name] = crash_point(name, point, RELAYS, 5)
+
+
+# The bus and the broker
+
+
+def emptied(server: str) -> Fault:
+    def act(fleet: Fleet, _: random.Random) -> bool:
+        with fleet.redis(getattr(fleet, server)) as client:
+            full = bool(client.dbsize())
+            client.flushall()
+        return full or server == "bus"
+
+    return act
+
+
+def restarted(server: str) -> Fault:
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        valkey: EmbeddedValkey = getattr(fleet, server)
+        valkey.crash()
+        hold(chance.uniform(0, 1))
+        valkey.start()
+        return True
+
+    return act
+
+
+def stalled(server: str) -> Fault:
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        valkey: EmbeddedValkey = getattr(fleet, server)
+        os.kill(valkey.pid, signal.SIGSTOP)
+        hold(chance.uniform(0.3, 4))
+        os.kill(valkey.pid, signal.SIGCONT)
+        return True
+
+    return act
+
+
+for server in ("bus", "broker"):
+    FAULTS[f"{server}_emptied"] = emptied(server)
+    FAULTS[f"{server}_restarted_empty"] = restarted(server)
+    FAULTS[f"{server}_stalled"] = stalled(server)
+
+
+@fault
+def bus_refuses_writes(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.redis(fleet.bus) as client:
+        client.execute_command("CLIENT", "PAUSE", chance.randint(200, 2000), "WRITE")
+    return True
+
+
+@fault
+def subscribers_disconnected(fleet: Fleet, _: random.Random) -> bool:
+    with fleet.redis(fleet.bus) as client:
+        return bool(client.client_kill_filter(_type="pubsub"))
+
+
+@fault
+def bus_clients_disconnected(fleet: Fleet, _: random.Random) -> bool:
+    with fleet.redis(fleet.bus) as client:
+        return bool(client.client_kill_filter(_type="normal", skipme=True))
+
+
+@fault
+def broker_clients_disconnected(fleet: Fleet, _: random.Random) -> bool:
+    with fleet.redis(fleet.broker) as client:
+        return bool(client.client_kill_filter(_type="normal", skipme=True))
+
+
+@fault
+def messages_delivered_twice(fleet: Fleet, _: random.Random) -> bool:
+    doubled = 0
+    with fleet.redis(fleet.broker) as client:
+        for key in client.scan_iter(f"{fleet.settings.prefix}*"):
+            if client.type(key) == b"list":
+                for message in client.lrange(key, 0, 20):
+                    client.rpush(key, message)
+                    doubled += 1
+    return doubled > 0
+
+
+@fault
+def message_that_is_not_ours(fleet: Fleet, chance: random.Random) -> bool:
+    garbage = chance.choice([b"", b"{", b'{"body": 1}', b"\xff\xfe", b"[]"])
+    with fleet.redis(fleet.broker) as client:
+        lists = [k for k in client.scan_iter("*") if client.type(k) == b"list"]
+        for key in lists:
+            client.lpush(key, garbage)
+    return bool(lists)
+
+
+@fault
+def event_that_is_not_ours(fleet: Fleet, _: random.Random) -> bool:
+    """On the channel of every run that somebody watches: a RunFinished of another run."""
+    forged = b'{"run_id":"forged","seq":99,"ts":1,"type":"RunFinished","v":1,"source":"worker"}'
+    with fleet.redis(fleet.bus) as client:
+        channels = client.pubsub_channels(f"{fleet.settings.prefix}:events:*")
+        for channel in channels:
+            client.publish(channel, forged)
+    return bool(channels)
+
+
+# Connections
+
+
+def cut(way: str) -> Fault:
+    def act(fleet: Fleet, _: random.Random) -> bool:
+        return bool(getattr(fleet, way).cut())
+
+    return act
+
+
+def held(way: str, least: float, most: float) -> Fault:
+    def act(fleet: Fleet, chance: random.Random) -> bool:
+        getattr(fleet, way).hold()
+        hold(chance.uniform(least, most))
+        getattr(fleet, way).release()
+        return True
+
+    return act
+
+
+for way, name in (("to_postgres", "postgres"), ("to_bus", "bus"), ("to_api", "api")):
+    FAULTS[f"connections_to_{name}_cut"] = cut(way)
+    FAULTS[f"connections_to_{name}_held"] = held(way, 0.5, 4)
+
+
+@fault
+def viewers_cut_at_any_byte(fleet: Fleet, chance: random.Random) -> bool:
+    seed = chance.random()
+    bytes_of = random.Random(seed)
+    fleet.to_api.cut_after = lambda: bytes_of.randint(1, 3000)
+    fleet.to_api.cut()
+    hold(chance.uniform(1, 3))
+    fleet.to_api.cut_after = None
+    return True
+
+
+@fault
+def answer_to_a_commit_lost(fleet: Fleet, chance: random.Random) -> bool:
+    """The server settles a step, and its worker never hears of it."""
+    fleet.to_postgres.lost.clear()
+    fleet.to_postgres.lose_answer_to(chance.choice([b"last_seq +", b"COMMIT"]))
+    return fleet.to_postgres.lost.wait(5)
+
+
+# Postgres
+
+
+@fault
+def every_session_ended(fleet: Fleet, _: random.Random) -> bool:
+    with fleet.connect() as session:
+        ended = session.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname ="
+            " current_database() AND pid <> pg_backend_pid() AND application_name <> 'chaos'"
+        ).fetchone()
+    return bool(ended and ended[0])
+
+
+@fault
+def one_session_ended(fleet: Fleet, chance: random.Random) -> bool:
+    """Of those that are in a transaction just now, if there is one."""
+    with fleet.connect() as session:
+        pids = session.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND application_name <> 'chaos'"
+            " ORDER BY xact_start IS NULL, pid LIMIT 10"
+        ).fetchall()
+        if pids:
+            session.execute("SELECT pg_terminate_backend(%s)", chance.choice(pids))
+    return bool(pids)
+
+
+@fault
+def listener_ended(fleet: Fleet, _: random.Random) -> bool:
+    with fleet.connect() as session:
+        ended = session.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+            " WHERE query ILIKE 'listen%' AND pid <> pg_backend_pid()"
+        ).fetchone()
+    return bool(ended and ended[0])
+
+
+@fault
+def postgres_crashed(fleet: Fleet, chance: random.Random) -> bool:
+    fleet.postgres.crash()
+    hold(chance.uniform(0, 1.5))
+    fleet.postgres.start()
+    return True
+
+
+@fault
+def postgres_restarted(fleet: Fleet, _: random.Random) -> bool:
+    fleet.postgres.stop()
+    fleet.postgres.start()
+    return True
+
+
+@fault
+def postgres_read_only(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.connect() as session:
+        session.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        session.execute("SELECT pg_reload_conf()")
+        hold(chance.uniform(0.5, 3))
+        session.execute("SET default_transaction_read_only = off")
+        session.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        session.execute("SELECT pg_reload_conf()")
+    return True
+
+
+@fault
+def disk_full(fleet: Fleet, chance: random.Random) -> bool:
+    """As the writers see it: SQLSTATE 53100 from every insert of an event."""
+    with fleet.connect() as session:
+        session.execute("SET lock_timeout = '3s'")
+        try:
+            session.execute(
+                "CREATE OR REPLACE FUNCTION chaos_full() RETURNS trigger LANGUAGE plpgsql AS $$"
+                " BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END $$"
+            )
+            session.execute(
+                "CREATE TRIGGER chaos_full BEFORE INSERT ON run_events FOR EACH ROW"
+                " EXECUTE FUNCTION chaos_full()"
+            )
+        except psycopg.errors.LockNotAvailable:
+            return False
+        hold(chance.uniform(0.5, 2))
+        session.execute("SET lock_timeout = 0")
+        session.execute("DROP TRIGGER chaos_full ON run_events")
+    return True
+
+
+@fault
+def too_many_connections(fleet: Fleet, chance: random.Random) -> bool:
+    sessions: list[psycopg.Connection] = []
+    try:
+        while len(sessions) < 200:
+            sessions.append(fleet.connect())
+    except psycopg.OperationalError:
+        hold(chance.uniform(0.5, 2))
+    finally:
+        for session in sessions:
+            session.close()
+    return bool(sessions)
+
+
+@fault
+def rows_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.connect() as session, session.transaction():
+        held = session.execute(
+            "SELECT run_id FROM runs WHERE state IN ('running', 'queued')"
+            " ORDER BY random() LIMIT 3 FOR UPDATE SKIP LOCKED"
+        ).fetchall()
+        hold(chance.uniform(0.3, 3) if held else 0)
+    return bool(held)
+
+
+@fault
+def outbox_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.connect() as session, session.transaction():
+        session.execute("LOCK TABLE run_outbox IN SHARE MODE")
+        hold(chance.uniform(0.2, 1.5))
+    return True
+
+
+@fault
+def long_transaction(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.connect() as session, session.transaction():
+        session.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        session.execute("SELECT count(*) FROM runs")
+        hold(chance.uniform(1, 4))
+    return True
+
+
+@fault
+def relays_called_by_anybody(fleet: Fleet, chance: random.Random) -> bool:
+    with fleet.connect() as session:
+        channels = session.execute(
+            "SELECT DISTINCT substring(query FROM '\"?([a-z_0-9]+)\"?$') FROM pg_stat_activity"
+            " WHERE query ILIKE 'listen%'"
+        ).fetchall()
+        for (channel,) in channels:
+            for payload in ("{", "", "99", "x" * 500):
+                session.execute("SELECT pg_notify(%s, %s)", (channel or "beatless", payload))
+    return True
+
+
+@fault
+def settings_made_hostile(fleet: Fleet, chance: random.Random) -> bool:
+    """What an administrator may set for new sessions, for a moment, with all sessions ended."""
+    name, value = chance.choice(
+        [("datestyle", "German"), ("timezone", "Asia/Kathmandu"), ("lock_timeout", "1ms")]
+    )
+    with fleet.connect() as session:
+        session.execute(f"ALTER DATABASE postgres SET {name} = '{value}'")
+        every_session_ended(fleet, chance)
+        hold(chance.uniform(0.5, 2))
+        session.execute(f"ALTER DATABASE postgres RESET {name}")
+        every_session_ended(fleet, chance)
+    return True
+
+
+def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:
+    """Inject one fault. What its own connections meet because of an earlier one is no hit."""
+    try:
+        return FAULTS[name](fleet, chance)
+    except (psycopg.Error, redis.RedisError, OSError):
+        return False

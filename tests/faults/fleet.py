@@ -1,0 +1,230 @@
+"""The processes that the load runs on, and a keeper that starts again whatever has ended."""
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, time
+from typing import Self
+
+import psycopg
+import redis
+
+from beatless import App, Settings
+from beatless.local.child import Child
+from beatless.local.errors import NotReady
+from beatless.local.ports import free_port
+from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.processes import children_of
+from beatless.local.valkey import EmbeddedValkey
+from beatless.migrations import migrate
+from beatless.settings import libpq_url
+from tests.faults.plans import LEDGER, PLANS
+from tests.proxy import Proxy, proxy
+
+LEASE_S = 3.0
+REDISPATCH_S = 2.0
+QUEUES = ("default", "calm")
+
+LOG = """
+CREATE TABLE chaos_rows (run_id text NOT NULL, step text NOT NULL);
+CREATE TABLE chaos_log (id bigserial PRIMARY KEY, txid bigint NOT NULL DEFAULT txid_current(),
+                        run_id text NOT NULL, claim jsonb, event jsonb);
+CREATE FUNCTION chaos_claim() RETURNS trigger LANGUAGE plpgsql
+SET search_path FROM CURRENT AS $$ BEGIN
+  INSERT INTO chaos_log (run_id, claim) VALUES (NEW.run_id, jsonb_build_object(
+    'token', NEW.lease_token, 'was_running', OLD.state = 'running',
+    'lease_until', extract(epoch FROM OLD.lease_expires_at),
+    'at', extract(epoch FROM clock_timestamp()),
+    'statement_at', extract(epoch FROM statement_timestamp()), 'queue', NEW.queue));
+  RETURN NULL;
+END $$;
+CREATE FUNCTION chaos_event() RETURNS trigger LANGUAGE plpgsql
+SET search_path FROM CURRENT AS $$ BEGIN
+  INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
+    'type', NEW.type, 'source', NEW.source, 'step', NEW.step, 'attempt', NEW.attempt));
+  RETURN NULL;
+END $$;
+CREATE TRIGGER chaos_claim AFTER UPDATE ON runs FOR EACH ROW
+  WHEN (NEW.attempt > OLD.attempt) EXECUTE FUNCTION chaos_claim();
+CREATE TRIGGER chaos_event AFTER INSERT ON run_events FOR EACH ROW EXECUTE FUNCTION chaos_event();
+"""
+"""Writes down each claim and each event, in the order of the locks on the runs' rows."""
+
+
+@dataclass
+class Slot:
+    """One process of the fleet, which is started again when it has ended."""
+
+    name: str
+    arguments: list[str]
+    environ: Mapping[str, str]
+    directory: Path
+    crash: tuple[str, str] | None = None
+    """The name of a fault and its crash point, for the next process."""
+    armed: str = ""
+    """The fault by which the process that runs will end itself."""
+    child: Child | None = None
+    starts: int = 0
+    born: float = 0.0
+    kept: bool = True
+    """Whether the keeper starts it again."""
+
+    @property
+    def ready(self) -> bool:
+        return self.born > 0 and self.child is not None and self.child.alive
+
+    @property
+    def pid(self) -> int:
+        assert self.child is not None
+        return self.child.pid
+
+    @property
+    def children(self) -> list[int]:
+        return children_of(self.pid)
+
+    def arm(self, name: str, point: str) -> None:
+        """The next process ends itself there, by the fault of this name."""
+        self.crash = name, point
+
+    def start(self) -> None:
+        self.starts += 1
+        self.armed, point = self.crash or ("", "")
+        self.crash = None
+        environ = dict(self.environ) | ({"BEATLESS_FAULT": point} if point else {})
+        log = self.directory / f"{self.name}.log"
+        self.child = Child(self.name, self.arguments, environ=environ, log=log)
+        self.child.start()
+        with suppress(NotReady):  # it was killed, or what it needs is away: the keeper tries again
+            self.child.wait_ready()
+            self.born = monotonic()
+
+
+@dataclass
+class Fleet:
+    """Servers, proxies before them, and the processes of the product."""
+
+    directory: Path
+    stack: ExitStack = field(default_factory=ExitStack)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    ends: list[tuple[str, float]] = field(default_factory=list)
+    """When a process has ended, and by which fault if it was a crash point."""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            self.postgres = enter(
+                EmbeddedPostgres(self.directory / "pg", settings={"max_connections": "120"})
+            )
+            self.bus = enter(EmbeddedValkey(self.directory / "bus"))
+            self.broker = enter(EmbeddedValkey(self.directory / "broker"))
+            self.to_postgres: Proxy = enter(proxy(self.postgres.port))
+            self.to_bus: Proxy = enter(proxy(self.bus.port))
+            self.api_port = free_port()
+            self.to_api: Proxy = enter(proxy(self.api_port))
+            self.ledger = self.directory / "ledger"
+            self.settings = Settings(
+                database_url=self.postgres.url,
+                redis_url=self.bus.url,
+                broker_url=self.broker.url,
+                lease_seconds=LEASE_S,
+                redispatch_seconds=REDISPATCH_S,
+                grace_seconds=5,
+            )
+            self.app = App(self.settings, PLANS)
+            stack.callback(self.app.close)
+            migrate(self.app.engine, self.settings.schema)
+            with self.connect() as session:
+                session.execute(LOG)
+            self._ending = threading.Event()
+            self._hurry = threading.Event()
+            self._keeper = threading.Thread(target=self._keep, name="keeper")
+            self._make_slots()
+            self._keeper.start()
+            stack.callback(self._end)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def connect(self) -> psycopg.Connection:
+        """A session of the program's own, straight to the server."""
+        url = libpq_url(self.postgres.url)
+        options = f"-c search_path={self.settings.schema}"
+        return psycopg.connect(url, autocommit=True, options=options, application_name="chaos")
+
+    def redis(self, server: EmbeddedValkey) -> redis.Redis:
+        return redis.Redis.from_url(server.url, socket_timeout=10)
+
+    def _make_slots(self) -> None:
+        through = {
+            "BEATLESS_DATABASE_URL": self._through(self.postgres, self.to_postgres),
+            "BEATLESS_REDIS_URL": self._through(self.bus, self.to_bus),
+        }
+        environ = os.environ | self.settings.to_env()
+        environ |= {
+            "BEATLESS_APP": "tests.faults.plans:app",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            LEDGER: str(self.ledger),
+            # As where packages are installed: the keeper starts a process every few seconds.
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
+        prefork = ["worker", "--queues", ",".join(QUEUES), "--concurrency", "2"]
+        threads = ["worker", "--queues", ",".join(QUEUES), "--concurrency", "4"]
+        threads += ["--", "--pool", "threads"]
+        wanted = {
+            "prefork": (prefork, {}),
+            "threads": (threads, {}),
+            "far": (threads, through),
+            "relay-1": (["relay"], {}),
+            "relay-2": (["relay"], through),
+            "api": (["serve", "--port", str(self.api_port)], through),
+        }
+        for name, (arguments, more) in wanted.items():
+            self.slots[name] = Slot(name, arguments, environ | more, self.directory)
+
+    def _through(self, server: EmbeddedPostgres | EmbeddedValkey, way: Proxy) -> str:
+        return server.url.replace(f":{server.port}", f":{way.port}")
+
+    @property
+    def api_url(self) -> str:
+        """Of the API behind its proxy."""
+        return f"http://127.0.0.1:{self.to_api.port}"
+
+    def _keep(self) -> None:
+        """Start what has ended. Processes end with this thread, which lives as long as they."""
+        while not self._ending.is_set():
+            for slot in self.slots.values():
+                if slot.kept and (slot.child is None or not slot.child.alive):
+                    slot.born = 0.0
+                    if slot.child is not None:
+                        self.ends.append((slot.armed or f"{slot.name} ended", time()))
+                    slot.armed = ""
+                    if slot.child is not None:
+                        slot.child.reap(monotonic())
+                    if not self._ending.is_set():
+                        slot.start()
+            self._hurry.wait(0.05)
+            self._hurry.clear()
+        for slot in self.slots.values():
+            if slot.child is not None:
+                slot.child.kill()
+                slot.child.reap(monotonic() + 10)
+
+    def _end(self) -> None:
+        self._ending.set()
+        self._hurry.set()
+        self._keeper.join()
+
+    def wait_ready(self, seconds: float = 120) -> None:
+        """Return when all processes are there."""
+        until = monotonic() + seconds
+        while not all(slot.ready for slot in self.slots.values() if slot.kept):
+            if monotonic() > until:
+                missing = [slot.name for slot in self.slots.values() if not slot.ready]
+                raise TimeoutError(f"not ready: {missing}")
+            self._ending.wait(0.05)

@@ -1,0 +1,281 @@
+"""The general load: callers that start, cancel, retry and pause, and viewers that come and go."""
+
+import random
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from time import monotonic, time
+from typing import Any
+
+import psycopg
+import redis
+from sqlalchemy import create_engine
+
+from beatless import Event, RunState
+from beatless.client import RunRequest
+from beatless.errors import JobsError, Unreachable, WaitTimeout
+from beatless.http import Client as HttpClient
+from beatless.orchestrator.errors import OrchestratorError, RunConflict
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.message import one_line
+from beatless.settings import engine_url
+from tests.faults.fleet import Fleet
+from tests.faults.recorder import Recorder, text_of
+
+AT_ONCE = Backoff(initial=0.01, cap=0.3)
+SHOWN_S = 90.0
+"""A viewer that has got no end after this time is left behind: a violation, unless told to go."""
+
+
+class RolledBack(Exception):
+    """Raised by a caller in its own transaction, which therefore leaves nothing."""
+
+
+class TooLate(Exception):
+    """A cancel came after the end of its run."""
+
+
+@dataclass
+class Load:
+    """Threads of callers and viewers over one fleet."""
+
+    fleet: Fleet
+    recorder: Recorder
+    seed: int
+    runs_per_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        self.started = 0
+        self.viewed = 0
+        self.failed: list[str] = []
+        """What a thread of the load itself died of: a mistake in this program."""
+        self._ending = threading.Event()
+        self._fresh: Queue[str] = Queue()
+        self._recent: list[str] = []
+        self._threads: list[threading.Thread] = []
+        self._viewers = 0
+        self._viewers_lock = threading.Lock()
+        self._engine = create_engine(
+            engine_url(self.fleet.postgres.url),
+            connect_args={"connect_timeout": 5, "options": "-c lock_timeout=5000"},
+        )
+
+    def start(self) -> None:
+        work: list[tuple[str, Callable[[random.Random], None], float]] = [
+            ("start-1", self._start, 2 / self.runs_per_s),
+            ("start-2", self._start, 2 / self.runs_per_s),
+            ("change", self._change, 0.4),
+            ("pause", self._pause, 4.0),
+            *((f"view-{n}", self._view, 0.05) for n in range(5)),
+        ]
+        for name, act, every in work:
+            chance = random.Random(f"{self.seed}/{name}")
+            self._spawn(
+                name, lambda act=act, chance=chance, every=every: self._repeat(act, chance, every)
+            )
+        self._spawn("wire", self._listen)
+
+    def _spawn(self, name: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self.failed.append(f"{name}: {error!r}")
+                raise
+
+        thread = threading.Thread(target=run, name=name)
+        self._threads.append(thread)
+        thread.start()
+
+    def _repeat(
+        self, act: Callable[[random.Random], None], chance: random.Random, every: float
+    ) -> None:
+        while not self._ending.wait(chance.expovariate(1 / every)):
+            act(chance)
+
+    def stop(self) -> None:
+        """No new calls; viewers follow to the end of what they see."""
+        self._ending.set()
+        for thread in self._threads:
+            thread.join(SHOWN_S + 60)
+        self._engine.dispose()
+
+    # Callers
+
+    def _start(self, chance: random.Random) -> None:
+        client = self.fleet.app.client
+        self.started += 1
+        run_id = f"{threading.current_thread().name}-{self.started}-{chance.randrange(10**9)}"
+        request: dict[str, Any] = {"run_id": run_id, **self._wish(chance)}
+        facts = {name: request[name] for name in ("run_id", "plan", "key") if name in request}
+        if "delay" in request:
+            facts["delay_s"] = request["delay"]
+        way = chance.random()
+        with self.recorder.call("start", **facts) as record:
+            try:
+                if way < 0.15:  # in the caller's own transaction, which may roll back
+                    with self._engine.begin() as connection:
+                        client.start_runs([RunRequest(**request)], connection=connection)
+                        if way < 0.07:
+                            raise RolledBack
+                else:
+                    client.start_runs([RunRequest(**request)])
+                record["outcome"] = "ok"
+            except RolledBack:
+                record["outcome"] = "rolled_back"
+            except RunConflict:
+                record["outcome"] = "failed"
+            except Unreachable:
+                return  # unknown: it may have been committed
+            except Exception as error:
+                if not lost(error):
+                    raise
+                return
+        if record["outcome"] == "ok":
+            self._recent = [*self._recent[-200:], run_id]
+            self._fresh.put(run_id)
+
+    def _wish(self, chance: random.Random) -> dict[str, Any]:
+        plan = chance.choice(
+            ["chain", "chain", "traced", "flaky", "stored", "snoozed", "cancelled"]
+        )
+        given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
+        if plan == "flaky":
+            given["failures"] = chance.choice([0, 1, 2, 5])
+        if plan == "traced":
+            given["traces"] = chance.choice([1, 5, 40, 200])
+        if plan == "snoozed":
+            given["until"] = time() + chance.uniform(0, 2)
+        wish: dict[str, Any] = {
+            "plan": plan,
+            "input": given,
+            "queue": chance.choice(["default", "calm"]),
+        }
+        if chance.random() < 0.2:
+            wish["priority"] = chance.randrange(10)
+        if chance.random() < 0.15:
+            wish["delay"] = round(chance.uniform(0.2, 3), 2)
+        if chance.random() < 0.1:
+            wish["deadline"] = round(chance.uniform(1, 20), 2)
+        if chance.random() < 0.1:
+            wish["key"] = f"key-{chance.randrange(10**9)}"
+        return wish
+
+    def _change(self, chance: random.Random) -> None:
+        """Cancel a recent run, or retry one that has failed."""
+        if not self._recent:
+            return
+        run_id = chance.choice(self._recent)
+        client = self.fleet.app.client
+        if chance.random() < 0.7:
+            with self.recorder.call("cancel", run_id=run_id) as record:
+                record["outcome"] = self._try(lambda: self._cancel(run_id))
+            return
+        with self.recorder.call("retry", run_id=run_id) as record:
+            record["outcome"] = self._try(
+                lambda: record.update(new=client.retry_run(run_id).run_id)
+            )
+
+    def _cancel(self, run_id: str) -> None:
+        """Raises TooLate if the run had ended by itself."""
+        run = self.fleet.app.client.cancel_run(run_id, reason="chaos")
+        if run.state in (RunState.COMPLETED, RunState.FAILED):
+            raise TooLate
+
+    def _pause(self, chance: random.Random) -> None:
+        """Pause the calm queue for a moment. It is resumed whatever happens."""
+        client = self.fleet.app.client
+        with self.recorder.call("pause", queue="calm") as record:
+            record["outcome"] = self._try(lambda: client.pause_queue("calm"))
+        self._ending.wait(chance.uniform(0.2, 1.5))
+        outcome = ""
+        while outcome != "ok":
+            with self.recorder.call("resume", queue="calm") as record:
+                outcome = record["outcome"] = self._try(lambda: client.resume_queue("calm"))
+
+    def _try(self, act: Callable[[], object]) -> str:
+        try:
+            act()
+        except Unreachable:
+            self._ending.wait(0.1)
+            return "unknown"
+        except (JobsError, OrchestratorError, TooLate):
+            return "failed"
+        except Exception as error:
+            if not lost(error):
+                raise
+            return "unknown"
+        return "ok"
+
+    # Viewers
+
+    def _view(self, chance: random.Random) -> None:
+        """Follow one run to its end, over HTTP or beside the API, from its beginning or later."""
+        try:
+            run_id = self._fresh.get(timeout=0.2)
+        except Empty:
+            return
+        with self._viewers_lock:
+            self._viewers += 1
+            viewer = f"v{self._viewers}"
+        from_seq, ended = chance.choice([0, 0, 1]), False
+        until = monotonic() + SHOWN_S
+        while not ended and monotonic() < until:
+            try:
+                for event in self._events(chance, run_id, from_seq):
+                    self._saw(viewer, event)
+                ended = True
+            except WaitTimeout:
+                break
+            except (JobsError, OrchestratorError, OSError):
+                # An API that is not there yet: nothing was seen, begin again as another viewer.
+                self._viewers_lock.acquire()
+                self._viewers += 1
+                viewer = f"v{self._viewers}"
+                self._viewers_lock.release()
+                self._ending.wait(0.2)
+        self.viewed += 1
+        self.recorder.write("view", viewer=viewer, run_id=run_id, from_seq=from_seq, ended=ended)
+
+    def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Any:
+        if chance.random() < 0.25:
+            return self.fleet.app.client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
+        client = HttpClient(self.fleet.api_url, backoff=AT_ONCE, timeout=20)
+        return client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
+
+    def _saw(self, viewer: str, event: Event) -> None:
+        facts = {"run_id": event.run_id, "seq": event.seq, "type": event.type}
+        self.recorder.write("frame", viewer=viewer, text=text_of(event), **facts)
+
+    def _listen(self) -> None:
+        """Write down what Redis publishes, connection by connection."""
+        connection, pattern = 0, f"{self.fleet.settings.prefix}:events:*"
+        while not self._ending.is_set():
+            connection += 1
+            with suppress(redis.RedisError, OSError), self.fleet.redis(self.fleet.bus) as client:
+                ear = client.pubsub(ignore_subscribe_messages=True)
+                ear.psubscribe(pattern)
+                while not self._ending.is_set():
+                    # Not what redis-py reads after it has connected anew by itself.
+                    message = ear.get_message(timeout=0.5)
+                    if message is not None:
+                        self._heard(f"{connection}/{id(ear.connection._sock)}", message["data"])
+            self._ending.wait(0.1)
+
+    def _heard(self, connection: str, body: bytes) -> None:
+        for line in filter(None, one_line(body).split(b"\n")):
+            event = Event.from_json(line)
+            self.recorder.write("wire", connection=connection, run_id=event.run_id, seq=event.seq)
+
+
+def lost(error: BaseException | None) -> bool:
+    """Whether a connection to Postgres was lost, or Postgres is away or cannot write just now."""
+    while error is not None:
+        if isinstance(
+            error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

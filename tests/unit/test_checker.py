@@ -1,0 +1,229 @@
+"""The checker of recorded histories: an honest history passes, and each lie is found."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.faults.checker import check
+
+Lie = Callable[[list[dict[str, Any]]], None]
+
+
+def event(run_id: str, seq: int, type: str, step: str | None = None, **more: Any) -> dict[str, Any]:
+    source = "api" if type in ("RunStarted", "CancelRequested") else "worker"
+    found = {"kind": "event", "run_id": run_id, "seq": seq, "ts": 100.0 + seq, "type": type}
+    found |= {"step": step, "attempt": 1 if step else None, "data": None, "source": source}
+    return found | {"text": f"{run_id} {seq} {type}"} | more
+
+
+def run(run_id: str, plan: str, state: str, last_seq: int, **more: Any) -> dict[str, Any]:
+    found = {"kind": "run", "run_id": run_id, "plan": plan, "state": state, "last_seq": last_seq}
+    return found | {"key": None, "created_at": 101.0, "deadline_at": None, "retry_of": None} | more
+
+
+def call(op: str, begin: float, end: float, outcome: str = "ok", **more: Any) -> dict[str, Any]:
+    return {"kind": "call", "op": op, "begin": begin, "end": end, "outcome": outcome} | more
+
+
+def effect(run_id: str, step: str, call: str, attempt: int = 1) -> dict[str, Any]:
+    found = {"kind": "effect", "run_id": run_id, "step": step, "attempt": attempt, "call": call}
+    return found | {"key": f"{run_id}:{step}"}
+
+
+def logged(id: int, txid: int, run_id: str, **what: Any) -> dict[str, Any]:
+    return {"kind": "log", "id": id, "txid": txid, "run_id": run_id, "event": None} | what
+
+
+def claim(token: int, at: float, **more: Any) -> dict[str, Any]:
+    found = {"token": token, "was_running": False, "lease_until": None, "at": at}
+    return {"claim": found | {"statement_at": at, "queue": "calm"} | more}
+
+
+def wrote(type: str, step: str, attempt: int = 1) -> dict[str, Any]:
+    found = {"type": type, "source": "worker", "step": step, "attempt": attempt}
+    return {"claim": None, "event": found}
+
+
+def frame(viewer: str, run_id: str, seq: int, type: str) -> dict[str, Any]:
+    found = {"kind": "frame", "viewer": viewer, "run_id": run_id, "seq": seq, "type": type}
+    return found | {"text": f"{run_id} {seq} {type}"}
+
+
+def honest() -> list[dict[str, Any]]:
+    """A run whose worker was killed in its first step, and one that was cancelled."""
+    types = ["RunStarted", "StepStarted", "StepStarted", "StepFinished", "StepStarted"]
+    types += ["StepFinished", "RunFinished"]
+    result_a, result_b = {"result": {"call": "a2"}}, {"result": {"call": "b1"}}
+    return [
+        {"kind": "plan", "plan": "p", "steps": ["a", "b"], "cleanup": ["undo"], "snoozing": []},
+        call("start", 99, 101, run_id="r", plan="p", key="k", delay_s=1),
+        call("start", 99, 101, run_id="c", plan="p"),
+        call("start", 99, 101, "rolled_back", run_id="gone", plan="p"),
+        call("cancel", 102, 103, run_id="c"),
+        call("pause", 110, 111, queue="calm"),
+        call("resume", 120, 121, queue="calm"),
+        {"kind": "fault", "name": "kill", "begin": 102.5, "end": 102.6},
+        run("r", "p", "completed", 7, key="k", deadline_at=200.0),
+        event("r", 1, "RunStarted"),
+        event("r", 2, "StepStarted", "a"),
+        event("r", 3, "StepStarted", "a", attempt=2),
+        event("r", 4, "StepFinished", "a", attempt=2, data=result_a),
+        event("r", 5, "StepStarted", "b"),
+        event("r", 6, "StepFinished", "b", data=result_b),
+        event("r", 7, "RunFinished", data={"outcome": "completed"}),
+        effect("r", "a", "a1"),
+        effect("r", "a", "a2", attempt=2),
+        effect("r", "b", "b1"),
+        {"kind": "row", "run_id": "r", "step": "b"},
+        logged(1, 1, "r", **wrote("StepStarted", "a")),
+        logged(2, 1, "r", **claim(71, 101.5)),
+        logged(3, 2, "r", **claim(72, 103, was_running=True, lease_until=102.9)),
+        logged(4, 2, "r", **wrote("StepStarted", "a", 2)),
+        logged(5, 3, "r", **wrote("StepFinished", "a", 2)),
+        logged(6, 3, "r", **wrote("StepStarted", "b")),
+        logged(7, 4, "r", **wrote("StepFinished", "b")),
+        *(frame("v", "r", seq, types[seq - 1]) for seq in range(3, 8)),
+        {"kind": "view", "viewer": "v", "run_id": "r", "from_seq": 2, "ended": True},
+        *({"kind": "wire", "connection": "1", "run_id": "r", "seq": n} for n in (1, 2, 1, 3, 2, 4)),
+        run("c", "p", "cancelled", 7),
+        event("c", 1, "RunStarted"),
+        event("c", 2, "StepStarted", "a"),
+        event("c", 3, "CancelRequested"),
+        event("c", 4, "StepFinished", "a", data={"result": None}),
+        event("c", 5, "StepStarted", "undo"),
+        event("c", 6, "StepFinished", "undo", data={"result": None}),
+        event("c", 7, "RunFinished", data={"outcome": "cancelled"}),
+        {"kind": "outbox", "rows": 0},
+    ]
+
+
+def change(chosen: dict[str, Any], **members: Any) -> Lie:
+    """The first record that has what is chosen gets other members."""
+
+    def tell(records: list[dict[str, Any]]) -> None:
+        found = next(r for r in records if chosen.items() <= r.items())
+        for name, value in members.items():
+            found[name] = (found[name] or {}) | value if isinstance(value, dict) else value
+
+    return tell
+
+
+def drop(**chosen: Any) -> Lie:
+    """The first record that has what is chosen is missing."""
+
+    def tell(records: list[dict[str, Any]]) -> None:
+        records.remove(next(r for r in records if chosen.items() <= r.items()))
+
+    return tell
+
+
+def add(*more: dict[str, Any]) -> Lie:
+    """There is more than there was."""
+    return lambda records: records.extend(more)
+
+
+LIES: dict[str, tuple[str, Lie]] = {
+    "a seq is missing": ("I2", drop(kind="event", run_id="r", seq=4)),
+    "a seq is there twice": ("I2", add(event("r", 4, "DebugTrace"))),
+    "last_seq is ahead": ("I2", change({"kind": "run", "run_id": "r"}, last_seq=8)),
+    "events without their run": ("I2", add(event("x", 1, "RunStarted"))),
+    "no RunFinished": ("I5", change({"kind": "event", "run_id": "r", "seq": 7}, type="DebugTrace")),
+    "two RunFinished": (
+        "I5",
+        change({"kind": "event", "run_id": "r", "seq": 3}, type="RunFinished"),
+    ),
+    "another outcome than the state": (
+        "I5",
+        change({"kind": "run", "run_id": "r"}, state="failed"),
+    ),
+    "a step has two results": (
+        "I4",
+        change({"kind": "event", "run_id": "r", "seq": 6}, step="a", attempt=2),
+    ),
+    "a step begins after its result": ("I4", change({"kind": "event", "seq": 5}, step="a")),
+    "an effect after the result": ("I4", add(effect("r", "b", "b2", attempt=2))),
+    "another key in the second attempt": ("I4", change({"kind": "effect", "call": "a2"}, key="?")),
+    "two steps with one key": ("I4", change({"kind": "effect", "call": "b1"}, key="r:a")),
+    "a result that no body made": ("I4", drop(kind="effect", call="b1")),
+    "a transactional step stored twice": ("I4", add({"kind": "row", "run_id": "r", "step": "b"})),
+    "a row without its result": ("I4", add({"kind": "row", "run_id": "c", "step": "b"})),
+    "the result of the frozen worker": (
+        "I11",
+        change({"kind": "event", "run_id": "r", "seq": 4}, data={"result": {"call": "a1"}}),
+    ),
+    "a token that was there before": ("I11", change({"kind": "log", "id": 3}, claim={"token": 71})),
+    "a lease without token": ("I11", change({"kind": "log", "id": 2}, claim={"token": 0})),
+    "a lease that was taken too early": (
+        "I11",
+        change({"kind": "log", "id": 3}, claim={"lease_until": 104}),
+    ),
+    "a write of the worker before": ("I11", change({"kind": "log", "id": 5}, event={"attempt": 1})),
+    "an attempt that nothing explains": ("I10", drop(kind="fault")),
+    "an attempt that ran twice": ("I10", add(effect("r", "b", "b2"))),
+    "a step was left out": (
+        "order",
+        change({"kind": "plan", "plan": "p"}, steps=["a", "between", "b"]),
+    ),
+    "completed before the end": ("order", change({"kind": "plan"}, steps=["a", "b", "c"])),
+    "a viewer missed one": ("I6", drop(kind="frame", seq=5)),
+    "a viewer saw one twice": ("I6", change({"kind": "frame", "seq": 5}, seq=4)),
+    "a viewer saw another text": ("I6", change({"kind": "frame", "seq": 5}, text="other")),
+    "a viewer saw another run": ("I6", change({"kind": "frame", "seq": 5}, run_id="c")),
+    "a viewer never got the end": ("I1", drop(kind="frame", seq=7)),
+    "a viewer still waits": ("I1", change({"kind": "view"}, ended=False)),
+    "published out of order": (
+        "I3",
+        add(*({"kind": "wire", "connection": "2", "run_id": "r", "seq": n} for n in (2, 1))),
+    ),
+    "an accepted run is gone": ("I7", add(call("start", 1, 2, run_id="lost", plan="p"))),
+    "a run never ends": ("I7", change({"kind": "run", "run_id": "r"}, state="queued")),
+    "a run that nobody started": ("I12", drop(kind="call", run_id="r")),
+    "a rolled back start has a run": (
+        "I12",
+        change({"kind": "call", "run_id": "gone"}, run_id="r"),
+    ),
+    "rows are left in the outbox": ("I8", change({"kind": "outbox"}, rows=1)),
+    "a cancel is not stored": ("I9", change({"kind": "call", "op": "cancel"}, run_id="r")),
+    "a step begins after the cancel": (
+        "I9",
+        change({"kind": "event", "run_id": "c", "seq": 5}, step="b"),
+    ),
+    "a key names two runs": ("key", change({"kind": "run", "run_id": "c"}, key="k")),
+    "a delayed run began early": (
+        "delay",
+        change({"kind": "event", "run_id": "r", "seq": 2}, ts=101.5),
+    ),
+    "a step began after the deadline": (
+        "deadline",
+        change({"kind": "run", "run_id": "r"}, deadline_at=103.5),
+    ),
+    "a run outlived its deadline": (
+        "deadline",
+        change({"kind": "run", "run_id": "r"}, deadline_at=107.0 - 61),
+    ),
+    "a claim in a paused queue": (
+        "pause",
+        change({"kind": "log", "id": 2}, claim={"statement_at": 115}),
+    ),
+}
+
+
+def test_an_honest_history_has_no_violation() -> None:
+    assert check(honest()) == []
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_found(lie: str) -> None:
+    invariant, tell = LIES[lie]
+    records = copy.deepcopy(honest())
+    tell(records)
+    assert invariant in {violation.invariant for violation in check(records)}
+
+
+def test_the_order_of_the_records_does_not_matter_where_they_say_their_place() -> None:
+    records = honest()
+    ordered = [r for r in records if r["kind"] in ("frame", "wire")]
+    others = [r for r in records if r["kind"] not in ("frame", "wire")]
+    assert check([*reversed(others), *ordered]) == []
