@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -25,6 +26,7 @@ from beatless.orchestrator.plan import Plan, PlanError
 from beatless.orchestrator.retention import Retention
 from beatless.outbox import forks
 from beatless.outbox.chores import Chore
+from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import DirectConnection
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
@@ -300,23 +302,21 @@ class App:
         ]
 
     def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
-        """A relay for this app's schema; options are those of `Relay`."""
+        """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
         client = self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS)
         self._relays_redis.append(client)
-        return Relay(
+        config = RelayConfig(
+            connect=self.direct_connection,
+            queries=self.queries,
             events=RedisEventPublisher(client, self.settings.prefix),
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
-            **{
-                "connect": self.direct_connection,
-                "queries": self.queries,
-                "redispatch": self.settings.redispatch_seconds,
-                "overdue": Deadlines(self.settings.schema).end,
-                "chores": [*self.chores(), AdoptsDeadlines(self.settings.schema)],
-                "faults": self.faults,
-                "observer": fan_out(self.metrics.relay, Publications(), self._failures, observer),
-                **options,
-            },
+            redispatch=self.settings.redispatch_seconds,
+            overdue=Deadlines(self.settings.schema).end,
+            chores=[*self.chores(), AdoptsDeadlines(self.settings.schema)],
+            faults=self.faults,
+            observer=fan_out(self.metrics.relay, Publications(), self._failures, observer),
         )
+        return Relay(replace(config, **options))
 
     def close(self) -> None:
         """Close what this process has opened."""

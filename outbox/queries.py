@@ -189,13 +189,6 @@ def outbox_lag(schema: str) -> str:
     return fragment("outbox_lag", schema, last_shard=SHARDS - 1)
 
 
-class Floor(NamedTuple):
-    """Outbox ids up to `id` are all decided once every transaction below `xmax` has ended."""
-
-    id: int
-    xmax: int
-
-
 class Queries:
     """The relay's statements for one schema."""
 

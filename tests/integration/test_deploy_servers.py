@@ -65,7 +65,7 @@ def roles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Roles]:
 def test_everything_that_runs_works_with_the_role_of_the_app(
     roles: Roles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)  # else only under load
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 0)  # else only under load
     kit = Kit(roles.app("app"), directory=tmp_path)
     try:
         client = kit.client

@@ -252,8 +252,8 @@ def test_a_run_whose_rows_cannot_be_written_is_set_aside_and_tried_again_later(
     refusing.execute("ALTER TABLE run_outbox DISABLE TRIGGER ALL")
     refusing.execute("ALTER TABLE dispatches DISABLE TRIGGER ALL")
     drain = relay._once[1]
-    assert 0 < drain.opens_in <= 60
-    drain._aside.clear()
+    assert 0 < drain.retry_in_s <= 60
+    drain._quarantine._until.clear()
     relay.drain_once()
     relay.stop()
     assert pending(refusing) == 0

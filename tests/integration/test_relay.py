@@ -15,13 +15,16 @@ import pytest
 from beatless import App, BadRequest
 from beatless.client import RunRequest
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import DirectConnection, Sessions
+from beatless.outbox.drain import Drain
 from beatless.outbox.errors import (
     DirectConnectionRequired,
     PublishFailed,
     PublishRefused,
     SchemaMissing,
 )
+from beatless.outbox.event_lane import MAX_REJECTIONS
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.observer import (
     BatchFailed,
@@ -43,8 +46,9 @@ from beatless.outbox.publishers import (
     worker_queue,
 )
 from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
-from beatless.outbox.relay import HANGING, STRIKES, Drain, Relay, Shift
+from beatless.outbox.relay import Relay, Shift
 from beatless.outbox.sockets import readable
+from beatless.outbox.task_lane import MAX_STALLED_BATCHES
 from beatless.settings import libpq_url
 from beatless.streams.streams import parse
 from beatless.testing import Kit
@@ -146,11 +150,7 @@ def doors(beatless_app: App) -> Iterator[tuple[Door, Door]]:
 
 def recording(app: App, doors: tuple[Door, Door], **options) -> Relay:
     standard = {"queries": app.queries, "connect": app.direct_connection, "backoff": QUICK}
-    return Relay(
-        events=doors[0],
-        tasks=doors[1],
-        **{**standard, **options},
-    )
+    return Relay(RelayConfig(events=doors[0], tasks=doors[1], **{**standard, **options}))
 
 
 @contextmanager
@@ -301,9 +301,9 @@ def test_a_closed_task_door_does_not_stop_events(
     assert [message.run_id for message in doors[1].messages] == [run.run_id]
 
 
-@pytest.mark.parametrize("first", ["_event_door", "_task_door"])
+@pytest.mark.parametrize("first", [0, 1])
 def test_the_door_that_opens_first_has_the_other_tried_at_once(
-    beatless: Kit, beatless_app: App, doors, first: str
+    beatless: Kit, beatless_app: App, doors, first: int
 ) -> None:
     for door in doors:
         door.error = PublishFailed("Redis", "gone")
@@ -313,7 +313,8 @@ def test_the_door_that_opens_first_has_the_other_tried_at_once(
     for door in doors:
         door.error = None
     assert relay.drain_once() == 0  # nobody knows yet
-    getattr(relay._once[1], first).try_now()  # its back-off has passed
+    drain = relay._once[1]
+    (drain.events, drain.tasks)[first]._breaker.allow_now()  # its back-off has passed
 
     relay.drain_once()
     relay.stop()
@@ -365,7 +366,7 @@ def test_what_a_broker_held_is_sent_again_if_it_answers_to_a_relay_that_stops(
     broker.error = None
     broker.free.clear()
     drain = relay._once[1]
-    until(lambda: drain.step(ALL_SHARDS) == 0 and drain._courier.in_flight)
+    until(lambda: drain.step(ALL_SHARDS) == 0 and drain.tasks.in_flight)
     broker.free.set()
 
     drain.finish(ALL_SHARDS)
@@ -382,7 +383,7 @@ def test_a_refused_message_is_parked_and_the_others_flow(
     doors[0].refused.add(bad.run_id)
     relay = recording(beatless_app, doors)
     good = []
-    for _ in range(STRIKES):
+    for _ in range(MAX_REJECTIONS):
         good.append(beatless.start_run("two_steps").run_id)
         relay.drain_once()
     until(lambda: relay.drain_once() >= 0 and pending(postgres) == 0)
@@ -434,7 +435,7 @@ def test_a_door_that_refuses_everything_parks_nothing(
     runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 3)
     doors[0].shut = True
     relay = recording(beatless_app, doors, backoff=Backoff(initial=0, cap=0))
-    for _ in range(STRIKES * 3):
+    for _ in range(MAX_REJECTIONS * 3):
         relay.drain_once()
     assert postgres.execute("SELECT count(*) FROM dead_letters").fetchone() == (0,)
     assert pending(postgres) == 3
@@ -650,7 +651,7 @@ def shards_of(seen: list[Signal]) -> int:
 
 def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatless_app: App) -> None:
     with running(beatless_app, watchdog=600) as (relay, announcements):
-        relay._linger = 3600.0  # however slowly they come
+        object.__setattr__(relay.config, "linger", 3600.0)  # however slowly they come
         for _ in range(10):
             runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
             beatless.wait_for_outbox_flush(runs[-1].run_id)
@@ -676,7 +677,8 @@ def test_a_relay_whose_work_does_not_end_gives_the_bell_back_meanwhile(
             super().__call__(signal)
 
     announcements = Feeding()
-    relay = beatless_app.relay(observer=announcements, backoff=QUICK)
+    # It must not fall asleep again because the machine is slow between two of its steps.
+    relay = beatless_app.relay(observer=announcements, backoff=QUICK, linger=0.5)
     relay.start()
     announcements.wait(RelayAsleep)
     beatless.start_run("two_steps")
@@ -900,7 +902,7 @@ def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
 def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)  # raised at each look
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 0)  # raised at each look
     relay = recording(beatless_app, doors)
     before = beatless.start_run("two_steps")
     relay.drain_once()
@@ -924,7 +926,7 @@ def test_the_scan_floor_does_not_pass_a_transaction_that_runs_still(
     others: int,
 ) -> None:
     """It drew its id before those that were committed and published meanwhile."""
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 0)
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 0)
     relay = recording(beatless_app, doors)
     with beatless_app.engine.connect() as caller:
         transaction = caller.begin()
@@ -976,7 +978,7 @@ def test_a_long_open_snapshot_does_not_make_the_picks_ever_dearer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It keeps VACUUM, and the index, from forgetting what was published: the floor skips it."""
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 100)
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 100)
     relay = recording(beatless_app, doors)
     with beatless_app.engine.connect() as reader:
         reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -994,12 +996,12 @@ def test_a_long_open_snapshot_does_not_make_the_picks_ever_dearer(
             publish_more()
         # It also waits for the transactions of other tests that began before a row was written.
         deadline = monotonic() + 60
-        while relay._once[1]._floor < last_id() - 0.2 * len(started):
+        while relay._once[1].events.floor.id < last_id() - 0.2 * len(started):
             assert monotonic() < deadline
             publish_more()
         assert seqs(doors[0]) == {run.run_id: [1] for run in started}
         assert pending(postgres) == 0
-        floor = relay._once[1]._floor
+        floor = relay._once[1].events.floor.id
         fewest, pick, most = (
             pages(beatless_app, postgres, above) for above in (last_id(), floor, 0)
         )
@@ -1071,13 +1073,13 @@ def test_a_broker_that_never_answers_is_asked_again_and_stops_no_event(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a RabbitMQ that is short of memory: nothing ends that publish."""
-    monkeypatch.setattr("beatless.outbox.relay.HOPELESS", 0.1)
+    monkeypatch.setattr("beatless.outbox.task_lane.PUBLISH_TIMEOUT_S", 0.1)
     announcements = Announcements()
     broker = Hanging(CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix))
     relay = recording(beatless_app, (doors[0], broker), observer=announcements, watchdog=0.3)
     relay.start()
     run = beatless.start_run("two_steps")
-    for _ in range(HANGING + 1):
+    for _ in range(MAX_STALLED_BATCHES + 1):
         assert broker.asked.acquire(timeout=60)
     announcements.wait(WatchdogRan, len(announcements.all(WatchdogRan)) + 2)
     assert not broker.asked.acquire(blocking=False)  # enough threads hang
@@ -1095,7 +1097,7 @@ def test_a_sleeping_relay_notices_that_what_it_sends_again_does_not_arrive(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message that was sent before has no time of its own any more, by which it would look."""
-    monkeypatch.setattr("beatless.outbox.relay.HOPELESS", 1.0)
+    monkeypatch.setattr("beatless.outbox.task_lane.PUBLISH_TIMEOUT_S", 1.0)
     run = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
     lose_messages(beatless_app)
@@ -1124,12 +1126,12 @@ def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_ap
     relay = beatless_app.relay(
         observer=announcements, backoff=Backoff(initial=600, cap=600), connect=connect
     )
-    relay._alarm.ring()
+    relay.alarm.ring()
     relay.start()
     announcements.wait(RelayFailed)
     assert tries.acquire(timeout=60)
-    relay._alarm.ring()
-    until(lambda: not readable([relay._alarm], 0))  # it has been heard
+    relay.alarm.ring()
+    until(lambda: not readable([relay.alarm], 0))  # it has been heard
 
     assert not tries.acquire(blocking=False)
     relay.stop()
@@ -1292,10 +1294,10 @@ def test_a_batch_has_a_limit_in_bytes_and_nothing_is_left_out_for_ever(
 ) -> None:
     """After an outage of Redis, 2,048 events of 200 kB would be one batch."""
     limit, size = 100_000, 30_000
-    for module in ("beatless.outbox.queries", "beatless.outbox.relay"):
+    for module in ("beatless.outbox.queries", "beatless.outbox.event_lane"):
         monkeypatch.setattr(f"{module}.BATCH_BYTES", limit)
     monkeypatch.setattr(
-        "beatless.outbox.relay.FLOOR_EVERY", 0
+        "beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 0
     )  # what is left out is above the floor
     schema = beatless_app.settings.schema
     relay = recording(beatless_app, doors, queries=Queries(schema))
@@ -1337,7 +1339,7 @@ def test_few_rows_are_looked_at_while_events_are_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Postgres builds the events of all rows that are looked at, also of those left out."""
-    for module in ("beatless.outbox.queries", "beatless.outbox.relay"):
+    for module in ("beatless.outbox.queries", "beatless.outbox.event_lane"):
         monkeypatch.setattr(f"{module}.BATCH_BYTES", 20_000)
     shard = [in_shard(3, f"run-{number}") for number in range(60)]
     queries = Queries(beatless_app.settings.schema, per_shard=32)

@@ -149,8 +149,8 @@ def test_a_run_that_is_free_again_in_a_paused_queue_is_not_looked_at(
         relay.drain_once()
         relay.drain_once()
         drain = relay._once[1]
-        assert drain.unlocked_in is not None
+        assert drain.tasks.rows_held
         beatless.client.pause_queue("default")
     relay.drain_once()
-    assert drain.unlocked_in is None
+    assert not drain.tasks.rows_held
     relay.stop()

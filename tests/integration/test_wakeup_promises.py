@@ -118,7 +118,7 @@ def test_a_row_that_is_committed_after_many_later_ones_is_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ids commit out of order: the last one that was seen is no floor."""
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 1)
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 1)
     relay = recording(beatless_app, doors)
     with beatless_app.engine.connect() as caller:
         caller.begin()
@@ -138,13 +138,13 @@ def test_the_floor_rises_when_nobody_holds_it_down(
     beatless: Kit, beatless_app: App, doors: tuple[Door, Door], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the test above would say nothing."""
-    monkeypatch.setattr("beatless.outbox.relay.FLOOR_EVERY", 1)
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 1)
     relay = recording(beatless_app, doors)
 
     def risen() -> bool:  # another test's transaction may hold it down for a moment
         beatless.client.start_run("two_steps")
         relay.drain_once()
-        return relay._once[1]._floor > 0
+        return relay._once[1].events.floor.id > 0
 
     until(risen)
     relay.stop()
@@ -184,7 +184,7 @@ def test_a_relay_whose_shards_change_looks_at_all_of_their_rows_again(
     beatless: Kit, shift: Shift, postgres: psycopg.Connection
 ) -> None:
     beatless.start_run("two_steps")
-    shift._drain._floor = 2**40  # as high as the rows of others that it has not led
+    shift._drain.events.floor.id = 2**40  # as high as the rows of others that it has not led
     shift._drain.step(shift._shards)
     assert pending(postgres) == 1
 

@@ -6,11 +6,11 @@ import pytest
 from beatless import App, BadRequest, Plan, StepContext, step
 from beatless.client import RunRequest
 from beatless.outbox.doorbell import prepare_to_drain
+from beatless.outbox.drain import Drain
 from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import CeleryTaskPublisher, worker_queue
 from beatless.outbox.queries import ALL_SHARDS
-from beatless.outbox.relay import Drain
 from beatless.testing import Kit
 from tests.integration.test_drain_plan import read
 from tests.integration.test_relay import Door, doors, lose_messages, recording
@@ -47,7 +47,7 @@ def in_broker(app: App, queue: str = "default") -> int:
 
 def settle(drain: Drain, shards: tuple[int, ...] = ALL_SHARDS) -> None:
     """Drain until nothing moves."""
-    while drain.step(shards) or drain.await_broker() or drain.crowded:
+    while drain.step(shards) or drain.tasks.await_result() or drain.crowded:
         pass
 
 
@@ -86,7 +86,7 @@ def test_two_relays_have_one_window(beatless: Kit, beatless_app: App, doors) -> 
         drains.append(relay._once[1])
     for place, drain in enumerate(drains):
         drain.step(ALL_SHARDS[place::2])
-        drain.await_broker()
+        drain.tasks.await_result()
     assert in_broker(beatless_app) == WINDOW
     for _ in range(3):
         for place, drain in enumerate(drains):
@@ -170,7 +170,7 @@ def test_a_broker_that_was_away_and_lost_nothing_gets_nothing_twice(
 ) -> None:
     start(beatless, 80)
     settle(drain)
-    drain._task_door.failures = 1
+    drain.tasks._breaker.failures = 1
     beatless.advance(1)
     beatless.work_once()
     settle(drain)
@@ -263,7 +263,7 @@ def test_a_queue_whose_name_is_a_key_of_somebody_else_shuts_no_door(
         good = start(beatless, 3)
         settle(drain)
         client.delete(f"{beatless_app.settings.prefix}.taken")
-    assert drain._task_door.failures == 0
+    assert drain.tasks._breaker.failures == 0
     sent = postgres.execute("SELECT run_id FROM dispatches WHERE state = 'sent'").fetchall()
     assert sorted(run_id for (run_id,) in sent) == sorted(good)
 

@@ -19,6 +19,7 @@ from beatless import App
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.journal import Journal
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.relay import Relay, Shift
@@ -135,13 +136,15 @@ def test_ten_thousand_events_under_fire_are_neither_lost_nor_reordered(
         names = lease_runs(postgres, f"round-{round}", 8)
         door = Door(beatless_app, client)
         relay = Relay(
-            connect=beatless_app.direct_connection,
-            queries=beatless_app.queries,
-            events=door,
-            tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
-            backoff=QUICK,
-            linger=chance.choice([0.0, 0.001, 0.01]),
-            watchdog=600,
+            RelayConfig(
+                connect=beatless_app.direct_connection,
+                queries=beatless_app.queries,
+                events=door,
+                tasks=CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix),
+                backoff=QUICK,
+                linger=chance.choice([0.0, 0.001, 0.01]),
+                watchdog=600,
+            )
         )
         relay.start()
         writers = [

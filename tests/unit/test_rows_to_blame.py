@@ -4,7 +4,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from beatless.outbox.relay import is_of_a_row
+from beatless.outbox.quarantine import is_row_fault
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from beatless.outbox.relay import is_of_a_row
     ids=lambda error: type(error).__name__,
 )
 def test_a_value_that_postgres_refuses_is_its_rows(error: psycopg.Error) -> None:
-    assert is_of_a_row(error)
+    assert is_row_fault(error)
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_a_value_that_postgres_refuses_is_its_rows(error: psycopg.Error) -> None
 )
 def test_what_befalls_every_statement_is_no_rows(error: psycopg.Error) -> None:
     """A primary that becomes read-only would else have every run set aside for a minute."""
-    assert not is_of_a_row(error)
+    assert not is_row_fault(error)

@@ -1,0 +1,42 @@
+"""The parts and times that a relay is given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
+from beatless.outbox.chores import Chore
+from beatless.outbox.doorbell import DirectConnection
+from beatless.outbox.faults import CrashPoints
+from beatless.outbox.observer import Observer, ignore
+from beatless.outbox.overdue import EndOverdue
+from beatless.outbox.publishers import EventPublisher, TaskPublisher
+from beatless.outbox.queries import Queries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """The parts a relay works with, and its times in seconds."""
+
+    connect: Callable[[], DirectConnection]
+    """Opens a session of its own; called again whenever one is lost."""
+    queries: Queries
+    events: EventPublisher
+    tasks: TaskPublisher
+    redispatch: float = 15.0
+    """How long a message that was sent may stay unclaimed."""
+    linger: float = 0.01
+    """How long the relay stays awake after the last message."""
+    nap: float = 0.0003
+    """Pause between two looks of a relay that is awake and finds nothing."""
+    watchdog: float = 15.0
+    """Between two proofs that a NOTIFY still arrives, and that the other relays are not frozen."""
+    overdue: EndOverdue | None = None
+    """Ends runs that have reached their deadline and that no worker has."""
+    chores: Sequence[Chore] = ()
+    """Done beside the drains, by one relay at a time."""
+    chores_after: float = 60.0
+    """How long the first step of a chore waits after the start."""
+    backoff: Backoff = field(default_factory=lambda: Backoff(cap=BACKOFF_CAP_S))
+    """Between two tries of a publisher that fails, and of a relay that lost its sessions."""
+    faults: CrashPoints = field(default_factory=CrashPoints)
+    observer: Observer = ignore

@@ -1,0 +1,187 @@
+"""One pass of a relay over what is due. Knows no session state: who wakes it decides when."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from beatless.outbox.breaker import CircuitBreaker
+from beatless.outbox.config import RelayConfig
+from beatless.outbox.event_lane import EventLane
+from beatless.outbox.observer import Drained
+from beatless.outbox.overdue import OverdueRuns
+from beatless.outbox.quarantine import Quarantine, is_row_fault
+from beatless.outbox.task_lane import TaskLane
+
+LOCKED_ROW_POLL_S = 0.25
+"""Seconds between two looks at what is due while another transaction holds its row."""
+
+
+class Drain:
+    """Publishes what is due, one batch per step, and forgets a batch in the step after it.
+
+    1. one round trip: delete what the last step published, select what comes next
+    2. send the tasks on their way, publish the events
+    3. remember both as published; nothing is deleted that a publisher has not accepted
+
+    The round trip is one transaction. If a row makes it fail, each row is tried alone: the run of
+    the one that fails is set aside, and the others go on.
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        config: RelayConfig,
+        *,
+        on_result: Callable[[], None],
+    ) -> None:
+        """`on_result` is called in another thread when a batch of tasks has found its end."""
+        self._connection = connection
+        self._queries = config.queries
+        self._faults = config.faults
+        self._observer = config.observer
+        self._quarantine = Quarantine(config.observer)
+        redis = CircuitBreaker("Redis", config.backoff, config.observer)
+        broker = CircuitBreaker("broker", config.backoff, config.observer)
+        self._breakers = (redis, broker)
+        self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
+        self._isolations = 0
+        self.crowded = False
+        """Some rows took the places of others in the last step: take another one."""
+        self.overdue = OverdueRuns(connection, config.overdue, config.observer)
+        self.events = EventLane(
+            connection,
+            config.queries,
+            config.events,
+            breaker=redis,
+            quarantine=self._quarantine,
+            on_recovery=broker.allow_now,
+            observer=config.observer,
+        )
+        self.tasks = TaskLane(
+            connection,
+            config.queries,
+            config.tasks,
+            breaker=broker,
+            quarantine=self._quarantine,
+            redispatch=config.redispatch,
+            on_result=on_result,
+            on_recovery=redis.allow_now,
+            observer=config.observer,
+        )
+
+    def step(
+        self, shards: Sequence[int], *, run_id: str | None = None, now: datetime | None = None
+    ) -> int:
+        """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
+        events, tasks = self.events, self.tasks
+        self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
+        sent = list(tasks.collect(shards, now))
+        tasks.abandon_stalled()
+        self._quarantine.release_due()
+        try:
+            with self._connection.pipeline():
+                deleted = events.forget()
+                tasks.forget(now)
+                still_held = tasks.find_held(now)
+                rows = events.pick(shards, run_id)
+                dispatches = tasks.pick(shards, run_id, now)
+        except psycopg.Error as error:
+            self._isolate(error, shards, run_id, now)
+            return len(sent)
+        events.note_forgotten(deleted)
+        tasks.note_forgotten()
+        picked = events.fetch(rows, run_id)
+        batch = tasks.fetch(dispatches, still_held, now)
+        if picked or batch.messages:
+            self._faults.reach("relay.after_claim")
+        tasks.publish(batch)
+        published = events.publish(picked)
+        if batch:
+            sent += tasks.collect_soon(shards, now)
+        self.crowded = tasks.crowded
+        if published or sent:
+            self._faults.reach("relay.after_publish")
+            self._observer(
+                Drained(events=published, tasks=len(sent), rows=events.published, messages=sent)
+            )
+        if run_id is None and rows is not None and not self._quarantine.run_ids:
+            events.note_pass(picked)
+        return published + len(sent)
+
+    def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
+        """Delete what the last step published, without selecting more."""
+        self.tasks.flush(shards, now)
+        try:
+            deleted = self.events.forget()
+            self.tasks.forget(now)
+        except psycopg.Error as error:
+            self._isolate(error, (), None, now)
+            return
+        self.events.note_forgotten(deleted)
+        self.tasks.note_forgotten()
+
+    def close(self) -> None:
+        """End the thread that hands tasks over."""
+        self.tasks.close()
+
+    def next_due(self, shards: Sequence[int]) -> float | None:
+        """Seconds until the next dispatch of these shards is due, or None."""
+        row = self._connection.execute(
+            self._queries.next_due_sql, {"shards": list(shards)}
+        ).fetchone()
+        found: tuple[float | None, float | None] = (row[0], row[1]) if row else (None, None)
+        due, deadline = found[0], self.overdue.schedule(found[1])
+        return min((wait for wait in (due, deadline) if wait is not None), default=None)
+
+    def next_step_in(self, due: float | None) -> float | None:
+        """Seconds until another step has something to do, if nobody rings; None: for ever.
+
+        `due` is in how many seconds a dispatch is due: an answer of `next_due`, from before the
+        last step.
+        """
+        waits = [due, self.retry_in_s, self.tasks.timeout_in_s]
+        if self.events.rows_held or self.tasks.rows_held:
+            waits.append(LOCKED_ROW_POLL_S)  # its holder may roll back, which rings nobody
+        if self.tasks.marks_due:
+            waits.append(0.0)
+        return min((max(0.0, wait) for wait in waits if wait is not None), default=None)
+
+    @property
+    def retry_in_s(self) -> float | None:
+        """Seconds until a publisher, or a run, is tried again that the last step left out, or None.
+
+        0 if it may be since: what that step did not ask for is told by no due time.
+        """
+        waits = [
+            breaker.retry_in_s
+            for breaker, allowed_call, failures in self._before_step
+            if not allowed_call or not breaker.allows_call or breaker.failures != failures
+        ]
+        return min(waits + self._quarantine.retry_in_s, default=None)
+
+    def _isolate(
+        self,
+        error: psycopg.Error,
+        shards: Sequence[int],
+        run_id: str | None,
+        now: datetime | None,
+    ) -> None:
+        """Find the rows for whose sake a step failed and set their runs aside; all others go on.
+
+        Raises the error if no row is to blame for it.
+        """
+        if self._connection.closed or not is_row_fault(error):
+            raise error
+        # psycopg believes that what stood behind the failure in the pipeline was prepared, and does
+        # not look at what a statement has done that it has seen before.
+        self._isolations += 1
+        self._connection.execute(f"DEALLOCATE ALL -- {self._isolations}", prepare=False)
+        additions = self._quarantine.additions
+        self.events.forget_each()
+        self.tasks.forget_each(now)
+        dead = self.events.dead_letter_unreadable(shards, run_id)
+        if self._quarantine.additions == additions and not dead:
+            raise error
+        self.crowded = True
