@@ -45,7 +45,7 @@ from beatless.places import places
 from beatless.postgres import connect, connect_directly
 from beatless.redis_urls import is_replica
 from beatless.schema import head
-from beatless.streams.streams import Subscription
+from beatless.streams.subscription import Subscription
 from beatless.unfit_rows import unfit_rows
 from beatless.worker import canary
 

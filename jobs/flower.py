@@ -38,7 +38,7 @@ from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 from beatless.settings import service_links
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.worker import canary
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Live streams of runs."""
+"""Live streams of runs: the journal, then Redis, in order and each event once."""

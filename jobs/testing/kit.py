@@ -39,7 +39,8 @@ from beatless.outbox.observer import Signal
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import execute
 from beatless.outbox.times import MOST_S, is_number
-from beatless.streams.streams import Streams, Subscription
+from beatless.streams.streams import Streams
+from beatless.streams.subscription import Subscription
 from beatless.testing.broker_guard import Guard
 from beatless.verify import PATIENCE, verify
 

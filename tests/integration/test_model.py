@@ -14,7 +14,7 @@ import pytest
 
 from beatless import App, RunState
 from beatless.outbox.faults import POINTS, SimulatedCrash
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 
 MOVES = {

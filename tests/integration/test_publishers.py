@@ -20,7 +20,7 @@ from beatless.outbox.publishers import (
     channel_for,
     worker_queue,
 )
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 
 

@@ -17,7 +17,7 @@ from beatless.cli.processes import check_rights, check_servers
 from beatless.errors import Unreachable
 from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.errors import PublishRefused
-from beatless.streams.streams import Subscription
+from beatless.streams.subscription import Subscription
 from beatless.testing import Kit
 from tests.integration.test_stream import streams
 from tests.valkeys import CERTIFICATES, Watched, behind_tls, cluster, until, watched

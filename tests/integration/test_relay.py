@@ -50,7 +50,7 @@ from beatless.outbox.relay import Relay, Shift
 from beatless.outbox.sockets import readable
 from beatless.outbox.task_lane import MAX_STALLED_BATCHES
 from beatless.settings import libpq_url
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 
 QUICK = Backoff(initial=0.01, cap=0.05)

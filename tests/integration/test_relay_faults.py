@@ -23,7 +23,7 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import BatchFailed, Drained, RelayAsleep, StalledRelayEnded
 from beatless.outbox.relay import Relay
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import Announcements, shards_of
 

@@ -19,8 +19,10 @@ from beatless.cli.demo import GOLDEN
 from beatless.outbox.observer import Signal, ThreadFailed
 from beatless.settings import engine_url
 from beatless.streams import streams as stream_module
+from beatless.streams.history import History
+from beatless.streams.hub import Hub, Mailbox
 from beatless.streams.observer import Backfilled
-from beatless.streams.streams import History, Hub, Mailbox, Streams
+from beatless.streams.streams import Streams
 from beatless.testing import Kit
 from tests.proxy import Proxy, proxy
 
@@ -175,7 +177,7 @@ def test_what_fails_unforeseen_beside_the_streams_of_a_loop_ends_none_of_them(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """As a command that gives the password of Redis, and is not there at first."""
-    monkeypatch.setattr("beatless.streams.streams.AGAIN_S", 0.01)
+    monkeypatch.setattr("beatless.streams.hub.RESTART_S", 0.01)
     run = beatless.start_run("two_steps")
     failures, failed = iter([ValueError("unforeseen")] * 3), threading.Event()
     counted: list[Signal] = []
@@ -483,7 +485,7 @@ def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
 
 
 def test_a_slow_async_reader_falls_back_to_the_journal(beatless: Kit, monkeypatch) -> None:
-    monkeypatch.setattr(Mailbox, "LIMIT", 500)
+    monkeypatch.setattr(Mailbox, "MAX_BYTES", 500)
     run = beatless.start_run("traces", {"traces": 60})
 
     async def main() -> list[int]:

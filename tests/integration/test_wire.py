@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from beatless import Plan, StepContext, step
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)

@@ -24,7 +24,7 @@ from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.relay import Relay, Shift
 from beatless.outbox.statements import fragment
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import pending, until
 from tests.integration.test_wakeup_promises import shift

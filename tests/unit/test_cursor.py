@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beatless.orchestrator.events import EventText
-from beatless.streams.streams import Cursor
+from beatless.streams.cursor import Cursor
 
 
 def event(seq: int) -> EventText:

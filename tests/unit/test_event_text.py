@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from beatless.api.sse import CHUNK, frames
 from beatless.orchestrator.events import EventText
 from beatless.outbox.message import one_line
-from beatless.streams.streams import parse
+from beatless.streams.messages import parse
 
 ENDS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r\n"
 

@@ -46,7 +46,10 @@ def uses(source: str) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-PAUSES = {"jobs/local/server.py", "jobs/local/stack_file.py", "jobs/streams/streams.py"}
+PAUSES = {
+    *("jobs/local/server.py", "jobs/local/stack_file.py"),
+    *("jobs/streams/streams.py", "jobs/streams/subscription.py"),
+}
 """In calls that end by a deadline or with the thread of their caller, and that no `stop()` ends."""
 
 

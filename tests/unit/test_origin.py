@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from beatless.streams.streams import Origin
+from beatless.streams.history import Origin
 
 
 class Disk:

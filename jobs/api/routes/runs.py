@@ -23,7 +23,7 @@ from beatless.api.problems import Problem
 from beatless.api.responses import location, refusals, run_page
 from beatless.client.requests import new_run_id
 from beatless.orchestrator.errors import RunNotFound
-from beatless.streams.streams import Pager
+from beatless.streams.pager import Pager
 
 router = APIRouter(route_class=GuardedRoute)
 

@@ -1,0 +1,32 @@
+"""The order of one stream: backfilled and live events, each exactly once. Does no I/O."""
+
+from collections.abc import Iterable, Iterator
+
+from beatless.orchestrator.events import EventText
+
+
+class Cursor:
+    """Puts backfilled and live events into order, each exactly once."""
+
+    def __init__(self, after: int) -> None:
+        self.seq = after
+        self._early: dict[int, EventText] = {}
+
+    def feed(self, events: Iterable[EventText]) -> Iterator[EventText]:
+        """The events that are now next in order."""
+        self._early.update((event.seq, event) for event in events if event.seq > self.seq)
+        while event := self._early.pop(self.seq + 1, None):
+            self.seq = event.seq
+            yield event
+
+    @property
+    def missing(self) -> bool:
+        """True while a later event has arrived before an earlier one: read the journal again."""
+        return bool(self._early)
+
+    def forget(self) -> None:
+        """Drop what is early, before the journal is read: there it is, or it was never committed.
+
+        Kept, an event with a seq that no run reaches would have the journal read without pause.
+        """
+        self._early.clear()

@@ -1,0 +1,331 @@
+"""The live half of asynchronous streams: one Redis connection for all streams of an event loop."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Self
+
+from redis import asyncio as aioredis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+
+from beatless.orchestrator.events import EventText
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.observer import Observer, ThreadFailed, ignore
+from beatless.outbox.publishers import run_of
+from beatless.streams.history import NO_HEAD, History
+from beatless.streams.messages import parse
+from beatless.streams.observer import BackfillReason
+
+logger = logging.getLogger("beatless.stream")
+
+RESTART_S = 1.0
+"""How long a task that failed unexpectedly rests before it starts over."""
+
+
+class Hub:
+    """One asynchronous Redis connection for all streams of a loop, with counted channels.
+
+    It also asks Postgres, once for all watched runs, whether a last message was lost, and whether
+    the database still has the history that was seen: every `head_check` seconds, or every
+    `without_redis` while Redis is away. Every `patience` seconds it asks Redis for a sign of life,
+    and leaves a connection that has given none since the last time: a Redis that is stopped, or
+    gone without a word, closes nothing.
+    """
+
+    def __init__(
+        self,
+        client: Callable[[], "aioredis.Redis"],
+        *,
+        heads: Callable[[list[str]], tuple[str, dict[str, int]]],
+        head_check: float,
+        without_redis: float,
+        patience: float,
+        observer: Observer = ignore,
+    ) -> None:
+        self.patience = patience
+        self._observer = observer
+        self._client = client
+        self._heads = heads
+        self._head_check = head_check
+        self._without_redis = without_redis
+        self._mailboxes: dict[str, set[Mailbox]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pubsub: Any = None
+        self._limit = asyncio.Timeout(None)
+        """Of the reader's present connection."""
+        self._heard = False
+        self._acknowledged: set[str] = set()
+
+    @property
+    def open_streams(self) -> int:
+        """The number of open streams."""
+        return sum(len(boxes) for boxes in list(self._mailboxes.values()))
+
+    def end(self) -> None:
+        """End every stream."""
+        for boxes in self._mailboxes.values():
+            for mailbox in boxes:
+                mailbox.end()
+
+    def subscribe(self, channel: str, run_id: str, after: int, history: History) -> "Mailbox":
+        """A mailbox for the run's messages, to be used with `async with`."""
+        return Mailbox(self, run_id, channel, after, history)
+
+    async def add(self, mailbox: "Mailbox") -> None:
+        self._mailboxes.setdefault(mailbox.channel, set()).add(mailbox)
+        if not self._tasks or any(task.done() for task in self._tasks):
+            for task in self._tasks:
+                task.cancel()
+            self._tasks = [
+                asyncio.create_task(self._lasting("streams", self._read)),
+                asyncio.create_task(self._lasting("heads", self._check_heads)),
+                asyncio.create_task(self._lasting("ping", self._check_redis)),
+            ]
+        elif mailbox.channel in self._acknowledged:
+            mailbox.connected(live=True)
+        else:
+            await self._command("SUBSCRIBE", mailbox.channel)
+
+    async def remove(self, mailbox: "Mailbox") -> None:
+        boxes = self._mailboxes.get(mailbox.channel, set())
+        boxes.discard(mailbox)
+        if boxes:
+            return
+        self._mailboxes.pop(mailbox.channel, None)
+        self._acknowledged.discard(mailbox.channel)
+        if not self._mailboxes:
+            await self.aclose()
+        else:
+            await self._command("UNSUBSCRIBE", mailbox.channel)
+
+    async def _command(self, *words: str) -> None:
+        """Write to the connection that the reader reads.
+
+        Not by the methods of redis-py's PubSub: on an error these connect anew in the middle of the
+        reader's read, and what was published meanwhile is missed without a trace.
+        """
+        connection = self._pubsub.connection if self._pubsub is not None else None
+        if connection is None or not connection.is_connected:
+            return  # the reader subscribes to everything when it has a connection again
+        try:
+            async with asyncio.timeout(self.patience):
+                await connection.send_command(*words)
+        except Exception as error:
+            logger.debug("connection lost", extra={"action": "lost", "reason": str(error)})
+            # The reader sees it too, at the latest now.
+            await connection.disconnect(nowait=True)
+
+    async def aclose(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _lasting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it until it returns, or again after anything that it raises: streams wait for it."""
+        while True:
+            try:
+                return await work()
+            except Exception:
+                logger.exception(
+                    "a task of the streams failed, it begins again",
+                    extra={"action": "task_failed", "which": name, "retry_in": RESTART_S},
+                )
+                self._observer(ThreadFailed(thread="streams", first=True))
+            await asyncio.sleep(RESTART_S)
+
+    async def _check_heads(self) -> None:
+        while self._mailboxes:
+            live = self._pubsub is not None
+            await asyncio.sleep(self._head_check if live else self._without_redis)
+            asked = {next(iter(boxes)).run_id for boxes in self._mailboxes.values()}
+            # What is passed on while we ask may be newer than the answer.
+            seen = [(box, box.seq) for boxes in self._mailboxes.values() for box in boxes]
+            try:
+                epoch, heads = await asyncio.to_thread(self._heads, list(asked))
+            except Exception as error:
+                # Whatever it is: without this check a stream whose last message was lost hangs.
+                logger.warning(
+                    "heads of the watched runs cannot be read, will retry",
+                    extra={"action": "head_check_failed", "reason": str(error)},
+                )
+                continue
+            for mailbox, seq in seen:
+                # Without a head the run was removed: the reader finds out by looking.
+                head = heads.get(mailbox.run_id, NO_HEAD)
+                if mailbox.history.differs(epoch, head, seq):
+                    mailbox.history.sure = False
+                elif head <= mailbox.seq:
+                    continue
+                mailbox.missed("head_check" if live else "without_redis")
+
+    async def _check_redis(self) -> None:
+        while self._mailboxes:
+            await asyncio.sleep(self.patience)
+            if self._pubsub is None:
+                continue  # the reader connects, and has its own limit for that
+            if not self._heard:
+                # Not by closing the connection: what was not sent yet would keep it open.
+                self._limit.reschedule(asyncio.get_running_loop().time())
+                continue
+            self._heard = False
+            await self._command("PING")
+
+    async def _read(self) -> None:
+        backoff, failures = Backoff(initial=0.1, cap=2.0), 0
+        while self._mailboxes:
+            async with contextlib.AsyncExitStack() as opened:
+                try:
+                    client = self._client()
+                    opened.push_async_callback(client.aclose)
+                    client.connection_pool.connection_kwargs["retry"] = AsyncRetry(NoBackoff(), 0)
+                    pubsub = client.pubsub()
+                    opened.push_async_callback(pubsub.aclose)
+                    async with asyncio.timeout(self.patience) as self._limit:
+                        asked: set[str] = set()
+                        # Others may come while we wait for the connection: they count on us.
+                        while late := self._mailboxes.keys() - asked:
+                            await pubsub.subscribe(*late)
+                            asked |= late
+                        self._limit.reschedule(None)
+                        self._pubsub, self._heard = pubsub, True
+                        while self._mailboxes:
+                            message = await pubsub.get_message(timeout=None)
+                            if message is not None:
+                                failures, self._heard = 0, True
+                                self._deliver(message)
+                except Exception as error:
+                    # Whatever it is: the streams of this loop wait for this task, each for ever.
+                    failures += 1
+                    logger.warning(
+                        "Redis is away, streams read the journal",
+                        extra={
+                            "action": "stream_without_redis",
+                            "reason": str(error) or f"no answer in {self.patience:g} s",
+                        },
+                    )
+                finally:
+                    self._pubsub = None
+                    self._acknowledged.clear()
+                    for boxes in self._mailboxes.values():
+                        for mailbox in boxes:
+                            mailbox.connected(live=False)
+            if failures:
+                await asyncio.sleep(backoff.delay(failures))
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        if message["type"] == "pong":
+            return
+        channel = message["channel"].decode()
+        if message["type"] == "subscribe":
+            self._acknowledged.add(channel)
+            for mailbox in self._mailboxes.get(channel, ()):
+                mailbox.connected(live=True)
+        elif message["type"] == "message":
+            size = len(message["data"])
+            # What no mailbox takes is not even looked at.
+            events = parse(message["data"], run_of(channel)) if size <= Mailbox.MAX_BYTES else []
+            for mailbox in self._mailboxes.get(channel, ()):
+                mailbox.put(events, size)
+
+
+class Mailbox:
+    """The live events of one stream. Bounded: a slow reader reads the journal instead."""
+
+    MAX_BYTES = 512 * 1024
+    """Bytes that may wait for the reader."""
+
+    def __init__(self, hub: Hub, run_id: str, channel: str, seq: int, history: History) -> None:
+        self.run_id = run_id
+        self.channel = channel
+        self.seq = seq
+        """The last event that the reader has passed on."""
+        self.history = history
+        self.live = False
+        self._hub = hub
+        self._waiting: list[EventText] = []
+        self._size = 0
+        self._missed = False
+        self.reason: BackfillReason = "start"
+        """Why the reader shall look into the journal."""
+        self._news = asyncio.Event()
+        self._state_known = asyncio.Event()
+        self._over = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream was told to end."""
+        return self._over.is_set()
+
+    def end(self) -> None:
+        self._over.set()
+        self.missed("end")
+
+    async def rest(self, seconds: float) -> None:
+        """Wait for so long, or until the stream is told to end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._hub.add(self)
+        except BaseException:
+            await self._hub.remove(self)  # its viewer went while we asked Redis
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._hub.remove(self)
+
+    def connected(self, *, live: bool) -> None:
+        """The subscription begins, or is lost: either way something may have been missed."""
+        self.live = live
+        self._state_known.set()
+        self.missed("reconnect" if live else "without_redis")
+
+    def missed(self, reason: BackfillReason) -> None:
+        """Something may have been lost: the reader shall look into the journal."""
+        self._missed, self.reason = True, reason
+        self._news.set()
+
+    def put(self, events: Sequence[EventText], size: int) -> None:
+        """A message of so many bytes. What does not fit is read from the journal instead."""
+        self._size += size
+        if self._size > self.MAX_BYTES:
+            self._waiting.clear()
+            self._size = 0
+            self.missed("overflow")
+            return
+        self._waiting += events
+        self._news.set()
+
+    async def ready(self, left: float | None) -> None:
+        """Wait until the subscription is acknowledged, or known not to be possible now.
+
+        Not for longer than the hub's patience, or `left` seconds: an acknowledgement that comes
+        later has the journal read again.
+        """
+        if not self._state_known.is_set():
+            patience = self._hub.patience
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience if left is None else min(patience, left)):
+                    await self._state_known.wait()
+            self._state_known.set()
+        self._missed = self.ended
+
+    async def next(self, timeout: float | None) -> list[EventText] | None:
+        """The events that have come; [] after `timeout` seconds; None if some may be lost."""
+        if not self._waiting and not self._missed:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
+            except TimeoutError:
+                return []
+        if self._missed:
+            return None
+        arrived, self._waiting, self._size = self._waiting, [], 0
+        return arrived

@@ -1,0 +1,111 @@
+"""A blocking subscription to one run's Redis channel."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from beatless.orchestrator.events import EventText
+from beatless.outbox import forks
+from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
+from beatless.outbox.publishers import run_of
+from beatless.streams.messages import parse
+
+logger = logging.getLogger("beatless.stream")
+
+SUBSCRIBE_TIMEOUT_S = 5.0
+"""How long a stream waits for Redis to acknowledge its subscription."""
+
+MIN_REDIS_TIMEOUT_S = 0.05
+"""How long even a stream whose time is over waits for Redis to answer."""
+
+
+class Subscription:
+    """One blocking subscription to one run. Knows when it may have missed something."""
+
+    def __init__(self, client: Callable[[], "redis.Redis"], channel: str) -> None:
+        self._client = client
+        self._channel = channel
+        self._pubsub: Any = None
+        self._redis: redis.Redis | None = None
+        self._backoff = Backoff(initial=0.5, cap=2.0)
+        self._failures = 0
+        self._retry_at = 0.0
+        self._forked = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        # redis-py closes what nobody holds any more, and says nothing to the server in a child.
+        self._pubsub = self._redis = None
+        self._forked = True
+
+    def ensure(self, patience: float = SUBSCRIBE_TIMEOUT_S) -> bool:
+        """Subscribe, if we are not, and wait for the acknowledgement; False without Redis.
+
+        Also while it is not known what to subscribe to.
+        """
+        if self._pubsub is not None:
+            return True
+        self._forked = False
+        if not self._channel:
+            return False
+        if monotonic() < self._retry_at:
+            return False
+        try:
+            self._redis = self._client()
+            # Without retries a lost connection is an error; with them redis-py reconnects in
+            # silence, and what was published meanwhile would be missed without a trace.
+            options = self._redis.connection_pool.connection_kwargs
+            options["retry"] = Retry(NoBackoff(), 0)
+            for name in ("socket_connect_timeout", "socket_timeout"):
+                if options.get(name):  # 0 would not mean soon, but without waiting at all
+                    options[name] = min(options[name], max(MIN_REDIS_TIMEOUT_S, patience))
+            pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
+            pubsub.subscribe(self._channel)
+            while (message := pubsub.get_message(timeout=patience)) is not None:
+                if message["type"] == "subscribe":
+                    self._pubsub, self._failures = pubsub, 0
+                    return True
+        except (RedisError, OSError) as error:
+            logger.warning(
+                "Redis is away, stream reads the journal",
+                extra={"action": "stream_without_redis", "reason": str(error)},
+            )
+        self.close()
+        self._failures += 1
+        self._retry_at = monotonic() + self._backoff.delay(self._failures)
+        return False
+
+    def move(self, channel: str) -> bool:
+        """Listen there instead; False if it does already."""
+        if channel == self._channel:
+            return False
+        self.close()
+        self._channel = channel
+        return True
+
+    def next(self, timeout: float) -> list[EventText] | None:
+        """The next message's events; [] after `timeout` seconds; None if one may be lost."""
+        if self._pubsub is None:
+            if not self._forked:
+                threading.Event().wait(max(0.0, timeout))
+            return None
+        try:
+            message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout)
+        except (RedisError, OSError):
+            self.close()
+            return None
+        return parse(message["data"], run_of(self._channel)) if message else []
+
+    def close(self) -> None:
+        if self._pubsub is not None:
+            self._pubsub.close()
+        if self._redis is not None:
+            self._redis.close()
+        self._pubsub = self._redis = None
