@@ -34,7 +34,7 @@ def storable_text(value: Text) -> Text:
     if value is not None and not storable(value):
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
-            "NUL characters and halves of surrogate pairs are in no name of ours",
+            "value must not contain NUL or unpaired surrogates",
         )
     return value
 

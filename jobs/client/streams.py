@@ -99,7 +99,7 @@ class StreamCalls(BaseClient):
         Raises RunNotFound.
 
         >>> run = client.start_run("checkout", {"order": 1})
-        >>> url = f"/v1/runs/{run.run_id}/stream?access_token={client.stream_token(run.run_id)}"
+        >>> url = f"/v1/runs/{run.run_id}/stream?token={client.stream_token(run.run_id)}"
         """
         run = self.get_run(run_id)
         with reaching_postgres(self._journal.schema):

@@ -11,7 +11,7 @@ import httpx2
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
 from beatless.http import calls, wire
-from beatless.http.calls import Flow, named_as
+from beatless.http.calls import Exchange, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Run
@@ -23,18 +23,27 @@ T = TypeVar("T")
 
 
 def in_loop(
-    flow: Callable[P, Flow[T]],
+    exchange: Callable[P, Exchange[T]],
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
-    """The method of an AsyncClient that performs a flow of the table."""
+    """The method of an AsyncClient that performs an exchange of the table."""
 
     async def method(self: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> T:
-        return await self._perform(flow(*arguments, **options))
+        return await self._perform(exchange(*arguments, **options))
 
-    return named_as(flow, method)
+    return named_as(exchange, method)
 
 
 class AsyncClient:
-    """`beatless.http.Client` for asyncio: the same calls as coroutines, and `astream_run`."""
+    """`beatless.http.Client` for asyncio: the same calls as coroutines, and `astream_run`.
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with AsyncClient(url, token=None) as client:
+    ...         run = await client.start_run("checkout", {"order": 1})
+    ...         return (await client.get_run(run.run_id)).state.value
+    >>> asyncio.run(main())
+    'queued'
+    """
 
     def __init__(
         self,
@@ -157,12 +166,12 @@ class AsyncClient:
                 delay = follower.failed(error)
             await asyncio.sleep(delay)
 
-    async def _perform(self, flow: Flow[T]) -> T:
-        """The result of a flow of requests."""
+    async def _perform(self, exchange: Exchange[T]) -> T:
+        """The result of an exchange of requests."""
         try:
-            call = next(flow)
+            call = next(exchange)
             while True:
-                call = flow.send(await self._send(call))
+                call = exchange.send(await self._send(call))
         except StopIteration as end:
             result: T = end.value
             return result

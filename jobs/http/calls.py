@@ -1,8 +1,8 @@
-"""The calls of the API, each as a flow: a generator of requests without I/O.
+"""The calls of the API, each as an exchange: a generator of requests without I/O.
 
-A flow yields a Call, is sent what its answer means, and returns the result of the whole: a list is
-asked for page by page. The two clients perform the flows, one in a thread and one in a loop; their
-methods are made from this table, and a test compares it with the client of an app.
+An exchange yields a Call, is sent what its answer means, and returns the result of the whole: a
+list is asked for page by page. The clients perform the exchanges, one in a thread and one in a
+loop. Their methods are made from this table; a test compares them with those of an app's client.
 """
 
 import inspect
@@ -29,21 +29,21 @@ from beatless.outbox.letters import DeadLetter
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-Flow: TypeAlias = Generator[Call[Any], Any, T]
+Exchange: TypeAlias = Generator[Call[Any], Any, T]
 
 PAGE = 500
 """Runs, events or dead letters that one request asks for at most."""
 
 
-def ask(call: Call[T]) -> Flow[T]:
-    """The flow of one request."""
+def ask(call: Call[T]) -> Exchange[T]:
+    """The exchange of one request."""
     result: T = yield call
     return result
 
 
-def named_as(flow: Callable[..., Any], method: Method) -> Method:
-    """Give a client's method the name, the signature and the docstring of its flow."""
-    shown = inspect.signature(flow)
+def named_as(exchange: Callable[..., Any], method: Method) -> Method:
+    """Give a client's method the name, the signature and the docstring of its exchange."""
+    shown = inspect.signature(exchange)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     result = get_args(shown.return_annotation)[-1]
     signature = shown.replace(
@@ -51,13 +51,18 @@ def named_as(flow: Callable[..., Any], method: Method) -> Method:
         return_annotation=None if result is NoneType else result,
     )
     vars(method).update(__signature__=signature)
-    method.__name__, method.__doc__ = flow.__name__, flow.__doc__
+    method.__name__, method.__doc__ = exchange.__name__, exchange.__doc__
     return method
 
 
 @shows_run_options
-def start_run(plan: str, input: Any = None, **options: Unpack[RunOptions]) -> Flow[Run]:
-    """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict."""
+def start_run(plan: str, input: Any = None, **options: Unpack[RunOptions]) -> Exchange[Run]:
+    """Store a run. Raises UnknownPlan, BadRequest, BadPayload, RunConflict.
+
+    >>> run = client.start_run("checkout", {"order": 1}, key="order:1")
+    >>> client.start_run("checkout", {"order": 1}, key="order:1").run_id == run.run_id
+    True
+    """
     request = RunRequest(plan=plan, input=input, **options)
     body = {each.name: json_of(getattr(request, each.name)) for each in json_members()}
     # It has its id before it is sent: an answer that was lost is asked for again.
@@ -67,8 +72,13 @@ def start_run(plan: str, input: Any = None, **options: Unpack[RunOptions]) -> Fl
     return ask(Call(method="POST", path=path_of("runs"), body=body, headers=headers, read=run_of))
 
 
-def get_run(run_id: str) -> Flow[Run]:
-    """The run as it is stored now. Raises RunNotFound."""
+def get_run(run_id: str) -> Exchange[Run]:
+    """The run as it is stored now. Raises RunNotFound.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> client.get_run(run.run_id).state.value
+    'queued'
+    """
     return ask(Call(method="GET", path=path_of("runs", run_id), read=run_of))
 
 
@@ -82,11 +92,15 @@ def list_runs(
     step: str | None = None,
     before: Run | tuple[datetime, str] | None = None,
     limit: int = 50,
-) -> Flow[list[Run]]:
+) -> Exchange[list[Run]]:
     """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
     `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
     have not ended and are in this step, or go on with it.
+
+    >>> run = client.start_run("checkout", {"order": 1}, tags={"customer": "ada"})
+    >>> [found.input for found in client.list_runs(state="queued", tags={"customer": "ada"})]
+    [{'order': 1}]
     """
     found: list[Run] = []
     while len(found) < limit:
@@ -109,8 +123,13 @@ def list_runs(
     return found
 
 
-def events(run_id: str, from_seq: int = 0, limit: int | None = None) -> Flow[list[Event]]:
-    """The stored events after `from_seq`. Raises RunNotFound and EventsPruned."""
+def events(run_id: str, from_seq: int = 0, limit: int | None = None) -> Exchange[list[Event]]:
+    """The stored events after `from_seq`. Raises RunNotFound and EventsPruned.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> [event.type for event in client.events(run.run_id)]
+    ['RunStarted']
+    """
     found: list[Event] = []
     while limit is None or len(found) < limit:
         wanted = PAGE if limit is None else min(limit - len(found), PAGE)
@@ -122,17 +141,25 @@ def events(run_id: str, from_seq: int = 0, limit: int | None = None) -> Flow[lis
     return found
 
 
-def stream_token(run_id: str) -> Flow[str]:
+def stream_token(run_id: str) -> Exchange[str]:
     """A token that may follow this run for some minutes, for `EventSource`'s URL.
 
     Raises RunNotFound.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> url = f"/v1/runs/{run.run_id}/stream?token={client.stream_token(run.run_id)}"
     """
     path = path_of("runs", run_id, "stream-token")
     return ask(Call(method="POST", path=path, read=lambda found: str(found["token"])))
 
 
-def cancel_run(run_id: str, *, reason: str | None = None) -> Flow[Run]:
-    """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound."""
+def cancel_run(run_id: str, *, reason: str | None = None) -> Exchange[Run]:
+    """Ask a run to stop, durably; one that has ended stays as it is. Raises RunNotFound.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> client.cancel_run(run.run_id, reason="sold out").state.value
+    'cancelled'
+    """
     cancelled = yield from ask(
         Call(
             method="POST",
@@ -145,32 +172,53 @@ def cancel_run(run_id: str, *, reason: str | None = None) -> Flow[Run]:
     return cancelled or (yield from get_run(run_id))
 
 
-def retry_run(run_id: str, from_step: str | None = None) -> Flow[Run]:
+def retry_run(run_id: str, from_step: str | None = None) -> Exchange[Run]:
     """Start a new run that goes on where an ended one has failed; the new run.
 
     Not tried again when its answer is lost: there could be two. Raises RunNotFound,
     UnknownPlan and CannotRetry.
+
+    >>> run = client.start_run("checkout", {"order": 1, "declined": True})
+    >>> executed = beatless.work_until_idle()
+    >>> client.retry_run(run.run_id, from_step="charge").retry_of == run.run_id
+    True
     """
     body = {} if from_step is None else {"from_step": from_step}
     path = path_of("runs", run_id, "retry")
     return ask(Call(method="POST", path=path, body=body, read=run_of, repeatable=False))
 
 
-def remove_run(run_id: str) -> Flow[None]:
-    """Take a run away with all of its events. Raises RunNotFound, RunIsActive."""
+def remove_run(run_id: str) -> Exchange[None]:
+    """Take a run away with all of its events. Raises RunNotFound, RunIsActive.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> stopped = client.cancel_run(run.run_id)
+    >>> client.remove_run(run.run_id)
+    """
     path = path_of("runs", run_id)
     return ask(Call(method="DELETE", path=path, read=_nothing, repeatable=False))
 
 
-def clean(state: str, older_than: float | timedelta, limit: int = 1000) -> Flow[int]:
-    """Take away up to `limit` runs that ended in this state so long ago; how many."""
+def clean(state: str, older_than: float | timedelta, limit: int = 1000) -> Exchange[int]:
+    """Take away up to `limit` runs that ended in this state so long ago; how many.
+
+    >>> run = client.cancel_run(client.start_run("checkout", {"order": 1}).run_id)
+    >>> client.clean("cancelled", older_than=0) >= 1
+    True
+    """
     body = {"state": state, "older_than": json_of(older_than), "limit": limit}
     path = path_of("finished-runs", "clean")
     return ask(Call(method="POST", path=path, body=body, read=_removed, repeatable=False))
 
 
-def count_finished(state: str, older_than: float | timedelta) -> Flow[tuple[int, int]]:
-    """(runs, events) that `clean` would take away without a limit."""
+def count_finished(state: str, older_than: float | timedelta) -> Exchange[tuple[int, int]]:
+    """(runs, events) that `clean` would take away without a limit.
+
+    >>> run = client.cancel_run(client.start_run("checkout", {"order": 1}).run_id)
+    >>> runs, events = client.count_finished("cancelled", older_than=0)
+    >>> runs >= 1 and events >= 3
+    True
+    """
     answer = yield from _get(
         "finished-runs", query={"state": state, "older_than": json_of(older_than)}
     )
@@ -185,11 +233,16 @@ def failed_runs(
     error: str | None = None,
     within: float | timedelta | None = None,
     limit: int = 100,
-) -> Flow[list[Run]]:
+) -> Exchange[list[Run]]:
     """The runs that were given up on: failed, and retried by nobody. Oldest end first.
 
     `error` is looked for in "type: message" of the error, `within` keeps those
     that failed so many seconds ago or less. `remove_run` discards one.
+
+    >>> run = client.start_run("checkout", {"order": 1, "declined": True})
+    >>> executed = beatless.work_until_idle()
+    >>> [failed.error["message"] for failed in client.failed_runs(error="card declined")]
+    ['card declined']
     """
     chosen = _failed(plan, queue, tags, error, within)
     found: list[Run] = []
@@ -212,11 +265,18 @@ def retry_failed(
     error: str | None = None,
     within: float | timedelta | None = None,
     limit: int = 100,
-) -> Flow[tuple[list[Run], list[Exception]]]:
+) -> Exchange[tuple[list[Run], list[Exception]]]:
     """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
 
     Not tried again when its answer is lost: it can be called again, and then tells of those
     only that were left. Two calls at once retry each run once.
+
+    >>> order = {"order": 1, "declined": True}
+    >>> run = client.start_run("checkout", order, tags={"day": "monday"})
+    >>> executed = beatless.work_until_idle()
+    >>> started, refused = client.retry_failed(tags={"day": "monday"}, within=3600)
+    >>> len(started), refused
+    (1, [])
     """
     chosen = _failed(plan, queue, tags, error, within)
     started: list[Run] = []
@@ -241,8 +301,12 @@ def retry_failed(
     return started, refused
 
 
-def dead_letters(limit: int = 100, after: int = 0) -> Flow[list[DeadLetter]]:
-    """Event messages that could not be published, oldest first, with an id above `after`."""
+def dead_letters(limit: int = 100, after: int = 0) -> Exchange[list[DeadLetter]]:
+    """Event messages that could not be published, oldest first, with an id above `after`.
+
+    >>> client.dead_letters(limit=10)
+    []
+    """
     found: list[DeadLetter] = []
     while len(found) < limit:
         query = {"limit": min(limit - len(found), PAGE), "after": after}
@@ -254,21 +318,34 @@ def dead_letters(limit: int = 100, after: int = 0) -> Flow[list[DeadLetter]]:
     return found
 
 
-def dead_letter(letter_id: int) -> Flow[DeadLetter]:
-    """One of `dead_letters`. Raises BadRequest if there is no such letter."""
+def dead_letter(letter_id: int) -> Exchange[DeadLetter]:
+    """One of `dead_letters`. Raises BadRequest if there is no such letter.
+
+    >>> letter = client.dead_letter(7)
+    Traceback (most recent call last):
+        ...
+    beatless.errors.BadRequest: dead letter 7 does not exist
+    """
     return record_of(DeadLetter, (yield from _get("dead-letters", str(letter_id))))
 
 
-def requeue_dead_letter(letter_id: int) -> Flow[None]:
-    """Publish the message again. Raises BadRequest if there is no such letter."""
+def requeue_dead_letter(letter_id: int) -> Exchange[None]:
+    """Publish the message again. Raises BadRequest if there is no such letter.
+
+    >>> for letter in client.dead_letters():
+    ...     client.requeue_dead_letter(letter.id)
+    """
     path = path_of("dead-letters", str(letter_id), "requeue")
     return ask(Call(method="POST", path=path, read=_nothing, repeatable=False))
 
 
-def requeue_dead_letters(*, reason: str = "", limit: int = 1000) -> Flow[int]:
+def requeue_dead_letters(*, reason: str = "", limit: int = 1000) -> Exchange[int]:
     """Publish many messages again, oldest first; how many they were.
 
     Those that have `reason` in their reason, whatever its case.
+
+    >>> client.requeue_dead_letters(reason="too large")
+    0
     """
     return ask(
         Call(
@@ -281,42 +358,70 @@ def requeue_dead_letters(*, reason: str = "", limit: int = 1000) -> Flow[int]:
     )
 
 
-def discard_dead_letter(letter_id: int) -> Flow[None]:
-    """Forget the message; its events stay in the journal. Raises BadRequest."""
+def discard_dead_letter(letter_id: int) -> Exchange[None]:
+    """Forget the message; its events stay in the journal. Raises BadRequest.
+
+    >>> for letter in client.dead_letters():
+    ...     client.discard_dead_letter(letter.id)
+    """
     path = path_of("dead-letters", str(letter_id))
     return ask(Call(method="DELETE", path=path, read=_nothing, repeatable=False))
 
 
-def queues() -> Flow[list[QueueState]]:
-    """Every queue that has runs or is paused, with its counts."""
+def queues() -> Exchange[list[QueueState]]:
+    """Every queue that has runs or is paused, with its counts.
+
+    >>> run = client.start_run("checkout", {"order": 1}, queue="mail")
+    >>> [queue.waiting for queue in client.queues() if queue.name == "mail"]
+    [1]
+    """
     answer = yield from _get("queues")
     return [record_of(QueueState, members) for members in answer["queues"]]
 
 
-def pause_queue(queue: str) -> Flow[None]:
-    """After this returned no run of the queue starts anywhere; those that run go on."""
+def pause_queue(queue: str) -> Exchange[None]:
+    """After this returned no run of the queue starts anywhere; those that run go on.
+
+    >>> client.pause_queue("mail")
+    >>> [queue.paused_at is not None for queue in client.queues() if queue.name == "mail"]
+    [True]
+    """
     return ask(Call(method="POST", path=path_of("queues", queue, "pause"), read=_nothing))
 
 
-def resume_queue(queue: str) -> Flow[None]:
-    """Let the queue's runs start again."""
+def resume_queue(queue: str) -> Exchange[None]:
+    """Let the queue's runs start again.
+
+    >>> client.pause_queue("mail")
+    >>> client.resume_queue("mail")
+    """
     return ask(Call(method="POST", path=path_of("queues", queue, "resume"), read=_nothing))
 
 
-def drain_queue(queue: str) -> Flow[int]:
-    """Take away the runs that wait, leave those that run; how many were taken away."""
+def drain_queue(queue: str) -> Exchange[int]:
+    """Take away the runs that wait, leave those that run; how many were taken away.
+
+    >>> run = client.start_run("checkout", {"order": 1}, queue="letters")
+    >>> client.drain_queue("letters")
+    1
+    """
     path = path_of("queues", queue, "drain")
     return ask(Call(method="POST", path=path, read=_removed, repeatable=False))
 
 
-def obliterate_queue(queue: str, *, force: bool = False) -> Flow[int]:
-    """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`."""
+def obliterate_queue(queue: str, *, force: bool = False) -> Exchange[int]:
+    """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`.
+
+    >>> run = client.start_run("checkout", {"order": 1}, queue="parcels")
+    >>> client.obliterate_queue("parcels", force=True)
+    1
+    """
     query = {"force": "true"} if force else {}
     path = path_of("queues", queue)
     return ask(Call(method="DELETE", path=path, query=query, read=_removed, repeatable=False))
 
 
-def _get(*parts: str, query: Mapping[str, Any] | None = None) -> Flow[Any]:
+def _get(*parts: str, query: Mapping[str, Any] | None = None) -> Exchange[Any]:
     """The JSON of an answer, to a query without what was left open."""
     given = None if query is None else _given(query)
     return ask(Call(method="GET", path=path_of(*parts), query=given, read=_as_it_is))

@@ -14,7 +14,7 @@ from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
 from beatless.http import calls, wire
 from beatless.http.aio import AsyncClient
-from beatless.http.calls import Flow, named_as
+from beatless.http.calls import Exchange, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Run
@@ -25,13 +25,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def in_thread(flow: Callable[P, Flow[T]]) -> Callable[Concatenate["Client", P], T]:
-    """The method of a Client that performs a flow of the table."""
+def in_thread(exchange: Callable[P, Exchange[T]]) -> Callable[Concatenate["Client", P], T]:
+    """The method of a Client that performs an exchange of the table."""
 
     def method(self: "Client", /, *arguments: P.args, **options: P.kwargs) -> T:
-        return self._perform(flow(*arguments, **options))
+        return self._perform(exchange(*arguments, **options))
 
-    return named_as(flow, method)
+    return named_as(exchange, method)
 
 
 class Client:
@@ -39,6 +39,11 @@ class Client:
 
     Calls are tried five times before they raise Unreachable. AccessDenied says that the token is
     not good, or not for this.
+
+    >>> with Client(url, token=None) as client:
+    ...     run = client.start_run("checkout", {"order": 1})
+    >>> run.state.value
+    'queued'
     """
 
     def __init__(
@@ -74,14 +79,23 @@ class Client:
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
-        """A client of `BEATLESS_API_URL` with the token in `BEATLESS_TOKEN`. Raises BadSetting."""
+        """A client of `BEATLESS_API_URL` with the token in `BEATLESS_TOKEN`. Raises BadSetting.
+
+        >>> with Client.from_env(timeout=5.0) as client:
+        ...     client.dead_letters()
+        []
+        """
         url = os.environ.get("BEATLESS_API_URL")
         if not url:
             raise BadSetting("BEATLESS_API_URL", "is not set", "https://beatless.example")
         return cls(url, token=os.environ.get("BEATLESS_TOKEN"), **options)
 
     def close(self) -> None:
-        """Close its connections. Who waits between two tries, in another thread, tries no more."""
+        """Close its connections. Who waits between two tries, in another thread, tries no more.
+
+        >>> client = Client(url)
+        >>> client.close()
+        """
         self._closed.set()
         self._http.close()
 
@@ -115,7 +129,13 @@ class Client:
     obliterate_queue = in_thread(calls.obliterate_queue)
 
     def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
-        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""
+        """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> client.wait_for_run(run.run_id, timeout=10).result
+        {'parcel': 'p_1'}
+        """
         run = self.get_run(run_id)
         # The end counts, in whichever history it comes.
         for event in self.stream_run(run_id, run.last_seq, timeout=timeout, on_reset=lambda: None):
@@ -138,6 +158,11 @@ class Client:
         WaitTimeout if no RunFinished came within `timeout` seconds. When the database was restored
         or failed over it raises HistoryChanged; or it calls `on_reset`, which must forget the
         events, and gives all of them from the first.
+
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> [event.type for event in client.stream_run(run.run_id, from_seq=6)]
+        ['StepFinished', 'RunFinished']
         """
         run = self.get_run(run_id)
         check_cursor(run, from_seq)
@@ -187,7 +212,16 @@ class Client:
         timeout: float | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> AsyncIterator[Event]:
-        """`stream_run` for asyncio. Who follows many runs in one loop takes an AsyncClient."""
+        """`stream_run` for asyncio. Who follows many runs in one loop takes an AsyncClient.
+
+        >>> import asyncio
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> executed = beatless.work_until_idle()
+        >>> async def steps():
+        ...     return [event.step async for event in client.astream_run(run.run_id, from_seq=6)]
+        >>> asyncio.run(steps())
+        ['ship', None]
+        """
 
         async def events() -> AsyncIterator[Event]:
             async with AsyncClient(
@@ -204,12 +238,12 @@ class Client:
 
         return events()
 
-    def _perform(self, flow: Flow[T]) -> T:
-        """The result of a flow of requests."""
+    def _perform(self, exchange: Exchange[T]) -> T:
+        """The result of an exchange of requests."""
         try:
-            call = next(flow)
+            call = next(exchange)
             while True:
-                call = flow.send(self._send(call))
+                call = exchange.send(self._send(call))
         except StopIteration as end:
             result: T = end.value
             return result

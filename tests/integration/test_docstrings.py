@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import beatless as package
-from beatless import Client, Fatal, Plan, StepContext, step
+from beatless import Client, Fatal, Plan, StepContext, http, step
 from beatless.testing import Kit
+from tests.serving import serving
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -96,6 +97,25 @@ def test_each_call_of_the_client_has_an_example() -> None:
 
 def test_the_examples_of_the_client_give_what_they_show(beatless: Kit) -> None:
     check(calls(Client), {"client": beatless.client, "beatless": beatless})
+
+
+def over_http() -> Iterator[tuple[str, Any]]:
+    """The calls of the table, and what each client adds to them."""
+    yield from [("AsyncClient", http.AsyncClient), ("Client", http.Client)]
+    yield from calls(http.Client)
+
+
+def test_each_call_over_http_has_an_example() -> None:
+    assert without_example(over_http()) == ["Client.after_fork"]
+
+
+def test_the_examples_of_the_calls_over_http_give_what_they_show(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(beatless.app) as api, http.Client(api.url) as client:
+        monkeypatch.setenv("BEATLESS_API_URL", api.url)
+        names = {"Client": http.Client, "AsyncClient": http.AsyncClient, "url": api.url}
+        check(over_http(), names | {"client": client, "beatless": beatless})
 
 
 def test_each_helper_of_the_kit_has_an_example() -> None:

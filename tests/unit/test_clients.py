@@ -54,12 +54,12 @@ def test_each_call_has_the_same_options_in_each_client(call: str) -> None:
 
 
 def test_every_call_over_http_is_one_of_the_table() -> None:
-    flows = {
+    exchanges = {
         name
-        for name, flow in inspect.getmembers(calls, inspect.isfunction)
-        if get_origin(inspect.signature(flow).return_annotation) is Generator
+        for name, exchange in inspect.getmembers(calls, inspect.isfunction)
+        if get_origin(inspect.signature(exchange).return_annotation) is Generator
     }
-    table = {name for name in flows if not name.startswith("_")} - {"ask"}
+    table = {name for name in exchanges if not name.startswith("_")} - {"ask"}
     assert table | WITH_STREAMS == offers(HttpClient).keys()
     for name in table:
         for kind in (HttpClient, AsyncClient):
