@@ -23,7 +23,7 @@ def page(text: str, results: Mapping[str, Any]) -> str:
         (
             "each child of it",
             f"{value['worker.connections']:.0f}",
-            f"{value['child.memory']:.0f} MB, and what your steps need",
+            f"{value['child.memory']:.0f} MB, and the needs of your steps",
         ),
     ]
     lines = ["| process | connections to Postgres | memory |", "|---|---|---|"]
