@@ -20,10 +20,11 @@ from beatless.outbox.publishers import worker_queue
 from beatless.settings import Settings
 from beatless.testing.broker_guard import Fence, Guard, servers, watching
 from beatless.testing.isolation import Isolation
-from beatless.testing.kit import Kit, queue_names
+from beatless.testing.kit import Kit
 from beatless.testing.lending import acting_as
 from beatless.testing.schemas import Tables
 from beatless.testing.servers import Services, shared_services, start_services
+from beatless.testing.task_inbox import queue_names
 
 OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 """Settings that each test has for itself."""

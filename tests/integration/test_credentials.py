@@ -115,7 +115,7 @@ def test_everything_goes_on_when_the_passwords_have_changed(
             while kit.client.get_run(run.run_id).attempt == 0:
                 assert drained.wait(30)
                 drained.clear()
-                message = kit._take_message()  # what a worker does
+                message = kit._inbox.take()  # what a worker does
                 if message is not None:
                     kit._execute(message)
             assert kit.client.get_run(run.run_id).state == "completed"

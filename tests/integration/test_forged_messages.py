@@ -60,7 +60,7 @@ def test_a_forged_number_moves_that_of_the_next_message_by_one_at_most(
 ) -> None:
     run = beatless.start_run("doze")
     forge(beatless_app, "doze", run.run_id, number)
-    assert beatless._execute(beatless._take_message())
+    assert beatless._execute(beatless._inbox.take())
     assert postgres.execute("SELECT attempts FROM dispatches").fetchone()[0] in (0, 1)
 
     other = beatless.start_run("charge")

@@ -206,7 +206,7 @@ def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(
     told = tmp_path / "told"
     (tmp_path / "watched.py").write_text(WATCHED.format(told=str(told)))
     monkeypatch.syspath_prepend(tmp_path)
-    serving = beatless._process("watched:app", ["serve", "--port", "0"], {})
+    serving = beatless._processes.start("watched:app", ["serve", "--port", "0"], {})
     run = beatless.start_run("two_steps")
 
     assert serving.alive

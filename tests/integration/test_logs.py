@@ -135,7 +135,7 @@ def test_a_whole_fleet_writes_json_and_nothing_else(beatless: Kit) -> None:
     children = [
         beatless.relay_process(APP, log_format="json"),
         beatless.worker_process(APP, log_format="json"),
-        beatless._process(APP, ["serve", "--port", "0"], {"log_format": "json"}),
+        beatless._processes.start(APP, ["serve", "--port", "0"], {"log_format": "json"}),
     ]
     run = beatless.start_run("retries", {"failures": 1, "secret": SECRET})
     beatless.wait_for_event(run.run_id, "StepFailed")

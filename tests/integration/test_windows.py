@@ -126,7 +126,7 @@ def test_many_runs_whose_workers_died_at_once_come_through_the_window(
 
 def work_without(kit: Kit, *plans: str) -> None:
     """What a worker does that does not have these plans."""
-    while (message := kit._take_message()) is not None:
+    while (message := kit._inbox.take()) is not None:
         if message.headers["task"] in plans:
             message.ack()
         else:
