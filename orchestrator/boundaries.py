@@ -1,4 +1,4 @@
-"""What each outcome of an attempt commits. Pure: it decides, and neither writes nor logs.
+"""The commits of each outcome of an attempt. Pure: it decides, and neither writes nor logs.
 
 An attempt ends in one of these ways; the run then goes on, waits or has ended:
 
@@ -54,7 +54,7 @@ FAILURE_BYTES = 262_144
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conclusion:
-    """What the return value of a body commits."""
+    """The commit for the return value of a body."""
 
     settlement: Settlement
     following: Step | None
@@ -63,7 +63,7 @@ class Conclusion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailure:
-    """What an attempt that failed commits, and what a log says of it."""
+    """The commit for a failed attempt, and its log line."""
 
     settlement: Settlement
     step: str

@@ -152,7 +152,7 @@ class CommitFailed:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What has become of the commit in doubt; the lease is still held unless the run has ended."""
+    """The fate of the commit in doubt; the lease is still held unless the run has ended."""
 
     committed: bool
     ended: bool
@@ -229,7 +229,7 @@ class Execution:
         return (yield from self._begin_attempt(progress))
 
     def _fold(self) -> Generator[Request, Any, Progress]:
-        """Where the journal says the run is."""
+        """The progress of the run, folded from the journal."""
         events: Sequence[Event] = yield ReadJournal()
         self._last_ts_ms = events[-1].ts
         return fold(self._plan, events)
@@ -423,7 +423,7 @@ class Execution:
 
 
 def _as_stored(finished: NewEvent) -> dict[str, Any]:
-    """What a resumed run would read: of the text that was stored, and not of the value again."""
+    """The result that a resumed run would read: decoded from the stored text."""
     data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
     return data
 

@@ -354,7 +354,7 @@ class RunDriver:
         error: BaseException,
         transaction: sqlalchemy.Connection | None,
     ) -> Raised | Cancelled | Stopped | TransactionLost:
-        """What it means that a body has raised this. Raises LeaseLost.
+        """Interpret an exception of a body. Raises LeaseLost.
 
         Whatever the body raises is its failure, and be it SystemExit: only what it was told and
         passes on, and has not made up, is not; nor what ends this process.

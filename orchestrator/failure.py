@@ -37,7 +37,7 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
 
 
 def cancel_error(reason: str | None) -> dict[str, Any]:
-    """What a cancelled run stores as its error."""
+    """The stored error of a cancelled run."""
     return {"type": "RunCancelled", "message": reason or "the run was cancelled"}
 
 

@@ -40,7 +40,7 @@ class Heartbeat:
         slots: Sequence[int] = (),
         observer: Observer = ignore,
     ) -> None:
-        """What is held is noted in these slots of `board`, as far as they go."""
+        """Held leases are noted in these slots of `board`, as far as they go."""
         self._leases = leases
         self._connect = connect
         self._board = board

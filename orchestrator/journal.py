@@ -118,7 +118,7 @@ Place = tuple[datetime, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
-    """Where a run is that has not ended."""
+    """The place of an unfinished run."""
 
     plan: str
     place: Event
@@ -132,7 +132,7 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenUp:
-    """Which of the failed runs that nobody has retried."""
+    """A filter of failed runs that have no retry."""
 
     plan: str | None = None
     queue: str | None = None
@@ -147,7 +147,7 @@ class GivenUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """What a caller asks for, checked. `input` is JSON text."""
+    """A checked request to start a run. `input` is JSON text."""
 
     run_id: str
     namespace: str
@@ -199,7 +199,7 @@ class NewRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appended:
-    """What an append tells its writer."""
+    """The result of an append."""
 
     last_seq: int
     cancelled: bool
@@ -208,7 +208,7 @@ class Appended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What the rows beside a run say about it now."""
+    """The state of a run in the tables beside `runs`."""
 
     now: datetime
     lease_expires_at: datetime | None
@@ -451,7 +451,7 @@ class Journal:
     def unfinished(
         self, connection: Caller, *, reason: str | None = None, read: Read = execute
     ) -> Iterator[Unfinished]:
-        """Where all runs are that have not ended, or those that wait for this reason."""
+        """The places of all unfinished runs, or of those that wait for this reason."""
         for run_id, plan, cancelled, undo, undoing, seq, type, step, data in read(
             connection, self.sql["unfinished"], {"reason": reason}
         ):
@@ -499,7 +499,7 @@ class Journal:
     def count_given_up(
         self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
     ) -> int:
-        """How many `given_up` would give."""
+        """The number of runs that `given_up` would return."""
         statement = self.sql["count_failed"]
         return int(self._read_failed(connection, statement, namespace, chosen, limit)[0][0])
 
@@ -569,7 +569,7 @@ class Journal:
     def turns(
         self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str
     ) -> list[Event]:
-        """What says where an unfinished run is, and its last event. Raises RunNotFound.
+        """The events that give an unfinished run's place, and its last event. Raises RunNotFound.
 
         The starts, failures and ends of steps, a cancel and the traces of these names; of turns of
         one step that follow one another and did nothing but end with the trace `rest`, the last.
@@ -581,7 +581,7 @@ class Journal:
         return [Event.from_json(line) for (line,) in rows]
 
     def standing(self, connection: Caller, run_id: str) -> Standing:
-        """Where a run stands beside its own row. Raises RunNotFound."""
+        """The state of a run in the tables beside `runs`. Raises RunNotFound."""
         rows = execute(
             connection, self.sql["standing"], {"run_id": run_id, "shard": shard_of(run_id)}
         )

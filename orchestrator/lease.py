@@ -70,7 +70,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseStatus:
-    """What became of a lease. Only its owner writes as a worker."""
+    """The fate of a lease. Only its owner writes as a worker."""
 
     held: bool
     committed_since: bool
@@ -197,7 +197,7 @@ class Leases:
             lease.token, lease.next_token = lease.next_token, None
 
     def inspect(self, connection: Connection, lease: Lease, after: int) -> LeaseStatus:
-        """What became of a lease and of our writes: the answer to an interrupted commit.
+        """Read the lease and its writes after an interrupted commit.
 
         Notes on the lease whether a cancel was accepted.
         """

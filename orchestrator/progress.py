@@ -1,4 +1,4 @@
-"""Where a run is in its plan, folded from its events. Pure: it reads and writes nothing."""
+"""The place of a run in its plan, folded from its events. Pure: it reads and writes nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class UnknownStep(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Where a run is, folded from its events. Steps have the names of this version of the plan."""
+    """The place of a run, folded from its events. Steps have the names of this plan's version."""
 
     step: Step | None
     """What comes next; None when every step has finished."""
@@ -87,7 +87,7 @@ class Progress:
 
     @property
     def key(self) -> str:
-        """What this occurrence was called when it began: a rename leaves its key alone."""
+        """The name of this occurrence when it began: a rename leaves its key alone."""
         return self.begun or self.occurrence
 
     @property
@@ -245,7 +245,7 @@ def _next_step(plan: Plan, place: Event, after: Callable[[Plan, str], Step | Non
 
 
 def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
-    """What a retry of an ended run takes over: the results, and the step to begin with.
+    """The results that a retry of an ended run takes over, and the step to begin with.
 
     None if it begins at the beginning, as it does for a run that its `on_cancel` step has undone.
     `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was

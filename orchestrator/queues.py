@@ -1,4 +1,4 @@
-"""What is said about queues, for the whole fleet: pause, resume, and taking runs away.
+"""Statements over queues, for the whole fleet: pause, resume, and the removal of runs.
 
 The truth is in Postgres: the relay skips a paused queue and a worker's claim looks again, so the
 few messages that the broker already holds start nothing. Functions take a connection and never

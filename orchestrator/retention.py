@@ -83,7 +83,7 @@ class Retention:
         return REST if due is None else min(REST, max(SHORT_REST, due))
 
     def _prune_events(self, connection: psycopg.Connection[Any]) -> tuple[int, Any]:
-        """How many were removed, and since when to look the next time."""
+        """The number removed, and the time from which to look next."""
         rows = execute(connection, self._sql["lock"], self._parameters | {"since": self._since})
         if not rows:
             return 0, self._since

@@ -1,4 +1,4 @@
-"""What a boundary of a run commits, as a value: one way if it was cancelled, another if not."""
+"""The commit of a boundary as a value: one if the run was cancelled, another if not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -264,7 +264,7 @@ class TaskLane:
         return [due for due in picked if due.message.task_id not in again]
 
     def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> int:
-        """How many rows were free to be written, if it is not sent in a pipeline."""
+        """The number of rows written, unless it is sent in a pipeline."""
         return self._connection.execute(
             statement, _attempts(messages) | {"redispatch": self._redispatch, "now": now}
         ).rowcount

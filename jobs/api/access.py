@@ -1,4 +1,4 @@
-"""Who may call a route: the gate before the request is read, the scope before it is answered."""
+"""Access to a route: the gate before the request is read, the scope before it is answered."""
 
 from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus

@@ -120,7 +120,7 @@ class CancelRequest(BaseModel):
 
 
 class RetryRequest(BaseModel):
-    """Where a retry begins; default: where the run failed."""
+    """The body of a retry; without `from_step` it begins where the run failed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -128,7 +128,7 @@ class RetryRequest(BaseModel):
 
 
 class FailedRuns(BaseModel):
-    """Which failed runs."""
+    """The filter of failed runs."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -157,13 +157,13 @@ class FailedRuns(BaseModel):
 
 
 class CountRequest(FailedRuns):
-    """Which of them to count, and how far."""
+    """The filter and limit of a count of failed runs."""
 
     limit: int = Field(default=100_000, ge=1, le=100_000)
 
 
 class FinishedRuns(BaseModel):
-    """Which runs that have ended."""
+    """The filter of finished runs."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -174,13 +174,13 @@ class FinishedRuns(BaseModel):
 
 
 class CleanRequest(FinishedRuns):
-    """Which of them to take away, and how many at most, oldest first."""
+    """The filter of finished runs to remove, and the limit, oldest first."""
 
     limit: int = Field(default=1000, ge=1, le=100_000)
 
 
 class Letters(BaseModel):
-    """Which messages."""
+    """The filter of dead letters."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What a request may bring: so many bytes, sent as they are, within so many seconds."""
+"""Limits of a request body: bytes, seconds, and no content encoding."""
 
 import asyncio
 from http import HTTPStatus
@@ -31,7 +31,7 @@ class BodyLimit:
 
 
 def _refusal(scope: Scope) -> tuple[HTTPStatus, str] | None:
-    """What its headers say already."""
+    """The problem with a body that its headers announce."""
 
     def values(name: bytes) -> list[bytes]:
         return [value for key, value in scope["headers"] if key == name]

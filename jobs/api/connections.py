@@ -65,7 +65,7 @@ class Connections:
         return self.count < self.limit
 
     def protocol(self) -> type[H11Protocol]:
-        """What uvicorn makes for each connection."""
+        """The protocol that uvicorn creates for each connection."""
 
         class Counted(Connection):
             connections_of_server = self

@@ -1,4 +1,4 @@
-"""Who may do what: by token, by the host app's own authentication, or by being on this machine."""
+"""Authentication: by token, by the host app's own function, or by a loopback connection."""
 
 import logging
 import threading
@@ -163,7 +163,7 @@ class Gate:
 
 
 def granted(request: Request) -> Grant:
-    """What the gate has granted to whoever sent the request."""
+    """The grant of the request's caller."""
     found: Grant = request.state.beatless_grant
     return found
 

@@ -1,4 +1,4 @@
-"""How many requests are at work at once: those that wait for a row leave room for others."""
+"""Limits of concurrent requests: those that wait for a row leave room for others."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -38,7 +38,7 @@ class Clients:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """Whatever outlives a request."""
+    """The collaborators of all routes, which outlive a request."""
 
     app: App
     engine: sqlalchemy.Engine

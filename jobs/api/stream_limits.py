@@ -1,4 +1,4 @@
-"""How many streams may be open at once: in all, for a token, and for a namespace."""
+"""Limits of open streams: in all, for a token, and for a namespace."""
 
 import threading
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Where a viewer of a run stands, and what each thing that happens to it means. Does no I/O."""
+"""The state of a viewer of a run, and the effect of each thing that happens. Does no I/O."""
 
 import json
 import logging
@@ -159,5 +159,5 @@ class Follower:
         return stall if left is None else max(0.001, min(stall, left))
 
     def too_late(self) -> WaitTimeout:
-        """What to raise when the time is up."""
+        """The error at the end of the timeout."""
         return WaitTimeout(self.run_id, self._timeout, "unfinished", self.seq)

@@ -100,7 +100,7 @@ def authorization(token: str | None) -> dict[str, str]:
 
 
 def result_of(call: Call[T], response: httpx2.Response) -> T:
-    """What the answer says, or the error that it names."""
+    """The value of an answer. Raises the error that it names."""
     if response.is_success or response.status_code == call.unchanged:
         return call.read(response.json() if response.content else None)
     raise error_of(response)

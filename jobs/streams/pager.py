@@ -1,4 +1,4 @@
-"""How many events to read from the journal at once."""
+"""The number of events to read from the journal at once."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How long a stream waits: until its caller's timeout, and between reads that Postgres refuses."""
+"""Waits of a stream: until its caller's timeout, and between reads that Postgres refuses."""
 
 import logging
 

@@ -18,7 +18,7 @@ READY_FILE_TOUCH_INTERVAL_S = 5.0
 
 
 class ProcessSetup(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """What others left in the worker's processes: variables are named, silenced loggers speak.
+    """Report variables of other projects, and enable loggers that Celery's set-up silenced.
 
     It comes after `worker_init`, in which Celery's fix-up sets Django up, with its own logging.
     """

@@ -1,4 +1,4 @@
-"""Which queues a worker consumes, written to Postgres while it does."""
+"""The announcement of a worker's queues, in Postgres while it consumes them."""
 
 import logging
 import secrets

@@ -1,4 +1,4 @@
-"""How soon a worker connects to its broker again, and after what."""
+"""Reconnects of a worker to its broker: their causes and pauses."""
 
 import logging
 from collections.abc import Callable
@@ -22,7 +22,7 @@ UNREADABLE_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 
 
 class UnreadableMessages(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """What is no message ends no worker: it connects anew, as after a lost connection.
+    """Reconnects after an unreadable message, as after a lost connection: it must end no worker.
 
     It is out of the list already when kombu raises. What runs goes on.
     """
@@ -40,7 +40,7 @@ CONNECTION_ERROR_HOOKS = (
 
 
 class ReconnectBackoff(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """How soon a worker tries its broker again: as soon as a relay, and never without a pause.
+    """The pauses of a worker between attempts to reach its broker: those of a relay.
 
     Celery lets up to 30 s pass before it notices that a broker is back. And it has no back-off from
     one that accepts the connection and then refuses, as a read-only replica does.

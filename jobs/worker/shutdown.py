@@ -1,4 +1,4 @@
-"""How a worker ends: its children are told, runs are given back, and what hangs is left."""
+"""Shutdown of a worker: its children stop, runs are released, hanging threads are left."""
 
 import logging
 import mmap

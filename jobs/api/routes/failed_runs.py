@@ -26,7 +26,7 @@ def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> 
 
 @router.get("/v1/failed-runs/count", responses=refusals())
 def count_failed_runs(client: Reader, chosen: Annotated[CountRequest, Query()]) -> dict[str, int]:
-    """How many of them there are, counted no further than `limit`."""
+    """The number of failed runs, counted up to `limit`."""
     return {"runs": client.count_failed_runs(chosen.checked(), limit=chosen.limit)}
 
 

@@ -13,7 +13,7 @@ router = APIRouter(route_class=GuardedRoute)
 
 @router.get("/v1/finished-runs", responses=refusals())
 def count_finished_runs(client: Reader, chosen: Annotated[FinishedRuns, Query()]) -> dict[str, int]:
-    """How many runs, with how many events, ended in this state so long ago."""
+    """The number of runs, and of their events, that ended in this state before that time."""
     runs, events = client.count_finished(chosen.state.value, chosen.older_than)
     return {"runs": runs, "events": events}
 

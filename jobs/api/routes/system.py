@@ -52,7 +52,7 @@ def show_system(client: Reader, request: Request) -> dict[str, Any]:
 
 @router.get("/v1/token", responses=refusals())
 def describe_token(request: Request) -> dict[str, Any]:
-    """What the token may do, with what its scopes include."""
+    """The namespace and scopes of the token, with the scopes that they include."""
     grant = granted(request)
     if grant.run_id is not None:
         raise lacks(Scope.RUNS_READ)
