@@ -9,7 +9,7 @@ from pathlib import Path
 import sqlalchemy
 
 from beatless.errors import SchemaBehind, WrongEncoding
-from beatless.outbox.queries import execute
+from beatless.outbox.queries import Caller, execute
 
 VERSION_TABLE = "beatless_version"
 
@@ -26,7 +26,7 @@ def head(versions: Path | None = None) -> str:
     return max(name.partition("_")[0] for name in files)
 
 
-def current(connection: sqlalchemy.Connection, schema: str) -> str | None:
+def current(connection: Caller, schema: str) -> str | None:
     """The revision of the schema, or None if it was never migrated."""
     table = f'"{schema}".{VERSION_TABLE}'
     if not execute(connection, "SELECT to_regclass(%(t)s) IS NOT NULL", {"t": table})[0][0]:

@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import os
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -19,10 +21,15 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, StepContext, step
 from beatless.cli import run
-from beatless.doctor import REDIS, VALKEY, Doctor, Finding, Status, holes
+from beatless.doctor import Doctor, Finding, Status
+from beatless.doctor.doctor import CHECKS
+from beatless.doctor.probe import Probe
+from beatless.doctor.versions import REDIS, VALKEY, Fix, older_than
 from beatless.errors import BadRequest, JobsError
 from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.privileges import server_user
 from beatless.local.valkey import EmbeddedValkey
+from beatless.migrations import migrate
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.outbox.observer import ThreadFailed, ThreadRecovered
@@ -101,6 +108,49 @@ def test_a_replica(beatless_app: App, tmp_path: Path, changed: Callable[..., App
         app = changed(database_url=server.url, listen_url="")
 
         only(examine(app, "primary"), Status.PROBLEM, "replica")
+
+
+def test_a_replica_is_told_once_and_with_what_cannot_be_made_on_it(
+    tmp_path: Path, changed: Callable[..., App]
+) -> None:
+    server = EmbeddedPostgres(tmp_path / "postgres", settings={"fsync": "off"})
+    app = changed()
+    with server:
+        app = changed(database_url=server.url, listen_url="")
+        migrate(app.engine, app.settings.schema)
+    (server.cluster / "standby.signal").touch()
+    with server:
+        app = changed(database_url=server.url, listen_url="")
+        among, listen = examine(app, patience=0.2), examine(app, "listen")
+
+    told = {finding.check: finding for finding in among if "replica" in finding.text}
+    assert {check: finding.status for check, finding in told.items()} == {
+        "primary": Status.PROBLEM,
+        "canary": Status.SKIPPED,
+    }
+    assert not [finding for finding in among if "could not be checked" in finding.text]
+    assert [(finding.check, finding.status) for finding in listen] == [
+        ("primary", Status.PROBLEM),
+        ("listen", Status.SKIPPED),
+    ]
+
+
+def test_a_listen_url_that_reaches_a_replica(tmp_path: Path, changed: Callable[..., App]) -> None:
+    primary = EmbeddedPostgres(tmp_path / "primary", settings={"fsync": "off"})
+    replica = EmbeddedPostgres(tmp_path / "replica", settings={"fsync": "off"})
+    with primary:
+        pass
+    replica.directory.mkdir()
+    shutil.copy2(primary.directory / "password", replica.directory)
+    shutil.copytree(primary.cluster, replica.cluster)
+    if (owner := server_user().owner) is not None:
+        for path in (replica.cluster, *replica.cluster.rglob("*")):
+            os.chown(path, *owner)
+    (replica.cluster / "standby.signal").touch()
+    with primary, replica:
+        app = changed(database_url=primary.url, listen_url=replica.url)
+
+        only(examine(app, "listen"), Status.PROBLEM, "the listen URL reaches a replica")
 
 
 def test_a_replica_of_redis(tmp_path: Path, changed: Callable[..., App], shut_port: int) -> None:
@@ -266,7 +316,7 @@ def test_a_redis_that_may_not_be_asked(
     ],
 )
 def test_versions_with_known_holes(table: Any, version: str, fixed: str | None) -> None:
-    found = holes(table, version)
+    found = older_than(table, version)
 
     assert (found and found[0]) == fixed
 
@@ -443,6 +493,23 @@ def test_a_worker_in_which_a_thread_has_failed(beatless_app: App) -> None:
     only(examine(beatless_app, "threads"), Status.OK, "work")
 
 
+# The checks themselves
+
+
+def test_the_page_has_a_row_for_each_check_and_for_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    table = page.partition("## The checks")[2]
+    rows = [cell for line in table.splitlines() for cell in re.findall(r"^\| (`[^|]+`) \|", line)]
+    documented = [name for cell in rows for name in re.findall("`([^`]+)`", cell)]
+    canaries = ["canary"]  # it has a section of its own
+    assert sorted(documented + canaries) == sorted(check.name for check in CHECKS)
+
+
+def test_a_check_that_does_not_name_what_it_needs_fails_at_once(beatless_app: App) -> None:
+    with pytest.raises(RuntimeError, match=r"does not name Need\.POSTGRES"):
+        Probe(beatless_app).rows("SELECT 1")
+
+
 # Alone and among all
 
 
@@ -486,8 +553,8 @@ def test_without_redis_nobody_is_told_to_start_a_relay(changed: Callable[..., Ap
 def test_a_version_that_a_distribution_may_have_mended_is_not_called_open(
     beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beatless.doctor.VALKEY", {(99, 0): (1, "CVE-1")})
-    monkeypatch.setattr("beatless.doctor.REDIS", {(99, 0): (1, "CVE-1")})
+    monkeypatch.setattr("beatless.doctor.versions.VALKEY", {(99, 0): Fix(1, "CVE-1")})
+    monkeypatch.setattr("beatless.doctor.versions.REDIS", {(99, 0): Fix(1, "CVE-1")})
     (found,) = examine(beatless_app, "redis")
     assert "older than 99.0.1, which closes CVE-1" in found.text
     assert "hole" not in found.text
@@ -676,7 +743,7 @@ def test_an_older_package_is_told_with_its_weakness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     versions = {"celery": celery, "kombu": kombu}
-    monkeypatch.setattr("beatless.doctor.metadata.version", versions.__getitem__)
+    monkeypatch.setattr("beatless.doctor.configuration.metadata.version", versions.__getitem__)
     found = examine(changed(), "packages")
     assert len(found) == len(told)
     assert all(finding.text.startswith(text) for finding, text in zip(found, told, strict=True))

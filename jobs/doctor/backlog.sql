@@ -1,0 +1,10 @@
+-- Questions of the checks of runs and events that wait. They write nothing.
+
+-- name: unknown_plans
+-- Count the unfinished runs of plans that are not known, by plan and queue, most first.
+SELECT task, queue, count(*) FROM {schema}.dispatches
+ WHERE NOT task = ANY(%(known)s) GROUP BY 1, 2 ORDER BY 3 DESC
+
+-- name: now
+-- Read the clock of Postgres.
+SELECT clock_timestamp()

@@ -1,0 +1,93 @@
+"""Checks of the Redis that carries live events, and often the broker: version, memory, buffers."""
+
+import re
+import time
+
+import redis
+
+from beatless.doctor import versions
+from beatless.doctor.check import check
+from beatless.doctor.finding import Verdict, ok, problem, skipped, warn
+from beatless.doctor.probe import Need, Probe
+from beatless.redis_urls import is_replica
+
+MAX_MEMORY_USED = 0.8
+MIN_PUBSUB_LIMIT_BYTES = 8_000_000
+
+
+@check("redis", needs={Need.REDIS})
+def version(probe: Probe) -> Verdict:
+    """The server's version, and the time to it."""
+    began = time.perf_counter()
+    probe.redis.ping()
+    took_ms = (time.perf_counter() - began) * 1000
+    if is_replica(probe.redis):
+        return warn(
+            "the Redis URL reaches a replica: events that are published there reach "
+            "nobody who listens at the master",
+            "set BEATLESS_REDIS_URL to the master, or to its Sentinels",
+        )
+    facts = probe.redis.info("server")
+    valkey = "valkey_version" in facts
+    found = str(facts["valkey_version" if valkey else "redis_version"])
+    text = f"{'Valkey' if valkey else 'Redis'} {found}, {took_ms:.1f} ms away"
+    newer = versions.older_than(versions.VALKEY if valkey else versions.REDIS, found)
+    if newer is None:
+        return ok(text)
+    return warn(
+        f"{text}, older than {newer[0]}, which closes {newer[1]} and others",
+        f"update to {newer[0]} or newer, {versions.BACKPORTS}",
+    )
+
+
+@check("eviction", needs={Need.REDIS})
+def eviction(probe: Probe) -> Verdict:
+    """Whether a Redis that is short of memory throws queues away."""
+    memory = probe.redis.info("memory")
+    policy = memory.get("maxmemory_policy") or config(probe, "maxmemory-policy")
+    used, limit = int(memory["used_memory"]), int(memory.get("maxmemory", 0))
+    if policy is None:
+        return skipped("this server does not tell its policy")
+    if probe.is_broker_redis and str(policy).startswith("allkeys"):
+        return problem(
+            f"maxmemory-policy is {policy}: when memory is short, Redis throws queues "
+            "away; every run in them waits for its redispatch",
+            "CONFIG SET maxmemory-policy noeviction, or a Redis for the broker alone",
+        )
+    if limit and used > MAX_MEMORY_USED * limit:
+        return warn(
+            f"{used / limit:.0%} of maxmemory is used",
+            "raise maxmemory, or find what else lives on this Redis",
+        )
+    return ok(f"policy {policy}")
+
+
+@check("output buffers", needs={Need.REDIS})
+def output_buffers(probe: Probe) -> Verdict:
+    """How much a slow subscriber may leave unread."""
+    limits = config(probe, "client-output-buffer-limit")
+    found = re.search(r"pubsub (\d+) (\d+) (\d+)", limits or "")
+    if found is None:
+        return skipped("this server does not tell its client-output-buffer-limit")
+    hard, soft, seconds = map(int, found.groups())
+    advice = "CONFIG SET client-output-buffer-limit 'pubsub 32mb 8mb 60'"
+    if hard == 0 and soft == 0:
+        return warn(
+            "a subscriber's buffer has no limit: one that is stuck fills Redis' memory", advice
+        )
+    if 0 < hard < MIN_PUBSUB_LIMIT_BYTES:
+        return warn(
+            f"a subscriber is cut off after {hard / 1e6:.1f} MB: bursts end streams, "
+            "which then read Postgres",
+            advice,
+        )
+    return ok(f"pubsub {hard / 1e6:.0f} MB, or {soft / 1e6:.0f} MB for {seconds} s")
+
+
+def config(probe: Probe, name: str) -> str | None:
+    """One of Redis' own settings; None where the server or its rights keep it."""
+    try:
+        found: str | None = probe.redis.config_get(name).get(name)
+    except redis.ResponseError:
+        return None
+    return found
