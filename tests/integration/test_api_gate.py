@@ -115,6 +115,17 @@ FROM_ELSEWHERE = [
 ]
 
 
+def test_every_route_asks_the_gate_before_it_reads_a_body(api: Api, tokens: Tokens) -> None:
+    tokens.create([Scope.ADMIN])
+    calls = [
+        (method.upper(), re.sub(r"{.*?}", "1", path))
+        for path, methods in api("GET", "/openapi.json").json["paths"].items()
+        for method in methods
+    ]
+    assert len(calls) > 20
+    assert {call: api(*call, b"{").status for call in calls} == dict.fromkeys(calls, 401)
+
+
 @pytest.mark.parametrize("sent", FROM_HERE, ids=str)
 def test_without_tokens_a_person_on_this_machine_may_do_everything(
     beatless: Kit, beatless_app: App, sent: dict
