@@ -54,13 +54,11 @@ class FlowerClient:
 def flower(beatless_app: App, tmp_path: Path) -> Iterator[Callable[..., FlowerClient]]:
     children: list[Child] = []
 
-    def start(*arguments: str) -> FlowerClient:
+    def start(*arguments: str, app: str = "tests.plans:app") -> FlowerClient:
         child = Child(
             "flower",
             ["flower", "--port", "0", "--basic-auth", PASSWORD, *arguments],
-            environ=os.environ
-            | beatless_app.settings.to_env()
-            | {"BEATLESS_APP": "tests.plans:app"},
+            environ=os.environ | beatless_app.settings.to_env() | {"BEATLESS_APP": app},
             log=tmp_path / "flower.log",
         )
         children.append(child)
@@ -150,6 +148,34 @@ def test_runs_are_tasks_and_steps_their_children(
     assert client.get(f"/task/{ended}", password="operator:wrong")[0] == 401
     assert client.get(f"/api/task/revoke/{ended}", method="POST")[0] == 403
     assert "flower_events_total" in client.get("/metrics")[1]
+
+
+HIDING = """
+from beatless import App
+from tests import plans
+
+def hide(what, value):
+    return value | {"message": f"hidden {what}"} if what == "error" else None
+
+app = App(plans.app.settings, list(plans.app.plans.values()), redact=hide)
+"""
+
+
+@pytest.mark.long
+def test_tasks_show_of_an_error_what_redact_lets_through(
+    beatless: Kit,
+    flower: Callable[..., FlowerClient],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "hiding.py").write_text(HIDING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    client = flower(app="hiding:app")
+    run_id = beatless.start_run("half").run_id
+    beatless.work_until_idle()
+    tasks = client.tasks_when(lambda tasks: tasks.get(run_id, {}).get("state") == "FAILURE")
+    assert tasks[run_id]["exception"] == "Fatal: hidden error"
+    assert "with one" not in json.dumps(tasks)
 
 
 def test_without_steps_flower_shows_what_celery_tells(

@@ -2,11 +2,14 @@
 
 import asyncio
 import http.server
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +20,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from beatless import App
+from beatless import App, Fatal, Plan, StepContext, step
 from beatless.api import create_api
 from beatless.client import RunRequest
 from beatless.observe.export import PAUSE, asked_for
@@ -33,8 +36,11 @@ class Spans:
     def __init__(self, exporter: InMemorySpanExporter) -> None:
         self._exporter = exporter
 
+    def all(self) -> list[ReadableSpan]:
+        return list(self._exporter.get_finished_spans())
+
     def named(self, name: str) -> list[ReadableSpan]:
-        return [span for span in self._exporter.get_finished_spans() if span.name == name]
+        return [span for span in self.all() if span.name == name]
 
     def one(self, name: str) -> ReadableSpan:
         (span,) = self.named(name)
@@ -113,6 +119,31 @@ def test_every_attempt_is_in_the_same_trace_and_a_failure_is_one(
     claims = spans.named("run retries")
     assert [span.attributes["beatless.claim"] for span in claims] == [1, 2]
     assert len({trace_of(span) for span in (*attempts, *claims)}) == 1
+
+
+SECRET = "4111-1111"
+
+
+@step
+def refuse(ctx: StepContext) -> None:
+    raise Fatal(f"no such card: {ctx.input['card']}")
+
+
+def hide(what: str, value: Any) -> Any:
+    return json.loads(json.dumps(value).replace(SECRET, f"hidden {what}"))
+
+
+def test_spans_tell_of_an_error_what_redact_lets_through(
+    spans: Spans, beatless_app: App, tmp_path: Path
+) -> None:
+    app = App(beatless_app.settings, [Plan("refuses", [refuse])], redact=hide)
+    with closing(Kit(app, directory=tmp_path)) as kit:
+        kit.start_run("refuses", {"card": SECRET})
+        kit.work_until_idle()
+
+    failed = spans.one("step refuse")
+    assert failed.status.description == "Fatal: no such card: hidden error"
+    assert SECRET not in "".join(span.to_json() for span in spans.all())
 
 
 def test_a_retried_run_links_to_the_run_that_failed(spans: Spans, beatless: Kit) -> None:
