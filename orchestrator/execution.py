@@ -47,7 +47,7 @@ Most workers of a rolling deploy have the step, or none.
 class ReadJournal:
     """Read the events that say where the run is; the reply is these events.
 
-    See `Journal.turns`.
+    See `Journal.checkpoint_events`.
     """
 
 

@@ -131,7 +131,7 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GivenUp:
+class FailedRunFilter:
     """A filter of failed runs that have no retry."""
 
     plan: str | None = None
@@ -207,7 +207,7 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class DispatchStatus:
     """The state of a run in the tables beside `runs`."""
 
     now: datetime
@@ -470,12 +470,12 @@ class Journal:
             execute(connection, self.sql["retries"], {"run_id": run_id, "but": by_other_than})
         )
 
-    def given_up(
+    def failed_runs(
         self,
         connection: Caller,
         *,
         namespace: str,
-        chosen: GivenUp,
+        chosen: FailedRunFilter,
         limit: int,
         read: Read = execute,
     ) -> Iterator[tuple[Run, Place]]:
@@ -485,10 +485,10 @@ class Journal:
         )
         return ((Run.from_row(row[2:]), (row[0], row[1])) for row in rows)
 
-    def places_given_up(
-        self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
+    def places_of_failed_runs(
+        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
     ) -> list[Place]:
-        """The ids of `given_up`, with their places."""
+        """The ids of `failed_runs`, with their places."""
         return [
             (at, run_id)
             for at, run_id in self._read_failed(
@@ -496,10 +496,10 @@ class Journal:
             )
         ]
 
-    def count_given_up(
-        self, connection: Caller, *, namespace: str, chosen: GivenUp, limit: int
+    def count_failed_runs(
+        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
     ) -> int:
-        """The number of runs that `given_up` would return."""
+        """The number of runs that `failed_runs` would return."""
         statement = self.sql["count_failed"]
         return int(self._read_failed(connection, statement, namespace, chosen, limit)[0][0])
 
@@ -508,7 +508,7 @@ class Journal:
         connection: Caller,
         statement: str,
         namespace: str,
-        chosen: GivenUp,
+        chosen: FailedRunFilter,
         limit: int,
         read: Read = execute,
     ) -> Any:
@@ -566,7 +566,7 @@ class Journal:
             if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
 
-    def turns(
+    def checkpoint_events(
         self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str
     ) -> list[Event]:
         """The events that give an unfinished run's place, and its last event. Raises RunNotFound.
@@ -580,7 +580,7 @@ class Journal:
             raise RunNotFound(run_id)
         return [Event.from_json(line) for (line,) in rows]
 
-    def standing(self, connection: Caller, run_id: str) -> Standing:
+    def dispatch_status(self, connection: Caller, run_id: str) -> DispatchStatus:
         """The state of a run in the tables beside `runs`. Raises RunNotFound."""
         rows = execute(
             connection, self.sql["standing"], {"run_id": run_id, "shard": shard_of(run_id)}
@@ -588,7 +588,7 @@ class Journal:
         if not rows:
             raise RunNotFound(run_id)
         now, lease, state, due_at, reason, attempts, paused, unpublished, letters = rows[0]
-        return Standing(
+        return DispatchStatus(
             now=now,
             lease_expires_at=lease,
             dispatch=None if state is None else (state, due_at, reason, attempts),

@@ -83,7 +83,7 @@ class LeasedWriter:
         """The events that say where the run is. Raises LeaseLost if there is no run any more."""
         try:
             events = self._patiently(
-                lambda connection: self._journal.turns(
+                lambda connection: self._journal.checkpoint_events(
                     connection, self._run_id, names=FOLDED, rest=SNOOZED
                 )
             )

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.journal import Run, Standing
+from beatless.orchestrator.journal import DispatchStatus, Run
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
     FOLLOWING,
@@ -61,12 +61,12 @@ class Wait:
                 yield Moment(at=begin, kind="wait", text=f"waited {text}", seconds=passed)
 
 
-def timeline(run: Run, events: Sequence[Event], standing: Standing) -> list[Moment]:
+def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[Moment]:
     """Attempts, waits, leases, dispatches and publishes of a run, in order; then where it stands.
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
-    return [*_pruned(run), *_history(events), *_now(run, standing, stands_at(events))]
+    return [*_pruned(run), *_history(events), *_now(run, status, stands_at(events))]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
@@ -175,18 +175,18 @@ def stands_at(events: Sequence[Event]) -> str | None:
     return promised or place
 
 
-def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:
-    now = _ms(standing.now)
+def _now(run: Run, status: DispatchStatus, place: str | None) -> Iterator[Moment]:
+    now = _ms(status.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
         text = f"claimed {often} by {run.worker}"
-        if standing.lease_expires_at is not None:
-            left = (standing.lease_expires_at - standing.now).total_seconds()
+        if status.lease_expires_at is not None:
+            left = (status.lease_expires_at - status.now).total_seconds()
             text += f"; the lease ends in {left:.1f} s" if left > 0 else "; the lease has run out"
         yield Moment(at=now, kind="lease", text=text)
-    if standing.dispatch is not None:
-        state, due_at, reason, attempts = standing.dispatch
-        left = (due_at - standing.now).total_seconds()
+    if status.dispatch is not None:
+        state, due_at, reason, attempts = status.dispatch
+        left = (due_at - status.now).total_seconds()
         waits = "waits to be dispatched"
         if left > 0:
             waits = f"is not due yet ({reason})"
@@ -198,15 +198,15 @@ def _now(run: Run, standing: Standing, place: str | None) -> Iterator[Moment]:
         }.get(state, state)
         when = f"in {left:.1f} s" if left > 0 else "now"
         text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
-        if standing.paused:
+        if status.paused:
             text += f"; the queue {run.queue} is paused"
         if reason == UNKNOWN_STEP:
             text += f"; for a worker whose version of plan {run.plan} has step {place}: those that "
             text += "took it do not (`beatless plan check`)"
         yield Moment(at=now, kind="dispatch", text=text)
-    published = run.last_seq if standing.unpublished is None else standing.unpublished - 1
+    published = run.last_seq if status.unpublished is None else status.unpublished - 1
     yield Moment(at=now, kind="publish", text=f"{published} of {run.last_seq} events are published")
-    for reason in standing.dead_letters:
+    for reason in status.dead_letters:
         yield Moment(at=now, kind="dead letter", text=reason)
 
 

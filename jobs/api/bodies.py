@@ -23,7 +23,7 @@ from beatless.client.requests import RunRequest, json_members
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import storable
-from beatless.orchestrator.journal import GivenUp, Place
+from beatless.orchestrator.journal import FailedRunFilter, Place
 from beatless.orchestrator.state import RunState
 
 Text = TypeVar("Text", str, str | None)
@@ -144,9 +144,9 @@ class FailedRuns(BaseModel):
     cursor: str | None = None
     """The `next` of the answer before."""
 
-    def checked(self) -> GivenUp:
+    def checked(self) -> FailedRunFilter:
         """As the client takes it. Raises Problem."""
-        return GivenUp(
+        return FailedRunFilter(
             plan=storable_text(self.plan),
             queue=storable_text(self.queue),
             tags=tags_of(self.tag),

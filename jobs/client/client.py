@@ -221,8 +221,8 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         def look(caller: Caller) -> list[Moment]:
             run = self._get(caller, run_id)
             events = self._journal.read(caller, run.run_id, after=run.pruned_seq)
-            standing = self._journal.standing(caller, run.run_id)
-            return timeline(run, self._told(events), standing)
+            status = self._journal.dispatch_status(caller, run.run_id)
+            return timeline(run, self._told(events), status)
 
         return self._in_transaction(connection, look)
 

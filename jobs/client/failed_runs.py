@@ -10,7 +10,7 @@ from beatless.client.requests import RunRequest, checked_tags, new_run_id, secon
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
-from beatless.orchestrator.journal import GivenUp, Place, Run
+from beatless.orchestrator.journal import FailedRunFilter, Place, Run
 from beatless.orchestrator.progress import reusable
 from beatless.outbox.queries import Caller, execute_lazily
 
@@ -39,32 +39,34 @@ class FailedRunCalls(BaseClient):
         >>> [failed.error["message"] for failed in client.failed_runs(error="card declined")]
         ['card declined']
         """
-        chosen = _given_up(plan, queue, tags, error, within)
+        chosen = _filter(plan, queue, tags, error, within)
 
         def read(caller: Caller) -> list[Run]:
-            found = self._journal.given_up(
+            found = self._journal.failed_runs(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             )
             return [run for run, _ in found]
 
         return self._in_transaction(None, read)
 
-    def page_of_failed_runs(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+    def page_of_failed_runs(
+        self, chosen: FailedRunFilter, *, limit: int, max_bytes: int
+    ) -> RunPage:
         """`failed_runs` for a server: ends after so many bytes, has few runs in memory at once."""
 
         def read(caller: Caller) -> RunPage:
-            found = self._journal.given_up(
+            found = self._journal.failed_runs(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit, read=execute_lazily
             )
             return page_of(found, limit, max_bytes)
 
         return self._in_transaction(None, read)
 
-    def count_failed_runs(self, chosen: GivenUp, *, limit: int) -> int:
+    def count_failed_runs(self, chosen: FailedRunFilter, *, limit: int) -> int:
         """The number of `failed_runs`, counted up to `limit`."""
         return self._in_transaction(
             None,
-            lambda caller: self._journal.count_given_up(
+            lambda caller: self._journal.count_failed_runs(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             ),
         )
@@ -110,14 +112,14 @@ class FailedRunCalls(BaseClient):
         >>> len(started), refused
         (1, [])
         """
-        chosen = _given_up(plan, queue, tags, error, within)
+        chosen = _filter(plan, queue, tags, error, within)
         started: list[Run] = []
         refused: list[Exception] = []
         for found, _ in self._retry_each(chosen, limit):
             started.append(found) if isinstance(found, Run) else refused.append(found)
         return started, refused
 
-    def retry_page(self, chosen: GivenUp, *, limit: int, max_bytes: int) -> RunPage:
+    def retry_page(self, chosen: FailedRunFilter, *, limit: int, max_bytes: int) -> RunPage:
         """`retry_failed` for a server: goes no further after so many bytes of new runs."""
         refused: list[Exception] = []
         tried: list[Place] = []
@@ -134,11 +136,13 @@ class FailedRunCalls(BaseClient):
         following = page.next or (tried[-1] if len(tried) == limit else None)
         return replace(page, refused=refused, next=following)
 
-    def _retry_each(self, chosen: GivenUp, limit: int) -> Iterator[tuple[Run | Exception, Place]]:
+    def _retry_each(
+        self, chosen: FailedRunFilter, limit: int
+    ) -> Iterator[tuple[Run | Exception, Place]]:
         """The new run or why there is none, and the place of the run that failed."""
         places = self._in_transaction(
             None,
-            lambda caller: self._journal.places_given_up(
+            lambda caller: self._journal.places_of_failed_runs(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             ),
         )
@@ -195,14 +199,14 @@ class FailedRunCalls(BaseClient):
         return self._in_transaction(connection, start)
 
 
-def _given_up(
+def _filter(
     plan: str | None,
     queue: str | None,
     tags: Mapping[str, str] | None,
     error: str | None,
     within: float | timedelta | None,
-) -> GivenUp:
-    return GivenUp(
+) -> FailedRunFilter:
+    return FailedRunFilter(
         plan=plan,
         queue=queue,
         tags=checked_tags(tags),

@@ -7,7 +7,7 @@ from playwright.sync_api import Page, expect
 from beatless import Plan, StepContext, retry, step
 from beatless.auth import Tokens
 from beatless.client.requests import new_run_id
-from beatless.orchestrator.journal import GivenUp
+from beatless.orchestrator.journal import FailedRunFilter
 from beatless.testing import Kit
 from tests.browser.plans import checkout
 
@@ -114,7 +114,7 @@ def test_a_retry_of_many_goes_on_behind_one_that_is_refused(
 ) -> None:
     runs = [fail(beatless) for _ in range(3)]
     postgres.execute("UPDATE runs SET plan = 'gone' WHERE run_id = %s", [runs[0]])
-    first = beatless.client.retry_page(GivenUp(), limit=1, max_bytes=1_000_000)
+    first = beatless.client.retry_page(FailedRunFilter(), limit=1, max_bytes=1_000_000)
     assert (len(first.lines), len(first.refused), first.next is None) == (0, 1, False)
     page = open_page()
     page.goto(f"{url}/#/?state=failed")

@@ -9,7 +9,7 @@ from sqlalchemy import event
 
 from beatless import App
 from beatless.auth import Tokens
-from beatless.orchestrator.journal import GivenUp
+from beatless.orchestrator.journal import FailedRunFilter
 from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.retention import Retention
 from beatless.outbox import queries
@@ -97,10 +97,10 @@ def queues(beatless_app: App) -> QueueStatements:
 
 
 def test_failed_runs(beatless_app: App, history: psycopg.Connection) -> None:
-    found = beatless_app.journal.given_up(
+    found = beatless_app.journal.failed_runs(
         history,
         namespace="default",
-        chosen=GivenUp(queue="q", seconds=3500 * HOUR),
+        chosen=FailedRunFilter(queue="q", seconds=3500 * HOUR),
         limit=100,
     )
 

@@ -6,7 +6,7 @@ import psycopg
 import pytest
 
 from beatless import CannotRetry, RunNotFound, RunState
-from beatless.orchestrator.journal import GivenUp
+from beatless.orchestrator.journal import FailedRunFilter
 from beatless.testing import Kit
 
 
@@ -245,7 +245,7 @@ def test_failed_runs_are_chosen_by_their_tags_and_counted(beatless: Kit) -> None
     found = beatless.client.failed_runs(tags={"n": "1"})
     assert [run.run_id for run in found] == [runs[1]]
     assert len(beatless.client.failed_runs(tags={"a": "b"})) == 2
-    one, both = GivenUp(tags={"n": "0", "a": "b"}), GivenUp(tags={"a": "b"})
+    one, both = FailedRunFilter(tags={"n": "0", "a": "b"}), FailedRunFilter(tags={"a": "b"})
     assert beatless.client.count_failed_runs(one, limit=10) == 1
     assert beatless.client.count_failed_runs(both, limit=10) == 2
     assert beatless.client.count_failed_runs(both, limit=1) == 1

@@ -78,7 +78,7 @@ def test_what_is_left_out_changes_nothing(
     def check(history: list[Entry]) -> None:
         write(postgres, run_id, history)
         everything = journal.read(postgres, run_id)
-        turns = journal.turns(postgres, run_id, names=FOLDED, rest=SNOOZED)
+        turns = journal.checkpoint_events(postgres, run_id, names=FOLDED, rest=SNOOZED)
         assert fold(plan, turns) == fold(plan, everything)
         assert turns[-1] == everything[-1]
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_polled_for_a_month_is_taken_up_by_a_few_events(
     traces = [("DebugTrace", "a", {"name": "progress", "percent": n}) for n in range(1000)]
     write(postgres, run_id, [*nap * 500, *traces, *nap * 500])
 
-    turns = beatless_app.journal.turns(postgres, run_id, names=FOLDED, rest=SNOOZED)
+    turns = beatless_app.journal.checkpoint_events(postgres, run_id, names=FOLDED, rest=SNOOZED)
 
     assert [event.seq for event in turns] == [1, 3000, 3001]
 
@@ -102,4 +102,4 @@ def test_a_run_that_was_taken_away_is_not_found(
     beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     with pytest.raises(RunNotFound):
-        beatless_app.journal.turns(postgres, "gone", names=FOLDED, rest=SNOOZED)
+        beatless_app.journal.checkpoint_events(postgres, "gone", names=FOLDED, rest=SNOOZED)
