@@ -18,7 +18,7 @@ from beatless.failures import Failures, OnFailure
 from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
-from beatless.observe.tracing import Publications, Tracing
+from beatless.observe.tracing import PublishSpans, Tracing
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
@@ -154,7 +154,7 @@ class App:
             faults=self.faults,
             counts=self.metrics.worker,
             scope=self._scope,
-            observer=fan_out(self.tracing.committed, self._failures),
+            observer=fan_out(self.tracing.observe, self._failures),
             on_process=self._on_worker_process,
             shown_error=partial(self.redaction.value, "error") if redact else None,
         )
@@ -314,7 +314,7 @@ class App:
             overdue=Deadlines(self.settings.schema).end,
             chores=[*self.chores(), AdoptsDeadlines(self.settings.schema)],
             faults=self.faults,
-            observer=fan_out(self.metrics.relay, Publications(), self._failures, observer),
+            observer=fan_out(self.metrics.relay, PublishSpans(), self._failures, observer),
         )
         return Relay(replace(config, **options))
 

@@ -11,7 +11,7 @@ from beatless.api.connections import Connections, raise_descriptor_limit, share
 from beatless.api.server import create_api
 from beatless.app import App
 from beatless.errors import BadRequest
-from beatless.observe.systemd import Supervisor
+from beatless.observe.systemd import ServiceManager
 
 STUCK_MS = 60_000
 """What a viewer was sent and has not acknowledged is kept no longer."""
@@ -50,7 +50,7 @@ def make_server(
     `root_path` is what a proxy takes away from the paths; the options are those of `create_api`.
     """
     api = create_api(app, **options)
-    supervisor = Supervisor()
+    supervisor = ServiceManager()
     connections, backlog = share(descriptors or raise_descriptor_limit())
 
     class Server(uvicorn.Server):

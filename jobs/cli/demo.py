@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from beatless.app import App
 from beatless.cli import render
 from beatless.cli.environment import Environment
+from beatless.cli.stopping import stop_on_signals
 from beatless.client import RunRequest
 from beatless.demo import PLANS
 from beatless.local.stack import Stack
-from beatless.observe.systemd import stop_on_signals
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic

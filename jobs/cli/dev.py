@@ -8,10 +8,10 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
+from beatless.cli.stopping import stop_on_signals
 from beatless.errors import BadRequest
 from beatless.local.ports import is_free
 from beatless.local.stack import Stack
-from beatless.observe.systemd import stop_on_signals
 
 
 @click.command()

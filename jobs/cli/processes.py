@@ -17,11 +17,12 @@ from kombu.exceptions import KombuError
 
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.cli.environment import Environment
+from beatless.cli.stopping import stop_on_signals
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.observe.export import export
 from beatless.observe.logs import Format
 from beatless.observe.metrics import listen
-from beatless.observe.systemd import Supervisor, stop_on_signals
+from beatless.observe.systemd import ServiceManager
 from beatless.outbox.message import EventMessage
 from beatless.outbox.observer import RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import RedisEventPublisher
@@ -39,7 +40,7 @@ READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte 
 
 def tell(ready_fd: int | None) -> None:
     """Say to whoever started us that we are ready."""
-    Supervisor().ready()
+    ServiceManager().ready()
     if ready_fd is not None:
         os.write(ready_fd, b"!")
 
@@ -187,7 +188,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     warn_of_foreign(os.environ, app.settings.broker_url)
     check_servers(app)
 
-    supervisor = Supervisor()
+    supervisor = ServiceManager()
 
     def observe(signal: Signal) -> None:
         # Its loop tells something at least every 15 s, also while it waits for a server.

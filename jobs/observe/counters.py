@@ -3,12 +3,11 @@
 A worker adds a few numbers at each step boundary; a relay that is scraped searches each batch once.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import time
 from typing import ClassVar
 
+from beatless.observe import published
 from beatless.observe.counts import LocalCounts, SharedCounts
 from beatless.observe.families import (
     BACKFILL,
@@ -60,12 +59,6 @@ from beatless.streams.observer import Backfilled, StreamClosed, StreamOpened
 
 RUN_OUTCOMES = tuple(sorted(state.value for state in FINAL))
 STEP_OUTCOMES = {EventType.STEP_FINISHED: "finished", EventType.STEP_FAILED: "failed"}
-
-# As Postgres builds them. Nothing in users' data looks like it: jsonb writes a space after a colon.
-START_PREFIX = b'"type":"RunStarted","v":1,"source":"api","data":{"plan": "'
-CANCELLATION_PREFIX = b'"type":"RunFinished","v":1,"source":"api","data":{"plan": "'
-QUEUE_SEPARATOR = b'", "queue": "'
-TIMESTAMP = re.compile(rb'"ts":(\d+)')
 
 
 class WorkerCounters:
@@ -250,14 +243,14 @@ class RelayCounters:
         # One search through the batch: a look at each row would cost a tenth of a drain.
         batch = b"\n".join([row.body for row in rows])
         self.counts.add(PUBLISHED, ("event",), batch.count(b"\n") + 1)
-        for (plan, queue), runs in _started(batch).items():
+        for (plan, queue), runs in published.starts(batch).items():
             self.counts.add(RUNS_STARTED, (self._known(plan), self._queue(queue)), runs)
-        for plan in _cancelled(batch):
+        for plan in published.cancellations(batch):
             self.counts.add(RUNS_FINISHED, (self._known(plan), RunState.CANCELLED.value))
         now = self.clock()
         for index in _sampled(len(rows)):
-            if written := TIMESTAMP.search(rows[index].body):
-                self.counts.observe(LATENCY, max(0.0, now - int(written[1]) / 1000))
+            if (written_at_ms := published.written_at_ms(rows[index].body)) is not None:
+                self.counts.observe(LATENCY, max(0.0, now - written_at_ms / 1000))
 
     def _known(self, plan: str) -> str:
         return plan if plan in self._plans else "other"
@@ -266,31 +259,6 @@ class RelayCounters:
         if len(self._queues) < MAX_QUEUE_SERIES:
             self._queues.add(queue)
         return queue if queue in self._queues else "other"
-
-
-def _started(batch: bytes) -> Mapping[tuple[str, str], int]:
-    """Starts of runs in a batch of events, by plan and queue."""
-    found: Counter[bytes] = Counter()
-    for begin in _ends(batch, START_PREFIX):
-        queue = batch.index(QUEUE_SEPARATOR, begin) + len(QUEUE_SEPARATOR)
-        found[batch[begin : batch.index(b'"', queue)]] += 1
-    separator = QUEUE_SEPARATOR.decode()
-    names = {text: text.decode().partition(separator) for text in found}
-    return {(plan, queue): found[text] for text, (plan, _, queue) in names.items()}
-
-
-def _cancelled(batch: bytes) -> Iterator[str]:
-    """The plans of runs that end in a batch of events and that no worker had."""
-    for begin in _ends(batch, CANCELLATION_PREFIX):
-        yield batch[begin : batch.index(b'"', begin)].decode()
-
-
-def _ends(batch: bytes, pattern: bytes) -> Iterator[int]:
-    """Offsets after each occurrence of the pattern. Faster than a regular expression."""
-    offset = batch.find(pattern)
-    while offset >= 0:
-        yield offset + len(pattern)
-        offset = batch.find(pattern, offset + len(pattern))
 
 
 def _sampled(rows: int) -> set[int]:

@@ -16,24 +16,24 @@ from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger("beatless.export")
 
-ASKED = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 TIMEOUTS = ("OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
 
-TIMEOUT = 2.0
-"""Seconds that one export may take. The SDK's ten would hold up a process that is to end."""
+EXPORT_TIMEOUT_S = 2.0
+"""How long one export may take. The SDK's ten seconds would hold up a process that is to end."""
 
-PAUSE = 30.0
-"""Seconds without any try after one that failed."""
+FAILURE_PAUSE_S = 30.0
+"""How long nothing is exported after a failure."""
 
-SILENT = ("opentelemetry.exporter", "opentelemetry.sdk")
-"""Their loggers tell of each failure; we tell of the first."""
+SILENCED = ("opentelemetry.exporter", "opentelemetry.sdk")
+"""Their loggers report each failure; ours reports the first."""
 
 
 def asked_for(environ: Mapping[str, str]) -> bool:
     """Whether the environment names a collector."""
     off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     none = environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp"
-    return not off and not none and any(environ.get(name) for name in ASKED)
+    return not off and not none and any(environ.get(name) for name in ENDPOINTS)
 
 
 def export(service: str, environ: Mapping[str, str]) -> Callable[[], None]:
@@ -59,17 +59,17 @@ def export(service: str, environ: Mapping[str, str]) -> Callable[[], None]:
         return _nothing
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return _nothing
-    for name in SILENT:
+    for name in SILENCED:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     named = any(environ.get(name) for name in TIMEOUTS)
-    exporter = otlp.OTLPSpanExporter(timeout=None if named else TIMEOUT)
+    exporter = otlp.OTLPSpanExporter(timeout=None if named else EXPORT_TIMEOUT_S)
     results = processors.SpanExportResult
     defaults = {"service.name": environ.get("OTEL_SERVICE_NAME") or service}
     provider = sdk.TracerProvider(
         resource=resources.Resource.create(defaults), shutdown_on_exit=True
     )
     provider.add_span_processor(
-        processors.BatchSpanProcessor(Patient(exporter, results.SUCCESS, results.FAILURE))
+        processors.BatchSpanProcessor(PausingExporter(exporter, results.SUCCESS, results.FAILURE))
     )
     trace.set_tracer_provider(provider)
     shutdown: Callable[[], None] = provider.shutdown
@@ -91,8 +91,8 @@ def _nothing() -> None:
     """Send the last spans where no collector is named: there are none."""
 
 
-class Patient:
-    """An exporter that, after a failure, drops what comes for a while, and says so once."""
+class PausingExporter:
+    """An exporter that drops spans for `FAILURE_PAUSE_S` after a failure, and logs it once."""
 
     def __init__(self, exporter: Any, success: Any, failure: Any) -> None:
         self._exporter = exporter
@@ -110,7 +110,7 @@ class Patient:
                 logger.info("traces are exported again", extra={"action": "tracing_again"})
             self._failing = False
             return result
-        self._again_at = monotonic() + PAUSE
+        self._again_at = monotonic() + FAILURE_PAUSE_S
         if not self._failing:
             logger.warning(
                 "traces cannot be exported and are dropped: no collector answers",

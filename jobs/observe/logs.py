@@ -20,10 +20,10 @@ from beatless.orchestrator.lease import Lease
 
 CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
 
-OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""What every log record has; anything else was given by its writer as a fact."""
+RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""Attributes of every log record; any other was given by its writer as a fact."""
 
-IN_URL = re.compile(r"(://[^:/@\s]*:)(?:(?!://)\S)+@")
+URL_PASSWORD = re.compile(r"(://[^:/@\s]*:)(?:(?!://)\S)+@")
 """To the last @ before the next URL: a password may have one. Rather too much than too little."""
 
 PASSWORD = re.compile(
@@ -35,13 +35,12 @@ PASSWORD = re.compile(
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 
-QUIET = ("celery.app.trace", "celery.worker.strategy", "alembic", "httpx")
-"""What these tell below a warning is told by ours, once for each change of a run."""
+QUIET_LOGGERS = ("celery.app.trace", "celery.worker.strategy", "alembic", "httpx")
+"""Loggers whose lines below a warning repeat ours: one for each change of a run."""
 
-
-OURS = ("beatless", "pytest_beatless")
-BENEATH = ("celery", "kombu", "billiard", "amqp", "uvicorn")
-"""What our processes consist of beside our own packages."""
+OWN_LOGGERS = ("beatless", "pytest_beatless")
+LIBRARY_LOGGERS = ("celery", "kombu", "billiard", "amqp", "uvicorn")
+"""The libraries that our processes consist of beside our own packages."""
 
 
 class Format(StrEnum):
@@ -59,14 +58,15 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if form == Format.JSON else TextLines())
     root = logging.getLogger()
-    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in QUIET}
+    handlers = root.handlers[:]
+    levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     root_level = root.level
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for name in QUIET:
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
-    enable_own_loggers(*BENEATH)
+    enable_own_loggers(*LIBRARY_LOGGERS)
     # Celery leaves logging alone as soon as anybody listens to this.
     signals.setup_logging.connect(_leave_alone)
 
@@ -88,7 +88,7 @@ def enable_own_loggers(*others: str) -> None:
     propagation that it did set stay.
     """
     for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in (*OURS, *others):
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in (*OWN_LOGGERS, *others):
             logger.disabled = False
 
 
@@ -122,14 +122,14 @@ def facts_of(record: logging.LogRecord) -> dict[str, Any]:
     given = {
         name: value
         for name, value in vars(record).items()
-        if name not in OWN and isinstance(value, (str, int, float, bool, type(None)))
+        if name not in RECORD_ATTRIBUTES and isinstance(value, (str, int, float, bool, type(None)))
     }
     return {**CONTEXT.get({}), **given}
 
 
 def masked(text: str) -> str:
     """Without the passwords of URLs, connection strings and dicts."""
-    return PASSWORD.sub(r"\1***", IN_URL.sub(r"\1***@", text))
+    return PASSWORD.sub(r"\1***", URL_PASSWORD.sub(r"\1***@", text))
 
 
 class JsonLines(logging.Formatter):

@@ -1,19 +1,16 @@
-"""Tells systemd that this process is ready, and that it moves: `Type=notify` and `WatchdogSec=`.
+"""Notifies systemd that this process is ready and makes progress: `Type=notify` and `WatchdogSec=`.
 
 The protocol is sd_notify(3): lines to a datagram socket that the environment names. Without the
 socket nothing happens, so that the same process also runs anywhere else.
 """
 
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from beatless.outbox.clock import monotonic
 
 
-class Supervisor:
+class ServiceManager:
     """The supervisor of this process, which started it and watches it."""
 
     def __init__(self) -> None:
@@ -48,18 +45,3 @@ class Supervisor:
                 door.sendto(line, self._path)
             except OSError:
                 return  # it is gone, or does not read: its own affair
-
-
-@contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on SIGINT and SIGTERM, from the signal handler: it must not block."""
-
-    def handle(_number: int, _frame: object) -> None:
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

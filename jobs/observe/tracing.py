@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from time import time_ns
 from typing import Any
 
+from beatless.observe import published
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import Settled
@@ -38,12 +39,8 @@ else:
 
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
-CARRIED = re.compile(rb'"traceparent": "([0-9a-f-]{55})"')
-TIME = re.compile(rb'"ts":(\d+)')
-LAST_SEQ = re.compile(rb'"seq":(\d+),')
-
-REMEMBERED = 10_000
-"""Runs whose trace a relay knows at the same time. It learns them from their RunStarted."""
+MAX_TRACES = 10_000
+"""Runs whose trace a relay remembers at the same time. It learns them from their RunStarted."""
 
 
 class Tracing:
@@ -155,8 +152,8 @@ class Tracing:
         ):
             yield _traceparent()
 
-    def committed(self, signal: Signal) -> None:
-        """An executor's observer: what is in the journal now is an event of the span, with seq."""
+    def observe(self, signal: Signal) -> None:
+        """The observer of executors: committed events become events of the span, with their seq."""
         if not isinstance(signal, Settled) or self._tracer is None:
             return
         run = RUN.get()
@@ -175,8 +172,8 @@ class Tracing:
             run.set_status(trace.Status(trace.StatusCode.ERROR))
 
 
-class Publications:
-    """A relay's observer: how long events took from their writing to their publication."""
+class PublishSpans:
+    """The observer of a relay: a span for each append, from its writing to its publication."""
 
     def __init__(self) -> None:
         self._tracer = trace.get_tracer("beatless") if INSTALLED else None
@@ -187,35 +184,34 @@ class Publications:
             return
         now = time_ns()
         for row in signal.rows:
-            place = len(row.run_id) + 11  # after {"run_id":"…
-            if row.body[place : place + 10] == b'","seq":1,':
+            if published.begins_run(row.body, row.run_id):
                 self._learn(row.run_id, row.body)
             parent = self._known.get(row.run_id)
             if parent is not None:
-                self._tell(row.body, parent, now)
-                if b'"type":"RunFinished"' in row.body:
+                self._record(row.body, parent, now)
+                if published.ends_run(row.body):
                     del self._known[row.run_id]
 
     def _learn(self, run_id: bytes, body: bytes) -> None:
-        found = CARRIED.search(body)
-        if found is None or not int(found[1][-2:], 16) & 1:
+        found = published.traceparent(body)
+        if found is None or not int(found[-2:], 16) & 1:
             return  # not traced, or not sampled
-        self._known[run_id] = W3C.extract({"traceparent": found[1].decode()})
-        if len(self._known) > REMEMBERED:
+        self._known[run_id] = W3C.extract({"traceparent": found})
+        if len(self._known) > MAX_TRACES:
             self._known.popitem(last=False)
 
-    def _tell(self, body: bytes, parent: "context.Context", now: int) -> None:
+    def _record(self, body: bytes, parent: "context.Context", now: int) -> None:
         assert self._tracer is not None  # noqa: S101 - see `__call__`
-        written, seq = TIME.search(body), LAST_SEQ.search(body, body.rfind(b"\n") + 1)
-        if written is None or seq is None:
+        written_at_ms, seq = published.written_at_ms(body), published.last_seq(body)
+        if written_at_ms is None or seq is None:
             return
-        begin = min(now, int(written[1]) * 1_000_000)
+        begin = min(now, written_at_ms * 1_000_000)
         span = self._tracer.start_span(
             "publish",
             context=parent,
             kind=trace.SpanKind.PRODUCER,
             start_time=begin,
-            attributes={"beatless.seq": int(seq[1]), "beatless.events": body.count(b"\n") + 1},
+            attributes={"beatless.seq": seq, "beatless.events": body.count(b"\n") + 1},
         )
         span.end(now)
 

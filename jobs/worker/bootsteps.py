@@ -10,7 +10,7 @@ from celery import bootsteps, signals
 
 from beatless.observe.logs import enable_own_loggers
 from beatless.observe.metrics import Metrics, listen
-from beatless.observe.systemd import Supervisor
+from beatless.observe.systemd import ServiceManager
 from beatless.settings import Settings
 from beatless.worker.celery_app import warn_of_foreign
 
@@ -64,7 +64,7 @@ class SystemdWatchdog(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery 
 
     def register_with_event_loop(self, _worker: Any, hub: Any) -> None:
         """As in `FastPoolRepair`."""
-        supervisor = Supervisor()
+        supervisor = ServiceManager()
         if supervisor.interval:
             hub.call_repeatedly(supervisor.interval, supervisor.alive)
 

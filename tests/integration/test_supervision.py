@@ -10,7 +10,7 @@ import pytest
 
 from beatless import App
 from beatless.local.child import Child
-from beatless.observe.systemd import Supervisor
+from beatless.observe.systemd import ServiceManager
 from beatless.testing import Kit
 
 Hear = Callable[[bytes], None]
@@ -69,9 +69,9 @@ def test_the_api_says_so_too(beatless: Kit, beatless_app: App, hear: Hear, tmp_p
 
 def test_nobody_asks_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch, hear: Hear) -> None:
     monkeypatch.setenv("WATCHDOG_PID", "1")  # for another process than this one
-    assert Supervisor().interval == 0
+    assert ServiceManager().interval == 0
     monkeypatch.delenv("NOTIFY_SOCKET")
-    Supervisor().ready()
+    ServiceManager().ready()
 
 
 def test_an_abstract_socket_and_one_that_is_gone(
@@ -80,8 +80,8 @@ def test_an_abstract_socket_and_one_that_is_gone(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
         door.bind("")  # Linux chooses an abstract name
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + door.getsockname()[1:].decode())
-        Supervisor().ready()
+        ServiceManager().ready()
         assert door.recv(100) == b"READY=1"
-    Supervisor().ready()
+    ServiceManager().ready()
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    Supervisor().alive()
+    ServiceManager().alive()

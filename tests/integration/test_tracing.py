@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from beatless import App, Fatal, Plan, StepContext, step
 from beatless.api import create_api
 from beatless.client import RunRequest
-from beatless.observe.export import PAUSE, asked_for
+from beatless.observe.export import FAILURE_PAUSE_S, asked_for
 from beatless.testing import Kit
 
 APP = "tests.plans:app"
@@ -302,7 +302,7 @@ def test_without_a_collector_nothing_waits_and_one_line_tells(
         assert text.count("traces cannot be exported") == 1, text
         assert "opentelemetry" not in text
         assert "Traceback" not in text
-    assert PAUSE > 10
+    assert FAILURE_PAUSE_S > 10
 
 
 def test_without_the_packages_a_trace_is_passed_on(beatless: Kit) -> None:
