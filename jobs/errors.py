@@ -134,7 +134,7 @@ class MigrationBlocked(JobsError):
     def __str__(self) -> str:
         return (
             f"{self.statement!r} waits for {self.holder}: end that session or wait for it, and run "
-            "`beatless migrate` again; what was done is kept"
+            "`beatless migrate` again; finished revisions are kept"
         )
 
 
@@ -160,7 +160,7 @@ class StatementTimeout(JobsError):
     def __str__(self) -> str:
         return (
             f"Postgres ended the statement, nothing was changed: {self.reason}; another "
-            "transaction holds what it needs, or the limit is too short: try again"
+            "transaction holds a lock that it needs, or the limit is too short: try again"
         )
 
 

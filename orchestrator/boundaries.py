@@ -209,7 +209,9 @@ class Boundaries:
 
         In ASCII, which a database in any encoding can hold.
         """
-        text = f"what step {progress.occurrence} gave cannot be stored in this database: {reason}"
+        text = (
+            f"the result of step {progress.occurrence} cannot be stored in this database: {reason}"
+        )
         message = text[:MESSAGE_LIMIT].encode("ascii", "backslashreplace").decode()
         return self._failed_with(progress, "BadPayload", message)
 

@@ -1,7 +1,7 @@
 """Everything that can go wrong with a run.
 
 OrchestratorError
-├── BadPayload          a value is not JSON, too large, or holds what Postgres cannot store
+├── BadPayload          a value is not JSON, too large, or has text that Postgres cannot store
 ├── RunConflict         the key or id was used before, with other content
 ├── EventsPruned        the run ended long ago: its first events, or all, are not kept any more
 ├── RunIsActive         a worker has the run
@@ -147,7 +147,10 @@ class WorkerStops(OrchestratorError):
         self.run_id = run_id
 
     def __str__(self) -> str:
-        return f"the worker of run {self.run_id} stops: another worker begins this step again"
+        return (
+            f"worker is shutting down; run {self.run_id} was released and its step will be retried "
+            "elsewhere"
+        )
 
 
 class StepTimeout(OrchestratorError):

@@ -213,7 +213,10 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
                 if not isinstance(key, str | int | float | None):
                     return path, f"has the key {key!r}: JSON object keys are strings"
                 if not storable(str(key)):
-                    return path, f"has the key {key!r}, which holds what Postgres cannot store"
+                    return (
+                        path,
+                        f"has the key {key!r}, which has text that Postgres cannot store",
+                    )
             members = [(f"{path}.{key}", item) for key, item in value.items()]
         case _:
             return path, f"is a {type(value).__name__}, which is not JSON"

@@ -263,7 +263,7 @@ class Execution:
             waited = claimed.timestamp() + self._lease.age - self._last_ts_ms / 1000
         delay = min(max(waited / 2, UNKNOWN_STEP_S), self._redispatch_s)
         logger.warning(
-            "run given back: its plan is newer or older than this worker's",
+            "run released: its plan has another version than this worker's",
             extra={
                 "action": "unknown_step",
                 "run_id": self._run_id,
@@ -376,7 +376,7 @@ class Execution:
             self._steps_left -= 1
             return progress
         logger.warning(
-            "transaction lost, the step is tried again",
+            "transaction lost, the step is retried",
             extra={
                 "action": "transaction_lost",
                 "run_id": self._run_id,

@@ -148,7 +148,7 @@ class Executor:
         if lease is None:
             self.observer(NotClaimed(run_id=run_id))
             logger.info(
-                "message dropped: the run is not to be executed now",
+                "message ignored: the run is finished, leased, delayed or paused",
                 extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
             )
             return False

@@ -239,7 +239,7 @@ class LeasedWriter:
                 failures += 1
                 delay = BETWEEN_TRIES.delay(failures)
                 logger.warning(
-                    "Postgres is away, will try again",
+                    "Postgres is unreachable, will retry",
                     extra={
                         "action": "postgres_away",
                         "run_id": self._run_id,

@@ -220,7 +220,7 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
         raise PlanError(f"step {label} must take exactly one argument, the context") from error
     except ValueError as error:
         raise PlanError(
-            f"step {label} is a builtin that does not tell its arguments; "
+            f"step {label} is a builtin without a signature; "
             "call it in a function that takes the context"
         ) from error
 

@@ -75,7 +75,7 @@ class Retention:
             return EASE * (monotonic() - began)
         if self._events or self._runs:
             logger.info(
-                "what ended long ago was removed",
+                "retention removed ended runs",
                 extra={"action": "retention", "events": self._events, "runs": self._runs},
             )
         self._since, self._events, self._runs = None, 0, 0

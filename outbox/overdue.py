@@ -68,6 +68,6 @@ class OverdueRuns:
         if ended:
             self._observer(DeadlinesExpired(runs=ended))
             logger.info(
-                "runs ended at their deadline, which no worker had",
+                "runs without a worker ended at their deadline",
                 extra={"action": "overdue", "runs": len(ended)},
             )

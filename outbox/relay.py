@@ -119,7 +119,7 @@ class Relay:
                 failures = 1 if monotonic() - began > BACKOFF_RESET_S else failures + 1
                 delay = self.config.backoff.delay(failures)
                 logger.warning(
-                    "relay lost its sessions, will start over",
+                    "relay lost its sessions, will reconnect",
                     extra={"action": "relay_restart", "retry_in": delay, "reason": str(error)},
                 )
                 observer(RelayFailed(error=str(error)))

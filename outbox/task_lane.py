@@ -300,7 +300,7 @@ class TaskLane:
             return  # a backlog comes in many batches
         self._quiet_until[queue] = monotonic() + self._redispatch
         logger.error(
-            "the broker refuses a queue: its runs wait, the others go on",
+            "the broker refuses a queue: its runs wait, others continue",
             extra={
                 "action": "refused",
                 "queue": queue,

@@ -155,7 +155,7 @@ class Gate:
                     self._guarded = self._tokens.any()
                 except (exc.DBAPIError, exc.TimeoutError) as error:
                     logger.warning(
-                        "cannot look whether there is a token",
+                        "tokens cannot be read",
                         extra={"action": "tokens_unknown", "reason": str(error)},
                     )
                 self._look_at = monotonic() + TOKEN_CHECK_S

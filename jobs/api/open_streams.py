@@ -66,7 +66,7 @@ class OpenStreams:
                 except Exception:
                     # Whatever it is: without this task no stream would end when the server stops.
                     logger.exception(
-                        "open streams cannot be looked after, will retry",
+                        "open streams cannot be supervised, will retry",
                         extra={"action": "look_after_failed"},
                     )
                 check_at = monotonic() + TOKEN_CHECK_S
@@ -79,7 +79,7 @@ class OpenStreams:
         except Exception as error:
             # Whatever it is: they end with their rotation at the latest.
             logger.warning(
-                "tokens of open streams cannot be looked at, will retry",
+                "tokens of open streams cannot be read, will retry",
                 extra={"action": "token_check_failed", "reason": str(error)},
             )
             return

@@ -27,9 +27,12 @@ logger = logging.getLogger(__name__)
     "--reuse-port", is_flag=True, help="Share the address with other processes of this command."
 )
 @click.option("--flower-url", metavar="URL", help="Where Flower is, for links to it.")
-@click.option("--root-path", metavar="/PATH", help="What a proxy takes away from each path.")
+@click.option("--root-path", metavar="/PATH", help="The prefix that a proxy strips from paths.")
 @click.option(
-    "--open", "is_open", is_flag=True, help="While there is no token, let everybody do everything."
+    "--open",
+    "is_open",
+    is_flag=True,
+    help="While there is no token, admit every caller.",
 )
 @LOG_FORMAT
 @READY_FD
@@ -60,14 +63,14 @@ def serve(
         raise BadRequest(
             "--host",
             f"{host} can be reached by others and there is no token yet: "
-            "make one with `beatless token create --scope admin`, or let everybody in with --open",
+            "make one with `beatless token create --scope admin`, or admit all callers with --open",
         )
 
     def ready(url: str) -> None:
         if app.settings.log_format == Format.JSON:
             logger.info("api is served", extra={"action": "api", "url": url, "guarded": guarded})
         else:
-            who = "open to everybody who reaches it" if is_open else "for this machine only"
+            who = "unauthenticated and reachable" if is_open else "for this machine only"
             env.note(f"api on {url}" + ("" if guarded else f" (no token: {who})"))
         tell(ready_fd)
 
@@ -103,7 +106,7 @@ def token() -> None:
 @click.option("--scope", "scopes", multiple=True, required=True, help=", ".join(Scope))
 @click.option("--namespace", default="default", show_default=True)
 @click.option("--expires", metavar="30d", help="Valid for so long; default: until revoked.")
-@click.option("--note", help="What it is for.")
+@click.option("--note", help="The purpose of the token.")
 @click.option("--unless-any", is_flag=True, help="Do nothing if there is a token already.")
 @click.pass_obj
 def create(

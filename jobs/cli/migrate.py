@@ -18,9 +18,9 @@ from beatless.transactions import reaching_postgres
 
 @click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL instead of running it.")
-@click.option("--since", metavar="REVISION", help="With --sql: only what comes after this one.")
-@click.option("--check", is_flag=True, help="Only say whether the schema is up to date.")
-@click.option("--post", is_flag=True, help="Also do what must wait until no older code runs.")
+@click.option("--since", metavar="REVISION", help="With --sql: only the revisions after this one.")
+@click.option("--check", is_flag=True, help="Only check whether the schema is up to date.")
+@click.option("--post", is_flag=True, help="Also run revisions that break older code.")
 @click.option(
     "--restored",
     is_flag=True,

@@ -238,7 +238,7 @@ def served(app: App) -> Iterator[None]:
     envvar="FLOWER_BASIC_AUTH",
     help="Required unless on loopback or with OAuth; default: FLOWER_BASIC_AUTH.",
 )
-@click.option("--read-only", is_flag=True, help="Show everything, let nobody change anything.")
+@click.option("--read-only", is_flag=True, help="Show everything, permit no change.")
 @click.option("--steps/--no-steps", default=True, help="Runs and steps, or Celery's tasks alone.")
 @click.option(
     "--page-url",

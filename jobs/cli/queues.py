@@ -98,7 +98,7 @@ def remove(env: Environment, run: str) -> None:
 @click.option("--state", type=click.Choice(sorted(state.value for state in FINAL)), required=True)
 @click.option("--older-than", metavar="7d", required=True, help="Ended so long ago.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True)
-@click.option("--dry-run", is_flag=True, help="Only count what there is to take away.")
+@click.option("--dry-run", is_flag=True, help="Only count the runs to remove.")
 @click.pass_obj
 def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bool) -> None:
     """Take away runs that ended long ago; prints how many."""
@@ -129,7 +129,7 @@ def of_runs(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--queue", help="Only runs of this queue."),
             click.option("--tag", "tags", metavar="K=V", multiple=True, help="Only with this tag."),
             click.option("--error", metavar="TEXT", help="Only if TEXT is in the error's message."),
-            click.option("--within", metavar="TIME", help="Only what failed since then, as 2h."),
+            click.option("--within", metavar="TIME", help="Only failures since then, as 2h."),
             click.option(
                 "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True
             ),
@@ -143,7 +143,7 @@ KIND = click.option(
     "--message/--run",
     "is_message",
     default=None,
-    help="What ID is, if there is a message of this number and a run with this id.",
+    help="Decides if ID is both the number of a message and the id of a run.",
 )
 
 
@@ -166,7 +166,9 @@ def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter |
             if message is None:
                 raise
     if message is not None and run is not None:
-        raise BadRequest("dead letter", f"{letter} is a message and a run: say --message or --run")
+        raise BadRequest(
+            "dead letter", f"{letter} is a message and a run: choose --message or --run"
+        )
     if message is not None:
         return message
     assert run is not None  # noqa: S101 - or RunNotFound was raised

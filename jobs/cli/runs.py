@@ -168,7 +168,7 @@ def show(env: Environment, run: str) -> None:
 @click.option("--queue", metavar="Q")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--step", metavar="S", help="Unfinished runs that are in it, or go on with it.")
-@click.option("--retried/--not-retried", default=None, help="Whether somebody has retried it.")
+@click.option("--retried/--not-retried", default=None, help="Whether it has a retry.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @click.pass_obj
 def runs(

@@ -1,4 +1,4 @@
-"""The in-process client: what people do with runs."""
+"""The in-process client of runs."""
 
 from beatless.client.client import Client
 from beatless.client.requests import RunRequest

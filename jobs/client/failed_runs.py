@@ -162,12 +162,13 @@ class FailedRunCalls(BaseClient):
             if once and self._journal.retried(
                 caller, run.run_id, by_other_than=self.stored_id(new_id)
             ):
-                raise CannotRetry(run_id, "somebody has retried it meanwhile")
+                raise CannotRetry(run_id, "it has been retried meanwhile")
             if not run.state.final:
                 raise CannotRetry(run_id, f"it is {run.state}; wait for its end or cancel it")
             if run.pruned_seq:
                 raise CannotRetry(
-                    run_id, "what it had finished is not kept any more; start it anew"
+                    run_id,
+                    "the results of its finished steps were removed by retention; start a new run",
                 )
             request = RunRequest(
                 plan=run.plan,
@@ -189,7 +190,7 @@ class FailedRunCalls(BaseClient):
             reused = reusable(self._plans[run.plan], events, from_step)
             if reused is not None:
                 limit = self._journal.max_event_bytes
-                text = encode(reused, where=f"what run {run_id} has finished", limit=limit)
+                text = encode(reused, where=f"the results of run {run_id}", limit=limit)
                 new = replace(new, reused=text)
             follows = ((events[0].data or {}) if events else {}).get("traceparent")
             with self._tracing.starting(new.plan, new.run_id, follows=follows) as carried:

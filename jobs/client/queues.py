@@ -100,5 +100,5 @@ class QueueCalls(BaseClient):
 def _age(older_than: float | timedelta) -> float:
     age = seconds("older_than", older_than)
     if age is None:
-        raise BadRequest("older_than", "is missing: 0 takes away whatever has ended")
+        raise BadRequest("older_than", "is missing: 0 removes all ended runs")
     return age

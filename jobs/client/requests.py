@@ -133,7 +133,7 @@ def checked_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
             raise BadRequest("tags", "must map strings to strings of valid text, without NUL")
     if sum(len((name + value).encode()) for name, value in (tags or {}).items()) > TAGS_BYTES:
         raise BadRequest(
-            "tags", f"are longer than {TAGS_BYTES} bytes: put what is large into the input"
+            "tags", f"are longer than {TAGS_BYTES} bytes: put large values into the input"
         )
     return dict(tags or {})
 

@@ -133,7 +133,7 @@ class Follower:
             # More than was asked for, so that not all come back at once.
             delay += error.pause
         logger.warning(
-            "stream was interrupted, will go on",
+            "stream was interrupted, will reconnect",
             extra={
                 "action": "stream_interrupted",
                 "run_id": self.run_id,

@@ -75,4 +75,4 @@ class NotReady(JobsError):
         self.log = log
 
     def __str__(self) -> str:
-        return f"the {self.name} did not become ready; its log says: {self.log}"
+        return f"the {self.name} did not become ready; its log: {self.log}"

@@ -182,7 +182,7 @@ class Server(ABC):
 
     def _log_tail(self, begin: int) -> str:
         lines = self._log_since(begin).splitlines()[-5:]
-        return " | ".join(lines) or f"{self.log} says nothing"
+        return " | ".join(lines) or f"{self.log} is empty"
 
     def stop(self) -> None:
         """End the server in order. May be called more than once."""
@@ -230,7 +230,7 @@ def _explain(error: OSError | subprocess.SubprocessError) -> str:
         return f"it cannot run as user {user.uid} here: {user.hint}, or use servers of your own"
     if isinstance(error, PermissionError):
         return f"{error}: choose a directory of your own" + (
-            ", or start it as an ordinary user, for this root may not do what root may"
+            ", or start it as an ordinary user, for this root lacks the rights of root"
             if os.geteuid() == 0
             else ""
         )

@@ -53,7 +53,7 @@ def export(service: str, environ: Mapping[str, str]) -> Callable[[], None]:
         otlp = importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError as error:
         logger.warning(
-            "traces are asked for and cannot be exported: pip install 'beatless[otel]'",
+            "traces are enabled and cannot be exported: pip install 'beatless[otel]'",
             extra={"action": "no_tracing", "reason": str(error)},
         )
         return _nothing

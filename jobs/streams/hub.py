@@ -130,7 +130,7 @@ class Hub:
                 return await work()
             except Exception:
                 logger.exception(
-                    "a task of the streams failed, it begins again",
+                    "a task of the streams failed, it is restarted",
                     extra={"action": "task_failed", "which": name, "retry_in": RESTART_S},
                 )
                 self._observer(ThreadFailed(thread="streams", first=True))
@@ -200,7 +200,7 @@ class Hub:
                     # Whatever it is: the streams of this loop wait for this task, each for ever.
                     failures += 1
                     logger.warning(
-                        "Redis is away, streams read the journal",
+                        "Redis is unreachable, streams read the journal",
                         extra={
                             "action": "stream_without_redis",
                             "reason": str(error) or f"no answer in {self.patience:g} s",

@@ -74,7 +74,7 @@ class Subscription:
                     return True
         except (RedisError, OSError) as error:
             logger.warning(
-                "Redis is away, stream reads the journal",
+                "Redis is unreachable, stream reads the journal",
                 extra={"action": "stream_without_redis", "reason": str(error)},
             )
         self.close()

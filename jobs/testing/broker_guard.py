@@ -175,7 +175,9 @@ def watching(guard: Guard) -> Iterator[None]:
         if (followed or name in WRITES) and guard.fence and not guard.fence.has_backend(self):
             if followed:  # before a task is sent: the message that is to follow has a name to tell
                 return lambda _producer, _task_id: None
-            guard.refuse(f"a Celery app would have told ({name}) the result backend", self.as_uri())
+            guard.refuse(
+                f"a Celery app would have sent ({name}) to the result backend", self.as_uri()
+            )
         return object.__getattribute__(self, name)
 
     with ExitStack() as undo:

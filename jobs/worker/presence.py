@@ -88,6 +88,6 @@ class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
         except Exception as error:
             thread.failed()
             logger.warning(
-                "the worker could not tell which queues it consumes",
+                "the worker could not announce its queues",
                 extra={"action": "announcement_failed", "reason": str(error)},
             )

@@ -113,7 +113,7 @@ class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery
         if self.draining.is_set():
             return
         self.draining.set()
-        logger.info("worker stops, runs are given back", extra={"action": "worker_stops"})
+        logger.info("worker stops, runs are released", extra={"action": "worker_stops"})
         self._last.start()
 
     def _ended(self, sender: Any, **_: Any) -> None:

@@ -109,7 +109,7 @@ def test_a_number_is_not_taken_for_a_run_of_the_same_name(
     beatless.start_run("fatally", run_id=str(number))
     beatless.work_until_idle()
     for command in ("discard", "requeue", "show"):
-        assert "say --message or --run" in cli("dead-letters", command, str(number)).err
+        assert "choose --message or --run" in cli("dead-letters", command, str(number)).err
     shown = cli("--json", "dead-letters", "show", str(number), "--message").out
     assert json.loads(shown)["kind"] == "message"
     assert cli("dead-letters", "discard", str(number), "--run").status == 0

@@ -598,7 +598,7 @@ def test_two_retries_of_all_failed_runs_at_once_retry_each_once(
     ((started, refused),) = found
     assert started == []
     assert [str(reason) for reason in refused] == [
-        f"run {run.run_id} cannot be retried: somebody has retried it meanwhile"
+        f"run {run.run_id} cannot be retried: it has been retried meanwhile"
     ]
     retries = [one.run_id for one in beatless.client.list_runs() if one.retry_of == run.run_id]
     assert retries == [new.run_id]

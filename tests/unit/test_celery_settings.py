@@ -15,7 +15,7 @@ from beatless.worker.celery_app import IGNORED, ConfiguredElsewhere
 from beatless.worker.celery_settings import celery_settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "workers.md").read_text()
-TABLE = TEXT.partition("## What is set, and why")[2]
+TABLE = TEXT.partition("## Celery settings, and why")[2]
 NAMED = re.compile(r"`(\w+) = (\w[\w.\"\[\]]*|\[[^]`]*\])`(?: \((Redis|RabbitMQ)\))?")
 BROKERS = {"Redis": "redis://127.0.0.1:1/0", "RabbitMQ": "amqp://127.0.0.1:1//"}
 

@@ -56,7 +56,7 @@ def test_the_six_characters_that_spell_a_nul_are_no_nul(value):
 @pytest.mark.parametrize("key", ["x\0", "x\ud800"])
 def test_a_key_that_postgres_cannot_store_is_refused(key):
     with pytest.raises(
-        BadPayload, match=r"^input\.a has the key 'x\\.*', which holds what Postgres"
+        BadPayload, match=r"^input\.a has the key 'x\\.*', which has text that Postgres"
     ):
         encode({"a": {key: 1}}, where="input", limit=LIMIT)
 

@@ -112,7 +112,7 @@ def renamed(names: dict) -> Plan:
         (lambda: step(async_yields), "step async_yields is async"),
         (lambda: step(Callable), "step Callable is a class"),
         (lambda: step(dict), "step dict is a class"),
-        (lambda: step(max), "step max is a builtin that does not tell its arguments"),
+        (lambda: step(max), "step max is a builtin without a signature"),
         (lambda: step(Callable.method), "step method must take exactly one argument"),
         (lambda: step(classmethod(one)), "step one is a classmethod, which cannot be called"),
         (lambda: step(name="n")(5), "step n is a int, which cannot be called"),

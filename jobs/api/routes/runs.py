@@ -65,7 +65,7 @@ def list_runs(
     plan: str | None = None,
     queue: str | None = None,
     tag: Annotated[list[str] | None, Query(description="name=value")] = None,
-    retried: Annotated[bool | None, Query(description="whether somebody has")] = None,
+    retried: Annotated[bool | None, Query(description="whether it has a retry")] = None,
     step: Annotated[
         str | None, Query(description="unfinished runs that are in it, or go on with it")
     ] = None,
