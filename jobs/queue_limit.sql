@@ -4,7 +4,7 @@
 
 -- name: of_default
 -- List the queues of the namespace `default`.
--- Reads the dispatches in whole, at most once a minute, and for a start that names a queue.
+-- Reads in whole: dispatches, at most once a minute, and for a start that names a queue.
 SELECT DISTINCT queue FROM {schema}.dispatches WHERE strpos(run_id, '~') = 0
 
 -- name: of_namespace

@@ -2,7 +2,7 @@
 
 -- name: versions_and_lag
 -- Read the version of Postgres, and how far publishing is behind.
--- Reads in whole the outbox, which is short, to count it: for people.
+-- Reads in whole: run_outbox, which is short, to count it.
 SELECT current_setting('server_version'), {outbox_lag}
 
 -- name: relays

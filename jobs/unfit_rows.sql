@@ -2,5 +2,5 @@
 
 -- name: some
 -- List some of the unfit rows, with the promise that each breaks.
--- Reads in whole the dispatches and the outbox: for people.
+-- Reads in whole: dispatches. For a person who asks.
 SELECT * FROM ({unfit}) AS unfit LIMIT %(limit)s

@@ -2,8 +2,8 @@
 
 -- name: violations
 -- List each promise that a run breaks: of these runs, or of all that are stored.
--- One statement, so that everything is seen at one instant. Reads in whole what is stored, if it is
--- not asked for some runs: for people.
+-- One statement, so that everything is seen at one instant.
+-- Reads in whole: runs, run_events, run_outbox, dispatches. For a person who asks.
 WITH run AS MATERIALIZED (
   SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
          pruned_seq::bigint AS pruned_seq FROM {schema}.runs

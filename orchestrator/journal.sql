@@ -205,10 +205,11 @@ SELECT e.seq, e.type, e.step, e.data FROM {schema}.run_events e
 
 -- fragment: promise
 -- The `on_cancel` step that a cancel of the run `r` has promised.
+-- Row by row, by LIMIT: the planner would look for the few cancels among the events of all runs.
 LEFT JOIN LATERAL (
     SELECT c.seq, c.data ->> 'on_cancel' AS undo FROM {schema}.run_events c
      WHERE r.cancel_requested_at IS NOT NULL AND c.run_id = r.run_id
-       AND c.type = 'CancelRequested') c ON true
+       AND c.type = 'CancelRequested' LIMIT 1) c ON true
 
 -- fragment: at_step
 -- Whether an unfinished run `r` is in this step, or goes on with it.
@@ -236,6 +237,7 @@ run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waitin
 
 -- name: list_queued
 -- List runs that wait, newest first.
+-- Reads in whole: dispatches.
 {listed} AND {queued} {filtered}
 
 -- name: list_running
@@ -244,10 +246,12 @@ run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waitin
 
 -- name: list_at_step
 -- List unfinished runs at a step, newest first.
+-- Reads in whole: dispatches.
 {listed} AND true AND {at_step} {filtered}
 
 -- name: list_queued_at_step
 -- List runs that wait at a step, newest first.
+-- Reads in whole: dispatches.
 {listed} AND {queued} AND {at_step} {filtered}
 
 -- name: list_running_at_step
@@ -257,6 +261,7 @@ run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waitin
 -- name: unfinished
 -- List where all unfinished runs are, or those that wait for this reason.
 -- An attempt that was begun after the cancel is one of the step that undoes the run.
+-- Reads in whole: dispatches, and runs if about as many are unfinished.
 SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
        e.seq, e.type, e.step, (e.data - 'result') #- '{reused,results}'
   FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)

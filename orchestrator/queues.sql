@@ -30,7 +30,7 @@ SELECT pg_notify(%(c)s, '')
 
 -- name: states
 -- Read every queue that has runs or was paused; without those that ended, all but them.
--- Reads in whole the dispatches, and the runs if those that ended are asked for: for people.
+-- Reads in whole: dispatches, and runs if those that ended are asked for.
 WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
                                       OR d.state = 'sent') AS waiting,
@@ -106,7 +106,7 @@ SELECT run_id, state FROM {schema}.runs WHERE state = 'queued' AND run_id = ANY(
 
 -- name: choose_queue
 -- Lock every run of a queue.
--- Reads the runs in whole: a person removes the queue.
+-- Reads in whole: runs. A person removes the queue.
 SELECT run_id, state FROM {schema}.runs WHERE queue = %(queue)s ORDER BY run_id FOR UPDATE
 
 -- name: choose_run
@@ -135,12 +135,14 @@ UNION ALL
 
 -- name: choose_ended
 -- Lock runs that ended in a state so long ago, oldest end first.
+-- Reads in whole: runs, those that have no events any more. For a person who asks.
 SELECT run_id, state FROM {schema}.runs
  WHERE run_id = ANY(ARRAY(SELECT run_id FROM ({ended} LIMIT %(limit)s) AS ended))
  ORDER BY run_id FOR UPDATE
 
 -- name: count_ended
 -- Count the runs that choose_ended would lock without a limit, and their events.
+-- Reads in whole: runs, as choose_ended does.
 SELECT count(*), coalesce(sum(events), 0)::bigint FROM ({ended}) AS ended
 
 -- name: running
@@ -151,6 +153,7 @@ SELECT count(*) FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
 
 -- name: remove
 -- Delete these runs with all that is stored of them.
+-- Reads in whole: run_outbox, which is short.
 WITH gone AS (
   DELETE FROM {schema}.runs WHERE run_id = ANY(%(run_ids)s) RETURNING run_id
 ), e AS (DELETE FROM {schema}.run_events WHERE run_id = ANY(%(run_ids)s)

@@ -39,6 +39,7 @@ UPDATE {schema}.runs r
 
 -- name: forget
 -- Delete runs whose events have gone long enough ago.
+-- Reads in whole: run_outbox, which is short.
 WITH chosen AS (
   SELECT run_id FROM {schema}.runs
    WHERE pruned_at < (SELECT clock_timestamp() - make_interval(secs => %(runs)s))

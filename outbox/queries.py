@@ -184,11 +184,6 @@ def channel_of(schema: str) -> str:
     return channel
 
 
-def outbox_lag(schema: str) -> str:
-    """Three columns: appends that are not published, the oldest's age in seconds, dead letters."""
-    return fragment("outbox_lag", schema, last_shard=SHARDS - 1)
-
-
 class Queries:
     """The relay's statements for one schema."""
 

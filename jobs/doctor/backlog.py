@@ -7,7 +7,7 @@ from beatless.doctor.finding import Verdict, counted, ok, problem, warn
 from beatless.doctor.probe import Need, Probe
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
-from beatless.outbox.queries import outbox_lag
+from beatless.outbox.message import SHARDS
 from beatless.places import places
 from beatless.unfit_rows import unfit_rows
 from beatless.worker import canary
@@ -25,7 +25,7 @@ MAX_QUEUES, MAX_PLACES, MAX_ROWS = 3, 5, 3
 @check("plans", needs={Need.SCHEMA})
 def plans(probe: Probe) -> Iterator[Verdict]:
     """Unfinished runs that this app, or the workers' version of a plan, cannot go on with."""
-    sql = probe.sql(__file__)
+    sql = _sql(probe)
     known = [*probe.app.plans, canary.NAME]
     unknown = probe.rows(sql["unknown_plans"], {"known": known})
     if unknown:
@@ -53,7 +53,8 @@ def plans(probe: Probe) -> Iterator[Verdict]:
 @check("outbox", needs={Need.SCHEMA})
 def outbox(probe: Probe) -> Iterator[Verdict]:
     """Events that are not published, and those that were given up on."""
-    pending, age_s, letters = probe.rows(f"SELECT {outbox_lag(probe.schema)}")[0]
+    sql = _sql(probe)
+    pending, age_s, letters = probe.rows(sql["unpublished"])[0]
     late = (age_s or 0) > LAG_WARNING_S
     if late:
         verdict = problem if age_s > LAG_PROBLEM_S else warn
@@ -73,7 +74,7 @@ def outbox(probe: Probe) -> Iterator[Verdict]:
 @check("queues", needs={Need.SCHEMA})
 def queues(probe: Probe) -> Iterator[Verdict]:
     """Queues whose runs wait for long, and those that are paused."""
-    sql = probe.sql(__file__)
+    sql = _sql(probe)
     states = QueueStatements(probe.schema).states(probe.postgres, ended=False)
     now = probe.rows(sql["now"])[0][0]
     ages = [
@@ -119,3 +120,7 @@ def rows(probe: Probe) -> Iterator[Verdict]:
         )
     if not found:
         yield ok("a relay can act on all of them")
+
+
+def _sql(probe: Probe) -> dict[str, str]:
+    return probe.sql(__file__, last_shard=SHARDS - 1)

@@ -160,9 +160,9 @@ class Probe:
             self.settings, APPLICATION_NAME, psycopg.Connection, prepare_threshold=None
         )
 
-    def sql(self, module: str) -> dict[str, str]:
+    def sql(self, module: str, **numbers: float) -> dict[str, str]:
         """The statements of the `.sql` file beside a module of checks, which gives `__file__`."""
-        return statements(module, self.schema)
+        return statements(module, self.schema, **numbers)
 
     def rows(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """The rows of a statement on Postgres. Raises psycopg.Error."""

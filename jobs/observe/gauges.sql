@@ -3,6 +3,7 @@
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
 -- queue and state, and by task those at an unknown step.
+-- Reads in whole: dispatches, run_outbox, to count them.
 SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
        {outbox_lag},
        (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (

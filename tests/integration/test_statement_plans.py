@@ -1,0 +1,250 @@
+"""Each statement of the `.sql` files, planned over long tables: it finds its rows by an index.
+
+Those that read one in whole say which in their description. What is planned is the generic plan,
+which knows no value: a session that has run a statement some times may use it for ever.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import beatless
+from beatless import App
+from beatless.outbox.doorbell import prepare_to_drain
+from beatless.outbox.message import SHARDS
+from beatless.outbox.statements import read, statements
+from tests.unit.test_statements import OF_MODULES, named
+
+ENDED, UNFINISHED = 100_000, 10_000
+"""Runs. Of each that has not ended the first event waits for its relay."""
+
+ALL = ENDED + UNFINISHED
+
+LONG = {"runs", "run_events", "dispatches", "run_outbox"}
+
+IN_DRAINS = {"queries", "doorbell", "deadlines", "retention"}
+"""Their statements run in sessions of the relay, whose plans are pinned."""
+
+SHORT_INDEXES = {"dispatches_out", "dispatches_sent", "dispatches_deadline"}
+"""Of dispatches in a state or with a deadline: windows and times bound how many there are."""
+
+NUMBERS = {
+    "adopted": 1000,
+    "batch": 100,
+    "batch_bytes": 8 * 1024 * 1024,
+    "defer_s": 2,
+    "few_per_shard": 8,
+    "last_shard": SHARDS - 1,
+    "lock_timeout_ms": 1000,
+    "look_every_s": 0.02,
+    "page_bytes": 262_144,
+    "per_shard": 128,
+    "presence_expires_s": 30.0,
+    "rarely": 4,
+    "sweep": 100,
+    "window": 64,
+}
+
+TYPES = {
+    "above": "int[]",
+    "after": "int",
+    "aside": "text[]",
+    "attempts": "int[]",
+    "batch": "int",
+    "branches": "bool[]",
+    "datas": "text[]",
+    "delay": "float8",
+    "delay_cancelled": "float8",
+    "dispatch": "int",
+    "ended": "bool",
+    "events": "float8",
+    "expires_s": "float8",
+    "failing": "text[]",
+    "floor": "bigint",
+    "hash": "bytea",
+    "ids": "text[]",
+    "known": "text[]",
+    "limit": "int",
+    "lost_after_s": "float8",
+    "n": "smallint",
+    "n_cancelled": "smallint",
+    "names": "text[]",
+    "next": "bigint",
+    "old": "float8",
+    "patience": "float8",
+    "pids": "int[]",
+    "places": "smallint",
+    "processes": "int",
+    "queues": "text[]",
+    "redispatch": "float8",
+    "retried": "bool",
+    "run_ids": "text[]",
+    "runs": "float8",
+    "scopes": "text[]",
+    "seconds": "float8",
+    "shard": "smallint",
+    "shards": "smallint[]",
+    "steps": "text[]",
+    "token": "bigint",
+    "tokens": "bigint[]",
+    "types": "text[]",
+    "upto": "int[]",
+    "values": "text[]",
+    "workers": "text[]",
+}
+"""As psycopg sends them; what is not here is text or unknown to it, and for Postgres to infer."""
+
+OTHER_TYPES = {
+    ("orchestrator/deadlines", "after"): "text",
+    ("orchestrator/journal", "runs"): "text",
+    ("outbox/letters", "after"): "bigint",
+    ("outbox/queries", "forget_events", "ids"): "text",
+    ("outbox/queries", "forget_events", "shards"): "text",
+    ("outbox/queries", "ids"): "bigint[]",
+}
+
+
+@pytest.fixture
+def long_tables(beatless_app: App, postgres: psycopg.Connection) -> psycopg.Connection:
+    """A session before many runs of all states, as ANALYZE has seen them."""
+    postgres.execute(
+        f"""
+INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, lease_token, key, tags,
+                  retry_of, created_at, started_at, finished_at, pruned_seq, pruned_at)
+SELECT 'run-' || n, 'p' || n % 7, '1', 'q' || n % 5,
+       CASE WHEN n > {ENDED} THEN CASE n % 50 WHEN 0 THEN 'running' ELSE 'queued' END
+            WHEN n % 100 = 0 THEN 'failed' ELSE 'completed' END,
+       CASE WHEN n > {ENDED} THEN 1 ELSE 2 END, n, CASE n % 3 WHEN 0 THEN 'key-' || n END,
+       jsonb_build_object('n', n), CASE n % 200 WHEN 1 THEN 'run-' || n - 1 END,
+       now() - make_interval(mins => {ALL} - n), now() - make_interval(mins => {ALL} - n),
+       CASE WHEN n <= {ENDED} THEN now() - make_interval(mins => {ALL} - n) END,
+       CASE WHEN n <= 5000 THEN 2 ELSE 0 END, CASE WHEN n <= 5000 THEN now() END
+  FROM generate_series(1, {ALL}) n""".encode()
+    )
+    postgres.execute(
+        b"""
+INSERT INTO run_events (run_id, seq, ts, type, source, data)
+SELECT run_id, seq, created_at, CASE seq WHEN 1 THEN 'RunStarted' ELSE 'RunFinished' END, 'worker',
+       CASE seq WHEN 2 THEN jsonb_build_object('outcome', state) END
+  FROM runs CROSS JOIN generate_series(1, 2) seq WHERE seq <= last_seq AND pruned_seq = 0"""
+    )
+    postgres.execute(
+        f"""
+INSERT INTO run_outbox (shard, run_id, from_seq, to_seq)
+SELECT n % {SHARDS}, 'run-' || n, 1, 1 FROM generate_series({ENDED} + 1, {ALL}) n""".encode()
+    )
+    postgres.execute(
+        f"""
+INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason, deadline_at)
+SELECT 'run-' || n, n % {SHARDS}, 'p' || n % 7, 'q' || n % 5, n % 3,
+       CASE n % 50 WHEN 0 THEN 'running' WHEN 1 THEN 'delayed' ELSE 'waiting' END,
+       now() + make_interval(secs => n % 50), 'start',
+       CASE n % 1000 WHEN 2 THEN now() + make_interval(secs => n) END
+  FROM generate_series({ENDED} + 1, {ALL}) n""".encode()
+    )
+    postgres.execute("ANALYZE runs, run_events, run_outbox, dispatches")
+    return postgres
+
+
+def prepared(statement: str, types: dict[str, str]) -> tuple[str, int]:
+    """The statement as the text of a PREPARE, and how many parameters it has."""
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement)))
+    text = re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", statement)
+    declared = ", ".join(types.get(name, "unknown") for name in names)
+    return f"PREPARE one{f' ({declared})' if names else ''} AS {text.replace('%%', '%')}", len(
+        names
+    )
+
+
+def types_for(path: Path, name: str) -> dict[str, str]:
+    module = f"{'jobs/' if path.parent == PACKAGE else ''}{named(path).removesuffix('.sql')}"
+    found = dict(TYPES)
+    for (file, *which), kind in OTHER_TYPES.items():
+        if file == module and which[:-1] in ([], [name]):
+            found[which[-1]] = kind
+    return found
+
+
+PACKAGE = Path(beatless.__file__).parent
+
+REREADING = {"Sort", "Aggregate", "Hash", "Materialize", "WindowAgg", "Unique", "Group"}
+"""Nodes that read all that is below them, whatever LIMIT is above."""
+
+
+def whole_reads(plan: dict[str, Any], *, limited: bool = False) -> Iterator[str]:
+    """The long tables that a plan reads from one end to the other.
+
+    Below a LIMIT an index gives the first rows, unless a filter may pass over all of them.
+    """
+    table = plan.get("Relation Name")
+    found = any(f"{kind} Cond" in plan for kind in ("Index", "Recheck", "TID"))
+    if table in LONG and "Scan" in plan["Node Type"] and not found:
+        first_rows = limited and "Index" in plan["Node Type"] and "Filter" not in plan
+        if not first_rows and plan.get("Index Name") not in SHORT_INDEXES:
+            yield table
+    below = plan["Node Type"] == "Limit" or (limited and plan["Node Type"] not in REREADING)
+    for child in plan.get("Plans", []):
+        yield from whole_reads(child, limited=below)
+
+
+def planned(connection: psycopg.Connection[Any], statement: str, types: dict[str, str]) -> Any:
+    text, parameters = prepared(statement, types)
+    connection.execute(text.encode())
+    given = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
+    explained = f"EXPLAIN (FORMAT JSON) EXECUTE one{given}"
+    ((plan,),) = connection.execute(explained.encode()).fetchall()
+    connection.execute("DEALLOCATE one")
+    return plan[0]["Plan"]
+
+
+def admitted(description: str) -> set[str]:
+    """The tables that a statement may read in whole, by its own description."""
+    _, _, rest = description.partition("Reads in whole: ")
+    return LONG & set(re.findall(r"\w+", rest.partition(".")[0]))
+
+
+def test_statements_find_their_rows_by_an_index_or_say_which_tables_they_read_in_whole(
+    beatless_app: App, long_tables: psycopg.Connection
+) -> None:
+    found: dict[str, set[str]] = {}
+    told: dict[str, set[str]] = {}
+    with (
+        beatless_app.direct_connection() as drains,
+        beatless_app.direct_connection() as others,
+    ):
+        prepare_to_drain(drains)
+        others.execute("SET plan_cache_mode TO force_generic_plan")
+        for path in OF_MODULES:
+            described = read(path).statements
+            needed = {name for each in described.values() for name in each.placeholders}
+            numbers = {name: NUMBERS[name] for name in needed - {"schema"}}
+            texts = statements(str(path), beatless_app.settings.schema, **numbers)
+            for name, text in texts.items():
+                session = drains if path.stem in IN_DRAINS else others
+                plan = planned(session, text, types_for(path, name))
+                found[f"{named(path)} {name}"] = set(whole_reads(plan))
+                told[f"{named(path)} {name}"] = admitted(described[name].description)
+    assert found == told
+
+
+@pytest.mark.parametrize(
+    ("statement", "reads"),
+    [
+        ("SELECT FROM runs WHERE run_id = 'a'", set()),
+        ("SELECT FROM runs WHERE queue = 'a'", {"runs"}),
+        ("SELECT FROM runs ORDER BY run_id LIMIT 1", set()),
+        ("SELECT FROM runs ORDER BY run_id", {"runs"}),
+        ("SELECT FROM runs WHERE queue = 'a' ORDER BY run_id LIMIT 1", {"runs"}),
+        ("SELECT FROM (SELECT max(queue) FROM runs GROUP BY run_id) t LIMIT 1", {"runs"}),
+        ("SELECT FROM queues", set()),
+        ("SELECT count(*) FROM dispatches WHERE state = 'sent'", set()),
+    ],
+)
+def test_the_rule_bites(postgres: psycopg.Connection, statement: str, reads: set[str]) -> None:
+    postgres.execute("SET enable_seqscan TO off")
+    postgres.execute("SET enable_bitmapscan TO off")
+    assert set(whole_reads(planned(postgres, statement, {}))) == reads
