@@ -11,10 +11,10 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease
 from beatless.outbox.clock import monotonic
 
-PROGRESS_EVERY = 0.25
+PROGRESS_INTERVAL_S = 0.25
 """Seconds between two progress events of a step: a tight loop cannot flood the journal."""
 
-CANCEL_EVERY = 0.25
+CANCEL_CHECK_INTERVAL_S = 0.25
 """Seconds between two looks of `raise_if_cancelled` at Postgres."""
 
 
@@ -107,7 +107,7 @@ class StepContext:
         now = monotonic()
         if now < self._next_progress:
             return
-        self._next_progress = now + PROGRESS_EVERY
+        self._next_progress = now + PROGRESS_INTERVAL_S
         self.trace("progress", pct=max(0.0, min(100.0, float(pct))), note=note)
 
     def raise_if_cancelled(self) -> None:
@@ -123,7 +123,7 @@ class StepContext:
             return
         now = monotonic()
         if not self._lease.cancelled and now >= self._next_cancel_check:
-            self._next_cancel_check = now + CANCEL_EVERY
+            self._next_cancel_check = now + CANCEL_CHECK_INTERVAL_S
             self._lease.cancelled = self._check_cancel()
         if self._lease.cancelled:
             raise RunCancelled(self.run_id)

@@ -393,7 +393,7 @@ class RunDriver:
             ends_at=ends_at,
             late=late,
             terminate_on_cancel=step.terminate_on_cancel,
-            gentle=not step.transactional,
+            interruptible=not step.transactional,
             settle=lambda connection, reason: self._writer.settle_once(
                 connection, settlement_of(reason)
             ),

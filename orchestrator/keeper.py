@@ -16,7 +16,7 @@ from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
-LATE = 1 / 2
+LATE_SHARE = 1 / 2
 """The share of the lease time after which a heartbeat is late: it beats after a third."""
 
 STOPPED = frozenset("TtZX")
@@ -57,7 +57,7 @@ class Keeper:
         self._connect = connect
         self._stopping = stopping
         self._connection: Connection | None = None
-        self._told: set[int] = set()
+        self._warned: set[int] = set()
 
     def run(self, thread: LastingThread | None = None) -> None:
         """Until `stopping` is set. Nothing that goes wrong ends it."""
@@ -80,10 +80,10 @@ class Keeper:
 
     def once(self) -> int:
         """Extend what is late now; how many leases that were."""
-        before = monotonic() - self._leases.seconds * LATE
+        before = monotonic() - self._leases.seconds * LATE_SHARE
         late = [noted for noted in self._board.read() if noted.beat < before and works(noted.pid)]
         if not late:
-            self._told.clear()
+            self._warned.clear()
             self._disconnect()
             return 0
         if self._connection is None or self._connection.closed:
@@ -92,12 +92,12 @@ class Keeper:
             self._connection, [(noted.run_id, token) for noted in late for token in noted.tokens]
         )
         for noted in late:
-            self._tell(noted, kept)
+            self._warn(noted, kept)
         return len(kept)
 
-    def _tell(self, noted: Noted, kept: dict[int, bool]) -> None:
-        for token in kept.keys() & set(noted.tokens) - self._told:
-            self._told.add(token)
+    def _warn(self, noted: Noted, kept: dict[int, bool]) -> None:
+        for token in kept.keys() & set(noted.tokens) - self._warned:
+            self._warned.add(token)
             logger.warning(
                 "a step lets no other thread of its process run; its lease is kept from outside",
                 extra={"action": "lease_kept", "run_id": noted.run_id, "pid": noted.pid},

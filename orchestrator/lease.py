@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Connection = psycopg.Connection[Any]
 
-PATIENCE = 1.0
+LOCK_TIMEOUT_S = 1.0
 """Seconds that a claim or a heartbeat waits for a lock: others wait behind it meanwhile."""
 
 
@@ -84,7 +84,7 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
-        self.sql = statements(__file__, schema, lock_timeout_ms=round(PATIENCE * 1000))
+        self.sql = statements(__file__, schema, lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000))
 
     def claim(
         self,
@@ -101,8 +101,8 @@ class Leases:
         Who can write to the broker can name any plan and any dispatch: a run of another plan is not
         taken, and no number moves that of the next message by more than one.
 
-        Also None if somebody's transaction holds the run's row for longer than `PATIENCE`: it is
-        dispatched again. For a run that was never claimed this also commits StepStarted of
+        Also None if another transaction holds the run's row for longer than `LOCK_TIMEOUT_S`: the
+        run is dispatched again. For a run that was never claimed this also commits StepStarted of
         `first_step`.
         """
         # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
@@ -173,7 +173,7 @@ class Leases:
         return dict(extended.fetchall())
 
     @contextmanager
-    def impatient(self, connection: Connection, seconds: float) -> Iterator[None]:
+    def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:
         """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""
         with connection.transaction():
             connection.execute(self.sql["wait_for"], {"milliseconds": f"{seconds * 1000:.0f}"})

@@ -124,9 +124,9 @@ class LeasedWriter:
     def settle_once(self, connection: Connection, settlement: Settlement) -> bool:
         """Commit a boundary on another thread's connection; False if the lease is gone.
 
-        Raises psycopg.errors.LockNotAvailable, soon, if somebody's transaction holds the run's row.
+        Raises psycopg.errors.LockNotAvailable, soon, if another transaction holds the run's row.
         """
-        with self._leases.impatient(connection, WATCHDOG_LOCK_TIMEOUT_S):
+        with self._leases.with_lock_timeout(connection, WATCHDOG_LOCK_TIMEOUT_S):
             appended = self._settle(connection, settlement)
         if appended is None:
             return False

@@ -27,7 +27,7 @@ PRESENCE_EXPIRES_S = 3 * PRESENCE_INTERVAL_S
 
 FROZEN = 10.0
 """Seconds after which a claim that is still in flight has nobody who would end it: it waits for a
-row a tenth of that, see `lease.PATIENCE`."""
+row a tenth of that, see `lease.LOCK_TIMEOUT_S`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from beatless.orchestrator.progress import (
     UNKNOWN_STEP,
 )
 
-HANDOVER = 0.01
+HANDOVER_S = 0.01
 """Seconds between two steps above which somebody else has taken the run over."""
 
 
@@ -57,7 +57,7 @@ class Wait:
             (self.since, due, self.reason),
             (due, ended, self.then),
         ):
-            if (passed := (end - begin) / 1000) >= HANDOVER:
+            if (passed := (end - begin) / 1000) >= HANDOVER_S:
                 yield Moment(at=begin, kind="wait", text=f"waited {text}", seconds=passed)
 
 

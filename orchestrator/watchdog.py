@@ -21,18 +21,18 @@ from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
-GRACE = 1.0
-"""Seconds that a body has to leave by itself after it was told."""
+INTERRUPT_GRACE_S = 1.0
+"""Seconds that a body has to leave by itself after it was interrupted."""
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks for a cancel, while a step runs that a cancel shall end."""
+CANCEL_CHECK_INTERVAL_S = 0.5
+"""Seconds between two checks for a cancel, while a step runs that a cancel shall end."""
 
-STUCK = 10.0
-"""Seconds after which a process ends that does not even let the watchdog's thread run."""
+STUCK_AFTER_S = 10.0
+"""Seconds after which a process ends in which even the watchdog's thread cannot run."""
 
 NEVER = float("inf")
 
-AGAIN = 1.0
+RETRY_INTERVAL_S = 1.0
 """Seconds until the next try to record an end, while Postgres is away."""
 
 
@@ -44,25 +44,27 @@ class Attempt:
     ends_at: float | None
     """By the monotonic clock."""
     late: Exception
-    """What it is then."""
+    """The reason for ending it then."""
     terminate_on_cancel: bool
-    gentle: bool
-    """Whether an exception may strike anywhere in the body: not within a transaction."""
+    interruptible: bool
+    """An exception may be raised anywhere in the body: not within a transaction."""
     settle: Callable[[Connection, Exception], bool]
     """Commit the end of the attempt under its lease; False if the lease is gone.
 
-    Raises psycopg.errors.LockNotAvailable, soon, if somebody's transaction holds the run's row.
+    Raises psycopg.errors.LockNotAvailable, soon, if another transaction holds the run's row.
     """
     thread: int = field(default_factory=threading.get_ident)
     reason: Exception | None = None
     inside: bool = False
-    struck: bool = False
+    interrupted: bool = False
     over: bool = False
     fenced: bool = False
-    held: bool = False
-    """Somebody's transaction held the run's row when its end was to be committed."""
-    look_at: float = 0.0
-    act_at: float | None = None
+    row_locked: bool = False
+    """Another transaction held the run's row when its end was to be committed."""
+    check_at: float = 0.0
+    """When to check for a cancel next, by the monotonic clock."""
+    force_at: float | None = None
+    """When to end the attempt by force; None before it was interrupted, and after its end."""
     mutex: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -73,7 +75,7 @@ class Attempt:
 class Watchdog:
     """A thread that ends attempts that are late, or cancelled and marked for it.
 
-    1. sleep until an attempt is late, or until it is time to look for a cancel
+    1. sleep until an attempt is late, or until it is time to check for a cancel
     2. in a process of its own: raise an exception in the body, which may clean up for a second
     3. commit the end of the attempt under its lease: from then on the body can write nothing
     4. in a process of its own: end the process. A thread cannot be ended; it goes on, fenced
@@ -107,7 +109,7 @@ class Watchdog:
     def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
         """Call the body and return what it returns.
 
-        Raises what it raises, the reason if it was told to end, and LeaseLost if its end has
+        Raises what it raises, the reason if it was interrupted, and LeaseLost if its end has
         already been committed.
         """
         outcome: Any = None
@@ -138,9 +140,9 @@ class Watchdog:
             attempts = [attempt for attempt in self._attempts if attempt.reason is None]
         for attempt in attempts:
             try:
-                self._tell(attempt, WorkerStops(attempt.lease.run.run_id))
+                self._interrupt(attempt, WorkerStops(attempt.lease.run.run_id))
             except Exception as error:  # the others end all the same
-                self._away(attempt, error)
+                self._postpone(attempt, error)
         with self._changed:
             self._wake()
 
@@ -156,25 +158,30 @@ class Watchdog:
             with self._changed:
                 self._wake()  # before anything else: it may be that no thread can be started
         previous = None
-        attempt.gentle &= self._own_process and threading.current_thread() is (
+        attempt.interruptible &= self._own_process and threading.current_thread() is (
             threading.main_thread()
         )
-        if attempt.gentle:
+        if attempt.interruptible:
 
-            def strike(_number: int, _frame: Any) -> None:
-                if attempt.reason is not None and attempt.inside and not attempt.struck:
-                    attempt.struck = True
+            def interrupt(_number: int, _frame: Any) -> None:
+                if attempt.reason is not None and attempt.inside and not attempt.interrupted:
+                    attempt.interrupted = True
                     raise attempt.reason
 
-            previous = signal.signal(signal.SIGALRM, strike)
+            previous = signal.signal(signal.SIGALRM, interrupt)
         if self._own_process and attempt.ends_at is not None:
             left = max(0.0, attempt.ends_at - monotonic())
-            faulthandler.dump_traceback_later(left + GRACE + STUCK, exit=True, file=2)
-        attempt.look_at = monotonic() + LOOK_EVERY
+            faulthandler.dump_traceback_later(
+                left + INTERRUPT_GRACE_S + STUCK_AFTER_S, exit=True, file=2
+            )
+        attempt.check_at = monotonic() + CANCEL_CHECK_INTERVAL_S
         with self._changed:
             self._attempts.append(attempt)
             if self._ending:
-                attempt.reason, attempt.act_at = WorkerStops(attempt.lease.run.run_id), monotonic()
+                attempt.reason, attempt.force_at = (
+                    WorkerStops(attempt.lease.run.run_id),
+                    monotonic(),
+                )
             if self._thread is not None and (attempt.watched or self._ending):
                 self._changed.notify()
         return previous
@@ -194,7 +201,7 @@ class Watchdog:
             self._attempts.remove(attempt)
         if self._own_process and attempt.ends_at is not None:
             faulthandler.cancel_dump_traceback_later()
-        if attempt.gentle:
+        if attempt.interruptible:
             signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
 
     def _run(self, thread: LastingThread) -> None:
@@ -210,14 +217,14 @@ class Watchdog:
                     continue
                 late = [attempt for attempt in self._attempts if _due(attempt) <= monotonic()]
             # Those whose rows were held the last time have cost time already.
-            late.sort(key=lambda attempt: attempt.held)
+            late.sort(key=lambda attempt: attempt.row_locked)
             for attempt in late:
                 try:
-                    self._act(attempt)
+                    self._attend(attempt)
                     thread.works()
                 except Exception as error:
                     thread.failed()
-                    self._away(attempt, error)
+                    self._postpone(attempt, error)
         if self._connection is not None:
             self._connection.close()
 
@@ -226,27 +233,27 @@ class Watchdog:
             self._connection = self._connect()
         return self._connection
 
-    def _act(self, attempt: Attempt) -> None:
+    def _attend(self, attempt: Attempt) -> None:
         now = monotonic()
         if attempt.reason is None:
             if attempt.ends_at is not None and attempt.ends_at <= now:
-                self._tell(attempt, attempt.late)
+                self._interrupt(attempt, attempt.late)
             else:
-                attempt.look_at = now + LOOK_EVERY
+                attempt.check_at = now + CANCEL_CHECK_INTERVAL_S
                 self._leases.inspect(self._connected(), attempt.lease, 0)
                 if attempt.lease.cancelled:
-                    self._tell(attempt, RunCancelled(attempt.lease.run.run_id))
-        elif attempt.act_at is not None and attempt.act_at <= now:
+                    self._interrupt(attempt, RunCancelled(attempt.lease.run.run_id))
+        elif attempt.force_at is not None and attempt.force_at <= now:
             self._force(attempt, attempt.reason)
 
-    def _tell(self, attempt: Attempt, reason: Exception) -> None:
+    def _interrupt(self, attempt: Attempt, reason: Exception) -> None:
         with attempt.mutex:
             if attempt.over:
                 return  # its outcome stands, and nobody expects the signal any more
             attempt.reason = reason
-            attempt.act_at = monotonic()
-            if attempt.gentle:
-                attempt.act_at += GRACE
+            attempt.force_at = monotonic()
+            if attempt.interruptible:
+                attempt.force_at += INTERRUPT_GRACE_S
                 signal.pthread_kill(attempt.thread, signal.SIGALRM)
 
     def _force(self, attempt: Attempt, reason: Exception) -> None:
@@ -254,11 +261,11 @@ class Watchdog:
             if attempt.over:
                 return
             frame = sys._current_frames().get(attempt.thread)
-            if frame is not None and not attempt.held:
+            if frame is not None and not attempt.row_locked:
                 reason.add_note("it was here:\n" + "".join(traceback.format_stack(frame)[-3:]))
             attempt.settle(self._connected(), reason)
             attempt.fenced = attempt.lease.lost = True
-            attempt.act_at = None
+            attempt.force_at = None
             logger.warning(
                 "step ended by force",
                 extra={
@@ -270,12 +277,12 @@ class Watchdog:
             )
             self._end_process()
 
-    def _away(self, attempt: Attempt, error: Exception) -> None:
+    def _postpone(self, attempt: Attempt, error: Exception) -> None:
         """Postgres cannot be told. A process ends all the same: its lease runs out.
 
         Not for a row that somebody's transaction holds: then it is told a little later.
         """
-        attempt.held = isinstance(error, psycopg.errors.LockNotAvailable)
+        attempt.row_locked = isinstance(error, psycopg.errors.LockNotAvailable)
         logger.warning(
             "watchdog could not write, will retry",
             extra={
@@ -285,12 +292,12 @@ class Watchdog:
             },
             exc_info=None if isinstance(error, psycopg.Error) else error,
         )
-        if self._connection is not None and not attempt.held:
+        if self._connection is not None and not attempt.row_locked:
             self._connection.close()
-        attempt.look_at = monotonic() + AGAIN
-        if attempt.act_at is not None:
-            attempt.act_at = monotonic() + AGAIN
-            if attempt.held:
+        attempt.check_at = monotonic() + RETRY_INTERVAL_S
+        if attempt.force_at is not None:
+            attempt.force_at = monotonic() + RETRY_INTERVAL_S
+            if attempt.row_locked:
                 return
             with attempt.mutex:
                 if not attempt.over:
@@ -304,6 +311,6 @@ class Watchdog:
 def _due(attempt: Attempt) -> float:
     """The time at which the watchdog must check an attempt again."""
     if attempt.reason is not None:
-        return NEVER if attempt.act_at is None else attempt.act_at
+        return NEVER if attempt.force_at is None else attempt.force_at
     ends = NEVER if attempt.ends_at is None else attempt.ends_at
-    return min(ends, attempt.look_at) if attempt.terminate_on_cancel else ends
+    return min(ends, attempt.check_at) if attempt.terminate_on_cancel else ends

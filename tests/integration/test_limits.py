@@ -271,7 +271,7 @@ def test_a_watchdog_that_cannot_reach_postgres_tries_again(beatless: Kit) -> Non
         ends_at=monotonic(),
         late=late,
         terminate_on_cancel=False,
-        gentle=True,
+        interruptible=True,
         settle=settle,
     )
 
@@ -326,12 +326,12 @@ def test_an_attempt_that_has_just_ended_is_not_told_to_end(beatless: Kit) -> Non
         ends_at=monotonic() + 3600,
         late=StepTimeout("first", 0.1),
         terminate_on_cancel=False,
-        gentle=True,
+        interruptible=True,
         settle=lambda _connection, _reason: True,
     )
     assert watchdog.call(attempt, lambda: "the outcome") == "the outcome"
 
-    watchdog._tell(attempt, attempt.late)  # it had decided a moment before
+    watchdog._interrupt(attempt, attempt.late)  # it had decided a moment before
 
     assert attempt.reason is None
     watchdog.stop()

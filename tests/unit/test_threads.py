@@ -38,7 +38,7 @@ ERRORS = [ValueError("unforeseen"), SystemExit(3), Untold(), MemoryError()]
 def error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BaseException:
     monkeypatch.setattr(threads, "AGAIN_S", 0.01)
     monkeypatch.setattr("beatless.orchestrator.heartbeat.RETRY_INTERVAL_S", 0.01)
-    monkeypatch.setattr("beatless.orchestrator.watchdog.AGAIN", 0.01)
+    monkeypatch.setattr("beatless.orchestrator.watchdog.RETRY_INTERVAL_S", 0.01)
     return request.param
 
 
@@ -151,7 +151,7 @@ def test_a_watchdog_watches_after_anything(error: BaseException, counts: WorkerC
         ends_at=monotonic(),
         late=TimeoutError("late"),
         terminate_on_cancel=False,
-        gentle=False,
+        interruptible=False,
         settle=settle,
     )
     with pytest.raises(Exception, match="lease"):
