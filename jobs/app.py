@@ -116,7 +116,7 @@ class App:
         self.redaction = Redaction(redact)
         self.tracing = Tracing(partial(self.redaction.value, "error"))
         self.on_failure = on_failure
-        self._failures = Failures(on_failure)
+        self._failures = None if on_failure is None else Failures(on_failure)
         if self._canary.name in self.plans:
             raise PlanError(f"the plan {self._canary.name} is beatless's own: choose another name")
         self.journal = Journal(settings.schema, max_event_bytes=settings.max_event_bytes)

@@ -4,7 +4,7 @@ import contextvars
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,49 +53,48 @@ class Failure:
 OnFailure = Callable[[Failure], object]
 
 
+def failures_of(signal: Signal) -> Iterator[Failure]:
+    """The failures that a signal tells of; a canary's is none."""
+    match signal:
+        case Settled(state=RunState.FAILED, lease=lease) if lease.run.plan != canary.NAME:
+            yield _failed_run(signal)
+        case DeadlinesExpired(runs=runs):
+            for run_id, plan, queue in runs:
+                message = f"run {run_id} did not end before its deadline"
+                error = {"type": "DeadlineExceeded", "message": message}
+                yield Failure(kind="run", run_id=run_id, plan=plan, queue=queue, error=error)
+        case DeadLettered(run_id=run_id, reason=reason):
+            error = {"type": "DeadLetter", "message": reason}
+            yield Failure(kind="dead letter", run_id=run_id, error=error)
+
+
+def _failed_run(settled: Settled) -> Failure:
+    run, events = settled.lease.run, settled.events
+    attempts = [event.attempt for event in events if event.type == EventType.STEP_FAILED]
+    error = json.loads(events[-1].data or "{}")["error"]
+    return Failure(
+        kind="run",
+        run_id=run.run_id,
+        plan=run.plan,
+        queue=run.queue,
+        step=error.get("step"),
+        attempt=attempts[-1] if attempts else None,
+        error=error,
+        exception=settled.exception,
+        tags=run.tags,
+    )
+
+
 class Failures:
     """The observer of executors and relays that calls `on_failure`."""
 
-    def __init__(self, on_failure: OnFailure | None) -> None:
+    def __init__(self, on_failure: OnFailure) -> None:
         self._on_failure = on_failure
         self._hanging: list[threading.Thread] = []
 
     def __call__(self, signal: Signal) -> None:
-        if self._on_failure is None:
-            return
-        match signal:
-            case Settled(state=RunState.FAILED):
-                self._settled(signal)
-            case DeadlinesExpired(runs=runs):
-                for run_id, plan, queue in runs:
-                    message = f"run {run_id} did not end before its deadline"
-                    error = {"type": "DeadlineExceeded", "message": message}
-                    self._call(
-                        Failure(kind="run", run_id=run_id, plan=plan, queue=queue, error=error)
-                    )
-            case DeadLettered(run_id=run_id, reason=reason):
-                error = {"type": "DeadLetter", "message": reason}
-                self._call(Failure(kind="dead letter", run_id=run_id, error=error))
-
-    def _settled(self, signal: Settled) -> None:
-        run, events = signal.lease.run, signal.events
-        if run.plan == canary.NAME:
-            return
-        attempts = [event.attempt for event in events if event.type == EventType.STEP_FAILED]
-        error = json.loads(events[-1].data or "{}")["error"]
-        self._call(
-            Failure(
-                kind="run",
-                run_id=run.run_id,
-                plan=run.plan,
-                queue=run.queue,
-                step=error.get("step"),
-                attempt=attempts[-1] if attempts else None,
-                error=error,
-                exception=signal.exception,
-                tags=run.tags,
-            )
-        )
+        for failure in failures_of(signal):
+            self._call(failure)
 
     def _call(self, failure: Failure) -> None:
         """In a thread of its own: one that hangs holds up neither this run's worker nor a relay.
@@ -131,7 +130,6 @@ class Failures:
             )
 
     def _tell(self, failure: Failure) -> None:
-        assert self._on_failure is not None  # noqa: S101 - see `__call__`
         try:
             self._on_failure(failure)
         except BaseException:  # it is the user's, and a thread of ours ends here

@@ -19,8 +19,8 @@ class ServiceManager:
         self._path = "\0" + path[1:] if path.startswith("@") else path
         watched = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
-        self.interval = limit / 3
-        """How often, in seconds, `alive` shall be called; 0: never."""
+        self.interval_s = limit / 3
+        """How often `alive` shall be called; 0: never."""
         self._told = 0.0
 
     def ready(self) -> None:
@@ -33,7 +33,7 @@ class ServiceManager:
 
     def alive(self) -> None:
         """Its loop moves. May be called as often as you like: few of the calls say anything."""
-        if self.interval and monotonic() - self._told >= min(1.0, self.interval):
+        if self.interval_s and monotonic() - self._told >= min(1.0, self.interval_s):
             self._told = monotonic()
             self._send(b"WATCHDOG=1")
 

@@ -75,27 +75,11 @@ class Tracing:
             given = None  # the server is instrumented itself, and nearer
         if given is None and self._idle():
             return nullcontext(None)
-        return self._start_span(plan, run_id, given, follows)
+        return _start_span(self._tracer, plan, run_id, given, follows)
 
     def _idle(self) -> bool:
         """Whether nobody records spans here, and there is no trace to pass on."""
         return not _recording() and not trace.get_current_span().get_span_context().is_valid
-
-    @contextmanager
-    def _start_span(
-        self, plan: str, run_id: str, given: str | None, follows: str | None
-    ) -> Iterator[Mapping[str, str] | None]:
-        assert self._tracer is not None  # noqa: S101 - see `starting`
-        with self._tracer.start_as_current_span(
-            f"start {plan}",
-            context=W3C.extract({"traceparent": given}) if given else None,
-            kind=trace.SpanKind.PRODUCER,
-            attributes={"beatless.plan": plan, "beatless.run_id": run_id},
-            links=_links(follows),
-        ):
-            carrier: dict[str, str] = {}
-            W3C.inject(carrier)
-            yield carrier or None
 
     # Executing
 
@@ -106,51 +90,9 @@ class Tracing:
         carried = (lease.trace_context or {}).get("traceparent")
         if self._tracer is None or (carried is None and self._idle()):
             return nullcontext(carried)
-        return self._run(lease) if step is None else self._step(step, attempt)
-
-    @contextmanager
-    def _run(self, lease: Lease) -> Iterator[str | None]:
-        assert self._tracer is not None  # noqa: S101 - see `scope`
-        run = lease.run
-        parent = W3C.extract(lease.trace_context) if lease.trace_context else None
-        attributes: dict[str, str | int] = {
-            "beatless.plan": run.plan,
-            "beatless.run_id": run.run_id,
-            "beatless.queue": run.queue,
-            "beatless.claim": run.attempt,
-        }
-        if lease.waited is not None and parent is not None:
-            now = time_ns()
-            waited = self._tracer.start_span(
-                "dispatch",
-                context=parent,
-                attributes=attributes,
-                start_time=now - int(max(0.0, lease.waited) * 1e9),
-            )
-            waited.end(now)
-        # Of who made the message be executed, if Celery itself is instrumented.
-        outer = trace.get_current_span().get_span_context()
-        with self._tracer.start_as_current_span(
-            f"run {run.plan}",
-            context=parent,
-            kind=trace.SpanKind.CONSUMER,
-            attributes=attributes,
-            links=[trace.Link(outer)] if outer.is_valid else [],
-        ) as span:
-            before = RUN.set(span)
-            try:
-                yield _traceparent()
-            finally:
-                RUN.reset(before)
-
-    @contextmanager
-    def _step(self, step: str, attempt: int) -> Iterator[str | None]:
-        assert self._tracer is not None  # noqa: S101 - see `scope`
-        with self._tracer.start_as_current_span(
-            f"step {step}",
-            attributes={"beatless.step": step, "beatless.attempt": attempt},
-        ):
-            yield _traceparent()
+        if step is None:
+            return _run_span(self._tracer, lease)
+        return _step_span(self._tracer, step, attempt)
 
     def observe(self, signal: Signal) -> None:
         """The observer of executors: committed events become events of the span, with their seq."""
@@ -172,6 +114,66 @@ class Tracing:
             run.set_status(trace.Status(trace.StatusCode.ERROR))
 
 
+@contextmanager
+def _start_span(
+    tracer: "trace.Tracer", plan: str, run_id: str, given: str | None, follows: str | None
+) -> Iterator[Mapping[str, str] | None]:
+    with tracer.start_as_current_span(
+        f"start {plan}",
+        context=W3C.extract({"traceparent": given}) if given else None,
+        kind=trace.SpanKind.PRODUCER,
+        attributes={"beatless.plan": plan, "beatless.run_id": run_id},
+        links=_links(follows),
+    ):
+        carrier: dict[str, str] = {}
+        W3C.inject(carrier)
+        yield carrier or None
+
+
+@contextmanager
+def _run_span(tracer: "trace.Tracer", lease: Lease) -> Iterator[str | None]:
+    run = lease.run
+    parent = W3C.extract(lease.trace_context) if lease.trace_context else None
+    attributes: dict[str, str | int] = {
+        "beatless.plan": run.plan,
+        "beatless.run_id": run.run_id,
+        "beatless.queue": run.queue,
+        "beatless.claim": run.attempt,
+    }
+    if lease.waited is not None and parent is not None:
+        now = time_ns()
+        waited = tracer.start_span(
+            "dispatch",
+            context=parent,
+            attributes=attributes,
+            start_time=now - int(max(0.0, lease.waited) * 1e9),
+        )
+        waited.end(now)
+    # Of who made the message be executed, if Celery itself is instrumented.
+    outer = trace.get_current_span().get_span_context()
+    with tracer.start_as_current_span(
+        f"run {run.plan}",
+        context=parent,
+        kind=trace.SpanKind.CONSUMER,
+        attributes=attributes,
+        links=[trace.Link(outer)] if outer.is_valid else [],
+    ) as span:
+        before = RUN.set(span)
+        try:
+            yield _traceparent()
+        finally:
+            RUN.reset(before)
+
+
+@contextmanager
+def _step_span(tracer: "trace.Tracer", step: str, attempt: int) -> Iterator[str | None]:
+    with tracer.start_as_current_span(
+        f"step {step}",
+        attributes={"beatless.step": step, "beatless.attempt": attempt},
+    ):
+        yield _traceparent()
+
+
 class PublishSpans:
     """The observer of a relay: a span for each append, from its writing to its publication."""
 
@@ -188,7 +190,7 @@ class PublishSpans:
                 self._learn(row.run_id, row.body)
             parent = self._known.get(row.run_id)
             if parent is not None:
-                self._record(row.body, parent, now)
+                _record(self._tracer, row.body, parent, now)
                 if published.ends_run(row.body):
                     del self._known[row.run_id]
 
@@ -200,20 +202,20 @@ class PublishSpans:
         if len(self._known) > MAX_TRACES:
             self._known.popitem(last=False)
 
-    def _record(self, body: bytes, parent: "context.Context", now: int) -> None:
-        assert self._tracer is not None  # noqa: S101 - see `__call__`
-        written_at_ms, seq = published.written_at_ms(body), published.last_seq(body)
-        if written_at_ms is None or seq is None:
-            return
-        begin = min(now, written_at_ms * 1_000_000)
-        span = self._tracer.start_span(
-            "publish",
-            context=parent,
-            kind=trace.SpanKind.PRODUCER,
-            start_time=begin,
-            attributes={"beatless.seq": seq, "beatless.events": body.count(b"\n") + 1},
-        )
-        span.end(now)
+
+def _record(tracer: "trace.Tracer", body: bytes, parent: "context.Context", now: int) -> None:
+    written_at_ms, seq = published.written_at_ms(body), published.last_seq(body)
+    if written_at_ms is None or seq is None:
+        return
+    begin = min(now, written_at_ms * 1_000_000)
+    span = tracer.start_span(
+        "publish",
+        context=parent,
+        kind=trace.SpanKind.PRODUCER,
+        start_time=begin,
+        attributes={"beatless.seq": seq, "beatless.events": body.count(b"\n") + 1},
+    )
+    span.end(now)
 
 
 def _recording() -> bool:

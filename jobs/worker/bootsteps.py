@@ -65,8 +65,8 @@ class SystemdWatchdog(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery 
     def register_with_event_loop(self, _worker: Any, hub: Any) -> None:
         """As in `FastPoolRepair`."""
         supervisor = ServiceManager()
-        if supervisor.interval:
-            hub.call_repeatedly(supervisor.interval, supervisor.alive)
+        if supervisor.interval_s:
+            hub.call_repeatedly(supervisor.interval_s, supervisor.alive)
 
 
 class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -69,7 +69,7 @@ def test_the_api_says_so_too(beatless: Kit, beatless_app: App, hear: Hear, tmp_p
 
 def test_nobody_asks_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch, hear: Hear) -> None:
     monkeypatch.setenv("WATCHDOG_PID", "1")  # for another process than this one
-    assert ServiceManager().interval == 0
+    assert ServiceManager().interval_s == 0
     monkeypatch.delenv("NOTIFY_SOCKET")
     ServiceManager().ready()
 
