@@ -1,7 +1,7 @@
 """The pytest plugin of beatless: its options, and the fixtures for any project's tests.
 
 pytest loads it wherever beatless is installed. So it imports nothing of beatless, which would cost
-every session a second, before a test asks for a fixture: what fixtures do is in the package
+every session a second, before a test asks for a fixture: their bodies are in the package
 `beatless.testing`.
 """
 
@@ -86,7 +86,7 @@ class SharedServices:
             self._listener.close()
 
     def _serve(self) -> None:
-        """Tell everyone who knows the token where the servers are; end them at the end."""
+        """Send the servers' addresses to each worker that knows the token; end them at the end."""
         assert self._listener is not None  # noqa: S101 - started after it was made
         answer = ""
         with ExitStack() as stack:
@@ -120,7 +120,7 @@ def importable(config: pytest.Config) -> Iterator[None]:
     """In this block, modules that make their App from the environment can be imported.
 
     Such an App works with the test's servers while a test takes the fixture `beatless_app`, and
-    with none otherwise: also not with those of the environment, which may be somebody's.
+    with none otherwise: also not with those of the environment, which may be in use.
     """
     if not config.getini("beatless_app"):
         yield
@@ -134,7 +134,7 @@ def importable(config: pytest.Config) -> Iterator[None]:
     try:
         yield
     finally:
-        # What a conftest has set is meant for the tests.
+        # Settings of a conftest are meant for the tests.
         for name in [name for name, url in nowhere.items() if os.environ.get(name) == url]:
             del os.environ[name]
             if name in given:
@@ -219,8 +219,8 @@ def beatless_plans(pytestconfig: pytest.Config) -> Sequence[Any]:
 def beatless_settings() -> dict[str, Any]:
     """Settings of the test's app beside its own names. Override it.
 
-    What isolates the test (`database_url`, `redis_url`, `schema`, `prefix`) is refused with a
-    UsageError: it is the kit's to choose.
+    Settings that isolate the test (`database_url`, `redis_url`, `schema`, `prefix`) are refused
+    with a UsageError: the kit chooses them.
     """
     return {}
 
@@ -230,7 +230,7 @@ def beatless_tables() -> Any:
     """The function that creates your own tables on a connection, as `metadata.create_all`.
 
     Override it, for the session. Each test then has them, and empty: they are made once for many
-    tests. None: whoever wants some makes them, and they are dropped after the test.
+    tests. None: a test makes its own, and they are dropped after it.
     """
     return None
 

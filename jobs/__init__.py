@@ -7,7 +7,7 @@ nor Celery.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what type checkers and editors read; `_MODULES` says the same at run time
+if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same at run time
     from beatless.app import App
     from beatless.client import Client, RunRequest
     from beatless.errors import (

@@ -97,10 +97,10 @@ class App:
     ) -> None:
         """`on_failure` is called once for each run that has failed for good, and each dead letter.
 
-        In the process that wrote it, for five seconds at most; what it raises is logged.
+        In the process that wrote it, for five seconds at most; an exception of it is logged.
 
-        `redact` says what may be shown of inputs, results, errors and traces: on the page, over
-        HTTP, on the command line, in logs, spans and Flower. What is stored stays.
+        `redact` decides how inputs, results, errors and traces are shown: on the page, over
+        HTTP, on the command line, in logs, spans and Flower. Stored values stay.
 
         Raises PlanError when two plans share a name.
         """
@@ -195,7 +195,7 @@ class App:
         """A client that sees the runs of one namespace, and no others.
 
         `canary` gives it the plan of `beatless doctor` instead of yours; `engine` is one of
-        `bounded_engine`. `shown` is for whoever shows somebody what it gives: see `redact`.
+        `bounded_engine`. `shown` is for processes that display its results: see `redact`.
         """
         kind: type[Client] = Client
         if shown and self.redaction.active:
@@ -319,7 +319,7 @@ class App:
         return Relay(replace(config, **options))
 
     def close(self) -> None:
-        """Close what this process has opened."""
+        """Close the connections of this process."""
         self.engine.dispose()
         self._steps_engine.dispose()
         for each in self._bounded_engines:

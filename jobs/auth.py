@@ -47,7 +47,7 @@ STREAM_SECONDS = 300
 """How long the token of one stream is good."""
 
 NO_TOKEN = ""
-"""The id of what is granted while there is no token, and the maker of what it makes."""
+"""The id of the grant while there is no token, and the maker of its tokens."""
 
 
 class Scope(StrEnum):
@@ -65,14 +65,14 @@ class Grant:
     namespace: str = DEFAULT_NAMESPACE
     run_id: str | None = None
     token_id: str | None = None
-    """None where no token of ours says who it is."""
+    """None where the caller has no token of ours."""
     maker: str | None = None
     """The token that made this one."""
 
     def allows(self, scope: Scope) -> bool:
         """Admin includes everything within its namespace; writing includes reading.
 
-        Queues are the whole fleet's, and so belong to nobody but the namespace `default`.
+        Queues are the whole fleet's, and so belong to the namespace `default` only.
         """
         if scope is Scope.QUEUES and self.namespace != DEFAULT_NAMESPACE:
             return False
@@ -82,7 +82,7 @@ class Grant:
 
 
 EVERYTHING = Grant(scopes=frozenset(Scope), token_id=NO_TOKEN)
-"""What a server without any token grants to its own machine."""
+"""The grant of a server without any token to its own machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class Tokens:
     ) -> tuple[str, str]:
         """(id, secret): the secret is shown once and never stored. Raises BadRequest.
 
-        What a `maker` made, which is the id of a token, is good no longer than that token.
+        A token with a `maker`, the id of another token, is valid no longer than that one.
         """
         unknown = sorted(set(scopes) - set(Scope))
         if unknown or not scopes:
@@ -191,7 +191,7 @@ class Tokens:
         return frozenset(token_id for (token_id,) in rows)
 
     def any(self) -> bool:
-        """Whether there is any token, so that everybody needs one."""
+        """Whether there is any token, so that every caller needs one."""
         with self._engine.begin() as connection:
             return bool(execute(connection, self._sql["any"], {})[0][0])
 

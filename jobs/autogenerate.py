@@ -1,7 +1,7 @@
 """A filter for Alembic's autogenerate, which would drop the tables of beatless.
 
 With `include_schemas=True` Alembic compares all schemas of the database with your models, and
-removes what they do not have. In your `env.py`:
+removes all tables that they do not have. In your `env.py`:
 
     from beatless.autogenerate import include_name
 
@@ -24,7 +24,7 @@ OURS = frozenset({VERSION_TABLE, *runs.metadata.tables, api_tokens.name})
 def include_name(schema: str = "beatless", *, also: IncludeName | None = None) -> IncludeName:
     """For `context.configure(include_name=…)`: all but the tables of beatless in this schema.
 
-    `schema` is what BEATLESS_SCHEMA says; `also` is a filter of your own.
+    `schema` is the value of BEATLESS_SCHEMA; `also` is a filter of your own.
     """
 
     def included(name: str | None, type_: Any, parents: Mapping[Any, Any]) -> bool:

@@ -15,7 +15,7 @@ COMMAND_TIMEOUT_S = 10.0
 
 
 class PasswordUnavailable(Exception):
-    """The password could not be had. For whoever connects the server is away."""
+    """The password could not be had. To the caller, the server is unreachable."""
 
 
 def from_command(command: str) -> Password:
@@ -42,7 +42,7 @@ def from_command(command: str) -> Password:
 
 
 def ask(password: Password, failure: Callable[[str], Exception]) -> str:
-    """The password; or, whatever happened to whoever knows it, the error that a lost server is."""
+    """The password; or, for any failure of its source, the error of a lost server."""
     try:
         return password()
     except Exception as error:

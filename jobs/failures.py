@@ -1,4 +1,4 @@
-"""Tells the user's `on_failure` what has failed for good: once, in the process that wrote it."""
+"""Calls the user's `on_failure` for each final failure: once, in the process that wrote it."""
 
 import contextvars
 import json
@@ -44,9 +44,9 @@ class Failure:
     """The occurrence that failed; None if no step did, as at a deadline without a worker."""
     attempt: int | None = None
     error: Mapping[str, Any]
-    """What is stored: `type` and `message`, and of a step `step` and `traceback`."""
+    """The stored error: `type` and `message`, and of a step `step` and `traceback`."""
     exception: BaseException | None = None
-    """What the step raised, where it is known: not after its process had died."""
+    """The exception of the step, where it is known: not after its process had died."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -99,7 +99,7 @@ class Failures:
     def _call(self, failure: Failure) -> None:
         """In a thread of its own: one that hangs holds up neither this run's worker nor a relay.
 
-        While one hangs, no other is waited for: a relay tells of many runs at a time.
+        While one hangs, no other is waited for: a relay reports many runs at a time.
         """
         self._hanging = [thread for thread in self._hanging if thread.is_alive()]
         if len(self._hanging) >= MAX_HANGING:

@@ -1,6 +1,6 @@
 """Flower with runs in it: a run is a task by its own id, its steps are that task's children.
 
-Flower hears the runs' events on Redis as any viewer does, and reads in Postgres what it missed. So
+Flower hears the runs' events on Redis as any viewer does, and reads missed ones in Postgres. So
 neither workers nor relays do anything for it, and its history is back when it starts again.
 """
 
@@ -50,7 +50,7 @@ KNOWN = 50_000
 """Runs whose place is remembered."""
 
 DELIVERY = re.compile(r"(.+)\.[0-9]+")
-"""The id of a Celery task of ours, or of somebody else's: the run's and a dispatch's number."""
+"""The id of a Celery task: of ours, the run's id and the number of the dispatch."""
 
 OUTCOMES = {"completed": "succeeded", "failed": "failed", "cancelled": "revoked"}
 
@@ -64,7 +64,7 @@ class FlowerOptions:
     basic_auth: str | None = None
     read_only: bool = False
     steps: bool = True
-    """Whether runs and steps are shown; without, what Celery itself tells."""
+    """Whether runs and steps are shown; without, only Celery's own events."""
     page_url: str | None = None
     """Where the run page is, for links to it."""
 
@@ -137,7 +137,7 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
 
     def _ours(self, event: dict[str, Any], run_id: str) -> bool:
         """Whether this is about a run, and not about another task of the same broker."""
-        if "name" in event:  # when it is received; later only the id is told
+        if "name" in event:  # when it is received; later events have only the id
             known = getattr(self.tasks.get(run_id), "in_journal", False)
             return known or event["name"] in self._plans
         return event["uuid"] not in self.tasks and run_id in self.tasks
@@ -213,7 +213,7 @@ class Listener:
             try:
                 self._listen()
             except Exception as error:
-                # Whatever it is: a Flower that hears nothing looks as if nothing happened.
+                # Any error: a Flower without events looks as if nothing happened.
                 self._failures += 1
                 delay = self._backoff.delay(self._failures)
                 logger.warning(
@@ -224,7 +224,7 @@ class Listener:
 
     def _listen(self) -> None:
         client = self._app.redis()
-        # A connection that comes back in silence would have missed what was published.
+        # A connection that comes back silently would have missed published events.
         client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
         with client, client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis-py's gap
             self._app.client.epoch()  # the database may be another since the last time
@@ -232,7 +232,7 @@ class Listener:
             while (message := pubsub.get_message(timeout=5.0)) is None:
                 if self._stopping.is_set():
                     return
-            # Only now, or what is published in between would be missed.
+            # Only now, or events published in between would be missed.
             self._catch_up()
             self._failures = 0
             while not self._stopping.is_set():
@@ -298,10 +298,10 @@ class TaskPage(TaskView):  # type: ignore[misc]  # Flower has no types
 
 
 def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) -> None:
-    """Serve Flower until told to stop; `ready` gets its URL once it answers.
+    """Serve Flower until it is asked to stop; `ready` gets its URL once it answers.
 
     Its own variables FLOWER_* and its flowerconfig.py are read as well. Raises BadRequest where
-    others could reach it and it asks nobody who they are.
+    others could reach it and it requires no authentication.
     """
     for name in service_links(os.environ):
         if name.startswith("FLOWER_"):  # a Service called `flower` makes FLOWER_PORT=tcp://…

@@ -26,7 +26,7 @@ class RelayState:
     pid: int
     """Of the session, not of the relay's process."""
     version: str | None
-    """None where it is not told: by older ones, or of sessions of another role."""
+    """None where it is not known: of older ones, or of sessions of another role."""
     address: str | None
     since: datetime | None
     shards: list[int]
@@ -38,7 +38,7 @@ class SystemState:
     """All of it."""
 
     version: str
-    """Of the process that tells this."""
+    """Of the process that reports this."""
     python: str
     celery: str
     postgres: str
@@ -58,7 +58,7 @@ class SystemState:
 
 
 def look(app: App, engine: sqlalchemy.Engine) -> SystemState:
-    """Raises what SQLAlchemy does for a Postgres that cannot be reached."""
+    """Raises SQLAlchemy's errors for a Postgres that cannot be reached."""
     schema = app.settings.schema
     sql = statements(__file__, schema, last_shard=SHARDS - 1)
     with engine.connect() as connection:
@@ -101,7 +101,7 @@ def _relays(rows: list[Any]) -> Iterator[RelayState]:
         if shard < SHARDS:
             shards.setdefault(pid, []).append(shard)
     for pid, shard, name, address, since in rows:
-        if shard >= SHARDS:  # each relay has this lock, whatever it leads
+        if shard >= SHARDS:  # each relay has this lock, also one that leads no shard
             yield RelayState(
                 pid=pid,
                 version=(name or "").removeprefix("beatless relay").strip() or None,

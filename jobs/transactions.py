@@ -21,7 +21,7 @@ TRIES = 5
 """How often a call is tried that Postgres ends for the sake of another."""
 
 CONFLICTS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-"""How it says so. A serialization failure needs a session that is not ours to set."""
+"""The codes of such errors. A serialization failure needs a session that is not ours to set."""
 
 
 ENDED = (
@@ -38,9 +38,9 @@ def transact(
 ) -> T:
     """Act in a transaction of its own.
 
-    A pooled connection may have died since its last use, and what locks the same rows in another
-    order may deadlock. With `twice` it is also repeated when the answer to its commit was lost,
-    although it may be stored.
+    A pooled connection may have died since its last use, and another transaction that locks
+    the same rows in another order may deadlock. With `twice` it is also repeated when the answer
+    to its commit was lost, although it may be stored.
     """
     backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
     for tried in itertools.count(1):
@@ -56,14 +56,14 @@ def transact(
             if not lost and (not conflict or tried == TRIES):
                 raise
             if conflict:
-                # At once, we would take from the winner what it was just given.
+                # At once, we would take from the winner the lock that it was just given.
                 pause.wait(backoff.delay(tried))
     raise AssertionError("unreachable")
 
 
 @contextmanager
 def reaching_postgres(schema: str) -> Iterator[None]:
-    """Turn the errors of an absent server or schema into ours, which say what to do."""
+    """Turn the errors of an absent server or schema into ours, which have advice."""
     try:
         yield
     except (exc.OperationalError, psycopg.OperationalError) as error:
@@ -76,7 +76,7 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         reason = "all connections of this process's pool are in use"
         raise Unreachable("Postgres", reason) from error
     except exc.DataError as error:
-        # Only the database can be at fault: what is no text anywhere was refused before.
+        # Only the database can be at fault: invalid text was refused before.
         if isinstance(error.orig, psycopg.errors.UntranslatableCharacter):
             found = re.search(r'in encoding "(\w+)"$', error.orig.diag.message_primary or "")
             raise WrongEncoding(

@@ -1,4 +1,4 @@
-"""Checks the promises of docs/guarantees.md on what is stored. Reads only."""
+"""Checks the promises of docs/guarantees.md on the stored data. Reads only."""
 
 from collections.abc import Sequence
 

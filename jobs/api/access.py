@@ -16,7 +16,7 @@ from beatless.client import Client
 
 
 class GuardedRoute(APIRoute):
-    """A route that asks the gate, and takes a lane, before it reads what was sent.
+    """A route that asks the gate, and takes a lane, before it reads the body.
 
     Not a dependency: FastAPI reads and parses the body before it resolves the first of them.
     """
@@ -36,7 +36,7 @@ class GuardedRoute(APIRoute):
 
 
 def granted_for(request: Request, scope: Scope, *, run_id: str | None = None) -> Grant:
-    """The grant of whoever sent the request. Raises Problem (403) if it lacks the scope.
+    """The grant of the request's caller. Raises Problem (403) if it lacks the scope.
 
     The grant of a stream token is for one run: it is good only where `run_id` names that run, as it
     is stored.

@@ -61,7 +61,7 @@ def place_of(cursor: str | None) -> Place | None:
 
 
 def _known(state: RunState) -> RunState:
-    """RunState takes what a newer version has written; who asks shall ask for what there is."""
+    """RunState accepts states of a newer version; a filter accepts only known ones."""
     if state not in set(RunState):
         raise ValueError(f"is none of {', '.join(RunState)}")
     return state

@@ -15,7 +15,7 @@ HEAD_BYTES = 64 * 1024
 
 
 class BodyLimit:
-    """Counts the bytes of a body as they come, whatever its headers say of them."""
+    """Counts the bytes of a body as they come, independent of its headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The connections of a server: how many there may be, and how long they may say nothing."""
+"""The connections of a server: their number, and the seconds that they may be idle."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ REQUEST_TIMEOUT_S = 10.0
 
 MAX_DESCRIPTORS = 65_536
 SPARE_DESCRIPTORS = 128
-"""For what is no connection of a client: Postgres, Redis, files."""
+"""For all but clients' connections: Postgres, Redis, files."""
 
 MAX_BACKLOG = 2048
 
@@ -85,7 +85,7 @@ class Connection(H11Protocol):
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        # As of uvicorn's own: what asyncio gives is a transport for reading and writing.
+        # As of uvicorn's own: asyncio gives a transport for reading and writing.
         server = self.connections_of_server
         if not server.make_room():
             self._refuse(transport)
@@ -118,7 +118,7 @@ class Connection(H11Protocol):
         """End it at once, whatever it has sent of a request."""
         self._forget()
         if self._counted:
-            self._counted = False  # its place is free before the loop tells that it is lost
+            self._counted = False  # its place is free before the loop reports its loss
             self.connections_of_server.count -= 1
         self.transport.abort()
 
@@ -151,7 +151,7 @@ class Connection(H11Protocol):
         transport.write(_refusal())
         if transport.can_write_eof():
             transport.write_eof()
-        # What it has sent is read and forgotten, or a reset would overtake the answer.
+        # Its bytes are read and dropped, or a reset would overtake the answer.
         self.loop.call_later(REFUSAL_S, transport.abort)
 
 

@@ -21,10 +21,10 @@ from beatless.transactions import reaching_postgres
 logger = logging.getLogger(__name__)
 
 Authenticate = Callable[[Request], Grant | Awaitable[Grant | None] | None]
-"""What the host app knows of whoever sends a request; None refuses."""
+"""The host app's own authentication of a request; None refuses."""
 
 HEALTH = frozenset({"/livez", "/readyz"})
-"""Open to everybody, for they are asked by whatever starts and watches processes."""
+"""Open to all callers: supervisors and load balancers ask them."""
 
 PROXY_HEADERS = (
     "cf-",
@@ -46,10 +46,10 @@ PROXY_HEADERS = (
     "x-proxy",
     "x-real-ip",
 )
-"""Beginnings of the headers by which a proxy tells that it passes on what others have sent."""
+"""Prefixes of the headers by which a proxy marks forwarded requests."""
 
 TOKEN_CHECK_S = 5.0
-"""How long it is believed that there is a token, for what is no secret beside the token's."""
+"""Seconds for which the existence of a token is cached."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -58,7 +58,7 @@ class Gate:
     """Decides for each request what it may do.
 
     1. a token, if there is one in the request
-    2. else what the host app's `authenticate` grants, if it has one
+    2. else the grant of the host app's `authenticate`, if it has one
     3. else everything while no token exists: to a person on this machine, or with `is_open` to all
     """
 
@@ -74,7 +74,7 @@ class Gate:
         self._look_at = 0.0
 
     async def enter(self, request: Request, path: str) -> None:
-        """Raises Problem (401), saying no more than that, unless the request may come in."""
+        """Raises Problem (401), without details, unless the request is admitted."""
         if path in HEALTH:
             return
         if path.startswith("/v1/"):
@@ -83,7 +83,7 @@ class Gate:
             raise self._refusal()
 
     async def _may_look(self, request: Request) -> bool:
-        """At what needs no token once there is one: the page, its document, the metrics."""
+        """At routes that need no token once there is one: the page, its document, the metrics."""
         if self._authenticate is None:
             if self._may_be_open(request):
                 return True
@@ -148,7 +148,7 @@ class Gate:
             return self._tokens.any()
 
     def _is_guarded(self) -> bool:
-        """Whether there is any token. While Postgres is away, what was so before it went."""
+        """Whether there is any token. While Postgres is unreachable, the last known answer."""
         with self._looking:
             if monotonic() >= self._look_at:
                 try:
@@ -190,7 +190,7 @@ def is_local(request: Request) -> bool:
 
 
 def _names_us(request: Request, port: int | None) -> bool:
-    """Letter by letter: what takes an address apart leaves out what it does not know."""
+    """Compared as text: parsers of addresses drop parts that they do not know."""
     default = DEFAULT_PORTS.get(request.scope["scheme"])
     names = [f"[{name}]" if ":" in name else name for name in loopback.NAMES]
     good = {f"{name}:{port or default}" for name in names}
@@ -201,7 +201,7 @@ def _names_us(request: Request, port: int | None) -> bool:
 
 
 def is_foreign(request: Request) -> bool:
-    """Whether a browser says that another site's page has it send this.
+    """Whether a browser marks this as a request of another site's page.
 
     By `Sec-Fetch-Site` (W3C Fetch Metadata), which no page can write; browsers that have none yet
     send `Origin` with whatever changes something.

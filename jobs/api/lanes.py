@@ -50,7 +50,7 @@ class Lanes:
 
 
 class LanesOfLoops:
-    """The lanes of whichever loop asks: what waits in one cannot be woken from another."""
+    """The lanes of the running loop: waiters of one loop cannot be woken from another."""
 
     def __init__(self) -> None:
         self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, Lanes] = WeakKeyDictionary()

@@ -64,7 +64,7 @@ class OpenStreams:
                 try:
                     await self._check_tokens()
                 except Exception:
-                    # Whatever it is: without this task no stream would end when the server stops.
+                    # Any error: without this task no stream would end when the server stops.
                     logger.exception(
                         "open streams cannot be supervised, will retry",
                         extra={"action": "look_after_failed"},
@@ -77,7 +77,7 @@ class OpenStreams:
         try:
             good = await asyncio.to_thread(self._tokens.good, asked) if asked else frozenset()
         except Exception as error:
-            # Whatever it is: they end with their rotation at the latest.
+            # Any error: they end with their rotation at the latest.
             logger.warning(
                 "tokens of open streams cannot be read, will retry",
                 extra={"action": "token_check_failed", "reason": str(error)},

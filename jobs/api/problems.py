@@ -51,12 +51,12 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
 
 
 class Problem(Exception):
-    """An answer that is not a success, with everything its document says."""
+    """An answer that is not a success, with the members of its document."""
 
     def __init__(
         self, status: HTTPStatus, detail: str, error: Exception | None = None, **members: Any
     ) -> None:
-        """`error` is what the in-process client would raise: a client of ours raises it again."""
+        """`error` is the exception of the in-process client: an HTTP client raises it again."""
         super().__init__(status, detail)
         self.status = status
         self.detail = detail
@@ -80,7 +80,7 @@ def document(
     """A problem document as a response."""
     content = {"type": "about:blank", "title": status.phrase, "status": status.value}
     return Response(
-        # In ASCII: what is refused may be half of a surrogate pair, which is not valid text.
+        # In ASCII: the refused value may be half of a surrogate pair, which is not valid text.
         json.dumps({**content, "detail": detail, **members}),
         status_code=status.value,
         headers=headers,
@@ -101,7 +101,7 @@ def install(api: FastAPI) -> None:
             )
             return unexpected(_request, error)
         if isinstance(error, Unreachable):
-            # Where our servers are is nobody's business who only has a token.
+            # Holders of a token may not learn where the servers are.
             logger.warning(
                 "a request cannot be answered",
                 extra={"action": "unreachable", "server": error.server, "reason": error.reason},

@@ -52,7 +52,7 @@ class Readiness:
             with self._engine.connect() as connection:
                 standby = execute(connection, "SELECT pg_is_in_recovery()", {})[0][0]
         except (exc.DBAPIError, exc.TimeoutError, SchemaBehind) as error:
-            # Anybody may ask: where our servers are stays in the log.
+            # Open to all callers: addresses of servers stay in the log.
             logger.warning("not ready", extra={"action": "not_ready", "reason": str(error)})
             reason = str(error) if isinstance(error, SchemaBehind) else "Postgres cannot be reached"
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)

@@ -1,4 +1,4 @@
-"""Answers of the routes: what they may be, and pages of runs as text."""
+"""Answers of the routes: their problems, and pages of runs as text."""
 
 import json
 from http import HTTPStatus
@@ -62,7 +62,7 @@ def run_page(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -
 
 
 def location(request: Request, run: Run) -> str:
-    """The path of a run, below whatever the API is mounted at."""
+    """The path of a run, below the mount of the API."""
     return f"{root_of(request)}/v1/runs/{run.run_id}"
 
 

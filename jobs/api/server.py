@@ -1,4 +1,4 @@
-"""The API of an app: its routes, and what they share."""
+"""The API of an app: its routes, and their collaborators."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -45,7 +45,7 @@ ROUTERS = [
 ]
 
 LOCK_TIMEOUT_S = 2.0
-"""How long a statement waits for a row that somebody else holds."""
+"""Seconds that a statement waits for a row lock."""
 STATEMENT_TIMEOUT_S = 20.0
 POOL_TIMEOUT_S = 5.0
 
@@ -61,13 +61,13 @@ def create_api(
 ) -> FastAPI:
     """The API of an app, to be served or mounted. Opens nothing before the first request.
 
-    `authenticate` says what whoever sends a request may do, by what your own app knows of them:
+    `authenticate` gives the grant of a request's caller, by your own app's authentication:
     called with each Request, it returns a `Grant`, or None to refuse; it may be a coroutine
     function. Tokens are good all the same.
 
     Without it, and as long as there is no token, a person on this machine may do everything: the
-    connection comes from loopback, no header tells of a proxy, and `Host` is a name of this machine
-    with the port. With `is_open` everybody may. With `flower_url` the run page links to Flower.
+    connection comes from loopback, no header marks a proxy, and `Host` is a name of this machine
+    with the port. With `is_open` every caller may. With `flower_url` the run page links to Flower.
     """
     services = _services(app, authenticate=authenticate, flower_url=flower_url, is_open=is_open)
     app.metrics.streams.active = True

@@ -14,7 +14,7 @@ from beatless.errors import BadRequest
 from beatless.observe.systemd import ServiceManager
 
 STUCK_MS = 60_000
-"""What a viewer was sent and has not acknowledged is kept no longer."""
+"""Seconds for which unacknowledged bytes of a viewer are kept."""
 
 
 def serve(
@@ -26,7 +26,7 @@ def serve(
     reuse_port: bool = False,
     **options: Any,
 ) -> None:
-    """Serve the API until told to stop; `ready` gets the URL once it answers.
+    """Serve the API until it is asked to stop; `ready` gets the URL once it answers.
 
     The options are those of `make_server`. With `reuse_port` several processes may serve the same
     address. Raises BadRequest for an address that cannot be listened on.
@@ -47,7 +47,7 @@ def make_server(
     """A server of the app's API, to be run with sockets; `ready` is called once it answers.
 
     `descriptors` is how many files it may have open: by default the process's limit, raised.
-    `root_path` is what a proxy takes away from the paths; the options are those of `create_api`.
+    `root_path` is the prefix that a proxy strips from paths; the options are those of `create_api`.
     """
     api = create_api(app, **options)
     supervisor = ServiceManager()
@@ -76,7 +76,7 @@ def make_server(
             root_path=root_path,
             log_level="warning",
             log_config=None,
-            proxy_headers=False,  # who is at the other end is not for the other end to say
+            proxy_headers=False,  # a client must not choose its own address
             access_log=False,  # it would hold the tokens of streams
             server_header=False,
             timeout_graceful_shutdown=5,
@@ -99,7 +99,7 @@ def bind(host: str, port: int, *, reuse_port: bool = False) -> list[socket.socke
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if reuse_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Inherited by connections: what a dead or stuck viewer was sent is not kept for ever.
+            # Inherited by connections: bytes for a dead or stuck viewer are not kept for ever.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_MS)
             listener.bind(chosen)
     except OSError as error:

@@ -49,7 +49,7 @@ HEADERS = {
 
 
 def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bool]:
-    """(the seq to go on after, whether the viewer must forget what it has).
+    """(the seq to go on after, whether the viewer must forget its events).
 
     The seq is -1 when there is nothing to come: the run has ended there. Raises Problem (409) for
     a cursor beyond the head that names no epoch; with one it is of events that are gone.
@@ -65,7 +65,7 @@ def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bo
 
 
 class EventStream(Response):
-    """Sends chunks as they come, and ends when they do, or when nobody reads them any more.
+    """Sends chunks as they come, and ends when they do, or when the reader is gone.
 
     Made for thousands of idle viewers: one task beside the request's own, no timers.
     """

@@ -75,7 +75,7 @@ MODULES = {
 
 
 class Commands(click.Group):
-    """Imports only the command that is run: a relay has no use for what `init` and `demo` need.
+    """Imports only the command that is run: a relay needs no imports of `init` and `demo`.
 
     https://click.palletsprojects.com/en/stable/complex/#lazily-loading-subcommands
     """
@@ -94,7 +94,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if self.get_command(ctx, args[0]) is None:
-            for name in self.list_commands(ctx):  # what Click may suggest instead
+            for name in self.list_commands(ctx):  # for Click's suggestions
                 self.get_command(ctx, name)
         return super().resolve_command(ctx, args)
 
@@ -185,12 +185,12 @@ def run(arguments: list[str]) -> int:
 
 
 def said(error: BaseException) -> str:
-    """The first line of what an error says; a driver's own words rather than SQLAlchemy's."""
+    """The first line of an error's message; the driver's rather than SQLAlchemy's."""
     cause = getattr(error, "orig", None) or error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def fail(text: str, status: int) -> int:
-    """Say in one line what went wrong."""
+    """Print the error on one line."""
     click.echo(f"beatless: {' '.join(text.split())}", err=True)
     return status

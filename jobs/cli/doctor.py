@@ -1,4 +1,4 @@
-"""`beatless doctor`: what is well, what is not, and what to do about it."""
+"""`beatless doctor`: the results of its checks, with advice."""
 
 import os
 import textwrap
@@ -47,7 +47,7 @@ def doctor(
     only: tuple[str, ...],
     patience: float,
 ) -> None:
-    """Send a run through the whole stack, and look for what is known to go wrong."""
+    """Send a run through the whole stack, and look for known faults."""
     examined = Doctor(
         env.app,
         api_url=api_url or os.environ.get("BEATLESS_API_URL", ""),
@@ -75,7 +75,7 @@ def doctor(
 
 
 def worst(found: Sequence[Finding]) -> Status:
-    """The worst of all; what was skipped is well."""
+    """The worst of all; a skipped check is ok."""
     order = list(Status)
     status = max((finding.status for finding in found), key=order.index, default=Status.OK)
     return Status.OK if status is Status.SKIPPED else status
@@ -87,14 +87,14 @@ def exit_status(found: Sequence[Finding]) -> int:
 
 
 def show(env: Environment, finding: Finding) -> None:
-    """One check as a line, and what to do under it."""
+    """One check as a line, with its advice below."""
     style = STYLES.get(finding.status)
     text = escape(plain(finding.text))
     told = f"[{style}]{text}[/]" if style else text
     env.out.print(f" {MARKS[finding.status]} [bold]{finding.check:<19}[/]{told}")
     if finding.advice:
         advice = [plain(finding.advice)]
-        if env.out.is_terminal:  # else it is one line, for whoever reads on
+        if env.out.is_terminal:  # else it is one line, for other programs
             advice = textwrap.wrap(advice[0], max(40, env.out.width - INDENT - 2))
         for place, text in enumerate(advice):
             mark = "[dim]→[/]" if place == 0 else " "

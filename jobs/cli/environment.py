@@ -34,7 +34,7 @@ class Environment:
         self.as_json = False
         self.named: str | None = None
         """The app as the command line names it."""
-        # No emoji codes: what runs carry is shown as it is.
+        # No emoji codes: values of runs are shown as they are.
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._out = Console(highlight=False, soft_wrap=True, emoji=False)
         self._app: App | None = None
@@ -65,7 +65,7 @@ class Environment:
 
     @property
     def client(self) -> Client:
-        """For what is shown to whoever gave the command."""
+        """The client for values that the command prints."""
         return self.app.client_for(DEFAULT_NAMESPACE, shown=True)
 
     @property
@@ -74,7 +74,7 @@ class Environment:
         return self.named or os.environ.get("BEATLESS_APP", "")
 
     def close(self) -> None:
-        """Close what the app has opened."""
+        """Close the connections of the app."""
         if self._app is not None:
             self._app.close()
         if self._restore_logs is not None:
@@ -106,7 +106,7 @@ class AppFailed(JobsError):
 
 
 def explained(error: BadSetting) -> BadSetting:
-    """With what else could have given a setting that is missing."""
+    """With the other sources of a setting that is missing."""
     if error.problem != "is not set":
         return error
     problem = f"{error.problem}, and no `beatless dev` runs in this directory"
@@ -126,7 +126,7 @@ def load(name: str) -> App:
     try:
         module = importlib.import_module(module_name)
     except (JobsError, OrchestratorError, PlanError):
-        raise  # each says what to do
+        raise  # each has its advice
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):

@@ -123,7 +123,7 @@ def notes(step: Step) -> str:
 
 
 def ends(found: Plan, step: Step) -> bool:
-    """Whether the run may complete with this step, as far as the plan tells."""
+    """Whether the run may complete with this step, as far as the plan shows."""
     if step.falls_through:
         return found.after(step.name) is None
     return step.outcomes != {Goto}

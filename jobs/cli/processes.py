@@ -39,14 +39,14 @@ READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte 
 
 
 def tell(ready_fd: int | None) -> None:
-    """Say to whoever started us that we are ready."""
+    """Report readiness to the process that started this one."""
     ServiceManager().ready()
     if ready_fd is not None:
         os.write(ready_fd, b"!")
 
 
 def check_servers(app: App) -> None:
-    """Refuse to start what could not work: later, the same troubles are waited out.
+    """Refuse to start a process that could not work: later, the same troubles are waited out.
 
     Raises Unreachable, SchemaBehind, and BadSetting for a broker on a Redis Cluster.
     """
@@ -191,7 +191,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     supervisor = ServiceManager()
 
     def observe(signal: Signal) -> None:
-        # Its loop tells something at least every 15 s, also while it waits for a server.
+        # Its loop emits a signal at least every 15 s, also while it waits for a server.
         supervisor.alive()
         match signal:
             case RelayStarted():
@@ -207,7 +207,7 @@ def relay(env: Environment, ready_fd: int | None) -> None:
     export("beatless-relay", os.environ)
     running = app.relay(observer=observe)
     app.metrics.relay.active = True
-    # What was imported stays. The collector looked at all of it again and again between batches:
+    # Imported objects stay. The collector scanned all of them again and again between batches:
     # a sixth of a busy relay's time, and pauses that its events waited for.
     gc.collect()
     gc.freeze()
@@ -283,6 +283,6 @@ def flower(
 
 
 def check_url(option: str, url: str) -> None:
-    """Raises BadRequest for what would be no link in a browser."""
+    """Raises BadRequest for a URL that would be no link in a browser."""
     if not url.startswith(("http://", "https://")):
         raise BadRequest(option, f"{url} does not start with http:// or https://")

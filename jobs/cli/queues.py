@@ -116,7 +116,7 @@ def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bo
 @click.group("dead-letters", invoke_without_command=True)
 @click.pass_context
 def dead_letters(context: click.Context) -> None:
-    """Failed runs that nobody retried, and dead letters: messages that could not be published."""
+    """Failed runs without a retry, and dead letters: messages that could not be published."""
     if context.invoked_subcommand is None:
         context.invoke(ls)
 

@@ -35,7 +35,7 @@ STATES = {
 
 
 def plain(text: str) -> str:
-    """Text on one line, without what would command the terminal."""
+    """Text on one line, without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
@@ -152,7 +152,7 @@ def age(when: datetime | None) -> str:
 def table(
     titles: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Collection[str] = ()
 ) -> Iterator[str]:
-    """Rows as lines, never shortened, whatever the width: people pipe them into other commands.
+    """Rows as lines, never shortened to a width: people pipe them into other commands.
 
     Columns whose title is in `numbers` stand to the right. A cell may have markup.
     """

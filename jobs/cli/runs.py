@@ -225,7 +225,7 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
 def retry(
     env: Environment, run: str, from_step: str | None, follow: bool, timeout: str | None
 ) -> None:
-    """Start a new run that reuses what RUN has finished; prints its id."""
+    """Start a new run that reuses the finished steps of RUN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
     new = env.client.retry_run(run, from_step)
     if not follow:
@@ -254,7 +254,7 @@ def explain(env: Environment, run: str) -> None:
 @click.option("--all", "everything", is_flag=True, help="Every stored run.")
 @click.pass_obj
 def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
-    """Check the guarantees on what is stored about RUN…: one line for each violation."""
+    """Check the guarantees on the stored data of RUN…: one line for each violation."""
     if everything == bool(run):
         raise BadRequest("verify", "takes either run ids or --all")
     client = env.client

@@ -1,4 +1,4 @@
-"""How commands that run until they are told to end notice SIGINT and SIGTERM."""
+"""Handlers of SIGINT and SIGTERM for commands that run until they are asked to end."""
 
 import signal
 from collections.abc import Callable, Iterator

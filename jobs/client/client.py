@@ -26,7 +26,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     """Starts, reads and follows the runs of one app. Threads may share it.
 
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They
-    may be given with and without it. So nobody can ask for, or take, an id of somebody else's.
+    may be given with and without it. So no caller can read, or take, an id of another namespace.
 
     >>> from beatless import Client
     >>> isinstance(app.client, Client)
@@ -115,7 +115,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     ) -> list[Run]:
         """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
-        `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
+        `retried` keeps those with a retry, or those without; `step` those that
         have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`).
 
         Raises BadRequest for a state that there is not.
@@ -227,7 +227,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         return self._in_transaction(connection, look)
 
     def _told(self, events: Sequence[Event]) -> Sequence[Event]:
-        """Of these events, what `explain` may tell: all."""
+        """The events that `explain` may show: all."""
         return events
 
     def cancel_run(

@@ -16,7 +16,7 @@ from beatless.outbox.queries import Caller, execute_lazily
 
 
 class FailedRunCalls(BaseClient):
-    """Failed runs that nobody has retried."""
+    """Failed runs without a retry."""
 
     def failed_runs(
         self,
@@ -28,7 +28,7 @@ class FailedRunCalls(BaseClient):
         within: float | timedelta | None = None,
         limit: int = 100,
     ) -> list[Run]:
-        """The runs that were given up on: failed, and retried by nobody. Oldest end first.
+        """Failed runs without a retry, oldest end first.
 
         Those whose events were pruned cannot be retried and are not among them. `error` is looked
         for in "type: message" of the error, whatever its case; `within` keeps those that failed so
@@ -102,7 +102,7 @@ class FailedRunCalls(BaseClient):
     ) -> tuple[list[Run], list[Exception]]:
         """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
 
-        Each is a transaction of its own: what was started before an interruption stays, and is not
+        Each is a transaction of its own: runs started before an interruption stay, and are not
         among those of the next call. Two calls at once retry each run once.
 
         >>> order = {"order": 1, "declined": True}

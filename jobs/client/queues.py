@@ -1,4 +1,4 @@
-"""Calls about queues and what is kept in them, for the whole fleet."""
+"""Calls about queues and their runs, for the whole fleet."""
 
 from datetime import timedelta
 

@@ -29,7 +29,7 @@ class StreamCalls(BaseClient):
         ended at or before `from_seq`. Raises RunNotFound (later too, if the run is removed),
         BadRequest for a `from_seq` beyond the head, EventsPruned for events that are not kept any
         more, WaitTimeout if no RunFinished came within `timeout` seconds. When the database was
-        restored or failed over, what was seen may be gone: it raises HistoryChanged; or it calls
+        restored or failed over, seen events may be gone: it raises HistoryChanged; or it calls
         `on_reset`, which must forget the events, and gives all of them from the first.
 
         >>> run = client.start_run("checkout", {"order": 1})

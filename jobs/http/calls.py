@@ -1,6 +1,6 @@
 """The calls of the API, each as an exchange: a generator of requests without I/O.
 
-An exchange yields a Call, is sent what its answer means, and returns the result of the whole: a
+An exchange yields a Call, is sent the value of its answer, and returns the result of the whole: a
 list is asked for page by page. The clients perform the exchanges, one in a thread and one in a
 loop. Their methods are made from this table; a test compares them with those of an app's client.
 """
@@ -95,7 +95,7 @@ def list_runs(
 ) -> Exchange[list[Run]]:
     """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
-    `retried` keeps those that somebody has retried, or those that nobody has; `step` those that
+    `retried` keeps those with a retry, or those without; `step` those that
     have not ended and are in this step, or go on with it.
 
     >>> run = client.start_run("checkout", {"order": 1}, tags={"customer": "ada"})
@@ -234,7 +234,7 @@ def failed_runs(
     within: float | timedelta | None = None,
     limit: int = 100,
 ) -> Exchange[list[Run]]:
-    """The runs that were given up on: failed, and retried by nobody. Oldest end first.
+    """Failed runs without a retry, oldest end first.
 
     `error` is looked for in "type: message" of the error, `within` keeps those
     that failed so many seconds ago or less. `remove_run` discards one.
@@ -268,7 +268,7 @@ def retry_failed(
 ) -> Exchange[tuple[list[Run], list[Exception]]]:
     """`retry_run` for all of `failed_runs`: the new runs, and why others cannot be retried.
 
-    Not tried again when its answer is lost: it can be called again, and then tells of those
+    Not tried again when its answer is lost: it can be called again, and then returns those
     only that were left. Two calls at once retry each run once.
 
     >>> order = {"order": 1, "declined": True}
@@ -422,7 +422,7 @@ def obliterate_queue(queue: str, *, force: bool = False) -> Exchange[int]:
 
 
 def _get(*parts: str, query: Mapping[str, Any] | None = None) -> Exchange[Any]:
-    """The JSON of an answer, to a query without what was left open."""
+    """The JSON of an answer, to a query without the options that are not set."""
     given = None if query is None else _given(query)
     return ask(Call(method="GET", path=path_of(*parts), query=given, read=_as_it_is))
 

@@ -26,7 +26,7 @@ FRAME_LIMIT = 64 * 1024 * 1024
 
 
 class Interrupted(JobsError):
-    """The connection brought what cannot be, or a server that is not ready: come again."""
+    """The connection brought an impossible answer, or a server that is not ready: retry."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason, pause)

@@ -39,7 +39,7 @@ AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
 
 LONGEST_PAUSE = 60.0
-"""Seconds: what a server may ask for with Retry-After."""
+"""The most seconds that a server may ask for with Retry-After."""
 
 ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
@@ -57,7 +57,7 @@ ERRORS: dict[str, type[Exception]] = {
         UnknownPlan,
     )
 }
-"""What a problem document may name: what the in-process client raises."""
+"""The errors that a problem document may name: those of the in-process client."""
 
 TIMES = {
     record: frozenset(
@@ -79,7 +79,7 @@ UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[T]):
-    """One request, and what its answer means."""
+    """One request, and the meaning of its answer."""
 
     method: str
     path: str
@@ -125,7 +125,7 @@ def unreachable(url: httpx2.URL, error: Exception) -> Unreachable:
 
 
 def error_of(response: httpx2.Response) -> Exception:
-    """The error that the in-process client would have raised, as far as the answer tells."""
+    """The error that the in-process client would have raised, as far as the answer names it."""
     try:
         document = response.json()
     except ValueError:
@@ -157,7 +157,7 @@ def named_error(document: Mapping[str, Any]) -> Exception | None:
 
 
 def pause_of(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait; 0 if it does not say."""
+    """Seconds that the server asks to wait; 0 if it asks for none."""
     text = response.headers.get("Retry-After", "")
     try:
         seconds = float(text)
@@ -189,7 +189,7 @@ def path_of(*parts: str) -> str:
 
 
 def _part(part: str) -> str:
-    # A part of its own, whatever it holds: `../queues` must not become another request.
+    # Quoted as one part: `../queues` must not become another request.
     if part in ("", ".", "..") or "/" in part:
         raise BadRequest("name", f"is {part!r}, which cannot be a part of a URL")
     return quote(part, safe="~")

@@ -19,7 +19,7 @@ READY_TIMEOUT_S = 60.0
 
 
 class Child:
-    """One process of the stack. It says through a pipe when it is ready."""
+    """One process of the stack. It reports through a pipe when it is ready."""
 
     def __init__(
         self,

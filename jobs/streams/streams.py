@@ -80,7 +80,7 @@ class Streams:
         forks.watch(self)
 
     def after_fork(self) -> None:
-        # A loop goes on in the parent, and with it what its streams share.
+        # A loop goes on in the parent, and with it the objects that its streams share.
         self._hubs = {}
         self._choosing = threading.Lock()
         self._origin.after_fork()
@@ -94,7 +94,7 @@ class Streams:
             return self.epoch(connection)
 
     def channel(self, run_id: str) -> str:
-        """The Redis channel of the run's events. Raises what Postgres raises, the first time."""
+        """The Redis channel of the run's events. Raises the errors of Postgres, the first time."""
         if not self._origin.name:
             self._current_epoch()
         return self._known_channel(run_id)
@@ -105,11 +105,11 @@ class Streams:
         return channel_for(self._prefix, name, run_id) if name else ""
 
     def _hub(self) -> "Hub":
-        """That of the running loop: what waits in one loop cannot be woken from another."""
+        """That of the running loop: waiters of one loop cannot be woken from another."""
         loop = asyncio.get_running_loop()
         with self._choosing:
             if loop not in self._hubs:
-                # Loops do not tell when they are closed.
+                # Loops do not report that they are closed.
                 self._hubs = {key: hub for key, hub in self._hubs.items() if not key.is_closed()}
                 self._hubs[loop] = Hub(
                     self._aredis_client,
@@ -132,21 +132,21 @@ class Streams:
         cursor, sought = Cursor(after), -1
         reason: BackfillReason = "start"
         history = History(run.run_id, None)
-        with contextlib.suppress(*POSTGRES_AWAY):  # then the first look into the journal tells it
+        with contextlib.suppress(*POSTGRES_AWAY):  # then the first read of the journal raises it
             self.channel(run.run_id)
         subscription = Subscription(self._redis_client, self._known_channel(run.run_id))
         self._observer(StreamOpened())
         try:
             while True:
-                # The journal is read after every (re)subscription: what was published before it
-                # is never heard, and only the journal knows what that was.
+                # The journal is read after every (re)subscription: events published before it
+                # are never received, and only the journal has them.
                 live = subscription.ensure(limit.cap(SUBSCRIBE_TIMEOUT_S))
                 history.sure = False
                 yield from (events := _UntilFinal(self._backfill(cursor, history, reason, limit)))
                 if events.final:
                     return
                 if subscription.move(self._known_channel(run.run_id)):
-                    continue  # what we knew of the history was old
+                    continue  # the cached history was outdated
                 reason = "head_check" if live else "without_redis"
                 wait = self._head_check if live else self._without_redis
                 quiet_at = monotonic() + wait
@@ -238,7 +238,7 @@ class Streams:
         timeout: float | None = None,
         idle: float | None = None,
     ) -> AsyncGenerator[list[EventText]]:
-        """`afollow` in batches; an empty one says that nothing came for `idle` seconds, or that
+        """`afollow` in batches; an empty one means that nothing came for `idle` seconds, or that
         the journal cannot be read now. Ends early after `end`. `epoch` is that of `after`.
         """
         if run.state.final and after >= run.last_seq:

@@ -41,14 +41,14 @@ class Subscription:
         forks.watch(self)
 
     def after_fork(self) -> None:
-        # redis-py closes what nobody holds any more, and says nothing to the server in a child.
+        # redis-py closes unreferenced connections, and sends nothing to the server in a child.
         self._pubsub = self._redis = None
         self._forked = True
 
     def ensure(self, patience: float = SUBSCRIBE_TIMEOUT_S) -> bool:
         """Subscribe, if we are not, and wait for the acknowledgement; False without Redis.
 
-        Also while it is not known what to subscribe to.
+        Also while the channel is not known.
         """
         if self._pubsub is not None:
             return True
@@ -60,7 +60,7 @@ class Subscription:
         try:
             self._redis = self._client()
             # Without retries a lost connection is an error; with them redis-py reconnects in
-            # silence, and what was published meanwhile would be missed without a trace.
+            # silence, and events published meanwhile would be missed without a trace.
             options = self._redis.connection_pool.connection_kwargs
             options["retry"] = Retry(NoBackoff(), 0)
             for name in ("socket_connect_timeout", "socket_timeout"):

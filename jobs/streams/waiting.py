@@ -33,7 +33,7 @@ class Timeout:
         return seconds if left is None else max(0.0, min(seconds, left))
 
     def error(self, state: str, seq: int) -> WaitTimeout:
-        """The error to raise when it is over, with what is known of the run."""
+        """The error to raise at the timeout, with the known state of the run."""
         return WaitTimeout(self.run_id, self._seconds or 0, state, seq)
 
 

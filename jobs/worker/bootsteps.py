@@ -58,7 +58,7 @@ class FastPoolRepair(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
 
 
 class SystemdWatchdog(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Tells systemd that the main process takes messages, if it wants to know: prefork only."""
+    """Reports to systemd that the main process takes messages, if it asks: prefork only."""
 
     requires = frozenset({"celery.worker.components:Pool"})
 
@@ -113,7 +113,7 @@ class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery 
 class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """A file that is there while the worker takes runs, and young while its event loop turns.
 
-    Whoever starts the worker makes it when the worker is ready.
+    The command that starts the worker makes it when the worker is ready.
     """
 
     requires = frozenset({"celery.worker.components:Timer"})
@@ -136,7 +136,7 @@ class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
     terminate = stop
 
     def _touch(self) -> None:
-        with suppress(FileNotFoundError):  # it went when the worker was told to stop
+        with suppress(FileNotFoundError):  # it went when the worker was asked to stop
             os.utime(self.path)
 
     def _gone(self, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The plan that every app has beside its own: one step, which tells who executed it."""
+"""The plan that every app has beside its own: one step, which returns its executor."""
 
 import os
 import socket

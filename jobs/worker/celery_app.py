@@ -1,8 +1,8 @@
 """The Celery app of the fleet: configured by our settings, deaf to the environment.
 
 A container often has the variables of another Celery project, and of a command line that is not
-ours: `CELERY_BROKER_URL`, `BROKER_URL`, `APP` and many more. Celery prefers them to what an app was
-given, so that workers would silently consume from somebody else's broker.
+ours: `CELERY_BROKER_URL`, `BROKER_URL`, `APP` and many more. Celery prefers them to an app's
+settings, so that workers would silently consume from another broker.
 """
 
 import importlib
@@ -35,14 +35,14 @@ IGNORED = (
     "LOADER",
     "RESULT_BACKEND",
 )
-"""Variables that would make Celery another one than the settings say."""
+"""Variables that would override the settings of a Celery app."""
 
 COMMAND = "CELERY_WORKER_"
 """Starts the variables by which `celery worker` takes options from the environment."""
 
 
 class ConfiguredElsewhere(JobsError):
-    """Somebody configures the Celery app of beatless, which its settings do."""
+    """A caller configures the Celery app of beatless, which its settings do."""
 
     def __init__(self, call: str) -> None:
         super().__init__(call)
@@ -83,7 +83,7 @@ class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types
 
 
 class FleetCelery(Celery):  # type: ignore[misc]  # Celery has no types
-    """Celery as this app's settings say, whatever the environment says."""
+    """Celery as this app's settings configure it, independent of the environment."""
 
     _made = False
 
@@ -135,9 +135,9 @@ class FleetCelery(Celery):  # type: ignore[misc]  # Celery has no types
 
 
 def _app_of_project() -> Celery | None:
-    """The app that shared tasks belong to, if somebody else has made one."""
+    """The app that shared tasks belong to, if the project has made one."""
     for app in (_state._tls.current_app, _state.default_app):
-        # `default` is what Celery itself makes when somebody asks and there is none.
+        # `default` is the app that Celery itself makes on demand.
         if app is not None and not isinstance(app, FleetCelery) and app.main != "default":
             return app
     return None
@@ -165,7 +165,7 @@ def _without_variables() -> Iterator[None]:
 
 
 def warn_of_foreign(environ: Mapping[str, str], broker_url: str) -> None:
-    """Say which variables of another Celery are set and do not count."""
+    """Log the variables of another Celery that are set and ignored."""
     found = [
         name
         for name, value in sorted(environ.items())

@@ -27,7 +27,7 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
     reached: dict[str, Any] = (
         {"broker_url": settings.broker_url} if broker is None else broker.broker()
     )
-    # Whoever publishes fails at once and backs off: by default kombu tries for seconds, on RabbitMQ
+    # A publisher fails at once and backs off: by default kombu tries for seconds, on RabbitMQ
     # for ever, and the relay's other door would wait with it.
     options: dict[str, Any] = {"max_retries": 0}
     if on_redis:
@@ -63,7 +63,7 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
         "enable_utc": True,
         "timezone": "UTC",
         "worker_proc_alive_timeout": 60,
-        # A killed child keeps its place in the pool so long, for a result that nobody reads here.
+        # A killed child keeps its place in the pool so long, for a result that is not read here.
         "worker_lost_wait": 0.5,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_hijack_root_logger": False,

@@ -47,7 +47,7 @@ class IgnoredSignal:
     SIG_IGN all the same, for so billiard leaves it in its place.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # nobody needs it
+    __hash__ = None  # type: ignore[assignment]  # not needed
 
     def __init__(self, terminated: TerminatedChildren) -> None:
         self._terminated = terminated
@@ -65,7 +65,7 @@ class IgnoredSignal:
 
 
 class ChildSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Has children leave signals to the main process, and tells them when it means them."""
+    """Has children leave signals to the main process, and marks those meant for them."""
 
     requires = frozenset({"celery.worker.components:Pool"})
     terminated: ClassVar[TerminatedChildren]
@@ -99,6 +99,6 @@ class ChildSignals(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
 
     def _in_child(self, **_: Any) -> None:
         if os.getpid() == self._main:
-            return  # the solo pool says so in the main process
+            return  # the solo pool reports it in the main process
         for number in LEFT_TO_MAIN_PROCESS:
             signal.signal(number, IgnoredSignal(self.terminated))

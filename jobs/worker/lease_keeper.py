@@ -21,7 +21,7 @@ from beatless.outbox.threads import LastingThread
 logger = logging.getLogger("beatless.lease_keeper")
 
 ENDS_WITH_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""What is sent to the whole group of processes is for the main one, which has its leases still."""
+"""Signals to the whole process group are for the main one, which has its leases still."""
 
 
 class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
@@ -61,7 +61,7 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
         LastingThread("keeper", run, observer=self.counts).start()
 
     def _watch(self, thread: LastingThread) -> None:
-        """Notice that the process has ended: nobody can fork another one safely."""
+        """Notice that the process has ended: no other one can be forked safely."""
         if (child := self._child) is None:
             return
         with suppress(ChildProcessError):

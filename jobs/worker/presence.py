@@ -20,7 +20,7 @@ logger = logging.getLogger("beatless.worker")
 
 
 class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Tells Postgres which queues this worker consumes, as long as it does."""
+    """Announces the queues that this worker consumes, as long as it does."""
 
     requires = frozenset({"celery.worker.components:Pool"})
     statements: ClassVar[QueueStatements]

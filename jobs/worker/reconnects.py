@@ -36,7 +36,7 @@ CONNECTION_ERROR_HOOKS = (
     "on_connection_error_before_connected",
     "on_connection_error_after_connected",
 )
-"""What Celery's consumer calls at once before it connects anew."""
+"""The hook that Celery's consumer calls before it reconnects."""
 
 
 class ReconnectBackoff(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -31,10 +31,10 @@ def run_worker(
     ready_file: Path | None = None,
     arguments: Sequence[str] = (),
 ) -> int:
-    """Run a Celery worker in this process until it is told to stop; its exit status.
+    """Run a Celery worker in this process until it is asked to stop; its exit status.
 
     `queues` have weights. Raises BadRequest for weights that differ on another broker than Redis,
-    which itself decides what a worker gets next.
+    which itself decides which message a worker gets next.
     """
     if queues:
         consume(celery, settings, queues)
@@ -73,7 +73,7 @@ def command_line(settings: Settings, concurrency: int | None) -> list[str]:
     """The arguments of Celery's command."""
     argv = ["worker", "--without-gossip", "--without-mingle"]
     if settings.log_format == Format.JSON:
-        # Celery's banner and what its signal handlers say are for people, past all logging.
+        # Celery's banner and the output of its signal handlers are for people, past all logging.
         argv.insert(0, "--quiet")
         vars(sys)["__stdout__"] = None
     elif os.environ.get("NO_COLOR"):
@@ -85,7 +85,7 @@ def command_line(settings: Settings, concurrency: int | None) -> list[str]:
 
 
 class WorkerLifecycle:
-    """One worker of this process, as Celery's signals tell of it."""
+    """One worker of this process, as Celery's signals report it."""
 
     def __init__(self) -> None:
         self.hung_up = False
@@ -112,7 +112,7 @@ class WorkerLifecycle:
                 sent.disconnect(receiver)
 
     def exit_status(self) -> int:
-        """0 after an orderly end; what Celery left otherwise."""
+        """0 after an orderly end; Celery's status otherwise."""
         if "Warm" in self._stops:
             return 0
         # Celery keeps to itself that it could not go on.
@@ -122,7 +122,7 @@ class WorkerLifecycle:
         self._workers.append(sender)
 
     def _ready(self, **_: Any) -> None:
-        # Celery's own starts what `sys.argv` says, which is not always what was started.
+        # Celery's own starts the command of `sys.argv`, which is not always the one started.
         before = self._sighup_before
         signal.signal(signal.SIGHUP, before if before == signal.SIG_IGN else self._hangs_up)
 

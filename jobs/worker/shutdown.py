@@ -21,9 +21,9 @@ HANGING_STEP_S = 5.0
 
 
 class Draining(threading.Event):
-    """Tells all children of a worker to give their runs back at the next boundary.
+    """Asks all children of a worker to release their runs at the next boundary.
 
-    One byte of memory shared across fork, and a pipe that nobody reads for who waits in another
+    One byte of memory shared across fork, and a pipe without a reader for waits in another
     process: nothing that a killed child could leave locked.
     """
 
@@ -64,7 +64,7 @@ class Draining(threading.Event):
 
 
 def is_exiting() -> bool:
-    """Whether Celery ends this process by what it raises in the main thread, perhaps in a body."""
+    """Whether Celery ends this process by an exception in the main thread, perhaps in a body."""
     if threading.current_thread() is not threading.main_thread():
         return False
     told = (worker_state.should_stop, worker_state.should_terminate)
@@ -74,7 +74,7 @@ def is_exiting() -> bool:
 class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Ends a worker within its grace: runs are given back, at a boundary or in a step.
 
-    1. told to stop: children give their runs back when the step in flight has ended
+    1. asked to stop: children release their runs when the step in flight has ended
     2. after the grace: each process ends its steps, as the watchdog does, and gives the runs back
     3. `HANGING_STEP_S` later, if a thread or a child still hangs: the process ends all the same
     """
@@ -117,7 +117,7 @@ class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery
         self._last.start()
 
     def _ended(self, sender: Any, **_: Any) -> None:
-        """Nothing hung: whoever ran the worker in a process of theirs may go on."""
+        """Nothing hung: a caller that ran the worker in its own process continues."""
         if sender is self._worker:
             self._last.cancel()
 
@@ -125,4 +125,4 @@ class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery
         try:
             logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
         finally:
-            os._exit(0)  # what hangs is fenced, or its lease runs out
+            os._exit(0)  # a hanging step is fenced, or its lease runs out

@@ -17,7 +17,7 @@ logger = logging.getLogger("beatless.tasks")
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types
-    """Executes runs that the relay has dispatched, and refuses to be called by anybody else."""
+    """Executes runs that the relay has dispatched, and refuses other callers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called by a worker, once for each message."""
@@ -29,17 +29,17 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
 
     @property
     def rate_limit(self) -> None:
-        """None: a worker holds back what is limited, and behind it the other plans of its queue."""
+        """None: a limited plan would hold back the other plans of its queue in a worker."""
         return None
 
     @rate_limit.setter
     def rate_limit(self, limit: Any) -> None:
-        """Raises ValueError, as an answer to Flower's button; 0 asks for what is so."""
+        """Raises ValueError, as an answer to Flower's button; 0 asks for no change."""
         if limit not in (None, 0, "0"):
             raise ValueError(f"{self.name} is a plan of beatless: runs have no rate limit")
 
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises TypeError: a message that nobody has stored would execute nothing."""
+        """Raises TypeError: a message without a stored run would execute nothing."""
         raise not_to_be_called(self.name)
 
     delay = apply_async = apply = retry = refuse
@@ -68,7 +68,7 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> No
     """Let workers of this app execute runs of the plan."""
 
     def execute_run(run_id: Any = None, dispatch: Any = None, *_: Any, **__: Any) -> None:
-        # Whoever reaches the broker can send anything.
+        # Any client of the broker can send anything.
         if not isinstance(run_id, str) or not storable(run_id) or not isinstance(dispatch, int):
             logger.warning(
                 "message dropped: it is not one of a relay's",
@@ -82,7 +82,7 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> No
         except BaseException as error:
             if is_exiting():
                 raise
-            # Celery's pools lose a place, or a process, by what is not an Exception.
+            # Celery's pools lose a place, or a process, by a BaseException.
             raise RuntimeError(f"run {run_id} was left by {type(error).__name__}") from error
 
     celery.task(execute_run, base=RunTask, name=plan.name, shared=False, ignore_result=True)

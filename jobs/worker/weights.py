@@ -35,7 +35,7 @@ class WeightedCycle:
 class QueueOrder(dict[str, int]):
     """Weights by queue, as the transport's `queue_order_strategy`, which makes a cycle of them.
 
-    It is JSON: a worker tells the options of its transport to whoever inspects it.
+    It is JSON: `inspect` of a worker returns the options of its transport.
     """
 
     def __call__(self) -> WeightedCycle:

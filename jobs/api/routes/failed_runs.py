@@ -1,4 +1,4 @@
-"""Runs that failed and that nobody has retried."""
+"""Failed runs without a retry."""
 
 from http import HTTPStatus
 from typing import Annotated
@@ -16,7 +16,7 @@ router = APIRouter(route_class=GuardedRoute)
 
 @router.get("/v1/failed-runs", responses=refusals())
 def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> Response:
-    """Runs that failed and that nobody has retried, oldest end first, some MiB of them."""
+    """Failed runs without a retry, oldest end first, some MiB of them."""
     return run_page(
         client.page_of_failed_runs(
             chosen.checked(), limit=chosen.limit, max_bytes=responses.RUNS_BYTES

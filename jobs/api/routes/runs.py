@@ -49,7 +49,7 @@ def start_run(
     if asked.run_id is not None:
         with suppress(RunNotFound):
             existed = bool(client.get_run(storable_text(asked.run_id)))
-    # An id of our own tells whether the run that comes back is the one we asked for.
+    # With an id of our own it is known whether the returned run is a new one.
     run_id = asked.run_id or new_run_id()
     (started,) = client.start_runs([replace(asked, run_id=run_id)])
     if existed or started.run_id != client.stored_id(run_id):
@@ -141,7 +141,7 @@ def retry_run(
     response: Response,
     body: RetryRequest | None = None,
 ) -> dict[str, Any]:
-    """Start a new run that reuses what this one has finished; 409 if it cannot be retried."""
+    """Start a new run that reuses the finished steps of this one; 409 if it cannot be retried."""
     new = client.retry_run(storable_text(run_id), storable_text(body.from_step) if body else None)
     response.headers["Location"] = location(request, new)
     return new.to_dict()
