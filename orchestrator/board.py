@@ -36,7 +36,7 @@ class Board:
         self._memory = mmap.mmap(-1, SLOTS * SLOT_BYTES)
 
     def write(self, slot: int, noted: Noted) -> None:
-        """By the one process that uses this slot. What does not fit is left out."""
+        """By the one process that uses this slot. Excess leases are left out."""
         run_id = noted.run_id.encode()
         if _NUMBER.size + _HEAD.size + len(run_id) > SLOT_BYTES:
             return

@@ -55,7 +55,7 @@ def in_one_process(step: Step, context: StepContext) -> Any:
 
 
 def leave_copy(error: BaseException | None) -> NoReturn:
-    """End as a process ends whose program is over, without what belongs to the one it copies."""
+    """End as a process whose program is over, without the exit handlers of the one it copies."""
     status: object = 0
     if isinstance(error, SystemExit):
         status = error.code or 0
@@ -69,7 +69,7 @@ def leave_copy(error: BaseException | None) -> NoReturn:
 
 
 def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:
-    """Raises what the step's own handling of its connection may have hidden."""
+    """Raises the error that the step's own handling of its connection may have hidden."""
     if transaction is None or (transaction.in_transaction() and not transaction.invalidated):
         return
     if transaction.invalidated:
@@ -84,8 +84,8 @@ def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> 
 def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | None) -> bool:
     """Whether a body raised because the connection of its transaction broke.
 
-    What Postgres says of a statement is the step's to bear: a lock that was not to be had, a
-    deadlock, a limit. So is what happens to connections of the step's own.
+    An error of a statement is the step's: a lock that was not available, a
+    deadlock, a limit. So are errors of the step's own connections.
     """
     if transaction is None or not transaction.invalidated:
         return False

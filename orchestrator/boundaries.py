@@ -49,7 +49,7 @@ have done nothing, and do not count.
 """
 
 FAILURE_BYTES = 262_144
-"""Above what any failure can need, see `orchestrator.failure`."""
+"""Above the needs of any failure, see `orchestrator.failure`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ class Boundaries:
         )
 
     def unstorable(self, progress: Progress, reason: str) -> Settlement:
-        """Postgres refuses what the step gave, or how it failed: no other attempt will do better.
+        """Postgres refuses the step's result or error: no other attempt will do better.
 
         In ASCII, which a database in any encoding can hold.
         """

@@ -21,9 +21,9 @@ class CeleryTask(Protocol):
 
 
 class TaskInStep:
-    """Stands before a task's class: what needs Celery's messages or results is the step's here.
+    """Wraps a task's class: calls that need Celery's messages or results become the step's.
 
-    It shares the task's attributes, so that what a class caches, as a connection, is kept. What is
+    It shares the task's attributes, so that caches of a class, as a connection, are kept. What is
     known of one call is in slots, which are its own.
     """
 
@@ -61,13 +61,13 @@ class TaskInStep:
         self.request_stack.push(self.request_stack.top)
 
     def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, **_: Any) -> Any:
-        """Fail this attempt, with `exc` if it is given: the step's `retry` says what follows."""
+        """Fail this attempt, with `exc` if it is given: the step's `retry` decides."""
         return super().retry(args, kwargs, exc)  # type: ignore[misc]  # of the class behind
 
     def update_state(
         self, task_id: str | None = None, state: Any = None, meta: Any = None, **options: Any
     ) -> None:
-        """A trace of the run, `update_state`: nobody looks for a step in a result backend."""
+        """A trace of the run, `update_state`: no reader looks for a step in a result backend."""
         if task_id not in (None, self.request.id):
             super().update_state(task_id, state, meta, **options)  # type: ignore[misc]
             return

@@ -1,7 +1,7 @@
 """Ends runs that have reached their deadline while no worker has them: the relay's part of it.
 
 A worker that has a run ends it itself, in the middle of a step if need be. But a run may wait for a
-worker that never comes: its queue is paused, nobody consumes it, or nobody knows its plan.
+worker that never comes: its queue is paused or has no consumer, or no worker knows its plan.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Deadlines:
     ) -> list[tuple[str, str, str]]:
         """End the runs of these shards that are overdue: of each its id, plan and queue.
 
-        No more than `BATCH`; those that somebody's transaction holds are for the next time.
+        No more than `BATCH`; those that another transaction holds are for the next time.
         """
         return execute(connection, self._sql["end"], {"shards": list(shards), "now": now})
 

@@ -140,7 +140,7 @@ class RunCancelled(OrchestratorError):
 
 
 class WorkerStops(OrchestratorError):
-    """The worker was told to stop, and its grace has ended: another one begins the step again."""
+    """The worker was asked to stop, and its grace has ended: another one begins the step again."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__(run_id)

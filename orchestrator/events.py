@@ -59,7 +59,7 @@ class Event:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what Postgres or Redis delivered. Unknown members are ignored."""
+        """Read an event from Postgres or Redis. Unknown members are ignored."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -94,21 +94,21 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EventText:
-    """An event as it travels, for what passes it on: as objects it takes a multiple of that."""
+    """An event as text, for forwarding: objects take a multiple of the memory."""
 
     seq: int
     type: str
     text: bytes
-    """Its JSON in one line, whatever a reader takes for the end of a line."""
+    """Its JSON in one line, for any reader's end of a line."""
 
     @classmethod
     def of(cls, seq: int, type: str, text: str) -> Self:
-        """Of what Postgres has built."""
+        """From the JSON that Postgres has built."""
         return cls(seq, type, one_line(text.encode()))
 
     @classmethod
     def read(cls, line: bytes, run_id: str | None = None) -> Self:
-        """Of what came from elsewhere, of this run if it is given.
+        """From another source, of this run if it is given.
 
         Raises ValueError, TypeError and KeyError.
         """
@@ -144,8 +144,8 @@ class NewEvent:
 def encode(value: Any, *, where: str, limit: int) -> str:
     """A value as JSON text that Postgres can store.
 
-    Raises BadPayload, naming the place, for what is not JSON, NaN and infinities, NUL characters,
-    deep nesting, and anything above `limit` bytes.
+    Raises BadPayload, naming the place, for values that are not JSON, NaN and infinities, NUL
+    characters, deep nesting, and anything above `limit` bytes.
     """
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))

@@ -1,17 +1,17 @@
 """The work on one claimed run, from its claim to its end or to giving it back. Does no I/O.
 
-An `Execution` asks for what it needs and is sent what came of it:
+An `Execution` yields requests and is sent their replies:
 
     ReadJournal   → the events
     RunBody       → Returned, Raised, Cancelled, Stopped or TransactionLost
     Commit        → Committed, or Unstorable;
-                    of what a body returned also Raised, TransactionLost or CommitFailed
+                    for the result of a body also Raised, TransactionLost or CommitFailed
     Recover       → Recovered
 
-So a driver decides how, where and beside what other runs it is done: see `Executor`. A driver that
+So a driver decides how, where and beside which other runs: see `Executor`. A driver that
 loses the lease, or dies, asks no more.
 
-1. fold the journal: what has finished is not done again
+1. fold the journal: finished steps are not executed again
 2. start the next step's attempt (counted in Postgres before the body runs)
 3. call the body
 4. settle: the step's outcome and the next step's start are one commit
@@ -45,7 +45,7 @@ Most workers of a rolling deploy have the step, or none.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadJournal:
-    """Read the events that say where the run is; the reply is these events.
+    """Read the events that give the run's place; the reply is these events.
 
     See `Journal.checkpoint_events`.
     """
@@ -62,11 +62,11 @@ class Commit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunBody:
-    """Call the body of a step; what it returns is committed next, in the transaction of the step.
+    """Call the body of a step; its result is committed next, in the transaction of the step.
 
-    `conclude` belongs to the call: whatever it raises about the returned value, the body has failed
-    with. `interrupted` says what to commit, at once, if the attempt must end before its body does:
-    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. Nobody else writes then.
+    `conclude` belongs to the call: if it raises about the returned value, the body has failed
+    with. `interrupted` gives the commit, at once, if the attempt must end before its body does:
+    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. No other thread writes then.
     """
 
     step: Step
@@ -83,7 +83,7 @@ class RunBody:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recover:
-    """Find out what has become of a commit whose answer is unknown, and keep it from happening."""
+    """Find out whether a commit in doubt happened, and keep it from happening later."""
 
 
 Request = ReadJournal | Commit | RunBody | Recover
@@ -98,12 +98,12 @@ class Committed:
 
 
 class Unstorable(Exception):
-    """The reply to a Commit that Postgres refuses for what it holds."""
+    """The reply to a Commit that Postgres refuses for its values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The body has returned, and `conclude` accepted what."""
+    """The body has returned, and `conclude` accepted the result."""
 
     conclusion: Conclusion
 
@@ -117,7 +117,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The body was told of the cancel, or was ended by it."""
+    """The body noticed the cancel, or was ended by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Stopped:
     """The worker stops, and the body has not returned."""
 
     error: BaseException | None = None
-    """What ends the process: raised again once the run is given back."""
+    """The exception that ends the process: raised again once the run is released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class TransactionLost:
 class CommitFailed:
     """Something else was raised after the body had returned: it may have been committed or not.
 
-    By Postgres, which cannot store what the step returned; by what somebody has hung on commits of
+    By Postgres, which cannot store the step's result; by triggers on commits of
     SQLAlchemy; by who ends this process.
     """
 
@@ -275,7 +275,7 @@ class Execution:
         yield from self._settle(self._boundaries.unknown(progress, delay))
 
     def _take_storable_step(self, progress: Progress, step: Step) -> Part:
-        """`_take_step`, of whatever its outcome or its failure consists."""
+        """`_take_step`, for any outcome or failure."""
         try:
             return (yield from self._take_step(progress, step))
         except Unstorable as error:

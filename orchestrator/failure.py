@@ -25,7 +25,7 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
     frames = _of_the_body(error)
     trace = _text(
         lambda: "".join(traceback.format_exception(type(error), error, frames)),
-        # Without what the exception itself would have to tell.
+        # Without a text of the exception itself.
         f"{''.join(traceback.format_tb(frames))}{kind}: {message}\n",
     )
     return {
@@ -62,7 +62,7 @@ def storable_text(text: str) -> str:
 def _text(tell: Callable[[], str], otherwise: str) -> str:
     try:
         return str.__str__(tell())  # of a subclass of str, the plain text
-    except BaseException:  # one more thing to tell, not one more failure
+    except BaseException:  # reported, and not one more failure
         return otherwise
 
 

@@ -99,7 +99,7 @@ class Heartbeat:
             self._thread.end()
 
     def once(self, connection: Connection) -> bool:
-        """Extend every lease that is held now; False if somebody's transaction holds a row."""
+        """Extend every lease that is held now; False if another transaction holds a row."""
         with self._changed:
             held = list(self._by_id.values())
         if not held:
@@ -156,7 +156,7 @@ class Heartbeat:
             except Exception as error:
                 failing = True
                 thread.failed()
-                # Mostly Postgres is away. Whatever it is: the token protects the run.
+                # Mostly Postgres is unreachable. For any error: the token protects the run.
                 logger.warning(
                     "heartbeat failed, will retry",
                     extra={"action": "heartbeat_failed", "reason": str(error)},

@@ -24,7 +24,7 @@ STOPPED = frozenset("TtZX")
 
 
 def works(pid: int) -> bool:
-    """Whether this process lives and is not stopped; False where the system cannot tell."""
+    """Whether this process lives and is not stopped; False where the system does not report it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -40,7 +40,7 @@ class Keeper:
     in its process. Its run would be taken over while it works, and be executed twice.
 
     1. sleep for a sixth of the lease time
-    2. look at the board, which costs no statement, and extend what is late
+    2. look at the board, which costs no statement, and extend late leases
 
     It opens a connection when something is late, and closes it when nothing is.
     """
@@ -79,7 +79,7 @@ class Keeper:
         self._disconnect()
 
     def once(self) -> int:
-        """Extend what is late now; how many leases that were."""
+        """Extend the leases that are late now; their number."""
         before = monotonic() - self._leases.seconds * LATE_SHARE
         late = [noted for noted in self._board.read() if noted.beat < before and works(noted.pid)]
         if not late:

@@ -1,4 +1,4 @@
-"""The signals of executors; `beatless.outbox.observer` says what a signal is."""
+"""The signals of executors; `beatless.outbox.observer` explains signals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,4 +53,4 @@ class Settled(Signal):
     duration_s: float | None
     """Of the attempt that ended, its commit included; None if none did."""
     exception: BaseException | None
-    """What the step raised, if it did."""
+    """The exception of the step, if it raised one."""

@@ -135,7 +135,7 @@ def step(
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a function a step of plans. It takes one argument, the StepContext.
 
-    `timeout` is seconds per attempt; then the attempt has failed, whatever the function does. A
+    `timeout` is seconds per attempt; then the attempt has failed, even if the function continues. A
     `transactional` step gets `ctx.connection`, whose work is committed together with its
     StepFinished. `terminate_on_cancel` ends a step that does not look for a cancel by itself.
     Raises PlanError for a bad name, timeout or signature.
@@ -192,7 +192,7 @@ def _step_name(function: Callable[..., Any]) -> Any:
 
 
 def _check_body(label: str, function: Callable[..., Any]) -> None:
-    """Raises PlanError for what cannot be called with the context and return a result."""
+    """Raises PlanError for an object that cannot be called with the context."""
     if inspect.isclass(function):
         raise PlanError(
             f"step {label} is a class, and an instance is no result; "
@@ -226,7 +226,7 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
 
 
 def _body_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the code: of a partial what it calls, of an object its `__call__`."""
+    """The function with the code: of a partial its target, of an object its `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     if inspect.isroutine(function):
@@ -239,7 +239,7 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
     try:
         annotated = typing.get_type_hints(_body_of(function)).get("return", Any)
-    except Exception:  # evaluates what the user wrote; it may name what only a type checker has
+    except Exception:  # evaluates the user's annotations, which may need names of a type checker
         return frozenset()
     union = typing.get_origin(annotated) in (typing.Union, UnionType)
     kinds = typing.get_args(annotated) if union else (annotated,)
@@ -251,14 +251,14 @@ class Plan:
 
     `routes` declares where else a step may go (`Goto`): `{"Verify": ["Perceive", "Stop"]}`. A step
     whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
-    `on_cancel` is a step that undoes what a cancelled run has done, before its RunFinished; it is
+    `on_cancel` is a step that undoes the work of a cancelled run, before its RunFinished; it is
     not called for a run that had not begun. `default_input` is for runs that are started without.
     `renamed` maps names that steps had in earlier versions to their names now: runs that stand at
     such a step go on, with the same `ctx.key`; others that stand at a step which the plan does not
     have wait for a worker that has it.
 
-    Raises PlanError, naming the plan and the step, for what cannot work: two steps of one name, a
-    route to nowhere, a step that nothing leads to, a default input that is not JSON.
+    Raises PlanError, naming the plan and the step, for a plan that cannot work: two steps of one
+    name, a route to nowhere, a step that nothing leads to, a default input that is not JSON.
 
     >>> from beatless import Plan, step
     >>> @step
@@ -395,7 +395,7 @@ class Plan:
         """A step that calls an existing Celery task in the worker that has the run.
 
         The run's input becomes the arguments: an object's members by name, a list's items by place,
-        null none, anything else the only one. `arguments` says otherwise: it takes the StepContext
+        null none, anything else the only one. `arguments` replaces that: it takes the StepContext
         and returns a mapping or a list. The step is called like the last part of the task's name;
         other options are those of `step`. The task's class is called with a request of its own,
         whose id is `ctx.key`; its retries, limits, hooks and result backend do not apply.
@@ -456,7 +456,7 @@ class Plan:
         return self.current(target) in self.routes.get(source, ())
 
     def _hash(self) -> str:
-        """Names and routes, not code: what a stored run depends on."""
+        """A hash of names and routes, not code: a stored run depends on these."""
         graph = repr((self.name, list(self._by_name), sorted(self.routes.items())))
         if self.on_cancel is not None:
             graph += self.on_cancel.name

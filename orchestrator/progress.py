@@ -54,9 +54,9 @@ class Progress:
     """The place of a run, folded from its events. Steps have the names of this plan's version."""
 
     step: Step | None
-    """What comes next; None when every step has finished."""
+    """The next step; None when every step has finished."""
     unknown: str | None = None
-    """What comes next, if this version of the plan does not have it: then `step` is None."""
+    """The next step's name, if this version of the plan does not have it: then `step` is None."""
     begun: str | None = None
     """The occurrence whose attempts are counted, by the name that its first attempt had."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Progress:
     promised: str | None = None
     """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
-    """The run is cancelled, and the plan's `on_cancel` step is what comes last."""
+    """The run is cancelled, and the plan's `on_cancel` step comes last."""
 
     @property
     def occurrence(self) -> str:
@@ -136,7 +136,7 @@ class Progress:
         self.starts -= 1
 
     def judged(self) -> None:
-        """The attempt ended as the step would have it: what was lost before is past."""
+        """The attempt ended by the step's own outcome: earlier losses no longer count."""
         self.lost = self.refused = 0
 
     def lose(self, *, refused: bool) -> None:
@@ -149,8 +149,8 @@ class Progress:
 def fold(plan: Plan, events: Sequence[Event]) -> Progress:
     """The place of a run in its plan.
 
-    Attempts are counted by the names that the journal has: what another version of the plan has
-    begun is never counted on another step. What the plan says is asked once, of the last place.
+    Attempts are counted by the names of the journal: attempts that another version of the plan has
+    begun never count on another step. The plan is consulted once, for the last place.
     """
     progress, place, stopping = Progress(step=None), events[0], False
     for event in events:
@@ -211,7 +211,7 @@ def next_step(
     """The step that a run goes on with after the last RunStarted, StepStarted or StepFinished.
 
     None if all have finished. Raises UnknownStep, also for a step that has the other role in this
-    version: `undoing` tells whether it is the one that undoes the run.
+    version: `undoing`: whether it is the one that undoes the run.
 
     1. a step that has begun, or that was chosen: that one
     2. after a step of the plan, the one that is `after` it in this version of the plan
@@ -300,7 +300,7 @@ def _key(started: Event) -> str | None:
 
 
 def _names(plan: Plan, occurrence: str) -> set[str]:
-    """All names that somebody may mean it by."""
+    """All names by which a caller may mean it."""
     now = plan.current(occurrence)
     return {occurrence, step_of(occurrence), now, step_of(now)}
 

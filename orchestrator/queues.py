@@ -20,7 +20,7 @@ LOOK_EVERY = 0.02
 """Seconds between two looks for claims that are in flight."""
 
 PRESENCE_INTERVAL_S = 10.0
-"""Between two times that a worker tells what it consumes."""
+"""Seconds between two announcements of a worker's queues."""
 
 PRESENCE_EXPIRES_S = 3 * PRESENCE_INTERVAL_S
 """After this without a word from it a worker is not counted any more."""
@@ -68,7 +68,7 @@ class Presence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerState:
-    """One worker that tells now what it consumes."""
+    """One worker that announces its queues now."""
 
     hostname: str
     """As Celery calls it."""
@@ -90,15 +90,15 @@ class QueueStatements:
         self._channel = channel_of(schema)
 
     def announce(self, connection: Caller, presence: Presence) -> None:
-        """Tell that a worker consumes these queues, for the next `PRESENCE_EXPIRES_S`."""
+        """Announce that a worker consumes these queues, for the next `PRESENCE_EXPIRES_S`."""
         execute(connection, self._sql["announce"], asdict(presence))
 
     def withdraw(self, connection: Caller, presence: Presence) -> None:
-        """Tell that it consumes none any more."""
+        """Withdraw its announcement."""
         execute(connection, self._sql["withdraw"], {"worker": presence.worker})
 
     def pause(self, connection: Caller, name: str) -> None:
-        """No run of the queue is claimed by whoever looks after this is committed."""
+        """Claims whose snapshot starts after this commit skip the queue."""
         execute(connection, self._sql["pause"], {"name": name})
 
     def await_claims(self, connection: Caller, *, patience: float = FROZEN) -> None:
@@ -134,7 +134,7 @@ class QueueStatements:
         execute(connection, self._sql["wake"], {"c": self._channel})
 
     def workers(self, connection: Caller) -> list[WorkerState]:
-        """Those that consume queues now; of older versions none tells."""
+        """The workers that consume queues now; older versions do not announce theirs."""
         names = ("hostname", "version", "queues", "processes", "started_at", "failing")
         rows = execute(connection, self._sql["present"], {})
         return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
@@ -169,7 +169,7 @@ class QueueStatements:
         Without `force` nothing is removed while a run of it is running, even if its worker is lost.
         """
         if not force:
-            # A refusal is told without a lock if it can be: heartbeats would wait for ours.
+            # Refused without a lock where possible: heartbeats would wait for ours.
             running = execute(connection, self._sql["running"], {"queue": queue})[0][0]
             if running:
                 return [], running

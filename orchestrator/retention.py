@@ -1,6 +1,6 @@
 """Takes away the journals of runs that ended long ago, and later those runs. Nothing unfinished.
 
-A chore of the relay (`beatless.outbox.chores`): what is due is found by index, a step is one small
+A chore of the relay (`beatless.outbox.chores`): due runs are found by index, a step is one small
 transaction, and between two steps the database rests.
 """
 

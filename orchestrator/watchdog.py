@@ -1,4 +1,4 @@
-"""Ends attempts of steps in time, whatever their bodies do. Decides nothing about what follows."""
+"""Ends attempts of steps in time, also of bodies that hang. Decides nothing about the outcome."""
 
 import faulthandler
 import logging
@@ -38,7 +38,7 @@ RETRY_INTERVAL_S = 1.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Attempt:
-    """One call of a step's body, and what becomes of the run if it must be ended."""
+    """One call of a step's body, and the run's outcome if it must be ended."""
 
     lease: Lease
     ends_at: float | None
@@ -107,7 +107,7 @@ class Watchdog:
         self._connection: Connection | None = None
 
     def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
-        """Call the body and return what it returns.
+        """Call the body and return its result.
 
         Raises what it raises, the reason if it was interrupted, and LeaseLost if its end has
         already been committed.
@@ -249,7 +249,7 @@ class Watchdog:
     def _interrupt(self, attempt: Attempt, reason: Exception) -> None:
         with attempt.mutex:
             if attempt.over:
-                return  # its outcome stands, and nobody expects the signal any more
+                return  # its outcome stands, and no code expects the signal any more
             attempt.reason = reason
             attempt.force_at = monotonic()
             if attempt.interruptible:
@@ -280,7 +280,7 @@ class Watchdog:
     def _postpone(self, attempt: Attempt, error: Exception) -> None:
         """Postgres cannot be told. A process ends all the same: its lease runs out.
 
-        Not for a row that somebody's transaction holds: then it is told a little later.
+        Not for a row that another transaction holds: then it is reported a little later.
         """
         attempt.row_locked = isinstance(error, psycopg.errors.LockNotAvailable)
         logger.warning(

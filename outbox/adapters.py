@@ -1,8 +1,8 @@
 """Adapters of our own statements, for their parameters and rows.
 
-Whatever adapters a caller's connection or the whole process has: a JSON reader that makes Decimals,
-a dumper that sends str as varchar, a row factory, cursors that want `$1`. And whatever its session
-says of how values are written: results are binary, so that DateStyle, TimeZone, IntervalStyle,
+Independent of the adapters of a caller's connection or of the process: a JSON reader that makes
+Decimals, a dumper that sends str as varchar, a row factory, cursors that want `$1`. And of its
+session's formats of values: results are binary, so that DateStyle, TimeZone, IntervalStyle,
 bytea_output and extra_float_digits are never asked.
 """
 
@@ -35,8 +35,8 @@ LAST = (LATEST - EPOCH) // timedelta(microseconds=1)
 class UtcLoader(Loader):
     """A timestamptz in UTC: psycopg's own is in the time zone of the session.
 
-    Postgres has times before and after all that Python has, and infinities: whoever writes one with
-    SQL must not have the lists fail that it stands in.
+    Postgres has times before and after all that Python has, and infinities: one that a caller
+    writes with SQL must not have the lists fail that it stands in.
     """
 
     format = pq.Format.BINARY
@@ -60,11 +60,11 @@ def _adapters() -> AdaptersMap:
 
 
 ADAPTERS = _adapters()
-"""psycopg's defaults, which nobody else can change."""
+"""psycopg's defaults, which no other code can change."""
 
 
 class Cursor(psycopg.Cursor[tuple[Any, ...]]):
-    """A cursor of ours on anybody's connection."""
+    """A cursor of ours on any connection."""
 
     def __init__(self, connection: psycopg.Connection[Any], **_: Any) -> None:
         super().__init__(connection, row_factory=tuple_row)

@@ -19,7 +19,7 @@ class Batch:
 
     messages: Sequence[TaskMessage]
     unclaimed: Sequence[TaskMessage] = ()
-    """Sent before and claimed by nobody: sent again if the message before is lost."""
+    """Sent before and not claimed: sent again if the message before is lost."""
     out: Mapping[str, int] = field(default_factory=dict)
     """How many messages of each of their queues are out."""
 
@@ -32,9 +32,9 @@ class BatchResult:
     """The fate of a batch."""
 
     accepted: Sequence[TaskMessage]
-    """Messages that the broker has, whatever became of the rest."""
+    """Messages that the broker has accepted."""
     error: BaseException | None
-    """Why the others were not accepted; None if there are none but what was refused."""
+    """The error for which others were not accepted; None if there are only refused ones."""
     kept: Sequence[TaskMessage] = ()
     """Not sent, because their last messages are in the broker still."""
     lost: Sequence[TaskMessage] = ()
@@ -119,7 +119,7 @@ class AsyncTaskPublisher:
             try:
                 result = self._process(batch)
             except BaseException as error:
-                # Whatever it is: the relay waits for its batch, and does not know this thread.
+                # Any error: the relay waits for its batch, and does not know this thread.
                 result = BatchResult(accepted=(), error=error)
             self._results.put(result)
             self._on_result()
@@ -136,7 +136,7 @@ class AsyncTaskPublisher:
     def _count_missing(self, batch: Batch) -> tuple[list[TaskMessage], BatchResult]:
         """Find the unclaimed messages that are to be sent again, and the fate of the others.
 
-        Nobody can ask a broker for one message. But when it holds fewer of a queue than are out,
+        No broker can be asked for one message. But when it holds fewer of a queue than are out,
         the oldest are lost, or were dropped by a worker that does not have their plan: one of each
         plan is sent again, and the others after that one was claimed.
         """
@@ -170,8 +170,8 @@ class AsyncTaskPublisher:
     def _publish(self, messages: Sequence[TaskMessage]) -> BatchResult:
         """Publish them so that one bad queue neither holds up the others nor has them sent twice.
 
-        A batch that was refused may have arrived in part, and is sent again queue by queue: nobody
-        says which part, and the claim drops what comes twice. From then on a bad queue is sent by
+        A batch that was refused may have arrived in part, and is sent again queue by queue: the
+        part is not known, and the claim drops duplicates. From then on a bad queue is sent by
         itself, until it is accepted.
         """
         known = [message for message in messages if message.queue in self._refused]

@@ -9,7 +9,7 @@ MOST_FACTOR = 1000
 """Its 64th power is a float still."""
 
 BACKOFF_CAP_S = 2.0
-"""Seconds between two tries of a server that is away: what waits behind it waits no longer."""
+"""The most seconds between two tries of a server that is away, and so of its waiters."""
 
 BACKOFF_RESET_S = 5.0
 """Seconds of work after which the next failure of a process counts as its first again."""

@@ -53,6 +53,6 @@ class CircuitBreaker:
                 "retry_in": delay,
                 "reason": str(error),
             },
-            # The same once more every two seconds would bury whatever else is in the log.
+            # The same line every two seconds would bury the others in the log.
             exc_info=error if self.failures == 1 else None,
         )

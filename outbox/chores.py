@@ -1,4 +1,4 @@
-"""Work beside the drains that nobody waits for, in small steps, by one relay at a time."""
+"""Background work beside the drains, in small steps, by one relay at a time."""
 
 import logging
 import threading
@@ -92,7 +92,7 @@ class Chores:
         try:
             with self._connect() as connection:
                 prepare_to_drain(connection)
-                # Whatever becomes of this process: what it has locked is free again soon, the rows
+                # If this process freezes: its locks are free again soon, the rows
                 # of a step and the chore itself.
                 connection.execute(
                     "SELECT set_config('idle_in_transaction_session_timeout', %(free)s, false),"
@@ -107,7 +107,7 @@ class Chores:
                     if self._stopping.wait(rest):
                         break
         except Exception as error:
-            # Whatever it is: the drains go on, and so will this.
+            # Any error: the drains go on, and so will this.
             self._failures += 1
             rest = self._backoff.delay(self._failures)
             logger.warning(

@@ -1,6 +1,6 @@
 """The clock of every deadline: it goes on when a test stops the clocks of its process.
 
-freezegun replaces `time.monotonic` wherever a module holds it, and whoever waited by it would wait
+freezegun replaces `time.monotonic` wherever a module holds it, and a wait by it would last
 for ever. It leaves this one alone.
 """
 

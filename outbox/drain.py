@@ -1,4 +1,4 @@
-"""One pass of a relay over what is due. Knows no session state: who wakes it decides when."""
+"""One pass of a relay over the due messages. Knows no session state: its caller decides when."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -15,13 +15,13 @@ from beatless.outbox.quarantine import Quarantine, is_row_fault
 from beatless.outbox.task_lane import TaskLane
 
 LOCKED_ROW_POLL_S = 0.25
-"""Seconds between two looks at what is due while another transaction holds its row."""
+"""Seconds between two picks of due rows that another transaction holds."""
 
 
 class Drain:
-    """Publishes what is due, one batch per step, and forgets a batch in the step after it.
+    """Publishes due messages, one batch per step, and forgets a batch in the step after it.
 
-    1. one round trip: delete what the last step published, select what comes next
+    1. one round trip: delete the rows that the last step published, select the next
     2. send the tasks on their way, publish the events
     3. remember both as published; nothing is deleted that a publisher has not accepted
 
@@ -111,7 +111,7 @@ class Drain:
         return published + len(sent)
 
     def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
-        """Delete what the last step published, without selecting more."""
+        """Delete the rows that the last step published, without selecting more."""
         self.tasks.flush(shards, now)
         try:
             deleted = self.events.forget()
@@ -136,14 +136,14 @@ class Drain:
         return min((wait for wait in (due, deadline) if wait is not None), default=None)
 
     def next_step_in(self, due: float | None) -> float | None:
-        """Seconds until another step has something to do, if nobody rings; None: for ever.
+        """Seconds until another step has something to do, without a NOTIFY; None: for ever.
 
         `due` is in how many seconds a dispatch is due: an answer of `next_due`, from before the
         last step.
         """
         waits = [due, self.retry_in_s, self.tasks.timeout_in_s]
         if self.events.rows_held or self.tasks.rows_held:
-            waits.append(LOCKED_ROW_POLL_S)  # its holder may roll back, which rings nobody
+            waits.append(LOCKED_ROW_POLL_S)  # its holder may roll back, which sends no NOTIFY
         if self.tasks.marks_due:
             waits.append(0.0)
         return min((max(0.0, wait) for wait in waits if wait is not None), default=None)
@@ -152,7 +152,7 @@ class Drain:
     def retry_in_s(self) -> float | None:
         """Seconds until a publisher, or a run, is tried again that the last step left out, or None.
 
-        0 if it may be since: what that step did not ask for is told by no due time.
+        0 if it may be since: rows that the step did not pick have no due time here.
         """
         waits = [
             breaker.retry_in_s
@@ -174,8 +174,8 @@ class Drain:
         """
         if self._connection.closed or not is_row_fault(error):
             raise error
-        # psycopg believes that what stood behind the failure in the pipeline was prepared, and does
-        # not look at what a statement has done that it has seen before.
+        # psycopg takes the statements behind the failure in the pipeline for prepared, and does
+        # not check the effect of a statement that it has seen before.
         self._isolations += 1
         self._connection.execute(f"DEALLOCATE ALL -- {self._isolations}", prepare=False)
         additions = self._quarantine.additions

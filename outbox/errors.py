@@ -4,7 +4,7 @@ OutboxError
 ├── SchemaMissing               the tables are not there
 ├── DirectConnectionRequired    LISTEN does not arrive: a transaction pooler is in the way
 ├── PublishFailed               a door (Redis or the broker) cannot be reached now; try again later
-└── PublishRefused              the door answered, and said no to this very message
+└── PublishRefused              the server answered, and refused this very message
 """
 
 

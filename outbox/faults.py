@@ -62,7 +62,7 @@ class CrashPoints:
         self._armed.pop(point, None)
 
     def reach(self, point: str) -> None:
-        """Say that this point was passed."""
+        """Report that this point was passed."""
         if not self._armed:
             return
         self._passes[point] += 1

@@ -38,7 +38,7 @@ def own(connection: psycopg.Connection[object]) -> None:
 
 
 def watch(forkable: Forkable) -> None:
-    """Tell this object in each child that it is in a child now."""
+    """Call `after_fork` of this object in each child."""
     _forkables.add(forkable)
 
 
@@ -67,7 +67,7 @@ _gate = _Gate()
 def without_forks() -> Iterator[None]:
     """For a thread of a process that forks, while it connects: a fork waits until it is done.
 
-    libpq, OpenSSL and the resolver lock what they share between threads. A child that is forked
+    libpq, OpenSSL and the resolver lock the data that their threads share. A child that is forked
     meanwhile inherits the lock, and waits for ever when it connects itself. A fork waits no longer
     than `FORK_PATIENCE_S`: a server that does not answer must not stop it.
     """
@@ -80,7 +80,7 @@ def _in_child() -> None:
     _connections.clear()
     if inherited:
         # Not closed: libpq would say goodbye for the parent, and a number that is free again would
-        # soon be another file. Whoever still holds the connection finds that its server is gone.
+        # soon be another file. A holder of the connection finds that its server is gone.
         dead, other = socket.socketpair()
         other.close()
         for connection in inherited:

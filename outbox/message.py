@@ -15,11 +15,11 @@ def shard_of(run_id: str) -> int:
 LINE_ENDS = tuple(
     (end.encode(), f"\\u{ord(end):04x}".encode()) for end in ("\x85", "\u2028", "\u2029")
 )
-"""What Unicode counts as the end of a line and JSON does not: in it only as part of a string."""
+"""Ends of a line in Unicode that are none in JSON: in it only as part of a string."""
 
 
 def one_line(text: bytes) -> bytes:
-    """The same JSON, whatever its reader takes for the end of a line beside `\\n`."""
+    """The same JSON, for readers with other ends of a line beside `\\n`."""
     if not text.isascii():
         for end, escaped in LINE_ENDS:
             text = text.replace(end, escaped)

@@ -1,4 +1,4 @@
-"""Signals: what a part of the library announces while it works, one type for each.
+"""Signals: announcements of the library's parts while they work, one type for each.
 
 An observer is called by the thread that emits the signal, at once: it must be quick, and what it
 raises is raised there. Counters, spans, `on_failure` and tests are observers.
@@ -25,7 +25,7 @@ WakeSource = Literal["notify", "timer", "broker"]
 
 
 def ignore(_signal: Signal) -> None:
-    """The observer for what is not observed."""
+    """The observer that ignores all signals."""
 
 
 def fan_out(*observers: Observer | None) -> Observer:

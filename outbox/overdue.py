@@ -42,7 +42,7 @@ class OverdueRuns:
         if self._end is None or seconds is None:
             self.next_at = math.inf
             return None
-        # What is overdue still is held, or its worker is ending it.
+        # Runs still overdue are held, or their workers are ending them.
         wait = max(seconds, OVERDUE_POLL_S)
         self.next_at = monotonic() + wait
         return wait
@@ -59,7 +59,7 @@ class OverdueRuns:
         except psycopg.Error as error:
             if self._connection.closed:
                 raise
-            # What is to be published must not wait for it.
+            # Publishing must not wait for it.
             logger.warning(
                 "overdue runs were not ended, will retry",
                 extra={"action": "overdue_failed", "reason": str(error)},

@@ -26,14 +26,14 @@ from beatless.outbox.message import EventMessage, TaskMessage, one_line
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 
 UNSENDABLE = (ValueError, TypeError, LookupError, struct.error, EncodeError)
-"""Raised by kombu and its transports for what a message holds."""
+"""Raised by kombu and its transports for the content of a message."""
 
 CONNECTING = (0, 10)
-"""AMQP's classes of methods that are of no queue: a rejected login is told of class 0."""
+"""AMQP's classes of methods that are of no queue: a rejected login has class 0."""
 
 
 class EventPublisher(Protocol):
-    """Carries committed events to whoever watches."""
+    """Carries committed events to streams."""
 
     def publish(self, messages: Sequence[EventMessage]) -> None:
         """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
@@ -62,7 +62,7 @@ def run_of(channel: str) -> str:
 class RedisEventPublisher:
     """Publishes a batch in one Lua call: one round trip, 2.6 x the rate of a pipeline.
 
-    The number of receivers is not an acknowledgement: nobody watching is the usual case.
+    The number of receivers is not an acknowledgement: usually there is none.
     """
 
     def __init__(self, client: "redis.Redis", prefix: str) -> None:
@@ -102,7 +102,7 @@ class RedisEventPublisher:
 
 
 class CeleryTaskPublisher:
-    """Sends task messages through kombu, whatever the broker is; AMQP answers once a batch."""
+    """Sends task messages through kombu, to any broker; AMQP answers once a batch."""
 
     def __init__(self, app: Celery, prefix: str) -> None:
         self._app = app
@@ -118,7 +118,7 @@ class CeleryTaskPublisher:
     def publish(self, messages: Sequence[TaskMessage]) -> None:
         with self._reaching(), self._app.producer_or_acquire() as producer:
             # kombu declares a queue once for each connection. One that was deleted since takes
-            # no more messages on RabbitMQ, so what was sent in vain declares it anew.
+            # no more messages on RabbitMQ, so a rejected batch declares it anew.
             for name in {message.queue for message in messages if message.attempt > 1}:
                 self._queue(name)(producer.channel).declare()
             # kombu before 5.7 has no batches: a round trip for each message.
@@ -128,12 +128,12 @@ class CeleryTaskPublisher:
             else:
                 self._send(messages, producer)
             if isinstance(producer.channel, pyamqp.Channel):
-                # RabbitMQ answers no publish, and a refusal meets whoever calls next: be it us.
+                # RabbitMQ answers no publish, and a refusal is raised by the next call: here.
                 producer.channel.basic_qos(0, 0, False)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Tell a door that is shut from a message that is refused."""
+        """Distinguish an unreachable server from a refused message."""
         try:
             yield
         except pyamqp.Transport.channel_errors as error:
@@ -146,7 +146,7 @@ class CeleryTaskPublisher:
             reason = f"{type(error).__name__}: {error}"
             raise PublishRefused("the broker", reason, of_message=True) from error
         except Exception as error:
-            if "WRONGTYPE" in str(error):  # somebody else's key has the queue's name
+            if "WRONGTYPE" in str(error):  # another key has the queue's name
                 raise PublishRefused("the broker", str(error)) from error
             # Each transport has errors of its own, with no base in common: the door is shut.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.

@@ -15,7 +15,7 @@ ROW_INDEPENDENT_SQLSTATES = frozenset(
     ("08", "25", "26", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "")
 )
 """Classes of SQLSTATE for which no row is to blame: the connection, the transaction (a primary that
-has become read-only), rights, what does not exist, resources, locks, an operator, the system."""
+has become read-only), rights, missing objects, resources, locks, an operator, the system."""
 
 SET_ASIDE_S = 60.0
 """Seconds for which a run is left alone after a statement over one of its rows has failed."""

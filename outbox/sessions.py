@@ -34,7 +34,7 @@ KEEPALIVE = {
 }
 
 SHARED = {
-    # Its limits would end us: what of ours takes long has a limit of its own.
+    # Its limits would end us: our long statements have limits of their own.
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
@@ -61,7 +61,7 @@ OWN = SHARED | {
     "default_transaction_isolation": "read committed",
     "jit": "off",
 }
-"""Of the sessions in which nobody else has statements."""
+"""Settings of the sessions that run only our statements."""
 
 
 def prepare_session(
@@ -70,10 +70,10 @@ def prepare_session(
     *,
     options: str = "",
 ) -> None:
-    """Set what a session of ours depends on. It is in autocommit mode, and closed if that fails.
+    """Set all that our session depends on. It is in autocommit mode, and closed if that fails.
 
     `options` are those of its URL: what is set there, as by `?options=-c statement_timeout=30s`, is
-    meant for us and stays. What this server does not have is left out.
+    meant for us and stays. Settings that this server lacks are left out.
     """
     kept = {name.lower() for name in re.findall(r"(?:-c\s*|--)([\w.]+)\s*=", options)}
     wanted = {name: value for name, value in settings.items() if name.lower() not in kept}

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=int | HasFileno)
 def readable(sockets: Iterable[S], seconds: float | None) -> list[S]:
     """Those with something to read, as soon as there is one; none when so many seconds are over.
 
-    A time that is past is no time. Also returned is what was closed by the other side.
+    A time that is past is no time. Sockets closed by the other side are returned too.
     """
     poll = select.poll()
     known: dict[int, S] = {}

@@ -1,6 +1,6 @@
 """Reads named SQL statements from the `.sql` file beside a module. Runs nothing.
 
-A file is a row of blocks. A block begins with its name and with what it does:
+A file is a row of blocks. A block begins with its name and its description:
 
     -- name: mark_kept
     -- Set when runs are looked at again whose messages are in the broker still.
@@ -26,7 +26,7 @@ _HEAD = re.compile(r"-- (name|fragment): ([a-z][a-z_]*)")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 SHARED = "fragments.sql"
-"""The file of what several files of a package share."""
+"""The file of fragments that several files of a package share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

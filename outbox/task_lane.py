@@ -22,7 +22,7 @@ from beatless.outbox.queries import PickedTask, Queries, picked_tasks
 logger = logging.getLogger(__name__)
 
 INLINE_WAIT_S = 0.05
-"""Seconds that a step waits for the broker; what takes longer is collected in a later one."""
+"""Seconds that a step waits for the broker; slower batches are collected in a later one."""
 
 PUBLISH_TIMEOUT_S = 60.0
 """Seconds without an answer after which a batch counts as not sent. A RabbitMQ that is short of
@@ -33,7 +33,7 @@ MAX_STALLED_BATCHES = 3
 while so many do, no other is tried."""
 
 SHUTDOWN_FLUSH_S = 2.0
-"""Seconds that a relay which stops waits for the broker. What it does not note is sent again."""
+"""Seconds that a stopping relay waits for the broker. Unmarked messages are sent again."""
 
 
 class TaskLane:
@@ -77,17 +77,17 @@ class TaskLane:
         self._publisher = self._new_publisher()
         self._stalled: list[AsyncTaskPublisher] = []
         self._marks: list[tuple[str, Sequence[TaskMessage]]] = []
-        """What to note of the messages whose fate is known, by statement."""
+        """Marks for the messages whose fate is known, by statement."""
         self._marked: set[tuple[str, str]] = set()
         """Id and act of the messages that the last step marked."""
         self._held: dict[str, TaskMessage] = {}
         """Messages that were not marked because another transaction holds their rows, by id."""
         self._quiet_until: dict[str, float] = {}
-        """Until when the log says no more of each of these refused queues."""
+        """The times until which each of these refused queues is not logged again."""
 
     @property
     def marks_due(self) -> bool:
-        """Whether the next step writes what has become of messages, and so when they are due."""
+        """Whether the next step writes the fate of messages, and so their due times."""
         return bool(self._marks)
 
     @property
@@ -122,7 +122,7 @@ class TaskLane:
         self._publisher.close()
 
     def collect(self, shards: Sequence[int], now: datetime | None) -> Sequence[TaskMessage]:
-        """Note what has become of the batch in flight; its messages that have arrived."""
+        """Note the fate of the batch in flight; its messages that have arrived."""
         result = self._publisher.collect_result()
         if result is None:
             return ()
@@ -141,12 +141,12 @@ class TaskLane:
             if messages
         ]
         if result.error is not None:
-            return result.accepted  # what was refused meanwhile may be the broker's fault as well
+            return result.accepted  # refusals meanwhile may be the broker's fault as well
         for messages, refusal in result.refused:
             self._postpone(messages, refusal, now)
         if (result.accepted or result.kept) and self._breaker.record_success():
             self._on_recovery()
-            # The broker may have come back empty: what it held and nobody claimed is looked at.
+            # The broker may have come back empty: its unclaimed messages are checked.
             self._connection.execute(queries.resend_unclaimed_sql, {"shards": list(shards)})
         return result.accepted
 
@@ -285,7 +285,7 @@ class TaskLane:
             return marked
 
     def _defer(self, messages: Sequence[TaskMessage], now: datetime | None) -> None:
-        """Let what finds no place in its queue make room in the pick for what comes next."""
+        """Defer dispatches that find no place in their queue: they make room in the next pick."""
         if messages:
             self.crowded |= self._mark_each(self._queries.defer_sql, messages, now) > 0
 

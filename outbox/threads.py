@@ -1,4 +1,4 @@
-"""Threads of ours that last as long as their process, whatever goes wrong in them."""
+"""Threads of ours that last as long as their process, through any error."""
 
 import logging
 import threading
@@ -10,13 +10,13 @@ from beatless.outbox.observer import Observer, ThreadFailed, ThreadRecovered, ig
 logger = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
-"""Until a thread goes on in which something has gone wrong that nobody foresaw."""
+"""The pause of a thread after an unexpected error."""
 
 
 class LastingThread(threading.Thread):
     """Does its work until it returns, or again after anything that it raises.
 
-    The work is given the thread, and tells it what it survives by itself: `failed`, then `works`.
+    The work is given the thread, and reports errors that it survives: `failed`, then `works`.
     The observer hears of each failure (`ThreadFailed`), and when it is over (`ThreadRecovered`).
     """
 
@@ -37,7 +37,7 @@ class LastingThread(threading.Thread):
                 return
             except SimulatedCrash:
                 raise  # its process "has died"
-            except BaseException:  # an end that nobody asked for is one that nobody would notice
+            except BaseException:  # an unrequested end would go unnoticed
                 logger.critical(
                     "a thread failed, it begins again",
                     extra={"action": "thread_failed", "which": self._what, "retry_in": AGAIN_S},
@@ -53,12 +53,12 @@ class LastingThread(threading.Thread):
         self._observer(ThreadFailed(thread=self._what, first=first))
 
     def works(self) -> None:
-        """It does what it is there for."""
+        """It works again."""
         if self.failing:
             self.failing = False
             self._observer(ThreadRecovered(thread=self._what))
 
     def end(self, timeout: float | None = None) -> None:
-        """Wait for its end; its work has been told before."""
+        """Wait for its end; its work was asked to stop before."""
         self._ending.set()
         self.join(timeout)

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 MOST_S = 10 * 365 * 86_400.0
-"""Ten years. What is far beyond could be stored, and not be read again: the years end with 9999."""
+"""Ten years. Longer times could be stored, and not be read again: the years end with 9999."""
 
 FIRST_YEAR, LAST_YEAR = 1000, 9998
 """In all time zones a year of four digits."""
