@@ -11,6 +11,7 @@ import psycopg
 import redis
 
 from beatless.local.valkey import EmbeddedValkey
+from beatless.outbox.queries import channel_of
 from tests.faults.fleet import LEASE_S, Fleet, Slot
 
 Fault = Callable[[Fleet, random.Random], bool]
@@ -313,11 +314,11 @@ def one_session_ended(fleet: Fleet, chance: random.Random) -> bool:
 
 
 @fault
-def listener_ended(fleet: Fleet, _: random.Random) -> bool:
+def relay_sessions_ended(fleet: Fleet, _: random.Random) -> bool:
     with fleet.connect() as session:
         ended = session.execute(
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-            " WHERE query ILIKE 'listen%' AND pid <> pg_backend_pid()"
+            " WHERE application_name LIKE 'beatless relay%'"
         ).fetchone()
     return bool(ended and ended[0])
 
@@ -414,15 +415,12 @@ def long_transaction(fleet: Fleet, chance: random.Random) -> bool:
 
 
 @fault
-def relays_called_by_anybody(fleet: Fleet, chance: random.Random) -> bool:
+def relays_called_by_anybody(fleet: Fleet, _: random.Random) -> bool:
     with fleet.connect() as session:
-        channels = session.execute(
-            "SELECT DISTINCT substring(query FROM '\"?([a-z_0-9]+)\"?$') FROM pg_stat_activity"
-            " WHERE query ILIKE 'listen%'"
-        ).fetchall()
-        for (channel,) in channels:
-            for payload in ("{", "", "99", "x" * 500):
-                session.execute("SELECT pg_notify(%s, %s)", (channel or "beatless", payload))
+        for payload in ("{", "", "99", "x" * 500):
+            session.execute(
+                "SELECT pg_notify(%s, %s)", (channel_of(fleet.settings.schema), payload)
+            )
     return True
 
 

@@ -157,7 +157,7 @@ class Load:
             wish["priority"] = chance.randrange(10)
         if chance.random() < 0.15:
             wish["delay"] = round(chance.uniform(0.2, 3), 2)
-        if chance.random() < 0.1:
+        elif chance.random() < 0.1:
             wish["deadline"] = round(chance.uniform(1, 20), 2)
         if chance.random() < 0.1:
             wish["key"] = f"key-{chance.randrange(10**9)}"
