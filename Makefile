@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -97,6 +97,9 @@ test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is
 
 chaos: $(STAMP) ## Random faults under load on a fleet of processes, checked; SEED=n SECONDS=60
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
+planted: $(STAMP) ## Plant known bugs in copies of the tree, and let the load of make chaos find each
+	$(BIN)/python -m tests.faults.planted $(ARGS)
 
 test-netns: $(STAMP) ## Two hosts whose link is cut, as network namespaces; exit 3 unless root may make them
 	@unshare --net true 2>/dev/null && command -v ip >/dev/null && command -v nsenter >/dev/null || \

@@ -132,7 +132,7 @@ def leases_exclude(history: History) -> Iterator[Violation]:
                 started = event["step"], event["attempt"]
             # The relay fails a run whose worker has ended too often, outside of any lease.
             elif (
-                event["type"] in ("StepFinished", "StepFailed")
+                event["type"] in ("StepFinished", "StepFailed", "DebugTrace")
                 and event["source"] == "worker"
                 and started != (step := (event["step"], event["attempt"]))
             ):

@@ -1,6 +1,7 @@
 """The faults, by name. Each hits something that lives, or says that there was nothing to hit."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -233,12 +234,13 @@ def message_that_is_not_ours(fleet: Fleet, chance: random.Random) -> bool:
 
 @fault
 def event_that_is_not_ours(fleet: Fleet, _: random.Random) -> bool:
-    """On the channel of every run that somebody watches: a RunFinished of another run."""
-    forged = b'{"run_id":"forged","seq":99,"ts":1,"type":"RunFinished","v":1,"source":"worker"}'
+    """On the channel of every run that somebody watches: events of another run."""
     with fleet.redis(fleet.bus) as client:
         channels = client.pubsub_channels(f"{fleet.settings.prefix}:events:*")
-        for channel in channels:
-            client.publish(channel, forged)
+        for seq in range(2, 30):
+            forged = {"run_id": "forged", "seq": seq, "ts": 1, "type": "DebugTrace", "v": 1}
+            for channel in channels:
+                client.publish(channel, json.dumps(forged | {"source": "worker"}))
     return bool(channels)
 
 

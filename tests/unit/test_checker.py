@@ -160,6 +160,10 @@ LIES: dict[str, tuple[str, Lie]] = {
         change({"kind": "log", "id": 3}, claim={"lease_until": 104}),
     ),
     "a write of the worker before": ("I11", change({"kind": "log", "id": 5}, event={"attempt": 1})),
+    "a trace of the worker before": (
+        "I11",
+        add(logged(8, 5, "r", **wrote("DebugTrace", "a", 1))),
+    ),
     "an attempt that nothing explains": ("I10", drop(kind="fault")),
     "an attempt that ran twice": ("I10", add(effect("r", "b", "b2"))),
     "a step was left out": (
