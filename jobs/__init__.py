@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         WorkerStops,
     )
     from beatless.orchestrator.events import Event
-    from beatless.orchestrator.journal import Run
     from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, step
+    from beatless.orchestrator.records import Run
     from beatless.orchestrator.retry import retry
     from beatless.orchestrator.state import RunState
     from beatless.settings import Settings
@@ -63,7 +63,7 @@ _MODULES = {
     "JobsError": "beatless.errors",
     "LeaseLost": "beatless.orchestrator.errors",
     "Plan": "beatless.orchestrator.plan",
-    "Run": "beatless.orchestrator.journal",
+    "Run": "beatless.orchestrator.records",
     "RunCancelled": "beatless.orchestrator.errors",
     "RunConflict": "beatless.orchestrator.errors",
     "RunNotFound": "beatless.orchestrator.errors",

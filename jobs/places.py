@@ -6,9 +6,10 @@ from typing import Any
 
 import sqlalchemy
 
-from beatless.orchestrator.journal import Journal, Unfinished
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.progress import UNKNOWN_STEP, UnknownStep, next_step
+from beatless.orchestrator.records import Unfinished
 from beatless.orchestrator.timeline import stands_at
 from beatless.outbox.queries import execute_lazily
 

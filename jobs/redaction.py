@@ -14,7 +14,7 @@ from typing import Any
 from beatless.client import Client
 from beatless.client.pages import RunPage
 from beatless.orchestrator.events import Event, EventText
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 
 logger = logging.getLogger(__name__)
 

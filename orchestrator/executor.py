@@ -49,11 +49,12 @@ from beatless.orchestrator.execution import (
 )
 from beatless.orchestrator.failure import is_a, text_of
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Appended, Journal
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
 from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
 from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt

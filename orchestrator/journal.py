@@ -7,13 +7,20 @@ that. `Journal` holds the statements of one schema.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
 from beatless.orchestrator.failure import cancel_error
+from beatless.orchestrator.records import (
+    Appended,
+    DispatchStatus,
+    FailedRunFilter,
+    NewRun,
+    Place,
+    Run,
+    Unfinished,
+)
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
@@ -25,199 +32,6 @@ LAST_SEQ = 2**31 - 1
 
 PAGE_BYTES = 256 * 1024
 """Of events as JSON that a reader of pages has in memory at once."""
-
-RUN_COLUMNS = (
-    "run_id",
-    "namespace",
-    "plan",
-    "plan_version",
-    "queue",
-    "priority",
-    "state",
-    "input",
-    "result",
-    "error",
-    "key",
-    "last_seq",
-    "attempt",
-    "worker",
-    "cancel_requested_at",
-    "not_before",
-    "deadline_at",
-    "tags",
-    "retry_of",
-    "created_at",
-    "started_at",
-    "finished_at",
-    "pruned_seq",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One execution of a plan, as it is stored now.
-
-    >>> run = app.client.start_run("checkout", {"order": 1}, tags={"shop": "berlin"})
-    >>> run.plan, run.state.value, run.input, run.tags, run.last_seq
-    ('checkout', 'queued', {'order': 1}, {'shop': 'berlin'}, 1)
-    """
-
-    run_id: str
-    namespace: str
-    plan: str
-    plan_version: str
-    queue: str
-    priority: int
-    state: RunState
-    input: Any
-    result: Any
-    error: dict[str, Any] | None
-    key: str | None
-    last_seq: int
-    attempt: int
-    """How often a worker has taken the run."""
-    worker: str | None
-    cancel_requested_at: datetime | None
-    not_before: datetime | None
-    deadline_at: datetime | None
-    tags: dict[str, str]
-    retry_of: str | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    pruned_seq: int
-    """Its events up to here were removed after the retention time."""
-    retried_by: str | None = None
-    """The id of its newest retry."""
-
-    @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Self:
-        """From the columns of the table, and `retried_by` where the statement has looked for it."""
-        names = (*RUN_COLUMNS, "retried_by")[: len(row)]
-        members = dict(zip(names, row, strict=True))
-        return cls(**members | {"state": RunState(members["state"])})
-
-    def require_events(self, after: int) -> None:
-        """Raises EventsPruned unless every event after this seq is kept."""
-        if after < self.pruned_seq:
-            kept = self.pruned_seq + 1 if self.pruned_seq < self.last_seq else None
-            raise EventsPruned(self.run_id, after, kept)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The run as a JSON object; times are ISO 8601."""
-        return {
-            name: value.isoformat() if isinstance(value, datetime) else value
-            for name in (*RUN_COLUMNS, "retried_by")
-            for value in [getattr(self, name)]
-        }
-
-
-Place = tuple[datetime, str]
-"""Where a run is in a list: what the list is ordered by, and its id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unfinished:
-    """The place of an unfinished run."""
-
-    plan: str
-    place: Event
-    """Its last RunStarted, StepStarted or StepFinished; results are left out."""
-    cancelled: bool
-    undo: str | None
-    """The `on_cancel` step that the cancel has promised."""
-    undoing: bool
-    """The place came after the cancel: it is an attempt of the plan's `on_cancel` step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedRunFilter:
-    """A filter of failed runs that have no retry."""
-
-    plan: str | None = None
-    queue: str | None = None
-    tags: Mapping[str, str] | None = None
-    error: str | None = None
-    """In "type: message" of the error, whatever its case."""
-    seconds: float | None = None
-    """Failed so many seconds ago or less."""
-    after: Place | None = None
-    """The place of the last run of the page before."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRun:
-    """A checked request to start a run. `input` is JSON text."""
-
-    run_id: str
-    namespace: str
-    plan: str
-    plan_version: str
-    queue: str
-    priority: int
-    input: str
-    key: str | None
-    not_before: datetime | None
-    delay: float | None
-    deadline: float | None
-    """Seconds from now."""
-    tags: Mapping[str, str]
-    retry_of: str | None = None
-    trace_context: Mapping[str, str] | None = None
-    reused: str | None = None
-    """JSON text of the step results that a retried run takes over."""
-    default_queue: bool = False
-    """The caller named none: it is the plan's, which may be another at the next start."""
-    default_input: bool = False
-    """As for the queue."""
-
-    def to_json(self) -> str:
-        members = {
-            "run_id": self.run_id,
-            "shard": shard_of(self.run_id),
-            "namespace": self.namespace,
-            "plan": self.plan,
-            "plan_version": self.plan_version,
-            "queue": self.queue,
-            "priority": self.priority,
-            "key": self.key,
-            # In UTC: Postgres takes no time zone that is 16 hours or more away from it.
-            "not_before": self.not_before.astimezone(UTC).isoformat() if self.not_before else None,
-            "delay": self.delay,
-            "deadline": self.deadline,
-            "tags": dict(self.tags),
-            "retry_of": self.retry_of,
-            "trace_context": dict(self.trace_context) if self.trace_context else None,
-            "default_queue": self.default_queue,
-            "default_input": self.default_input,
-        }
-        text = json.dumps(members)[:-1] + f',"input":{self.input}'
-        if self.reused is not None:
-            text += f',"reused":{self.reused}'
-        return text + "}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Appended:
-    """The result of an append."""
-
-    last_seq: int
-    cancelled: bool
-    """A cancel was accepted before this append."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchStatus:
-    """The state of a run in the tables beside `runs`."""
-
-    now: datetime
-    lease_expires_at: datetime | None
-    dispatch: tuple[str, datetime, str, int] | None
-    """Its state, when the relay looks at it next, the reason, and how often it was sent."""
-    paused: bool
-    unpublished: int | None
-    """The first event that is not published."""
-    dead_letters: Sequence[str]
 
 
 class Journal:
@@ -280,23 +94,9 @@ class Journal:
         *row, default_queue, default_input, same_input = (by_key or rows)[0]
         existing = Run.from_row(row)
         field = "key" if by_key else "run id"
-        # What neither start named is the same, whatever the plan's is now. An older release did not
-        # note what was named.
-        queue = new.default_queue and default_queue is not False
-        input = new.default_input and default_input is not False
-        differs = [
-            name
-            for name, same in (
-                ("namespace", existing.namespace == new.namespace),
-                ("plan", existing.plan == new.plan),
-                ("queue", queue or existing.queue == new.queue),
-                ("input", input or same_input),
-                ("key", existing.key == new.key),
-            )
-            if not same
-        ]
-        if differs:
-            raise RunConflict(existing.run_id, field, differs[0])
+        differs = new.difference(existing, default_queue, default_input, same_input=same_input)
+        if differs is not None:
+            raise RunConflict(existing.run_id, field, differs)
         return existing
 
     def append(

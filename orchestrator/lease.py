@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of

@@ -15,9 +15,10 @@ import sqlalchemy
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Appended, Journal
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.progress import FOLDED, SNOOZED
+from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt

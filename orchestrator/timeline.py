@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.journal import DispatchStatus, Run
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
     FOLLOWING,
@@ -15,6 +14,7 @@ from beatless.orchestrator.progress import (
     SNOOZED,
     UNKNOWN_STEP,
 )
+from beatless.orchestrator.records import DispatchStatus, Run
 
 HANDOVER_S = 0.01
 """Seconds between two steps above which somebody else has taken the run over."""

@@ -23,7 +23,7 @@ from beatless.client.requests import RunRequest, json_members
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import storable
-from beatless.orchestrator.journal import FailedRunFilter, Place
+from beatless.orchestrator.records import FailedRunFilter, Place
 from beatless.orchestrator.state import RunState
 
 Text = TypeVar("Text", str, str | None)

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 
 from beatless.client.pages import RunPage
 from beatless.cursors import encode_page
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 
 EVENTS_BYTES = 4 * 1024 * 1024
 """After so many bytes of events an answer ends, and more must be asked for."""

@@ -20,7 +20,7 @@ from beatless.client.streams import beyond_the_head
 from beatless.errors import HistoryChanged, WaitTimeout
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import EventText
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.streams.streams import Streams
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from beatless.cli.environment import Environment, pairs, seconds
 from beatless.cli.render import age, table
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import RunNotFound
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.letters import DeadLetter
 

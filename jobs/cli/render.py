@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.timeline import Moment
 
 STYLES = {

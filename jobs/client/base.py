@@ -8,8 +8,9 @@ import sqlalchemy
 from beatless.client.requests import RunRequest, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
 from beatless.observe.tracing import Tracing
-from beatless.orchestrator.journal import Journal, NewRun, Run
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.records import NewRun, Run
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_two_phase
 from beatless.queue_limit import QueueLimit

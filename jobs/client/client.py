@@ -14,7 +14,7 @@ from beatless.client.requests import RunOptions, RunRequest, checked_tags, shows
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import Event, EventText
-from beatless.orchestrator.journal import NewRun, Place, Run
+from beatless.orchestrator.records import NewRun, Place, Run
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline
 from beatless.outbox.queries import Caller, execute_lazily

@@ -10,8 +10,8 @@ from beatless.client.requests import RunRequest, checked_tags, new_run_id, secon
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
-from beatless.orchestrator.journal import FailedRunFilter, Place, Run
 from beatless.orchestrator.progress import reusable
+from beatless.orchestrator.records import FailedRunFilter, Place, Run
 from beatless.outbox.queries import Caller, execute_lazily
 
 

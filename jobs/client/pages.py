@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from beatless.orchestrator.journal import Place, Run
+from beatless.orchestrator.records import Place, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

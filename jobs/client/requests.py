@@ -13,8 +13,8 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.events import encode, storable
-from beatless.orchestrator.journal import NewRun
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.records import NewRun
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
 
 Start = TypeVar("Start", bound=Callable[..., Any])

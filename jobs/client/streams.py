@@ -7,7 +7,7 @@ from beatless.client.base import BaseClient
 from beatless.client.requests import seconds
 from beatless.errors import BadRequest, HistoryChanged
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.outbox.clock import monotonic
 from beatless.transactions import reaching_postgres
 

@@ -14,7 +14,7 @@ from beatless.http import calls, wire
 from beatless.http.calls import Exchange, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 

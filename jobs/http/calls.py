@@ -22,8 +22,8 @@ from beatless.cursors import encode_page
 from beatless.errors import BadRequest
 from beatless.http.wire import Call, json_of, named_error, pairs_of, path_of, record_of, run_of
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Run
 from beatless.orchestrator.queues import QueueState
+from beatless.orchestrator.records import Run
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")

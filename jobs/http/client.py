@@ -17,7 +17,7 @@ from beatless.http.aio import AsyncClient
 from beatless.http.calls import Exchange, named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 

@@ -26,8 +26,8 @@ from beatless.orchestrator.errors import (
     RunIsActive,
     RunNotFound,
 )
-from beatless.orchestrator.journal import Run
 from beatless.orchestrator.queues import QueueState
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.letters import DeadLetter

@@ -20,7 +20,8 @@ from redis import asyncio as aioredis
 from sqlalchemy import exc
 
 from beatless.orchestrator.events import Event, EventText
-from beatless.orchestrator.journal import Journal, Run
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
 from beatless.outbox.observer import Observer, ignore

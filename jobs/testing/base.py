@@ -11,8 +11,8 @@ from typing import Any
 from beatless.app import App
 from beatless.client import Client
 from beatless.namespaces import namespace_of
-from beatless.orchestrator.journal import Run
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.records import Run
 from beatless.outbox.message import shard_of
 from beatless.outbox.observer import Signal
 from beatless.outbox.queries import execute

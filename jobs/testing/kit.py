@@ -18,7 +18,7 @@ from kombu.message import Message
 from beatless.app import App
 from beatless.local.child import Child
 from beatless.orchestrator.executor import Executor
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.outbox.faults import SimulatedCrash
 from beatless.testing.broker_guard import Guard
 from beatless.testing.stored_time import move_into_past

@@ -6,7 +6,7 @@ from beatless.app import App
 from beatless.client.streams import check_cursor
 from beatless.errors import WaitTimeout
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.journal import Run
+from beatless.orchestrator.records import Run
 from beatless.outbox.clock import monotonic
 from beatless.streams.streams import Streams
 from beatless.streams.subscription import Subscription

@@ -9,8 +9,8 @@ from sqlalchemy import event
 
 from beatless import App
 from beatless.auth import Tokens
-from beatless.orchestrator.journal import FailedRunFilter
 from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.records import FailedRunFilter
 from beatless.orchestrator.retention import Retention
 from beatless.outbox import queries
 from tests.integration.test_drain_plan import scans

@@ -15,7 +15,7 @@ from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.deadlines import Deadlines
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.journal import Appended
+from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import TRANSITIONS, allowed
 from beatless.outbox.clock import monotonic

@@ -17,9 +17,9 @@ from beatless.errors import StatementTimeout
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Appended, Run
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.queues import QueueStatements
+from beatless.orchestrator.records import Appended, Run
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.queries import ALL_SHARDS

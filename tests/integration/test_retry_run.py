@@ -6,7 +6,7 @@ import psycopg
 import pytest
 
 from beatless import CannotRetry, RunNotFound, RunState
-from beatless.orchestrator.journal import FailedRunFilter
+from beatless.orchestrator.records import FailedRunFilter
 from beatless.testing import Kit
 
 

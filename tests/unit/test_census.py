@@ -29,8 +29,9 @@ from beatless.demo.census import (
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import Fatal, RunCancelled
 from beatless.orchestrator.events import NewEvent
-from beatless.orchestrator.journal import RUN_COLUMNS, Journal, Run
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.records import RUN_COLUMNS, Run
 
 SVG = "{http://www.w3.org/2000/svg}"
 

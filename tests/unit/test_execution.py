@@ -35,8 +35,8 @@ from beatless.orchestrator.execution import (
     TransactionLost,
     Unstorable,
 )
-from beatless.orchestrator.journal import Run
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 
