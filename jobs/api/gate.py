@@ -69,9 +69,9 @@ class Gate:
         self._schema = schema
         self._authenticate = authenticate
         self._is_open = is_open
-        self._looking = threading.Lock()
+        self._mutex = threading.Lock()
         self._guarded = False
-        self._look_at = 0.0
+        self._check_at = 0.0
 
     async def enter(self, request: Request, path: str) -> None:
         """Raises Problem (401), without details, unless the request is admitted."""
@@ -79,10 +79,10 @@ class Gate:
             return
         if path.startswith("/v1/"):
             request.state.beatless_grant = await self._grant(request)
-        elif not await self._may_look(request):
+        elif not await self._may_view(request):
             raise self._refusal()
 
-    async def _may_look(self, request: Request) -> bool:
+    async def _may_view(self, request: Request) -> bool:
         """At routes that need no token once there is one: the page, its document, the metrics."""
         if self._authenticate is None:
             if self._may_be_open(request):
@@ -149,8 +149,8 @@ class Gate:
 
     def _is_guarded(self) -> bool:
         """Whether there is any token. While Postgres is unreachable, the last known answer."""
-        with self._looking:
-            if monotonic() >= self._look_at:
+        with self._mutex:
+            if monotonic() >= self._check_at:
                 try:
                     self._guarded = self._tokens.any()
                 except (exc.DBAPIError, exc.TimeoutError) as error:
@@ -158,7 +158,7 @@ class Gate:
                         "tokens cannot be read",
                         extra={"action": "tokens_unknown", "reason": str(error)},
                     )
-                self._look_at = monotonic() + TOKEN_CHECK_S
+                self._check_at = monotonic() + TOKEN_CHECK_S
             return self._guarded
 
 
@@ -184,12 +184,12 @@ def is_local(request: Request) -> bool:
         and loopback.is_address(peer[0])
         and request.scope.get("http_version") != "1.0"
         and not any(name.replace("_", "-").startswith(PROXY_HEADERS) for name in request.headers)
-        and _names_us(request, here[1])
+        and _host_is_ours(request, here[1])
         and not is_foreign(request)
     )
 
 
-def _names_us(request: Request, port: int | None) -> bool:
+def _host_is_ours(request: Request, port: int | None) -> bool:
     """Compared as text: parsers of addresses drop parts that they do not know."""
     default = DEFAULT_PORTS.get(request.scope["scheme"])
     names = [f"[{name}]" if ":" in name else name for name in loopback.NAMES]

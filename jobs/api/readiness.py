@@ -44,9 +44,9 @@ class Readiness:
 
     async def _ask(self) -> JSONResponse:
         alone = anyio.CapacityLimiter(1)
-        return await anyio.to_thread.run_sync(self._look, limiter=alone, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(self._check, limiter=alone, abandon_on_cancel=True)
 
-    def _look(self) -> JSONResponse:
+    def _check(self) -> JSONResponse:
         try:
             schema.check(self._engine, self._app.settings.schema)
             with self._engine.connect() as connection:
