@@ -7,7 +7,7 @@ from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 from beatless.unfit_rows import Violation
 
-PATIENCE = 60.0
+PUBLISH_GRACE_S = 60.0
 """Seconds after the end of a run in which a relay publishes its events, if there is one."""
 
 
@@ -16,7 +16,7 @@ def verify(
     schema: str,
     run_ids: Sequence[str] | None = None,
     *,
-    patience: float = PATIENCE,
+    patience: float = PUBLISH_GRACE_S,
 ) -> list[Violation]:
     """Every violation in these runs, or in all that are stored. Safe while runs are running.
 

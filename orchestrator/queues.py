@@ -16,7 +16,7 @@ from beatless.outbox.statements import statements
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.02
+CLAIMS_POLL_S = 0.02
 """Seconds between two looks for claims that are in flight."""
 
 PRESENCE_INTERVAL_S = 10.0
@@ -25,7 +25,7 @@ PRESENCE_INTERVAL_S = 10.0
 PRESENCE_EXPIRES_S = 3 * PRESENCE_INTERVAL_S
 """After this without a word from it a worker is not counted any more."""
 
-FROZEN = 10.0
+FROZEN_CLAIM_S = 10.0
 """Seconds after which a claim that is still in flight has nobody who would end it: it waits for a
 row a tenth of that, see `lease.LOCK_TIMEOUT_S`."""
 
@@ -85,7 +85,7 @@ class QueueStatements:
 
     def __init__(self, schema: str) -> None:
         self._sql = statements(
-            __file__, schema, look_every_s=LOOK_EVERY, presence_expires_s=PRESENCE_EXPIRES_S
+            __file__, schema, claims_poll_s=CLAIMS_POLL_S, presence_expires_s=PRESENCE_EXPIRES_S
         )
         self._channel = channel_of(schema)
 
@@ -101,7 +101,7 @@ class QueueStatements:
         """Claims whose snapshot starts after this commit skip the queue."""
         execute(connection, self._sql["pause"], {"name": name})
 
-    def await_claims(self, connection: Caller, *, patience: float = FROZEN) -> None:
+    def await_claims(self, connection: Caller, *, patience: float = FROZEN_CLAIM_S) -> None:
         """Wait for the claims that may have looked before: they hold the fence.
 
         Those that come meanwhile look afterwards, and are not held up: asking for the fence in

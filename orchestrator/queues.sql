@@ -13,7 +13,7 @@ SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity
 
 -- name: rest
 -- Wait between two looks at the claims.
-SELECT pg_sleep({look_every_s})
+SELECT pg_sleep({claims_poll_s})
 
 -- name: pause
 -- Note that a queue is paused, unless it is.

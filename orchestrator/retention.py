@@ -16,15 +16,15 @@ from beatless.outbox.statements import statements
 
 logger = logging.getLogger(__name__)
 
-DAY = 86_400.0
+DAY_S = 86_400.0
 
-REST = 3600.0
+REST_S = 3600.0
 """Seconds between two looks while nothing is due."""
 
-SHORT_REST = 60.0
+SHORT_REST_S = 60.0
 """Seconds until the next look after one that found nothing to do, though something is due soon."""
 
-EASE = 4.0
+PAUSE_FACTOR = 4.0
 """A step is followed by a pause that is so many times as long: a fifth of one session is used."""
 
 
@@ -51,8 +51,8 @@ class Retention:
         """
         self._faults = faults or CrashPoints()
         self._parameters = {
-            "events": events_days * DAY,
-            "runs": runs_days * DAY,
+            "events": events_days * DAY_S,
+            "runs": runs_days * DAY_S,
             "batch": batch,
         }
         self._keeps_runs = runs_days == 0
@@ -63,7 +63,7 @@ class Retention:
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Remove one batch, in one transaction; seconds until the next step is worth while."""
         if not self._parameters["events"]:
-            return REST
+            return REST_S
         began = monotonic()
         with connection.transaction():
             events, since = self._prune_events(connection)
@@ -72,7 +72,7 @@ class Retention:
                 runs = len(execute(connection, self._sql["forget"], self._parameters))
         self._events, self._runs, self._since = self._events + events, self._runs + runs, since
         if events or runs:
-            return EASE * (monotonic() - began)
+            return PAUSE_FACTOR * (monotonic() - began)
         if self._events or self._runs:
             logger.info(
                 "retention removed ended runs",
@@ -80,7 +80,7 @@ class Retention:
             )
         self._since, self._events, self._runs = None, 0, 0
         (due,) = execute(connection, self._sql["next"], self._parameters)[0]
-        return REST if due is None else min(REST, max(SHORT_REST, due))
+        return REST_S if due is None else min(REST_S, max(SHORT_REST_S, due))
 
     def _prune_events(self, connection: psycopg.Connection[Any]) -> tuple[int, Any]:
         """The number removed, and the time from which to look next."""

@@ -14,7 +14,7 @@ from beatless.outbox.message import EventMessage, PickedEvents, shard_of
 from beatless.outbox.observer import DeadLettered, Observer
 from beatless.outbox.publishers import EventPublisher
 from beatless.outbox.quarantine import Quarantine, is_row_fault
-from beatless.outbox.queries import BATCH_BYTES, FEWER, Queries
+from beatless.outbox.queries import BATCH_BYTES, FEW_ROWS_DIVISOR, Queries
 from beatless.outbox.scan_floor import ScanFloor
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class EventLane:
                 and (not picked or max(per_shard.values()) < looked)
             )
             self.floor.advance(picked, complete=complete)
-        self._large = size >= (BATCH_BYTES // FEWER if self._large else BATCH_BYTES)
+        self._large = size >= (BATCH_BYTES // FEW_ROWS_DIVISOR if self._large else BATCH_BYTES)
 
     def dead_letter_unreadable(self, shards: Sequence[int], run_id: str | None) -> int:
         """Make dead letters of the next rows whose events Postgres cannot read; how many."""

@@ -26,10 +26,10 @@ Caller = (
 Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]
 """`execute`, or `execute_lazily`."""
 
-AT_ONCE = 8
+LAZY_BUFFER_ROWS = 8
 """Rows that `execute_lazily` has in memory."""
 
-RARELY = 4
+RECHECK_FACTOR = 4
 """Times the redispatch interval after which a message that was sent again, or is in the broker
 still, is looked at again."""
 
@@ -42,7 +42,7 @@ BATCH_BYTES = 8 * 1024 * 1024
 LAST_ATTEMPT = 2**31 - 1
 """The number of a run's messages stops there: the column is an integer."""
 
-FEWER = 16
+FEW_ROWS_DIVISOR = 16
 """How many times fewer rows are looked at while events are large: what is left out was built."""
 
 
@@ -148,7 +148,7 @@ def execute_lazily(
         result = connection.exec_driver_sql(
             statement,
             dict(parameters),
-            execution_options={"stream_results": True, "max_row_buffer": AT_ONCE},
+            execution_options={"stream_results": True, "max_row_buffer": LAZY_BUFFER_ROWS},
         )
     with result:
         for row in result:
@@ -192,15 +192,15 @@ class Queries:
             __file__,
             schema,
             per_shard=per_shard,
-            few_per_shard=max(1, per_shard // FEWER),
+            few_per_shard=max(1, per_shard // FEW_ROWS_DIVISOR),
             window=window,
             batch_bytes=BATCH_BYTES,
-            rarely=RARELY,
+            recheck_factor=RECHECK_FACTOR,
             defer_s=DEFER_S,
         )
         self.schema = schema
         self.per_shard = per_shard
-        self.few_per_shard = max(1, per_shard // FEWER)
+        self.few_per_shard = max(1, per_shard // FEW_ROWS_DIVISOR)
         self.window = window
         self.channel = channel_of(schema)
         self.origin = fragment("origin", schema)

@@ -236,13 +236,13 @@ UPDATE {schema}.dispatches d
        reason = CASE WHEN d.state = 'sent' AND d.reason <> 'lease' THEN 'unclaimed'
                      ELSE d.reason END,
        due_at = clock_timestamp() + make_interval(secs => %(redispatch)s
-         * CASE WHEN d.state = 'sent' THEN {rarely} ELSE 1 END)
+         * CASE WHEN d.state = 'sent' THEN {recheck_factor} ELSE 1 END)
  WHERE {unclaimed}
 
 -- name: mark_kept
 -- Set when runs are looked at again whose messages are in the broker still.
 UPDATE {schema}.dispatches d
-   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s * {rarely})
+   SET due_at = clock_timestamp() + make_interval(secs => %(redispatch)s * {recheck_factor})
  WHERE {unclaimed}
 
 -- name: mark_lost

@@ -24,7 +24,7 @@ from beatless.testing.broker_guard import Guard
 from beatless.testing.stored_time import move_into_past
 from beatless.testing.task_inbox import TaskInbox
 from beatless.testing.waits import WaitCalls
-from beatless.verify import PATIENCE, verify
+from beatless.verify import PUBLISH_GRACE_S, verify
 
 UNSET: Any = object()
 """Marks an argument that was not given, where None is a value."""
@@ -279,7 +279,7 @@ class Kit(WaitCalls):
         >>> beatless.verify()
         """
         # `advance` passes no time for a relay that only drains when it is told to.
-        patience = PATIENCE + self._advanced_s
+        patience = PUBLISH_GRACE_S + self._advanced_s
         with self.app.engine.connect() as connection:
             found = verify(connection, self.app.settings.schema, patience=patience)
         if found:

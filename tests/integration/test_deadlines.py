@@ -10,7 +10,7 @@ from beatless import App, BadRequest, Event, Plan, RunState, Snooze, StepContext
 from beatless.observe.families import RUNS_FINISHED
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.retention import REST, Retention
+from beatless.orchestrator.retention import REST_S, Retention
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
 from tests.plans import two_steps
@@ -292,5 +292,5 @@ def test_retention_of_no_days_keeps_everything(beatless: Kit, postgres: psycopg.
 
     retention = Retention(beatless.app.settings.schema, events_days=0, runs_days=0.5)
 
-    assert retention.step(postgres) == REST
+    assert retention.step(postgres) == REST_S
     assert len(beatless.client.events(run.run_id)) == beatless.client.get_run(run.run_id).last_seq

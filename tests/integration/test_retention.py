@@ -16,7 +16,7 @@ import pytest
 
 from beatless import App, CannotRetry, EventsPruned, RunNotFound
 from beatless.api.sse import chunks
-from beatless.orchestrator.retention import REST, SHORT_REST, Retention
+from beatless.orchestrator.retention import REST_S, SHORT_REST_S, Retention
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.observer import ChoreFailed, ChoreRested, ChoreStepped, ChoreTaken
@@ -53,7 +53,7 @@ def finish(beatless: Kit, plan: str = "agents.run", **options: Any) -> str:
 def exhaust(retention: Retention, session: psycopg.Connection) -> float:
     """Step until a step asks for a long rest."""
     for _ in range(1000):
-        if (rest := retention.step(session)) >= SHORT_REST:
+        if (rest := retention.step(session)) >= SHORT_REST_S:
             return rest
     raise AssertionError("it never rests")
 
@@ -71,7 +71,7 @@ def test_the_events_of_a_run_that_ended_long_ago_go_and_the_run_stays(
     old = finish(beatless, key="order:1")
     beatless.advance(29 * DAY)
     recent = finish(beatless)
-    assert exhaust(retention(), session) == REST
+    assert exhaust(retention(), session) == REST_S
     assert len(stored(postgres, old)) == 13
 
     beatless.advance(1 * DAY + 1)
@@ -227,7 +227,7 @@ def test_runs_are_kept_for_ever_if_asked(beatless: Kit, session, retention) -> N
     beatless.advance(31 * DAY)
     exhaust(chore, session)
     beatless.advance(100_000 * DAY)
-    assert exhaust(chore, session) == REST
+    assert exhaust(chore, session) == REST_S
     assert beatless.client.get_run(run_id).pruned_seq == 6
 
 
@@ -241,12 +241,12 @@ class TestKeptForEver:
 
 
 def test_the_next_look_comes_when_something_is_due(beatless: Kit, session, retention) -> None:
-    assert retention().step(session) == REST
+    assert retention().step(session) == REST_S
     finish(beatless, "two_steps")
     beatless.advance(30 * DAY - 600)
     assert 500 < retention().step(session) <= 600
     beatless.advance(590)
-    assert retention().step(session) == SHORT_REST
+    assert retention().step(session) == SHORT_REST_S
 
 
 def test_runs_that_somebody_works_on_are_passed_over(
@@ -257,7 +257,7 @@ def test_runs_that_somebody_works_on_are_passed_over(
     chore = retention()
     with postgres.transaction():
         postgres.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (busy,))
-        assert exhaust(chore, session) == SHORT_REST
+        assert exhaust(chore, session) == SHORT_REST_S
         assert (len(stored(postgres, busy)), stored(postgres, free)) == (6, [])
     exhaust(chore, session)
     assert stored(postgres, busy) == []
@@ -439,7 +439,7 @@ def test_the_relay_prunes_by_itself_and_goes_on_publishing(
 
     announcements = relay(chores=[retention(batch=4)])
 
-    assert announcements.wait(ChoreRested) == ChoreRested(rest_s=REST)
+    assert announcements.wait(ChoreRested) == ChoreRested(rest_s=REST_S)
     assert len(announcements.all(ChoreStepped)) == 5  # 18 events, 4 at once
     assert [stored(postgres, run_id) for run_id in ended] == [[], [], []]
     waiting = beatless.start_run("two_steps")

@@ -40,11 +40,11 @@ NUMBERS = {
     "few_per_shard": 8,
     "last_shard": SHARDS - 1,
     "lock_timeout_ms": 1000,
-    "look_every_s": 0.02,
+    "claims_poll_s": 0.02,
     "page_bytes": 262_144,
     "per_shard": 128,
     "presence_expires_s": 30.0,
-    "rarely": 4,
+    "recheck_factor": 4,
     "sweep": 100,
     "window": 64,
 }

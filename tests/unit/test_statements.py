@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import beatless
+from beatless.orchestrator.journal import RUN_COLUMNS
 from beatless.outbox import statements as reader
 from beatless.outbox.statements import Statement, StatementFile, read, statements
 
@@ -54,6 +55,23 @@ def test_a_statement_names_its_tables_with_the_schema(path: Path) -> None:
     tables = r"(?:FROM|JOIN|INTO|UPDATE|USING)\s+(?:runs|run_events|run_outbox|dispatches)\b"
     for statement in read(path).statements.values():
         assert not re.search(tables, statement.text), statement.name
+
+
+def test_the_columns_of_a_run_are_those_that_a_run_is_made_of() -> None:
+    columns = read(PACKAGE / "orchestrator" / "fragments.sql").fragments["run_columns"].text
+    assert columns.replace(",", "").split() == [f"r.{name}" for name in RUN_COLUMNS]
+
+
+TABLES = r"(?:runs|run_events|run_outbox|dispatches|queues|workers|dead_letters|api_tokens)\b"
+EMBEDDED = re.compile(rf'\b(?:FROM|JOIN|INTO|UPDATE|USING) "?\{{\S+\}}"?\.{TABLES}')
+
+
+def test_no_module_but_those_of_the_test_kit_has_a_statement_over_our_tables() -> None:
+    """The kit moves stored times and looks at rows, as tests do."""
+    sources = {path for folder in FOLDERS for path in folder.rglob("*.py")}
+    found = {path for path in sources if EMBEDDED.search(path.read_text())}
+    explains = Path(reader.__file__)
+    assert {path for path in found if path.parent.name != "testing"} <= {explains}
 
 
 def parse(text: str) -> StatementFile:
