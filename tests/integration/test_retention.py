@@ -116,7 +116,7 @@ def test_what_asks_for_pruned_events_is_told_so(beatless: Kit, session, retentio
     ):
         with pytest.raises(EventsPruned, match=f"of run {run_id} were removed after the retention"):
             ask()
-    with pytest.raises(CannotRetry, match="start it anew"):
+    with pytest.raises(CannotRetry, match="start a new run"):
         client.retry_run(run_id)
     assert client.events(run_id, from_seq=13) == []
     assert list(client.stream_run(run_id, 13)) == []
