@@ -46,7 +46,9 @@ from beatless.outbox.publishers import (
     worker_queue,
 )
 from beatless.outbox.queries import ALL_SHARDS, Queries, channel_of
-from beatless.outbox.relay import Relay, Shift
+from beatless.outbox.relay import Relay
+from beatless.outbox.session_loop import SessionLoop
+from beatless.outbox.shards import Shards
 from beatless.outbox.sockets import readable
 from beatless.outbox.task_lane import MAX_STALLED_BATCHES
 from beatless.settings import libpq_url
@@ -651,7 +653,7 @@ def shards_of(seen: list[Signal]) -> int:
 
 def test_a_thousand_appends_wake_a_relay_a_few_times_only(beatless: Kit, beatless_app: App) -> None:
     with running(beatless_app, watchdog=600) as (relay, announcements):
-        object.__setattr__(relay.config, "linger", 3600.0)  # however slowly they come
+        object.__setattr__(relay._config, "linger", 3600.0)  # however slowly they come
         for _ in range(10):
             runs = beatless.client.start_runs([RunRequest(plan="two_steps")] * 100)
             beatless.wait_for_outbox_flush(runs[-1].run_id)
@@ -814,71 +816,76 @@ def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: 
     relays.pop(2).stop()
 
 
+def session_loop(relay: Relay, sessions: Sessions) -> SessionLoop:
+    """A relay's, driven by hand."""
+    return SessionLoop(relay._config, sessions, alarm=relay._alarm, stopping=threading.Event())
+
+
 @pytest.fixture
-def five(beatless_app: App) -> Iterator[list[Shift]]:
+def five(beatless_app: App) -> Iterator[list[SessionLoop]]:
     """Relays driven by hand that have settled: four lead all shards, the last of the list none."""
     with ExitStack() as ends:
-        shifts = []
+        loops = []
         for _ in range(5):
             relay = beatless_app.relay()
             ends.callback(relay.stop)
             sessions = Sessions(beatless_app.queries, beatless_app.direct_connection)
-            shifts.append(Shift(relay, ends.enter_context(sessions)))
-            ends.callback(shifts[-1].close)
-            shifts[-1]._sessions.announce()
-        while any(shift._sessions.members_changed or not shift._members for shift in shifts):
-            for shift in shifts:
-                shift._share_shards()
-            for shift in shifts:
-                rung(shift)
-        yield sorted(shifts, key=lambda shift: -len(shift._shards))
+            loops.append(session_loop(relay, ends.enter_context(sessions)))
+            ends.callback(loops[-1].close)
+            loops[-1].sessions.announce()
+        while any(loop.sessions.members_changed or not loop.shards.members for loop in loops):
+            for loop in loops:
+                loop.rebalance()
+            for loop in loops:
+                rung(loop)
+        yield sorted(loops, key=lambda loop: -len(loop.shards.owned))
 
 
-def rung(shift: Shift) -> bool:
+def rung(loop: SessionLoop) -> bool:
     """Whether the relay was told that others came or went, by all that was said until now."""
-    shift._sessions.ping()
-    while not shift._sessions.pong():
-        shift._sessions.wait(60)
-    return shift._sessions.members_changed
+    loop.sessions.ping()
+    while not loop.sessions.pong():
+        loop.sessions.wait(60)
+    return loop.sessions.members_changed
 
 
 def test_a_relay_that_goes_while_its_watcher_counts_leaves_its_shards_to_the_others(
-    five: list[Shift], beatless_app: App, postgres: psycopg.Connection
+    five: list[SessionLoop], beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     """The watcher has as many as it may; who may have more would hear of nothing."""
     *full, idle = five
-    assert [len(shift._shards) for shift in five] == [4, 4, 4, 4, 0]
-    gone = next(shift for shift in full if idle._sessions._watching not in shift._shards)
-    watcher = next(s for s in full if s is not gone and s._sessions._watching in gone._shards)
+    assert [len(loop.shards.owned) for loop in five] == [4, 4, 4, 4, 0]
+    gone = next(loop for loop in full if idle.sessions._watching not in loop.shards.owned)
+    watcher = next(s for s in full if s is not gone and s.sessions._watching in gone.shards.owned)
 
-    watcher._sessions.watch_shard(None)  # as each count begins
-    gone._sessions.__exit__()
+    watcher.sessions.watch_shard(None)  # as each count begins
+    gone.sessions.__exit__()
     alive = "SELECT FROM pg_stat_activity WHERE pid = %s"
-    while postgres.execute(alive, (gone._sessions.pid,)).fetchone() is not None:
+    while postgres.execute(alive, (gone.sessions.pid,)).fetchone() is not None:
         pass
-    watcher._share_shards()
+    watcher.rebalance()
 
     assert rung(idle)
-    idle._share_shards()
-    assert idle._shards == gone._shards
+    idle.rebalance()
+    assert idle.shards.owned == gone.shards.owned
 
 
 def test_a_shard_that_nobody_leads_is_found_by_those_who_may_not_lead_it(
-    five: list[Shift], beatless_app: App
+    five: list[SessionLoop], beatless_app: App
 ) -> None:
     full, *_, idle = five
-    watched = {shift._sessions._watching for shift in five}
-    shard = next(s for s in range(SHARDS) if s not in watched and s not in full._shards)
-    leader = next(shift for shift in five if shard in shift._shards)
+    watched = {loop.sessions._watching for loop in five}
+    shard = next(s for s in range(SHARDS) if s not in watched and s not in full.shards.owned)
+    leader = next(loop for loop in five if shard in loop.shards.owned)
     key = beatless_app.queries.leader_key
-    leader._sessions.work.execute(f"SELECT pg_advisory_unlock({key}, {shard})")
+    leader.sessions.work.execute(f"SELECT pg_advisory_unlock({key}, {shard})")
 
     full._watchdog_at = 0
-    full._look_after_sessions()
+    full._run_watchdog()
 
     assert rung(idle)
-    idle._share_shards()
-    assert idle._shards == (shard,)
+    idle.rebalance()
+    assert idle.shards.owned == (shard,)
 
 
 def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
@@ -887,14 +894,14 @@ def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
     """Nobody tells of it: who held it was not a relay any more, and the relay awaits nothing."""
     key = beatless_app.queries.leader_key
     postgres.execute(f"SELECT pg_advisory_lock({key}, 2)")
-    count = Shift._holders
+    count = Shards._leaders
 
-    def holders(self: Shift) -> tuple[dict[int, int], list[int]]:
+    def leaders(self: Shards) -> tuple[dict[int, int], list[int]]:
         found = count(self)
         postgres.execute("SELECT pg_advisory_unlock_all()")
         return found
 
-    monkeypatch.setattr(Shift, "_holders", holders)
+    monkeypatch.setattr(Shards, "_leaders", leaders)
     with running(beatless_app) as (_, announcements):
         announcements.wait_until(lambda _: 2 in announcements.all(ShardsAssigned)[-1].shards)
 
@@ -1126,12 +1133,12 @@ def test_what_rings_for_another_reason_does_not_shorten_the_back_off(beatless_ap
     relay = beatless_app.relay(
         observer=announcements, backoff=Backoff(initial=600, cap=600), connect=connect
     )
-    relay.alarm.ring()
+    relay._alarm.ring()
     relay.start()
     announcements.wait(RelayFailed)
     assert tries.acquire(timeout=60)
-    relay.alarm.ring()
-    until(lambda: not readable([relay.alarm], 0))  # it has been heard
+    relay._alarm.ring()
+    until(lambda: not readable([relay._alarm], 0))  # it has been heard
 
     assert not tries.acquire(blocking=False)
     relay.stop()

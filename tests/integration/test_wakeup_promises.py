@@ -11,7 +11,7 @@ from beatless.outbox.doorbell import Sessions, State
 from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import StalledRelayEnded
 from beatless.outbox.queries import ALL_SHARDS
-from beatless.outbox.relay import Shift
+from beatless.outbox.session_loop import SessionLoop
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 from tests.integration.test_relay import (
@@ -22,6 +22,7 @@ from tests.integration.test_relay import (
     recording,
     running,
     seqs,
+    session_loop,
     shards_of,
     until,
 )
@@ -67,7 +68,7 @@ def test_each_writer_rings_the_bell_of_its_own_shard_and_of_no_other(
 
 
 @pytest.fixture
-def shift(beatless_app: App) -> Iterator[Shift]:
+def loop(beatless_app: App) -> Iterator[SessionLoop]:
     """A relay driven by hand that leads all shards."""
     with ExitStack() as ends:
         relay = beatless_app.relay()
@@ -75,18 +76,18 @@ def shift(beatless_app: App) -> Iterator[Shift]:
         sessions = ends.enter_context(
             Sessions(beatless_app.queries, beatless_app.direct_connection)
         )
-        found = Shift(relay, sessions)
+        found = session_loop(relay, sessions)
         ends.callback(found.close)
         sessions.announce()
-        found._share_shards()
-        assert len(found._shards) == SHARDS
+        found.rebalance()
+        assert len(found.shards.owned) == SHARDS
         yield found
 
 
 def test_what_is_committed_between_the_last_look_and_the_grant_is_published_before_it_sleeps(
     beatless: Kit,
     beatless_app: App,
-    shift: Shift,
+    loop: SessionLoop,
     postgres: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,19 +95,19 @@ def test_what_is_committed_between_the_last_look_and_the_grant_is_published_befo
     with beatless_app.engine.connect() as caller:
         caller.begin()
         beatless.start_run("two_steps", connection=caller)
-        shift._sessions.doze(shift._shards)
-        granted = shift._sessions.granted
+        loop.sessions.doze(loop.shards.owned)
+        granted = loop.sessions.granted
 
         def late() -> bool:
             caller.commit()
-            until(lambda: granted() or shift._sessions.state is State.ASLEEP)
+            until(lambda: granted() or loop.sessions.state is State.ASLEEP)
             return True
 
-        monkeypatch.setattr(shift._sessions, "granted", late)
-        shift._fall_asleep()
+        monkeypatch.setattr(loop.sessions, "granted", late)
+        loop._fall_asleep()
 
-    assert shift._sessions.state is State.ASLEEP
-    assert not shift._sessions.rung
+    assert loop.sessions.state is State.ASLEEP
+    assert not loop.sessions.rung
     assert pending(postgres) == 0
 
 
@@ -181,35 +182,35 @@ def test_a_relay_that_has_just_said_something_is_not_taken_for_frozen(beatless_a
 
 
 def test_a_relay_whose_shards_change_looks_at_all_of_their_rows_again(
-    beatless: Kit, shift: Shift, postgres: psycopg.Connection
+    beatless: Kit, loop: SessionLoop, postgres: psycopg.Connection
 ) -> None:
     beatless.start_run("two_steps")
-    shift._drain.events.floor.id = 2**40  # as high as the rows of others that it has not led
-    shift._drain.step(shift._shards)
+    loop.drain.events.floor.id = 2**40  # as high as the rows of others that it has not led
+    loop.drain.step(loop.shards.owned)
     assert pending(postgres) == 1
 
-    shift._share_shards()
-    shift._drain.step(shift._shards)
-    shift._drain.finish(shift._shards)
+    loop.rebalance()
+    loop.drain.step(loop.shards.owned)
+    loop.drain.finish(loop.shards.owned)
 
     assert pending(postgres) == 0
 
 
 def test_a_ring_that_comes_while_a_drowsy_relay_looks_is_not_forgotten(
-    beatless: Kit, shift: Shift, postgres: psycopg.Connection
+    beatless: Kit, loop: SessionLoop, postgres: psycopg.Connection
 ) -> None:
-    sessions, look = shift._sessions, shift._drain_all
+    sessions, look = loop.sessions, loop._drain_all
 
     def look_and_be_rung() -> int:
         moved = look()
         sessions.rung = True  # of a row that this look did not see
         return moved
 
-    shift._drain_all = look_and_be_rung
+    loop._drain_all = look_and_be_rung
     with psycopg.connect(libpq_url(beatless.app.settings.listen_url)) as writer:
         writer.execute(f"SELECT pg_advisory_xact_lock_shared({sessions.queries.bell_key}, {SHARD})")
-        sessions.doze(shift._shards)
-        shift._fall_asleep()
+        sessions.doze(loop.shards.owned)
+        loop._fall_asleep()
         assert sessions.state is State.DROWSY
         assert sessions.rung
     sessions.rouse()

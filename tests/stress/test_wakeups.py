@@ -22,14 +22,15 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import State
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
-from beatless.outbox.relay import Relay, Shift
+from beatless.outbox.relay import Relay
+from beatless.outbox.session_loop import SessionLoop
 from beatless.outbox.statements import fragment
 from beatless.streams.messages import parse
 from beatless.testing import Kit
 from tests.integration.test_relay import pending, until
-from tests.integration.test_wakeup_promises import shift
+from tests.integration.test_wakeup_promises import loop
 
-__all__ = ["shift"]
+__all__ = ["loop"]
 
 QUICK = Backoff(initial=0.005, cap=0.02)
 ROUNDS = 5
@@ -200,26 +201,26 @@ def test_a_probe_that_lets_go_before_the_commit_loses_wake_ups(
     beatless: Kit,
     beatless_app: App,
     postgres: psycopg.Connection,
-    shift: Shift,
+    loop: SessionLoop,
     careful: bool,
 ) -> None:
     """The one interleaving that matters, by hand: a writer that began while the relay was awake."""
     journal = beatless_app.journal if careful else careless(beatless_app)
     (name,) = lease_runs(postgres, "control", 1)
-    sessions = shift._sessions
+    sessions = loop.sessions
     with beatless_app.executors.connect() as writer:
         writer.autocommit = False
         event = journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": 1})
         assert journal.append(writer, name, 1, [event])
-        sessions.doze(shift._shards)
+        sessions.doze(loop.shards.owned)
         if careful:
-            shift._fall_asleep()
+            loop._fall_asleep()
             assert sessions.state is State.DROWSY
         else:
-            until(lambda: shift._fall_asleep() or sessions.state is State.ASLEEP)
+            until(lambda: loop._fall_asleep() or sessions.state is State.ASLEEP)
         writer.commit()
     if careful:
-        until(lambda: shift._fall_asleep() or sessions.state is not State.DROWSY)
+        until(lambda: loop._fall_asleep() or sessions.state is not State.DROWSY)
     else:
         # A notification that was sent after the commit: one of the writer would be here as well.
         sessions.work.execute("SELECT pg_notify(%s, %s)", (sessions.queries.channel, "{"))

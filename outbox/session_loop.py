@@ -1,0 +1,224 @@
+"""When a relay drains and when it sleeps, for as long as its sessions live."""
+
+import logging
+import threading
+
+from beatless.outbox.clock import monotonic
+from beatless.outbox.config import RelayConfig
+from beatless.outbox.doorbell import Alarm, Sessions, State
+from beatless.outbox.drain import Drain
+from beatless.outbox.observer import (
+    RelayAsleep,
+    RelayWoke,
+    StalledRelayEnded,
+    WakeSource,
+    WatchdogRan,
+)
+from beatless.outbox.overdue import OVERDUE_POLL_S
+from beatless.outbox.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+FROZEN_AFTER_WATCHDOGS = 2
+"""Watchdog intervals without a statement after which another relay counts as frozen."""
+
+BUSY_MESSAGES = 8
+"""Messages in one look that show more load than ringing is good for."""
+
+BURST_MESSAGES = 200
+"""Messages in `BURST_S` that are a burst."""
+
+BURST_S = 1.0
+"""Seconds of a burst, and after one, while the relay lingers ten times as long: another is near,
+and a stall of the disk is not silence. Whenever it sleeps too early, every writer rings."""
+
+BURST_LINGER_FACTOR = 10
+
+DROWSY_POLL_S = 0.02
+"""Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
+
+PING_TIMEOUT_S = 5.0
+"""Seconds in which a NOTIFY to ourselves must have come back."""
+
+CLOCK_SLACK_S = 0.0005
+"""Due times are the server's: look a moment after them, not a moment before."""
+
+
+class SessionLoop:
+    """One connection lifetime of a relay, from its sessions' start to their end."""
+
+    def __init__(
+        self, config: RelayConfig, sessions: Sessions, *, alarm: Alarm, stopping: threading.Event
+    ) -> None:
+        """`alarm` interrupts a wait: rung after `stopping` was set, or when a batch has an end."""
+        self.drain = Drain(sessions.work, config, on_result=alarm.ring)
+        self.shards = Shards(sessions, config.observer)
+        self.sessions = sessions
+        self._config = config
+        self._alarm = alarm
+        self._stopping = stopping
+        self._observer = config.observer
+        self._next_due: float | None = None
+        self._watchdog_at = monotonic() + config.watchdog
+        self._last_wake = 0.0
+        self._burst_at = -BURST_S
+        self._drowsy_moved = 0
+
+    def run(self) -> None:
+        """Drain and sleep until the relay stops. Raises when a session is lost."""
+        self.sessions.announce()
+        self.rebalance()
+        while not self._stopping.is_set():
+            if self.sessions.members_changed:
+                self.rebalance()
+            match self.sessions.state:
+                case State.AWAKE:
+                    self._stay_awake()
+                case State.DROWSY:
+                    self._fall_asleep()
+                case State.ASLEEP:
+                    self._sleep()
+        self.drain.finish(self.shards.owned)
+
+    def close(self) -> None:
+        """End what the drain has begun."""
+        self.drain.close()
+
+    def rebalance(self) -> None:
+        """Wake up, and lead another share of the shards."""
+        if self.sessions.state is not State.AWAKE:
+            self.sessions.rouse()
+        self.shards.rebalance()
+        self.drain.events.floor.reset()
+        self._note_origin()
+
+    def _note_origin(self) -> None:
+        if self.shards.origin:
+            self.drain.events.origin = self.shards.origin
+
+    def _wait(self, seconds: float) -> None:
+        self.sessions.wait(seconds, self._alarm)
+        # Whoever rang has said why before: it is looked at after this.
+        self._alarm.quiet()
+
+    def _stay_awake(self) -> None:
+        began = quiet_since = looked = monotonic()
+        total = 0
+        while monotonic() - quiet_since < self._linger():
+            # One step at least: who sends news of members without end must not keep us from it.
+            if moved := self.drain.step(self.shards.owned):
+                quiet_since, total = monotonic(), total + moved
+                if total > BURST_MESSAGES:
+                    self._burst_at = quiet_since
+                if quiet_since - began > BURST_S:
+                    began, total = quiet_since, 0
+            else:
+                self._wait(self._config.nap)
+            if monotonic() - looked > OVERDUE_POLL_S:
+                looked = monotonic()
+                self.drain.overdue.end(self.shards.owned)
+            self._run_watchdog()
+            if self._stopping.is_set() or self.sessions.members_changed:
+                return
+        self._drowsy_moved = 0
+        self.sessions.doze(self.shards.owned)
+
+    def _linger(self) -> float:
+        """Seconds for which to stay awake after the last message."""
+        recent = monotonic() - self._burst_at < BURST_S
+        return self._config.linger * (BURST_LINGER_FACTOR if recent else 1)
+
+    def _fall_asleep(self) -> None:
+        # Forget the ring before looking: one that comes while we look must wake us again.
+        self.sessions.rung = False
+        if self._is_busy(self._drain_all()):
+            self.sessions.rouse()
+        elif self.sessions.granted():
+            if self._is_busy(self._drain_all()):
+                self.sessions.rouse()
+                return
+            self._observer(RelayAsleep(shards=self.shards.owned))
+        elif not self.sessions.rung:
+            # The locks are asked for one after another: behind a shard whose lock a caller's open
+            # transaction holds, the writers of the others are still silent. So look now and then.
+            self._wait(min(self._patience(), DROWSY_POLL_S))
+            self._run_watchdog()
+
+    def _is_busy(self, moved: int) -> bool:
+        """Whether too much came since we began to fall asleep: meanwhile every writer rings."""
+        self._drowsy_moved += moved
+        return self._drowsy_moved > BUSY_MESSAGES
+
+    def _sleep(self) -> None:
+        if not self.sessions.rung and not self.drain.tasks.has_result:
+            self._wait(self._patience())
+        if self._stopping.is_set() or self.sessions.members_changed:
+            return
+        rung, self.sessions.rung = self.sessions.rung, False
+        due = self._next_due is not None and monotonic() >= self._next_due
+        if rung or due or self.drain.tasks.has_result:
+            woke, before = monotonic(), self._last_wake
+            self._last_wake = woke
+            moved = self._drain_all()
+            source: WakeSource = "notify" if rung else "timer" if due else "broker"
+            self._observer(RelayWoke(source=source))
+            # As Linux' NAPI: interrupts while idle, none under load.
+            if moved > BUSY_MESSAGES or (moved and woke - before < self._config.linger):
+                self.sessions.rouse()
+        self._run_watchdog()
+
+    def _drain_all(self) -> int:
+        """Publish what is there, and note when to look again; both only until it is too much.
+
+        Under load there is always more: whoever went on would leave all writers ringing meanwhile.
+        """
+        shards = self.shards.owned
+        if monotonic() >= self.drain.overdue.next_at:
+            self.drain.overdue.end(shards)
+        total = moved = self.drain.step(shards)
+        due = None
+        while total <= BUSY_MESSAGES:
+            # Asked before the last step: what becomes due between the two is in one of them. And
+            # when all that was sent is marked: until then its rows are overdue, and none is next.
+            marked = not self.drain.tasks.marks_due
+            due = self.drain.next_due(shards) if marked else None
+            moved = self.drain.step(shards)
+            total += moved
+            if not moved and not self.drain.crowded and marked:
+                break
+        if not moved:
+            wait = self.drain.next_step_in(due)
+            self._next_due = None if wait is None else monotonic() + wait
+        return total
+
+    def _patience(self) -> float:
+        """Seconds until this relay has something to do though nobody rings."""
+        until = self._watchdog_at
+        if self._next_due is not None:
+            until = min(until, self._next_due)
+        return max(0.0, until - monotonic()) + CLOCK_SLACK_S
+
+    def _run_watchdog(self) -> None:
+        """Send the only periodic statements of an idle relay, once in each watchdog interval.
+
+        They prove that a NOTIFY still arrives, tell the other relays that this one is not frozen,
+        end those that are, find shards that nobody leads, and let VACUUM go on.
+        """
+        if monotonic() < self._watchdog_at:
+            return
+        if self.sessions.state is State.ASLEEP:
+            self.sessions.prove_listening(PING_TIMEOUT_S)
+        for pid in self.sessions.end_silent(self._config.watchdog * FROZEN_AFTER_WATCHDOGS):
+            logger.warning(
+                "a relay was silent for too long: its sessions were ended, its shards are free",
+                extra={"action": "relay_silenced", "pid": pid},
+            )
+            self._observer(StalledRelayEnded(pid=pid))
+            self.sessions.members_changed = True
+        if not self.shards.all_led():  # whoever should have noticed has not
+            self.sessions.members_changed = True
+            self.sessions.announce()
+        self._note_origin()
+        self.sessions.renew_watch()
+        self._observer(WatchdogRan())
+        self._watchdog_at = monotonic() + self._config.watchdog

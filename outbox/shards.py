@@ -1,0 +1,94 @@
+"""Which relay leads which shards: session locks in Postgres, and an equal share for each relay."""
+
+import math
+from collections.abc import Sequence
+
+from beatless.outbox.doorbell import Sessions
+from beatless.outbox.message import SHARDS
+from beatless.outbox.observer import Observer, ShardsAssigned
+
+
+class Shards:
+    """The shards that one relay leads, and its watch over the next relay."""
+
+    def __init__(self, sessions: Sessions, observer: Observer) -> None:
+        self.owned: tuple[int, ...] = ()
+        self.members: Sequence[int] = ()
+        """The backend pids of all relays when the shards were last shared."""
+        self.origin = ""
+        """The history of this schema, see `queries.origin`, as of the last look at the locks."""
+        self._sessions = sessions
+        self._observer = observer
+
+    def rebalance(self) -> None:
+        """Lead an equal share of the shards, and watch the next relay in the ring for its death."""
+        sessions = self._sessions
+        sessions.watch_shard(None)
+        changed = sessions.watch_granted  # somebody died: the others must count anew as well
+        sessions.members_changed = sessions.watch_granted = False
+        leaders, members = self._leaders()
+        # So they must if somebody went while nobody watched, and what is free is not for us.
+        changed |= not set(self.members) <= set(members)
+        self.members = members
+        share = math.ceil(SHARDS / max(1, len(members)))
+        changed |= self._take_share(share, leaders)
+        if changed:
+            sessions.announce()
+        self._observer(ShardsAssigned(shards=self.owned))
+        self._watch_next(share)
+
+    def all_led(self) -> bool:
+        """Whether each shard has a leader."""
+        return len(self._leaders()[0]) == SHARDS
+
+    def _take_share(self, share: int, leaders: dict[int, int]) -> bool:
+        """Give back what is above the share, or take free shards up to it; whether any moved."""
+        sessions, key = self._sessions, self._sessions.queries.leader_key
+        changed = False
+        mine = sorted(shard for shard, pid in leaders.items() if pid == sessions.pid)
+        for shard in mine[share:]:
+            sessions.work.execute(f"SELECT pg_advisory_unlock({key}, %s)", (shard,))
+            changed = True
+        mine = mine[:share]
+        for shard in (s for s in range(SHARDS) if s not in leaders):
+            if len(mine) >= share:
+                break
+            row = sessions.work.execute(
+                f"SELECT pg_try_advisory_lock({key}, %s)", (shard,)
+            ).fetchone()
+            if row and row[0]:
+                mine.append(shard)
+                changed = True
+        self.owned = tuple(sorted(mine))
+        return changed
+
+    def _watch_next(self, share: int) -> None:
+        """Await a lock of the next relay in the ring of backend pids."""
+        sessions, members, me = self._sessions, self.members, self._sessions.pid
+        ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
+        leaders, still = self._leaders()
+        # Nobody watched who went since the count, or gave up a shard that was not free then.
+        freed = len(self.owned) < share and len(leaders) < SHARDS
+        if still != members or freed:
+            sessions.members_changed = True
+        theirs = [(ring.index(pid), shard) for shard, pid in leaders.items() if pid in ring]
+        # Granted to the waiting session of a relay that has gone: free again in a moment, and
+        # nobody else's to tell.
+        strays = [(-1, shard) for shard, pid in leaders.items() if pid not in still]
+        waited_for = min(strays + theirs, default=None)
+        sessions.watch_shard(waited_for[1] if waited_for else None)
+
+    def _leaders(self) -> tuple[dict[int, int], list[int]]:
+        """Which session leads which shard, and the sessions of all relays."""
+        queries = self._sessions.queries
+        rows = self._sessions.work.execute(
+            f"SELECT objid::int8, pid, {queries.origin} "
+            "FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            f"AND classid = ({queries.leader_key})::oid AND objsubid = 2"
+        ).fetchall()
+        if rows:  # a renewed history is noticed by the way
+            self.origin = rows[0][2]
+        leaders = {shard: pid for shard, pid, _ in rows if shard < SHARDS}
+        members = sorted({pid for shard, pid, _ in rows if shard >= SHARDS})
+        return leaders, members
