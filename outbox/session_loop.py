@@ -1,4 +1,4 @@
-"""When a relay drains and when it sleeps, for as long as its sessions live."""
+"""The waking and sleeping of a relay, for as long as its sessions live."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Which relay leads which shards: session locks in Postgres, and an equal share for each relay."""
+"""The shards that each relay leads: session locks in Postgres, shared out equally."""
 
 import math
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class Shards:
         sessions.watch_shard(waited_for[1] if waited_for else None)
 
     def _leaders(self) -> tuple[dict[int, int], list[int]]:
-        """Which session leads which shard, and the sessions of all relays."""
+        """The session that leads each shard, and the sessions of all relays."""
         queries = self._sessions.queries
         rows = self._sessions.work.execute(
             f"SELECT objid::int8, pid, {queries.origin} "
