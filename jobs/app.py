@@ -14,6 +14,7 @@ from kombu import Connection
 from redis import asyncio as aioredis
 
 from beatless.client import Client
+from beatless.client.queue_limit import QueueLimit
 from beatless.failures import Failures, OnFailure
 from beatless.observe import logs
 from beatless.observe.export import export_from_worker
@@ -35,7 +36,6 @@ from beatless.outbox.queries import Queries
 from beatless.outbox.relay import Relay
 from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
-from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
@@ -158,27 +158,30 @@ class App:
             on_process=self._on_worker_process,
             shown_error=partial(self.redaction.value, "error") if redact else None,
         )
-        self.celery = RunsCelery(settings.prefix)
-        if (broker_password := settings.password("broker")) is not None:
-            self.celery.amqp.Connection = asking(broker_password)
-        self.celery.conf.update(celery_settings(settings, plans))
-        self.celery.steps["worker"].add(ProcessSetup)
-        self.celery.steps["consumer"].add(UnreadableMessages)
-        self.celery.steps["consumer"].add(ReconnectBackoff.of(self.executors.draining))
-        self.celery.steps["worker"].add(FastPoolRepair)
-        self.celery.steps["worker"].add(SystemdWatchdog)
-        self.celery.steps["worker"].add(GracefulShutdown.of(self.executors.draining, settings))
-        self.celery.steps["worker"].add(ChildSignals.of(TerminatedChildren()))
-        self.celery.steps["worker"].add(
-            LeaseKeeper.of(
-                self.executors.board, self.leases, self.executors.connect, self.metrics.worker
-            )
-        )
-        self.celery.steps["worker"].add(PresenceReport.of(self.executors, settings))
-        self.celery.steps["worker"].add(MetricsListener.of(self.metrics, settings))
-        for plan in (*plans, self._canary):
-            register(self.celery, plan, self.executors)
+        self.celery = self._make_celery([*plans, self._canary])
         forks.watch(self)
+
+    def _make_celery(self, plans: Sequence[Plan]) -> RunsCelery:
+        """The Celery app: a task for each plan, and the steps of its workers."""
+        settings, executors = self.settings, self.executors
+        celery = RunsCelery(settings.prefix)
+        if (password := settings.password("broker")) is not None:
+            celery.amqp.Connection = asking(password)
+        celery.conf.update(celery_settings(settings, plans))
+        celery.steps["consumer"] |= {UnreadableMessages, ReconnectBackoff.of(executors.draining)}
+        celery.steps["worker"] |= {
+            ProcessSetup,
+            FastPoolRepair,
+            SystemdWatchdog,
+            GracefulShutdown.of(executors.draining, settings),
+            ChildSignals.of(TerminatedChildren()),
+            LeaseKeeper.of(executors.board, self.leases, executors.connect, self.metrics.worker),
+            PresenceReport.of(executors, settings),
+            MetricsListener.of(self.metrics, settings),
+        }
+        for plan in plans:
+            register(celery, plan, executors)
+        return celery
 
     def after_fork(self) -> None:
         for each in (self.engine, self._steps_engine, *self._bounded_engines):

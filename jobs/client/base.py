@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import sqlalchemy
 
+from beatless.client.queue_limit import QueueLimit
 from beatless.client.requests import RunRequest, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
 from beatless.observe.tracing import Tracing
@@ -13,7 +14,6 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_two_phase
-from beatless.queue_limit import QueueLimit
 from beatless.queues import Queues
 from beatless.streams.streams import Streams
 from beatless.transactions import reaching_postgres, transact

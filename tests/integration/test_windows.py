@@ -306,7 +306,7 @@ class TestQueueLimit:
             client.start_run("known", queue="four")
         client.start_run("known")  # the plan's own
         client.start_run("known", queue="two")
-        monkeypatch.setattr("beatless.queue_limit.FULL_FOR_S", 0.0)
+        monkeypatch.setattr("beatless.client.queue_limit.FULL_FOR_S", 0.0)
         with pytest.raises(BadRequest, match="BEATLESS_MAX_QUEUES"):
             client.start_run("known", queue="four")
         client.cancel_run(first.run_id)
