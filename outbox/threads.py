@@ -1,4 +1,4 @@
-"""Threads of ours that last as long as their process, through any error."""
+"""Background threads that last as long as their process, whatever goes wrong in them."""
 
 import logging
 import threading
@@ -9,15 +9,16 @@ from beatless.outbox.observer import Observer, ThreadFailed, ThreadRecovered, ig
 
 logger = logging.getLogger(__name__)
 
-AGAIN_S = 1.0
-"""The pause of a thread after an unexpected error."""
+RESTART_S = 1.0
+"""How long a thread or task that failed unexpectedly rests before it starts over."""
 
 
 class LastingThread(threading.Thread):
-    """Does its work until it returns, or again after anything that it raises.
+    """Does its work until it returns, restarted after any error.
 
-    The work is given the thread, and reports errors that it survives: `failed`, then `works`.
-    The observer hears of each failure (`ThreadFailed`), and when it is over (`ThreadRecovered`).
+    The work receives the thread, and reports to it errors that it handles itself: `failed`, and
+    `works` once it succeeds again. The observer receives `ThreadFailed` for each error, and
+    `ThreadRecovered`.
     """
 
     def __init__(
@@ -37,23 +38,23 @@ class LastingThread(threading.Thread):
                 return
             except SimulatedCrash:
                 raise  # its process "has died"
-            except BaseException:  # an unrequested end would go unnoticed
+            except BaseException:  # an unexpected end would go unnoticed
                 logger.critical(
-                    "a thread failed, it begins again",
-                    extra={"action": "thread_failed", "which": self._what, "retry_in": AGAIN_S},
+                    "a thread failed, it is restarted",
+                    extra={"action": "thread_failed", "which": self._what, "retry_in": RESTART_S},
                     exc_info=True,
                 )
                 self.failed()
-            if self._ending.wait(AGAIN_S):
+            if self._ending.wait(RESTART_S):
                 return
 
     def failed(self) -> None:
-        """Something went wrong, and the thread goes on."""
+        """Report an error after which the thread continues."""
         first, self.failing = not self.failing, True
         self._observer(ThreadFailed(thread=self._what, first=first))
 
     def works(self) -> None:
-        """It works again."""
+        """Report a success."""
         if self.failing:
             self.failing = False
             self._observer(ThreadRecovered(thread=self._what))

@@ -14,14 +14,12 @@ from beatless.orchestrator.events import EventText
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.observer import Observer, ThreadFailed, ignore
 from beatless.outbox.publishers import run_of
+from beatless.outbox.threads import RESTART_S
 from beatless.streams.history import NO_HEAD, History
 from beatless.streams.messages import parse
 from beatless.streams.observer import BackfillReason
 
 logger = logging.getLogger("beatless.stream")
-
-RESTART_S = 1.0
-"""How long a task that failed unexpectedly rests before it starts over."""
 
 
 class Hub:
@@ -79,9 +77,9 @@ class Hub:
             for task in self._tasks:
                 task.cancel()
             self._tasks = [
-                asyncio.create_task(self._lasting("streams", self._read)),
-                asyncio.create_task(self._lasting("heads", self._check_heads)),
-                asyncio.create_task(self._lasting("ping", self._check_redis)),
+                asyncio.create_task(self._restarting("streams", self._read)),
+                asyncio.create_task(self._restarting("heads", self._check_heads)),
+                asyncio.create_task(self._restarting("ping", self._check_redis)),
             ]
         elif mailbox.channel in self._acknowledged:
             mailbox.connected(live=True)
@@ -123,8 +121,9 @@ class Hub:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _lasting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do it until it returns, or again after anything that it raises: streams wait for it."""
+    async def _restarting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Work until it returns, restarted after any error: the streams of the loop wait for it."""
+        first = True
         while True:
             try:
                 return await work()
@@ -133,7 +132,8 @@ class Hub:
                     "a task of the streams failed, it is restarted",
                     extra={"action": "task_failed", "which": name, "retry_in": RESTART_S},
                 )
-                self._observer(ThreadFailed(thread="streams", first=True))
+                self._observer(ThreadFailed(thread="streams", first=first))
+                first = False
             await asyncio.sleep(RESTART_S)
 
     async def _check_heads(self) -> None:

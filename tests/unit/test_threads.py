@@ -36,7 +36,7 @@ ERRORS = [ValueError("unforeseen"), SystemExit(3), Untold(), MemoryError()]
 
 @pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)
 def error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BaseException:
-    monkeypatch.setattr(threads, "AGAIN_S", 0.01)
+    monkeypatch.setattr(threads, "RESTART_S", 0.01)
     monkeypatch.setattr("beatless.orchestrator.heartbeat.RETRY_INTERVAL_S", 0.01)
     monkeypatch.setattr("beatless.orchestrator.watchdog.RETRY_INTERVAL_S", 0.01)
     return request.param
@@ -112,7 +112,7 @@ def test_a_thread_that_is_told_to_end_ends_between_two_failures() -> None:
     began = monotonic()
     thread.end(60)
     assert not thread.is_alive()
-    assert monotonic() - began < threads.AGAIN_S
+    assert monotonic() - began < threads.RESTART_S
 
 
 def test_a_heartbeat_beats_after_anything(error: BaseException, counts: WorkerCounters) -> None:
