@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import beatless
-from beatless.orchestrator.journal import RUN_COLUMNS
+from beatless.orchestrator.records import RUN_COLUMNS
 from beatless.outbox import statements as reader
 from beatless.outbox.statements import Statement, StatementFile, read, statements
 
