@@ -5,11 +5,11 @@ An `Execution` yields requests and is sent their replies:
     ReadJournal   → the events
     RunBody       → Returned, Raised, Cancelled, Stopped or TransactionLost
     Commit        → Committed, or Unstorable;
-                    for the result of a body also Raised, TransactionLost or CommitFailed
+                    after Returned also Raised, TransactionLost or CommitFailed
     Recover       → Recovered
 
-So a driver decides how, where and beside which other runs: see `Executor`. A driver that
-loses the lease, or dies, asks no more.
+So a driver decides in which thread, on which connection and beside which other runs the work is
+done: see `Executor`. A driver that loses the lease, or dies, sends no reply.
 
 1. fold the journal: finished steps are not executed again
 2. start the next step's attempt (counted in Postgres before the body runs)
@@ -64,9 +64,10 @@ class Commit:
 class RunBody:
     """Call the body of a step; its result is committed next, in the transaction of the step.
 
-    `conclude` belongs to the call: if it raises about the returned value, the body has failed
-    with. `interrupted` gives the commit, at once, if the attempt must end before its body does:
-    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. No other thread writes then.
+    `conclude` is part of the call: an exception that it raises is the failure of the body.
+    `interrupted` gives the commit for an attempt that must end before its body does, by the reason:
+    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. Both read the progress of the run,
+    which does not change while the body runs.
     """
 
     step: Step
@@ -141,8 +142,8 @@ class TransactionLost:
 class CommitFailed:
     """Something else was raised after the body had returned: it may have been committed or not.
 
-    By Postgres, which cannot store the step's result; by triggers on commits of
-    SQLAlchemy; by who ends this process.
+    By Postgres, which cannot store the step's result; by a listener on commits of SQLAlchemy; by a
+    signal that ends this process.
     """
 
     error: BaseException

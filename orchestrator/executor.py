@@ -1,4 +1,4 @@
-"""Executes runs, one at a time: claims each, and does what its `Execution` asks for."""
+"""Executes runs, one at a time: claims each, and performs the requests of its `Execution`."""
 
 import logging
 import threading
@@ -69,12 +69,12 @@ ShownError = Callable[[dict[str, Any]], dict[str, Any]]
 Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
 """Entered around the work on a run (no step) and around each attempt of a step (its occurrence).
 
-Gives the W3C `traceparent` of the work, if somebody traces it.
+Gives the W3C `traceparent` of the work, if it is traced.
 """
 
 
 def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[str | None]:
-    """The scope of an executor whose work nobody follows."""
+    """The scope of an executor whose work is not traced."""
     return nullcontext()
 
 
@@ -106,7 +106,7 @@ class Executor:
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
-        `leaving` tells whether somebody ends this process by what is raised in a body. A run that
+        `leaving` returns true if an exception in a body is there to end this process. A run that
         stands at a step which its plan does not have is given back for at most `redispatch_s`.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
         """
@@ -122,7 +122,7 @@ class Executor:
         self.observer = observer
         self.scope = scope
         self.shown_error = shown_error
-        """What log lines may say of an error; None: all of it, with its traceback."""
+        """Redacts the facts of an error for the log; None: all of them, with the traceback."""
         self.redispatch_s = redispatch_s
         self._connect = connect
         self._connection: Connection | None = None
@@ -210,7 +210,7 @@ class Executor:
 
 
 class AttemptEnded(Exception):
-    """Leaves the transaction of an attempt whose body has not returned, with what came of it."""
+    """Leaves the transaction of an attempt whose body has not returned; carries the reply."""
 
     def __init__(self, reply: Raised | Cancelled | Stopped | TransactionLost) -> None:
         super().__init__(reply)
@@ -218,7 +218,7 @@ class AttemptEnded(Exception):
 
 
 class RunDriver:
-    """Does what the execution of one claimed run asks for, in the thread that has claimed it."""
+    """Performs the requests of one execution, in the thread that has claimed the run."""
 
     def __init__(self, executor: Executor, plan: Plan, lease: Lease, max_steps: int) -> None:
         self._executor = executor
@@ -246,7 +246,7 @@ class RunDriver:
         self._began: float | None = None
         """When the attempt in flight was begun, by the monotonic clock."""
         self._exception: BaseException | None = None
-        """What the body raised, until that is announced."""
+        """The failure of the body, until it is announced."""
 
     def drive(self) -> None:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
@@ -290,7 +290,7 @@ class RunDriver:
         return Committed(cancelled=appended.cancelled)
 
     def _attempt(self, requests: Requests, request: RunBody, traceparent: str | None) -> Reply:
-        """Call the body and commit what it returned."""
+        """Call the body and commit its value."""
         executor, step = self._executor, request.step
         self._began = monotonic()
         executor.faults.reach("step.before")
@@ -334,7 +334,7 @@ class RunDriver:
     def _call(
         self, request: RunBody, traceparent: str | None, transaction: sqlalchemy.Connection | None
     ) -> Conclusion:
-        """Call the body and conclude from what it returns. Raises AttemptEnded."""
+        """Call the body and conclude from its value. Raises AttemptEnded."""
         attempt = self._limited(request)
         context = self._context(request, traceparent, transaction, attempt)
         self._writer.open(attempt)
@@ -357,8 +357,9 @@ class RunDriver:
     ) -> Raised | Cancelled | Stopped | TransactionLost:
         """Interpret an exception of a body. Raises LeaseLost.
 
-        Whatever the body raises is its failure, and be it SystemExit: only what it was told and
-        passes on, and has not made up, is not; nor what ends this process.
+        It is the failure of the body, even a SystemExit, with two exceptions: an interrupt or a
+        lost lease that the body passes on and has not made up, and an exception that ends this
+        process.
         """
         if is_a(error, LeaseLost) and self._lease.lost:
             raise error

@@ -59,9 +59,9 @@ def storable_text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
-def _text(tell: Callable[[], str], otherwise: str) -> str:
+def _text(make: Callable[[], str], otherwise: str) -> str:
     try:
-        return str.__str__(tell())  # of a subclass of str, the plain text
+        return str.__str__(make())  # of a subclass of str, the plain text
     except BaseException:  # reported, and not one more failure
         return otherwise
 

@@ -37,7 +37,7 @@ class Lease:
     run: Run
     token: int
     next_token: int | None = None
-    """What the token is being changed to: while the answer is unknown, the row may have either."""
+    """The token that replaces it: while the answer is unknown, the row may have either."""
     cancelled: bool = False
     lost: bool = False
     deadline: float | None = None
@@ -218,7 +218,7 @@ class Leases:
 
 
 def new_token() -> int:
-    """A fencing token: a number that nobody has drawn before."""
+    """A fencing token: a number that was never drawn before."""
     return secrets.randbits(63)
 
 

@@ -39,7 +39,7 @@ AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
 """Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
 
 NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
-"""What psycopg counts among them, and no waiting will change."""
+"""Operational errors to psycopg that no waiting will change."""
 
 
 class LeasedWriter:
@@ -74,14 +74,14 @@ class LeasedWriter:
         self._last_seq = lease.run.last_seq
         """Of the last event that is known to be committed."""
         self._in_doubt: Settlement | None = None
-        """What a step's own transaction holds, until its commit is sure."""
+        """The boundary in a step's own transaction, until its commit is sure."""
         self._writing = threading.RLock()
         """Held by the one thread that writes: a step may have many."""
         self._speaking: Attempt | None = None
         """The attempt whose threads may write now."""
 
     def read(self) -> list[Event]:
-        """The events that say where the run is. Raises LeaseLost if there is no run any more."""
+        """The events that determine the progress of the run. Raises LeaseLost if it was removed."""
         try:
             events = self._patiently(
                 lambda connection: self._journal.checkpoint_events(
@@ -118,7 +118,7 @@ class LeasedWriter:
 
     def confirm(self, settlement: Settlement, appended: Appended) -> None:
         """The transaction of the step is committed."""
-        # Only now: until the commit, what an interrupted transaction wrote is not sure.
+        # Only now: until the commit, the writes of an interrupted transaction are not sure.
         self._last_seq, self._in_doubt = appended.last_seq, None
         self._on_commit(settlement, appended)
 
@@ -135,7 +135,7 @@ class LeasedWriter:
         return True
 
     def recover(self) -> LeaseStatus:
-        """Find out what has become of a commit whose answer is unknown. Raises LeaseLost.
+        """Find out whether a commit happened whose answer is unknown. Raises LeaseLost.
 
         The lease is still held unless the run has ended with that commit.
         """
@@ -149,7 +149,7 @@ class LeasedWriter:
             raise LeaseLost(self._run_id, self._lease.token)
         return status
 
-    # What the threads of a step write and ask
+    # For the threads of a step
 
     def open(self, attempt: Attempt) -> None:
         """Let the threads of this attempt write."""

@@ -1,4 +1,4 @@
-"""Rows of runs as values: what the journal is given, and what it returns. No I/O."""
+"""Rows of runs as values: the arguments and results of the journal. No I/O."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -98,7 +98,7 @@ class Run:
 
 
 Place = tuple[datetime, str]
-"""Where a run is in a list: what the list is ordered by, and its id."""
+"""The position of a run in a list: its key in the order of the list, and its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

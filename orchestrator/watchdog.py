@@ -109,7 +109,7 @@ class Watchdog:
     def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
         """Call the body and return its result.
 
-        Raises what it raises, the reason if it was interrupted, and LeaseLost if its end has
+        Raises its exception, the reason if it was interrupted, and LeaseLost if its end has
         already been committed.
         """
         outcome: Any = None
@@ -278,9 +278,9 @@ class Watchdog:
             self._end_process()
 
     def _postpone(self, attempt: Attempt, error: Exception) -> None:
-        """Postgres cannot be told. A process ends all the same: its lease runs out.
+        """The write failed. The process ends all the same: its lease runs out.
 
-        Not for a row that another transaction holds: then it is reported a little later.
+        Not while another transaction holds the row: then the write is tried again a little later.
         """
         attempt.row_locked = isinstance(error, psycopg.errors.LockNotAvailable)
         logger.warning(
