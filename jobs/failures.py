@@ -54,7 +54,7 @@ OnFailure = Callable[[Failure], object]
 
 
 def failures_of(signal: Signal) -> Iterator[Failure]:
-    """The failures that a signal tells of; a canary's is none."""
+    """The failures of a signal; a canary's is none."""
     match signal:
         case Settled(state=RunState.FAILED, lease=lease) if lease.run.plan != canary.NAME:
             yield _failed_run(signal)

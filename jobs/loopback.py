@@ -4,11 +4,11 @@ import ipaddress
 import socket
 
 NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-"""What a person calls this machine in a URL, without brackets."""
+"""The names of this machine in a URL, without brackets."""
 
 
 def is_address(address: str) -> bool:
-    """Whether an address, as a socket tells it, is on loopback."""
+    """Whether an address, as a socket reports it, is on loopback."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -18,7 +18,7 @@ def is_address(address: str) -> bool:
 
 
 def is_host(host: str) -> bool:
-    """Whether only this machine can reach what listens on this host."""
+    """Whether only this machine can reach a server on this host."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:

@@ -51,7 +51,7 @@ def places(
 ) -> list[Place]:
     """All places where unfinished runs of any namespace are, those that cannot go on first.
 
-    `reason` takes only those that wait for it, as a worker has said.
+    `reason` takes only those that wait for it, as a worker has noted.
     """
     found: dict[tuple[str, str | None, str | None], Place] = {}
     with engine.begin() as connection:

@@ -26,9 +26,9 @@ def _open(
     password: Password | None,
     **options: Any,
 ) -> AnyConnection:
-    """An autocommit connection in UTF8. `name` is what Postgres shows as its application."""
+    """An autocommit connection in UTF8. `name` is its application name in Postgres."""
     given = libpq_url(url)
-    # What the encoding is does not depend on PGCLIENTENCODING, the role or the database: poolers
+    # The encoding does not depend on PGCLIENTENCODING, the role or the database: poolers
     # pass this parameter on.
     dsn = make_conninfo(given, application_name=name, client_encoding="UTF8", **KEEPALIVE)
     if password is not None:

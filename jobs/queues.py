@@ -132,7 +132,7 @@ class Queues:
             raise RunIsActive(run_id)
 
     def _do(self, act: Callable[[Caller], T]) -> T:
-        # What was taken away twice would be counted once, and `clean` would go beyond its limit.
+        # Runs taken away twice would be counted once, and `clean` would go beyond its limit.
         return transact(self._engine, act, twice=False)
 
     def _empty_broker(self, name: str, *, delete: bool) -> None:

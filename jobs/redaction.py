@@ -1,7 +1,7 @@
 """Redaction of the inputs, results, errors and traces that are shown, by `App(redact=…)`.
 
-Whatever shows runs to somebody takes them from here: the HTTP API with its page and streams, the
-command line, log lines, spans and Flower. What is stored stays, and your own code that asks
+All that displays runs takes them from here: the HTTP API with its page and streams, the
+command line, log lines, spans and Flower. Stored values stay, and your own code that asks
 `app.client` gets it.
 """
 
@@ -19,7 +19,7 @@ from beatless.orchestrator.records import Run
 logger = logging.getLogger(__name__)
 
 Redact = Callable[[str, Any], Any]
-"""Takes what it is (`input`, `result`, `error`, `trace`) and the value; what may be shown of it."""
+"""Takes the kind (`input`, `result`, `error`, `trace`) and the value; returns the value to show."""
 
 FAILED = "[redact raised an error]"
 """Shown in place of a value that `redact` could not look at, or of which it made no JSON."""
@@ -43,7 +43,7 @@ class Redaction:
         if self._redact is None or value is None:
             return value
         try:
-            # Of a copy: it may change what it is given.
+            # Of a copy: it may change its argument.
             shown = self._redact(what, json.loads(json.dumps(value)))
             json.dumps(shown)
         except Exception as error:
@@ -53,7 +53,7 @@ class Redaction:
             )
             shown = FAILED
         if what == "error" and not isinstance(shown, Mapping):
-            # Whoever shows an error asks for these.
+            # Displays of an error ask for these.
             return {"type": value.get("type"), "message": str(shown)}
         return shown
 
@@ -105,7 +105,7 @@ class Redaction:
 
 
 class ShownClient(Client):
-    """A client for those who show what it gives to somebody."""
+    """A client for displays: its results are redacted."""
 
     redaction = Redaction(None)
 

@@ -66,7 +66,7 @@ class RedisUrl:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Raises ValueError, with what is wrong as the end of a sentence about the setting."""
+        """Raises ValueError, with the problem as the end of a sentence about the setting."""
         parts = [urlsplit(part) for part in url.split(";")]
         schemes = {part.scheme for part in parts}
         if len(schemes) > 1 or not schemes <= set(SCHEMES):
@@ -211,7 +211,7 @@ class _AsyncPool(asentinel.SentinelConnectionPool):
 
 
 def is_cluster(client: "redis.Redis") -> bool:
-    """Whether the server is a node of a Redis Cluster; False if it does not say."""
+    """Whether the server is a node of a Redis Cluster; False if it does not report it."""
     try:
         facts: Any = client.info("cluster")
     except redis.ResponseError:
@@ -220,7 +220,7 @@ def is_cluster(client: "redis.Redis") -> bool:
 
 
 def is_replica(client: "redis.Redis") -> bool:
-    """Whether the server follows another one; False if it does not say."""
+    """Whether the server follows another one; False if it does not report it."""
     try:
         facts: Any = client.info("replication")
     except redis.ResponseError:

@@ -36,7 +36,7 @@ def current(connection: Caller, schema: str) -> str | None:
 
 
 def check_encoding(connection: sqlalchemy.Connection) -> None:
-    """Raises WrongEncoding for a database that cannot hold what people write."""
+    """Raises WrongEncoding for a database that cannot hold Unicode."""
     database, encoding = execute(
         connection, "SELECT current_database(), current_setting('server_encoding')", {}
     )[0]
@@ -45,7 +45,7 @@ def check_encoding(connection: sqlalchemy.Connection) -> None:
 
 
 def check(engine: sqlalchemy.Engine, schema: str) -> None:
-    """Raises SchemaBehind if the schema lacks what this code needs.
+    """Raises SchemaBehind if the schema lacks a part that this code needs.
 
     One that is ahead is fine: while a fleet is upgraded, the older processes start on it too.
     """

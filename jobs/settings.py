@@ -21,7 +21,7 @@ NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 MOST_DAYS = 1_000_000
 
 LEAST_EVENT_BYTES = 200
-"""What the largest event needs that beatless itself writes with data of its own."""
+"""The size of the largest event that beatless writes with data of its own."""
 
 REDIS = ("redis://", "rediss://", "unix://", "sentinel://")
 
@@ -34,10 +34,10 @@ LINK = re.compile(
     )""",
     re.VERBOSE,
 )
-"""What Kubernetes tells a pod of the Services beside it, and Docker of a linked container."""
+"""A variable by which Kubernetes announces a Service to a pod, and Docker a linked container."""
 
 DOCKER_LINK = re.compile(r"(?P<name>\w+?)(?:_NAME=/.*|_ENV_\w+=.*)", re.DOTALL)
-"""What Docker tells beside that."""
+"""A further variable of Docker."""
 
 ELSEWHERE = frozenset({"BEATLESS_TOKEN", "BEATLESS_API_URL"})
 """Names that the HTTP client and the command line read, and an app does not."""
@@ -121,7 +121,7 @@ class Settings:
     redispatch_seconds: float = _setting("15", float, default=15.0)
     """How long a sent message may stay unclaimed before it is sent again."""
     grace_seconds: float = _setting("20", float, default=20.0)
-    """How long a worker that was told to stop lets its steps go on."""
+    """How long a stopping worker lets its steps go on."""
     max_event_bytes: int = _setting("262144", int, default=262_144)
     max_queues: int = _setting("1000", int, default=1000)
     """In how many queues the unfinished runs of one namespace may be, beside those of the plans."""
@@ -297,7 +297,7 @@ class Settings:
 
 
 def service_links(environ: Mapping[str, str]) -> frozenset[str]:
-    """The variables by which Kubernetes and Docker tell where other services are.
+    """The variables by which Kubernetes and Docker announce other services.
 
     A Service called beatless-metrics makes BEATLESS_METRICS_PORT=tcp://…: not a setting of ours.
     """
@@ -336,7 +336,7 @@ def engine_url(url: str) -> URL:
 
 
 def libpq_url(url: str | URL) -> str:
-    """The URL for psycopg itself. Of several hosts the primary, unless it says otherwise."""
+    """The URL for psycopg itself. Of several hosts the primary, unless it names other targets."""
     several = SEVERAL_HOSTS.fullmatch(url) if isinstance(url, str) else None
     if several is not None:
         text = libpq_url(f"{several['start']}{PLACEHOLDER}{several['rest']}")

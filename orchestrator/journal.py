@@ -70,7 +70,7 @@ class Journal:
         ]
 
     def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
-        """Those of the runs, by their ids, whose id and key nobody has used."""
+        """The runs, by id, whose id and key are unused."""
         text = f"[{','.join(run.to_json() for run in new)}]"
         rows = execute(connection, self.sql["create"], {"runs": text})
         return {row[0]: Run.from_row(row[:-1]) for row in rows}
@@ -261,7 +261,7 @@ class Journal:
             )
 
     def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:
-        """Whether there is a retry of this run, of which nobody can make another before we commit.
+        """Whether there is a retry of this run; locks it against another one before the commit.
 
         Locked first and asked second: a retry that was committed while we waited is seen.
         """
@@ -279,7 +279,7 @@ class Journal:
         limit: int,
         read: Read = execute,
     ) -> Iterator[tuple[Run, Place]]:
-        """Failed runs that nobody has retried and that can be, oldest end first."""
+        """Failed runs without a retry that can be retried, oldest end first."""
         rows = self._read_failed(
             connection, self.sql["failed_runs"], namespace, chosen, limit, read
         )
@@ -358,7 +358,7 @@ class Journal:
 
     def _check_kept(self, connection: Caller, run_id: str, after: int, first: int | None) -> None:
         if first != after + 1:
-            # Asked second: what goes while we read was there in the statement before, or is missed.
+            # Read second: rows removed in between were read by the statement before, or missed.
             kept = execute(connection, self.sql["kept"], {"run_id": run_id})
             if not kept:
                 raise RunNotFound(run_id)
@@ -406,7 +406,7 @@ class Journal:
 
         The origin of the schema and the timeline (idea: Centrifugo's stream epoch): that of what is
         written now, for the last checkpoint's is the old one until minutes after a failover. A
-        standby writes nothing, and tells the checkpoint's. A position in the WAL that is smaller
+        standby writes nothing, and reports the checkpoint's. A position in the WAL that is smaller
         than before, on one timeline, is of an older copy of the disk.
         """
         epoch, flushed = execute(connection, self.sql["epoch"], {})[0]

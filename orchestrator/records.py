@@ -123,7 +123,7 @@ class FailedRunFilter:
     queue: str | None = None
     tags: Mapping[str, str] | None = None
     error: str | None = None
-    """In "type: message" of the error, whatever its case."""
+    """In "type: message" of the error, ignoring case."""
     seconds: float | None = None
     """Failed so many seconds ago or less."""
     after: Place | None = None

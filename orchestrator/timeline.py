@@ -17,7 +17,7 @@ from beatless.orchestrator.progress import (
 from beatless.orchestrator.records import DispatchStatus, Run
 
 HANDOVER_S = 0.01
-"""Seconds between two steps above which somebody else has taken the run over."""
+"""Seconds between two steps above which another worker has taken the run over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +44,11 @@ class Wait:
 
     since: int
     due: int | None
-    """When a worker could have taken it; None if the journal does not tell."""
+    """The time at which a worker could have taken it; None if the journal does not have it."""
     reason: str = ""
     """Why not before."""
     then: str = "for a worker to take it"
-    """What it waited for from then on."""
+    """The reason for the wait from then on."""
 
     def moments(self, ended: int) -> Iterator[Moment]:
         """The reason for which the run waited until an attempt began."""

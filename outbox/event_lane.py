@@ -70,7 +70,7 @@ class EventLane:
         return bool(self._undeleted)
 
     def forget(self) -> psycopg.Cursor[Any] | None:
-        """Delete what was published, without rows that another transaction holds; None: nothing."""
+        """Delete published rows, except those that another transaction holds; None: nothing."""
         done = self._undeleted + self._published
         if not done:
             return None
@@ -94,7 +94,7 @@ class EventLane:
         """Select the rows to publish next, of one run or of all; None while Redis rests."""
         if not self._breaker.allows_call:
             return None
-        # Binary, and text left as bytes: what Postgres built goes to Redis untouched.
+        # Binary, and text left as bytes: JSON from Postgres goes to Redis untouched.
         cursor = self._connection.cursor(binary=True)
         cursor.adapters.register_loader("text", ByteaBinaryLoader)
         aside = self._quarantine.run_ids
@@ -224,7 +224,7 @@ class EventLane:
         return accepted
 
     def _accepts_any(self) -> bool:
-        """Whether events can be published at all: an empty message, to nobody, is accepted."""
+        """Whether events can be published at all: an empty message without a receiver is."""
         try:
             self._publisher.publish([EventMessage(origin="", run_id="", body=b"")])
         except (PublishFailed, PublishRefused):

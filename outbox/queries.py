@@ -49,7 +49,7 @@ FEW_ROWS_DIVISOR = 16
 def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
     """Run a statement in the caller's own transaction and return its rows as tuples.
 
-    Whatever the session or the process have set for how values are read and written: adapters, row
+    Independent of how the session or the process read and write values: adapters, row
     and cursor factories, a pipeline, an encoding. Raises TypeError for anything but a psycopg
     connection or an SQLAlchemy Connection or Session on a PostgreSQL driver that takes `%(name)s`
     parameters.
@@ -84,7 +84,7 @@ def _run_in_sqlalchemy(
 
 
 def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
-    """What of SQLAlchemy the caller has given. Raises TypeError."""
+    """The SQLAlchemy connection of the caller's object. Raises TypeError."""
     kind = type(connection)
     if isinstance(connection, orm.scoped_session):
         connection = connection()
@@ -227,7 +227,7 @@ class Queries:
 
 
 class PickedTask(NamedTuple):
-    """One run that is due, and what is to be done about it."""
+    """One due run, and the action for it."""
 
     message: TaskMessage
     act: str

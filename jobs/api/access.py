@@ -62,4 +62,4 @@ def _client_for(scope: Scope) -> Callable[[Request], Awaitable[Client]]:
 Reader = Annotated[Client, Depends(_client_for(Scope.RUNS_READ))]
 Writer = Annotated[Client, Depends(_client_for(Scope.RUNS_WRITE))]
 Operator = Annotated[Client, Depends(_client_for(Scope.QUEUES))]
-"""Queues are the whole fleet's, whatever a token's namespace."""
+"""Queues are the whole fleet's, for tokens of every namespace."""

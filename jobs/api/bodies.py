@@ -137,7 +137,7 @@ class FailedRuns(BaseModel):
     tag: list[str] = []
     """name=value"""
     error: str | None = Field(default=None, max_length=1000)
-    """In "type: message" of the error, whatever its case."""
+    """In "type: message" of the error, ignoring case."""
     within: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
     """Failed so many seconds ago or less."""
     limit: int = Field(default=100, ge=1, le=1000)
@@ -185,5 +185,5 @@ class Letters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reason: str = Field(default="", max_length=1000)
-    """In their reason, whatever its case."""
+    """In their reason, ignoring case."""
     limit: int = Field(default=1000, ge=1, le=100_000)

@@ -47,8 +47,8 @@ def share(descriptors: int) -> tuple[int, int]:
 class Connections:
     """Counts the connections of one server.
 
-    When there are as many as there may be, a new one takes the place of the one that has said
-    nothing for the longest time. If all of them are at work it is told to come again.
+    When there are as many as there may be, a new one takes the place of the one that was idle
+    for the longest time. If all of them are at work it is answered with 503.
     """
 
     def __init__(self, limit: int) -> None:
@@ -115,7 +115,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def drop(self) -> None:
-        """End it at once, whatever it has sent of a request."""
+        """End it at once, even within a request."""
         self._forget()
         if self._counted:
             self._counted = False  # its place is free before the loop reports its loss

@@ -55,7 +55,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Gate:
-    """Decides for each request what it may do.
+    """Decides the grant of each request.
 
     1. a token, if there is one in the request
     2. else the grant of the host app's `authenticate`, if it has one
@@ -171,10 +171,10 @@ def granted(request: Request) -> Grant:
 def is_local(request: Request) -> bool:
     """Whether only a person on this machine can have sent this.
 
-    Told by both ends of the socket, for a header says what the caller likes; and by the headers all
+    Judged by both ends of the socket, for a caller chooses its headers; and by the headers all
     the same: another site's page may reach a server on loopback under a name of its own, or have
-    the browser send a form to it, and a proxy on this machine passes on what others have sent. One
-    that says nothing of that speaks HTTP/1.0 to us, or names another port than ours.
+    the browser send a form to it, and a proxy on this machine passes on requests of others. One
+    without such headers speaks HTTP/1.0 to us, or names another port than ours.
     """
     here, peer = request.scope.get("server"), request.scope.get("client")
     return (
@@ -204,7 +204,7 @@ def is_foreign(request: Request) -> bool:
     """Whether a browser marks this as a request of another site's page.
 
     By `Sec-Fetch-Site` (W3C Fetch Metadata), which no page can write; browsers that have none yet
-    send `Origin` with whatever changes something.
+    send `Origin` with each request that changes something.
     """
     site = request.headers.get("sec-fetch-site")
     if site in ("same-origin", "same-site", "none"):

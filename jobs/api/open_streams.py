@@ -27,8 +27,8 @@ class OpenStream:
 class OpenStreams:
     """Ends the streams whose token is no longer good, and all of them when the server stops.
 
-    It looks at the server itself: uvicorn waits for every answer to end and tells an app without a
-    lifespan nothing.
+    It looks at the server itself: uvicorn waits for every answer to end and does not
+    notify an app without a lifespan.
     """
 
     def __init__(self, tokens: Tokens) -> None:

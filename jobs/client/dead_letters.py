@@ -45,7 +45,7 @@ class DeadLetterCalls(BaseClient):
     def requeue_dead_letters(self, *, reason: str = "", limit: int = 1000) -> int:
         """Publish many messages again, oldest first; how many they were.
 
-        Those that have `reason` in their reason, whatever its case.
+        Those that have `reason` in their reason, ignoring case.
 
         >>> client.requeue_dead_letters(reason="too large")
         0

@@ -31,7 +31,7 @@ class FailedRunCalls(BaseClient):
         """Failed runs without a retry, oldest end first.
 
         Those whose events were pruned cannot be retried and are not among them. `error` is looked
-        for in "type: message" of the error, whatever its case; `within` keeps those that failed so
+        for in "type: message" of the error, ignoring case; `within` keeps those that failed so
         many seconds ago or less. `run.error` has the last traceback.
 
         >>> run = client.start_run("checkout", {"order": 1, "declined": True})

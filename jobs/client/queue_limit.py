@@ -26,7 +26,7 @@ class _Known:
 class QueueLimit:
     """Refuses the queue that would be one too many. Threads may share it.
 
-    The queues that the plans name are never refused. What is in use is read from the unfinished
+    The queues that the plans name are never refused. Queues in use are read from the unfinished
     runs once in `KNOWN_FOR_S`, and only for a start that names a queue of its own.
     """
 

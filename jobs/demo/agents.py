@@ -49,7 +49,7 @@ def ping(ctx: StepContext) -> dict[str, Any]:
 
 @step(name="Teardown")
 def teardown(ctx: StepContext) -> dict[str, Any]:
-    """Close the app and tell what came of it."""
+    """Close the app and report the outcome."""
     return {
         "serial": ctx.results["EnsureDevice"]["serial"],
         "answer": ctx.results["Ping"]["answer"],

@@ -1,9 +1,9 @@
-"""The plan `code_census`: what a Python source tree is made of. An example of a long step.
+"""The plan `code_census`: statistics of a Python source tree. An example of a long step.
 
 Discover → Parse → Rank → Report. Parse works in chunks and keeps the counts of each finished chunk
 in a file of its own, so a worker that is killed in the middle loses the chunk in its hands and no
-more: the next attempt, in whatever worker, skips what is there. Step results stay small, as they
-are events; what is large goes to the work folder.
+more: the next attempt, in any worker, skips finished chunks. Step results stay small, as they
+are events; large data goes to the work folder.
 
 Input, all of it optional:
 
@@ -73,7 +73,7 @@ def discover(ctx: StepContext) -> dict[str, Any]:
 
 @step(name="Parse", timeout=1800, retry=retry(max_attempts=3))
 def parse(ctx: StepContext) -> dict[str, Any]:
-    """Count what each chunk holds, apart from those that an earlier attempt has done."""
+    """Count each chunk, apart from those that an earlier attempt has done."""
     found = ctx.results["Discover"]
     root, work = Path(found["root"]), Path(found["work"])
     chunks: list[list[str]] = json.loads(kept(work / "chunks.json"))
@@ -86,8 +86,8 @@ def parse(ctx: StepContext) -> dict[str, Any]:
         if not counts(work, index).exists():
             note(work / "ledger.jsonl", index=index, attempt=ctx.attempt, pid=os.getpid())
             write(counts(work, index), Tally.of(count(root, file) for file in files).to_json())
-        # Kept, then told, then marked: a worker that dies in between leaves no chunk that is told
-        # but lost or never told. In the instant before the mark it leaves one that is told twice.
+        # Kept, then reported, then marked: a worker that dies in between leaves no chunk that is
+        # reported but lost or never reported; in the instant before the mark, one reported twice.
         ctx.trace("census.chunk", index=index, files=len(files), of=len(chunks))
         finished(work, index).touch()
         ctx.progress(round(100 * done / found["files"], 1), f"{done:,} of {found['files']:,} files")
@@ -132,7 +132,7 @@ def report(ctx: StepContext) -> dict[str, Any]:
 code_census = Plan("code_census", [discover, parse, rank, report])
 
 
-# What is asked for
+# The input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +302,7 @@ def count(root: Path, file: str) -> Tally:
 
 
 BRANCHES = frozenset({ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case})
-"""What adds a way through a function."""
+"""Nodes that add a path through a function."""
 
 BLOCKS = frozenset(
     {
@@ -317,7 +317,7 @@ BLOCKS = frozenset(
         ast.With,
     }
 )
-"""What nests the statements inside of it one level deeper."""
+"""Nodes that nest the statements inside of them one level deeper."""
 
 
 def measure(source: bytes, file: str) -> Tally:
@@ -333,7 +333,7 @@ def measure(source: bytes, file: str) -> Tally:
         node, owner, depth = todo.pop()
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                # What is inside counts for the innermost one.
+                # Inner nodes count for the innermost one.
                 last = node.end_lineno or node.lineno
                 owner = Function(
                     name=f"{owner.name}.{node.name}".lstrip("."),
@@ -376,7 +376,7 @@ def is_elif(node: ast.AST, child: ast.AST) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text with what no report may hold escaped: control characters, undecodable names."""
+    """The text with unprintable parts escaped: control characters, undecodable names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -470,7 +470,7 @@ def chart(total: Tally) -> str:
 
 
 def tail(text: str, length: int) -> str:
-    """The end of a text that may be too long: of a path it tells the most."""
+    """The end of a text that may be too long: of a path its most specific part."""
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
@@ -492,7 +492,7 @@ def batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 
 def note(ledger: Path, **facts: Any) -> None:
-    """Add a line that says who begins a chunk: one write, so two workers cannot mix theirs."""
+    """Add a line with the worker that begins a chunk: one write, so two cannot mix theirs."""
     with ledger.open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts) + "\n")
 
@@ -516,7 +516,7 @@ def write(path: Path, text: str) -> None:
         draft.write(text)
         draft.flush()
         os.fsync(draft.fileno())
-    # A temporary file is its owner's only; a report is for everybody the folder lets in.
+    # A temporary file is its owner's only; a report is for all readers of the folder.
     Path(draft.name).chmod(0o644)
     Path(draft.name).replace(path)
     folder = os.open(path.parent, os.O_RDONLY)

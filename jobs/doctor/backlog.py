@@ -99,7 +99,7 @@ def queues(probe: Probe) -> Iterator[Verdict]:
 
 
 def missing_for(probe: Probe, queue: str) -> str:
-    """The advice for a queue whose runs wait: what they lack."""
+    """The advice for a queue whose runs wait."""
     if probe.broker_error is not None:
         return "the broker cannot be reached: mend that first"
     if not probe.consumed_queues:

@@ -24,7 +24,7 @@ def canary(probe: Probe) -> Iterator[Verdict]:
     flown = []
     for queue in queues:
         if queue in paused or probe.is_unconsumed(queue):
-            continue  # told by other checks
+            continue  # reported by other checks
         try:
             flights.extend(fly(probe, queue) for _ in range(1 if flights else RUNS))
         except CanaryLost as lost:

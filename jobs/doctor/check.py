@@ -12,7 +12,7 @@ Examine = Callable[[Probe], Verdict | Iterable[Verdict]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A function over a probe, with its name and what must be there for it."""
+    """A function over a probe, with its name and its needs."""
 
     name: str
     needs: frozenset[Need]
@@ -22,7 +22,7 @@ class Check:
     examine: Examine
 
     def verdicts(self, probe: Probe) -> Iterable[Verdict]:
-        """Raises what the servers do, in the middle of the verdicts too."""
+        """Raises the servers' errors, also between verdicts."""
         found = self.examine(probe)
         return [found] if isinstance(found, Verdict) else found
 

@@ -1,7 +1,7 @@
-"""Runs checks in their order, each only if what it needs is there.
+"""Runs checks in their order, each only if its needs are met.
 
 Changes nothing but for its canary runs, which are in a namespace of their own and are removed. A
-server that keeps an answer to itself (Redis' CONFIG where it is managed, say) is skipped and said.
+server that refuses an answer (CONFIG of a managed Redis, say) is skipped, with a line that says so.
 """
 
 from collections.abc import Collection, Iterator
@@ -72,10 +72,10 @@ class Doctor:
         return self._probe.hops
 
     def examine(self, only: Collection[str] = ()) -> Iterator[Finding]:
-        """Every check, or only the named ones. Closes what it has opened.
+        """Every check, or only the named ones. Closes its connections.
 
-        Alone a check says what it says among all. One that cannot be made tells why, and so does
-        the server that it needs. Raises BadRequest for a name that no check has.
+        A check alone gives the same verdict as among all. One that cannot be made has the reason,
+        and so does the server that it needs. Raises BadRequest for a name that no check has.
         """
         names = [check.name for check in CHECKS]
         if unknown := sorted(set(only) - set(names)):

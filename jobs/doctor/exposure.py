@@ -1,4 +1,4 @@
-"""Checks of HTTP servers that show runs: whether they answer, and to whom."""
+"""Checks of HTTP servers that show runs: whether they answer, and to which callers."""
 
 import urllib.error
 import urllib.request
@@ -38,7 +38,7 @@ def flower(probe: Probe) -> Verdict:
 def exposure(url: str, *, option: str, page: str, advice: str) -> Verdict:
     """Whether a server answers, and requires authentication unless on loopback.
 
-    `page` is what is asked for; `advice` is for one that anybody can read.
+    `page` is the requested page; `advice` is for one without authentication.
     """
     if not url:
         return skipped(f"not looked at: give its address with {option} URL")

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """How bad it is, the worst last."""
+    """The severities, the worst last."""
 
     OK = "ok"
     SKIPPED = "skipped"

@@ -40,7 +40,7 @@ class Flight:
     written: dict[str, float] = field(default_factory=dict)
     """When it was written, by Postgres' clock."""
     answer: Mapping[str, Any] = field(default_factory=dict)
-    """The result of its step, which tells of its worker."""
+    """The result of its step, which names its worker."""
     dispatch_state: str = ""
     """At the end."""
 
@@ -78,7 +78,7 @@ def fly(probe: Probe, queue: str) -> Flight:
             flight.committed = time.time()
             if live:
                 hear_events(subscription, flight, timeout_s=probe.patience_s)
-            else:  # the journal tells how far it comes
+            else:  # the journal shows how far it comes
                 with suppress(WaitTimeout):
                     client.wait_for_run(flight.run_id, timeout=probe.patience_s)
         finally:

@@ -175,7 +175,7 @@ def listen(probe: Probe) -> Verdict:
 
 @check("notify queue", needs={Need.POSTGRES})
 def notify_queue(probe: Probe) -> Verdict:
-    """How full Postgres' queue of notifications is: at its end, commits fail."""
+    """The use of Postgres' queue of notifications: when it is full, commits fail."""
     sql = probe.sql(__file__)
     usage = float(probe.rows(sql["notify_queue"])[0][0])
     text = f"{usage:.2%} of Postgres' queue of notifications is in use"
@@ -225,7 +225,7 @@ def transactions(probe: Probe) -> Iterator[Verdict]:
 
 @check("connections", needs={Need.POSTGRES})
 def connections(probe: Probe) -> Verdict:
-    """How many connections are left."""
+    """The number of free connections."""
     sql = probe.sql(__file__)
     used, limit = probe.rows(sql["connections"])[0]
     text = f"{used} of {limit} connections are in use"
@@ -240,7 +240,7 @@ def connections(probe: Probe) -> Verdict:
 
 @check("wraparound", needs={Need.POSTGRES})
 def wraparound(probe: Probe) -> Verdict:
-    """How near the end of transaction ids is."""
+    """The age of transaction ids: near their end, Postgres stops."""
     sql = probe.sql(__file__)
     age = probe.rows(sql["transaction_id_age"])[0][0]
     text = f"the oldest transaction id is {age:,} back; at 2,100,000,000 writing stops"

@@ -30,7 +30,7 @@ INSPECT_TIMEOUT_S = 1.5
 """Until workers have answered a broadcast."""
 
 CLOCK_READINGS = 5
-"""Of them the fastest round trip tells the offset, to half of its time."""
+"""Of them the fastest round trip gives the offset, to half of its time."""
 
 Row = tuple[Any, ...]
 
@@ -44,7 +44,7 @@ SERVER_ERRORS = (
     OrchestratorError,
     OSError,
 )
-"""Errors that tell of the stack, and not of a fault in a check."""
+"""Errors of the stack, not of a fault in a check."""
 
 
 class Need(Enum):
@@ -155,7 +155,7 @@ class Probe:
 
     def connect_directly(self) -> psycopg.Connection[Any]:
         """A connection to the listen URL. Raises psycopg.Error."""
-        # Never prepared: the URL may lead through a pooler, which is what a check finds out.
+        # Never prepared: the URL may lead through a pooler, which a check finds out.
         return connect_directly(
             self.settings, APPLICATION_NAME, psycopg.Connection, prepare_threshold=None
         )
@@ -176,7 +176,7 @@ class Probe:
         try:
             return bool(self.rows(sql["is_replica"])[0][0])
         except psycopg.Error:
-            return False  # the check `primary` tells
+            return False  # the check `primary` reports it
 
     @cached_property
     def revision(self) -> str | None:
@@ -188,7 +188,7 @@ class Probe:
         try:
             return self.revision is not None and self.revision >= head()
         except psycopg.Error:
-            return False  # the check `schema` tells
+            return False  # the check `schema` reports it
 
     @cached_property
     def clock_offset_s(self) -> float:
@@ -212,7 +212,7 @@ class Probe:
 
     @cached_property
     def broker_connected(self) -> tuple[str, float]:
-        """The transport, and the seconds that a connection took. Raises what kombu does."""
+        """The transport, and the seconds that a connection took. Raises kombu's errors."""
         began = time.perf_counter()
         with self.app.celery.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)

@@ -64,7 +64,7 @@ def eviction(probe: Probe) -> Verdict:
 
 @check("output buffers", needs={Need.REDIS})
 def output_buffers(probe: Probe) -> Verdict:
-    """How much a slow subscriber may leave unread."""
+    """The buffer limit of a slow subscriber."""
     limits = config(probe, "client-output-buffer-limit")
     found = re.search(r"pubsub (\d+) (\d+) (\d+)", limits or "")
     if found is None:

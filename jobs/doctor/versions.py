@@ -69,7 +69,7 @@ BACKPORTS = (
     "unless the package is one of a distribution that has mended it under the old number: its "
     "changelog says so"
 )
-"""A server only tells its number."""
+"""A server only gives its number."""
 
 
 def older_than(table: Mapping[tuple[int, int], Fix], version: str) -> tuple[str, str] | None:

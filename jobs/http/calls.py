@@ -342,7 +342,7 @@ def requeue_dead_letter(letter_id: int) -> Exchange[None]:
 def requeue_dead_letters(*, reason: str = "", limit: int = 1000) -> Exchange[int]:
     """Publish many messages again, oldest first; how many they were.
 
-    Those that have `reason` in their reason, whatever its case.
+    Those that have `reason` in their reason, ignoring case.
 
     >>> client.requeue_dead_letters(reason="too large")
     0

@@ -37,7 +37,7 @@ def in_thread(exchange: Callable[P, Exchange[T]]) -> Callable[Concatenate["Clien
 class Client:
     """Starts, reads and follows runs over HTTP, as the client of an app does. Threads may share it.
 
-    Calls are tried five times before they raise Unreachable. AccessDenied says that the token is
+    Calls are tried five times before they raise Unreachable. AccessDenied means that the token is
     not good, or not for this.
 
     >>> with Client(url, token=None) as client:
@@ -153,7 +153,7 @@ class Client:
     ) -> Iterator[Event]:
         """Every event after `from_seq`, in order and once, as it is committed, to RunFinished.
 
-        Goes on from the last event whatever happens to the connection or the server. Raises
+        Continues from the last event after any loss of the connection or the server. Raises
         RunNotFound, BadRequest for a `from_seq` beyond the head, EventsPruned, AccessDenied, and
         WaitTimeout if no RunFinished came within `timeout` seconds. When the database was restored
         or failed over it raises HistoryChanged; or it calls `on_reset`, which must forget the

@@ -40,9 +40,9 @@ class Interrupted(JobsError):
 class Follower:
     """The state of one followed run.
 
-    Only an event brings the back-off to its beginning: a server that accepts connections and sends
-    nothing is not well. Whatever a connection brought twice, in pieces or with a hole is dropped
-    or asked for again from the last event, so each comes once and in order.
+    Only an event resets the back-off: a server that accepts connections and sends nothing is not
+    well. Events that a connection brought twice, in pieces or with a hole are dropped or requested
+    again from the last event, so each comes once and in order.
     """
 
     def __init__(

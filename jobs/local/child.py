@@ -73,7 +73,7 @@ class Child:
         self.start()
 
     def wait_ready(self, alarm: Alarm | None = None) -> None:
-        """Return when it said so. Raises NotReady, with its last words, if it ends before."""
+        """Return when it is ready. Raises NotReady, with its last lines, if it ends before."""
         assert self._ready is not None  # noqa: S101 - started before
         waiting: list[int | Alarm] = [self._ready, *([alarm] if alarm else [])]
         ready = readable(waiting, READY_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The directory of a stack: one stack at a time uses it, and what that one leaves is told apart."""
+"""The directory of a stack: one stack at a time uses it, and its remains are recognised."""
 
 import contextlib
 import fcntl
@@ -34,12 +34,12 @@ class DataDirectory:
         self._lock: IO[str] | None = None
 
     def take(self, alarm: Alarm) -> None:
-        """Lock the directory, made if it is missing, and remove what a killed stack has left.
+        """Lock the directory, made if it is missing, and remove the remains of a killed stack.
 
         Raises AlreadyRunning, and BadRequest for one that cannot be used.
         """
         try:
-            # What a killed one has left is ours to remove as well.
+            # The remains of a killed one are ours to remove as well.
             self._created = not self.path.exists() or (
                 {path.name for path in self.path.iterdir()} == {LOCK, EPHEMERAL, STATE}
             )

@@ -89,8 +89,8 @@ class EmbeddedPostgres(Server):
         return self.directory / "initdb.running"
 
     def _forget_killed_server(self) -> None:
-        # Postgres trusts the process id in this file, which may by now be anybody's. We hold the
-        # lock, so no server of ours lives; but somebody may have started one here by hand.
+        # Postgres trusts the process id in this file, which may by now be another's. We hold the
+        # lock, so no server of ours lives; but one may have been started here by hand.
         pid_file = self.cluster / "postmaster.pid"
         if not pid_file.exists():
             return

@@ -1,6 +1,6 @@
 """The user of an embedded Postgres: it refuses root, and initdb refuses a user without a name.
 
-Files stay where they are, whatever the rights of the folders above them: the server reaches its own
+Files stay where they are, with any rights of the folders above them: the server reaches its own
 binaries and its data even below a home of mode 0700.
 """
 
@@ -34,7 +34,7 @@ class ServerUser:
     become: Callable[[], None]
     """Between fork and exec. Raises OSError where the kernel or a container forbids it."""
     hint: str
-    """What to do where it is forbidden."""
+    """The advice where it is forbidden."""
 
 
 def server_user() -> ServerUser:
@@ -42,7 +42,7 @@ def server_user() -> ServerUser:
 
     1. an ordinary user with a name: itself
     2. root that may change its user: an unprivileged one, which keeps the right to reach files
-    3. anybody else: itself under an unprivileged user's number, in a user namespace
+    3. another user: itself under an unprivileged user's number, in a user namespace
     """
     uid, gid = os.geteuid(), os.getegid()
     if uid != 0 and _has_name(uid):

@@ -18,7 +18,7 @@ def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # killed before the call above: nobody will tell us
+        os._exit(1)  # killed before the call above: no signal will come
 
 
 def wait_for_end(pid: int, *, timeout_s: float) -> bool:

@@ -36,7 +36,7 @@ class Restarter:
         elif self.restart_at is not None and now >= self.restart_at:
             try:
                 self._part.restart()
-            except Exception as error:  # whatever it is: the rest of the stack goes on
+            except Exception as error:  # any error: the rest of the stack goes on
                 self._failures += 1
                 ours = isinstance(error, JobsError)
                 self._later(str(error) if ours else f"{self._part.name}: {error}", say)

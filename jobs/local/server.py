@@ -212,8 +212,8 @@ class Server(ABC):
         self._process = None
 
     def restart(self) -> None:
-        """Start it again after its end. Raises what `start` does."""
-        self.crash()  # what is left of it
+        """Start it again after its end. Raises as `start` does."""
+        self.crash()  # its remains
         self.start()
 
     def __enter__(self) -> Self:

@@ -22,7 +22,7 @@ from beatless.postgres import engine as connect_engine
 from beatless.settings import Settings
 
 STOP_TIMEOUT_S = 15.0
-"""Until processes that were told to end are killed."""
+"""Seconds until processes that were asked to end are killed."""
 
 
 class Stack:
@@ -135,13 +135,13 @@ class Stack:
         }
 
     def watch(self, say: Callable[[str], None]) -> None:
-        """Start again what ends, until `alarm` rings after `stopping` was set."""
+        """Restart processes that end, until `alarm` rings after `stopping` was set."""
         servers = [server for server in (self.postgres, self.valkey) if server is not None]
         restarters = [Restarter(part) for part in (*servers, *self._children())]
         while not self.stopping:
             for restarter in restarters:
                 restarter.check(say)
-            # One that has ended since that check can be opened all the same: nobody reaped it.
+            # One that has ended since that check can be opened all the same: it was not reaped.
             running = [each.pid for each in restarters if each.restart_at is None]
             pidfds = [os.pidfd_open(pid) for pid in running]
             waits = [at - monotonic() for each in restarters if (at := each.restart_at) is not None]

@@ -24,7 +24,7 @@ class EmbeddedValkey(Server):
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
     def _prepare(self, _lock: IO[str]) -> None:
-        # In a file, because everybody can read a command line.
+        # In a file, because all users can read a command line.
         config = self.directory / "valkey.conf"
         with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(f"requirepass {self.password}\n")

@@ -1,6 +1,6 @@
-"""Brings a schema to the version that this code needs, while everybody works on it.
+"""Brings a schema to the version that this code needs, while it is in use.
 
-The DDL is plain SQL beside the revisions: `<revision>_<what>.pre.sql` is safe before the new code
+The DDL is plain SQL beside the revisions: `<revision>_<name>.pre.sql` is safe before the new code
 runs, `.post.sql` only when no older code runs any more. Every statement names its tables without a
 schema: `env.py` sets the search path, so the same files work in any schema.
 
@@ -31,7 +31,7 @@ from beatless.schema import VERSIONS, check_encoding, current, head
 logger = logging.getLogger(__name__)
 
 LOCK_MILLISECONDS = 200
-"""How long a statement waits for its lock: as long, everybody who comes after it waits too."""
+"""How long a statement waits for its lock: later statements wait as long behind it."""
 
 PAUSE_SECONDS = 0.5
 """Between two tries of a statement: those that waited behind it come first."""
@@ -86,13 +86,13 @@ def migrate(
     versions: Path | None = None,
     tries: int = TRIES,
 ) -> str:
-    """Create the schema or bring it to what this code needs; the revision it is at then.
+    """Create the schema or bring it to the version that this code needs; its revision then.
 
-    Two at once wait for each other. `post` also does what must wait until no older code runs;
-    `versions` is a directory with further revisions. The engine's sessions must be Postgres' own:
-    a pooler in transaction mode loses their settings. Raises WrongEncoding, SchemaTaken, and
-    MigrationBlocked if a table is held for minutes; what was done until then stays, and the next
-    call goes on from there.
+    Two at once wait for each other. `post` also runs revisions that must wait until no older code
+    runs; `versions` is a directory with further revisions. The engine's sessions must be Postgres'
+    own: a pooler in transaction mode loses their settings. Raises WrongEncoding, SchemaTaken, and
+    MigrationBlocked if a table is held for minutes; finished revisions stay, and the next call
+    continues from there.
     """
     target = last(versions) if post else head(versions)
     with engine.connect() as connection, _alone(connection, schema):
@@ -113,8 +113,8 @@ def check_names(
 ) -> None:
     """Raises SchemaTaken if the schema has something of others under a name that is to be made.
 
-    What an interrupted migration has made has our columns. Asked before the first change: IF NOT
-    EXISTS would take somebody's table for ours.
+    Tables of an interrupted migration have our columns. Asked before the first change: IF NOT
+    EXISTS would take another's table for ours.
     """
     places = [VERSIONS, *([versions] if versions else [])]
     texts = {file.name: file.read_text() for place in places for file in place.glob("*.sql")}
@@ -203,12 +203,12 @@ def statements(text: str) -> list[str]:
 def _online(statement: str, tries: int) -> None:
     """One statement on a schema that is in use."""
     concurrent = CONCURRENTLY.search(statement)
-    # An index that is built concurrently waits for others, and nobody for it, and may take hours.
+    # An index that is built concurrently waits for others, delays none, and may take hours.
     op.execute(f"SET lock_timeout TO {0 if concurrent else LOCK_MILLISECONDS}")
     op.execute("SET statement_timeout TO 0")
     if op.get_context().as_sql:
         if concurrent:
-            # What an interrupted build has left would be taken for done.
+            # The remains of an interrupted build would be taken for done.
             op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {concurrent['name']}")
         op.execute(statement)
         return

@@ -19,7 +19,7 @@ PREPARE = (
 options: dict[str, Any] = {
     "version_table": VERSION_TABLE,
     "version_table_schema": schema,
-    # All at once for a schema that nobody uses; else each statement by itself, see `apply`.
+    # All at once for a schema that is not in use; else each statement by itself, see `apply`.
     "transaction_per_migration": not new,
 }
 

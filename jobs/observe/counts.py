@@ -1,6 +1,6 @@
 """Stores counts: in a process's own memory, or in memory that a worker's children share.
 
-What is shared survives a child, however it ends: no files, no thread, nothing that a killed child
+Shared memory survives a child, however it ends: no files, no thread, nothing that a killed child
 could leave locked.
 """
 
@@ -71,8 +71,8 @@ class SharedCounts:
 
     Every child writes in a place of its own, so none waits for another; the place of a dead child
     is taken over, with its numbers, by the child that replaces it. All series exist from the start:
-    children cannot tell each other of new ones. The exception is one family, whose only label is a
-    queue: any run may name another one, so each place has names of queues beside its numbers.
+    children cannot announce new ones to each other. The exception is one family, whose only label
+    is a queue: any run may name another one, so each place has names of queues beside its numbers.
     """
 
     def __init__(self, series: Iterable[tuple[Family, Labels]], of_queues: Family) -> None:

@@ -39,7 +39,7 @@ def asked_for(environ: Mapping[str, str]) -> bool:
 def export(service: str, environ: Mapping[str, str]) -> Callable[[], None]:
     """Send this process's spans from now on; the function that sends the last ones.
 
-    Call it after a fork, never before. Does nothing if nobody asks for it, or if the process has a
+    Call it after a fork, never before. Does nothing if it is not enabled, or if the process has a
     provider already.
     """
     if not asked_for(environ):

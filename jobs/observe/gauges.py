@@ -48,7 +48,7 @@ class PostgresGauges:
         plans: Iterable[str] = (),
         wanted: Callable[[], bool],
     ) -> None:
-        """`wanted` tells whether this process shall expose them now."""
+        """`wanted` returns whether this process shall expose them now."""
         self.wanted = wanted
         self._plans = list(plans)
         self._engine = engine
@@ -96,7 +96,7 @@ class PostgresGauges:
                 answer: Sequence[Any] = execute(
                     connection, self._sql["snapshot"], {"unknown_step": UNKNOWN_STEP}
                 )[0]
-        except Exception as error:  # whatever it is: this process's own counts are exposed
+        except Exception as error:  # any error: this process's own counts are exposed
             reason = (
                 str(getattr(error, "orig", None) or error).strip() or repr(error)
             ).splitlines()[0]

@@ -67,7 +67,7 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     enable_own_loggers(*LIBRARY_LOGGERS)
-    # Celery leaves logging alone as soon as anybody listens to this.
+    # Celery leaves logging alone as soon as this signal has a receiver.
     signals.setup_logging.connect(_leave_alone)
 
     def restore() -> None:
@@ -82,9 +82,9 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
 
 
 def enable_own_loggers(*others: str) -> None:
-    """Let the loggers of our packages, and these others, speak after somebody's `dictConfig`.
+    """Enable the loggers of our packages, and these others, after a project's `dictConfig`.
 
-    Unless told otherwise, that disables every logger it does not name. Levels, handlers and
+    By default, that disables every logger it does not name. Levels, handlers and
     propagation that it did set stay.
     """
     for name, logger in logging.root.manager.loggerDict.items():

@@ -34,7 +34,7 @@ def cancellations(batch: bytes) -> Iterator[str]:
 
 
 def written_at_ms(body: bytes) -> int | None:
-    """When the first event was written, in milliseconds since the epoch."""
+    """The time of the first event, in milliseconds since the epoch."""
     found = TIMESTAMP.search(body)
     return int(found[1]) if found else None
 

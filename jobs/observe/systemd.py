@@ -32,7 +32,7 @@ class ServiceManager:
         self._send(b"STOPPING=1")
 
     def alive(self) -> None:
-        """Its loop moves. May be called as often as you like: few of the calls say anything."""
+        """Its loop moves. May be called as often as you like: few of the calls send anything."""
         if self.interval_s and monotonic() - self._told >= min(1.0, self.interval_s):
             self._told = monotonic()
             self._send(b"WATCHDOG=1")

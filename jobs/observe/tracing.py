@@ -47,7 +47,7 @@ class Tracing:
     """Makes the spans of one app."""
 
     def __init__(self, shown: Callable[[Any], Any] = lambda error: error) -> None:
-        """`shown` gives of an error what a span may say."""
+        """`shown` gives the part of an error that a span may show."""
         self._shown = shown
         # Delegates to the process's provider, as soon as there is one.
         self._tracer = trace.get_tracer("beatless") if INSTALLED else None
@@ -62,7 +62,7 @@ class Tracing:
         traceparent: str | None = None,
         follows: str | None = None,
     ) -> AbstractContextManager[Mapping[str, str] | None]:
-        """Around the start of a run; gives what to store with it.
+        """Around the start of a run; gives the trace context to store with it.
 
         `traceparent` is the trace to join, instead of the caller's current one. `follows` is that
         of a run that this one retries: a link.
@@ -78,7 +78,7 @@ class Tracing:
         return _start_span(self._tracer, plan, run_id, given, follows)
 
     def _idle(self) -> bool:
-        """Whether nobody records spans here, and there is no trace to pass on."""
+        """Whether spans are not recorded here, and there is no trace to pass on."""
         return not _recording() and not trace.get_current_span().get_span_context().is_valid
 
     # Executing

@@ -25,7 +25,7 @@ class Cursor:
         return bool(self._early)
 
     def forget(self) -> None:
-        """Drop what is early, before the journal is read: there it is, or it was never committed.
+        """Drop early events, before the journal is read: there it is, or it was never committed.
 
         Kept, an event with a seq that no run reaches would have the journal read without pause.
         """

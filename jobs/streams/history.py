@@ -14,7 +14,7 @@ NO_HEAD = 2**31
 
 
 class History:
-    """Tells whether the database still has the history in which a run is followed."""
+    """Checks whether the database still has the history in which a run is followed."""
 
     def __init__(self, run_id: str, epoch: str | None) -> None:
         """`epoch` is that of the cursor, if it is known already."""
@@ -24,7 +24,7 @@ class History:
         """Nothing has happened since the last look that another history could have come with."""
 
     def differs(self, epoch: str, head: int, seq: int) -> bool:
-        """Whether a database of this epoch, where the run has this head, has not what was seen."""
+        """Whether a database of this epoch, where the run has this head, lacks seen events."""
         return self._epoch not in (None, epoch) or head < seq
 
     def check(self, epoch: str, head: int, seq: int) -> None:
@@ -52,9 +52,9 @@ class Origin:
         """The epoch now. It is renewed here if the disk has become an older copy of itself.
 
         That is: a snapshot was restored while this process lived. One that was restored while none
-        did is for people to tell, by `beatless migrate --restored`.
+        did is for operators to declare, by `beatless migrate --restored`.
         """
-        # Noted before the statement: what other threads learn meanwhile may be newer.
+        # Noted before the statement: values of other threads meanwhile may be newer.
         before = (self._epoch, self._flushed)
         epoch, flushed = self._journal.epoch(connection)
         with self._look:

@@ -1,4 +1,4 @@
-"""The signals of streams; `beatless.outbox.observer` says what a signal is."""
+"""The signals of streams; `beatless.outbox.observer` explains signals."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,7 @@ class StreamOpened(Signal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamClosed(Signal):
-    """A stream is followed no longer, for whatever reason."""
+    """A stream is followed no longer, for any reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

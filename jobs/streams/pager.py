@@ -13,7 +13,7 @@ FIRST_PAGE_EVENTS = 64
 class Pager:
     """The number of events to read: as many as fit into a page, judging by the last one.
 
-    What does not fit is built by Postgres in vain.
+    Events that do not fit are built by Postgres in vain.
     """
 
     def __init__(self) -> None:

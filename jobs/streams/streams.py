@@ -1,8 +1,8 @@
 """Live streams of runs: the journal first, then Redis, in order and each event once.
 
 1. subscribe, and wait for Redis to acknowledge
-2. read the journal: whatever was committed before is there
-3. put what arrives into order; a hole, a reconnect or a long silence reads the journal again
+2. read the journal: all events committed before are there
+3. put arriving events into order; a hole, a reconnect or a long silence reads the journal again
 4. end after RunFinished, or with an error when the database has another history
 
 A Redis message is a hint. It may be late, doubled or lost; the journal is the truth.

@@ -1,4 +1,4 @@
-"""The app of one test, and a look at what it stores."""
+"""The app of one test, and reads of its stored data."""
 
 import re
 import reprlib
@@ -41,7 +41,7 @@ class BaseKit:
     def describe(self, run_id: str) -> str:
         """The state of a run: its row, last events, outbox, dispatch, and its processes.
 
-        Without what is in them: no input, result or message body.
+        Without their content: no input, result or message body.
 
         >>> run = beatless.start_run("checkout", {"order": 1})
         >>> print(beatless.describe(run.run_id))
@@ -92,7 +92,7 @@ class BaseKit:
         return sorted(found, key=lambda run: (run.created_at, run.run_id))
 
     def _outbox(self, stored_id: str) -> list[tuple[int, int]]:
-        """(first seq, last seq) of what is not published yet."""
+        """(first seq, last seq) of the events that are not published yet."""
         with self.app.engine.connect() as connection:
             return execute(
                 connection,
@@ -103,7 +103,7 @@ class BaseKit:
 
 
 def shown(value: Any) -> Any:
-    """A fact without the payload in it: of a lease its run, of what can be counted how many."""
+    """A fact without the payload in it: of a lease its run, of a collection its length."""
     if isinstance(value, Lease):
         return value.run.run_id
     if isinstance(value, str):

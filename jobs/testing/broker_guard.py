@@ -1,4 +1,4 @@
-"""Keeps what a test publishes on the test's own broker, whichever Celery app it is that publishes.
+"""Keeps publishes of a test on the test's own broker, from any Celery app.
 
 kombu has no hook for it, so some methods of its and of Celery's are wrapped while a test runs.
 """
@@ -24,7 +24,7 @@ WRITES = frozenset(
         *("delete", "delete_group", "expire", "forget", "incr", "set", "store_result"),
     }
 )
-"""Methods of result backends that tell the server something."""
+"""Methods of result backends that write to the server."""
 
 IN_PROCESS = (DisabledBackend, RPCBackend)
 """Result backends that reach no server, or reach it through kombu, which is watched itself."""
@@ -50,7 +50,7 @@ class Fence:
     """Patterns of URLs of further brokers and result backends."""
 
     def has(self, connection: Connection, names: Sequence[str] = ()) -> bool:
-        """Whether it leads to the test's broker; with names, to what they mean on it."""
+        """Whether it leads to the test's broker; with names, to the test's own ones on it."""
         if connection.get_transport_cls().driver_type == "memory":
             return True
         keys = str((connection.transport_options or {}).get("global_keyprefix") or "")
@@ -96,10 +96,10 @@ def servers(urls: Sequence[str]) -> tuple[str, ...]:
 
 
 class Guard:
-    """Refuses what would leave the fence, and remembers it for the end of the test."""
+    """Refuses publishes that would leave the fence, and remembers them for the end of the test."""
 
     def __init__(self, *, report: Path | None = None) -> None:
-        """`report` is the file in which a process of the test tells it what it has refused."""
+        """`report` is the file in which a process of the test notes its refusals."""
         self.fence: Fence | None = None
         """None while no test is fenced in."""
         self._report = report
@@ -173,7 +173,7 @@ def watching(guard: Guard) -> Iterator[None]:
     def watched(self: Backend, name: str) -> Any:
         followed = name == "on_task_call"
         if (followed or name in WRITES) and guard.fence and not guard.fence.has_backend(self):
-            if followed:  # before a task is sent: the message that is to follow has a name to tell
+            if followed:  # before a task is sent: the message that follows has the name to report
                 return lambda _producer, _task_id: None
             guard.refuse(
                 f"a Celery app would have sent ({name}) to the result backend", self.as_uri()

@@ -2,7 +2,7 @@
 
 Each test has a schema, a prefix, a NOTIFY channel, advisory keys and a Celery app of its own, named
 after the xdist worker and the number of the test. A test that leaves something outside of them
-fails; what others have there is never touched. Nothing is started before a test asks for it.
+fails; data of others is never touched. Nothing is started before a test asks for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -140,7 +140,7 @@ def beatless_app(
     if app.settings.redis_broker is None:
         remove_queues(app)
     app.close()
-    # Even if the test failed: what it has left says more about why.
+    # Even if the test failed: its leaks say more about why.
     problems = guard.take() + isolation.leaks.left_outside(prefix)
     guard.fence = None
     isolation.stores.clean_own_broker(app.settings)

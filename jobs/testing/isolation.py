@@ -23,7 +23,7 @@ class Isolation:
     def __init__(
         self, services: Services, worker: str, *, session: str = "", allowed: Sequence[str] = ()
     ) -> None:
-        """`session` is known to all xdist workers that run beside this one, and to nobody else.
+        """`session` is known to all xdist workers that run beside this one, and to no others.
 
         `allowed` are patterns of keys and channels that a test may leave, as shop:*.
         """
@@ -32,7 +32,7 @@ class Isolation:
         self.connection.execute(f"SET lock_timeout TO '{LOCK_TIMEOUT}'")
         self.stores = RedisStores(services)
         self.name = WorkerName(worker, self.connection, self.stores)
-        # What a session that was killed has left would be taken for our tests' doing.
+        # Leaks of a killed session would be taken for our tests' doing.
         self.stores.remove(self.name.prefixes)
         self.neighbours = Neighbours(self.stores.events, session, self.name.worker)
         taken = any(
@@ -58,7 +58,7 @@ class Isolation:
         return self.name.prefix(next(self._tests))
 
     def take(self, tables: Tables | None = None) -> str:
-        """A schema for the test whose tables are empty, and beside it what `tables` makes."""
+        """A schema for the test whose tables are empty, with the tables of `tables`."""
         schema = self.schemas.take(tables)
         self.leaks.writes.allow(schema)
         return schema

@@ -1,8 +1,8 @@
 """The test kit: drive runs step by step, crash, move time, and inspect the outcome.
 
-Everything is real: Postgres, Redis, the relay's drain, the executor. Nothing sleeps: what a process
-would do by itself, a test does by a call, and where processes are wanted it waits for what they
-announce. See docs/testing.md.
+Everything is real: Postgres, Redis, the relay's drain, the executor. Nothing sleeps: a test calls
+what a process would do by itself, and where processes are wanted it waits for their
+announcements. See docs/testing.md.
 """
 
 import itertools
@@ -60,7 +60,7 @@ class Kit(WaitCalls):
     # Starting
 
     def start_run(self, plan: str, input: Any = None, **options: Any) -> Run:
-        """`client.start_run` with a run id that tells the test: `test-<worker>-<test>-<number>`.
+        """`client.start_run` with a run id that names the test: `test-<worker>-<test>-<number>`.
 
         >>> beatless.start_run("checkout", {"order": 1}).run_id
         'test-...'
@@ -103,10 +103,10 @@ class Kit(WaitCalls):
             )
         return found
 
-    # Doing what the processes do
+    # The work of the processes
 
     def drain_outbox_once(self, run_id: str | None = None) -> int:
-        """One drain of the relay: publish what is due, of one run or all; how many messages.
+        """One drain of the relay: publish due messages, of one run or all; their number.
 
         >>> run = beatless.start_run("checkout", {"order": 1})
         >>> beatless.drain_outbox_once(run.run_id)  # RunStarted, and the task message
@@ -135,7 +135,7 @@ class Kit(WaitCalls):
         """`work_once` until nothing is dispatched any more, then drain; how many were executed.
 
         A message whose run is not to be executed any more, as the second one of a run, does not
-        count. What waits for a later time stays: see `advance`. Raises AssertionError after
+        count. Runs that wait for a later time stay: see `advance`. Raises AssertionError after
         `limit`.
 
         >>> runs = [beatless.start_run("checkout", {"order": n}) for n in (1, 2)]
@@ -207,7 +207,7 @@ class Kit(WaitCalls):
     def forget_worker(self) -> None:
         """Drop the worker's connections, as its death would; the next call starts another.
 
-        A broker that waits for acknowledgements delivers again what the worker held.
+        A broker that waits for acknowledgements delivers the worker's messages again.
 
         >>> run = beatless.start_run("checkout", {"order": 1})
         >>> first = beatless.step(run.run_id)
@@ -224,9 +224,9 @@ class Kit(WaitCalls):
         """Let time pass without waiting: every stored time moves so far into the past.
 
         Leases, delays, retries, redispatches, retention and the ages of runs and tokens then are as
-        they would be, in every process. The clocks of processes do not move, nor what they count
-        with them: the `timeout` of a step that is running, a relay's pause after a failure. Raises
-        ValueError for what is not 0 seconds to a thousand years.
+        they would be, in every process. The clocks of processes do not move, nor times that they
+        count with them: the `timeout` of a step that is running, a relay's pause after a
+        failure. Raises ValueError unless it is 0 seconds to a thousand years.
 
         >>> run = beatless.start_run("checkout", {"order": 1}, delay=3600)
         >>> beatless.work_until_idle()
@@ -251,7 +251,7 @@ class Kit(WaitCalls):
     ) -> Child:
         """A real worker of `module:attribute`, ready; it ends with the test.
 
-        It has the plans of that App, whatever `beatless_plans` gives to the test. Settings are
+        It has the plans of that App, not those of `beatless_plans`. Settings are
         those of the test's app, and those given here: `fault="step.before@2:kill"` crashes it.
 
         >>> worker = beatless.worker_process("shop.app:app", concurrency=2)
@@ -278,7 +278,7 @@ class Kit(WaitCalls):
         >>> executed = beatless.work_until_idle()
         >>> beatless.verify()
         """
-        # `advance` passes no time for a relay that only drains when it is told to.
+        # `advance` passes no time for a relay that only drains when it is called.
         patience = PUBLISH_GRACE_S + self._advanced_s
         with self.app.engine.connect() as connection:
             found = verify(connection, self.app.settings.schema, patience=patience)
@@ -286,7 +286,7 @@ class Kit(WaitCalls):
             raise AssertionError("\n".join(str(violation) for violation in found))
 
     def close(self) -> None:
-        """End the test's processes and close its connections, all of them whatever fails."""
+        """End the test's processes and close its connections, all of them even if one fails."""
         with ExitStack() as last:
             last.callback(self.app.close)
             last.callback(self.app.executors.close)
@@ -295,7 +295,7 @@ class Kit(WaitCalls):
             last.callback(self._processes.end)
 
     def _execute(self, message: Message) -> bool:
-        """Do what the message asks for; False if its run was not to be executed any more."""
+        """Execute the message; False if its run was not claimable any more."""
         plan = self.app.plans.get(message.headers.get("task"))
         if plan is None:
             self._inbox.execute_task(message)

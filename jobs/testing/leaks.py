@@ -1,7 +1,7 @@
 """Leaks of a test outside of its own names: in Postgres, in Redis, and as messages.
 
-Keys, messages and tables have no author: the first worker that sees one tells it, with the tests
-that ran beside its own (ADR 0024). What belongs to others is never touched.
+Keys, messages and tables have no author: the first worker that sees one reports it, with the tests
+that ran beside its own (ADR 0024). Data of others is never touched.
 """
 
 import itertools
@@ -56,9 +56,9 @@ SELECT kind, concat_ws('.', name, nullif(object, '')) FROM objects
  WHERE %(ours)s OR name ~ %(left)s
     OR name = 'beatless' AND kind <> 'schema' OR name = 'public' AND object = ANY(%(tables)s)
 """
-"""Everything that somebody has made, outside of the schemas that the kit gives to tests.
+"""All objects outside of the schemas that the kit gives to tests.
 
-What belongs to an extension is left out: a database has each extension once, for all tests.
+Objects of extensions are left out: a database has each extension once, for all tests.
 """
 
 
@@ -129,7 +129,7 @@ class ForeignWrites:
 
 
 class LeakDetector:
-    """Compares what is there after a test with what was there before."""
+    """Compares the objects after a test with those before."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class LeakDetector:
         self._allowed = allowed
         self._ends = itertools.count(1)
         self._reported = self._objects()
-        # Hears what is published under this worker's names, and under none of any test.
+        # Receives publishes under this worker's names, and under none of any test.
         self._ear = stores.events.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
         self._ear.psubscribe(name.prefixes, *(ANYWHERE if services.ours else ()))
         self.heard()
@@ -198,7 +198,7 @@ class LeakDetector:
         return objects(self._connection, self._name, everybody=self._services.ours)
 
     def _judged(self, name: str) -> bool:
-        """Whether a key or channel is nobody's but a careless test's."""
+        """Whether a key or channel can only be a test's."""
         if any(fnmatchcase(name, pattern) for pattern in self._allowed):
             return False
         return self._name.owns_key(name) or (

@@ -13,7 +13,7 @@ from beatless.app import App
 def acting_as(app: App, other: App) -> Iterator[None]:
     """In this block, code that holds `app` works with the attributes of `other`.
 
-    Its Celery app with its tasks does so too. What was taken out of `app` before, as in
+    Its Celery app with its tasks does so too. Objects taken out of `app` before, as in
     `client = app.client`, stays its own.
     """
     own, celery = app.__dict__, app.celery

@@ -60,7 +60,7 @@ class WorkerName:
     def release(self) -> None:
         """Let other sessions have the name.
 
-        Said and not left to the end of the session, which the server notices when it likes.
+        Explicitly, not by the end of the session, which the server notices later.
         """
         for hold in self._holds:
             end_subscription(hold)

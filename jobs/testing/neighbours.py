@@ -11,7 +11,7 @@ class Neighbours:
     """The other xdist workers of a session, if there are any."""
 
     def __init__(self, client: "redis.Redis", session: str, worker: str) -> None:
-        """`session` is known to all its workers, and to nobody else; "" has one worker."""
+        """`session` is known to all its workers, and to no other process; "" has one worker."""
         self._redis = client
         self._session = session
         self._worker = worker
@@ -41,7 +41,7 @@ class Neighbours:
         )
 
     def first_to_tell(self, leak: str) -> bool:
-        """Whether no worker beside this one has told of the leak: they all see the same."""
+        """Whether no worker beside this one has reported the leak: they all see the same."""
         if not self._session:
             return True
         self._redis.hsetnx(self._told, leak, self._worker)

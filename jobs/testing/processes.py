@@ -68,7 +68,7 @@ class Processes:
         return found
 
     def end(self) -> None:
-        """End all of them, whatever fails.
+        """End all of them, even if one fails.
 
         The orderly end of a worker takes Celery two seconds, and nothing is lost without it.
         """

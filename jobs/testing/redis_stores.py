@@ -38,7 +38,7 @@ class RedisStores:
         return {name for client in self._clients.values() for name in sweep(client, pattern, own)}
 
     def clean_own_broker(self, settings: Settings) -> None:
-        """Remove what is under a test's prefix in a Redis that only its settings name."""
+        """Remove all under a test's prefix in a Redis that only its settings name."""
         if settings.redis_broker is None or settings.broker_url in self._clients:
             return
         client = client_of(settings.broker_url, retry=Retry(NoBackoff(), 0), **OWN_BROKER)
@@ -69,7 +69,7 @@ def databases(clients: "Mapping[str, redis.Redis]") -> "list[tuple[redis.Redis, 
 
 
 def same_server(one: "redis.Redis", other: "redis.Redis") -> bool:
-    """Whether both are clients of one server, under whatever names.
+    """Whether both are clients of one server, under any names.
 
     INFO has its id, which not every user may ask for and not every server has.
     """

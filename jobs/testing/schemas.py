@@ -64,7 +64,7 @@ WITH spaces AS (
 )
 SELECT nspname, sum(hashtextextended(fact, 0)) FROM facts GROUP BY nspname
 """
-"""A number for what is in a schema beside its rows."""
+"""A fingerprint of a schema's objects beside its rows."""
 
 ROWS = """
 SELECT oid::regclass::text FROM pg_class
@@ -88,7 +88,7 @@ class SchemaPool:
         *,
         search_public: bool,
     ) -> None:
-        """`search_public`: sessions of a test find extensions, and nobody's tables, in `public`."""
+        """`search_public`: sessions of a test find extensions, and no tables, in `public`."""
         self._connection = connection
         self._database_url = database_url
         self._name = name
@@ -161,7 +161,7 @@ class SchemaPool:
             self._connection.execute(f'DROP SCHEMA IF EXISTS "{name}" CASCADE'.encode())
 
     def give_back(self, schema: str) -> list[str]:
-        """Empty the schema for the next test, or tell who still holds something of it.
+        """Empty the schema for the next test, or report the sessions that still hold locks in it.
 
         One in which a test has made, changed or dropped something is dropped.
         """
@@ -216,7 +216,7 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
     def close(self) -> None:
         """Drop the schemas, but for those in use."""
         for schema in (*self._free, *self._abandoned):
-            # What is locked may be so still; the next session drops it then.
+            # A locked schema may be so still; the next session drops it then.
             with suppress(psycopg.errors.LockNotAvailable):
                 self._drop(schema)
 
@@ -224,7 +224,7 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
 def search(url: str, path: str) -> str:
     """The URL of sessions that look for tables without a schema in this path, and make them there.
 
-    What the URL itself sets for its sessions stays.
+    Settings of the URL itself stay.
     """
     found = make_url(url)
     given = found.query.get("options", ())

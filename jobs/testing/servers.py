@@ -35,7 +35,7 @@ class Services:
     redis_url: str
     broker_url: str
     ours: bool
-    """Whether nobody else uses them, so that whatever is on them was left by a test."""
+    """Whether no other program uses them, so that all data on them was left by a test."""
 
 
 def start_services(config: pytest.Config, stack: ExitStack) -> Services:
@@ -137,9 +137,9 @@ def answer_of_services(config: pytest.Config, stack: ExitStack) -> str:
 
 
 def shared_services(port: int, token: str) -> Services:
-    """The servers of the controller, which starts them now if nobody has asked before.
+    """The servers of the controller, which starts them now at the first request.
 
-    Raises UsageError with what the controller says.
+    Raises UsageError with the controller's message.
     """
     with socket.create_connection(("127.0.0.1", port)) as controller:
         controller.sendall(token.encode())

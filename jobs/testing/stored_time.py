@@ -1,4 +1,4 @@
-"""Moves the times that a schema stores: time passes in every process, and nobody waits."""
+"""Moves the times that a schema stores: time passes in every process, without waiting."""
 
 import sqlalchemy
 
@@ -16,7 +16,7 @@ def move_into_past(
 ) -> None:
     """Every stored time becomes so many seconds earlier; relays that sleep look again.
 
-    Raises ValueError for what is not 0 seconds to a thousand years.
+    Raises ValueError unless it is 0 seconds to a thousand years.
     """
     if not (is_number(seconds) and 0 <= seconds <= MOST_ADVANCE_S):
         raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")

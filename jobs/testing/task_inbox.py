@@ -41,7 +41,7 @@ class TaskInbox:
             return None
 
     def acknowledge(self, message: Message) -> None:
-        """Tell the broker that the message is done."""
+        """Acknowledge the message to the broker."""
         with self._alone:
             message.ack()
 
@@ -73,7 +73,7 @@ class TaskInbox:
                 self._broker = None
 
     def _answering(self, answer: Callable[..., Any]) -> Callable[..., None]:
-        """Answers the broker while nobody else uses the channel."""
+        """Answers the broker while no other thread uses the channel."""
 
         def call(*arguments: Any) -> None:
             with self._alone:

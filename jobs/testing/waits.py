@@ -1,4 +1,4 @@
-"""Waits of a test for what processes do: each has a deadline, and says where everything stands."""
+"""Waits of a test for processes: each has a deadline, and its error describes the run."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class WaitCalls(BaseKit):
         )
 
     def wait_for_run_completion(self, run_id: str, timeout: float = 60.0) -> Run:
-        """Wait until the run has ended. Raises AssertionError, telling where everything stands.
+        """Wait until the run has ended. Raises AssertionError with a description of the run.
 
         >>> run = beatless.start_run("checkout", {"order": 1})
         >>> executed = beatless.work_until_idle()

@@ -1,5 +1,5 @@
 """Celery workers that execute runs: configuration, executors, bootsteps, tasks.
 
-The broker holds what waits, the lease holds what runs, Postgres knows both. So messages are
+The broker holds waiting runs, the lease holds active ones, Postgres knows both. So messages are
 acknowledged early, nothing is prefetched, and messages that the broker loses are sent again.
 """

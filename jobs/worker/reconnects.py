@@ -24,7 +24,7 @@ UNREADABLE_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 class UnreadableMessages(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Reconnects after an unreadable message, as after a lost connection: it must end no worker.
 
-    It is out of the list already when kombu raises. What runs goes on.
+    It is out of the list already when kombu raises. Active runs continue.
     """
 
     def __init__(self, parent: Any, **options: Any) -> None:
