@@ -18,9 +18,6 @@ Block = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 REASON = re.compile(r"\b(Long|Large)\b[^.]*\b(because|so that|for)\b")
 """What the docstring of a longer one says: "Long, because …"."""
 
-TOO_LONG: set[str] = set()
-"""Modules, classes and functions still to be divided. A name goes with its subject; none comes."""
-
 FOREIGN = {
     "_exit": "os",
     "_current_frames": "sys",
@@ -68,7 +65,7 @@ def test_modules_classes_and_functions_are_short_or_say_why_not() -> None:
         for module, path in modules().items()
         for name in too_long(tree_of(module), len(path.read_text().splitlines()))
     }
-    assert {name for name, _ in found} <= TOO_LONG, found
+    assert found == set()
 
 
 def test_the_rule_of_length_bites_and_takes_a_reason() -> None:
