@@ -316,6 +316,7 @@ class App:
             redispatch=self.settings.redispatch_seconds,
             overdue=Deadlines(self.settings.schema).end,
             chores=[*self.chores(), AdoptsDeadlines(self.settings.schema)],
+            failing=self.metrics.relay.failing,
             faults=self.faults,
             observer=fan_out(self.metrics.relay, PublishSpans(), self._failures, observer),
         )

@@ -95,6 +95,11 @@ def _redis_version(app: App) -> str | None:
         client.close()
 
 
+def version_in(application_name: str) -> str | None:
+    """The version in the name of a relay's session, which may go on with threads that fail."""
+    return application_name.removeprefix("beatless relay").partition(";")[0].strip() or None
+
+
 def _relays(rows: list[Any]) -> Iterator[RelayState]:
     shards: dict[int, list[int]] = {}
     for pid, shard, *_ in rows:
@@ -104,7 +109,7 @@ def _relays(rows: list[Any]) -> Iterator[RelayState]:
         if shard >= SHARDS:  # each relay has this lock, also one that leads no shard
             yield RelayState(
                 pid=pid,
-                version=(name or "").removeprefix("beatless relay").strip() or None,
+                version=version_in(name or ""),
                 address=address,
                 since=since,
                 shards=shards.get(pid, []),

@@ -38,5 +38,7 @@ class RelayConfig:
     """How long the first step of a chore waits after the start."""
     backoff: Backoff = field(default_factory=lambda: Backoff(cap=BACKOFF_CAP_S))
     """Between two tries of a publisher that fails, and of a relay that lost its sessions."""
+    failing: Callable[[], Sequence[str]] = tuple
+    """Names of the relay's threads that fail now, which it shows in pg_stat_activity."""
     faults: CrashPoints = field(default_factory=CrashPoints)
     observer: Observer = ignore

@@ -141,6 +141,7 @@ class Sessions:
         self._ponged = False
         self._watching: int | None = None
         self._watching_since = 0.0
+        self._failing: tuple[str, ...] = ()
         opened: list[DirectConnection] = []
         try:
             # A failing one leaves those before it in the list, to be closed.
@@ -278,6 +279,12 @@ class Sessions:
         if self._watching is not None and monotonic() - self._watching_since >= RENEWAL:
             self.watch_shard(self._watching)
             self.members_changed |= self.watch_granted
+
+    def show_failing(self, threads: Sequence[str]) -> None:
+        """Name the threads of this relay that fail in pg_stat_activity, if they are others now."""
+        if tuple(threads) != self._failing:
+            self.work.execute(self._sql["show_failing"].encode(), {"threads": ", ".join(threads)})
+            self._failing = tuple(threads)
 
     def wait(self, timeout: float | None, *others: Alarm) -> None:
         """Return when a notification, a lock, an alarm or the end of a session came, or in time.

@@ -1,4 +1,4 @@
--- The statement of the wake-up protocol over other relays' sessions.
+-- Statements of the wake-up protocol over the sessions of relays.
 
 -- name: end_silent
 -- End the sessions of relays that have sent no statement for so many seconds.
@@ -18,3 +18,8 @@ WITH bound AS (
   HAVING max(state_change) < clock_timestamp() - make_interval(secs => %(seconds)s)
 )
 SELECT relay, pg_terminate_backend(pid, 1000) FROM kin JOIN silent USING (relay)
+
+-- name: show_failing
+-- Append the threads that fail to this session's name in pg_stat_activity, in the place of others.
+SELECT set_config('application_name', concat_ws({failing_mark},
+  split_part(current_setting('application_name'), {failing_mark}, 1), nullif(%(threads)s, '')), false)

@@ -49,3 +49,7 @@ CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)
       ORDER BY id LIMIT 1) o
    JOIN {schema}.run_events e ON e.run_id = o.run_id AND e.seq = o.from_seq),
 (SELECT count(*) FROM {schema}.dead_letters)
+
+-- fragment: failing_mark
+-- Separates the name of a relay's session from those of its threads that fail.
+'; failing: '

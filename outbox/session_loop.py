@@ -220,5 +220,6 @@ class SessionLoop:
             self.sessions.announce()
         self._note_origin()
         self.sessions.renew_watch()
+        self.sessions.show_failing(self._config.failing())
         self._observer(WatchdogRan())
         self._watchdog_at = monotonic() + self._config.watchdog

@@ -105,14 +105,22 @@ def places(probe: Probe) -> Iterator[Verdict]:
 
 @check("threads", needs={Need.SCHEMA})
 def threads(probe: Probe) -> Iterator[Verdict]:
-    """Threads of workers that have failed and not worked since, as the workers report them."""
+    """Threads that have failed and not worked since, as workers and relays report them."""
     sql = probe.sql(__file__)
-    failing = probe.rows(sql["failing_threads"], {"expires_s": PRESENCE_EXPIRES_S})
-    for worker, names in failing:
+    failing_workers = probe.rows(sql["failing_workers"], {"expires_s": PRESENCE_EXPIRES_S})
+    for worker, names in failing_workers:
         yield problem(
             f"in {worker} these fail, and have not worked since: {', '.join(names)}",
             "its log says why (thread_failed, heartbeat_failed, watchdog_failed, "
             "keeping_failed); if Postgres can be reached from there, restart it",
         )
-    if not failing:
-        yield ok("those of all workers work")
+    failing_relays = probe.rows(sql["failing_relays"])
+    for session, address, names in failing_relays:
+        yield problem(
+            f"in the relay at {address} (session {session}) these fail, and have not worked "
+            f"since: {names}",
+            "its log says why (thread_failed, chore_failed); if Postgres and the broker can be "
+            "reached from there, restart it",
+        )
+    if not failing_workers and not failing_relays:
+        yield ok("those of all workers and relays work")

@@ -8,7 +8,7 @@ from time import time
 from typing import ClassVar
 
 from beatless.observe import published
-from beatless.observe.counts import LocalCounts, SharedCounts
+from beatless.observe.counts import Counts, LocalCounts, SharedCounts
 from beatless.observe.families import (
     BACKFILL,
     FAILURES,
@@ -117,11 +117,7 @@ class WorkerCounters:
 
     def failing(self) -> list[str]:
         """Names of threads of this worker and its children that failed and have not recovered."""
-        return sorted(
-            labels[0]
-            for (name, labels), numbers in self.counts.read().items()
-            if name == THREADS_FAILING.name and numbers[0] > 0
-        )
+        return _failing(self.counts)
 
     def _settled(self, signal: Settled) -> None:
         plan = signal.lease.run.plan
@@ -220,6 +216,10 @@ class RelayCounters:
             case RelayStopped():
                 self._leads_none()
 
+    def failing(self) -> list[str]:
+        """Names of threads of this relay that failed and have not recovered."""
+        return _failing(self.counts)
+
     def _leads_none(self) -> None:
         self.shards = frozenset()
         self.counts.set(LISTENER_UP, 0)
@@ -259,6 +259,15 @@ class RelayCounters:
         if len(self._queues) < MAX_QUEUE_SERIES:
             self._queues.add(queue)
         return queue if queue in self._queues else "other"
+
+
+def _failing(counts: Counts) -> list[str]:
+    """The threads whose gauge is above 0."""
+    return sorted(
+        labels[0]
+        for (name, labels), numbers in counts.read().items()
+        if name == THREADS_FAILING.name and numbers[0] > 0
+    )
 
 
 def _sampled(rows: int) -> set[int]:

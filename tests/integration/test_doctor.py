@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import psycopg
@@ -32,10 +34,18 @@ from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.queues import Presence, QueueStatements
-from beatless.outbox.observer import ThreadFailed, ThreadRecovered
+from beatless.outbox.observer import (
+    ChoreFailed,
+    ChoreRested,
+    Signal,
+    ThreadFailed,
+    ThreadRecovered,
+    WatchdogRan,
+)
 from beatless.outbox.queries import execute
 from beatless.outbox.sockets import readable
 from beatless.settings import libpq_url
+from beatless.system import look
 from beatless.testing import Kit
 
 APP = "tests.plans:app"
@@ -491,6 +501,38 @@ def test_a_worker_in_which_a_thread_has_failed(beatless_app: App) -> None:
     counts(ThreadRecovered(thread="watchdog"))
     announce()
     only(examine(beatless_app, "threads"), Status.OK, "work")
+
+
+def test_a_relay_in_which_a_thread_has_failed(beatless_app: App) -> None:
+    looked: Queue[Signal] = Queue()
+
+    def observe(signal: Signal) -> None:
+        if isinstance(signal, WatchdogRan):
+            looked.put(signal)
+
+    def after(signal: Signal) -> list[Finding]:
+        beatless_app.metrics.relay(signal)
+        looked.queue.clear()
+        for _ in range(2):  # the first look may have begun before
+            looked.get(timeout=30)
+        return examine(beatless_app, "threads")
+
+    relay = beatless_app.relay(watchdog=0.05, observer=observe)
+    relay.start()
+    try:
+        only(
+            after(ThreadFailed(thread="courier", first=True)),
+            Status.PROBLEM,
+            "in the relay at",
+            "courier",
+        )
+        only(after(ChoreFailed(error="odd")), Status.PROBLEM, "chores, courier")
+        (shown,) = look(beatless_app, beatless_app.engine).relays
+        assert shown.version == metadata.version("beatless")
+        only(after(ThreadRecovered(thread="courier")), Status.PROBLEM, "since: chores")
+        only(after(ChoreRested(rest_s=60)), Status.OK, "workers and relays work")
+    finally:
+        relay.stop()
 
 
 # The checks themselves
