@@ -520,3 +520,31 @@ def test_a_run_at_an_unknown_step_waits_the_longer_the_longer_it_has_waited() ->
     commit = requests.send(journal.events)
     assert isinstance(commit, Commit)
     assert commit.settlement.normal.delay_s == pytest.approx(10.0, abs=0.1)
+
+
+def test_runs_can_share_one_thread_and_commit_their_boundaries_together() -> None:
+    """Another driver over the same core: one body at a time, and a commit for all that wait."""
+    plan = Plan("p", steps("a", "b", "c"))
+    workers = [Worker(Journal(plan)) for _ in range(5)]
+    executions = [
+        Execution(plan, worker.journal.claim(begun=True), max_event_bytes=MAX_EVENT_BYTES)
+        for worker in workers
+    ]
+    requests = [execution.requests() for execution in executions]
+    asked: dict[int, Request] = {run: next(requests[run]) for run in range(len(workers))}
+    rounds, bodies = 0, 0
+    while asked:
+        for run, request in list(asked.items()):
+            if isinstance(request, RunBody):
+                bodies += 1
+                asked[run] = requests[run].send(workers[run].answer(request))
+        rounds += 1
+        group = list(asked.items())
+        replies = {run: workers[run].answer(request) for run, request in group}
+        asked = {}
+        for run, reply in replies.items():
+            with suppress(StopIteration):
+                asked[run] = requests[run].send(reply)
+    assert (rounds, bodies) == (3, 15)
+    for worker in workers:
+        finished_once(worker.journal)
