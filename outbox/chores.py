@@ -12,6 +12,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
 from beatless.outbox.observer import ChoreFailed, ChoreRested, ChoreStepped, ChoreTaken, Observer
 from beatless.outbox.queries import Queries
+from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Chores:
     ) -> None:
         """`after` is how many seconds the first step waits."""
         self._chores = chores
-        self._queries = queries
+        self._sql = statements(__file__, queries.schema)
         self._connect = connect
         self._observer = observer
         self._backoff = Backoff(initial=1.0, cap=REST)
@@ -92,12 +93,8 @@ class Chores:
         try:
             with self._connect() as connection:
                 prepare_to_drain(connection)
-                # If this process freezes: its locks are free again soon, the rows
-                # of a step and the chore itself.
                 connection.execute(
-                    "SELECT set_config('idle_in_transaction_session_timeout', %(free)s, false),"
-                    " set_config('idle_session_timeout', %(free)s, false),"
-                    " set_config('lock_timeout', %(wait)s, false)",
+                    self._sql["limit_session"],
                     {"free": f"{FREE_AFTER:g}s", "wait": f"{LOCK_WAIT:g}s"},
                 )
                 if not self._lock(connection, place):
@@ -121,9 +118,7 @@ class Chores:
         return rest
 
     def _lock(self, connection: DirectConnection, place: int) -> bool:
-        row = connection.execute(
-            f"SELECT pg_try_advisory_lock({self._queries.chore_key}, %s)", (place,)
-        ).fetchone()
+        row = connection.execute(self._sql["take"], {"place": place}).fetchone()
         if row and row[0]:
             return True
         self._observer(ChoreTaken())

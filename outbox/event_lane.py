@@ -45,7 +45,7 @@ class EventLane:
     ) -> None:
         """`on_recovery` is called when a success ends a series of failures."""
         self.origin = ""
-        """Of the events, see `queries.origin`; read when the first are published."""
+        """Of the events, see the fragment `origin`; read when the first are published."""
         self.floor = ScanFloor(connection)
         self._connection = connection
         self._queries = queries
@@ -134,7 +134,7 @@ class EventLane:
         for row in picked:
             rows.setdefault(row.run_id, []).append(row)
         if not self.origin:
-            found = self._connection.execute(f"SELECT {self._queries.origin}").fetchone()
+            found = self._connection.execute(self._queries.history_sql).fetchone()
             self.origin = found[0] if found else ""
         messages = [
             EventMessage(

@@ -40,7 +40,7 @@ class EventMessage:
     """The committed events of one run and one batch, as newline-joined JSON."""
 
     origin: str
-    """Which history they are of, see `queries.origin`: a Redis may serve several databases."""
+    """Which history they are of, see the fragment `origin`: a Redis may serve several databases."""
     run_id: str
     body: bytes
 

@@ -188,11 +188,12 @@ class Queries:
     """The relay's statements for one schema."""
 
     def __init__(self, schema: str, *, per_shard: int = 128, window: int = 64) -> None:
+        few_per_shard = max(1, per_shard // FEW_ROWS_DIVISOR)
         sql = statements(
             __file__,
             schema,
             per_shard=per_shard,
-            few_per_shard=max(1, per_shard // FEW_ROWS_DIVISOR),
+            few_per_shard=few_per_shard,
             window=window,
             batch_bytes=BATCH_BYTES,
             recheck_factor=RECHECK_FACTOR,
@@ -200,13 +201,13 @@ class Queries:
         )
         self.schema = schema
         self.per_shard = per_shard
-        self.few_per_shard = max(1, per_shard // FEW_ROWS_DIVISOR)
+        self.few_per_shard = few_per_shard
         self.window = window
         self.channel = channel_of(schema)
-        self.origin = fragment("origin", schema)
         self.bell_key = fragment("bell_key", schema)
         self.leader_key = fragment("leader_key", schema)
         self.chore_key = fragment("chore_key", schema)
+        self.history_sql = sql["history"]
         self.pick_events_sql = sql["pick_events"]
         self.pick_few_events_sql = sql["pick_few_events"]
         self.pick_run_sql = sql["pick_run"]

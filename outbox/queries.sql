@@ -15,6 +15,10 @@ SELECT string_agg({event_json}, E'\n' ORDER BY e.seq) AS body
   FROM {schema}.run_events e
  WHERE e.run_id = p.run_id AND e.seq BETWEEN p.from_seq AND p.to_seq
 
+-- name: history
+-- Read what tells the history of this schema from every other.
+SELECT {origin}
+
 -- name: pick_events
 -- Read the oldest appends of each shard with their events, by id, up to so many bytes.
 -- The rows are sorted before they have bodies. One at least is given out.

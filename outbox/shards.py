@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from beatless.outbox.doorbell import Sessions
 from beatless.outbox.message import SHARDS
 from beatless.outbox.observer import Observer, ShardsAssigned
+from beatless.outbox.statements import statements
 
 
 class Shards:
@@ -16,8 +17,9 @@ class Shards:
         self.members: Sequence[int] = ()
         """The backend pids of all relays when the shards were last shared."""
         self.origin = ""
-        """The history of this schema, see `queries.origin`, as of the last look at the locks."""
+        """The history of this schema, see the fragment `origin`; of the last look at the locks."""
         self._sessions = sessions
+        self._sql = statements(__file__, sessions.queries.schema)
         self._observer = observer
 
     def rebalance(self) -> None:
@@ -43,19 +45,17 @@ class Shards:
 
     def _take_share(self, share: int, leaders: dict[int, int]) -> bool:
         """Give back what is above the share, or take free shards up to it; whether any moved."""
-        sessions, key = self._sessions, self._sessions.queries.leader_key
+        sessions = self._sessions
         changed = False
         mine = sorted(shard for shard, pid in leaders.items() if pid == sessions.pid)
         for shard in mine[share:]:
-            sessions.work.execute(f"SELECT pg_advisory_unlock({key}, %s)", (shard,))
+            sessions.work.execute(self._sql["give_back"], {"shard": shard})
             changed = True
         mine = mine[:share]
         for shard in (s for s in range(SHARDS) if s not in leaders):
             if len(mine) >= share:
                 break
-            row = sessions.work.execute(
-                f"SELECT pg_try_advisory_lock({key}, %s)", (shard,)
-            ).fetchone()
+            row = sessions.work.execute(self._sql["lead"], {"shard": shard}).fetchone()
             if row and row[0]:
                 mine.append(shard)
                 changed = True
@@ -80,13 +80,7 @@ class Shards:
 
     def _leaders(self) -> tuple[dict[int, int], list[int]]:
         """The session that leads each shard, and the sessions of all relays."""
-        queries = self._sessions.queries
-        rows = self._sessions.work.execute(
-            f"SELECT objid::int8, pid, {queries.origin} "
-            "FROM pg_locks WHERE locktype = 'advisory' AND granted "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-            f"AND classid = ({queries.leader_key})::oid AND objsubid = 2"
-        ).fetchall()
+        rows = self._sessions.work.execute(self._sql["leaders"]).fetchall()
         if rows:  # a renewed history is noticed by the way
             self.origin = rows[0][2]
         leaders = {shard: pid for shard, pid, _ in rows if shard < SHARDS}

@@ -26,7 +26,7 @@ ALL = ENDED + UNFINISHED
 
 LONG = {"runs", "run_events", "dispatches", "run_outbox"}
 
-IN_DRAINS = {"queries", "doorbell", "deadlines", "retention"}
+IN_DRAINS = {"queries", "doorbell", "deadlines", "retention", "shards"}
 """Their statements run in sessions of the relay, whose plans are pinned."""
 
 SHORT_INDEXES = {"dispatches_out", "dispatches_sent", "dispatches_deadline"}
