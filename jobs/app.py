@@ -28,7 +28,7 @@ from beatless.orchestrator.retention import Retention
 from beatless.outbox import forks
 from beatless.outbox.chores import Chore
 from beatless.outbox.config import RelayConfig
-from beatless.outbox.doorbell import DirectConnection
+from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher

@@ -9,25 +9,26 @@ import psycopg
 
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
-from beatless.outbox.doorbell import DirectConnection, prepare_to_drain
+from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.observer import ChoreFailed, ChoreRested, ChoreStepped, ChoreTaken, Observer
 from beatless.outbox.queries import Queries
+from beatless.outbox.sessions import prepare_to_drain
 from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)
 
-REST = 3600.0
-"""Seconds until a relay that found another one at a chore looks again."""
+MAX_REST_S = 3600.0
+"""Seconds of the longest rest: after failures, or while another relay does the chore."""
 
-FREE_AFTER = 10.0
+IDLE_TIMEOUT_S = 10.0
 """Seconds after which Postgres ends the session of a frozen process, and takes its step back: a
 chore sends its statements at shorter intervals."""
 
-LOCK_WAIT = 1.0
+LOCK_TIMEOUT_S = 1.0
 """Seconds that a step waits for a lock while it holds others: it is tried again later."""
 
-CLOSE_AFTER = 1.0
+CLOSE_SESSION_ABOVE_S = 1.0
 """Seconds of rest above which the chore's session is closed meanwhile."""
 
 
@@ -37,7 +38,7 @@ class Chore(Protocol):
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Do a little on an autocommit connection; seconds until the next step is worth while.
 
-        Between two statements the connection may rest for less than `FREE_AFTER`.
+        Between two statements the connection may rest for less than `IDLE_TIMEOUT_S`.
         """
 
 
@@ -63,7 +64,7 @@ class Chores:
         self._sql = statements(__file__, queries.schema)
         self._connect = connect
         self._observer = observer
-        self._backoff = Backoff(initial=1.0, cap=REST)
+        self._backoff = Backoff(initial=1.0, cap=MAX_REST_S)
         self._failures = 0
         self._due = [monotonic() + after] * len(chores)
         self._stopping = threading.Event()
@@ -85,21 +86,21 @@ class Chores:
     def run(self) -> None:
         """Work until `stop()`."""
         while not self._stopping.wait(max(0.0, min(self._due) - monotonic())):
-            place = self._due.index(min(self._due))
-            self._due[place] = monotonic() + self.once(place)
+            index = self._due.index(min(self._due))
+            self._due[index] = monotonic() + self.once(index)
 
-    def once(self, place: int) -> float:
+    def once(self, index: int) -> float:
         """Do one chore until it asks for a long rest; seconds until then."""
         try:
             with self._connect() as connection:
                 prepare_to_drain(connection)
                 connection.execute(
                     self._sql["limit_session"],
-                    {"free": f"{FREE_AFTER:g}s", "wait": f"{LOCK_WAIT:g}s"},
+                    {"free": f"{IDLE_TIMEOUT_S:g}s", "wait": f"{LOCK_TIMEOUT_S:g}s"},
                 )
-                if not self._lock(connection, place):
-                    return REST
-                while (rest := self._chores[place].step(connection)) <= CLOSE_AFTER:
+                if not self._lock(connection, index):
+                    return MAX_REST_S
+                while (rest := self._chores[index].step(connection)) <= CLOSE_SESSION_ABOVE_S:
                     self._observer(ChoreStepped(rest_s=rest))
                     if self._stopping.wait(rest):
                         break
@@ -117,8 +118,8 @@ class Chores:
             self._observer(ChoreRested(rest_s=rest))
         return rest
 
-    def _lock(self, connection: DirectConnection, place: int) -> bool:
-        row = connection.execute(self._sql["take"], {"place": place}).fetchone()
+    def _lock(self, connection: DirectConnection, index: int) -> bool:
+        row = connection.execute(self._sql["take"], {"place": index}).fetchone()
         if row and row[0]:
             return True
         self._observer(ChoreTaken())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
 from beatless.outbox.chores import Chore
-from beatless.outbox.doorbell import DirectConnection
+from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.overdue import EndOverdue

@@ -12,112 +12,42 @@ relay looks once more after the grant. The sessions live and die together: a bel
 the listener, or the reverse, would be a sleeper that nobody can wake.
 """
 
-import inspect
 import json
 import secrets
-import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Any, Self, TypeVar, cast
+from typing import Self
 
 import psycopg
 from psycopg import errors as pg_errors
 from psycopg import pq
 
 from beatless.outbox.clock import monotonic
+from beatless.outbox.direct_connection import STATEMENT_TIMEOUT_S, DirectConnection
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
 from beatless.outbox.queries import Queries
-from beatless.outbox.sockets import readable
+from beatless.outbox.sessions import prepare_to_drain
+from beatless.outbox.sockets import Alarm, readable
 from beatless.outbox.statements import statements
 
-RV = TypeVar("RV")
+CANCEL_RESEND_S = 0.05
+"""Seconds after which a cancel that had no effect is sent again."""
 
-PATIENCE = 10.0
-"""Seconds that one statement of the relay may take before its session counts as dead."""
-
-HEARD = 0.05
-"""Seconds after which a cancel counts as unheard."""
-
-RENEWAL = 60.0
+WATCH_RENEWAL_S = 60.0
 """Seconds that one wait for a leader lock lasts. A statement that waits has a snapshot, and for its
 sake VACUUM keeps what has died since, in every table of the database."""
 
-KIN = "beatless relay of "
+SIBLING_APP_NAME = "beatless relay of "
 """Starts the application name of a relay's other sessions; the pid of the first follows."""
 
-CHANGED = json.dumps({"relays": "changed"})
+MEMBERS_CHANGED = json.dumps({"relays": "changed"})
 """What relays tell each other when one came, went or gave shards back."""
-
-
-WAIT_TAKES_TIMEOUT = "timeout" in inspect.signature(psycopg.Connection.wait).parameters
-"""Since psycopg 3.3.6."""
-
-
-class DirectConnection(psycopg.Connection[Any]):
-    """A connection whose statements cannot hang: a proxy may hold a dead socket open for ever."""
-
-    def wait(
-        self,
-        gen: Generator[Any, Any, RV],
-        interval: float = 0.1,
-        timeout: float | None = None,
-    ) -> RV:
-        if WAIT_TAKES_TIMEOUT:
-            return super().wait(gen, interval=interval, timeout=timeout or PATIENCE)
-        return super().wait(_ended_by(monotonic() + (timeout or PATIENCE), gen), interval=interval)
-
-
-def _ended_by(deadline: float, gen: Generator[Any, Any, RV]) -> Generator[Any, Any, RV]:
-    """The generator, which raises OperationalError if it is still at work after the deadline.
-
-    psycopg sends it nothing after each interval.
-    """
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            if not ready and monotonic() > deadline:
-                raise pg_errors.OperationalError("wait timeout expired")
-            wanted = gen.send(ready)
-    except StopIteration as ended:
-        return cast("RV", ended.value)
 
 
 class State(StrEnum):
     AWAKE = "awake"
     DROWSY = "drowsy"
     ASLEEP = "asleep"
-
-
-class Alarm:
-    """Lets another thread, or a signal handler, interrupt a wait on sockets."""
-
-    def __init__(self) -> None:
-        self._ear, self._mouth = socket.socketpair()
-        self._ear.setblocking(False)
-        self._mouth.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._ear.fileno()
-
-    def ring(self) -> None:
-        """Wake the waiter. Never blocks: a full pipe has already woken it."""
-        try:
-            self._mouth.send(b"!")
-        except (BlockingIOError, OSError):
-            return
-
-    def quiet(self) -> None:
-        """Forget all rings so far."""
-        try:
-            while self._ear.recv(4096):
-                pass
-        except BlockingIOError:
-            return
-
-    def close(self) -> None:
-        self._ear.close()
-        self._mouth.close()
 
 
 class Sessions:
@@ -163,10 +93,9 @@ class Sessions:
         found = self.work.execute("SELECT pg_backend_pid()").fetchone()
         # Not what libpq says: that may be a pooler's invention. The other two name the first.
         self.pid = int(found[0]) if found else 0
+        name = f"{SIBLING_APP_NAME}{self.pid}"
         for connection in (self.bell, self.watch):
-            connection.execute(
-                "SELECT set_config('application_name', %s, false)", (f"{KIN}{self.pid}",)
-            )
+            connection.execute("SELECT set_config('application_name', %s, false)", (name,))
         self.work.add_notify_handler(self._heard)
         self.work.execute(f'LISTEN "{self.queries.channel}"')
         self.work.execute(f"SELECT pg_advisory_lock_shared({self.queries.leader_key}, -1)")
@@ -209,7 +138,7 @@ class Sessions:
 
     def announce(self) -> None:
         """Tell the other relays that one came, went or gave shards back."""
-        self.work.execute("SELECT pg_notify(%s, %s)", (self.queries.channel, CHANGED))
+        self.work.execute("SELECT pg_notify(%s, %s)", (self.queries.channel, MEMBERS_CHANGED))
 
     def end_silent(self, seconds: float) -> list[int]:
         """End the sessions of relays that sent no statement for so long; the pids they go by.
@@ -219,14 +148,14 @@ class Sessions:
         """
         rows = self.work.execute(
             self._sql["end_silent"].encode(),
-            {"seconds": seconds, "sibling": f"^{KIN}([0-9]+)$"},
+            {"seconds": seconds, "sibling": f"^{SIBLING_APP_NAME}([0-9]+)$"},
         ).fetchall()
         return sorted({pid for pid, _ in rows})
 
     def _heard(self, notification: psycopg.Notify) -> None:
         # Whoever may connect to the database can send anything.
         payload = notification.payload
-        if payload == CHANGED:
+        if payload == MEMBERS_CHANGED:
             self.members_changed |= notification.pid != self.pid
         elif payload.startswith("{"):  # a ping: ours, another relay's or somebody's invention
             self._ponged |= payload == self._ping
@@ -275,8 +204,8 @@ class Sessions:
             self.watch.pgconn.flush()
 
     def renew_watch(self) -> None:
-        """Begin the wait for the other relay's lock anew, if it has lasted for RENEWAL."""
-        if self._watching is not None and monotonic() - self._watching_since >= RENEWAL:
+        """Begin the wait for the other relay's lock anew, if it has lasted for WATCH_RENEWAL_S."""
+        if self._watching is not None and monotonic() - self._watching_since >= WATCH_RENEWAL_S:
             self.watch_shard(self._watching)
             self.members_changed |= self.watch_granted
 
@@ -308,29 +237,15 @@ class Sessions:
             self.members_changed = self.watch_granted = True
 
 
-def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:
-    """Session settings of a connection that drains.
-
-    A queue table's statistics swing between empty and full, so the measured plans are pinned. A
-    delete that a crash takes back is a duplicate that subscribers drop: no need to await its fsync.
-    """
-    connection.execute(
-        "SELECT set_config(name, value, false) FROM (VALUES ('synchronous_commit', 'off'), "
-        "('enable_hashjoin', 'off'), ('enable_mergejoin', 'off'), ('enable_seqscan', 'off'), "
-        "('enable_bitmapscan', 'off'), ('enable_memoize', 'off'), ('jit', 'off'), "
-        "('plan_cache_mode', 'force_generic_plan')) AS s(name, value)"
-    )
-
-
 def _cancel(connection: DirectConnection) -> bool:
     """End a statement that was sent without waiting; whether it had success before.
 
     A cancel may overtake its statement, and Postgres ignores one that finds nothing to cancel.
     """
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + STATEMENT_TIMEOUT_S
     while connection.pgconn.is_busy() and monotonic() < deadline:
-        connection.cancel_safe(timeout=PATIENCE)
-        if readable([connection], HEARD):
+        connection.cancel_safe(timeout=STATEMENT_TIMEOUT_S)
+        if readable([connection], CANCEL_RESEND_S):
             connection.pgconn.consume_input()
     return _finish(connection, ignore=pg_errors.QueryCanceled)
 
@@ -338,7 +253,7 @@ def _cancel(connection: DirectConnection) -> bool:
 def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> bool:
     """Take the results of a statement that was sent without waiting; whether it had success."""
     pgconn = connection.pgconn
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + STATEMENT_TIMEOUT_S
     while pgconn.is_busy():
         if not readable([connection], deadline - monotonic()):
             raise psycopg.OperationalError("a session of the relay does not answer")

@@ -13,13 +13,14 @@ from beatless.outbox.backoff import BACKOFF_RESET_S
 from beatless.outbox.chores import Chores
 from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
-from beatless.outbox.doorbell import Alarm, Sessions, prepare_to_drain
+from beatless.outbox.doorbell import Sessions
 from beatless.outbox.drain import Drain
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
 from beatless.outbox.observer import RelayFailed, RelayStarted, RelayStopped
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.session_loop import SessionLoop
-from beatless.outbox.sockets import readable
+from beatless.outbox.sessions import prepare_to_drain
+from beatless.outbox.sockets import Alarm, readable
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import threading
 
 from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
-from beatless.outbox.doorbell import Alarm, Sessions, State
+from beatless.outbox.doorbell import Sessions, State
 from beatless.outbox.drain import Drain
 from beatless.outbox.observer import (
     RelayAsleep,
@@ -16,6 +16,7 @@ from beatless.outbox.observer import (
 )
 from beatless.outbox.overdue import OVERDUE_POLL_S
 from beatless.outbox.shards import Shards
+from beatless.outbox.sockets import Alarm
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Waiting for sockets. Not by select(), which knows no descriptor above 1,024."""
 
 import select
+import socket
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
@@ -23,9 +24,40 @@ def readable(sockets: Iterable[S], seconds: float | None) -> list[S]:
     """
     poll = select.poll()
     known: dict[int, S] = {}
-    for socket in sockets:
-        descriptor = socket if isinstance(socket, int) else socket.fileno()
-        known[descriptor] = socket
+    for each in sockets:
+        descriptor = each if isinstance(each, int) else each.fileno()
+        known[descriptor] = each
         poll.register(descriptor, select.POLLIN)
     limit = None if seconds is None else max(0.0, min(seconds, LONGEST_S)) * 1000
     return [known[descriptor] for descriptor, _ in poll.poll(limit)]
+
+
+class Alarm:
+    """Lets another thread, or a signal handler, interrupt a wait on sockets."""
+
+    def __init__(self) -> None:
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._ear.fileno()
+
+    def ring(self) -> None:
+        """Wake the waiter. Never blocks: a full pipe has already woken it."""
+        try:
+            self._mouth.send(b"!")
+        except (BlockingIOError, OSError):
+            return
+
+    def quiet(self) -> None:
+        """Forget all rings so far."""
+        try:
+            while self._ear.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        self._ear.close()
+        self._mouth.close()

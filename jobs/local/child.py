@@ -12,8 +12,7 @@ from pathlib import Path
 from beatless.local.errors import NotReady
 from beatless.local.processes import die_with_parent
 from beatless.outbox.clock import monotonic
-from beatless.outbox.doorbell import Alarm
-from beatless.outbox.sockets import readable
+from beatless.outbox.sockets import Alarm, readable
 
 READY_TIMEOUT_S = 60.0
 

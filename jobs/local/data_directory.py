@@ -13,8 +13,7 @@ from beatless.errors import BadRequest
 from beatless.local.errors import AlreadyRunning
 from beatless.local.stack_file import LOCK, STATE
 from beatless.outbox.clock import monotonic
-from beatless.outbox.doorbell import Alarm
-from beatless.outbox.sockets import readable
+from beatless.outbox.sockets import Alarm, readable
 
 LOCK_TIMEOUT_S = 0.3
 

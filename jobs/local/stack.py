@@ -16,8 +16,7 @@ from beatless.local.restarts import Restarter
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.outbox.clock import monotonic
-from beatless.outbox.doorbell import Alarm
-from beatless.outbox.sockets import readable
+from beatless.outbox.sockets import Alarm, readable
 from beatless.postgres import engine as connect_engine
 from beatless.settings import Settings
 

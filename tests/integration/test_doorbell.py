@@ -14,9 +14,11 @@ import pytest
 
 from beatless import App
 from beatless.outbox import doorbell
-from beatless.outbox.doorbell import Alarm, DirectConnection, Sessions, State
+from beatless.outbox.direct_connection import DirectConnection
+from beatless.outbox.doorbell import Sessions, State
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.queries import ALL_SHARDS
+from beatless.outbox.sockets import Alarm
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 
@@ -354,7 +356,7 @@ def test_a_standby_does_not_keep_vacuum_from_its_work(
         sessions.renew_watch()  # it is not time yet
         assert horizon() <= written
 
-        monkeypatch.setattr(doorbell, "RENEWAL", 0.0)
+        monkeypatch.setattr(doorbell, "WATCH_RENEWAL_S", 0.0)
 
         def renewed() -> bool:
             sessions.renew_watch()

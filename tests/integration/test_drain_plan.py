@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 from beatless import App
-from beatless.outbox.doorbell import prepare_to_drain
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import Queries
+from beatless.outbox.sessions import prepare_to_drain
 
 BACKLOG = 16_000
 

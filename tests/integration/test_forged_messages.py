@@ -9,7 +9,7 @@ import pytest
 
 from beatless import App, Plan, RunState, Snooze, StepContext, step
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.doorbell import CHANGED
+from beatless.outbox.doorbell import MEMBERS_CHANGED
 from beatless.outbox.observer import Drained, RelayFailed, RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import LAST_ATTEMPT
@@ -104,7 +104,7 @@ def test_a_relay_that_is_told_of_others_without_end_drains_all_the_same(
         def __call__(self, signal: Signal) -> None:
             super().__call__(signal)
             if isinstance(signal, ShardsAssigned) and len(self.all(Drained)) < 3:
-                postgres.execute("SELECT pg_notify(%s, %s)", (channel, CHANGED))
+                postgres.execute("SELECT pg_notify(%s, %s)", (channel, MEMBERS_CHANGED))
 
     channel, announcements = beatless_app.queries.channel, Flooding()
     relay = beatless_app.relay(observer=announcements, backoff=Backoff(initial=0.01, cap=0.05))

@@ -16,7 +16,8 @@ from beatless import App, BadRequest
 from beatless.client import RunRequest
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.config import RelayConfig
-from beatless.outbox.doorbell import DirectConnection, Sessions
+from beatless.outbox.direct_connection import DirectConnection
+from beatless.outbox.doorbell import Sessions
 from beatless.outbox.drain import Drain
 from beatless.outbox.errors import (
     DirectConnectionRequired,

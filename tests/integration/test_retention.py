@@ -485,7 +485,7 @@ def test_a_step_in_a_frozen_process_is_taken_back_by_postgres(relay) -> None:
 def test_a_chore_of_a_process_frozen_between_two_steps_is_free_for_others(
     beatless_app: App, relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beatless.outbox.chores.FREE_AFTER", 0.1)
+    monkeypatch.setattr("beatless.outbox.chores.IDLE_TIMEOUT_S", 0.1)
     chore = Held()
     relay(chores=[chore])
     try:

@@ -5,12 +5,12 @@ import pytest
 
 from beatless import App, BadRequest, Plan, StepContext, step
 from beatless.client import RunRequest
-from beatless.outbox.doorbell import prepare_to_drain
 from beatless.outbox.drain import Drain
 from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.publishers import CeleryTaskPublisher, worker_queue
 from beatless.outbox.queries import ALL_SHARDS
+from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
 from tests.integration.test_drain_plan import read
 from tests.integration.test_relay import Door, doors, lose_messages, recording

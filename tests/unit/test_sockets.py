@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from beatless.outbox.doorbell import Alarm
-from beatless.outbox.sockets import readable
+from beatless.outbox.sockets import Alarm, readable
 
 
 def test_a_socket_above_descriptor_1024_is_waited_for() -> None:
