@@ -51,7 +51,7 @@ class AdoptsDeadlines:
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Look at some of the unfinished runs; seconds until the next step."""
-        found = [row[0] for row in execute(connection, self._sql["look"], {"after": self._after})]
+        found = [row[0] for row in execute(connection, self._sql["scan"], {"after": self._after})]
         if found:
             execute(connection, self._sql["adopt"], {"run_ids": found})
         self._after = found[-1] if len(found) == ADOPTED else ""

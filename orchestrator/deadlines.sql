@@ -40,7 +40,7 @@ WITH due AS (
 )
 SELECT run_id, plan, queue FROM u
 
--- name: look
+-- name: scan
 -- List dispatches of unfinished runs by id, from one on.
 SELECT run_id FROM {schema}.dispatches WHERE run_id > %(after)s ORDER BY run_id LIMIT {adopted}
 

@@ -265,9 +265,9 @@ class Journal:
 
         Locked first and asked second: a retry that was committed while we waited is seen.
         """
-        execute(connection, self.sql["hold"], {"run_id": run_id})
+        execute(connection, self.sql["lock_run"], {"run_id": run_id})
         return bool(
-            execute(connection, self.sql["retries"], {"run_id": run_id, "but": by_other_than})
+            execute(connection, self.sql["other_retry"], {"run_id": run_id, "but": by_other_than})
         )
 
     def failed_runs(
@@ -292,7 +292,7 @@ class Journal:
         return [
             (at, run_id)
             for at, run_id in self._read_failed(
-                connection, self.sql["failed_places"], namespace, chosen, limit
+                connection, self.sql["places_of_failed_runs"], namespace, chosen, limit
             )
         ]
 
@@ -300,7 +300,7 @@ class Journal:
         self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
     ) -> int:
         """The number of runs that `failed_runs` would return."""
-        statement = self.sql["count_failed"]
+        statement = self.sql["count_failed_runs"]
         return int(self._read_failed(connection, statement, namespace, chosen, limit)[0][0])
 
     def _read_failed(
@@ -359,7 +359,7 @@ class Journal:
     def _check_kept(self, connection: Caller, run_id: str, after: int, first: int | None) -> None:
         if first != after + 1:
             # Read second: rows removed in between were read by the statement before, or missed.
-            kept = execute(connection, self.sql["kept"], {"run_id": run_id})
+            kept = execute(connection, self.sql["kept_events"], {"run_id": run_id})
             if not kept:
                 raise RunNotFound(run_id)
             pruned, last = kept[0]
@@ -375,7 +375,7 @@ class Journal:
         one step that follow one another and did nothing but end with the trace `rest`, the last.
         """
         parameters = {"run_id": run_id, "names": list(names), "rest": rest}
-        rows = execute(connection, self.sql["turns"], parameters)
+        rows = execute(connection, self.sql["checkpoint_events"], parameters)
         if not rows:
             raise RunNotFound(run_id)
         return [Event.from_json(line) for (line,) in rows]
@@ -383,7 +383,7 @@ class Journal:
     def dispatch_status(self, connection: Caller, run_id: str) -> DispatchStatus:
         """The state of a run in the tables beside `runs`. Raises RunNotFound."""
         rows = execute(
-            connection, self.sql["standing"], {"run_id": run_id, "shard": shard_of(run_id)}
+            connection, self.sql["dispatch_status"], {"run_id": run_id, "shard": shard_of(run_id)}
         )
         if not rows:
             raise RunNotFound(run_id)

@@ -270,11 +270,11 @@ SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.s
  WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
  ORDER BY r.run_id
 
--- name: hold
+-- name: lock_run
 -- Lock a run: nobody else can retry it before the commit.
 SELECT FROM {schema}.runs WHERE run_id = %(run_id)s FOR UPDATE
 
--- name: retries
+-- name: other_retry
 -- Find out whether a run has another retry than this one.
 SELECT 1 FROM {schema}.runs WHERE retry_of = %(run_id)s AND run_id <> %(but)s LIMIT 1
 
@@ -301,12 +301,12 @@ FROM {schema}.run_events e JOIN {schema}.runs r USING (run_id)
 SELECT e.ts, r.run_id, {run_columns} {failed}
  ORDER BY e.ts, r.run_id LIMIT %(limit)s
 
--- name: failed_places
+-- name: places_of_failed_runs
 -- List as failed_runs does, ids and places only.
 SELECT e.ts, r.run_id {failed}
  ORDER BY e.ts, r.run_id LIMIT %(limit)s
 
--- name: count_failed
+-- name: count_failed_runs
 -- Count what failed_runs would list, up to a limit.
 SELECT count(*) FROM (SELECT {failed} LIMIT %(limit)s) AS found
 
@@ -329,7 +329,7 @@ SELECT seq, type, line FROM (
            ORDER BY e.seq OFFSET 0) AS lines) AS sized
  WHERE before < {page_bytes} ORDER BY seq
 
--- name: turns
+-- name: checkpoint_events
 -- Read the events that say where an unfinished run is, and its last one.
 -- A snooze is a start and a trace. Of many in a row the last says all that the others say.
 SELECT {event_json} FROM (
@@ -353,11 +353,11 @@ SELECT {event_json} FROM (
    AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
  ORDER BY e.seq
 
--- name: kept
+-- name: kept_events
 -- Read which events of a run are kept.
 SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s
 
--- name: standing
+-- name: dispatch_status
 -- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters.
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {schema}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),

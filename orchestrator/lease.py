@@ -161,7 +161,7 @@ class Leases:
     ) -> dict[int, bool]:
         """The same by run id and token: for each that was kept, whether a cancel was asked for."""
         with connection.pipeline(), connection.transaction():
-            connection.execute(self.sql["wait_shortly"])
+            connection.execute(self.sql["limit_lock_wait"])
             extended = connection.execute(
                 self.sql["extend"],
                 {
@@ -176,7 +176,9 @@ class Leases:
     def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:
         """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""
         with connection.transaction():
-            connection.execute(self.sql["wait_for"], {"milliseconds": f"{seconds * 1000:.0f}"})
+            connection.execute(
+                self.sql["set_lock_timeout"], {"milliseconds": f"{seconds * 1000:.0f}"}
+            )
             yield
 
     def renew_token(self, connection: Connection, lease: Lease) -> None:

@@ -8,11 +8,11 @@
 SELECT pg_advisory_xact_lock_shared({claim_fence}::int4, 0),
        set_config('lock_timeout', '{lock_timeout_ms}', true)
 
--- name: wait_shortly
+-- name: limit_lock_wait
 -- Wait for no lock for long, in this transaction.
 SELECT set_config('lock_timeout', '{lock_timeout_ms}', true)
 
--- name: wait_for
+-- name: set_lock_timeout
 -- Wait for a lock so many milliseconds, in this transaction.
 SELECT set_config('lock_timeout', %(milliseconds)s, true)
 

@@ -113,30 +113,31 @@ class QueueStatements:
         while before:
             if monotonic() >= deadline:
                 pids = [pid for pid, _ in before]
-                ended = execute(connection, self._sql["end"], {"pids": pids})
+                ended = execute(connection, self._sql["end_sessions"], {"pids": pids})
                 logger.warning(
                     "workers are frozen in the middle of a claim, their sessions are ended",
                     extra={"action": "claims_ended", "frozen": len(pids), "ended": len(ended)},
                 )
                 deadline = monotonic() + patience
-            execute(connection, self._sql["rest"], {})
+            execute(connection, self._sql["pause_poll"], {})
             before &= self._in_flight(connection)
 
     def _in_flight(self, connection: Caller) -> set[tuple[int, str]]:
         """The transactions that hold the fence."""
         return {
-            (pid, transaction) for pid, transaction in execute(connection, self._sql["claims"], {})
+            (pid, transaction)
+            for pid, transaction in execute(connection, self._sql["claims_in_flight"], {})
         }
 
     def resume(self, connection: Caller, name: str) -> None:
         """Let the queue's runs be dispatched again, and wake the relays."""
         execute(connection, self._sql["resume"], {"name": name})
-        execute(connection, self._sql["wake"], {"c": self._channel})
+        execute(connection, self._sql["wake_relays"], {"c": self._channel})
 
     def workers(self, connection: Caller) -> list[WorkerState]:
         """The workers that consume queues now; older versions do not announce theirs."""
         names = ("hostname", "version", "queues", "processes", "started_at", "failing")
-        rows = execute(connection, self._sql["present"], {})
+        rows = execute(connection, self._sql["present_workers"], {})
         return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
 
     def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
@@ -161,7 +162,7 @@ class QueueStatements:
 
     def remove_waiting(self, connection: Caller, queue: str) -> list[str]:
         """Take away the queue's runs that no worker has."""
-        return self._removed(connection, self._sql["choose_waiting"], {"queue": queue})
+        return self._removed(connection, self._sql["lock_waiting"], {"queue": queue})
 
     def remove_queue(self, connection: Caller, queue: str, *, force: bool) -> tuple[list[str], int]:
         """Take away every run of the queue and the queue itself: (those removed, those running).
@@ -173,7 +174,7 @@ class QueueStatements:
             running = execute(connection, self._sql["running"], {"queue": queue})[0][0]
             if running:
                 return [], running
-        chosen = execute(connection, self._sql["choose_queue"], {"queue": queue})
+        chosen = execute(connection, self._sql["lock_queue"], {"queue": queue})
         running = sum(state == RunState.RUNNING for _, state in chosen)
         if running and not force:
             return [], running
@@ -188,7 +189,7 @@ class QueueStatements:
         """Take away runs that ended in this state so many seconds ago, oldest end first."""
         return self._removed(
             connection,
-            self._sql["choose_ended"],
+            self._sql["lock_ended"],
             {"state": state, "seconds": seconds, "limit": limit, "namespace": namespace},
         )
 
@@ -208,7 +209,7 @@ class QueueStatements:
         return bool(
             self._removed(
                 connection,
-                self._sql["choose_run"],
+                self._sql["lock_run"],
                 {"run_id": run_id, "namespace": namespace},
             )
         )

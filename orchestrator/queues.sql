@@ -1,17 +1,17 @@
 -- Statements over queues, workers and the removal of runs.
 
--- name: claims
+-- name: claims_in_flight
 -- List the transactions that hold the fence of the claims.
 SELECT pid, virtualtransaction FROM pg_locks
  WHERE locktype = 'advisory' AND classid = {claim_fence} AND objid = 0 AND objsubid = 2 AND granted
    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 
--- name: end
+-- name: end_sessions
 -- End these sessions.
 SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity
  WHERE pid = ANY(%(pids)s) AND usename = current_user
 
--- name: rest
+-- name: pause_poll
 -- Wait between two looks at the claims.
 SELECT pg_sleep({claims_poll_s})
 
@@ -24,7 +24,7 @@ ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.pau
 -- Note that a queue is not paused.
 DELETE FROM {schema}.queues WHERE name = %(name)s
 
--- name: wake
+-- name: wake_relays
 -- Wake the relays of all shards.
 SELECT pg_notify(%(c)s, '')
 
@@ -82,7 +82,7 @@ ON CONFLICT (worker) DO UPDATE
    SET queues = excluded.queues, processes = excluded.processes, failing = excluded.failing,
        seen_at = clock_timestamp()
 
--- name: present
+-- name: present_workers
 -- List the workers that have told what they consume, not long ago.
 SELECT hostname, version, queues, processes, started_at, failing FROM {schema}.workers
  WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s})
@@ -92,7 +92,7 @@ SELECT hostname, version, queues, processes, started_at, failing FROM {schema}.w
 -- Forget a worker.
 DELETE FROM {schema}.workers WHERE worker = %(worker)s
 
--- name: choose_waiting
+-- name: lock_waiting
 -- Lock the runs of a queue that no worker has.
 -- The runs' rows are locked first, as every writer does, so a claim comes before or finds nothing.
 -- In a statement of its own, as all that lock runs for a removal: what the writers before us have
@@ -104,12 +104,12 @@ SELECT run_id, state FROM {schema}.runs WHERE state = 'queued' AND run_id = ANY(
   SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting' AND queue = %(queue)s))
  ORDER BY run_id FOR UPDATE
 
--- name: choose_queue
+-- name: lock_queue
 -- Lock every run of a queue.
 -- Reads in whole: runs. A person removes the queue.
 SELECT run_id, state FROM {schema}.runs WHERE queue = %(queue)s ORDER BY run_id FOR UPDATE
 
--- name: choose_run
+-- name: lock_run
 -- Lock one run that no worker has.
 SELECT run_id, state FROM {schema}.runs
  WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state <> 'running'
@@ -133,7 +133,7 @@ UNION ALL
     AND e.ts < (SELECT clock_timestamp() - make_interval(secs => %(seconds)s))
   ORDER BY e.ts LIMIT %(limit)s)
 
--- name: choose_ended
+-- name: lock_ended
 -- Lock runs that ended in a state so long ago, oldest end first.
 -- Reads in whole: runs, those that have no events any more. For a person who asks.
 SELECT run_id, state FROM {schema}.runs
@@ -141,8 +141,8 @@ SELECT run_id, state FROM {schema}.runs
  ORDER BY run_id FOR UPDATE
 
 -- name: count_ended
--- Count the runs that choose_ended would lock without a limit, and their events.
--- Reads in whole: runs, as choose_ended does.
+-- Count the runs that lock_ended would lock without a limit, and their events.
+-- Reads in whole: runs, as lock_ended does.
 SELECT count(*), coalesce(sum(events), 0)::bigint FROM ({ended}) AS ended
 
 -- name: running

@@ -79,12 +79,12 @@ class Retention:
                 extra={"action": "retention", "events": self._events, "runs": self._runs},
             )
         self._since, self._events, self._runs = None, 0, 0
-        (due,) = execute(connection, self._sql["next"], self._parameters)[0]
+        (due,) = execute(connection, self._sql["next_due"], self._parameters)[0]
         return REST_S if due is None else min(REST_S, max(SHORT_REST_S, due))
 
     def _prune_events(self, connection: psycopg.Connection[Any]) -> tuple[int, Any]:
         """The number removed, and the time from which to look next."""
-        rows = execute(connection, self._sql["lock"], self._parameters | {"since": self._since})
+        rows = execute(connection, self._sql["lock_due"], self._parameters | {"since": self._since})
         if not rows:
             return 0, self._since
         execute(

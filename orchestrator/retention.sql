@@ -2,7 +2,7 @@
 --
 -- The times are subqueries: compared with a volatile function, all that is not due would be read.
 
--- name: lock
+-- name: lock_due
 -- Lock runs that ended long enough ago, oldest end first, up to so many events.
 -- `since` passes over the index entries of what this session has deleted: VACUUM has not been there
 -- yet, and every look would begin with all of them.
@@ -51,7 +51,7 @@ WITH chosen AS (
 )
 DELETE FROM {schema}.runs r USING chosen WHERE r.run_id = chosen.run_id RETURNING r.run_id
 
--- name: next
+-- name: next_due
 -- Read in how many seconds the oldest events, or the run that lost its events first, are due.
 SELECT extract(epoch FROM least(
   (SELECT ts FROM {schema}.run_events WHERE type = 'RunFinished' ORDER BY ts LIMIT 1)

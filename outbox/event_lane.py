@@ -243,7 +243,7 @@ class EventLane:
 
     def _dead_letter(self, run_id: str, shard: int, ids: Sequence[int], reason: str) -> None:
         self._connection.execute(
-            self._queries.park_sql,
+            self._queries.dead_letter_sql,
             {"shard": shard, "ids": list(ids), "run_id": run_id, "reason": reason},
         )
         self._observer(DeadLettered(run_id=run_id, reason=reason))

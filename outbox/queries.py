@@ -214,7 +214,7 @@ class Queries:
         self.pick_one_sql = sql["pick_one"]
         self.heads_sql = sql["heads"]
         self.forget_events_sql = sql["forget_events"]
-        self.park_sql = sql["park"]
+        self.dead_letter_sql = sql["dead_letter"]
         self.pick_tasks_sql = sql["pick_tasks"]
         self.pick_free_tasks_sql = sql["pick_free_tasks"]
         self.still_held_sql = sql["still_held"]

@@ -82,7 +82,7 @@ DELETE FROM {schema}.run_outbox WHERE ctid = ANY(ARRAY(
      SELECT ctid FROM {schema}.run_outbox r WHERE r.shard = done.shard AND r.id = done.id
       LIMIT 1 FOR UPDATE SKIP LOCKED) o))
 
--- name: park
+-- name: dead_letter
 -- Move appends of one run that were refused to the dead letters, as one letter.
 WITH gone AS (
   DELETE FROM {schema}.run_outbox WHERE ctid = ANY(ARRAY(

@@ -1,19 +1,19 @@
 """Reads named SQL statements from the `.sql` file beside a module. Runs nothing.
 
-A file is a row of blocks. A block begins with its name and its description:
+A file is a list of blocks. A block has a name, a description and a text:
 
     -- name: mark_kept
     -- Set when runs are looked at again whose messages are in the broker still.
     UPDATE {schema}.dispatches …
 
-Comments stand on lines of their own and are not sent. Values are parameters, `%(name)s`; a variant
-is a statement of its own. In braces stand only
+Comments have lines of their own and are not sent. Values are parameters, `%(name)s`; a variant is
+a statement of its own. A placeholder in braces is one of
 
-* `{schema}`, whose name the settings have checked;
-* a fragment: text that several statements share, as `-- fragment: event_json`. It stands above them
-  in their file, or in the `fragments.sql` of their package or of the outbox;
-* a number that Python code compares with too, or that the planner must see: it takes a LIMIT that
-  is a parameter for a tenth of the table.
+* `{schema}`, the name of the schema, which the settings have checked;
+* `{event_json}`, a fragment: text that several statements share, `-- fragment: event_json`. It is
+  defined above them in their file, or in the `fragments.sql` of their package or of the outbox;
+* `{per_shard}`, a number that Python code uses too, or that the planner must see: for a LIMIT that
+  is a parameter it assumes a tenth of the rows.
 """
 
 import re
@@ -64,11 +64,11 @@ class StatementFile:
             comments = [line.strip() for line in lines if line.lstrip().startswith("--")]
             body = "\n".join(line for line in lines if not line.lstrip().startswith("--")).strip()
             if not lines or not lines[0].startswith("-- ") or not body:
-                raise ValueError(f"{where}: {name} needs a description, and then its text")
+                raise ValueError(f"{where}: {name} lacks a description or a text")
             if "-- " in body:
-                raise ValueError(f"{where}: a comment in {name} has no line of its own")
+                raise ValueError(f"{where}: {name} has a comment beside text")
             if name in statements or name in visible:
-                raise ValueError(f"{where}: {name} stands there twice")
+                raise ValueError(f"{where}: {name} is defined twice")
             found = Statement(
                 name=name,
                 description=" ".join(comment.lstrip("- ") for comment in comments),
@@ -119,7 +119,7 @@ def _blocks(text: str, where: str) -> Iterable[tuple[str, str, list[str]]]:
         elif blocks:
             blocks[-1][2].append(line)
         elif line and not line.startswith("--"):
-            raise ValueError(f"{where}: there is text before the first name")
+            raise ValueError(f"{where}: text before the first block")
     return blocks
 
 

@@ -102,13 +102,13 @@ def test_text_that_only_looks_like_a_placeholder_stays() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("-- name: a\n-- A.\nSELECT 1\n-- name: a\n-- A.\nSELECT 2", "a stands there twice"),
-        ("-- name: part\n-- A.\nSELECT 1", "part stands there twice"),
-        ("-- name: a\nSELECT 1", "a needs a description"),
-        ("-- name: a\n-- A.\n", "a needs a description, and then its text"),
-        ("-- name: a", "a needs a description"),
-        ("-- name: a\n-- A.\nSELECT 1 -- one", "a comment in a has no line of its own"),
-        ("SELECT 1\n-- name: a\n-- A.\nSELECT 1", "text before the first name"),
+        ("-- name: a\n-- A.\nSELECT 1\n-- name: a\n-- A.\nSELECT 2", "a is defined twice"),
+        ("-- name: part\n-- A.\nSELECT 1", "part is defined twice"),
+        ("-- name: a\nSELECT 1", "a lacks a description"),
+        ("-- name: a\n-- A.\n", "a lacks a description or a text"),
+        ("-- name: a", "a lacks a description"),
+        ("-- name: a\n-- A.\nSELECT 1 -- one", "a has a comment beside text"),
+        ("SELECT 1\n-- name: a\n-- A.\nSELECT 1", "text before the first block"),
     ],
 )
 def test_a_block_that_is_not_well_formed_is_refused(text: str, problem: str) -> None:
