@@ -23,9 +23,9 @@ class RelayConfig:
     events: EventPublisher
     tasks: TaskPublisher
     redispatch: float = 15.0
-    """How long a message that was sent may stay unclaimed."""
+    """Time that a sent message may stay unclaimed."""
     linger: float = 0.01
-    """How long the relay stays awake after the last message."""
+    """Time for which the relay stays awake after the last message."""
     nap: float = 0.0003
     """Pause between two looks of a relay that is awake and finds nothing."""
     watchdog: float = 15.0
@@ -35,7 +35,7 @@ class RelayConfig:
     chores: Sequence[Chore] = ()
     """Done beside the drains, by one relay at a time."""
     chores_after: float = 60.0
-    """How long the first step of a chore waits after the start."""
+    """Time from the start to the first step of a chore."""
     backoff: Backoff = field(default_factory=lambda: Backoff(cap=BACKOFF_CAP_S))
     """Between two tries of a publisher that fails, and of a relay that lost its sessions."""
     failing: Callable[[], Sequence[str]] = tuple

@@ -3,7 +3,7 @@
 OutboxError
 ├── SchemaMissing               the tables are not there
 ├── DirectConnectionRequired    LISTEN does not arrive: a transaction pooler is in the way
-├── PublishFailed               a door (Redis or the broker) cannot be reached now; try again later
+├── PublishFailed               Redis or the broker cannot be reached now; try again later
 └── PublishRefused              the server answered, and refused this very message
 """
 
@@ -38,26 +38,26 @@ class DirectConnectionRequired(OutboxError):
 
 
 class PublishFailed(OutboxError):
-    """The door cannot be reached; every message of the batch must be sent again."""
+    """The server cannot be reached; every message of the batch must be sent again."""
 
-    def __init__(self, door: str, reason: str) -> None:
-        super().__init__(door, reason)
-        self.door = door
+    def __init__(self, server: str, reason: str) -> None:
+        super().__init__(server, reason)
+        self.server = server
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.door} cannot be reached: {self.reason}"
+        return f"{self.server} cannot be reached: {self.reason}"
 
 
 class PublishRefused(OutboxError):
-    """The door is up and refuses the batch: sending it again will not help."""
+    """The server is up and refuses the batch: sending it again will not help."""
 
-    def __init__(self, door: str, reason: str, of_message: bool = False) -> None:
+    def __init__(self, server: str, reason: str, of_message: bool = False) -> None:
         """`of_message`: it is one message that cannot be sent, and not its queue."""
-        super().__init__(door, reason, of_message)
-        self.door = door
+        super().__init__(server, reason, of_message)
+        self.server = server
         self.reason = reason
         self.of_message = of_message
 
     def __str__(self) -> str:
-        return f"{self.door} refuses the message: {self.reason}"
+        return f"{self.server} refuses the message: {self.reason}"

@@ -10,7 +10,7 @@ from beatless.outbox.statements import statements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """An event message that its door refused, while it took others."""
+    """An event message that Redis refused, while it accepted others."""
 
     id: int
     run_id: str

@@ -1,4 +1,7 @@
-"""The two doors out of Postgres. A batch is published whole or not at all, as far as we know."""
+"""The two publishers: events to Redis, task messages to the broker.
+
+A batch is published whole or not at all, as far as they know.
+"""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -36,14 +39,14 @@ class EventPublisher(Protocol):
     """Carries committed events to streams."""
 
     def publish(self, messages: Sequence[EventMessage]) -> None:
-        """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
+        """Raises PublishFailed (server down) or PublishRefused (the batch itself)."""
 
 
 class TaskPublisher(Protocol):
     """Carries runs to the workers."""
 
     def publish(self, messages: Sequence[TaskMessage]) -> None:
-        """Raises PublishFailed (door down) or PublishRefused (the batch itself)."""
+        """Raises PublishFailed (server down) or PublishRefused (the batch itself)."""
 
     def waiting(self, queue: str) -> int:
         """The number of messages that wait in the queue. Raises as `publish` does."""
@@ -148,7 +151,7 @@ class CeleryTaskPublisher:
         except Exception as error:
             if "WRONGTYPE" in str(error):  # another key has the queue's name
                 raise PublishRefused("the broker", str(error)) from error
-            # Each transport has errors of its own, with no base in common: the door is shut.
+            # Each transport has errors of its own, with no base in common: the server is away.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
             reason = str(error) or type(error).__name__
             if isinstance(error.__cause__, (MovedError, ClusterCrossSlotError)):

@@ -28,7 +28,7 @@ def celery_settings(settings: Settings, plans: Iterable[Plan]) -> dict[str, Any]
         {"broker_url": settings.broker_url} if broker is None else broker.broker()
     )
     # A publisher fails at once and backs off: by default kombu tries for seconds, on RabbitMQ
-    # for ever, and the relay's other door would wait with it.
+    # for ever, and the relay's other publisher would wait with it.
     options: dict[str, Any] = {"max_retries": 0}
     if on_redis:
         options |= {"global_keyprefix": f"{settings.prefix}:", **REDIS_OPTIONS}
