@@ -135,7 +135,7 @@ def test_everything_is_exact_after_the_link_was_cut(
                 ["worker", "--concurrency", "2"],
                 environ=environ,
                 log=tmp_path / f"worker-{number}.log",
-                command=[*there, "-m", "beatless.cli"],
+                command=[*there, "-m", "beatless"],
             )
             worker.start()
             stack.callback(worker.reap, monotonic())

@@ -28,7 +28,7 @@ class Child:
         environ: dict[str, str],
         log: Path,
         # -P: a folder called `beatless` in the current directory must not stand in for ours.
-        command: Sequence[str] = (sys.executable, "-P", "-m", "beatless.cli"),
+        command: Sequence[str] = (sys.executable, "-P", "-m", "beatless"),
     ) -> None:
         self.name = name
         self.log = log

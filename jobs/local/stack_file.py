@@ -75,7 +75,7 @@ def _commands() -> Iterator[tuple[int, str, list[str]]]:
         with contextlib.suppress(OSError):
             line = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
             for place, word in enumerate(line[:4]):
-                if Path(word).name == "beatless" or word == "beatless.cli":
+                if Path(word).name == "beatless":
                     yield int(process.name), str((process / "cwd").readlink()), line[place + 1 :]
 
 

@@ -63,7 +63,7 @@ class Dev:
 
 
 def beatless(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "beatless.cli", *arguments]
+    return [sys.executable, "-P", "-m", "beatless", *arguments]
 
 
 def environ() -> dict[str, str]:

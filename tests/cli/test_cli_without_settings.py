@@ -58,7 +58,7 @@ def test_a_stack_that_fails_to_start_is_waited_for_no_longer(directory: Path) ->
 def test_a_stack_that_has_not_come_to_its_lock_is_waited_for(tmp_path: Path) -> None:
     """Python takes a second to start it."""
     with subprocess.Popen(
-        [sys.executable, "-c", "input()", "beatless.cli", "dev"],
+        [sys.executable, "-c", "input()", "beatless", "dev"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
     ) as starting:

@@ -146,7 +146,7 @@ def test_two_deployments_at_once_wait_for_each_other(beatless_app: App, schema: 
     environ = os.environ | beatless_app.settings.to_env() | {"BEATLESS_SCHEMA": schema}
     deployments = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "beatless.cli", "migrate"],
+            [sys.executable, "-P", "-m", "beatless", "migrate"],
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,5 @@
+"""`python -m beatless`: the command `beatless`, as `beatless dev` starts its processes."""
+
+from beatless.cli import main
+
+main()
