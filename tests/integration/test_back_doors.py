@@ -85,7 +85,10 @@ DOORS: dict[str, tuple[Callable[[], None], str]] = {
     "panic": (raising(PanicException("called unwrap on None")), "called unwrap on None"),
     "stop iteration": (raising(StopIteration("no more")), "no more"),
     "another's lease": (raising(LeaseLost("another", 7)), "the lease 7 on run another is gone"),
-    "no stop": (raising(WorkerStops("another")), "the worker of run another stops"),
+    "no stop": (
+        raising(WorkerStops("another")),
+        "worker is shutting down; run another was released",
+    ),
     "no cancel": (raising(RunCancelled("another")), "run another was asked to stop"),
 }
 calls: list[str] = []

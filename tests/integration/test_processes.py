@@ -145,7 +145,7 @@ def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
         pass
 
     os.kill(worker.pid, signal.SIGTERM)
-    until(lambda: "runs are given back" in worker.log.read_text())
+    until(lambda: "runs are released" in worker.log.read_text())
     holder = beatless.client.get_run(run.run_id).worker
     go.touch()
     assert next(stream).type == "StepFinished"

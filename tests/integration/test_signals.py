@@ -58,7 +58,7 @@ def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
     beatless.wait_for_event(run.run_id, "StepStarted")
 
     os.killpg(worker.pid, number)
-    await_line(worker, "runs are given back")
+    await_line(worker, "runs are released")
     if number == signal.SIGTERM:
         os.killpg(worker.pid, number)  # once more: only a second SIGINT ends steps
     go.touch()
@@ -86,7 +86,7 @@ def test_a_hangup_of_the_whole_group_lets_its_step_end_and_starts_the_worker_aga
     beatless.wait_for_event(run.run_id, "StepStarted")
 
     os.killpg(worker.pid, signal.SIGHUP)
-    await_line(worker, "runs are given back")
+    await_line(worker, "runs are released")
     go.touch()
 
     assert beatless.wait_for_run_completion(run.run_id).attempt == 1
