@@ -448,7 +448,7 @@ class RunDriver:
             logger.warning("step failed, with an error that cannot be logged", extra=extra)
 
     def _announce(self, settlement: Settlement, appended: Appended) -> None:
-        """Tell observers and the log of a boundary that is committed."""
+        """Report a committed boundary to observers and the log."""
         boundary = settlement.chosen(cancelled=appended.cancelled)
         began = self._began
         self._executor.observer(

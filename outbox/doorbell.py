@@ -1,7 +1,7 @@
 """The relay's side of the wake-up protocol. Holds sessions; moves no messages.
 
 A writer rings (`queries.doorbell`) only if it cannot get the bell lock of its shard in shared mode.
-The relay holds that lock exclusively while it sleeps, so under load nobody sends a NOTIFY at all:
+The relay holds that lock exclusively while it sleeps, so under load no writer sends a NOTIFY:
 
 AWAKE    no lock held, writers are silent; the relay looks again until nothing is left
 DROWSY   the exclusive lock is requested and not yet granted; new writers already ring
@@ -9,7 +9,7 @@ ASLEEP   the lock is held; every commit rings
 
 Why nothing is lost: a silent writer holds its shared lock until its rows are visible, and the
 relay looks once more after the grant. The sessions live and die together: a bell lock that outlived
-the listener, or the reverse, would be a sleeper that nobody can wake.
+the listener, or the reverse, would be a sleeper that no writer can wake.
 """
 
 import json
@@ -41,7 +41,7 @@ SIBLING_APP_NAME = "beatless relay of "
 """Starts the application name of a relay's other sessions; the pid of the first follows."""
 
 MEMBERS_CHANGED = json.dumps({"relays": "changed"})
-"""What relays tell each other when one came, went or gave shards back."""
+"""The message between relays when one came, went or gave shards back."""
 
 
 class State(StrEnum):
@@ -91,7 +91,7 @@ class Sessions:
             raise SchemaMissing(self.queries.schema)
         prepare_to_drain(self.work)
         found = self.work.execute("SELECT pg_backend_pid()").fetchone()
-        # Not what libpq says: that may be a pooler's invention. The other two name the first.
+        # Not libpq's number: that may be a pooler's invention. The other two name the first.
         self.pid = int(found[0]) if found else 0
         name = f"{SIBLING_APP_NAME}{self.pid}"
         for connection in (self.bell, self.watch):
@@ -121,7 +121,7 @@ class Sessions:
             self.wait(deadline - monotonic())
 
     def ping(self) -> None:
-        """Ask for a notification through the bell session; `pong` tells whether it came."""
+        """Request a notification through the bell session; `pong` returns whether it came."""
         self._ping, self._ponged = json.dumps({"ping": secrets.token_hex(8)}), False
         self.bell.pgconn.send_query_params(
             b"SELECT pg_notify($1, $2)", [self.queries.channel.encode(), self._ping.encode()]
@@ -137,14 +137,14 @@ class Sessions:
         return True
 
     def announce(self) -> None:
-        """Tell the other relays that one came, went or gave shards back."""
+        """Notify the other relays that one came, went or gave shards back."""
         self.work.execute("SELECT pg_notify(%s, %s)", (self.queries.channel, MEMBERS_CHANGED))
 
     def end_silent(self, seconds: float) -> list[int]:
         """End the sessions of relays that sent no statement for so long; the pids they go by.
 
         A frozen process keeps its locks for as long as its kernel answers for it. A relay whose
-        sessions are ended starts over when it wakes, and can mark nothing of what it had in hand.
+        sessions are ended starts over when it wakes, and can mark none of its messages in flight.
         """
         rows = self.work.execute(
             self._sql["end_silent"].encode(),
@@ -153,11 +153,11 @@ class Sessions:
         return sorted({pid for pid, _ in rows})
 
     def _heard(self, notification: psycopg.Notify) -> None:
-        # Whoever may connect to the database can send anything.
+        # Any client of the database can send anything.
         payload = notification.payload
         if payload == MEMBERS_CHANGED:
             self.members_changed |= notification.pid != self.pid
-        elif payload.startswith("{"):  # a ping: ours, another relay's or somebody's invention
+        elif payload.startswith("{"):  # a ping: ours, another relay's or an invented one
             self._ponged |= payload == self._ping
             return
         self.rung = True
@@ -182,7 +182,7 @@ class Sessions:
         return True
 
     def rouse(self) -> None:
-        """To AWAKE: give the bell locks back, or stop asking for them, so that nobody rings."""
+        """To AWAKE: give the bell locks back, or stop requesting them, so that no writer rings."""
         if self.state is State.DROWSY:
             _cancel(self.bell)
         else:

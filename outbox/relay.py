@@ -88,7 +88,7 @@ class Relay:
                     finally:
                         loop.close()
             except Exception as error:
-                # Whatever it is: a relay that ends would leave its shards to nobody.
+                # Any error: a relay that ends would leave its shards without a leader.
                 if not proven and isinstance(error, (DirectConnectionRequired, SchemaMissing)):
                     raise
                 failures = 1 if monotonic() - began > BACKOFF_RESET_S else failures + 1
@@ -173,7 +173,7 @@ class Relay:
         """Wait until then, or until the relay is asked to stop; nothing else ends it."""
         until = monotonic() + seconds
         while (left := until - monotonic()) > 0:
-            # Whoever stops us says so before they ring; a publisher rings for news of its own.
+            # A stop is set before its ring; a publisher rings for news of its own.
             self._alarm.quiet()
             if self._stopping.is_set():
                 return

@@ -82,7 +82,7 @@ class SessionLoop:
         self.drain.finish(self.shards.owned)
 
     def close(self) -> None:
-        """End what the drain has begun."""
+        """Finish the drain's messages in flight."""
         self.drain.close()
 
     def rebalance(self) -> None:
@@ -99,7 +99,7 @@ class SessionLoop:
 
     def _wait(self, seconds: float) -> None:
         self.sessions.wait(seconds, self._alarm)
-        # Whoever rang has said why before: it is looked at after this.
+        # A ring's reason was set before it: it is checked after this.
         self._alarm.quiet()
 
     def _stay_awake(self) -> None:
@@ -169,9 +169,9 @@ class SessionLoop:
         self._run_watchdog()
 
     def _drain_all(self) -> int:
-        """Publish what is there, and note when to look again; both only until it is too much.
+        """Publish waiting messages, and note when to look again; both only until it is too much.
 
-        Under load there is always more: whoever went on would leave all writers ringing meanwhile.
+        Under load there is always more: going on would leave all writers ringing meanwhile.
         """
         shards = self.shards.owned
         if monotonic() >= self.drain.overdue.next_at:
@@ -179,7 +179,7 @@ class SessionLoop:
         total = moved = self.drain.step(shards)
         due = None
         while total <= BUSY_MESSAGES:
-            # Asked before the last step: what becomes due between the two is in one of them. And
+            # Read before the last step: rows that become due in between are in one of the two. And
             # when all that was sent is marked: until then its rows are overdue, and none is next.
             marked = not self.drain.tasks.marks_due
             due = self.drain.next_due(shards) if marked else None
@@ -193,7 +193,7 @@ class SessionLoop:
         return total
 
     def _patience(self) -> float:
-        """Seconds until this relay has something to do though nobody rings."""
+        """Seconds until this relay has something to do without a ring."""
         until = self._watchdog_at
         if self._next_due is not None:
             until = min(until, self._next_due)
@@ -202,8 +202,8 @@ class SessionLoop:
     def _run_watchdog(self) -> None:
         """Send the only periodic statements of an idle relay, once in each watchdog interval.
 
-        They prove that a NOTIFY still arrives, tell the other relays that this one is not frozen,
-        end those that are, find shards that nobody leads, and let VACUUM go on.
+        They prove that a NOTIFY still arrives, show the other relays that this one is not frozen,
+        end those that are, find shards without a leader, and let VACUUM go on.
         """
         if monotonic() < self._watchdog_at:
             return
@@ -216,7 +216,7 @@ class SessionLoop:
             )
             self._observer(StalledRelayEnded(pid=pid))
             self.sessions.members_changed = True
-        if not self.shards.all_led():  # whoever should have noticed has not
+        if not self.shards.all_led():  # the relay that should have noticed has not
             self.sessions.members_changed = True
             self.sessions.announce()
         self._note_origin()

@@ -26,10 +26,10 @@ class Shards:
         """Lead an equal share of the shards, and watch the next relay in the ring for its death."""
         sessions = self._sessions
         sessions.watch_shard(None)
-        changed = sessions.watch_granted  # somebody died: the others must count anew as well
+        changed = sessions.watch_granted  # a relay died: the others must count anew as well
         sessions.members_changed = sessions.watch_granted = False
         leaders, members = self._leaders()
-        # So they must if somebody went while nobody watched, and what is free is not for us.
+        # So they must if a relay went unwatched, and its free shards are not for us.
         changed |= not set(self.members) <= set(members)
         self.members = members
         share = math.ceil(SHARDS / max(1, len(members)))
@@ -44,7 +44,7 @@ class Shards:
         return len(self._leaders()[0]) == SHARDS
 
     def _take_share(self, share: int, leaders: dict[int, int]) -> bool:
-        """Give back what is above the share, or take free shards up to it; whether any moved."""
+        """Release shards above the share, or take free ones up to it; whether any moved."""
         sessions = self._sessions
         changed = False
         mine = sorted(shard for shard, pid in leaders.items() if pid == sessions.pid)
@@ -67,13 +67,13 @@ class Shards:
         sessions, members, me = self._sessions, self.members, self._sessions.pid
         ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
         leaders, still = self._leaders()
-        # Nobody watched who went since the count, or gave up a shard that was not free then.
+        # Unwatched: a relay that went since the count, or released a shard that was not free then.
         freed = len(self.owned) < share and len(leaders) < SHARDS
         if still != members or freed:
             sessions.members_changed = True
         theirs = [(ring.index(pid), shard) for shard, pid in leaders.items() if pid in ring]
         # Granted to the waiting session of a relay that has gone: free again in a moment, and
-        # nobody else's to tell.
+        # only ours to notice.
         strays = [(-1, shard) for shard, pid in leaders.items() if pid not in still]
         waited_for = min(strays + theirs, default=None)
         sessions.watch_shard(waited_for[1] if waited_for else None)

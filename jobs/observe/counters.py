@@ -140,7 +140,7 @@ class RelayCounters:
     """The observer of a relay. It searches messages only while it is `active`: is scraped.
 
     Every start of a run, and every run that was cancelled before a worker had it, passes here once,
-    whoever wrote it: that is why they are counted here.
+    by any writer: that is why they are counted here.
     """
 
     FAMILIES: ClassVar[tuple[Family, ...]] = (

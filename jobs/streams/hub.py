@@ -102,7 +102,7 @@ class Hub:
         """Write to the connection that the reader reads.
 
         Not by the methods of redis-py's PubSub: on an error these connect anew in the middle of the
-        reader's read, and what was published meanwhile is missed without a trace.
+        reader's read, and events published meanwhile are missed without a trace.
         """
         connection = self._pubsub.connection if self._pubsub is not None else None
         if connection is None or not connection.is_connected:
@@ -141,12 +141,12 @@ class Hub:
             live = self._pubsub is not None
             await asyncio.sleep(self._head_check if live else self._without_redis)
             asked = {next(iter(boxes)).run_id for boxes in self._mailboxes.values()}
-            # What is passed on while we ask may be newer than the answer.
+            # Events passed on during the query may be newer than its answer.
             seen = [(box, box.seq) for boxes in self._mailboxes.values() for box in boxes]
             try:
                 epoch, heads = await asyncio.to_thread(self._heads, list(asked))
             except Exception as error:
-                # Whatever it is: without this check a stream whose last message was lost hangs.
+                # Any error: without this check a stream whose last message was lost hangs.
                 logger.warning(
                     "heads of the watched runs cannot be read, will retry",
                     extra={"action": "head_check_failed", "reason": str(error)},
@@ -167,7 +167,7 @@ class Hub:
             if self._pubsub is None:
                 continue  # the reader connects, and has its own limit for that
             if not self._heard:
-                # Not by closing the connection: what was not sent yet would keep it open.
+                # Not by closing the connection: unsent bytes would keep it open.
                 self._limit.reschedule(asyncio.get_running_loop().time())
                 continue
             self._heard = False
@@ -197,7 +197,7 @@ class Hub:
                                 failures, self._heard = 0, True
                                 self._deliver(message)
                 except Exception as error:
-                    # Whatever it is: the streams of this loop wait for this task, each for ever.
+                    # Any error: the streams of this loop wait for this task, each for ever.
                     failures += 1
                     logger.warning(
                         "Redis is unreachable, streams read the journal",
@@ -225,7 +225,7 @@ class Hub:
                 mailbox.connected(live=True)
         elif message["type"] == "message":
             size = len(message["data"])
-            # What no mailbox takes is not even looked at.
+            # Messages without a mailbox are not parsed.
             events = parse(message["data"], run_of(channel)) if size <= Mailbox.MAX_BYTES else []
             for mailbox in self._mailboxes.get(channel, ()):
                 mailbox.put(events, size)
@@ -256,7 +256,7 @@ class Mailbox:
 
     @property
     def ended(self) -> bool:
-        """Whether the stream was told to end."""
+        """Whether the stream was asked to end."""
         return self._over.is_set()
 
     def end(self) -> None:
@@ -264,7 +264,7 @@ class Mailbox:
         self.missed("end")
 
     async def rest(self, seconds: float) -> None:
-        """Wait for so long, or until the stream is told to end."""
+        """Wait for so many seconds, or until the stream is asked to end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._over.wait()
@@ -292,7 +292,7 @@ class Mailbox:
         self._news.set()
 
     def put(self, events: Sequence[EventText], size: int) -> None:
-        """A message of so many bytes. What does not fit is read from the journal instead."""
+        """A message of so many bytes. One that does not fit is read from the journal instead."""
         self._size += size
         if self._size > self.MAX_BYTES:
             self._waiting.clear()
