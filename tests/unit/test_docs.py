@@ -41,6 +41,18 @@ def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
     assert missing == []
 
 
+FOLDERS = "jobs|orchestrator|outbox|tests|deploy|docs|benchmarks|examples"
+
+IMAGINED = {"tests/outbox"}
+"""A folder that there must not be, in ADR 1."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_is_there(path: Path) -> None:
+    named = set(re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", path.read_text()))
+    assert [name for name in sorted(named - IMAGINED) if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_python_of_a_document_compiles(path: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
