@@ -25,7 +25,7 @@ from tests.faults.fleet import Fleet
 from tests.faults.recorder import Recorder, text_of
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
-SHOWN_S = 90.0
+SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
 
 
