@@ -17,7 +17,7 @@ from beatless.outbox.message import shard_of
 from beatless.outbox.observer import Signal
 from beatless.outbox.queries import execute
 from beatless.testing.broker_guard import Guard
-from beatless.testing.processes import LINE, Processes
+from beatless.testing.processes import MAX_LINE_CHARS, Processes
 
 
 class BaseKit:
@@ -107,7 +107,7 @@ def shown(value: Any) -> Any:
     if isinstance(value, Lease):
         return value.run.run_id
     if isinstance(value, str):
-        return str(value)[:LINE]
+        return str(value)[:MAX_LINE_CHARS]
     if isinstance(value, Sized):
         return len(value)
     return value if value is None or isinstance(value, (int, float)) else reprlib.repr(value)

@@ -13,8 +13,8 @@ from beatless.testing.redis_stores import RedisStores
 from beatless.testing.schemas import SchemaPool, Tables
 from beatless.testing.servers import Services
 
-LOCK_TIMEOUT = "3s"
-"""How long a schema that is emptied is waited for, while sessions of its test end."""
+LOCK_TIMEOUT_S = 3
+"""The wait for the locks of a schema that is emptied, while sessions of its test end."""
 
 
 class Isolation:
@@ -29,7 +29,7 @@ class Isolation:
         """
         self.services = services
         self.connection = psycopg.connect(libpq_url(services.database_url), autocommit=True)
-        self.connection.execute(f"SET lock_timeout TO '{LOCK_TIMEOUT}'")
+        self.connection.execute(f"SET lock_timeout TO '{LOCK_TIMEOUT_S}s'")
         self.stores = RedisStores(services)
         self.name = WorkerName(worker, self.connection, self.stores)
         # Leaks of a killed session would be taken for our tests' doing.

@@ -21,7 +21,7 @@ FENCED = (
 STOP_S = 10.0
 """Seconds that a process has to end in order; a worker has none."""
 
-LINE = 300
+MAX_LINE_CHARS = 300
 """Characters of a log's last line that are shown."""
 
 
@@ -64,7 +64,7 @@ class Processes:
             with suppress(OSError):
                 lines = child.log.read_text(errors="replace").strip().splitlines() or [""]
                 state = "alive" if child.alive else "ended"
-                found.append(f"{child.name} ({state}): {lines[-1][:LINE]}")
+                found.append(f"{child.name} ({state}): {lines[-1][:MAX_LINE_CHARS]}")
         return found
 
     def end(self) -> None:

@@ -18,7 +18,7 @@ from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.valkey import EmbeddedValkey
 from beatless.settings import Settings, libpq_url
 
-FAST = {
+POSTGRES_SETTINGS = {
     # A test's data need not survive a power cut; a killed server keeps it all the same.
     "fsync": "off",
     "full_page_writes": "off",
@@ -82,7 +82,7 @@ def ask(settings: Settings) -> None:
 
 def server_settings(config: pytest.Config) -> dict[str, str]:
     """The settings of a Postgres of ours. Raises UsageError."""
-    found = dict(FAST)
+    found = dict(POSTGRES_SETTINGS)
     for line in config.getini("beatless_embedded_settings"):
         name, equals, value = line.partition("=")
         if not equals:

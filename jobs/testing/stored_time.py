@@ -5,7 +5,7 @@ import sqlalchemy
 from beatless.outbox.queries import execute
 from beatless.outbox.times import MOST_S, is_number
 
-MOST_ADVANCE_S = 100 * MOST_S
+MAX_ADVANCE_S = 100 * MOST_S
 
 TIMES_IN_EVENTS = (("StepFailed", "retry_at"), ("RunStarted", "not_before"))
 """Types of events with the member of their data that is a time, in milliseconds."""
@@ -18,7 +18,7 @@ def move_into_past(
 
     Raises ValueError unless it is 0 seconds to a thousand years.
     """
-    if not (is_number(seconds) and 0 <= seconds <= MOST_ADVANCE_S):
+    if not (is_number(seconds) and 0 <= seconds <= MAX_ADVANCE_S):
         raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")
     moved = {"schema": schema, "seconds": seconds, "milliseconds": round(seconds * 1000)}
     # In the order in which writers lock: a run, its events, its dispatch.

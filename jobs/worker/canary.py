@@ -14,7 +14,7 @@ from beatless.orchestrator.plan import Plan, step
 NAME = "beatless.canary"
 
 NAMESPACE = "beatless-doctor"
-"""Where its runs are: in no list of the users' runs."""
+"""The namespace of its runs: in no list of the users' runs."""
 
 
 def is_one(run_id: str) -> bool:

@@ -17,8 +17,7 @@ from celery import bootsteps, signals
 LEFT_TO_MAIN_PROCESS = (signal.SIGTERM, signal.SIGHUP)
 """Beside SIGINT, which Celery's children ignore."""
 
-PLACES = 1024
-"""The newest so many are remembered."""
+MAX_REMEMBERED_PIDS = 1024
 
 EVERY_CHILD = 1
 """No child has this number."""
@@ -28,12 +27,12 @@ class TerminatedChildren:
     """The children that the main process has ended, in memory that they share with it."""
 
     def __init__(self) -> None:
-        self._pids = memoryview(mmap.mmap(-1, PLACES * 8)).cast("Q")
+        self._pids = memoryview(mmap.mmap(-1, MAX_REMEMBERED_PIDS * 8)).cast("Q")
         self._next = 0
 
     def add(self, pid: int) -> None:
         """By the main process, before it sends a signal to this child."""
-        self._pids[self._next % PLACES] = pid
+        self._pids[self._next % MAX_REMEMBERED_PIDS] = pid
         self._next += 1
 
     def __contains__(self, pid: int) -> bool:

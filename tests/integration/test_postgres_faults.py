@@ -26,7 +26,7 @@ from beatless.outbox.observer import (
 )
 from beatless.outbox.relay import Relay
 from beatless.testing import Kit
-from beatless.testing.servers import FAST, Services
+from beatless.testing.servers import POSTGRES_SETTINGS, Services
 from tests.integration.test_relay import Announcements
 from tests.proxy import Proxy, proxy
 from tests.valkeys import until
@@ -235,7 +235,7 @@ def own_postgres(
     """A migrated Postgres of the test's own, with a kit on it."""
     with ExitStack() as stack:
         server = stack.enter_context(
-            EmbeddedPostgres(directory / "postgres", settings=FAST | settings)
+            EmbeddedPostgres(directory / "postgres", settings=POSTGRES_SETTINGS | settings)
         )
         kit = Kit(at(app, server.url), directory=directory)
         migrate(kit.app.engine, kit.app.settings.schema)
