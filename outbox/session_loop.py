@@ -38,6 +38,13 @@ BURST_LINGER_FACTOR = 10
 DROWSY_POLL_S = 0.02
 """Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
 
+UNLED_RECHECK_S = 0.1
+"""Seconds after which a relay that knows of shards without a leader counts again.
+
+Another relay is about to lead them and will announce it; or it is going, has released its shards,
+and still counts as a member, for a backend releases its locks one by one. Then nobody announces it.
+"""
+
 PING_TIMEOUT_S = 5.0
 """Seconds in which a NOTIFY to ourselves must have come back."""
 
@@ -90,6 +97,8 @@ class SessionLoop:
         if self.sessions.state is not State.AWAKE:
             self.sessions.rouse()
         self.shards.rebalance()
+        if not self.shards.complete:
+            self._watchdog_at = min(self._watchdog_at, monotonic() + UNLED_RECHECK_S)
         self.drain.events.floor.reset()
         self._note_origin()
 

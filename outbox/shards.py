@@ -18,6 +18,8 @@ class Shards:
         """The backend pids of all relays when the shards were last shared."""
         self.origin = ""
         """The history of this schema, see the fragment `origin`; of the last look at the locks."""
+        self.complete = True
+        """Whether each shard had a leader at the last look at the locks."""
         self._sessions = sessions
         self._sql = statements(__file__, sessions.queries.schema)
         self._observer = observer
@@ -41,7 +43,8 @@ class Shards:
 
     def all_led(self) -> bool:
         """Whether each shard has a leader."""
-        return len(self._leaders()[0]) == SHARDS
+        self._leaders()
+        return self.complete
 
     def _take_share(self, share: int, leaders: dict[int, int]) -> bool:
         """Release shards above the share, or take free ones up to it; whether any moved."""
@@ -85,4 +88,5 @@ class Shards:
             self.origin = rows[0][2]
         leaders = {shard: pid for shard, pid, _ in rows if shard < SHARDS}
         members = sorted({pid for shard, pid, _ in rows if shard >= SHARDS})
+        self.complete = len(leaders) == SHARDS
         return leaders, members

@@ -907,6 +907,23 @@ def test_a_shard_that_is_freed_while_a_relay_counts_is_led(
         announcements.wait_until(lambda _: 2 in announcements.all(ShardsAssigned)[-1].shards)
 
 
+def test_the_share_of_a_member_that_goes_without_a_shard_is_led(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """A backend that ends releases its locks one by one: the shards first, its membership last."""
+    key = beatless_app.queries.leader_key
+    postgres.execute(f"SELECT pg_advisory_lock_shared({key}, -1)")
+    with running(beatless_app, watchdog=600) as (_, announcements):
+        half = SHARDS // 2
+        announcements.wait_until(
+            lambda _: len(announcements.all(ShardsAssigned)[-1].shards) == half
+        )
+        postgres.execute("SELECT pg_advisory_unlock_all()")
+        announcements.wait_until(
+            lambda _: len(announcements.all(ShardsAssigned)[-1].shards) == SHARDS
+        )
+
+
 def test_the_scan_floor_does_not_pass_what_waits_behind_a_shut_door(
     beatless: Kit, beatless_app: App, doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
