@@ -43,7 +43,7 @@ api_tokens = Table(
 SWEEP = 100
 """Expired tokens that a new one takes away: more than come, and little to wait for."""
 
-STREAM_SECONDS = 300
+STREAM_TOKEN_S = 300
 """How long the token of one stream is good."""
 
 NO_TOKEN = ""
@@ -149,11 +149,11 @@ class Tokens:
         return token_id, secret
 
     def create_for_stream(self, run_id: str, *, namespace: str, maker: str | None) -> str:
-        """The secret of a token that may follow this run for `STREAM_SECONDS`."""
+        """The secret of a token that may follow this run for `STREAM_TOKEN_S`."""
         _, secret = self.create(
             [Scope.RUNS_READ],
             namespace=namespace,
-            seconds=STREAM_SECONDS,
+            seconds=STREAM_TOKEN_S,
             run_id=run_id,
             note="stream",
             maker=maker,

@@ -37,7 +37,7 @@ CERTIFICATES = {
 }
 FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 TLS_OPTIONS = (*FILES, "ssl_cert_reqs", "ssl_check_hostname")
-SENTINEL_PATIENCE = 1.0
+SENTINEL_TIMEOUT_S = 1.0
 """Seconds for each Sentinel: they are asked in turn, and the first may be the one that is gone."""
 
 SENTINEL_OPTIONS = ("master_name", "sentinel_username", "sentinel_password", "ssl")
@@ -188,7 +188,7 @@ class RedisUrl:
 
     def _sentinel(self, options: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if name.startswith("socket_")}
-        given |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SENTINEL_PATIENCE)
+        given |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SENTINEL_TIMEOUT_S)
         return {**given, **self._secured(), **self.sentinel}
 
 

@@ -25,17 +25,17 @@ from beatless.streams.streams import Streams
 
 logger = logging.getLogger(__name__)
 
-ROTATION = 240.0
+ROTATION_S = 240.0
 """Seconds after which a stream asks its viewer to come again, more or less a fifth.
 
 Before the token of one stream ends, or all that were opened with one at a time would end at once.
 """
 
-RETRY = 2000
+RETRY_MS = 2000
 """Milliseconds that a viewer waits before it comes again, up to twice as many."""
 
-KEEP_ALIVE = 15.0
-SEND_TIMEOUT = 30.0
+KEEP_ALIVE_S = 15.0
+SEND_TIMEOUT_S = 30.0
 ALIVE = b": alive\n\n"
 
 CHUNK = 64 * 1024
@@ -125,7 +125,7 @@ class EventStream(Response):
         async for chunk in self._chunks:
             message = {"type": "http.response.body", "body": chunk, "more_body": True}
             try:
-                async with asyncio.timeout(SEND_TIMEOUT):
+                async with asyncio.timeout(SEND_TIMEOUT_S):
                     await send(message)
             except TimeoutError:
                 logger.info("viewer reads too slowly and is dropped", extra={"action": "dropped"})
@@ -160,13 +160,13 @@ async def chunks(
     First comes a frame without data, which no viewer takes for a message, so that even an idle
     stream can be resumed.
     """
-    retry = RETRY + round(RETRY * random.random())  # noqa: S311 - spread, not secrecy
+    retry = RETRY_MS + round(RETRY_MS * random.random())  # noqa: S311 - spread, not secrecy
     first = f"id: {epoch}.{after}\nretry: {retry}\n\n"
     if reset:
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()
-    rotation = ROTATION * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
-    watched = streams.watch(run, after, epoch=epoch, timeout=rotation, idle=KEEP_ALIVE)
+    rotation = ROTATION_S * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
+    watched = streams.watch(run, after, epoch=epoch, timeout=rotation, idle=KEEP_ALIVE_S)
     try:
         async with aclosing(watched):
             async for batch in watched:

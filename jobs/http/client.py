@@ -15,7 +15,7 @@ from beatless.errors import BadSetting
 from beatless.http import calls, wire
 from beatless.http.aio import AsyncClient
 from beatless.http.calls import Exchange, named_as
-from beatless.http.follower import FRAME_LIMIT, RETRY, STALL, Follower, Interrupted
+from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
@@ -52,7 +52,7 @@ class Client:
         *,
         token: str | None = None,
         timeout: float = 30.0,
-        stall: float = STALL,
+        stall: float = STALL_S,
         backoff: Backoff = RETRY,
     ) -> None:
         """`timeout` is for calls, in seconds; `stall` is how long a stream may bring no byte."""

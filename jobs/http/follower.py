@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 RETRY = Backoff(initial=0.1, cap=5.0, jitter=0.5)
 """After Trigger.dev's client: for ever, with a low cap and much jitter."""
 
-STALL = 40.0
+STALL_S = 40.0
 """Seconds without a byte after which a connection counts as dead: more than two heartbeats."""
 
 FRAME_LIMIT = 64 * 1024 * 1024

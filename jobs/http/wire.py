@@ -38,7 +38,7 @@ R = TypeVar("R", Run, QueueState, DeadLetter)
 AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
 
-LONGEST_PAUSE = 60.0
+MAX_RETRY_AFTER_S = 60.0
 """The most seconds that a server may ask for with Retry-After."""
 
 ERRORS: dict[str, type[Exception]] = {
@@ -166,7 +166,7 @@ def pause_of(response: httpx2.Response) -> float:
             seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError):
             return 0.0
-    return max(0.0, min(seconds, LONGEST_PAUSE)) if seconds == seconds else 0.0
+    return max(0.0, min(seconds, MAX_RETRY_AFTER_S)) if seconds == seconds else 0.0
 
 
 def record_of(kind: type[R], members: Mapping[str, Any]) -> R:

@@ -30,10 +30,10 @@ from beatless.schema import VERSIONS, check_encoding, current, head
 
 logger = logging.getLogger(__name__)
 
-LOCK_MILLISECONDS = 200
+LOCK_TIMEOUT_MS = 200
 """How long a statement waits for its lock: later statements wait as long behind it."""
 
-PAUSE_SECONDS = 0.5
+PAUSE_S = 0.5
 """Between two tries of a statement: those that waited behind it come first."""
 
 TRIES = 240
@@ -204,7 +204,7 @@ def _online(statement: str, tries: int) -> None:
     """One statement on a schema that is in use."""
     concurrent = CONCURRENTLY.search(statement)
     # An index that is built concurrently waits for others, delays none, and may take hours.
-    op.execute(f"SET lock_timeout TO {0 if concurrent else LOCK_MILLISECONDS}")
+    op.execute(f"SET lock_timeout TO {0 if concurrent else LOCK_TIMEOUT_MS}")
     op.execute("SET statement_timeout TO 0")
     if op.get_context().as_sql:
         if concurrent:
@@ -229,7 +229,7 @@ def _online(statement: str, tries: int) -> None:
             if tried % 20 == 1:
                 holder = bind.exec_driver_sql(HOLDERS).scalar()
                 logger.warning("a table is in use", extra={**facts, "holder": holder})
-            pause.wait(PAUSE_SECONDS)
+            pause.wait(PAUSE_S)
         else:
             return
     holder = bind.exec_driver_sql(HOLDERS).scalar()

@@ -4,7 +4,7 @@ from typing import Any
 
 from alembic import context
 
-from beatless.migrations import LOCK_MILLISECONDS
+from beatless.migrations import LOCK_TIMEOUT_MS
 from beatless.schema import VERSION_TABLE
 
 schema: str = context.config.attributes["schema"]
@@ -14,7 +14,7 @@ new: bool = context.config.attributes["new"]
 CREATE = f'CREATE SCHEMA IF NOT EXISTS "{schema}"'
 PREPARE = (
     f'SET search_path TO "{schema}"',
-    f"SET lock_timeout TO {LOCK_MILLISECONDS}",
+    f"SET lock_timeout TO {LOCK_TIMEOUT_MS}",
 )
 options: dict[str, Any] = {
     "version_table": VERSION_TABLE,

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 
 from beatless import App
 from beatless.api import Grant, Scope, create_api, open_streams
-from beatless.auth import STREAM_SECONDS, Tokens
+from beatless.auth import STREAM_TOKEN_S, Tokens
 from beatless.errors import BadRequest
 from beatless.testing import Kit
 from tests.serving import Api, serving
@@ -274,7 +274,7 @@ def stream_token(beatless: Kit, api: Api, tokens: Tokens) -> tuple[str, str]:
     beatless.work_until_idle()  # so that each stream of it ends by itself
     maker, api.token = tokens.create([Scope.RUNS_READ], seconds=60)
     made = api("POST", f"/v1/runs/{run}/stream-token").json
-    assert made["seconds"] == STREAM_SECONDS
+    assert made["seconds"] == STREAM_TOKEN_S
     api.token = None
     return maker, f"/v1/runs/{run}/stream?token={made['token']}"
 

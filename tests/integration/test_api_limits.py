@@ -107,8 +107,8 @@ def test_stream_tokens_together_have_no_more_streams_than_their_namespace(
 
 
 def test_heartbeats_and_rotation(beatless: Kit, api: Api, monkeypatch) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE", 0.02)
-    monkeypatch.setattr(sse, "ROTATION", 0.5)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(sse, "ROTATION_S", 0.5)
     run = beatless.start_run("two_steps")
     raw = body(api.open("GET", f"/v1/runs/{run.run_id}/stream"))
     assert raw.count(b": alive\n\n") > 2

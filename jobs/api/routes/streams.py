@@ -12,7 +12,7 @@ from beatless.api.gate import granted
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
 from beatless.api.services import services_of
-from beatless.auth import STREAM_SECONDS, Scope
+from beatless.auth import STREAM_TOKEN_S, Scope
 from beatless.cursors import parse_event_id
 from beatless.errors import BadRequest
 
@@ -28,7 +28,7 @@ def stream_token(run_id: str, request: Request) -> dict[str, Any]:
     secret = services.tokens.create_for_stream(
         run.run_id, namespace=grant.namespace, maker=grant.token_id
     )
-    return {"token": secret, "seconds": STREAM_SECONDS}
+    return {"token": secret, "seconds": STREAM_TOKEN_S}
 
 
 @router.get(
