@@ -1,8 +1,10 @@
 """The three clients offer the same, and each option of a run has every way in."""
 
 import inspect
+import re
 from collections.abc import Generator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from beatless import Client, RunRequest
 from beatless.api.bodies import StartRequest
 from beatless.cli.runs import RUN_OPTIONS
-from beatless.client.requests import RunOptions
+from beatless.client.requests import RunOptions, json_members
 from beatless.http import AsyncClient, calls
 from beatless.http import Client as HttpClient
 
@@ -80,3 +82,12 @@ def test_every_member_of_a_run_request_has_its_way_into_the_api_and_the_command_
     members = [each.name for each in fields(RunRequest)]
     assert [*StartRequest.model_fields, "traceparent"] == members  # a header, over HTTP
     assert ["plan", "input", *RUN_OPTIONS, "traceparent"] == members  # from OpenTelemetry
+
+
+@pytest.mark.parametrize("page", ["python", "http"])
+def test_each_option_of_a_run_stands_on_the_page(page: str) -> None:
+    wanted = RunOptions.__annotations__ if page == "python" else {m.name for m in json_members()}
+    row = "`start_run(" if page == "python" else "`POST /v1/runs`"
+    lines = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("|") and row in line.split("|")[1]]
+    assert [name for name in wanted if not re.search(rf"\b{name}\b", line)] == []
