@@ -12,19 +12,25 @@ from beatless.autogenerate import OURS, include_name, include_object
 
 
 def differences(app: App, metadata: MetaData, **options: Any) -> list[tuple[str, str, str]]:
-    """(what, schema, table) of this app's schema; the server has those of other tests."""
+    """(what, schema, table) of this app's schema.
+
+    Those of other tests are not looked at: they come and go meanwhile.
+    """
+    schema = app.settings.schema
+    given = options.pop("include_name", lambda *_: True)
+
+    def include_name(name: str | None, type_: str, parents: Any) -> bool:
+        return (type_ != "schema" or name == schema) and given(name, type_, parents)
+
+    options |= {"include_schemas": True, "include_name": include_name, "version_table": "none"}
     with app.engine.connect() as connection:
-        context = MigrationContext.configure(
-            connection, opts={"include_schemas": True, "version_table": "none", **options}
-        )
-        found = compare_metadata(context, metadata)
+        found = compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
     changes = [change for change in found if isinstance(change, tuple)]
     named = [
         (change[0], getattr(change[1], "table", change[1]))
         for change in changes
         if change[0].endswith(("_table", "_index"))
     ]
-    schema = app.settings.schema
     return [(what, table.schema, table.name) for what, table in named if table.schema == schema]
 
 

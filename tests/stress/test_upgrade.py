@@ -108,11 +108,11 @@ class Fleet:
         self.environ = os.environ | {
             f"BEATLESS_{name}": given[f"BEATLESS_{name}"] for name in known
         }
-        package = "beatless"
+        module = "beatless"
         if packages is not None:
             self.environ["PYTHONPATH"] = str(packages)
-            package = "jobs"  # its name in the releases before 0.2
-        self._command = (sys.executable, "-P", "-m", f"{package}.cli")
+            module = "jobs.cli"  # its name before the first release
+        self._command = (sys.executable, "-P", "-m", module)
         self._directory = directory
         self.children: list[Child] = []
 
