@@ -75,6 +75,8 @@ def test_an_error_and_what_a_retry_takes_over_are_shown_as_they_are(
     expect(page.locator("#outcome .message")).to_contain_text(str(BIG))
     again = beatless.client.retry_run(done.run_id, "last")
     page.goto(f"{url}/#/run/{again.run_id}")
+    # The page before has a step of that name, too.
+    expect(page.get_by_role("heading", level=1)).to_contain_text(again.run_id[-8:])
     page.get_by_role("button", name="echo").click()
     for part in PARTS:
         expect(page.locator("#detail pre")).to_contain_text(part)
