@@ -95,8 +95,8 @@ BUGS = {
     ),
     "a start commits by itself": Bug(
         "jobs/client/base.py",
-        "        if given is not None:\n",
-        "        if given is None:\n",
+        "            return act(given)\n",
+        "            given = None\n",
     ),
     "a run that was taken over begins anew": Bug(
         "orchestrator/execution.py",
