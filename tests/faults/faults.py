@@ -291,14 +291,22 @@ def answer_to_a_commit_lost(fleet: Fleet, chance: random.Random) -> bool:
 # Postgres
 
 
-@fault
-def every_session_ended(fleet: Fleet, _: random.Random) -> bool:
-    with fleet.connect() as session:
-        ended = session.execute(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname ="
-            " current_database() AND pid <> pg_backend_pid() AND application_name <> 'chaos'"
-        ).fetchone()
-    return bool(ended and ended[0])
+def ended_sessions(where: str) -> Fault:
+    """End all sessions, but for those of this program, that a condition finds."""
+
+    def act(fleet: Fleet, _: random.Random) -> bool:
+        with fleet.connect() as session:
+            ended = session.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                f" WHERE datname = current_database() AND application_name <> 'chaos' AND {where}"
+            ).fetchone()
+        return bool(ended and ended[0])
+
+    return act
+
+
+FAULTS["every_session_ended"] = ended_sessions("true")
+FAULTS["relay_sessions_ended"] = ended_sessions("application_name LIKE 'beatless relay%'")
 
 
 @fault
@@ -313,16 +321,6 @@ def one_session_ended(fleet: Fleet, chance: random.Random) -> bool:
         if pids:
             session.execute("SELECT pg_terminate_backend(%s)", chance.choice(pids))
     return bool(pids)
-
-
-@fault
-def relay_sessions_ended(fleet: Fleet, _: random.Random) -> bool:
-    with fleet.connect() as session:
-        ended = session.execute(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-            " WHERE application_name LIKE 'beatless relay%'"
-        ).fetchone()
-    return bool(ended and ended[0])
 
 
 @fault
@@ -363,7 +361,7 @@ def disk_full(fleet: Fleet, chance: random.Random) -> bool:
                 " BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END $$"
             )
             session.execute(
-                "CREATE TRIGGER chaos_full BEFORE INSERT ON run_events FOR EACH ROW"
+                "CREATE OR REPLACE TRIGGER chaos_full BEFORE INSERT ON run_events FOR EACH ROW"
                 " EXECUTE FUNCTION chaos_full()"
             )
         except psycopg.errors.LockNotAvailable:
@@ -434,16 +432,19 @@ def settings_made_hostile(fleet: Fleet, chance: random.Random) -> bool:
     )
     with fleet.connect() as session:
         session.execute(f"ALTER DATABASE postgres SET {name} = '{value}'")
-        every_session_ended(fleet, chance)
+        FAULTS["every_session_ended"](fleet, chance)
         hold(chance.uniform(0.5, 2))
         session.execute(f"ALTER DATABASE postgres RESET {name}")
-        every_session_ended(fleet, chance)
+        FAULTS["every_session_ended"](fleet, chance)
     return True
 
 
 def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:
-    """Inject one fault. What its own connections meet because of an earlier one is no hit."""
+    """Inject one fault. What its own connections meet because of an earlier one is no hit.
+
+    A mistake in the fault itself is raised.
+    """
     try:
         return FAULTS[name](fleet, chance)
-    except (psycopg.Error, redis.RedisError, OSError):
+    except (psycopg.OperationalError, psycopg.InterfaceError, redis.RedisError, OSError):
         return False

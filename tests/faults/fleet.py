@@ -14,6 +14,7 @@ import psycopg
 import redis
 
 from beatless import App, Settings
+from beatless.auth import Scope, Tokens
 from beatless.local.child import Child
 from beatless.local.errors import NotReady
 from beatless.local.ports import free_port
@@ -139,6 +140,9 @@ class Fleet:
             migrate(self.app.engine, self.settings.schema)
             with self.connect() as session:
                 session.execute(LOG)
+            # A proxy's port is not the API's: without a token it serves its own address only.
+            tokens = Tokens(self.app.engine, self.settings.schema)
+            _, self.token = tokens.create([Scope.RUNS_READ])
             self._ending = threading.Event()
             self._hurry = threading.Event()
             self._keeper = threading.Thread(target=self._keep, name="keeper")

@@ -220,21 +220,17 @@ class Load:
         with self._viewers_lock:
             self._viewers += 1
             viewer = f"v{self._viewers}"
-        from_seq, ended = chance.choice([0, 0, 1]), False
-        until = monotonic() + SHOWN_S
+        from_seq = seen = chance.choice([0, 0, 1])
+        ended, until = False, monotonic() + SHOWN_S
         while not ended and monotonic() < until:
             try:
-                for event in self._events(chance, run_id, from_seq):
+                for event in self._events(chance, run_id, seen):
                     self._saw(viewer, event)
+                    seen = event.seq
                 ended = True
             except WaitTimeout:
                 break
-            except (JobsError, OrchestratorError, OSError):
-                # An API that is not there yet: nothing was seen, begin again as another viewer.
-                self._viewers_lock.acquire()
-                self._viewers += 1
-                viewer = f"v{self._viewers}"
-                self._viewers_lock.release()
+            except (Unreachable, OSError):  # the API or Postgres is not there yet: go on from here
                 self._ending.wait(0.2)
         self.viewed += 1
         self.recorder.write("view", viewer=viewer, run_id=run_id, from_seq=from_seq, ended=ended)
@@ -242,7 +238,8 @@ class Load:
     def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Any:
         if chance.random() < 0.25:
             return self.fleet.app.client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
-        client = HttpClient(self.fleet.api_url, backoff=AT_ONCE, timeout=20)
+        url, token = self.fleet.api_url, self.fleet.token
+        client = HttpClient(url, token=token, backoff=AT_ONCE, timeout=20)
         return client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
 
     def _saw(self, viewer: str, event: Event) -> None:
