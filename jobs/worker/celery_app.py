@@ -85,6 +85,7 @@ class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types
 class FleetCelery(Celery):  # type: ignore[misc]  # Celery has no types
     """Celery as this app's settings configure it, independent of the environment."""
 
+    events_cls = "beatless.worker.task_events:HeardEvents"
     _made = False
 
     def __init__(self, main: str) -> None:
