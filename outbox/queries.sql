@@ -159,6 +159,11 @@ SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.
      SELECT FROM doubted o WHERE o.queue = d.queue AND o.task = d.task)
  ORDER BY d.due_at LIMIT {window}
 
+-- fragment: room
+-- The places that are free in the queue of a lane: it is asked for no more runs than those.
+-- Usually there is none, and its runs are not read at all.
+greatest(coalesce(messages.free, %(places)s), 0)
+
 -- fragment: ready_order
 -- Who of a queue goes first: what a dead worker had begun, then by priority and time.
 row_number() OVER (
@@ -168,7 +173,7 @@ row_number() OVER (
 -- fragment: acts
 -- What is to be done: `send` while there are places, `look` whether a message is lost, `defer`.
 SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
-  FROM ready d LEFT JOIN messages USING (queue) WHERE place <= coalesce(free, %(places)s)
+  FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
 (SELECT d.run_id, d.task, d.queue, {next_attempt},
         CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
@@ -179,7 +184,7 @@ SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
   FROM due d
  WHERE d.state = 'delayed' AND d.paused
     OR d.state <> 'sent' AND d.run_id IN (
-      SELECT run_id FROM ready r LEFT JOIN messages USING (queue)
+      SELECT run_id FROM ready r
        WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))
 
 -- name: pick_tasks
@@ -189,10 +194,13 @@ WITH {lanes}, {windows}, due AS MATERIALIZED (
 ), ready AS (
   SELECT d.*, {ready_order}
     FROM (
-      SELECT d.*, false AS paused FROM open CROSS JOIN LATERAL (
-        {waiting_runs}) d
+      SELECT d.*, false AS paused, sent, free
+        FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
+          SELECT * FROM (
+            {waiting_runs}) w LIMIT {room}) d
       UNION ALL
-      SELECT * FROM due WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
+      SELECT due.*, sent, free FROM due LEFT JOIN messages ON messages.queue = due.queue
+       WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
 )
 {acts}
 
@@ -204,10 +212,13 @@ WITH {lanes}, {windows}, due AS MATERIALIZED (
 ), ready AS (
   SELECT d.*, {ready_order}
     FROM (
-      SELECT d.*, false AS paused FROM open CROSS JOIN LATERAL (
-        {waiting_runs} FOR NO KEY UPDATE OF d SKIP LOCKED) d
+      SELECT d.*, false AS paused, sent, free
+        FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
+          SELECT * FROM (
+            {waiting_runs} FOR NO KEY UPDATE OF d SKIP LOCKED) w LIMIT {room}) d
       UNION ALL
-      SELECT * FROM due WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
+      SELECT due.*, sent, free FROM due LEFT JOIN messages ON messages.queue = due.queue
+       WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
 )
 {acts}
 

@@ -106,6 +106,33 @@ def test_a_look_for_due_runs_reads_no_delayed_one(
         assert rows < 50
 
 
+def test_a_look_reads_as_many_waiting_runs_as_there_are_places(
+    beatless_app: App, backlog: psycopg.Connection
+) -> None:
+    queries = Queries(beatless_app.settings.schema)
+    everything = {
+        "shards": list(range(SHARDS)),
+        "run_id": None,
+        "now": None,
+        "aside": [],
+        "places": 64,
+    }
+
+    for sent, places in ((64, 0), (61, 3)):
+        backlog.execute(
+            "UPDATE dispatches SET due_at = now() + interval '1 hour',"
+            " state = CASE WHEN right(run_id, -4)::int <= %s THEN 'sent' ELSE 'waiting' END"
+            " WHERE right(run_id, -4)::int <= 64",
+            (sent,),
+        )
+        for pick in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
+            due = backlog.execute(pick.encode(), everything).fetchall()
+            rows = read(backlog, pick, everything)
+
+            assert len(due) == places
+            assert rows <= sent + 2 * places + 5
+
+
 def test_forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Connection) -> None:
     queries = Queries(beatless_app.settings.schema)
     found = backlog.execute("SELECT shard, id FROM run_outbox ORDER BY id LIMIT 50").fetchall()
