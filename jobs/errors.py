@@ -47,7 +47,7 @@ class UnknownPlan(JobsError):
 
     def __str__(self) -> str:
         known = ", ".join(sorted(self.known)) or "none"
-        return f"no plan is called {self.plan!r}; this app has: {known}"
+        return f"no plan is called {self.plan!r:.200}; this app has: {known}"
 
 
 class BadRequest(JobsError):

@@ -122,7 +122,7 @@ class Boundaries:
             case Goto(target, result):
                 if not self._plan.may_go(step.name, target):
                     raise Fatal(
-                        f"step {step.name} returned Goto({target!r}), which plan "
+                        f"step {step.name} returned Goto({target!r:.200}), which plan "
                         f"{self._plan.name} does not declare in its routes"
                     )
                 following = known_step(self._plan, target)
@@ -326,7 +326,9 @@ class Boundaries:
         """Raises BadPayload."""
         text = None
         if data:
-            text = encode(data, where=f"step {progress.occurrence}:", limit=self._max_event_bytes)
+            text = encode(
+                data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
+            )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
 
 

@@ -68,7 +68,7 @@ class RunNotFound(OrchestratorError):
         self.run_id = run_id
 
     def __str__(self) -> str:
-        return f"no run has id {self.run_id}"
+        return f"no run has id {self.run_id!r:.200}"
 
 
 class EventsPruned(OrchestratorError):

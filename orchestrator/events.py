@@ -170,7 +170,10 @@ def encode(value: Any, *, where: str, limit: int) -> str:
 
 def storable(text: str) -> bool:
     """Whether Postgres can hold the text: no NUL, and no half of a surrogate pair."""
-    return not ("\0" in text or any("\ud800" <= character < "\ue000" for character in text))
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_nesting(value: Any, where: str) -> None:
@@ -195,7 +198,13 @@ def _check_nesting(value: Any, where: str) -> None:
 def _offence(value: Any, path: str) -> tuple[str, str]:
     """The first thing inside a value that cannot be stored: its path and the reason."""
     match value:
-        case None | bool() | int():
+        case None | bool():
+            return path, ""
+        case int():
+            try:
+                str(value)
+            except ValueError:
+                return path, "is a number of thousands of digits: use a string"
             return path, ""
         case str():
             if "\0" in value:

@@ -9,7 +9,6 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
-    TypeVar,
     Union,
     get_args,
     get_origin,
@@ -19,24 +18,11 @@ from typing import (
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from beatless.api.problems import Problem
-from beatless.client.requests import RunRequest, json_members
+from beatless.client.requests import RunRequest, check_texts, checked_tags, json_members
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
-from beatless.orchestrator.events import storable
 from beatless.orchestrator.records import FailedRunFilter, Place
 from beatless.orchestrator.state import RunState
-
-Text = TypeVar("Text", str, str | None)
-
-
-def storable_text(value: Text) -> Text:
-    """The text, if Postgres can store it. Raises Problem (422)."""
-    if value is not None and not storable(value):
-        raise Problem(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "value must not contain NUL or unpaired surrogates",
-        )
-    return value
 
 
 def tags_of(texts: Sequence[str]) -> dict[str, str]:
@@ -145,12 +131,13 @@ class FailedRuns(BaseModel):
     """The `next` of the answer before."""
 
     def checked(self) -> FailedRunFilter:
-        """As the client takes it. Raises Problem."""
+        """As the client takes it. Raises Problem and BadRequest."""
+        check_texts(plan=self.plan, queue=self.queue, error=self.error)
         return FailedRunFilter(
-            plan=storable_text(self.plan),
-            queue=storable_text(self.queue),
-            tags=tags_of(self.tag),
-            error=storable_text(self.error),
+            plan=self.plan,
+            queue=self.queue,
+            tags=checked_tags(tags_of(self.tag)),
+            error=self.error,
             seconds=self.within,
             after=place_of(self.cursor),
         )

@@ -30,6 +30,7 @@ from beatless.orchestrator.errors import (
     RunIsActive,
     RunNotFound,
 )
+from beatless.orchestrator.events import NESTING
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,11 @@ def install(api: FastAPI) -> None:
     def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
         headers = dict(error.headers or {})
+        cause = error.__cause__
+        if isinstance(cause, RecursionError | ValueError):  # FastAPI could not read a body
+            deep = isinstance(cause, RecursionError)
+            problem = f"is nested deeper than {NESTING} levels" if deep else f"is not JSON: {cause}"
+            return document(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body {problem}", headers)
         return document(HTTPStatus(error.status_code), str(error.detail), headers)
 
     def invalid(_request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ from typing import TypeVar
 import sqlalchemy
 
 from beatless.client.queue_limit import QueueLimit
-from beatless.client.requests import RunRequest, new_run
+from beatless.client.requests import RunRequest, check_texts, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
 from beatless.observe.tracing import Tracing
 from beatless.orchestrator.journal import Journal
@@ -48,7 +48,11 @@ class BaseClient:
         self._namespace = check_namespace(namespace)
 
     def stored_id(self, run_id: str) -> str:
-        """The id as it is stored: with the name of the namespace."""
+        """The id as it is stored: with the name of the namespace.
+
+        Raises BadRequest for text that no id can have.
+        """
+        check_texts(run_id=run_id)
         return stored_id(self._namespace, run_id)
 
     def get_run(self, run_id: str, *, connection: Caller | None = None) -> Run:

@@ -10,7 +10,13 @@ from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
 from beatless.client.pages import RunPage, page_of
 from beatless.client.queues import QueueCalls
-from beatless.client.requests import RunOptions, RunRequest, checked_tags, shows_run_options
+from beatless.client.requests import (
+    RunOptions,
+    RunRequest,
+    check_texts,
+    checked_tags,
+    shows_run_options,
+)
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import Event, EventText
@@ -127,6 +133,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         [2, 1]
         """
         _check_state(state)
+        check_texts(plan=plan, queue=queue, step=step)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._in_transaction(
             connection,
@@ -161,6 +168,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     ) -> RunPage:
         """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
         _check_state(state)
+        check_texts(plan=plan, queue=queue, step=step)
 
         def read(caller: Caller) -> RunPage:
             found = self._journal.list_runs(
@@ -243,6 +251,7 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
         >>> client.cancel_run(run.run_id, reason="sold out").state.value
         'cancelled'
         """
+        check_texts(reason=reason)
         undo = {
             name: None if plan.on_cancel is None else plan.on_cancel.name
             for name, plan in self._plans.items()

@@ -1,6 +1,7 @@
 """Calls about event messages that could not be published."""
 
 from beatless.client.base import BaseClient
+from beatless.client.requests import check_texts
 from beatless.errors import BadRequest
 from beatless.outbox.letters import DeadLetter
 
@@ -50,6 +51,7 @@ class DeadLetterCalls(BaseClient):
         >>> client.requeue_dead_letters(reason="too large")
         0
         """
+        check_texts(reason=reason)
         return self._in_transaction(
             None,
             lambda caller: self._letters.requeue_some(caller, reason=reason, limit=limit),

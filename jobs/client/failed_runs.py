@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from beatless.client.base import BaseClient
 from beatless.client.pages import RunPage, page_of
-from beatless.client.requests import RunRequest, checked_tags, new_run_id, seconds
+from beatless.client.requests import RunRequest, check_texts, checked_tags, new_run_id, seconds
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
@@ -88,6 +88,7 @@ class FailedRunCalls(BaseClient):
         >>> client.retry_run(run.run_id, from_step="charge").retry_of == run.run_id
         True
         """
+        check_texts(from_step=from_step)
         return self._retry(run_id, from_step, connection, once=False)
 
     def retry_failed(
@@ -207,6 +208,7 @@ def _filter(
     error: str | None,
     within: float | timedelta | None,
 ) -> FailedRunFilter:
+    check_texts(plan=plan, queue=queue, error=error)
     return FailedRunFilter(
         plan=plan,
         queue=queue,

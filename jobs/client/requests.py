@@ -30,6 +30,9 @@ TAGS_BYTES = 16 * 1024
 
 PRIORITIES = range(10)
 
+INPUT = "the run's input"
+"""Its name in errors."""
+
 
 class RunOptions(TypedDict, total=False):
     """The keywords of `start_run` in every client; a test compares them with RunRequest."""
@@ -119,10 +122,17 @@ def check_moment(name: str, given: datetime | None) -> None:
         raise BadRequest(name, problem)
 
 
+def check_texts(**texts: str | None) -> None:
+    """Raises BadRequest, naming it, for an argument that no stored text can equal."""
+    for name, text in texts.items():
+        if text is not None and not storable(text):
+            raise BadRequest(name, "has a NUL or half of a surrogate pair: give valid text")
+
+
 def queue_name(queue: str) -> str:
     """The name, if a queue can have it. Raises BadRequest."""
     if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
-        raise BadRequest("queue", f"is {queue!r}, which does not match ^{QUEUE.pattern}$")
+        raise BadRequest("queue", f"is {queue!r:.200}, which does not match ^{QUEUE.pattern}$")
     return queue
 
 
@@ -149,7 +159,7 @@ def new_run(
     run_id = stored_id(namespace, given) if isinstance(given, str) else ""
     chosen = run_id.removeprefix(id_prefix(namespace))
     if not RUN_ID.fullmatch(chosen) or chosen in (".", ".."):
-        raise BadRequest("run_id", f"is {given!r}, which does not match ^{RUN_ID.pattern}$")
+        raise BadRequest("run_id", f"is {given!r:.200}, which does not match ^{RUN_ID.pattern}$")
     queue = queue_name(plan.queue if request.queue is None else request.queue)
     if queue in CELERYS_OWN:
         raise BadRequest("queue", f"is {queue!r}, a name of Celery's own: choose another")
@@ -175,7 +185,7 @@ def new_run(
         priority=request.priority,
         input=encode(
             plan.default_input if request.input is None else request.input,
-            where="the run's input",
+            where=INPUT,
             limit=max_event_bytes,
         ),
         key=request.key,

@@ -21,6 +21,7 @@ from beatless.client.requests import (
 from beatless.cursors import encode_page
 from beatless.errors import BadRequest
 from beatless.http.wire import Call, json_of, named_error, pairs_of, path_of, record_of, run_of
+from beatless.observe.tracing import TRACEPARENT
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run
@@ -68,7 +69,8 @@ def start_run(plan: str, input: Any = None, **options: Unpack[RunOptions]) -> Ex
     # It has its id before it is sent: an answer that was lost is asked for again.
     body |= {"input": input, "run_id": new_run_id() if request.run_id is None else request.run_id}
     body = {name: value for name, value in body.items() if value is not None}
-    headers = {"traceparent": request.traceparent} if request.traceparent else None
+    traced = TRACEPARENT.fullmatch(request.traceparent or "")
+    headers = {"traceparent": traced.string} if traced else None
     return ask(Call(method="POST", path=path_of("runs"), body=body, headers=headers, read=run_of))
 
 

@@ -249,11 +249,10 @@ class Client:
             return result
 
     def _send(self, call: wire.Call[Any]) -> Any:
+        arguments = wire.arguments_of(call)
         for tried in itertools.count(1):
             try:
-                response = self._http.request(
-                    call.method, call.path, json=call.body, params=call.query, headers=call.headers
-                )
+                response = self._http.request(call.method, call.path, **arguments)
             except httpx2.TransportError as error:
                 delay = wire.pause_after(call, tried, error, self._backoff)
                 if delay is None:

@@ -1,5 +1,7 @@
 """Requests and answers of the API as values. Does no I/O."""
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -9,6 +11,7 @@ from urllib.parse import quote
 
 import httpx2
 
+from beatless.client.requests import INPUT, check_texts
 from beatless.errors import (
     AccessDenied,
     BadRequest,
@@ -26,6 +29,7 @@ from beatless.orchestrator.errors import (
     RunIsActive,
     RunNotFound,
 )
+from beatless.orchestrator.events import encode
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
@@ -74,6 +78,12 @@ TRIES = 5
 LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
 """A stream holds its connection: no number of them may keep another from being opened."""
 
+NAME_CHARACTERS = 1000
+"""More than the longest name that the API knows."""
+
+QUERY_CHARACTERS = 32_000
+"""Of all names and values together: servers and proxies refuse longer URLs without a word."""
+
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
@@ -85,7 +95,7 @@ class Call(Generic[T]):
     path: str
     read: Callable[[Any], T]
     """Makes the result of the JSON of a good answer; it gets None for an empty one."""
-    body: Any = None
+    body: Mapping[str, Any] | None = None
     headers: Mapping[str, str] | None = None
     query: Mapping[str, Any] | None = None
     repeatable: bool = True
@@ -97,6 +107,29 @@ class Call(Generic[T]):
 def authorization(token: str | None) -> dict[str, str]:
     """The headers of every request."""
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def arguments_of(call: Call[Any]) -> dict[str, Any]:
+    """The request as httpx2 takes it. Raises BadRequest and BadPayload, naming the member.
+
+    Refused here, because half of a surrogate pair, NaN or deep nesting cannot even be sent.
+    """
+    query = call.query or {}
+    for name, given in query.items():
+        for value in given if isinstance(given, list) else [given]:
+            check_texts(**{name: str(value)})
+    if sum(len(f"{name}{given}") for name, given in query.items()) > QUERY_CHARACTERS:
+        raise BadRequest("query", f"of {', '.join(query)} is too long for a URL: ask for less")
+    headers = dict(call.headers or {})
+    if call.body is None:
+        return {"params": call.query, "headers": headers}
+    told = {"input": INPUT}
+    members = ",".join(
+        f"{json.dumps(name)}:{encode(value, where=told.get(name, name), limit=sys.maxsize)}"
+        for name, value in call.body.items()
+    )
+    headers["Content-Type"] = "application/json"
+    return {"params": call.query, "headers": headers, "content": f"{{{members}}}".encode()}
 
 
 def result_of(call: Call[T], response: httpx2.Response) -> T:
@@ -190,8 +223,9 @@ def path_of(*parts: str) -> str:
 
 def _part(part: str) -> str:
     # Quoted as one part: `../queues` must not become another request.
-    if part in ("", ".", "..") or "/" in part:
-        raise BadRequest("name", f"is {part!r}, which cannot be a part of a URL")
+    check_texts(name=part)
+    if part in ("", ".", "..") or "/" in part or len(part) > NAME_CHARACTERS:
+        raise BadRequest("name", f"is {part!r:.200}, which cannot be a part of a URL")
     return quote(part, safe="~")
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger("beatless.worker")
 SHUTDOWN_CHECK_INTERVAL_S = 0.25
 """Between two looks, while a worker waits, whether it is to end."""
 
-UNREADABLE_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
+UNREADABLE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """Raised by kombu for anything in the broker's list that it did not write."""
 
 

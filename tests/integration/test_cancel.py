@@ -94,7 +94,7 @@ def test_a_second_cancel_changes_nothing(beatless: Kit) -> None:
 
 
 def test_cancelling_an_unknown_run_says_so(beatless: Kit) -> None:
-    with pytest.raises(RunNotFound, match="no run has id nobody"):
+    with pytest.raises(RunNotFound, match="no run has id 'nobody'"):
         beatless.client.cancel_run("nobody")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 
 from beatless.api.access import GuardedRoute, Operator
-from beatless.api.bodies import Letters, storable_text
+from beatless.api.bodies import Letters
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
 from beatless.errors import BadRequest
@@ -49,7 +49,7 @@ def get_dead_letter(letter_id: Letter, client: Operator) -> dict[str, Any]:
 @router.post("/v1/dead-letters/requeue", status_code=202, responses=refusals())
 def requeue_dead_letters(client: Operator, body: Letters) -> dict[str, Any]:
     """Publish many messages again, oldest first."""
-    again = client.requeue_dead_letters(reason=storable_text(body.reason), limit=body.limit)
+    again = client.requeue_dead_letters(reason=body.reason, limit=body.limit)
     return {"requeued": again}
 
 

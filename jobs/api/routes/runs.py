@@ -16,7 +16,6 @@ from beatless.api.bodies import (
     RetryRequest,
     StartRequest,
     place_of,
-    storable_text,
     tags_of,
 )
 from beatless.api.problems import Problem
@@ -48,9 +47,9 @@ def start_run(
     existed = False
     if asked.run_id is not None:
         with suppress(RunNotFound):
-            existed = bool(client.get_run(storable_text(asked.run_id)))
+            existed = bool(client.get_run(asked.run_id))
     # With an id of our own it is known whether the returned run is a new one.
-    run_id = asked.run_id or new_run_id()
+    run_id = new_run_id() if asked.run_id is None else asked.run_id
     (started,) = client.start_runs([replace(asked, run_id=run_id)])
     if existed or started.run_id != client.stored_id(run_id):
         response.status_code = 200
@@ -75,11 +74,11 @@ def list_runs(
     """Runs, newest first, as many as fit into some MiB; `cursor` is the `next` before."""
     found = client.page_of_runs(
         state=None if state is None else state.value,
-        plan=storable_text(plan),
-        queue=storable_text(queue),
+        plan=plan,
+        queue=queue,
         tags=tags_of(tag) if tag else None,
         retried=retried,
-        step=storable_text(step),
+        step=step,
         before=place_of(cursor),
         limit=limit,
         max_bytes=responses.RUNS_BYTES,
@@ -90,7 +89,7 @@ def list_runs(
 @router.get("/v1/runs/{run_id}", responses=refusals())
 def get_run(run_id: str, client: Reader) -> dict[str, Any]:
     """One run."""
-    return client.get_run(storable_text(run_id)).to_dict()
+    return client.get_run(run_id).to_dict()
 
 
 @router.get(
@@ -105,7 +104,7 @@ def get_events(
 ) -> Response:
     """Stored events after `from_seq`: as many as fit into some MiB, and at least one."""
     epoch = client.epoch()  # first, as for a stream
-    run = client.get_run(storable_text(run_id))
+    run = client.get_run(run_id)
     lines: list[bytes] = []
     size, more, pager = 0, True, Pager()
     while more and len(lines) < limit and size < responses.EVENTS_BYTES:
@@ -125,7 +124,7 @@ def get_events(
 @router.post("/v1/runs/{run_id}/cancel", status_code=202, responses=refusals({409: "it had ended"}))
 def cancel_run(run_id: str, client: Writer, body: CancelRequest | None = None) -> dict[str, Any]:
     """Ask a run to stop; 409 if it has ended as something else."""
-    run = client.cancel_run(storable_text(run_id), reason=body.reason if body else None)
+    run = client.cancel_run(run_id, reason=body.reason if body else None)
     if run.cancel_requested_at is None:
         raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
     return run.to_dict()
@@ -142,7 +141,7 @@ def retry_run(
     body: RetryRequest | None = None,
 ) -> dict[str, Any]:
     """Start a new run that reuses the finished steps of this one; 409 if it cannot be retried."""
-    new = client.retry_run(storable_text(run_id), storable_text(body.from_step) if body else None)
+    new = client.retry_run(run_id, body.from_step if body else None)
     response.headers["Location"] = location(request, new)
     return new.to_dict()
 
@@ -154,5 +153,5 @@ def retry_run(
 )
 def remove_run(run_id: str, client: Writer) -> Response:
     """Take a run away with all of its events."""
-    client.remove_run(storable_text(run_id))
+    client.remove_run(run_id)
     return Response(status_code=204)

@@ -7,7 +7,6 @@ from fastapi import APIRouter, Request, Response
 
 from beatless.api import sse
 from beatless.api.access import GuardedRoute, granted_for
-from beatless.api.bodies import storable_text
 from beatless.api.gate import granted
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
@@ -24,7 +23,7 @@ def stream_token(run_id: str, request: Request) -> dict[str, Any]:
     """A token that may follow this run for some minutes, for EventSource's `?token=`."""
     services = services_of(request)
     grant = granted_for(request, Scope.RUNS_READ)
-    run = services.clients.of(grant.namespace).get_run(storable_text(run_id))
+    run = services.clients.of(grant.namespace).get_run(run_id)
     secret = services.tokens.create_for_stream(
         run.run_id, namespace=grant.namespace, maker=grant.token_id
     )
@@ -66,7 +65,7 @@ def stream_run(
     try:
         # First: of another epoch than the run it names too little rather than too much as seen.
         epoch = client.epoch()
-        run = client.get_run(storable_text(run_id))
+        run = client.get_run(run_id)
         after, reset = sse.start_of(run, epoch, given, seq)
         if after < 0:
             reservation.release()
