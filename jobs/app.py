@@ -175,7 +175,13 @@ class App:
             SystemdWatchdog,
             GracefulShutdown.of(executors.draining, settings),
             ChildSignals.of(TerminatedChildren()),
-            LeaseKeeper.of(executors.board, self.leases, executors.connect, self.metrics.worker),
+            LeaseKeeper.of(
+                executors.board,
+                executors.roster,
+                self.leases,
+                executors.connect,
+                self.metrics.worker,
+            ),
             PresenceReport.of(executors, settings),
             MetricsListener.of(self.metrics, settings),
         }

@@ -14,8 +14,8 @@ SLOTS = 1024
 SLOT_BYTES = 256
 
 _NUMBER = struct.Struct("=Q")
-_HEAD = struct.Struct("=qdqqH")
-"""pid (0: the slot is free), beat, two tokens (-1: none), bytes of the run id that follows."""
+_HEAD = struct.Struct("=qqdqqH")
+"""pid (0: the slot is free), life, beat, two tokens (-1: none), bytes of the run id behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,8 @@ class Noted:
     """One lease as its process has noted it."""
 
     pid: int
+    life: int = 0
+    """Tells this process from any other that has had its pid; 0 if its keeper does not know it."""
     beat: float
     """When its process has last made sure of it, by the machine's monotonic clock."""
     run_id: str
@@ -41,12 +43,12 @@ class Board:
         if _NUMBER.size + _HEAD.size + len(run_id) > SLOT_BYTES:
             return
         first, second, *_ = (*noted.tokens, -1)
-        head = _HEAD.pack(noted.pid, noted.beat, first, second, len(run_id))
+        head = _HEAD.pack(noted.pid, noted.life, noted.beat, first, second, len(run_id))
         self._put(slot, head + run_id)
 
     def clear(self, slot: int) -> None:
         """Its lease is held no longer."""
-        self._put(slot, _HEAD.pack(0, 0.0, -1, -1, 0))
+        self._put(slot, _HEAD.pack(0, 0, 0.0, -1, -1, 0))
 
     def read(self) -> Iterator[Noted]:
         """Every lease that is held now."""
@@ -68,12 +70,13 @@ class Board:
         place = slot * SLOT_BYTES
         content = self._memory[place : place + SLOT_BYTES]
         (number,) = _NUMBER.unpack_from(content)
-        pid, beat, first, second, length = _HEAD.unpack_from(content, _NUMBER.size)
+        pid, life, beat, first, second, length = _HEAD.unpack_from(content, _NUMBER.size)
         if pid == 0 or number % 2 or _NUMBER.unpack_from(self._memory, place) != (number,):
             return None
         start = _NUMBER.size + _HEAD.size
         return Noted(
             pid=pid,
+            life=life,
             beat=beat,
             run_id=content[start : start + length].decode(),
             tokens=[token for token in (first, second) if token != -1],

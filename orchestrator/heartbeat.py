@@ -38,13 +38,15 @@ class Heartbeat:
         *,
         board: Board | None = None,
         slots: Sequence[int] = (),
+        life: int = 0,
         observer: Observer = ignore,
     ) -> None:
-        """Held leases are noted in these slots of `board`, as far as they go."""
+        """Held leases are noted in these slots of `board`, as far as they go, with this `life`."""
         self._leases = leases
         self._connect = connect
         self._board = board
         self._free = list(slots)
+        self._life = life
         self._slots: dict[int, int] = {}
         self._by_id: dict[int, Lease] = {}
         self._changed = threading.Condition()
@@ -85,6 +87,7 @@ class Heartbeat:
             self._slots[id(lease)],
             Noted(
                 pid=os.getpid(),
+                life=self._life,
                 beat=monotonic(),
                 run_id=lease.run.run_id,
                 tokens=lease.tokens,

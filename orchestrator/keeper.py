@@ -1,7 +1,6 @@
 """Keeps leases from another process: of those that work and cannot keep them themselves."""
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,30 +57,45 @@ class Keeper:
         self._stopping = stopping
         self._connection: Connection | None = None
         self._warned: set[int] = set()
+        self.gone: set[int] = set()
+        """Lives of processes that are known to be dead, whoever has their pids now."""
 
     def run(self, thread: LastingThread | None = None) -> None:
         """Until `stopping` is set. Nothing that goes wrong ends it."""
-        while not self._stopping.wait(self._leases.seconds / 6):
-            try:
-                with without_forks():
-                    self.once()
-                if thread is not None:
-                    thread.works()
-            except Exception as error:
-                logger.warning(
-                    "leases of busy processes were not kept, will retry",
-                    extra={"action": "keeping_failed", "reason": str(error)},
-                    exc_info=None if isinstance(error, psycopg.Error) else error,
-                )
-                if thread is not None:
-                    thread.failed()
-                self._disconnect()
+        while not self._stopping.wait(self.interval_s):
+            works = self.look()
+            if thread is not None:
+                (thread.works if works else thread.failed)()
         self._disconnect()
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two looks."""
+        return self._leases.seconds / 6
+
+    def look(self) -> bool:
+        """`once`, whatever goes wrong in it; whether nothing did."""
+        try:
+            with without_forks():
+                self.once()
+        except Exception as error:
+            logger.warning(
+                "leases of busy processes were not kept, will retry",
+                extra={"action": "keeping_failed", "reason": str(error)},
+                exc_info=None if isinstance(error, psycopg.Error) else error,
+            )
+            self._disconnect()
+            return False
+        return True
 
     def once(self) -> int:
         """Extend the leases that are late now; their number."""
         before = monotonic() - self._leases.seconds * LATE_SHARE
-        late = [noted for noted in self._board.read() if noted.beat < before and works(noted.pid)]
+        late = [
+            noted
+            for noted in self._board.read()
+            if noted.beat < before and noted.life not in self.gone and works(noted.pid)
+        ]
         if not late:
             self._warned.clear()
             self._disconnect()
@@ -107,25 +121,3 @@ class Keeper:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def keep_for_parent(keeper: Keeper, end: int) -> None:
-    """Be the process that keeps another one's leases, until the pipe `end` is closed: no return.
-
-    For a process whose bodies run in threads of its own: while one of them lets no other run, only
-    another process can keep its leases.
-    """
-
-    def listen() -> None:
-        os.read(end, 1)
-        os._exit(0)
-
-    threading.Thread(target=listen, name="beatless-parent", daemon=True).start()
-    try:
-        keeper.run()
-    except BaseException:
-        logger.critical(
-            "the process that keeps leases fails", extra={"action": "keeper_failed"}, exc_info=True
-        )
-    finally:
-        os._exit(1)

@@ -172,6 +172,21 @@ class Leases:
             )
         return dict(extended.fetchall())
 
+    def end(self, connection: Connection, held: Sequence[tuple[str, int]]) -> dict[int, bool]:
+        """End these leases, by run id and token, whose process is known to be dead.
+
+        Their runs are dispatched at once. For each token that still has a lease: whether it was
+        ended; False if another transaction holds the row at this moment. The rest were gone.
+        """
+        rows = connection.execute(
+            self.sql["end"],
+            {
+                "run_ids": [run_id for run_id, _ in held],
+                "tokens": [token for _, token in held],
+            },
+        ).fetchall()
+        return {token: ended for token, ended, _ in rows}
+
     @contextmanager
     def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:
         """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""

@@ -97,6 +97,33 @@ WITH held AS (
 )
 SELECT lease_token, cancelled FROM u
 
+-- name: end
+-- End the leases of processes that have died, and ring for their runs; say which are left.
+-- A lease that a transaction still writes under is left for the next try: its row is not waited for.
+-- The token stays: what the dead process had sent before may still be written, until the next claim.
+WITH held AS (
+  SELECT r.run_id, r.lease_token FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[])
+         AS l(run_id, token)
+    JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
+   WHERE r.lease_expires_at > clock_timestamp()
+), free AS (
+  SELECT held.run_id, d.shard FROM held
+    JOIN {schema}.runs r ON r.run_id = held.run_id AND r.lease_token = held.lease_token
+     AND r.state = 'running'
+    JOIN {schema}.dispatches d ON d.run_id = held.run_id
+     FOR NO KEY UPDATE OF r, d SKIP LOCKED
+), u AS (
+  UPDATE {schema}.runs r SET lease_expires_at = clock_timestamp()
+    FROM free WHERE r.run_id = free.run_id
+  RETURNING r.run_id, free.shard
+), d AS (
+  UPDATE {schema}.dispatches d SET due_at = clock_timestamp() FROM u WHERE d.run_id = u.run_id
+)
+SELECT held.lease_token, u.run_id IS NOT NULL,
+       CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, u.shard)
+            THEN pg_notify('beatless_{schema}', (u.shard)::text) END
+  FROM held LEFT JOIN u USING (run_id)
+
 -- name: inspect
 -- Read who has the lease of a run, and whether a worker has written since a seq.
 SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.lease import Lease
@@ -28,6 +29,18 @@ class TakenOver(Signal):
     """The lease was lost to another worker: this one writes nothing more."""
 
     run_id: str
+
+
+DeathCause = Literal["child_died", "worker_died"]
+"""One process of a worker, whose main process lives, or the worker as a whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesEnded(Signal):
+    """Processes have died, and the leases that they held were ended: their runs go on at once."""
+
+    cause: DeathCause
+    leases: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

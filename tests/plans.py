@@ -173,6 +173,18 @@ def wait_for_file(ctx: StepContext) -> str:
 patient = Plan("patient", [wait_for_file, first])
 
 
+@step
+def wait_at_a_fifo(ctx: StepContext) -> int:
+    """Notes its process, and waits until somebody writes to the FIFO of the input."""
+    with Path(ctx.input["pids"]).open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    Path(ctx.input["fifo"]).read_text()
+    return os.getpid()
+
+
+at_a_fifo = Plan("at_a_fifo", [wait_at_a_fifo])
+
+
 @step(retry=retry(max_attempts=1, max_crashes=1))
 def obstinate(ctx: StepContext) -> int:
     """Does not come back in its first process, in the way that the input names."""
@@ -390,6 +402,7 @@ ALL = [
     transactional,
     bad_results,
     patient,
+    at_a_fifo,
     obstinate_plan,
     late,
     limited,

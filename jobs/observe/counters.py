@@ -5,7 +5,7 @@ A worker adds a few numbers at each step boundary; a relay that is scraped searc
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import time
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from beatless.observe import published
 from beatless.observe.counts import Counts, LocalCounts, SharedCounts
@@ -14,6 +14,7 @@ from beatless.observe.families import (
     FAILURES,
     LATENCY,
     LEASE_LOST,
+    LEASES_ENDED,
     LISTENER_UP,
     MAX_QUEUE_SERIES,
     PUBLISHED,
@@ -34,7 +35,7 @@ from beatless.observe.families import (
     Labels,
 )
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.observer import Claimed, Settled, TakenOver
+from beatless.orchestrator.observer import Claimed, DeathCause, LeasesEnded, Settled, TakenOver
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.observer import (
@@ -71,6 +72,7 @@ class WorkerCounters:
         STEP_DURATION,
         STEP_ATTEMPTS,
         LEASE_LOST,
+        LEASES_ENDED,
         THREAD_FAILURES,
         THREADS_FAILING,
     )
@@ -89,6 +91,7 @@ class WorkerCounters:
     @staticmethod
     def _series(plans: Sequence[Plan]) -> Iterator[tuple[Family, Labels]]:
         yield from ((family, ()) for family in (RUN_DURATION, LEASE_LOST))
+        yield from ((LEASES_ENDED, (cause,)) for cause in get_args(DeathCause))
         for family in (THREAD_FAILURES, THREADS_FAILING):
             yield from ((family, (thread,)) for thread in WorkerCounters.THREADS)
         for plan in plans:
@@ -108,6 +111,8 @@ class WorkerCounters:
                     self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
             case TakenOver():
                 self.counts.add(LEASE_LOST)
+            case LeasesEnded(cause=cause, leases=leases):
+                self.counts.add(LEASES_ENDED, (cause,), leases)
             case ThreadFailed(thread=thread, first=first):
                 self.counts.add(THREAD_FAILURES, (thread,))
                 if first:

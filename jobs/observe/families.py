@@ -99,6 +99,11 @@ LEASE_LOST = Family(
     name="beatless_lease_lost_total",
     text="Leases that expired and were taken over by another worker.",
 )
+LEASES_ENDED = Family(
+    name="beatless_leases_ended_total",
+    text="Leases that were ended at once, because the process that held them had died.",
+    labels=("cause",),
+)
 THREAD_FAILURES = Family(
     name="beatless_thread_failures_total",
     text="Unexpected errors in background threads, each of which continued.",

@@ -20,6 +20,7 @@ from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -69,6 +70,7 @@ class Executors:
         self._closed = threading.Event()
         self.draining = Draining()
         self.board = Board()
+        self.roster = Roster()
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -102,7 +104,12 @@ class Executors:
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         slots = [place % SLOTS] if pool_child else range(SLOTS)
         self._heartbeat = Heartbeat(
-            self._leases, self.connect, board=self.board, slots=slots, observer=self.counts
+            self._leases,
+            self.connect,
+            board=self.board,
+            slots=slots,
+            life=self.roster.announce(),
+            observer=self.counts,
         )
         self._watchdog = Watchdog(
             self._leases, self.connect, own_process=pool_child, observer=self.counts

@@ -1,4 +1,4 @@
-"""A process that extends a worker's leases while a body holds the interpreter lock."""
+"""A process beside a worker: it keeps leases of busy processes, and ends those of dead ones."""
 
 import logging
 import os
@@ -7,65 +7,82 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from celery import bootsteps, platforms
-from celery.concurrency.prefork import TaskPool
 
 from beatless.observe.counters import WorkerCounters
+from beatless.observe.counts import MAX_PROCESSES
 from beatless.orchestrator.board import Board
-from beatless.orchestrator.keeper import Keeper, keep_for_parent
+from beatless.orchestrator.death_watch import DeathWatch
+from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Connection, Leases
+from beatless.orchestrator.roster import Roster
 from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger("beatless.lease_keeper")
 
 ENDS_WITH_THE_WORKER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals to the whole process group are for the main one, which has its leases still."""
+"""Signals to all processes of a worker are for the main one, which has its leases still."""
+
+PLACE = MAX_PROCESSES - 2
+"""The place of the keeper in the counts of the worker; the last one is the main process's."""
 
 
 class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Runs a `Keeper` beside the processes that execute runs.
+    """Runs a `DeathWatch` with its `Keeper` in a process that is forked before anything has begun.
 
-    In the prefork pool that is a thread of the main process. In the others bodies run in the main
-    process itself: there it is a process of its own, forked before anything else has begun.
+    It outlives every other process of the worker, and leads a session of its own: what is sent to
+    the worker's group does not end it. A worker that is embedded in a thread of another program
+    forks nothing: there a thread keeps leases, and those of the dead end by their time.
     """
 
     requires = frozenset({"celery.worker.components:Timer"})
-    make: ClassVar[partial[Keeper]]
+    keeper: ClassVar[partial[Keeper]]
+    watch: ClassVar[partial[DeathWatch]]
+    roster: ClassVar[Roster]
     counts: ClassVar[WorkerCounters]
 
     @classmethod
     def of(
         cls,
         board: Board,
+        roster: Roster,
         leases: Leases,
         connect: Callable[[], Connection],
         counts: WorkerCounters,
     ) -> type[Self]:
         """The step of one app: Celery takes classes."""
-        make = partial(Keeper, board, leases, connect)
-        return type(cls.__name__, (cls,), {"make": make, "counts": counts})
+        parts = (board, leases, connect)
+        return type(
+            cls.__name__,
+            (cls,),
+            {
+                "keeper": partial(Keeper, *parts),
+                "watch": partial(DeathWatch, *parts, roster=roster, observer=counts),
+                "roster": roster,
+                "counts": counts,
+            },
+        )
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._stopping = threading.Event()
-        self._child: tuple[int, int] | None = None
+        self._child: int | None = None
         # One that is embedded in a test has another's process.
-        embedded = threading.current_thread() is not threading.main_thread()
-        if not issubclass(worker.pool_cls, TaskPool) and not embedded:
+        if threading.current_thread() is threading.main_thread():
             self._fork()
 
     def start(self, _worker: Any) -> None:
-        run = self.make(self._stopping).run if self._child is None else self._watch
+        run = self.keeper(self._stopping).run if self._child is None else self._await_end
         LastingThread("keeper", run, observer=self.counts).start()
 
-    def _watch(self, thread: LastingThread) -> None:
+    def _await_end(self, thread: LastingThread) -> None:
         """Notice that the process has ended: no other one can be forked safely."""
         if (child := self._child) is None:
             return
         with suppress(ChildProcessError):
-            os.waitid(os.P_PID, child[0], os.WEXITED | os.WNOWAIT)
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         if not self._stopping.is_set():
             thread.failed()
             logger.error(
@@ -76,23 +93,53 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
     def stop(self, _worker: Any) -> None:
         self._stopping.set()
         if self._child is not None:
-            pid, end = self._child
-            self._child = None
-            os.close(end)
+            pid, self._child = self._child, None
+            self.roster.end()
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
 
     terminate = stop
 
     def _fork(self) -> None:
-        end, ours = os.pipe()
+        self.roster.prepare()
+        main = os.getpid()
         pid = os.fork()
         if pid:
-            os.close(end)
-            self._child = pid, ours
-            return
-        os.close(ours)
+            self._child = pid
+        else:
+            self._keep(main)
+
+    def _keep(self, main: int) -> NoReturn:
+        """In the process that was forked."""
+        try:
+            os.setsid()
+            for number in ENDS_WITH_THE_WORKER:
+                signal.signal(number, signal.SIG_IGN)
+            self.counts.counts.take(PLACE)
+            self.watch(keeper=self.keeper(self._stopping), main=_death_of(main)).run()
+            os._exit(0)
+        except BaseException:
+            logger.critical(
+                "the process that keeps leases fails",
+                extra={"action": "keeper_failed"},
+                exc_info=True,
+            )
+        finally:
+            os._exit(1)
+
+
+def _death_of(main: int) -> int:
+    """A descriptor that is readable once the main process, which has forked this one, has died."""
+    try:
+        descriptor = os.pidfd_open(main)
+    except (AttributeError, OSError) as error:
+        # What never becomes readable: then this process ends with the other.
         platforms.set_pdeathsig("SIGKILL")
-        for number in ENDS_WITH_THE_WORKER:
-            signal.signal(number, signal.SIG_IGN)
-        keep_for_parent(self.make(self._stopping), end)
+        descriptor, _ = os.pipe()
+        logger.warning(
+            "the system has no pidfds: runs of dead processes go on when their leases run out",
+            extra={"action": "no_pidfd", "reason": str(error)},
+        )
+    if os.getppid() != main:  # it has died already, and another may have its pid
+        os._exit(0)
+    return descriptor

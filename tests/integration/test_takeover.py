@@ -1,0 +1,361 @@
+"""Runs of processes that have died go on at once: the leases here last longer than any test."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import Run
+from beatless.local.child import Child
+from beatless.orchestrator.board import Board, Noted
+from beatless.orchestrator.death_watch import DeathWatch
+from beatless.orchestrator.keeper import Keeper
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.observer import LeasesEnded
+from beatless.orchestrator.roster import Roster
+from beatless.testing import Kit
+from tests.integration.test_processes import await_death
+from tests.valkeys import until
+
+APP = "tests.plans:app"
+LEASE_S = 600
+POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"], "solo": ["--", "--pool", "solo"]}
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    """A lease that no run here outlives: only what notices a death gives its runs to others."""
+    return {"lease_seconds": LEASE_S}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A run whose step waits at a FIFO."""
+
+    run: Run
+    directory: Path
+
+    def pids(self) -> list[int]:
+        """The processes that its step was begun in."""
+        path = self.directory / "pids"
+        return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def begun(self, times: int) -> int:
+        """The process of the latest attempt, once there were so many."""
+        until(lambda: len(self.pids()) == times, 60)
+        return self.pids()[-1]
+
+    def go(self) -> None:
+        """Let its step return."""
+        (self.directory / "fifo").write_text("go")
+
+
+@pytest.fixture
+def wait(beatless: Kit, tmp_path: Path) -> Callable[[str], Waiting]:
+    def begin(name: str) -> Waiting:
+        directory = tmp_path / name
+        directory.mkdir()
+        os.mkfifo(directory / "fifo")
+        paths = {"pids": str(directory / "pids"), "fifo": str(directory / "fifo")}
+        return Waiting(run=beatless.start_run("at_a_fifo", paths), directory=directory)
+
+    return begin
+
+
+def ended(beatless: Kit, waiting: Waiting) -> Run:
+    """The run, once its step was let go and it has completed."""
+    waiting.go()
+    return beatless.wait_for_run_completion(waiting.run.run_id)
+
+
+def keeper_of(worker: Child) -> int:
+    """The process beside a worker that leads a session of its own."""
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    (keeper,) = [int(pid) for pid in children if os.getsid(int(pid)) == int(pid)]
+    return keeper
+
+
+def test_the_run_of_a_child_that_dies_goes_on_at_once(
+    beatless: Kit, wait: Callable[[str], Waiting]
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    waiting = wait("run")
+
+    os.kill(waiting.begun(1), signal.SIGKILL)
+    assert waiting.begun(2) != waiting.pids()[0]
+
+    run = ended(beatless, waiting)
+    assert (run.result, run.attempt) == (waiting.pids()[1], 2)
+    assert "its lease is ended, the run goes on at once" in worker.log.read_text()
+    beatless.verify()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["main", "group"])
+def test_the_run_of_a_worker_that_dies_goes_on_at_once_in_another(
+    beatless: Kit, wait: Callable[[str], Waiting], pool: str, kill: Callable[[int, int], None]
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP, arguments=POOLS[pool])
+    waiting = wait("run")
+    waiting.begun(1)
+    keeper = keeper_of(worker)
+
+    kill(worker.pid, signal.SIGKILL)
+    beatless.worker_process(APP, arguments=POOLS[pool])
+    waiting.begun(2)
+
+    run = ended(beatless, waiting)
+    assert (run.result, run.attempt) == (waiting.pids()[1], 2)
+    await_death(keeper)
+    beatless.verify()
+
+
+def test_the_run_of_a_process_that_stands_still_is_left_to_its_lease(
+    beatless: Kit, wait: Callable[[str], Waiting]
+) -> None:
+    beatless.relay_process(APP)
+    beatless.worker_process(APP, concurrency=2)
+    frozen, killed = wait("frozen"), wait("killed")
+    stopped = frozen.begun(1)
+    os.kill(stopped, signal.SIGSTOP)
+
+    os.kill(killed.begun(1), signal.SIGKILL)
+    killed.begun(2)  # whoever took this one over saw the other at the same time
+    assert ended(beatless, killed).attempt == 2
+    assert beatless.client.get_run(frozen.run.run_id).attempt == 1
+
+    beatless.advance(LEASE_S + 1)
+    frozen.begun(2)
+    assert ended(beatless, frozen).attempt == 2
+    os.kill(stopped, signal.SIGCONT)
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_children_of_a_main_process_that_stands_still_keep_their_runs(
+    beatless: Kit, wait: Callable[[str], Waiting]
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP, concurrency=2)
+    living, killed = wait("living"), wait("killed")
+    living.begun(1)
+    killed.begun(1)
+    os.kill(worker.pid, signal.SIGSTOP)
+    beatless.worker_process(APP)
+
+    os.kill(killed.begun(1), signal.SIGKILL)
+    killed.begun(2)
+
+    assert ended(beatless, killed).attempt == 2
+    assert ended(beatless, living).attempt == 1
+    os.kill(worker.pid, signal.SIGCONT)
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_a_worker_whose_keeper_dies_alone_keeps_its_runs_and_says_so(
+    beatless: Kit, wait: Callable[[str], Waiting]
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP)
+    waiting = wait("run")
+    waiting.begun(1)
+
+    os.kill(keeper_of(worker), signal.SIGKILL)
+    until(lambda: "the process that keeps leases has ended" in worker.log.read_text())
+
+    assert ended(beatless, waiting).attempt == 1
+    beatless.verify()
+
+
+# The watch itself, on a board that the test writes
+
+
+class Watched:
+    """A death watch in this process, over processes that the test forks."""
+
+    def __init__(self, beatless: Kit) -> None:
+        self.signals: list[Any] = []
+        self.board, self.roster = Board(), Roster()
+        self.roster.prepare()
+        leases, connect = beatless.app.leases, beatless.app.executors.connect
+        self.watch = DeathWatch(
+            self.board,
+            leases,
+            connect,
+            roster=self.roster,
+            keeper=Keeper(self.board, leases, connect, None),  # type: ignore[arg-type]  # not run
+            main=os.pidfd_open(os.getpid()),
+            observer=self.signals.append,
+        )
+
+    def process(self) -> tuple[int, int]:
+        """The pid and the life of a process that has announced itself."""
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(tell, str(self.roster.announce()).encode())
+            signal.pause()
+            os._exit(0)
+        life = int(os.read(told, 64))
+        os.close(told)
+        os.close(tell)
+        return pid, life
+
+    def note(self, slot: int, lease: Lease, pid: int, life: int) -> None:
+        self.board.write(
+            slot,
+            Noted(pid=pid, life=life, beat=0.0, run_id=lease.run.run_id, tokens=lease.tokens),
+        )
+
+    def ended(self) -> int:
+        return sum(each.leases for each in self.signals if isinstance(each, LeasesEnded))
+
+
+@pytest.fixture
+def watched(beatless: Kit) -> Iterator[Watched]:
+    found = Watched(beatless)
+    yield found
+    found.roster.end()
+
+
+@pytest.fixture
+def connection(beatless: Kit) -> Any:
+    with beatless.app.executors.connect() as found:
+        yield found
+
+
+def claim(beatless: Kit, connection: psycopg.Connection[Any], number: int = 1) -> Lease:
+    run = beatless.start_run("two_steps")
+    lease = beatless.app.leases.claim(
+        connection, run.run_id, plan="two_steps", worker="w", first_step="first", dispatch=number
+    )
+    assert lease is not None
+    return lease
+
+
+def due(beatless: Kit, connection: psycopg.Connection[Any], lease: Lease) -> bool:
+    """Whether the lease has run out and the run is dispatched now."""
+    schema = beatless.app.settings.schema
+    row = connection.execute(
+        "SELECT r.lease_expires_at <= clock_timestamp(), d.due_at <= clock_timestamp()"
+        f" FROM {schema}.runs r JOIN {schema}.dispatches d USING (run_id) WHERE run_id = %s",
+        [lease.run.run_id],
+    ).fetchone()
+    assert row is not None
+    assert row[0] == row[1]
+    return bool(row[0])
+
+
+def die(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_process_with_the_pid_of_a_dead_one_keeps_its_leases(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    pid, life = watched.process()
+    dead, successor = claim(beatless, connection), claim(beatless, connection)
+    watched.note(0, dead, pid, life)
+    watched.note(1, successor, pid, life + 1)
+    watched.watch.once()  # it has announced itself
+
+    die(pid)
+    watched.watch.once()
+
+    assert due(beatless, connection, dead)
+    assert not due(beatless, connection, successor)
+    assert watched.ended() == 1
+
+
+def test_a_process_that_only_stands_still_keeps_its_leases(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    (frozen, frozen_life), (killed, killed_life) = watched.process(), watched.process()
+    theirs, dead = claim(beatless, connection), claim(beatless, connection)
+    watched.note(0, theirs, frozen, frozen_life)
+    watched.note(1, dead, killed, killed_life)
+    os.kill(frozen, signal.SIGSTOP)
+    os.waitpid(frozen, os.WUNTRACED)
+
+    die(killed)
+    until(lambda: watched.watch.once() or watched.ended())
+
+    assert due(beatless, connection, dead)
+    assert not due(beatless, connection, theirs)
+    die(frozen)
+
+
+def test_a_lease_that_another_worker_has_is_not_ended_by_the_token_before(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    pid, life = watched.process()
+    lease = claim(beatless, connection)
+    watched.note(0, lease, pid, life)
+    beatless.advance(LEASE_S + 1)
+    other = beatless.app.leases.claim(
+        connection,
+        lease.run.run_id,
+        plan="two_steps",
+        worker="other",
+        first_step="first",
+        dispatch=2,
+    )
+    assert other is not None
+    watched.watch.once()
+
+    die(pid)
+    watched.watch.once()
+
+    assert not due(beatless, connection, other)
+    assert watched.ended() == 0
+
+
+def test_a_row_that_a_transaction_holds_is_not_waited_for_and_not_forgotten(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    pid, life = watched.process()
+    held, free = claim(beatless, connection), claim(beatless, connection)
+    watched.note(0, held, pid, life)
+    watched.note(1, free, pid, life)
+    watched.watch.once()
+    with beatless.app.executors.connect() as holder, holder.transaction():
+        holder.execute(
+            f"SELECT FROM {beatless.app.settings.schema}.runs WHERE run_id = %s FOR UPDATE",
+            [held.run.run_id],
+        )
+        die(pid)
+        watched.watch.once()
+        assert (due(beatless, connection, held), due(beatless, connection, free)) == (False, True)
+
+    until(lambda: watched.watch.once() or watched.ended() == 2)
+
+    assert due(beatless, connection, held)
+
+
+def test_a_run_that_the_dead_process_had_settled_is_left_alone(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    pid, life = watched.process()
+    lease = claim(beatless, connection)
+    watched.note(0, lease, pid, life)
+    connection.execute(
+        f"UPDATE {beatless.app.settings.schema}.runs SET state = 'completed' WHERE run_id = %s",
+        [lease.run.run_id],
+    )
+    watched.watch.once()
+
+    die(pid)
+    watched.watch.once()
+
+    assert not due(beatless, connection, lease)
+    assert watched.ended() == 0
