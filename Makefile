@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -130,6 +130,10 @@ bench-fanout: $(STAMP) ## Measure 2,000 viewers of two API processes (3 minutes)
 
 bench-capacity: $(STAMP) ## Measure connections, memory, disk and WAL; write the tables of docs/operations.md
 	$(BIN)/python -m benchmarks.capacity
+	$(BIN)/python -m benchmarks.table
+
+bench-takeover: $(STAMP) ## Measure how soon runs go on when their processes are killed (4 minutes)
+	$(BIN)/python -m benchmarks.takeover
 	$(BIN)/python -m benchmarks.table
 
 bench-%: $(STAMP)

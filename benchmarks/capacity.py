@@ -4,6 +4,7 @@ Writes the tables in docs/operations.md too. Counts and bytes, no times: other w
 does not change them.
 """
 
+import os
 import re
 import tempfile
 from contextlib import ExitStack
@@ -30,8 +31,9 @@ def megabytes(pid: int) -> float:
 
 
 def children(pid: int) -> list[int]:
+    """Those of its pool: its keeper leads a session of its own."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
+    return [int(child) for child in text.split() if os.getsid(int(child)) != int(child)]
 
 
 def sessions(bench: Bench, name: str) -> int:
