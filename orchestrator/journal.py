@@ -12,6 +12,7 @@ from typing import Any
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
 from beatless.orchestrator.failure import cancel_error
+from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import (
     Appended,
     DispatchStatus,
@@ -40,7 +41,7 @@ class Journal:
     def __init__(self, schema: str, *, max_event_bytes: int) -> None:
         self.schema = schema
         self.max_event_bytes = max_event_bytes
-        self.sql = statements(__file__, schema, page_bytes=PAGE_BYTES)
+        self.sql = statements(__file__, schema, page_bytes=PAGE_BYTES, **OPTION_SQL)
         self._lists = {
             (None, False): self.sql["list"],
             (None, True): self.sql["list_at_step"],

@@ -6,17 +6,17 @@
 WITH input AS (
   SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
     run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
-    priority smallint, input jsonb, key text, not_before timestamptz, delay float8,
-    deadline float8, tags jsonb, retry_of text, trace_context jsonb, reused jsonb,
-    default_queue boolean, default_input boolean)
+    input jsonb, key text, not_before timestamptz, delay float8, deadline float8, retry_of text,
+    trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
+    {option_types})
 ), u AS (
-  INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, priority, state, input,
-                             key, last_seq, not_before, deadline_at, tags, retry_of, trace_context,
-                             default_queue, default_input)
-  SELECT run_id, namespace, plan, plan_version, queue, priority, 'queued', input, key, 1,
+  INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
+                             last_seq, not_before, deadline_at, retry_of, trace_context,
+                             default_queue, default_input, {option_columns})
+  SELECT run_id, namespace, plan, plan_version, queue, 'queued', input, key, 1,
          coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
-         clock_timestamp() + make_interval(secs => deadline), tags, retry_of, trace_context,
-         default_queue, default_input
+         clock_timestamp() + make_interval(secs => deadline), retry_of, trace_context,
+         default_queue, default_input, {option_values}
     FROM input
   ON CONFLICT DO NOTHING
   RETURNING *

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
@@ -84,7 +85,12 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
-        self.sql = statements(__file__, schema, lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000))
+        self.sql = statements(
+            __file__,
+            schema,
+            lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
+            run_options=OPTION_SQL["run_options"],
+        )
 
     def claim(
         self,

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from beatless.orchestrator.errors import EventsPruned
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.options import STORED, StoredOptions
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
 
@@ -17,7 +18,6 @@ RUN_COLUMNS = (
     "plan",
     "plan_version",
     "queue",
-    "priority",
     "state",
     "input",
     "result",
@@ -29,17 +29,17 @@ RUN_COLUMNS = (
     "cancel_requested_at",
     "not_before",
     "deadline_at",
-    "tags",
     "retry_of",
     "created_at",
     "started_at",
     "finished_at",
     "pruned_seq",
+    *STORED,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(StoredOptions):
     """One execution of a plan, as it is stored now.
 
     >>> run = app.client.start_run("checkout", {"order": 1}, tags={"shop": "berlin"})
@@ -52,7 +52,6 @@ class Run:
     plan: str
     plan_version: str
     queue: str
-    priority: int
     state: RunState
     input: Any
     result: Any
@@ -131,7 +130,7 @@ class FailedRunFilter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewRun:
+class NewRun(StoredOptions):
     """A checked request to start a run. `input` is JSON text."""
 
     run_id: str
@@ -139,14 +138,12 @@ class NewRun:
     plan: str
     plan_version: str
     queue: str
-    priority: int
     input: str
     key: str | None
     not_before: datetime | None
     delay: float | None
     deadline: float | None
     """Seconds from now."""
-    tags: Mapping[str, str]
     retry_of: str | None = None
     trace_context: Mapping[str, str] | None = None
     reused: str | None = None
@@ -164,19 +161,18 @@ class NewRun:
             "plan": self.plan,
             "plan_version": self.plan_version,
             "queue": self.queue,
-            "priority": self.priority,
             "key": self.key,
             # In UTC: Postgres takes no time zone that is 16 hours or more away from it.
             "not_before": self.not_before.astimezone(UTC).isoformat() if self.not_before else None,
             "delay": self.delay,
             "deadline": self.deadline,
-            "tags": dict(self.tags),
             "retry_of": self.retry_of,
             "trace_context": dict(self.trace_context) if self.trace_context else None,
             "default_queue": self.default_queue,
             "default_input": self.default_input,
         }
-        text = json.dumps(members)[:-1] + f',"input":{self.input}'
+        members |= self.stored_options()
+        text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
             text += f',"reused":{self.reused}'
         return text + "}"

@@ -7,13 +7,14 @@ from sqlalchemy import (
     Column,
     Index,
     Integer,
-    SmallInteger,
     Table,
     Text,
     text,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from beatless.orchestrator.options import STORED
 from beatless.outbox.tables import Id, Time, metadata
 
 runs = Table(
@@ -24,7 +25,6 @@ runs = Table(
     Column("plan", Text, nullable=False),
     Column("plan_version", Text, nullable=False),
     Column("queue", Id, nullable=False),
-    Column("priority", SmallInteger, nullable=False, server_default=text("0")),
     Column("state", Text, nullable=False),
     Column("input", JSONB),
     Column("result", JSONB),
@@ -38,7 +38,6 @@ runs = Table(
     Column("cancel_requested_at", Time),
     Column("not_before", Time),
     Column("deadline_at", Time),
-    Column("tags", JSONB, nullable=False, server_default=text("'{}'")),
     Column("retry_of", Id),
     Column("trace_context", JSONB),
     Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
@@ -48,6 +47,15 @@ runs = Table(
     Column("pruned_at", Time),
     Column("default_queue", Boolean),
     Column("default_input", Boolean),
+    *(
+        Column(
+            name,
+            postgresql.dialect.ischema_names[each.sql_type],
+            nullable=each.sql_default is None,
+            server_default=None if each.sql_default is None else text(each.sql_default),
+        )
+        for name, each in STORED.items()
+    ),
     CheckConstraint(
         "state IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name="runs_state"
     ),

@@ -1,5 +1,6 @@
 """The timeline of a run for operators: its journal and rows as sentences."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -66,7 +67,7 @@ def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
-    return [*_pruned(run), *_history(events), *_now(run, status, stands_at(events))]
+    return [*_pruned(run), *_history(run, events), *_now(run, status, stands_at(events))]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
@@ -75,7 +76,7 @@ def _pruned(run: Run) -> Iterator[Moment]:
         yield Moment(at=_ms(run.created_at), kind="pruned", text=text)
 
 
-def _history(events: Sequence[Event]) -> Iterator[Moment]:
+def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
     open_attempt: Event | None = None
     waits: Wait | None = None
     for event in events:
@@ -89,6 +90,8 @@ def _history(events: Sequence[Event]) -> Iterator[Moment]:
                     text += f", a retry of {data['retry_of']}"
                 if data.get("reused", {}).get("next"):
                     text += f" from step {data['reused']['next']}"
+                for name, value in run.chosen_options().items():
+                    text += f", {name} {json.dumps(value, ensure_ascii=False)}"
                 yield Moment(at=event.ts, kind="accepted", text=text)
                 due = max(event.ts, data.get("not_before") or event.ts)
                 waits = Wait(event.ts, due, "for its time")

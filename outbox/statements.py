@@ -13,7 +13,8 @@ a statement of its own. A placeholder in braces is one of
 * `{event_json}`, a fragment: text that several statements share, `-- fragment: event_json`. It is
   defined above them in their file, or in the `fragments.sql` of their package or of the outbox;
 * `{per_shard}`, a number that Python code uses too, or that the planner must see: for a LIMIT that
-  is a parameter it assumes a tenth of the rows.
+  is a parameter it assumes a tenth of the rows;
+* `{option_columns}`, text that Python code makes: see `orchestrator/options.py`.
 """
 
 import re
@@ -40,7 +41,7 @@ class Statement:
 
     @property
     def placeholders(self) -> frozenset[str]:
-        """The placeholders: `schema`, and names of numbers."""
+        """The placeholders: `schema`, and names of values."""
         return frozenset(_PLACEHOLDER.findall(self.text))
 
 
@@ -78,18 +79,18 @@ class StatementFile:
         return cls(statements=statements, fragments=visible)
 
 
-def statements(module: str, schema: str, **numbers: float) -> dict[str, str]:
+def statements(module: str, schema: str, **values: float | str) -> dict[str, str]:
     """The statements of the file beside a module, which gives its `__file__`, by name.
 
-    Raises ValueError if a placeholder is neither `schema` nor one of these numbers, or if one of
-    the numbers is in no statement.
+    Raises ValueError if a placeholder is neither `schema` nor one of these values, or if one of
+    the values is in no statement.
     """
-    values = {"schema": schema} | {name: f"{number}" for name, number in numbers.items()}
     found = read(Path(module).with_suffix(".sql")).statements
-    unused = numbers.keys() - {name for each in found.values() for name in each.placeholders}
+    unused = values.keys() - {name for each in found.values() for name in each.placeholders}
     if unused:
         raise ValueError(f"no statement beside {module} has {', '.join(sorted(unused))}")
-    return {name: _filled(each, values) for name, each in found.items()}
+    texts = {"schema": schema} | {name: f"{value}" for name, value in values.items()}
+    return {name: _filled(each, texts) for name, each in found.items()}
 
 
 def fragment(name: str, schema: str, **numbers: float) -> str:

@@ -18,7 +18,13 @@ from typing import (
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from beatless.api.problems import Problem
-from beatless.client.requests import RunRequest, check_texts, checked_tags, json_members
+from beatless.client.requests import (
+    OPTIONS,
+    RunRequest,
+    check_texts,
+    checked_tags,
+    json_members,
+)
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
 from beatless.orchestrator.records import FailedRunFilter, Place
@@ -82,10 +88,14 @@ def _members_of_a_run() -> dict[str, Any]:
     hints = get_type_hints(RunRequest)
     found: dict[str, Any] = {}
     for each in json_members():
-        allowed = each.metadata.get("range")
-        limits = {"ge": allowed[0], "le": allowed[-1]} if allowed else {}
+        shown: dict[str, Any] = {}
+        if option := OPTIONS.get(each.name):
+            unit = " In seconds." if timedelta in get_args(hints[each.name]) else ""
+            shown = {"description": option.help + unit, "examples": [option.example]}
+            if option.numbers is not None:
+                shown |= {"ge": option.numbers[0], "le": option.numbers[-1]}
         default = ... if each.default is MISSING else each.default
-        found[each.name] = (_json_type(hints[each.name]), Field(default, **limits))
+        found[each.name] = (_json_type(hints[each.name]), Field(default, **shown))
     return found
 
 

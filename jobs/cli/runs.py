@@ -2,88 +2,68 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Unpack, get_args, get_type_hints
 
 import click
 
 from beatless.cli import render
 from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
-from beatless.client.requests import PRIORITIES
+from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.observe.export import export
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
 from beatless.verify import verify as find_violations
 
-Command = Callable[..., None]
-
 TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit status 1 then.")
 
 
-@dataclass(frozen=True)
-class RunOption:
-    """An option of `beatless start`, and how its text becomes a member of RunRequest."""
-
-    declare: Callable[[Command], Command]
-    read: Callable[[Any], Any] = field(default=lambda value: value)
-
-
-RUN_OPTIONS = {
-    "run_id": RunOption(click.option("--run-id", metavar="ID", help="Your own id for the run.")),
-    "key": RunOption(
-        click.option("--key", help="Start it once: the same key gives back the same run.")
-    ),
-    "queue": RunOption(click.option("--queue", metavar="Q")),
-    "delay": RunOption(
-        click.option("--delay", metavar="30s", help="Start it so much later."), seconds
-    ),
-    "not_before": RunOption(
-        click.option(
-            "--at",
-            "not_before",
-            metavar="TIME",
-            help="Start it then, e.g. 2026-12-24T18:00:00+01:00.",
-        ),
-        moment,
-    ),
-    "deadline": RunOption(
-        click.option("--deadline", metavar="1h", help="Fail if it has not ended so much later."),
-        seconds,
-    ),
-    "priority": RunOption(
-        click.option(
-            "--priority",
-            type=click.IntRange(PRIORITIES[0], PRIORITIES[-1]),
-            default=0,
-            help="Higher goes first.",
-        )
-    ),
-    "tags": RunOption(click.option("--tag", "tags", metavar="K=V", multiple=True), pairs),
+READERS: dict[Any, Callable[[Any], Any]] = {
+    timedelta: seconds,
+    datetime: moment,
+    Mapping[str, str]: pairs,
 }
-"""By the member that each gives. A test compares them with RunRequest."""
+"""How the text of an option becomes a value of its type; others are read by click."""
 
 
-def run_options(command: Command) -> Command:
-    """Declare all of them, in this order."""
-    for option in reversed(RUN_OPTIONS.values()):
-        command = option.declare(command)
-    return command
+def start_options() -> list[click.Option]:
+    """The options of `beatless start`, made from their descriptions."""
+    hints = get_type_hints(RunRequest)
+    found = []
+    for each in json_members():
+        if option := OPTIONS.get(each.name):
+            types = get_args(hints[each.name]) or (hints[each.name],)
+            number = option.numbers and click.IntRange(option.numbers[0], option.numbers[-1])
+            found.append(
+                click.Option(
+                    [option.flag or f"--{each.name.replace('_', '-')}", each.name],
+                    metavar=option.metavar,
+                    help=option.help,
+                    default=each.default,
+                    type=number or (int if int in types else None),
+                    multiple=Mapping[str, str] in types,
+                    callback=_reading(types),
+                )
+            )
+    return found
 
 
-def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of `start_run`. Raises BadRequest."""
-    return {
-        name: None if given[name] is None else option.read(given[name])
-        for name, option in RUN_OPTIONS.items()
-    }
+def _reading(types: Sequence[Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    read = next((READERS[kind] for kind in types if kind in READERS), None)
+
+    def callback(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
+        return given if given is None or read is None else read(given)
+
+    return callback
 
 
-@click.command()
+INPUT = click.Option(["--input", "input_"], metavar="JSON|@FILE|-", help="The run's input.")
+
+
+@click.command(params=[INPUT, *start_options()])
 @click.argument("plan")
-@click.option("--input", "input_", metavar="JSON|@FILE|-", help="The run's input.")
-@run_options
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
 @TIMEOUT
 @click.pass_obj
@@ -94,12 +74,12 @@ def start(
     input_: str | None,
     follow: bool,
     timeout: str | None,
-    **given: Any,
+    **options: Unpack[RunOptions],
 ) -> None:
     """Start a run of PLAN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
     export("beatless", os.environ)
-    run = env.client.start_run(plan, json_input(input_), **read_options(given))
+    run = env.client.start_run(plan, json_input(input_), **options)
     if not follow:
         env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
         return

@@ -176,16 +176,15 @@ class FailedRunCalls(BaseClient):
                 run_id=new_id,
                 input=run.input,
                 queue=run.queue,
-                priority=run.priority,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
-            # Its tags were checked when it was started, maybe before they had a limit. Its input is
-            # not the plan's default of today if it is null.
+            # Its options were checked when it was started, maybe by the rules of an older release.
+            # Its input is not the plan's default of today if it is null.
             new = replace(
                 self._checked(request),
                 retry_of=run.run_id,
-                tags=run.tags,
                 input=encode(run.input, where="its input", limit=self._journal.max_event_bytes),
+                **run.stored_options(),
             )
             events = self._journal.read(caller, run.run_id)
             reused = reusable(self._plans[run.plan], events, from_step)

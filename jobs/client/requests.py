@@ -6,13 +6,22 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.events import encode, storable
+from beatless.orchestrator.options import (
+    STORED,
+    Option,
+    StoredKeywords,
+    StoredOptions,
+    described,
+    problem_with_tags,
+    problem_with_text,
+)
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
@@ -24,17 +33,30 @@ QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 CELERYS_OWN = frozenset({"celeryev", "control.pidbox"})
 """The exchanges behind the prefix that carry Celery's events and control messages."""
 
-TAGS_BYTES = 16 * 1024
-"""Of all names and values in UTF-8: tags are for finding runs."""
+EXAMPLE_TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+"""Of W3C Trace Context."""
 
 
-PRIORITIES = range(10)
+def problem_with_key(given: Any) -> str:
+    """The problem with a key."""
+    return problem_with_text(given, 256)
+
 
 INPUT = "the run's input"
 """Its name in errors."""
 
 
-class RunOptions(TypedDict, total=False):
+def seconds_of(given: float | timedelta | None) -> float | None:
+    """A duration in seconds."""
+    return given.total_seconds() if isinstance(given, timedelta) else given
+
+
+def problem_with_duration(given: Any) -> str:
+    """The problem with seconds or a timedelta."""
+    return problem_with_seconds(seconds_of(given))
+
+
+class RunOptions(StoredKeywords, total=False):
     """The keywords of `start_run` in every client; a test compares them with RunRequest."""
 
     run_id: str | None
@@ -43,16 +65,14 @@ class RunOptions(TypedDict, total=False):
     delay: float | timedelta | None
     not_before: datetime | None
     deadline: float | timedelta | None
-    priority: int
-    tags: Mapping[str, str] | None
     traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
+class RunRequest(StoredOptions):
     """One run of a `start_runs` call; the members are those of `start_run`.
 
-    The body of `POST /v1/runs` and its model are made from the fields: see `json_members`.
+    The options are its own fields with a description, and those of `StoredOptions`.
 
     >>> from beatless import RunRequest
     >>> orders = [RunRequest(plan="checkout", input={"order": n}) for n in (1, 2)]
@@ -62,20 +82,87 @@ class RunRequest:
 
     plan: str
     input: Any = None
-    run_id: str | None = None
-    key: str | None = None
-    queue: str | None = None
-    delay: float | timedelta | None = None
-    not_before: datetime | None = None
-    deadline: float | timedelta | None = None
-    priority: int = field(default=0, metadata={"range": PRIORITIES})
-    tags: Mapping[str, str] | None = None
-    traceparent: str | None = field(default=None, metadata={"header": True})
+    run_id: Annotated[
+        str | None,
+        Option(
+            help="Your own id for the run.",
+            metavar="ID",
+            example="order-1",
+        ),
+    ] = None
+    key: Annotated[
+        str | None,
+        Option(
+            help="Start it once: the same key gives back the same run.",
+            example="order:1",
+            problem=problem_with_key,
+        ),
+    ] = None
+    queue: Annotated[
+        str | None,
+        Option(
+            help="Default: the plan's.",
+            metavar="Q",
+            example="mail",
+        ),
+    ] = None
+    delay: Annotated[
+        float | timedelta | None,
+        Option(
+            help="Start it so much later.",
+            metavar="30s",
+            example=90,
+            problem=problem_with_duration,
+        ),
+    ] = None
+    not_before: Annotated[
+        datetime | None,
+        Option(
+            help="Start it then, e.g. 2026-12-24T18:00:00+01:00.",
+            flag="--at",
+            metavar="TIME",
+            example="2096-12-24T18:00:00+01:00",
+            problem=problem_with_moment,
+        ),
+    ] = None
+    deadline: Annotated[
+        float | timedelta | None,
+        Option(
+            help="Fail if it has not ended so much later.",
+            metavar="1h",
+            example=7200,
+            problem=problem_with_duration,
+        ),
+    ] = None
+    traceparent: Annotated[
+        str | None,
+        Option(
+            help="The trace that it joins.",
+            header=True,
+            example=EXAMPLE_TRACE,
+        ),
+    ] = None
+
+
+REQUEST_FIELDS = tuple(sorted(fields(RunRequest), key=lambda each: each.name in STORED))
+"""Plan and input, the options of a RunRequest, and those that a run keeps."""
+
+DESCRIBED = described(RunRequest)
+
+OPTIONS: Mapping[str, Option] = {
+    each.name: DESCRIBED[each.name] for each in REQUEST_FIELDS if each.name in DESCRIBED
+}
+"""The descriptions of all options, in this order."""
+
+OPTIONAL = frozenset(each.name for each in REQUEST_FIELDS if each.default is None)
+"""Those that may be None."""
 
 
 def json_members() -> list[Field[Any]]:
     """The fields of a RunRequest that the body of a request has; the others are headers."""
-    return [each for each in fields(RunRequest) if not each.metadata.get("header")]
+    return [
+        each for each in REQUEST_FIELDS if each.name not in OPTIONS or not OPTIONS[each.name].header
+    ]
 
 
 def shows_run_options(start: Start) -> Start:
@@ -89,8 +176,8 @@ def shows_run_options(start: Start) -> Start:
             default=each.default,
             annotation=hints[each.name],
         )
-        for each in fields(RunRequest)
-        if each.name in RunOptions.__annotations__
+        for each in REQUEST_FIELDS
+        if each.name in OPTIONS
     ]
     given = shown.parameters.values()
     before = [each for each in given if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -110,16 +197,9 @@ def new_run_id() -> str:
 
 def seconds(name: str, given: float | timedelta | None) -> float | None:
     """A duration in seconds. Raises BadRequest for the option of this name."""
-    duration = given.total_seconds() if isinstance(given, timedelta) else given
-    if duration is not None and (problem := problem_with_seconds(duration)):
+    if given is not None and (problem := problem_with_duration(given)):
         raise BadRequest(name, problem)
-    return duration
-
-
-def check_moment(name: str, given: datetime | None) -> None:
-    """Raises BadRequest for a time that Postgres cannot store."""
-    if given is not None and (problem := problem_with_moment(given)):
-        raise BadRequest(name, problem)
+    return seconds_of(given)
 
 
 def check_texts(**texts: str | None) -> None:
@@ -136,16 +216,11 @@ def queue_name(queue: str) -> str:
     return queue
 
 
-def checked_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
-    """A copy of the tags; None gives none. Raises BadRequest."""
-    for name, value in (tags or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
-            raise BadRequest("tags", "must map strings to strings of valid text, without NUL")
-    if sum(len((name + value).encode()) for name, value in (tags or {}).items()) > TAGS_BYTES:
-        raise BadRequest(
-            "tags", f"are longer than {TAGS_BYTES} bytes: put large values into the input"
-        )
-    return dict(tags or {})
+def checked_tags(tags: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """The tags of a filter. Raises BadRequest."""
+    if tags is not None and (problem := problem_with_tags(tags)):
+        raise BadRequest("tags", problem)
+    return tags
 
 
 def new_run(
@@ -155,6 +230,10 @@ def new_run(
     plan = plans.get(request.plan)
     if plan is None:
         raise UnknownPlan(request.plan, list(plans))
+    for name, option in OPTIONS.items():
+        value = getattr(request, name)
+        if (value is not None or name not in OPTIONAL) and (problem := option.problem_with(value)):
+            raise BadRequest(name, problem)
     given = new_run_id() if request.run_id is None else request.run_id
     run_id = stored_id(namespace, given) if isinstance(given, str) else ""
     chosen = run_id.removeprefix(id_prefix(namespace))
@@ -163,17 +242,9 @@ def new_run(
     queue = queue_name(plan.queue if request.queue is None else request.queue)
     if queue in CELERYS_OWN:
         raise BadRequest("queue", f"is {queue!r}, a name of Celery's own: choose another")
-    if request.key is not None and not (
-        isinstance(request.key, str) and 0 < len(request.key) <= 256 and storable(request.key)
-    ):
-        raise BadRequest("key", "must be a string of 1 to 256 characters of valid text, no NUL")
-    if not isinstance(request.priority, int) or request.priority not in PRIORITIES:
-        raise BadRequest("priority", f"is {request.priority!r}, which is not 0 to 9")
     if request.delay is not None and request.not_before is not None:
         raise BadRequest("delay", "and not_before cannot both be given")
-    check_moment("not_before", request.not_before)
-    delay = seconds("delay", request.delay)
-    deadline = seconds("deadline", request.deadline)
+    delay, deadline = seconds_of(request.delay), seconds_of(request.deadline)
     if deadline is not None and deadline <= (delay or 0):
         raise BadRequest("deadline", f"is {deadline:g} s from now, before the run may start")
     return NewRun(
@@ -182,7 +253,6 @@ def new_run(
         plan=plan.name,
         plan_version=plan.version,
         queue=queue,
-        priority=request.priority,
         input=encode(
             plan.default_input if request.input is None else request.input,
             where=INPUT,
@@ -192,7 +262,7 @@ def new_run(
         not_before=request.not_before,
         delay=delay,
         deadline=deadline,
-        tags=checked_tags(request.tags),
         default_queue=request.queue is None,
         default_input=request.input is None,
+        **request.stored_options(),
     )

@@ -11,15 +11,17 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from kombu.message import Message
 
 from beatless.app import App
+from beatless.client.requests import RunOptions, shows_run_options
 from beatless.local.child import Child
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.records import Run
 from beatless.outbox.faults import SimulatedCrash
+from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
 from beatless.testing.stored_time import move_into_past
 from beatless.testing.task_inbox import TaskInbox
@@ -59,14 +61,22 @@ class Kit(WaitCalls):
 
     # Starting
 
-    def start_run(self, plan: str, input: Any = None, **options: Any) -> Run:
+    @shows_run_options
+    def start_run(
+        self,
+        plan: str,
+        input: Any = None,
+        *,
+        connection: Caller | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:
         """`client.start_run` with a run id that names the test: `test-<worker>-<test>-<number>`.
 
         >>> beatless.start_run("checkout", {"order": 1}).run_id
         'test-...'
         """
         options.setdefault("run_id", next(self._ids))
-        return self.client.start_run(plan, input, **options)
+        return self.client.start_run(plan, input, connection=connection, **options)
 
     def assert_started(
         self,

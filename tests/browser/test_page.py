@@ -31,6 +31,39 @@ def start_in_dialog(page: Page, **input: object) -> str:
     return page.url.rpartition("/")[2]
 
 
+def test_the_dialog_has_a_field_for_each_option_of_a_run(
+    beatless: Kit, server: Server, open_page: Opener
+) -> None:
+    typed = {
+        "Run id": "order-1",
+        "Key": "order:1",
+        "Queue": "mail",
+        "Delay": "90",
+        "Deadline": "7200.5",
+        "Priority": "7",
+        "Tags": "shop=berlin team=a=b",
+    }
+    page = open_page()
+    page.goto(server.url)
+    page.get_by_role("button", name="New run").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Plan").select_option("checkout")
+    dialog.get_by_text("More").click()
+    expect(dialog.locator("details label")).to_have_text(
+        [*list(typed)[:4], "Not before", *list(typed)[4:]]
+    )
+    for name, text in typed.items():
+        dialog.get_by_label(name, exact=True).fill(text)
+    dialog.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/#/run/order-1")
+
+    run = beatless.client.get_run("order-1")
+    assert (run.key, run.queue, run.priority) == ("order:1", "mail", 7)
+    assert run.tags == {"shop": "berlin", "team": "a=b"}
+    assert 89 <= (run.not_before - run.created_at).total_seconds() <= 91
+    assert 7200 <= (run.deadline_at - run.created_at).total_seconds() <= 7201
+
+
 def test_a_run_from_its_start_to_its_end_while_the_server_is_killed(
     fleet: Kit, server: Server, open_page: Opener, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import beatless
 from beatless import App
+from beatless.orchestrator.options import OPTION_SQL
 from beatless.outbox.doorbell import prepare_to_drain
 from beatless.outbox.message import SHARDS
 from beatless.outbox.statements import read, statements
@@ -32,7 +33,7 @@ IN_DRAINS = {"queries", "doorbell", "deadlines", "retention", "shards"}
 SHORT_INDEXES = {"dispatches_out", "dispatches_sent", "dispatches_deadline"}
 """Of dispatches in a state or with a deadline: windows and times bound how many there are."""
 
-NUMBERS = {
+VALUES: dict[str, float | str] = {
     "adopted": 1000,
     "batch": 100,
     "batch_bytes": 8 * 1024 * 1024,
@@ -47,7 +48,7 @@ NUMBERS = {
     "recheck_factor": 4,
     "sweep": 100,
     "window": 64,
-}
+} | OPTION_SQL
 
 TYPES = {
     "above": "int[]",
@@ -221,8 +222,8 @@ def test_statements_find_their_rows_by_an_index_or_say_which_tables_they_read_in
         for path in OF_MODULES:
             described = read(path).statements
             needed = {name for each in described.values() for name in each.placeholders}
-            numbers = {name: NUMBERS[name] for name in needed - {"schema"}}
-            texts = statements(str(path), beatless_app.settings.schema, **numbers)
+            values = {name: VALUES[name] for name in needed - {"schema"}}
+            texts = statements(str(path), beatless_app.settings.schema, **values)
             for name, text in texts.items():
                 session = drains if path.stem in IN_DRAINS else others
                 plan = planned(session, text, types_for(path, name))

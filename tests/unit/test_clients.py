@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Generator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -11,10 +10,11 @@ import pytest
 
 from beatless import Client, RunRequest
 from beatless.api.bodies import StartRequest
-from beatless.cli.runs import RUN_OPTIONS
-from beatless.client.requests import RunOptions, json_members
+from beatless.cli.runs import start_options
+from beatless.client.requests import OPTIONS, REQUEST_FIELDS, RunOptions, json_members
 from beatless.http import AsyncClient, calls
 from beatless.http import Client as HttpClient
+from beatless.orchestrator.options import StoredKeywords, StoredOptions
 
 NEED_THE_DATABASE = {"start_runs", "explain", "epoch", "stored_id", "count_failed_runs"}
 OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page", "told"}
@@ -70,18 +70,21 @@ def test_every_call_over_http_is_one_of_the_table() -> None:
 
 def test_the_keywords_of_a_start_are_the_members_of_a_run_request() -> None:
     members = get_type_hints(RunRequest)
-    assert list(members)[:2] == ["plan", "input"]
-    assert get_type_hints(RunOptions) == {name: members[name] for name in list(members)[2:]}
+    assert get_type_hints(RunOptions) == {name: members[name] for name in OPTIONS}
+    assert get_type_hints(StoredKeywords) == get_type_hints(StoredOptions)
+    assert [each.name for each in REQUEST_FIELDS] == ["plan", "input", *OPTIONS]
     options, _ = offers(Client)["start_run"]
     assert [(name, default) for name, _, default, _ in options[1:]] == [
-        (each.name, each.default) for each in fields(RunRequest)[1:]
+        (each.name, each.default) for each in REQUEST_FIELDS[1:]
     ]
 
 
 def test_every_member_of_a_run_request_has_its_way_into_the_api_and_the_command_line() -> None:
-    members = [each.name for each in fields(RunRequest)]
-    assert [*StartRequest.model_fields, "traceparent"] == members  # a header, over HTTP
-    assert ["plan", "input", *RUN_OPTIONS, "traceparent"] == members  # from OpenTelemetry
+    members = [each.name for each in json_members()]
+    assert list(StartRequest.model_fields) == members
+    assert ["plan", "input", *(each.name for each in start_options())] == members
+    # A header over HTTP; on the command line from OpenTelemetry.
+    assert {each.name for each in REQUEST_FIELDS} - set(members) == {"traceparent"}
 
 
 @pytest.mark.parametrize("page", ["python", "http"])

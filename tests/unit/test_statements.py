@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import beatless
+from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import RUN_COLUMNS
 from beatless.outbox import statements as reader
 from beatless.outbox.statements import Statement, StatementFile, read, statements
@@ -59,6 +60,7 @@ def test_a_statement_names_its_tables_with_the_schema(path: Path) -> None:
 
 def test_the_columns_of_a_run_are_those_that_a_run_is_made_of() -> None:
     columns = read(PACKAGE / "orchestrator" / "fragments.sql").fragments["run_columns"].text
+    columns = columns.replace("{run_options}", OPTION_SQL["run_options"])
     assert columns.replace(",", "").split() == [f"r.{name}" for name in RUN_COLUMNS]
 
 

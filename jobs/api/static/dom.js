@@ -41,6 +41,9 @@ export class Rows {
   }
 }
 
+// The name of a member in words: not_before is "Not before".
+export function worded(name) { return name[0].toUpperCase() + name.slice(1).replaceAll("_", " "); }
+
 export function setText(node, text) { if (node.textContent !== text) node.textContent = text; }
 
 // What of an id is worth reading: the last digits of a UUID, and names that people gave.

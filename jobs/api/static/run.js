@@ -1,12 +1,15 @@
 // One run: its timeline and its events, live.
 
 import { address, call, callText, lacks, now, post, token } from "./api.js";
-import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time } from "./dom.js";
+import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time, worded } from "./dom.js";
 import { member, object, parts, pretty } from "./json.js";
 import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "RunFinished"];
+const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
+  "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
+  "finished_at", "pruned_seq", "priority", "tags", "retried_by"]); // members with a place of their own, or none
 const BATCH = 2000; // events in one answer while the past is read
 const MOST_ROWS = 400; // rows of the log that are in the document
 const MOST_TEXT = 20000; // characters of one value that are shown
@@ -173,6 +176,9 @@ export async function showRun(page, runId) {
       if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
       if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
       if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
+      for (const [name, content] of Object.entries(run)) {
+        if (!PLACED.has(name) && content !== null) entries.push([worded(name), typeof content === "object" ? JSON.stringify(content) : String(content)]);
+      }
       if (links.flower) entries.push(["In", el("a", { href: `${links.flower.replace(/\/$/, "")}/task/${encodeURIComponent(runId)}` }, "Flower")]);
       const lacking = final || !story.place ? null : story.place.split("#")[0];
       if (lacking && plan && !known.has(lacking)) {

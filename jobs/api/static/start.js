@@ -1,13 +1,18 @@
 // The dialog that starts a run.
 
 import { call, postText } from "./api.js";
-import { ask, el } from "./dom.js";
+import { ask, el, worded } from "./dom.js";
 import { object, offence } from "./json.js";
 
 export async function startRun() {
   let plans = [];
+  let options = [];
   let refused = null;
-  try { plans = (await call("/v1/plans")).plans; } catch (error) { refused = error; }
+  try {
+    const [known, document] = await Promise.all([call("/v1/plans"), call("/openapi.json")]);
+    plans = known.plans;
+    options = Object.entries(document.components.schemas.StartRequest.properties).slice(2).map(option); // after plan and input
+  } catch (error) { refused = error; }
   if (refused || document.querySelector("dialog")) return;
   const steps = el("p", { class: "soft" });
   const plan = el("select", { name: "plan", required: true, onchange: () => describe() },
@@ -24,33 +29,43 @@ export async function startRun() {
       el("label", {}, "Plan", plan), steps,
       el("label", {}, "Input, as JSON", el("textarea", { name: "input", rows: "5", spellcheck: "false", placeholder: "null" })),
       el("details", {}, el("summary", {}, "More"),
-        el("div", { class: "columns" },
-          el("label", {}, "Key", el("input", { name: "key", autocomplete: "off", placeholder: "starts once, however often asked" })),
-          el("label", {}, "Queue", el("input", { name: "queue", autocomplete: "off", placeholder: "the plan's own" })),
-          el("label", {}, "Tags", el("input", { name: "tags", autocomplete: "off", placeholder: "team=blue order=7" })),
-          el("label", {}, "Not before", el("input", { name: "not_before", type: "datetime-local" })),
-          el("label", {}, "Deadline, seconds", el("input", { name: "deadline", type: "number", min: "1" })),
-          el("label", {}, "Priority", el("input", { name: "priority", type: "number", min: "0", max: "9", value: "0" })))),
+        el("div", { class: "columns" }, ...options.map(({ node }) => node))),
     ],
-    check: (data) => postText("/v1/runs", request(data)),
+    check: (data) => postText("/v1/runs", request(data, options)),
   });
   if (run) location.hash = `#/run/${encodeURIComponent(run.run_id)}`;
 }
 
+// A field for an option of a run, as the API describes it, and how its text becomes JSON.
+function option([name, about]) {
+  const { type, format } = [about, ...(about.anyOf ?? [])].find((each) => each.type && each.type !== "null");
+  const input = { name, autocomplete: "off", title: about.description, placeholder: about.description };
+  let read = (text) => text;
+  if (type === "integer" || type === "number") {
+    Object.assign(input, { type: "number", min: about.minimum ?? 0, max: about.maximum, step: type === "integer" ? 1 : "any" });
+    read = Number;
+  } else if (format === "date-time") {
+    input.type = "datetime-local";
+    read = (text) => new Date(text).toISOString();
+  } else if (type === "object") {
+    input.placeholder = "team=blue order=7";
+    read = (text) => pairs(name, text);
+  }
+  return { name, read, node: el("label", {}, worded(name), el("input", input)) };
+}
+
+function pairs(name, text) {
+  const found = text.split(/\s+/).map((pair) => pair.split(/=(.*)/s));
+  if (found.some((pair) => pair.length < 2)) throw new Error(`${worded(name)} are written like team=blue order=7`);
+  return Object.fromEntries(found.map(([key, value]) => [key, value]));
+}
+
 // The JSON text of the request, with the input as it was typed: numbers that this browser would round
 // stay what they are.
-function request(data) {
+function request(data, options) {
   const text = (name) => data.get(name).trim();
-  const members = { plan: data.get("plan"), priority: Number(text("priority") || 0) };
-  if (text("key")) members.key = text("key");
-  if (text("queue")) members.queue = text("queue");
-  if (text("deadline")) members.deadline = Number(text("deadline"));
-  if (text("not_before")) members.not_before = new Date(text("not_before")).toISOString();
-  if (text("tags")) {
-    const pairs = text("tags").split(/\s+/).map((pair) => pair.split(/=(.*)/s));
-    if (pairs.some((pair) => pair.length < 2)) throw new Error("Tags are written like team=blue order=7");
-    members.tags = Object.fromEntries(pairs.map(([name, value]) => [name, value]));
-  }
+  const members = { plan: data.get("plan") };
+  for (const { name, read } of options) if (text(name)) members[name] = read(text(name));
   const input = text("input") || "null";
   try { JSON.parse(input); } catch (error) { throw new Error(`The input is not JSON: ${error.message}`); }
   const wrong = offence(input);
