@@ -4,11 +4,9 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy
-from kombu import Connection
-from kombu.exceptions import KombuError, OperationalError
 
 from beatless.errors import BadRequest, QueueBusy
 from beatless.orchestrator.errors import RunIsActive
@@ -16,9 +14,11 @@ from beatless.orchestrator.queues import QueueState, QueueStatements
 from beatless.orchestrator.state import FINAL
 from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
-from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import Caller
 from beatless.transactions import transact
+
+if TYPE_CHECKING:
+    from kombu import Connection
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Queues:
         engine: sqlalchemy.Engine,
         schema: str,
         prefix: str,
-        broker: Callable[[], Connection],
+        broker: Callable[[], "Connection"],
     ) -> None:
         self._engine = engine
         self._statements = QueueStatements(schema)
@@ -137,6 +137,12 @@ class Queues:
 
     def _empty_broker(self, name: str, *, delete: bool) -> None:
         """Its messages would start nothing any more, but an operator would see them."""
+        # Here, because a client that only reads needs no broker: celery and kombu take a third of
+        # the time to start.
+        from kombu.exceptions import KombuError, OperationalError
+
+        from beatless.outbox.publishers import worker_queue
+
         try:
             with self._broker() as broker:
                 queue = worker_queue(self._prefix, name)(broker.default_channel)
