@@ -70,6 +70,10 @@ class Queues:
                 return found
             return _with_ended(found, self._counted)
 
+    def is_known(self, name: str) -> bool:
+        """Whether the queue is paused, is consumed, or has runs, be it such that ended."""
+        return self._do(lambda caller: self._statements.is_known(caller, name))
+
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
         self._do(lambda caller: self._statements.pause(caller, name))
