@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -97,6 +97,15 @@ test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is
 
 chaos: $(STAMP) ## Random faults under load on a fleet of processes, checked; SEED=n SECONDS=60
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
+chaos-scenarios: $(STAMP) ## The five chaos scenarios of a public harness (6 minutes); ARGS="--only pool_exhaustion"
+	$(BIN)/python -m tests.faults.scenarios $(ARGS)
+
+soak: $(STAMP) ## A steady load, and whether memory, connections or tables grow; SECONDS=600
+	$(BIN)/python -m tests.faults.soak $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
+reliability: $(STAMP) ## Write docs/reliability.md from the stored results of these
+	$(BIN)/python -m tests.faults.reliability
 
 planted: $(STAMP) ## Plant known bugs in copies of the tree, and let the load of make chaos find each
 	$(BIN)/python -m tests.faults.planted $(ARGS)
