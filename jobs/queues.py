@@ -4,9 +4,11 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import sqlalchemy
+from kombu import Connection
+from kombu.exceptions import KombuError, OperationalError
 
 from beatless.errors import BadRequest, QueueBusy
 from beatless.orchestrator.errors import RunIsActive
@@ -14,11 +16,9 @@ from beatless.orchestrator.queues import QueueState, QueueStatements
 from beatless.orchestrator.state import FINAL
 from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
+from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import Caller
 from beatless.transactions import transact
-
-if TYPE_CHECKING:
-    from kombu import Connection
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Queues:
         engine: sqlalchemy.Engine,
         schema: str,
         prefix: str,
-        broker: Callable[[], "Connection"],
+        broker: Callable[[], Connection],
     ) -> None:
         self._engine = engine
         self._statements = QueueStatements(schema)
@@ -69,10 +69,6 @@ class Queues:
                 self._count_at = monotonic() + EASE * (monotonic() - began) if many else 0.0
                 return found
             return _with_ended(found, self._counted)
-
-    def is_known(self, name: str) -> bool:
-        """Whether the queue is paused, is consumed, or has runs, be it such that ended."""
-        return self._do(lambda caller: self._statements.is_known(caller, name))
 
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
@@ -141,12 +137,6 @@ class Queues:
 
     def _empty_broker(self, name: str, *, delete: bool) -> None:
         """Its messages would start nothing any more, but an operator would see them."""
-        # Here, because a client that only reads needs no broker: celery and kombu take a third of
-        # the time to start.
-        from kombu.exceptions import KombuError, OperationalError
-
-        from beatless.outbox.publishers import worker_queue
-
         try:
             with self._broker() as broker:
                 queue = worker_queue(self._prefix, name)(broker.default_channel)

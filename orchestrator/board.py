@@ -10,12 +10,25 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-SLOTS = 1024
+CHILDREN = 1024
+"""Processes of a pool that have a slot each."""
+
+FURTHER_SLOTS = 15
+"""Slots that the first of them have besides, for runs that they execute in groups."""
+
+SLOTS = 2048
 SLOT_BYTES = 256
 
 _NUMBER = struct.Struct("=Q")
 _HEAD = struct.Struct("=qqdqqH")
 """pid (0: the slot is free), life, beat, two tokens (-1: none), bytes of the run id behind it."""
+
+
+def slots_of(place: int) -> Sequence[int]:
+    """The slots of the process at this place in a pool; the first is for the only run of one."""
+    further = CHILDREN + place * FURTHER_SLOTS
+    has_further = further + FURTHER_SLOTS <= SLOTS
+    return [place % CHILDREN, *(range(further, further + FURTHER_SLOTS) if has_further else ())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ An attempt ends in one of these ways; the run then goes on, waits or has ended:
     the body failed        StepFailed, and the run waits for the next attempt or has failed
     the run is cancelled   StepFailed, and the run has ended, or waits for its `on_cancel` step
     the worker stops       a trace: the attempt is made again and does not count
+    the worker is busy     the same, before the body was called
     the transaction broke  a trace: the same; after many in a row the run has failed
 """
 
@@ -236,8 +237,11 @@ class Boundaries:
 
     def unfinished(self, progress: Progress) -> Settlement:
         """The worker stops in the middle of a step: another one makes this attempt again."""
-        note = self._event(EventType.DEBUG_TRACE, progress, name=GIVEN_BACK)
-        return self._given_back(progress, "shutdown", [note])
+        return self._uncounted(progress, "shutdown")
+
+    def handed_back(self, progress: Progress) -> Settlement:
+        """The attempt has begun and its body has not: its process is busy with another run."""
+        return self._uncounted(progress, "busy")
 
     def unknown(self, progress: Progress, delay_s: float) -> Settlement:
         """The run stands at a step that this version of the plan does not have."""
@@ -283,6 +287,10 @@ class Boundaries:
     ) -> Settlement:
         waiting = Boundary(events=events, state=RunState.QUEUED, delay_s=delay_s)
         return self._unless_cancelled(progress, waiting, events, reason)
+
+    def _uncounted(self, progress: Progress, reason: str) -> Settlement:
+        note = self._event(EventType.DEBUG_TRACE, progress, name=GIVEN_BACK)
+        return self._given_back(progress, reason, [note])
 
     def _failed_with(self, progress: Progress, type: str, message: str) -> Settlement:
         facts = {"type": type, "message": message, "step": progress.occurrence}

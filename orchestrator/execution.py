@@ -3,7 +3,7 @@
 An `Execution` yields requests and is sent their replies:
 
     ReadJournal   → the events
-    RunBody       → Returned, Raised, Cancelled, Stopped or TransactionLost
+    RunBody       → Returned, Raised, Cancelled, Stopped, HandedBack or TransactionLost
     Commit        → Committed, or Unstorable;
                     after Returned also Raised, TransactionLost or CommitFailed
     Recover       → Recovered
@@ -130,6 +130,11 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedBack:
+    """The body was not called: another process shall go on with the run."""
+
+
+@dataclass(frozen=True, slots=True)
 class TransactionLost:
     """The connection of the step's transaction broke, or none was to be had."""
 
@@ -167,6 +172,7 @@ Reply = (
     | Raised
     | Cancelled
     | Stopped
+    | HandedBack
     | TransactionLost
     | CommitFailed
     | Recovered
@@ -328,6 +334,8 @@ class Execution:
                 yield from self._fail(progress, step, error)
             case Cancelled():
                 yield from self._settle(self._boundaries.stopped(progress))
+            case HandedBack():
+                yield from self._settle(self._boundaries.handed_back(progress))
             case Stopped(error):
                 yield from self._settle(self._boundaries.unfinished(progress))
                 if error is not None:

@@ -2,11 +2,11 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from inspect import GEN_CLOSED, getgeneratorstate
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -34,6 +34,7 @@ from beatless.orchestrator.execution import (
     CommitFailed,
     Committed,
     Execution,
+    HandedBack,
     Raised,
     ReadJournal,
     Recover,
@@ -53,16 +54,20 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
 from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
+from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.observer import Observer, ignore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ShownError = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -103,12 +108,14 @@ class Executor:
         scope: Scope = no_scope,
         shown_error: ShownError | None = None,
         redispatch_s: float = 15.0,
+        pace: Pace | None = None,
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
         `leaving` returns true if an exception in a body is there to end this process. A run that
         stands at a step which its plan does not have is given back for at most `redispatch_s`.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
+        `pace` is told how long each body takes.
         """
         self.journal = journal
         self.leases = leases
@@ -124,6 +131,7 @@ class Executor:
         self.shown_error = shown_error
         """Redacts the facts of an error for the log; None: all of them, with the traceback."""
         self.redispatch_s = redispatch_s
+        self.pace = pace or Pace()
         self._connect = connect
         self._connection: Connection | None = None
 
@@ -145,25 +153,46 @@ class Executor:
         Another worker may hold it, or it has ended, waits, or its queue is paused: a second
         delivery is nothing. `max_steps` gives the run back after that many steps (0: no limit).
         """
-        lease = self._claim(plan, run_id, dispatch)
-        if lease is None:
-            self.observer(NotClaimed(run_id=run_id))
-            logger.info(
-                "message ignored: the run is finished, leased, delayed or paused",
-                extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
+        lease = self.claimed(
+            lambda connection: self.leases.claim(
+                connection,
+                run_id,
+                plan=plan.name,
+                worker=self.worker,
+                first_step=plan.first.name,
+                dispatch=dispatch,
             )
+        )
+        if lease is None:
+            self.ignore_message(run_id, dispatch)
             return False
         self.faults.reach("claim.committed")
-        try:
-            self.heartbeat.hold(lease)
-            with self.scope(lease, None, lease.run.attempt):
-                self._work(plan, lease, max_steps)
-        finally:
-            self.heartbeat.release(lease)
+        for _ in self.turns(plan, lease, max_steps):
+            pass
         self.faults.reach("task.before_ack")
         return True
 
-    def _work(self, plan: Plan, lease: Lease, max_steps: int) -> None:
+    def ignore_message(self, run_id: str, dispatch: int) -> None:
+        """Announce that the run of a message was not ours to execute."""
+        self.observer(NotClaimed(run_id=run_id))
+        logger.info(
+            "message ignored: the run is finished, leased, delayed or paused",
+            extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
+        )
+
+    def turns(self, plan: Plan, lease: Lease, max_steps: int = 0) -> Turns:
+        """All work on a claimed run, with pauses at which the work on others may come first.
+
+        Holds the lease meanwhile. See `Turns`.
+        """
+        try:
+            self.heartbeat.hold(lease)
+            with self.scope(lease, None, lease.run.attempt):
+                yield from self._work(plan, lease, max_steps)
+        finally:
+            self.heartbeat.release(lease)
+
+    def _work(self, plan: Plan, lease: Lease, max_steps: int) -> Turns:
         run = lease.run
         self.observer(Claimed(lease=lease))
         logger.info(
@@ -178,7 +207,7 @@ class Executor:
             },
         )
         try:
-            RunDriver(self, plan, lease, max_steps).drive()
+            yield from RunDriver(self, plan, lease, max_steps).turns()
         except LeaseLost as error:
             self.observer(TakenOver(run_id=run.run_id))
             logger.warning(
@@ -186,22 +215,15 @@ class Executor:
                 extra={"action": "lease_lost", "run_id": run.run_id, "token": error.token},
             )
 
-    def _claim(self, plan: Plan, run_id: str, dispatch: int) -> Lease | None:
-        """Claim the run, a second time on a new connection: the old one may have died in between.
+    def claimed(self, claim: Callable[[Connection], T]) -> T:
+        """Claim, a second time on a new connection: the old one may have died in between.
 
         Whether a claim that failed was committed is unknown: then the lease brings the run back.
         """
         again = self._connection is not None
         while True:
             try:
-                return self.leases.claim(
-                    self.connection(),
-                    run_id,
-                    plan=plan.name,
-                    worker=self.worker,
-                    first_step=plan.first.name,
-                    dispatch=dispatch,
-                )
+                return claim(self.connection())
             except AWAY:
                 self.disconnect()
                 if not again:
@@ -218,7 +240,7 @@ class AttemptEnded(Exception):
 
 
 class RunDriver:
-    """Performs the requests of one execution, in the thread that has claimed the run."""
+    """Performs the requests of one execution, one turn after the other."""
 
     def __init__(self, executor: Executor, plan: Plan, lease: Lease, max_steps: int) -> None:
         self._executor = executor
@@ -248,28 +270,30 @@ class RunDriver:
         self._exception: BaseException | None = None
         """The failure of the body, until it is announced."""
 
-    def drive(self) -> None:
+    def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
         requests = self._execution.requests()
-        request = self._until_body(requests, None)
+        request = yield from self._until_body(requests, None)
         while request is not None:
             with self._executor.scope(
                 self._lease, request.occurrence, request.attempt
             ) as traceparent:
-                reply = self._attempt(requests, request, traceparent)
-                request = self._until_body(requests, reply)
+                reply = yield from self._attempt(requests, request, traceparent)
+                request = yield from self._until_body(requests, reply)
 
-    def _until_body(self, requests: Requests, reply: Reply | None) -> RunBody | None:
+    def _until_body(
+        self, requests: Requests, reply: Reply | None
+    ) -> Generator[Turn, Answer, RunBody | None]:
         """Do all that comes before the next body; None if there is none."""
         try:
             request = requests.send(reply)
             while not isinstance(request, RunBody):
-                request = requests.send(self._perform(request))
+                request = requests.send((yield from self._perform(request)))
         except StopIteration:
             return None
         return request
 
-    def _perform(self, request: Request) -> Reply:
+    def _perform(self, request: Request) -> Generator[Turn, Answer, Reply]:
         match request:
             case ReadJournal():
                 return self._writer.read()
@@ -277,21 +301,32 @@ class RunDriver:
                 status = self._writer.recover()
                 return Recovered(committed=status.committed_since, ended=status.state.final)
             case Commit():
-                return self._commit(request)
+                return (yield from self._commit(request))
             case RunBody():
                 raise TypeError("a body is called within the scope of its attempt")
 
-    def _commit(self, commit: Commit) -> Committed | Unstorable:
+    def _commit(self, commit: Commit) -> Generator[Turn, Answer, Committed | Unstorable]:
         self._report(commit.failure)
         try:
-            appended = self._writer.settle(commit.settlement)
+            appended = yield from self._settle(commit.settlement)
         except psycopg.DataError as error:
             return Unstorable(str(error))
         return Committed(cancelled=appended.cancelled)
 
-    def _attempt(self, requests: Requests, request: RunBody, traceparent: str | None) -> Reply:
+    def _settle(self, settlement: Settlement) -> Generator[Turn, Answer, Appended]:
+        answer = yield self._writer.proposal(settlement)
+        if isinstance(answer, Appended):
+            self._writer.confirm(settlement, answer)
+            return answer
+        return self._writer.settle(settlement, tried=answer is IN_DOUBT)
+
+    def _attempt(
+        self, requests: Requests, request: RunBody, traceparent: str | None
+    ) -> Generator[Turn, Answer, Reply]:
         """Call the body and commit its value."""
         executor, step = self._executor, request.step
+        if (yield request) is HAND_BACK:
+            return Stopped() if executor.stopping.is_set() else HandedBack()
         self._began = monotonic()
         executor.faults.reach("step.before")
         try:
@@ -301,7 +336,7 @@ class RunDriver:
                 commit = requests.send(Returned(conclusion))
                 assert isinstance(commit, Commit)  # noqa: S101 - as `RunBody` has it
                 if transaction is None:
-                    appended = self._writer.settle(commit.settlement)
+                    appended = yield from self._settle(commit.settlement)
                 else:
                     appended = self._writer.settle_within(transaction, commit.settlement)
         except AttemptEnded as ended:
@@ -315,7 +350,7 @@ class RunDriver:
             if error.connection_invalidated or isinstance(error, exc.OperationalError):
                 return TransactionLost(str(error))
             return Raised(error)
-        except (LeaseLost, SimulatedCrash):
+        except (LeaseLost, SimulatedCrash, GeneratorExit):
             raise
         except BaseException as error:
             if isinstance(error, AWAY) and not isinstance(error, NEVER):
@@ -338,6 +373,7 @@ class RunDriver:
         attempt = self._limited(request)
         context = self._context(request, traceparent, transaction, attempt)
         self._writer.open(attempt)
+        began = monotonic()
         try:
             value = self._executor.limit(attempt, lambda: in_one_process(request.step, context))
             check_transaction(request.step, transaction)
@@ -347,6 +383,7 @@ class RunDriver:
         except BaseException as error:
             raise AttemptEnded(self._end_of_body(attempt, error, transaction)) from error
         finally:
+            self._executor.pace.note(self._plan, request.step, monotonic() - began)
             self._writer.close()
 
     def _end_of_body(

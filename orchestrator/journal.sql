@@ -42,10 +42,7 @@ WITH input AS (
          CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
     FROM u JOIN input i USING (run_id)
 )
--- The doorbell of each run's own shard.
-SELECT {run_columns},
-       CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, i.shard)
-            THEN pg_notify('beatless_{schema}', (i.shard)::text) END
+SELECT {run_columns}, {each_doorbell}
   FROM u AS r JOIN input i USING (run_id)
 
 -- fragment: retried_by

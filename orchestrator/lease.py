@@ -30,6 +30,9 @@ Connection = psycopg.Connection[Any]
 LOCK_TIMEOUT_S = 1.0
 """Seconds that a claim or a heartbeat waits for a lock: others wait behind it meanwhile."""
 
+LOOKED_AT = 256
+"""Waiting runs among which the further ones of a claim are: plans of others may stand before."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Lease:
@@ -89,6 +92,7 @@ class Leases:
             __file__,
             schema,
             lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
+            looked_at=LOOKED_AT,
             run_options=OPTION_SQL["run_options"],
         )
 
@@ -111,43 +115,74 @@ class Leases:
         run is dispatched again. For a run that was never claimed this also commits StepStarted of
         `first_step`.
         """
+        claimed = self._claim(
+            connection,
+            {
+                "run_id": run_id,
+                "plan": plan,
+                "worker": worker,
+                "seconds": self.seconds,
+                "shard": shard_of(run_id),
+                "first": first_step,
+                "dispatch": dispatch,
+                "token": new_token(),
+            },
+            [self.sql["claim"]],
+        )
+        return claimed[0] if claimed else None
+
+    def claim_with_others(
+        self,
+        connection: Connection,
+        run_id: str,
+        *,
+        plan: str,
+        worker: str,
+        first_steps: Mapping[str, str],
+        dispatch: int,
+        places: int,
+    ) -> list[Lease]:
+        """Claim a run, and with it up to `places` others that wait in its queue; one commit.
+
+        The others are runs of the plans in `first_steps`, which gives the first step of each. They
+        were never claimed before, and are the next in the order of the relay. They are claimed also
+        if the run itself cannot be, but not beside one that was claimed before.
+        """
+        return self._claim(
+            connection,
+            {
+                "run_id": run_id,
+                "plan": plan,
+                "worker": worker,
+                "seconds": self.seconds,
+                "shard": shard_of(run_id),
+                "first": first_steps[plan],
+                "dispatch": dispatch,
+                "token": new_token(),
+                "places": places,
+                "tokens": [new_token() for _ in range(places)],
+                "plans": list(first_steps),
+                "firsts": list(first_steps.values()),
+            },
+            [self.sql["claim"], self.sql["claim_further"]],
+        )
+
+    def _claim(
+        self, connection: Connection, parameters: dict[str, Any], claims: Sequence[str]
+    ) -> list[Lease]:
         # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
         # seen, one that was not waits for us. It is one round trip all the same.
-        parameters = {
-            "run_id": run_id,
-            "plan": plan,
-            "worker": worker,
-            "seconds": self.seconds,
-            "shard": shard_of(run_id),
-            "first": first_step,
-            "dispatch": dispatch,
-            "token": new_token(),
-        }
         try:
             with connection.pipeline(), connection.transaction():
                 connection.execute(self.sql["fence"])
-                claimed = connection.execute(self.sql["claim"], parameters)
+                claimed = [connection.execute(claim, parameters) for claim in claims]
         except psycopg.errors.LockNotAvailable:
             logger.info(
                 "run not claimed: another transaction holds its row; it is dispatched again",
-                extra={"action": "claim_waited", "run_id": run_id},
+                extra={"action": "claim_waited", "run_id": parameters["run_id"]},
             )
-            return None
-        rows = claimed.fetchall()
-        if not rows:
-            return None
-        *row, token, left, waited, age, trace_context, begun, _ = rows[0]
-        run = Run.from_row(row)
-        return Lease(
-            run=run,
-            token=token,
-            cancelled=run.cancel_requested_at is not None,
-            deadline=None if left is None else monotonic() + left,
-            waited=waited,
-            age=age,
-            trace_context=_carrier(trace_context),
-            begun=begun,
-        )
+            return []
+        return [_lease(row) for rows in claimed for row in rows.fetchall()]
 
     def extend(self, connection: Connection, leases: Sequence[Lease]) -> list[Lease]:
         """Keep leases for their full time from now; those that were not kept.
@@ -243,6 +278,22 @@ class Leases:
 def new_token() -> int:
     """A fencing token: a number that was never drawn before."""
     return secrets.randbits(63)
+
+
+def _lease(claimed: Sequence[Any]) -> Lease:
+    """Of a row of a claim."""
+    *row, token, left, waited, age, trace_context, begun, _ = claimed
+    run = Run.from_row(row)
+    return Lease(
+        run=run,
+        token=token,
+        cancelled=run.cancel_requested_at is not None,
+        deadline=None if left is None else monotonic() + left,
+        waited=waited,
+        age=age,
+        trace_context=_carrier(trace_context),
+        begun=begun,
+    )
 
 
 def _carrier(stored: Any) -> Mapping[str, str] | None:

@@ -27,6 +27,14 @@ AND (deadline_at IS NULL OR deadline_at > clock_timestamp())
 (last_seq = 2 AND attempt = 1 AND retry_of IS NULL AND cancel_requested_at IS NULL
  AND NOT EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = r.run_id AND e.seq = 2))
 
+-- fragment: claimed_columns
+-- The columns of a run `r` that was claimed, and those of its lease.
+{run_columns}, r.lease_token,
+extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
+extract(epoch FROM clock_timestamp()
+  - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
+extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context
+
 -- name: claim
 -- Take the lease of a run that waits and is due, or whose lease has run out.
 -- A subquery of RETURNING sees the row as it was: since when the run has waited. The first step of a
@@ -66,12 +74,61 @@ WITH u AS (
   -- A `resume` that came meanwhile has rung before this row could be seen.
   RETURNING {doorbell}
 )
-SELECT {run_columns}, r.lease_token,
-       extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
-       extract(epoch FROM clock_timestamp()
-         - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
-       extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context,
-       begun, {doorbell} FROM u AS r
+SELECT {claimed_columns}, begun, {doorbell} FROM u AS r
+
+-- name: claim_further
+-- Take the leases of further runs, of the queue of the run that this transaction has claimed.
+-- They wait, are due, were never claimed, and are in the order of the relay. Of those only, for a
+-- run that has ended its process once shall have no neighbours; so none beside such a run either.
+-- Those that another transaction holds are left out.
+WITH own AS (
+  SELECT queue, lease_token IS DISTINCT FROM %(token)s OR attempt = 1 AS fresh
+    FROM {schema}.runs r WHERE run_id = %(run_id)s
+), lane AS (
+  SELECT d.queue, d.priority FROM {schema}.dispatches d
+   WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM own WHERE fresh)
+   ORDER BY d.priority DESC LIMIT 1
+), found AS MATERIALIZED (
+  SELECT c.*, row_number() OVER () AS i FROM (
+  SELECT r.run_id, d.shard
+    FROM (SELECT d.run_id, d.shard, d.task, d.due_at FROM {schema}.dispatches d
+           WHERE d.state = 'waiting' AND d.queue = (SELECT queue FROM lane)
+             AND d.priority = (SELECT priority FROM lane)
+             AND d.due_at <= (SELECT clock_timestamp())
+           ORDER BY d.due_at LIMIT {looked_at}) d
+   CROSS JOIN LATERAL (
+     SELECT r.run_id FROM {schema}.runs r
+      WHERE r.run_id = d.run_id AND r.plan = d.task AND d.task = ANY(%(plans)s::text[])
+        AND r.state = 'queued' AND coalesce(r.not_before <= clock_timestamp(), true) AND {fresh}
+        AND NOT EXISTS (SELECT FROM {schema}.queues q
+                         WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
+      LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r
+   LIMIT %(places)s::int) c
+), u AS (
+  UPDATE {schema}.runs r
+     SET state = 'running', attempt = attempt + 1,
+         lease_token = (%(tokens)s::bigint[])[found.i],
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
+         not_before = NULL, last_seq = last_seq + 1
+    FROM found WHERE r.run_id = found.run_id
+  RETURNING r.*, found.shard, found.i, (SELECT o.not_before FROM {schema}.runs o
+                                         WHERE o.run_id = r.run_id) AS was_due
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt)
+  SELECT run_id, last_seq, clock_timestamp(), 'StepStarted', 'worker',
+         (%(firsts)s::text[])[array_position(%(plans)s::text[], u.plan)], 1 FROM u
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, last_seq, last_seq FROM u
+), d AS (
+  -- As if its message had been sent: one that the relay is just sending has this number.
+  UPDATE {schema}.dispatches d
+     SET state = 'running', due_at = u.lease_expires_at, reason = 'lease',
+         attempts = least(d.attempts, 2147483646) + 1
+    FROM u WHERE d.run_id = u.run_id
+)
+SELECT {claimed_columns}, true, {each_doorbell} FROM u AS r ORDER BY i
 
 -- name: renew
 -- Give a lease that is held another token.

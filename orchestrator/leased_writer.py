@@ -19,7 +19,7 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.progress import FOLDED, SNOOZED
 from beatless.orchestrator.records import Appended
-from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
@@ -95,11 +95,25 @@ class LeasedWriter:
 
     # Settlements
 
-    def settle(self, settlement: Settlement) -> Appended:
-        """Commit a boundary. Raises LeaseLost."""
+    def proposal(self, settlement: Settlement) -> Proposal:
+        """The boundary, for a statement that commits those of several runs; then see `confirm`."""
+        return Proposal(
+            run_id=self._run_id,
+            token=self._lease.token,
+            after=self._last_seq,
+            settlement=settlement,
+        )
+
+    def settle(self, settlement: Settlement, *, tried: bool = False) -> Appended:
+        """Commit a boundary. Raises LeaseLost.
+
+        `tried`: it may have been committed already, by a statement whose answer was lost.
+        """
         with self._writing:
             appended = self._write(
-                lambda connection: self._settle(connection, settlement), settlement.normal.state
+                lambda connection: self._settle(connection, settlement),
+                settlement.normal.state,
+                tried=tried,
             )
         self._in_doubt = None
         self._on_commit(settlement, appended)
@@ -117,7 +131,7 @@ class LeasedWriter:
         return appended
 
     def confirm(self, settlement: Settlement, appended: Appended) -> None:
-        """The transaction of the step is committed."""
+        """Somebody else's commit has happened: of the step's transaction, or of several runs."""
         # Only now: until the commit, the writes of an interrupted transaction are not sure.
         self._last_seq, self._in_doubt = appended.last_seq, None
         self._on_commit(settlement, appended)
@@ -200,14 +214,17 @@ class LeasedWriter:
         )
 
     def _write(
-        self, write: Callable[[Connection], Appended | None], intended: RunState
+        self,
+        write: Callable[[Connection], Appended | None],
+        intended: RunState,
+        *,
+        tried: bool = False,
     ) -> Appended:
         """Write once, whatever happens to the connection. Raises LeaseLost.
 
         A commit whose answer was lost may have happened: the journal is looked at before the next
         try.
         """
-        tried = False
 
         def act(connection: Connection) -> Appended | None:
             nonlocal tried

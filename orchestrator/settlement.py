@@ -43,3 +43,14 @@ class Settlement:
     def chosen(self, *, cancelled: bool) -> Boundary:
         """The boundary that was written."""
         return self.if_cancelled if cancelled else self.normal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A boundary that is ready to be committed under a lease, alone or with those of other runs."""
+
+    run_id: str
+    token: int
+    after: int
+    """The seq of the last event that the owner of the lease has seen."""
+    settlement: Settlement

@@ -29,6 +29,11 @@
 CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)
      THEN pg_notify('beatless_{schema}', (%(shard)s)::text) END
 
+-- fragment: each_doorbell
+-- `doorbell`, for rows with a column `shard`.
+CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, shard)
+     THEN pg_notify('beatless_{schema}', (shard)::text) END
+
 -- fragment: origin
 -- The history of this schema, told from every other: 16 hexadecimal digits at most.
 -- Of the cluster, the database, the table and the row. A dump that is restored makes another table,

@@ -82,6 +82,7 @@ class WorkerCounters:
         "keeper",
         "announcement",
         "grace",
+        "group",
     )
 
     def __init__(self, plans: Iterable[Plan]) -> None:

@@ -8,12 +8,12 @@ from wsgiref.simple_server import WSGIServer
 
 from celery import bootsteps, signals
 
-from beatless.observe.exposition import listen
 from beatless.observe.logs import enable_own_loggers
-from beatless.observe.metrics import Metrics
+from beatless.observe.metrics import Metrics, listen
 from beatless.observe.systemd import ServiceManager
 from beatless.settings import Settings
 from beatless.worker.celery_app import warn_of_foreign
+from beatless.worker.executors import Executors
 
 READY_FILE_TOUCH_INTERVAL_S = 5.0
 
@@ -41,6 +41,23 @@ class ProcessSetup(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
     def _in_child(self, **_: Any) -> None:
         enable_own_loggers()
         self._celery.set_default()  # a prefork child forgets how this app does it
+
+
+class GroupLimit(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Lets each message execute its run alone where Celery counts them: a task is a run there."""
+
+    requires = frozenset({"celery.worker.components:Timer"})
+    executors: ClassVar[Executors]
+
+    @classmethod
+    def of(cls, executors: Executors) -> type[Self]:
+        """The step of one app: Celery takes classes."""
+        return type(cls.__name__, (cls,), {"executors": executors})
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        if worker.max_tasks_per_child:
+            self.executors.max_group_runs = 1
 
 
 class FastPoolRepair(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,14 @@ from billiard.process import current_process
 
 from beatless import postgres
 from beatless.observe.counters import WorkerCounters
-from beatless.orchestrator.board import SLOTS, Board
+from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
+from beatless.orchestrator.group import GroupExecutor, GroupGuard
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.pace import Pace
+from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
@@ -46,8 +49,9 @@ class Executors:
         observer: Observer | None = None,
         on_process: Callable[[], None] | None = None,
         shown_error: ShownError | None = None,
+        plans: Mapping[str, Plan],
     ) -> None:
-        """`engine` is for transactional steps.
+        """`engine` is for transactional steps; runs of `plans` may be executed in groups.
 
         `on_process` is called in each process that Celery executes runs in, before the first.
         """
@@ -61,12 +65,17 @@ class Executors:
         self._leases = leases
         self._engine = engine
         self._faults = faults
+        self._plans = plans
+        self.max_group_runs = settings.worker_group_runs
         self._mutex = threading.Lock()
         self._pid = 0
         self._worker = ""
+        self._slots = 1
         self._threads = threading.local()
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
+        self._guard: GroupGuard | None = None
+        self._pace = Pace()
         self._closed = threading.Event()
         self.draining = Draining()
         self.board = Board()
@@ -78,20 +87,19 @@ class Executors:
         self._mutex = threading.Lock()
         self._threads = threading.local()
         self._closed = threading.Event()
-        self._heartbeat = self._watchdog = None
+        self._heartbeat = self._watchdog = self._guard = None
         self._pid = 0
 
-    def __call__(self) -> Executor:
+    def __call__(self) -> GroupExecutor:
         with self._mutex:
             if self._pid != os.getpid():
                 self._begin()
                 if self._on_process is not None:
                     self._on_process()
-        executor: Executor | None = getattr(self._threads, "executor", None)
-        if executor is None:
-            executor = self.new()
-            self._threads.executor = executor
-        return executor
+        found: GroupExecutor | None = getattr(self._threads, "executor", None)
+        if found is None:
+            found = self._threads.executor = self.new_group_executor()
+        return found
 
     def _begin(self) -> None:
         self._threads = threading.local()
@@ -102,7 +110,8 @@ class Executors:
         if pool_child:
             # Or the bodies could not start processes with multiprocessing.
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-        slots = [place % SLOTS] if pool_child else range(SLOTS)
+        slots = slots_of(place) if pool_child else range(SLOTS)
+        self._slots = len(slots)
         self._heartbeat = Heartbeat(
             self._leases,
             self.connect,
@@ -114,6 +123,7 @@ class Executors:
         self._watchdog = Watchdog(
             self._leases, self.connect, own_process=pool_child, observer=self.counts
         )
+        self._guard = GroupGuard(self.connect, observer=self.counts)
         if self.draining.prepared:
             end = partial(self._end_of_grace, self._watchdog)
             LastingThread("grace", end, observer=self.counts).start()
@@ -148,7 +158,19 @@ class Executors:
             scope=self._scope,
             shown_error=self._shown_error,
             redispatch_s=self._settings.redispatch_seconds,
+            pace=self._pace,
             **options,
+        )
+
+    def new_group_executor(self, *, observer: Observer | None = None) -> GroupExecutor:
+        """The same, for a caller that lets runs be claimed that wait beside that of a message."""
+        executor = self.new(observer=observer)
+        assert self._guard is not None  # noqa: S101 - set by _begin
+        return GroupExecutor(
+            executor,
+            self._plans,
+            max_runs=min(self.max_group_runs, self._slots),
+            guard=self._guard,
         )
 
     def close(self) -> None:
@@ -158,6 +180,8 @@ class Executors:
             self._heartbeat.stop()
         if self._watchdog is not None and self._pid == os.getpid():
             self._watchdog.stop()
+        if self._guard is not None and self._pid == os.getpid():
+            self._guard.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from celery import Celery, Task
 
 from beatless.orchestrator.events import storable
-from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.group import GroupExecutor
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.queries import LAST_ATTEMPT
 from beatless.worker.celery_app import FleetCelery
@@ -38,22 +38,6 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
         if limit not in (None, 0, "0"):
             raise ValueError(f"{self.name} is a plan of beatless: runs have no rate limit")
 
-    @property
-    def time_limit(self) -> None:
-        """None: Celery would end a process in the middle of a step, and other runs with it."""
-        return None
-
-    @time_limit.setter
-    def time_limit(self, limit: Any) -> None:
-        """Raises ValueError, as an answer to Flower's button; None and 0 ask for no change."""
-        if limit:
-            raise ValueError(
-                f"{self.name} is a plan of beatless: runs have no time limit of Celery's; give "
-                "their steps a timeout, or the run a deadline"
-            )
-
-    soft_time_limit = time_limit
-
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
         """Raises TypeError: a message without a stored run would execute nothing."""
         raise not_to_be_called(self.name)
@@ -80,7 +64,7 @@ def not_to_be_called(plan: str) -> TypeError:
     )
 
 
-def register(celery: Celery, plan: Plan, executor: Callable[[], Executor]) -> None:
+def register(celery: Celery, plan: Plan, executor: Callable[[], GroupExecutor]) -> None:
     """Let workers of this app execute runs of the plan."""
 
     def execute_run(run_id: Any = None, dispatch: Any = None, *_: Any, **__: Any) -> None:

@@ -146,6 +146,12 @@ def attempts_are_explained(history: History) -> Iterator[Violation]:
         faults = history.faults_during(events[0]["ts"] - AFTERMATH_S, events[-1]["ts"])
         started = Counter(e["step"] for e in of_type(events, "StepStarted"))
         failed = Counter(e["step"] for e in of_type(events, "StepFailed"))
+        # An attempt that was given back does not count, for its body was not called or was ended.
+        failed.update(
+            e["step"]
+            for e in of_type(events, "DebugTrace")
+            if (e["data"] or {}).get("name") == "beatless.given_back"
+        )
         snoozing = history.plans.get(run["plan"], {}).get("snoozing", ())
         for step, count in started.items():
             if count > 1 + failed[step] + faults and step not in snoozing:

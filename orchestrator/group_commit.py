@@ -1,0 +1,68 @@
+"""Commits the boundaries of several runs in one statement."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from beatless.orchestrator.records import Appended
+from beatless.orchestrator.settlement import Proposal
+from beatless.outbox.message import shard_of
+from beatless.outbox.queries import Caller, execute
+from beatless.outbox.statements import statements
+
+OF_RUNS = (
+    *("run_ids", "shards", "tokens", "afters", "ns", "ns_cancelled", "states", "states_cancelled"),
+    *("results", "errors", "errors_cancelled", "delays", "delays_cancelled", "reasons"),
+)
+"""The parameters of `settle_many` with a value for each run."""
+
+OF_EVENTS = ("places", "branches", "types", "steps", "attempts", "datas")
+"""Those with a value for each event; the place is the run's, from 1."""
+
+
+class GroupCommit:
+    """The statement of one schema, as `Journal` has those over one run."""
+
+    def __init__(self, schema: str) -> None:
+        self.sql = statements(__file__, schema)
+
+    def settle(self, connection: Caller, proposals: Sequence[Proposal]) -> dict[str, Appended]:
+        """Commit the boundaries of several runs, all at once; those that were written, by run id.
+
+        A run is missing whose lease is gone, or whose row another transaction holds at this moment:
+        it is waited for by none of the others. Raises psycopg.DataError if any of the values cannot
+        be stored: then nothing was written.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in (*OF_RUNS, *OF_EVENTS)}
+        for place, proposal in enumerate(proposals, 1):
+            normal, cancelled = proposal.settlement.normal, proposal.settlement.if_cancelled
+            values = (
+                proposal.run_id,
+                shard_of(proposal.run_id),
+                proposal.token,
+                proposal.after,
+                len(normal.events),
+                len(cancelled.events),
+                normal.state.value,
+                cancelled.state.value,
+                normal.result,
+                normal.error,
+                cancelled.error,
+                normal.delay_s,
+                cancelled.delay_s,
+                proposal.settlement.reason,
+            )
+            for name, value in zip(OF_RUNS, values, strict=True):
+                columns[name].append(value)
+            for branch, boundary in ((False, normal), (True, cancelled)):
+                for event in boundary.events:
+                    columns["places"].append(place)
+                    columns["branches"].append(branch)
+                    columns["types"].append(event.type.value)
+                    columns["steps"].append(event.step)
+                    columns["attempts"].append(event.attempt)
+                    columns["datas"].append(event.data)
+        rows = execute(connection, self.sql["settle_many"], columns)
+        return {
+            run_id: Appended(last_seq=last_seq, cancelled=cancelled)
+            for run_id, last_seq, cancelled, _ in rows
+        }
