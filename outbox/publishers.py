@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import redis
 from celery import Celery
@@ -111,6 +112,8 @@ class CeleryTaskPublisher:
         self._app = app
         self._prefix = prefix
         self._queues: dict[str, Queue] = {}
+        self._declared: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+        """The queues that were declared on each channel."""
 
     def waiting(self, queue: str) -> int:
         with self._reaching(), self._app.producer_or_acquire() as producer:
@@ -159,16 +162,29 @@ class CeleryTaskPublisher:
             raise PublishFailed("the broker", reason) from error
 
     def _send(self, messages: Sequence[TaskMessage], producer: Any) -> None:
+        # As `send_task`, whose routing, representations and declarations are the same for all
+        # messages of a queue, and were two thirds of the time.
+        amqp = self._app.amqp
+        declared = self._declared.setdefault(producer.channel, set())
         for message in messages:
-            self._app.send_task(
+            queue = self._queue(message.queue)
+            known = message.queue in declared
+            amqp.send_task_message(
+                producer,
                 message.task,
-                args=(message.run_id, message.attempt),
-                task_id=message.task_id,
-                queue=self._queue(message.queue),
-                producer=producer,
-                ignore_result=True,
+                amqp.create_task_message(
+                    message.task_id,
+                    message.task,
+                    args=(message.run_id, message.attempt),
+                    argsrepr=f"({message.run_id!r}, {message.attempt})",
+                    kwargsrepr="{}",
+                    ignore_result=True,
+                ),
+                queue=queue,
+                declare=() if known else (queue,),
                 retry=False,
             )
+            declared.add(message.queue)
 
     def _queue(self, name: str) -> Queue:
         if name not in self._queues:

@@ -50,8 +50,8 @@ class RunsCelery(FleetCelery):
     """A Celery app whose plans cannot be sent by name either."""
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
-        """Raises TypeError for a plan, but for the relay, whose messages have ids of their own."""
-        if options.get("task_id") is None and isinstance(self.tasks.get(name), RunTask):
+        """Raises TypeError for a plan: the messages of runs are made by a relay."""
+        if isinstance(self.tasks.get(name), RunTask):
             raise not_to_be_called(name)
         return super().send_task(name, *args, **options)
 

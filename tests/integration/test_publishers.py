@@ -214,7 +214,7 @@ def test_whatever_a_brokers_library_raises_is_a_failure_of_the_broker_or_of_a_qu
     def refuse(*_arguments: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr(beatless_app.celery, "send_task", refuse)
+    monkeypatch.setattr(beatless_app.celery.amqp, "send_task_message", refuse)
     door = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
     with pytest.raises(kind, match=message):
         door.publish([TaskMessage(run_id="r", task="t", queue="default", attempt=1)])

@@ -1,0 +1,112 @@
+"""What a relay costs: looks, statements and Python calls, with limits that no machine changes."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from beatless import App, Plan, StepContext, step
+from beatless.client import RunRequest
+from beatless.outbox import session_loop
+from beatless.outbox.doorbell import Sessions
+from beatless.outbox.message import TaskMessage
+from beatless.outbox.observer import RelayAsleep, RelayWoke
+from beatless.outbox.publishers import CeleryTaskPublisher
+from beatless.outbox.session_loop import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, SessionLoop
+from beatless.testing import Kit
+from tests.integration.test_relay import noting, running
+
+
+@step
+def only(ctx: StepContext) -> int:
+    return 1
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [Plan("job", [only])]
+
+
+def test_a_start_costs_a_sleeping_relay_two_round_trips(beatless: Kit, beatless_app: App) -> None:
+    """One finds its event and its message, the other notes that both have gone."""
+    connect, said = noting(beatless_app)
+    with running(beatless_app, connect=connect, watchdog=600) as (_, announcements):
+        begin = len(said)
+        beatless.start_run("job")
+        announcements.wait(RelayWoke)
+        statements = said[begin:].count("a cursor")
+    # Twice when the next is due, events and tasks; once each to delete and to mark.
+    assert statements <= 2 * 3 + 2
+
+
+def test_a_relay_that_finds_nothing_looks_ever_more_rarely(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_loop, "LONGEST_NAP_S", 3600.0)
+    connect, said = noting(beatless_app)
+    with running(beatless_app, connect=connect, watchdog=600, linger=0.3) as (_, announcements):
+        asleep = len(announcements.all(RelayAsleep))
+        begin = len(said)
+        beatless.client.start_runs([RunRequest(plan="job")] * 10)  # more than it sleeps on after
+        announcements.wait(RelayAsleep, asleep + 1)
+        looks = sum("doubted" in text for text in said[begin:])
+    # 0.3 ms, doubled eleven times, are longer than it lingers; four more find and note the runs.
+    assert looks <= 16
+
+
+class TestGathering:
+    @pytest.fixture
+    def loop(self, beatless_app: App) -> Iterator[SessionLoop]:
+        relay = beatless_app.relay()
+        config = relay._config
+        with Sessions(config.queries, config.connect) as sessions:
+            found = SessionLoop(config, sessions, alarm=relay._alarm, stopping=relay._stopping)
+            yield found
+            found.close()
+        relay.stop()
+
+    def test_what_comes_alone_waits_for_nothing(self, loop: SessionLoop) -> None:
+        loop._gather(1)
+        assert loop._pause == 0
+
+    def test_looks_that_find_several_are_spaced_and_those_that_find_one_no_longer(
+        self, loop: SessionLoop
+    ) -> None:
+        pauses = []
+        for found in (2, 5, 3, 9, 4, 2, 1, 1, 1, 1):
+            loop._gather(found)
+            pauses.append(loop._pause)
+        assert pauses[0] == SHORTEST_PAUSE_S
+        assert pauses[:5] == sorted(pauses[:5])
+        assert pauses[5] == LONGEST_PAUSE_S
+        assert pauses[-1] == 0
+
+    def test_a_full_batch_is_followed_by_the_next_at_once(
+        self, loop: SessionLoop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop._gather(2)
+        monkeypatch.setattr(loop, "_wait", None)  # it would fail
+        loop._gather(64)
+
+
+def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
+    publisher = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
+    messages = [
+        TaskMessage(run_id=f"run-{n}", task="job", queue="default", attempt=1) for n in range(64)
+    ]
+    publisher.publish(messages)  # what is made once: the connection, the queue
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        publisher.publish(messages)
+    finally:
+        sys.setprofile(None)
+    with beatless_app.celery.producer_or_acquire() as producer:
+        batches = getattr(producer, "supports_batch_publish", False)
+    # By kombu 5.7, in batches; each message of its own before.
+    assert calls / len(messages) <= (150 if batches else 700)
