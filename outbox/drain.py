@@ -49,6 +49,9 @@ class Drain:
         self._isolations = 0
         self.crowded = False
         """Some rows took the places of others in the last step: take another one."""
+        self.next_due_s: float | None = None
+        """Seconds from the last step to the next due time or deadline of a run, if it looked ahead;
+        None: there is none."""
         self.overdue = OverdueRuns(connection, config.overdue, config.observer)
         self.events = EventLane(
             connection,
@@ -72,9 +75,17 @@ class Drain:
         )
 
     def step(
-        self, shards: Sequence[int], *, run_id: str | None = None, now: datetime | None = None
+        self,
+        shards: Sequence[int],
+        *,
+        run_id: str | None = None,
+        now: datetime | None = None,
+        look_ahead: bool = False,
     ) -> int:
-        """Publish one batch; the number of messages (outbox rows and dispatches) that left."""
+        """Publish one batch; the number of messages (outbox rows and dispatches) that left.
+
+        `look_ahead` reads `next_due_s` as well.
+        """
         events, tasks = self.events, self.tasks
         self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
         sent = list(tasks.collect(shards, now))
@@ -85,11 +96,15 @@ class Drain:
                 deleted = events.forget()
                 tasks.forget(now)
                 still_held = tasks.find_held(now)
+                # After the marks, without which what was sent is due. Before the pick: a row that
+                # becomes due in between is in one of the two.
+                ahead = self._look_ahead(shards) if look_ahead else None
                 rows = events.pick(shards, run_id)
                 dispatches = tasks.pick(shards, run_id, now)
         except psycopg.Error as error:
             self._isolate(error, shards, run_id, now)
             return len(sent)
+        self.next_due_s = self._earliest(ahead)
         events.note_forgotten(deleted)
         tasks.note_forgotten()
         picked = events.fetch(rows, run_id)
@@ -126,22 +141,22 @@ class Drain:
         """End the thread that hands tasks over."""
         self.tasks.close()
 
-    def next_due(self, shards: Sequence[int]) -> float | None:
-        """Seconds until the next dispatch of these shards is due, or None."""
-        row = self._connection.execute(
-            self._queries.next_due_sql, {"shards": list(shards)}
-        ).fetchone()
-        found: tuple[float | None, float | None] = (row[0], row[1]) if row else (None, None)
-        due, deadline = found[0], self.overdue.schedule(found[1])
-        return min((wait for wait in (due, deadline) if wait is not None), default=None)
+    def _look_ahead(self, shards: Sequence[int]) -> psycopg.Cursor[Any]:
+        return self._connection.execute(self._queries.next_due_sql, {"shards": list(shards)})
 
-    def next_step_in(self, due: float | None) -> float | None:
-        """Seconds until another step has something to do, without a NOTIFY; None: for ever.
+    def _earliest(self, ahead: psycopg.Cursor[Any] | None) -> float | None:
+        row = ahead.fetchone() if ahead else None
+        if row is None:
+            return None
+        waits = (row[0], self.overdue.schedule(row[1]))
+        return min((wait for wait in waits if wait is not None), default=None)
 
-        `due` is in how many seconds a dispatch is due: an answer of `next_due`, from before the
-        last step.
+    def next_step_in(self) -> float | None:
+        """Seconds from the last step, which looked ahead, until another has something to do.
+
+        Without a NOTIFY; None: for ever.
         """
-        waits = [due, self.retry_in_s, self.tasks.timeout_in_s]
+        waits = [self.next_due_s, self.retry_in_s, self.tasks.timeout_in_s]
         if self.events.rows_held or self.tasks.rows_held:
             waits.append(LOCKED_ROW_POLL_S)  # its holder may roll back, which sends no NOTIFY
         if self.tasks.marks_due:

@@ -26,6 +26,9 @@ FROZEN_AFTER_WATCHDOGS = 2
 BUSY_MESSAGES = 8
 """Messages in one look that show more load than ringing is good for."""
 
+FEW_WAKES = 3
+"""Rings, one soon after another, that cost less than staying awake: a run of one step has three."""
+
 BURST_MESSAGES = 200
 """Messages in `BURST_S` that are a burst."""
 
@@ -34,6 +37,15 @@ BURST_S = 1.0
 and a stall of the disk is not silence. Whenever it sleeps too early, every writer rings."""
 
 BURST_LINGER_FACTOR = 10
+
+LONGEST_NAP_S = 0.002
+"""Seconds between two looks that find nothing, at most; each is twice the one before."""
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.005
+"""Seconds that a relay waits after messages so that those of the next moment go together."""
+
+FULL_BATCH_MESSAGES = 64
+"""Messages in one look that need no company: the next look follows at once."""
 
 DROWSY_POLL_S = 0.02
 """Seconds between two looks while a caller's open transaction keeps the relay from sleeping."""
@@ -69,8 +81,11 @@ class SessionLoop:
         self._next_due: float | None = None
         self._watchdog_at = monotonic() + config.watchdog
         self._last_wake = 0.0
+        self._wakes = 0
+        """How many have followed one another within `linger`."""
         self._burst_at = -BURST_S
         self._drowsy_moved = 0
+        self._pause = 0.0
 
     def run(self) -> None:
         """Drain and sleep until the relay stops. Raises when a session is lost."""
@@ -113,7 +128,7 @@ class SessionLoop:
 
     def _stay_awake(self) -> None:
         began = quiet_since = looked = monotonic()
-        total = 0
+        total, nap, self._pause = 0, self._config.nap, 0.0
         while monotonic() - quiet_since < self._linger():
             # One step at least: who sends news of members without end must not keep us from it.
             if moved := self.drain.step(self.shards.owned):
@@ -122,8 +137,11 @@ class SessionLoop:
                     self._burst_at = quiet_since
                 if quiet_since - began > BURST_S:
                     began, total = quiet_since, 0
+                nap = self._config.nap
+                self._gather(moved)
             else:
-                self._wait(self._config.nap)
+                self._wait(nap)
+                nap, self._pause = min(2 * nap, max(self._config.nap, LONGEST_NAP_S)), 0.0
             if monotonic() - looked > OVERDUE_POLL_S:
                 looked = monotonic()
                 self.drain.overdue.end(self.shards.owned)
@@ -132,6 +150,21 @@ class SessionLoop:
                 return
         self._drowsy_moved = 0
         self.sessions.doze(self.shards.owned)
+
+    def _gather(self, moved: int) -> None:
+        """Wait for the messages of the next moment, for as long as that brings several.
+
+        A look costs as much for one message as for ten. The wait begins with the second message in
+        a look and grows while looks find several, so what comes alone goes out at once.
+        """
+        if moved >= FULL_BATCH_MESSAGES:
+            return
+        several = moved > 1
+        pause = max(SHORTEST_PAUSE_S, 2 * self._pause) if several else self._pause / 2
+        self._pause = min(pause, LONGEST_PAUSE_S) if pause >= SHORTEST_PAUSE_S else 0.0
+        if self._pause:
+            self._alarm.quiet()  # of the batch that was just collected
+            self._wait(self._pause)
 
     def _linger(self) -> float:
         """Seconds for which to stay awake after the last message."""
@@ -169,36 +202,32 @@ class SessionLoop:
         if rung or due or self.drain.tasks.has_result:
             woke, before = monotonic(), self._last_wake
             self._last_wake = woke
-            moved = self._drain_all()
+            self._wakes = self._wakes + 1 if woke - before < self._config.linger else 1
+            moved = self._drain_all(rung=rung)
             source: WakeSource = "notify" if rung else "timer" if due else "broker"
             self._observer(RelayWoke(source=source))
             # As Linux' NAPI: interrupts while idle, none under load.
-            if moved > BUSY_MESSAGES or (moved and woke - before < self._config.linger):
+            if moved > BUSY_MESSAGES or (moved and self._wakes > FEW_WAKES):
                 self.sessions.rouse()
         self._run_watchdog()
 
-    def _drain_all(self) -> int:
+    def _drain_all(self, *, rung: bool = False) -> int:
         """Publish waiting messages, and note when to look again; both only until it is too much.
 
-        Under load there is always more: going on would leave all writers ringing meanwhile.
+        Under load there is always more: going on would leave all writers ringing meanwhile. If it
+        was `rung`, there is something to publish before the look that finds nothing more.
         """
         shards = self.shards.owned
         if monotonic() >= self.drain.overdue.next_at:
             self.drain.overdue.end(shards)
-        total = moved = self.drain.step(shards)
-        due = None
+        total = self.drain.step(shards) if rung else 0
         while total <= BUSY_MESSAGES:
-            # Read before the last step: rows that become due in between are in one of the two. And
-            # when all that was sent is marked: until then its rows are overdue, and none is next.
-            marked = not self.drain.tasks.marks_due
-            due = self.drain.next_due(shards) if marked else None
-            moved = self.drain.step(shards)
+            moved = self.drain.step(shards, look_ahead=True)
             total += moved
-            if not moved and not self.drain.crowded and marked:
+            if not moved and not self.drain.crowded and not self.drain.tasks.marks_due:
+                wait = self.drain.next_step_in()
+                self._next_due = None if wait is None else monotonic() + wait
                 break
-        if not moved:
-            wait = self.drain.next_step_in(due)
-            self._next_due = None if wait is None else monotonic() + wait
         return total
 
     def _patience(self) -> float:

@@ -493,16 +493,16 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its clock runs faster than the rows' one: however slow all is, it sleeps before they do."""
-    ask, asked = Drain.next_due, list[float]()
+    earliest, asked = Drain._earliest, list[float]()
 
-    def next_due(self: Drain, shards: Sequence[int]) -> float | None:
-        due = ask(self, shards)
+    def sooner(self: Drain, ahead: psycopg.Cursor[Any] | None) -> float | None:
+        due = earliest(self, ahead)
         if due is None:
             return None
         asked.append(due)
         return due / 36_000  # an hour is a tenth of a second
 
-    monkeypatch.setattr(Drain, "next_due", next_due)
+    monkeypatch.setattr(Drain, "_earliest", sooner)
     timer = RelayWoke(source="timer")
     with running(beatless_app, watchdog=600) as (_, announcements):
         beatless.start_run("two_steps", delay=3600)
@@ -1178,24 +1178,29 @@ def test_what_becomes_due_while_a_relay_looks_is_sent(
     postgres: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A lease that runs out after the step that asked what is due, before the next due time."""
+    """A lease that runs out after the last look was told what is due next."""
     dead = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
     postgres.execute(
         "UPDATE dispatches SET state = 'running', reason = 'lease', due_at = now() + '1 day'"
     )
-    ask = Drain.next_due
+    ask = Drain._look_ahead
 
-    def next_due(self: Drain, shards: Sequence[int]) -> float | None:
-        postgres.execute(
-            "UPDATE dispatches SET due_at = clock_timestamp() WHERE run_id = %s AND due_at > now()"
-            " AND EXISTS (SELECT FROM dispatches WHERE run_id <> %s AND state = 'sent')",
-            [dead.run_id] * 2,
-        )
-        return ask(self, shards)
-
-    monkeypatch.setattr(Drain, "next_due", next_due)
     with running(beatless_app, redispatch=600.0) as (_, announcements):
+
+        def look_ahead(self: Drain, shards: Sequence[int]) -> psycopg.Cursor[Any]:
+            answer = ask(self, shards)
+            if tasks_of(announcements.seen) == 1:
+                answer.fetchone()  # it has come, and is read again
+                answer.scroll(0, mode="absolute")
+                postgres.execute(
+                    "UPDATE dispatches SET due_at = clock_timestamp()"
+                    " WHERE run_id = %s AND due_at > now() + '1 hour'",
+                    [dead.run_id],
+                )
+            return answer
+
+        monkeypatch.setattr(Drain, "_look_ahead", look_ahead)
         beatless.start_run("two_steps")
         announcements.wait_until(lambda seen: tasks_of(seen) == 2)
 
