@@ -175,7 +175,7 @@ class App:
             ProcessSetup,
             FastPoolRepair,
             SystemdWatchdog,
-            GracefulShutdown.of(executors.draining, settings),
+            GracefulShutdown.of(executors.draining, executors.board, settings),
             ChildSignals.of(TerminatedChildren()),
             LeaseKeeper.of(
                 executors.board,

@@ -10,6 +10,7 @@ from billiard.common import _should_have_exited
 from celery import bootsteps, signals
 from celery.worker import state as worker_state
 
+from beatless.orchestrator.board import Board
 from beatless.outbox.clock import monotonic
 from beatless.outbox.sockets import readable
 from beatless.settings import Settings
@@ -18,6 +19,12 @@ logger = logging.getLogger("beatless.worker")
 
 HANGING_STEP_S = 5.0
 """After the grace a worker ends within this time, also with a step that hangs."""
+
+HANGING_BROKER_S = 5.0
+"""A worker that holds no lease any more ends within this time, also with a broker that hangs."""
+
+LEASES_CHECK_INTERVAL_S = 0.25
+"""Between two looks for leases of a worker that stops."""
 
 
 class Draining(threading.Event):
@@ -77,29 +84,35 @@ class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery
     1. asked to stop: children release their runs when the step in flight has ended
     2. after the grace: each process ends its steps, as the watchdog does, and gives the runs back
     3. `HANGING_STEP_S` later, if a thread or a child still hangs: the process ends all the same
+    4. or before, `HANGING_BROKER_S` after its last lease, if Celery still takes leave of a broker
+       that accepts connections and answers nothing: each of its questions would take 15 s
     """
 
     requires = frozenset({"celery.worker.components:Timer"})
     draining: ClassVar[Draining]
+    board: ClassVar[Board]
     settings: ClassVar[Settings]
 
     @classmethod
-    def of(cls, draining: Draining, settings: Settings) -> type[Self]:
+    def of(cls, draining: Draining, board: Board, settings: Settings) -> type[Self]:
         """The step of one app: Celery takes classes."""
-        return type(cls.__name__, (cls,), {"draining": draining, "settings": settings})
+        parts = {"draining": draining, "board": board, "settings": settings}
+        return type(cls.__name__, (cls,), parts)
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.draining.prepare()
         self._worker = worker
-        self._last = threading.Timer(self.settings.grace_seconds + HANGING_STEP_S, self._leave)
-        self._last.daemon = True  # nothing hangs if the process ends before
+        self._ended = threading.Event()
+        self._consumer_stopped = threading.Event()
 
     def start(self, _worker: Any) -> None:
         signals.worker_shutting_down.connect(self._give_back)
-        signals.worker_shutdown.connect(self._ended)
+        signals.worker_shutdown.connect(self._end)
 
     def stop(self, _worker: Any) -> None:
+        """Celery's consumer has stopped before: it is the last of a worker's steps."""
+        self._consumer_stopped.set()
         signals.worker_shutting_down.disconnect(self._give_back)
 
     terminate = stop
@@ -114,15 +127,37 @@ class GracefulShutdown(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery
             return
         self.draining.set()
         logger.info("worker stops, runs are released", extra={"action": "worker_stops"})
-        self._last.start()
+        # A daemon: nothing hangs if the process ends before.
+        threading.Thread(target=self._bound, name="beatless-shutdown", daemon=True).start()
 
-    def _ended(self, sender: Any, **_: Any) -> None:
+    def _end(self, sender: Any, **_: Any) -> None:
         """Nothing hung: a caller that ran the worker in its own process continues."""
         if sender is self._worker:
-            self._last.cancel()
+            self._ended.set()
 
-    def _leave(self) -> None:
+    def _bound(self) -> None:
         try:
-            logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
-        finally:
-            os._exit(0)  # a hanging step is fenced, or its lease runs out
+            if not self.hangs():
+                return
+        except BaseException:
+            os._exit(1)  # the process must not outlive what bounds it
+        os._exit(0)  # a hanging step is fenced, or its lease runs out
+
+    def hangs(self) -> bool:
+        """True when the process must end now, False once it ends by itself."""
+        last = monotonic() + self.settings.grace_seconds + HANGING_STEP_S
+        idle_since = monotonic()
+        while not self._ended.wait(LEASES_CHECK_INTERVAL_S):
+            now = monotonic()
+            if now >= last:
+                logger.warning("worker ends: a step still hangs", extra={"action": "worker_ends"})
+                return True
+            if self._consumer_stopped.is_set() or any(True for _ in self.board.read()):
+                idle_since = now
+            elif now - idle_since >= HANGING_BROKER_S:
+                logger.warning(
+                    "worker ends: its broker does not answer, and it holds no lease",
+                    extra={"action": "worker_ends"},
+                )
+                return True
+        return False

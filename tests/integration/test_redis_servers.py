@@ -1,12 +1,15 @@
 """Redis as it is run elsewhere: Sentinel, TLS, ACL users, Cluster. Real servers, each time."""
 
 import asyncio
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 
 import psycopg
 import pytest
@@ -229,6 +232,27 @@ def test_a_run_over_a_socket(kit_on: MakeKit, tmp_path: Path) -> None:
         EmbeddedValkey(tmp_path / "v", settings={"unixsocket": f"{short}/s"}) as server,
     ):
         whole_run(kit_on(f"unix://:{server.password}@{short}/s?db=0"))
+
+
+# One that hangs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_ends_though_its_broker_accepts_connections_and_answers_nothing(
+    kit_on: MakeKit, valkey: EmbeddedValkey, pool: str
+) -> None:
+    kit = kit_on(valkey.url)
+    worker = kit.worker_process(
+        "tests.plans:app", grace_seconds=3000, arguments=["--", "--pool", pool]
+    )
+    os.kill(valkey.pid, signal.SIGSTOP)
+    try:
+        worker.terminate()
+        worker.reap(monotonic() + 60)
+    finally:
+        os.kill(valkey.pid, signal.SIGCONT)
+    assert "its broker does not answer, and it holds no lease" in worker.last_words()
 
 
 # ACL users
