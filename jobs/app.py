@@ -21,6 +21,7 @@ from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
+from beatless.orchestrator.ended_runs import CountsEndedRuns
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.plan import Plan, PlanError
@@ -324,7 +325,11 @@ class App:
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             redispatch=self.settings.redispatch_seconds,
             overdue=Deadlines(self.settings.schema).end,
-            chores=[*self.chores(), AdoptsDeadlines(self.settings.schema)],
+            chores=[
+                *self.chores(),
+                AdoptsDeadlines(self.settings.schema),
+                CountsEndedRuns(self.settings.schema),
+            ],
             failing=self.metrics.relay.failing,
             faults=self.faults,
             observer=fan_out(self.metrics.relay, PublishSpans(), self._failures, observer),

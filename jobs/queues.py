@@ -1,9 +1,8 @@
 """Queue control for the whole fleet: when a call returns, it is so everywhere."""
 
 import logging
-import threading
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import sqlalchemy
@@ -12,10 +11,8 @@ from kombu.exceptions import KombuError, OperationalError
 
 from beatless.errors import BadRequest, QueueBusy
 from beatless.orchestrator.errors import RunIsActive
-from beatless.orchestrator.queues import QueueState, QueueStatements
+from beatless.orchestrator.queues import PAGE_RUNS, QueueState, QueueStatements
 from beatless.orchestrator.state import FINAL
-from beatless.outbox import forks
-from beatless.outbox.clock import monotonic
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import Caller
 from beatless.transactions import transact
@@ -23,12 +20,6 @@ from beatless.transactions import transact
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MANY = 100_000
-"""Ended runs from which on they are not counted at each question."""
-
-EASE = 20.0
-"""They are counted again after so many times as long as it took: a twentieth of one session."""
 
 
 class Queues:
@@ -46,29 +37,10 @@ class Queues:
         self._statements = QueueStatements(schema)
         self._prefix = prefix
         self._broker = broker
-        self._counting = threading.Lock()
-        self._counted: dict[str, QueueState] = {}
-        self._count_at = 0.0
-        forks.watch(self)
-
-    def after_fork(self) -> None:
-        self._counting = threading.Lock()
 
     def states(self) -> list[QueueState]:
-        """Every queue that has runs or is paused.
-
-        From `MANY` ended runs on, their counts are those of the last time that they were counted.
-        """
-        with self._counting:
-            began = monotonic()
-            ended = began >= self._count_at
-            found = self._do(lambda caller: self._statements.states(caller, ended=ended))
-            if ended:
-                self._counted = {state.name: state for state in found}
-                many = sum(s.completed + s.failed + s.cancelled for s in found) >= MANY
-                self._count_at = monotonic() + EASE * (monotonic() - began) if many else 0.0
-                return found
-            return _with_ended(found, self._counted)
+        """Every queue that has runs or is paused."""
+        return self._do(self._statements.states)
 
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
@@ -90,29 +62,42 @@ class Queues:
         """Take away the queue with all of its runs; how many they were.
 
         Raises QueueBusy while runs of it are running, unless `force`: their workers then find that
-        their lease is gone, and write nothing more. A refusal has changed nothing.
+        their lease is gone, and write nothing more. A refusal has changed nothing. Runs that have
+        ended go in pages, each a transaction of its own: an interrupted call is made again.
         """
 
         def remove(caller: Caller) -> list[str]:
-            removed, running = self._statements.remove_queue(caller, name, force=force)
+            removed, running = self._statements.remove_unfinished(caller, name, force=force)
             if running and not force:
                 raise QueueBusy(name, running)
             return removed
 
-        removed = self._do(remove)
-        self._counted = {known: self._counted[known] for known in self._counted if known != name}
+        removed = len(self._do(remove))
+        while page := self._do(lambda caller: self._statements.remove_rest(caller, name)):
+            removed += len(page)
+        self._do(lambda caller: self._statements.forget(caller, name))
         self._empty_broker(name, delete=True)
-        return len(removed)
+        return removed
 
     def clean(self, state: str, *, seconds: float, limit: int, namespace: str) -> int:
-        """Take away runs that ended in this state so many seconds ago; how many."""
+        """Take away runs that ended in this state so many seconds ago, in pages; how many."""
         _check_final(state)
-        removed = self._do(
-            lambda caller: self._statements.remove_finished(
-                caller, state=state, seconds=seconds, limit=limit, namespace=namespace
+        removed = 0
+        while removed < limit:
+            some = min(PAGE_RUNS, limit - removed)
+            page = self._do(
+                partial(
+                    self._statements.remove_finished,
+                    state=state,
+                    seconds=seconds,
+                    limit=some,
+                    namespace=namespace,
+                )
             )
-        )
-        return len(removed)
+            if not page:
+                break
+            removed += len(page)
+        return removed
 
     def count_finished(self, state: str, *, seconds: float, namespace: str) -> tuple[int, int]:
         """(runs, events) that `clean` would take away without a limit."""
@@ -150,25 +135,6 @@ class Queues:
                 "the broker's queue could not be emptied; its messages will be dropped",
                 extra={"action": "purge_failed", "queue": name, "reason": str(error)},
             )
-
-
-def _with_ended(found: list[QueueState], counted: dict[str, QueueState]) -> list[QueueState]:
-    """The current states, with the counts of ended runs from before."""
-    now = {state.name: state for state in found}
-    for name, before in counted.items():
-        if name in now:
-            now[name] = replace(
-                now[name],
-                completed=before.completed,
-                failed=before.failed,
-                cancelled=before.cancelled,
-                per_minute=before.per_minute,
-            )
-        elif before.completed or before.failed or before.cancelled:
-            now[name] = replace(
-                before, paused_at=None, waiting=0, delayed=0, active=0, oldest=None, workers=0
-            )
-    return [now[name] for name in sorted(now)]
 
 
 def _check_final(state: str) -> None:

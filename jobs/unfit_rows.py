@@ -19,8 +19,8 @@ class Violation:
         return f"{self.invariant} run {self.run_id}: {self.problem}"
 
 
-def unfit_rows(connection: Caller, schema: str, *, limit: int) -> list[Violation]:
-    """Some of the rows of unfinished runs, and of the outbox, that no relay can act on."""
+def unfit_rows(connection: Caller, schema: str, *, limit: int | None) -> list[Violation]:
+    """Rows of unfinished runs, and of the outbox, that no relay can act on: up to `limit`."""
     parameters = {"run_ids": None, "limit": limit}
     sql = statements(__file__, schema, last_shard=SHARDS - 1)
     return [

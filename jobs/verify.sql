@@ -1,20 +1,34 @@
--- The statement that checks the promises of docs/guarantees.md on what is stored.
+-- The statements that check the promises of docs/guarantees.md on what is stored.
 
--- name: violations
--- List each promise that a run breaks: of these runs, or of all that are stored.
--- One statement, so that everything is seen at one instant.
--- Reads in whole: runs, run_events, run_outbox, dispatches. For a person who asks.
-WITH run AS MATERIALIZED (
-  SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
-         pruned_seq::bigint AS pruned_seq FROM {schema}.runs
-   WHERE %(run_ids)s::text[] IS NULL OR run_id = ANY(%(run_ids)s)
-), event AS MATERIALIZED (
-  SELECT e.* FROM {schema}.run_events e JOIN run USING (run_id)
-), head AS (
+-- name: page
+-- List some of the runs in the order of their ids, with how many events they have.
+SELECT run_id, last_seq::bigint - pruned_seq FROM {schema}.runs
+ WHERE run_id > %(after)s ORDER BY run_id LIMIT {page_runs}
+
+-- fragment: run_facts
+-- Of a run, what the checks read.
+SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
+       pruned_seq::bigint AS pruned_seq FROM {schema}.runs
+
+-- fragment: event_facts
+-- Of an event, what the checks read: data may be large.
+SELECT run_id, seq, ts, type, step,
+       CASE WHEN type = 'RunFinished' THEN data ->> 'outcome' END AS outcome,
+       CASE WHEN type IN ('StepStarted', 'StepFinished') THEN data ->> 'renamed_from' END
+         AS renamed_from,
+       CASE WHEN type = 'DebugTrace' AND step IS NOT NULL THEN data ->> 'name' IN
+         ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost') END AS repeats,
+       CASE WHEN type = 'StepFinished' THEN coalesce(data @> '{"on_cancel": true}', false) END
+         AS undoes
+  FROM {schema}.run_events
+
+-- fragment: violations
+-- The checks of `run` and its `event`.
+head AS (
   SELECT run_id, count(*) AS events, min(seq) AS first, max(seq) AS last,
          count(*) FILTER (WHERE type = 'RunFinished') AS finished,
          max(seq) FILTER (WHERE type = 'RunFinished') AS finished_seq,
-         max(data ->> 'outcome') FILTER (WHERE type = 'RunFinished') AS outcome,
+         max(outcome) AS outcome,
          min(seq) FILTER (WHERE type = 'CancelRequested') AS cancel_seq,
          bool_or(type = 'RunStarted' AND seq = 1) AS started
     FROM event GROUP BY run_id
@@ -23,8 +37,7 @@ WITH run AS MATERIALIZED (
          count(*) FILTER (WHERE type = 'StepStarted') AS starts,
          count(*) FILTER (WHERE type = 'StepFinished') AS finishes,
          count(*) FILTER (WHERE type = 'StepFailed') AS failures,
-         count(*) FILTER (WHERE type = 'DebugTrace' AND data ->> 'name' IN
-           ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost')) AS repeats,
+         count(*) FILTER (WHERE repeats) AS repeats,
          min(seq) FILTER (WHERE type = 'StepFinished') AS finished_seq,
          max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step
@@ -32,16 +45,20 @@ WITH run AS MATERIALIZED (
   -- Under the name that it had when it began, if another version of the plan gave it another.
   SELECT run_id, type, step, began_as, lead(step) OVER following AS next_step,
          lead(began_as) OVER following AS next_began_as, lead(seq) OVER following AS next_seq
-    FROM (SELECT *, coalesce(data ->> 'renamed_from', step) AS began_as
+    FROM (SELECT *, coalesce(renamed_from, step) AS began_as
             FROM event WHERE type IN ('StepStarted', 'StepFinished')) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
-), final AS (
-  SELECT run.*, state IN ('completed', 'failed', 'cancelled') AS ended FROM run
+), final AS MATERIALIZED (
+  -- Joined once: the planner expects so few runs that it would compare each with each.
+  SELECT run_id, run.state, run.last_seq, run.attempt, run.finished_at, run.pruned_seq,
+         head.events, head.first, head.last, head.finished, head.finished_seq, head.outcome,
+         head.cancel_seq, head.started, state IN ('completed', 'failed', 'cancelled') AS ended
+    FROM run LEFT JOIN head USING (run_id)
 )
 SELECT 'I2', run_id,
        format('its events are not %%s to %%s without a gap: it has %%s, from %%s to %%s',
               pruned_seq + 1, last_seq, coalesce(events, 0), first, last)
-  FROM final LEFT JOIN head USING (run_id)
+  FROM final
  WHERE (coalesce(events, 0), coalesce(first, last_seq + 1), coalesce(last, last_seq))
        IS DISTINCT FROM ((last_seq - pruned_seq)::bigint, pruned_seq + 1, last_seq)
 UNION ALL
@@ -49,7 +66,7 @@ SELECT 'I2', run_id, format('it is %%s, and its events up to %%s were pruned', s
   FROM final WHERE pruned_seq > 0 AND NOT ended
 UNION ALL
 SELECT 'I2', run_id, 'its first event is not RunStarted'
-  FROM head JOIN final USING (run_id) WHERE NOT started AND pruned_seq = 0
+  FROM final WHERE NOT started AND pruned_seq = 0
 UNION ALL
 SELECT 'I4', run_id, format('step %%s has %%s results', step, finishes) FROM step WHERE finishes > 1
 UNION ALL
@@ -57,27 +74,28 @@ SELECT 'I4', run_id, format('step %%s was started again after its result', step)
   FROM step WHERE last_start_seq > finished_seq
 UNION ALL
 SELECT 'I4', run_id, format('step %%s was begun and passed without a result', step)
-  FROM passed JOIN head USING (run_id)
+  FROM passed JOIN final USING (run_id)
  WHERE type = 'StepStarted'
    AND (next_step <> step AND next_began_as <> began_as
         AND (cancel_seq IS NULL OR next_seq < cancel_seq)
         OR next_step IS NULL AND cancel_seq IS NULL AND outcome = 'completed')
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))
-  FROM final LEFT JOIN head USING (run_id)
+  FROM final
  WHERE coalesce(finished, 0) <> (ended AND pruned_seq < last_seq)::int
 UNION ALL
 SELECT 'I5', run_id, format('RunFinished is event %%s of %%s', finished_seq, last)
-  FROM head WHERE finished_seq < last
+  FROM final WHERE finished_seq < last
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s, its RunFinished says %%s', state, outcome)
-  FROM final JOIN head USING (run_id) WHERE ended AND outcome IS DISTINCT FROM state
+  FROM final
+ WHERE ended AND last IS NOT NULL AND outcome IS DISTINCT FROM state
 UNION ALL
 SELECT 'I7', run_id, format('it is %%s and nothing will ever look at it again', final.state)
-  FROM final LEFT JOIN {schema}.dispatches d USING (run_id) WHERE NOT ended AND d.run_id IS NULL
+  FROM final LEFT JOIN dispatch d USING (run_id) WHERE NOT ended AND d.run_id IS NULL
 UNION ALL
 SELECT 'I7', run_id, format('it is %%s and would be dispatched again', final.state)
-  FROM final JOIN {schema}.dispatches d USING (run_id) WHERE ended
+  FROM final JOIN dispatch d USING (run_id) WHERE ended
 UNION ALL
 SELECT 'I8', run_id, format('events %%s to %%s still wait to be published, %%s after its end',
        o.from_seq, o.to_seq, date_trunc('second', clock_timestamp() - finished_at))
@@ -90,27 +108,54 @@ UNION ALL
 SELECT 'I1', run_id, format('event %%s cannot be published: its time is %%s', seq, ts)
   FROM event WHERE ts <= '1000-01-01Z' OR ts >= '10000-01-01Z'
 UNION ALL
-{unfit}
-UNION ALL
 SELECT 'I9', run_id, format('%%s steps finished after its cancel was accepted', count(*))
-  FROM head JOIN event USING (run_id)
+  FROM final JOIN event USING (run_id)
  WHERE event.type = 'StepFinished' AND event.seq > cancel_seq
-   AND NOT event.data @> '{"on_cancel": true}'
+   AND NOT event.undoes
  GROUP BY run_id HAVING count(*) > 1
 UNION ALL
 SELECT 'I9', run_id, format('its cancel was accepted, yet it ended as %%s', state)
-  FROM final JOIN head USING (run_id)
+  FROM final
  WHERE ended AND cancel_seq IS NOT NULL AND state <> 'cancelled'
-UNION ALL
-SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string_agg(name, ', '))
-  FROM (SELECT DISTINCT run_id, 'run_events' FROM {schema}.run_events
-         UNION SELECT run_id, 'run_outbox' FROM {schema}.run_outbox
-         UNION SELECT run_id, 'dispatches' FROM {schema}.dispatches) AS stored(run_id, name)
- WHERE %(run_ids)s::text[] IS NULL
-   AND NOT EXISTS (SELECT FROM {schema}.runs WHERE runs.run_id = stored.run_id)
- GROUP BY run_id
 UNION ALL
 SELECT 'I10', run_id, format('step %%s was started %%s times, with %%s failures in %%s claims',
        step, starts, failures, attempt)
   FROM step JOIN run USING (run_id) WHERE starts > attempt + failures + repeats
+
+-- name: violations_of
+-- List each promise that one of these runs breaks.
+-- One statement, so that everything is seen at one instant.
+-- Reads in whole: run_outbox, which is short, and dispatches. For a person who asks.
+WITH run AS MATERIALIZED (
+  {run_facts} WHERE run_id = ANY(%(run_ids)s)
+), event AS MATERIALIZED (
+  {event_facts} WHERE run_id = ANY(ARRAY(SELECT run_id FROM run))
+), dispatch AS MATERIALIZED (
+  SELECT run_id FROM {schema}.dispatches WHERE run_id = ANY(%(run_ids)s)
+), {violations}
+UNION ALL
+{unfit}
+ ORDER BY 2, 1
+
+-- name: violations_between
+-- List each promise that a run breaks whose id is between two, or that rows without a run break.
+-- One statement, so that everything of a run is seen at one instant.
+-- Reads in whole: run_outbox, which is short.
+WITH run AS MATERIALIZED (
+  {run_facts} WHERE run_id > %(after)s AND run_id <= %(upto)s
+), event AS MATERIALIZED (
+  {event_facts} WHERE run_id > %(after)s AND run_id <= %(upto)s
+    AND run_id IN (SELECT run_id FROM run)
+), dispatch AS MATERIALIZED (
+  SELECT run_id FROM {schema}.dispatches WHERE run_id > %(after)s AND run_id <= %(upto)s
+), {violations}
+UNION ALL
+SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string_agg(name, ', '))
+  FROM (SELECT DISTINCT run_id, 'run_events' FROM {schema}.run_events
+         WHERE run_id > %(after)s AND run_id <= %(upto)s
+         UNION SELECT run_id, 'run_outbox' FROM {schema}.run_outbox
+                WHERE run_id > %(after)s AND run_id <= %(upto)s
+         UNION SELECT run_id, 'dispatches' FROM dispatch) AS stored(run_id, name)
+ WHERE NOT EXISTS (SELECT FROM run WHERE run.run_id = stored.run_id)
+ GROUP BY run_id
  ORDER BY 2, 1

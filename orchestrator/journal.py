@@ -35,20 +35,26 @@ PAGE_BYTES = 256 * 1024
 """Of events as JSON that a reader of pages has in memory at once."""
 
 
+NEAR_RUNS = 10_000
+"""Newest runs that are looked through before all runs with a tag, or with a retry, are read."""
+
+
 class Journal:
     """The statements of one schema over runs and their events."""
 
     def __init__(self, schema: str, *, max_event_bytes: int) -> None:
         self.schema = schema
         self.max_event_bytes = max_event_bytes
-        self.sql = statements(__file__, schema, page_bytes=PAGE_BYTES, **OPTION_SQL)
-        self._lists = {
-            (None, False): self.sql["list"],
-            (None, True): self.sql["list_at_step"],
-            (RunState.QUEUED, False): self.sql["list_queued"],
-            (RunState.QUEUED, True): self.sql["list_queued_at_step"],
-            (RunState.RUNNING, False): self.sql["list_running"],
-            (RunState.RUNNING, True): self.sql["list_running_at_step"],
+        self.sql = statements(
+            __file__, schema, page_bytes=PAGE_BYTES, near_runs=NEAR_RUNS, **OPTION_SQL
+        )
+        self._lists_by_state: dict[RunState | None, str] = {
+            RunState.QUEUED: self.sql["list_queued"],
+            RunState.RUNNING: self.sql["list_running"],
+        }
+        self._lists_at_step: dict[RunState | None, str] = {
+            RunState.QUEUED: self.sql["list_queued_at_step"],
+            RunState.RUNNING: self.sql["list_running_at_step"],
         }
 
     def create_runs(self, connection: Caller, new: Sequence[NewRun]) -> list[Run]:
@@ -229,11 +235,17 @@ class Journal:
 
         With `execute_lazily` few of the runs are in memory at once.
         """
-        asked = RunState(state) if state else None
-        unfinished = asked if asked in (RunState.QUEUED, RunState.RUNNING) else None
+        statement = self._list(
+            RunState(state) if state else None,
+            plan=plan is not None,
+            queue=queue is not None,
+            tags=bool(tags),
+            retried=bool(retried),
+            step=step is not None,
+        )
         rows = read(
             connection,
-            self._lists[unfinished, step is not None],
+            statement,
             {
                 "namespace": namespace,
                 "state": state,
@@ -248,6 +260,35 @@ class Journal:
             },
         )
         return (Run.from_row(row) for row in rows)
+
+    def _list(
+        self,
+        state: RunState | None,
+        *,
+        plan: bool,
+        queue: bool,
+        tags: bool,
+        retried: bool,
+        step: bool,
+    ) -> str:
+        """The statement that finds runs by the index of one of the filters that are given."""
+        if step:
+            return self._lists_at_step.get(state, self.sql["list_at_step"])
+        if state in self._lists_by_state:
+            return self._lists_by_state[state]
+        if state in (RunState.FAILED, RunState.CANCELLED):
+            if plan:
+                return self.sql["list_unsuccessful_of_plan"]
+            if queue:
+                return self.sql["list_unsuccessful_of_queue"]
+            return self.sql["list_unsuccessful"]
+        if tags:
+            return self.sql["list_tagged"]
+        if retried:
+            return self.sql["list_retried"]
+        if plan:
+            return self.sql["list_of_plan"]
+        return self.sql["list_of_queue"] if queue else self.sql["list"]
 
     def unfinished(
         self, connection: Caller, *, reason: str | None = None, read: Read = execute

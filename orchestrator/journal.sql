@@ -178,21 +178,32 @@ SELECT {run_columns}, {retried_by} FROM {schema}.runs r
  WHERE run_id = %(run_id)s AND namespace = %(namespace)s
 
 -- fragment: listed
--- Runs of a namespace, of a state if one is given. Each list says next by which index it is found.
+-- Runs of a namespace. Each list says next by which index it is found.
 SELECT {run_columns}, {retried_by} FROM {schema}.runs r
  WHERE namespace = %(namespace)s
-   AND (%(state)s::text IS NULL OR state = %(state)s)
 
--- fragment: filtered
--- The other filters of a list, and a page of it, newest first.
-AND (%(plan)s::text IS NULL OR plan = %(plan)s)
+-- fragment: kept
+-- The filters of a list, of which each has one for its index.
+(%(state)s::text IS NULL OR state = %(state)s)
+   AND (%(plan)s::text IS NULL OR plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR queue = %(queue)s)
    AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
    AND (%(retried)s::bool IS NULL
         OR %(retried)s = EXISTS (SELECT FROM {schema}.runs n WHERE n.retry_of = r.run_id))
-   AND (%(before_at)s::timestamptz IS NULL
-        OR (created_at, run_id) < (%(before_at)s, %(before_id)s::text))
- ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s
+
+-- fragment: older
+-- The runs after the page before: by any index that ends with the time, no run of earlier pages is
+-- read. Without one, those before the last id of the last time.
+(created_at, run_id) < (coalesce(%(before_at)s::timestamptz, 'infinity'),
+                          coalesce(%(before_id)s::text, chr(127)))
+
+-- fragment: newest
+-- The order of the lists.
+ORDER BY created_at DESC, run_id DESC
+
+-- fragment: filtered
+-- The filters of a list, and a page of it, newest first.
+AND {kept} AND {older} {newest} LIMIT %(limit)s
 
 -- fragment: place
 -- The last event that says where a run `r` is: by the index of its events, backwards.
@@ -229,8 +240,70 @@ run_id IN (SELECT run_id FROM {schema}.dispatches)
 run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting'))
 
 -- name: list
--- List runs of any state, or of a final one, newest first.
-{listed} AND true {filtered}
+-- List runs of a namespace, newest first.
+{listed} {filtered}
+
+-- name: list_of_plan
+-- List runs of a plan, newest first.
+{listed} AND plan = %(plan)s {filtered}
+
+-- name: list_of_queue
+-- List runs of a queue, newest first.
+{listed} AND queue = %(queue)s {filtered}
+
+-- fragment: unsuccessful
+-- Runs that failed, or were cancelled: by their error, as the indexes have them.
+error IS NOT NULL AND CASE WHEN error ->> 'type' = 'RunCancelled' AND NOT error ? 'traceback'
+                           THEN 'cancelled' ELSE 'failed' END = %(state)s
+
+-- name: list_unsuccessful
+-- List runs that failed, or were cancelled, newest first.
+{listed} AND {unsuccessful} {filtered}
+
+-- name: list_unsuccessful_of_plan
+-- List runs of a plan that failed, or were cancelled, newest first.
+{listed} AND {unsuccessful} AND plan = %(plan)s {filtered}
+
+-- name: list_unsuccessful_of_queue
+-- List runs of a queue that failed, or were cancelled, newest first.
+{listed} AND {unsuccessful} AND queue = %(queue)s {filtered}
+
+-- fragment: near
+-- The runs that pass the filters among the newest ones, whatever index these filters have.
+-- Of a set in no order of time, as those with a tag, the newest are among these unless they are
+-- rare; if they are, all of them are read and sorted instead.
+near AS MATERIALIZED (
+  SELECT run_id FROM (SELECT * FROM {schema}.runs WHERE namespace = %(namespace)s AND {older}
+                      {newest} LIMIT {near_runs}) r
+   WHERE {kept} LIMIT %(limit)s)
+
+-- fragment: page_of_near
+-- The page if enough runs are near.
+SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+ WHERE run_id = ANY(ARRAY(SELECT run_id FROM near
+                           WHERE (SELECT count(*) FROM near) = %(limit)s))
+
+-- name: list_tagged
+-- List runs with tags, newest first.
+WITH {near}
+{page_of_near}
+UNION ALL
+(SELECT {run_columns}, {retried_by}
+   -- OFFSET keeps the planner from reading all runs in the order of time.
+   FROM (SELECT * FROM {schema}.runs WHERE tags @> %(tags)s::jsonb AND tags <> '{}' OFFSET 0) r
+  WHERE (SELECT count(*) FROM near) < %(limit)s AND namespace = %(namespace)s {filtered})
+{newest}
+
+-- name: list_retried
+-- List runs that have a retry, newest first.
+WITH {near}
+{page_of_near}
+UNION ALL
+(SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+  WHERE (SELECT count(*) FROM near) < %(limit)s AND namespace = %(namespace)s
+    AND run_id = ANY(ARRAY(SELECT retry_of FROM {schema}.runs WHERE retry_of IS NOT NULL))
+    {filtered})
+{newest}
 
 -- name: list_queued
 -- List runs that wait, newest first.

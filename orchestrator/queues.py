@@ -5,6 +5,7 @@ few messages that the broker already holds start nothing. Functions take a conne
 commit; `Queues` in `jobs` puts them together.
 """
 
+import itertools
 import logging
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -28,6 +29,16 @@ PRESENCE_EXPIRES_S = 3 * PRESENCE_INTERVAL_S
 FROZEN_CLAIM_S = 10.0
 """Seconds after which a claim that is still in flight has nobody who would end it: it waits for a
 row a tenth of that, see `lease.LOCK_TIMEOUT_S`."""
+
+
+PAGE_RUNS = 1000
+"""Runs that one transaction takes away."""
+
+PAGE_EVENTS = 100_000
+"""Events from which on a transaction takes no further run away."""
+
+RECENT_ENDS = 1000
+"""Ends within the last minute that are read to tell how many there were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +96,12 @@ class QueueStatements:
 
     def __init__(self, schema: str) -> None:
         self._sql = statements(
-            __file__, schema, claims_poll_s=CLAIMS_POLL_S, presence_expires_s=PRESENCE_EXPIRES_S
+            __file__,
+            schema,
+            claims_poll_s=CLAIMS_POLL_S,
+            presence_expires_s=PRESENCE_EXPIRES_S,
+            recent_ends=RECENT_ENDS,
+            page_runs=PAGE_RUNS,
         )
         self._channel = channel_of(schema)
 
@@ -141,7 +157,11 @@ class QueueStatements:
         return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
 
     def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
-        """Every queue that has runs or was paused; without those that ended, all but them."""
+        """Every queue that has runs or was paused; without `ended`, as if none had ended before.
+
+        Many runs that have ended are counted by a relay beforehand: see
+        `beatless.orchestrator.ended_runs`.
+        """
         names = (
             "name",
             "paused_at",
@@ -164,8 +184,10 @@ class QueueStatements:
         """Take away the queue's runs that no worker has."""
         return self._removed(connection, self._sql["lock_waiting"], {"queue": queue})
 
-    def remove_queue(self, connection: Caller, queue: str, *, force: bool) -> tuple[list[str], int]:
-        """Take away every run of the queue and the queue itself: (those removed, those running).
+    def remove_unfinished(
+        self, connection: Caller, queue: str, *, force: bool
+    ) -> tuple[list[str], int]:
+        """Take away the runs of the queue that have not ended: (those removed, those running).
 
         Without `force` nothing is removed while a run of it is running, even if its worker is lost.
         """
@@ -174,19 +196,28 @@ class QueueStatements:
             running = execute(connection, self._sql["running"], {"queue": queue})[0][0]
             if running:
                 return [], running
-        chosen = execute(connection, self._sql["lock_queue"], {"queue": queue})
-        running = sum(state == RunState.RUNNING for _, state in chosen)
+        chosen = execute(connection, self._sql["lock_unfinished"], {"queue": queue})
+        running = sum(state == RunState.RUNNING for _, state, _ in chosen)
         if running and not force:
             return [], running
-        removed = self._remove_runs(connection, [run_id for run_id, _ in chosen])
-        # A run that is started meanwhile has rung for a paused queue.
+        return self._remove_runs(connection, [run_id for run_id, *_ in chosen]), running
+
+    def remove_rest(self, connection: Caller, queue: str) -> list[str]:
+        """Take away some runs of the queue that have ended; none when there are none."""
+        return self._removed(connection, self._sql["lock_rest"], {"queue": queue})
+
+    def forget(self, connection: Caller, queue: str) -> None:
+        """Take away the queue itself; a run of it that was started meanwhile is dispatched."""
+        execute(connection, self._sql["forget_count"], {"queue": queue})
         self.resume(connection, queue)
-        return removed, running
 
     def remove_finished(
         self, connection: Caller, *, state: str, seconds: float, limit: int, namespace: str
     ) -> list[str]:
-        """Take away runs that ended in this state so many seconds ago, oldest end first."""
+        """Take away some runs that ended in this state so many seconds ago, oldest end first.
+
+        No more than `limit`; fewer if they have many events. None when there are none.
+        """
         return self._removed(
             connection,
             self._sql["lock_ended"],
@@ -218,7 +249,9 @@ class QueueStatements:
         self, connection: Caller, choose: str, parameters: dict[str, str | float | int]
     ) -> list[str]:
         chosen = execute(connection, choose, parameters)
-        return self._remove_runs(connection, [run_id for run_id, _ in chosen])
+        before = itertools.accumulate((events for *_, events in chosen), initial=0)
+        some = [row[0] for row, events in zip(chosen, before, strict=False) if events < PAGE_EVENTS]
+        return self._remove_runs(connection, some)
 
     def _remove_runs(self, connection: Caller, run_ids: list[str]) -> list[str]:
         return [row[0] for row in execute(connection, self._sql["remove"], {"run_ids": run_ids})]

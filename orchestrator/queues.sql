@@ -30,7 +30,7 @@ SELECT pg_notify(%(c)s, '')
 
 -- name: states
 -- Read every queue that has runs or was paused; without those that ended, all but them.
--- Reads in whole: dispatches, and runs if those that ended are asked for.
+-- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.
 WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
                                       OR d.state = 'sent') AS waiting,
@@ -53,22 +53,36 @@ WITH unfinished AS (
   SELECT name AS queue, count(*) AS workers FROM {schema}.workers CROSS JOIN unnest(queues) AS name
    WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s}) GROUP BY name
 ), ended AS (
-  SELECT queue, count(*) FILTER (WHERE state = 'completed') AS completed,
-         count(*) FILTER (WHERE state = 'failed') AS failed,
-         count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-         count(*) FILTER (WHERE finished_at > clock_timestamp() - interval '1 minute')
-           AS per_minute
-    FROM {schema}.runs WHERE %(ended)s AND finished_at IS NOT NULL GROUP BY queue
+  SELECT queue, completed, failed, cancelled FROM {schema}.ended_runs WHERE %(ended)s
+  UNION ALL
+  SELECT queue, count(*) FILTER (WHERE state = 'completed'),
+         count(*) FILTER (WHERE state = 'failed'), count(*) FILTER (WHERE state = 'cancelled')
+    FROM {schema}.runs
+   WHERE %(ended)s AND finished_at IS NOT NULL AND NOT EXISTS (SELECT FROM {schema}.ended_runs)
+   GROUP BY queue
+), recent AS (
+  -- Row by row, by LIMIT: the planner would join by reading all runs.
+  SELECT r.queue, e.ts FROM (
+    SELECT run_id, ts FROM {schema}.run_events
+     WHERE type = 'RunFinished' AND ts > (SELECT clock_timestamp() - interval '1 minute')
+     ORDER BY ts DESC LIMIT {recent_ends}) e
+   CROSS JOIN LATERAL (SELECT queue FROM {schema}.runs r WHERE r.run_id = e.run_id LIMIT 1) r
+), rate AS (
+  -- Of more than can be read in a moment, the last ones stand for the minute.
+  SELECT queue, (count(*) * CASE WHEN (SELECT count(*) FROM recent) < {recent_ends} THEN 1 ELSE
+           60 / greatest(0.001, extract(epoch FROM clock_timestamp() - (SELECT min(ts) FROM recent)))
+         END)::bigint AS per_minute FROM recent GROUP BY queue
 )
 SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
        -- Those of older versions do not tell: then the processes that execute count.
        oldest, coalesce(workers, executing, 0),
        coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)
   FROM (SELECT name FROM {schema}.queues UNION SELECT queue FROM unfinished
-        UNION SELECT queue FROM ended) AS known(name)
+        UNION SELECT queue FROM ended UNION SELECT queue FROM rate) AS known(name)
   LEFT JOIN consumed c ON c.queue = name
   LEFT JOIN {schema}.queues q USING (name)
   LEFT JOIN unfinished u ON u.queue = name LEFT JOIN ended e ON e.queue = name
+  LEFT JOIN rate ON rate.queue = name
  ORDER BY name
 
 -- name: announce
@@ -92,26 +106,53 @@ SELECT hostname, version, queues, processes, started_at, failing FROM {schema}.w
 -- Forget a worker.
 DELETE FROM {schema}.workers WHERE worker = %(worker)s
 
+-- fragment: out_or_waiting
+-- The runs of a queue that have not ended, by the two indexes of their dispatches.
+SELECT run_id FROM {schema}.dispatches WHERE state = 'waiting' AND queue = %(queue)s
+UNION ALL
+SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting' AND queue = %(queue)s
+
 -- name: lock_waiting
 -- Lock the runs of a queue that no worker has.
 -- The runs' rows are locked first, as every writer does, so a claim comes before or finds nothing.
 -- In a statement of its own, as all that lock runs for a removal: what the writers before us have
 -- appended is not in the snapshot of the statement that waited for them. By their dispatches, as
 -- unfinished runs are found: the history is not read.
-SELECT run_id, state FROM {schema}.runs WHERE state = 'queued' AND run_id = ANY(ARRAY(
-  SELECT run_id FROM {schema}.dispatches WHERE state = 'waiting' AND queue = %(queue)s
-  UNION ALL
-  SELECT run_id FROM {schema}.dispatches WHERE state <> 'waiting' AND queue = %(queue)s))
+SELECT run_id, state, 0 FROM {schema}.runs
+ WHERE state = 'queued' AND run_id = ANY(ARRAY({out_or_waiting}))
  ORDER BY run_id FOR UPDATE
 
--- name: lock_queue
--- Lock every run of a queue.
--- Reads in whole: runs. A person removes the queue.
-SELECT run_id, state FROM {schema}.runs WHERE queue = %(queue)s ORDER BY run_id FOR UPDATE
+-- name: lock_unfinished
+-- Lock the runs of a queue that have not ended.
+SELECT run_id, state, 0 FROM {schema}.runs
+ WHERE state IN ('queued', 'running') AND run_id = ANY(ARRAY({out_or_waiting}))
+ ORDER BY run_id FOR UPDATE
+
+-- name: lock_rest
+-- Lock some runs of a queue that nothing will happen to any more.
+-- By the index of each namespace: no other finds the runs of a queue.
+WITH RECURSIVE known(namespace) AS (
+  (SELECT namespace FROM {schema}.runs ORDER BY namespace LIMIT 1)
+  UNION ALL
+  SELECT n.namespace FROM known CROSS JOIN LATERAL (
+    SELECT namespace FROM {schema}.runs WHERE namespace > known.namespace
+     ORDER BY namespace LIMIT 1) n
+)
+SELECT run_id, state, last_seq - pruned_seq FROM {schema}.runs WHERE run_id = ANY(ARRAY(
+  SELECT r.run_id FROM known CROSS JOIN LATERAL (
+    SELECT run_id FROM {schema}.runs r
+     WHERE namespace = known.namespace AND queue = %(queue)s
+       AND NOT EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id = r.run_id)
+     ORDER BY created_at LIMIT {page_runs}) r LIMIT {page_runs}))
+ ORDER BY run_id FOR UPDATE
+
+-- name: forget_count
+-- Forget how many runs of a queue had ended.
+DELETE FROM {schema}.ended_runs WHERE queue = %(queue)s
 
 -- name: lock_run
 -- Lock one run that no worker has.
-SELECT run_id, state FROM {schema}.runs
+SELECT run_id, state, 0 FROM {schema}.runs
  WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state <> 'running'
  ORDER BY run_id FOR UPDATE
 
@@ -136,7 +177,7 @@ UNION ALL
 -- name: lock_ended
 -- Lock runs that ended in a state so long ago, oldest end first.
 -- Reads in whole: runs, those that have no events any more. For a person who asks.
-SELECT run_id, state FROM {schema}.runs
+SELECT run_id, state, last_seq - pruned_seq FROM {schema}.runs
  WHERE run_id = ANY(ARRAY(SELECT run_id FROM ({ended} LIMIT %(limit)s) AS ended))
  ORDER BY run_id FOR UPDATE
 

@@ -17,6 +17,12 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from beatless.orchestrator.options import STORED
 from beatless.outbox.tables import Id, Time, metadata
 
+FAILED_OR_CANCELLED = (
+    "(\nCASE\n    WHEN (error ->> 'type'::text) = 'RunCancelled'::text "
+    "AND NOT error ? 'traceback'::text THEN 'cancelled'::text\n    ELSE 'failed'::text\nEND)"
+)
+"""The state of a run that has an error. As Postgres shows it, for Alembic compares the texts."""
+
 runs = Table(
     "runs",
     metadata,
@@ -63,10 +69,45 @@ runs = Table(
     Index("runs_created", "namespace", "created_at", "run_id"),
     Index("runs_retries", "retry_of", postgresql_where=text("retry_of IS NOT NULL")),
     Index("runs_pruned", "pruned_at", postgresql_where=text("pruned_at IS NOT NULL")),
+    Index("runs_plan", "namespace", "plan", "created_at"),
+    Index("runs_queue", "namespace", "queue", "created_at"),
+    Index(
+        "runs_tags",
+        "tags",
+        postgresql_using="gin",
+        postgresql_ops={"tags": "jsonb_path_ops"},
+        postgresql_where=text("tags <> '{}'"),
+    ),
+    *(
+        Index(
+            name,
+            "namespace",
+            text(FAILED_OR_CANCELLED),
+            *columns,
+            postgresql_where=text("error IS NOT NULL"),
+        )
+        for name, columns in (
+            ("runs_error", ["created_at"]),
+            ("runs_error_plan", ["plan", "created_at"]),
+            ("runs_error_queue", ["queue", "created_at"]),
+        )
+    ),
     # As the keyword postgresql_with, which SQLAlchemy 2.0 does not know for tables.
     info={"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"}},
 )
-"""No index on a column that changes while a run lives: its updates stay HOT."""
+"""No index on a column that changes while a run lives: its updates stay HOT.
+
+`error` changes when a run fails or is cancelled: of all ends, only that one writes to the indexes.
+"""
+
+ended_runs = Table(
+    "ended_runs",
+    metadata,
+    Column("queue", Id, primary_key=True),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+)
 
 workers = Table(
     "workers",

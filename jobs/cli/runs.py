@@ -15,7 +15,9 @@ from beatless.errors import BadRequest
 from beatless.observe.export import export
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.state import RunState
+from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
+from beatless.verify import verify_all
 
 TIMEOUT = click.option("--timeout", metavar="30s", help="Follow no longer; exit status 1 then.")
 
@@ -237,14 +239,11 @@ def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
     """Check the guarantees on the stored data of RUN…: one line for each violation."""
     if everything == bool(run):
         raise BadRequest("verify", "takes either run ids or --all")
-    client = env.client
     for run_id in run:
-        client.get_run(run_id)
-    with env.app.engine.connect() as connection:
-        found = find_violations(
-            connection, env.app.settings.schema, None if everything else list(run)
-        )
-    for violation in found:
+        env.client.get_run(run_id)
+    violations = 0
+    for violation in _violations(env, run):
+        violations += 1
         if env.as_json:
             click.echo(
                 json.dumps(
@@ -257,6 +256,21 @@ def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
             )
         else:
             click.echo(str(violation))
-    if found:
+    if violations:
         raise click.exceptions.Exit(1)
     env.note(f"every guarantee holds for {'all runs' if everything else ', '.join(run)}")
+
+
+def _violations(env: Environment, run_ids: Sequence[str]) -> Iterator[Violation]:
+    """Those of these runs; without an id, of all that are stored, with progress for a person."""
+    schema = env.app.settings.schema
+    if run_ids:
+        with env.app.engine.connect() as connection:
+            yield from find_violations(connection, schema, run_ids)
+        return
+    with env.err.status("0 runs checked") as status:
+
+        def progress(runs: int, events: int) -> None:
+            status.update(f"{runs:,} runs with {events:,} events checked")
+
+        yield from verify_all(env.app.engine, schema, progress=progress)

@@ -6,7 +6,7 @@ import pytest
 from beatless import App
 from beatless.cli import run
 from beatless.testing import Kit
-from beatless.verify import verify
+from beatless.verify import verify, verify_all
 
 
 def found(app: App, run_ids: list[str] | None = None) -> list[tuple[str, str]]:
@@ -136,6 +136,41 @@ def test_failures_retries_crashes_and_cancels_are_no_violations(beatless: Kit) -
         "cancelled",
     }
     beatless.verify()
+
+
+def test_all_runs_are_checked_page_by_page_in_their_order(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a run per page by its events, and two by their number; the rest is beyond the last."""
+    for number in range(7):
+        beatless.start_run("two_steps", run_id=f"r{number}")
+    beatless.work_until_idle()
+    postgres.execute("UPDATE runs SET state = 'failed' WHERE run_id IN ('r0', 'r3', 'r6')")
+    for lost in ("a", "r3-lost", "z"):
+        postgres.execute(
+            "INSERT INTO run_events (run_id, seq, type, source) "
+            "VALUES (%s, 1, 'RunStarted', 'api')",
+            (lost,),
+        )
+    wanted = [
+        ("a", "I12"),
+        ("r0", "I5"),
+        ("r3", "I5"),
+        ("r3-lost", "I12"),
+        ("r6", "I5"),
+        ("z", "I12"),
+    ]
+    for runs, events in ((2, 1_000_000), (100, 1), (7, 1_000_000)):
+        monkeypatch.setattr("beatless.verify.PAGE_RUNS", runs)
+        monkeypatch.setattr("beatless.verify.PAGE_EVENTS", events)
+        told: list[tuple[int, int]] = []
+        found = verify_all(
+            beatless_app.engine,
+            beatless_app.settings.schema,
+            progress=lambda *done: told.append(done),  # noqa: B023 - called before the next turn
+        )
+        assert [(each.run_id, each.invariant) for each in found] == wanted
+        assert told[-1] == (7, 42)
 
 
 @pytest.mark.usefixtures("finished")

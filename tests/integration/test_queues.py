@@ -8,16 +8,19 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
+import sqlalchemy
 
 from beatless import App, BadRequest, RunNotFound, RunState
 from beatless.client import RunRequest
 from beatless.errors import QueueBusy, Unreachable
+from beatless.orchestrator.ended_runs import SHORTEST_REST_S, CountsEndedRuns
 from beatless.orchestrator.errors import RunIsActive
 from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, Presence, QueueStatements
 from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.publishers import CeleryTaskPublisher
 from beatless.outbox.queries import execute
+from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
 from tests.valkeys import until
 
@@ -193,32 +196,66 @@ def test_workers_that_consume_a_queue_are_counted_while_they_are_idle(beatless: 
     counted(1)
 
 
-def test_a_long_history_is_counted_now_and_then(
+def test_a_long_history_is_counted_by_the_relay(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen() -> dict[str, tuple[int, int, int]]:
+        found = beatless.client.queues()
+        return {q.name: (q.completed, q.failed, q.waiting) for q in found}
+
+    monkeypatch.setattr("beatless.orchestrator.ended_runs.FEW", 2)
+    monkeypatch.setattr("beatless.orchestrator.ended_runs.PAGE_RUNS", 2)
+    counting = CountsEndedRuns(beatless_app.settings.schema)
+    with beatless_app.direct_connection() as session:
+        prepare_to_drain(session)
+
+        def counted() -> None:
+            while counting.step(session) < SHORTEST_REST_S:
+                pass
+
+        start(beatless, 2, "a")
+        beatless.work_until_idle()
+        counted()
+        assert seen() == {"a": (2, 0, 0)}  # few: each reader counts them
+        beatless.start_run("fatally", queue="b")
+        start(beatless, 2, "b")
+        beatless.work_until_idle()
+        assert seen() == {"a": (2, 0, 0), "b": (2, 1, 0)}
+        counted()
+        start(beatless, 3, "a")
+        beatless.work_until_idle()
+        start(beatless, 1, "a")
+        # What waits is always as it is now; what has ended, as it was counted.
+        assert seen() == {"a": (2, 0, 1), "b": (2, 1, 0)}
+        counted()
+        assert seen() == {"a": (5, 0, 1), "b": (2, 1, 0)}
+        beatless.client.obliterate_queue("a")
+        assert seen() == {"b": (2, 1, 0)}
+        start(beatless, 1, "b")
+        beatless.work_until_idle()
+        beatless.client.clean("completed", 0, limit=2)
+        counted()
+        assert seen() == {"b": (1, 1, 0)}
+
+
+def test_ends_within_a_minute_are_told_also_if_they_are_too_many_to_read(
     beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seen() -> dict[str, tuple[int, int, bool]]:
-        found = beatless.client.queues()
-        return {q.name: (q.completed, q.waiting, q.paused_at is not None) for q in found}
+    def per_minute() -> dict[str, int]:
+        return {queue.name: queue.per_minute for queue in beatless.client.queues()}
 
-    monkeypatch.setattr("beatless.queues.MANY", 3)
-    monkeypatch.setattr("beatless.queues.EASE", 1e9)
-    start(beatless, 2, "a"), start(beatless, 1, "b")
-    assert seen() == {"a": (0, 2, False), "b": (0, 1, False)}
+    start(beatless, 3, "a"), start(beatless, 1, "b")
     beatless.work_until_idle()
-    assert seen() == {"a": (2, 0, False), "b": (1, 0, False)}
-
-    start(beatless, 1, "a")
-    beatless.work_until_idle()
-    start(beatless, 4, "a")
-    beatless.client.pause_queue("c")
-    # What waits and what is paused is always as it is now.
-    assert seen() == {"a": (2, 4, False), "b": (1, 0, False), "c": (0, 0, True)}
-
-    # So is what was obliterated; what was cleaned is not counted yet.
-    assert beatless.client.clean("completed", 0, limit=4) == 4
-    assert seen() == {"a": (2, 4, False), "b": (1, 0, False), "c": (0, 0, True)}
-    beatless.client.obliterate_queue("a")
-    assert seen() == {"b": (1, 0, False), "c": (0, 0, True)}
+    assert per_minute() == {"a": 3, "b": 1}
+    beatless.advance(20)
+    monkeypatch.setattr("beatless.orchestrator.queues.RECENT_ENDS", 4)
+    beatless_again = QueueStatements(beatless.app.settings.schema)
+    with beatless.app.engine.connect() as connection:
+        found = {queue.name: queue.per_minute for queue in beatless_again.states(connection)}
+    assert 6 <= found["a"] <= 9  # three within the last twenty seconds and a little
+    assert 2 <= found["b"] <= 3
+    beatless.advance(60)
+    assert per_minute() == {"a": 0, "b": 0}
 
 
 def test_drain_takes_what_waits_and_leaves_what_runs(
@@ -368,6 +405,40 @@ def test_clean_and_remove(beatless: Kit) -> None:
         beatless.work_until_idle()
     with pytest.raises(RunIsActive):
         beatless.client.remove_run(running)
+    beatless.verify()
+
+
+def test_clean_and_obliterate_go_in_pages_and_an_interrupted_one_is_made_again(
+    beatless: Kit, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger tells the transactions apart, and stops the third one of the obliteration."""
+    monkeypatch.setattr("beatless.queues.PAGE_RUNS", 2)
+    monkeypatch.setattr("beatless.orchestrator.queues.PAGE_EVENTS", 12)
+    postgres.execute(
+        "CREATE TABLE pages (id bigint, runs int); CREATE FUNCTION page() RETURNS trigger "
+        "LANGUAGE plpgsql SET search_path FROM CURRENT AS $$ BEGIN "
+        "INSERT INTO pages SELECT txid_current(), count(*) FROM gone; "
+        "IF (SELECT count(*) FROM pages) = 7 THEN RAISE 'stopped'; END IF; RETURN NULL; END $$; "
+        "CREATE TRIGGER page AFTER DELETE ON runs REFERENCING OLD TABLE AS gone "
+        "EXECUTE FUNCTION page()"
+    )
+    try:
+        start(beatless, 13)
+        beatless.work_until_idle()
+        start(beatless, 1)
+        assert beatless.client.clean("completed", 0, limit=7) == 7
+        pages = "SELECT array_agg(runs ORDER BY id) FROM pages"
+        assert postgres.execute(pages).fetchone() == ([2, 2, 2, 1],)
+
+        with pytest.raises(sqlalchemy.exc.DBAPIError, match="stopped"):
+            beatless.client.obliterate_queue("default")
+        # First the one that waits, then two with six events each.
+        assert postgres.execute(pages).fetchone() == ([2, 2, 2, 1, 1, 2],)
+        postgres.execute("INSERT INTO pages VALUES (0, 0)")
+        assert beatless.client.obliterate_queue("default") == 4
+    finally:
+        postgres.execute("DROP TABLE pages; DROP FUNCTION page CASCADE")
+    assert beatless.client.queues() == []
     beatless.verify()
 
 

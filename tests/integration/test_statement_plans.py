@@ -27,7 +27,7 @@ ALL = ENDED + UNFINISHED
 
 LONG = {"runs", "run_events", "dispatches", "run_outbox"}
 
-IN_DRAINS = {"queries", "doorbell", "deadlines", "retention", "shards"}
+IN_DRAINS = {"queries", "doorbell", "deadlines", "ended_runs", "retention", "shards"}
 """Their statements run in sessions of the relay, whose plans are pinned."""
 
 SHORT_INDEXES = {"dispatches_out", "dispatches_sent", "dispatches_deadline"}
@@ -42,10 +42,13 @@ VALUES: dict[str, float | str] = {
     "last_shard": SHARDS - 1,
     "lock_timeout_ms": 1000,
     "looked_at": 256,
+    "near_runs": 10_000,
     "claims_poll_s": 0.02,
     "page_bytes": 262_144,
+    "page_runs": 1000,
     "per_shard": 128,
     "presence_expires_s": 30.0,
+    "recent_ends": 1000,
     "recheck_factor": 4,
     "sweep": 100,
     "window": 64,
@@ -59,6 +62,8 @@ TYPES = {
     "attempts": "int[]",
     "batch": "int",
     "branches": "bool[]",
+    "cancelled": "bigint[]",
+    "completed": "bigint[]",
     "datas": "text[]",
     "delay": "float8",
     "delay_cancelled": "float8",
@@ -70,6 +75,7 @@ TYPES = {
     "errors_cancelled": "text[]",
     "events": "float8",
     "expires_s": "float8",
+    "failed": "bigint[]",
     "failing": "text[]",
     "firsts": "text[]",
     "floor": "bigint",
@@ -115,6 +121,9 @@ TYPES = {
 
 OTHER_TYPES = {
     ("orchestrator/deadlines", "after"): "text",
+    ("jobs/verify", "after"): "text",
+    ("jobs/verify", "upto"): "text",
+    ("orchestrator/ended_runs", "after"): "text",
     ("orchestrator/journal", "runs"): "text",
     ("orchestrator/group_commit", "settle_many", "places"): "smallint[]",
     ("outbox/letters", "after"): "bigint",
@@ -130,7 +139,7 @@ def long_tables(beatless_app: App, postgres: psycopg.Connection) -> psycopg.Conn
     postgres.execute(
         f"""
 INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, lease_token, key, tags,
-                  retry_of, created_at, started_at, finished_at, pruned_seq, pruned_at)
+                  retry_of, created_at, started_at, finished_at, pruned_seq, pruned_at, error)
 SELECT 'run-' || n, 'p' || n % 7, '1', 'q' || n % 5,
        CASE WHEN n > {ENDED} THEN CASE n % 50 WHEN 0 THEN 'running' ELSE 'queued' END
             WHEN n % 100 = 0 THEN 'failed' ELSE 'completed' END,
@@ -138,7 +147,8 @@ SELECT 'run-' || n, 'p' || n % 7, '1', 'q' || n % 5,
        jsonb_build_object('n', n), CASE n % 200 WHEN 1 THEN 'run-' || n - 1 END,
        now() - make_interval(mins => {ALL} - n), now() - make_interval(mins => {ALL} - n),
        CASE WHEN n <= {ENDED} THEN now() - make_interval(mins => {ALL} - n) END,
-       CASE WHEN n <= 5000 THEN 2 ELSE 0 END, CASE WHEN n <= 5000 THEN now() END
+       CASE WHEN n <= 5000 THEN 2 ELSE 0 END, CASE WHEN n <= 5000 THEN now() END,
+       CASE WHEN n <= {ENDED} AND n % 100 = 0 THEN '{{"type": "E"}}'::jsonb END
   FROM generate_series(1, {ALL}) n""".encode()
     )
     postgres.execute(
@@ -251,10 +261,10 @@ def test_statements_find_their_rows_by_an_index_or_say_which_tables_they_read_in
     ("statement", "reads"),
     [
         ("SELECT FROM runs WHERE run_id = 'a'", set()),
-        ("SELECT FROM runs WHERE queue = 'a'", {"runs"}),
+        ("SELECT FROM runs WHERE worker = 'a'", {"runs"}),
         ("SELECT FROM runs ORDER BY run_id LIMIT 1", set()),
         ("SELECT FROM runs ORDER BY run_id", {"runs"}),
-        ("SELECT FROM runs WHERE queue = 'a' ORDER BY run_id LIMIT 1", {"runs"}),
+        ("SELECT FROM runs WHERE worker = 'a' ORDER BY run_id LIMIT 1", {"runs"}),
         ("SELECT FROM (SELECT max(queue) FROM runs GROUP BY run_id) t LIMIT 1", {"runs"}),
         ("SELECT FROM queues", set()),
         ("SELECT count(*) FROM dispatches WHERE state = 'sent'", set()),
