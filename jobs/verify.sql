@@ -105,7 +105,7 @@ UNION ALL
 SELECT 'I8', run_id, format('outbox row %%s names events that do not exist', o.id)
   FROM final JOIN {schema}.run_outbox o USING (run_id) WHERE o.to_seq > last_seq OR o.from_seq < 1
 UNION ALL
-SELECT 'I1', run_id, format('event %%s cannot be published: its time is %%s', seq, ts)
+SELECT 'I1', run_id, format('event %%s has a time that no clock gave: %%s', seq, ts)
   FROM event WHERE ts <= '1000-01-01Z' OR ts >= '10000-01-01Z'
 UNION ALL
 SELECT 'I9', run_id, format('%%s steps finished after its cancel was accepted', count(*))

@@ -2,9 +2,11 @@
 
 -- fragment: event_json
 -- One event as the JSON text that every reader gets, built by Postgres (2.4 x json.dumps).
--- `date_part` is a float, `extract` a numeric: the event would take a tenth longer.
+-- `date_part` is a float, `extract` a numeric: the event would take a tenth longer. An infinite time
+-- is the largest integer of any reader's JSON.
 '{"run_id":"' || e.run_id || '","seq":' || e.seq
- || ',"ts":' || (date_part('epoch', e.ts) * 1000)::bigint
+ || ',"ts":' || least(greatest(date_part('epoch', e.ts) * 1000, -9007199254740991),
+                         9007199254740991)::bigint
  || ',"type":"' || e.type || '","v":' || e.v || ',"source":"' || e.source || '"'
  || CASE WHEN e.step IS NULL THEN '' ELSE ',"step":' || to_json(e.step)::text END
  || CASE WHEN e.attempt IS NULL THEN '' ELSE ',"attempt":' || e.attempt END

@@ -8,12 +8,14 @@ import pytest
 from beatless import App
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
+from beatless.http import Client as HttpClient
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
 from beatless.testing import Kit
 from beatless.verify import verify
 from tests.integration.test_relay import Announcements, Door, doors, pending, recording, seqs
+from tests.serving import serving
 
 __all__ = ["doors"]
 
@@ -108,26 +110,55 @@ def test_a_hostile_event_costs_its_own_run_only(
     relay.stop()
 
 
-def test_an_event_that_cannot_be_built_is_a_dead_letter(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+UNREADABLE = """
+ALTER TABLE run_events RENAME TO stored_events;
+CREATE VIEW run_events AS SELECT * FROM stored_events
+ WHERE CASE WHEN source = 'unreadable' THEN 1 / (seq - seq) = 0 ELSE true END"""
+"""Postgres refuses to read these rows, as it does those of a damaged page."""
+
+
+def test_an_event_that_cannot_be_read_is_a_dead_letter(
+    beatless: Kit, postgres: psycopg.Connection
 ) -> None:
     culprit = beatless.start_run("two_steps")
-    postgres.execute("UPDATE run_events SET ts = 'infinity'")
-    assert ("I1", culprit.run_id) in violations(beatless_app)
+    postgres.execute(UNREADABLE)
+    postgres.execute("UPDATE stored_events SET source = 'unreadable'")
 
     beatless.drain_outbox_once()
 
     (letter,) = beatless.client.dead_letters()
     assert (letter.run_id, letter.from_seq, letter.to_seq) == (culprit.run_id, 1, 1)
-    assert "out of range" in letter.reason
+    assert "division by zero" in letter.reason
 
 
-def test_events_that_cannot_be_built_one_after_another_stop_no_relay(
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_event_at_no_time_is_read_as_all_others_and_verify_tells(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, sign: int
+) -> None:
+    run = beatless.start_run("two_steps")
+    infinity = "infinity" if sign == 1 else "-infinity"
+    postgres.execute("UPDATE run_events SET ts = %s", (infinity,))
+    assert ("I1", run.run_id) in violations(beatless_app)
+
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state == "completed"
+    stored = beatless.client.events(run.run_id)
+    assert (stored[0].ts, len(stored)) == (sign * (2**53 - 1), 6)
+    assert beatless.collect_stream(run.run_id) == stored
+    assert beatless.client.dead_letters() == []
+    with serving(beatless_app) as api, HttpClient(api.url) as over_http:
+        assert over_http.events(run.run_id) == stored
+    assert beatless.client.explain(run.run_id)[0].kind == "accepted"
+
+
+def test_events_that_cannot_be_read_one_after_another_stop_no_relay(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:
+    postgres.execute(UNREADABLE)
     for _ in range(4):
         beatless.start_run("two_steps")
-        postgres.execute("UPDATE run_events SET ts = 'infinity' WHERE seq = 1")
+        postgres.execute("UPDATE stored_events SET source = 'unreadable' WHERE seq = 1")
         other = beatless.start_run("two_steps")
         beatless.work_until_idle()
         assert beatless.client.get_run(other.run_id).state.final
