@@ -1,14 +1,19 @@
 """A value takes the same shape on every way: returned, resumed, read, streamed."""
 
+import itertools
 import json
+from dataclasses import fields
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from beatless import Plan, StepContext, step
+from beatless.orchestrator.events import Event, EventType
+from beatless.outbox.statements import fragment
 from beatless.streams.messages import parse
 from beatless.testing import Kit
 
@@ -87,3 +92,56 @@ def test_what_is_published_read_and_resumed_is_what_was_stored(beatless: Kit, va
         assert stored[3].data["result"] == as_jsonb(value)
     resumed, unbroken = (json.loads(beatless.client.get_run(run.run_id).result) for run in runs)
     assert resumed == unbroken == as_jsonb(value)
+
+
+ODD_TEXTS = ["", '"\\/{}%s%%', "a\nb\t\x7f", "\u2028\u0085 ü \U0001f642", "Act#12"]
+ODD_DATA = [{}, {"result": None}, {"": [1, -0.5, True, {"a": "\u2028"}]}, {"n": 10**30}]
+
+
+@pytest.mark.parametrize("type", EventType)
+@pytest.mark.parametrize("step", [None, *ODD_TEXTS])
+def test_an_event_has_one_form_whether_postgres_or_python_writes_it(
+    beatless: Kit, postgres: psycopg.Connection, type: EventType, step: str | None
+) -> None:
+    run_id = beatless.start_run("echo", {"text": "1"}, run_id="odd:.-_id").run_id
+    written = [
+        Event(
+            run_id=run_id,
+            seq=seq,
+            ts=1_700_000_000_000 + seq,
+            type=type,
+            source=source,
+            step=step,
+            attempt=attempt,
+            data=data,
+            v=seq,
+        )
+        for seq, (source, attempt, data) in enumerate(
+            itertools.product(["api", "worker", "relay"], [None, 1, 2**31 - 1], [None, *ODD_DATA]),
+            start=2,
+        )
+    ]
+    for event in written:
+        data = None if event.data is None else json.dumps(event.data)
+        postgres.execute(
+            "INSERT INTO run_events (run_id, seq, ts, type, source, step, attempt, data, v)"
+            " VALUES (%s, %s, to_timestamp(%s / 1000.0), %s, %s, %s, %s, %s, %s)",
+            [
+                *(run_id, event.seq, event.ts, type.value, event.source, step),
+                event.attempt,
+                data,
+                event.v,
+            ],
+        )
+    built = fragment("event_json", beatless.app.settings.schema)
+    query = f"SELECT {built} FROM run_events e WHERE seq > 1 ORDER BY seq"
+    texts = [text for (text,) in postgres.execute(query.encode()).fetchall()]
+
+    assert [Event.from_json(text) for text in texts] == written
+    for text, event in zip(texts, written, strict=True):
+        members = event.to_dict()
+        assert json.loads(text) == members
+        assert list(json.loads(text)) == list(members)
+    assert {name for event in written for name in event.to_dict()} >= {
+        each.name for each in fields(Event) if each.name != "step" or step is not None
+    }
