@@ -4,7 +4,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import psycopg
@@ -34,19 +34,24 @@ ENDED = (
 
 
 def transact(
-    engine: sqlalchemy.Engine, act: Callable[[sqlalchemy.Connection], T], *, twice: bool
+    engine: sqlalchemy.Engine,
+    act: Callable[[sqlalchemy.Connection], T],
+    *,
+    twice: bool,
+    each_statement: bool = False,
 ) -> T:
-    """Act in a transaction of its own.
+    """Act in a transaction of its own, or with `each_statement` in one for each.
 
-    A pooled connection may have died since its last use, and another transaction that locks
-    the same rows in another order may deadlock. With `twice` it is also repeated when the answer
-    to its commit was lost, although it may be stored.
+    Postgres begins and commits the latter itself, in the round trip of the statement. A pooled
+    connection may have died since its last use, and another transaction that locks the same rows in
+    another order may deadlock. With `twice` it is also repeated when the answer to its commit was
+    lost, although it may be stored.
     """
     backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
     for tried in itertools.count(1):
         acted = False
         try:
-            with engine.begin() as connection:
+            with _begun(engine, each_statement=each_statement) as connection:
                 result = act(connection)
                 acted = True
             return result
@@ -59,6 +64,14 @@ def transact(
                 # At once, we would take from the winner the lock that it was just given.
                 pause.wait(backoff.delay(tried))
     raise AssertionError("unreachable")
+
+
+def _begun(
+    engine: sqlalchemy.Engine, *, each_statement: bool
+) -> AbstractContextManager[sqlalchemy.Connection]:
+    if each_statement:
+        return engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+    return engine.begin()
 
 
 @contextmanager

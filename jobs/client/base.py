@@ -84,13 +84,16 @@ class BaseClient:
         """
         return self._in_transaction(None, self._streams.epoch)
 
-    def _in_transaction(self, given: Caller | None, act: Callable[[Caller], T]) -> T:
+    def _in_transaction(
+        self, given: Caller | None, act: Callable[[Caller], T], *, each_statement: bool = False
+    ) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
+        `each_statement` commits each on one of ours, for an act that writes in one statement.
         Everything here can be repeated: a start has its run id, a cancel is stored once.
         """
         if given is not None:
             refuse_two_phase(given)
             return act(given)
         with reaching_postgres(self._journal.schema):
-            return transact(self._engine, act, twice=True)
+            return transact(self._engine, act, twice=True, each_statement=each_statement)

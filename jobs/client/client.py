@@ -96,7 +96,12 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
                     with span as carried:
                         pass  # side by side, not one in the other
                 new.append(replace(wanted, trace_context=carried) if carried else wanted)
-            runs = self._in_transaction(connection, lambda caller: self._create(caller, new))
+            runs = self._in_transaction(
+                connection,
+                lambda caller: self._create(caller, new),
+                # A run alone is stored or not; of many, a conflict takes all back.
+                each_statement=len(new) == 1,
+            )
         if connection is None and logger.isEnabledFor(logging.INFO):
             for run in runs:
                 _log_run("run stored", run)

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import make_url
 
 from beatless import App, RunState, Unreachable
+from beatless.client import RunRequest
 from beatless.local.postgres import EmbeddedPostgres
 from beatless.migrations import migrate
 from beatless.outbox.backoff import Backoff
@@ -177,10 +178,20 @@ def test_a_cancelled_end_whose_commit_was_not_answered_is_counted_as_what_it_was
 
 def test_a_start_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Proxy) -> None:
     proxied.client.list_runs()  # a connection that the pool hands out again
-    path.lose_answer_to(b"COMMIT")
+    path.lose_answer_to(b"two_steps")  # the statement, which commits itself
     run = proxied.start_run("two_steps")
     assert path.lost.is_set()
     assert [found.run_id for found in proxied.client.list_runs()] == [run.run_id]
+
+
+def test_starts_whose_commit_was_not_answered_are_one_run_each(proxied: Kit, path: Proxy) -> None:
+    proxied.client.list_runs()
+    path.lose_answer_to(b"COMMIT")
+    runs = proxied.client.start_runs([RunRequest(plan="two_steps") for _ in range(2)])
+    assert path.lost.is_set()
+    found = {found.run_id for found in proxied.client.list_runs()}
+    assert found == {run.run_id for run in runs}
+    assert len(found) == 2
 
 
 def test_a_retry_whose_commit_was_not_answered_is_one_run(proxied: Kit, path: Proxy) -> None:
