@@ -30,6 +30,8 @@ class OverdueRuns:
     ) -> None:
         self.next_at = 0.0
         """When a run may be overdue, by the monotonic clock; infinity if none has a deadline."""
+        self.looked_at = 0.0
+        """When it was last looked for some, by the same clock."""
         self._connection = connection
         self._end = end
         self._observer = observer
@@ -42,10 +44,11 @@ class OverdueRuns:
         if self._end is None or seconds is None:
             self.next_at = math.inf
             return None
-        # Runs still overdue are held, or their workers are ending them.
-        wait = max(seconds, OVERDUE_POLL_S)
-        self.next_at = monotonic() + wait
-        return wait
+        # Runs still overdue are held, or their workers are ending them. Counted from the last look:
+        # from now on, a relay that is woken more often would never look.
+        now = monotonic()
+        self.next_at = max(now + seconds, self.looked_at + OVERDUE_POLL_S)
+        return max(0.0, self.next_at - now)
 
     def end(self, shards: Sequence[int], now: datetime | None = None) -> None:
         """End the runs that have reached their deadline and that no worker has.
@@ -54,6 +57,7 @@ class OverdueRuns:
         """
         if self._end is None:
             return
+        self.looked_at = monotonic()
         try:
             ended = self._end(self._connection, shards, now)
         except psycopg.Error as error:

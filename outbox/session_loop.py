@@ -127,7 +127,7 @@ class SessionLoop:
         self._alarm.quiet()
 
     def _stay_awake(self) -> None:
-        began = quiet_since = looked = monotonic()
+        began = quiet_since = monotonic()
         total, nap, self._pause = 0, self._config.nap, 0.0
         while monotonic() - quiet_since < self._linger():
             # One step at least: who sends news of members without end must not keep us from it.
@@ -142,8 +142,7 @@ class SessionLoop:
             else:
                 self._wait(nap)
                 nap, self._pause = min(2 * nap, max(self._config.nap, LONGEST_NAP_S)), 0.0
-            if monotonic() - looked > OVERDUE_POLL_S:
-                looked = monotonic()
+            if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
             self._run_watchdog()
             if self._stopping.is_set() or self.sessions.members_changed:

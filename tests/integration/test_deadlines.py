@@ -13,6 +13,7 @@ from beatless.orchestrator.events import EventType
 from beatless.orchestrator.retention import REST_S, Retention
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
+from tests.integration.test_relay import running, until
 from tests.plans import two_steps
 
 FAR = [3e11, 1e13, 1e300, float("inf"), float("nan"), -1, 315_360_001, "5", True, None]
@@ -146,6 +147,24 @@ def test_a_relay_ends_it_in_time_and_tells_its_viewers(beatless: Kit, beatless_a
     assert sum(counted.counts.read()[RUNS_FINISHED.name, labels]) == 1
     states = sorted(run.state.value for run in beatless.client.list_runs())
     assert states == ["failed", "queued"]
+
+
+def test_a_relay_that_is_woken_all_the_time_ends_it_in_time_too(
+    beatless: Kit,
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looks for the next deadline at each awakening, and once put its look off each time."""
+    monkeypatch.setattr("beatless.outbox.overdue.OVERDUE_POLL_S", 0.2)
+    with running(beatless_app):
+        run = beatless.start_run("two_steps", deadline=0.3, queue="nobody")
+
+        def ended() -> bool:
+            postgres.execute("SELECT pg_notify(%s, '')", (beatless_app.queries.channel,))
+            return beatless.client.get_run(run.run_id).state is RunState.FAILED
+
+        until(ended)
 
 
 def _first(kit: Kit) -> str:
