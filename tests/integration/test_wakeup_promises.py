@@ -135,6 +135,39 @@ def test_a_row_that_is_committed_after_many_later_ones_is_published(
     assert pending(postgres) == 0
 
 
+def test_the_floor_rises_to_its_candidate_and_not_to_what_was_picked_since(
+    beatless: Kit,
+    beatless_app: App,
+    loop: SessionLoop,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Below the id that the last pick saw there may be one that is not committed yet."""
+    monkeypatch.setattr("beatless.outbox.scan_floor.FLOOR_INTERVAL_ROWS", 1)
+    floor = loop.drain.events.floor
+
+    def step() -> None:
+        loop.drain.step(loop.shards.owned)
+
+    def decided() -> bool:  # another test's transaction may hold it down for a moment
+        beatless.start_run("two_steps")
+        step()
+        return floor._decided
+
+    until(decided)
+    with beatless_app.engine.connect() as caller:
+        caller.begin()
+        beatless.start_run("two_steps", connection=caller)
+        beatless.start_run("two_steps")
+        step()
+        caller.commit()
+    step()
+    loop.drain.finish(loop.shards.owned)
+
+    assert floor.id > 0
+    assert pending(postgres) == 0
+
+
 def test_the_floor_rises_when_nobody_holds_it_down(
     beatless: Kit, beatless_app: App, doors: tuple[Door, Door], monkeypatch: pytest.MonkeyPatch
 ) -> None:
