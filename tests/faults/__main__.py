@@ -1,100 +1,152 @@
 """`python -m tests.faults --seed N --seconds S`: the general load under random faults, checked.
 
-Ends with one line; exit status 1 if anything was violated, and the history is kept then.
+Ends with one line; exit status 1 if anything was violated. Then the history is kept, and beside it
+the least part of it in which the first violation is.
 """
 
 import argparse
-import contextlib
-import os
+import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, time
 
-import psycopg
-
+from tests.faults.calm import calm, drain, heal, quiet
 from tests.faults.checker import Violation, check
-from tests.faults.faults import FAULTS, inject
+from tests.faults.faults import FAULTS, inject, of_processes
 from tests.faults.fleet import Fleet
+from tests.faults.history import Record
 from tests.faults.load import Load
 from tests.faults.recorder import Recorder
+from tests.faults.shrink import shrunk
 
 HEALED_S = 120.0
 """All runs have ended, and the outbox is empty, this long after the last fault."""
 
+STORM_S = (6.0, 14.0)
+"""Between two calm periods."""
 
-def heal(fleet: Fleet) -> None:
-    """Nothing is broken any more, whatever a fault has left when it was disturbed itself."""
-    for slot in fleet.slots.values():
-        if slot.child is not None and slot.child.alive:
-            for pid in (slot.pid, *slot.children):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-    for way in (fleet.to_postgres, fleet.to_bus, fleet.to_api):
-        way.cut_after = None
-        way.release()
-        way.cut()
-    with fleet.connect() as session:
-        session.execute("SET default_transaction_read_only = off")
-        session.execute("ALTER SYSTEM RESET default_transaction_read_only")
-        session.execute("ALTER DATABASE postgres RESET ALL")
-        session.execute("SELECT pg_reload_conf()")
-        session.execute("DROP TRIGGER IF EXISTS chaos_full ON run_events")
+CALM_S = 7.0
 
 
-def wait_until_all_is_over(fleet: Fleet) -> None:
-    """Every run has ended and the outbox is empty, or the time for it is over."""
-    until = monotonic() + HEALED_S
-    while monotonic() < until:
-        with contextlib.suppress(psycopg.Error), fleet.connect() as session:
-            left = session.execute(
-                "SELECT (SELECT count(*) FROM runs WHERE state IN ('queued', 'running'))"
-                " + (SELECT count(*) FROM run_outbox)"
-            ).fetchone()
-            if left == (0,):
-                return
-        threading.Event().wait(0.2)
+class Lane:
+    """Faults one after the other, each kind as often as the others."""
+
+    def __init__(
+        self, recorder: Recorder, fleet: Fleet, chance: random.Random, kinds: list[str]
+    ) -> None:
+        self._recorder = recorder
+        self._fleet = fleet
+        self._chance = chance
+        self._kinds = kinds
+        self._bag: list[str] = []
+
+    def inject(self, until: float) -> list[tuple[str, bool]]:
+        """Faults until then, and whether each has hit."""
+        found = []
+        while self._kinds and monotonic() < until:
+            if not self._bag:
+                self._bag = self._chance.sample(self._kinds, len(self._kinds))
+            name, begin = self._bag.pop(), time()
+            found.append((name, inject(name, self._fleet, self._chance)))
+            self._recorder.write("fault", name=name, begin=begin, end=time())
+            threading.Event().wait(self._chance.expovariate(1 / 0.3))
+        return found
 
 
-def injected(
-    fleet: Fleet, recorder: Recorder, seed: int, seconds: float, kinds: list[str]
-) -> tuple[Counter[str], Counter[str]]:
-    """Faults until the time is over, each kind as often as the others; how many hit, and missed."""
-    chance = random.Random(f"{seed}/faults")
-    hits, misses = Counter[str](), Counter[str]()
-    bag: list[str] = []
-    until = monotonic() + seconds
-    while (left := until - monotonic()) > 0:
-        if not bag:
-            bag = chance.sample(kinds, len(kinds))
-        name, begin = bag.pop(), time()
-        hit = inject(name, fleet, chance)
-        recorder.write("fault", name=name, begin=begin, end=time())
-        (hits if hit else misses)[name] += 1
+class Chaos:
+    """One run of the load under faults, with calm periods."""
+
+    def __init__(self, fleet: Fleet, recorder: Recorder, seed: int, kinds: Sequence[str]) -> None:
+        self.hits, self.misses = Counter[str](), Counter[str]()
+        self.load = Load(fleet, recorder, seed)
+        self._fleet = fleet
+        self._recorder = recorder
+        self._chance = random.Random(f"{seed}/faults")
+        self._processes, self._servers = (
+            Lane(recorder, fleet, random.Random(f"{seed}/{hits_processes}"), names)
+            for hits_processes in (True, False)
+            for names in [[kind for kind in kinds if of_processes(kind) is hits_processes]]
+        )
+        self._ends = 0
+
+    def run(self, seconds: float, *, stop_early: bool) -> float | None:
+        """Until the time is over, or a calm period has shown a violation: after so many seconds."""
+        began = monotonic()
+        while (left := seconds - (monotonic() - began)) > 0:
+            self._storm(min(left, self._chance.uniform(*STORM_S)))
+            heal(self._fleet)
+            self._fleet.wait_ready()
+            if stop_early and self._violated():
+                return monotonic() - began
+            with quiet(self._fleet, self.load, self._recorder) as drained:
+                if drained is not None:
+                    calm(self._fleet, self.load, self._recorder, self._chance, CALM_S)
+            if stop_early and self._violated():
+                return monotonic() - began
+        return None
+
+    def end(self) -> None:
+        """Nobody calls any more, all is healed and ends, and what is stored is written down."""
+        heal(self._fleet)
+        self._fleet.wait_ready()
+        self.load.stop()
+        drain(self._fleet, HEALED_S)
+        self._note_ends()
+        with self._fleet.connect() as session:
+            self._recorder.write_stored(session, self._fleet.ledger)
+
+    def _storm(self, seconds: float) -> None:
+        """Faults for so long: of processes and of servers at once."""
+        until = monotonic() + seconds
+        with ThreadPoolExecutor(1) as beside:
+            others = beside.submit(self._processes.inject, until)
+            # In this thread: a server ends with the thread that has started it.
+            found = self._servers.inject(until)
+        for name, hit in found + others.result():
+            (self.hits if hit else self.misses)[name] += 1
         if sys.stderr.isatty():
-            print(f"\r{left:5.0f} s  {hits.total():4} faults  {name:34}", end="", file=sys.stderr)
-        threading.Event().wait(chance.expovariate(1 / 0.4))
-    for name, at in fleet.ends:
-        recorder.write("fault", name=name, begin=at, end=at)
-    crashes = [name for name, _ in fleet.ends if name in FAULTS]
-    hits.update(crashes)
-    misses -= Counter(crashes)
-    return hits, misses
+            print(f"\r{self.hits.total():4} faults ", end="", file=sys.stderr)
+
+    def _note_ends(self) -> None:
+        """Processes that have ended since the last time; a crash point hits by that."""
+        ends, self._ends = self._fleet.ends[self._ends :], len(self._fleet.ends)
+        for name, at in ends:
+            self._recorder.write("fault", name=name, begin=at, end=at)
+            if name in FAULTS:
+                self.hits[name] += 1
+                self.misses[name] -= 1
+
+    def _violated(self) -> bool:
+        with self.load.hushed():
+            self._note_ends()
+            with self._fleet.connect() as session:
+                part = self._recorder.part(session, self._fleet.ledger)
+        return bool(check(part))
 
 
-def summary(recorder: Recorder, violations: list[Violation]) -> tuple[int, int]:
-    """How many runs and events there were."""
-    kinds = Counter(record["kind"] for record in recorder.records())
+def told(violations: list[Violation]) -> None:
     for invariant, count in sorted(Counter(v.invariant for v in violations).items()):
         print(f"  {invariant}: {count}")
     for violation in violations[:20]:
         print(f"  {violation}")
-    return kinds["run"], kinds["event"]
+
+
+def keep(directory: Path, kept: Path, records: list[Record], violations: list[Violation]) -> None:
+    """The history, the logs, and the least history of the first violation."""
+    shutil.copytree(directory, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("data"))
+    print(f"  history and logs: {kept}")
+    if violations:
+        least = shrunk(records, violations[0])
+        lines = [json.dumps(record) + "\n" for record in least]
+        (kept / "shrunk.jsonl").write_text("".join(lines))
+        print(f"  {len(least)} of {len(records)} records are enough: {kept}/shrunk.jsonl")
 
 
 def main() -> int:
@@ -103,6 +155,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--only", help="these faults, comma separated", default="")
     parser.add_argument("--keep", type=Path, help="where the history of a violation is kept")
+    parser.add_argument(
+        "--stop-early", action="store_true", help="check after each calm, stop at a violation"
+    )
     given = parser.parse_args()
     kinds = [name for name in given.only.split(",") if name] or list(FAULTS)
     if unknown := set(kinds) - FAULTS.keys():
@@ -113,34 +168,39 @@ def main() -> int:
     recorder = Recorder(directory / "history.jsonl")
     with Fleet(directory) as fleet:
         fleet.wait_ready()
-        load = Load(fleet, recorder, given.seed)
-        load.start()
-        hits, misses = injected(fleet, recorder, given.seed, given.seconds, kinds)
-        heal(fleet)
-        fleet.wait_ready()
-        load.stop()
-        wait_until_all_is_over(fleet)
-        with fleet.connect() as session:
-            recorder.write_stored(session, fleet.ledger)
-    recorder.close()
-    violations = check(recorder.records())
-    for name, count in sorted(hits.items()):
-        print(f"  {name} x {count}" + (f" ({misses[name]} missed)" if misses[name] else ""))
-    for name in sorted(misses.keys() - hits.keys()):
-        print(f"  {name}: never hit ({misses[name]} missed)")
-    runs, events = summary(recorder, violations)
-    for failure in load.failed:
+        chaos = Chaos(fleet, recorder, given.seed, kinds)
+        chaos.load.start()
+        try:
+            found_s = chaos.run(given.seconds, stop_early=given.stop_early)
+            if found_s is None:
+                chaos.end()
+                records = recorder.records()
+            else:
+                print(f"  found after {found_s:.0f} s")
+                with chaos.load.hushed(), fleet.connect() as session:
+                    records = recorder.part(session, fleet.ledger)
+        finally:
+            chaos.load.leave()
+    violations = check(records)
+    for name, count in sorted(chaos.hits.items()):
+        missed = chaos.misses[name]
+        print(f"  {name} x {count}" + (f" ({missed} missed)" if missed > 0 else ""))
+    for name in sorted(chaos.misses.keys() - chaos.hits.keys()):
+        print(f"  {name}: never hit ({chaos.misses[name]} missed)")
+    told(violations)
+    for failure in chaos.load.failed:
         print(f"  the load itself failed: {failure}")
-    if violations or load.failed:
+    if violations or chaos.load.failed:
         kept = given.keep or Path(tempfile.gettempdir()) / f"chaos-{given.seed}"
-        shutil.copytree(directory, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("data"))
-        print(f"  history and logs: {kept}")
+        keep(directory, kept, records, violations)
     shutil.rmtree(directory, ignore_errors=True)
+    counts = Counter(record["kind"] for record in records)
     print(
-        f"chaos: seed {given.seed}, runs {runs}, events {events}, faults {hits.total()}, "
-        f"kinds {len(hits)}, views {load.viewed}, violations {len(violations)}"
+        f"chaos: seed {given.seed}, runs {counts['run']}, events {counts['event']}, "
+        f"faults {chaos.hits.total()}, kinds {len(chaos.hits)}, views {chaos.load.viewed}, "
+        f"calms {counts['calm']}, violations {len(violations)}"
     )
-    return 1 if violations or load.failed else 0
+    return 1 if violations or chaos.load.failed else 0
 
 
 if __name__ == "__main__":

@@ -5,30 +5,16 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults.history import History, Record
+from tests.faults import punctuality
+from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
-ENDED = ("completed", "failed", "cancelled")
-DEADLINE_BOUND_S = 60.0
-"""A run whose deadline has passed has ended within this time, whatever else happens."""
+UNCOUNTED = ("beatless.snoozed", "beatless.given_back", "beatless.connection_lost")
+"""Names of the traces after which an attempt is made again with the same number."""
 
-
-AFTERMATH_S = 5.0
-"""How long after a fault it may still be the reason of a new attempt."""
-
-
-class Violation(NamedTuple):
-    """One thing that must not be."""
-
-    invariant: str
-    run_id: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.invariant} {self.run_id}: {self.message}"
+AFTERMATH_S = 5.0  # so long after a fault it may still be the reason of a new attempt
 
 
 def check(records: Iterable[Record]) -> list[Violation]:
@@ -37,17 +23,8 @@ def check(records: Iterable[Record]) -> list[Violation]:
     return [violation for rule in RULES for violation in rule(history)]
 
 
-def each_run(history: History) -> Iterator[tuple[str, Record, list[Record]]]:
-    for run_id, run in history.runs.items():
-        yield run_id, run, history.events.get(run_id, [])
-
-
-def of_type(events: Sequence[Record], *types: str) -> list[Record]:
-    return [event for event in events if event["type"] in types]
-
-
 def journal_is_dense(history: History) -> Iterator[Violation]:
-    for run_id, run, events in each_run(history):
+    for run_id, run, events in history.each_run():
         seqs = [event["seq"] for event in events]
         if seqs != list(range(1, run["last_seq"] + 1)):
             yield Violation("I2", run_id, f"stored are {seqs}, last_seq is {run['last_seq']}")
@@ -56,7 +33,7 @@ def journal_is_dense(history: History) -> Iterator[Violation]:
 
 
 def runs_finish_once(history: History) -> Iterator[Violation]:
-    for run_id, run, events in each_run(history):
+    for run_id, run, events in history.each_run():
         ends = of_type(events, END)
         if len(ends) > 1 or (ends and events[-1]["type"] != END):
             yield Violation("I5", run_id, f"{END} at {[event['seq'] for event in ends]}")
@@ -67,7 +44,7 @@ def runs_finish_once(history: History) -> Iterator[Violation]:
 
 
 def steps_commit_once(history: History) -> Iterator[Violation]:
-    for run_id, _, events in each_run(history):
+    for run_id, _, events in history.each_run():
         finished: dict[str, Record] = {}
         for event in events:
             step = event["step"]
@@ -89,7 +66,7 @@ def steps_commit_once(history: History) -> Iterator[Violation]:
 
 
 def transactional_rows_are_exact(history: History) -> Iterator[Violation]:
-    for run_id, _, events in each_run(history):
+    for run_id, _, events in history.each_run():
         finished = Counter(e["step"] for e in of_type(events, "StepFinished"))
         for step, count in Counter(row["step"] for row in history.rows[run_id]).items():
             if count != finished[step]:
@@ -98,7 +75,7 @@ def transactional_rows_are_exact(history: History) -> Iterator[Violation]:
 
 def results_are_of_the_last_attempt(history: History) -> Iterator[Violation]:
     """I11 by what is in the journal: a result names the call of the body that made it."""
-    for run_id, _, events in each_run(history):
+    for run_id, _, events in history.each_run():
         calls = {effect["call"]: effect for effect in history.effects[run_id]}
         for event in of_type(events, "StepFinished"):
             result = (event["data"] or {}).get("result")
@@ -140,21 +117,15 @@ def leases_exclude(history: History) -> Iterator[Violation]:
 
 
 def attempts_are_explained(history: History) -> Iterator[Violation]:
-    for run_id, run, events in each_run(history):
-        if not events:
-            continue
-        faults = history.faults_during(events[0]["ts"] - AFTERMATH_S, events[-1]["ts"])
+    for run_id, _, events in history.each_run():
+        begin, end = (events[0]["ts"], events[-1]["ts"]) if events else (0, 0)
+        faults = history.faults_during(begin - AFTERMATH_S, end)
         started = Counter(e["step"] for e in of_type(events, "StepStarted"))
         failed = Counter(e["step"] for e in of_type(events, "StepFailed"))
-        # An attempt that was given back does not count, for its body was not called or was ended.
-        failed.update(
-            e["step"]
-            for e in of_type(events, "DebugTrace")
-            if (e["data"] or {}).get("name") == "beatless.given_back"
-        )
-        snoozing = history.plans.get(run["plan"], {}).get("snoozing", ())
-        for step, count in started.items():
-            if count > 1 + failed[step] + faults and step not in snoozing:
+        traces = of_type(events, "DebugTrace")
+        failed.update(e["step"] for e in traces if (e["data"] or {}).get("name") in UNCOUNTED)
+        for step, count in (started - failed).items():
+            if count > 1 + faults:
                 yield Violation("I10", run_id, f"{step} began {count} times, {faults} faults")
         effects = Counter((e["step"], e["attempt"]) for e in history.effects[run_id])
         for (step, attempt), count in effects.items():
@@ -162,8 +133,46 @@ def attempts_are_explained(history: History) -> Iterator[Violation]:
                 yield Violation("I10", run_id, f"attempt {attempt} of {step} ran {count} times")
 
 
+def attempts_are_counted(history: History) -> Iterator[Violation]:
+    for run_id, run, events in history.each_run():
+        retries = history.plan(run).get("retries", {})
+        step, expected, failures, due = None, 1, 0, 0.0
+        for event in events:
+            number, data = event["attempt"], event["data"] or {}
+            if event["type"] == "StepStarted":
+                if event["step"] != step:
+                    step, expected, failures, due = event["step"], 1, 0, 0.0
+                if number != expected:
+                    yield Violation("I10", run_id, f"{step} began as {number}, not {expected}")
+                if event["ts"] < due - 0.01:
+                    yield Violation("delay", run_id, f"attempt {number} of {step} came too early")
+                expected = number + 1
+            elif event["type"] == "DebugTrace" and data.get("name") in UNCOUNTED:
+                expected = number
+            elif event["type"] == "StepFailed" and event["step"] == step:
+                failures += 1
+                policy = retries.get(step, {})
+                again, most = due_after(event), policy.get("attempts", 1)
+                mine = (data.get("error") or {}).get("type") == policy.get("error")
+                if again and failures >= most:
+                    yield Violation("I10", run_id, f"{step} is tried again after {failures}")
+                elif mine and not again and failures < most and run["state"] == "failed":
+                    yield Violation("I10", run_id, f"{step} is given up after {failures}")
+                elif again and mine and not run["deadline_at"]:
+                    due = event["ts"] + policy["delays_s"][failures - 1]
+
+
+def retries_take_results_over(history: History) -> Iterator[Violation]:
+    for run_id, run, events in history.each_run():
+        before = history.events.get(run["retry_of"], [])
+        finished = {event["step"] for event in of_type(before, "StepFinished")}
+        again = finished & {event["step"] for event in of_type(events, "StepStarted")}
+        if again and not of_type(before, "CancelRequested"):
+            yield Violation("I4", run_id, f"repeats {sorted(again)} of the run that it retries")
+
+
 def steps_follow_the_plan(history: History) -> Iterator[Violation]:
-    for run_id, run, events in each_run(history):
+    for run_id, run, events in history.each_run():
         plan = history.plans.get(run["plan"])
         if plan is None or run["retry_of"]:  # which goes on where the other has failed
             continue
@@ -198,23 +207,26 @@ def streams_are_exact(history: History) -> Iterator[Violation]:
 
 
 def wire_is_in_order(history: History) -> Iterator[Violation]:
-    for (_, run_id), seqs in history.wire.items():
-        first = list(dict.fromkeys(seqs))
-        if first != sorted(first):
-            yield Violation("I3", run_id, f"published first as {first}")
+    for (connection, run_id), seqs in history.wire.items():
+        events = history.events.get(run_id, [])
+        if events and events[0]["ts"] > history.listening.get(connection, 1e18):
+            first = list(dict.fromkeys(seqs))
+            if first != list(range(1, len(first) + 1)):
+                yield Violation("I3", run_id, f"published first as {first}")
 
 
 def accepted_runs_end(history: History) -> Iterator[Violation]:
-    started = {call["run_id"] for call in history.calls if call["op"] == "start"}
+    starts = [call for call in history.calls if call["op"] == "start"]
+    started = {call["run_id"] for call in starts} | {call.get("key") for call in starts} - {None}
     retried = {call["run_id"] for call in history.calls if call["op"] == "retry"}
-    accepted = [call["run_id"] for call in history.called("start")]
-    for run_id in accepted + [call["new"] for call in history.called("retry")]:
+    for call in history.called("start", "ok") + history.called("retry", "ok"):
+        run_id = call.get("new", call["run_id"])
         if run_id not in history.runs:
             yield Violation("I7", run_id, "was accepted and is not stored")
-    for run_id, run, _ in each_run(history):
-        if run["state"] not in ENDED:
+    for run_id, run, _ in history.each_run():
+        if history.over and run["state"] not in ENDED:
             yield Violation("I7", run_id, f"is {run['state']} after all faults are over")
-        if run_id not in started and run["retry_of"] not in retried:
+        if not {run_id, run["key"]} & started and run["retry_of"] not in retried:
             yield Violation("I12", run_id, "nobody has started it")
 
 
@@ -228,9 +240,13 @@ def cancels_are_obeyed(history: History) -> Iterator[Violation]:
         run_id = call["run_id"]
         if not of_type(history.events.get(run_id, []), "CancelRequested"):
             yield Violation("I9", run_id, "a cancel was accepted and is not stored")
-    for run_id, run, events in each_run(history):
-        cleanup = history.plans.get(run["plan"], {}).get("cleanup", [])
+    for run_id, run, events in history.each_run():
+        cleanup = history.plan(run).get("cleanup", [])
+        begun = {event["step"] for event in of_type(events, "StepStarted")}
         for request in of_type(events, "CancelRequested"):
+            undo = (request["data"] or {}).get("on_cancel")
+            if undo and run["state"] == "cancelled" and undo not in begun:
+                yield Violation("I9", run_id, f"was cancelled without {undo}")
             after = [e for e in events if e["seq"] > request["seq"] and e["step"] not in cleanup]
             began = [event["step"] for event in of_type(after, "StepStarted")]
             ended = [event["step"] for event in of_type(after, "StepFinished", "StepFailed")]
@@ -242,6 +258,11 @@ def rollbacks_leave_nothing(history: History) -> Iterator[Violation]:
     for call in history.called("start", "rolled_back"):
         if call["run_id"] in history.runs or call["run_id"] in history.events:
             yield Violation("I12", call["run_id"], "its caller has rolled back")
+    for call in history.called("cancel", "rolled_back"):
+        others = [c for c in history.calls if c["op"] == "cancel" and c is not call]
+        asked = any(c["outcome"] != "rolled_back" and c["run_id"] == call["run_id"] for c in others)
+        if not asked and of_type(history.events.get(call["run_id"], []), "CancelRequested"):
+            yield Violation("I12", call["run_id"], "a cancel was rolled back, and is stored")
 
 
 def keys_name_one_run(history: History) -> Iterator[Violation]:
@@ -257,35 +278,6 @@ def keys_name_one_run(history: History) -> Iterator[Violation]:
             yield Violation("key", min(runs), f"{key} names {sorted(runs)}")
 
 
-def times_are_kept(history: History) -> Iterator[Violation]:
-    delays = {c["run_id"]: c["delay_s"] for c in history.called("start") if c.get("delay_s")}
-    for run_id, run, events in each_run(history):
-        begins = of_type(events, "StepStarted")
-        if begins and begins[0]["ts"] < run["created_at"] + delays.get(run_id, 0) - 0.01:
-            yield Violation("delay", run_id, "began before its time")
-        deadline = run["deadline_at"]
-        if deadline and events and events[-1]["ts"] > deadline + DEADLINE_BOUND_S:
-            yield Violation("deadline", run_id, "ended long after its deadline")
-        if deadline and any(event["ts"] > deadline + 1 for event in begins):
-            yield Violation("deadline", run_id, "a step began after its deadline")
-
-
-def pauses_are_kept(history: History) -> Iterator[Violation]:
-    changes = sorted(
-        (c for c in history.calls if c["op"] in ("pause", "resume")), key=lambda c: c["begin"]
-    )
-    for n, pause in enumerate(changes):
-        if pause["op"] != "pause" or pause["outcome"] != "ok":
-            continue
-        until = next((c["begin"] for c in changes[n + 1 :] if c["queue"] == pause["queue"]), 1e18)
-        for run_id, log in history.log.items():
-            for claim in (record["claim"] for record in log if record["claim"]):
-                # A run that had begun goes on: a pause keeps runs from beginning.
-                begun = claim["was_running"] or claim["queue"] != pause["queue"]
-                if not begun and pause["end"] < claim["statement_at"] < until:
-                    yield Violation("pause", run_id, f"claimed while {pause['queue']} is paused")
-
-
 RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     journal_is_dense,
     runs_finish_once,
@@ -294,6 +286,8 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     results_are_of_the_last_attempt,
     leases_exclude,
     attempts_are_explained,
+    attempts_are_counted,
+    retries_take_results_over,
     steps_follow_the_plan,
     streams_are_exact,
     wire_is_in_order,
@@ -302,6 +296,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     cancels_are_obeyed,
     rollbacks_leave_nothing,
     keys_name_one_run,
-    times_are_kept,
-    pauses_are_kept,
+    *punctuality.RULES,
 )

@@ -398,6 +398,21 @@ def rows_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
 
 
 @fault
+def outbox_rows_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
+    """Some rows, as soon as there are any: they live for milliseconds."""
+    with fleet.connect() as session, session.transaction():
+        for _ in range(500):
+            held = session.execute(
+                "SELECT id FROM run_outbox ORDER BY random() LIMIT 2 FOR UPDATE SKIP LOCKED"
+            ).fetchall()
+            if held:
+                hold(chance.uniform(0.1, 1))
+                return True
+            hold(0.003)
+    return False
+
+
+@fault
 def outbox_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
     with fleet.connect() as session, session.transaction():
         session.execute("LOCK TABLE run_outbox IN SHARE MODE")
@@ -437,6 +452,12 @@ def settings_made_hostile(fleet: Fleet, chance: random.Random) -> bool:
         session.execute(f"ALTER DATABASE postgres RESET {name}")
         FAULTS["every_session_ended"](fleet, chance)
     return True
+
+
+def of_processes(name: str) -> bool:
+    """Whether a fault is one of the product's processes and their connections, not of a server."""
+    hit = ("worker", "child", "every_worker", "relay_", "api", "viewers", "connections", "answer")
+    return name.startswith(hit)
 
 
 def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:

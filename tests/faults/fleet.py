@@ -29,6 +29,8 @@ from tests.proxy import Proxy, proxy
 LEASE_S = 3.0
 REDISPATCH_S = 2.0
 QUEUES = ("default", "calm")
+UNATTENDED = "nobody"
+"""A queue that no worker consumes."""
 
 LOG = """
 CREATE TABLE chaos_rows (run_id text NOT NULL, step text NOT NULL);

@@ -5,29 +5,54 @@ host. `kind` says what a record is:
 
 | kind | members |
 |---|---|
-| `plan` | `plan`, `steps` in order, `cleanup` (may run after a cancel), `snoozing` (begin often) |
+| `plan` | `plan`, `steps` in order, `cleanup` (may run after a cancel), |
+| | `retries`: of a step that fails, `error`, `attempts` and `delays_s` between them |
 | `call` | `op`, `begin`, `end`, `outcome` (`ok`, `failed`, `unknown`, `rolled_back`), and |
-| | of `start`: `run_id`, `plan`, `key`, `delay_s`; of `cancel`: `run_id`; |
+| | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; of `cancel`: `run_id`; |
 | | of `retry`: `run_id`, `new` (the new run); of `pause`, `resume`: `queue` |
 | `effect` | `run_id`, `step`, `attempt`, `key`, `call` (unique): a body has had its effect |
 | `row` | `run_id`, `step`: a transactional step has written this row |
 | `log` | `id`, `txid`, `run_id`, and either `event` (`type`, `source`, `step`, `attempt`) or |
 | | `claim` (`token`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`): |
 | | written by triggers, under the lock of the run's row |
-| `frame` | `viewer`, `run_id`, `seq`, `type`, `text`: in the order in which it was seen |
+| `watch` | `viewer`, `run_id`, `from_seq`, `at`: a viewer has begun |
+| `frame` | `viewer`, `run_id`, `seq`, `type`, `text`, `at`: in the order in which it was seen |
 | `view` | `viewer`, `run_id`, `from_seq`, `ended` |
-| `wire` | `connection`, `run_id`, `seq`: in the order in which Redis published them |
+| `listen` | `connection`, `at`: from then on it hears all that Redis publishes |
+| `wire` | `connection`, `run_id`, `seq`, `at`: in the order in which Redis published them |
 | `fault` | `name`, `begin`, `end` |
-| `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, `retry_of` |
+| `quiet` | `begin`, `end`: no fault, no call, all processes there; `drained`: when all that was |
+| | due had ended, or null; `rows`: of the outbox, at the end of one that did not drain |
+| `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
+| `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, |
+| | `retry_of`, `attended`: there are workers for its queue |
 | `event` | `run_id`, `seq`, `ts`, `type`, `step`, `attempt`, `data`, `text`: as stored |
-| `outbox` | `rows`: what was left when all was over |
+| `outbox` | `rows`: what was left when all was over; without it the history is a part of one |
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 Record = dict[str, Any]
+
+Wait = tuple[str, str, float, float]
+"""What was waited for, in which run, since when, and until when (infinite: not yet)."""
+
+NEVER = float("inf")
+
+ENDED = ("completed", "failed", "cancelled")
+
+
+class Violation(NamedTuple):
+    """One thing that must not be."""
+
+    invariant: str
+    run_id: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant} {self.run_id}: {self.message}"
 
 
 class History:
@@ -41,7 +66,11 @@ class History:
         self.calls = by_kind["call"]
         self.faults = by_kind["fault"]
         self.views = by_kind["view"]
+        self.watches = by_kind["watch"]
+        self.quiets = by_kind["quiet"]
+        self.calms = by_kind["calm"]
         self.runs = {run["run_id"]: run for run in by_kind["run"]}
+        self.over = bool(by_kind["outbox"])
         self.outbox = sum(record["rows"] for record in by_kind["outbox"])
         self.events = self._by_run(by_kind["event"], "seq")
         self.effects = self._by_run(by_kind["effect"])
@@ -50,9 +79,13 @@ class History:
         self.frames: dict[str, list[Record]] = defaultdict(list)
         for frame in by_kind["frame"]:
             self.frames[frame["viewer"]].append(frame)
+        self.listening = {record["connection"]: record["at"] for record in by_kind["listen"]}
         self.wire: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.heard: dict[tuple[str, int], float] = {}
+        """When an event was first heard."""
         for message in by_kind["wire"]:
             self.wire[message["connection"], message["run_id"]].append(message["seq"])
+            self.heard.setdefault((message["run_id"], message["seq"]), message["at"])
 
     @staticmethod
     def _by_run(records: list[Record], order: str = "") -> dict[str, list[Record]]:
@@ -61,8 +94,62 @@ class History:
             found[record["run_id"]].append(record)
         return found
 
+    def each_run(self) -> Iterator[tuple[str, Record, list[Record]]]:
+        """Each run with its row and its events."""
+        for run_id, run in self.runs.items():
+            yield run_id, run, self.events.get(run_id, [])
+
+    def plan(self, run: Record) -> Record:
+        """The plan of a run; an empty one if it is not known."""
+        return self.plans.get(run["plan"], {})
+
     def called(self, op: str, *outcomes: str) -> list[Record]:
         return [c for c in self.calls if c["op"] == op and c["outcome"] in (outcomes or ("ok",))]
 
     def faults_during(self, begin: float, end: float) -> int:
         return sum(fault["begin"] <= end and fault["end"] >= begin for fault in self.faults)
+
+    def waits(self) -> Iterator[Wait]:
+        """All that somebody or something waited for."""
+        for run_id, run, events in self.each_run():
+            called = max((c["end"] for c in self._calls_of(run_id)), default=0.0)
+            for n, event in enumerate(events):
+                after = events[n + 1]["ts"] if n + 1 < len(events) else NEVER
+                if run["attended"] and (due := due_after(event)) is not None:
+                    yield "to go on", run_id, max(due, called if n == 0 else 0), after
+                heard = self.heard.get((run_id, event["seq"]), NEVER)
+                # Of what is not heard, only what the last listener would have heard is missing.
+                if heard < NEVER or event["ts"] > max(self.listening.values(), default=NEVER):
+                    yield f"publishing {event['seq']}", run_id, max(event["ts"], called), heard
+            end = events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
+            if run["deadline_at"]:
+                yield "to end at its deadline", run_id, run["deadline_at"], end
+        for watch in self.watches:
+            run_id, frames = watch["run_id"], self.frames[watch["viewer"]]
+            seen = {frame["seq"]: frame["at"] for frame in frames}
+            for event in self.events.get(run_id, ()):
+                if event["seq"] > watch["from_seq"]:
+                    since = max(event["ts"], watch["at"])
+                    yield f"showing {event['seq']}", run_id, since, seen.get(event["seq"], NEVER)
+
+    def _calls_of(self, run_id: str) -> list[Record]:
+        if not hasattr(self, "_calls"):
+            self._calls = self._by_run([c for c in self.calls if c.get("run_id")])
+        return [c for c in self._calls[run_id] if c["op"] in ("start", "cancel")]
+
+
+def of_type(events: Sequence[Record], *types: str) -> list[Record]:
+    return [event for event in events if event["type"] in types]
+
+
+def due_after(event: Record) -> float | None:
+    """When the run goes on after this event, if it waits after it."""
+    data = event["data"] or {}
+    match event["type"]:
+        case "RunStarted":
+            return max(event["ts"], (data.get("not_before") or 0) / 1000)
+        case "StepFailed" if data.get("retry_at"):
+            return float(data["retry_at"] / 1000)
+        case "DebugTrace" if data.get("name") == "beatless.snoozed":
+            return float(event["ts"] + data["seconds"])
+    return None

@@ -2,8 +2,9 @@
 
 import random
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from time import monotonic, time
@@ -21,7 +22,7 @@ from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import one_line
 from beatless.settings import engine_url
-from tests.faults.fleet import Fleet
+from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.recorder import Recorder, text_of
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
@@ -52,8 +53,17 @@ class Load:
         self.failed: list[str] = []
         """What a thread of the load itself died of: a mistake in this program."""
         self._ending = threading.Event()
+        self._hushed = threading.Event()
+        self._calling = threading.Condition()
+        self._calls = 0
+        """How many threads are in a call."""
         self._fresh: Queue[str] = Queue()
         self._recent: list[str] = []
+        self._failed_runs: list[str] = []
+        self._keyed: list[dict[str, Any]] = []
+        """Wishes with a key, some of which come again."""
+        self.hears = threading.Event()
+        """Somebody listens to what Redis publishes."""
         self._threads: list[threading.Thread] = []
         self._viewers = 0
         self._viewers_lock = threading.Lock()
@@ -64,10 +74,11 @@ class Load:
 
     def start(self) -> None:
         work: list[tuple[str, Callable[[random.Random], None], float]] = [
-            ("start-1", self._start, 2 / self.runs_per_s),
-            ("start-2", self._start, 2 / self.runs_per_s),
-            ("change", self._change, 0.4),
-            ("pause", self._pause, 4.0),
+            ("start-1", self._called(self._start), 2 / self.runs_per_s),
+            ("start-2", self._called(self._start), 2 / self.runs_per_s),
+            ("change-1", self._called(self._change), 0.4),
+            ("change-2", self._called(self._change), 0.4),
+            ("pause", self._called(self._pause), 4.0),
             *((f"view-{n}", self._view, 0.05) for n in range(5)),
         ]
         for name, act, every in work:
@@ -85,7 +96,7 @@ class Load:
                 self.failed.append(f"{name}: {error!r}")
                 raise
 
-        thread = threading.Thread(target=run, name=name)
+        thread = threading.Thread(target=run, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -95,6 +106,41 @@ class Load:
         while not self._ending.wait(chance.expovariate(1 / every)):
             act(chance)
 
+    def _called(self, act: Callable[[random.Random], None]) -> Callable[[random.Random], None]:
+        """The act, unless nobody calls just now."""
+
+        def called(chance: random.Random) -> None:
+            with self._calling:
+                if self._hushed.is_set():
+                    return
+                self._calls += 1
+            try:
+                act(chance)
+            finally:
+                with self._calling:
+                    self._calls -= 1
+                    self._calling.notify_all()
+
+        return called
+
+    @contextmanager
+    def hushed(self) -> Iterator[None]:
+        """Nobody calls in this block; viewers go on."""
+        self._hushed.set()
+        with self._calling:
+            self._calling.wait_for(lambda: not self._calls)
+        try:
+            yield
+        finally:
+            self._hushed.clear()
+
+    def round(self, chance: random.Random) -> None:
+        """A few calls at once, each ended when this returns, while nobody else calls."""
+        with ThreadPoolExecutor(4) as callers:
+            seeds = [chance.random() for _ in range(chance.choice([1, 1, 2, 4, 12]))]
+            for done in [callers.submit(self._start, random.Random(seed)) for seed in seeds]:
+                done.result()
+
     def stop(self) -> None:
         """No new calls; viewers follow to the end of what they see."""
         self._ending.set()
@@ -102,27 +148,33 @@ class Load:
             thread.join(SHOWN_S + 60)
         self._engine.dispose()
 
+    def leave(self) -> None:
+        """No new calls, and nobody waits for the viewers: they end with this process."""
+        self._ending.set()
+
     # Callers
 
     def _start(self, chance: random.Random) -> None:
         client = self.fleet.app.client
         self.started += 1
-        run_id = f"{threading.current_thread().name}-{self.started}-{chance.randrange(10**9)}"
-        request: dict[str, Any] = {"run_id": run_id, **self._wish(chance)}
-        facts = {name: request[name] for name in ("run_id", "plan", "key") if name in request}
+        request = self._wish(chance)
+        if "key" not in request:
+            request["run_id"] = f"run-{self.started}-{chance.randrange(10**12)}"
+        facts: dict[str, Any] = {name: request.get(name) for name in ("run_id", "plan", "key")}
         if "delay" in request:
             facts["delay_s"] = request["delay"]
         way = chance.random()
         with self.recorder.call("start", **facts) as record:
             try:
-                if way < 0.15:  # in the caller's own transaction, which may roll back
+                if way < 0.3:  # in the caller's own transaction, which may last or roll back
                     with self._engine.begin() as connection:
-                        client.start_runs([RunRequest(**request)], connection=connection)
-                        if way < 0.07:
+                        (run,) = client.start_runs([RunRequest(**request)], connection=connection)
+                        self._ending.wait(chance.choice([0, 0.02, 0.1, 0.3]))
+                        if way < 0.1:
                             raise RolledBack
                 else:
-                    client.start_runs([RunRequest(**request)])
-                record["outcome"] = "ok"
+                    (run,) = client.start_runs([RunRequest(**request)])
+                record |= {"outcome": "ok", "run_id": run.run_id}
             except RolledBack:
                 record["outcome"] = "rolled_back"
             except RunConflict:
@@ -134,10 +186,12 @@ class Load:
                     raise
                 return
         if record["outcome"] == "ok":
-            self._recent = [*self._recent[-200:], run_id]
-            self._fresh.put(run_id)
+            self._recent = [*self._recent[-40:], record["run_id"]]
+            self._fresh.put(record["run_id"])
 
     def _wish(self, chance: random.Random) -> dict[str, Any]:
+        if self._keyed and chance.random() < 0.05:
+            return chance.choice(self._keyed)
         plan = chance.choice(
             ["chain", "chain", "traced", "flaky", "stored", "snoozed", "cancelled"]
         )
@@ -159,28 +213,43 @@ class Load:
             wish["delay"] = round(chance.uniform(0.2, 3), 2)
         elif chance.random() < 0.1:
             wish["deadline"] = round(chance.uniform(1, 20), 2)
+        elif chance.random() < 0.05:
+            wish |= {"queue": UNATTENDED, "deadline": round(chance.uniform(0.5, 2.5), 2)}
         if chance.random() < 0.1:
             wish["key"] = f"key-{chance.randrange(10**9)}"
+            self._keyed = [*self._keyed[-20:], wish]
         return wish
 
     def _change(self, chance: random.Random) -> None:
         """Cancel a recent run, or retry one that has failed."""
         if not self._recent:
             return
-        run_id = chance.choice(self._recent)
         client = self.fleet.app.client
-        if chance.random() < 0.7:
+        if not self._failed_runs or chance.random() < 0.7:
+            run_id = chance.choice(self._recent[-8:])
             with self.recorder.call("cancel", run_id=run_id) as record:
-                record["outcome"] = self._try(lambda: self._cancel(run_id))
+                try:
+                    record["outcome"] = self._try(lambda: self._cancel(run_id, chance))
+                except RolledBack:
+                    record["outcome"] = "rolled_back"
             return
+        run_id = self._failed_runs.pop()
         with self.recorder.call("retry", run_id=run_id) as record:
             record["outcome"] = self._try(
                 lambda: record.update(new=client.retry_run(run_id).run_id)
             )
 
-    def _cancel(self, run_id: str) -> None:
+    def _cancel(self, run_id: str, chance: random.Random) -> None:
         """Raises TooLate if the run had ended by itself."""
-        run = self.fleet.app.client.cancel_run(run_id, reason="chaos")
+        client, way = self.fleet.app.client, chance.random()
+        if way < 0.4:  # in the caller's own transaction, which may last or roll back
+            with self._engine.begin() as connection:
+                run = client.cancel_run(run_id, reason="chaos", connection=connection)
+                self._ending.wait(chance.choice([0, 0.02, 0.1, 0.3]))
+                if way < 0.1:
+                    raise RolledBack
+        else:
+            run = client.cancel_run(run_id, reason="chaos")
         if run.state in (RunState.COMPLETED, RunState.FAILED):
             raise TooLate
 
@@ -221,11 +290,15 @@ class Load:
             self._viewers += 1
             viewer = f"v{self._viewers}"
         from_seq = seen = chance.choice([0, 0, 1])
+        facts = {"viewer": viewer, "run_id": run_id, "from_seq": from_seq}
+        self.recorder.write("watch", at=time(), **facts)
         ended, until = False, monotonic() + SHOWN_S
         while not ended and monotonic() < until:
             try:
                 for event in self._events(chance, run_id, seen):
                     self._saw(viewer, event)
+                    if event.final and (event.data or {}).get("outcome") == "failed":
+                        self._failed_runs = [*self._failed_runs[-20:], run_id]
                     seen = event.seq
                 ended = True
             except WaitTimeout:
@@ -233,7 +306,7 @@ class Load:
             except (Unreachable, OSError):  # the API or Postgres is not there yet: go on from here
                 self._ending.wait(0.2)
         self.viewed += 1
-        self.recorder.write("view", viewer=viewer, run_id=run_id, from_seq=from_seq, ended=ended)
+        self.recorder.write("view", ended=ended, **facts)
 
     def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Any:
         if chance.random() < 0.25:
@@ -244,7 +317,7 @@ class Load:
 
     def _saw(self, viewer: str, event: Event) -> None:
         facts = {"run_id": event.run_id, "seq": event.seq, "type": event.type}
-        self.recorder.write("frame", viewer=viewer, text=text_of(event), **facts)
+        self.recorder.write("frame", viewer=viewer, text=text_of(event), at=time(), **facts)
 
     def _listen(self) -> None:
         """Write down what Redis publishes, connection by connection."""
@@ -252,19 +325,25 @@ class Load:
         while not self._ending.is_set():
             connection += 1
             with suppress(redis.RedisError, OSError), self.fleet.redis(self.fleet.bus) as client:
-                ear = client.pubsub(ignore_subscribe_messages=True)
+                ear = client.pubsub()
                 ear.psubscribe(pattern)
-                while not self._ending.is_set():
-                    # Not what redis-py reads after it has connected anew by itself.
+                # Not what redis-py reads after it has connected anew by itself.
+                socket = ear.connection._sock
+                while not self._ending.is_set() and ear.connection._sock is socket:
                     message = ear.get_message(timeout=0.5)
-                    if message is not None:
-                        self._heard(f"{connection}/{id(ear.connection._sock)}", message["data"])
+                    if message is not None and message["type"] == "psubscribe":
+                        self.recorder.write("listen", connection=str(connection), at=time())
+                        self.hears.set()
+                    elif message is not None and ear.connection._sock is socket:
+                        self._heard(str(connection), message["data"])
+            self.hears.clear()
             self._ending.wait(0.1)
 
     def _heard(self, connection: str, body: bytes) -> None:
         for line in filter(None, one_line(body).split(b"\n")):
             event = Event.from_json(line)
-            self.recorder.write("wire", connection=connection, run_id=event.run_id, seq=event.seq)
+            facts = {"run_id": event.run_id, "seq": event.seq, "at": time()}
+            self.recorder.write("wire", connection=connection, **facts)
 
 
 def lost(error: BaseException | None) -> bool:

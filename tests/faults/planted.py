@@ -1,11 +1,14 @@
 """Plants known bugs in copies of the tree, and lets the general load find them.
 
-`python -m tests.faults.planted [--only NAME,…] [--seconds S] [--seeds N]`: what was found in which
-run. Exit status 1 if a bug was found in none. `tests/unit/test_planted.py` tests that each of them
-still fits the tree.
+`python -m tests.faults.planted [--only NAME,…] [--few N] [--seconds S] [--seeds N]`: runs of
+`make chaos`, unmodified, that end at the first violation. Each bug gets fresh seeds until one has
+found it, three at most, or exactly as many as are asked for. What was found is added to
+`benchmarks/results/planted.json`. Exit status 1 if a bug was found by none. `--few` takes some
+bugs, others each day. `tests/unit/test_planted.py` tests that each still fits the tree.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -13,122 +16,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+from tests.faults.bugs import BUGS, Bug
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/planted.json"
 
+MOST_SEEDS = 3
 
-class Bug(NamedTuple):
-    """One edit: the text stands exactly once in the file."""
-
-    file: str
-    text: str
-    instead: str
-
-
-BUGS = {
-    "a boundary is written without the lease": Bug(
-        "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, state,",
-        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, state,",
-    ),
-    "a trace is written without the lease": Bug(
-        "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, cancel",
-        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, cancel",
-    ),
-    "a claim keeps the token": Bug(
-        "orchestrator/lease.sql",
-        "attempt = attempt + 1, lease_token = %(token)s,",
-        "attempt = attempt + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),",
-    ),
-    "a lease is taken from a worker that lives": Bug(
-        "orchestrator/lease.sql",
-        "state = 'running' AND lease_expires_at < clock_timestamp()",
-        "state = 'running' AND lease_expires_at IS NOT NULL",
-    ),
-    "a heartbeat keeps no lease": Bug(
-        "orchestrator/lease.sql",
-        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)\n"
-        "    FROM held",
-        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s / 50)\n"
-        "    FROM held",
-    ),
-    "a cancel of a run that runs is not stored": Bug(
-        "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')"
-        "\n     AND cancel_requested_at IS NULL",
-        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued')"
-        "\n     AND cancel_requested_at IS NULL",
-    ),
-    "a cancel is stored after the end": Bug(
-        "orchestrator/journal.sql",
-        "AND namespace = %(namespace)s AND state IN ('queued', 'running')\n"
-        "     AND cancel_requested_at IS NULL",
-        "AND namespace = %(namespace)s\n     AND cancel_requested_at IS NULL",
-    ),
-    "a claim does not look whether its queue is paused": Bug(
-        "orchestrator/lease.sql",
-        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))",
-        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                              WHERE q.name = '' AND q.paused_at IS NOT NULL))",
-    ),
-    "a run that waits for a retry is forgotten": Bug(
-        "orchestrator/journal.sql",
-        "WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')",
-        "WHERE d.run_id = u.run_id AND u.state <> 'running'",
-    ),
-    "a delay is shorter than asked for": Bug(
-        "orchestrator/journal.sql",
-        "coalesce(not_before, clock_timestamp() + make_interval(secs => delay))",
-        "coalesce(not_before, clock_timestamp() + make_interval(secs => delay / 10))",
-    ),
-    "a start commits by itself": Bug(
-        "jobs/client/base.py",
-        "            return act(given)\n",
-        "            given = None\n",
-    ),
-    "a run that was taken over begins anew": Bug(
-        "orchestrator/execution.py",
-        "        if self._lease.begun:\n",
-        "        if self._lease.begun or self._lease.run.attempt > 1:\n",
-    ),
-    "a commit whose answer was lost is made again": Bug(
-        "orchestrator/leased_writer.py",
-        "            if tried:\n",
-        "            if tried and self._run_id == '':\n",
-    ),
-    "a stream does not look for gaps": Bug(
-        "jobs/streams/cursor.py",
-        "self._early.pop(self.seq + 1, None)",
-        "self._early.pop(min(self._early, default=0), None)",
-    ),
-    "a stream believes events of other runs": Bug(
-        "jobs/streams/messages.py",
-        "EventText.read(line, run_id)",
-        "EventText.read(line)",
-    ),
-}
-"""By what they do wrong."""
+Trial = dict[str, Any]
+"""One run: its `seed`, the `seconds` until the bug was found or null, the `rules` that found it,
+and the `first` violation."""
 
 
 def plant(bug: Bug, tree: Path) -> None:
     """Raises ValueError if the tree is another one by now."""
-    path = tree / bug.file
-    text = path.read_text()
-    if text.count(bug.text) != 1:
-        raise ValueError(f"{bug.file} has this {text.count(bug.text)} times: {bug.text}")
-    path.write_text(text.replace(bug.text, bug.instead))
+    for edit in bug.edits:
+        path = tree / edit.file
+        text = path.read_text()
+        if text.count(edit.text) != 1:
+            raise ValueError(f"{edit.file} has this {text.count(edit.text)} times: {edit.text}")
+        path.write_text(text.replace(edit.text, edit.instead))
 
 
 def copy_of_the_tree(target: Path) -> None:
@@ -136,50 +47,71 @@ def copy_of_the_tree(target: Path) -> None:
     shutil.copytree(ROOT, target, symlinks=True, ignore=left_out)
 
 
-def found(tree: Path, seed: int, seconds: float, kept: Path) -> str:
-    """The invariants that a run of the load on the tree saw violated; empty if none."""
-    path = os.pathsep.join([str(tree / "src"), str(tree)])
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.faults", "--keep", str(kept)),
-            *("--seed", str(seed), "--seconds", str(seconds)),
-        ],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def trial(bug: Bug, seed: int, seconds: float) -> Trial:
+    """One run of the load on a copy of the tree that has the bug."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as directory:
+        tree = Path(directory) / "tree"
+        copy_of_the_tree(tree)
+        plant(bug, tree)
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "tests.faults", "--keep", f"{directory}/kept"),
+                *("--seed", str(seed), "--seconds", str(seconds), "--stop-early"),
+            ],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if "violations" not in run.stdout:
         raise RuntimeError(f"the load did not end: {run.stdout[-500:]} {run.stderr[-1500:]}")
-    counts = re.findall(r"^  (\w+): (\d+)$", run.stdout, re.MULTILINE)
-    return ", ".join(f"{invariant} {count}" for invariant, count in counts)
+    rules = re.findall(r"^  (\w+): \d+$", run.stdout, re.MULTILINE)
+    first = re.search(rf"^  ({rules[0]} \S+: .*)$", run.stdout, re.MULTILINE) if rules else None
+    took = re.search(r"^  found after (\d+) s$", run.stdout, re.MULTILINE)
+    found_s = int(took[1]) if took else seconds if rules else None
+    first_says = first[1][:200] if first else None
+    return {"seed": seed, "seconds": found_s, "rules": rules, "first": first_says}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.planted", description=__doc__)
     parser.add_argument("--only", help="these bugs, comma separated", default="")
+    parser.add_argument("--few", type=int, help="so many bugs, others each day")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, help="all of them, also after one has found the bug")
     given = parser.parse_args()
     names = [name for name in given.only.split(",") if name] or list(BUGS)
     if unknown := set(names) - BUGS.keys():
         parser.error(f"no bug {sorted(unknown)}: choose from {', '.join(BUGS)}")
+    if given.few is not None:
+        names = random.Random(datetime.now(UTC).date().toordinal()).sample(names, given.few)
     missed = 0
     for name in names:
-        seeds = [random.SystemRandom().randrange(10**6) for _ in range(given.seeds)]
-        results = []
-        for seed in seeds:
-            with tempfile.TemporaryDirectory(prefix="planted-") as directory:
-                tree = Path(directory) / "tree"
-                copy_of_the_tree(tree)
-                plant(BUGS[name], tree)
-                results.append(found(tree, seed, given.seconds, Path(directory) / "kept"))
-        missed += not any(results)
-        told = "; ".join(f"seed {s}: {r or 'nothing'}" for s, r in zip(seeds, results, strict=True))
-        print(f"{name}: {told}", flush=True)
+        trials: list[Trial] = []
+        while len(trials) < (given.seeds or MOST_SEEDS):
+            trials.append(trial(BUGS[name], random.SystemRandom().randrange(10**6), given.seconds))
+            if given.seeds is None and trials[-1]["rules"]:
+                break
+        store(name, trials)
+        missed += not any(trial["rules"] for trial in trials)
+        print(f"{name}: {'; '.join(map(told, trials))}", flush=True)
     print(f"planted: {len(names)} bugs, {len(names) - missed} found")
     return 1 if missed else 0
+
+
+def told(trial: Trial) -> str:
+    if not trial["rules"]:
+        return f"seed {trial['seed']}: nothing"
+    return f"seed {trial['seed']}: {trial['first']} after {trial['seconds']:g} s"
+
+
+def store(name: str, trials: list[Trial]) -> None:
+    """Put the newest runs of this bug in the place of those before, and leave out unknown bugs."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[name] = {"at": datetime.now(UTC).date().isoformat(), "trials": trials}
+    ordered = {bug: known[bug] for bug in BUGS if bug in known}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 
 from beatless.orchestrator.events import Event
+from tests.faults.fleet import UNATTENDED
 from tests.faults.history import Record
 from tests.faults.plans import PLANS
 
@@ -42,36 +43,68 @@ class Recorder:
         finally:
             self.write("call", **record | {"end": time()})
 
-    def close(self) -> None:
-        self._file.close()
+    def records(self) -> list[Record]:
+        """What has been written down until now."""
+        return list(map(json.loads, self.path.read_text().splitlines()))
+
+    def part(self, session: psycopg.Connection, ledger: Path) -> list[Record]:
+        """The history until now, while nobody calls.
+
+        In this order: what a viewer was shown is stored, and what is stored has had its effects.
+        """
+        told = self.records()
+        stored = list(stored_by(session))
+        return [*told, *stored, *plans(), *effects_in(ledger)]
 
     def write_stored(self, session: psycopg.Connection, ledger: Path) -> None:
-        """What is in Postgres, and in the ledger of the bodies."""
-        for plan in PLANS:
-            cleanup = [plan.on_cancel.name] if plan.on_cancel else []
-            steps = [step.name for step in plan.steps]
-            snoozing = [step for step in steps if step == "snooze"]
-            self.write("plan", plan=plan.name, steps=steps, cleanup=cleanup, snoozing=snoozing)
-        for row in session.execute(STORED):
-            self.write(row[0], **row[1])
-        if ledger.exists():
-            for line in ledger.read_text().splitlines():
-                effect = json.loads(line)
-                self.write(effect.pop("kind"), **effect)
-
-    def records(self) -> Iterator[Record]:
-        with self.path.open() as lines:
-            for line in lines:
-                record = json.loads(line)
-                if record["kind"] == "event":
-                    event = Event.from_dict(record | {"ts": record["ms"]})
-                    record["text"] = text_of(event)
-                yield record
+        """Add what is in Postgres and in the ledger of the bodies when all is over."""
+        left = session.execute("SELECT count(*) FROM run_outbox").fetchone()
+        for record in (*plans(), *stored_by(session), *effects_in(ledger)):
+            self.write(**record)
+        self.write("outbox", rows=left[0] if left else 0)
 
 
-STORED = """
+def plans() -> Iterator[Record]:
+    """The plans of the load."""
+    for plan in PLANS:
+        steps = [step.name for step in plan.steps]
+        retries = {
+            step.name: {
+                "error": "ValueError",
+                "attempts": step.retry.max_attempts,
+                "delays_s": [step.retry.delay(n) for n in range(1, step.retry.max_attempts)],
+            }
+            for step in plan.steps
+            if step.retry.max_attempts > 1
+        }
+        yield {
+            "kind": "plan",
+            "plan": plan.name,
+            "steps": steps,
+            "cleanup": [plan.on_cancel.name] if plan.on_cancel else [],
+            "retries": retries,
+        }
+
+
+def stored_by(session: psycopg.Connection) -> Iterator[Record]:
+    """What is in Postgres, of one moment."""
+    for kind, members in session.execute(STORED):
+        record = {"kind": kind, **members}
+        if kind == "event":
+            record["text"] = text_of(Event.from_dict(record | {"ts": record["ms"]}))
+        yield record
+
+
+def effects_in(ledger: Path) -> Iterator[Record]:
+    """What the bodies have written down."""
+    if ledger.exists():
+        yield from map(json.loads, ledger.read_text().splitlines())
+
+
+STORED = f"""
 SELECT 'run', jsonb_build_object('run_id', run_id, 'plan', plan, 'state', state,
-  'last_seq', last_seq, 'key', key, 'created_at', extract(epoch FROM created_at),
+  'last_seq', last_seq, 'key', key, 'attended', queue <> '{UNATTENDED}',
+  'created_at', extract(epoch FROM created_at),
   'deadline_at', extract(epoch FROM deadline_at), 'retry_of', retry_of) FROM runs
 UNION ALL
 SELECT 'event', jsonb_build_object('run_id', run_id, 'seq', seq, 'ts', extract(epoch FROM ts),
@@ -79,5 +112,4 @@ SELECT 'event', jsonb_build_object('run_id', run_id, 'seq', seq, 'ts', extract(e
   'step', step, 'attempt', attempt, 'data', data) FROM run_events
 UNION ALL SELECT 'log', to_jsonb(l) FROM chaos_log l
 UNION ALL SELECT 'row', to_jsonb(r) FROM chaos_rows r
-UNION ALL SELECT 'outbox', jsonb_build_object('rows', count(*)) FROM run_outbox
 """

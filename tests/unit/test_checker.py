@@ -20,7 +20,8 @@ def event(run_id: str, seq: int, type: str, step: str | None = None, **more: Any
 
 def run(run_id: str, plan: str, state: str, last_seq: int, **more: Any) -> dict[str, Any]:
     found = {"kind": "run", "run_id": run_id, "plan": plan, "state": state, "last_seq": last_seq}
-    return found | {"key": None, "created_at": 101.0, "deadline_at": None, "retry_of": None} | more
+    found |= {"key": None, "created_at": 101.0, "deadline_at": None, "retry_of": None}
+    return found | {"attended": True} | more
 
 
 def call(op: str, begin: float, end: float, outcome: str = "ok", **more: Any) -> dict[str, Any]:
@@ -48,23 +49,42 @@ def wrote(type: str, step: str, attempt: int = 1) -> dict[str, Any]:
 
 def frame(viewer: str, run_id: str, seq: int, type: str) -> dict[str, Any]:
     found = {"kind": "frame", "viewer": viewer, "run_id": run_id, "seq": seq, "type": type}
-    return found | {"text": f"{run_id} {seq} {type}"}
+    return found | {"text": f"{run_id} {seq} {type}", "at": 100.1 + seq}
+
+
+def wire(seq: int, connection: str = "1") -> dict[str, Any]:
+    found = {"kind": "wire", "connection": connection, "run_id": "r", "seq": seq}
+    return found | {"at": 100.1 + seq}
+
+
+FLAKY = {"error": "ValueError", "attempts": 2, "delays_s": [0.5]}
 
 
 def honest() -> list[dict[str, Any]]:
-    """A run whose worker was killed in its first step, and one that was cancelled."""
+    """A run whose worker was killed, one that was cancelled, and one that was retried."""
     types = ["RunStarted", "StepStarted", "StepStarted", "StepFinished", "StepStarted"]
     types += ["StepFinished", "RunFinished"]
     result_a, result_b = {"result": {"call": "a2"}}, {"result": {"call": "b1"}}
     return [
-        {"kind": "plan", "plan": "p", "steps": ["a", "b"], "cleanup": ["undo"], "snoozing": []},
+        {
+            "kind": "plan",
+            "plan": "p",
+            "steps": ["a", "b"],
+            "cleanup": ["undo"],
+            "retries": {"b": FLAKY},
+        },
         call("start", 99, 101, run_id="r", plan="p", key="k", delay_s=1),
         call("start", 99, 101, run_id="c", plan="p"),
         call("start", 99, 101, "rolled_back", run_id="gone", plan="p"),
+        call("start", 99, 101, run_id="f", plan="p"),
+        call("retry", 110, 111, run_id="f", new="n"),
         call("cancel", 102, 103, run_id="c"),
+        call("cancel", 102, 103, "rolled_back", run_id="r"),
         call("pause", 110, 111, queue="calm"),
         call("resume", 120, 121, queue="calm"),
         {"kind": "fault", "name": "kill", "begin": 102.5, "end": 102.6},
+        {"kind": "quiet", "begin": 103.5, "end": 140.0, "drained": 104.0, "rows": None},
+        {"kind": "calm", "begin": 104.0, "end": 140.0, "bound_s": 3.0},
         run("r", "p", "completed", 7, key="k", deadline_at=200.0),
         event("r", 1, "RunStarted"),
         event("r", 2, "StepStarted", "a"),
@@ -84,18 +104,47 @@ def honest() -> list[dict[str, Any]]:
         logged(5, 3, "r", **wrote("StepFinished", "a", 2)),
         logged(6, 3, "r", **wrote("StepStarted", "b")),
         logged(7, 4, "r", **wrote("StepFinished", "b")),
+        {"kind": "watch", "viewer": "v", "run_id": "r", "from_seq": 2, "at": 101.0},
         *(frame("v", "r", seq, types[seq - 1]) for seq in range(3, 8)),
         {"kind": "view", "viewer": "v", "run_id": "r", "from_seq": 2, "ended": True},
-        *({"kind": "wire", "connection": "1", "run_id": "r", "seq": n} for n in (1, 2, 1, 3, 2, 4)),
+        {"kind": "listen", "connection": "1", "at": 99.0},
+        *map(wire, (1, 2, 1, 3, 2, 4, 5, 6, 7)),
         run("c", "p", "cancelled", 7),
         event("c", 1, "RunStarted"),
         event("c", 2, "StepStarted", "a"),
-        event("c", 3, "CancelRequested"),
+        event("c", 3, "CancelRequested", data={"on_cancel": "undo"}),
         event("c", 4, "StepFinished", "a", data={"result": None}),
         event("c", 5, "StepStarted", "undo"),
         event("c", 6, "StepFinished", "undo", data={"result": None}),
         event("c", 7, "RunFinished", data={"outcome": "cancelled"}),
+        run("f", "p", "failed", 10),
+        event("f", 1, "RunStarted"),
+        event("f", 2, "StepStarted", "a"),
+        event("f", 3, "StepFinished", "a", data={"result": None}),
+        *failures("f", 4),
+        event("f", 10, "RunFinished", data={"outcome": "failed"}),
+        run("n", "p", "completed", 4, retry_of="f"),
+        event("n", 1, "RunStarted", ts=111.0),
+        event("n", 2, "StepStarted", "b", ts=112.0),
+        event("n", 3, "StepFinished", "b", ts=113.0, data={"result": None}),
+        event("n", 4, "RunFinished", ts=114.0, data={"outcome": "completed"}),
+        *({**wire(n), "run_id": run_id} for run_id in "cfn" for n in range(1, 12)),
         {"kind": "outbox", "rows": 0},
+    ]
+
+
+def failures(run_id: str, seq: int) -> list[dict[str, Any]]:
+    """Two attempts of `b`, of which the first was given back once."""
+    error = {"type": "ValueError"}
+    return [
+        event(run_id, seq, "StepStarted", "b"),
+        event(run_id, seq + 1, "DebugTrace", "b", data={"name": "beatless.given_back"}),
+        event(run_id, seq + 2, "StepStarted", "b"),
+        event(run_id, seq + 3, "StepFailed", "b", data={"error": error, "retry_at": 107_500}),
+        event(run_id, seq + 4, "StepStarted", "b", attempt=2),
+        event(
+            run_id, seq + 5, "StepFailed", "b", attempt=2, data={"error": error, "retry_at": None}
+        ),
     ]
 
 
@@ -166,6 +215,30 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "an attempt that nothing explains": ("I10", drop(kind="fault")),
     "an attempt that ran twice": ("I10", add(effect("r", "b", "b2"))),
+    "an attempt that was given back is counted": (
+        "I10",
+        change({"kind": "event", "run_id": "f", "seq": 6}, attempt=2),
+    ),
+    "an attempt that failed is not counted": (
+        "I10",
+        change({"kind": "event", "run_id": "f", "seq": 8}, attempt=1),
+    ),
+    "a step is tried again too often": (
+        "I10",
+        change({"kind": "event", "run_id": "f", "seq": 9}, data={"retry_at": 109_500}),
+    ),
+    "a step is given up too early": (
+        "I10",
+        change({"kind": "plan"}, retries={"b": FLAKY | {"attempts": 3}}),
+    ),
+    "a retry that does not wait": (
+        "delay",
+        change({"kind": "event", "run_id": "f", "seq": 8}, ts=107.2),
+    ),
+    "a retry that repeats a finished step": (
+        "I4",
+        change({"kind": "event", "run_id": "n", "seq": 2}, step="a"),
+    ),
     "a step was left out": (
         "order",
         change({"kind": "plan", "plan": "p"}, steps=["a", "between", "b"]),
@@ -179,8 +252,9 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a viewer still waits": ("I1", change({"kind": "view"}, ended=False)),
     "published out of order": (
         "I3",
-        add(*({"kind": "wire", "connection": "2", "run_id": "r", "seq": n} for n in (2, 1))),
+        add({"kind": "listen", "connection": "2", "at": 99.0}, wire(2, "2"), wire(1, "2")),
     ),
+    "never published": ("I3", drop(kind="wire", run_id="r", seq=4)),
     "an accepted run is gone": ("I7", add(call("start", 1, 2, run_id="lost", plan="p"))),
     "a run never ends": ("I7", change({"kind": "run", "run_id": "r"}, state="queued")),
     "a run that nobody started": ("I12", drop(kind="call", run_id="r")),
@@ -189,6 +263,46 @@ LIES: dict[str, tuple[str, Lie]] = {
         change({"kind": "call", "run_id": "gone"}, run_id="r"),
     ),
     "rows are left in the outbox": ("I8", change({"kind": "outbox"}, rows=1)),
+    "rows are left in the outbox of a quiet": (
+        "I8",
+        change({"kind": "quiet"}, drained=None, rows=1),
+    ),
+    "a run does not move in a quiet": (
+        "I7",
+        add(
+            run("w", "p", "queued", 1),
+            event("w", 1, "RunStarted"),
+            {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0},
+        ),
+    ),
+    "a run that began late in calm": (
+        "prompt",
+        add(
+            call("start", 119, 120, run_id="l", plan="p"),
+            run("l", "p", "queued", 1),
+            event("l", 1, "RunStarted", ts=119.5),
+        ),
+    ),
+    "an event that was published late in calm": (
+        "prompt",
+        change({"kind": "wire", "run_id": "r", "seq": 6}, at=111.0),
+    ),
+    "an event that was shown late in calm": (
+        "prompt",
+        change({"kind": "frame", "seq": 7}, at=111.0),
+    ),
+    "a deadline that nobody looked at in calm": (
+        "prompt",
+        change({"kind": "run", "run_id": "n"}, deadline_at=110.5),
+    ),
+    "a cancel whose caller has rolled back": (
+        "I12",
+        change({"kind": "call", "op": "cancel", "run_id": "c"}, outcome="rolled_back"),
+    ),
+    "a cancel that undoes nothing": (
+        "I9",
+        change({"kind": "event", "run_id": "c", "seq": 5}, type="DebugTrace"),
+    ),
     "a cancel is not stored": ("I9", change({"kind": "call", "op": "cancel"}, run_id="r")),
     "a step begins after the cancel": (
         "I9",
@@ -201,7 +315,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "a step began after the deadline": (
         "deadline",
-        change({"kind": "run", "run_id": "r"}, deadline_at=103.5),
+        change({"kind": "event", "run_id": "r", "seq": 5}, ts=201.5),
     ),
     "a run outlived its deadline": (
         "deadline",

@@ -2,11 +2,12 @@
 
 import pytest
 
-from tests.faults.planted import BUGS, ROOT
+from tests.faults.bugs import BUGS
+from tests.faults.planted import ROOT
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_fits_the_tree(name: str) -> None:
-    bug = BUGS[name]
-    assert (ROOT / bug.file).read_text().count(bug.text) == 1
-    assert bug.text != bug.instead
+    for edit in BUGS[name].edits:
+        assert (ROOT / edit.file).read_text().count(edit.text) == 1
+        assert edit.text != edit.instead

@@ -1,0 +1,287 @@
+"""Known bugs of the kinds that such systems have had, each as edits of this tree."""
+
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    """One edit: the text stands exactly once in the file. Others may belong to it."""
+
+    file: str
+    text: str
+    instead: str
+    more: tuple["Bug", ...] = ()
+
+    @property
+    def edits(self) -> tuple["Bug", ...]:
+        return (self, *self.more)
+
+
+SETTLED = """\
+WITH u AS (
+  UPDATE {schema}.runs
+     SET last_seq = last_seq
+           + CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END,
+         state = {settled_state},
+         result = CASE WHEN cancel_requested_at IS NULL THEN %(result)s::jsonb END,
+         error = CASE WHEN cancel_requested_at IS NULL
+                      THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
+         lease_expires_at = CASE WHEN {settled_state} = 'running' THEN lease_expires_at END,
+         not_before = CASE WHEN {settled_state} = 'queued'
+                           THEN least(CASE WHEN cancel_requested_at IS NULL THEN deadline_at END,
+                             clock_timestamp() + make_interval(secs =>
+                               CASE WHEN cancel_requested_at IS NULL
+                                    THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
+         finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
+                            THEN clock_timestamp() END
+   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+     AND last_seq >= %(after)s
+  RETURNING run_id, last_seq, state, not_before, NOT (cancel_requested_at IS NULL) AS cancelled,
+            CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END AS n
+"""
+"""The boundary of a step, up to its row."""
+
+BUGS = {
+    "a boundary is written without the lease": Bug(
+        "orchestrator/journal.sql",
+        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
+        "     AND last_seq >= %(after)s\n"
+        "  RETURNING run_id, last_seq, state,",
+        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
+        "     AND last_seq >= %(after)s\n"
+        "  RETURNING run_id, last_seq, state,",
+    ),
+    "a trace is written without the lease": Bug(
+        "orchestrator/journal.sql",
+        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
+        "     AND last_seq >= %(after)s\n"
+        "  RETURNING run_id, last_seq, cancel",
+        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
+        "     AND last_seq >= %(after)s\n"
+        "  RETURNING run_id, last_seq, cancel",
+    ),
+    "a claim keeps the token": Bug(
+        "orchestrator/lease.sql",
+        "attempt = attempt + 1, lease_token = %(token)s,",
+        "attempt = attempt + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),",
+    ),
+    "a lease is taken from a worker that lives": Bug(
+        "orchestrator/lease.sql",
+        "state = 'running' AND lease_expires_at < clock_timestamp()",
+        "state = 'running' AND lease_expires_at IS NOT NULL",
+    ),
+    "a heartbeat keeps no lease": Bug(
+        "orchestrator/lease.sql",
+        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)\n"
+        "    FROM held",
+        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s / 50)\n"
+        "    FROM held",
+    ),
+    "a cancel of a run that runs is not stored": Bug(
+        "orchestrator/journal.sql",
+        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')"
+        "\n     AND cancel_requested_at IS NULL",
+        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued')"
+        "\n     AND cancel_requested_at IS NULL",
+    ),
+    "a cancel is stored after the end": Bug(
+        "orchestrator/journal.sql",
+        "AND namespace = %(namespace)s AND state IN ('queued', 'running')\n"
+        "     AND cancel_requested_at IS NULL",
+        "AND namespace = %(namespace)s\n     AND cancel_requested_at IS NULL",
+    ),
+    "a claim does not look whether its queue is paused": Bug(
+        "orchestrator/lease.sql",
+        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
+        "                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))",
+        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
+        "                              WHERE q.name = '' AND q.paused_at IS NOT NULL))",
+    ),
+    "a run that waits for a retry is forgotten": Bug(
+        "orchestrator/journal.sql",
+        "WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')",
+        "WHERE d.run_id = u.run_id AND u.state <> 'running'",
+    ),
+    "a delay is shorter than asked for": Bug(
+        "orchestrator/journal.sql",
+        "coalesce(not_before, clock_timestamp() + make_interval(secs => delay))",
+        "coalesce(not_before, clock_timestamp() + make_interval(secs => delay / 10))",
+    ),
+    "a start commits by itself": Bug(
+        "jobs/client/base.py",
+        "            return act(given)\n",
+        "            given = None\n",
+    ),
+    "a run that was taken over begins anew": Bug(
+        "orchestrator/execution.py",
+        "        if self._lease.begun:\n",
+        "        if self._lease.begun or self._lease.run.attempt > 1:\n",
+    ),
+    "a commit whose answer was lost is made again": Bug(
+        "orchestrator/leased_writer.py",
+        "            if tried:\n",
+        "            if tried and self._run_id == '':\n",
+    ),
+    "a stream does not look for gaps": Bug(
+        "jobs/streams/cursor.py",
+        "self._early.pop(self.seq + 1, None)",
+        "self._early.pop(min(self._early, default=0), None)",
+    ),
+    "a stream believes events of other runs": Bug(
+        "jobs/streams/messages.py",
+        "EventText.read(line, run_id)",
+        "EventText.read(line)",
+    ),
+    "a lease has no token": Bug(
+        "orchestrator/lease.py", "return secrets.randbits(63)", "return secrets.randbits(0)"
+    ),
+    "a relay passes by rows that somebody holds": Bug(
+        "outbox/queries.sql",
+        "AND o.run_id <> ALL(%(aside)s::text[])\n    ORDER BY o.id LIMIT {per_shard}) o\n",
+        "AND o.run_id <> ALL(%(aside)s::text[])\n    ORDER BY o.id LIMIT {per_shard}"
+        " FOR UPDATE SKIP LOCKED) o\n",
+    ),
+    "a relay deletes events before it publishes them": Bug(
+        "outbox/event_lane.py",
+        "        try:\n            self._publisher.publish(messages)\n        except PublishFailed",
+        "        self._connection.execute(self._queries.forget_events_sql, _ids(picked))\n"
+        "        try:\n            self._publisher.publish(messages)\n        except PublishFailed",
+    ),
+    "a relay publishes the last events of a run first": Bug(
+        "outbox/event_lane.py",
+        "row.body for row in group",
+        "row.body for row in reversed(group)",
+    ),
+    "a cancel leaves no message in the outbox": Bug(
+        "orchestrator/journal.sql",
+        "         last_seq FROM u\n), gone AS (",
+        "         last_seq FROM u WHERE false\n), gone AS (",
+    ),
+    "a stream reads the journal before it subscribes": Bug(
+        "jobs/streams/streams.py",
+        "                await mailbox.ready(limit.left)\n",
+        "",
+        (
+            Bug(
+                "jobs/streams/hub.py",
+                '        self.missed("reconnect" if live else "without_redis")\n',
+                '        if not live:\n            self.missed("without_redis")\n',
+            ),
+        ),
+    ),
+    "a stream does not read the journal after it was cut off": Bug(
+        "jobs/streams/hub.py",
+        '        self.missed("reconnect" if live else "without_redis")\n',
+        '        if not live:\n            self.missed("without_redis")\n',
+    ),
+    "a bell is released before its writer commits": Bug(
+        "outbox/fragments.sql",
+        "NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)",
+        "NOT (pg_try_advisory_lock_shared({bell_key}, %(shard)s)"
+        " AND pg_advisory_unlock_shared({bell_key}, %(shard)s))",
+        (
+            Bug(
+                "outbox/fragments.sql",
+                "NOT pg_try_advisory_xact_lock_shared({bell_key}, shard)",
+                "NOT (pg_try_advisory_lock_shared({bell_key}, shard)"
+                " AND pg_advisory_unlock_shared({bell_key}, shard))",
+            ),
+        ),
+    ),
+    "a start rings the bell of another shard": Bug(
+        "outbox/fragments.sql",
+        "NOT pg_try_advisory_xact_lock_shared({bell_key}, shard)",
+        "NOT pg_try_advisory_xact_lock_shared({bell_key}, (shard + 8) %% 16)",
+    ),
+    "a relay sleeps without another look": Bug(
+        "outbox/session_loop.py",
+        "        if self._is_busy(self._drain_all()):\n            self.sessions.rouse()\n"
+        "        elif self.sessions.granted():\n"
+        "            if self._is_busy(self._drain_all()):\n"
+        "                self.sessions.rouse()\n                return\n",
+        "        granted = self.sessions.granted()\n"
+        "        if not granted and self._is_busy(self._drain_all()):\n"
+        "            self.sessions.rouse()\n        elif granted:\n",
+    ),
+    "the floor does not wait for transactions that run": Bug(
+        "outbox/scan_floor.py",
+        "self._decided = xmin is not None and xmin[0] >= self._candidate.xid",
+        "self._decided = xmin is not None",
+    ),
+    "the floor rises to the last id that was seen": Bug(
+        "outbox/scan_floor.py",
+        "        self._rows_since = 0\n        if self._candidate is None:",
+        "        self._rows_since, self.id = 0, self._highest\n        if self._candidate is None:",
+    ),
+    "the floor rises to what was picked since its candidate": Bug(
+        "outbox/scan_floor.py",
+        "self.id = self._candidate.id",
+        "self.id = max(self._candidate.id, self._highest)",
+    ),
+    "a message that the broker has lost is not missed": Bug(
+        "outbox/queries.sql",
+        "WHERE d.state <> 'waiting' AND d.due_at <=",
+        "WHERE d.state NOT IN ('waiting', 'sent') AND d.due_at <=",
+    ),
+    "a cancel is read before the row is locked": Bug(
+        "orchestrator/journal.sql",
+        SETTLED,
+        SETTLED.replace("cancel_requested_at IS NULL", "(SELECT at FROM seen) IS NULL").replace(
+            "WITH u AS (",
+            "WITH seen AS (SELECT cancel_requested_at AS at FROM {schema}.runs"
+            " WHERE run_id = %(run_id)s), u AS (",
+        ),
+        (
+            Bug(
+                "orchestrator/journal.sql",
+                "CASE WHEN cancel_requested_at IS NULL THEN %(state)s ELSE",
+                "CASE WHEN (SELECT at FROM seen) IS NULL THEN %(state)s ELSE",
+            ),
+        ),
+    ),
+    "a cancel undoes nothing": Bug(
+        "orchestrator/boundaries.py",
+        "        if self._plan.on_cancel is not None:\n"
+        "            return Boundary(events=events, state=RunState.QUEUED)\n",
+        "",
+    ),
+    "a failure counts twice": Bug(
+        "orchestrator/progress.py", "progress.failures += 1", "progress.failures += 2"
+    ),
+    "a snooze counts as an attempt": Bug(
+        "orchestrator/progress.py",
+        'if data.get("name") == SNOOZED:\n                progress.uncounted()\n',
+        'if data.get("name") == SNOOZED:\n',
+    ),
+    "a retry does not wait as long as its step says": Bug(
+        "orchestrator/journal.sql",
+        "THEN %(delay)s ELSE %(delay_cancelled)s",
+        "THEN %(delay)s / 10 ELSE %(delay_cancelled)s",
+    ),
+    "a retried run begins at its beginning": Bug(
+        "orchestrator/progress.py",
+        "    if progress.compensating:\n        return None\n    if progress.unknown",
+        "    if progress.step is not None:\n        return None\n    if progress.unknown",
+    ),
+    "a deadline is not looked at while a run waits": Bug(
+        "orchestrator/deadlines.sql",
+        "AND (r.state = 'queued'\n          OR r.state = 'running'",
+        "AND (r.state = 'running'",
+    ),
+    "rows of a step are committed before its result": Bug(
+        "orchestrator/executor.py",
+        "appended = self._writer.settle_within(transaction, commit.settlement)",
+        "transaction.commit()\n"
+        "                    appended = self._writer.settle(commit.settlement)",
+    ),
+    "a commit whose answer was lost is taken for done": Bug(
+        "orchestrator/leased_writer.py",
+        "if status.committed_since:\n                    cancelled",
+        "if status.held:\n                    cancelled",
+    ),
+    "a key is not stored": Bug(
+        "orchestrator/journal.sql",
+        "plan_version, queue, 'queued', input, key, 1,",
+        "plan_version, queue, 'queued', input, NULL, 1,",
+    ),
+}
+"""By what they do wrong."""

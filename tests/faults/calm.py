@@ -1,0 +1,116 @@
+"""Calm periods: nothing is broken and few call, so that whatever is late was forgotten.
+
+1. all faults are taken back, all processes are there, and nobody calls any more: quiet
+2. all that is due has ended, and the outbox is empty; in a quiet that lasts too long, something
+   has been forgotten
+3. calm: a few calls at once, and the next ones when all that they began has ended; a wake-up that
+   is lost is made good by no other
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic, time
+
+import psycopg
+
+from tests.faults.fleet import UNATTENDED, Fleet
+from tests.faults.load import Load
+from tests.faults.recorder import Recorder
+
+QUIET_S = 30.0
+"""The longest quiet until all is drained: a lost message is looked for after 2 s and, if it seems
+to be there, after 8 s again; a broken transaction is made again after 1, 2, 4 and 8 s."""
+
+BOUND_S = 3.0
+"""What nothing takes in calm. Forgotten, a run or an event waits for a relay's next look: 15 s."""
+
+LAG_FACTOR = 10.0
+"""The bound is longer by so many times the longest delay of a thread that only waits."""
+
+TICK_S = 0.05
+
+DUE = f"""
+SELECT count(*) FROM runs WHERE state = 'running'
+   OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
+      AND queue <> '{UNATTENDED}'
+"""
+
+
+def heal(fleet: Fleet) -> None:
+    """Nothing is broken any more, whatever a fault has left when it was disturbed itself."""
+    for slot in fleet.slots.values():
+        if slot.child is not None and slot.child.alive:
+            for pid in (slot.pid, *slot.children):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+    for way in (fleet.to_postgres, fleet.to_bus, fleet.to_api):
+        way.cut_after = None
+        way.release()
+        way.cut()
+    with fleet.connect() as session:
+        session.execute("SET default_transaction_read_only = off")
+        session.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        session.execute("ALTER DATABASE postgres RESET ALL")
+        session.execute("SELECT pg_reload_conf()")
+        session.execute("DROP TRIGGER IF EXISTS chaos_full ON run_events")
+
+
+@contextmanager
+def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None]:
+    """Nobody calls in this block, after all was healed; when all had drained, or None."""
+    with load.hushed():
+        load.hears.wait(QUIET_S)
+        begin = time()
+        drained = None if (rows := drain(fleet, QUIET_S)) is not None else time()
+        yield drained
+        recorder.write("quiet", begin=begin, end=time(), drained=drained, rows=rows)
+
+
+def drain(fleet: Fleet, seconds: float) -> int | None:
+    """Wait until all that is due has ended; or how many rows are left in the outbox after that."""
+    until, rows = monotonic() + seconds, 0
+    while monotonic() < until:
+        with contextlib.suppress(psycopg.Error), fleet.connect() as session:
+            while monotonic() < until:
+                (due,) = session.execute(DUE).fetchone() or (0,)
+                (rows,) = session.execute("SELECT count(*) FROM run_outbox").fetchone() or (0,)
+                if not due and not rows:
+                    return None
+                threading.Event().wait(0.02)
+    return rows
+
+
+def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s: float) -> None:
+    """Rounds of calls for so many seconds, in quiet."""
+    begin, until = time(), monotonic() + s
+    with slowness() as longest:
+        while monotonic() < until:
+            load.round(chance)
+            drain(fleet, max(0.0, until - monotonic()))
+            threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
+    recorder.write("calm", begin=begin, end=time(), bound_s=BOUND_S + LAG_FACTOR * longest[0])
+
+
+@contextmanager
+def slowness() -> Iterator[list[float]]:
+    """The longest delay in seconds, in this block, of a thread that only waits."""
+    longest, ending = [0.0], threading.Event()
+
+    def tick() -> None:
+        begin = monotonic()
+        while not ending.wait(TICK_S):
+            longest[0] = max(longest[0], monotonic() - begin - TICK_S)
+            begin = monotonic()
+
+    ticker = threading.Thread(target=tick, name="ticker")
+    ticker.start()
+    try:
+        yield longest
+    finally:
+        ending.set()
+        ticker.join()

@@ -1,0 +1,67 @@
+"""Rules of the checker about time: what is too early, too late, forgotten, or was to pause."""
+
+from collections.abc import Callable, Iterator
+
+from tests.faults.history import ENDED, History, Violation, due_after, of_type
+
+DEADLINE_BOUND_S = 60.0
+"""A run whose deadline has passed has ended within this time, whatever else happens."""
+
+
+def quiet_runs_go_on(history: History) -> Iterator[Violation]:
+    for quiet in history.quiets:
+        if quiet["drained"] is not None:
+            continue
+        if quiet["rows"]:
+            yield Violation("I8", "-", f"{quiet['rows']} rows are left in the outbox in quiet")
+        for run_id, run, events in history.each_run():
+            due = events and (due_after(events[-1]) or events[-1]["ts"])
+            if run["state"] not in ENDED and due and due < quiet["begin"]:
+                yield Violation("I7", run_id, f"is {run['state']}, and has not moved in quiet")
+
+
+def calm_is_prompt(history: History) -> Iterator[Violation]:
+    for what, run_id, since, until in history.waits():
+        for calm in history.calms:
+            waited_s = min(until, calm["end"]) - max(since, calm["begin"])
+            if waited_s > calm["bound_s"]:
+                yield Violation("prompt", run_id, f"{what} took {waited_s:.1f} s of calm")
+
+
+def times_are_kept(history: History) -> Iterator[Violation]:
+    delays = {c["run_id"]: c["delay_s"] for c in history.called("start") if c.get("delay_s")}
+    for run_id, run, events in history.each_run():
+        begins = of_type(events, "StepStarted")
+        if begins and begins[0]["ts"] < run["created_at"] + delays.get(run_id, 0) - 0.01:
+            yield Violation("delay", run_id, "began before its time")
+        deadline = run["deadline_at"]
+        if deadline and events and events[-1]["ts"] > deadline + DEADLINE_BOUND_S:
+            yield Violation("deadline", run_id, "ended long after its deadline")
+        # A connection that is held carries a start late.
+        slack_s = 1 + 5 * (history.faults_during(deadline - 5, deadline + 5) > 0) if deadline else 0
+        if deadline and any(event["ts"] > deadline + slack_s for event in begins):
+            yield Violation("deadline", run_id, "a step began after its deadline")
+
+
+def pauses_are_kept(history: History) -> Iterator[Violation]:
+    changes = sorted(
+        (c for c in history.calls if c["op"] in ("pause", "resume")), key=lambda c: c["begin"]
+    )
+    for n, pause in enumerate(changes):
+        if pause["op"] != "pause" or pause["outcome"] != "ok":
+            continue
+        until = next((c["begin"] for c in changes[n + 1 :] if c["queue"] == pause["queue"]), 1e18)
+        for run_id, log in history.log.items():
+            for claim in (record["claim"] for record in log if record["claim"]):
+                # A run that had begun goes on: a pause keeps runs from beginning.
+                begun = claim["was_running"] or claim["queue"] != pause["queue"]
+                if not begun and pause["end"] < claim["statement_at"] < until:
+                    yield Violation("pause", run_id, f"claimed while {pause['queue']} is paused")
+
+
+RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
+    quiet_runs_go_on,
+    calm_is_prompt,
+    times_are_kept,
+    pauses_are_kept,
+)
