@@ -35,7 +35,7 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 ROUND_S = 0.02
 """Seconds of bodies after which the boundaries of those that have returned are committed."""
 
-BUSY_S = 0.1
+BUSY_S = 0.2
 """Seconds of one turn after which the other runs are handed back."""
 
 CHECK_INTERVAL_S = 0.025

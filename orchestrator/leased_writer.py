@@ -6,7 +6,8 @@ journal has grown by an event of a worker; that it happens later is ruled out by
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import psycopg
@@ -23,6 +24,7 @@ from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller
 
 logger = logging.getLogger("beatless.orchestrator.executor")
@@ -79,6 +81,8 @@ class LeasedWriter:
         """Held by the one thread that writes: a step may have many."""
         self._speaking: Attempt | None = None
         """The attempt whose threads may write now."""
+        self.asked_s = 0.0
+        """Seconds that the threads of steps have spent here."""
 
     def read(self) -> list[Event]:
         """The events that determine the progress of the run. Raises LeaseLost if it was removed."""
@@ -176,8 +180,7 @@ class LeasedWriter:
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
-        with self._writing:
-            self._require(attempt, event.step)
+        with self._asking(attempt, event.step):
             appended = self._write(
                 lambda connection: self._journal.append(
                     connection, self._run_id, self._lease.token, [event], self._last_seq
@@ -188,8 +191,7 @@ class LeasedWriter:
 
     def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
         """`cancel_requested` for the threads of a step. Raises StepEnded after it."""
-        with self._writing:
-            self._require(attempt, step)
+        with self._asking(attempt, step):
             return self.cancel_requested()
 
     def cancel_requested(self) -> bool:
@@ -202,9 +204,16 @@ class LeasedWriter:
         self._disconnect()
         self._last_seq = self._patiently(self._inspect).last_seq
 
-    def _require(self, attempt: Attempt, step: str | None) -> None:
-        if self._speaking is not attempt:
-            raise StepEnded(self._run_id, step or "")
+    @contextmanager
+    def _asking(self, attempt: Attempt, step: str | None) -> Iterator[None]:
+        began = monotonic()
+        try:
+            with self._writing:
+                if self._speaking is not attempt:
+                    raise StepEnded(self._run_id, step or "")
+                yield
+        finally:
+            self.asked_s += monotonic() - began
 
     # One write, and finding out whether it was written
 

@@ -1,6 +1,7 @@
 """Several runs are executed in one thread, with one commit for all: each is as it is alone."""
 
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ from tests.proxy import Proxy, proxy
 
 ACTS: dict[str, Callable[[StepContext], Any]] = {}
 """What the body of a run does, by its input."""
+
+MOST_CALLS = 800
+"""Calls of Python functions for a run of two steps in a group, log lines and observers included."""
 
 
 @step
@@ -496,3 +500,33 @@ def test_a_group_of_one_is_executed_as_any_run(together: Together, written: list
     ids = together.execute("a")
     assert together.results(ids) == ["a"]
     assert written == []
+
+
+def test_sixteen_runs_cost_their_worker_one_claim_and_a_commit_for_each_step(
+    together: Together, tmp_path: Path
+) -> None:
+    """Counted on the wire: the claim is five statements, of which two begin and end it."""
+    for _ in range(2):  # what is prepared and cached at first is not counted
+        together.execute(*"abcdefghijklmnop")
+    ids = [together.kit.start_run("short", name).run_id for name in "abcdefghijklmnop"]
+    driver = together.executor.connection().pgconn
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    with (tmp_path / "trace").open("w+") as file:
+        driver.trace(file.fileno())
+        sys.setprofile(count)
+        try:
+            together.worker.execute(together.kit.app.plans["short"], ids[0], 1)
+        finally:
+            sys.setprofile(None)
+            driver.untrace()
+        file.seek(0)
+        lines = file.read()
+    assert len(re.findall(r"F\t\d+\t(?:Execute|Query)", lines)) <= 7
+    assert lines.count("ReadyForQuery") <= 7
+    assert together.states(ids) == [RunState.COMPLETED] * 16
+    assert calls / 16 <= MOST_CALLS, calls / 16
