@@ -78,6 +78,10 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disk_full": (WAITS, SESSIONS),
     "too_many_connections": ("who has none waits; relays keep theirs", SESSIONS),
     "rows_held_by_somebody": ("those runs wait; the others go on", LOCKS),
+    "outbox_rows_held_by_somebody": (
+        "they are published in order, and deleted when they are free",
+        LOCKS,
+    ),
     "outbox_held_by_somebody": ("writers wait; nothing is lost", LOCKS),
     "long_transaction": ("nothing: no statement needs the horizon", LOCKS),
     "relays_called_by_anybody": ("a relay looks once more than needed", FORGED),

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.faults.bugs import BUGS
-from tests.faults.planted import ROOT
+from tests.faults.results import ROOT
 
 
 @pytest.mark.parametrize("name", BUGS)
