@@ -21,9 +21,11 @@ from tests.faults.calm import calm, drain, heal, quiet
 from tests.faults.checker import Violation, check
 from tests.faults.faults import FAULTS, inject, of_processes
 from tests.faults.fleet import Fleet
+from tests.faults.guests import ABSENT
 from tests.faults.history import Record
 from tests.faults.load import Load
 from tests.faults.recorder import Recorder
+from tests.faults.results import add_chaos
 from tests.faults.shrink import shrunk
 
 HEALED_S = 120.0
@@ -158,6 +160,7 @@ def main() -> int:
     parser.add_argument(
         "--stop-early", action="store_true", help="check after each calm, stop at a violation"
     )
+    parser.add_argument("--store", action="store_true", help="add the counts to chaos.json")
     given = parser.parse_args()
     kinds = [name for name in given.only.split(",") if name] or list(FAULTS)
     if unknown := set(kinds) - FAULTS.keys():
@@ -185,6 +188,8 @@ def main() -> int:
     for name, count in sorted(chaos.hits.items()):
         missed = chaos.misses[name]
         print(f"  {name} x {count}" + (f" ({missed} missed)" if missed > 0 else ""))
+    for name, needed in ABSENT.items():
+        print(f"  {name}: not here, it needs {needed}")
     for name in sorted(chaos.misses.keys() - chaos.hits.keys()):
         print(f"  {name}: never hit ({chaos.misses[name]} missed)")
     told(violations)
@@ -195,6 +200,14 @@ def main() -> int:
         keep(directory, kept, records, violations)
     shutil.rmtree(directory, ignore_errors=True)
     counts = Counter(record["kind"] for record in records)
+    if given.store:
+        add_chaos(
+            seed=given.seed,
+            seconds=given.seconds,
+            hits=chaos.hits,
+            counts=counts,
+            broken=len(violations),
+        )
     print(
         f"chaos: seed {given.seed}, runs {counts['run']}, events {counts['event']}, "
         f"faults {chaos.hits.total()}, kinds {len(chaos.hits)}, views {chaos.load.viewed}, "

@@ -23,6 +23,8 @@ REDIS = ("integration/test_relay_faults.py", "integration/test_redis_servers.py"
 LOST = ("integration/test_lost_transactions.py",)
 SESSIONS = ("integration/test_postgres_faults.py",)
 LOCKS = ("integration/test_relay_locks.py",)
+CLOCKS = ("integration/test_frozen_clock.py", "integration/test_wakeup_promises.py")
+SESSIONS_SET = ("integration/test_sessions.py",)
 FORGED = ("integration/test_forged_messages.py", "integration/test_hostile_input.py")
 
 EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -85,9 +87,48 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "outbox_held_by_somebody": ("writers wait; nothing is lost", LOCKS),
     "long_transaction": ("nothing: no statement needs the horizon", LOCKS),
     "relays_called_by_anybody": ("a relay looks once more than needed", FORGED),
+    "worker_with_another_clock": ("nothing: times that count are those of Postgres", CLOCKS),
+    "worker_behind_pgbouncer": ("nothing: a worker needs no session of its own", SESSIONS_SET),
+    "hostile_caller": ("each call is refused with its member named; all others go on", FORGED),
+    "disk_without_space": (
+        "as `disk_full`; if Postgres ends by it, as `postgres_crashed`",
+        SESSIONS,
+    ),
     "settings_made_hostile": (
         "sessions set what they depend on",
-        ("integration/test_sessions.py",),
+        SESSIONS_SET,
     ),
 }
 """By fault: what happens, and files below `tests`."""
+
+DRILLS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a standby takes over": (
+        "another epoch from its first moment: streams get `HistoryChanged` or `reset`, waits end",
+        ("integration/test_failover.py",),
+    ),
+    "the journal is read on a standby": (
+        "no stream takes it for the truth: the epoch and the promotion are checked",
+        ("integration/test_history.py", "integration/test_failover.py"),
+    ),
+    "workers of the first release on today's schema": (
+        "they go on through the upgrade and beside new ones, under load",
+        ("stress/test_upgrade.py", "stress/test_rolling_deploy.py"),
+    ),
+    "rows of a newer release": (
+        "they are shown and left alone",
+        ("integration/test_newer_versions.py",),
+    ),
+    "a NOTIFY that is lost, or a full queue of them": (
+        "the watch looks for itself; writers commit",
+        ("integration/test_doorbell.py", "integration/test_wakeup_promises.py"),
+    ),
+    "rows that beatless never writes": (
+        "each costs its own run, and `verify` names it",
+        ("integration/test_hostile_rows.py",),
+    ),
+    "two thousand viewers that come at once": (
+        "places and reads are limited; nobody starves",
+        ("integration/test_api_limits.py", "integration/test_api_connections.py"),
+    ),
+}
+"""What the load does not do, and the tests that do: by what they do."""

@@ -23,6 +23,7 @@ from beatless.local.processes import children_of
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.settings import libpq_url
+from tests.faults.disk import small_disk
 from tests.faults.plans import LEDGER, PLANS
 from tests.proxy import Proxy, proxy
 
@@ -119,6 +120,7 @@ class Fleet:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             enter = stack.enter_context
+            enter(small_disk(self.directory / "pg"))
             self.postgres = enter(
                 EmbeddedPostgres(self.directory / "pg", settings={"max_connections": "120"})
             )

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.faults.expectations import EXPECTATIONS
+from tests.faults.expectations import DRILLS, EXPECTATIONS
 from tests.faults.results import CHAOS, PLANTED, ROOT, SCENARIOS, SOAK, read
 from tests.faults.soak import SERIES, Verdict, verdict
 
@@ -46,6 +46,10 @@ NONE_YET = "\nNo result is stored yet.\n"
 
 def share(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def links(tests: tuple[str, ...]) -> str:
+    return ", ".join(f"[{Path(test).stem}](../tests/{test})" for test in tests)
 
 
 def chaos(runs: list[dict[str, Any]] | None) -> str:
@@ -86,8 +90,11 @@ that was held, a session in a transaction, a stream that was open.
         text += NONE_YET
     text += "\n| fault | what happens | hit in these runs | its own tests |\n|---|---|---|---|\n"
     for name, (happens, tests) in EXPECTATIONS.items():
-        links = ", ".join(f"[{Path(test).stem}](../tests/{test})" for test in tests)
-        text += f"| `{name}` | {happens} | {hits[name] or '-'} | {links} |\n"
+        text += f"| `{name}` | {happens} | {hits[name] or '-'} | {links(tests)} |\n"
+    text += "\nWhat one history cannot judge has drills of its own, in `make test-long`:\n"
+    text += "\n| drill | what happens | tests |\n|---|---|---|\n"
+    for name, (happens, tests) in DRILLS.items():
+        text += f"| {name} | {happens} | {links(tests)} |\n"
     return text
 
 

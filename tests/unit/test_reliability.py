@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from tests.faults.expectations import EXPECTATIONS
+from tests.faults.expectations import DRILLS, EXPECTATIONS
 from tests.faults.faults import FAULTS
+from tests.faults.guests import ABSENT
 from tests.faults.reliability import PAGE, PICTURE, page, picture
 from tests.faults.results import ROOT, SOAK, read
 from tests.faults.scenarios import back_after, rate
@@ -21,12 +22,13 @@ def test_the_picture_is_made_of_the_stored_samples() -> None:
 
 
 def test_the_page_tells_of_each_fault_what_happens() -> None:
-    assert FAULTS.keys() <= EXPECTATIONS.keys()
+    assert EXPECTATIONS.keys() == FAULTS.keys() | ABSENT.keys()
     assert all(happens for happens, _ in EXPECTATIONS.values())
 
 
 def test_the_tests_that_the_page_names_are_there() -> None:
-    files = {test for _, tests in EXPECTATIONS.values() for test in tests}
+    named = [*EXPECTATIONS.values(), *DRILLS.values()]
+    files = {test for _, tests in named for test in tests}
     assert [name for name in sorted(files) if not (ROOT / "tests" / name).exists()] == []
 
 
