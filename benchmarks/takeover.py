@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beatless import App
+from beatless import App, Plan, StepContext, retry, step
 from beatless.local.child import Child
+from beatless.local.processes import children_of
 from beatless.testing import Kit
 from benchmarks.measure import record, services
 
@@ -34,6 +35,18 @@ LIMIT_S = 60.0
 """Above the lease: a takeover by it is seen as one."""
 
 
+@step(retry=retry(max_crashes=10_000))
+def wait(ctx: StepContext) -> None:
+    """Notes when it begins and in which process, then waits at a FIFO."""
+    line = {"at": time.monotonic(), "pid": os.getpid(), "parent": os.getppid()}
+    with Path(ctx.input["lines"]).open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+    Path(ctx.input["fifo"]).read_text()
+
+
+PLANS = [Plan("wait", [wait])]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """What is killed, of the worker that has the run."""
@@ -43,6 +56,13 @@ class Kind:
     kill: Callable[[int, int], None]
     """By the process that executes the run, and the main process of its worker."""
     whole: bool = True
+
+
+def _all(_: int, main: int) -> None:
+    """As the end of a container: nothing of the worker is left that could notice."""
+    for pid in (*children_of(main), main):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 KINDS = (
@@ -62,6 +82,7 @@ KINDS = (
         pools=("prefork", "threads"),
         kill=lambda _, main: os.killpg(main, signal.SIGKILL),
     ),
+    Kind(name="all", pools=("prefork", "threads"), kill=_all),
 )
 
 
@@ -139,7 +160,7 @@ def measure(kit: Kit, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     with services() as bench, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kit = Kit(App(replace(bench.settings), []), directory=Path(folder))
+        kit = Kit(App(bench.settings, PLANS), directory=Path(folder))
         stack.callback(kit.close)
         found = measure(kit, Path(folder))
     for key, values in sorted(found.items()):

@@ -22,10 +22,12 @@ from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
 from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
 from beatless.orchestrator.ended_runs import CountsEndedRuns
+from beatless.orchestrator.fleet_watch import CLIENT_CHECK_INTERVAL, FleetWatch
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.plan import Plan, PlanError
 from beatless.orchestrator.retention import Retention
+from beatless.orchestrator.watch_thread import WatchThread
 from beatless.outbox import forks
 from beatless.outbox.chores import Chore
 from beatless.outbox.config import RelayConfig
@@ -184,6 +186,7 @@ class App:
                 self.leases,
                 executors.connect,
                 self.metrics.worker,
+                fleet=self._fleet_watch(),
             ),
             PresenceReport.of(executors, settings),
             GroupLimit.of(executors),
@@ -301,6 +304,18 @@ class App:
             prepare_threshold=1,
         )
 
+    def _fleet_watch(self) -> partial[FleetWatch] | None:
+        """Makes watches over workers; none behind a pooler, where no session is a process's."""
+        if self.settings.pooled:
+            return None
+        return partial(FleetWatch, self.settings.schema, self.leases, self.watch_connection)
+
+    def watch_connection(self, name: str) -> DirectConnection:
+        """A new session of a watch over workers."""
+        return connect_directly(
+            self.settings, name, DirectConnection, client_check=CLIENT_CHECK_INTERVAL
+        )
+
     def chores(self) -> list[Chore]:
         """The relay's periodic work beside its drains: retention."""
         if self.settings.retention_days == 0:
@@ -318,6 +333,7 @@ class App:
         """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
         client = self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS)
         self._relays_redis.append(client)
+        watch, seen = self._fleet_watch(), fan_out(self.metrics.relay, observer)
         config = RelayConfig(
             connect=self.direct_connection,
             queries=self.queries,
@@ -330,6 +346,7 @@ class App:
                 AdoptsDeadlines(self.settings.schema),
                 CountsEndedRuns(self.settings.schema),
             ],
+            companions=[WatchThread(watch(observer=seen), observer=seen)] if watch else (),
             failing=self.metrics.relay.failing,
             faults=self.faults,
             observer=fan_out(self.metrics.relay, PublishSpans(), self._failures, observer),

@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from beatless.credentials import Password, ask
 from beatless.outbox import forks
 from beatless.outbox.adapters import ADAPTERS, Cursor
-from beatless.outbox.sessions import KEEPALIVE, OWN, SHARED, prepare_session
+from beatless.outbox.sessions import CLIENT_CHECK_INTERVAL, KEEPALIVE, OWN, SHARED, prepare_session
 from beatless.settings import Settings, engine_url, libpq_url
 
 AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
@@ -24,6 +24,7 @@ def _open(
     direct: bool,
     session: Mapping[str, str],
     password: Password | None,
+    client_check: str = CLIENT_CHECK_INTERVAL,
     **options: Any,
 ) -> AnyConnection:
     """An autocommit connection in UTF8. `name` is its application name in Postgres."""
@@ -37,7 +38,10 @@ def _open(
     forks.own(connection)
     if direct:  # a pooler's sessions are not ours to set
         prepare_session(
-            connection, session, options=str(conninfo_to_dict(given).get("options") or "")
+            connection,
+            session,
+            options=str(conninfo_to_dict(given).get("options") or ""),
+            client_check=client_check,
         )
     return connection
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psycopg
 
 from beatless.orchestrator.board import Board
+from beatless.orchestrator.fleet_watch import FleetWatch
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Connection, Leases
 from beatless.orchestrator.observer import DeathCause, LeasesEnded
@@ -59,15 +60,20 @@ class DeathWatch:
         roster: Roster,
         keeper: Keeper,
         main: int,
+        fleet: FleetWatch | None = None,
         observer: Observer = ignore,
     ) -> None:
-        """`main` is the pidfd of the worker's main process."""
+        """`main` is the pidfd of the worker's main process.
+
+        `fleet` makes this worker known to others, and watches over them.
+        """
         self._board = board
         self._leases = leases
         self._connect = connect
         self._roster = roster
         self._keeper = keeper
         self._main: int | None = main
+        self._fleet = fleet
         self._observer = observer
         self._lives: dict[int, int] = {}
         """The processes that live: pidfd and life."""
@@ -86,7 +92,8 @@ class DeathWatch:
     def once(self) -> None:
         """Wait for the next thing to do, and do it."""
         main = [] if self._main is None else [self._main]
-        ready = readable([self._roster.fileno(), *main, *self._lives], self._patience())
+        others = self._fleet.descriptors() if self._fleet is not None else []
+        ready = readable([self._roster.fileno(), *main, *others, *self._lives], self._patience())
         if self._main in ready:
             self._main = None
         for announced in self._roster.announced():
@@ -104,13 +111,16 @@ class DeathWatch:
             self._note_orphans(life)
         if self._orphans and monotonic() >= self._try_at:
             self._try_to_end()
+        if self._fleet is not None:
+            self._fleet.once()
         if monotonic() >= self._look_at:
             self._keeper.look()
             self._look_at = monotonic() + self._keeper.interval_s
 
     def _patience(self) -> float:
         until = min(self._look_at, self._try_at) if self._orphans else self._look_at
-        return max(0.0, until - monotonic())
+        own = max(0.0, until - monotonic())
+        return own if self._fleet is None else min(own, self._fleet.patience())
 
     def _note_orphans(self, life: int) -> None:
         """Now, before the process that takes the dead one's place writes in its slots."""

@@ -83,6 +83,16 @@ class LeaseStatus:
     state: RunState
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLease:
+    """A lease as it stands in the run's row."""
+
+    run_id: str
+    token: int
+    worker: str
+    """What ends the names of all processes of its worker."""
+
+
 class Leases:
     """The statements over leases for one schema."""
 
@@ -227,6 +237,13 @@ class Leases:
             },
         ).fetchall()
         return {token: ended for token, ended, _ in rows}
+
+    def held_by(self, connection: Connection, workers: Sequence[str]) -> list[HeldLease]:
+        """The leases that processes of these workers hold, by what ends the names of those."""
+        rows = connection.execute(
+            self.sql["held_by"], {"workers": list(workers), "seconds": self.seconds}
+        ).fetchall()
+        return [HeldLease(run_id=run_id, token=token, worker=who) for run_id, token, who in rows]
 
     @contextmanager
     def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:

@@ -181,6 +181,16 @@ SELECT held.lease_token, u.run_id IS NOT NULL,
             THEN pg_notify('beatless_{schema}', (u.shard)::text) END
   FROM held LEFT JOIN u USING (run_id)
 
+-- name: held_by
+-- List the leases that the processes of these workers hold.
+-- By the time at which they run out: what is delayed for longer is not read.
+SELECT r.run_id, r.lease_token, substring(r.worker FROM '[^:]*$')
+  FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
+ WHERE d.state <> 'waiting' AND d.due_at > clock_timestamp()
+   AND d.due_at < (SELECT clock_timestamp() + make_interval(secs => 2 * %(seconds)s))
+   AND r.state = 'running' AND r.lease_expires_at > clock_timestamp()
+   AND substring(r.worker FROM '[^:]*$') = ANY(%(workers)s::text[])
+
 -- name: inspect
 -- Read who has the lease of a run, and whether a worker has written since a seq.
 SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,

@@ -22,11 +22,15 @@ class Roster:
 
     def __init__(self) -> None:
         self._ends: tuple[socket.socket, socket.socket] | None = None
+        self.worker = ""
+        """Ends the name of each process of this worker, and of its sessions; empty if it has no
+        keeper."""
 
     def prepare(self) -> None:
         """Before the fork of the keeper, which is before that of any other process."""
         if self._ends is None:
             self._ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.worker = secrets.token_hex(4)
             for end in self._ends:
                 end.setblocking(False)
 

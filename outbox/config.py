@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
 from beatless.outbox.chores import Chore
@@ -11,6 +12,22 @@ from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.overdue import EndOverdue
 from beatless.outbox.publishers import EventPublisher, TaskPublisher
 from beatless.outbox.queries import Queries
+
+
+class Companion(Protocol):
+    """Something that works beside a relay, in a thread of its own."""
+
+    def start(self) -> None:
+        """The relay has its sessions; called again when it has new ones."""
+
+    def heard(self, message: str) -> None:
+        """A message on the relay's channel that is not the relay's own. Must be quick.
+
+        Any client of the database can send anything.
+        """
+
+    def stop(self) -> None:
+        """The relay ends. May be called more than once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +51,8 @@ class RelayConfig:
     """Ends runs that have reached their deadline and that no worker has."""
     chores: Sequence[Chore] = ()
     """Done beside the drains, by one relay at a time."""
+    companions: Sequence[Companion] = ()
+    """Started and stopped with the relay, in each one."""
     chores_after: float = 60.0
     """Time from the start to the first step of a chore."""
     backoff: Backoff = field(default_factory=lambda: Backoff(cap=BACKOFF_CAP_S))

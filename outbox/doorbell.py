@@ -19,19 +19,16 @@ from enum import StrEnum
 from typing import Self
 
 import psycopg
-from psycopg import errors as pg_errors
 from psycopg import pq
 
 from beatless.outbox.clock import monotonic
-from beatless.outbox.direct_connection import STATEMENT_TIMEOUT_S, DirectConnection
+from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.errors import DirectConnectionRequired, SchemaMissing
+from beatless.outbox.pending import cancel, finish
 from beatless.outbox.queries import Queries
 from beatless.outbox.sessions import prepare_to_drain
 from beatless.outbox.sockets import Alarm, readable
 from beatless.outbox.statements import statements
-
-CANCEL_RESEND_S = 0.05
-"""Seconds after which a cancel that had no effect is sent again."""
 
 WATCH_RENEWAL_S = 60.0
 """Seconds that one wait for a leader lock lasts. A statement that waits has a snapshot, and for its
@@ -60,7 +57,14 @@ class Sessions:
     Any failure of any of them raises: the caller closes all and opens new ones.
     """
 
-    def __init__(self, queries: Queries, connect: Callable[[], DirectConnection]) -> None:
+    def __init__(
+        self,
+        queries: Queries,
+        connect: Callable[[], DirectConnection],
+        on_message: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_message` receives messages on the channel that are not for a relay."""
+        self._on_message = on_message
         self.queries = queries
         self._sql = statements(__file__, queries.schema)
         self.state = State.AWAKE
@@ -133,7 +137,7 @@ class Sessions:
         if not self._ponged:
             return False
         self._ponged = False
-        _finish(self.bell)
+        finish(self.bell)
         return True
 
     def announce(self) -> None:
@@ -159,6 +163,7 @@ class Sessions:
             self.members_changed |= notification.pid != self.pid
         elif payload.startswith("{"):  # a ping: ours, another relay's or an invented one
             self._ponged |= payload == self._ping
+            self._on_message(payload)
             return
         self.rung = True
 
@@ -177,16 +182,16 @@ class Sessions:
         self.bell.pgconn.consume_input()
         if self.bell.pgconn.is_busy():
             return False
-        _finish(self.bell)
+        finish(self.bell)
         self.state = State.ASLEEP
         return True
 
     def rouse(self) -> None:
         """To AWAKE: give the bell locks back, or stop requesting them, so that no writer rings."""
         if self.state is State.DROWSY:
-            _cancel(self.bell)
+            cancel(self.bell)
         else:
-            _finish(self.bell)
+            finish(self.bell)
         self.bell.execute("SELECT pg_advisory_unlock_all()")
         self.state = State.AWAKE
 
@@ -194,7 +199,7 @@ class Sessions:
         """Await the leader lock of this shard, which another relay holds, instead of the last."""
         if self._watching is not None:
             # Granted in the same moment is news all the same: the others may not have noticed.
-            self.watch_granted |= _cancel(self.watch)
+            self.watch_granted |= cancel(self.watch)
             self.watch.execute("SELECT pg_advisory_unlock_all()")
         self._watching, self._watching_since = shard, monotonic()
         if shard is not None:
@@ -235,35 +240,3 @@ class Sessions:
             )
         if self._watching is not None and not self.watch.pgconn.is_busy():
             self.members_changed = self.watch_granted = True
-
-
-def _cancel(connection: DirectConnection) -> bool:
-    """End a statement that was sent without waiting; whether it had success before.
-
-    A cancel may overtake its statement, and Postgres ignores one that finds nothing to cancel.
-    """
-    deadline = monotonic() + STATEMENT_TIMEOUT_S
-    while connection.pgconn.is_busy() and monotonic() < deadline:
-        connection.cancel_safe(timeout=STATEMENT_TIMEOUT_S)
-        if readable([connection], CANCEL_RESEND_S):
-            connection.pgconn.consume_input()
-    return _finish(connection, ignore=pg_errors.QueryCanceled)
-
-
-def _finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = None) -> bool:
-    """Take the results of a statement that was sent without waiting; whether it had success."""
-    pgconn = connection.pgconn
-    deadline = monotonic() + STATEMENT_TIMEOUT_S
-    while pgconn.is_busy():
-        if not readable([connection], deadline - monotonic()):
-            raise psycopg.OperationalError("a session of the relay does not answer")
-        pgconn.consume_input()
-    done = True
-    while result := pgconn.get_result():
-        if result.status in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
-            continue
-        done = False
-        error = psycopg.errors.error_from_result(result)
-        if ignore is None or not isinstance(error, ignore):
-            raise error
-    return done

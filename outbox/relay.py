@@ -75,10 +75,14 @@ class Relay:
         while not self._stopping.is_set():
             try:
                 began = monotonic()
-                with Sessions(self._config.queries, self._config.connect) as sessions:
+                with Sessions(
+                    self._config.queries, self._config.connect, self._pass_on
+                ) as sessions:
                     sessions.prove_listening()
                     proven = True
                     self._chores.start()
+                    for companion in self._config.companions:
+                        companion.start()
                     observer(RelayStarted())
                     loop = SessionLoop(
                         self._config, sessions, alarm=self._alarm, stopping=self._stopping
@@ -101,7 +105,7 @@ class Relay:
                 if on_error is not None:
                     on_error(error)
                 self._rest(delay)
-        self._chores.stop()
+        self._stop_others()
         observer(RelayStopped())
 
     def drain_once(self, run_id: str | None = None, now: datetime | None = None) -> int:
@@ -149,10 +153,19 @@ class Relay:
         self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.end()
-        self._chores.stop()
+        self._stop_others()
         with self._once_lock:
             self._forget_once()
         self._alarm.close()
+
+    def _pass_on(self, message: str) -> None:
+        for companion in self._config.companions:
+            companion.heard(message)
+
+    def _stop_others(self) -> None:
+        self._chores.stop()
+        for companion in self._config.companions:
+            companion.stop()
 
     def _refuse_in_child(self) -> None:
         """Its sessions, its publishers' connections and its threads are the parent's."""

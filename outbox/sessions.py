@@ -69,11 +69,13 @@ def prepare_session(
     settings: Mapping[str, str] = OWN,
     *,
     options: str = "",
+    client_check: str = CLIENT_CHECK_INTERVAL,
 ) -> None:
     """Set all that our session depends on. It is in autocommit mode, and closed if that fails.
 
     `options` are those of its URL: what is set there, as by `?options=-c statement_timeout=30s`, is
-    meant for us and stays. Settings that this server lacks are left out.
+    meant for us and stays. Settings that this server lacks are left out. `client_check`
+    has effect from here on: another one that is set later waits for the first to come round.
     """
     kept = {name.lower() for name in re.findall(r"(?:-c\s*|--)([\w.]+)\s*=", options)}
     wanted = {name: value for name, value in settings.items() if name.lower() not in kept}
@@ -94,7 +96,7 @@ def prepare_session(
         # One that waits for a lock would else stay, with its snapshot, when we are gone. Not every
         # platform can look after its clients.
         with suppress(psycopg.errors.InvalidParameterValue):
-            connection.execute(f"SET client_connection_check_interval TO '{CLIENT_CHECK_INTERVAL}'")
+            connection.execute(f"SET client_connection_check_interval TO '{client_check}'")
     except BaseException:
         connection.close()
         raise

@@ -67,6 +67,21 @@ def workers(probe: Probe) -> Iterator[Verdict]:
         yield ok(f"{counted(len(consumed), 'worker')} for {', '.join(sorted(all_queues))}")
 
 
+@check("takeover", needs={Need.SCHEMA})
+def takeover(probe: Probe) -> Verdict:
+    """How the runs of dead workers go on: at once, or through a pooler partly by their leases."""
+    seconds = probe.settings.lease_seconds
+    if probe.settings.pooled:
+        return ok(
+            "through the pooler, runs of a process that dies go on at once, but those of a whole "
+            f"container, whose keeper dies too, when their leases have run out ({seconds:g} s)"
+        )
+    return ok(
+        "runs of a worker that dies go on at once; those of a host that is cut off after "
+        f"{seconds:g} s"
+    )
+
+
 @check("places", needs={Need.SCHEMA})
 def places(probe: Probe) -> Iterator[Verdict]:
     """Places that a body keeps whose run it has no more: its end was forced, and it goes on."""

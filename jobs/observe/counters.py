@@ -158,6 +158,7 @@ class RelayCounters:
         LATENCY,
         WAKEUPS,
         LISTENER_UP,
+        LEASES_ENDED,
         THREAD_FAILURES,
         THREADS_FAILING,
     )
@@ -177,9 +178,10 @@ class RelayCounters:
             self.counts.declare(FAILURES, (kind,))
         for source in ("notify", "timer", "broker", "reconnect", "watchdog"):
             self.counts.declare(WAKEUPS, (source,))
-        for thread in ("relay", "courier", "chores"):
+        for thread in ("relay", "courier", "chores", "watch"):
             self.counts.declare(THREAD_FAILURES, (thread,))
             self.counts.declare(THREADS_FAILING, (thread,))
+        self.counts.declare(LEASES_ENDED, ("worker_died",))
         self.counts.declare(LATENCY)
         self.counts.declare(LISTENER_UP)
 
@@ -194,6 +196,8 @@ class RelayCounters:
                     self.counts.add(RUNS_FINISHED, labels)
             case RelayWoke(source=source):
                 self.counts.add(WAKEUPS, (source,))
+            case LeasesEnded(cause=cause, leases=leases):
+                self.counts.add(LEASES_ENDED, (cause,), leases)
             case WatchdogRan():
                 self.counts.add(WAKEUPS, ("watchdog",))
             case BatchFailed(publisher=publisher):

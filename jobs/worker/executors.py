@@ -17,6 +17,7 @@ from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
+from beatless.orchestrator.fleet_watch import WORKER
 from beatless.orchestrator.group import GroupExecutor, GroupGuard
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
@@ -128,7 +129,8 @@ class Executors:
             end = partial(self._end_of_grace, self._watchdog)
             LastingThread("grace", end, observer=self.counts).start()
         # Never the host name alone: a restarted container has the name of the one that died.
-        self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        suffix = self.roster.worker or secrets.token_hex(4)
+        self._worker = f"{socket.gethostname()}:{os.getpid()}:{suffix}"
         self._pid = os.getpid()
 
     def _end_of_grace(self, watchdog: Watchdog, _thread: LastingThread) -> None:
@@ -185,4 +187,4 @@ class Executors:
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""
-        return postgres.connect(self._settings, "beatless worker")
+        return postgres.connect(self._settings, f"{WORKER}{self.roster.worker}".rstrip())

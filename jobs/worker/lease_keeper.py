@@ -15,6 +15,7 @@ from beatless.observe.counters import WorkerCounters
 from beatless.observe.counts import MAX_PROCESSES
 from beatless.orchestrator.board import Board
 from beatless.orchestrator.death_watch import DeathWatch
+from beatless.orchestrator.fleet_watch import FleetWatch
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Connection, Leases
 from beatless.orchestrator.roster import Roster
@@ -40,6 +41,7 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
     requires = frozenset({"celery.worker.components:Timer"})
     keeper: ClassVar[partial[Keeper]]
     watch: ClassVar[partial[DeathWatch]]
+    fleet: ClassVar[partial[FleetWatch] | None]
     roster: ClassVar[Roster]
     counts: ClassVar[WorkerCounters]
 
@@ -51,8 +53,10 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
         leases: Leases,
         connect: Callable[[], Connection],
         counts: WorkerCounters,
+        *,
+        fleet: partial[FleetWatch] | None,
     ) -> type[Self]:
-        """The step of one app: Celery takes classes."""
+        """The step of one app: Celery takes classes. `fleet` makes what watches over others."""
         parts = (board, leases, connect)
         return type(
             cls.__name__,
@@ -60,6 +64,7 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
             {
                 "keeper": partial(Keeper, *parts),
                 "watch": partial(DeathWatch, *parts, roster=roster, observer=counts),
+                "fleet": fleet,
                 "roster": roster,
                 "counts": counts,
             },
@@ -116,7 +121,8 @@ class LeaseKeeper(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
             for number in ENDS_WITH_THE_WORKER:
                 signal.signal(number, signal.SIG_IGN)
             self.counts.counts.take(PLACE)
-            self.watch(keeper=self.keeper(self._stopping), main=_death_of(main)).run()
+            fleet = self.fleet and self.fleet(worker=self.roster.worker, observer=self.counts)
+            self.watch(keeper=self.keeper(self._stopping), main=_death_of(main), fleet=fleet).run()
             os._exit(0)
         except BaseException:
             logger.critical(

@@ -789,3 +789,12 @@ def test_an_older_package_is_told_with_its_weakness(
     found = examine(changed(), "packages")
     assert len(found) == len(told)
     assert all(finding.text.startswith(text) for finding, text in zip(found, told, strict=True))
+
+
+def test_takeover_through_a_pooler_is_told_to_wait_for_leases(
+    beatless_app: App, changed: Callable[..., App]
+) -> None:
+    only(examine(beatless_app, "takeover"), Status.OK, "go on at once", "cut off")
+    direct = beatless_app.settings.database_url
+    pooled = changed(listen_url=f"{direct}{'&' if '?' in direct else '?'}connect_timeout=6")
+    only(examine(pooled, "takeover"), Status.OK, "when their leases have run out")

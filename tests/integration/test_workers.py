@@ -213,7 +213,7 @@ def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
     }
     found = postgres.execute(
         "SELECT count(*) FROM pg_stat_activity"
-        " WHERE application_name = 'beatless worker' AND strpos(query, %s) > 0",
+        " WHERE application_name LIKE 'beatless worker%%' AND strpos(query, %s) > 0",
         [f"{beatless.app.settings.schema}."],
     ).fetchone()
     assert found is not None

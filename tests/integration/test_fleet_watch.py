@@ -1,0 +1,300 @@
+"""A worker of which nothing is left is noticed by others, and one that lives never is."""
+
+import os
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import App
+from beatless.local.child import Child
+from beatless.local.processes import children_of
+from beatless.orchestrator.fleet_watch import KEEPER, PROOF_S, WORKER, FleetWatch
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.observer import LeasesEnded
+from beatless.outbox.clock import monotonic
+from beatless.outbox.direct_connection import DirectConnection
+from beatless.outbox.sockets import readable
+from beatless.testing import Kit
+from tests.integration.test_takeover import APP, LEASE_S, POOLS, Waiting, due, ended, wait
+from tests.valkeys import until
+
+__all__ = ["wait"]
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    return {"lease_seconds": LEASE_S}
+
+
+def kill_all(worker: Child) -> None:
+    """As the end of a container: the keeper too."""
+    for pid in (*children_of(worker.pid), worker.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def awaited(connection: psycopg.Connection[Any], schema: str) -> bool:
+    """Whether anybody watches over a worker."""
+    row = connection.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        " AND classid = %s::regclass::oid",
+        [f"{schema}.workers"],
+    ).fetchone()
+    return row is not None and row[0] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_run_of_a_worker_of_which_nothing_is_left_goes_on_at_once(
+    beatless: Kit, postgres: psycopg.Connection[Any], wait: Callable[[str], Waiting], pool: str
+) -> None:
+    beatless.relay_process(APP)
+    worker = beatless.worker_process(APP, arguments=POOLS[pool])
+    waiting = wait("run")
+    waiting.begun(1)
+    until(lambda: awaited(postgres, beatless.app.settings.schema))
+
+    kill_all(worker)
+    beatless.worker_process(APP, arguments=POOLS[pool])
+    waiting.begun(2)
+
+    assert ended(beatless, waiting).attempt == 2
+    beatless.verify()
+
+
+class Fleet:
+    """Sessions as those of workers' processes, and watches, which the test steps."""
+
+    def __init__(self, app: App, stack: ExitStack) -> None:
+        self.app, self.stack = app, stack
+        self.signals: list[Any] = []
+        self.watches: list[FleetWatch] = []
+        self.sessions: list[DirectConnection] = []
+
+    @staticmethod
+    def name() -> str:
+        """A worker: other tests have theirs on the same server."""
+        return secrets.token_hex(4)
+
+    def connect(self, name: str) -> DirectConnection:
+        connection = self.app.watch_connection(name)
+        self.stack.callback(connection.close)
+        self.sessions.append(connection)
+        return connection
+
+    def terminate(self, *names: str) -> None:
+        """End the sessions of these names, as an operator can."""
+        mine = {each.info.backend_pid for each in self.sessions if not each.closed}
+        with self.app.executors.connect() as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE application_name = ANY(%s) AND pid = ANY(%s)",
+                [list(names), list(mine)],
+            )
+
+    def watch(self, worker: str = "") -> FleetWatch:
+        """Of the keeper of this worker, or of a relay; it has looked once."""
+        found = FleetWatch(
+            self.app.settings.schema,
+            self.app.leases,
+            self.connect,
+            worker=worker,
+            observer=self.signals.append,
+        )
+        self.stack.callback(found.close)
+        self.watches.append(found)
+        found.once()
+        return found
+
+    def process(self, worker: str) -> DirectConnection:
+        """A session of a process of a worker that executes runs."""
+        return self.connect(f"{WORKER}{worker}")
+
+    def run(self, seconds: float, *, leases: int = 1) -> None:
+        """Let the watches do what is due, for so long or until so many leases were ended."""
+        until = monotonic() + seconds
+        while (left := until - monotonic()) > 0 and self.ended() < leases:
+            sockets = [each for watch in self.watches for each in watch.descriptors()]
+            readable(sockets, min(left, *(watch.patience() for watch in self.watches)))
+            for watch in self.watches:
+                watch.once()
+
+    def ended(self) -> int:
+        return sum(each.leases for each in self.signals if isinstance(each, LeasesEnded))
+
+
+@pytest.fixture
+def fleet(beatless: Kit) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        yield Fleet(beatless.app, stack)
+
+
+@pytest.fixture
+def connection(beatless: Kit) -> Iterator[psycopg.Connection[Any]]:
+    with beatless.app.executors.connect() as found:
+        yield found
+
+
+def claim(beatless: Kit, connection: psycopg.Connection[Any], worker: str) -> Lease:
+    run = beatless.start_run("two_steps")
+    lease = beatless.app.leases.claim(
+        connection,
+        run.run_id,
+        plan="two_steps",
+        worker=f"host:1:{worker}",
+        first_step="first",
+        dispatch=1,
+    )
+    assert lease is not None
+    return lease
+
+
+LONG_ENOUGH_S = 3 * PROOF_S
+"""For any watch to find a worker dead."""
+
+
+def test_a_worker_without_any_session_is_dead(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    keeper, process = fleet.watch(name), fleet.process(name)
+    fleet.watch()
+    dead, other = claim(beatless, connection, name), claim(beatless, connection, fleet.name())
+
+    fleet.watches.remove(keeper)
+    keeper.close()
+    process.close()
+    fleet.run(30)
+
+    assert due(beatless, connection, dead)
+    assert not due(beatless, connection, other)
+    assert fleet.ended() == 1
+
+
+def test_a_worker_whose_keeper_alone_is_gone_lives(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    keeper, process = fleet.watch(name), fleet.process(name)
+    fleet.watch()
+    lease = claim(beatless, connection, name)
+
+    fleet.watches.remove(keeper)
+    keeper.close()
+    fleet.run(LONG_ENOUGH_S)
+    assert not due(beatless, connection, lease)
+
+    process.close()
+    fleet.run(30)
+    assert due(beatless, connection, lease)
+
+
+def test_a_worker_all_of_whose_sessions_were_ended_lives_if_its_keeper_connects_again(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    fleet.watch(name)
+    fleet.process(name)
+    fleet.watch()
+    lease = claim(beatless, connection, name)
+
+    fleet.terminate(f"{WORKER}{name}", f"{KEEPER}{name}")
+    fleet.run(LONG_ENOUGH_S)
+
+    assert not due(beatless, connection, lease)
+
+
+def test_a_watch_that_was_cut_off_itself_accuses_nobody(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    """As after a restart of Postgres: all sessions are gone, and everybody lives."""
+    name = fleet.name()
+    keeper, process = fleet.watch(name), fleet.process(name)
+    fleet.watch()
+    lease = claim(beatless, connection, name)
+
+    fleet.watches.remove(keeper)
+    fleet.terminate("beatless watch")
+    keeper.close()
+    process.close()
+    fleet.run(LONG_ENOUGH_S)
+
+    assert not due(beatless, connection, lease)
+
+
+def test_a_worker_that_no_watch_has_seen_is_left_to_its_leases(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    lease = claim(beatless, connection, fleet.name())
+    fleet.watch(fleet.name())
+    fleet.watch()
+
+    fleet.run(LONG_ENOUGH_S)
+
+    assert not due(beatless, connection, lease)
+
+
+def test_workers_that_die_at_once_are_noticed_though_one_was_to_notice_the_other(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    names = [fleet.name() for _ in range(3)]
+    keepers = [fleet.watch(name) for name in names]
+    fleet.watch()
+    leases = [claim(beatless, connection, names[number]) for number in (0, 2)]
+    survivor = claim(beatless, connection, names[1])
+
+    for keeper in (keepers[0], keepers[2]):
+        fleet.watches.remove(keeper)
+        keeper.close()
+    fleet.run(30, leases=2)
+
+    assert [due(beatless, connection, lease) for lease in leases] == [True, True]
+    assert not due(beatless, connection, survivor)
+    assert fleet.ended() == 2
+
+
+def test_the_next_keeper_notices_without_a_relay(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    first, _ = fleet.watch(name), fleet.watch(fleet.name())
+    lease = claim(beatless, connection, name)
+
+    fleet.watches.remove(first)
+    first.close()
+    fleet.run(30)
+
+    assert due(beatless, connection, lease)
+
+
+def test_a_keepers_session_outlasts_a_network_that_is_cut(fleet: Fleet) -> None:
+    fleet.watch(fleet.name())
+    (session,) = fleet.sessions
+    found = [
+        session.execute(f"SHOW {name}".encode()).fetchone()
+        for name in ("tcp_keepalives_idle", "tcp_user_timeout")
+    ]
+    assert found == [(str(2 * LEASE_S),), ("0",)]
+
+
+def test_a_relay_has_no_session_for_it_while_there_is_no_worker(fleet: Fleet) -> None:
+    watch = fleet.watch()
+    assert watch.descriptors() == []
+    assert watch.patience() == float("inf")
+    fleet.watch(fleet.name())
+    watch.look_soon()
+    watch.once()
+    assert len(watch.descriptors()) == 1
+
+
+def test_an_idle_watch_sends_nothing_for_a_minute(fleet: Fleet) -> None:
+    fleet.watch(fleet.name())
+    fleet.watch(fleet.name())
+    watch = fleet.watch()
+    assert all(each.patience() > 50 for each in fleet.watches)
+    assert watch.patience() < 61
