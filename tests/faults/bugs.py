@@ -69,6 +69,11 @@ BUGS = {
         "state = 'running' AND lease_expires_at < clock_timestamp()",
         "state = 'running' AND lease_expires_at IS NOT NULL",
     ),
+    "a process that lives is taken for dead": Bug(
+        "orchestrator/death_watch.py",
+        "for descriptor in self._lives.keys() & set(ready):",
+        "for descriptor in list(self._lives):",
+    ),
     "a heartbeat keeps no lease": Bug(
         "orchestrator/lease.sql",
         "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)\n"
