@@ -83,8 +83,9 @@ class Chaos:
         began = monotonic()
         while (left := seconds - (monotonic() - began)) > 0:
             self._storm(min(left, self._chance.uniform(*STORM_S)))
+            begin = time()
             heal(self._fleet)
-            self._fleet.wait_ready()
+            self._recorder.write("fault", name="all connections cut", begin=begin, end=time())
             if stop_early and self._violated():
                 return monotonic() - began
             with quiet(self._fleet, self.load, self._recorder) as drained:

@@ -63,6 +63,7 @@ def heal(fleet: Fleet) -> None:
 @contextmanager
 def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None]:
     """Nobody calls in this block, after all was healed; when all had drained, or None."""
+    fleet.wait_ready()
     with load.hushed():
         load.hears.wait(QUIET_S)
         begin = time()

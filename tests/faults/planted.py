@@ -64,11 +64,11 @@ def trial(bug: Bug, seed: int, seconds: float) -> Trial:
     if "violations" not in run.stdout:
         raise RuntimeError(f"the load did not end: {run.stdout[-500:]} {run.stderr[-1500:]}")
     rules = re.findall(r"^  (\w+): \d+$", run.stdout, re.MULTILINE)
-    first = re.search(rf"^  ({rules[0]} \S+: .*)$", run.stdout, re.MULTILINE) if rules else None
+    first = re.search(rf"^  ((?:{'|'.join(rules)}) \S+: .*)$", run.stdout, re.MULTILINE)
     took = re.search(r"^  found after (\d+) s$", run.stdout, re.MULTILINE)
     found_s = int(took[1]) if took else seconds if rules else None
-    first_says = first[1][:200] if first else None
-    return {"seed": seed, "seconds": found_s, "rules": rules, "first": first_says}
+    says = first[1][:200] if first else None
+    return {"seed": seed, "seconds": found_s, "rules": rules, "first": says}
 
 
 def main() -> int:
