@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -94,6 +94,10 @@ test-rabbitmq: $(STAMP) ## What touches the broker, on RabbitMQ; exit 3 if it is
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(BIN)/python -m tests.rabbitmq \
 	  $(PYTEST) $(ON_RABBITMQ:%=tests/integration/test_%.py) -m "long or not long" $(ARGS)
+
+test-pgbouncer: $(STAMP) ## Behind a PgBouncer in transaction mode; exit 3 if it is not installed
+	@PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null || { echo "there is no pgbouncer: apt-get install pgbouncer" >&2; exit 3; }
+	PATH="$$PATH:/usr/sbin" $(PYTEST) tests/pgbouncer $(ARGS)
 
 chaos: $(STAMP) ## Random faults under load on a fleet of processes, checked; SEED=n SECONDS=60
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
