@@ -1,17 +1,15 @@
 """The composition root: the only place where the parts are put together."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import redis
 import sqlalchemy
-from kombu import Connection
-from redis import asyncio as aioredis
 
 from beatless.client import Client
 from beatless.client.queue_limit import QueueLimit
@@ -20,23 +18,13 @@ from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
-from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
-from beatless.orchestrator.ended_runs import CountsEndedRuns
-from beatless.orchestrator.fleet_watch import CLIENT_CHECK_INTERVAL, FleetWatch
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.plan import Plan, PlanError
-from beatless.orchestrator.retention import Retention
-from beatless.orchestrator.watch_thread import WatchThread
 from beatless.outbox import forks
-from beatless.outbox.chores import Chore
-from beatless.outbox.config import RelayConfig
-from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
-from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
 from beatless.outbox.queries import Queries
-from beatless.outbox.relay import Relay
 from beatless.outbox.sessions import OWN
 from beatless.postgres import connect_directly, engine
 from beatless.queues import Queues
@@ -44,22 +32,20 @@ from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
 from beatless.streams.streams import Streams
 from beatless.worker import canary
-from beatless.worker.bootsteps import (
-    FastPoolRepair,
-    GroupLimit,
-    MetricsListener,
-    ProcessSetup,
-    SystemdWatchdog,
-)
-from beatless.worker.celery_app import asking
-from beatless.worker.celery_settings import celery_settings
-from beatless.worker.child_signals import ChildSignals, TerminatedChildren
-from beatless.worker.executors import Executors
-from beatless.worker.lease_keeper import LeaseKeeper
-from beatless.worker.presence import PresenceReport
-from beatless.worker.reconnects import ReconnectBackoff, UnreadableMessages
-from beatless.worker.shutdown import GracefulShutdown
-from beatless.worker.tasks import RunsCelery, register
+
+# Imported at run time where they are used: Celery, kombu and redis are half of the time to start,
+# and a client that starts and reads runs needs none of them.
+if TYPE_CHECKING:
+    import redis
+    from kombu import Connection
+    from redis import asyncio as aioredis
+
+    from beatless.orchestrator.fleet_watch import FleetWatch
+    from beatless.outbox.chores import Chore
+    from beatless.outbox.direct_connection import DirectConnection
+    from beatless.outbox.relay import Relay
+    from beatless.worker.executors import Executors
+    from beatless.worker.tasks import RunsCelery
 
 REDIS_TIMEOUTS: dict[str, Any] = {
     "socket_timeout": 5,
@@ -150,53 +136,52 @@ class App:
         )
         self.queues = self._queues_on(self.engine)
         self.client = self.client_for("default")
-        self.executors = Executors(
-            settings=settings,
-            journal=self.journal,
-            leases=self.leases,
-            engine=self._steps_engine,
-            faults=self.faults,
-            counts=self.metrics.worker,
-            scope=self._scope,
-            observer=fan_out(self.tracing.observe, self._failures),
-            on_process=self._on_worker_process,
-            shown_error=partial(self.redaction.value, "error") if redact else None,
-            plans=self.plans,
-        )
-        self.celery = self._make_celery([*plans, self._canary])
+        self._making = threading.RLock()
+        self._executors: Executors | None = None
+        self._celery: RunsCelery | None = None
         forks.watch(self)
 
-    def _make_celery(self, plans: Sequence[Plan]) -> RunsCelery:
-        """The Celery app: a task for each plan, and the steps of its workers."""
-        settings, executors = self.settings, self.executors
-        celery = RunsCelery(settings.prefix)
-        if (password := settings.password("broker")) is not None:
-            celery.amqp.Connection = asking(password)
-        celery.conf.update(celery_settings(settings, plans))
-        celery.steps["consumer"] |= {UnreadableMessages, ReconnectBackoff.of(executors.draining)}
-        celery.steps["worker"] |= {
-            ProcessSetup,
-            FastPoolRepair,
-            SystemdWatchdog,
-            GracefulShutdown.of(executors.draining, executors.board, settings),
-            ChildSignals.of(TerminatedChildren()),
-            LeaseKeeper.of(
-                executors.board,
-                executors.roster,
-                self.leases,
-                executors.connect,
-                self.metrics.worker,
-                fleet=self._fleet_watch(),
-            ),
-            PresenceReport.of(executors, settings),
-            GroupLimit.of(executors),
-            MetricsListener.of(self.metrics, settings),
-        }
-        for plan in plans:
-            register(celery, plan, executors)
-        return celery
+    @property
+    def celery(self) -> "RunsCelery":
+        """The Celery app of this app's workers, made at its first use: a task for each plan."""
+        from beatless.worker.composition import make_celery
+
+        with self._making:
+            if self._celery is None:
+                self._celery = make_celery(
+                    self.settings,
+                    [*self.plans.values(), self._canary],
+                    executors=self.executors,
+                    leases=self.leases,
+                    metrics=self.metrics,
+                    fleet=self._fleet_watch(),
+                )
+            return self._celery
+
+    @property
+    def executors(self) -> "Executors":
+        """The executors of this process, made at their first use."""
+        from beatless.worker.executors import Executors
+
+        with self._making:
+            if self._executors is None:
+                self._executors = Executors(
+                    settings=self.settings,
+                    journal=self.journal,
+                    leases=self.leases,
+                    engine=self._steps_engine,
+                    faults=self.faults,
+                    counts=self.metrics.worker,
+                    scope=self._scope,
+                    observer=fan_out(self.tracing.observe, self._failures),
+                    on_process=self._on_worker_process,
+                    shown_error=partial(self.redaction.value, "error") if self.redact else None,
+                    plans=self.plans,
+                )
+            return self._executors
 
     def after_fork(self) -> None:
+        self._making = threading.RLock()
         for each in (self.engine, self._steps_engine, *self._bounded_engines):
             each.dispose(close=False)
 
@@ -284,7 +269,7 @@ class App:
     def _on_worker_process() -> None:
         export_from_worker("beatless-worker", os.environ)
 
-    def _broker(self) -> Connection:
+    def _broker(self) -> "Connection":
         return self.celery.connection_for_write()
 
     def redis(self) -> "redis.Redis":
@@ -295,8 +280,10 @@ class App:
         """`redis` for asyncio."""
         return self.settings.redis.aclient(socket_connect_timeout=5, socket_keepalive=True)
 
-    def direct_connection(self) -> DirectConnection:
+    def direct_connection(self) -> "DirectConnection":
         """A new session of the relay: autocommit, never through a pooler."""
+        from beatless.outbox.direct_connection import DirectConnection
+
         return connect_directly(
             self.settings,
             f"beatless relay {metadata.version('beatless')}",
@@ -304,20 +291,27 @@ class App:
             prepare_threshold=1,
         )
 
-    def _fleet_watch(self) -> partial[FleetWatch] | None:
+    def _fleet_watch(self) -> "partial[FleetWatch] | None":
         """Makes watches over workers; none behind a pooler, where no session is a process's."""
+        from beatless.orchestrator.fleet_watch import FleetWatch
+
         if self.settings.pooled:
             return None
         return partial(FleetWatch, self.settings.schema, self.leases, self.watch_connection)
 
-    def watch_connection(self, name: str) -> DirectConnection:
+    def watch_connection(self, name: str) -> "DirectConnection":
         """A new session of a watch over workers."""
+        from beatless.orchestrator.fleet_watch import CLIENT_CHECK_INTERVAL
+        from beatless.outbox.direct_connection import DirectConnection
+
         return connect_directly(
             self.settings, name, DirectConnection, client_check=CLIENT_CHECK_INTERVAL
         )
 
-    def chores(self) -> list[Chore]:
+    def chores(self) -> "list[Chore]":
         """The relay's periodic work beside its drains: retention."""
+        from beatless.orchestrator.retention import Retention
+
         if self.settings.retention_days == 0:
             return []
         return [
@@ -329,8 +323,15 @@ class App:
             )
         ]
 
-    def relay(self, *, observer: Observer | None = None, **options: Any) -> Relay:
+    def relay(self, *, observer: Observer | None = None, **options: Any) -> "Relay":
         """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
+        from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
+        from beatless.orchestrator.ended_runs import CountsEndedRuns
+        from beatless.orchestrator.watch_thread import WatchThread
+        from beatless.outbox.config import RelayConfig
+        from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
+        from beatless.outbox.relay import Relay
+
         client = self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS)
         self._relays_redis.append(client)
         watch, seen = self._fleet_watch(), fan_out(self.metrics.relay, observer)
@@ -359,6 +360,7 @@ class App:
         self._steps_engine.dispose()
         for each in self._bounded_engines:
             each.dispose()
-        self.celery.close()
+        if self._celery is not None:
+            self._celery.close()
         for client in self._relays_redis:
             client.close()

@@ -1,12 +1,8 @@
 """Passwords that expire: asked for at each connect, of a function or of a command."""
 
-import asyncio
 import shlex
 import subprocess
 from collections.abc import Callable
-
-from redis.credentials import CredentialProvider
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 Password = Callable[[], str]
 """Gives the password that is good now."""
@@ -48,18 +44,3 @@ def ask(password: Password, failure: Callable[[str], Exception]) -> str:
     except Exception as error:
         reason = f"its password could not be had: {str(error) or type(error).__name__}"
         raise failure(reason) from error
-
-
-class RedisCredentials(CredentialProvider):
-    """The credential provider that redis-py calls at each connect."""
-
-    def __init__(self, username: str | None, password: Password) -> None:
-        self._username = username
-        self._password = password
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        found = ask(self._password, RedisConnectionError)
-        return (self._username, found) if self._username else (found,)
-
-    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        return await asyncio.to_thread(self.get_credentials)

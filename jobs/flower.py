@@ -33,7 +33,7 @@ from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.publishers import run_of
+from beatless.outbox.message import run_of
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread

@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy
-from kombu import Connection
-from kombu.exceptions import KombuError, OperationalError
 
 from beatless.errors import BadRequest, QueueBusy
 from beatless.orchestrator.errors import RunIsActive
 from beatless.orchestrator.queues import PAGE_RUNS, QueueState, QueueStatements
 from beatless.orchestrator.state import FINAL
-from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import Caller
 from beatless.transactions import transact
+
+if TYPE_CHECKING:
+    from kombu import Connection
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Queues:
         engine: sqlalchemy.Engine,
         schema: str,
         prefix: str,
-        broker: Callable[[], Connection],
+        broker: Callable[[], "Connection"],
     ) -> None:
         self._engine = engine
         self._statements = QueueStatements(schema)
@@ -122,6 +122,12 @@ class Queues:
 
     def _empty_broker(self, name: str, *, delete: bool) -> None:
         """Its messages would start nothing any more, but an operator would see them."""
+        # Here, because a client that only reads needs no broker: celery and kombu take a third of
+        # the time to start.
+        from kombu.exceptions import KombuError, OperationalError
+
+        from beatless.outbox.publishers import worker_queue
+
         try:
             with self._broker() as broker:
                 queue = worker_queue(self._prefix, name)(broker.default_channel)

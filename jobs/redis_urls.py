@@ -15,18 +15,14 @@ import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-import redis
-from redis import asyncio as aioredis
-from redis.asyncio import sentinel as asentinel
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from beatless.credentials import Password
 
-from beatless.credentials import Password, RedisCredentials
+if TYPE_CHECKING:
+    import redis
+    from redis import asyncio as aioredis
 
 SCHEMES = ("redis", "rediss", "unix", "sentinel")
 
@@ -114,12 +110,20 @@ class RedisUrl:
 
     def client(self, **options: Any) -> "redis.Redis":
         """A client; through Sentinels, it asks them for the master whenever it connects."""
+        # Here, as in the other methods: URLs are read by who never connects to Redis, too.
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+        from redis.sentinel import Sentinel
+
+        from beatless.redis_connections import SentinelPool
+
         options = self._login() | options
         if self.scheme == "sentinel":
             kwargs = self._sentinel(options) | {"retry": Retry(NoBackoff(), 0)}
             asked: Any = Sentinel(self.hosts, sentinel_kwargs=kwargs)  # type: ignore[no-untyped-call]  # redis-py's gap
             found: redis.Redis = asked.master_for(
-                self.master, connection_pool_class=_Pool, **self._secured(), **options
+                self.master, connection_pool_class=SentinelPool, **self._secured(), **options
             )
             return found
         if self.scheme == "unix":
@@ -134,12 +138,19 @@ class RedisUrl:
 
     def aclient(self, **options: Any) -> "aioredis.Redis":
         """`client` for asyncio."""
+        from redis import asyncio as aioredis
+        from redis.asyncio.retry import Retry
+        from redis.asyncio.sentinel import Sentinel
+        from redis.backoff import NoBackoff
+
+        from beatless.redis_connections import AsyncSentinelPool
+
         options = self._login() | options
         if self.scheme == "sentinel":
-            kwargs = self._sentinel(options) | {"retry": AsyncRetry(NoBackoff(), 0)}
-            asked: Any = asentinel.Sentinel(self.hosts, sentinel_kwargs=kwargs)  # type: ignore[no-untyped-call]  # redis-py's gap
+            kwargs = self._sentinel(options) | {"retry": Retry(NoBackoff(), 0)}
+            asked: Any = Sentinel(self.hosts, sentinel_kwargs=kwargs)  # type: ignore[no-untyped-call]  # redis-py's gap
             found: aioredis.Redis = asked.master_for(
-                self.master, connection_pool_class=_AsyncPool, **self._secured(), **options
+                self.master, connection_pool_class=AsyncSentinelPool, **self._secured(), **options
             )
             return found
         if self.scheme == "unix":
@@ -179,6 +190,8 @@ class RedisUrl:
 
     def _login(self) -> dict[str, Any]:
         if self.credentials is not None:
+            from beatless.redis_connections import RedisCredentials
+
             provider = RedisCredentials(self.username, self.credentials)
             return {"credential_provider": provider, "db": self.db}
         return {"username": self.username, "password": self.password, "db": self.db}
@@ -190,42 +203,6 @@ class RedisUrl:
         given = {name: value for name, value in options.items() if name.startswith("socket_")}
         given |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SENTINEL_TIMEOUT_S)
         return {**given, **self._secured(), **self.sentinel}
-
-
-class _Pool(SentinelConnectionPool):
-    """Closes its connections to the Sentinels too, which redis-py leaves to the collector."""
-
-    def disconnect(self, inuse_connections: bool = True) -> None:
-        super().disconnect(inuse_connections)
-        for each in self.sentinel_manager.sentinels:
-            each.connection_pool.disconnect()
-
-
-class _AsyncPool(asentinel.SentinelConnectionPool):
-    """`_Pool` for asyncio."""
-
-    async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        for each in self.sentinel_manager.sentinels:
-            await each.connection_pool.disconnect()
-
-
-def is_cluster(client: "redis.Redis") -> bool:
-    """Whether the server is a node of a Redis Cluster; False if it does not report it."""
-    try:
-        facts: Any = client.info("cluster")
-    except redis.ResponseError:
-        return False  # the user may not ask
-    return bool(facts.get("cluster_enabled"))
-
-
-def is_replica(client: "redis.Redis") -> bool:
-    """Whether the server follows another one; False if it does not report it."""
-    try:
-        facts: Any = client.info("replication")
-    except redis.ResponseError:
-        return False  # the user may not ask
-    return bool(facts.get("role") == "slave")
 
 
 def _tls(options: Mapping[str, str]) -> dict[str, Any]:

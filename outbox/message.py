@@ -26,6 +26,16 @@ def one_line(text: bytes) -> bytes:
     return text.replace(b"\r", b" ")  # only ever between two parts
 
 
+def channel_for(prefix: str, origin: str, run_id: str) -> str:
+    """The Redis channel of a run's events. Pub/sub knows no database numbers, hence the origin."""
+    return f"{prefix}:events:{origin}:{run_id}"
+
+
+def run_of(channel: str) -> str:
+    """The run whose events go through this channel."""
+    return channel.split(":", 3)[-1]
+
+
 class PickedEvents(NamedTuple):
     """One outbox row with the events it stands for."""
 

@@ -25,7 +25,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from beatless.outbox.errors import PublishFailed, PublishRefused
-from beatless.outbox.message import EventMessage, TaskMessage, one_line
+from beatless.outbox.message import EventMessage, TaskMessage, channel_for, one_line
 
 PUBLISH_ALL = "for i = 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end"
 
@@ -51,16 +51,6 @@ class TaskPublisher(Protocol):
 
     def waiting(self, queue: str) -> int:
         """The number of messages that wait in the queue. Raises as `publish` does."""
-
-
-def channel_for(prefix: str, origin: str, run_id: str) -> str:
-    """The Redis channel of a run's events. Pub/sub knows no database numbers, hence the origin."""
-    return f"{prefix}:events:{origin}:{run_id}"
-
-
-def run_of(channel: str) -> str:
-    """The run whose events go through this channel."""
-    return channel.split(":", 3)[-1]
 
 
 class RedisEventPublisher:

@@ -6,23 +6,29 @@ have the fragment `doorbell` in their own statement, so that fact, outbox row an
 round trip.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import psycopg
 import sqlalchemy
 from psycopg import pq
-from sqlalchemy import orm
 
 from beatless.outbox.adapters import Cursor, our_cursors
 from beatless.outbox.message import SHARDS, TaskMessage
 from beatless.outbox.statements import fragment, statements
 
-Caller = (
-    psycopg.Connection[Any] | sqlalchemy.Connection | orm.Session | orm.scoped_session[orm.Session]
-)
+if TYPE_CHECKING:
+    from sqlalchemy import orm
+
+Caller = Union[
+    psycopg.Connection[Any],
+    sqlalchemy.Connection,
+    "orm.Session",
+    "orm.scoped_session[orm.Session]",
+]
 Read = Callable[[Caller, str, Mapping[str, Any]], Iterable[Any]]
 """`execute`, or `execute_lazily`."""
 
@@ -86,10 +92,7 @@ def _run_in_sqlalchemy(
 def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
     """The SQLAlchemy connection of the caller's object. Raises TypeError."""
     kind = type(connection)
-    if isinstance(connection, orm.scoped_session):
-        connection = connection()
-    if isinstance(connection, orm.Session):
-        connection = connection.connection()
+    connection = _connection_of_session(connection)
     if kind.__module__.startswith("sqlalchemy.ext.asyncio"):
         raise TypeError(
             f"connection= takes no {kind.__name__}: call from its run_sync, as in await "
@@ -113,6 +116,17 @@ def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
             "connection= must reach PostgreSQL through psycopg (postgresql+psycopg://…), not "
             f"{dialect.name}+{dialect.driver}"
         )
+    return connection
+
+
+def _connection_of_session(connection: Any) -> Any:
+    """The connection of a Session or a scoped_session; anything else as it is."""
+    # Its import takes a fifth of ours, and who has a Session has imported it.
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is not None and isinstance(connection, orm.scoped_session):
+        connection = connection()
+    if orm is not None and isinstance(connection, orm.Session):
+        connection = connection.connection()
     return connection
 
 
@@ -160,8 +174,7 @@ def refuse_two_phase(connection: Caller) -> None:
 
     At once and always, instead of at its end and only while a relay sleeps.
     """
-    if isinstance(connection, orm.Session):
-        connection = connection.connection()
+    connection = _connection_of_session(connection)
     if isinstance(connection, sqlalchemy.Connection):
         refused = isinstance(connection.get_transaction(), sqlalchemy.TwoPhaseTransaction)
     else:

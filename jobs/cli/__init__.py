@@ -8,70 +8,71 @@ import traceback
 from collections.abc import Sequence
 
 import click
-import psycopg
-import redis
-from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import exc
 
 from beatless.cli.environment import Environment
-from beatless.errors import (
-    BadRequest,
-    BadSetting,
-    JobsError,
-    StatementTimeout,
-    UnknownPlan,
-    Unreachable,
-)
-from beatless.orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
-from beatless.orchestrator.plan import PlanError
-from beatless.outbox.errors import OutboxError, PublishFailed
 
 __all__ = ["cli", "main"]
 
-BAD_INPUT = (BadPayload, BadRequest, BadSetting, PlanError, RunConflict, RunNotFound, UnknownPlan)
-UNREACHABLE: tuple[type[Exception], ...] = (
-    BrokerError,
-    PublishFailed,
-    StatementTimeout,
-    Unreachable,
-    exc.OperationalError,
-    psycopg.OperationalError,
-    redis.ConnectionError,
-    redis.TimeoutError,
-)
-OURS = (JobsError, OrchestratorError, OutboxError, exc.DBAPIError, psycopg.Error, redis.RedisError)
-
-
-MODULES = {
-    "beatless.cli.api": ("serve", "token"),
-    "beatless.cli.demo": ("demo",),
-    "beatless.cli.dev": ("dev",),
-    "beatless.cli.doctor": ("doctor",),
-    "beatless.cli.init": ("init",),
-    "beatless.cli.migrate": ("migrate",),
-    "beatless.cli.plans": ("plan",),
-    "beatless.cli.processes": ("flower", "relay", "worker"),
-    "beatless.cli.queues": (
-        "clean",
-        "dead-letters",
-        "drain",
-        "obliterate",
-        "pause",
-        "queues",
-        "remove",
-        "resume",
-    ),
-    "beatless.cli.runs": (
-        "cancel",
-        "events",
-        "explain",
-        "retry",
-        "runs",
-        "show",
-        "start",
-        "verify",
-    ),
+COMMANDS = {
+    "beatless.cli.api": {
+        "serve": "Serve the HTTP API and the run page.",
+        "token": "Tokens of the HTTP API.",
+    },
+    "beatless.cli.demo": {
+        "demo": (
+            "Run the main job on throw-away servers, kill a worker in the middle, and check "
+            "everything."
+        ),
+    },
+    "beatless.cli.dev": {
+        "dev": (
+            "A whole beatless in the foreground: servers, relay, workers, API, Flower; "
+            "Ctrl-C ends it."
+        ),
+    },
+    "beatless.cli.doctor": {
+        "doctor": "Send a run through the whole stack, and look for known faults.",
+    },
+    "beatless.cli.init": {
+        "init": (
+            "Write a small project into DIRECTORY: a plan, its tests, a Makefile, a compose file."
+        ),
+    },
+    "beatless.cli.migrate": {
+        "migrate": "Create the tables, or bring them to this version, while everything runs.",
+    },
+    "beatless.cli.plans": {
+        "plan": "The plans of the app.",
+    },
+    "beatless.cli.processes": {
+        "flower": "Run Flower on the app's workers and runs.",
+        "relay": "Run a relay: it publishes events and hands runs to the broker.",
+        "worker": "Run a Celery worker for the app's plans.",
+    },
+    "beatless.cli.queues": {
+        "clean": "Take away runs that ended long ago; prints how many.",
+        "dead-letters": (
+            "Failed runs without a retry, and dead letters: messages that could not be published."
+        ),
+        "drain": "Take away the runs of queue Q that wait; prints how many.",
+        "obliterate": "Take away queue Q with all of its runs; prints how many.",
+        "pause": "Start no more runs of queue Q anywhere; those that run go on.",
+        "queues": "Every queue with its counts.",
+        "remove": "Take RUN away with all of its events.",
+        "resume": "Let the runs of queue Q start again.",
+    },
+    "beatless.cli.runs": {
+        "cancel": "Ask RUN to stop.",
+        "events": "The events of RUN.",
+        "explain": "Show the timeline of RUN: attempts, waits, leases, dispatches and publishes.",
+        "retry": "Start a new run that reuses the finished steps of RUN; prints its id.",
+        "runs": "Runs, newest first.",
+        "show": "Everything that is stored about RUN.",
+        "start": "Start a run of PLAN; prints its id.",
+        "verify": "Check the guarantees on the stored data of RUN…: one line for each violation.",
+    },
 }
+"""By module, each with the help that the list of commands shows: that list imports none of them."""
 
 
 class Commands(click.Group):
@@ -81,14 +82,25 @@ class Commands(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *itertools.chain(*MODULES.values())})
+        return sorted({*super().list_commands(ctx), *itertools.chain(*COMMANDS.values())})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for module, names in MODULES.items():
+        for module, names in COMMANDS.items():
             if cmd_name in names and cmd_name not in self.commands:
                 command = getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
                 self.add_command(with_global_options(command), cmd_name)
         return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As Click does it, with the commands' help from the table."""
+        known = dict(itertools.chain.from_iterable(map(dict.items, COMMANDS.values())))
+        width = formatter.width - 6 - max(map(len, known))
+        rows = [
+            (name, click.Command(name, help=known[name]).get_short_help_str(width))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -168,15 +180,13 @@ def run(arguments: list[str]) -> int:
         return fail("interrupted", 130)
     except BrokenPipeError:
         raise
-    except BAD_INPUT as error:
-        return fail(said(error), 2)
-    except UNREACHABLE as error:
-        return fail(said(error), 3)
-    except OURS as error:
-        return fail(said(error), 1)
-    except OSError as error:
-        return fail(said(error), 1)
     except Exception as error:
+        # Imported after a failure: the errors of all libraries cost more than all of `--help`.
+        from beatless.cli.exit_status import exit_status
+
+        known = exit_status(error)
+        if known is not None:
+            return fail(said(error), known)
         if "--traceback" in arguments:
             traceback.print_exc()
         kind = type(error).__name__

@@ -10,7 +10,7 @@ import click
 from beatless import loopback
 from beatless.auth import Scope, Tokens
 from beatless.cli.environment import Environment, seconds
-from beatless.cli.processes import LOG_FORMAT, READY_FD, check_url, tell
+from beatless.cli.options import LOG_FORMAT, READY_FD, check_url, tell
 from beatless.errors import BadRequest, ExtraMissing
 from beatless.observe.export import export
 from beatless.observe.logs import Format

@@ -7,22 +7,23 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
-from beatless.app import App
-from beatless.client import Client
-from beatless.demo import PLANS
 from beatless.errors import BadRequest, BadSetting, JobsError
-from beatless.local.stack_file import settings_of_running
 from beatless.namespaces import DEFAULT_NAMESPACE
-from beatless.observe import logs
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.plan import PlanError
-from beatless.settings import Settings
+
+# Imported at run time where they are used: most of the time to start is theirs.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from beatless.app import App
+    from beatless.client import Client
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -34,24 +35,35 @@ class Environment:
         self.as_json = False
         self.named: str | None = None
         """The app as the command line names it."""
-        # No emoji codes: values of runs are shown as they are.
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
         self._app: App | None = None
         self._restore_logs: Callable[[], None] | None = None
 
+    @cached_property
+    def err(self) -> "Console":
+        """For the person: standard error."""
+        return console(stderr=True)
+
+    @cached_property
+    def _out(self) -> "Console":
+        return console(stderr=False)
+
     @property
-    def out(self) -> Console:
+    def out(self) -> "Console":
         """For the person: standard output, unless that is for JSON."""
         return self.err if self.as_json else self._out
 
     @property
-    def app(self) -> App:
+    def app(self) -> "App":
         """The named app, or one with the demo plans.
 
         Without settings in the environment, a `beatless dev` of this directory gives them.
         Raises BadSetting.
         """
+        from beatless.app import App
+        from beatless.demo import PLANS
+        from beatless.local.stack_file import settings_of_running
+        from beatless.settings import Settings
+
         if self._app is None:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
@@ -64,7 +76,7 @@ class Environment:
         return self._app
 
     @property
-    def client(self) -> Client:
+    def client(self) -> "Client":
         """The client for values that the command prints."""
         return self.app.client_for(DEFAULT_NAMESPACE, shown=True)
 
@@ -90,7 +102,16 @@ class Environment:
 
     def log(self) -> None:
         """Log lines to stderr, for the commands that run for long. Loads the app."""
+        from beatless.observe import logs
+
         self._restore_logs = logs.configure(self.app.settings.log_format, sys.stderr)
+
+
+def console(*, stderr: bool) -> "Console":
+    """A console without emoji codes: values of runs are shown as they are."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
 class AppFailed(JobsError):
@@ -115,8 +136,10 @@ def explained(error: BadSetting) -> BadSetting:
     return BadSetting(error.name, problem, error.example)
 
 
-def load(name: str) -> App:
+def load(name: str) -> "App":
     """The app at `module:attribute`. Raises BadSetting and AppFailed."""
+    from beatless.app import App
+
     module_name, _, attribute = name.partition(":")
     example = "myproject.app:app"
     if not module_name or not attribute:

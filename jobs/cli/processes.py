@@ -17,16 +17,16 @@ from kombu.exceptions import KombuError
 
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.cli.environment import Environment
+from beatless.cli.options import LOG_FORMAT, METRICS_PORT, READY_FD, check_url, tell
 from beatless.cli.stopping import stop_on_signals
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.observe.export import export
-from beatless.observe.logs import Format
-from beatless.observe.metrics import listen
+from beatless.observe.exposition import listen
 from beatless.observe.systemd import ServiceManager
 from beatless.outbox.message import EventMessage
 from beatless.outbox.observer import RelayStarted, ShardsAssigned, Signal
 from beatless.outbox.publishers import RedisEventPublisher
-from beatless.redis_urls import is_cluster
+from beatless.redis_connections import is_cluster
 from beatless.schema import check
 from beatless.settings import Settings
 from beatless.transactions import reaching_postgres
@@ -34,15 +34,6 @@ from beatless.worker.celery_app import warn_of_foreign
 from beatless.worker.run import run_worker
 
 logger = logging.getLogger(__name__)
-
-READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
-
-
-def tell(ready_fd: int | None) -> None:
-    """Report readiness to the process that started this one."""
-    ServiceManager().ready()
-    if ready_fd is not None:
-        os.write(ready_fd, b"!")
 
 
 def check_servers(app: App) -> None:
@@ -87,34 +78,6 @@ def check_rights(app: App) -> None:
         RedisEventPublisher(client, app.settings.prefix).publish(
             [EventMessage(origin="", run_id="", body=b"")]
         )
-
-
-def on_port(_context: click.Context, _parameter: click.Parameter, port: int | None) -> None:
-    """The app reads its settings from the environment when it is loaded, which is later."""
-    if port is not None:
-        os.environ["BEATLESS_METRICS_PORT"] = str(port)
-
-
-def in_format(_context: click.Context, _parameter: click.Parameter, form: str | None) -> None:
-    """As `on_port`."""
-    if form is not None:
-        os.environ["BEATLESS_LOG_FORMAT"] = form
-
-
-LOG_FORMAT = click.option(
-    "--log-format",
-    type=click.Choice([form.value for form in Format]),
-    callback=in_format,
-    expose_value=False,
-    help="Default: BEATLESS_LOG_FORMAT.",
-)
-METRICS_PORT = click.option(
-    "--metrics-port",
-    type=click.IntRange(0, 65535),
-    callback=on_port,
-    expose_value=False,
-    help="Serve /metrics on this port; default: BEATLESS_METRICS_PORT.",
-)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -280,9 +243,3 @@ def flower(
         tell(ready_fd)
 
     served.run_flower(env.app, options, ready)
-
-
-def check_url(option: str, url: str) -> None:
-    """Raises BadRequest for a URL that would be no link in a browser."""
-    if not url.startswith(("http://", "https://")):
-        raise BadRequest(option, f"{url} does not start with http:// or https://")

@@ -9,7 +9,7 @@ from beatless.app import REDIS_TIMEOUTS
 from beatless.doctor.check import check
 from beatless.doctor.finding import Verdict, ok, problem, unreachable, warn
 from beatless.doctor.probe import Need, Probe
-from beatless.redis_urls import is_replica
+from beatless.redis_connections import is_replica
 
 MAX_PEEKED_MESSAGES = 50
 """Of each queue."""

@@ -9,7 +9,7 @@ from beatless.doctor import versions
 from beatless.doctor.check import check
 from beatless.doctor.finding import Verdict, ok, problem, skipped, warn
 from beatless.doctor.probe import Need, Probe
-from beatless.redis_urls import is_replica
+from beatless.redis_connections import is_replica
 
 MAX_MEMORY_USED = 0.8
 MIN_PUBSUB_LIMIT_BYTES = 8_000_000

@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celery import signals
-
 from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger("beatless.export")
@@ -80,6 +78,7 @@ def export_from_worker(service: str, environ: Mapping[str, str]) -> None:
     """`export` for a worker's process, which sends the last spans when Celery ends it."""
     finish = export(service, environ)
     if finish is not _nothing:
+        from celery import signals  # in other processes spans need no Celery
 
         def ended(**_: Any) -> None:
             finish()

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 Labels = tuple[str, ...]
 
@@ -42,8 +39,14 @@ class Family:
         """Numbers of one series: of a histogram a bucket each, the one above all, and the sum."""
         return 1 if self.buckets_s is None else len(self.buckets_s) + 2
 
-    def metric(self, series: Mapping[Labels, Sequence[float]]) -> Metric:
+    def metric(self, series: Mapping[Labels, Sequence[float]]) -> "Metric":
         """The family for prometheus_client, of `width` numbers for each series."""
+        from prometheus_client.core import (  # only who is scraped needs it
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
         metric: CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
         if self.buckets_s is not None:
             metric = HistogramMetricFamily(self.name, self.text, labels=self.labels)

@@ -4,10 +4,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
-from prometheus_client.core import Metric
 
 from beatless.observe.families import (
     DEAD_LETTERS,
@@ -24,6 +23,9 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 logger = logging.getLogger("beatless.metrics")
 
@@ -62,7 +64,7 @@ class PostgresGauges:
         """Postgres' time in seconds since the epoch, by its offset at the last scrape."""
         return time() + self._offset
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator["Metric"]:
         """The metrics; none if another process exposes them, or if Postgres does not answer."""
         if not self.wanted():
             return

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, TextIO
 
-from celery import signals
-
 from beatless.orchestrator.lease import Lease
 
 CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("beatless_log_context")
@@ -67,6 +65,8 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     enable_own_loggers(*LIBRARY_LOGGERS)
+    from celery import signals  # here, because every app imports this module
+
     # Celery leaves logging alone as soon as this signal has a receiver.
     signals.setup_logging.connect(_leave_alone)
 

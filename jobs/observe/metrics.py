@@ -3,27 +3,23 @@
 Names and meanings: docs/metrics.md.
 """
 
-import logging
 import platform
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib import metadata
-from typing import ClassVar, Protocol
-from wsgiref.simple_server import WSGIServer
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import sqlalchemy
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import InfoMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from beatless import loopback
-from beatless.errors import BadSetting
 from beatless.observe.counters import RelayCounters, StreamCounters, WorkerCounters
 from beatless.observe.counts import Counts
 from beatless.observe.families import Family, Labels
 from beatless.observe.gauges import PostgresGauges
 from beatless.orchestrator.plan import Plan
 
-logger = logging.getLogger("beatless.metrics")
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
 
 
 class Counters(Protocol):
@@ -37,7 +33,7 @@ class Counters(Protocol):
     def counts(self) -> Counts: ...
 
 
-class Metrics(Collector):
+class Metrics:
     """The metrics of one app in one process: of the kinds of work that the process does.
 
     `registry` is prometheus_client's: serve it with `start_http_server(port, registry=…)` or its
@@ -45,8 +41,6 @@ class Metrics(Collector):
     """
 
     def __init__(self, plans: Sequence[Plan], engine: sqlalchemy.Engine, schema: str) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
         self.worker = WorkerCounters(plans)
         self.streams = StreamCounters()
         self.relay = RelayCounters([plan.name for plan in plans])
@@ -58,8 +52,17 @@ class Metrics(Collector):
         )
         self.relay.clock = self.postgres.now
 
-    def collect(self) -> Iterator[Metric]:
-        """All metrics. Called by the registry. Series of the same family are added up."""
+    @cached_property
+    def registry(self) -> "CollectorRegistry":
+        """The registry of prometheus_client, which calls `collect`; made at its first use."""
+        from beatless.observe.exposition import registry_of  # only who is scraped needs it
+
+        return registry_of(self.collect)
+
+    def collect(self) -> Iterator["Metric"]:
+        """All metrics. Series of the same family are added up."""
+        from prometheus_client.core import InfoMetricFamily
+
         facts = {"version": metadata.version("beatless"), "python": platform.python_version()}
         yield InfoMetricFamily("beatless_build", "Versions of beatless and Python.", facts)
         counters: tuple[Counters, ...] = (self.worker, self.streams, self.relay)
@@ -75,20 +78,3 @@ class Metrics(Collector):
         for family, series in found.values():
             yield family.metric(series)
         yield from self.postgres.collect()
-
-
-def listen(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
-    """Serve a registry on /metrics from a thread until `shutdown` and `server_close`.
-
-    Port 0 takes a free one; it is in `server_port`. Raises BadSetting.
-    """
-    try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        problem = f"is {port}, and {loopback.url(host, port)} cannot be served: {error.strerror}"
-        raise BadSetting("BEATLESS_METRICS_PORT", problem, "9464") from error
-    logger.info(
-        "metrics are served",
-        extra={"action": "metrics", "url": f"{loopback.url(host, server.server_port)}/metrics"},
-    )
-    return server

@@ -12,8 +12,8 @@ from redis.backoff import NoBackoff
 
 from beatless.orchestrator.events import EventText
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.message import run_of
 from beatless.outbox.observer import Observer, ThreadFailed, ignore
-from beatless.outbox.publishers import run_of
 from beatless.outbox.threads import RESTART_S
 from beatless.streams.history import NO_HEAD, History
 from beatless.streams.messages import parse

@@ -12,11 +12,9 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import redis
 import sqlalchemy
-from redis import asyncio as aioredis
 from sqlalchemy import exc
 
 from beatless.orchestrator.events import Event, EventText
@@ -24,16 +22,20 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
+from beatless.outbox.message import channel_for
 from beatless.outbox.observer import Observer, ignore
-from beatless.outbox.publishers import channel_for
 from beatless.outbox.queries import Caller
 from beatless.streams.cursor import Cursor
 from beatless.streams.history import NO_HEAD, History, Origin
-from beatless.streams.hub import Hub
 from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 from beatless.streams.pager import Pager
-from beatless.streams.subscription import SUBSCRIBE_TIMEOUT_S, Subscription
 from beatless.streams.waiting import JournalRetry, Timeout
+
+if TYPE_CHECKING:
+    import redis
+    from redis import asyncio as aioredis
+
+    from beatless.streams.hub import Hub
 
 T = TypeVar("T")
 
@@ -107,6 +109,8 @@ class Streams:
 
     def _hub(self) -> "Hub":
         """That of the running loop: waiters of one loop cannot be woken from another."""
+        from beatless.streams.hub import Hub  # imports redis, which only a stream needs
+
         loop = asyncio.get_running_loop()
         with self._choosing:
             if loop not in self._hubs:
@@ -129,6 +133,8 @@ class Streams:
         """
         if run.state.final and after >= run.last_seq:
             return
+        from beatless.streams.subscription import SUBSCRIBE_TIMEOUT_S, Subscription
+
         limit = Timeout(run.run_id, timeout)
         cursor, sought = Cursor(after), -1
         reason: BackfillReason = "start"

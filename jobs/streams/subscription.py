@@ -14,7 +14,7 @@ from beatless.orchestrator.events import EventText
 from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
-from beatless.outbox.publishers import run_of
+from beatless.outbox.message import run_of
 from beatless.streams.messages import parse
 
 logger = logging.getLogger("beatless.stream")

@@ -8,8 +8,9 @@ from wsgiref.simple_server import WSGIServer
 
 from celery import bootsteps, signals
 
+from beatless.observe.exposition import listen
 from beatless.observe.logs import enable_own_loggers
-from beatless.observe.metrics import Metrics, listen
+from beatless.observe.metrics import Metrics
 from beatless.observe.systemd import ServiceManager
 from beatless.settings import Settings
 from beatless.worker.celery_app import warn_of_foreign

@@ -10,14 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+import click
 import pytest
 from prometheus_client import CollectorRegistry
 
 from beatless import BadSetting, loopback
-from beatless.cli import run
+from beatless.cli import COMMANDS, cli, run
 from beatless.local.restarts import Restarter
 from beatless.local.stack_file import LOCK, STATE, settings_of_running
-from beatless.observe.metrics import listen
+from beatless.observe.exposition import listen
 
 FOUND = {"BEATLESS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}
 
@@ -124,3 +125,10 @@ def test_an_ipv6_address_is_printed_as_a_browser_takes_it() -> None:
     assert loopback.url("::1", 80) == "http://[::1]:80"
     with pytest.raises(BadSetting, match=r"http://\[::2\]:1 cannot be served"):
         listen(CollectorRegistry(), "::2", 1)
+
+
+def test_the_list_of_commands_shows_the_help_of_each() -> None:
+    context = click.Context(cli)
+    commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    shown = {name: text for module in COMMANDS.values() for name, text in module.items()}
+    assert {name: found.get_short_help_str(1000) for name, found in commands.items()} == shown

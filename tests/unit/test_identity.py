@@ -7,8 +7,8 @@ import pytest
 
 from beatless.client.requests import new_run_id
 from beatless.orchestrator.state import FINAL, TRANSITIONS, RunState, allowed
-from beatless.outbox.message import SHARDS, TaskMessage, shard_of
-from beatless.outbox.publishers import channel_for, run_of, worker_queue
+from beatless.outbox.message import SHARDS, TaskMessage, channel_for, run_of, shard_of
+from beatless.outbox.publishers import worker_queue
 from beatless.outbox.queries import channel_of
 
 

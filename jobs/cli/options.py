@@ -1,0 +1,52 @@
+"""Options of several commands."""
+
+import os
+
+import click
+
+from beatless.errors import BadRequest
+from beatless.observe.logs import Format
+from beatless.observe.systemd import ServiceManager
+
+READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
+
+
+def tell(ready_fd: int | None) -> None:
+    """Report readiness to the process that started this one."""
+    ServiceManager().ready()
+    if ready_fd is not None:
+        os.write(ready_fd, b"!")
+
+
+def on_port(_context: click.Context, _parameter: click.Parameter, port: int | None) -> None:
+    """The app reads its settings from the environment when it is loaded, which is later."""
+    if port is not None:
+        os.environ["BEATLESS_METRICS_PORT"] = str(port)
+
+
+def in_format(_context: click.Context, _parameter: click.Parameter, form: str | None) -> None:
+    """As `on_port`."""
+    if form is not None:
+        os.environ["BEATLESS_LOG_FORMAT"] = form
+
+
+LOG_FORMAT = click.option(
+    "--log-format",
+    type=click.Choice([form.value for form in Format]),
+    callback=in_format,
+    expose_value=False,
+    help="Default: BEATLESS_LOG_FORMAT.",
+)
+METRICS_PORT = click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    callback=on_port,
+    expose_value=False,
+    help="Serve /metrics on this port; default: BEATLESS_METRICS_PORT.",
+)
+
+
+def check_url(option: str, url: str) -> None:
+    """Raises BadRequest for a URL that would be no link in a browser."""
+    if not url.startswith(("http://", "https://")):
+        raise BadRequest(option, f"{url} does not start with http:// or https://")

@@ -1,0 +1,48 @@
+"""Serves metrics with prometheus_client, which only a process that is scraped imports."""
+
+import logging
+from collections.abc import Callable, Iterator
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from beatless import loopback
+from beatless.errors import BadSetting
+
+logger = logging.getLogger("beatless.metrics")
+
+
+class Collected(Collector):
+    """A collector of what a function gives at each scrape."""
+
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()
+
+
+def registry_of(collect: Callable[[], Iterator[Metric]]) -> CollectorRegistry:
+    """A registry of the metrics that the function gives."""
+    registry = CollectorRegistry()
+    registry.register(Collected(collect))
+    return registry
+
+
+def listen(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
+    """Serve a registry on /metrics from a thread until `shutdown` and `server_close`.
+
+    Port 0 takes a free one; it is in `server_port`. Raises BadSetting.
+    """
+    try:
+        server, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        problem = f"is {port}, and {loopback.url(host, port)} cannot be served: {error.strerror}"
+        raise BadSetting("BEATLESS_METRICS_PORT", problem, "9464") from error
+    logger.info(
+        "metrics are served",
+        extra={"action": "metrics", "url": f"{loopback.url(host, server.server_port)}/metrics"},
+    )
+    return server
