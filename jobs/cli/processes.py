@@ -21,7 +21,6 @@ from beatless.cli.options import LOG_FORMAT, METRICS_PORT, READY_FD, check_url, 
 from beatless.cli.stopping import stop_on_signals
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.observe.export import export
-from beatless.observe.exposition import listen
 from beatless.observe.systemd import ServiceManager
 from beatless.outbox.message import EventMessage
 from beatless.outbox.observer import RelayStarted, ShardsAssigned, Signal
@@ -31,7 +30,6 @@ from beatless.schema import check
 from beatless.settings import Settings
 from beatless.transactions import reaching_postgres
 from beatless.worker.celery_app import warn_of_foreign
-from beatless.worker.run import run_worker
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +104,8 @@ def worker(
     ready_fd: int | None,
 ) -> None:
     """Run a Celery worker for the app's plans."""
+    from beatless.worker.run import run_worker  # Celery's commands: not for a relay
+
     env.log()
     app = env.app
     check_servers(app)
@@ -184,6 +184,8 @@ def served(app: App) -> Iterator[None]:
     if app.settings.metrics_port is None:
         yield
         return
+    from beatless.observe.exposition import listen  # prometheus_client is for who is scraped
+
     server = listen(app.metrics.registry, app.settings.metrics_host, app.settings.metrics_port)
     try:
         yield

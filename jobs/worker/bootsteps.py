@@ -8,7 +8,6 @@ from wsgiref.simple_server import WSGIServer
 
 from celery import bootsteps, signals
 
-from beatless.observe.exposition import listen
 from beatless.observe.logs import enable_own_loggers
 from beatless.observe.metrics import Metrics
 from beatless.observe.systemd import ServiceManager
@@ -108,6 +107,8 @@ class MetricsListener(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery 
         return self.settings.metrics_port is not None
 
     def start(self, _worker: Any) -> None:
+        from beatless.observe.exposition import listen  # prometheus_client is for who is scraped
+
         self.metrics.worker.active = True
         self._server = listen(
             self.metrics.registry, self.settings.metrics_host, self.settings.metrics_port or 0
