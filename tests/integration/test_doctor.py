@@ -63,6 +63,12 @@ def examine(app: App, *checks: str, **options: Any) -> list[Finding]:
 
 
 @pytest.fixture
+def _without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's answer is waited for, in a test that has no workers which could answer."""
+    monkeypatch.setattr("beatless.doctor.probe.INSPECT_TIMEOUT_S", 0.1)
+
+
+@pytest.fixture
 def changed(beatless_app: App) -> Iterator[Callable[..., App]]:
     """Makes the test's app with other settings or plans."""
     made: list[App] = []
@@ -331,6 +337,7 @@ def test_versions_with_known_holes(table: Any, version: str, fixed: str | None) 
     assert (found and found[0]) == fixed
 
 
+@pytest.mark.usefixtures("_without_workers")
 def test_pickle_and_eager_tasks(beatless_app: App, changed: Callable[..., App]) -> None:
     app = changed()
     app.celery.conf.accept_content = ["json", "pickle"]
@@ -354,6 +361,7 @@ def test_a_visibility_timeout_below_a_step(beatless_app: App, changed: Callable[
 # The fleet
 
 
+@pytest.mark.usefixtures("_without_workers")
 def test_nobody_is_there(beatless: Kit, beatless_app: App) -> None:
     only(examine(beatless_app, "relays"), Status.PROBLEM, "no relay runs")
     only(examine(beatless_app, "workers"), Status.PROBLEM, "no worker answers")
@@ -361,6 +369,7 @@ def test_nobody_is_there(beatless: Kit, beatless_app: App) -> None:
     beatless.verify()
 
 
+@pytest.mark.usefixtures("_without_workers")
 def test_a_relay_without_workers(beatless: Kit, beatless_app: App) -> None:
     relay = beatless_app.relay()
     relay.start()
@@ -560,6 +569,7 @@ def test_a_check_that_there_is_not_is_told_with_those_that_there_are(beatless_ap
         examine(beatless_app, "relays", "output-buffers")
 
 
+@pytest.mark.usefixtures("_without_workers")
 def test_every_check_says_alone_what_it_says_among_all(
     beatless: Kit, beatless_app: App, changed: Callable[..., App]
 ) -> None:

@@ -24,10 +24,9 @@ STATISTICS = {
 }
 
 
-@pytest.fixture(params=STATISTICS)
-def backlog(postgres: psycopg.Connection, request: pytest.FixtureRequest) -> psycopg.Connection:
+def backlogged(postgres: psycopg.Connection, statistics: str) -> psycopg.Connection:
     """A session of a drain, before a long backlog."""
-    before, after = STATISTICS[request.param]
+    before, after = STATISTICS[statistics]
     fill(postgres)
     postgres.execute("DELETE FROM run_outbox")
     postgres.execute("DELETE FROM dispatches")
@@ -72,7 +71,7 @@ def read(connection: psycopg.Connection, statement: str, parameters: dict[str, A
     )
 
 
-def test_a_pick_reads_a_batch_however_long_the_backlog(
+def a_pick_reads_a_batch_however_long_the_backlog(
     beatless_app: App, backlog: psycopg.Connection
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
@@ -84,7 +83,7 @@ def test_a_pick_reads_a_batch_however_long_the_backlog(
     assert rows == SHARDS * queries.per_shard
 
 
-def test_a_look_for_due_runs_reads_no_delayed_one(
+def a_look_for_due_runs_reads_no_delayed_one(
     beatless_app: App, backlog: psycopg.Connection
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
@@ -106,7 +105,7 @@ def test_a_look_for_due_runs_reads_no_delayed_one(
         assert rows < 50
 
 
-def test_a_look_reads_as_many_waiting_runs_as_there_are_places(
+def a_look_reads_as_many_waiting_runs_as_there_are_places(
     beatless_app: App, backlog: psycopg.Connection
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
@@ -133,7 +132,7 @@ def test_a_look_reads_as_many_waiting_runs_as_there_are_places(
             assert rows <= sent + 2 * places + 5
 
 
-def test_forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Connection) -> None:
+def forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Connection) -> None:
     queries = Queries(beatless_app.settings.schema)
     found = backlog.execute("SELECT shard, id FROM run_outbox ORDER BY id LIMIT 50").fetchall()
     lists = {
@@ -148,7 +147,7 @@ def test_forgetting_reads_what_it_deletes(beatless_app: App, backlog: psycopg.Co
     assert left == (BACKLOG - len(found),)
 
 
-def test_marking_reads_what_it_marks(beatless_app: App, backlog: psycopg.Connection) -> None:
+def marking_reads_what_it_marks(beatless_app: App, backlog: psycopg.Connection) -> None:
     queries = Queries(beatless_app.settings.schema)
     runs = [f"run-{number}" for number in range(1, 51)]
 
@@ -163,7 +162,7 @@ def test_marking_reads_what_it_marks(beatless_app: App, backlog: psycopg.Connect
     assert sorted(run_id for (run_id,) in sent) == sorted(runs)
 
 
-def test_a_look_at_what_is_held_reads_nothing_else(
+def a_look_at_what_is_held_reads_nothing_else(
     beatless_app: App, backlog: psycopg.Connection
 ) -> None:
     queries = Queries(beatless_app.settings.schema)
@@ -180,3 +179,27 @@ def test_a_look_at_what_is_held_reads_nothing_else(
 
     assert held == [("run-7.1",)]
     assert rows <= 2 * len(runs) + 1
+
+
+READINGS = (
+    a_pick_reads_a_batch_however_long_the_backlog,
+    a_look_for_due_runs_reads_no_delayed_one,
+    a_look_reads_as_many_waiting_runs_as_there_are_places,
+    forgetting_reads_what_it_deletes,
+    marking_reads_what_it_marks,
+    a_look_at_what_is_held_reads_nothing_else,
+)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_statements_read_a_batch_however_long_the_backlog(
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    subtests: pytest.Subtests,
+    statistics: str,
+) -> None:
+    """Each before the same backlog, which takes a second to make."""
+    backlog = backlogged(postgres, statistics)
+    for reading in READINGS:
+        with subtests.test(reading.__name__), backlog.transaction(force_rollback=True):
+            reading(beatless_app, backlog)

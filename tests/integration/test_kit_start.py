@@ -116,7 +116,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("wrong", "workers"), [(name, str(i % 2)) for i, name in enumerate(WRONG)])
+@pytest.mark.parametrize(("wrong", "workers"), [(name, str(int(name == "line"))) for name in WRONG])
 def test_a_wrong_set_up_is_told_in_a_sentence(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, wrong: str, workers: str
 ) -> None:
@@ -326,17 +326,9 @@ def test_without_the_setting_the_error_of_an_import_says_so(
     result.stdout.fnmatch_lines(["*BEATLESS_DATABASE_URL is not set*", "Set beatless_app = *"])
 
 
-def test_an_app_that_cannot_be_imported_is_told_in_a_sentence(shop: pytest.Pytester) -> None:
-    shop.makepyfile(shop="1 / 0", test_shop="def test_it(beatless): ...")
-
-    result = run(shop)
-
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["beatless_app = shop:app: shop cannot be imported: ZeroDivision*"])
-    assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
-
-
-def test_no_test_costs_a_schema_where_the_app_cannot_be_imported(shop: pytest.Pytester) -> None:
+def test_an_app_that_cannot_be_imported_is_told_in_a_sentence_and_no_test_costs_a_schema(
+    shop: pytest.Pytester,
+) -> None:
     """Each asks for it, also where the plans are given otherwise."""
     shop.makeconftest(PLANS)
     shop.makepyfile(
@@ -359,6 +351,7 @@ def test_no_test_costs_a_schema_where_the_app_cannot_be_imported(shop: pytest.Py
 
     result.assert_outcomes(errors=2, passed=1)
     result.stdout.fnmatch_lines(["beatless_app = shop:app: shop cannot be imported: ZeroDivision*"])
+    assert ".py:" not in result.stdout.str().partition("ERROR at setup")[2].partition("====")[0]
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,20 @@ FORBIDDEN_IN_TESTS = {
 }
 
 
+@cache
+def tree(source: str) -> ast.Module:
+    """Of the whole tree's sources several tests ask the same."""
+    return ast.parse(source)
+
+
+@cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(source)))
+
+
 def uses(source: str) -> Iterator[str]:
     """Dotted names that a source uses or imports."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         match node:
             case ast.Import(names):
                 yield from (alias.name for alias in names)
@@ -94,7 +106,7 @@ def in_memory_doors(source: str) -> list[str]:
     A publisher that passes on to another one may be written: it can note, and it can fail.
     """
     found: list[ast.AST] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         match node:
             case ast.ClassDef(body=body):
                 found += [
@@ -321,6 +333,6 @@ def test_every_module_says_what_it_is_for():
         for path in SOURCES
         if path.name != "__main__.py"
         and (source := path.read_text())
-        and not ast.get_docstring(ast.parse(source))
+        and not ast.get_docstring(tree(source))
     ]
     assert undocumented == []
