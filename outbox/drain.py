@@ -12,6 +12,7 @@ from beatless.outbox.event_lane import EventLane
 from beatless.outbox.observer import Drained
 from beatless.outbox.overdue import OverdueRuns
 from beatless.outbox.quarantine import Quarantine, is_row_fault
+from beatless.outbox.queries import int_array
 from beatless.outbox.task_lane import TaskLane
 
 LOCKED_ROW_POLL_S = 0.25
@@ -142,7 +143,7 @@ class Drain:
         self.tasks.close()
 
     def _look_ahead(self, shards: Sequence[int]) -> psycopg.Cursor[Any]:
-        return self._connection.execute(self._queries.next_due_sql, {"shards": list(shards)})
+        return self._connection.execute(self._queries.next_due_sql, {"shards": int_array(shards)})
 
     def _earliest(self, ahead: psycopg.Cursor[Any] | None) -> float | None:
         row = ahead.fetchone() if ahead else None

@@ -36,6 +36,11 @@ class Quarantine:
         return list(self._until)
 
     @property
+    def array(self) -> list[str] | str:
+        """`run_ids` as a parameter. Nearly always none: as text, as in `queries.int_array`."""
+        return self.run_ids or "{}"
+
+    @property
     def retry_in_s(self) -> list[float]:
         """Seconds until each of them is tried again."""
         return [max(0.0, until - monotonic()) for until in self._until.values()]

@@ -17,7 +17,7 @@ from beatless.outbox.message import SHARDS, TaskMessage
 from beatless.outbox.observer import Observer, QueueRefused
 from beatless.outbox.publishers import TaskPublisher
 from beatless.outbox.quarantine import Quarantine, is_row_fault
-from beatless.outbox.queries import PickedTask, Queries, picked_tasks
+from beatless.outbox.queries import PickedTask, Queries, int_array, picked_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class TaskLane:
         if (result.accepted or result.kept) and self._breaker.record_success():
             self._on_recovery()
             # The broker may have come back empty: its unclaimed messages are checked.
-            self._connection.execute(queries.resend_unclaimed_sql, {"shards": list(shards)})
+            self._connection.execute(queries.resend_unclaimed_sql, {"shards": int_array(shards)})
         return result.accepted
 
     def collect_soon(self, shards: Sequence[int], now: datetime | None) -> Sequence[TaskMessage]:
@@ -211,10 +211,10 @@ class TaskLane:
         return self._connection.execute(
             self._queries.pick_free_tasks_sql if self._held else self._queries.pick_tasks_sql,
             {
-                "shards": list(shards),
+                "shards": int_array(shards),
                 "run_id": run_id,
                 "now": now,
-                "aside": self._quarantine.run_ids,
+                "aside": self._quarantine.array,
                 # All relays together have no more places than one alone.
                 "places": math.ceil(self._queries.window * len(shards) / SHARDS),
             },
@@ -315,5 +315,5 @@ def _attempts(messages: Iterable[TaskMessage]) -> dict[str, Any]:
     found = list(messages)
     return {
         "run_ids": [message.run_id for message in found],
-        "attempts": [message.attempt for message in found],
+        "attempts": int_array(message.attempt for message in found),
     }

@@ -1,7 +1,7 @@
 """What a relay costs: looks, statements and Python calls, with limits that no machine changes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,6 +12,7 @@ from beatless.outbox.doorbell import Sessions
 from beatless.outbox.message import TaskMessage
 from beatless.outbox.observer import RelayAsleep, RelayWoke
 from beatless.outbox.publishers import CeleryTaskPublisher
+from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.session_loop import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, SessionLoop
 from beatless.testing import Kit
 from tests.integration.test_relay import noting, running
@@ -89,12 +90,8 @@ class TestGathering:
         loop._gather(64)
 
 
-def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
-    publisher = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
-    messages = [
-        TaskMessage(run_id=f"run-{n}", task="job", queue="default", attempt=1) for n in range(64)
-    ]
-    publisher.publish(messages)  # what is made once: the connection, the queue
+def calls_of(act: Callable[[], object]) -> int:
+    """Python functions that are called within."""
     calls = 0
 
     def count(_frame: object, event: str, _argument: object) -> None:
@@ -103,9 +100,30 @@ def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
 
     sys.setprofile(count)
     try:
-        publisher.publish(messages)
+        act()
     finally:
         sys.setprofile(None)
+    return calls
+
+
+def test_a_look_that_finds_nothing_costs_few_calls(beatless_app: App) -> None:
+    relay = beatless_app.relay()
+    relay.drain_once()
+    drain = relay._once[1]
+    for _ in range(10):
+        drain.step(ALL_SHARDS)  # its statements are prepared
+    calls = calls_of(lambda: drain.step(ALL_SHARDS))
+    relay.stop()
+    assert calls <= 240
+
+
+def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
+    publisher = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
+    messages = [
+        TaskMessage(run_id=f"run-{n}", task="job", queue="default", attempt=1) for n in range(64)
+    ]
+    publisher.publish(messages)  # what is made once: the connection, the queue
+    calls = calls_of(lambda: publisher.publish(messages))
     with beatless_app.celery.producer_or_acquire() as producer:
         batches = getattr(producer, "supports_batch_publish", False)
     # By kombu 5.7, in batches; each message of its own before.
