@@ -39,6 +39,69 @@ NEAR_RUNS = 10_000
 """Newest runs that are looked through before all runs with a tag, or with a retry, are read."""
 
 
+class FailedRuns:
+    """The statements of one schema over failed runs without a retry."""
+
+    def __init__(self, sql: Mapping[str, str]) -> None:
+        self._sql = sql
+
+    def page(
+        self,
+        connection: Caller,
+        *,
+        namespace: str,
+        chosen: FailedRunFilter,
+        limit: int,
+        read: Read = execute,
+    ) -> Iterator[tuple[Run, Place]]:
+        """Failed runs without a retry that can be retried, oldest end first."""
+        rows = self._read(connection, self._sql["failed_runs"], namespace, chosen, limit, read)
+        return ((Run.from_row(row[2:]), (row[0], row[1])) for row in rows)
+
+    def places(
+        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
+    ) -> list[Place]:
+        """The ids of `page`, with their places."""
+        return [
+            (at, run_id)
+            for at, run_id in self._read(
+                connection, self._sql["places_of_failed_runs"], namespace, chosen, limit
+            )
+        ]
+
+    def count(
+        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
+    ) -> int:
+        """The number of runs that `page` would return."""
+        statement = self._sql["count_failed_runs"]
+        return int(self._read(connection, statement, namespace, chosen, limit)[0][0])
+
+    def _read(
+        self,
+        connection: Caller,
+        statement: str,
+        namespace: str,
+        chosen: FailedRunFilter,
+        limit: int,
+        read: Read = execute,
+    ) -> Any:
+        return read(
+            connection,
+            statement,
+            {
+                "namespace": namespace,
+                "plan": chosen.plan,
+                "queue": chosen.queue,
+                "tags": json.dumps(dict(chosen.tags)) if chosen.tags else None,
+                "error": chosen.error,
+                "seconds": chosen.seconds,
+                "after_at": chosen.after[0] if chosen.after else None,
+                "after_id": chosen.after[1] if chosen.after else None,
+                "limit": limit,
+            },
+        )
+
+
 class Journal:
     """The statements of one schema over runs and their events."""
 
@@ -48,6 +111,7 @@ class Journal:
         self.sql = statements(
             __file__, schema, page_bytes=PAGE_BYTES, near_runs=NEAR_RUNS, **OPTION_SQL
         )
+        self.failed = FailedRuns(self.sql)
         self._lists_by_state: dict[RunState | None, str] = {
             RunState.QUEUED: self.sql["list_queued"],
             RunState.RUNNING: self.sql["list_running"],
@@ -310,64 +374,6 @@ class Journal:
         execute(connection, self.sql["lock_run"], {"run_id": run_id})
         return bool(
             execute(connection, self.sql["other_retry"], {"run_id": run_id, "but": by_other_than})
-        )
-
-    def failed_runs(
-        self,
-        connection: Caller,
-        *,
-        namespace: str,
-        chosen: FailedRunFilter,
-        limit: int,
-        read: Read = execute,
-    ) -> Iterator[tuple[Run, Place]]:
-        """Failed runs without a retry that can be retried, oldest end first."""
-        rows = self._read_failed(
-            connection, self.sql["failed_runs"], namespace, chosen, limit, read
-        )
-        return ((Run.from_row(row[2:]), (row[0], row[1])) for row in rows)
-
-    def places_of_failed_runs(
-        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
-    ) -> list[Place]:
-        """The ids of `failed_runs`, with their places."""
-        return [
-            (at, run_id)
-            for at, run_id in self._read_failed(
-                connection, self.sql["places_of_failed_runs"], namespace, chosen, limit
-            )
-        ]
-
-    def count_failed_runs(
-        self, connection: Caller, *, namespace: str, chosen: FailedRunFilter, limit: int
-    ) -> int:
-        """The number of runs that `failed_runs` would return."""
-        statement = self.sql["count_failed_runs"]
-        return int(self._read_failed(connection, statement, namespace, chosen, limit)[0][0])
-
-    def _read_failed(
-        self,
-        connection: Caller,
-        statement: str,
-        namespace: str,
-        chosen: FailedRunFilter,
-        limit: int,
-        read: Read = execute,
-    ) -> Any:
-        return read(
-            connection,
-            statement,
-            {
-                "namespace": namespace,
-                "plan": chosen.plan,
-                "queue": chosen.queue,
-                "tags": json.dumps(dict(chosen.tags)) if chosen.tags else None,
-                "error": chosen.error,
-                "seconds": chosen.seconds,
-                "after_at": chosen.after[0] if chosen.after else None,
-                "after_id": chosen.after[1] if chosen.after else None,
-                "limit": limit,
-            },
         )
 
     def read(

@@ -42,7 +42,7 @@ class FailedRunCalls(BaseClient):
         chosen = _filter(plan, queue, tags, error, within)
 
         def read(caller: Caller) -> list[Run]:
-            found = self._journal.failed_runs(
+            found = self._journal.failed.page(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             )
             return [run for run, _ in found]
@@ -55,7 +55,7 @@ class FailedRunCalls(BaseClient):
         """`failed_runs` for a server: ends after so many bytes, has few runs in memory at once."""
 
         def read(caller: Caller) -> RunPage:
-            found = self._journal.failed_runs(
+            found = self._journal.failed.page(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit, read=execute_lazily
             )
             return page_of(found, limit, max_bytes)
@@ -66,7 +66,7 @@ class FailedRunCalls(BaseClient):
         """The number of `failed_runs`, counted up to `limit`."""
         return self._in_transaction(
             None,
-            lambda caller: self._journal.count_failed_runs(
+            lambda caller: self._journal.failed.count(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             ),
         )
@@ -143,7 +143,7 @@ class FailedRunCalls(BaseClient):
         """The new run or why there is none, and the place of the run that failed."""
         places = self._in_transaction(
             None,
-            lambda caller: self._journal.places_of_failed_runs(
+            lambda caller: self._journal.failed.places(
                 caller, namespace=self._namespace, chosen=chosen, limit=limit
             ),
         )

@@ -97,7 +97,7 @@ def queues(beatless_app: App) -> QueueStatements:
 
 
 def test_failed_runs(beatless_app: App, history: psycopg.Connection) -> None:
-    found = beatless_app.journal.failed_runs(
+    found = beatless_app.journal.failed.page(
         history,
         namespace="default",
         chosen=FailedRunFilter(queue="q", seconds=3500 * HOUR),
