@@ -169,7 +169,7 @@ class Load:
                 if way < 0.3:  # in the caller's own transaction, which may last or roll back
                     with self._engine.begin() as connection:
                         (run,) = client.start_runs([RunRequest(**request)], connection=connection)
-                        self._ending.wait(chance.choice([0, 0.02, 0.1, 0.3]))
+                        self._ending.wait(chance.choice([0, 0.02, 0.1, 0.3, 1]))
                         if way < 0.1:
                             raise RolledBack
                 else:
