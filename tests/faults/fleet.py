@@ -72,6 +72,8 @@ class Slot:
     armed: str = ""
     """The fault by which the process that runs will end itself."""
     child: Child | None = None
+    awaits: threading.Thread | None = None
+    """Waits until the process is ready."""
     starts: int = 0
     born: float = 0.0
     kept: bool = True
@@ -102,9 +104,23 @@ class Slot:
         log = self.directory / f"{self.name}.log"
         self.child = Child(self.name, self.arguments, environ=environ, log=log)
         self.child.start()
-        with suppress(NotReady):  # it was killed, or what it needs is away: the keeper tries again
-            self.child.wait_ready()
-            self.born = monotonic()
+        self.awaits = threading.Thread(target=self._await, args=(self.child,), daemon=True)
+        self.awaits.start()
+
+    def reap(self) -> None:
+        """Take leave of the process that has ended."""
+        assert self.child is not None
+        assert self.awaits is not None
+        self.awaits.join(5)  # its end is told by the pipe that this thread reads
+        self.child.reap(monotonic())
+
+    def _await(self, child: Child) -> None:
+        """Beside the keeper, which starts other processes meanwhile."""
+        # If it was killed, or what it needs is away, the keeper tries again.
+        with suppress(NotReady, OSError):
+            child.wait_ready()
+            if self.child is child:
+                self.born = monotonic()
 
 
 @dataclass
@@ -213,7 +229,7 @@ class Fleet:
                         self.ends.append((slot.armed or f"{slot.name} ended", time()))
                     slot.armed = ""
                     if slot.child is not None:
-                        slot.child.reap(monotonic())
+                        slot.reap()
                     if not self._ending.is_set():
                         slot.start()
             self._hurry.wait(0.05)
