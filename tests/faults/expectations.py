@@ -106,6 +106,10 @@ DRILLS: dict[str, tuple[str, tuple[str, ...]]] = {
         "another epoch from its first moment: streams get `HistoryChanged` or `reset`, waits end",
         ("integration/test_failover.py",),
     ),
+    "a standby takes over that lacks the last commits": (
+        "runs that it has go on as it has them; those that it lacks are gone, and keys are free",
+        ("stress/test_lost_tail.py",),
+    ),
     "the journal is read on a standby": (
         "no stream takes it for the truth: the epoch and the promotion are checked",
         ("integration/test_history.py", "integration/test_failover.py"),

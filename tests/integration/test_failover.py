@@ -3,8 +3,9 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -120,17 +121,19 @@ def test_a_cursor_of_events_that_are_gone_gets_a_reset(beatless: Kit) -> None:
         assert api("GET", f"{path}?from_seq=3").status == 409
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
-    """A primary, and a standby that follows it."""
-    primary = EmbeddedPostgres(tmp_path / "one", settings={"fsync": "off"})
+@contextmanager
+def primary_and_standby(
+    folder: Path, through: Callable[[int], AbstractContextManager[int]] = nullcontext
+) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
+    """A primary, and a standby that follows it, by the port that `through` makes of its own."""
+    primary = EmbeddedPostgres(folder / "one", settings={"fsync": "off"})
     with primary:
         pass
-    shutil.copytree(primary.directory, tmp_path / "two")
-    with primary:
-        way = f"host=127.0.0.1 port={primary.port} user=postgres password={primary.password}"
+    shutil.copytree(primary.directory, folder / "two")
+    with primary, through(primary.port) as port:
+        way = f"host=127.0.0.1 port={port} user=postgres password={primary.password}"
         standby = EmbeddedPostgres(
-            tmp_path / "two", settings={"fsync": "off", "primary_conninfo": way}
+            folder / "two", settings={"fsync": "off", "primary_conninfo": way}
         )
         (standby.cluster / "standby.signal").touch()
         if (owner := server_user().owner) is not None:
@@ -138,6 +141,12 @@ def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
                 os.chown(path, *owner)
         with standby:
             yield primary, standby
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
+    with primary_and_standby(tmp_path) as found:
+        yield found
 
 
 def catch_up(primary: EmbeddedPostgres) -> None:
