@@ -224,7 +224,8 @@ def messages_delivered_twice(fleet: Fleet, _: random.Random) -> bool:
 
 @fault
 def message_that_is_not_ours(fleet: Fleet, chance: random.Random) -> bool:
-    garbage = chance.choice([b"", b"{", b'{"body": 1}', b"\xff\xfe", b"[]"])
+    deep = b"[" * 10_000 + b"]" * 10_000
+    garbage = chance.choice([b"", b"{", b'{"body": 1}', b"\xff\xfe", b"[]", deep])
     with fleet.redis(fleet.broker) as client:
         lists = [k for k in client.scan_iter("*") if client.type(k) == b"list"]
         for key in lists:

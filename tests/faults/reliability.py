@@ -68,7 +68,8 @@ on where they were. Faults come at random, by the seed. Every call, every effect
 ledger outside of Postgres, every claim (by a trigger) and every frame that a viewer saw is
 written down; a [checker](../tests/faults/checker.py) that imports nothing of beatless tests I1 to
 I12 over that history and over the stored data. A fault counts only if it hit something: a lease
-that was held, a session in a transaction, a stream that was open.
+that was held, a session in a transaction, a stream that was open. `ARGS=--store` adds a run
+to this page.
 """
     if runs:
         text += (
