@@ -138,7 +138,7 @@ bench-table: $(STAMP) ## Write benchmarks/README.md from the last results
 bench-retention: $(STAMP) ## Measure retention in batches beside partitions (3 minutes)
 	$(BIN)/python -m benchmarks.retention
 
-bench-fanout: $(STAMP) ## Measure 2,000 viewers of two API processes (3 minutes)
+bench-fanout: $(STAMP) ## Measure 2,000 viewers of one API process (3 minutes)
 	$(BIN)/python -m benchmarks.fanout
 
 bench-capacity: $(STAMP) ## Measure connections, memory, disk and WAL; write the tables of docs/operations.md

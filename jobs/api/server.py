@@ -25,6 +25,7 @@ from beatless.api.routes import (
     system,
 )
 from beatless.api.services import Clients, Services
+from beatless.api.sse import Framing
 from beatless.api.stream_limits import StreamLimits
 from beatless.app import App
 from beatless.auth import Tokens
@@ -112,6 +113,7 @@ def _services(
         clients=Clients(app, engine),
         tokens=tokens,
         streams=app.streams_on(engine),
+        framing=Framing(app.redaction.text),
         stream_limits=StreamLimits(),
         open_streams=OpenStreams(tokens),
         gate=Gate(tokens, app.settings.schema, authenticate=authenticate, is_open=is_open),

@@ -10,6 +10,7 @@ from beatless.api.gate import Gate
 from beatless.api.lanes import LanesOfLoops
 from beatless.api.open_streams import OpenStreams
 from beatless.api.readiness import Readiness
+from beatless.api.sse import Framing
 from beatless.api.stream_limits import StreamLimits
 from beatless.app import App
 from beatless.auth import Tokens
@@ -46,6 +47,7 @@ class Services:
     clients: Clients
     tokens: Tokens
     streams: Streams
+    framing: Framing
     stream_limits: StreamLimits
     open_streams: OpenStreams
     gate: Gate

@@ -5,13 +5,15 @@ import contextlib
 import logging
 import random
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from beatless.api.open_streams import OpenStreams
 from beatless.api.problems import Problem
@@ -67,21 +69,24 @@ def start_of(run: Run, epoch: str, given: str | None, seq: int) -> tuple[int, bo
 class EventStream(Response):
     """Sends chunks as they come, and ends when they do, or when the reader is gone.
 
-    Made for thousands of idle viewers: one task beside the request's own, no timers.
+    Made for thousands of viewers: one task beside the request's own, no timers, and chunks that
+    are handed to the server without waking a task while it takes them.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, chunks: AsyncIterator[bytes], open_streams: OpenStreams, reservation: Reservation
-    ) -> None:
+    def __init__(self, open_streams: OpenStreams, reservation: Reservation) -> None:
         """Releases the reservation when it ends, or is dropped before it begins."""
-        self._chunks = chunks
+        self.chunks: AsyncIterator[bytes] | None = None
+        """To be set before it is sent."""
         self._open_streams = open_streams
         self._reservation = reservation
+        self._send: Send | None = None
         self._started = False
         self._ended = False
         self._sending: asyncio.Task[None] | None = None
+        self._late: asyncio.Task[None] | None = None
+        """Hands over a chunk that the server did not take at once."""
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
@@ -89,6 +94,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
+        assert self.chunks is not None  # noqa: S101 - set by the route
+        self._send = send
         sending = self._sending = asyncio.current_task()
         assert sending is not None  # noqa: S101 - a server runs each request as a task
         listening = asyncio.create_task(self._listen(receive, sending))
@@ -97,15 +104,17 @@ class EventStream(Response):
                 self._reservation,
                 self._open_streams.watching(self._reservation.grant, self.end),
             ):
-                async with aclosing(self._chunks):  # type: ignore[type-var]  # it is a generator
-                    await self._send(send)
+                async with aclosing(self.chunks):  # type: ignore[type-var]  # it is a generator
+                    await self._send_all(self.chunks, send)
         except asyncio.CancelledError:
             # By the listener or by us, and not by a server that stops?
             if not (listening.done() or self._ended) or sending.uncancel() > 0:
                 raise
+            self._leave_late()  # a viewer that does not read it comes again
             if not listening.done():
                 await self._finish(send)
         finally:
+            self._leave_late()
             listening.cancel()
 
     def end(self) -> None:
@@ -120,18 +129,53 @@ class EventStream(Response):
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
 
-    async def _send(self, send: Send) -> None:
+    async def _send_all(self, chunks: AsyncIterator[bytes], send: Send) -> None:
         await self._start(send)
-        async for chunk in self._chunks:
-            message = {"type": "http.response.body", "body": chunk, "more_body": True}
+        async for chunk in chunks:
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await send(message)
+                    if self._late is not None:
+                        await self._late
+                    await send(_body(chunk))
             except TimeoutError:
-                logger.info("viewer reads too slowly and is dropped", extra={"action": "dropped"})
+                self._drop()
                 break
         self._ended = True  # a second last chunk would be an error
         await self._finish(send)
+
+    def offer(self, chunk: bytes) -> bool:
+        """Hand a chunk to the server without waiting; False if it still has one to take.
+
+        A server's `send` that has nothing to wait for is done when it is called. One that waits
+        for its viewer is awaited in a task, until which `offer` takes no other chunk.
+        """
+        if self._ended or self._send is None or (self._late and not self._late.done()):
+            return False
+        sending = self._send(_body(chunk)).__await__()
+        try:
+            awaited = next(sending)
+        except StopIteration:
+            return True
+        except Exception:
+            self.end()  # the viewer is gone; its task hears why
+            return False
+        self._late = asyncio.create_task(self._send_late(_Rest(awaited, sending)))
+        return True
+
+    async def _send_late(self, rest: "_Rest") -> None:
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await rest
+        except TimeoutError:
+            self._drop()
+            self.end()
+
+    def _leave_late(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+
+    def _drop(self) -> None:
+        logger.info("viewer reads too slowly and is dropped", extra={"action": "dropped"})
 
     async def _finish(self, send: Send) -> None:
         if not self._started:
@@ -146,16 +190,43 @@ class EventStream(Response):
         sending.cancel()
 
 
+def _body(chunk: bytes) -> Message:
+    return {"type": "http.response.body", "body": chunk, "more_body": True}
+
+
+class _Rest:
+    """Awaits what an awaitable has not done, after its first step was made outside of a task."""
+
+    def __init__(self, awaited: Any, steps: Generator[Any, Any, None]) -> None:
+        self._awaited = awaited
+        self._steps = steps
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        awaited = self._awaited
+        while True:
+            try:
+                sent = yield awaited
+            except BaseException as error:  # passed on, as `yield from` does
+                step = partial(self._steps.throw, error)
+            else:
+                step = partial(self._steps.send, sent)
+            try:
+                awaited = step()
+            except StopIteration:
+                return
+
+
 async def chunks(
     streams: Streams,
     run: Run,
-    shown: Callable[[EventText], EventText],
+    framing: "Framing",
+    offer: Callable[[bytes], bool],
     *,
     epoch: str,
     after: int,
     reset: bool,
 ) -> AsyncIterator[bytes]:
-    """The stream of a run, after a seq.
+    """The stream of a run, after a seq, but for what `offer` takes meanwhile.
 
     First comes a frame without data, which no viewer takes for a message, so that even an idle
     stream can be resumed.
@@ -166,29 +237,55 @@ async def chunks(
         first += f'id: {epoch}.0\nevent: reset\ndata: {{"epoch":"{epoch}"}}\n\n'
     yield first.encode()
     rotation = ROTATION_S * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
-    watched = streams.watch(run, after, epoch=epoch, timeout=rotation, idle=KEEP_ALIVE_S)
+    watched = streams.watch(
+        run,
+        after,
+        epoch=epoch,
+        timeout=rotation,
+        idle=KEEP_ALIVE_S,
+        accept=lambda events: offer(framing.whole(events, epoch)),
+    )
     try:
         async with aclosing(watched):
             async for batch in watched:
                 if not batch:
                     yield ALIVE
-                for chunk in frames([shown(event) for event in batch], epoch):
+                for chunk in framing.chunks(batch, epoch):
                     yield chunk
     except (HistoryChanged, WaitTimeout, EventsPruned, RunNotFound):
         return  # the viewer comes again, at this server or another, and hears why
 
 
-def frames(batch: Sequence[EventText], epoch: str) -> Iterator[bytes]:
-    """The events as frames, many to a chunk."""
-    waiting: list[bytes] = []
-    size = 0
-    for event in batch:
-        head = f"id: {epoch}.{event.seq}\nevent: {event.type}\ndata: "
-        frame = b"%b%b\n\n" % (head.encode(), event.text)
-        if size + len(frame) > CHUNK and waiting:
+class Framing:
+    """Events as frames. Those that all viewers of a run are given at once are made once."""
+
+    def __init__(self, shown: Callable[[EventText], EventText]) -> None:
+        self._shown = shown
+        self._last: tuple[Sequence[EventText], str, bytes] = ((), "", b"")
+
+    def whole(self, events: Sequence[EventText], epoch: str) -> bytes:
+        """The frames of the events of one message, which is small."""
+        last, of, found = self._last
+        if last is not events or of != epoch:
+            found = b"".join(self._frame(event, epoch) for event in events)
+            self._last = (events, epoch, found)
+        return found
+
+    def chunks(self, events: Iterable[EventText], epoch: str) -> Iterator[bytes]:
+        """The frames, many to a chunk."""
+        waiting: list[bytes] = []
+        size = 0
+        for event in events:
+            frame = self._frame(event, epoch)
+            if size + len(frame) > CHUNK and waiting:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+            waiting.append(frame)
+            size += len(frame)
+        if waiting:
             yield b"".join(waiting)
-            waiting, size = [], 0
-        waiting.append(frame)
-        size += len(frame)
-    if waiting:
-        yield b"".join(waiting)
+
+    def _frame(self, event: EventText, epoch: str) -> bytes:
+        shown = self._shown(event)
+        head = f"id: {epoch}.{shown.seq}\nevent: {shown.type}\ndata: "
+        return b"%b%b\n\n" % (head.encode(), shown.text)

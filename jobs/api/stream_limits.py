@@ -9,7 +9,7 @@ from typing import Self
 from beatless.api.problems import Problem
 from beatless.auth import Grant
 
-MAX_STREAMS = 5000
+MAX_STREAMS = 10_000
 MAX_STREAMS_PER_TOKEN = 1000
 """Those of the stream tokens that a token has made are its own."""
 MAX_STREAMS_PER_NAMESPACE = 4000

@@ -1,6 +1,6 @@
 """The order of one stream: backfilled and live events, each exactly once. Does no I/O."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from beatless.orchestrator.events import EventText
 
@@ -18,6 +18,18 @@ class Cursor:
         while event := self._early.pop(self.seq + 1, None):
             self.seq = event.seq
             yield event
+
+    def offer(
+        self, accept: Callable[[Sequence[EventText]], bool], events: Sequence[EventText]
+    ) -> bool:
+        """Have events accepted if they are the next ones in order; whether they were.
+
+        They must follow one another.
+        """
+        if self._early or events[0].seq != self.seq + 1 or not accept(events):
+            return False
+        self.seq = events[-1].seq
+        return True
 
     @property
     def missing(self) -> bool:

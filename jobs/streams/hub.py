@@ -227,8 +227,17 @@ class Hub:
             size = len(message["data"])
             # Messages without a mailbox are not parsed.
             events = parse(message["data"], run_of(channel)) if size <= Mailbox.MAX_BYTES else []
-            for mailbox in self._mailboxes.get(channel, ()):
-                mailbox.put(events, size)
+            offered = events if _go_on(events) else None
+            # A copy: a viewer that is gone may leave meanwhile.
+            for mailbox in list(self._mailboxes.get(channel, ())):
+                mailbox.put(events, size, offered)
+
+
+def _go_on(events: Sequence[EventText]) -> bool:
+    """Whether events follow one another, and others will follow them."""
+    return bool(events) and all(
+        event.seq == events[0].seq + place and not event.final for place, event in enumerate(events)
+    )
 
 
 class Mailbox:
@@ -250,6 +259,10 @@ class Mailbox:
         self._missed = False
         self.reason: BackfillReason = "start"
         """Why the reader shall look into the journal."""
+        self.accept: Callable[[Sequence[EventText]], bool] | None = None
+        """Passes events on at once, in the reader's place, if they are the next ones of its stream
+        and it can. Called only while the reader waits in `next` for nothing else."""
+        self._waits = False
         self._news = asyncio.Event()
         self._state_known = asyncio.Event()
         self._over = asyncio.Event()
@@ -291,8 +304,22 @@ class Mailbox:
         self._missed, self.reason = True, reason
         self._news.set()
 
-    def put(self, events: Sequence[EventText], size: int) -> None:
-        """A message of so many bytes. One that does not fit is read from the journal instead."""
+    def put(
+        self, events: Sequence[EventText], size: int, offered: Sequence[EventText] | None
+    ) -> None:
+        """A message of so many bytes. One that does not fit is read from the journal instead.
+
+        `offered` are its events if they may be passed on without waking the reader.
+        """
+        if (
+            offered is not None
+            and self.accept is not None
+            and self._waits
+            and not self._news.is_set()
+            and self.accept(offered)
+        ):
+            self.seq = offered[-1].seq
+            return
         self._size += size
         if self._size > self.MAX_BYTES:
             self._waiting.clear()
@@ -320,11 +347,14 @@ class Mailbox:
         """The events that have come; [] after `timeout` seconds; None if some may be lost."""
         if not self._waiting and not self._missed:
             self._news.clear()
+            self._waits = True
             try:
                 async with asyncio.timeout(timeout):
                     await self._news.wait()
             except TimeoutError:
                 return []
+            finally:
+                self._waits = False
         if self._missed:
             return None
         arrived, self._waiting, self._size = self._waiting, [], 0

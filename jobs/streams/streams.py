@@ -11,7 +11,15 @@ A Redis message is a hint. It may be late, doubled or lost; the journal is the t
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy
@@ -244,9 +252,14 @@ class Streams:
         epoch: str | None = None,
         timeout: float | None = None,
         idle: float | None = None,
+        accept: Callable[[Sequence[EventText]], bool] | None = None,
     ) -> AsyncGenerator[list[EventText]]:
         """`afollow` in batches; an empty one means that nothing came for `idle` seconds, or that
         the journal cannot be read now. Ends early after `end`. `epoch` is that of `after`.
+
+        `accept` is called with the next events while the generator waits for them: if it returns
+        True they are passed on, and do not come as a batch. Of one message, all streams of a run
+        are given the same object.
         """
         if run.state.final and after >= run.last_seq:
             return
@@ -264,6 +277,8 @@ class Streams:
         history = History(run.run_id, epoch)
         channel = self._known_channel(run.run_id)
         mailbox = self._hub().subscribe(channel, run.run_id, after, history)
+        if accept is not None:
+            mailbox.accept = partial(cursor.offer, accept)
         async with mailbox, self._counted():
             while not mailbox.ended:
                 await mailbox.ready(limit.left)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beatless.api.sse import CHUNK, frames
+from beatless.api.sse import CHUNK, Framing
 from beatless.orchestrator.events import EventText
 from beatless.outbox.message import one_line
 from beatless.streams.messages import parse
@@ -30,7 +30,7 @@ def test_an_event_is_one_line_whatever_ends_lines(text: str) -> None:
 
 def test_a_frame_is_three_lines_whatever_ends_lines() -> None:
     (read,) = parse(line(data={"text": ENDS}))
-    (frame,) = frames([read], "e")
+    (frame,) = Framing(lambda event: event).chunks([read], "e")
     assert len(frame.decode().splitlines()) == 4
     assert frame.decode().splitlines()[:2] == ["id: e.1", "event: DebugTrace"]
     assert read.event().data == {"text": ENDS}
@@ -71,5 +71,5 @@ def test_a_message_with_returns_between_its_parts_stays_one_line() -> None:
 def test_chunks_are_counted_in_bytes() -> None:
     wide = "\U0001f642" * (CHUNK // 8)
     events = [EventText.of(n, "X", json.dumps(wide, ensure_ascii=False)) for n in (1, 2, 3)]
-    sent = list(frames(events, "e"))
+    sent = list(Framing(lambda event: event).chunks(events, "e"))
     assert [chunk.count(b"id: ") for chunk in sent] == [1, 1, 1]

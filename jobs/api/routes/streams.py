@@ -74,6 +74,14 @@ def stream_run(
     except BaseException:
         reservation.release()
         raise
-    shown = services.app.redaction.text
-    chunks = sse.chunks(services.streams, run, shown, epoch=epoch, after=after, reset=reset)
-    return sse.EventStream(chunks, services.open_streams, reservation)
+    stream = sse.EventStream(services.open_streams, reservation)
+    stream.chunks = sse.chunks(
+        services.streams,
+        run,
+        services.framing,
+        stream.offer,
+        epoch=epoch,
+        after=after,
+        reset=reset,
+    )
+    return stream
