@@ -34,6 +34,7 @@ class Orphan:
 
     run_id: str
     pid: int
+    uncalled: bool
     cause: DeathCause
     until: float
     """When to leave it to its time, by the monotonic clock."""
@@ -133,6 +134,7 @@ class DeathWatch:
                 self._orphans[token] = Orphan(
                     run_id=noted.run_id,
                     pid=noted.pid,
+                    uncalled=noted.uncalled,
                     cause=cause,
                     until=until,
                 )
@@ -156,7 +158,9 @@ class DeathWatch:
     def _end(self) -> None:
         with self._connect() as connection:
             found = self._leases.end(
-                connection, [(each.run_id, token) for token, each in self._orphans.items()]
+                connection,
+                [(each.run_id, token) for token, each in self._orphans.items()],
+                uncalled={token for token, each in self._orphans.items() if each.uncalled},
             )
         ended = [self._orphans[token] for token, done in found.items() if done]
         self._orphans = {

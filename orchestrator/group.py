@@ -50,6 +50,7 @@ class Member:
     """A run of a group."""
 
     plan: Plan
+    lease: Lease
     turns: Turns
     turn: Turn | None = None
     """The next turn; None before the first, and after the last."""
@@ -229,8 +230,11 @@ class Group:
 
     def _advance(self, member: Member, answer: Answer) -> None:
         """Let a run go on to its next turn."""
+        note_uncalled = self._executor.heartbeat.note_uncalled
         try:
+            note_uncalled(member.lease, uncalled=False)
             member.take(answer)
+            note_uncalled(member.lease, uncalled=isinstance(member.turn, RunBody))
         except StopIteration:
             self._members.remove(member)
         except Exception as error:
@@ -350,7 +354,7 @@ class GroupExecutor:
 
     def _work(self, leases: Sequence[Lease]) -> None:
         members = [
-            Member(plan=plan, turns=self.executor.turns(plan, lease))
+            Member(plan=plan, lease=lease, turns=self.executor.turns(plan, lease))
             for lease in leases
             for plan in [self._plans[lease.run.plan]]
         ]

@@ -67,6 +67,13 @@ class Heartbeat:
             elif self._resting:
                 self._changed.notify()
 
+    def note_uncalled(self, lease: Lease, *, uncalled: bool) -> None:
+        """Note whether the next body of the run is yet to be called, should the process die."""
+        with self._changed:
+            if lease.uncalled is not uncalled:
+                lease.uncalled = uncalled
+                self._note(lease)
+
     def release(self, lease: Lease) -> None:
         """Keep it no longer."""
         with self._changed:
@@ -91,6 +98,7 @@ class Heartbeat:
                 beat=monotonic(),
                 run_id=lease.run.run_id,
                 tokens=lease.tokens,
+                uncalled=lease.uncalled,
             ),
         )
 

@@ -8,7 +8,7 @@ server's.
 
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 
 from beatless.orchestrator.options import OPTION_SQL
+from beatless.orchestrator.progress import GIVEN_BACK
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
@@ -50,6 +51,8 @@ class Lease:
     """Seconds that the run was due before this claim; None if it was taken from another worker."""
     age: float = 0.0
     """Seconds from the run's first claim to this one."""
+    uncalled: bool = False
+    """Whether an attempt has begun whose body was not called: it waits for its turn in a group."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None
@@ -223,17 +226,26 @@ class Leases:
             )
         return dict(extended.fetchall())
 
-    def end(self, connection: Connection, held: Sequence[tuple[str, int]]) -> dict[int, bool]:
+    def end(
+        self,
+        connection: Connection,
+        held: Sequence[tuple[str, int]],
+        *,
+        uncalled: Collection[int] = (),
+    ) -> dict[int, bool]:
         """End these leases, by run id and token, whose process is known to be dead.
 
-        Their runs are dispatched at once. For each token that still has a lease: whether it was
-        ended; False if another transaction holds the row at this moment. The rest were gone.
+        Their runs are dispatched at once. The attempts under the tokens in `uncalled` do not count:
+        their bodies were not called. For each token that still has a lease: whether it was ended;
+        False if another transaction holds the row at this moment. The rest were gone.
         """
         rows = connection.execute(
             self.sql["end"],
             {
                 "run_ids": [run_id for run_id, _ in held],
                 "tokens": [token for _, token in held],
+                "uncalled": [token in uncalled for _, token in held],
+                "trace": GIVEN_BACK,
             },
         ).fetchall()
         return {token: ended for token, ended, _ in rows}

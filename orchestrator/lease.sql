@@ -158,27 +158,40 @@ SELECT lease_token, cancelled FROM u
 -- End the leases of processes that have died, and ring for their runs; say which are left.
 -- A lease that a transaction still writes under is left for the next try: its row is not waited for.
 -- The token stays: what the dead process had sent before may still be written, until the next claim.
+-- An attempt whose body was not called is given back: it was not what the process has died of.
 WITH held AS (
-  SELECT r.run_id, r.lease_token FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[])
-         AS l(run_id, token)
+  SELECT r.run_id, r.lease_token, l.uncalled
+    FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[], %(uncalled)s::bool[])
+         AS l(run_id, token, uncalled)
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
    WHERE r.lease_expires_at > clock_timestamp()
 ), free AS (
-  SELECT held.run_id, d.shard FROM held
+  SELECT held.run_id, d.shard, s.step, s.attempt, s.run_id IS NOT NULL AS given_back FROM held
     JOIN {schema}.runs r ON r.run_id = held.run_id AND r.lease_token = held.lease_token
      AND r.state = 'running'
     JOIN {schema}.dispatches d ON d.run_id = held.run_id
+    LEFT JOIN LATERAL (
+      SELECT * FROM {schema}.run_events e
+       WHERE e.run_id = held.run_id AND e.type IN ('StepStarted', 'StepFinished', 'StepFailed')
+       ORDER BY e.seq DESC LIMIT 1) s ON held.uncalled AND s.type = 'StepStarted'
      FOR NO KEY UPDATE OF r, d SKIP LOCKED
 ), u AS (
-  UPDATE {schema}.runs r SET lease_expires_at = clock_timestamp()
+  UPDATE {schema}.runs r
+     SET lease_expires_at = clock_timestamp(), last_seq = r.last_seq + free.given_back::int
     FROM free WHERE r.run_id = free.run_id
-  RETURNING r.run_id, free.shard
+  RETURNING r.run_id, r.last_seq, free.shard, free.step, free.attempt AS begun, free.given_back
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT run_id, last_seq, clock_timestamp(), 'DebugTrace', 'worker', step, begun,
+         jsonb_build_object('name', %(trace)s::text)
+    FROM u WHERE given_back
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, last_seq, last_seq FROM u WHERE given_back
 ), d AS (
   UPDATE {schema}.dispatches d SET due_at = clock_timestamp() FROM u WHERE d.run_id = u.run_id
 )
-SELECT held.lease_token, u.run_id IS NOT NULL,
-       CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, u.shard)
-            THEN pg_notify('beatless_{schema}', (u.shard)::text) END
+SELECT held.lease_token, u.run_id IS NOT NULL, {each_doorbell}
   FROM held LEFT JOIN u USING (run_id)
 
 -- name: held_by

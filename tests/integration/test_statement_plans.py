@@ -113,6 +113,7 @@ TYPES = {
     "token": "bigint",
     "tokens": "bigint[]",
     "types": "text[]",
+    "uncalled": "bool[]",
     "upto": "int[]",
     "values": "text[]",
     "workers": "text[]",

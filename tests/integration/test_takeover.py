@@ -1,5 +1,6 @@
 """Runs of processes that have died go on at once: the leases here last longer than any test."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import Run
+from beatless import Run, RunState
+from beatless.client import RunRequest
 from beatless.local.child import Child
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.death_watch import DeathWatch
@@ -210,10 +212,17 @@ class Watched:
         os.close(tell)
         return pid, life
 
-    def note(self, slot: int, lease: Lease, pid: int, life: int) -> None:
+    def note(self, slot: int, lease: Lease, pid: int, life: int, *, uncalled: bool = False) -> None:
         self.board.write(
             slot,
-            Noted(pid=pid, life=life, beat=0.0, run_id=lease.run.run_id, tokens=lease.tokens),
+            Noted(
+                pid=pid,
+                life=life,
+                beat=0.0,
+                run_id=lease.run.run_id,
+                tokens=lease.tokens,
+                uncalled=uncalled,
+            ),
         )
 
     def ended(self) -> int:
@@ -359,3 +368,68 @@ def test_a_run_that_the_dead_process_had_settled_is_left_alone(
 
     assert not due(beatless, connection, lease)
     assert watched.ended() == 0
+
+
+def test_only_the_runs_whose_bodies_were_called_count_a_crash(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    """The others waited for their turn in a group: the process has not died of them."""
+    pid, life = watched.process()
+    called, uncalled = claim(beatless, connection), claim(beatless, connection)
+    watched.note(0, called, pid, life)
+    watched.note(1, uncalled, pid, life, uncalled=True)
+    watched.watch.once()
+
+    die(pid)
+    watched.watch.once()
+    assert watched.ended() == 2
+    beatless.work_until_idle()
+
+    def starts(lease: Lease) -> list[int | None]:
+        events = beatless.client.events(lease.run.run_id)
+        return [event.attempt for event in events if event.type == "StepStarted"]
+
+    assert starts(called) == [1, 2, 1]
+    assert starts(uncalled) == [1, 1, 1]
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_a_run_that_ends_its_process_costs_its_neighbours_nothing(
+    beatless: Kit, tmp_path: Path, postgres: psycopg.Connection
+) -> None:
+    """In groups of sixteen; those that had returned before it were not committed, and count.
+
+    The first 64 are in the broker, and each brings others of those that wait.
+    """
+    postgres.execute("CREATE TABLE effects (key text)")
+    ledger = tmp_path / "ledger"
+    input = {"ledger": str(ledger), "table": f"{beatless.app.settings.schema}.effects"}
+    worker = beatless.worker_process("tests.grouped:app")
+    beatless.relay_process("tests.grouped:app")
+    first = beatless.start_run("six", input)  # from which the worker learns how short it is
+    assert beatless.wait_for_run_completion(first.run_id).attempt == 1
+    inputs = [input | ({"kill_in": "s2"} if n == 70 else {}) for n in range(96)]
+    runs = beatless.client.start_runs([RunRequest(plan="six", input=each) for each in inputs])
+
+    ended = [beatless.wait_for_run_completion(run.run_id) for run in runs]
+    assert {(run.state, run.result) for run in ended} == {(RunState.COMPLETED, 6)}
+    assert sum(run.attempt == 2 for run in ended) > 8  # they were in one group
+    crashed = {
+        run.run_id
+        for run in runs
+        if any(event.attempt == 2 for event in beatless.client.events(run.run_id))
+    }
+    called = {
+        run_id
+        for run_id, step, attempt in map(json.loads, ledger.read_text().splitlines())
+        if (step, attempt) == ("s2", 2)
+    }
+    assert runs[70].run_id in crashed
+    assert crashed == called
+    assert len(crashed) < 16
+    keys = postgres.execute("SELECT count(*), count(DISTINCT key) FROM effects").fetchone()
+    assert keys == (97, 97)
+    postgres.execute("DROP TABLE effects")
+    assert worker.alive
+    beatless.verify()
