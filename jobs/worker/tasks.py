@@ -38,6 +38,22 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
         if limit not in (None, 0, "0"):
             raise ValueError(f"{self.name} is a plan of beatless: runs have no rate limit")
 
+    @property
+    def time_limit(self) -> None:
+        """None: Celery would end a process in the middle of a step, and other runs with it."""
+        return None
+
+    @time_limit.setter
+    def time_limit(self, limit: Any) -> None:
+        """Raises ValueError, as an answer to Flower's button; None and 0 ask for no change."""
+        if limit:
+            raise ValueError(
+                f"{self.name} is a plan of beatless: runs have no time limit of Celery's; give "
+                "their steps a timeout, or the run a deadline"
+            )
+
+    soft_time_limit = time_limit
+
     def refuse(self, *_: Any, **__: Any) -> NoReturn:
         """Raises TypeError: a message without a stored run would execute nothing."""
         raise not_to_be_called(self.name)

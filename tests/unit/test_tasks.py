@@ -1,7 +1,10 @@
 """A plan's Celery task is the relay's to send: whoever calls it is told how to start a run."""
 
+from types import SimpleNamespace
+
 import pytest
 from celery import chain, group, signature
+from celery.worker import control
 
 from beatless import App, Plan, Settings, step
 from beatless.worker.tasks import register
@@ -79,3 +82,15 @@ def test_a_rate_limit_of_a_plan_is_refused_with_an_answer():
     task.rate_limit = "0"
     assert task.rate_limit is None
     mail.rate_limit = "1/m"
+
+
+@pytest.mark.parametrize("limits", [{"soft": 5.0}, {"hard": 5.0}, {"soft": 5.0, "hard": 9.0}])
+def test_a_time_limit_of_a_plan_is_refused_with_an_answer(limits):
+    state = SimpleNamespace(app=app.celery)
+    with pytest.raises(ValueError, match="give their steps a timeout"):
+        control.time_limit(state, "checkout", **limits)
+    control.time_limit(state, "checkout")
+    assert (task.soft_time_limit, task.time_limit) == (None, None)
+    control.time_limit(state, "shop.mail", hard=5.0)
+    assert mail.time_limit == 5.0
+    mail.time_limit = None
