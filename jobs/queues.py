@@ -42,6 +42,10 @@ class Queues:
         """Every queue that has runs or is paused."""
         return self._do(self._statements.states)
 
+    def is_known(self, name: str) -> bool:
+        """Whether the queue is paused, is consumed, or has runs, be it such that ended."""
+        return self._do(lambda caller: self._statements.is_known(caller, name))
+
     def pause(self, name: str) -> None:
         """After this no run of the queue starts anywhere; those that run go on."""
         self._do(lambda caller: self._statements.pause(caller, name))

@@ -150,6 +150,10 @@ class QueueStatements:
         execute(connection, self._sql["resume"], {"name": name})
         execute(connection, self._sql["wake_relays"], {"c": self._channel})
 
+    def is_known(self, connection: Caller, name: str) -> bool:
+        """Whether the queue is paused, is consumed, or has runs, be it such that ended."""
+        return bool(execute(connection, self._sql["is_known"], {"name": name})[0][0])
+
     def workers(self, connection: Caller) -> list[WorkerState]:
         """The workers that consume queues now; older versions do not announce theirs."""
         names = ("hostname", "version", "queues", "processes", "started_at", "failing")

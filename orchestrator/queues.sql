@@ -28,6 +28,14 @@ DELETE FROM {schema}.queues WHERE name = %(name)s
 -- Wake the relays of all shards.
 SELECT pg_notify(%(c)s, '')
 
+-- name: is_known
+-- Find out whether a queue is paused, is consumed, or has runs.
+-- Reads in whole: dispatches, and runs for a name that nothing else knows.
+SELECT EXISTS (SELECT FROM {schema}.queues WHERE name = %(name)s)
+    OR EXISTS (SELECT FROM {schema}.workers WHERE %(name)s = ANY(queues))
+    OR EXISTS (SELECT FROM {schema}.dispatches WHERE queue = %(name)s)
+    OR EXISTS (SELECT FROM {schema}.runs WHERE queue = %(name)s)
+
 -- name: states
 -- Read every queue that has runs or was paused; without those that ended, all but them.
 -- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.

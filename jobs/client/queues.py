@@ -44,22 +44,40 @@ class QueueCalls(BaseClient):
     def drain_queue(self, queue: str) -> int:
         """Take away the runs that wait, leave those that run; how many were taken away.
 
+        Raises BadRequest for a queue that nothing knows.
+
         >>> run = client.start_run("checkout", {"order": 1}, queue="letters")
         >>> client.drain_queue("letters")
         1
         """
         with reaching_postgres(self._journal.schema):
-            return self._queues.drain(queue_name(queue))
+            return self._queues.drain(self._known(queue))
 
     def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
-        """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`.
+        """Take away the queue with all of its runs; how many.
+
+        Raises QueueBusy without `force`, and BadRequest for a queue that nothing knows.
 
         >>> run = client.start_run("checkout", {"order": 1}, queue="parcels")
         >>> client.obliterate_queue("parcels", force=True)
         1
         """
         with reaching_postgres(self._journal.schema):
-            return self._queues.obliterate(queue_name(queue), force=force)
+            return self._queues.obliterate(self._known(queue), force=force)
+
+    def _known(self, queue: str) -> str:
+        """The name, if a plan names the queue, or it is paused, is consumed or has runs.
+
+        Raises BadRequest: a name that was mistyped must not look as if it were done.
+        """
+        name = queue_name(queue)
+        if name in {plan.queue for plan in self._plans.values()} or self._queues.is_known(name):
+            return name
+        raise BadRequest(
+            "queue",
+            f"is {name!r}, which no plan names, no worker consumes and no run is in: "
+            "`beatless queues` lists those that there are",
+        )
 
     def remove_run(self, run_id: str) -> None:
         """Take a run away with all of its events. Raises RunNotFound, RunIsActive.

@@ -403,6 +403,8 @@ def resume_queue(queue: str) -> Exchange[None]:
 def drain_queue(queue: str) -> Exchange[int]:
     """Take away the runs that wait, leave those that run; how many were taken away.
 
+    Raises BadRequest for a queue that nothing knows.
+
     >>> run = client.start_run("checkout", {"order": 1}, queue="letters")
     >>> client.drain_queue("letters")
     1
@@ -412,7 +414,9 @@ def drain_queue(queue: str) -> Exchange[int]:
 
 
 def obliterate_queue(queue: str, *, force: bool = False) -> Exchange[int]:
-    """Take away the queue with all of its runs; how many. Raises QueueBusy without `force`.
+    """Take away the queue with all of its runs; how many.
+
+    Raises QueueBusy without `force`, and BadRequest for a queue that nothing knows.
 
     >>> run = client.start_run("checkout", {"order": 1}, queue="parcels")
     >>> client.obliterate_queue("parcels", force=True)

@@ -96,7 +96,10 @@ def test_queues_over_http(beatless: Kit, client: Client) -> None:
     assert client.queues()[0].paused_at is not None
     client.resume_queue("q")
     assert client.drain_queue("q") == 1
-    assert client.obliterate_queue("q", force=True) == 0
+    client.start_run("two_steps", queue="q")
+    assert client.obliterate_queue("q", force=True) == 1
+    with pytest.raises(BadRequest, match="queue is 'q', which no plan names"):
+        client.obliterate_queue("q", force=True)
     with pytest.raises(RunNotFound):
         client.get_run(run.run_id)
 

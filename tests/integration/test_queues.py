@@ -278,6 +278,27 @@ def test_drain_takes_what_waits_and_leaves_what_runs(
     beatless.verify()
 
 
+@pytest.mark.parametrize("verb", ["drain_queue", "obliterate_queue"])
+def test_a_queue_that_nothing_knows_is_refused(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, verb: str
+) -> None:
+    act = getattr(beatless.client, verb)
+    [ended] = start(beatless, 1, "ended")
+    beatless.client.cancel_run(ended)
+    start(beatless, 1, "waiting")
+    beatless.client.pause_queue("paused")
+    postgres.execute(
+        "INSERT INTO workers (worker, hostname, queues, processes, version)"
+        " VALUES ('w', 'h', '{consumed}', 1, '1')"
+    )
+    with pytest.raises(BadRequest, match="is 'wating', which no plan names, no worker consumes"):
+        act("wating")
+    assert [run.queue for run in beatless.client.list_runs()] == ["waiting", "ended"]
+
+    for known in ("default", "ended", "waiting", "paused", "consumed"):
+        act(known)
+
+
 def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
