@@ -83,9 +83,7 @@ class Chaos:
         began = monotonic()
         while (left := seconds - (monotonic() - began)) > 0:
             self._storm(min(left, self._chance.uniform(*STORM_S)))
-            begin = time()
-            heal(self._fleet)
-            self._recorder.write("fault", name="all connections cut", begin=begin, end=time())
+            self._heal()
             if stop_early and self._violated():
                 return monotonic() - began
             with quiet(self._fleet, self.load, self._recorder) as drained:
@@ -97,7 +95,7 @@ class Chaos:
 
     def end(self) -> None:
         """Nobody calls any more, all is healed and ends, and what is stored is written down."""
-        heal(self._fleet)
+        self._heal()
         self._fleet.wait_ready()
         self.load.stop()
         drain(self._fleet, HEALED_S)
@@ -116,6 +114,12 @@ class Chaos:
             (self.hits if hit else self.misses)[name] += 1
         if sys.stderr.isatty():
             print(f"\r{self.hits.total():4} faults ", end="", file=sys.stderr)
+
+    def _heal(self) -> None:
+        """Take all faults back: what was held is cut, which is one more."""
+        begin = time()
+        heal(self._fleet)
+        self._recorder.write("fault", name="all connections cut", begin=begin, end=time())
 
     def _note_ends(self) -> None:
         """Processes that have ended since the last time; a crash point hits by that."""
