@@ -41,7 +41,7 @@ class RelayConfig:
     tasks: TaskPublisher
     redispatch: float = 15.0
     """Time that a sent message may stay unclaimed."""
-    linger: float = 0.01
+    linger: float = 0.003
     """Time for which the relay stays awake after the last message."""
     nap: float = 0.0003
     """Pause between two looks of a relay that is awake and finds nothing."""

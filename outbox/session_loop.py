@@ -38,11 +38,11 @@ and a stall of the disk is not silence. Whenever it sleeps too early, every writ
 
 BURST_LINGER_FACTOR = 10
 
-LONGEST_NAP_S = 0.002
+LONGEST_NAP_S = 0.001
 """Seconds between two looks that find nothing, at most; each is twice the one before."""
 
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.005
-"""Seconds that a relay waits after messages so that those of the next moment go together."""
+PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S = 0.0005, 0.005
+"""Seconds that a relay waits after a look, for each message that it found, and at most."""
 
 FULL_BATCH_MESSAGES = 64
 """Messages in one look that need no company: the next look follows at once."""
@@ -85,7 +85,6 @@ class SessionLoop:
         """How many have followed one another within `linger`."""
         self._burst_at = -BURST_S
         self._drowsy_moved = 0
-        self._pause = 0.0
 
     def run(self) -> None:
         """Drain and sleep until the relay stops. Raises when a session is lost."""
@@ -128,7 +127,7 @@ class SessionLoop:
 
     def _stay_awake(self) -> None:
         began = quiet_since = monotonic()
-        total, nap, self._pause = 0, self._config.nap, 0.0
+        total, nap = 0, self._config.nap
         while monotonic() - quiet_since < self._linger():
             # One step at least: who sends news of members without end must not keep us from it.
             if moved := self.drain.step(self.shards.owned):
@@ -141,7 +140,7 @@ class SessionLoop:
                 self._gather(moved)
             else:
                 self._wait(nap)
-                nap, self._pause = min(2 * nap, max(self._config.nap, LONGEST_NAP_S)), 0.0
+                nap = min(2 * nap, max(self._config.nap, LONGEST_NAP_S))
             if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
             self._run_watchdog()
@@ -151,19 +150,14 @@ class SessionLoop:
         self.sessions.doze(self.shards.owned)
 
     def _gather(self, moved: int) -> None:
-        """Wait for the messages of the next moment, for as long as that brings several.
+        """Wait for the messages of the next moment, the longer the more there are.
 
-        A look costs as much for one message as for ten. The wait begins with the second message in
-        a look and grows while looks find several, so what comes alone goes out at once.
+        A look costs as much for one message as for ten (ADR 0060). What comes alone is followed by
+        the next look at once, and a batch that is large enough too.
         """
-        if moved >= FULL_BATCH_MESSAGES:
-            return
-        several = moved > 1
-        pause = max(SHORTEST_PAUSE_S, 2 * self._pause) if several else self._pause / 2
-        self._pause = min(pause, LONGEST_PAUSE_S) if pause >= SHORTEST_PAUSE_S else 0.0
-        if self._pause:
+        if 1 < moved < FULL_BATCH_MESSAGES:
             self._alarm.quiet()  # of the batch that was just collected
-            self._wait(self._pause)
+            self._wait(min(moved * PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S))
 
     def _linger(self) -> float:
         """Seconds for which to stay awake after the last message."""

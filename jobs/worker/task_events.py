@@ -3,7 +3,7 @@
 Each is a command to Redis that the main process waits for, three a run: over half of its time
 under load. Redis answers a PUBLISH with the number of its receivers, and kombu drops the answer.
 Nobody else knows of listeners: Flower asks for events and never takes that back, and `celery
-events` does not even ask.
+events` does not even ask (ADR 0059).
 """
 
 from typing import Any

@@ -13,7 +13,12 @@ from beatless.outbox.message import TaskMessage
 from beatless.outbox.observer import RelayAsleep, RelayWoke
 from beatless.outbox.publishers import CeleryTaskPublisher
 from beatless.outbox.queries import ALL_SHARDS
-from beatless.outbox.session_loop import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, SessionLoop
+from beatless.outbox.session_loop import (
+    FULL_BATCH_MESSAGES,
+    LONGEST_PAUSE_S,
+    PAUSE_PER_MESSAGE_S,
+    SessionLoop,
+)
 from beatless.testing import Kit
 from tests.integration.test_relay import noting, running
 
@@ -66,28 +71,27 @@ class TestGathering:
             found.close()
         relay.stop()
 
-    def test_what_comes_alone_waits_for_nothing(self, loop: SessionLoop) -> None:
-        loop._gather(1)
-        assert loop._pause == 0
+    @pytest.fixture
+    def waits(self, loop: SessionLoop, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        found: list[float] = []
+        monkeypatch.setattr(loop, "_wait", found.append)
+        return found
 
-    def test_looks_that_find_several_are_spaced_and_those_that_find_one_no_longer(
-        self, loop: SessionLoop
+    @pytest.mark.parametrize("found", [1, FULL_BATCH_MESSAGES])
+    def test_nothing_is_waited_for_after_one_message_or_a_full_batch(
+        self, loop: SessionLoop, waits: list[float], found: int
     ) -> None:
-        pauses = []
-        for found in (2, 5, 3, 9, 4, 2, 1, 1, 1, 1):
+        loop._gather(found)
+        assert waits == []
+
+    def test_the_more_there_are_the_longer_others_are_waited_for(
+        self, loop: SessionLoop, waits: list[float]
+    ) -> None:
+        for found in (2, 4, 8, FULL_BATCH_MESSAGES - 1):
             loop._gather(found)
-            pauses.append(loop._pause)
-        assert pauses[0] == SHORTEST_PAUSE_S
-        assert pauses[:5] == sorted(pauses[:5])
-        assert pauses[5] == LONGEST_PAUSE_S
-        assert pauses[-1] == 0
-
-    def test_a_full_batch_is_followed_by_the_next_at_once(
-        self, loop: SessionLoop, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        loop._gather(2)
-        monkeypatch.setattr(loop, "_wait", None)  # it would fail
-        loop._gather(64)
+        assert waits[0] == 2 * PAUSE_PER_MESSAGE_S
+        assert waits == sorted(waits)
+        assert waits[-1] == LONGEST_PAUSE_S
 
 
 def calls_of(act: Callable[[], object]) -> int:
