@@ -26,6 +26,7 @@ APPLICATION_NAME = "beatless doctor"
 """Of its sessions in pg_stat_activity."""
 
 BROKER_TIMEOUT_S = 5
+BROKER_RETRY_S = 0.2
 INSPECT_TIMEOUT_S = 1.5
 """Until workers have answered a broadcast."""
 
@@ -215,7 +216,9 @@ class Probe:
         """The transport, and the seconds that a connection took. Raises kombu's errors."""
         began = time.perf_counter()
         with self.app.celery.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)
+            connection.ensure_connection(
+                max_retries=1, interval_start=BROKER_RETRY_S, timeout=BROKER_TIMEOUT_S
+            )
             return connection.transport_cls, time.perf_counter() - began
 
     @cached_property

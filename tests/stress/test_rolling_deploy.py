@@ -87,13 +87,14 @@ def allowed(names: str, renamed: bool, where: str) -> list[list[str]]:
     return ways
 
 
+@pytest.mark.long  # in one process: tests/integration/test_changed_plans.py
 @pytest.mark.parametrize(
     ("names", "renamed", "each"),
     [
         ("one pack pay mail", False, 1),
-        pytest.param("one pack pay mail", True, 4, marks=pytest.mark.long),
-        pytest.param("one pack charge mail", False, 4, marks=pytest.mark.long),
-        pytest.param("one mail", False, 4, marks=pytest.mark.long),
+        ("one pack pay mail", True, 4),
+        ("one pack charge mail", False, 4),
+        ("one mail", False, 4),
     ],
 )
 def test_each_run_is_finished_by_a_worker_that_knows_where_it_is(
