@@ -7,14 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from beatless import App, Plan, RunState, StepContext, step
+from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.orchestrator import group as groups
+from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Step
@@ -22,6 +24,7 @@ from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from beatless.testing.servers import Services
+from beatless.worker.bootsteps import GroupLimit
 from tests.proxy import Proxy, proxy
 
 ACTS: dict[str, Callable[[StepContext], Any]] = {}
@@ -530,3 +533,33 @@ def test_sixteen_runs_cost_their_worker_one_claim_and_a_commit_for_each_step(
     assert lines.count("ReadyForQuery") <= 7
     assert together.states(ids) == [RunState.COMPLETED] * 16
     assert calls / 16 <= MOST_CALLS, calls / 16
+
+
+def test_where_celery_counts_tasks_each_run_has_its_own(beatless_app: App) -> None:
+    """With `--max-tasks-per-child`, which is a number of runs."""
+    executors = beatless_app.executors
+    for number, runs in ((None, 16), (2, 1)):
+        GroupLimit.of(executors)(SimpleNamespace(max_tasks_per_child=number, steps=[]))
+        assert executors.max_group_runs == runs
+
+
+def test_one_body_that_was_held_up_makes_no_step_a_long_one() -> None:
+    pace, plan = Pace(), Plan("p", [act, then])
+    assert not pace.suits_groups(plan)  # nothing is known yet
+    pace.note(plan, act, 0.001)
+    pace.note(plan, act, 5.0)
+    assert pace.suits_groups(plan)
+    for _ in range(5):
+        pace.note(plan, then, 0.02)
+    assert pace.is_short(plan, act)
+    assert not pace.suits_groups(plan)
+    once = replace(act, retry=retry(max_crashes=1))
+    pace.note(Plan("q", [once]), once, 0.0)
+    assert not pace.suits_groups(Plan("q", [once]))
+
+
+def test_no_two_processes_of_a_pool_write_in_one_slot() -> None:
+    slots = [slot for place in range(CHILDREN) for slot in slots_of(place)]
+    assert len(set(slots)) == len(slots)
+    assert max(slots) < SLOTS
+    assert len(slots_of(0)) == 16
