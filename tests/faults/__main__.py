@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, time
 
-from tests.faults.calm import calm, drain, heal, quiet
+from tests.faults.calm import UNFINISHED, calm, drain, heal, quiet
 from tests.faults.checker import Violation, check
 from tests.faults.faults import FAULTS, inject, of_processes
 from tests.faults.fleet import Fleet
@@ -98,7 +98,7 @@ class Chaos:
         self._heal()
         self._fleet.wait_ready()
         self.load.stop()
-        drain(self._fleet, HEALED_S)
+        drain(self._fleet, UNFINISHED, HEALED_S)
         self._note_ends()
         with self._fleet.connect() as session:
             self._recorder.write_stored(session, self._fleet.ledger)

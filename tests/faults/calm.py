@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic, time
+from typing import LiteralString
 
 import psycopg
 
@@ -60,6 +61,9 @@ def heal(fleet: Fleet) -> None:
         session.execute("DROP TRIGGER IF EXISTS chaos_full ON run_events")
 
 
+UNFINISHED = "SELECT count(*) FROM runs WHERE state IN ('queued', 'running')"
+
+
 @contextmanager
 def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None]:
     """Nobody calls in this block, after all was healed; when all had drained, or None."""
@@ -67,18 +71,18 @@ def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None
     with load.hushed():
         load.hears.wait(QUIET_S)
         begin = time()
-        drained = None if (rows := drain(fleet, QUIET_S)) is not None else time()
+        drained = None if (rows := drain(fleet, DUE, QUIET_S)) is not None else time()
         yield drained
         recorder.write("quiet", begin=begin, end=time(), drained=drained, rows=rows)
 
 
-def drain(fleet: Fleet, seconds: float) -> int | None:
-    """Wait until all that is due has ended; or how many rows are left in the outbox after that."""
+def drain(fleet: Fleet, left: LiteralString, seconds: float) -> int | None:
+    """Wait until this counts no run, and the outbox is empty; else how many rows are left in it."""
     until, rows = monotonic() + seconds, 0
     while monotonic() < until:
         with contextlib.suppress(psycopg.Error), fleet.connect() as session:
             while monotonic() < until:
-                (due,) = session.execute(DUE).fetchone() or (0,)
+                (due,) = session.execute(left).fetchone() or (0,)
                 (rows,) = session.execute("SELECT count(*) FROM run_outbox").fetchone() or (0,)
                 if not due and not rows:
                     return None
@@ -92,7 +96,7 @@ def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s:
     with slowness() as longest:
         while monotonic() < until:
             load.round(chance)
-            drain(fleet, max(0.0, until - monotonic()))
+            drain(fleet, DUE, max(0.0, until - monotonic()))
             threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
     recorder.write("calm", begin=begin, end=time(), bound_s=BOUND_S + LAG_FACTOR * longest[0])
 

@@ -49,7 +49,9 @@ END $$;
 CREATE FUNCTION chaos_event() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
-    'type', NEW.type, 'source', NEW.source, 'step', NEW.step, 'attempt', NEW.attempt));
+    'type', NEW.type, 'step', NEW.step, 'attempt', NEW.attempt,
+    'source', CASE WHEN NEW.data #>> '{error,type}' = 'StepCrashed' THEN 'takeover'
+                   ELSE NEW.source END));
   RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_claim AFTER UPDATE ON runs FOR EACH ROW

@@ -14,7 +14,8 @@ host. `kind` says what a record is:
 | `row` | `run_id`, `step`: a transactional step has written this row |
 | `log` | `id`, `txid`, `run_id`, and either `event` (`type`, `source`, `step`, `attempt`) or |
 | | `claim` (`token`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`): |
-| | written by triggers, under the lock of the run's row |
+| | written by triggers, under the lock of the run's row; of `source` `takeover` is what a |
+| | worker writes instead of a start, for a step that has ended its process too often |
 | `watch` | `viewer`, `run_id`, `from_seq`, `at`: a viewer has begun |
 | `frame` | `viewer`, `run_id`, `seq`, `type`, `text`, `at`: in the order in which it was seen |
 | `view` | `viewer`, `run_id`, `from_seq`, `ended` |
