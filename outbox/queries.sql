@@ -118,7 +118,7 @@ RECURSIVE lane(queue, priority) AS (
 )
 
 -- fragment: windows
--- What is in the broker: how many places each queue has free, and the plans that lost a message.
+-- The content of the broker: the free places of each queue, and the plans that lost a message.
 -- While a message of a plan is out that was lost once, no other of the plan is sent in that queue:
 -- the workers may not have it, and drop them all.
 out AS MATERIALIZED (
@@ -165,13 +165,13 @@ SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.
 greatest(coalesce(messages.free, %(places)s), 0)
 
 -- fragment: ready_order
--- Who of a queue goes first: what a dead worker had begun, then by priority and time.
+-- The order of the runs of a queue: those that a dead worker had begun, then priority and time.
 row_number() OVER (
   PARTITION BY d.queue
   ORDER BY d.state = 'running' DESC, d.priority DESC, d.due_at) AS place
 
 -- fragment: acts
--- What is to be done: `send` while there are places, `look` whether a message is lost, `defer`.
+-- The action: `send` while there are places, `look` whether a message is lost, `defer`.
 SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
   FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
@@ -290,7 +290,7 @@ UPDATE {schema}.dispatches d
 
 -- name: next_due
 -- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline.
--- What is due and was not taken waits for a place in the window, which the claims of another
+-- A dispatch that is due and was not taken waits for a place in the window, which the claims of another
 -- relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite time
 -- has no distance from another.
 WITH {lanes}
