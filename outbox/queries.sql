@@ -290,9 +290,9 @@ UPDATE {schema}.dispatches d
 
 -- name: next_due
 -- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline.
--- A dispatch that is due and was not taken waits for a place in the window, which the claims of another
--- relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite time
--- has no distance from another.
+-- A dispatch that is due and was not taken waits for a place in the window, which the claims of
+-- another relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite
+-- time has no distance from another.
 WITH {lanes}
 SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
          THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8,
