@@ -4,7 +4,8 @@
 `make chaos`, unmodified, that end at the first violation. Each bug gets fresh seeds until one has
 found it, three at most, or exactly as many as are asked for. What was found is stored for
 docs/reliability.md. Exit status 1 if a bug was found by none. `--few` takes some bugs that have
-always been found, others each day. `tests/unit/test_planted.py` tests that each fits the tree.
+always been found, others each day, and stores nothing. `tests/unit/test_planted.py` tests
+that each fits the tree.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def main() -> int:
             trials.append(trial(BUGS[name], random.SystemRandom().randrange(10**6), given.seconds))
             if given.seeds is None and trials[-1]["rules"]:
                 break
-        store(name, trials)
+        if given.few is None:
+            store(name, trials)
         missed += not any(trial["rules"] for trial in trials)
         print(f"{name}: {'; '.join(map(told, trials))}", flush=True)
     print(f"planted: {len(names)} bugs, {len(names) - missed} found")
