@@ -147,7 +147,7 @@ class CeleryTaskPublisher:
             # Each transport has errors of its own, with no base in common: the server is away.
             # A publish that timed out may have arrived. It is sent again; the claim drops doubles.
             reason = str(error) or type(error).__name__
-            if isinstance(error.__cause__, (MovedError, ClusterCrossSlotError)):
+            if isinstance(error, (MovedError, ClusterCrossSlotError)):
                 reason = "it is a Redis Cluster, on which Celery's queues cannot live"
             raise PublishFailed("the broker", reason) from error
 

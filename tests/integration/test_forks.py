@@ -109,7 +109,6 @@ def test_locks_that_threads_of_the_parent_held_do_not_stop_a_child(beatless: Kit
         return [state.name for state in app.client.queues()]
 
     with (
-        app.queues._counting,
         app.streams._choosing,
         app.executors._mutex,
         ForkedChild(act) as child,

@@ -157,7 +157,9 @@ def test_of_a_thousand_delayed_runs_none_starts_early_with_two_relays(beatless: 
     for run in runs:
         ended = beatless.wait_for_run_completion(run.run_id, timeout=60)
         assert ended.started_at >= run.not_before
-        assert ended.attempt == 1
+        finished = [e for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
+        # A group may have handed it back, which is a claim more and no attempt.
+        assert [(e.step, e.attempt) for e in finished] == [("first", 1), ("second", 1)]
     beatless.verify()
 
 

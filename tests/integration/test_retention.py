@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from beatless import App, CannotRetry, EventsPruned, RunNotFound
-from beatless.api.sse import chunks
+from beatless.api.sse import Framing, chunks
 from beatless.orchestrator.retention import REST_S, SHORT_REST_S, Retention
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.faults import SimulatedCrash
@@ -392,7 +392,13 @@ def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
     async def follow() -> None:
         nonlocal pruned
         stream = chunks(
-            beatless.app.streams, run, beatless.app.redaction.text, epoch="e", after=0, reset=False
+            beatless.app.streams,
+            run,
+            Framing(beatless.app.redaction.text),
+            lambda _chunk: False,
+            epoch="e",
+            after=0,
+            reset=False,
         )
         async for chunk in stream:
             text.append(chunk)

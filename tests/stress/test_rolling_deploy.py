@@ -10,8 +10,6 @@ from beatless.testing import Kit
 from tests.valkeys import until
 
 VERSION = """
-import os
-import signal
 import threading
 from pathlib import Path
 
@@ -29,8 +27,8 @@ def make(name):
             lines.write(f"{{VERSION}} {{name}} {{ctx.key.partition(':')[2]}} {{ctx.attempt}}\\n")
         first = VERSION == "old" and f" {{name}} " not in before
         match ctx.input.get(name) if first else None:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            case "hangs":
+                threading.Event().wait()
             case "fails":
                 raise ValueError("away")
             case "snoozes":
@@ -48,10 +46,10 @@ app = App(Settings.from_env(), [Plan("order", [make(n) for n in NAMES.split()], 
 """
 
 HOW = {
-    "killed": {"charge": "kill"},
+    "killed": {"charge": "hangs"},
     "failed": {"charge": "fails"},
     "snoozed": {"charge": "snoozes"},
-    "mail begun": {"mail": "kill"},
+    "mail begun": {"mail": "hangs"},
     "finished": {"charge": "waits"},
 }
 OLD = ["one", "charge", "mail"]
@@ -117,6 +115,11 @@ def test_each_run_is_finished_by_a_worker_that_knows_where_it_is(
     ledgers.mkdir()
     beatless.relay_process("tests.plans:app")
     old = beatless.worker_process("version_old:app", concurrency=2)
+    doomed = beatless.worker_process(
+        "version_old:app",
+        concurrency=2 * each,
+        arguments=["--queues", "doomed", "--", "--pool", "threads"],
+    )
 
     def done(run_id: str) -> list[str]:
         ledger = ledgers / run_id
@@ -125,7 +128,10 @@ def test_each_run_is_finished_by_a_worker_that_knows_where_it_is(
     runs: dict[str, str] = {}
     for where, how in HOW.items():
         for _ in range(each if where != "finished" else 2):
-            run_id = beatless.start_run("order", {"ledger": str(ledgers), **how}).run_id
+            queue = "doomed" if "hangs" in how.values() else "default"
+            run_id = beatless.start_run(
+                "order", {"ledger": str(ledgers), **how}, queue=queue
+            ).run_id
             runs[run_id] = where
             last = "mail" if where == "mail begun" else "charge"
             until(lambda run_id=run_id, last=last: f"old {last} {last} 1" in done(run_id), 60)
@@ -139,10 +145,11 @@ def test_each_run_is_finished_by_a_worker_that_knows_where_it_is(
     until(lambda: "worker stops" in old.log.read_text(), 60)
     (ledgers / "go").touch()
     old.reap(monotonic() + 60)
+    doomed.kill()
     before = {run_id: len(done(run_id)) for run_id in runs}
 
-    beatless.worker_process("version_new:app", concurrency=2)
-    beatless.worker_process("version_old:app", concurrency=2)
+    for app in "version_new:app", "version_old:app":
+        beatless.worker_process(app, concurrency=2, arguments=["--queues", "default,doomed"])
     beatless.advance(1001)
 
     for run_id, where in runs.items():
