@@ -31,6 +31,7 @@ from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
 from beatless.streams.streams import Streams
+from beatless.transactions import needs_transactions, set_in_each_transaction
 from beatless.worker import canary
 
 # Imported at run time where they are used: Celery, kombu and redis are half of the time to start,
@@ -228,21 +229,15 @@ class App:
             isolation_level="READ COMMITTED",
             **pool,
         )
-        if self.settings.pooled:  # a pooler's sessions are not ours to set
-            sets = "; ".join(f"SET LOCAL {name} = {value}" for name, value in limits.items())
-
-            def limit(connection: sqlalchemy.Connection) -> None:
-                connection.exec_driver_sql(sets)
-
-            sqlalchemy.event.listen(bounded, "begin", limit)
+        if self.settings.pooled:
+            set_in_each_transaction(bounded, limits)
         self._bounded_engines.append(bounded)
         return bounded
 
     def streams_on(self, engine: sqlalchemy.Engine) -> Streams:
         """Streams that read the journal through this engine."""
-        # One statement is its own transaction: no BEGIN and COMMIT around it. But where limits are
-        # set in each transaction, there must be one.
-        limited = self.settings.pooled and engine in self._bounded_engines
+        # One statement is its own transaction: no BEGIN and COMMIT around it.
+        limited = needs_transactions(engine)
         return Streams(
             journal=self.journal,
             engine=engine if limited else engine.execution_options(isolation_level="AUTOCOMMIT"),

@@ -3,7 +3,7 @@
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -32,6 +32,9 @@ ENDED = (
 )
 """Errors by which a server that is there ends a statement."""
 
+NEEDS_TRANSACTIONS = "beatless_needs_transactions"
+"""The execution option of an engine on which autocommit is not used."""
+
 
 def transact(
     engine: sqlalchemy.Engine,
@@ -42,10 +45,10 @@ def transact(
 ) -> T:
     """Act in a transaction of its own, or with `each_statement` in one for each.
 
-    Postgres begins and commits the latter itself, in the round trip of the statement. A pooled
-    connection may have died since its last use, and another transaction that locks the same rows in
-    another order may deadlock. With `twice` it is also repeated when the answer to its commit was
-    lost, although it may be stored.
+    Postgres begins and commits the latter itself, in the round trip of the statement, unless the
+    engine `needs_transactions`. A pooled connection may have died since its last use, and another
+    transaction that locks the same rows in another order may deadlock. With `twice` it is also
+    repeated when the answer to its commit was lost, although it may be stored.
     """
     backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
     for tried in itertools.count(1):
@@ -66,10 +69,29 @@ def transact(
     raise AssertionError("unreachable")
 
 
+def set_in_each_transaction(engine: sqlalchemy.Engine, settings: Mapping[str, str]) -> None:
+    """Set these when a transaction begins: of a pooler, whose sessions are not ours to set.
+
+    Statements of this engine need a transaction from then on.
+    """
+    sets = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql(f"SELECT {sets}")
+
+    sqlalchemy.event.listen(engine, "begin", begin)
+    engine.update_execution_options(**{NEEDS_TRANSACTIONS: True})
+
+
+def needs_transactions(engine: sqlalchemy.Engine) -> bool:
+    """Whether a statement in autocommit would lack what is set in each transaction."""
+    return NEEDS_TRANSACTIONS in engine.get_execution_options()
+
+
 def _begun(
     engine: sqlalchemy.Engine, *, each_statement: bool
 ) -> AbstractContextManager[sqlalchemy.Connection]:
-    if each_statement:
+    if each_statement and not needs_transactions(engine):
         return engine.execution_options(isolation_level="AUTOCOMMIT").connect()
     return engine.begin()
 

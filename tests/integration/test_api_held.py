@@ -12,6 +12,7 @@ from beatless.api import lanes, server
 from beatless.auth import Scope, Tokens
 from beatless.settings import libpq_url
 from beatless.testing import Kit
+from beatless.transactions import transact
 from tests.serving import Answer, Api, serving
 
 
@@ -153,6 +154,8 @@ def test_limits_hold_for_direct_sessions_and_through_a_pooler(
     try:
         with engine.begin() as connection:
             assert shown(connection) == ("1500ms", "7s")
+        one = transact(engine, shown, twice=False, each_statement=True)
+        assert one == ("1500ms", "7s")
         raw = engine.raw_connection()
         cursor = raw.cursor()
         cursor.execute("SHOW lock_timeout")

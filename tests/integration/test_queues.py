@@ -4,11 +4,13 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from time import monotonic
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
 import sqlalchemy
+from celery.signals import before_task_publish
 
 from beatless import App, BadRequest, RunNotFound, RunState
 from beatless.client import RunRequest
@@ -517,8 +519,12 @@ def test_what_a_broker_refuses_is_told_with_its_own_batch_and_blames_no_other(
     beatless_app: App,
 ) -> None:
     """RabbitMQ answers no publish: what it refuses closes the channel a moment later."""
-    # It checks this property of a message, which may name nobody but who has logged in.
-    beatless_app.celery.conf.task_routes = {"forged": {"user_id": "somebody"}}
+
+    def forge(properties: dict[str, Any], **_: Any) -> None:
+        # It checks this property of a message, which may name nobody but who has logged in.
+        properties["user_id"] = "somebody"
+
+    before_task_publish.connect(forge, sender="forged")
     door = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
     bad, good, later = (
         TaskMessage(run_id=task, task=task, queue=task, attempt=1)
