@@ -138,7 +138,7 @@ RETURNING lease_token
 
 -- name: extend
 -- Keep these leases for their full time from now, but for those whose rows somebody holds.
--- Whoever holds a row, it is not waited for: the other leases must not run out meanwhile.
+-- A row that somebody holds is not waited for: the other leases must not run out meanwhile.
 WITH held AS (
   SELECT r.run_id FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[]) AS l(run_id, token)
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'

@@ -45,7 +45,7 @@ WITH unfinished AS (
          count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
            AS delayed,
          count(*) FILTER (WHERE d.state = 'running') AS active,
-         -- What was sent is due again at its redispatch: its run knows since when it waits. There
+         -- A sent message is due again at its redispatch: its run knows since when it waits. There
          -- are few of them, whatever the backlog.
          least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
                                    AND d.due_at <= clock_timestamp()),

@@ -51,8 +51,8 @@ class ScanFloor:
             return
         self._rows_since = 0
         if self._candidate is None:
-            # Whoever drew an id up to the highest one already has its transaction id. One of our
-            # own, not the snapshot's xmax: that leaves out who began and runs still.
+            # A writer that drew an id up to the highest one has its transaction id already. One of
+            # our own, not the snapshot's xmax: that leaves out transactions that run still.
             xid = self._connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone()
             if xid and self._highest > self.id:
                 self._candidate = FloorCandidate(self._highest, xid[0])

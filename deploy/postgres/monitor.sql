@@ -1,4 +1,4 @@
--- What the role beatless_monitor may see; run as beatless_owner, after the first `beatless migrate`.
+-- The rights of the role beatless_monitor; run as beatless_owner, after the first `beatless migrate`.
 -- No input, result, error, tag, key or event of any run, and no token.
 GRANT SELECT ON "beatless".beatless_version, "beatless".run_outbox, "beatless".dispatches,
   "beatless".queues, "beatless".workers TO beatless_monitor;

@@ -1,4 +1,4 @@
--- What Postgres alone knows, for Prometheus.
+-- Values that Postgres alone knows, for Prometheus.
 
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by

@@ -52,7 +52,7 @@ WITH schemas AS (
                         AND classid = 'pg_type'::regclass)
 )
 SELECT kind, concat_ws('.', name, nullif(object, '')) FROM objects
- -- What else others make on servers of theirs is not ours to judge.
+ -- Other things that others make on servers of theirs are not ours to judge.
  WHERE %(ours)s OR name ~ %(left)s
     OR name = 'beatless' AND kind <> 'schema' OR name = 'public' AND object = ANY(%(tables)s)
 """

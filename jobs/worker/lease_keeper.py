@@ -139,7 +139,7 @@ def _death_of(main: int) -> int:
     try:
         descriptor = os.pidfd_open(main)
     except (AttributeError, OSError) as error:
-        # What never becomes readable: then this process ends with the other.
+        # A descriptor that never becomes readable: then this process ends with the other.
         platforms.set_pdeathsig("SIGKILL")
         descriptor, _ = os.pipe()
         logger.warning(

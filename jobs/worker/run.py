@@ -153,6 +153,6 @@ class WorkerLifecycle:
 
     def _hangs_up(self, _number: int, _frame: object) -> None:
         if os.getpid() == self._main and not self._stops:
-            # Whose terminal has gone does not come back behind it.
+            # A worker that has lost its terminal does not come back.
             self.hung_up = self.hung_up or not isatty(sys.stdin)
             os.kill(self._main, signal.SIGTERM)

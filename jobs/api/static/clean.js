@@ -1,4 +1,4 @@
-// The dialog that takes away runs that ended long ago.
+// The dialog that removes runs that ended long ago.
 
 import { call, post } from "./api.js";
 import { ask, count, el, setText, tell } from "./dom.js";

@@ -46,7 +46,7 @@ export function worded(name) { return name[0].toUpperCase() + name.slice(1).repl
 
 export function setText(node, text) { if (node.textContent !== text) node.textContent = text; }
 
-// What of an id is worth reading: the last digits of a UUID, and names that people gave.
+// The part of an id that is worth reading: the last digits of a UUID, and names that people gave.
 export function shortId(runId) { return /[0-9a-f]{8}-[0-9a-f-]{27}$/.test(runId) ? runId.slice(-8) : runId; }
 
 export function runLink(runId, words = "", attributes = {}) {
@@ -66,7 +66,7 @@ export function age(ms) { return ms < 1000 ? "now" : ms < 60000 ? `${Math.floor(
 
 export function problem(error) { return el("p", { class: "problem", role: "alert" }, error.message); }
 
-// Told to who sees the page and to who hears it, until something else is done.
+// A message to those who see the page and to those who hear it, until something else is done.
 export function tell(text) {
   const said = document.getElementById("said");
   const node = el("p", { class: "told" }, text, " ", el("button", { type: "button", class: "quiet", onclick: () => node.remove() }, "Dismiss"));
@@ -95,7 +95,7 @@ export function copyable(text, what) {
   return button;
 }
 
-// What is seldom wanted, behind a button. `items` are pairs of words and what they do.
+// A menu of rare actions, behind a button. `items` are pairs of a label and its action.
 export function menu(label, items) {
   const summary = el("summary", { "aria-label": label, title: label }, "⋯");
   const act = (action) => {

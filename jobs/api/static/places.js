@@ -9,7 +9,8 @@ let stored = false; // left, and maybe kept by the browser for the way back
 
 export function seen() { return !document.hidden && !stored; }
 
-// Calls back whenever what `seen` or `take` answer may have changed; gives what ends that.
+// Calls back whenever an answer of `seen` or `take` may have changed; returns the function that ends
+// this.
 export function watch(listener) {
   const controller = new AbortController();
   document.addEventListener("visibilitychange", listener, { signal: controller.signal });
@@ -20,7 +21,7 @@ export function watch(listener) {
 window.addEventListener("pagehide", () => { stored = true; }, { capture: true });
 window.addEventListener("pageshow", () => { stored = false; }, { capture: true });
 
-// What gives a place for a stream back, or null if all are taken.
+// Takes a place for a stream: the function that gives it back, or null if all are taken.
 export async function take() {
   // Over plain http from another machine there are no locks: of all windows one has the focus.
   if (!navigator.locks) return document.hasFocus() ? () => {} : null;

@@ -1,4 +1,4 @@
-// Queues, and what can be said about them for the whole fleet.
+// Queues, and the controls over them for the whole fleet.
 
 import { call, now, post } from "./api.js";
 import { Rows, age, ask, count, el, menu, problem, setText, tell } from "./dom.js";

@@ -1,4 +1,4 @@
-// What happened in each step, folded from the events of a run, and drawn as bars over time.
+// The timeline of each step, folded from the events of a run, and drawn as bars over time.
 
 import { el, setText, span } from "./dom.js";
 import { member, parts } from "./json.js";
