@@ -17,6 +17,7 @@ from sqlalchemy import make_url
 from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
+from beatless.orchestrator.executor import no_scope
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Step
@@ -513,6 +514,7 @@ def test_sixteen_runs_cost_their_worker_one_claim_and_a_commit_for_each_step(
         together.execute(*"abcdefghijklmnop")
     ids = [together.kit.start_run("short", name).run_id for name in "abcdefghijklmnop"]
     driver = together.executor.connection().pgconn
+    together.executor.scope = no_scope  # a test before this one may have switched tracing on
     calls = 0
 
     def count(_frame: object, event: str, _argument: object) -> None:
