@@ -214,14 +214,13 @@ def test_a_watch_that_was_cut_off_itself_accuses_nobody(
 ) -> None:
     """As after a restart of Postgres: all sessions are gone, and everybody lives."""
     name = fleet.name()
-    keeper, process = fleet.watch(name), fleet.process(name)
+    keeper = fleet.watch(name)
+    fleet.process(name)
     fleet.watch()
     lease = claim(beatless, connection, name)
 
     fleet.watches.remove(keeper)
-    fleet.terminate("beatless watch")
-    keeper.close()
-    process.close()
+    fleet.terminate("beatless watch", f"{KEEPER}{name}", f"{WORKER}{name}")
     fleet.run(LONG_ENOUGH_S)
 
     assert not due(beatless, connection, lease)
