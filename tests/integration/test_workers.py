@@ -19,6 +19,7 @@ from beatless.testing import Kit
 from beatless.worker.bootsteps import ReadyFile
 from beatless.worker.run import run_worker
 from beatless.worker.weights import WeightedCycle
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 POOLS = {"prefork": [], "threads": ["--", "--pool", "threads"]}
@@ -163,7 +164,11 @@ class TestWeights:
         }
         beatless.drain_outbox_once()
         beatless.worker_process(APP, concurrency=1, arguments=["--queues", "fast=3,slow=1"])
-        (stats,) = beatless.app.celery.control.inspect(timeout=30, limit=1).stats().values()
+        inspect = beatless.app.celery.control.inspect(timeout=1, limit=1)
+        answers: list[Any] = []
+        # Celery's worker is ready before it listens to broadcasts, which nobody keeps for it.
+        until(lambda: answers.append(inspect.stats()) or answers[-1])
+        (stats,) = answers[-1].values()
         order = stats["broker"]["transport_options"]["queue_order_strategy"]
         assert sorted(order.values()) == [1, 3]  # whoever inspects it is answered
         beatless.relay_process(APP)  # else nobody tells of the ends
