@@ -43,6 +43,8 @@ def second(ctx: StepContext) -> str:
 
 
 two_steps = Plan("two_steps", [first, second])
+TWO_STEPS = ["RunStarted", *["StepStarted", "StepFinished"] * 2, "RunFinished"]
+"""The events of its run, when nothing fails."""
 
 
 @step

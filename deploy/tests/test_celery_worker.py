@@ -19,7 +19,7 @@ from pytest_docker_tools import container, fxtr
 from pytest_docker_tools.wrappers import Container
 
 from beatless import App, Fatal, Plan, Settings, StepContext, step
-from beatless.cli.demo import GOLDEN
+from beatless.cli.demo import GOLDEN, without_handbacks
 from beatless.client import RunRequest
 from beatless.demo import PLANS
 from beatless.migrations import migrate
@@ -178,9 +178,8 @@ def test_runs_are_exact_through_a_worker_that_is_killed_and_replaced(
     assert [event.attempt for event in seen if event.type == "StepStarted"] == [1, 2]
     assert host.client.get_run(stuck.run_id).result == 2
     for run in waiting:
-        events = host.collect_stream(run.run_id, timeout=120)
+        events = without_handbacks(host.collect_stream(run.run_id, timeout=120))
         assert [event.type for event in events] == GOLDEN
-        assert [event.seq for event in events] == list(range(1, 14))
     host.wait_for_outbox_flush(waiting[-1].run_id, timeout=120)
     executors = {host.client.get_run(run.run_id).worker.split(":")[0] for run in (first, *waiting)}
     assert executors == {worker.container.id[:12]}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from beatless.cli.demo import GOLDEN
+from beatless.demo import agents_run
 from beatless.local.ports import free_port
 
 DEPLOY = Path(__file__).parents[1]
@@ -143,6 +143,27 @@ class Viewer(threading.Thread):
             connection.close()
 
 
+def is_whole(events: list[dict]) -> None:
+    """Each step of the run has finished once, in its last attempt.
+
+    A worker that was killed has left an attempt; one that was restarted, or was busy with another
+    run of its group, has given one back, which begins again under its number.
+    """
+    first, *between, last = events
+    assert (first["type"], last["type"]) == ("RunStarted", "RunFinished")
+    assert last["data"]["outcome"] == "completed"
+    finished = [event["step"] for event in between if event["type"] == "StepFinished"]
+    assert finished == [step.name for step in agents_run.steps]
+    step, attempt = "", 0
+    for event in between:
+        if event["type"] == "StepStarted":
+            again = event["step"] == step
+            assert event["attempt"] in ({attempt, attempt + 1} if again else {1})
+            step, attempt = event["step"], event["attempt"]
+        assert event["type"] in ("StepStarted", "DebugTrace", "StepFinished")
+        assert (event["step"], event["attempt"]) == (step, attempt)
+
+
 def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet) -> None:
     viewers = []
     started = 0
@@ -177,8 +198,8 @@ def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet
 
     for viewer in viewers:
         viewer.join(PATIENCE)
-        assert [event["type"] for event in viewer.events] == GOLDEN
-        assert [event["seq"] for event in viewer.events] == list(range(1, 14))
+        assert [event["seq"] for event in viewer.events] == list(range(1, len(viewer.events) + 1))
+        is_whole(viewer.events)
     assert any(viewer.reconnects > 1 for viewer in viewers)
     fleet.compose("exec", "-T", "relay", "beatless", "verify", "--all")
     fleet.wait_healthy()

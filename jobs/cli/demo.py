@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -22,6 +22,7 @@ from beatless.client import RunRequest
 from beatless.demo import PLANS
 from beatless.local.stack import Stack
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.progress import GIVEN_BACK
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.verify import verify
@@ -36,11 +37,36 @@ GOLDEN = [
 ]
 """The 13 events of `agents.run`."""
 
-GOLDEN_SEQS = list(range(1, len(GOLDEN) + 1))
-
 
 class DemoFailed(click.ClickException):
     """The demo did not show its claim."""
+
+
+def without_handbacks(events: Sequence[Event]) -> list[Event]:
+    """The events, without each start of a step that was given back before its body was called.
+
+    A process hands the runs of its group back while a body of one of them lasts, as any does on a
+    busy machine. Such a step then begins again, as the same attempt. Raises DemoFailed if it does
+    not, or if a seq is missing, doubled or out of order.
+    """
+    if [event.seq for event in events] != list(range(1, len(events) + 1)):
+        raise DemoFailed(f"the seqs are {[event.seq for event in events]}")
+    kept: list[Event] = []
+    given_back: Event | None = None
+    for event in events:
+        if (event.data or {}).get("name") == GIVEN_BACK and kept[-1].type == "StepStarted":
+            given_back = kept.pop()
+            continue
+        if given_back is not None:
+            if (event.type, event.step, event.attempt) != (
+                "StepStarted",
+                given_back.step,
+                given_back.attempt,
+            ):
+                raise DemoFailed(f"{given_back} was given back, and {event} follows")
+            given_back = None
+        kept.append(event)
+    return kept
 
 
 @click.command()
@@ -115,7 +141,7 @@ def golden_run(env: Environment, app: App, api_url: str) -> str:
 
     render.follow(env.out, remember())
     types = [event.type for event in seen]
-    if types != GOLDEN or [event.seq for event in seen] != GOLDEN_SEQS:
+    if types != GOLDEN or [event.seq for event in seen] != list(range(1, len(GOLDEN) + 1)):
         raise DemoFailed(f"agents.run gave {types}")
     path = f"{api_url}/v1/runs/{run.run_id}/stream"
     with urllib.request.urlopen(f"{path}?from_seq=5", timeout=20) as stream:  # noqa: S310 - ours
@@ -228,10 +254,10 @@ def many_runs(env: Environment, app: App, count: int) -> str:
         streams = asyncio.run(watch_all())
     took = monotonic() - began
     for run, seen in zip(started, streams, strict=True):
-        if [event.type for event in seen] != GOLDEN or [e.seq for e in seen] != GOLDEN_SEQS:
+        if [event.type for event in without_handbacks(seen)] != GOLDEN:
             raise DemoFailed(f"run {run.run_id} gave {[(e.seq, e.type) for e in seen]}")
     env.out.print(f"      {count} runs in {took:.1f} s\n")
-    return f"{count} runs at once completed, each stream its own seq 1 to 13, in order and once"
+    return f"{count} runs at once completed, each stream its own 13 events, in order and once"
 
 
 def everything_holds(app: App) -> str:

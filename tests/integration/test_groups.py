@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import make_url
 
 from beatless import App, Plan, RunState, StepContext, retry, step
+from beatless.cli.demo import without_handbacks
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.executor import no_scope
@@ -26,6 +27,7 @@ from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from beatless.testing.servers import Services
 from beatless.worker.bootsteps import GroupLimit
+from tests.plans import TWO_STEPS
 from tests.proxy import Proxy, proxy
 
 ACTS: dict[str, Callable[[StepContext], Any]] = {}
@@ -402,6 +404,7 @@ def test_a_body_that_turns_out_long_hands_its_neighbours_to_others(
     together.finish(ids)
     last = together.kit.client.events(ids[2])
     assert [event.attempt for event in last if event.type == "StepStarted"] == [1, 1, 1]
+    assert [event.type for event in without_handbacks(last)] == TWO_STEPS
 
 
 def test_a_worker_that_stops_gives_the_runs_of_a_group_back(

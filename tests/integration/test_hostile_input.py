@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from beatless import App, BadRequest, Finish, Goto, Plan, RunState, StepContext, UnknownPlan, step
+from beatless.cli.demo import without_handbacks
 from beatless.client import RunRequest
 from beatless.http import AsyncClient, Client
 from beatless.orchestrator.errors import BadPayload, RunNotFound
 from beatless.outbox.publishers import worker_queue
 from beatless.testing import Kit
-from tests.plans import two_steps
+from tests.plans import TWO_STEPS, two_steps
 from tests.serving import Api, serving
 
 APP = "tests.plans:app"
@@ -378,7 +379,9 @@ def test_a_worker_goes_on_whatever_lies_in_its_queue(beatless: Kit, beatless_app
         run_ids.append(beatless.start_run("two_steps").run_id)
         for run_id in run_ids:
             run = beatless.wait_for_run_completion(run_id, timeout=60)
-            assert (run.state, run.attempt) == (RunState.COMPLETED, 1)
+            assert run.state is RunState.COMPLETED
+            events = without_handbacks(beatless.client.events(run_id))
+            assert [event.type for event in events] == TWO_STEPS
         assert raw.llen(queue) == 0
     assert worker.alive
     assert relay.alive

@@ -19,14 +19,14 @@ APP = "tests.plans:app"
 
 @pytest.mark.long
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 2, "redispatch_seconds": 1}])
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 4, "redispatch_seconds": 1}])
 def test_a_step_that_holds_the_interpreters_lock_for_many_leases_completes_in_its_first_attempt(
     beatless: Kit, pool: str
 ) -> None:
     beatless.relay_process(APP)
     for _ in range(2):
         beatless.worker_process(APP, arguments=("--", "--pool", pool))
-    run = beatless.start_run("holds_the_lock", {"seconds": 8})
+    run = beatless.start_run("holds_the_lock", {"seconds": 14})
 
     ended = beatless.wait_for_run_completion(run.run_id)
 
