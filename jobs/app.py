@@ -26,7 +26,7 @@ from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.queries import Queries
 from beatless.outbox.sessions import OWN
-from beatless.postgres import connect_directly, engine
+from beatless.postgres import connect_directly, dispose, engine
 from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
@@ -351,10 +351,8 @@ class App:
 
     def close(self) -> None:
         """Close the connections of this process."""
-        self.engine.dispose()
-        self._steps_engine.dispose()
-        for each in self._bounded_engines:
-            each.dispose()
+        for each in (self.engine, self._steps_engine, *self._bounded_engines):
+            dispose(each)
         if self._celery is not None:
             self._celery.close()
         for client in self._relays_redis:

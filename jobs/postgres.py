@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import psycopg
 import sqlalchemy
+import sqlalchemy.event
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from beatless.credentials import Password, ask
@@ -101,3 +102,14 @@ def engine(
         return connection
 
     return sqlalchemy.create_engine(engine_url(url), creator=create, **options)
+
+
+def dispose(engine: sqlalchemy.Engine) -> None:
+    """Close the connections of an engine: those in use when their users return them.
+
+    A thread that outlasts its request has one, and its pool is one that nobody closes again.
+    """
+    pool = engine.pool
+    engine.dispose()
+    sqlalchemy.event.listen(pool, "checkin", lambda _, record: record.invalidate())
+    pool.dispose()  # those that were returned in between

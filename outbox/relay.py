@@ -119,7 +119,11 @@ class Relay:
         with self._once_lock:
             if self._once is None:
                 connection = self._config.connect()
-                prepare_to_drain(connection)
+                try:
+                    prepare_to_drain(connection)
+                except BaseException:
+                    connection.close()
+                    raise
                 drain = Drain(connection, self._config, on_result=self._alarm.ring)
                 self._once = (connection, drain)
             drain = self._once[1]

@@ -440,3 +440,34 @@ def test_a_database_in_another_encoding_is_refused_and_leaves_no_run_running(
     finally:
         kit.close()
         server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def test_a_connection_in_use_when_its_app_is_closed_is_closed_when_it_is_returned(
+    beatless_app: App,
+) -> None:
+    """As by a thread of the API that outlasts its request; twice, for an app that is used again."""
+    app = App(beatless_app.settings, PLANS)
+    bounded = app.bounded_engine(lock_s=1, statement_s=1)
+    for engine in (app.engine, bounded, app.engine):
+        with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            app.close()
+            assert not driver.closed
+        assert driver.closed
+
+
+def test_a_connection_that_cannot_be_prepared_to_drain_is_closed(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = beatless_app.relay()
+    opened: list[psycopg.Connection] = []
+
+    def refuse(connection: psycopg.Connection) -> None:
+        opened.append(connection)
+        raise psycopg.OperationalError("the server goes away")
+
+    monkeypatch.setattr("beatless.outbox.relay.prepare_to_drain", refuse)
+    with pytest.raises(psycopg.OperationalError, match="goes away"):
+        relay.drain_once()
+    assert [connection.closed for connection in opened] == [True]
+    relay.stop()
