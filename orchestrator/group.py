@@ -9,6 +9,7 @@ given to other processes. Whose values, row or lease keep it from the statement 
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -34,6 +35,12 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 
 ROUND_S = 0.02
 """Seconds of bodies after which the boundaries of those that have returned are committed."""
+
+LULL_S = 0.02
+"""Seconds after a message after which the next one is taken for one that comes alone."""
+
+BACKLOG_S = 0.1
+"""Seconds that a run has waited if others wait behind it: the next one does not come alone."""
 
 BUSY_S = 0.2
 """Seconds of one turn after which the other runs are handed back."""
@@ -325,9 +332,22 @@ class GroupExecutor:
         self._plans = plans
         self._max_runs = max_runs
         self._guard = guard
+        self._lull_at = 0.0
+        """When a message is taken for one that comes alone, by the monotonic clock."""
 
     def execute(self, plan: Plan, run_id: str, dispatch: int) -> bool:
-        """As `Executor.execute`, for the run of the message."""
+        """As `Executor.execute`, for the run of the message.
+
+        Others are asked for only in a backlog: a run that comes alone does not pay for that.
+        """
+        in_backlog = monotonic() < self._lull_at
+        self._lull_at = 0.0
+        try:
+            return self._execute(plan, run_id, dispatch, in_backlog=in_backlog)
+        finally:
+            self._lull_at = max(self._lull_at, monotonic() + LULL_S)
+
+    def _execute(self, plan: Plan, run_id: str, dispatch: int, *, in_backlog: bool) -> bool:
         executor = self.executor
         first_steps = self._first_steps(plan)
         if plan.name not in first_steps:
@@ -340,9 +360,11 @@ class GroupExecutor:
                 worker=executor.worker,
                 first_steps=first_steps,
                 dispatch=dispatch,
-                places=self._max_runs - 1,
+                places=self._max_runs - 1 if in_backlog else 0,
             )
         )
+        if any(lease.waited is not None and lease.waited > BACKLOG_S for lease in leases):
+            self._lull_at = math.inf
         claimed = bool(leases) and leases[0].run.run_id == run_id
         if not claimed:
             executor.ignore_message(run_id, dispatch)

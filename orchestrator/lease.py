@@ -159,7 +159,8 @@ class Leases:
 
         The others are runs of the plans in `first_steps`, which gives the first step of each. They
         were never claimed before, and are the next in the order of the relay. They are claimed also
-        if the run itself cannot be, but not beside one that was claimed before.
+        if the run itself cannot be, but not beside one that was claimed before. No places cost no
+        statement.
         """
         return self._claim(
             connection,
@@ -177,7 +178,7 @@ class Leases:
                 "plans": list(first_steps),
                 "firsts": list(first_steps.values()),
             },
-            [self.sql["claim"], self.sql["claim_further"]],
+            [self.sql["claim"], *([self.sql["claim_further"]] if places else [])],
         )
 
     def _claim(

@@ -82,9 +82,9 @@ def beatless_plans() -> list[Plan]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A slow machine is no reason to leave a group, but where a test says so."""
-    monkeypatch.setattr(groups, "BUSY_S", 600.0)
-    monkeypatch.setattr(groups, "ROUND_S", 600.0)
+    """A slow machine is no reason to leave a group, or for none, but where a test says so."""
+    for name in ("BUSY_S", "ROUND_S", "LULL_S"):
+        monkeypatch.setattr(groups, name, 600.0)
     ACTS.clear()
     yield
     ACTS.clear()
@@ -99,6 +99,8 @@ class Together:
         self.worker = kit.app.executors.new_group_executor(observer=self.signals.append)
         self.executor = self.worker.executor
         self.executor.pace = Known()
+        self.worker.execute(kit.app.plans["short"], "none", 1)  # in a backlog from now on
+        self.signals.clear()
 
     def execute(self, *inputs: str, plan: str = "short") -> list[str]:
         """Start runs with these inputs and execute the message of the first; their ids."""
@@ -538,6 +540,49 @@ def test_sixteen_runs_cost_their_worker_one_claim_and_a_commit_for_each_step(
     assert lines.count("ReadyForQuery") <= 7
     assert together.states(ids) == [RunState.COMPLETED] * 16
     assert calls / 16 <= MOST_CALLS, calls / 16
+
+
+def statements(together: Together, run_id: str, path: Path) -> int:
+    """Those that the message of a run costs its worker, counted on the wire."""
+    driver = together.executor.connection().pgconn
+    with path.open("w+") as file:
+        driver.trace(file.fileno())
+        together.deliver(run_id)
+        driver.untrace()
+        file.seek(0)
+        return len(re.findall(r"F\t\d+\t(?:Execute|Query)", file.read()))
+
+
+def test_a_run_that_comes_alone_costs_as_much_as_without_groups(
+    together: Together, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(groups, "LULL_S", 0.0)
+    monkeypatch.setattr(groups, "BACKLOG_S", 600.0)
+    together.execute("a")
+    run_id = together.kit.start_run("short", "b").run_id
+    assert statements(together, run_id, tmp_path / "trace") == 4 + 2  # the claim, the boundaries
+
+
+def test_the_second_message_of_a_backlog_brings_others(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "LULL_S", 0.0)
+    together.execute("a")
+    monkeypatch.setattr(groups, "LULL_S", 600.0)
+    first = together.execute("b", "c", "d")
+    assert together.states(first) == [RunState.COMPLETED, RunState.QUEUED, RunState.QUEUED]
+    assert together.deliver(first[1])
+    assert together.states(first) == [RunState.COMPLETED] * 3
+
+
+def test_a_run_that_has_waited_long_tells_of_a_backlog_however_slow_the_worker_is(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "LULL_S", 0.0)
+    monkeypatch.setattr(groups, "BACKLOG_S", -1.0)
+    together.execute("a")
+    ids = together.execute("b", "c")
+    assert together.states(ids) == [RunState.COMPLETED] * 2
 
 
 def test_where_celery_counts_tasks_each_run_has_its_own(beatless_app: App) -> None:
