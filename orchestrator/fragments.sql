@@ -9,3 +9,58 @@ r.created_at, r.started_at, r.finished_at, r.pruned_seq, {run_options}
 -- fragment: claim_fence
 -- First key of the advisory lock that each claim holds in shared mode; the second is 0.
 '{schema}.queues'::regclass::oid
+
+-- fragment: settled_state
+-- The state after a boundary: one if nobody asked to cancel, another if somebody did.
+CASE WHEN r.cancel_requested_at IS NULL THEN b.state ELSE b.state_cancelled END
+
+-- fragment: settled
+-- The row of a run `r` after a boundary `b`.
+-- Which of two outcomes is decided on the locked row: a cancel is before or after, never between.
+last_seq = r.last_seq
+  + CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END,
+state = {settled_state},
+result = CASE WHEN r.cancel_requested_at IS NULL THEN b.result::jsonb END,
+error = CASE WHEN r.cancel_requested_at IS NULL
+             THEN b.error::jsonb ELSE b.error_cancelled::jsonb END,
+lease_expires_at = CASE WHEN {settled_state} = 'running' THEN r.lease_expires_at END,
+not_before = CASE WHEN {settled_state} = 'queued'
+                  THEN least(CASE WHEN r.cancel_requested_at IS NULL THEN r.deadline_at END,
+                    clock_timestamp() + make_interval(secs =>
+                      CASE WHEN r.cancel_requested_at IS NULL
+                           THEN b.delay ELSE b.delay_cancelled END)) END,
+finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
+                   THEN clock_timestamp() END
+
+-- fragment: settled_columns
+-- The columns of such a row and its boundary that `written_beside` needs.
+b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before,
+NOT (r.cancel_requested_at IS NULL) AS cancelled,
+CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
+
+-- fragment: written_beside
+-- The events, outbox rows and dispatches of runs `u` that were settled.
+e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
+  SELECT u.run_id, u.last_seq - u.n + row_number() OVER (PARTITION BY u.i ORDER BY x.k),
+         clock_timestamp(), x.type, 'worker', x.step, x.attempt,
+         CASE WHEN x.type = 'StepFailed'
+              THEN x.data::jsonb || jsonb_build_object(
+                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
+              ELSE x.data::jsonb END
+    FROM u JOIN unnest(%(places)s::int[], %(branches)s::bool[], %(types)s::text[],
+                       %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])
+                WITH ORDINALITY AS x(i, branch, type, step, attempt, data, k)
+           ON x.i = u.i AND x.branch = u.cancelled
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT shard, run_id, last_seq - (n) + 1, last_seq FROM u WHERE n > 0
+), gone AS (
+  DELETE FROM {schema}.dispatches d USING u
+   WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
+), later AS (
+  UPDATE {schema}.dispatches d
+     SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
+         due_at = u.not_before, reason = u.reason
+    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
+)

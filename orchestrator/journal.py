@@ -229,6 +229,7 @@ class Journal:
                 "delay": normal.delay_s,
                 "delay_cancelled": cancelled.delay_s,
                 "reason": settlement.reason,
+                "places": [1] * len(events),
                 "branches": [False] * len(normal.events) + [True] * len(cancelled.events),
                 "types": [event.type.value for event in events],
                 "steps": [event.step for event in events],

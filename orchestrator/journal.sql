@@ -77,57 +77,23 @@ WITH u AS (
 )
 SELECT last_seq, cancelled, {doorbell} FROM u
 
--- fragment: settled_state
--- The state after a boundary: one if nobody asked to cancel, another if somebody did.
-CASE WHEN cancel_requested_at IS NULL THEN %(state)s ELSE %(state_cancelled)s END
-
 -- name: settle
 -- Append the events of a step boundary under a lease, and set where the run stands after it.
--- Which of two outcomes is decided on the locked row, so a cancel is before or after, never between.
+-- The planner makes constants of the row `b`: this is an update of one row by its key.
 WITH u AS (
-  UPDATE {schema}.runs
-     SET last_seq = last_seq
-           + CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END,
-         state = {settled_state},
-         result = CASE WHEN cancel_requested_at IS NULL THEN %(result)s::jsonb END,
-         error = CASE WHEN cancel_requested_at IS NULL
-                      THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
-         lease_expires_at = CASE WHEN {settled_state} = 'running' THEN lease_expires_at END,
-         not_before = CASE WHEN {settled_state} = 'queued'
-                           THEN least(CASE WHEN cancel_requested_at IS NULL THEN deadline_at END,
-                             clock_timestamp() + make_interval(secs =>
-                               CASE WHEN cancel_requested_at IS NULL
-                                    THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
-         finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
-                            THEN clock_timestamp() END
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
-     AND last_seq >= %(after)s
-  RETURNING run_id, last_seq, state, not_before, NOT (cancel_requested_at IS NULL) AS cancelled,
-            CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END AS n
-), e AS (
-  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
-  SELECT u.run_id, u.last_seq - u.n + row_number() OVER (ORDER BY x.n), clock_timestamp(), x.type,
-         'worker', x.step, x.attempt,
-         CASE WHEN x.type = 'StepFailed'
-              THEN x.data::jsonb || jsonb_build_object(
-                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
-              ELSE x.data::jsonb END
-    FROM u, unnest(%(branches)s::bool[], %(types)s::text[], %(steps)s::text[], %(attempts)s::int[],
-                   %(datas)s::text[]) WITH ORDINALITY AS x(branch, type, step, attempt, data, n)
-   WHERE x.branch = u.cancelled
-), o AS (
-  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT %(shard)s, run_id, last_seq - (n) + 1, last_seq FROM u WHERE n > 0
-), gone AS (
-  DELETE FROM {schema}.dispatches d USING u
-   WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')
-), later AS (
-  UPDATE {schema}.dispatches d
-     SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
-         due_at = u.not_before, reason = %(reason)s
-    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
-)
-SELECT last_seq, cancelled, {doorbell} FROM u
+  UPDATE {schema}.runs r
+     SET {settled}
+    FROM (SELECT 1, %(shard)s::smallint, %(n)s::int, %(n_cancelled)s::int, %(state)s::text,
+                 %(state_cancelled)s::text, %(result)s::text, %(error)s::text,
+                 %(error_cancelled)s::text, %(delay)s::float8, %(delay_cancelled)s::float8,
+                 %(reason)s::text)
+         AS b(i, shard, n, n_cancelled, state, state_cancelled, result, error, error_cancelled,
+              delay, delay_cancelled, reason)
+   WHERE r.run_id = %(run_id)s AND r.lease_token = %(token)s AND r.state = 'running'
+     AND r.last_seq >= %(after)s
+  RETURNING {settled_columns}
+), {written_beside}
+SELECT last_seq, cancelled, {each_doorbell} FROM u
 
 -- fragment: ends_at_once
 -- Whether a cancel ends the run in the same statement.

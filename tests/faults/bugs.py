@@ -17,38 +17,41 @@ class Bug(NamedTuple):
 
 
 SETTLED = """\
-WITH u AS (
-  UPDATE {schema}.runs
-     SET last_seq = last_seq
-           + CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END,
-         state = {settled_state},
-         result = CASE WHEN cancel_requested_at IS NULL THEN %(result)s::jsonb END,
-         error = CASE WHEN cancel_requested_at IS NULL
-                      THEN %(error)s::jsonb ELSE %(error_cancelled)s::jsonb END,
-         lease_expires_at = CASE WHEN {settled_state} = 'running' THEN lease_expires_at END,
-         not_before = CASE WHEN {settled_state} = 'queued'
-                           THEN least(CASE WHEN cancel_requested_at IS NULL THEN deadline_at END,
-                             clock_timestamp() + make_interval(secs =>
-                               CASE WHEN cancel_requested_at IS NULL
-                                    THEN %(delay)s ELSE %(delay_cancelled)s END)) END,
-         finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
-                            THEN clock_timestamp() END
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
-     AND last_seq >= %(after)s
-  RETURNING run_id, last_seq, state, not_before, NOT (cancel_requested_at IS NULL) AS cancelled,
-            CASE WHEN cancel_requested_at IS NULL THEN %(n)s ELSE %(n_cancelled)s END AS n
+-- fragment: settled_state
+-- The state after a boundary: one if nobody asked to cancel, another if somebody did.
+CASE WHEN r.cancel_requested_at IS NULL THEN b.state ELSE b.state_cancelled END
+
+-- fragment: settled
+-- The row of a run `r` after a boundary `b`.
+-- Which of two outcomes is decided on the locked row: a cancel is before or after, never between.
+last_seq = r.last_seq
+  + CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END,
+state = {settled_state},
+result = CASE WHEN r.cancel_requested_at IS NULL THEN b.result::jsonb END,
+error = CASE WHEN r.cancel_requested_at IS NULL
+             THEN b.error::jsonb ELSE b.error_cancelled::jsonb END,
+lease_expires_at = CASE WHEN {settled_state} = 'running' THEN r.lease_expires_at END,
+not_before = CASE WHEN {settled_state} = 'queued'
+                  THEN least(CASE WHEN r.cancel_requested_at IS NULL THEN r.deadline_at END,
+                    clock_timestamp() + make_interval(secs =>
+                      CASE WHEN r.cancel_requested_at IS NULL
+                           THEN b.delay ELSE b.delay_cancelled END)) END,
+finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
+                   THEN clock_timestamp() END
+
+-- fragment: settled_columns
+-- The columns of such a row and its boundary that `written_beside` needs.
+b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before,
+NOT (r.cancel_requested_at IS NULL) AS cancelled,
+CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 """
 """The boundary of a step, up to its row."""
 
 BUGS = {
     "a boundary is written without the lease": Bug(
         "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, state,",
-        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, state,",
+        "r.lease_token = %(token)s AND r.state = 'running'",
+        "%(token)s <> 0 AND r.state = 'running'",
     ),
     "a trace is written without the lease": Bug(
         "orchestrator/journal.sql",
@@ -102,7 +105,7 @@ BUGS = {
         "                              WHERE q.name = '' AND q.paused_at IS NOT NULL))",
     ),
     "a run that waits for a retry is forgotten": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/fragments.sql",
         "WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')",
         "WHERE d.run_id = u.run_id AND u.state <> 'running'",
     ),
@@ -228,19 +231,11 @@ BUGS = {
         "WHERE d.state NOT IN ('waiting', 'sent') AND d.due_at <=",
     ),
     "a cancel is read before the row is locked": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/fragments.sql",
         SETTLED,
-        SETTLED.replace("cancel_requested_at IS NULL", "(SELECT at FROM seen) IS NULL").replace(
-            "WITH u AS (",
-            "WITH seen AS (SELECT cancel_requested_at AS at FROM {schema}.runs"
-            " WHERE run_id = %(run_id)s), u AS (",
-        ),
-        (
-            Bug(
-                "orchestrator/journal.sql",
-                "CASE WHEN cancel_requested_at IS NULL THEN %(state)s ELSE",
-                "CASE WHEN (SELECT at FROM seen) IS NULL THEN %(state)s ELSE",
-            ),
+        SETTLED.replace(
+            "r.cancel_requested_at IS NULL",
+            "(SELECT c.cancel_requested_at FROM {schema}.runs c WHERE c.run_id = r.run_id) IS NULL",
         ),
     ),
     "a cancel undoes nothing": Bug(
@@ -258,9 +253,9 @@ BUGS = {
         'if data.get("name") == SNOOZED:\n',
     ),
     "a retry does not wait as long as its step says": Bug(
-        "orchestrator/journal.sql",
-        "THEN %(delay)s ELSE %(delay_cancelled)s",
-        "THEN %(delay)s / 10 ELSE %(delay_cancelled)s",
+        "orchestrator/fragments.sql",
+        "THEN b.delay ELSE b.delay_cancelled",
+        "THEN b.delay / 10 ELSE b.delay_cancelled",
     ),
     "a retried run begins at its beginning": Bug(
         "orchestrator/progress.py",

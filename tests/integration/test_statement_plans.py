@@ -127,6 +127,7 @@ OTHER_TYPES = {
     ("orchestrator/ended_runs", "after"): "text",
     ("orchestrator/journal", "runs"): "text",
     ("orchestrator/group_commit", "settle_many", "places"): "smallint[]",
+    ("orchestrator/journal", "settle", "places"): "smallint[]",
     ("outbox/letters", "after"): "bigint",
     ("outbox/queries", "forget_events", "ids"): "text",
     ("outbox/queries", "forget_events", "shards"): "text",
