@@ -310,6 +310,8 @@ def test_a_run_whose_row_is_held_delays_no_other(
         return settle(*arguments)
 
     ACTS["b"] = hold
+    # A statement that waits for the row ends so, and the assertions tell; nothing else waits.
+    together.executor.connection().execute("SET lock_timeout TO '2s'")
     ids = [together.kit.start_run("short", name).run_id for name in "abc"]
     together.executor.journal.settle = alone  # type: ignore[method-assign]
     try:
