@@ -14,7 +14,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -149,6 +149,12 @@ bench-takeover: $(STAMP) ## Measure how soon runs go on when their processes are
 	$(BIN)/python -m benchmarks.takeover
 	$(BIN)/python -m benchmarks.table
 
+bench-peers: $(STAMP) ## Measure beatless beside seven other systems (20 minutes); ARGS=--quick: 3 minutes
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+performance: $(STAMP) ## Write docs/performance.md and the table of README.md from its stored results
+	$(BIN)/python -m benchmarks.peers.report
+
 bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.relay $*
 
@@ -188,6 +194,18 @@ lock: ## Pin what is installed, with hashes: requirements.txt, requirements-olde
 	$(COMPILE) $(EXTRAS_OLDEST) --constraint .venv-lock/floors.txt --output-file requirements-oldest.txt pyproject.toml
 	@rm -rf .venv-lock
 	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt requirements-oldest.txt
+
+PEER_LOCKS = benchmarks/peers/locks
+lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oban, npm)
+	@for lock in $(PEER_LOCKS)/*.in; do \
+	  python=python3.11; [ "$${lock##*/}" = oban.in ] && python=python3.12; \
+	  $$python -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools && \
+	  $(COMPILE) --output-file "$${lock%.in}.txt" "$$lock" || exit 1; \
+	done
+	@rm -rf .venv-lock
+	cd $(PEER_LOCKS)/bullmq && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
+	@! grep -nE '://|^-|WARNING' $(PEER_LOCKS)/*.txt
+	@! grep -n resolved $(PEER_LOCKS)/bullmq/package-lock.json
 
 clean: ## Remove what the other targets made
 	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
