@@ -1,16 +1,27 @@
-"""A TCP proxy that holds connections without a word, loses an answer, and cuts anywhere."""
+"""A TCP proxy that holds connections without a word, loses an answer, and cuts anywhere.
+
+It can be far away from its server, and lose single messages of Redis' pub/sub.
+"""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+PUBLISHED = re.compile(rb"\$7\r\nmessage\r\n\$\d+\r\n([^\r]+)\r\n")
+"""The begin of a message to a subscriber, with its channel, in the protocol of Redis."""
 
 
 class Proxy:
     """Forwards 127.0.0.1:port to a server, in a thread of its own."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, delay_s: float = 0.0) -> None:
+        """Requests reach the server so much later."""
         self._upstream = port
+        self._delay_s = delay_s
+        self.loses: Callable[[], bool] | None = None
+        """Whether a subscriber of Redis loses its next message: it gets one of another channel."""
         self.port = 0
         self.lost = threading.Event()
         """An answer has been lost."""
@@ -61,6 +72,11 @@ class Proxy:
     def lose_answer_to(self, marker: bytes) -> None:
         """The next request with these bytes reaches the server; its answer reaches nobody."""
         self._marker = marker
+
+    def _lose_some(self, message: re.Match[bytes]) -> bytes:
+        if self.loses is None or not self.loses():
+            return message[0]
+        return message[0].replace(message[1], b"?" * len(message[1]))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -114,6 +130,9 @@ class Proxy:
         losing: asyncio.Event,
     ) -> None:
         while data := await reader.read(65536):
+            if self._delay_s:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.Event().wait(), self._delay_s)
             await flow.wait()
             if self._marker and self._marker in data:
                 self._marker = b""
@@ -135,6 +154,8 @@ class Proxy:
             if losing.is_set():
                 self.lost.set()
                 return
+            if self.loses is not None:
+                data = PUBLISHED.sub(self._lose_some, data)
             if left is not None and (left := left - len(data)) <= 0:
                 writer.write(data[: left or None])
                 await writer.drain()
@@ -155,9 +176,9 @@ async def end(writers: set[asyncio.StreamWriter]) -> None:
 
 
 @contextmanager
-def proxy(port: int) -> Iterator[Proxy]:
+def proxy(port: int, *, delay_s: float = 0.0) -> Iterator[Proxy]:
     """A running proxy to this port of 127.0.0.1."""
-    found = Proxy(port)
+    found = Proxy(port, delay_s=delay_s)
     found.start()
     try:
         yield found

@@ -19,7 +19,7 @@ from time import monotonic, time
 
 from tests.faults.calm import UNFINISHED, calm, drain, heal, quiet
 from tests.faults.checker import Violation, check
-from tests.faults.faults import FAULTS, inject, of_processes
+from tests.faults.faults import FAULTS, inject, lane_of
 from tests.faults.fleet import Fleet
 from tests.faults.guests import ABSENT
 from tests.faults.history import Record
@@ -31,7 +31,7 @@ from tests.faults.shrink import shrunk
 HEALED_S = 120.0
 """All runs have ended, and the outbox is empty, this long after the last fault."""
 
-STORM_S = (6.0, 14.0)
+STORM_S = (5.0, 10.0)
 """Between two calm periods."""
 
 CALM_S = 7.0
@@ -71,10 +71,10 @@ class Chaos:
         self._fleet = fleet
         self._recorder = recorder
         self._chance = random.Random(f"{seed}/faults")
-        self._processes, self._servers = (
-            Lane(recorder, fleet, random.Random(f"{seed}/{hits_processes}"), names)
-            for hits_processes in (True, False)
-            for names in [[kind for kind in kinds if of_processes(kind) is hits_processes]]
+        self._processes, self._servers, self._brief = (
+            Lane(recorder, fleet, random.Random(f"{seed}/{lane}"), names)
+            for lane in ("processes", "servers", "brief")
+            for names in [[kind for kind in kinds if lane_of(kind) == lane]]
         )
         self._ends = 0
 
@@ -104,13 +104,13 @@ class Chaos:
             self._recorder.write_stored(session, self._fleet.ledger)
 
     def _storm(self, seconds: float) -> None:
-        """Faults for so long: of processes and of servers at once."""
+        """Faults for so long, of all lanes at once."""
         until = monotonic() + seconds
-        with ThreadPoolExecutor(1) as beside:
-            others = beside.submit(self._processes.inject, until)
+        with ThreadPoolExecutor(2) as beside:
+            others = [beside.submit(each.inject, until) for each in (self._processes, self._brief)]
             # In this thread: a server ends with the thread that has started it.
             found = self._servers.inject(until)
-        for name, hit in found + others.result():
+        for name, hit in [*found, *(each for done in others for each in done.result())]:
             (self.hits if hit else self.misses)[name] += 1
         if sys.stderr.isatty():
             print(f"\r{self.hits.total():4} faults ", end="", file=sys.stderr)

@@ -106,8 +106,42 @@ BUGS = {
     ),
     "a run that waits for a retry is forgotten": Bug(
         "orchestrator/fragments.sql",
-        "WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')",
-        "WHERE d.run_id = u.run_id AND u.state <> 'running'",
+        "    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'",
+        "    FROM u WHERE d.run_id = u.run_id AND u.state = 'none'",
+        (
+            Bug(
+                "orchestrator/fragments.sql",
+                "WHERE d.run_id = u.run_id AND u.state NOT IN ('queued', 'running')",
+                "WHERE d.run_id = u.run_id AND u.state <> 'running'",
+            ),
+        ),
+    ),
+    "a group writes a boundary under the lease of another run": Bug(
+        "orchestrator/group_commit.sql",
+        "WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'",
+        "WHERE r.run_id = x.run_id AND x.token = ANY(%(tokens)s::bigint[]) AND r.state = 'running'",
+    ),
+    "a commit of a group whose answer was lost is made again": Bug(
+        "orchestrator/group.py",
+        "            member.alone, member.in_doubt = True, lost\n",
+        "            member.alone, member.in_doubt = True, False\n",
+    ),
+    "a claim of further runs does not look whether their queue is paused": Bug(
+        "orchestrator/lease.sql",
+        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
+        "                         WHERE q.name = r.queue AND q.paused_at IS NOT NULL)\n",
+        "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
+        "                         WHERE q.name = '' AND q.paused_at IS NOT NULL)\n",
+    ),
+    "a claim of further runs gives them all one token": Bug(
+        "orchestrator/lease.sql",
+        "lease_token = (%(tokens)s::bigint[])[found.i],",
+        "lease_token = (%(tokens)s::bigint[])[1] * 0 + 7,",
+    ),
+    "an attempt that was handed back counts": Bug(
+        "orchestrator/progress.py",
+        'if data.get("name") == GIVEN_BACK:\n                progress.uncounted()\n',
+        'if data.get("name") == GIVEN_BACK:\n                progress.judged()\n',
     ),
     "a delay is shorter than asked for": Bug(
         "orchestrator/journal.sql",

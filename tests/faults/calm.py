@@ -18,6 +18,7 @@ from time import monotonic, time
 from typing import LiteralString
 
 import psycopg
+import redis
 
 from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.load import Load
@@ -35,6 +36,10 @@ LAG_FACTOR = 10.0
 
 TICK_S = 0.05
 
+WORK = 100_000
+"""Numbers to add, of a thread whose delays are measured: a millisecond or two, else they would only
+show that the machine wakes quickly."""
+
 DUE = f"""
 SELECT count(*) FROM runs WHERE state = 'running'
    OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
@@ -49,10 +54,12 @@ def heal(fleet: Fleet) -> None:
             for pid in (slot.pid, *slot.children):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-    for way in (fleet.to_postgres, fleet.to_bus, fleet.to_api):
-        way.cut_after = None
+    for way in fleet.ways:
+        way.cut_after = way.loses = None
         way.release()
         way.cut()
+    with contextlib.suppress(redis.RedisError), fleet.redis(fleet.bus) as client:
+        client.execute_command("ACL", "SETUSER", "default", "+publish")
     with fleet.connect() as session:
         session.execute("SET default_transaction_read_only = off")
         session.execute("ALTER SYSTEM RESET default_transaction_read_only")
@@ -77,38 +84,56 @@ def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None
 
 
 def drain(fleet: Fleet, left: LiteralString, seconds: float) -> int | None:
-    """Wait until this counts no run, and the outbox is empty; else how many rows are left in it."""
-    until, rows = monotonic() + seconds, 0
+    """Wait until this counts no run, and the outbox is empty; else how many rows are left in it.
+
+    No longer than so many seconds in which nothing moves: a slow machine is waited for.
+    """
+    until, rows, before = monotonic() + seconds, 0, ()
     while monotonic() < until:
         with contextlib.suppress(psycopg.Error), fleet.connect() as session:
             while monotonic() < until:
-                (due,) = session.execute(left).fetchone() or (0,)
-                (rows,) = session.execute("SELECT count(*) FROM run_outbox").fetchone() or (0,)
+                now = session.execute(
+                    f"SELECT ({left}), (SELECT count(*) FROM run_outbox),"
+                    " (SELECT sum(last_seq) FROM runs)"
+                ).fetchone() or (0, 0, 0)
+                due, rows, _ = now
                 if not due and not rows:
                     return None
+                if now != before:
+                    until, before = monotonic() + seconds, now
                 threading.Event().wait(0.02)
     return rows
 
 
 def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s: float) -> None:
-    """Rounds of calls for so many seconds, in quiet."""
+    """Rounds of calls for so many seconds, in quiet; longer if something is late at their end."""
     begin, until = time(), monotonic() + s
     with slowness() as longest:
+
+        def bound_s() -> float:
+            return BOUND_S + LAG_FACTOR * longest[0]
+
         while monotonic() < until:
-            load.round(chance)
-            drain(fleet, DUE, max(0.0, until - monotonic()))
+            load.round(chance, lambda: drained_in(fleet, bound_s()))
+            drained_in(fleet, bound_s())
             threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
-    recorder.write("calm", begin=begin, end=time(), bound_s=BOUND_S + LAG_FACTOR * longest[0])
+        recorder.write("calm", begin=begin, end=time(), bound_s=bound_s())
+
+
+def drained_in(fleet: Fleet, bound_s: float) -> None:
+    """Wait until all is drained, or has not moved for so long that it is late."""
+    drain(fleet, DUE, bound_s + 0.5)
 
 
 @contextmanager
 def slowness() -> Iterator[list[float]]:
-    """The longest delay in seconds, in this block, of a thread that only waits."""
+    """The longest delay in seconds, in this block, of a thread that waits and does a little."""
     longest, ending = [0.0], threading.Event()
 
     def tick() -> None:
         begin = monotonic()
         while not ending.wait(TICK_S):
+            sum(range(WORK))
             longest[0] = max(longest[0], monotonic() - begin - TICK_S)
             begin = monotonic()
 

@@ -57,6 +57,8 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "broker_emptied": (SENT_AGAIN, REDIS),
     "broker_restarted_empty": (SENT_AGAIN, REDIS),
     "broker_stalled": (SENT_AGAIN, REDIS),
+    "bus_forbids_publishing": ("relays try again, in order; streams read the journal", REDIS),
+    "messages_to_viewers_lost": ("a stream sees the gap and reads the journal", STREAMS),
     "subscribers_disconnected": (BACKFILL, STREAMS),
     "bus_clients_disconnected": (BACKFILL, STREAMS),
     "broker_clients_disconnected": ("workers connect again at once", WORKERS),

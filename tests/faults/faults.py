@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import psycopg
@@ -42,6 +43,16 @@ def chosen(fleet: Fleet, chance: random.Random, *names: str) -> Slot | None:
     return chance.choice(ready) if ready else None
 
 
+def busiest(fleet: Fleet, pids: list[int]) -> int | None:
+    """The process among these that holds the most leases, if one holds any."""
+    with fleet.connect() as session:
+        rows = session.execute(
+            "SELECT split_part(worker, ':', 2)::int FROM runs WHERE state = 'running'"
+        ).fetchall()
+    found = Counter(pid for (pid,) in rows if pid in pids)
+    return found.most_common(1)[0][0] if found else None
+
+
 def leased(fleet: Fleet) -> int:
     """How many runs are under a lease."""
     with fleet.connect() as session:
@@ -66,17 +77,24 @@ def signalled(names: tuple[str, ...], number: signal.Signals) -> Fault:
 
 
 def frozen(names: tuple[str, ...], least: float, most: float, *, child: bool = False) -> Fault:
-    """SIGSTOP, and SIGCONT after a time; of one of its children instead, if wanted."""
+    """SIGSTOP, and SIGCONT after a time; of one of its children instead, if wanted.
+
+    Of workers, the one with the most leases is hit, as soon as there is one.
+    """
 
     def act(fleet: Fleet, chance: random.Random) -> bool:
-        slot = chosen(fleet, chance, *names)
-        pids = [] if slot is None else slot.children if child else [slot.pid]
-        hit = bool(pids) and (names == RELAYS or leased(fleet) > 0)
-        for pid in chance.sample(pids, min(1, len(pids))):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-                hold(chance.uniform(least, most))
-                os.kill(pid, signal.SIGCONT)
+        ready = [fleet.slots[name] for name in names if fleet.slots[name].ready]
+        pids = [pid for slot in ready for pid in (slot.children if child else [slot.pid])]
+        if not pids:
+            return False
+        pid, hit = chance.choice(pids), True
+        if names != RELAYS:
+            holder = busiest(fleet, pids)
+            pid, hit = holder or pid, holder is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            hold(chance.uniform(least, most))
+            os.kill(pid, signal.SIGCONT)
         return hit
 
     return act
@@ -193,6 +211,34 @@ def bus_refuses_writes(fleet: Fleet, chance: random.Random) -> bool:
 
 
 @fault
+def bus_forbids_publishing(fleet: Fleet, chance: random.Random) -> bool:
+    """The rights of relays are taken away, and given back."""
+    with fleet.redis(fleet.bus) as client:
+        client.execute_command("ACL", "SETUSER", "default", "-publish")
+        hold(chance.uniform(0.2, 1))
+        client.execute_command("ACL", "SETUSER", "default", "+publish")
+    return True
+
+
+@fault
+def messages_to_viewers_lost(fleet: Fleet, chance: random.Random) -> bool:
+    """Some of what Redis publishes, on connections that stay, as between nodes of a cluster."""
+    some = random.Random(chance.random())
+    lost = 0
+
+    def loses() -> bool:
+        nonlocal lost
+        this_one = some.random() < 0.5
+        lost += this_one
+        return this_one
+
+    fleet.far_to_bus.loses = loses
+    hold(chance.uniform(0.5, 2))
+    fleet.far_to_bus.loses = None
+    return lost > 0
+
+
+@fault
 def subscribers_disconnected(fleet: Fleet, _: random.Random) -> bool:
     with fleet.redis(fleet.bus) as client:
         return bool(client.client_kill_filter(_type="pubsub"))
@@ -248,26 +294,34 @@ def event_that_is_not_ours(fleet: Fleet, _: random.Random) -> bool:
 # Connections
 
 
-def cut(way: str) -> Fault:
+def cut(*ways: str) -> Fault:
     def act(fleet: Fleet, _: random.Random) -> bool:
-        return bool(getattr(fleet, way).cut())
+        return sum(getattr(fleet, way).cut() for way in ways) > 0
 
     return act
 
 
-def held(way: str, least: float, most: float) -> Fault:
+def held(*ways: str) -> Fault:
+    """For a moment, or for longer than a lease."""
+
     def act(fleet: Fleet, chance: random.Random) -> bool:
-        getattr(fleet, way).hold()
-        hold(chance.uniform(least, most))
-        getattr(fleet, way).release()
+        for way in ways:
+            getattr(fleet, way).hold()
+        hold(chance.choice([chance.uniform(0.5, 2), chance.uniform(LEASE_S + 0.5, LEASE_S + 2)]))
+        for way in ways:
+            getattr(fleet, way).release()
         return True
 
     return act
 
 
-for way, name in (("to_postgres", "postgres"), ("to_bus", "bus"), ("to_api", "api")):
-    FAULTS[f"connections_to_{name}_cut"] = cut(way)
-    FAULTS[f"connections_to_{name}_held"] = held(way, 0.5, 4)
+for name, ways in (
+    ("postgres", ("to_postgres",)),
+    ("bus", ("to_bus", "far_to_bus")),
+    ("api", ("to_api",)),
+):
+    FAULTS[f"connections_to_{name}_cut"] = cut(*ways)
+    FAULTS[f"connections_to_{name}_held"] = held(*ways)
 
 
 @fault
@@ -455,10 +509,22 @@ def settings_made_hostile(fleet: Fleet, chance: random.Random) -> bool:
     return True
 
 
-def of_processes(name: str) -> bool:
-    """Whether a fault is one of the product's processes and their connections, not of a server."""
-    hit = ("worker", "child", "every_worker", "relay_", "api", "viewers", "connections", "answer")
-    return name.startswith(hit)
+BRIEF = (
+    *("subscribers_disconnected", "bus_clients_disconnected", "broker_clients_disconnected"),
+    *("messages_delivered_twice", "message_that_is_not_ours", "event_that_is_not_ours"),
+    *("messages_to_viewers_lost", "bus_forbids_publishing", "answer_to_a_commit_lost"),
+    *("rows_held_by_somebody", "outbox_rows_held_by_somebody", "one_session_ended"),
+    *("relays_called_by_anybody", "viewers_cut_at_any_byte"),
+)
+"""Faults that take little away, or for a moment: they come beside all others."""
+
+
+def lane_of(name: str) -> str:
+    """Faults of one lane come one after the other: of processes, of servers, or brief ones."""
+    if name in BRIEF:
+        return "brief"
+    hit = ("worker", "child", "every_worker", "relay_", "api", "connections")
+    return "processes" if name.startswith(hit) else "servers"
 
 
 def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:

@@ -28,37 +28,51 @@ from tests.faults.plans import LEDGER, PLANS
 from tests.proxy import Proxy, proxy
 
 LEASE_S = 3.0
+FAR_S = 0.03
+"""Requests of the API reach Redis so much later: it is in another region."""
 REDISPATCH_S = 2.0
 QUEUES = ("default", "calm")
 UNATTENDED = "nobody"
 """A queue that no worker consumes."""
 
-LOG = """
+LOG = f"""
 CREATE TABLE chaos_rows (run_id text NOT NULL, step text NOT NULL);
 CREATE TABLE chaos_log (id bigserial PRIMARY KEY, txid bigint NOT NULL DEFAULT txid_current(),
-                        run_id text NOT NULL, claim jsonb, event jsonb);
+                        run_id text NOT NULL, claim jsonb, event jsonb, lease jsonb);
 CREATE FUNCTION chaos_claim() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, claim) VALUES (NEW.run_id, jsonb_build_object(
-    'token', NEW.lease_token, 'was_running', OLD.state = 'running',
+    'token', NEW.lease_token, 'worker', NEW.worker, 'was_running', OLD.state = 'running',
     'lease_until', extract(epoch FROM OLD.lease_expires_at),
     'at', extract(epoch FROM clock_timestamp()),
     'statement_at', extract(epoch FROM statement_timestamp()), 'queue', NEW.queue));
+  RETURN NULL;
+END $$;
+CREATE FUNCTION chaos_lease() RETURNS trigger LANGUAGE plpgsql
+SET search_path FROM CURRENT AS $$ BEGIN
+  INSERT INTO chaos_log (run_id, lease) VALUES (NEW.run_id, jsonb_build_object(
+    'worker', NEW.worker, 'until', extract(epoch FROM NEW.lease_expires_at),
+    'at', extract(epoch FROM clock_timestamp()),
+    'statement_at', extract(epoch FROM statement_timestamp()), 'seconds', {LEASE_S}));
   RETURN NULL;
 END $$;
 CREATE FUNCTION chaos_event() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
     'type', NEW.type, 'step', NEW.step, 'attempt', NEW.attempt,
-    'source', CASE WHEN NEW.data #>> '{error,type}' = 'StepCrashed' THEN 'takeover'
+    'source', CASE WHEN NEW.data #>> '{{error,type}}' = 'StepCrashed' THEN 'takeover'
                    ELSE NEW.source END));
   RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_claim AFTER UPDATE ON runs FOR EACH ROW
   WHEN (NEW.attempt > OLD.attempt) EXECUTE FUNCTION chaos_claim();
+CREATE TRIGGER chaos_lease AFTER UPDATE ON runs FOR EACH ROW
+  WHEN (NEW.attempt = OLD.attempt AND NEW.state = 'running' AND OLD.state = 'running'
+        AND NEW.lease_expires_at IS DISTINCT FROM OLD.lease_expires_at)
+  EXECUTE FUNCTION chaos_lease();
 CREATE TRIGGER chaos_event AFTER INSERT ON run_events FOR EACH ROW EXECUTE FUNCTION chaos_event();
 """
-"""Writes down each claim and each event, in the order of the locks on the runs' rows."""
+"""Writes down each claim, event, and change of a lease, in the order of the locks on the rows."""
 
 
 @dataclass
@@ -146,6 +160,7 @@ class Fleet:
             self.broker = enter(EmbeddedValkey(self.directory / "broker"))
             self.to_postgres: Proxy = enter(proxy(self.postgres.port))
             self.to_bus: Proxy = enter(proxy(self.bus.port))
+            self.far_to_bus: Proxy = enter(proxy(self.bus.port, delay_s=FAR_S))
             self.api_port = free_port()
             self.to_api: Proxy = enter(proxy(self.api_port))
             self.ledger = self.directory / "ledger"
@@ -191,6 +206,7 @@ class Fleet:
             "BEATLESS_DATABASE_URL": self._through(self.postgres, self.to_postgres),
             "BEATLESS_REDIS_URL": self._through(self.bus, self.to_bus),
         }
+        far = through | {"BEATLESS_REDIS_URL": self._through(self.bus, self.far_to_bus)}
         environ = os.environ | self.settings.to_env()
         environ |= {
             "BEATLESS_APP": "tests.faults.plans:app",
@@ -208,13 +224,18 @@ class Fleet:
             "far": (threads, through),
             "relay-1": (["relay"], {}),
             "relay-2": (["relay"], through),
-            "api": (["serve", "--port", str(self.api_port)], through),
+            "api": (["serve", "--port", str(self.api_port)], far),
         }
         for name, (arguments, more) in wanted.items():
             self.slots[name] = Slot(name, arguments, environ | more, self.directory)
 
     def _through(self, server: EmbeddedPostgres | EmbeddedValkey, way: Proxy) -> str:
         return server.url.replace(f":{server.port}", f":{way.port}")
+
+    @property
+    def ways(self) -> tuple[Proxy, ...]:
+        """All proxies."""
+        return self.to_postgres, self.to_bus, self.far_to_bus, self.to_api
 
     @property
     def api_url(self) -> str:

@@ -12,8 +12,9 @@ host. `kind` says what a record is:
 | | of `retry`: `run_id`, `new` (the new run); of `pause`, `resume`: `queue` |
 | `effect` | `run_id`, `step`, `attempt`, `key`, `call` (unique): a body has had its effect |
 | `row` | `run_id`, `step`: a transactional step has written this row |
-| `log` | `id`, `txid`, `run_id`, and either `event` (`type`, `source`, `step`, `attempt`) or |
-| | `claim` (`token`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`): |
+| `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `source`, `step`, `attempt`), |
+| | `claim` (`token`, `worker`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`) and |
+| | `lease` (`worker`, `until`, `at`, `statement_at`, `seconds`: renewed, or ended at once): |
 | | written by triggers, under the lock of the run's row; of `source` `takeover` is what a |
 | | worker writes instead of a start, for a step that has ended its process too often |
 | `watch` | `viewer`, `run_id`, `from_seq`, `at`: a viewer has begun |

@@ -4,9 +4,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from queue import Empty, Queue
+from queue import Empty, LifoQueue
 from time import monotonic, time
 from typing import Any
 
@@ -26,6 +26,9 @@ from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.recorder import Recorder, text_of
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
+MANY_RUNS = 60
+"""So many, started at once, keep relays awake, so that no writer rings."""
+
 SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
 
@@ -57,7 +60,8 @@ class Load:
         self._calling = threading.Condition()
         self._calls = 0
         """How many threads are in a call."""
-        self._fresh: Queue[str] = Queue()
+        self._fresh: LifoQueue[str] = LifoQueue()
+        """Runs to be watched, the newest first: a stream of one that has ended shows little."""
         self._recent: list[str] = []
         self._failed_runs: list[str] = []
         self._keyed: list[dict[str, Any]] = []
@@ -78,8 +82,8 @@ class Load:
             ("start-2", self._called(self._start), 2 / self.runs_per_s),
             ("change-1", self._called(self._change), 0.4),
             ("change-2", self._called(self._change), 0.4),
-            ("pause", self._called(self._pause), 4.0),
-            *((f"view-{n}", self._view, 0.05) for n in range(5)),
+            ("pause", self._called(self._pause), 2.0),
+            *((f"view-{n}", self._view, 0.05) for n in range(6)),
         ]
         for name, act, every in work:
             chance = random.Random(f"{self.seed}/{name}")
@@ -134,11 +138,31 @@ class Load:
         finally:
             self._hushed.clear()
 
-    def round(self, chance: random.Random) -> None:
-        """A few calls at once, each ended when this returns, while nobody else calls."""
-        with ThreadPoolExecutor(4) as callers:
-            seeds = [chance.random() for _ in range(chance.choice([1, 1, 2, 4, 12]))]
-            for done in [callers.submit(self._start, random.Random(seed)) for seed in seeds]:
+    def round(self, chance: random.Random, drain: Callable[[], None]) -> None:
+        """A few calls at once, or many runs in one, while nobody else calls; all have ended then.
+
+        Often another call comes while those before are busy, and commits at once, soon, or when
+        all is still again: `drain` returns then.
+        """
+        still = threading.Event()
+        many = chance.random() < 0.4
+        with ThreadPoolExecutor(5) as callers:
+            calls = [
+                callers.submit(self._start_many if many else self._start, random.Random(seed))
+                for seed in [
+                    chance.random() for _ in range(1 if many else chance.choice([1, 2, 6]))
+                ]
+            ]
+            if chance.random() < 0.8:
+                self._ending.wait(chance.uniform(0.02, 0.4 if many else 0.1))
+                wait_s = chance.choice([0, 0.05, 0.3, SHOWN_S, SHOWN_S, SHOWN_S])
+                own = random.Random(chance.random())
+                calls.append(callers.submit(self._start_late, own, still, wait_s))
+            calls[0].result()
+            drain()
+            self._ending.wait(chance.choice([0.01, 0.05, 0.2]))
+            still.set()
+            for done in calls:
                 done.result()
 
     def stop(self) -> None:
@@ -155,47 +179,88 @@ class Load:
     # Callers
 
     def _start(self, chance: random.Random) -> None:
+        if chance.random() < 0.1:
+            queue = chance.choice(["default", "calm"])
+            self._start_these([self._brief(chance, queue) for _ in range(8)], chance)
+        else:
+            self._start_these([self._wish(chance)], chance)
+
+    def _start_many(self, chance: random.Random) -> None:
+        self._start_these([self._brief(chance, "default") for _ in range(MANY_RUNS)], chance)
+
+    def _start_late(self, chance: random.Random, still: threading.Event, wait_s: float) -> None:
+        """In a transaction that commits after so many seconds, or when all is still."""
+        wish = self._brief(chance, "default")
+        self._start_these([wish], chance, waits=lambda: still.wait(wait_s))
+
+    def _start_these(
+        self,
+        wishes: list[dict[str, Any]],
+        chance: random.Random,
+        waits: Callable[[], object] | None = None,
+    ) -> None:
+        """Start runs in one call; in the caller's own transaction if it waits, or by chance."""
         client = self.fleet.app.client
-        self.started += 1
-        request = self._wish(chance)
-        if "key" not in request:
-            request["run_id"] = f"run-{self.started}-{chance.randrange(10**12)}"
-        facts: dict[str, Any] = {name: request.get(name) for name in ("run_id", "plan", "key")}
-        if "delay" in request:
-            facts["delay_s"] = request["delay"]
+        for wish in wishes:
+            self.started += 1
+            if "key" not in wish:
+                wish["run_id"] = f"run-{self.started}-{chance.randrange(10**12)}"
+        requests = [RunRequest(**wish) for wish in wishes]
         way = chance.random()
-        with self.recorder.call("start", **facts) as record:
+        with ExitStack() as stack:
+            records = [stack.enter_context(self._recorded_start(wish)) for wish in wishes]
             try:
-                if way < 0.3:  # in the caller's own transaction, which may last or roll back
+                if waits is not None:
                     with self._engine.begin() as connection:
-                        (run,) = client.start_runs([RunRequest(**request)], connection=connection)
+                        runs = client.start_runs(requests, connection=connection)
+                        waits()
+                elif way < 0.3:  # which may last or roll back
+                    with self._engine.begin() as connection:
+                        runs = client.start_runs(requests, connection=connection)
                         self._ending.wait(chance.choice([0, 0.02, 0.1, 0.3, 1]))
                         if way < 0.1:
                             raise RolledBack
                 else:
-                    (run,) = client.start_runs([RunRequest(**request)])
-                record |= {"outcome": "ok", "run_id": run.run_id}
+                    runs = client.start_runs(requests)
+                for record, run in zip(records, runs, strict=True):
+                    record |= {"outcome": "ok", "run_id": run.run_id}
             except RolledBack:
-                record["outcome"] = "rolled_back"
+                for record in records:
+                    record["outcome"] = "rolled_back"
             except RunConflict:
-                record["outcome"] = "failed"
+                for record in records:
+                    record["outcome"] = "failed"
             except Unreachable:
-                return  # unknown: it may have been committed
+                return  # unknown: they may have been committed
             except Exception as error:
                 if not lost(error):
                     raise
                 return
-        if record["outcome"] == "ok":
-            self._recent = [*self._recent[-40:], record["run_id"]]
-            self._fresh.put(record["run_id"])
+        for record in records:
+            if record["outcome"] == "ok":
+                self._recent = [*self._recent[-40:], record["run_id"]]
+                self._fresh.put(record["run_id"])
+
+    def _recorded_start(self, wish: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        facts = {name: wish.get(name) for name in ("run_id", "plan", "key")}
+        return self.recorder.call("start", **facts, delay_s=wish.get("delay"))
+
+    def _brief(self, chance: random.Random, queue: str) -> dict[str, Any]:
+        failures = chance.choice([0, 0, 0, 1, 2, 4])
+        given = {"failures": failures, "seconds": 0.5 if chance.random() < 0.08 else 0}
+        return {"plan": "brief", "queue": queue, "input": given}
 
     def _wish(self, chance: random.Random) -> dict[str, Any]:
         if self._keyed and chance.random() < 0.05:
             return chance.choice(self._keyed)
+        if chance.random() < 0.2:
+            return self._brief(chance, chance.choice(["default", "calm"]))
         plan = chance.choice(
-            ["chain", "chain", "traced", "flaky", "stored", "snoozed", "cancelled"]
+            ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
         )
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
+        if plan == "stored":
+            given["seconds"] = chance.choice([0, 0.02, 0.3, 1.0])
         if plan == "flaky":
             given["failures"] = chance.choice([0, 1, 2, 5])
         if plan == "traced":
@@ -213,7 +278,7 @@ class Load:
             wish["delay"] = round(chance.uniform(0.2, 3), 2)
         elif chance.random() < 0.1:
             wish["deadline"] = round(chance.uniform(1, 20), 2)
-        elif chance.random() < 0.05:
+        elif chance.random() < 0.1:
             wish |= {"queue": UNATTENDED, "deadline": round(chance.uniform(0.5, 2.5), 2)}
         if chance.random() < 0.1:
             wish["key"] = f"key-{chance.randrange(10**9)}"
@@ -254,8 +319,9 @@ class Load:
             raise TooLate
 
     def _pause(self, chance: random.Random) -> None:
-        """Pause the calm queue for a moment. It is resumed whatever happens."""
+        """Pause the calm queue for a moment, with runs in it. It is resumed whatever happens."""
         client = self.fleet.app.client
+        self._start_these([self._brief(chance, "calm") for _ in range(12)], chance)
         with self.recorder.call("pause", queue="calm") as record:
             record["outcome"] = self._try(lambda: client.pause_queue("calm"))
         self._ending.wait(chance.uniform(0.2, 1.5))

@@ -18,7 +18,7 @@ LEDGER = "CHAOS_LEDGER"
 
 if LEDGER in os.environ:
     # A relay lives for seconds here, and sees no thousand rows.
-    scan_floor.FLOOR_INTERVAL_ROWS = 20
+    scan_floor.FLOOR_INTERVAL_ROWS = 5
 
 
 def effect(ctx: StepContext, name: str) -> dict[str, str]:
@@ -90,6 +90,26 @@ def snooze(ctx: StepContext) -> Any:
     return effect(ctx, "snooze")
 
 
+def brief(name: str) -> Any:
+    """A step that hardly takes time, so that its runs are executed in groups."""
+
+    def body(ctx: StepContext) -> dict[str, str]:
+        if name == "last":
+            work(ctx)
+        return effect(ctx, name)
+
+    return step(name=name)(body)
+
+
+@step(name="try", retry=retry(max_attempts=3, initial=0.2, backoff=1.5, jitter=0))
+def try_briefly(ctx: StepContext) -> dict[str, str]:
+    """Fails at once, as often as the input says."""
+    found = effect(ctx, "try")
+    if ctx.attempt <= (ctx.input or {}).get("failures", 0):
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return found
+
+
 @step(name="refund")
 def refund(ctx: StepContext) -> dict[str, str]:
     return effect(ctx, "refund")
@@ -97,6 +117,7 @@ def refund(ctx: StepContext) -> dict[str, str]:
 
 PLANS = [
     Plan("chain", [plain("one"), plain("two"), plain("three"), plain("four")]),
+    Plan("brief", [brief("first"), try_briefly, brief("last")]),
     Plan("traced", [traced, plain("after")]),
     Plan("flaky", [plain("before"), flaky, plain("after")]),
     Plan("stored", [plain("before"), stored, plain("after")]),

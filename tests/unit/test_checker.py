@@ -38,8 +38,14 @@ def logged(id: int, txid: int, run_id: str, **what: Any) -> dict[str, Any]:
 
 
 def claim(token: int, at: float, **more: Any) -> dict[str, Any]:
-    found = {"token": token, "was_running": False, "lease_until": None, "at": at}
+    found = {"token": token, "worker": "w", "was_running": False, "lease_until": None, "at": at}
     return {"claim": found | {"statement_at": at, "queue": "calm"} | more}
+
+
+def kept(worker: str, until: float, at: float) -> dict[str, Any]:
+    """A lease that was renewed, or ended."""
+    found = {"worker": worker, "until": until, "at": at, "statement_at": at - 0.01, "seconds": 3.0}
+    return {"claim": None, "lease": found}
 
 
 def wrote(type: str, step: str, attempt: int = 1) -> dict[str, Any]:
@@ -104,6 +110,8 @@ def honest() -> list[dict[str, Any]]:
         logged(5, 3, "r", **wrote("StepFinished", "a", 2)),
         logged(6, 3, "r", **wrote("StepStarted", "b")),
         logged(7, 4, "r", **wrote("StepFinished", "b")),
+        logged(8, 5, "r", **kept("w", until=106.01, at=103.02)),
+        logged(9, 6, "r", **kept("dead", until=102.9, at=102.9)),
         {"kind": "watch", "viewer": "v", "run_id": "r", "from_seq": 2, "at": 101.0},
         *(frame("v", "r", seq, types[seq - 1]) for seq in range(3, 8)),
         {"kind": "view", "viewer": "v", "run_id": "r", "from_seq": 2, "ended": True},
@@ -211,9 +219,28 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a write of the worker before": ("I11", change({"kind": "log", "id": 5}, event={"attempt": 1})),
     "a trace of the worker before": (
         "I11",
-        add(logged(8, 5, "r", **wrote("DebugTrace", "a", 1))),
+        add(logged(10, 5, "r", **wrote("DebugTrace", "a", 1))),
     ),
-    "an attempt that nothing explains": ("I10", drop(kind="fault")),
+    "a lease that was renewed for a moment": (
+        "I11",
+        change({"kind": "log", "id": 8}, lease={"until": 103.5}),
+    ),
+    "a lease that ran out in a calm": (
+        "I11",
+        add(logged(10, 7, "r", **claim(73, 125, was_running=True, lease_until=124.9))),
+    ),
+    "a worker that was taken for dead and lives": (
+        "I11",
+        add(logged(10, 7, "r", **claim(73, 106, worker="dead"))),
+    ),
+    "an attempt that nothing explains": (
+        "I10",
+        change({"kind": "log", "id": 3}, claim={"was_running": False}),
+    ),
+    "a retry that is due too early": (
+        "delay",
+        change({"kind": "event", "run_id": "f", "seq": 7}, data={"retry_at": 107_050}),
+    ),
     "an attempt that ran twice": ("I10", add(effect("r", "b", "b2"))),
     "an attempt that was given back is counted": (
         "I10",
@@ -338,6 +365,30 @@ def test_a_lie_is_found(lie: str) -> None:
     records = copy.deepcopy(honest())
     tell(records)
     assert invariant in {violation.invariant for violation in check(records)}
+
+
+def test_a_lease_may_run_out_in_a_calm_of_a_slow_machine() -> None:
+    records = honest()
+    add(logged(10, 7, "r", **claim(73, 125, was_running=True, lease_until=124.9)))(records)
+    change({"kind": "calm"}, bound_s=9.0)(records)
+    assert check(records) == []
+
+
+def test_a_worker_may_be_taken_for_dead_whose_sessions_were_cut() -> None:
+    records = honest()
+    add(
+        logged(10, 7, "r", **claim(73, 106, worker="dead")),
+        {"kind": "fault", "name": "every_session_ended", "begin": 102.0, "end": 102.1},
+    )(records)
+    assert check(records) == []
+
+
+def test_a_statement_may_be_held_up_between_two_looks_at_the_clock() -> None:
+    records = honest()
+    change({"kind": "event", "run_id": "f", "seq": 7}, ts=107.1, data={"retry_at": 107_500})(
+        records
+    )
+    assert check(records) == []
 
 
 def test_the_order_of_the_records_does_not_matter_where_they_say_their_place() -> None:
