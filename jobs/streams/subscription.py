@@ -38,10 +38,13 @@ class Subscription:
         self._failures = 0
         self._retry_at = 0.0
         self._forked = False
+        self._inherited: tuple[Any, ...] = ()
         forks.watch(self)
 
     def after_fork(self) -> None:
-        # redis-py closes unreferenced connections, and sends nothing to the server in a child.
+        # Kept, not dropped: redis-py takes a lock when one is no more referenced, and a thread that
+        # is not here may hold it. The parent's connection is its own: here it is used by nobody.
+        self._inherited = (self._pubsub, self._redis)
         self._pubsub = self._redis = None
         self._forked = True
 

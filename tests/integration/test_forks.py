@@ -2,15 +2,20 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
+import redis
+from redis.client import PubSub
 
 from beatless import App
 from beatless.http import Client as HttpClient
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.relay import Relay
+from beatless.streams.subscription import Subscription
 from beatless.testing import Kit
 from tests.forking import ForkedChild
 from tests.serving import serving
@@ -169,3 +174,25 @@ def test_an_http_client_and_its_streams_go_on_in_parent_and_child(beatless: Kit)
             rest = [event.seq for event in stream]
             assert child.answer() == [[run.run_id], rest]
     assert [first.seq, *rest] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_child_does_not_wait_for_a_lock_that_a_stream_of_its_parent_holds(beatless: Kit) -> None:
+    lock = threading.Lock()
+
+    class Subscriber(PubSub):
+        def reset(self) -> None:
+            with lock:
+                super().reset()  # type: ignore[no-untyped-call]  # redis-py's gap
+
+    class Client(redis.Redis):
+        def pubsub(self, **options: Any) -> PubSub:
+            return Subscriber(self.connection_pool, **options)
+
+    url = beatless.app.settings.redis_url
+    subscription = Subscription(lambda: Client.from_url(url), "beatless:events:none:none")
+    assert subscription.ensure()
+    with lock:  # as another thread would that ends its own stream
+        child = ForkedChild(lambda: "goes on")
+    with child:
+        assert child.answer() == "goes on"
+    subscription.close()
