@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, time
 from typing import Self
@@ -29,7 +29,7 @@ from tests.proxy import Proxy, proxy
 
 LEASE_S = 3.0
 FAR_S = 0.03
-"""Requests of the API reach Redis so much later: it is in another region."""
+"""Requests of the API and of viewers beside it reach Redis so much later, as from far away."""
 REDISPATCH_S = 2.0
 QUEUES = ("default", "calm")
 UNATTENDED = "nobody"
@@ -172,7 +172,8 @@ class Fleet:
                 redispatch_seconds=REDISPATCH_S,
                 grace_seconds=5,
             )
-            self.app = App(self.settings, PLANS)
+            far = self._through(self.bus, self.far_to_bus)
+            self.app = App(replace(self.settings, redis_url=far), PLANS)
             stack.callback(self.app.close)
             migrate(self.app.engine, self.settings.schema)
             with self.connect() as session:

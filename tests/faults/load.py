@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import one_line
 from beatless.settings import engine_url
+from tests.faults.browser import events_of
 from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.recorder import Recorder, text_of
 
@@ -239,7 +240,8 @@ class Load:
         for record in records:
             if record["outcome"] == "ok":
                 self._recent = [*self._recent[-40:], record["run_id"]]
-                self._fresh.put(record["run_id"])
+                if record["plan"] != "brief" or chance.random() < 0.1:
+                    self._fresh.put(record["run_id"])
 
     def _recorded_start(self, wish: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
         facts = {name: wish.get(name) for name in ("run_id", "plan", "key")}
@@ -265,6 +267,7 @@ class Load:
             given["failures"] = chance.choice([0, 1, 2, 5])
         if plan == "traced":
             given["traces"] = chance.choice([1, 5, 40, 200])
+            given["pause"] = chance.choice([0, 0.01, 0.05]) if given["traces"] < 100 else 0
         if plan == "snoozed":
             given["until"] = time() + chance.uniform(0, 2)
         wish: dict[str, Any] = {
@@ -363,10 +366,10 @@ class Load:
             try:
                 for event in self._events(chance, run_id, seen):
                     self._saw(viewer, event)
+                    ended = event.final
                     if event.final and (event.data or {}).get("outcome") == "failed":
                         self._failed_runs = [*self._failed_runs[-20:], run_id]
                     seen = event.seq
-                ended = True
             except WaitTimeout:
                 break
             except (Unreachable, OSError):  # the API or Postgres is not there yet: go on from here
@@ -374,10 +377,12 @@ class Load:
         self.viewed += 1
         self.recorder.write("view", ended=ended, **facts)
 
-    def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Any:
-        if chance.random() < 0.25:
+    def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Iterable[Event]:
+        way, url, token = chance.random(), self.fleet.api_url, self.fleet.token
+        if way < 0.25:
             return self.fleet.app.client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
-        url, token = self.fleet.api_url, self.fleet.token
+        if way < 0.75:
+            return events_of(url, token, run_id, from_seq)
         client = HttpClient(url, token=token, backoff=AT_ONCE, timeout=20)
         return client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
 

@@ -60,6 +60,7 @@ def plain(name: str) -> Any:
 def traced(ctx: StepContext) -> dict[str, str]:
     for number in range((ctx.input or {}).get("traces", 3)):
         ctx.trace("tick", number=number)
+        threading.Event().wait((ctx.input or {}).get("pause", 0))
     return effect(ctx, "traced")
 
 
