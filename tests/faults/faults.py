@@ -534,5 +534,8 @@ def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:
     """
     try:
         return FAULTS[name](fleet, chance)
-    except (psycopg.OperationalError, psycopg.InterfaceError, redis.RedisError, OSError):
+    except (psycopg.Error, redis.RedisError, OSError) as error:
+        away = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
+        if isinstance(error, psycopg.Error) and not isinstance(error, away):
+            raise
         return False

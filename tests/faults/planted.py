@@ -93,8 +93,14 @@ def main() -> int:
     missed = 0
     for name in names:
         trials: list[Trial] = []
-        while not decided(trials, given.seeds, enough=1 if given.few else ENOUGH):
-            trials.append(trial(BUGS[name], random.SystemRandom().randrange(10**6), given.seconds))
+        try:
+            while not decided(trials, given.seeds, enough=1 if given.few else ENOUGH):
+                seed = random.SystemRandom().randrange(10**6)
+                trials.append(trial(BUGS[name], seed, given.seconds))
+        except RuntimeError as error:  # a mistake of the load: the other bugs have their turn
+            print(f"{name}: {error}", flush=True)
+            missed += 1
+            continue
         if given.few is None:
             store(name, trials)
         good = bool(found(trials)) if given.few else caught(trials)
