@@ -34,9 +34,14 @@ finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
 
 -- fragment: settled_columns
 -- The columns of such a row and its boundary that `written_beside` needs.
-b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before,
+b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before, r.created_at,
 NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
+
+-- fragment: of_its_worker
+-- The reasons of runs that were given back: their worker stops, or is busy with another.
+-- They go before those of their priority that have not begun: they are due since they were made.
+('busy', 'shutdown')
 
 -- fragment: written_beside
 -- The events, outbox rows and dispatches of runs `u` that were settled.
@@ -61,6 +66,7 @@ e AS (
 ), later AS (
   UPDATE {schema}.dispatches d
      SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
-         due_at = u.not_before, reason = u.reason
+         due_at = CASE WHEN u.reason IN {of_its_worker} THEN u.created_at ELSE u.not_before END,
+         reason = u.reason
     FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
 )

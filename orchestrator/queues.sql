@@ -45,14 +45,15 @@ WITH unfinished AS (
          count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
            AS delayed,
          count(*) FILTER (WHERE d.state = 'running') AS active,
-         -- A sent message is due again at its redispatch: its run knows since when it waits. There
-         -- are few of them, whatever the backlog.
+         -- A sent message is due again at its redispatch, and a run that was given back since it was
+         -- made: the run knows since when it waits. There are few of them, whatever the backlog.
          least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
-                                   AND d.due_at <= clock_timestamp()),
+                                   AND d.due_at <= clock_timestamp() AND d.reason NOT IN {of_its_worker}),
                min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
                                         ELSE r.lease_expires_at END
                       FROM {schema}.runs r WHERE r.run_id = d.run_id))
-                 FILTER (WHERE d.state = 'sent')) AS oldest,
+                 FILTER (WHERE d.state = 'sent'
+                            OR d.state = 'waiting' AND d.reason IN {of_its_worker})) AS oldest,
          count(DISTINCT (SELECT worker FROM {schema}.runs r
                           WHERE r.run_id = d.run_id AND r.state = 'running'))
            FILTER (WHERE d.state = 'running') AS executing

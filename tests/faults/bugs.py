@@ -41,7 +41,7 @@ finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
 
 -- fragment: settled_columns
 -- The columns of such a row and its boundary that `written_beside` needs.
-b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before,
+b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before, r.created_at,
 NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 """

@@ -404,7 +404,8 @@ def test_a_body_that_turns_out_long_hands_its_neighbours_to_others(
         for connection in [together.executor.connection()]
     ]
     assert status[0] is not None
-    assert (status[0][0], status[0][2]) == ("waiting", "busy")
+    made_at = together.kit.client.get_run(ids[2]).created_at
+    assert status[0][:3] == ("waiting", made_at, "busy")  # before those that have not begun
     together.finish(ids)
     last = together.kit.client.events(ids[2])
     assert [event.attempt for event in last if event.type == "StepStarted"] == [1, 1, 1]

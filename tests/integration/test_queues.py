@@ -129,6 +129,24 @@ def test_counts_per_state(beatless: Kit) -> None:
     assert (found.per_minute, found.workers) == (4, 1)
 
 
+def test_a_run_that_was_given_back_goes_before_those_that_have_not_begun(beatless: Kit) -> None:
+    begun, *others = start(beatless, 3, "q")
+    urgent = beatless.start_run("two_steps", queue="q", priority=1).run_id
+    assert beatless.step(begun)  # as a worker that stops after it
+    for run_id in (urgent, begun, *others):
+        assert beatless.client.get_run(run_id).state is RunState.QUEUED
+        assert beatless.work_once()
+        assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+
+
+def test_a_run_that_was_given_back_waits_since_then(beatless: Kit) -> None:
+    (run_id,) = start(beatless, 1, "q")
+    beatless.advance(3600)
+    assert beatless.step(run_id)
+    (found,) = beatless.client.queues()
+    assert found.oldest == beatless.client.get_run(run_id).not_before
+
+
 def test_the_oldest_run_is_told_whether_it_was_sent_or_not(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:
