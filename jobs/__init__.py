@@ -35,13 +35,16 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         RunConflict,
         RunNotFound,
         StepEnded,
+        StepFailed,
         StepTimeout,
         WorkerStops,
     )
     from beatless.orchestrator.events import Event
+    from beatless.orchestrator.function_plan import plan
     from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, step
     from beatless.orchestrator.records import Run
     from beatless.orchestrator.retry import retry
+    from beatless.orchestrator.run_context import RunContext
     from beatless.orchestrator.state import RunState
     from beatless.settings import Settings
 
@@ -66,6 +69,7 @@ _MODULES = {
     "Run": "beatless.orchestrator.records",
     "RunCancelled": "beatless.orchestrator.errors",
     "RunConflict": "beatless.orchestrator.errors",
+    "RunContext": "beatless.orchestrator.run_context",
     "RunNotFound": "beatless.orchestrator.errors",
     "RunRequest": "beatless.client",
     "RunState": "beatless.orchestrator.state",
@@ -75,12 +79,14 @@ _MODULES = {
     "StatementTimeout": "beatless.errors",
     "StepContext": "beatless.orchestrator.context",
     "StepEnded": "beatless.orchestrator.errors",
+    "StepFailed": "beatless.orchestrator.errors",
     "StepTimeout": "beatless.orchestrator.errors",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
     "WaitTimeout": "beatless.errors",
     "WorkerStops": "beatless.orchestrator.errors",
     "WrongEncoding": "beatless.errors",
+    "plan": "beatless.orchestrator.function_plan",
     "retry": "beatless.orchestrator.retry",
     "step": "beatless.orchestrator.plan",
 }
@@ -106,6 +112,7 @@ __all__ = [
     "Run",
     "RunCancelled",
     "RunConflict",
+    "RunContext",
     "RunNotFound",
     "RunRequest",
     "RunState",
@@ -115,12 +122,14 @@ __all__ = [
     "StatementTimeout",
     "StepContext",
     "StepEnded",
+    "StepFailed",
     "StepTimeout",
     "UnknownPlan",
     "Unreachable",
     "WaitTimeout",
     "WorkerStops",
     "WrongEncoding",
+    "plan",
     "retry",
     "step",
 ]

@@ -123,7 +123,7 @@ class FleetState(EventsState):  # type: ignore[misc]  # Flower has no types
             case EventType.STEP_FINISHED:
                 self._tell_step(event, "succeeded", moment)
             case EventType.STEP_FAILED:
-                again = data.get("retry_at") is not None
+                again = data.get("retry_at") is not None and not data.get("final")
                 why = {"exception": reason(data.get("error"))}
                 self._tell_step(event, "retried" if again else "failed", moment, **why)
                 if again:

@@ -82,7 +82,14 @@ class Redaction:
         reused = data.get("reused")
         if isinstance(reused, Mapping) and isinstance(reused.get("results"), Mapping):
             results = {step: self.value("result", one) for step, one in reused["results"].items()}
-            data["reused"] = {**reused, "results": results}
+            errors = reused.get("errors")
+            if isinstance(errors, Mapping):
+                errors = {step: self.value("error", one) for step, one in errors.items()}
+            data["reused"] = {
+                **reused,
+                "results": results,
+                **({"errors": errors} if errors else {}),
+            }
         return replace(event, data=data)
 
     def text(self, event: EventText) -> EventText:

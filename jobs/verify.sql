@@ -19,7 +19,8 @@ SELECT run_id, seq, ts, type, step,
        CASE WHEN type = 'DebugTrace' AND step IS NOT NULL THEN data ->> 'name' IN
          ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost') END AS repeats,
        CASE WHEN type = 'StepFinished' THEN coalesce(data @> '{"on_cancel": true}', false) END
-         AS undoes
+         AS undoes,
+       CASE WHEN type = 'StepFailed' THEN data @> '{"final": true}' END AS final
   FROM {schema}.run_events
 
 -- fragment: violations
@@ -42,11 +43,12 @@ head AS (
          max(seq) FILTER (WHERE type = 'StepStarted') AS last_start_seq
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step
 ), passed AS (
-  -- Under the name that it had when it began, if another version of the plan gave it another.
+  -- Under the name that it had when it began, if another version of the plan gave it another. A
+  -- plan's function passes a step that has failed for good.
   SELECT run_id, type, step, began_as, lead(step) OVER following AS next_step,
          lead(began_as) OVER following AS next_began_as, lead(seq) OVER following AS next_seq
     FROM (SELECT *, coalesce(renamed_from, step) AS began_as
-            FROM event WHERE type IN ('StepStarted', 'StepFinished')) event
+            FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
 ), final AS MATERIALIZED (
   -- Joined once: the planner expects so few runs that it would compare each with each.

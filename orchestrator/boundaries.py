@@ -94,9 +94,7 @@ class Boundaries:
 
     def started(self, progress: Progress, before: Sequence[NewEvent]) -> Settlement:
         """The start of the attempt that the progress counts already, after other events."""
-        renamed = {} if progress.key == progress.occurrence else {RENAMED_FROM: progress.key}
-        started = self._event(EventType.STEP_STARTED, progress, **renamed)
-        going_on = Boundary(events=[*before, started], state=RunState.RUNNING)
+        going_on = Boundary(events=[*before, self._start(progress)], state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, before)
 
     # The body returned
@@ -243,9 +241,9 @@ class Boundaries:
         """The attempt has begun and its body has not: its process is busy with another run."""
         return self._uncounted(progress, "busy")
 
-    def unknown(self, progress: Progress, delay_s: float) -> Settlement:
-        """The run stands at a step that this version of the plan does not have."""
-        return self._given_back(progress, UNKNOWN_STEP, [], delay_s)
+    def unknown(self, progress: Progress, delay_s: float, reason: str = UNKNOWN_STEP) -> Settlement:
+        """The run stands at a step that this version of the plan lacks, or calls differently."""
+        return self._given_back(progress, reason, [], delay_s)
 
     # The transaction broke
 
@@ -269,6 +267,11 @@ class Boundaries:
         )
 
     # Of these they are made
+
+    def _start(self, progress: Progress, **data: Any) -> NewEvent:
+        if progress.key != progress.occurrence:
+            data[RENAMED_FROM] = progress.key
+        return self._event(EventType.STEP_STARTED, progress, **data)
 
     def _unless_cancelled(
         self,

@@ -11,6 +11,7 @@ OrchestratorError
 ├── StepEnded           a thread outlived its step and speaks through the context still
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
 ├── WorkerStops         the worker's grace has ended within a step: the run is given back
+├── StepFailed          raised in a plan's function: the step has failed and is not tried again
 ├── StepTimeout         an attempt took longer than its step may; it counts as a failure
 ├── DeadlineExceeded    the run took longer than `deadline` allows: it ends as failed
 └── Fatal               raised by a step: fail the run now, no retry
@@ -151,6 +152,38 @@ class WorkerStops(OrchestratorError):
             f"worker is shutting down; run {self.run_id} was released and its step will be retried "
             "elsewhere"
         )
+
+
+class StepFailed(OrchestratorError):
+    """Raised in the function of a plan by `run.step`: the step has failed for good.
+
+    The same when it happens and when the function is called again later. A function that lets it
+    through fails its run with the step's error.
+
+    >>> from beatless import RunContext, StepFailed, plan, step
+    >>> @step
+    ... def charge(ctx, amount): ...
+    >>> @step
+    ... def release(ctx): ...
+    >>> @plan("purchase")
+    ... def purchase(run: RunContext):
+    ...     try:
+    ...         return run.step(charge, 30)
+    ...     except StepFailed as failed:
+    ...         run.step(release)
+    ...         return {"refused": failed.message}
+    """
+
+    def __init__(self, step: str, type: str, message: str) -> None:
+        super().__init__(step, type, message)
+        self.step = step
+        """The occurrence."""
+        self.type = type
+        """The name of the class of the error, as it is stored."""
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"step {self.step} failed: {self.type}: {self.message}"
 
 
 class StepTimeout(OrchestratorError):

@@ -30,7 +30,7 @@ from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.progress import Progress, UnknownStep, fold
+from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 
@@ -260,10 +260,12 @@ class Execution:
         return None if started.cancelled and not progress.compensating else progress
 
     def _hand_back(self, progress: Progress, step: str) -> Generator[Request, Any, None]:
-        """The run stands at a step of another version of the plan: a worker that has it goes on.
+        """The run stands at a step of another version of the plan: a worker that has it goes on."""
+        reason = str(UnknownStep(self._plan.name, step))
+        yield from self._settle(self._released(progress, step, UNKNOWN_STEP, reason))
 
-        It is looked for at once, and then less and less often.
-        """
+    def _released(self, progress: Progress, step: str, action: str, reason: str) -> Settlement:
+        """The run is left to a worker with another version: at once, then less and less often."""
         claimed = self._lease.run.started_at
         waited = 0.0
         if claimed is not None:
@@ -272,14 +274,14 @@ class Execution:
         logger.warning(
             "run released: its plan has another version than this worker's",
             extra={
-                "action": "unknown_step",
+                "action": action,
                 "run_id": self._run_id,
                 "step": step,
                 "retry_in": delay,
-                "reason": str(UnknownStep(self._plan.name, step)),
+                "reason": reason,
             },
         )
-        yield from self._settle(self._boundaries.unknown(progress, delay))
+        return self._boundaries.unknown(progress, delay, action)
 
     def _take_storable_step(self, progress: Progress, step: Step) -> Part:
         """`_take_step`, for any outcome or failure."""
@@ -321,7 +323,7 @@ class Execution:
             interrupted=lambda reason: self._interrupted(progress, step, reason),
         )
         if isinstance(end, Returned):
-            conclusion = end.conclusion
+            conclusion = self._gone_on(progress, end.conclusion)
             end = yield Commit(settlement=conclusion.settlement)
             if isinstance(end, Committed):
                 return self._go_on(progress, step, conclusion, cancelled=end.cancelled)
@@ -331,7 +333,7 @@ class Execution:
             case CommitFailed():
                 return (yield from self._after_failed_commit(progress, step, end))
             case Raised(error):
-                yield from self._fail(progress, step, error)
+                return (yield from self._fail(progress, step, error))
             case Cancelled():
                 yield from self._settle(self._boundaries.stopped(progress))
             case HandedBack():
@@ -342,6 +344,11 @@ class Execution:
                     raise error from None
         return None
 
+    def _gone_on(self, progress: Progress, conclusion: Conclusion) -> Conclusion:
+        """The commit for a body that has returned, with all that follows from it."""
+        del progress
+        return conclusion
+
     def _go_on(
         self, progress: Progress, step: Step, conclusion: Conclusion, *, cancelled: bool
     ) -> Progress | None:
@@ -349,7 +356,7 @@ class Execution:
         if cancelled or normal.state is not RunState.RUNNING:
             return None
         self._steps_left -= 1
-        finished = _as_stored(normal.events[0])
+        finished = as_stored(normal.events[0])
         progress.finished(step.name, finished["result"], routed="next" in finished)
         progress.go_on(conclusion.following)
         progress.starts = 1
@@ -367,10 +374,9 @@ class Execution:
         failure = self._boundaries.failed(progress, step, error, late=self._lease.late)
         return Commit(settlement=failure.settlement, failure=failure)
 
-    def _fail(
-        self, progress: Progress, step: Step, error: BaseException
-    ) -> Generator[Request, Any, None]:
+    def _fail(self, progress: Progress, step: Step, error: BaseException) -> Part:
         yield from self._commit(self._failed(progress, step, error))
+        return None
 
     def _after_lost_transaction(self, progress: Progress, lost: TransactionLost) -> Part:
         """Go on if it was committed all the same, else make the attempt again.
@@ -417,7 +423,7 @@ class Execution:
         if recovered.committed:
             self._steps_left -= 1
             return found
-        yield from self._fail(progress, step, failed.error)
+        yield from self._commit(self._failed(progress, step, failed.error))
         return None
 
     def _settle(self, settlement: Settlement) -> Generator[Request, Any, Committed]:
@@ -431,7 +437,7 @@ class Execution:
         return reply
 
 
-def _as_stored(finished: NewEvent) -> dict[str, Any]:
+def as_stored(finished: NewEvent) -> dict[str, Any]:
     """The result that a resumed run would read: decoded from the stored text."""
     data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
     return data

@@ -3,8 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import cache, partial
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypeVar
 
@@ -49,6 +49,8 @@ from beatless.orchestrator.execution import (
     Unstorable,
 )
 from beatless.orchestrator.failure import is_a, text_of
+from beatless.orchestrator.function_execution import FunctionExecution
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
@@ -159,7 +161,7 @@ class Executor:
                 run_id,
                 plan=plan.name,
                 worker=self.worker,
-                first_step=plan.first.name,
+                first_step=None if plan.first is None else plan.first.name,
                 dispatch=dispatch,
             )
         )
@@ -247,8 +249,12 @@ class RunDriver:
         self._plan = plan
         self._lease = lease
         self._run_id = lease.run.run_id
-        self._execution = Execution(
-            plan,
+        kind = (
+            partial(FunctionExecution, plan)
+            if isinstance(plan, FunctionPlan)
+            else partial(Execution, plan)
+        )
+        self._execution = kind(
             lease,
             max_event_bytes=executor.journal.max_event_bytes,
             max_steps=max_steps,
@@ -272,14 +278,14 @@ class RunDriver:
 
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
-        requests = self._execution.requests()
-        request = yield from self._until_body(requests, None)
-        while request is not None:
-            with self._executor.scope(
-                self._lease, request.occurrence, request.attempt
-            ) as traceparent:
-                reply = yield from self._attempt(requests, request, traceparent)
-                request = yield from self._until_body(requests, reply)
+        with closing(self._execution.requests()) as requests:
+            request = yield from self._until_body(requests, None)
+            while request is not None:
+                with self._executor.scope(
+                    self._lease, request.occurrence, request.attempt
+                ) as traceparent:
+                    reply = yield from self._attempt(requests, request, traceparent)
+                    request = yield from self._until_body(requests, reply)
 
     def _until_body(
         self, requests: Requests, reply: Reply | None

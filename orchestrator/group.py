@@ -398,5 +398,5 @@ class GroupExecutor:
         return {
             each.name: each.first.name
             for each in self._plans.values()
-            if executor.pace.suits_groups(each)
+            if each.first is not None and executor.pace.suits_groups(each)
         }

@@ -279,6 +279,13 @@ class Journal:
             raise RunNotFound(run_id)
         return Run.from_row(rows[0])
 
+    def get_of_any_namespace(self, connection: Caller, run_id: str) -> Run:
+        """Raises RunNotFound."""
+        rows = execute(connection, self.sql["get_of_any_namespace"], {"run_id": run_id})
+        if not rows:
+            raise RunNotFound(run_id)
+        return Run.from_row(rows[0])
+
     def list_runs(
         self,
         connection: Caller,
@@ -356,11 +363,11 @@ class Journal:
         return self.sql["list_of_queue"] if queue else self.sql["list"]
 
     def unfinished(
-        self, connection: Caller, *, reason: str | None = None, read: Read = execute
+        self, connection: Caller, *, reasons: Sequence[str] | None = None, read: Read = execute
     ) -> Iterator[Unfinished]:
-        """The places of all unfinished runs, or of those that wait for this reason."""
+        """The places of all unfinished runs, or of those that wait for these reasons."""
         for run_id, plan, cancelled, undo, undoing, seq, type, step, data in read(
-            connection, self.sql["unfinished"], {"reason": reason}
+            connection, self.sql["unfinished"], {"reasons": list(reasons) if reasons else None}
         ):
             place = Event(run_id=run_id, seq=seq, ts=0, type=type, source="", step=step, data=data)
             yield Unfinished(

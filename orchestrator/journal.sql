@@ -295,16 +295,20 @@ UNION ALL
 {listed} AND {running} AND {at_step} {filtered}
 
 -- name: unfinished
--- List where all unfinished runs are, or those that wait for this reason.
+-- List where all unfinished runs are, or those that wait for these reasons.
 -- An attempt that was begun after the cancel is one of the step that undoes the run.
 -- Reads in whole: dispatches, and runs if about as many are unfinished.
 SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
-       e.seq, e.type, e.step, (e.data - 'result') #- '{reused,results}'
+       e.seq, e.type, e.step, (e.data - 'result') #- '{reused,results}' #- '{reused,errors}'
   FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
  CROSS JOIN LATERAL ({place}) e
   {promise}
- WHERE %(reason)s::text IS NULL OR d.reason = %(reason)s
+ WHERE %(reasons)s::text[] IS NULL OR d.reason = ANY(%(reasons)s::text[])
  ORDER BY r.run_id
+
+-- name: get_of_any_namespace
+-- Read a run, whoever it belongs to.
+SELECT {run_columns} FROM {schema}.runs r WHERE run_id = %(run_id)s
 
 -- name: lock_run
 -- Lock a run: nobody else can retry it before the commit.

@@ -116,7 +116,7 @@ class Leases:
         *,
         plan: str,
         worker: str,
-        first_step: str,
+        first_step: str | None,
         dispatch: int,
     ) -> Lease | None:
         """Take the run if it waits and is due, or if its lease has run out; else None.
@@ -126,7 +126,7 @@ class Leases:
 
         Also None if another transaction holds the run's row for longer than `LOCK_TIMEOUT_S`: the
         run is dispatched again. For a run that was never claimed this also commits StepStarted of
-        `first_step`.
+        `first_step`, if it is given.
         """
         claimed = self._claim(
             connection,

@@ -46,7 +46,8 @@ WITH u AS (
          lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
          worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
          not_before = NULL,
-         last_seq = last_seq + CASE WHEN {fresh} THEN 1 ELSE 0 END
+         last_seq = last_seq
+           + CASE WHEN {fresh} AND %(first)s::text IS NOT NULL THEN 1 ELSE 0 END
    WHERE run_id = %(run_id)s AND plan = %(plan)s
      AND (state = 'running' AND lease_expires_at < clock_timestamp()
           OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)

@@ -36,7 +36,8 @@ class Pace:
         at its first crash: a crash of the process counts for all of its runs.
         """
         return (
-            self.is_short(plan, plan.first)
+            plan.first is not None
+            and self.is_short(plan, plan.first)
             and max(list(self._averages[plan.name].values())) < SHORT_S
             and all(step.retry.max_crashes > 1 for step in plan.steps)
         )

@@ -22,6 +22,13 @@ __all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "st
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 STEP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
+POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
+"""The kinds of parameters that may take the context."""
+
 INPUT_BYTES = 262_144
 """The largest default input of a plan: that of a run with the default settings."""
 
@@ -105,9 +112,19 @@ class Step:
         """Whether the next step of the list may follow."""
         return not self.outcomes
 
-    def __call__(self, context: Any) -> Any:
+    def __call__(self, context: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the function itself, as a unit test would."""
-        return self.function(context)
+        return self.function(context, *args, **kwargs)
+
+    def check_arguments(self, where: str) -> None:
+        """Raises PlanError unless the context is all that the function needs."""
+        try:
+            inspect.signature(self.function).bind(None)
+        except TypeError as error:
+            raise PlanError(
+                f"{where}: step {self.name} must take exactly one argument, the context; only a "
+                "plan that is a function (@plan) gives its steps more"
+            ) from error
 
 
 @overload
@@ -133,7 +150,9 @@ def step(
     transactional: bool = False,
     terminate_on_cancel: bool = False,
 ) -> Step | Callable[[Callable[..., Any]], Step]:
-    """Make a function a step of plans. It takes one argument, the StepContext.
+    """Make a function a step of plans. Its first argument is the StepContext.
+
+    In a list of steps it is the only one; a plan that is a function may give others (`run.step`).
 
     `timeout` is seconds per attempt; then the attempt has failed, even if the function continues. A
     `transactional` step gets `ctx.connection`, whose work is committed together with its
@@ -215,14 +234,14 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
             "instead of yielding, or make each part a step"
         )
     try:
-        inspect.signature(function).bind(None)
-    except TypeError as error:
-        raise PlanError(f"step {label} must take exactly one argument, the context") from error
+        parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
         raise PlanError(
             f"step {label} is a builtin without a signature; "
             "call it in a function that takes the context"
         ) from error
+    if not any(each.kind in POSITIONAL for each in parameters):
+        raise PlanError(f"step {label} must take the context as its first argument")
 
 
 def _body_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -285,6 +304,7 @@ class Plan:
         for candidate in steps:
             if not isinstance(candidate, Step):
                 raise PlanError(f"plan {name}: {candidate!r} is not a step; decorate it with @step")
+            candidate.check_arguments(f"plan {name}")
         if not steps:
             raise PlanError(f"plan {name} has no steps")
         self.name = name
@@ -322,7 +342,7 @@ class Plan:
                     f"plan {self.name}: step {step.name} is annotated to return a Goto and has no "
                     f'routes; declare them: routes={{"{step.name}": [...]}}'
                 )
-        reached, ahead = set[str](), [self.first.name]
+        reached, ahead = set[str](), [self.steps[0].name]
         while ahead:
             name = ahead.pop()
             if name not in reached:
@@ -349,6 +369,7 @@ class Plan:
                 f"plan {self.name}: on_cancel is {step.name}, which is also one of its steps; give "
                 "it a name of its own"
             )
+        step.check_arguments(f"plan {self.name}")
         if step.terminate_on_cancel:
             raise PlanError(
                 f"plan {self.name}: step {step.name} is called by a cancel and cannot also be "
@@ -376,7 +397,7 @@ class Plan:
                     raise PlanError(f"plan {self.name}: renamed goes round in a circle at {now!r}")
                 passed.add(now)
                 now = renamed[now]
-            if self._find(now) is None:
+            if not self._may_have(now):
                 raise PlanError(
                     f"plan {self.name}: renamed leads from {former!r} to {now!r}, which is not one "
                     "of its steps"
@@ -425,7 +446,8 @@ class Plan:
         return f"Plan({self.name!r}, [{', '.join(candidate.name for candidate in self.steps)}])"
 
     @property
-    def first(self) -> Step:
+    def first(self) -> Step | None:
+        """The step that every run begins with; None if only the plan's function knows."""
         return self.steps[0]
 
     def get(self, name: str) -> Step | None:
@@ -436,6 +458,9 @@ class Plan:
         if self.on_cancel is not None and name == self.on_cancel.name:
             return self.on_cancel
         return self._by_name.get(name)
+
+    def _may_have(self, name: str) -> bool:
+        return self._find(name) is not None
 
     def current(self, name: str) -> str:
         """The current name of a step, or of an occurrence, with this name."""

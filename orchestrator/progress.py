@@ -21,11 +21,23 @@ CONNECTION_LOST = "beatless.connection_lost"
 With `refused`, there was no connection to begin it on.
 """
 
-FOLDED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
-"""The traces that `fold` looks at."""
+VALUE = "beatless.value"
+"""The trace of a time, random number or UUID that a plan's function was given."""
+
+TAKEN_OVER = "beatless.taken_over"
+"""The trace of a claim of a plan's function whose last worker died or lost its lease."""
+
+UNCOUNTED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
+"""The traces of attempts that do not count."""
+
+FOLDED = (*UNCOUNTED, VALUE, TAKEN_OVER)
+"""The traces that give the place of a run."""
 
 UNKNOWN_STEP = "unknown_step"
 """Why a run waits that stands at a step which the worker's version of the plan does not have."""
+
+CHANGED_CALL = "changed_call"
+"""Why a run waits whose plan's function gave a stored call other arguments in this version."""
 
 RENAMED_FROM = "renamed_from"
 """In StepStarted: the name that the occurrence had at its first attempt, and has in its key."""
@@ -35,6 +47,9 @@ ON_CANCEL = "on_cancel"
 
 FOLLOWING = "following"
 """In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
+
+FINAL = "final"
+"""In StepFailed, of a plan's function: the step is not tried again, and the function is told."""
 
 
 class UnknownStep(Exception):

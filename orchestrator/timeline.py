@@ -8,11 +8,14 @@ from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.progress import (
+    CHANGED_CALL,
     CONNECTION_LOST,
+    FINAL,
     FOLLOWING,
     GIVEN_BACK,
     ON_CANCEL,
     SNOOZED,
+    TAKEN_OVER,
     UNKNOWN_STEP,
 )
 from beatless.orchestrator.records import DispatchStatus, Run
@@ -108,7 +111,7 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
             case EventType.STEP_FAILED:
                 error = data.get("error") or {}
                 outcome = f"failed: {error.get('type')}: {error.get('message')}"
-                due = data.get("retry_at")
+                due = None if data.get(FINAL) else data.get("retry_at")
                 waits = Wait(event.ts, due or event.ts, "for the back-off of its next attempt")
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 seconds = float(data.get("seconds") or 0.0)
@@ -122,6 +125,9 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 if data.get("refused"):
                     outcome = "no connection was to be had for its transaction"
                 waits = Wait(event.ts, None, "for a connection and a worker")
+            case EventType.DEBUG_TRACE if data.get("name") == TAKEN_OVER:
+                text = "its worker died or lost the lease; the plan's function was called again"
+                yield Moment(at=event.ts, kind="attempt", text=text)
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")
@@ -206,6 +212,9 @@ def _now(run: Run, status: DispatchStatus, place: str | None) -> Iterator[Moment
         if reason == UNKNOWN_STEP:
             text += f"; for a worker whose version of plan {run.plan} has step {place}: those that "
             text += "took it do not (`beatless plan check`)"
+        if reason == CHANGED_CALL:
+            text += f"; for a worker whose version of plan {run.plan} makes the same calls: those "
+            text += "that took it give one of them other arguments (`beatless plan check`)"
         yield Moment(at=now, kind="dispatch", text=text)
     published = run.last_seq if status.unpublished is None else status.unpublished - 1
     yield Moment(at=now, kind="publish", text=f"{published} of {run.last_seq} events are published")

@@ -6,13 +6,19 @@ import click
 
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import Goto, Plan, Step
-from beatless.orchestrator.progress import UNKNOWN_STEP
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.places import Place, places
 from beatless.worker import canary
 
 NAMED = 10
 """Runs of one place that are named to a person."""
+
+LACKS = {
+    UNKNOWN_STEP: "has no such step",
+    CHANGED_CALL: "gives it other arguments than are stored",
+}
 
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
@@ -43,7 +49,8 @@ def check(env: Environment) -> None:
     """Whether every unfinished run can go on with the plans of this code.
 
     Run it with the code that is to be deployed. Exit status 1 if a run would wait, because it is in
-    a step, or of a plan, that this code does not have.
+    a step, or of a plan, that this code does not have, or gives a stored step other arguments.
+    A plan that is a function is called on the stored results of each of its runs; no step is.
     """
     known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
     found = places(env.app.engine, env.app.journal, known)
@@ -75,7 +82,7 @@ def place_line(place: Place) -> str:
     text = f"{place.plan}  {count(place.runs, 'run')} {where}"
     if place.waits is None:
         return f"{text}: can go on"
-    lacks = "has no such step" if place.waits == UNKNOWN_STEP else "is not in this app"
+    lacks = LACKS.get(place.waits, "is not in this app")
     named = ", ".join(place.run_ids[:NAMED])
     more = place.runs - NAMED
     return f"{text}: would wait, the plan {lacks}: {named}{f' and {more} more' if more > 0 else ''}"
@@ -124,6 +131,8 @@ def notes(step: Step) -> str:
 
 def ends(found: Plan, step: Step) -> bool:
     """Whether the run may complete with this step, as far as the plan shows."""
+    if isinstance(found, FunctionPlan):
+        return False
     if step.falls_through:
         return found.after(step.name) is None
     return step.outcomes != {Goto}
@@ -131,7 +140,8 @@ def ends(found: Plan, step: Step) -> bool:
 
 def as_text(found: Plan) -> str:
     """One line for each step, with the routes that leave it."""
-    lines = [f"{found.name}  version {found.version}, queue {found.queue}", ""]
+    kind = ", a function that names these steps" if isinstance(found, FunctionPlan) else ""
+    lines = [f"{found.name}  version {found.version}, queue {found.queue}{kind}", ""]
     for step in found.steps:
         about = f"  ({notes(step)})" if notes(step) else ""
         lines.append(f"  {step.name}{about}")

@@ -55,7 +55,9 @@ def facts(event: Event) -> str:
             return brief(data.get("result"))
         case EventType.STEP_FAILED:
             error = data.get("error") or {}
-            again = " (will be tried again)" if data.get("retry_at") else ""
+            again = (
+                " (will be tried again)" if data.get("retry_at") and not data.get("final") else ""
+            )
             return f"{error.get('type')}: {error.get('message')}{again}"
         case EventType.DEBUG_TRACE:
             name = data.pop("name", "")

@@ -10,6 +10,8 @@ from beatless.client.requests import RunRequest, check_texts, checked_tags, new_
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.history import reusable_calls
 from beatless.orchestrator.progress import reusable
 from beatless.orchestrator.records import FailedRunFilter, Place, Run
 from beatless.outbox.queries import Caller, execute_lazily
@@ -187,7 +189,11 @@ class FailedRunCalls(BaseClient):
                 **run.stored_options(),
             )
             events = self._journal.read(caller, run.run_id)
-            reused = reusable(self._plans[run.plan], events, from_step)
+            plan = self._plans[run.plan]
+            if isinstance(plan, FunctionPlan):
+                reused = reusable_calls(plan, events, from_step)
+            else:
+                reused = reusable(plan, events, from_step)
             if reused is not None:
                 limit = self._journal.max_event_bytes
                 text = encode(reused, where=f"the results of run {run_id}", limit=limit)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.events import encode, storable
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.options import (
     STORED,
     Option,
@@ -24,6 +25,7 @@ from beatless.orchestrator.options import (
 )
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun
+from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
 
 Start = TypeVar("Start", bound=Callable[..., Any])
@@ -40,10 +42,6 @@ EXAMPLE_TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 def problem_with_key(given: Any) -> str:
     """The problem with a key."""
     return problem_with_text(given, 256)
-
-
-INPUT = "the run's input"
-"""Its name in errors."""
 
 
 def seconds_of(given: float | timedelta | None) -> float | None:
@@ -223,6 +221,12 @@ def checked_tags(tags: Mapping[str, str] | None) -> Mapping[str, str] | None:
     return tags
 
 
+def _input(plan: Plan, given: Any) -> Any:
+    """The input as JSON, of the type that the plan declares. Raises BadPayload."""
+    chosen = plan.default_input if given is None else given
+    return plan.input.dump(chosen) if isinstance(plan, FunctionPlan) else chosen
+
+
 def new_run(
     request: RunRequest, *, plans: Mapping[str, Plan], namespace: str, max_event_bytes: int
 ) -> NewRun:
@@ -253,11 +257,7 @@ def new_run(
         plan=plan.name,
         plan_version=plan.version,
         queue=queue,
-        input=encode(
-            plan.default_input if request.input is None else request.input,
-            where=INPUT,
-            limit=max_event_bytes,
-        ),
+        input=encode(_input(plan, request.input), where=INPUT, limit=max_event_bytes),
         key=request.key,
         not_before=request.not_before,
         delay=delay,

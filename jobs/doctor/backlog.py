@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from beatless.doctor.check import check
 from beatless.doctor.finding import Verdict, counted, ok, problem, warn
 from beatless.doctor.probe import Need, Probe
-from beatless.orchestrator.progress import UNKNOWN_STEP
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.message import SHARDS
 from beatless.places import places
@@ -35,14 +35,15 @@ def plans(probe: Probe) -> Iterator[Verdict]:
             "if no other app has it, deploy the plan again or cancel the runs",
         )
     app = probe.app
-    waiting = places(app.engine, app.journal, app.plans, reason=UNKNOWN_STEP)
+    waiting = places(app.engine, app.journal, app.plans, reasons=[UNKNOWN_STEP, CHANGED_CALL])
     if waiting:
         names = ", ".join(
             f"{place.plan}.{place.step} ({place.runs}: {place.run_ids[0]})"
             for place in waiting[:MAX_PLACES]
         )
         yield warn(
-            f"runs wait in a step that the workers' version of the plan lacks: {names}",
+            f"runs wait in a step that the workers' version of the plan lacks, or calls "
+            f"differently: {names}",
             "deploy a version that has it, or say what it is called now: "
             'Plan(…, renamed={"before": "now"}); `beatless plan check` names all',
         )

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from beatless.client.requests import INPUT, check_texts
+from beatless.client.requests import check_texts
 from beatless.errors import (
     AccessDenied,
     BadRequest,
@@ -33,6 +33,7 @@ from beatless.orchestrator.events import encode
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.letters import DeadLetter
 

@@ -18,7 +18,7 @@ from beatless.observe.families import (
     RUNS_UNKNOWN_STEP,
     Labels,
 )
-from beatless.orchestrator.progress import UNKNOWN_STEP
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute
@@ -96,7 +96,7 @@ class PostgresGauges:
                 execute(connection, f"SET LOCAL statement_timeout = '{TIMEOUT_S:g}s'", {})
                 began = time()
                 answer: Sequence[Any] = execute(
-                    connection, self._sql["snapshot"], {"unknown_step": UNKNOWN_STEP}
+                    connection, self._sql["snapshot"], {"unknown": [UNKNOWN_STEP, CHANGED_CALL]}
                 )[0]
         except Exception as error:  # any error: this process's own counts are exposed
             reason = (

@@ -13,4 +13,4 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
             FROM {schema}.dispatches GROUP BY 1, 2) t),
        (SELECT jsonb_object_agg(task, runs) FROM (
           SELECT task, count(*) AS runs FROM {schema}.dispatches
-           WHERE reason = %(unknown_step)s GROUP BY 1) t)
+           WHERE reason = ANY(%(unknown)s::text[]) GROUP BY 1) t)

@@ -23,6 +23,7 @@ from beatless.orchestrator.records import Run
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
+from beatless.testing.replays import check_replay
 from beatless.testing.stored_time import move_into_past
 from beatless.testing.task_inbox import TaskInbox
 from beatless.testing.waits import WaitCalls
@@ -167,8 +168,11 @@ class Kit(WaitCalls):
         >>> beatless.event_types(run.run_id)
         ['RunStarted', 'StepStarted', 'StepFinished']
         """
-        run = self._client(run_id).get_run(run_id)
-        return self.executor().execute(self.app.plans[run.plan], run.run_id, 0, max_steps=1)
+        client = self._client(run_id)
+        plan = self.app.plans[client.get_run(run_id).plan]
+        executed = self.executor().execute(plan, client.get_run(run_id).run_id, 0, max_steps=1)
+        check_replay(client, plan, run_id)
+        return executed
 
     @contextmanager
     def crash(self, at: str, *, nth: int = 1) -> Iterator[None]:
@@ -316,6 +320,7 @@ class Kit(WaitCalls):
             self._inbox.acknowledge(message)
         try:
             executed = self.executor().execute(plan, run_id, dispatch)
+            check_replay(self._client(run_id), plan, run_id)
         except Exception:
             # Not so after a crash: the dead acknowledge nothing.
             if late:

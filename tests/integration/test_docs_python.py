@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from beatless import Plan, RunState, StepContext, step
+from beatless import Plan, RunContext, RunState, StepContext, step
 from beatless.client import Client
 from beatless.testing import Kit
 from beatless.testing.servers import Services
@@ -23,13 +23,15 @@ BLOCKS = {
 
 def members(kind: type) -> list[str]:
     found = [name for name in dir(kind) if not name.startswith("_")]
-    if kind is StepContext:
-        source = inspect.getsource(StepContext.__init__)
+    if kind is not Client:
+        source = inspect.getsource(kind.__init__)
         found += re.findall(r"self\.([a-z]\w*)[:=, ]", source)
     return sorted(set(found))
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(StepContext, "ctx."), (Client, "")])
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [(StepContext, "ctx."), (RunContext, "run."), (Client, "")]
+)
 def test_every_member_is_named(kind: type, prefix: str) -> None:
     missing = [
         name for name in members(kind) if not re.search(rf"`{re.escape(prefix)}{name}\b", TEXT)

@@ -35,6 +35,8 @@ from beatless.orchestrator.execution import (
     TransactionLost,
     Unstorable,
 )
+from beatless.orchestrator.function_execution import FunctionExecution
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.settlement import Boundary, Settlement
@@ -63,6 +65,9 @@ class Journal:
     boundaries: list[Boundary] = field(default_factory=list)
     """What was committed, in order."""
     reasons: list[str] = field(default_factory=list)
+    claims: int = 0
+    input: Any = None
+    version: str = "1"
 
     def __post_init__(self) -> None:
         self.append("RunStarted", data={"plan": self.plan.name})
@@ -88,24 +93,26 @@ class Journal:
         return Committed(cancelled=self.cancelled)
 
     def claim(self, *, begun: bool = False, late: bool = False) -> Lease:
+        waited = 0.0 if self.state is RunState.QUEUED else None
         self.state = RunState.RUNNING
+        self.claims += 1
         if begun:
-            self.append("StepStarted", step=self.plan.first.name, attempt=1)
+            self.append("StepStarted", step=self.plan.steps[0].name, attempt=1)
         now = datetime.fromtimestamp(START_MS / 1000, UTC)
         run = Run(
             run_id="r",
             namespace="default",
             plan=self.plan.name,
-            plan_version="1",
+            plan_version=self.version,
             queue="default",
             priority=0,
             state=RunState.RUNNING,
-            input=None,
+            input=self.input,
             result=None,
             error=None,
             key=None,
             last_seq=len(self.events),
-            attempt=1,
+            attempt=self.claims,
             worker="w",
             cancel_requested_at=now if self.cancelled else None,
             not_before=None,
@@ -118,7 +125,14 @@ class Journal:
             pruned_seq=0,
         )
         deadline = 0.0 if late else None
-        return Lease(run=run, token=1, begun=begun, cancelled=self.cancelled, deadline=deadline)
+        return Lease(
+            run=run,
+            token=1,
+            begun=begun,
+            cancelled=self.cancelled,
+            deadline=deadline,
+            waited=waited,
+        )
 
     @property
     def types(self) -> list[str]:
@@ -160,8 +174,12 @@ class Worker:
 
     def work(self, *, begun: bool = False, late: bool = False) -> None:
         lease = self.journal.claim(begun=begun, late=late)
-        execution = Execution(
-            self.journal.plan, lease, max_event_bytes=MAX_EVENT_BYTES, **self.options
+        plan = self.journal.plan
+        options = {"max_event_bytes": MAX_EVENT_BYTES, **self.options}
+        execution = (
+            FunctionExecution(plan, lease, **options)
+            if isinstance(plan, FunctionPlan)
+            else Execution(plan, lease, **options)
         )
         requests, reply = execution.requests(), None
         while True:

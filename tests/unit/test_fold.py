@@ -8,7 +8,7 @@ import pytest
 import beatless
 from beatless import Plan, step
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.progress import CONNECTION_LOST, FOLDED, SNOOZED, fold
+from beatless.orchestrator.progress import CONNECTION_LOST, SNOOZED, UNCOUNTED, fold
 
 plan = Plan(
     "p",
@@ -222,4 +222,4 @@ def test_the_step_that_undoes_is_no_step_of_a_run_that_nobody_cancelled():
 
 def test_the_page_knows_the_traces_of_attempts_that_do_not_count():
     page = (Path(beatless.__file__).parent / "api/static/timeline.js").read_text()
-    assert set(re.findall(r'"(beatless\.[a-z_]+)"', page)) == set(FOLDED)
+    assert set(re.findall(r'"(beatless\.[a-z_]+)"', page)) == set(UNCOUNTED)

@@ -5,7 +5,7 @@ from time import monotonic
 
 import pytest
 
-from beatless import Finish, Goto, Plan, Snooze, StepContext, step
+from beatless import Finish, Goto, Plan, Snooze, StepContext, plan, step
 from beatless.cli.plans import as_dict, as_svg, as_text
 from beatless.orchestrator.plan import PlanError
 
@@ -49,6 +49,10 @@ class Callable:
 class AsyncCallable:
     async def __call__(self, ctx: StepContext) -> int:
         return 1
+
+
+BOTH = step(name="both")(lambda a, b: 1)
+BOTH_TOO = step(name="both")(lambda a, b: 2)
 
 
 def renamed(names: dict) -> Plan:
@@ -104,7 +108,7 @@ def renamed(names: dict) -> Plan:
         (lambda: step(lambda ctx: 1), "step name '<lambda>' must match .* give one"),
         (lambda: step(partial(one)), "has no name of its own"),
         (lambda: step(name="p")(partial(asynchronous)), "step p is async"),
-        (lambda: step(name="p")(partial(one, None)), "step p must take exactly one argument"),
+        (lambda: step(name="p")(partial(one, None)), "step p must take the context"),
         (lambda: step(Callable()), "has no name of its own"),
         (lambda: step(name="c")(AsyncCallable()), "step c is async"),
         (lambda: step(yields), "step yields is a generator"),
@@ -113,7 +117,7 @@ def renamed(names: dict) -> Plan:
         (lambda: step(Callable), "step Callable is a class"),
         (lambda: step(dict), "step dict is a class"),
         (lambda: step(max), "step max is a builtin without a signature"),
-        (lambda: step(Callable.method), "step method must take exactly one argument"),
+        (lambda: Plan("p", [step(Callable.method)]), "step method must take exactly one argument"),
         (lambda: step(classmethod(one)), "step one is a classmethod, which cannot be called"),
         (lambda: step(name="n")(5), "step n is a int, which cannot be called"),
         (lambda: step(step(one)), "has no name of its own"),
@@ -124,8 +128,26 @@ def renamed(names: dict) -> Plan:
         (lambda: renamed({"old": "old"}), "renamed goes round in a circle at 'old'"),
         (lambda: renamed({"old#2": "two"}), "renamed names 'old#2', which is no step name"),
         (lambda: renamed({"old": None}), "renamed names None, which is no step name"),
-        (lambda: step(name="none")(lambda: 1), "step none must take exactly one argument"),
-        (lambda: step(name="both")(lambda a, b: 1), "step both must take exactly one argument"),
+        (lambda: step(name="none")(lambda: 1), "step none must take the context"),
+        (lambda: Plan("p", [BOTH]), "plan p: step both must take exactly one argument"),
+        (lambda: Plan("p", [step(one)], on_cancel=BOTH), "step both must take exactly one"),
+        (lambda: plan(one), 'needs the name of the plan: @plan\\("checkout"\\)'),
+        (lambda: plan("of order")(one), "plan name 'of order' must match"),
+        (lambda: plan("p", version=0)(one), "version is 0; give a number from 1 on"),
+        (lambda: plan("p")(Callable.method), "plan p must take exactly one argument"),
+        (lambda: plan("p")(lambda: 1), "plan p must take exactly one argument"),
+        (lambda: plan("p")(Callable), "which is no function"),
+        (lambda: plan("p")(classmethod(one)), "which is no function"),
+        (lambda: plan("p")(max), "plan p is a builtin without a signature"),
+        (lambda: plan("p")(yields), "plan p is a generator"),
+        (lambda: plan("p")(step(one)), "plan p is step one: a plan asks for steps"),
+        (lambda: plan("p")(plan("q")(one)), "plan p is plan q already"),
+        (lambda: plan("p", on_cancel=BOTH)(one), "step both must take exactly one"),
+        (lambda: plan("p", removed=["a b"])(one), "removed names 'a b', which is no step name"),
+        (lambda: plan("p", renamed={"a": "b", "b": "a"})(one), "renamed goes round in a circle"),
+        (lambda: plan("p", input=Callable)(one), "is no type of JSON"),
+        (lambda: plan("p", input=int, default_input="x")(one), "plan p: default_input: the run's"),
+        (lambda: plan("p")(lambda run: (BOTH, BOTH_TOO)), "plan p names two steps called both"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_when_it_is_built(make, message):

@@ -13,6 +13,7 @@ from beatless.api.responses import refusals
 from beatless.api.services import services_of
 from beatless.auth import Scope
 from beatless.namespaces import DEFAULT_NAMESPACE
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.system import look
 from beatless.transactions import reaching_postgres
 
@@ -21,7 +22,7 @@ router = APIRouter(route_class=GuardedRoute)
 
 @router.get("/v1/plans", responses=refusals())
 def list_plans(client: Reader, request: Request) -> dict[str, Any]:
-    """The plans that can be started, with their steps."""
+    """The plans that can be started, with their steps, and the JSON Schema of a declared input."""
     del client
     return {
         "plans": [
@@ -31,6 +32,7 @@ def list_plans(client: Reader, request: Request) -> dict[str, Any]:
                 "steps": [s.name for s in plan.steps],
                 "on_cancel": None if plan.on_cancel is None else plan.on_cancel.name,
                 "renamed": plan.renamed,
+                "input": plan.input.schema() if isinstance(plan, FunctionPlan) else {},
             }
             for plan in services_of(request).app.plans.values()
         ]

@@ -56,7 +56,7 @@ export class Story {
       lane.finished = true;
     } else if (event.type === "StepFailed") {
       if (running) Object.assign(open, { end: event.ts, kind: "bad", error: data.error ?? null });
-      if (data.retry_at) lane.waits.push({ start: event.ts, end: null, until: data.retry_at });
+      if (data.retry_at && !data.final) lane.waits.push({ start: event.ts, end: null, until: data.retry_at });
     } else if (event.type === "DebugTrace") {
       if (data.name === "progress") lane.progress = data;
       else if (data.name === SNOOZED) {

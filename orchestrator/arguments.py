@@ -1,0 +1,52 @@
+"""The digest of a step's arguments, by which a replay notices that a call has changed."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+from beatless.orchestrator.errors import BadPayload
+
+DIGEST_CHARACTERS = 16
+"""Of the SHA-256 in hexadecimal: 64 bits, against mistakes and not against forgers."""
+
+
+def digest(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The digest of the arguments. Raises BadPayload for one that is not JSON.
+
+    Besides JSON: dataclasses, models of pydantic, times, durations, Decimal, UUID, Enum and bytes.
+    The order of keys does not matter.
+    """
+    try:
+        text = json.dumps([list(args), dict(kwargs)], sort_keys=True, default=_as_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadPayload(
+            f"step {step}: its arguments",
+            f"cannot be compared when the plan is called again ({error}): give it JSON, or pin the "
+            "call with id=",
+        ) from error
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case datetime() | date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case Decimal() | UUID():
+            return str(value)
+        case Enum():
+            return value.value
+        case bytes():
+            return value.hex()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return dump(mode="json")
+    raise TypeError(f"a {type(value).__name__} is not JSON")

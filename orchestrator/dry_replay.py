@@ -1,0 +1,31 @@
+"""A replay of a stored run that executes no step and writes nothing: what the function says."""
+
+from collections.abc import Sequence
+
+from beatless.orchestrator.errors import BadPayload
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.function_call import Said, call_function
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.history import history_of
+from beatless.orchestrator.progress import CHANGED_CALL
+from beatless.orchestrator.records import Run
+from beatless.orchestrator.replay import Mismatch, Replay, departure
+
+
+def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event]) -> Said:
+    """The first thing that the function says to which the journal has no answer.
+
+    It executes the code of the function, and calls no body of a step. The run is not cancelled.
+    """
+    history = history_of(plan, events)
+    if found := departure(plan, run.plan_version, history):
+        return found
+    try:
+        given = plan.input.load(run.input)
+    except BadPayload as error:
+        return Mismatch(step="", reason=CHANGED_CALL, message=str(error))
+    call = call_function(run, given, Replay(plan=plan, history=history))
+    try:
+        return call.resume(None)
+    finally:
+        call.close()

@@ -1,0 +1,117 @@
+"""The commits of a run whose plan is a function. Pure, as `boundaries`.
+
+A step that has failed for good ends no run: the function is told, and decides. A boundary alone
+gives the run back, and whoever claims it calls the function again; where the function can be told
+at once, `joined` writes its next call into the same boundary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from beatless.orchestrator.boundaries import Boundaries, Conclusion
+from beatless.orchestrator.errors import Fatal, StepFailed
+from beatless.orchestrator.events import EventType, NewEvent, encode
+from beatless.orchestrator.failure import describe
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.history import ARGUMENTS, VERSION
+from beatless.orchestrator.plan import Finish, Goto, Snooze, Step
+from beatless.orchestrator.progress import FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
+from beatless.orchestrator.replay import Call
+from beatless.orchestrator.settlement import Boundary, Settlement
+from beatless.orchestrator.state import RunState
+
+MAX_TAKEOVERS = 5
+"""Claims in a row that die without a new event until the run fails."""
+
+
+class FunctionBoundaries(Boundaries):
+    """The boundaries of one run of a plan that is a function."""
+
+    def __init__(
+        self, plan: FunctionPlan, run_id: str, *, max_event_bytes: int, version: int
+    ) -> None:
+        """`version` is the one that the run was started with."""
+        super().__init__(plan, run_id, max_event_bytes=max_event_bytes)
+        self._begun_as = {} if version == plan.number else {VERSION: plan.number}
+
+    # The function is called, and says how it goes on
+
+    def taken_over(self) -> Settlement:
+        """The last claim ended without a word: counted before the function is called."""
+        note = NewEvent(type=EventType.DEBUG_TRACE, data=_text({"name": TAKEN_OVER}))
+        return Settlement.ignoring_cancel(Boundary(events=[note], state=RunState.RUNNING))
+
+    def plan_crashed(self) -> Settlement:
+        """The function has ended its process too often."""
+        message = f"the function of the plan ended its process {MAX_TAKEOVERS} times in a row"
+        return self._ended(RunState.FAILED, [], {"type": "PlanCrashed", "message": message})
+
+    def values(self, drawn: Sequence[tuple[str, Any]]) -> list[NewEvent]:
+        """The traces of values that the function was given."""
+        return [
+            NewEvent(
+                type=EventType.DEBUG_TRACE,
+                data=_text({"name": VALUE, "kind": kind, "value": value}),
+            )
+            for kind, value in drawn
+        ]
+
+    def joined(
+        self, progress: Progress, outcome: NewEvent, values: Sequence[NewEvent], call: Call
+    ) -> Settlement:
+        """The outcome of a step with the start of the one that the function has asked for then."""
+        going_on = Boundary(events=[outcome, *values, self._start(call)], state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, [outcome])
+
+    def promised(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
+        """The run is given back before the step that the function has asked for."""
+        data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
+        return self._given_back(progress, "shutdown", [replace(outcome, data=_text(data))])
+
+    def broken(self, error: Exception, events: Sequence[NewEvent]) -> Settlement:
+        """The function has raised: the run has failed. To describe it never raises."""
+        if type(error) is StepFailed:
+            facts = {"type": error.type, "message": error.message, "step": error.step}
+        else:
+            facts = describe(error, "")
+            del facts["step"]
+        return self._ended(RunState.FAILED, events, facts)
+
+    # Its steps
+
+    def _start(self, progress: Progress, **data: Any) -> NewEvent:
+        if isinstance(progress, Call):
+            data |= self._begun_as
+            if progress.arguments is not None:
+                data[ARGUMENTS] = progress.arguments
+        return super()._start(progress, **data)
+
+    def concluded(
+        self, progress: Progress, step: Step, value: Any, *, late: bool, gives_back: bool
+    ) -> Conclusion:
+        """The result of the step, alone. Raises Fatal for a route, and BadPayload."""
+        if progress.compensating or isinstance(value, Snooze):
+            return super().concluded(progress, step, value, late=late, gives_back=gives_back)
+        if isinstance(value, Goto | Finish):
+            raise Fatal(
+                f"step {step.name} returned a {type(value).__name__}, and the function of plan "
+                f"{self._plan.name} decides how it goes on: return a result"
+            )
+        finished = self._event(EventType.STEP_FINISHED, progress, result=value)
+        settlement = self._given_back(progress, "shutdown", [finished])
+        return Conclusion(settlement=settlement, following=step)
+
+    def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
+        """The step has failed for good; whoever claims the run next tells the function."""
+        if progress.compensating:
+            return super()._given_up(progress, failed, facts)
+        told = replace(failed, data=_text(json.loads(failed.data or "{}") | {FINAL: True}))
+        waiting = Boundary(events=[told], state=RunState.QUEUED)
+        return self._unless_cancelled(progress, waiting, [told])
+
+
+def _text(data: dict[str, Any]) -> str:
+    """Data that has been checked before, or is ours, as JSON."""
+    return encode(data, where="an event", limit=2**30)

@@ -1,0 +1,241 @@
+"""The work on one claimed run whose plan is a function. Does no I/O, as `execution`.
+
+1. fold the journal; call the function, and answer its calls from there
+2. it asks for a step that has not finished: start its attempt, and call the body
+3. resume the function with the outcome; what it asks for next is started in the same commit
+4. go on at 2, until the function ends, the run waits, or the worker stops
+
+The function has always seen a little more than is committed. When a commit fails it is left, and
+called again on what the journal has.
+"""
+
+import logging
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from beatless.orchestrator.boundaries import Conclusion
+from beatless.orchestrator.errors import BadPayload
+from beatless.orchestrator.events import Event, EventType, NewEvent
+from beatless.orchestrator.execution import (
+    Execution,
+    Part,
+    ReadJournal,
+    Request,
+    Requests,
+    as_stored,
+)
+from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
+from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.history import History, history_of
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.plan import Step
+from beatless.orchestrator.progress import CHANGED_CALL, Progress, fold
+from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay, departure
+from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+MANY_EVENTS = 10_000
+"""Events of a run from which on its length is warned of at each claim."""
+
+MAX_EVENTS = 50_000
+"""Events of a run at which its function is given no further step."""
+
+
+class PlanTooLong(Exception):
+    """The run of a function has too many events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The function has ended its process too often, and is not called."""
+
+
+class FunctionExecution(Execution):
+    """One worker's decisions about one run of a plan that is a function."""
+
+    _boundaries: FunctionBoundaries
+
+    def __init__(
+        self, plan: FunctionPlan, lease: Lease, *, max_event_bytes: int, **options: Any
+    ) -> None:
+        super().__init__(plan, lease, max_event_bytes=max_event_bytes, **options)
+        self._version = plan.started_with(lease.run.plan_version)
+        self._boundaries = FunctionBoundaries(
+            plan, self._run_id, max_event_bytes=max_event_bytes, version=self._version
+        )
+        self._function = plan
+        self._replay = Replay(plan=plan, history=History())
+        self._call: FunctionCall | None = None
+        self._said: Said | Crashed | None = None
+        """What the function has said last; None before it was called."""
+        self._last_seq = lease.run.last_seq
+        """Of the last event, about: those that bodies append are not counted."""
+
+    def requests(self) -> Requests:
+        """As those of `Execution`."""
+        try:
+            yield from super().requests()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._call is not None:
+            call, self._call = self._call, None
+            call.close()
+
+    # A claim
+
+    def _resume(self) -> Part:
+        lease = self._lease
+        if lease.waited is None and lease.run.attempt > 1:
+            yield from self._settle(self._boundaries.taken_over())
+            self._last_seq += 1
+        if lease.late and not lease.cancelled:
+            yield from self._settle(self._boundaries.overdue())
+            return None
+        return (yield from super()._resume())
+
+    def _fold(self) -> Generator[Request, Any, Progress]:
+        """Call the function on what the journal has; of a cancelled run it is not called."""
+        self._leave()
+        self._said = None
+        events: Sequence[Event] = ()
+        if self._last_seq > 1 or self._lease.run.retry_of is not None:
+            events = yield ReadJournal()
+            self._last_seq = events[-1].seq
+            self._last_ts_ms = events[-1].ts
+        if self._lease.cancelled or any(
+            event.type == EventType.CANCEL_REQUESTED for event in events
+        ):
+            return fold(self._plan, events)
+        history = history_of(self._function, events)
+        self._replay = Replay(plan=self._function, history=history)
+        if history.takeovers >= MAX_TAKEOVERS:
+            self._said = Crashed()
+        else:
+            stored = self._lease.run.plan_version
+            self._said = departure(self._function, stored, history) or self._call_function()
+        return self._place()
+
+    def _call_function(self) -> Said:
+        if self._last_seq >= MANY_EVENTS:
+            logger.warning(
+                "run of a plan's function has many events",
+                extra={
+                    "action": "many_events",
+                    "run_id": self._run_id,
+                    "events": self._last_seq,
+                    "limit": MAX_EVENTS,
+                },
+            )
+        run = self._lease.run
+        try:
+            given = self._function.input.load(run.input)
+        except BadPayload as error:
+            return Mismatch(step="", reason=CHANGED_CALL, message=str(error))
+        self._call = call_function(run, given, self._replay)
+        return self._resumed(None)
+
+    def _resumed(self, outcome: Outcome | None) -> Said:
+        """What the function says to an outcome."""
+        assert self._call is not None  # noqa: S101 - it waits for one
+        said = self._call.resume(outcome)
+        if isinstance(said, Call) and self._last_seq >= MAX_EVENTS:
+            return Broken(
+                PlanTooLong(
+                    f"the run has {MAX_EVENTS:,} events, and its plan asks for a further step: "
+                    "start another run for the rest of the work"
+                )
+            )
+        return said
+
+    def _place(self) -> Progress:
+        said = self._said
+        return said if isinstance(said, Call) else Progress(step=None)
+
+    def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
+        match self._said:
+            case Mismatch(step=step, reason=reason, message=message):
+                yield from self._settle(self._released(progress, step, reason, message))
+                return None
+            case Crashed():
+                yield from self._settle(self._boundaries.plan_crashed())
+                return None
+            case Ended() | Broken() as said:
+                yield from self._settle(self._last(said, before))
+                return None
+        return (yield from super()._begin_attempt(progress, [*before, *self._values()]))
+
+    # The outcome of a step
+
+    def _gone_on(self, progress: Progress, conclusion: Conclusion) -> Conclusion:
+        outcome = conclusion.settlement.normal.events[0]
+        if not isinstance(progress, Call) or outcome.type != EventType.STEP_FINISHED:
+            return conclusion
+        if self._lease.late:
+            return replace(conclusion, settlement=self._boundaries.overdue([outcome]))
+        answer = self._replay.finished(progress, as_stored(outcome)["result"])
+        return replace(conclusion, settlement=self._joined(progress, outcome, answer))
+
+    def _fail(self, progress: Progress, step: Step, error: BaseException) -> Part:
+        """Tell the function, unless the step is tried again, or it has gone on with a result."""
+        commit = self._failed(progress, step, error)
+        final = commit.failure is not None and commit.failure.retry_in is None
+        if self._said is not progress or not final or self._lease.late:
+            yield from self._commit(commit)
+            return None
+        outcome = commit.settlement.normal.events[0]
+        answer = self._replay.failed(self._said, as_stored(outcome)["error"])
+        settlement = self._joined(progress, outcome, answer)
+        committed = yield from self._commit(replace(commit, settlement=settlement))
+        return self._begun(settlement, cancelled=committed.cancelled)
+
+    def _joined(self, progress: Progress, outcome: NewEvent, answer: Outcome) -> Settlement:
+        """The outcome of a step, with all that the function makes of it."""
+        self._said = said = self._resumed(answer)
+        match said:
+            case Call() if self._stopping() or self._steps_left == 1:
+                return self._boundaries.promised(progress, outcome, said)
+            case Call():
+                values = self._values()
+                self._last_seq += 2 + len(values)
+                return self._boundaries.joined(progress, outcome, values, said)
+            case Ended() | Broken():
+                return self._last(said, [outcome])
+            case Mismatch():
+                raise AssertionError(f"a mismatch after the last stored call: {said.message}")
+
+    def _last(self, said: Ended | Broken, events: Sequence[NewEvent]) -> Settlement:
+        """The end of the run, after these events."""
+        events = [*events, *self._values()]
+        if isinstance(said, Broken):
+            return self._boundaries.broken(said.error, events)
+        try:
+            return self._boundaries.completed(said.value, events)
+        except BadPayload as error:
+            return self._boundaries.broken(error, events)
+
+    def _values(self) -> list[NewEvent]:
+        """The values that the function was given since the last boundary."""
+        drawn, self._replay.drawn = self._replay.drawn, []
+        return self._boundaries.values(drawn)
+
+    def _go_on(
+        self, progress: Progress, step: Step, conclusion: Conclusion, *, cancelled: bool
+    ) -> Progress | None:
+        if not isinstance(progress, Call):
+            return super()._go_on(progress, step, conclusion, cancelled=cancelled)
+        return self._begun(conclusion.settlement, cancelled=cancelled)
+
+    def _begun(self, settlement: Settlement, *, cancelled: bool) -> Progress | None:
+        """The step whose first attempt has begun with a boundary; None if none has."""
+        if cancelled or settlement.normal.state is not RunState.RUNNING:
+            return None
+        self._steps_left -= 1
+        place = self._place()
+        place.starts = 1
+        return place

@@ -1,0 +1,168 @@
+"""The calls that a plan's function has made, folded from the journal of its run. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from beatless.orchestrator.errors import CannotRetry
+from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.plan import step_of
+from beatless.orchestrator.progress import (
+    CONNECTION_LOST,
+    FINAL,
+    FOLLOWING,
+    GIVEN_BACK,
+    RENAMED_FROM,
+    SNOOZED,
+    TAKEN_OVER,
+    VALUE,
+)
+
+ARGUMENTS = "arguments"
+"""In StepStarted: the digest of the arguments that the function has given the step."""
+
+VERSION = "version"
+"""In StepStarted: the plan's version, if the run was started with another one."""
+
+CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
+"""In the `reused` of RunStarted: the calls in order, their outcomes, and the values of a retry."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredCall:
+    """A step that the function has asked for, and how far it is."""
+
+    occurrence: str
+    """By the name that the step has now."""
+    key: str
+    """The name that it had at its first attempt."""
+    arguments: str | None = None
+    """Their digest; None if none was stored."""
+    starts: int = 0
+    failures: int = 0
+    lost: int = 0
+    refused: int = 0
+    ended: bool = False
+    result: Any = None
+    error: dict[str, Any] | None = None
+    """Of a step that has failed for good."""
+
+    def uncount(self) -> None:
+        self.starts -= 1
+
+    def judge(self) -> None:
+        self.lost = self.refused = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """All that the journal knows of a function's calls, in the order in which it made them."""
+
+    calls: dict[str, StoredCall] = field(default_factory=dict)
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    """The times, random numbers and UUIDs that it was given, by their kind."""
+    takeovers: int = 0
+    """Claims in a row, up to the last, whose worker died without another event."""
+    version: int = 0
+    """The highest version of the plan that a step was begun with; 0 if only the run's own was."""
+    last_ts_ms: int = 0
+
+    def call(self, occurrence: str, key: str | None = None) -> StoredCall:
+        """The call of this occurrence, which it makes if there is none."""
+        return self.calls.setdefault(
+            occurrence, StoredCall(occurrence=occurrence, key=key or occurrence)
+        )
+
+
+def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
+    """The history in the journal of a run that is not cancelled."""
+    history = History()
+    for event in events:
+        history.last_ts_ms = event.ts
+        data = event.data or {}
+        name = data.get("name") if event.type == EventType.DEBUG_TRACE else None
+        history.takeovers = history.takeovers + 1 if name == TAKEN_OVER else 0
+        if event.type == EventType.RUN_STARTED:
+            _take_over(plan, history, data.get("reused") or {})
+        elif name == VALUE:
+            history.values.setdefault(data["kind"], []).append(data["value"])
+        elif event.step is not None:
+            key = data.get(RENAMED_FROM, event.step)
+            call = history.call(plan.current(event.step), key)
+            _note(call, event.type, name, data)
+            history.version = max(history.version, data.get(VERSION, 0))
+            if FOLLOWING in data:
+                history.call(plan.current(data[FOLLOWING]))
+    return history
+
+
+def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> None:
+    """The calls of the run that this one is a retry of."""
+    for name, arguments in reused.get(CALLS, ()):
+        call = history.call(plan.current(name), name)
+        call.arguments, call.ended = arguments, True
+        call.result = reused.get(RESULTS, {}).get(name)
+        call.error = reused.get(ERRORS, {}).get(name)
+    for kind, values in reused.get(VALUES, {}).items():
+        history.values[kind] = list(values)
+
+
+def _note(call: StoredCall, type: str, trace: str | None, data: dict[str, Any]) -> None:
+    """An event of the step of this call."""
+    match type:
+        case EventType.STEP_STARTED:
+            call.starts += 1
+            call.arguments = call.arguments or data.get(ARGUMENTS)
+        case EventType.STEP_FAILED if data.get(FINAL):
+            call.ended, call.error = True, data.get("error") or {}
+        case EventType.STEP_FAILED:
+            call.failures += 1
+            call.judge()
+        case EventType.STEP_FINISHED:
+            call.ended, call.result = True, data.get("result")
+    match trace:
+        case str() if trace == SNOOZED:
+            call.uncount()
+            call.judge()
+        case str() if trace == GIVEN_BACK:
+            call.uncount()
+        case str() if trace == CONNECTION_LOST:
+            call.uncount()
+            call.refused += bool(data.get("refused"))
+            call.lost += not data.get("refused")
+
+
+def reusable_calls(
+    plan: FunctionPlan, events: Sequence[Event], from_step: str | None
+) -> dict[str, Any] | None:
+    """The outcomes that a retry of an ended run takes over; None if there is none.
+
+    Those before `from_step`, an occurrence or a name for its last one; else all but that of a step
+    that failed last. None also for a run that its `on_cancel` step has undone. Raises CannotRetry.
+    """
+    history = history_of(plan, events)
+    calls = list(history.calls.values())
+    if plan.on_cancel is not None and plan.on_cancel.name in history.calls:
+        return None
+    if from_step is not None:
+        now = plan.current(from_step)
+        places = [
+            place
+            for place, call in enumerate(calls)
+            if now in (call.occurrence, step_of(call.occurrence))
+        ]
+        if not places:
+            raise CannotRetry(events[0].run_id, f"it never began a step {from_step}")
+        calls = calls[: places[-1]]
+    elif calls and calls[-1].error is not None:
+        calls.pop()
+    ended = [call for call in calls if call.ended]
+    if not ended:
+        return None
+    return {
+        CALLS: [[call.occurrence, call.arguments] for call in ended],
+        RESULTS: {call.occurrence: call.result for call in ended if call.error is None},
+        ERRORS: {call.occurrence: call.error for call in ended if call.error is not None},
+        VALUES: history.values,
+    }

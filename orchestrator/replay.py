@@ -1,0 +1,250 @@
+"""Answers the calls of a plan's function from the history of its run, as long as there is one.
+
+Only a call that the history does not answer is for the execution. What the function has passed
+over, or asked for with other arguments, is a mismatch: the run waits for a worker with that plan.
+"""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from beatless.orchestrator.arguments import digest
+from beatless.orchestrator.errors import StepFailed
+from beatless.orchestrator.failure import describe
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.history import History, StoredCall
+from beatless.orchestrator.plan import PlanError, Step, occurrence, step_of
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
+
+CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+"""Not only digits: those count the occurrences without an id."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Call(Progress):
+    """The step that the function waits for, as the place of its run."""
+
+    named: str
+    arguments: str | None
+
+    @property
+    def occurrence(self) -> str:
+        """As the function has named it."""
+        return self.named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """The function does not do what the journal says: another version, or not repeatable."""
+
+    step: str
+    """The stored occurrence that it has passed over, or changed."""
+    reason: str
+    """`unknown_step` or `changed_call`."""
+    message: str
+
+
+def departure(plan: FunctionPlan, stored_version: str, history: History) -> Mismatch | None:
+    """The mismatch of a version of the plan that is lower than one that executed the run."""
+    needed = max(history.version, plan.started_with(stored_version))
+    if needed <= plan.number:
+        return None
+    return Mismatch(
+        step="",
+        reason=UNKNOWN_STEP,
+        message=(
+            f"the run was executed by version {needed} of plan {plan.name}, and this is version "
+            f"{plan.number}"
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The answer to a call."""
+
+    result: Any = None
+    failure: StepFailed | None = None
+
+    def give(self) -> Any:
+        """The result. Raises StepFailed."""
+        if self.failure is not None:
+            raise self.failure
+        return self.result
+
+
+@dataclass(slots=True, kw_only=True)
+class Replay:
+    """The calls of a function so far, beside its history."""
+
+    plan: FunctionPlan
+    history: History
+    results: dict[str, Any] = field(default_factory=dict)
+    """Those of all finished steps, by occurrence and by name, for the bodies of steps."""
+    drawn: list[tuple[str, Any]] = field(default_factory=list)
+    """The values that are not stored yet, with their kinds."""
+    _ahead: dict[str, None] = field(default_factory=dict)
+    """The stored occurrences that the function has not asked for yet, in order."""
+    _visits: Counter[str] = field(default_factory=Counter)
+    _steps: dict[str, tuple[Step, inspect.Signature]] = field(default_factory=dict)
+    _given: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._ahead = dict.fromkeys(
+            name for name in self.history.calls if step_of(name) not in self.plan.removed
+        )
+
+    def step(
+        self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any], id: str | None
+    ) -> Outcome | Call | Mismatch:
+        """The answer of the history to a call. Raises PlanError, TypeError and BadPayload."""
+        self._check(step, args, kwargs)
+        if id is None:
+            self._visits[step.name] += 1
+            name = occurrence(step.name, self._visits[step.name])
+            arguments = digest(step.name, args, kwargs)
+        else:
+            if not isinstance(id, str) or not CALL_ID.fullmatch(id):
+                raise PlanError(
+                    f"plan {self.plan.name}: the id {id!r:.200} of step {step.name} must match "
+                    f"{CALL_ID.pattern}"
+                )
+            name, arguments = f"{step.name}#{id}", None
+        self._ahead.pop(name, None)
+        stored = self.history.calls.get(name)
+        if stored is None:
+            return self._passed_over() or self._new(step, args, kwargs, name, arguments)
+        if None not in (arguments, stored.arguments) and arguments != stored.arguments:
+            return self._changed(name)
+        if stored.ended:
+            return self._outcome(step.name, stored)
+        return self._passed_over() or self._open(step, args, kwargs, stored, arguments)
+
+    def value(self, kind: str, draw: Callable[[], Any]) -> Any:
+        """The stored value, or one that is drawn now and stored with the next boundary."""
+        place = self._given[kind]
+        self._given[kind] += 1
+        stored = self.history.values.setdefault(kind, [])
+        if place == len(stored):
+            stored.append(draw())
+            self.drawn.append((kind, stored[place]))
+        return stored[place]
+
+    def end(self, error: Exception | None = None) -> Mismatch | None:
+        """The stored call that a function has passed over which ends now; None if there is none.
+
+        Also of one that has raised: before it was where the run is, by code that may be mended.
+        """
+        found = self._passed_over()
+        if found is None or error is None:
+            return found
+        return replace(found, message=f"{found.message}; it raised {describe(error, '')['type']}")
+
+    def finished(self, call: Call, result: Any) -> Outcome:
+        """The step of a call has this result."""
+        stored = self.history.call(call.named, call.begun)
+        stored.ended, stored.result, stored.arguments = True, result, call.arguments
+        return self._outcome(step_of(call.named), stored)
+
+    def failed(self, call: Call, error: dict[str, Any]) -> Outcome:
+        """The step of a call has failed for good."""
+        stored = self.history.call(call.named, call.begun)
+        stored.ended, stored.error, stored.arguments = True, error, call.arguments
+        return self._outcome(step_of(call.named), stored)
+
+    def _check(self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        name = self.plan.name
+        if not isinstance(step, Step):
+            raise PlanError(
+                f"plan {name}: run.step({step!r:.200}): that is no step; decorate it with @step"
+            )
+        if self.plan.on_cancel is not None and step.name == self.plan.on_cancel.name:
+            raise PlanError(
+                f"plan {name}: step {step.name} is its on_cancel step and cannot be asked for"
+            )
+        if step.name not in self._steps:
+            self._steps[step.name] = step, inspect.signature(step.function)
+        known, signature = self._steps[step.name]
+        if known.function != step.function:
+            raise PlanError(
+                f"plan {name} asks for two steps called {step.name}: give one another name, as in "
+                'step(name="…")(function)'
+            )
+        try:
+            signature.bind(None, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"step {step.name}: {error}; run.step gives it the context") from error
+
+    def _outcome(self, name: str, stored: StoredCall) -> Outcome:
+        if stored.error is None:
+            self.results[stored.occurrence] = self.results[name] = stored.result
+            # A copy: what the function does to it is seen by no step, as when it is called again.
+            return Outcome(result=deepcopy(stored.result))
+        error = stored.error
+        return Outcome(
+            failure=StepFailed(stored.occurrence, str(error.get("type")), str(error.get("message")))
+        )
+
+    def _new(
+        self,
+        step: Step,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        name: str,
+        arguments: str | None,
+    ) -> Call:
+        return Call(
+            step=_with_arguments(step, args, kwargs),
+            named=name,
+            arguments=arguments,
+            results=self.results,
+        )
+
+    def _open(
+        self,
+        step: Step,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        stored: StoredCall,
+        arguments: str | None,
+    ) -> Call:
+        call = self._new(step, args, kwargs, stored.occurrence, arguments)
+        call.begun = stored.key
+        call.starts, call.failures = stored.starts, stored.failures
+        call.lost, call.refused = stored.lost, stored.refused
+        return call
+
+    def _passed_over(self) -> Mismatch | None:
+        name = next(iter(self._ahead), None)
+        if name is None:
+            return None
+        return Mismatch(
+            step=name,
+            reason=UNKNOWN_STEP,
+            message=(
+                f"plan {self.plan.name} does not ask for the stored step {name} in this version; "
+                "if it was renamed or removed, say so: renamed=, removed="
+            ),
+        )
+
+    def _changed(self, name: str) -> Mismatch:
+        return Mismatch(
+            step=name,
+            reason=CHANGED_CALL,
+            message=(
+                f"plan {self.plan.name} asks for step {name} with other arguments than are stored; "
+                "they must be the same each time (run.now(), not datetime.now()); a call that was "
+                "changed on purpose goes on with id="
+            ),
+        )
+
+
+def _with_arguments(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+    if not args and not kwargs:
+        return step
+    body = step.function
+    return replace(step, function=lambda context: body(context, *args, **kwargs))

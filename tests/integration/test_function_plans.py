@@ -1,0 +1,352 @@
+"""Plans that are functions, on Postgres: events, crashes, changed code, and what people see."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import (
+    App,
+    BadPayload,
+    Fatal,
+    Plan,
+    RunContext,
+    RunState,
+    StepContext,
+    StepFailed,
+    plan,
+    retry,
+    step,
+)
+from beatless.doctor import Doctor, Status
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.places import places
+from beatless.testing import Kit
+
+LEASE_S = 60
+
+
+@step
+def reserve(ctx: StepContext, lines: list[int]) -> dict[str, Any]:
+    return {"lines": lines, "total": sum(lines), "key": ctx.key.partition(":")[2]}
+
+
+@step(retry=retry(max_attempts=2, initial=10, jitter=0))
+def charge(ctx: StepContext, amount: int, *, currency: str = "eur") -> str:
+    if amount > 100:
+        raise ValueError("declined")
+    return f"{amount} {currency}, attempt {ctx.attempt}"
+
+
+@step(transactional=True)
+def book(ctx: StepContext, what: str) -> str:
+    ctx.connection.exec_driver_sql(f"INSERT INTO {ctx.input['table']} VALUES (%s)", (what,))
+    return what
+
+
+@step
+def release(ctx: StepContext, stock: dict[str, Any]) -> str:
+    return f"released {stock['total']}"
+
+
+@step
+def undo(ctx: StepContext) -> list[str]:
+    return sorted(ctx.results)
+
+
+@plan("order", on_cancel=undo)
+def order(run: RunContext[dict[str, Any]]) -> dict[str, Any]:
+    began = run.now()
+    stock = run.step(reserve, run.input["lines"])
+    try:
+        paid = run.step(charge, stock["total"], currency="usd")
+    except StepFailed as failed:
+        return {"refused": failed.message, "release": run.step(release, stock)}
+    if "table" in run.input:
+        run.step(book, str(run.uuid()))
+    receipts = [run.step(charge, number) for number in run.input["lines"]]
+    return {"paid": paid, "receipts": receipts, "seconds": (run.now() - began).total_seconds()}
+
+
+@plan("order_async")
+async def order_async(run: RunContext[dict[str, Any]]) -> Any:
+    stock = await run.step(reserve, run.input["lines"])
+    return [await run.step(charge, number) for number in stock["lines"]]
+
+
+@dataclass
+class Parcel:
+    weight: float
+    to: str = "Ghent"
+
+
+@plan("send", input=Parcel)
+def send(run: RunContext[Parcel]) -> Any:
+    return [type(run.input).__name__, run.input.weight, run.input.to]
+
+
+@plan("flaky_plan")
+def flaky_plan(run: RunContext[Any]) -> int:
+    COUNTER.append(1)
+    return len(COUNTER)
+
+
+COUNTER: list[int] = []
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [order, order_async, send, flaky_plan]
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    return {"lease_seconds": LEASE_S}
+
+
+def test_a_function_runs_with_the_events_of_a_list(beatless: Kit) -> None:
+    run = beatless.start_run("order", {"lines": [1, 2]})
+    assert beatless.work_until_idle() == 1
+    ended = beatless.client.get_run(run.run_id)
+    assert ended.state is RunState.COMPLETED
+    assert ended.result["paid"] == "3 usd, attempt 1"
+    assert ended.result["receipts"] == ["1 eur, attempt 1", "2 eur, attempt 1"]
+    assert ended.plan_version == "v1"
+    events = beatless.client.events(run.run_id)
+    assert [(event.type, event.step) for event in events if event.type != "DebugTrace"] == [
+        ("RunStarted", None),
+        *((kind, "reserve") for kind in ("StepStarted", "StepFinished")),
+        *((kind, "charge") for kind in ("StepStarted", "StepFinished")),
+        *((kind, "charge#2") for kind in ("StepStarted", "StepFinished")),
+        *((kind, "charge#3") for kind in ("StepStarted", "StepFinished")),
+        ("RunFinished", None),
+    ]
+    assert events[-2].data["kind"] == "now"
+    beatless.verify()
+
+
+def test_an_async_function_runs_alike(beatless: Kit) -> None:
+    run = beatless.start_run("order_async", {"lines": [4, 5]})
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == ["4 eur, attempt 1", "5 eur, attempt 1"]
+    beatless.verify()
+
+
+def test_a_step_that_has_failed_for_good_is_told_and_passed(beatless: Kit) -> None:
+    run = beatless.start_run("order", {"lines": [200]})
+    beatless.work_until_idle()
+    beatless.advance(10)
+    beatless.work_until_idle()
+    ended = beatless.client.get_run(run.run_id)
+    assert ended.result == {"refused": "declined", "release": "released 200"}
+    beatless.verify()
+
+
+POINTS = ["claim.committed", "step.before", "step.effect_done", "step.committed"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_crash_at_any_boundary_loses_and_doubles_nothing(
+    beatless: Kit, postgres: psycopg.Connection, point: str, nth: int
+) -> None:
+    table = f"{beatless.app.settings.schema}.booked"
+    postgres.execute(f"CREATE TABLE {table} (what text)")
+    run = beatless.start_run("order", {"lines": [1, 2], "table": table})
+    if point == "claim.committed" and nth > 1:
+        beatless.step(run.run_id)
+        nth = 1
+    with beatless.crash(at=point, nth=nth):
+        beatless.work_once()
+    beatless.advance(LEASE_S)
+    beatless.work_until_idle()
+    ended = beatless.client.get_run(run.run_id)
+    assert ended.state is RunState.COMPLETED
+    assert [receipt.partition(",")[0] for receipt in ended.result["receipts"]] == ["1 eur", "2 eur"]
+    assert postgres.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)
+    finished = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
+    assert sorted(finished) == ["book", "charge", "charge#2", "charge#3", "reserve"]
+    beatless.verify()
+
+
+def test_a_cancel_between_the_steps_of_a_function_is_followed_by_its_undoing(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("order", {"lines": [1]})
+    beatless.step(run.run_id)
+    beatless.client.cancel_run(run.run_id)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+    finished = beatless.client.events(run.run_id)[-2]
+    assert (finished.step, finished.data["result"]) == ("undo", ["reserve"])
+    beatless.verify()
+
+
+def other(ask: Callable[[RunContext[Any]], Any], **options: Any) -> Plan:
+    return plan("order", on_cancel=undo, **options)(ask)
+
+
+@pytest.mark.parametrize(
+    ("changed", "step_name", "reason"),
+    [
+        (other(lambda run: run.step(release, {"total": 1})), "reserve", UNKNOWN_STEP),
+        (other(lambda run: run.step(reserve, [9])), "reserve", CHANGED_CALL),
+    ],
+)
+def test_a_run_that_a_changed_function_cannot_go_on_with_waits_and_is_told(
+    beatless: Kit, changed: Plan, step_name: str, reason: str
+) -> None:
+    run = beatless.start_run("order", {"lines": [1]})
+    beatless.step(run.run_id)
+    (can,) = places(beatless.app.engine, beatless.app.journal, {"order": order})
+    assert (can.step, can.waits) == ("charge", None)
+
+    (place,) = places(beatless.app.engine, beatless.app.journal, {"order": changed})
+    assert (place.step, place.waits, place.run_ids) == (step_name, reason, [run.run_id])
+
+    before = beatless.event_types(run.run_id)
+    beatless.executor().execute(changed, run.run_id, 0)
+    assert beatless.event_types(run.run_id) == before
+    explained = beatless.client.explain(run.run_id)
+    assert f"reason: {reason}" in explained[-2].text
+    (finding,) = Doctor(beatless.app).examine(("plans",))
+    assert finding.status is Status.WARNING
+    assert f"order.charge (1: {run.run_id})" in finding.text
+
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_a_retry_takes_over_the_results_of_a_function(beatless: Kit) -> None:
+    bodies: list[str] = []
+
+    @step
+    def first(ctx: StepContext) -> str:
+        bodies.append("first")
+        return "kept"
+
+    @step
+    def second(ctx: StepContext, given: str, at: str) -> str:
+        bodies.append("second")
+        if len(bodies) < 3:
+            raise Fatal("no")
+        return given
+
+    def function(run: RunContext[Any]) -> Any:
+        return run.step(second, run.step(first), run.now().isoformat())
+
+    beatless.app.plans["order"] = plan("order")(function)
+    run = beatless.start_run("order")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).error["message"] == "no"
+    again = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(again.run_id).result == "kept"
+    assert bodies == ["first", "second", "second"]
+
+    from_first = beatless.client.retry_run(again.run_id, from_step="first")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(from_first.run_id).result == "kept"
+    assert bodies[3:] == ["first", "second"]
+    beatless.verify()
+
+
+def test_an_input_of_another_type_is_refused_before_it_is_stored(beatless: Kit) -> None:
+    for bad, told in [
+        (None, "the run's input"),
+        ({"to": "Gent"}, "the run's input.weight"),
+        ({"weight": "heavy"}, "the run's input.weight"),
+    ]:
+        with pytest.raises(BadPayload, match=told):
+            beatless.start_run("send", bad)
+    beatless.assert_started("send", count=0)
+    runs = [
+        beatless.start_run("send", given) for given in ({"weight": 2, "to": "Aalst"}, Parcel(0.5))
+    ]
+    beatless.work_until_idle()
+    assert [beatless.client.get_run(run.run_id).result for run in runs] == [
+        ["Parcel", 2, "Aalst"],
+        ["Parcel", 0.5, "Ghent"],
+    ]
+
+
+def test_the_kit_notices_a_function_that_does_not_do_the_same_twice(beatless: Kit) -> None:
+    beatless.start_run("flaky_plan")
+    with pytest.raises(AssertionError, match="does not do the same when it is called again"):
+        beatless.work_until_idle()
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "plans.md").read_text()
+
+
+def test_the_example_of_the_documentation_does_what_it_says(beatless: Kit) -> None:
+    (block,) = re.findall(r"```python\n(from dataclasses.*?)```", DOCS, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(block, names)
+    example: FunctionPlan = names["order"]
+    assert [each.name for each in example.steps] == ["reserve", "charge", "release", "pack"]
+    beatless.app.plans["order"] = example
+    runs = [beatless.start_run("order", {"lines": lines}) for lines in ([7, 8], [2000])]
+    for _ in range(3):
+        beatless.work_until_idle()
+        beatless.advance(60)
+    assert [beatless.client.get_run(run.run_id).result for run in runs] == [
+        {"paid": "paid 15", "parcels": ["parcel 7", "parcel 8"]},
+        {"refused": "declined"},
+    ]
+    beatless.verify()
+
+
+class Shop:
+    def __init__(self, price: int) -> None:
+        self.price = price
+
+    def sell(self, run: RunContext[Any], factor: int = 1) -> Any:
+        return run.step(charge, self.price * factor)
+
+
+def test_a_plan_may_be_a_bound_method_a_partial_or_one_function_under_two_names(
+    beatless: Kit,
+) -> None:
+    sell = Shop(3).sell
+    for name, function in [
+        ("bound", sell),
+        ("partial", partial(sell, factor=2)),
+        ("again", sell),
+    ]:
+        beatless.app.plans[name] = plan(name)(function)
+    results = {}
+    for name in ("bound", "partial", "again"):
+        run = beatless.start_run(name)
+        beatless.executor().execute(beatless.app.plans[name], run.run_id, 0)
+        results[name] = beatless.client.get_run(run.run_id).result
+    assert results == {
+        "bound": "3 eur, attempt 1",
+        "partial": "6 eur, attempt 1",
+        "again": "3 eur, attempt 1",
+    }
+
+
+def test_two_plans_of_one_name_are_refused_by_the_app(beatless: Kit) -> None:
+    twin = plan("order")(lambda run: None)
+    with pytest.raises(PlanError, match="two plans are called order"):
+        App(beatless.app.settings, plans=[order, twin])
+
+
+def test_a_function_costs_the_statements_of_a_list_and_one_commit_more(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    """RunStarted, the claim, the first start, four boundaries and the end."""
+    run = beatless.start_run("order_async", {"lines": [1, 2, 3, 4]})
+    rows = f"SELECT count(*) FROM {beatless.app.settings.schema}.run_outbox WHERE run_id = %s"
+    beatless.executor().execute(order_async, run.run_id, 0)
+    assert postgres.execute(rows, (run.run_id,)).fetchone() == (7,)
