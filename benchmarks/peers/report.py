@@ -101,6 +101,7 @@ def page(results: Results) -> str:
                     "latency_idle",
                     "latency_idle_commits",
                 ),
+                parts="latency_cpu",
             ),
             _table(
                 results,
@@ -108,6 +109,7 @@ def page(results: Results) -> str:
                 "An event that a job tells while it is executed, until its viewer has it; "
                 "ours is committed in the journal first, theirs is not, except DBOS'.",
                 ("live", "live_p95", "live_cpu"),
+                parts="live_cpu",
             ),
             _does(results),
             HOW,
@@ -247,7 +249,13 @@ def _parts(results: Results, metric: str, peer: Peer) -> str:
     return ", ".join(shown) or "-"
 
 
-PARTS = {"work": "workers", "relay": "relay", "postgres": "Postgres", "valkey": "Valkey"}
+PARTS = {
+    "work": "workers",
+    "relay": "relay",
+    "postgres": "Postgres",
+    "valkey": "Valkey",
+    "follow": "viewer",
+}
 
 PANELS = {
     "runs": "5-step runs, /s: more is better",

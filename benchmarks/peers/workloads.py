@@ -76,14 +76,14 @@ def latency(trial: Trial, size: float) -> Found:
     later = trial.read()
     seconds = later.at - calm.at
     idle = {
-        "latency_idle": 100 * _processor_s(calm, later) / seconds,
+        "latency_idle": 100 * sum(_by_group(calm, later, SERVED).values()) / seconds,
         "latency_idle_commits": (trial.commits() - commits) / seconds,
     }
     trial.start("produce", "produce", "job", "paced", str(count))
     begin, end = trial.await_marks(PACED_WARMUP, count)
     return idle | {
         **_times("latency", trial.records()[PACED_WARMUP:]),
-        "latency_cpu": 1000 * _processor_s(begin, end) / (end.marks - begin.marks),
+        **_processor_ms("latency", begin, end, SERVED),
     }
 
 
@@ -98,7 +98,7 @@ def live(trial: Trial, size: float) -> Found:
     begin, end = trial.await_marks(LIVE_WARMUP, count)
     return {
         **_times("live", trial.records()[LIVE_WARMUP:]),
-        "live_cpu": 1000 * _processor_s(begin, end, VIEWED) / (end.marks - begin.marks),
+        **_processor_ms("live", begin, end, VIEWED),
     }
 
 
@@ -140,10 +140,6 @@ def rate(records: Sequence[tuple[float, float]], marks: int) -> float:
     return (end - begin) / (records[end - 1][1] - records[begin - 1][1])
 
 
-def _processor_s(begin: Reading, end: Reading, groups: Sequence[str] = SERVED) -> float:
-    return sum(_by_group(begin, end, groups).values())
-
-
 def _by_group(begin: Reading, end: Reading, groups: Sequence[str]) -> Found:
     return {
         group: end.processor_s[group] - begin.processor_s[group]
@@ -152,13 +148,23 @@ def _by_group(begin: Reading, end: Reading, groups: Sequence[str]) -> Found:
     }
 
 
-def _cost(workload: str, begin: Reading, end: Reading, marks: float = 1) -> Found:
-    """Processor time and WAL of what has so many marks, and the cores that others have used."""
+def _processor_ms(
+    workload: str, begin: Reading, end: Reading, groups: Sequence[str], marks: float = 1
+) -> Found:
+    """Milliseconds of processor time of what has so many marks, all together and by group."""
     done = (end.marks - begin.marks) / marks
-    spent = _by_group(begin, end, SERVED)
+    spent = _by_group(begin, end, groups)
     return {
         f"{workload}_cpu": 1000 * sum(spent.values()) / done,
         **{f"{workload}_cpu_{group}": 1000 * value / done for group, value in spent.items()},
+    }
+
+
+def _cost(workload: str, begin: Reading, end: Reading, marks: float = 1) -> Found:
+    """Processor time and WAL of what has so many marks, and the cores that others have used."""
+    done = (end.marks - begin.marks) / marks
+    return {
+        **_processor_ms(workload, begin, end, SERVED, marks),
         f"{workload}_wal": (end.wal_bytes - begin.wal_bytes) / done,
         f"{workload}_foreign": (end.foreign_s - begin.foreign_s) / (end.at - begin.at),
     }
