@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         WrongEncoding,
     )
     from beatless.failures import Failure
+    from beatless.observe.logs import JsonLines, TextLines
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
         BadPayload,
@@ -64,6 +65,7 @@ _MODULES = {
     "Goto": "beatless.orchestrator.plan",
     "HistoryChanged": "beatless.errors",
     "JobsError": "beatless.errors",
+    "JsonLines": "beatless.observe.logs",
     "LeaseLost": "beatless.orchestrator.errors",
     "Plan": "beatless.orchestrator.plan",
     "Run": "beatless.orchestrator.records",
@@ -81,6 +83,7 @@ _MODULES = {
     "StepEnded": "beatless.orchestrator.errors",
     "StepFailed": "beatless.orchestrator.errors",
     "StepTimeout": "beatless.orchestrator.errors",
+    "TextLines": "beatless.observe.logs",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
     "WaitTimeout": "beatless.errors",
@@ -107,6 +110,7 @@ __all__ = [
     "Goto",
     "HistoryChanged",
     "JobsError",
+    "JsonLines",
     "LeaseLost",
     "Plan",
     "Run",
@@ -124,6 +128,7 @@ __all__ = [
     "StepEnded",
     "StepFailed",
     "StepTimeout",
+    "TextLines",
     "UnknownPlan",
     "Unreachable",
     "WaitTimeout",

@@ -34,7 +34,8 @@ class BadSetting(JobsError):
         self.example = example
 
     def __str__(self) -> str:
-        return f"{self.name} {self.problem}; for example {self.name}={self.example}"
+        example = f"; for example {self.name}={self.example}" if self.example else ""
+        return f"{self.name} {self.problem}{example}"
 
 
 class UnknownPlan(JobsError):
@@ -80,16 +81,19 @@ class QueueBusy(JobsError):
 class SchemaBehind(JobsError):
     """The database lacks migrations that this version needs."""
 
-    def __init__(self, schema: str, found: str | None, needed: str) -> None:
-        super().__init__(schema, found, needed)
+    def __init__(self, schema: str, found: str | None, needed: str, given: bool = False) -> None:
+        """`given`: seen on a connection of the caller's, which may be of another database."""
+        super().__init__(schema, found, needed, given)
         self.schema = schema
         self.found = found
         self.needed = needed
+        self.given = given
 
     def __str__(self) -> str:
         return (
             f"schema {self.schema!r} is at migration {self.found or 'none'}, this version needs "
             f"{self.needed}: run `beatless migrate`"
+            + (", or pass a connection= of the database that has it" if self.given else "")
         )
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, NoReturn, Self
 
 from sqlalchemy import URL, make_url
@@ -239,7 +240,9 @@ class Settings:
             if name.startswith("BEATLESS_") and name not in links
         }
         for name in sorted(given.keys() - known.keys() - ELSEWHERE):
-            raise BadSetting(name, "is not a setting of beatless; remove it", "…")
+            near = get_close_matches(name, [*known, *ELSEWHERE], n=1, cutoff=0.8)
+            meant = f", or did you mean {near[0]}?" if near else ""
+            raise BadSetting(name, f"is not a setting of beatless; remove it{meant}", "")
         values: dict[str, Any] = {}
         for name, entry in known.items():
             text = given.get(name, "")

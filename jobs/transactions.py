@@ -32,6 +32,9 @@ ENDED = (
 )
 """Errors by which a server that is there ends a statement."""
 
+ABSENT = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
+"""Errors of a database without our tables."""
+
 NEEDS_TRANSACTIONS = "beatless_needs_transactions"
 """The execution option of an engine on which autocommit is not used."""
 
@@ -119,8 +122,18 @@ def reaching_postgres(schema: str) -> Iterator[None]:
             ) from error
         raise
     except exc.ProgrammingError as error:
-        if isinstance(
-            error.orig, (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
-        ):
+        if isinstance(error.orig, ABSENT):
             raise SchemaBehind(schema, None, head()) from error
+        raise
+
+
+@contextmanager
+def on_a_given_connection(schema: str) -> Iterator[None]:
+    """Turn the error of an absent schema into ours; others stay as the caller's driver has them."""
+    try:
+        yield
+    except (exc.ProgrammingError, *ABSENT) as error:
+        cause = error.orig if isinstance(error, exc.ProgrammingError) else error
+        if isinstance(cause, ABSENT):
+            raise SchemaBehind(schema, None, head(), given=True) from error
         raise

@@ -42,7 +42,12 @@ def granted_for(request: Request, scope: Scope, *, run_id: str | None = None) ->
     is stored.
     """
     grant = granted(request)
-    if not grant.allows(scope) or grant.run_id not in (None, run_id):
+    if grant.run_id not in (None, run_id):
+        raise Problem(
+            HTTPStatus.FORBIDDEN,
+            f"this token is good for the stream of {grant.run_id} and nothing else",
+        )
+    if not grant.allows(scope):
         raise lacks(scope)
     return grant
 

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from inspect import isawaitable
+from inspect import isawaitable, signature
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from beatless import loopback
 from beatless.api.problems import Problem
 from beatless.auth import EVERYTHING, Grant, Scope, Tokens
+from beatless.errors import BadRequest
 from beatless.namespaces import check_namespace
 from beatless.outbox.clock import monotonic
 from beatless.transactions import reaching_postgres
@@ -65,6 +66,9 @@ class Gate:
     def __init__(
         self, tokens: Tokens, schema: str, *, authenticate: Authenticate | None, is_open: bool
     ) -> None:
+        """Raises TypeError for an `authenticate` that cannot be called with a request."""
+        if authenticate is not None:
+            _check_callable(authenticate)
         self._tokens = tokens
         self._schema = schema
         self._authenticate = authenticate
@@ -132,12 +136,19 @@ class Gate:
         found = await answer if isawaitable(answer) else answer
         if found is None:
             return None
-        if not isinstance(found, Grant):
-            raise TypeError(f"authenticate must return a Grant or None, not {found!r}")
-        check_namespace(found.namespace)
-        if unknown := set(found.scopes) - set(Scope):
-            raise ValueError(f"authenticate granted unknown scopes: {', '.join(sorted(unknown))}")
-        return found
+        try:
+            return _checked(found)
+        except (TypeError, ValueError) as error:
+            # Of the host app, not of its caller.
+            logger.error(
+                "authenticate has returned what is no grant",
+                extra={"action": "no_grant", "reason": str(error)},
+                exc_info=(type(error), error, None),
+            )
+            raise Problem(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                "the app in which this API is mounted has returned what is no grant: see its log",
+            ) from None
 
     def _find(self, secret: str) -> Grant | None:
         with reaching_postgres(self._schema):
@@ -160,6 +171,37 @@ class Gate:
                     )
                 self._check_at = monotonic() + TOKEN_CHECK_S
             return self._guarded
+
+
+def _check_callable(authenticate: Authenticate) -> None:
+    """Raises TypeError unless it can be called with one argument."""
+    try:
+        signature(authenticate).bind(None)
+    except ValueError:
+        return  # its signature cannot be known
+    except TypeError as error:
+        raise TypeError(
+            "authenticate must be a function of the request, such as "
+            f"`def authenticate(request): …`, not {authenticate!r}"
+        ) from error
+
+
+def _checked(found: object) -> Grant:
+    """The grant. Raises TypeError and ValueError that say how it must be."""
+    if not isinstance(found, Grant):
+        raise TypeError(f"authenticate must return a Grant or None, not {found!r}")
+    if isinstance(found.scopes, str):
+        raise TypeError(f"the scopes of a Grant are a list, as in scopes=[{found.scopes!r}]")
+    if unknown := set(found.scopes) - set(Scope):
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(
+            f"authenticate granted unknown scopes: {names}; choose from {', '.join(Scope)}"
+        )
+    try:
+        check_namespace(found.namespace)
+    except BadRequest as error:
+        raise ValueError(f"authenticate granted a bad namespace: {error}") from error
+    return found
 
 
 def granted(request: Request) -> Grant:

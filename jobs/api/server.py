@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -24,7 +25,7 @@ from beatless.api.routes import (
     streams,
     system,
 )
-from beatless.api.services import Clients, Services
+from beatless.api.services import Clients, Services, ServicesOfApp
 from beatless.api.sse import Framing
 from beatless.api.stream_limits import StreamLimits
 from beatless.app import App
@@ -70,15 +71,15 @@ def create_api(
     connection comes from loopback, no header marks a proxy, and `Host` is a name of this machine
     with the port. With `is_open` every caller may. With `flower_url` the run page links to Flower.
     """
-    services = _services(app, authenticate=authenticate, flower_url=flower_url, is_open=is_open)
-    app.metrics.streams.active = True
-    # From every server of the API, because it is the relays that may be gone: take the maximum.
-    app.metrics.postgres.wanted = lambda: True
+    services = ServicesOfApp(
+        app,
+        partial(_services, app, authenticate=authenticate, flower_url=flower_url, is_open=is_open),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         yield
-        await services.streams.aclose()
+        await services.now().streams.aclose()
 
     api = FastAPI(
         title="beatless",
@@ -103,6 +104,9 @@ def create_api(
 def _services(
     app: App, *, authenticate: Authenticate | None, flower_url: str | None, is_open: bool
 ) -> Services:
+    app.metrics.streams.active = True
+    # From every server of the API, because it is the relays that may be gone: take the maximum.
+    app.metrics.postgres.wanted = lambda: True
     engine = app.bounded_engine(
         lock_s=LOCK_TIMEOUT_S, statement_s=STATEMENT_TIMEOUT_S, pool_timeout=POOL_TIMEOUT_S
     )

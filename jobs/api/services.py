@@ -1,6 +1,7 @@
-"""The collaborators of one API: made once by `create_api`, found by each of its requests."""
+"""The collaborators of one API: made by `create_api`, found by each of its requests."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy
@@ -56,7 +57,31 @@ class Services:
     flower_url: str | None
 
 
+class ServicesOfApp:
+    """The services of an App as it is now.
+
+    They are made once, but for tests: an App that acts as a test's own (ADR 0023) has other engines
+    meanwhile, and an API that was made when its module was imported goes with it.
+    """
+
+    def __init__(self, app: App, make: Callable[[], Services]) -> None:
+        self._app = app
+        self._make = make
+        self._mutex = threading.Lock()
+        self._made = (app.engine, make())
+
+    def now(self) -> Services:
+        """Those with the engines that the App has now."""
+        engine, services = self._made
+        if engine is self._app.engine:
+            return services
+        with self._mutex:
+            if self._made[0] is not self._app.engine:
+                self._made = (self._app.engine, self._make())
+            return self._made[1]
+
+
 def services_of(request: Request) -> Services:
     """Those of the API that answers the request, which may be mounted in another app."""
-    found: Services = request.app.state.services
-    return found
+    of_app: ServicesOfApp = request.app.state.services
+    return of_app.now()

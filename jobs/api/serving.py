@@ -64,7 +64,7 @@ def make_server(
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Their viewers come again, at another process or at our successor.
-            api.state.services.open_streams.end_all()
+            api.state.services.now().open_streams.end_all()
             await super().shutdown(sockets)
 
     return Server(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from beatless.errors import BadRequest, BadSetting, JobsError
-from beatless.namespaces import DEFAULT_NAMESPACE
+from beatless.namespaces import DEFAULT_NAMESPACE, namespace_of
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.plan import PlanError
 
@@ -35,6 +35,8 @@ class Environment:
         self.as_json = False
         self.named: str | None = None
         """The app as the command line names it."""
+        self.namespace = DEFAULT_NAMESPACE
+        """Whose runs the command starts and lists."""
         self._app: App | None = None
         self._restore_logs: Callable[[], None] | None = None
 
@@ -78,7 +80,13 @@ class Environment:
     @property
     def client(self) -> "Client":
         """The client for values that the command prints."""
-        return self.app.client_for(DEFAULT_NAMESPACE, shown=True)
+        return self.app.client_for(self.namespace, shown=True)
+
+    def client_of(self, run_id: str) -> "Client":
+        """The client that sees this run: a whole id, as `acme~order-1`, names its namespace."""
+        if "~" not in run_id:
+            return self.client
+        return self.app.client_for(namespace_of(run_id), shown=True)
 
     @property
     def app_name(self) -> str:

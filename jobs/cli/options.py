@@ -4,7 +4,9 @@ import os
 
 import click
 
+from beatless.cli.environment import Environment
 from beatless.errors import BadRequest
+from beatless.namespaces import check_namespace
 from beatless.observe.logs import Format
 from beatless.observe.systemd import ServiceManager
 
@@ -43,6 +45,21 @@ METRICS_PORT = click.option(
     callback=on_port,
     expose_value=False,
     help="Serve /metrics on this port; default: BEATLESS_METRICS_PORT.",
+)
+
+
+def of_namespace(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
+    """Raises BadRequest for a name that cannot be one."""
+    if name is not None:
+        context.ensure_object(Environment).namespace = check_namespace(name)
+
+
+NAMESPACE = click.option(
+    "--namespace",
+    metavar="NAME",
+    callback=of_namespace,
+    expose_value=False,
+    help="Whose runs; default: those of the namespace default.",
 )
 
 

@@ -9,6 +9,7 @@ import click
 from rich.markup import escape
 
 from beatless.cli.environment import Environment, pairs, seconds
+from beatless.cli.options import NAMESPACE
 from beatless.cli.render import age, table
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import RunNotFound
@@ -90,11 +91,12 @@ def obliterate(env: Environment, queue: str, force: bool) -> None:
 @click.pass_obj
 def remove(env: Environment, run: str) -> None:
     """Take RUN away with all of its events."""
-    env.client.remove_run(run)
+    env.client_of(run).remove_run(run)
     env.note(f"run {run} is removed")
 
 
 @click.command()
+@NAMESPACE
 @click.option("--state", type=click.Choice(sorted(state.value for state in FINAL)), required=True)
 @click.option("--older-than", metavar="7d", required=True, help="Ended so long ago.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True)
@@ -125,6 +127,7 @@ def of_runs(command: Callable[..., None]) -> Callable[..., None]:
     """The options that choose failed runs."""
     for option in reversed(
         (
+            NAMESPACE,
             click.option("--plan", help="Only runs of this plan."),
             click.option("--queue", help="Only runs of this queue."),
             click.option("--tag", "tags", metavar="K=V", multiple=True, help="Only with this tag."),
@@ -161,7 +164,7 @@ def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter |
         raise BadRequest("dead letter", f"{letter} does not exist")
     if not is_message:
         try:
-            run = client.get_run(letter)
+            run = env.client_of(letter).get_run(letter)
         except RunNotFound:
             if message is None:
                 raise
@@ -275,7 +278,7 @@ def requeue(
             env.client.requeue_dead_letter(found.id)
             env.note(f"dead letter {letter} is in the outbox again")
             return
-        started, refused = [env.client.retry_run(found.run_id)], list[Exception]()
+        started, refused = [env.client_of(found.run_id).retry_run(found.run_id)], list[Exception]()
     else:
         since = None if within is None else seconds(within)
         started, refused = env.client.retry_failed(
@@ -300,5 +303,5 @@ def discard(env: Environment, letter: str, is_message: bool | None) -> None:
         env.client.discard_dead_letter(found.id)
         env.note(f"dead letter {letter} is discarded")
     else:
-        env.client.remove_run(found.run_id)
+        env.client_of(found.run_id).remove_run(found.run_id)
         env.note(f"run {letter} is removed")

@@ -10,6 +10,7 @@ import click
 
 from beatless.cli import render
 from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
+from beatless.cli.options import NAMESPACE
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.observe.export import export
@@ -66,6 +67,7 @@ INPUT = click.Option(["--input", "input_"], metavar="JSON|@FILE|-", help="The ru
 
 @click.command(params=[INPUT, *start_options()])
 @click.argument("plan")
+@NAMESPACE
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
 @TIMEOUT
 @click.pass_obj
@@ -100,7 +102,7 @@ def start(
 @click.pass_obj
 def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str | None) -> None:
     """The events of RUN."""
-    client = env.client
+    client = env.client_of(run)
     if follow:
         limit = None if timeout is None else seconds(timeout)
         follow_to_end(env, run, client.stream_run(run, from_seq, timeout=limit))
@@ -117,7 +119,7 @@ def events(env: Environment, run: str, from_seq: int, follow: bool, timeout: str
 
 def beginning(env: Environment, run_id: str) -> int:
     """The time at which the run was accepted, in milliseconds."""
-    return round(env.client.get_run(run_id).created_at.timestamp() * 1000)
+    return round(env.client_of(run_id).get_run(run_id).created_at.timestamp() * 1000)
 
 
 def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> None:
@@ -127,7 +129,7 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
             env.document(event.to_dict())
     else:
         render.follow(env.out, stream, beginning(env, run_id))
-    if env.client.get_run(run_id).state is not RunState.COMPLETED:
+    if env.client_of(run_id).get_run(run_id).state is not RunState.COMPLETED:
         raise click.exceptions.Exit(1)
 
 
@@ -136,7 +138,7 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
 @click.pass_obj
 def show(env: Environment, run: str) -> None:
     """Everything that is stored about RUN."""
-    found = env.client.get_run(run)
+    found = env.client_of(run).get_run(run)
     if env.as_json:
         env.document(found.to_dict())
         return
@@ -145,6 +147,7 @@ def show(env: Environment, run: str) -> None:
 
 
 @click.command()
+@NAMESPACE
 @click.option("--state", type=click.Choice([state.value for state in RunState]))
 @click.option("--plan")
 @click.option("--queue", metavar="Q")
@@ -187,7 +190,7 @@ def runs(
 @click.pass_obj
 def cancel(env: Environment, run: str, reason: str | None) -> None:
     """Ask RUN to stop. A run that waits ends at once, one that runs after its step."""
-    found = env.client.cancel_run(run, reason=reason)
+    found = env.client_of(run).cancel_run(run, reason=reason)
     if env.as_json:
         env.document(found.to_dict())
     elif found.cancel_requested_at is None:
@@ -209,12 +212,12 @@ def retry(
 ) -> None:
     """Start a new run that reuses the finished steps of RUN; prints its id."""
     limit = None if timeout is None else seconds(timeout)
-    new = env.client.retry_run(run, from_step)
+    new = env.client_of(run).retry_run(run, from_step)
     if not follow:
         env.document(new.to_dict()) if env.as_json else click.echo(new.run_id)
         return
     click.echo(new.run_id, err=env.as_json)
-    follow_to_end(env, new.run_id, env.client.stream_run(new.run_id, timeout=limit))
+    follow_to_end(env, new.run_id, env.client_of(new.run_id).stream_run(new.run_id, timeout=limit))
 
 
 @click.command()
@@ -222,7 +225,7 @@ def retry(
 @click.pass_obj
 def explain(env: Environment, run: str) -> None:
     """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""
-    found = env.client.explain(run)
+    found = env.client_of(run).explain(run)
     if env.as_json:
         for moment in found:
             env.document(moment.to_dict())
@@ -240,7 +243,7 @@ def verify(env: Environment, run: tuple[str, ...], everything: bool) -> None:
     if everything == bool(run):
         raise BadRequest("verify", "takes either run ids or --all")
     for run_id in run:
-        env.client.get_run(run_id)
+        env.client_of(run_id).get_run(run_id)
     violations = 0
     for violation in _violations(env, run):
         violations += 1

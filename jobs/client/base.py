@@ -1,14 +1,16 @@
 """The collaborators of a client, its namespace and its transactions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import sqlalchemy
 
 from beatless.client.queue_limit import QueueLimit
 from beatless.client.requests import RunRequest, check_texts, new_run
-from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, stored_id
+from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, namespace_of, stored_id
 from beatless.observe.tracing import Tracing
+from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
@@ -16,7 +18,7 @@ from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_two_phase
 from beatless.queues import Queues
 from beatless.streams.streams import Streams
-from beatless.transactions import reaching_postgres, transact
+from beatless.transactions import on_a_given_connection, reaching_postgres, transact
 
 T = TypeVar("T")
 
@@ -65,7 +67,22 @@ class BaseClient:
         return self._in_transaction(connection, lambda caller: self._get(caller, run_id))
 
     def _get(self, caller: Caller, run_id: str) -> Run:
-        return self._journal.get(caller, self.stored_id(run_id), namespace=self._namespace)
+        with self._naming(run_id):
+            return self._journal.get(caller, self.stored_id(run_id), namespace=self._namespace)
+
+    @contextmanager
+    def _naming(self, given: str) -> Iterator[None]:
+        """RunNotFound names the id that was given; a note says which client would see it."""
+        try:
+            yield
+        except RunNotFound:
+            error = RunNotFound(given)
+            if (named := namespace_of(given)) not in (self._namespace, DEFAULT_NAMESPACE):
+                error.add_note(
+                    f"this client sees the runs of the namespace {self._namespace}; those of "
+                    f'{named} are seen by app.client_for("{named}")'
+                )
+            raise error from None
 
     def _checked(self, request: RunRequest) -> NewRun:
         """Raises UnknownPlan, BadRequest and BadPayload."""
@@ -94,6 +111,7 @@ class BaseClient:
         """
         if given is not None:
             refuse_two_phase(given)
-            return act(given)
+            with on_a_given_connection(self._journal.schema):
+                return act(given)
         with reaching_postgres(self._journal.schema):
             return transact(self._engine, act, twice=True, each_statement=each_statement)

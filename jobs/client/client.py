@@ -261,16 +261,17 @@ class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
             name: None if plan.on_cancel is None else plan.on_cancel.name
             for name, plan in self._plans.items()
         }
-        run = self._in_transaction(
-            connection,
-            lambda caller: self._journal.cancel(
-                caller,
-                self.stored_id(run_id),
-                namespace=self._namespace,
-                reason=reason,
-                undo=undo,
-            ),
-        )
+        with self._naming(run_id):
+            run = self._in_transaction(
+                connection,
+                lambda caller: self._journal.cancel(
+                    caller,
+                    self.stored_id(run_id),
+                    namespace=self._namespace,
+                    reason=reason,
+                    undo=undo,
+                ),
+            )
         if connection is None:
             _log_run("cancel stored", run)
         return run

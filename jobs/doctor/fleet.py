@@ -46,12 +46,14 @@ def workers(probe: Probe) -> Iterator[Verdict]:
         )
         return
     plans = probe.app.plans.values()
+    all_know = True
     for worker, names in sorted(probe.fleet.tasks.items()):
         queues = consumed.get(worker, ())
         unknown = sorted(
             plan.name for plan in plans if plan.queue in queues and plan.name not in names
         )
         if unknown:
+            all_know = False
             yield problem(
                 f"{worker} does not know {', '.join(unknown)} and takes its messages",
                 "deploy the version with these plans to it, or give them a queue of their own",
@@ -63,7 +65,7 @@ def workers(probe: Probe) -> Iterator[Verdict]:
             f"nobody consumes queue {', '.join(lost)}",
             f"start `beatless worker --queues {','.join(lost)}`",
         )
-    else:
+    elif all_know:
         yield ok(f"{counted(len(consumed), 'worker')} for {', '.join(sorted(all_queues))}")
 
 

@@ -133,7 +133,14 @@ def masked(text: str) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: ts, level, logger, message, then the facts."""
+    """One JSON object a line: ts, level, logger, message, then the facts.
+
+    >>> import logging
+    >>> from beatless import JsonLines
+    >>> record = logging.makeLogRecord({"name": "shop", "msg": "charged", "amount": 3})
+    >>> JsonLines().format(record)
+    '{"ts": "...", "level": "...", "logger": "shop", "message": "charged", "amount": 3}'
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -152,7 +159,14 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The time, level, logger and message, then the facts as name=value."""
+    """The time, level, logger and message, then the facts as name=value.
+
+    >>> import logging
+    >>> from beatless import TextLines
+    >>> record = logging.makeLogRecord({"name": "shop", "msg": "charged", "amount": 3})
+    >>> TextLines().format(record)
+    '... shop  charged  amount=3'
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "milliseconds")[:23]

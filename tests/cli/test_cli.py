@@ -453,3 +453,46 @@ def test_people_can_tell_that_the_database_is_a_copy(command: Beatless, beatless
     assert after.rpartition("t")[0] != epoch.rpartition("t")[0]
     assert after.rpartition("t")[2] == epoch.rpartition("t")[2]
     assert len(beatless.collect_stream(run.run_id)) == 6
+
+
+def test_a_whole_id_names_the_namespace_of_its_run(
+    command: Beatless, beatless: Kit, beatless_app: App
+) -> None:
+    acme = beatless_app.client_for("acme")
+    run_id = acme.start_run("agents.run", {"device": "d1"}).run_id
+    for name in ("show", "events", "explain", "verify"):
+        assert command(name, run_id).status == 0
+    assert command("cancel", run_id).err == ""
+    assert acme.get_run(run_id).state == "cancelled"
+    again = command("retry", run_id).out.strip()
+    assert acme.get_run(again).retry_of == run_id
+    assert command("remove", run_id).status == 0
+    refused(command("show", run_id), 2, f"no run has id '{run_id}'")
+
+
+def test_runs_of_a_namespace_are_started_listed_and_cleaned(
+    command: Beatless, beatless_app: App
+) -> None:
+    run_id = command("start", "agents.run", "--namespace", "acme", "--run-id", "x").out.strip()
+    assert run_id == "acme~x"
+    assert command("runs", "--json").documents == []
+    (listed,) = command("runs", "--namespace", "acme", "--json").documents
+    assert listed["run_id"] == run_id
+    assert command("cancel", run_id).status == 0
+    older = ("clean", "--state", "cancelled", "--older-than", "0s")
+    assert command(*older).out == "0\n"
+    assert command(*older, "--namespace", "acme").out == "1\n"
+    refused(command("runs", "--namespace", "Acme Corp"), 2, "namespace is 'Acme Corp'")
+
+
+def test_failed_runs_of_a_namespace_are_dead_letters_of_it(
+    command: Beatless, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    acme = beatless_app.client_for("acme")
+    run_id = acme.start_run("agents.run").run_id
+    give_up(postgres, [run_id])
+    assert command("dead-letters", "ls").out == ""
+    assert command("dead-letters", "ls", "--namespace", "acme").out.startswith(run_id)
+    assert command("dead-letters", "show", run_id).status == 0
+    new = command("dead-letters", "requeue", "--all", "--namespace", "acme").out.strip()
+    assert acme.get_run(new).retry_of == run_id

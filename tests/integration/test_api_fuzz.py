@@ -278,6 +278,6 @@ def test_no_input_breaks_it_or_shows_what_is_anothers(
                     assert SECRET.encode() not in told.body, (ask, told)
 
         check()
-        runner.run(api.state.services.streams.aclose())
+        runner.run(api.state.services.now().streams.aclose())
     assert asked >= 20 * examples
     beatless.verify()

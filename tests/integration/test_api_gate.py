@@ -416,20 +416,38 @@ def test_a_stream_token_of_the_host_is_good_for_its_run(beatless_app: App) -> No
     token = client.stream_token(run.run_id)
     paths = [f"/v1/runs/{each.run_id}/stream?token={token}" for each in (run, other)]
     assert ask(api, *paths) == [200, 403]
+    token_of_run = {"headers": {"Authorization": f"Bearer {token}"}}
+    for refused in (*answers(api, paths[1]), *answers(api, "/v1/runs", **token_of_run)):
+        assert f"good for the stream of {run.run_id} and nothing else" in refused.json()["detail"]
 
 
-def test_what_a_host_grants_must_be_a_grant(beatless_app: App) -> None:
-    for wrong, error in (
-        (True, TypeError),
-        (Grant(scopes=["everything"]), ValueError),
-        (Grant(scopes=[Scope.ADMIN], namespace="a b"), BadRequest),
-    ):
-        api = create_api(beatless_app, authenticate=lambda _request, wrong=wrong: wrong)
-        if error is BadRequest:
-            assert ask(api, "/v1/runs") == [422]
-        else:
-            with pytest.raises(error):
-                ask(api, "/v1/runs")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (True, "must return a Grant or None, not True"),
+        (Grant(scopes=["everything"]), "unknown scopes: everything; choose from runs:read, "),
+        (Grant(scopes=Scope.ADMIN), "scopes of a Grant are a list"),
+        (Grant(scopes=[Scope.ADMIN], namespace="a b"), "does not match ^[a-z0-9_]"),
+    ],
+)
+def test_what_a_host_grants_must_be_a_grant(
+    beatless_app: App, caplog: pytest.LogCaptureFixture, wrong: object, reason: str
+) -> None:
+    api = create_api(beatless_app, authenticate=lambda _request: wrong)
+    (answer,) = answers(api, "/v1/runs")
+    assert answer.status_code == 500
+    assert "the app in which this API is mounted" in answer.json()["detail"]
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert reason in record.reason
+    assert reason in str(record.exc_info[1])  # of a host that prints no facts
+
+
+@pytest.mark.parametrize("wrong", ["x", lambda: None, lambda _request, _second: None])
+def test_what_cannot_authenticate_a_request_is_refused_when_the_api_is_made(
+    beatless_app: App, wrong: object
+) -> None:
+    with pytest.raises(TypeError, match=r"def authenticate\(request\)"):
+        create_api(beatless_app, authenticate=wrong)
 
 
 def test_a_length_of_thousands_of_digits_is_too_large(beatless_app: App) -> None:

@@ -18,6 +18,7 @@ from beatless.api import create_api
 from beatless.api.routes.page import PAGE_FILES
 from beatless.http import Client
 from beatless.testing import Kit
+from tests.hosted import host
 from tests.serving import Api, hosting
 
 
@@ -85,6 +86,21 @@ def test_a_document_told_at_one_path_is_right_at_another(beatless_app: App) -> N
         for at in ("/one", "/two", "/one"):
             document = served("GET", f"{at}/openapi.json").json
             assert document["servers"] == [{"url": at}]
+
+
+@pytest.mark.parametrize("_turn", [1, 2])
+def test_an_api_that_a_module_has_mounted_answers_from_each_tests_schema(
+    beatless: Kit, _turn: int
+) -> None:
+    """Twice: its App acts as another test's own in each."""
+    with hosting(host) as api:
+        run_id = api("POST", "/jobs/v1/runs", {"plan": "two_steps"}).json["run_id"]
+        beatless.work_until_idle()
+        with api.stream(f"/jobs/v1/runs/{run_id}/stream") as stream:
+            assert list(stream)[-1]["event"] == "RunFinished"
+        assert api("GET", "/jobs/readyz").json == {"status": "ok"}
+        assert [run["run_id"] for run in api("GET", "/jobs/v1/runs").json["runs"]] == [run_id]
+    assert beatless.client.get_run(run_id).state == "completed"
 
 
 def test_an_open_stream_does_not_keep_a_server_from_stopping(

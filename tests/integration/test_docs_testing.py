@@ -17,7 +17,7 @@ def test_every_example_of_the_page_passes(
 ) -> None:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(?!# )(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     source = "\n\n".join(blocks)
     pytester.makepyfile(source)
 
@@ -28,6 +28,31 @@ def test_every_example_of_the_page_passes(
     )
 
     result.assert_outcomes(passed=source.count("def test_"))
+
+
+def test_the_host_of_the_page_about_http_is_tested_as_the_page_says(
+    pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    modules = {}
+    for page, name in (
+        (PAGE.parents[1] / "README.md", "shop"),
+        (PAGE.parent / "http.md", "web"),
+        (PAGE, "test_web"),
+    ):
+        fenced = rf"^```python\n(# {name}\.py.*?)^```"
+        block = re.search(fenced, page.read_text(), re.DOTALL | re.MULTILINE)
+        modules[name] = block[1]
+    pytester.makeini("[pytest]\nbeatless_app = shop:app\npythonpath = .")
+    pytester.makepyfile(**modules)
+
+    result = pytester.runpytest_subprocess(
+        "-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"
+    )
+
+    result.assert_outcomes(passed=1)
 
 
 def test_every_helper_is_on_the_page() -> None:

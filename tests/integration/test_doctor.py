@@ -406,6 +406,8 @@ def test_a_worker_of_an_old_version_and_a_queue_without_workers(
     ]
     assert "does not know brand.new" in told[1][2]
     assert "nobody consumes queue gpu" in told[2][2]
+    # A queue that is consumed is no good news while its messages are dropped.
+    only(Doctor(changed(plans=plans)).examine(["workers"]), Status.PROBLEM, "brand.new")
     hops = {hop.name: hop.seconds for hop in doctor.hops}
     assert list(hops) == ["commit", "doorbell", "relay", "broker", "step", "event"]
     assert all(seconds is None or 0 <= seconds < 10 for seconds in hops.values())

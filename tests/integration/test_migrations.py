@@ -4,18 +4,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 
 import psycopg
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy.orm import Session
 
 from beatless import App, SchemaBehind
 from beatless.errors import SchemaTaken
 from beatless.migrations import migrate, migration_sql
 from beatless.orchestrator.tables import runs
 from beatless.schema import VERSION_TABLE, check, current, head
+from beatless.settings import libpq_url
 from beatless.testing import Kit
 
 
@@ -130,6 +134,23 @@ def test_a_schema_that_is_behind_is_told_from_one_that_is_not(
     postgres.execute(f"UPDATE {schema}.{VERSION_TABLE} SET version_num = '0000'")
     with pytest.raises(SchemaBehind, match="at migration 0000, this version needs"):
         check(beatless_app.engine, schema)
+
+
+def test_a_connection_to_where_our_tables_are_not_is_refused_with_the_way_out(
+    beatless_app: App, schema: str
+) -> None:
+    settings = replace(beatless_app.settings, schema=schema)
+    app = App(settings, list(beatless_app.plans.values()))
+    with (
+        closing(app),
+        Session(app.engine) as session,
+        psycopg.connect(libpq_url(settings.database_url)) as raw,
+    ):
+        for given in (session, raw):
+            with pytest.raises(SchemaBehind, match=r"migrate`, or pass a connection= of the data"):
+                app.client.start_run("two_steps", connection=given)
+        with pytest.raises(SchemaBehind, match=r"migrate`$"):
+            app.client.start_run("two_steps")
 
 
 def test_migrating_again_changes_nothing(

@@ -63,6 +63,21 @@ def test_the_long_form_of_an_id_is_as_good_as_the_short_one(beatless: Kit) -> No
         acme.get_run("acme~x")
 
 
+def test_an_id_of_another_namespace_is_told_as_given_with_the_client_that_sees_it(
+    beatless: Kit,
+) -> None:
+    run_id = beatless.app.client_for("acme").start_run("two_steps").run_id
+    for client in (beatless.client, beatless.app.client_for("bolt")):
+        for call in (client.get_run, client.events, client.cancel_run, client.remove_run):
+            with pytest.raises(RunNotFound) as raised:
+                call(run_id)
+            assert raised.value.run_id == run_id
+            assert 'app.client_for("acme")' in raised.value.__notes__[0]
+    with pytest.raises(RunNotFound) as raised:
+        beatless.client.get_run("nobody")
+    assert not hasattr(raised.value, "__notes__")
+
+
 @pytest.mark.parametrize("run_id", ["acme~x", "acme-2~x", "~x", "x~", "acme~"])
 def test_an_id_of_somebody_else_cannot_be_chosen(beatless: Kit, run_id: str) -> None:
     for client in clients(beatless.app):

@@ -184,7 +184,7 @@ def test_two_servers_share_an_address(
     ):
         viewers = Viewers(api.url, watched)
         viewers.wait_for(lambda found: found.seen >= len(watched))
-        streams = [each.state.services.streams.open_streams for each in (api, second)]
+        streams = [each.state.services.now().streams.open_streams for each in (api, second)]
         assert sum(streams) == len(watched)
         assert all(streams)
         work(beatless, run_ids)

@@ -37,7 +37,6 @@ def test_variables_of_others_are_not_ours():
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("BEATLESS_DATABSE_URL", "postgresql://db/app", "is not a setting of beatless; remove it"),
         ("BEATLESS_DATABASE_URL", "", "is not set; for example BEATLESS_DATABASE_URL=postgresql:"),
         ("BEATLESS_REDIS_URL", "", "is not set; for example BEATLESS_REDIS_URL=redis:"),
         ("BEATLESS_DATABASE_URL", "mysql://db/app", "starts with mysql://, not with postgresql://"),
@@ -68,6 +67,21 @@ def test_a_bad_setting_is_refused_with_its_name_its_problem_and_an_example(name,
     assert str(raised.value).startswith(name)
     assert problem in str(raised.value)
     assert f"for example {name}=" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("BEATLESS_DATABSE_URL", "remove it, or did you mean BEATLESS_DATABASE_URL?"),
+        ("BEATLESS_LEASE_SECOND", "remove it, or did you mean BEATLESS_LEASE_SECONDS?"),
+        ("BEATLESS_TOKENS", "remove it, or did you mean BEATLESS_TOKEN?"),
+        ("BEATLESS_COLOUR", "remove it"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_name_that_was_meant(name, advice):
+    with pytest.raises(BadSetting) as raised:
+        Settings.from_env(MINIMAL | {name: "x"})
+    assert str(raised.value) == f"{name} is not a setting of beatless; {advice}"
 
 
 def test_what_goes_to_another_process_comes_back_the_same():
