@@ -36,6 +36,9 @@ STORM_S = (5.0, 10.0)
 
 CALM_S = 7.0
 
+LASTING = ("messages_to_viewers_lost",)
+"""Faults that last until all is healed: they come first in each storm."""
+
 
 class Lane:
     """Faults one after the other, each kind as often as the others."""
@@ -50,12 +53,12 @@ class Lane:
         self._bag: list[str] = []
 
     def inject(self, until: float) -> list[tuple[str, bool]]:
-        """Faults until then, and whether each has hit."""
-        found = []
+        """Faults until then, and whether each has hit; first those that last for as long."""
+        found, first = [], [kind for kind in self._kinds if kind in LASTING]
         while self._kinds and monotonic() < until:
             if not self._bag:
                 self._bag = self._chance.sample(self._kinds, len(self._kinds))
-            name, begin = self._bag.pop(), time()
+            name, begin = (first or self._bag).pop(), time()
             found.append((name, inject(name, self._fleet, self._chance)))
             self._recorder.write("fault", name=name, begin=begin, end=time())
             threading.Event().wait(self._chance.expovariate(1 / 0.3))

@@ -222,20 +222,20 @@ def bus_forbids_publishing(fleet: Fleet, chance: random.Random) -> bool:
 
 @fault
 def messages_to_viewers_lost(fleet: Fleet, chance: random.Random) -> bool:
-    """Some of what Redis publishes, on connections that stay, as between nodes of a cluster."""
-    some = random.Random(chance.random())
-    lost = 0
+    """Some of what Redis publishes, on connections that stay, as between nodes of a cluster.
+
+    Until all is healed.
+    """
+    some, lost = random.Random(chance.random()), threading.Event()
 
     def loses() -> bool:
-        nonlocal lost
-        this_one = some.random() < 0.5
-        lost += this_one
-        return this_one
+        if some.random() < 0.8:
+            return False
+        lost.set()
+        return True
 
     fleet.far_to_bus.loses = loses
-    hold(chance.uniform(0.5, 2))
-    fleet.far_to_bus.loses = None
-    return lost > 0
+    return lost.wait(chance.uniform(0.2, 1))
 
 
 @fault
@@ -282,13 +282,17 @@ def message_that_is_not_ours(fleet: Fleet, chance: random.Random) -> bool:
 @fault
 def event_that_is_not_ours(fleet: Fleet, _: random.Random) -> bool:
     """On the channel of every run that somebody watches: events of another run."""
+    hit = False
     with fleet.redis(fleet.bus) as client:
-        channels = client.pubsub_channels(f"{fleet.settings.prefix}:events:*")
-        for seq in range(2, 30):
-            forged = {"run_id": "forged", "seq": seq, "ts": 1, "type": "DebugTrace", "v": 1}
-            for channel in channels:
-                client.publish(channel, json.dumps(forged | {"source": "worker"}))
-    return bool(channels)
+        for _ in range(5):
+            channels = client.pubsub_channels(f"{fleet.settings.prefix}:events:*")
+            hit = hit or bool(channels)
+            for seq in range(2, 30):
+                forged = {"run_id": "forged", "seq": seq, "ts": 1, "type": "DebugTrace", "v": 1}
+                for channel in channels:
+                    client.publish(channel, json.dumps(forged | {"source": "worker"}))
+            hold(0.1)
+    return hit
 
 
 # Connections
