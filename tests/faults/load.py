@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from queue import Empty, LifoQueue
 from time import monotonic, time
 from typing import Any
@@ -20,14 +21,14 @@ from beatless.errors import JobsError, Unreachable, WaitTimeout
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.message import one_line
+from beatless.outbox.message import SHARDS, one_line, shard_of
 from beatless.settings import engine_url
 from tests.faults.browser import events_of
 from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.recorder import Recorder, text_of
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
-MANY_RUNS = 60
+MANY_RUNS = 30
 """So many, started at once, keep relays awake, so that no writer rings."""
 
 SHOWN_S = 300.0
@@ -145,21 +146,19 @@ class Load:
         Often another call comes while those before are busy, and commits at once, soon, or when
         all is still again: `drain` returns then.
         """
-        still = threading.Event()
-        many = chance.random() < 0.4
-        with ThreadPoolExecutor(5) as callers:
-            calls = [
-                callers.submit(self._start_many if many else self._start, random.Random(seed))
-                for seed in [
-                    chance.random() for _ in range(1 if many else chance.choice([1, 2, 6]))
-                ]
-            ]
-            if chance.random() < 0.8:
-                self._ending.wait(chance.uniform(0.02, 0.4 if many else 0.1))
-                wait_s = chance.choice([0, 0.05, 0.3, SHOWN_S, SHOWN_S, SHOWN_S])
-                own = random.Random(chance.random())
-                calls.append(callers.submit(self._start_late, own, still, wait_s))
-            calls[0].result()
+        still, many = threading.Event(), chance.random() < 0.5
+        own = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 6]))]
+        late = random.Random(chance.random()) if chance.random() < 0.8 else None
+        with ThreadPoolExecutor(7) as callers:
+            if many:
+                self._start_many(chance)  # relays are awake from now on
+                calls = []
+            else:
+                calls = [callers.submit(self._start, each) for each in own]
+            if late is not None:
+                self._ending.wait(chance.uniform(0, 0.1))
+                wait_s = chance.choice([0, 0.05, 0.3, *[SHOWN_S] * 7])
+                calls.append(callers.submit(self._start_late, late, still, wait_s))
             drain()
             self._ending.wait(chance.choice([0.01, 0.05, 0.2]))
             still.set()
@@ -187,7 +186,13 @@ class Load:
             self._start_these([self._wish(chance)], chance)
 
     def _start_many(self, chance: random.Random) -> None:
-        self._start_these([self._brief(chance, "default") for _ in range(MANY_RUNS)], chance)
+        """Many runs in one call, which often all are of one relay's shards: the other sleeps."""
+        shards = chance.choice([range(SHARDS), range(SHARDS // 2), range(SHARDS // 2, SHARDS)])
+        wishes = [self._brief(chance, "default") for _ in range(MANY_RUNS)]
+        for number, wish in enumerate(wishes):
+            names = (f"many-{self.started}-{number}-{chance.randrange(10**9)}" for _ in count())
+            wish["run_id"] = next(name for name in names if shard_of(name) in shards)
+        self._start_these(wishes, chance, waits=lambda: None)
 
     def _start_late(self, chance: random.Random, still: threading.Event, wait_s: float) -> None:
         """In a transaction that commits after so many seconds, or when all is still."""
@@ -204,7 +209,7 @@ class Load:
         client = self.fleet.app.client
         for wish in wishes:
             self.started += 1
-            if "key" not in wish:
+            if not wish.keys() & {"key", "run_id"}:
                 wish["run_id"] = f"run-{self.started}-{chance.randrange(10**12)}"
         requests = [RunRequest(**wish) for wish in wishes]
         way = chance.random()
