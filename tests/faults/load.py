@@ -31,6 +31,8 @@ AT_ONCE = Backoff(initial=0.01, cap=0.3)
 MANY_RUNS = 30
 """So many, started at once, keep relays awake, so that no writer rings."""
 
+BRIEF_DEADLINE_S = 0.5
+
 SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
 
@@ -156,11 +158,12 @@ class Load:
             else:
                 calls = [callers.submit(self._start, each) for each in own]
             if late is not None:
-                self._ending.wait(chance.uniform(0, 0.1))
+                self._ending.wait(chance.uniform(0, 0.15))
                 wait_s = chance.choice([0, 0.05, 0.3, *[SHOWN_S] * 7])
                 calls.append(callers.submit(self._start_late, late, still, wait_s))
             drain()
-            self._ending.wait(chance.choice([0.01, 0.05, 0.2]))
+            # Relays are awakened by a deadline, too: it is over then.
+            self._ending.wait((BRIEF_DEADLINE_S if many else 0) + chance.choice([0.05, 0.2]))
             still.set()
             for done in calls:
                 done.result()
@@ -189,6 +192,8 @@ class Load:
         """Many runs in one call, which often all are of one relay's shards: the other sleeps."""
         shards = chance.choice([range(SHARDS), range(SHARDS // 2), range(SHARDS // 2, SHARDS)])
         wishes = [self._brief(chance, "default") for _ in range(MANY_RUNS)]
+        if chance.random() < 0.7:  # only relays have work with them
+            wishes = [w | {"queue": UNATTENDED, "deadline": BRIEF_DEADLINE_S} for w in wishes]
         for number, wish in enumerate(wishes):
             names = (f"many-{self.started}-{number}-{chance.randrange(10**9)}" for _ in count())
             wish["run_id"] = next(name for name in names if shard_of(name) in shards)
