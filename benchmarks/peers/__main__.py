@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size, repeats = (QUICK_SIZE, 1) if chosen.quick else (1.0, chosen.repeats)
     found: Values = {}
     with Testbed.open() as bed:
+        described = bed.described()
+        print(described)
         for repeat in range(repeats):
             for workload in chosen.workload:
                 able = [peer for peer in peers if workload in peer.workloads]
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in failures:
         print(f"left out: {failure}")
     if not chosen.quick:
-        store(found)
+        store(found, described)
         report.main()
         print("stored in benchmarks/results/latest.json; docs/performance.md and README.md show it")
     return 1 if failures else 0

@@ -63,7 +63,7 @@ HOW = """
 
 def page(results: Results) -> str:
     """docs/performance.md."""
-    if not _peers(results, "runs"):
+    if not results:
         return HEAD + NONE_YET + _does(results) + HOW
     return "".join(
         (
@@ -121,10 +121,11 @@ def readme(text: str, results: Results) -> str:
     """README.md with its table made from the results."""
     rows = ["| | 5-step runs | processor time each | jobs of one step | start → first line |"]
     rows += ["|---|---|---|---|---|"]
-    for peer in _peers(results, "runs"):
-        cells = [
-            _value(results, metric, peer) for metric in ("runs", "runs_cpu", "jobs", "latency")
-        ]
+    shown = ("runs", "runs_cpu", "jobs", "latency")
+    for peer in PEERS:
+        cells = [_value(results, metric, peer) for metric in shown]
+        if set(cells) == {"-"}:
+            continue
         rows.append(f"| {_name(peer)} | {' | '.join(cells)} |")
     made = ["", *rows, "", "![The medians as bars](docs/images/performance.svg)", ""]
     begin, end = (text.index(mark) for mark in (BEGIN, END))
@@ -158,6 +159,8 @@ def _table(
 ) -> str:
     """A section with a row for each peer; "ours" stands behind the first metric and `parts`."""
     first, *rest = metrics
+    if not _peers(results, first):
+        return ""
     compared = {first, parts} if parts else set(metrics[:2])
     heads = [head for name in metrics for head in _heads(name, name in compared)]
     lines = [f"\n## {title}\n", f"{text}\n"]
@@ -180,18 +183,18 @@ def _heads(metric: str, compared: bool) -> list[str]:
 
 
 def _circumstances(results: Results) -> str:
-    found = [results[f"runs.{peer.name}"] for peer in _peers(results, "runs")]
     days = sorted({each["day"] for each in results.values()})
-    repeats = sorted({each["repeats"] for each in found})
+    machines = sorted({each["machine"] for each in results.values()})
+    repeats = sorted({each["repeats"] for key, each in results.items() if key != FOREIGN})
     text = (
-        f"\nMeasured on {' and '.join(days)}, {found[0]['machine']}; "
+        f"\nMeasured on {' and '.join(days)}, {' and '.join(machines)}; "
         f"{' or '.join(map(str, repeats))} repeats, medians, in brackets the least and the largest."
     )
     if FOREIGN in results:
         foreign = results[FOREIGN]
         text += (
             f" Other processes of the machine used {foreign['value']:.2f} cores meanwhile "
-            f"({foreign['min']:.2f} to {foreign['max']:.2f})."
+            f"({foreign['min']:.2f} to {foreign['max']:.2f}). {foreign['testbed']}."
         )
     return text + "\n"
 
@@ -203,7 +206,8 @@ def _does(results: Results) -> str:
         f"| {_name(peer)} | {peer.version or 'this checkout'} | {peer.does} | {peer.settings} |"
         for peer in PEERS
     ]
-    missing = [peer.title for peer in PEERS if results and f"runs.{peer.name}" not in results]
+    measured = {key.partition(".")[2] for key in results}
+    missing = [peer.title for peer in PEERS if results and peer.name not in measured]
     text = "\n".join([*lines, ""])
     text += (
         "\nEach peer has one worker process for each core, and the settings that gave it its "

@@ -57,8 +57,8 @@ FOREIGN = "foreign"
 """Cores that other processes of the machine used meanwhile, a value of the whole measurement."""
 
 
-def store(found: Values) -> None:
-    """Replace the stored values of what was measured now; the others stay."""
+def store(found: Values, bed: str) -> None:
+    """Replace the stored values of what was measured now, on this testbed; the others stay."""
     day = datetime.now(UTC).date().isoformat()
     for metric, by_peer in found.items():
         if metric not in METRICS:
@@ -85,7 +85,8 @@ def store(found: Values) -> None:
     ]
     if foreign:
         what = "cores that other processes of the machine used meanwhile"
-        record(f"peers.{FOREIGN}", foreign, unit="cores", what=what, facts={"day": day})
+        facts = {"day": day, "testbed": bed}
+        record(f"peers.{FOREIGN}", foreign, unit="cores", what=what, facts=facts)
 
 
 def stored() -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ to a file that is flushed each second: a broker that forgets its tasks would be 
 
 import json
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -97,6 +98,18 @@ class Testbed:
         finally:
             trial.end()
             self.admin.execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+    def described(self) -> str:
+        """The servers with their versions, and the processor that all share."""
+        row = self.admin.execute("SHOW server_version").fetchone()
+        assert row
+        with redis.Redis.from_url(self.valkey.url) as client:
+            facts: Any = client.info("server")
+        models = re.findall(
+            r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+        servers = f"PostgreSQL {row[0]}, Valkey {facts.get('valkey_version', '')}"
+        return ", ".join([servers, *models[:1]])
 
     def url(self, database: str) -> str:
         return f"{self.postgres.url.rpartition('/')[0]}/{database}"

@@ -6,13 +6,13 @@ from threading import Event
 
 from benchmarks.peers.testbed import Reading, Trial, TrialFailed
 
-PACED, PACED_WARMUP = 150, 10
+PACED, PACED_WARMUP = 120, 10
 """Jobs of `latency`, one each 50 ± 20 ms, and so many before those that count."""
 
-LIVE, LIVE_WARMUP = 200, 25
+LIVE, LIVE_WARMUP = 150, 25
 """Events of `live`, one each 20 ms, and so many before those that count."""
 
-SETTLED_AFTER_S, IDLE_S = 1.5, 4.0
+SETTLED_AFTER_S, IDLE_S = 1.0, 3.0
 SINGLE_SHARE = 4
 """Of the jobs of a backlog, one in so many is started by a call of its own."""
 

@@ -36,7 +36,7 @@ def results(**changed: float) -> dict:
         for metric in METRICS
         for peer in PEERS
     }
-    found["foreign"] = found[f"runs.{OURS}"] | {"value": 0.07}
+    found["foreign"] = found[f"runs.{OURS}"] | {"value": 0.07, "testbed": "PostgreSQL 18"}
     for key, value in changed.items():
         found[key] = found[key] | {"value": value}
     return found
@@ -78,6 +78,14 @@ def test_a_peer_that_was_not_measured_is_named_and_has_no_row() -> None:
     assert tables == 6
     assert page(found).count(row) == 1, "only what it does and its settings"
     assert "Not measured here: Oban (Python)." in page(found)
+
+
+def test_what_was_not_measured_has_no_table() -> None:
+    found = {key: value for key, value in results().items() if key.startswith("jobs")}
+    assert re.findall("\n## (.*)", page(found))[:2] == ["Jobs of one step", "Starts"]
+    assert "Durable runs" not in page(found)
+    assert "No result is stored yet" in page({})
+    assert "|" not in readme(f"{BEGIN}\n{END}", {})
 
 
 def test_the_rate_is_the_slope_between_a_tenth_and_nine_tenths() -> None:
