@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 LOCK = requirements.txt
 WORKERS ?= auto
-# Tests wait for servers a third of their time: `auto` is one worker more than there are cores.
-export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')
+# Tests wait for servers and processes: `auto` is three workers more than there are cores.
+export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 3)')
 # The suite starts hundreds of processes: each would compile the packages again.
 unexport PYTHONDONTWRITEBYTECODE
 # By stealing: chunks of even size are not of even length, and two thirds of a minute were lost.

@@ -24,7 +24,7 @@ APP = "tests.plans:app"
 @pytest.mark.parametrize("pool", ["threads", pytest.param("prefork", marks=pytest.mark.long)])
 def test_a_worker_keeps_its_places_whatever_its_bodies_raise(beatless: Kit, pool: str) -> None:
     """Two places, and more runs that leave so than there are places."""
-    beatless.relay_process(APP)
+    beatless.relay.start()
     worker = beatless.worker_process(APP, concurrency=2, arguments=("--", "--pool", pool))
     exits = [beatless.start_run("exits") for _ in range(5)]
     for run in exits:

@@ -144,7 +144,7 @@ def test_shared_tasks_of_the_project_are_its_own_in_a_step_too(
 ) -> None:
     (tmp_path / "shop.py").write_text(PROJECT)
     monkeypatch.syspath_prepend(str(tmp_path))
-    beatless.relay_process("shop:app")
+    beatless.relay.start()
     beatless.worker_process("shop:app", arguments=["--", "--pool", pool])
     run_id = beatless.start_run("two_steps", {}).run_id
 

@@ -93,7 +93,7 @@ class TestInWorkerProcesses:
     def test_an_attempt_that_hangs_has_failed_and_the_next_one_follows(
         self, beatless: Kit, started: Path, how: str, finish: Callable[[Child, str], None]
     ) -> None:
-        beatless.relay_process(APP)
+        beatless.relay.start()
         worker = beatless.worker_process(APP)
         run = beatless.start_run("limited", {"started": str(started), "how": how})
         finish(worker, run.run_id)
@@ -174,7 +174,7 @@ class TestInWorkerProcesses:
     def test_a_cancel_ends_a_marked_step_that_does_not_look_for_it(
         self, beatless: Kit, started: Path, how: str
     ) -> None:
-        beatless.relay_process(APP)
+        beatless.relay.start()
         beatless.worker_process(APP)
         run = beatless.start_run("terminable", {"started": str(started), "how": how})
         stream = beatless.client.stream_run(run.run_id, timeout=30)

@@ -46,7 +46,7 @@ def await_death(pid: int) -> None:
 
 
 def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_path: Path) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     beatless.worker_process(APP)
     ledger = tmp_path / "ledger"
     run = beatless.start_run("ledger", {"ledger": str(ledger), "kills": 2})
@@ -68,7 +68,7 @@ def test_a_worker_killed_in_the_middle_of_a_step_is_replaced(beatless: Kit, tmp_
 def test_kill_9_of_the_whole_worker_lets_another_finish(
     beatless: Kit, beatless_app: App, tmp_path: Path
 ) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     worker = beatless.worker_process(APP)
     started, go = tmp_path / "started", tmp_path / "go"
     run = beatless.start_run("patient", {"started": str(started), "go": str(go)})
@@ -118,7 +118,7 @@ def test_a_standby_relay_takes_over_from_a_killed_one(beatless: Kit) -> None:
 
 
 def test_a_cancel_reaches_a_step_that_looks_for_it(beatless: Kit, tmp_path: Path) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     beatless.worker_process(APP)
     run = beatless.start_run(
         "patient", {"started": str(tmp_path / "started"), "go": str(tmp_path / "never")}
@@ -137,7 +137,7 @@ def test_a_cancel_reaches_a_step_that_looks_for_it(beatless: Kit, tmp_path: Path
 def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
     beatless: Kit, tmp_path: Path
 ) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     worker = beatless.worker_process(APP)
     started, go = tmp_path / "started", tmp_path / "go"
     run = beatless.start_run("patient", {"started": str(started), "go": str(go)})

@@ -52,7 +52,7 @@ def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
     beatless: Kit, tmp_path: Path, number: signal.Signals
 ) -> None:
     go = tmp_path / "go"
-    beatless.relay_process(APP)
+    beatless.relay.start()
     worker = beatless.worker_process(APP)
     run = beatless.start_run("gated", {"go": str(go)})
     beatless.wait_for_event(run.run_id, "StepStarted")

@@ -85,7 +85,7 @@ def keeper_of(worker: Child) -> int:
 def test_the_run_of_a_child_that_dies_goes_on_at_once(
     beatless: Kit, wait: Callable[[str], Waiting]
 ) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     worker = beatless.worker_process(APP)
     waiting = wait("run")
 
@@ -123,7 +123,7 @@ def test_the_run_of_a_worker_that_dies_goes_on_at_once_in_another(
 def test_the_run_of_a_process_that_stands_still_is_left_to_its_lease(
     beatless: Kit, wait: Callable[[str], Waiting]
 ) -> None:
-    beatless.relay_process(APP)
+    beatless.relay.start()
     beatless.worker_process(APP, concurrency=2)
     frozen, killed = wait("frozen"), wait("killed")
     stopped = frozen.begun(1)

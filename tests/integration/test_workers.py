@@ -171,7 +171,7 @@ class TestWeights:
         (stats,) = answers[-1].values()
         order = stats["broker"]["transport_options"]["queue_order_strategy"]
         assert sorted(order.values()) == [1, 3]  # whoever inspects it is answered
-        beatless.relay_process(APP)  # else nobody tells of the ends
+        beatless.relay.start()  # else nobody tells of the ends
         ended = [beatless.wait_for_run_completion(run_id) for run_id in runs]
 
         ended.sort(key=lambda run: run.started_at)
@@ -210,7 +210,7 @@ def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
     beatless: Kit, postgres: psycopg.Connection, pool: str
 ) -> None:
     """Those of the main process would be one more, and so would a connection for each run."""
-    beatless.relay_process(APP)
+    beatless.relay.start()
     beatless.worker_process(APP, concurrency=3, arguments=POOLS[pool])
     runs = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(60)])
     assert {beatless.wait_for_run_completion(run.run_id).state for run in runs} == {
