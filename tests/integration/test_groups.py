@@ -1,7 +1,6 @@
 """Several runs are executed in one thread, with one commit for all: each is as it is alone."""
 
 import logging
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.cli.demo import without_handbacks
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
-from beatless.orchestrator.executor import no_scope
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Step
@@ -32,9 +30,6 @@ from tests.proxy import Proxy, proxy
 
 ACTS: dict[str, Callable[[StepContext], Any]] = {}
 """What the body of a run does, by its input."""
-
-MOST_CALLS = 800
-"""Calls of Python functions for a run of two steps in a group, log lines and observers included."""
 
 
 @step
@@ -83,7 +78,7 @@ def beatless_plans() -> list[Plan]:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A slow machine is no reason to leave a group, or for none, but where a test says so."""
-    for name in ("BUSY_S", "ROUND_S", "LULL_S"):
+    for name in ("BUSY_S", "ROUND_S", "LULL_S", "BACKLOG_S"):
         monkeypatch.setattr(groups, name, 600.0)
     ACTS.clear()
     yield
@@ -512,58 +507,6 @@ def test_a_group_of_one_is_executed_as_any_run(together: Together, written: list
     ids = together.execute("a")
     assert together.results(ids) == ["a"]
     assert written == []
-
-
-def test_sixteen_runs_cost_their_worker_one_claim_and_a_commit_for_each_step(
-    together: Together, tmp_path: Path
-) -> None:
-    """Counted on the wire: the claim is five statements, of which two begin and end it."""
-    for _ in range(2):  # what is prepared and cached at first is not counted
-        together.execute(*"abcdefghijklmnop")
-    ids = [together.kit.start_run("short", name).run_id for name in "abcdefghijklmnop"]
-    driver = together.executor.connection().pgconn
-    together.executor.scope = no_scope  # a test before this one may have switched tracing on
-    calls = 0
-
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    with (tmp_path / "trace").open("w+") as file:
-        driver.trace(file.fileno())
-        sys.setprofile(count)
-        try:
-            together.worker.execute(together.kit.app.plans["short"], ids[0], 1)
-        finally:
-            sys.setprofile(None)
-            driver.untrace()
-        file.seek(0)
-        lines = file.read()
-    assert len(re.findall(r"F\t\d+\t(?:Execute|Query)", lines)) <= 7
-    assert lines.count("ReadyForQuery") <= 7
-    assert together.states(ids) == [RunState.COMPLETED] * 16
-    assert calls / 16 <= MOST_CALLS, calls / 16
-
-
-def statements(together: Together, run_id: str, path: Path) -> int:
-    """Those that the message of a run costs its worker, counted on the wire."""
-    driver = together.executor.connection().pgconn
-    with path.open("w+") as file:
-        driver.trace(file.fileno())
-        together.deliver(run_id)
-        driver.untrace()
-        file.seek(0)
-        return len(re.findall(r"F\t\d+\t(?:Execute|Query)", file.read()))
-
-
-def test_a_run_that_comes_alone_costs_as_much_as_without_groups(
-    together: Together, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(groups, "LULL_S", 0.0)
-    monkeypatch.setattr(groups, "BACKLOG_S", 600.0)
-    together.execute("a")
-    run_id = together.kit.start_run("short", "b").run_id
-    assert statements(together, run_id, tmp_path / "trace") == 4 + 2  # the claim, the boundaries
 
 
 def test_the_second_message_of_a_backlog_brings_others(

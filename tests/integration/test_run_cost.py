@@ -92,25 +92,3 @@ def test_a_claim_costs_no_more_than(
     postgres.execute("DROP TABLE mine")
     assert found["statements"] <= statements, found
     assert found["answers"] <= answers, found
-
-
-def test_a_start_is_one_round_trip(beatless_app: App, tmp_path: Path) -> None:
-    """Postgres begins and commits the transaction of a statement that comes alone."""
-    engine = beatless_app.engine
-    engine.dispose()
-    with (tmp_path / "trace").open("w+") as file:
-
-        @sqlalchemy.event.listens_for(engine, "connect")
-        def trace(driver: psycopg.Connection, _record: object) -> None:
-            driver.pgconn.trace(file.fileno())
-
-        beatless_app.client.start_run("two_steps")  # connects
-        file.seek(0)
-        file.truncate()
-        beatless_app.client.start_run("two_steps")
-        file.seek(0)
-        said = file.read()
-        sqlalchemy.event.remove(engine, "connect", trace)
-        engine.dispose()
-    assert said.count("ReadyForQuery") == 1, said
-    assert len(re.findall(r"F\t\d+\t(?:Execute|Query)", said)) == 1, said

@@ -1,0 +1,250 @@
+"""What a run costs on the paths that each run takes, with limits that no machine changes.
+
+Counted are statements, transactions and round trips on the wire, bytes to Postgres and of its log,
+commands and bytes to Redis, and calls of Python functions: processor time is mostly these.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+import sqlalchemy
+
+from beatless import App, Plan, StepContext, step
+from beatless.orchestrator import group as groups
+from beatless.orchestrator.executor import no_scope
+from beatless.testing import Kit
+from tests.integration.test_groups import Together
+
+REPEATS = 5
+"""Measurements, of which the least counts: a page that is split or logged in whole is chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one run, or its limits."""
+
+    statements: float
+    transactions: float
+    answers: float
+    """Messages that the server is ready: one for each round trip, and one at a pipeline's end."""
+    sent_bytes: float
+    log_bytes: float
+    calls: float
+
+    def of_each(self, runs: int) -> "Cost":
+        return Cost(**{each.name: getattr(self, each.name) / runs for each in fields(self)})
+
+    def exceeds(self, limit: "Cost") -> dict[str, tuple[float, float]]:
+        """What is above its limit."""
+        pairs = {
+            each.name: (getattr(self, each.name), getattr(limit, each.name))
+            for each in fields(self)
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] > pair[1]}
+
+
+OF_A_START = Cost(
+    statements=1, transactions=1, answers=1, sent_bytes=3_400, log_bytes=1_700, calls=1_080
+)
+
+OF_A_RUN = {
+    ("job", 1): Cost(
+        statements=5, transactions=2, answers=5, sent_bytes=950, log_bytes=2_200, calls=920
+    ),
+    ("job", 16): Cost(
+        statements=6 / 16,
+        transactions=2 / 16,
+        answers=5 / 16,
+        sent_bytes=540,
+        log_bytes=2_200,
+        calls=480,
+    ),
+    ("five_steps", 1): Cost(
+        statements=9, transactions=6, answers=9, sent_bytes=3_300, log_bytes=5_400, calls=2_800
+    ),
+    ("five_steps", 16): Cost(
+        statements=10 / 16,
+        transactions=6 / 16,
+        answers=9 / 16,
+        sent_bytes=2_300,
+        log_bytes=5_600,
+        calls=1_830,
+    ),
+}
+"""For the worker, of each of so many runs that are executed together.
+
+There is no reserve but for other versions of Python, whose calls are a few more, and for numbers of
+more digits.
+"""
+
+OF_A_RELAY = {"commands": 3, "sent_bytes": 3_200, "calls": 1_900}
+"""To Redis, for a run of five steps: its start, its message, and the rest of its events."""
+
+
+def numbered(number: int) -> Any:
+    @step(name=f"s{number}")
+    def body(ctx: StepContext) -> int:
+        return number
+
+    return body
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [
+        Plan("job", [numbered(1)]),
+        Plan("five_steps", [numbered(n) for n in range(1, 6)]),
+        Plan("short", [numbered(1)]),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no reason to leave a group, or for none."""
+    for name in ("BUSY_S", "ROUND_S", "LULL_S", "BACKLOG_S"):
+        monkeypatch.setattr(groups, name, 600.0)
+
+
+@pytest.fixture
+def together(beatless: Kit) -> Iterator[Together]:
+    found = Together(beatless)
+    found.executor.scope = no_scope  # a test before this one may have switched tracing on
+    yield found
+    found.executor.disconnect()
+
+
+def calls_of(act: Callable[[], object]) -> int:
+    """Python functions that are called within, by this thread."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def log_bytes(connection: psycopg.Connection[Any]) -> int:
+    """Bytes that this session has written to the log of Postgres so far."""
+    connection.execute("SELECT pg_stat_force_next_flush()")
+    connection.rollback()
+    ((found,),) = connection.execute(
+        "SELECT wal_bytes FROM pg_stat_get_backend_wal(pg_backend_pid())"
+    ).fetchall()
+    connection.rollback()
+    return int(found)
+
+
+def cost_of(act: Callable[[], object], connection: psycopg.Connection[Any], path: Path) -> Cost:
+    """What it costs this session and this thread."""
+    before = log_bytes(connection)
+    with path.open("w+") as file:
+        connection.pgconn.trace(file.fileno())
+        calls = calls_of(act)
+        connection.pgconn.untrace()
+        file.seek(0)
+        said = file.read()
+    transactions, within = 0, False
+    for tag in re.findall(r"B\t\d+\tCommandComplete\t \"([A-Z]+)", said):
+        within = tag == "BEGIN" or (within and tag != "COMMIT")
+        transactions += not within
+    return Cost(
+        statements=len(re.findall(r"F\t\d+\t(?:Execute|Query)", said)),
+        transactions=transactions,
+        answers=said.count("ReadyForQuery"),
+        sent_bytes=sum(int(size) for size in re.findall(r"F\t(\d+)\t", said)),
+        log_bytes=log_bytes(connection) - before,
+        calls=calls,
+    )
+
+
+def least(costs: list[Cost]) -> Cost:
+    return Cost(
+        **{each.name: min(getattr(cost, each.name) for cost in costs) for each in fields(Cost)}
+    )
+
+
+def executed(together: Together, plan: str, runs: int, path: Path) -> Cost:
+    """The cost of each of so many runs, of which the first has a message."""
+    found: list[Cost] = []
+    for repeat in range(REPEATS + 2):
+        ids = [together.kit.start_run(plan, n).run_id for n in range(runs)]
+        cost = cost_of(
+            lambda: together.worker.execute(together.kit.app.plans[plan], ids[0], 1),  # noqa: B023
+            together.executor.connection(),
+            path,
+        )
+        assert all(state.final for state in together.states(ids))
+        if repeat >= 2:  # what is prepared and cached at first is not counted
+            found.append(cost.of_each(runs))
+    return least(found)
+
+
+@pytest.mark.parametrize(("plan", "runs"), OF_A_RUN)
+def test_a_run_costs_its_worker_no_more_than(
+    together: Together, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: str, runs: int
+) -> None:
+    """Its claim is four statements, of which two begin and end it, and a fifth for others."""
+    if runs == 1:
+        monkeypatch.setattr(groups, "LULL_S", 0.0)
+    cost = executed(together, plan, runs, tmp_path / "trace")
+    assert not cost.exceeds(OF_A_RUN[plan, runs]), cost
+
+
+def test_a_start_costs_no_more_than(beatless_app: App, tmp_path: Path) -> None:
+    driver: list[psycopg.Connection[Any]] = []
+    beatless_app.engine.dispose()
+
+    @sqlalchemy.event.listens_for(beatless_app.engine, "connect")
+    def connected(connection: psycopg.Connection[Any], _record: object) -> None:
+        driver.append(connection)
+
+    beatless_app.client.start_run("five_steps")
+    sqlalchemy.event.remove(beatless_app.engine, "connect", connected)
+    for _ in range(6):  # until it is prepared
+        beatless_app.client.start_run("five_steps")
+    path = tmp_path / "trace"
+    costs = [
+        cost_of(lambda: beatless_app.client.start_run("five_steps"), driver[0], path)
+        for _ in range(REPEATS)
+    ]
+    beatless_app.engine.dispose()
+    assert not least(costs).exceeds(OF_A_START), least(costs)
+
+
+def test_the_relay_of_a_run_costs_no_more_than(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve events in two drains, and one message to the broker."""
+    sent: list[bytes] = []
+    send = redis.connection.AbstractConnection.send_packed_command
+
+    def counted(self: Any, command: Any, *arguments: Any, **options: Any) -> None:
+        sent.append(command if isinstance(command, bytes) else b"".join(command))
+        send(self, command, *arguments, **options)
+
+    monkeypatch.setattr(redis.connection.AbstractConnection, "send_packed_command", counted)
+    found: list[dict[str, int]] = []
+    for _ in range(REPEATS + 2):
+        run_id = beatless.start_run("five_steps").run_id
+        sent.clear()
+        calls = calls_of(beatless.drain_outbox_once)
+        assert beatless.executor().execute(beatless_app.plans["five_steps"], run_id, 1)
+        calls += calls_of(beatless.drain_outbox_once)
+        text = b"".join(sent)
+        commands = re.findall(rb"(?:^|\r\n)\*\d+\r\n\$\d+\r\n([A-Za-z]+)", text)
+        found.append({"commands": len(commands), "sent_bytes": len(text), "calls": calls})
+    cost = {name: min(each[name] for each in found) for name in OF_A_RELAY}
+    assert not {name for name in cost if cost[name] > OF_A_RELAY[name]}, cost
