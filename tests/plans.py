@@ -22,9 +22,12 @@ from beatless import (
     Goto,
     LeaseLost,
     Plan,
+    RunContext,
     Settings,
     Snooze,
     StepContext,
+    StepFailed,
+    plan,
     retry,
     step,
 )
@@ -392,7 +395,25 @@ multiplies = Plan("multiplies", [multiply])
 keeps_its_place = Plan("keeps_its_place", [step(name="keeps", timeout=0.3)(gate.function)])
 holds_the_lock = Plan("holds_the_lock", [hold])
 
+
+@step(name="hangs_for_good", timeout=0.5)
+def hangs_for_good(ctx: StepContext, how: str) -> None:
+    hang(ctx)
+
+
+@plan("asks")
+def asks(run: RunContext[dict[str, Any]]) -> Any:
+    """A step that kills its process, and one that the watchdog has to end, in a function."""
+    run.step(ledger_a)
+    run.step(ledger_b)
+    try:
+        run.step(hangs_for_good, run.input["how"])
+    except StepFailed as failed:
+        return [run.step(ledger_c), failed.type]
+
+
 ALL = [
+    asks,
     *PLANS,
     two_steps,
     traces,

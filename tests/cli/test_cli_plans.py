@@ -4,10 +4,11 @@ import json
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from beatless import App, Plan, StepContext, retry, step
+from beatless import App, Plan, RunContext, StepContext, plan, retry, step
 from beatless.cli import run
 from beatless.http import Client
 from beatless.places import places
@@ -71,6 +72,41 @@ def test_plan_show_of_an_unknown_plan_names_those_there_are(command: Command) ->
     command("plan", "show", "nosuch", status=2)
     assert "no plan is called 'nosuch'" in command.error
     assert "two_steps" in command.error
+
+
+def test_plan_show_lists_the_steps_that_a_function_names(command: Command) -> None:
+    text = command("plan", "show", "asks")
+    assert text.splitlines() == [
+        "asks  version v1, queue default, a function that names these steps",
+        "",
+        *("  a", "", "  b", "", "  hangs_for_good  (0.5 s)", "", "  c"),
+    ]
+    told = json.loads(command("plan", "show", "asks", "--json"))
+    assert [each["name"] for each in told["steps"]] == ["a", "b", "hangs_for_good", "c"]
+    ET.fromstring(command("plan", "show", "asks", "--svg"))
+
+
+def test_plan_check_calls_functions_on_stored_results_and_no_step(
+    command: Command, beatless: Kit, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("asks", {"ledger": str(ledger)}, run_id="begun")
+    beatless.step(run.run_id)
+    changed = beatless.start_run("asks", {"ledger": str(ledger)}, run_id="changed")
+
+    @plan("asks")
+    def before(run: RunContext) -> None:
+        for name in ("gone", "away"):
+            run.step(step(name=name)(lambda ctx: None))
+
+    beatless.executor().execute(before, changed.run_id, 0, max_steps=1)
+    before_check = ledger.read_text()
+    shown = command("plan", "check", status=1).splitlines()
+    assert shown == [
+        "asks  1 run in gone: would wait, the plan has no such step: changed",
+        "asks  1 run in b: can go on",
+    ]
+    assert ledger.read_text() == before_check
 
 
 def test_retry_prints_the_id_of_the_new_run(command: Command, beatless: Kit) -> None:

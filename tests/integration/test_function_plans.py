@@ -1,11 +1,13 @@
 """Plans that are functions, on Postgres: events, crashes, changed code, and what people see."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psycopg
 import pytest
@@ -24,11 +26,14 @@ from beatless import (
     step,
 )
 from beatless.doctor import Doctor, Status
+from beatless.http import Client
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.places import places
 from beatless.testing import Kit
+from tests.plans import asks
+from tests.serving import serving
 
 LEASE_S = 60
 
@@ -285,6 +290,24 @@ def test_the_kit_notices_a_function_that_does_not_do_the_same_twice(beatless: Ki
         beatless.work_until_idle()
 
 
+def test_a_function_lives_through_a_killed_process_and_a_body_that_hangs(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    """In a worker's own processes: nothing here waits for a lease to run out."""
+    ledger = tmp_path / "ledger"
+    input = {"ledger": str(ledger), "kills": 1, "started": str(tmp_path / "started"), "how": "wait"}
+    beatless.app.plans["asks"] = asks
+    beatless.relay_process("tests.plans:app")
+    beatless.worker_process("tests.plans:app")
+    run = beatless.start_run("asks", input)
+    ended = beatless.wait_for_run_completion(run.run_id)
+    assert ended.result == ["abc", "StepTimeout"]
+    effects = [json.loads(line)["step"] for line in ledger.read_text().splitlines()]
+    assert (effects.count("a"), effects.count("c")) == (1, 1)
+    assert (tmp_path / "started").exists()
+    beatless.verify()
+
+
 DOCS = (Path(__file__).parents[2] / "docs" / "plans.md").read_text()
 
 
@@ -350,3 +373,13 @@ def test_a_function_costs_the_statements_of_a_list_and_one_commit_more(
     rows = f"SELECT count(*) FROM {beatless.app.settings.schema}.run_outbox WHERE run_id = %s"
     beatless.executor().execute(order_async, run.run_id, 0)
     assert postgres.execute(rows, (run.run_id,)).fetchone() == (7,)
+
+
+def test_the_schema_of_a_declared_input_is_told_over_http(beatless: Kit) -> None:
+    with serving(beatless.app) as api, Client(api.url) as client:
+        with urlopen(f"{api.url}/v1/plans") as answer:
+            told = {each["name"]: each for each in json.load(answer)["plans"]}
+        assert told["send"]["input"]["required"] == ["weight"]
+        assert told["order"]["input"] == {}
+        with pytest.raises(BadPayload, match=r"the run's input\.weight"):
+            client.start_run("send", {"to": "Gent"})
