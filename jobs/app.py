@@ -96,6 +96,8 @@ class App:
         Raises PlanError when two plans share a name.
         """
         logs.enable_own_loggers()
+        if isinstance(plans, Plan):
+            raise TypeError(f"plans are a list: App(settings, plans=[{plans.name}])")
         self.settings = settings
         self.plans = {plan.name: plan for plan in plans}
         if len(self.plans) < len(plans):

@@ -26,6 +26,7 @@ from beatless.orchestrator.failure import (
 from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
+    FINAL,
     FOLLOWING,
     GIVEN_BACK,
     ON_CANCEL,
@@ -230,7 +231,10 @@ class Boundaries:
             return self._given_up(progress, failed, facts)
         if self._plan.on_cancel is None:
             return self._ended(RunState.CANCELLED, [failed], facts)
-        waiting = Boundary(events=[failed], state=RunState.QUEUED)
+        # The run waits, but for its `on_cancel` step and not for another attempt of this one.
+        waiting = Boundary(
+            events=[self._failure(progress, facts, final=True)], state=RunState.QUEUED
+        )
         return Settlement.ignoring_cancel(waiting, "cancel")
 
     def unfinished(self, progress: Progress) -> Settlement:
@@ -325,12 +329,15 @@ class Boundaries:
         )
         return Boundary(events=[*events, ended], state=state, error=text)
 
-    def _failure(self, progress: Progress, facts: dict[str, Any]) -> NewEvent:
+    def _failure(
+        self, progress: Progress, facts: dict[str, Any], *, final: bool = False
+    ) -> NewEvent:
+        last = f',"{FINAL}":true' if final else ""
         return NewEvent(
             type=EventType.STEP_FAILED,
             step=progress.occurrence,
             attempt=progress.starts,
-            data=f'{{"error":{_failure_text(facts)}}}',
+            data=f'{{"error":{_failure_text(facts)}{last}}}',
         )
 
     def _event(self, type: EventType, progress: Progress, **data: Any) -> NewEvent:

@@ -303,7 +303,10 @@ class Plan:
             raise PlanError(f"plan name {name!r} must match {PLAN_NAME.pattern}")
         for candidate in steps:
             if not isinstance(candidate, Step):
-                raise PlanError(f"plan {name}: {candidate!r} is not a step; decorate it with @step")
+                raise PlanError(
+                    f"plan {name}: {candidate!r} is not a step; decorate it with @step, or if it "
+                    "is a task of Celery's, put Plan.task(…) around it"
+                )
             candidate.check_arguments(f"plan {name}")
         if not steps:
             raise PlanError(f"plan {name} has no steps")

@@ -49,7 +49,9 @@ FOLLOWING = "following"
 """In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
 
 FINAL = "final"
-"""In StepFailed, of a plan's function: the step is not tried again, and the function is told."""
+"""In StepFailed, where the run goes on: the step is not tried again.
+
+Of a plan's function, which is told; or of a cancelled run, whose `on_cancel` step follows."""
 
 
 class UnknownStep(Exception):

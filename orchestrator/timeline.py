@@ -202,8 +202,9 @@ def _now(run: Run, status: DispatchStatus, place: str | None) -> Iterator[Moment
         text = {
             "waiting": waits,
             "delayed": waits,
-            "sent": "was sent to the broker, and no worker has claimed it yet: none was free, or "
-            "the one that took it does not know the plan (`beatless doctor --check workers`)",
+            "sent": "was sent to the broker, and no worker has claimed it yet: none consumes the "
+            f"queue {run.queue}, none was free, or the one that took it does not know the plan "
+            "(`beatless doctor --check workers`)",
             "running": "is executed",
         }.get(state, state)
         when = f"in {left:.1f} s" if left > 0 else "now"

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 FRESH_S = 1.0
 """How long an answer is given again: who asks often costs nothing."""
 
+REDIS_TIMEOUT_S = 2.0
+"""Below the timeouts of probes: a Redis that hangs must not take out an API that does without."""
+
 
 class Readiness:
     """Asks through a connection and a thread of its own, one question at a time."""
@@ -59,7 +62,9 @@ class Readiness:
         if standby:
             reason = "the database URL reaches a standby: streams must read the primary"
             return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        redis = self._app.redis()
+        redis = self._app.settings.redis.client(
+            socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
+        )
         try:
             redis.ping()
         except Exception as error:

@@ -56,6 +56,20 @@ def pause(env: Environment, queue: str) -> None:
     """Start no more runs of queue Q anywhere; those that run go on."""
     env.client.pause_queue(queue)
     env.note(f"queue {queue} is paused")
+    if is_unused(env, queue):
+        env.note(
+            f"no plan names the queue {queue}, no worker consumes it and no run is in it: if "
+            f"another was meant, `beatless resume {queue}`"
+        )
+
+
+def is_unused(env: Environment, queue: str) -> bool:
+    """Whether nothing but its pause speaks for this queue."""
+    if queue in {plan.queue for plan in env.app.plans.values()}:
+        return False
+    (state,) = (state for state in env.client.queues() if state.name == queue)
+    counts = (state.waiting, state.delayed, state.active, state.workers)
+    return not any((*counts, state.completed, state.failed, state.cancelled))
 
 
 @click.command()
@@ -71,7 +85,7 @@ def resume(env: Environment, queue: str) -> None:
 @click.argument("queue", metavar="Q")
 @click.pass_obj
 def drain(env: Environment, queue: str) -> None:
-    """Take away the runs of queue Q that wait; prints how many."""
+    """Take away the runs of queue Q that wait or are delayed; prints how many."""
     removed = env.client.drain_queue(queue)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 

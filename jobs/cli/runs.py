@@ -197,6 +197,8 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
         click.echo(f"{run} had ended before: it has {found.state}")
     elif found.state is RunState.CANCELLED:
         click.echo(f"{run} is cancelled")
+    elif found.state is RunState.QUEUED:
+        click.echo(f"{run} will end after the on_cancel step of its plan")
     else:
         click.echo(f"{run} will end after its step")
 

@@ -496,3 +496,22 @@ def test_failed_runs_of_a_namespace_are_dead_letters_of_it(
     assert command("dead-letters", "show", run_id).status == 0
     new = command("dead-letters", "requeue", "--all", "--namespace", "acme").out.strip()
     assert acme.get_run(new).retry_of == run_id
+
+
+def test_a_pause_of_a_queue_that_nothing_knows_says_so(command: Beatless) -> None:
+    paused = command("pause", "defualt").err
+    assert "no plan names the queue defualt" in paused
+    assert "`beatless resume defualt`" in paused
+    assert command("pause", "default").err == "queue default is paused\n"
+    command("start", "agents.run", "--queue", "mail")
+    assert command("pause", "mail").err == "queue mail is paused\n"
+
+
+def test_a_cancel_tells_what_ends_the_run(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEATLESS_APP", "tests.plans:app")
+    run_id = beatless.start_run("compensated").run_id
+    beatless.step(run_id)
+    said = command("cancel", run_id).out
+    assert said == f"{run_id} will end after the on_cancel step of its plan\n"

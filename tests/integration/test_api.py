@@ -1,8 +1,11 @@
 """The HTTP API on a real server: runs, streams, tokens."""
 
 import json
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +13,7 @@ import psycopg
 import pytest
 
 from beatless import App
+from beatless.api import readiness
 from beatless.api.body_limit import BODY_BYTES
 from beatless.auth import Tokens
 from beatless.cli.demo import GOLDEN
@@ -447,3 +451,17 @@ def test_a_server_that_stops_ends_its_streams_in_order(beatless: Kit, beatless_a
                 assert next(resumed)["id"] == started["id"] != priming["id"]
                 beatless.work_until_idle()
                 assert [frame["event"] for frame in resumed][-1] == "RunFinished"
+
+
+def test_a_redis_that_hangs_is_told_before_a_probe_gives_up(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel accepts the connection, and nobody answers: as of a process that is frozen."""
+    monkeypatch.setattr(readiness, "REDIS_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        url = f"redis://127.0.0.1:{hangs.getsockname()[1]}/0"
+        app = App(replace(beatless_app.settings, redis_url=url, broker_url=url), [])
+        with closing(app), serving(app) as api:
+            began = time.monotonic()
+            assert api("GET", "/readyz").json["status"] == "degraded"
+            assert time.monotonic() - began < 5  # seconds: of a probe in deploy/kubernetes

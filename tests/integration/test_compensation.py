@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from beatless import RunState
+from beatless.cli.render import facts
 from beatless.testing import Kit
 
 UNDONE = ["StepStarted", "StepFinished", "RunFinished"]
@@ -71,6 +72,8 @@ def test_a_step_that_notices_the_cancel_is_followed_by_the_undoing(
     assert after_cancel(beatless, run.run_id) == ["StepFailed", *UNDONE]
     assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
     beatless.verify()
+    (failed,) = [e for e in beatless.client.events(run.run_id) if e.type == "StepFailed"]
+    assert "tried again" not in facts(failed)  # nor is it: the run goes on with `undo`
 
 
 def test_an_undoing_that_fails_is_tried_again_and_then_recorded(beatless: Kit) -> None:

@@ -116,6 +116,26 @@ def test_an_order_that_is_rolled_back_has_no_run(beatless, django_tables):
 """
 
 
+def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
+    pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.mkpydir("store")
+    pytester.mkdir("tests")
+    names = [name for name in BLOCKS if name.startswith(("store/", "tests/"))]
+    for name in names:
+        (pytester.path / name).write_text(BLOCKS[name])
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    done = pytester.runpytest_subprocess(
+        *("-p", "no:django", "-p", "no:randomly", "-p", "no:celery", "-p", "no:schemathesis"),
+        *("-o", "beatless_app=store.durable:app", "-o", "pythonpath=."),
+        "--beatless-services=external",
+        timeout=120,
+    )
+    assert len(names) == 7
+    done.assert_outcomes(passed=1)
+
+
 @pytest.mark.parametrize("plugin", ["no:django", "django"])
 def test_the_recipes_for_django_work(
     plugin: str,

@@ -66,7 +66,10 @@ def renamed(names: dict) -> Plan:
         (lambda: Plan("it's", [step(one)]), "plan name"),
         (lambda: Plan("", [step(one)]), "plan name"),
         (lambda: Plan("p", []), "plan p has no steps"),
-        (lambda: Plan("p", [one]), "plan p: .* is not a step; decorate it with @step"),
+        (
+            lambda: Plan("p", [one]),
+            "plan p: .* is not a step; decorate it with @step, .* put Plan.task",
+        ),
         (lambda: Plan("p", [step(one), step(one)]), "plan p has two steps called one"),
         (lambda: Plan("p", [step(one)], routes={"one": ["three"]}), "plan p: routes name 'three'"),
         (lambda: Plan("p", [step(one)], routes={"zero": []}), "plan p: routes name 'zero'"),
