@@ -24,7 +24,7 @@ def events_of(url: str, token: str, run_id: str, from_seq: int) -> Iterator[Even
             if answer.status not in (200, 204):
                 raise OSError(f"the API answered {answer.status}")
             frame: dict[str, str] = {}
-            while line := answer.readline().decode():
+            while line := answer.readline().decode(errors="replace"):  # cut within a character
                 name, _, value = line.rstrip("\n").partition(": ")
                 if name:
                     frame[name] = value
