@@ -31,6 +31,9 @@ to be there, after 8 s again; a broken transaction is made again after 1, 2, 4 a
 BOUND_S = 3.0
 """What nothing takes in calm. Forgotten, a run or an event waits for a relay's next look: 15 s."""
 
+FORGOTTEN_S = 12.0
+"""The next round comes after this time even if nothing moves: it would wake what was forgotten."""
+
 LAG_FACTOR = 10.0
 """The bound is longer by so many times the longest delay of a thread that only waits."""
 
@@ -107,22 +110,17 @@ def drain(fleet: Fleet, left: LiteralString, seconds: float) -> int | None:
 
 def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s: float) -> None:
     """Rounds of calls for so many seconds, in quiet; longer if something is late at their end."""
+
+    def wait_until_drained() -> None:
+        drain(fleet, DUE, FORGOTTEN_S)
+
     begin, until = time(), monotonic() + s
     with slowness() as longest:
-
-        def bound_s() -> float:
-            return BOUND_S + LAG_FACTOR * longest[0]
-
         while monotonic() < until:
-            load.round(chance, lambda: drained_in(fleet, bound_s()))
-            drained_in(fleet, bound_s())
+            load.round(chance, wait_until_drained)
+            wait_until_drained()
             threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
-        recorder.write("calm", begin=begin, end=time(), bound_s=bound_s())
-
-
-def drained_in(fleet: Fleet, bound_s: float) -> None:
-    """Wait until all is drained, or has not moved for so long that it is late."""
-    drain(fleet, DUE, bound_s + 0.5)
+    recorder.write("calm", begin=begin, end=time(), bound_s=BOUND_S + LAG_FACTOR * longest[0])
 
 
 @contextmanager
