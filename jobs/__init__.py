@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same at run time
     from beatless.app import App
-    from beatless.client import Client, RunRequest
+    from beatless.client import Client, RunRequest, SignalRequest
     from beatless.errors import (
         BadRequest,
         BadSetting,
@@ -34,7 +34,9 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         LeaseLost,
         RunCancelled,
         RunConflict,
+        RunEnded,
         RunNotFound,
+        SignalConflict,
         StepEnded,
         StepFailed,
         StepTimeout,
@@ -42,11 +44,14 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     )
     from beatless.orchestrator.events import Event
     from beatless.orchestrator.function_plan import plan
-    from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, step
-    from beatless.orchestrator.records import Run
+    from beatless.orchestrator.open_waits import Signal
+    from beatless.orchestrator.outcomes import Finish, Goto, Snooze
+    from beatless.orchestrator.plan import Plan, step
+    from beatless.orchestrator.records import Run, SentSignal
     from beatless.orchestrator.retry import retry
     from beatless.orchestrator.run_context import RunContext
     from beatless.orchestrator.state import RunState
+    from beatless.orchestrator.waits import days, hours, minutes, sleep, wait
     from beatless.settings import Settings
 
 _MODULES = {
@@ -61,8 +66,8 @@ _MODULES = {
     "EventsPruned": "beatless.orchestrator.errors",
     "Failure": "beatless.failures",
     "Fatal": "beatless.orchestrator.errors",
-    "Finish": "beatless.orchestrator.plan",
-    "Goto": "beatless.orchestrator.plan",
+    "Finish": "beatless.orchestrator.outcomes",
+    "Goto": "beatless.orchestrator.outcomes",
     "HistoryChanged": "beatless.errors",
     "JobsError": "beatless.errors",
     "JsonLines": "beatless.observe.logs",
@@ -72,12 +77,17 @@ _MODULES = {
     "RunCancelled": "beatless.orchestrator.errors",
     "RunConflict": "beatless.orchestrator.errors",
     "RunContext": "beatless.orchestrator.run_context",
+    "RunEnded": "beatless.orchestrator.errors",
     "RunNotFound": "beatless.orchestrator.errors",
     "RunRequest": "beatless.client",
     "RunState": "beatless.orchestrator.state",
     "SchemaBehind": "beatless.errors",
+    "SentSignal": "beatless.orchestrator.records",
     "Settings": "beatless.settings",
-    "Snooze": "beatless.orchestrator.plan",
+    "Signal": "beatless.orchestrator.open_waits",
+    "SignalConflict": "beatless.orchestrator.errors",
+    "SignalRequest": "beatless.client",
+    "Snooze": "beatless.orchestrator.outcomes",
     "StatementTimeout": "beatless.errors",
     "StepContext": "beatless.orchestrator.context",
     "StepEnded": "beatless.orchestrator.errors",
@@ -89,9 +99,14 @@ _MODULES = {
     "WaitTimeout": "beatless.errors",
     "WorkerStops": "beatless.orchestrator.errors",
     "WrongEncoding": "beatless.errors",
+    "days": "beatless.orchestrator.waits",
+    "hours": "beatless.orchestrator.waits",
+    "minutes": "beatless.orchestrator.waits",
     "plan": "beatless.orchestrator.function_plan",
     "retry": "beatless.orchestrator.retry",
+    "sleep": "beatless.orchestrator.waits",
     "step": "beatless.orchestrator.plan",
+    "wait": "beatless.orchestrator.waits",
 }
 
 __all__ = [
@@ -117,11 +132,16 @@ __all__ = [
     "RunCancelled",
     "RunConflict",
     "RunContext",
+    "RunEnded",
     "RunNotFound",
     "RunRequest",
     "RunState",
     "SchemaBehind",
+    "SentSignal",
     "Settings",
+    "Signal",
+    "SignalConflict",
+    "SignalRequest",
     "Snooze",
     "StatementTimeout",
     "StepContext",
@@ -134,9 +154,14 @@ __all__ = [
     "WaitTimeout",
     "WorkerStops",
     "WrongEncoding",
+    "days",
+    "hours",
+    "minutes",
     "plan",
     "retry",
+    "sleep",
     "step",
+    "wait",
 ]
 
 

@@ -20,7 +20,8 @@ from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
-from beatless.orchestrator.plan import Plan, PlanError
+from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.plan import Plan
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
@@ -324,6 +325,7 @@ class App:
         """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
         from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
         from beatless.orchestrator.ended_runs import CountsEndedRuns
+        from beatless.orchestrator.wakes import Wakes
         from beatless.orchestrator.watch_thread import WatchThread
         from beatless.outbox.config import RelayConfig
         from beatless.outbox.publishers import CeleryTaskPublisher, RedisEventPublisher
@@ -339,6 +341,7 @@ class App:
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             redispatch=self.settings.redispatch_seconds,
             overdue=Deadlines(self.settings.schema).end,
+            wake=Wakes(self.settings.schema).wake,
             chores=[
                 *self.chores(),
                 AdoptsDeadlines(self.settings.schema),

@@ -10,6 +10,10 @@ SELECT run_id, last_seq::bigint - pruned_seq FROM {schema}.runs
 SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
        pruned_seq::bigint AS pruned_seq FROM {schema}.runs
 
+-- fragment: dispatch_facts
+-- Of a dispatch, what the checks read.
+SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits FROM {schema}.dispatches
+
 -- fragment: event_facts
 -- Of an event, what the checks read: data may be large.
 SELECT run_id, seq, ts, type, step,
@@ -99,6 +103,10 @@ UNION ALL
 SELECT 'I7', run_id, format('it is %%s and would be dispatched again', final.state)
   FROM final JOIN dispatch d USING (run_id) WHERE ended
 UNION ALL
+SELECT 'I7', run_id, format('it waits, its signal %%s was sent, and nothing will wake it', s.name)
+  FROM final JOIN dispatch d USING (run_id) JOIN {schema}.signals s USING (run_id)
+ WHERE d.waits AND NOT EXISTS (SELECT FROM {schema}.wakes w WHERE w.run_id = final.run_id)
+UNION ALL
 SELECT 'I8', run_id, format('events %%s to %%s still wait to be published, %%s after its end',
        o.from_seq, o.to_seq, date_trunc('second', clock_timestamp() - finished_at))
   FROM final JOIN {schema}.run_outbox o USING (run_id)
@@ -127,13 +135,13 @@ SELECT 'I10', run_id, format('step %%s was started %%s times, with %%s failures 
 -- name: violations_of
 -- List each promise that one of these runs breaks.
 -- One statement, so that everything is seen at one instant.
--- Reads in whole: run_outbox, which is short, and dispatches. For a person who asks.
+-- Reads in whole: run_outbox and wakes, which are short, and dispatches. For a person who asks.
 WITH run AS MATERIALIZED (
   {run_facts} WHERE run_id = ANY(%(run_ids)s)
 ), event AS MATERIALIZED (
   {event_facts} WHERE run_id = ANY(ARRAY(SELECT run_id FROM run))
 ), dispatch AS MATERIALIZED (
-  SELECT run_id FROM {schema}.dispatches WHERE run_id = ANY(%(run_ids)s)
+  {dispatch_facts} WHERE run_id = ANY(%(run_ids)s)
 ), {violations}
 UNION ALL
 {unfit}
@@ -142,14 +150,14 @@ UNION ALL
 -- name: violations_between
 -- List each promise that a run breaks whose id is between two, or that rows without a run break.
 -- One statement, so that everything of a run is seen at one instant.
--- Reads in whole: run_outbox, which is short.
+-- Reads in whole: run_outbox and wakes, which are short.
 WITH run AS MATERIALIZED (
   {run_facts} WHERE run_id > %(after)s AND run_id <= %(upto)s
 ), event AS MATERIALIZED (
   {event_facts} WHERE run_id > %(after)s AND run_id <= %(upto)s
     AND run_id IN (SELECT run_id FROM run)
 ), dispatch AS MATERIALIZED (
-  SELECT run_id FROM {schema}.dispatches WHERE run_id > %(after)s AND run_id <= %(upto)s
+  {dispatch_facts} WHERE run_id > %(after)s AND run_id <= %(upto)s
 ), {violations}
 UNION ALL
 SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string_agg(name, ', '))

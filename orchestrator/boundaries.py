@@ -2,12 +2,14 @@
 
 An attempt ends in one of these ways; the run then goes on, waits or has ended:
 
-    the body returned      StepFinished, with the next StepStarted or RunFinished; or a snooze
+    the body returned      StepFinished, with the next start or RunFinished; or a snooze
     the body failed        StepFailed, and the run waits for the next attempt or has failed
     the run is cancelled   StepFailed, and the run has ended, or waits for its `on_cancel` step
     the worker stops       a trace: the attempt is made again and does not count
     the worker is busy     the same, before the body was called
     the transaction broke  a trace: the same; after many in a row the run has failed
+
+A wait ends with WaitFinished, and the run goes on as after a step; or it leaves its worker.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from beatless.orchestrator.failure import (
     is_a,
     storable_text,
 )
-from beatless.orchestrator.plan import Finish, Goto, Plan, Snooze, Step, occurrence
+from beatless.orchestrator.open_waits import OpenWait, Signal, wait_started
+from beatless.orchestrator.outcomes import Finish, Goto, Snooze
+from beatless.orchestrator.plan import Element, Plan, Step, occurrence
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
     FINAL,
@@ -37,7 +41,8 @@ from beatless.orchestrator.progress import (
     known_step,
 )
 from beatless.orchestrator.settlement import Boundary, Settlement
-from beatless.orchestrator.state import RunState
+from beatless.orchestrator.state import WAITS, RunState
+from beatless.orchestrator.waits import Wait
 from beatless.outbox.backoff import Backoff
 
 BETWEEN_LOSSES = Backoff(initial=1.0, cap=60.0)
@@ -56,11 +61,11 @@ FAILURE_BYTES = 262_144
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conclusion:
-    """The commit for the return value of a body."""
+    """The commit for the return value of a body, or for the end of a wait."""
 
     settlement: Settlement
-    following: Step | None
-    """The step that comes next: the same one after a snooze, None at the end."""
+    following: Element | None
+    """The step or wait that comes next: the same step after a snooze, None at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +136,8 @@ class Boundaries:
                 following, data = progress.after(self._plan, step.name), {"result": result}
         if progress.compensating:
             data[ON_CANCEL] = True
-        elif (late or gives_back) and following is not None and "next" not in data:
-            data[FOLLOWING] = following.name
+        elif "next" not in data:
+            data |= _following(following, is_last=late or gives_back)
         finished = self._event(EventType.STEP_FINISHED, progress, **data)
         if progress.compensating:
             ended = self._end(RunState.CANCELLED, [finished], cancel_error(None))
@@ -146,12 +151,7 @@ class Boundaries:
             returned = self._given_back(progress, "shutdown", [finished])
             return Conclusion(settlement=returned, following=following)
         visit = progress.visits[following.name] + 1 + (following is step)
-        started = NewEvent(
-            type=EventType.STEP_STARTED, step=occurrence(following.name, visit), attempt=1
-        )
-        going_on = Boundary(events=[finished, started], state=RunState.RUNNING)
-        settlement = self._unless_cancelled(progress, going_on, [finished])
-        return Conclusion(settlement=settlement, following=following)
+        return self._going_on(progress, finished, following, visit)
 
     def completed(self, result: Any, events: Sequence[NewEvent] = ()) -> Settlement:
         """The end of a run whose steps have all finished. Raises BadPayload."""
@@ -170,6 +170,44 @@ class Boundaries:
         note = self._event(EventType.DEBUG_TRACE, progress, name=SNOOZED, seconds=seconds)
         waiting = Boundary(events=[note], state=RunState.QUEUED, delay_s=seconds)
         return self._unless_cancelled(progress, waiting, [], "snooze")
+
+    # The run waits
+
+    def wait_begun(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Settlement:
+        """The start of a wait, after other events."""
+        events = [*before, _started(wait, progress.occurrence)]
+        going_on = Boundary(events=events, state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, before)
+
+    def parked(self, progress: Progress) -> Settlement:
+        """The run leaves its worker until a signal comes, or its waits end."""
+        return self._given_back(progress, WAITS, [])
+
+    def waited(
+        self,
+        progress: Progress,
+        wait: Wait,
+        opened: OpenWait,
+        signal: Signal | None,
+        *,
+        gives_back: bool,
+    ) -> Conclusion:
+        """The end of a wait, by this signal or without one by its time."""
+        if signal is None and wait.on_timeout is not None:
+            following: Element | None = known_step(self._plan, wait.on_timeout.step)
+            data: dict[str, Any] = {"next": wait.on_timeout.step}
+        else:
+            following = progress.after(self._plan, wait.name)
+            data = _following(following, is_last=gives_back)
+        finished = opened.finished(signal, **data)
+        if following is None:
+            completed = self.completed(progress.result, [finished])
+            return Conclusion(settlement=completed, following=None)
+        if gives_back:
+            returned = self._given_back(progress, "shutdown", [finished])
+            return Conclusion(settlement=returned, following=following)
+        visit = progress.visits[following.name] + 1 + (following is wait)
+        return self._going_on(progress, finished, following, visit)
 
     # The body failed
 
@@ -277,6 +315,14 @@ class Boundaries:
             data[RENAMED_FROM] = progress.key
         return self._event(EventType.STEP_STARTED, progress, **data)
 
+    def _going_on(
+        self, progress: Progress, finished: NewEvent, following: Element, visit: int
+    ) -> Conclusion:
+        started = _started(following, occurrence(following.name, visit))
+        going_on = Boundary(events=[finished, started], state=RunState.RUNNING)
+        settlement = self._unless_cancelled(progress, going_on, [finished])
+        return Conclusion(settlement=settlement, following=following)
+
     def _unless_cancelled(
         self,
         progress: Progress,
@@ -348,6 +394,20 @@ class Boundaries:
                 data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
             )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
+
+
+def _started(element: Element, occurrence: str) -> NewEvent:
+    """The start of a step's first attempt, or of a wait."""
+    if isinstance(element, Wait):
+        return wait_started(occurrence, element.kind, element.names, element.seconds)
+    return NewEvent(type=EventType.STEP_STARTED, step=occurrence, attempt=1)
+
+
+def _following(following: Element | None, *, is_last: bool) -> dict[str, str]:
+    """The member of the event that ends a step or a wait, if no step begins with it."""
+    if following is not None and (is_last or isinstance(following, Wait)):
+        return {FOLLOWING: following.name}
+    return {}
 
 
 def _failure_text(facts: dict[str, Any]) -> str:

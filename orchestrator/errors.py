@@ -6,6 +6,8 @@ OrchestratorError
 ├── EventsPruned        the run ended long ago: its first events, or all, are not kept any more
 ├── RunIsActive         a worker has the run
 ├── RunNotFound         no run has this id
+├── RunEnded            the run has ended: it receives nothing any more
+├── SignalConflict      the key of a signal was used for its run before, with other content
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── StepEnded           a thread outlived its step and speaks through the context still
@@ -70,6 +72,32 @@ class RunNotFound(OrchestratorError):
 
     def __str__(self) -> str:
         return f"no run has id {self.run_id!r:.200}"
+
+
+class RunEnded(OrchestratorError):
+    """The run has ended: it receives no signal any more."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} has ended: it receives no signal any more"
+
+
+class SignalConflict(OrchestratorError):
+    """The key of a signal was used for its run before, with other content."""
+
+    def __init__(self, run_id: str, key: str) -> None:
+        super().__init__(run_id, key)
+        self.run_id = run_id
+        self.key = key
+
+    def __str__(self) -> str:
+        return (
+            f"run {self.run_id} has received another signal with the key {self.key!r}: "
+            "use another key, or send the same name and data"
+        )
 
 
 class EventsPruned(OrchestratorError):

@@ -27,6 +27,9 @@ class EventType(StrEnum):
     STEP_FAILED = "StepFailed"
     DEBUG_TRACE = "DebugTrace"
     CANCEL_REQUESTED = "CancelRequested"
+    WAIT_STARTED = "WaitStarted"
+    SIGNAL_RECEIVED = "SignalReceived"
+    WAIT_FINISHED = "WaitFinished"
     RUN_FINISHED = "RunFinished"
 
 

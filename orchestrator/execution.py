@@ -6,6 +6,7 @@ An `Execution` yields requests and is sent their replies:
     RunBody       → Returned, Raised, Cancelled, Stopped, HandedBack or TransactionLost
     Commit        → Committed, or Unstorable;
                     after Returned also Raised, TransactionLost or CommitFailed
+    CommitIfQuiet → Committed, or Signalled
     Recover       → Recovered
 
 So a driver decides in which thread, on which connection and beside which other runs the work is
@@ -16,6 +17,9 @@ done: see `Executor`. A driver that loses the lease, or dies, sends no reply.
 3. call the body
 4. settle: the step's outcome and the next step's start are one commit
 5. go on at 3, until the run ends, waits, or the worker stops
+
+At a wait it takes a signal from the journal if there is one. If not, the run leaves the worker, or
+goes on after a time-out; both are written only if no signal has come meanwhile.
 """
 
 import json
@@ -23,16 +27,19 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Self
 
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.open_waits import Signal
+from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
+from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.waits import Wait
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -58,6 +65,15 @@ class Commit:
     settlement: Settlement
     failure: StepFailure | None = None
     """The failed attempt that it ends, to be logged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitIfQuiet:
+    """Commit a boundary unless the run has received a signal that was not told to the execution."""
+
+    settlement: Settlement
+    waits: Sequence[int] = ()
+    """The seqs of the open waits, when the run leaves the worker: it is due at the end of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +103,7 @@ class Recover:
     """Find out whether a commit in doubt happened, and keep it from happening later."""
 
 
-Request = ReadJournal | Commit | RunBody | Recover
+Request = ReadJournal | Commit | CommitIfQuiet | RunBody | Recover
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,21 @@ class Committed:
 
     cancelled: bool
     """It is the one for a cancelled run."""
+    last_seq: int = 0
+    """The seq of its last event."""
+
+    @classmethod
+    def of(cls, appended: Appended) -> Self:
+        """From the answer of the journal."""
+        return cls(cancelled=appended.cancelled, last_seq=appended.last_seq)
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """Nothing was committed: the run has received signals."""
+
+    events: Sequence[Event]
+    """Their SignalReceived."""
 
 
 class Unstorable(Exception):
@@ -167,6 +198,7 @@ class Recovered:
 Reply = (
     Sequence[Event]
     | Committed
+    | Signalled
     | Unstorable
     | Returned
     | Raised
@@ -219,7 +251,10 @@ class Execution:
         """
         progress = yield from self._resume()
         while progress is not None and progress.step is not None:
-            progress = yield from self._take_storable_step(progress, progress.step)
+            if isinstance(progress.step, Wait):
+                progress = yield from self._wait(progress, progress.step)
+            else:
+                progress = yield from self._take_storable_step(progress, progress.step)
 
     def _resume(self) -> Part:
         if self._lease.begun:
@@ -252,12 +287,80 @@ class Execution:
         if progress.step is None:
             yield from self._settle(self._boundaries.completed(progress.result))
             return None
+        if isinstance(progress.step, Wait):
+            return (yield from self._begin_wait(progress, progress.step, before))
         if progress.crashes >= progress.step.retry.max_crashes:
             yield from self._settle(self._boundaries.crashed(progress))
             return None
         progress.starts += 1
         started = yield from self._settle(self._boundaries.started(progress, before))
         return None if started.cancelled and not progress.compensating else progress
+
+    def _begin_wait(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Part:
+        """Begin the wait at which the run is, unless it has begun."""
+        if progress.key not in progress.inbox.waits:
+            begun = yield from self._settle(self._boundaries.wait_begun(progress, wait, before))
+            if begun.cancelled:
+                return None
+            progress.begin_wait(wait, begun.last_seq)
+        return progress
+
+    def _wait(self, progress: Progress, wait: Wait) -> Part:
+        """End the wait at which the run is if its signal or its time has come, or leave it."""
+        opened = progress.inbox.waits[progress.key]
+        while True:
+            if self._lease.late:
+                yield from self._settle(self._boundaries.overdue())
+                return None
+            signal = progress.inbox.oldest(opened.names)
+            if signal is None and not opened.ended(self._now_ms()):
+                reply: Committed | Signalled = yield CommitIfQuiet(
+                    settlement=self._boundaries.parked(progress), waits=[opened.seq]
+                )
+                if isinstance(reply, Committed):
+                    return None
+            else:
+                conclusion = self._boundaries.waited(
+                    progress, wait, opened, signal, gives_back=self._stopping()
+                )
+                if signal is not None:
+                    reply = yield from self._settle(conclusion.settlement)
+                else:
+                    reply = yield CommitIfQuiet(settlement=conclusion.settlement)
+                if isinstance(reply, Committed):
+                    return self._after_wait(progress, wait, signal, conclusion, reply)
+            for event in reply.events:
+                progress.inbox.note(event)
+
+    def _after_wait(
+        self,
+        progress: Progress,
+        wait: Wait,
+        signal: Signal | None,
+        conclusion: Conclusion,
+        end: Committed,
+    ) -> Progress | None:
+        normal = conclusion.settlement.normal
+        if end.cancelled or normal.state is not RunState.RUNNING:
+            return None
+        routed = signal is None and wait.on_timeout is not None
+        progress.inbox.end(progress.key, None if signal is None else signal.seq)
+        progress.passed(wait.name, signal, routed=routed)
+        self._begin_next(progress, conclusion.following, end)
+        return progress
+
+    def _begin_next(self, progress: Progress, following: Element | None, begun: Committed) -> None:
+        """The commit that ended a step or a wait has begun this one."""
+        progress.go_on(following)
+        if isinstance(following, Wait):
+            progress.begin_wait(following, begun.last_seq)
+        else:
+            progress.starts = 1
+
+    def _now_ms(self) -> float:
+        """The time by the clock of Postgres."""
+        claimed = self._lease.run.started_at
+        return 0.0 if claimed is None else (claimed.timestamp() + self._lease.seconds) * 1000
 
     def _hand_back(self, progress: Progress, step: str) -> Generator[Request, Any, None]:
         """The run stands at a step of another version of the plan: a worker that has it goes on."""
@@ -326,7 +429,7 @@ class Execution:
             conclusion = self._gone_on(progress, end.conclusion)
             end = yield Commit(settlement=conclusion.settlement)
             if isinstance(end, Committed):
-                return self._go_on(progress, step, conclusion, cancelled=end.cancelled)
+                return self._go_on(progress, step, conclusion, end)
         match end:
             case TransactionLost():
                 return (yield from self._after_lost_transaction(progress, end))
@@ -350,16 +453,15 @@ class Execution:
         return conclusion
 
     def _go_on(
-        self, progress: Progress, step: Step, conclusion: Conclusion, *, cancelled: bool
+        self, progress: Progress, step: Step, conclusion: Conclusion, end: Committed
     ) -> Progress | None:
         normal = conclusion.settlement.normal
-        if cancelled or normal.state is not RunState.RUNNING:
+        if end.cancelled or normal.state is not RunState.RUNNING:
             return None
         self._steps_left -= 1
         finished = as_stored(normal.events[0])
         progress.finished(step.name, finished["result"], routed="next" in finished)
-        progress.go_on(conclusion.following)
-        progress.starts = 1
+        self._begin_next(progress, conclusion.following, end)
         return progress
 
     def _interrupted(self, progress: Progress, step: Step, reason: Exception) -> Commit:

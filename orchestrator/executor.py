@@ -12,6 +12,7 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.orchestrator.attempt_end import AttemptEnded, may_have_struck
 from beatless.orchestrator.body import (
     NoConnection,
     check_transaction,
@@ -32,6 +33,7 @@ from beatless.orchestrator.execution import (
     Cancelled,
     Commit,
     CommitFailed,
+    CommitIfQuiet,
     Committed,
     Execution,
     HandedBack,
@@ -44,6 +46,7 @@ from beatless.orchestrator.execution import (
     Requests,
     Returned,
     RunBody,
+    Signalled,
     Stopped,
     TransactionLost,
     Unstorable,
@@ -57,7 +60,7 @@ from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
 from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
 from beatless.orchestrator.pace import Pace
-from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
@@ -161,7 +164,7 @@ class Executor:
                 run_id,
                 plan=plan.name,
                 worker=self.worker,
-                first_step=None if plan.first is None else plan.first.name,
+                first_step=plan.first_step,
                 dispatch=dispatch,
             )
         )
@@ -233,14 +236,6 @@ class Executor:
                 again = False
 
 
-class AttemptEnded(Exception):
-    """Leaves the transaction of an attempt whose body has not returned; carries the reply."""
-
-    def __init__(self, reply: Raised | Cancelled | Stopped | TransactionLost) -> None:
-        super().__init__(reply)
-        self.reply = reply
-
-
 class RunDriver:
     """Performs the requests of one execution, one turn after the other."""
 
@@ -308,6 +303,8 @@ class RunDriver:
                 return Recovered(committed=status.committed_since, ended=status.state.final)
             case Commit():
                 return (yield from self._commit(request))
+            case CommitIfQuiet():
+                return self._commit_if_quiet(request)
             case RunBody():
                 raise TypeError("a body is called within the scope of its attempt")
 
@@ -317,7 +314,14 @@ class RunDriver:
             appended = yield from self._settle(commit.settlement)
         except psycopg.DataError as error:
             return Unstorable(str(error))
-        return Committed(cancelled=appended.cancelled)
+        return Committed.of(appended)
+
+    def _commit_if_quiet(self, commit: CommitIfQuiet) -> Committed | Signalled:
+        self._executor.faults.reach("wait.before")
+        found = self._writer.settle_if_quiet(commit.settlement, commit.waits)
+        signalled = not isinstance(found, Appended)
+        self._executor.faults.reach("wait.signalled" if signalled else "wait.committed")
+        return Committed.of(found) if isinstance(found, Appended) else Signalled(found)
 
     def _settle(self, settlement: Settlement) -> Generator[Turn, Answer, Appended]:
         answer = yield self._writer.proposal(settlement)
@@ -370,7 +374,7 @@ class RunDriver:
             self._writer.confirm(commit.settlement, appended)
         executor.faults.reach("step.committed")
         executor.observer(StepCommitted(run_id=self._run_id, step=request.occurrence))
-        return Committed(cancelled=appended.cancelled)
+        return Committed.of(appended)
 
     def _call(
         self, request: RunBody, traceparent: str | None, transaction: sqlalchemy.Connection | None
@@ -530,16 +534,3 @@ class RunDriver:
                     **facts,
                 },
             )
-
-
-def may_have_struck(step: Step, reply: Raised | Cancelled | Stopped | TransactionLost) -> bool:
-    """Whether the watchdog's exception struck in the body: in the middle of a commit, perhaps."""
-    match reply:
-        case Stopped():
-            return True
-        case Cancelled():
-            return step.terminate_on_cancel
-        case Raised(error):
-            return is_a(error, (StepTimeout, DeadlineExceeded))
-        case TransactionLost():
-            return False

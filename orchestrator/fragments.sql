@@ -6,6 +6,24 @@ r.run_id, r.namespace, r.plan, r.plan_version, r.queue, r.state, r.input, r.resu
 r.last_seq, r.attempt, r.worker, r.cancel_requested_at, r.not_before, r.deadline_at, r.retry_of,
 r.created_at, r.started_at, r.finished_at, r.pruned_seq, {run_options}
 
+-- fragment: parked
+-- Whether the run of a dispatch `d` waits for a signal or a time, as `WAITS` says.
+(d.state = 'delayed' AND d.reason = 'wait')
+
+-- fragment: waiting
+-- Whether a run `r` is in the state that people see as `waiting`: stored as queued, for older versions.
+(r.state = 'queued' AND EXISTS (SELECT FROM {schema}.dispatches d
+                                 WHERE d.run_id = r.run_id AND {parked}))
+
+-- fragment: wait_started
+-- The data of a WaitStarted `x`, with its end by the clock of Postgres.
+x.data::jsonb || jsonb_strip_nulls(jsonb_build_object('until',
+  ((extract(epoch FROM clock_timestamp()) + (x.data::jsonb ->> 'seconds')::float8) * 1000)::bigint))
+
+-- fragment: signalled
+-- Whether signals of a run `u` wait to be taken into its journal.
+EXISTS (SELECT FROM {schema}.signals s WHERE s.run_id = u.run_id)
+
 -- fragment: claim_fence
 -- First key of the advisory lock that each claim holds in shared mode; the second is 0.
 '{schema}.queues'::regclass::oid
@@ -39,9 +57,9 @@ NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 
 -- fragment: of_its_worker
--- The reasons of runs that were given back: their worker stops, or is busy with another.
+-- The reasons of runs that have begun and go on at once: given back by a worker, or woken by a signal.
 -- They go before those of their priority that have not begun: they are due since they were made.
-('busy', 'shutdown')
+('busy', 'shutdown', 'signal')
 
 -- fragment: written_beside
 -- The events, outbox rows and dispatches of runs `u` that were settled.
@@ -52,6 +70,7 @@ e AS (
          CASE WHEN x.type = 'StepFailed'
               THEN x.data::jsonb || jsonb_build_object(
                      'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
+              WHEN x.type = 'WaitStarted' THEN {wait_started}
               ELSE x.data::jsonb END
     FROM u JOIN unnest(%(places)s::int[], %(branches)s::bool[], %(types)s::text[],
                        %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])

@@ -16,7 +16,8 @@ from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import ARGUMENTS, VERSION
-from beatless.orchestrator.plan import Finish, Goto, Snooze, Step
+from beatless.orchestrator.outcomes import Finish, Goto, Snooze
+from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
 from beatless.orchestrator.replay import Call
 from beatless.orchestrator.settlement import Boundary, Settlement

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from greenlet import getcurrent, greenlet
 
-from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
 from beatless.orchestrator.run_context import Asked, AsyncRunContext, RunContext

@@ -18,6 +18,7 @@ from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent
 from beatless.orchestrator.execution import (
+    Committed,
     Execution,
     Part,
     ReadJournal,
@@ -225,11 +226,11 @@ class FunctionExecution(Execution):
         return self._boundaries.values(drawn)
 
     def _go_on(
-        self, progress: Progress, step: Step, conclusion: Conclusion, *, cancelled: bool
+        self, progress: Progress, step: Step, conclusion: Conclusion, end: Committed
     ) -> Progress | None:
         if not isinstance(progress, Call):
-            return super()._go_on(progress, step, conclusion, cancelled=cancelled)
-        return self._begun(conclusion.settlement, cancelled=cancelled)
+            return super()._go_on(progress, step, conclusion, end)
+        return self._begun(conclusion.settlement, cancelled=end.cancelled)
 
     def _begun(self, settlement: Settlement, *, cancelled: bool) -> Progress | None:
         """The step whose first attempt has begun with a boundary; None if none has."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
-from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, STEP_NAME, Plan, PlanError, Step
+from beatless.orchestrator.outcomes import STEP_NAME, PlanError
+from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
 from beatless.orchestrator.typed_input import typed_input
 
 
@@ -42,7 +43,7 @@ class FunctionPlan(Plan):
         self.is_async = _check_function(name, function)
         self.number = version
         self.version = f"v{version}"
-        self.steps = tuple(_named_steps(name, function, on_cancel))
+        self.elements = self.steps = tuple(_named_steps(name, function, on_cancel))
         self._by_name = {each.name: each for each in self.steps}
         self._after = {}
         self.routes = {}

@@ -396,7 +396,7 @@ class GroupExecutor:
         if self._plans.get(plan.name) is not plan or not executor.pace.suits_groups(plan):
             return {}
         return {
-            each.name: each.first.name
+            each.name: each.first_step
             for each in self._plans.values()
-            if each.first is not None and executor.pace.suits_groups(each)
+            if each.first_step is not None and executor.pace.suits_groups(each)
         }

@@ -63,6 +63,6 @@ class GroupCommit:
                     columns["datas"].append(event.data)
         rows = execute(connection, self.sql["settle_many"], columns)
         return {
-            run_id: Appended(last_seq=last_seq, cancelled=cancelled)
-            for run_id, last_seq, cancelled, _ in rows
+            run_id: Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
+            for run_id, last_seq, cancelled, signalled, _ in rows
         }

@@ -15,6 +15,9 @@ from beatless.outbox.threads import LastingThread
 
 logger = logging.getLogger("beatless.orchestrator.lease")
 
+LOCK_TIMEOUT_S = 0.02
+"""Seconds that a run's row is waited for to take in its signals: other leases wait meanwhile."""
+
 RETRY_INTERVAL_S = 1.0
 """Seconds until a heartbeat that failed is tried again."""
 
@@ -24,7 +27,7 @@ class Heartbeat:
 
     1. sleep until a third of the lease time has gone, or until stopped
     2. extend every lease that is held, all at once, and waiting for no row
-    3. note on each lease whether it was lost, or a cancel was asked for
+    3. note on each lease whether it was lost, or a cancel was asked for; take in signals
     4. if that failed, or a row was held, do it again each second: a lease must not run out for that
 
     It opens a connection when a step first outlives that third, so short steps cost nothing.
@@ -121,6 +124,9 @@ class Heartbeat:
             for lease in held:
                 if not any(lease is other for other in missed):
                     self._note(lease)
+        for lease in held:
+            if lease.signalled:
+                self._leases.take_in(connection, lease, LOCK_TIMEOUT_S)
         for lease in missed:
             status = self._leases.inspect(connection, lease, 0)
             if status.held:

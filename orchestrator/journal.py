@@ -23,7 +23,7 @@ from beatless.orchestrator.records import (
     Unfinished,
 )
 from beatless.orchestrator.settlement import Settlement
-from beatless.orchestrator.state import RunState
+from beatless.orchestrator.state import RunState, stored
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, Read, execute
 from beatless.outbox.statements import statements
@@ -114,10 +114,12 @@ class Journal:
         self.failed = FailedRuns(self.sql)
         self._lists_by_state: dict[RunState | None, str] = {
             RunState.QUEUED: self.sql["list_queued"],
+            RunState.WAITING: self.sql["list_waiting"],
             RunState.RUNNING: self.sql["list_running"],
         }
         self._lists_at_step: dict[RunState | None, str] = {
             RunState.QUEUED: self.sql["list_queued_at_step"],
+            RunState.WAITING: self.sql["list_waiting_at_step"],
             RunState.RUNNING: self.sql["list_running_at_step"],
         }
 
@@ -237,7 +239,10 @@ class Journal:
                 "datas": [event.data for event in events],
             },
         )
-        return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
+        if not rows:
+            return None
+        last_seq, cancelled, signalled, _ = rows[0]
+        return Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
 
     def cancel(
         self,
@@ -320,7 +325,7 @@ class Journal:
             statement,
             {
                 "namespace": namespace,
-                "state": state,
+                "state": stored(state),
                 "plan": plan,
                 "queue": queue,
                 "tags": json.dumps(dict(tags)) if tags else None,

@@ -53,7 +53,7 @@ SELECT {run_columns}, {each_doorbell}
 -- name: find
 -- Read the runs that have this id or key, and whether their input is this one.
 -- Compared here: only Postgres knows which numbers are the same to it.
-SELECT {run_columns}, {retried_by}, default_queue, default_input,
+SELECT {run_columns}, {retried_by}, {waiting}, default_queue, default_input,
        coalesce(input, 'null') = %(input)s::jsonb
   FROM {schema}.runs r
  WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)
@@ -93,7 +93,7 @@ WITH u AS (
      AND r.last_seq >= %(after)s
   RETURNING {settled_columns}
 ), {written_beside}
-SELECT last_seq, cancelled, {each_doorbell} FROM u
+SELECT last_seq, cancelled, u.state = 'running' AND {signalled}, {each_doorbell} FROM u
 
 -- fragment: ends_at_once
 -- Whether a cancel ends the run in the same statement.
@@ -140,12 +140,12 @@ SELECT {run_columns}, {doorbell} FROM u AS r
 
 -- name: get
 -- Read one run.
-SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
  WHERE run_id = %(run_id)s AND namespace = %(namespace)s
 
 -- fragment: listed
 -- Runs of a namespace. Each list says next by which index it is found.
-SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
  WHERE namespace = %(namespace)s
 
 -- fragment: kept
@@ -174,7 +174,8 @@ AND {kept} AND {older} {newest} LIMIT %(limit)s
 -- fragment: place
 -- The last event that says where a run `r` is: by the index of its events, backwards.
 SELECT e.seq, e.type, e.step, e.data FROM {schema}.run_events e
- WHERE e.run_id = r.run_id AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished')
+ WHERE e.run_id = r.run_id
+   AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished', 'WaitStarted', 'WaitFinished')
  ORDER BY e.seq DESC LIMIT 1
 
 -- fragment: promise
@@ -191,7 +192,7 @@ r.run_id IN (SELECT run_id FROM {schema}.dispatches)
    AND EXISTS (SELECT FROM (
      SELECT CASE WHEN c.undo IS NOT NULL AND NOT (e.type = 'StepStarted' AND c.seq < e.seq)
                  THEN c.undo
-                 WHEN e.type = 'StepStarted' THEN e.step
+                 WHEN e.type IN ('StepStarted', 'WaitStarted') THEN e.step
                  WHEN e.type = 'RunStarted' THEN e.data #>> '{reused,next}'
                  ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
        FROM ({place}) e {promise}) e
@@ -199,7 +200,11 @@ r.run_id IN (SELECT run_id FROM {schema}.dispatches)
 
 -- fragment: queued
 -- Of the many stored runs few are unfinished: these are found by their dispatches.
-run_id IN (SELECT run_id FROM {schema}.dispatches)
+run_id IN (SELECT run_id FROM {schema}.dispatches d WHERE NOT {parked})
+
+-- fragment: parked_runs
+-- The same of runs that wait for a signal or a time.
+run_id IN (SELECT run_id FROM {schema}.dispatches d WHERE {parked})
 
 -- fragment: running
 -- Runs that run are found by the dispatches that do not wait.
@@ -245,7 +250,7 @@ near AS MATERIALIZED (
 
 -- fragment: page_of_near
 -- The page if enough runs are near.
-SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
  WHERE run_id = ANY(ARRAY(SELECT run_id FROM near
                            WHERE (SELECT count(*) FROM near) = %(limit)s))
 
@@ -254,7 +259,7 @@ SELECT {run_columns}, {retried_by} FROM {schema}.runs r
 WITH {near}
 {page_of_near}
 UNION ALL
-(SELECT {run_columns}, {retried_by}
+(SELECT {run_columns}, {retried_by}, {waiting}
    -- OFFSET keeps the planner from reading all runs in the order of time.
    FROM (SELECT * FROM {schema}.runs WHERE tags @> %(tags)s::jsonb AND tags <> '{}' OFFSET 0) r
   WHERE (SELECT count(*) FROM near) < %(limit)s AND namespace = %(namespace)s {filtered})
@@ -265,7 +270,7 @@ UNION ALL
 WITH {near}
 {page_of_near}
 UNION ALL
-(SELECT {run_columns}, {retried_by} FROM {schema}.runs r
+(SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
   WHERE (SELECT count(*) FROM near) < %(limit)s AND namespace = %(namespace)s
     AND run_id = ANY(ARRAY(SELECT retry_of FROM {schema}.runs WHERE retry_of IS NOT NULL))
     {filtered})
@@ -275,6 +280,10 @@ UNION ALL
 -- List runs that wait, newest first.
 -- Reads in whole: dispatches.
 {listed} AND {queued} {filtered}
+
+-- name: list_waiting
+-- List runs that wait for a signal or a time, newest first.
+{listed} AND {parked_runs} {filtered}
 
 -- name: list_running
 -- List runs that run, newest first.
@@ -289,6 +298,10 @@ UNION ALL
 -- List runs that wait at a step, newest first.
 -- Reads in whole: dispatches.
 {listed} AND {queued} AND {at_step} {filtered}
+
+-- name: list_waiting_at_step
+-- List runs that wait for a signal or a time at a step, newest first.
+{listed} AND {parked_runs} AND {at_step} {filtered}
 
 -- name: list_running_at_step
 -- List runs that run at a step, newest first.
@@ -384,7 +397,7 @@ SELECT {event_json} FROM (
         FROM {schema}.run_events e
        WHERE e.run_id = %(run_id)s
          AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
-                         'CancelRequested')
+                         'CancelRequested', 'WaitStarted', 'SignalReceived', 'WaitFinished')
               OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
               OR e.seq = (SELECT r.last_seq FROM {schema}.runs r WHERE r.run_id = %(run_id)s))
     ) e WINDOW w AS (ORDER BY e.seq)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 
 from beatless.orchestrator.board import Board, Noted
-from beatless.orchestrator.lease import Connection, Leases
+from beatless.orchestrator.lease import Connection, Kept, Leases
 from beatless.outbox.clock import monotonic
 from beatless.outbox.forks import without_forks
 from beatless.outbox.threads import LastingThread
@@ -109,7 +109,7 @@ class Keeper:
             self._warn(noted, kept)
         return len(kept)
 
-    def _warn(self, noted: Noted, kept: dict[int, bool]) -> None:
+    def _warn(self, noted: Noted, kept: dict[int, Kept]) -> None:
         for token in kept.keys() & set(noted.tokens) - self._warned:
             self._warned.add(token)
             logger.warning(

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK
 from beatless.orchestrator.records import Run
@@ -37,13 +38,15 @@ LOOKED_AT = 256
 
 @dataclass(slots=True, kw_only=True)
 class Lease:
-    """One claim of one run. `cancelled` and `lost` are news that the heartbeat brings."""
+    """One claim of one run. `cancelled`, `signalled` and `lost` are news of the heartbeat."""
 
     run: Run
     token: int
     next_token: int | None = None
     """The token that replaces it: while the answer is unknown, the row may have either."""
     cancelled: bool = False
+    signalled: bool = False
+    """Signals of the run wait to be taken into its journal."""
     lost: bool = False
     deadline: float | None = None
     """When the run must have ended, by this process's monotonic clock."""
@@ -87,6 +90,14 @@ class LeaseStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The news of a run whose lease was extended."""
+
+    cancelled: bool
+    signalled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldLease:
     """A lease as it stands in the run's row."""
 
@@ -101,6 +112,7 @@ class Leases:
 
     def __init__(self, schema: str, *, seconds: float) -> None:
         self.seconds = seconds
+        self.inbox = Inbox(schema)
         self.sql = statements(
             __file__,
             schema,
@@ -126,7 +138,7 @@ class Leases:
 
         Also None if another transaction holds the run's row for longer than `LOCK_TIMEOUT_S`: the
         run is dispatched again. For a run that was never claimed this also commits StepStarted of
-        `first_step`, if it is given.
+        `first_step`, if it is given: not for a plan that begins with a wait, or is a function.
         """
         claimed = self._claim(
             connection,
@@ -207,14 +219,15 @@ class Leases:
         kept = self.extend_tokens(
             connection, [(lease.run.run_id, token) for token, lease in by_token.items()]
         )
-        for token, cancelled in kept.items():
-            by_token[token].cancelled = cancelled
+        for token, news in kept.items():
+            by_token[token].cancelled = news.cancelled
+            by_token[token].signalled = news.signalled
         return [lease for lease in leases if kept.keys().isdisjoint(lease.tokens)]
 
     def extend_tokens(
         self, connection: Connection, held: Sequence[tuple[str, int]]
-    ) -> dict[int, bool]:
-        """The same by run id and token: for each that was kept, whether a cancel was asked for."""
+    ) -> dict[int, Kept]:
+        """The same by run id and token; the news of each that was kept."""
         with connection.pipeline(), connection.transaction():
             connection.execute(self.sql["limit_lock_wait"])
             extended = connection.execute(
@@ -225,7 +238,19 @@ class Leases:
                     "seconds": self.seconds,
                 },
             )
-        return dict(extended.fetchall())
+        return {
+            token: Kept(cancelled=cancelled, signalled=signalled)
+            for token, cancelled, signalled in extended.fetchall()
+        }
+
+    def take_in(self, connection: Connection, lease: Lease, lock_s: float) -> None:
+        """Take the signals of a run into its journal, unless its row is held for so long."""
+        try:
+            with self.with_lock_timeout(connection, lock_s):
+                self.inbox.take_in(connection, lease.run.run_id, lease.token, seen=0)
+        except psycopg.errors.LockNotAvailable:
+            return  # with the next heartbeat, or the next commit of the run
+        lease.signalled = False
 
     def end(
         self,

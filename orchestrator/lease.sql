@@ -17,7 +17,8 @@ SELECT set_config('lock_timeout', '{lock_timeout_ms}', true)
 SELECT set_config('lock_timeout', %(milliseconds)s, true)
 
 -- fragment: fresh
--- Whether a run was never claimed, so that its first step starts in the claim itself.
+-- Whether a run was never claimed, so that its first step starts in the claim itself, if it begins
+-- with one.
 last_seq = 1 AND attempt = 0 AND retry_of IS NULL AND cancel_requested_at IS NULL
 AND (deadline_at IS NULL OR deadline_at > clock_timestamp())
 
@@ -153,7 +154,7 @@ WITH held AS (
 ), d AS (
   UPDATE {schema}.dispatches d SET due_at = u.lease_expires_at FROM u WHERE d.run_id = u.run_id
 )
-SELECT lease_token, cancelled FROM u
+SELECT lease_token, cancelled, {signalled} FROM u
 
 -- name: end
 -- End the leases of processes that have died, and ring for their runs; say which are left.

@@ -6,8 +6,9 @@ journal has grown by an event of a worker; that it happens later is ruled out by
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import psycopg
@@ -17,7 +18,13 @@ from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
-from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
+from beatless.orchestrator.lease import (
+    LOCK_TIMEOUT_S,
+    Connection,
+    Lease,
+    Leases,
+    LeaseStatus,
+)
 from beatless.orchestrator.progress import FOLDED, SNOOZED
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Proposal, Settlement
@@ -75,6 +82,8 @@ class LeasedWriter:
         self._on_commit = on_commit
         self._last_seq = lease.run.last_seq
         """Of the last event that is known to be committed."""
+        self._told_seq = 0
+        """The seq up to which the signals of the run were told to its execution."""
         self._in_doubt: Settlement | None = None
         """The boundary in a step's own transaction, until its commit is sure."""
         self._writing = threading.RLock()
@@ -94,7 +103,7 @@ class LeasedWriter:
             )
         except RunNotFound as error:  # taken away by force
             raise LeaseLost(self._run_id, self._lease.token) from error
-        self._last_seq = events[-1].seq
+        self._last_seq = self._told_seq = events[-1].seq
         return events
 
     # Settlements
@@ -121,6 +130,44 @@ class LeasedWriter:
             )
         self._in_doubt = None
         self._on_commit(settlement, appended)
+        self._take_in(appended)
+        return appended
+
+    def settle_if_quiet(
+        self, settlement: Settlement, waits: Sequence[int]
+    ) -> Appended | Sequence[Event]:
+        """Commit a boundary unless the run has received signals that were not told; or those.
+
+        They are looked for once the run's row is locked, in statements that begin after that: a
+        signal that is committed later finds the boundary. With `waits`, the seqs of open waits, the
+        run is due when the first of them ends. Raises LeaseLost.
+        """
+        signals: Sequence[Event] = ()
+        told_seq, chosen = self._told_seq, settlement
+
+        def write(connection: Connection) -> Appended | None:
+            nonlocal signals, told_seq, chosen
+            with connection.transaction():
+                look = self._leases.inbox.take_in(
+                    connection, self._run_id, self._lease.token, seen=self._told_seq, waits=waits
+                )
+                if look is None:
+                    return None
+                signals, told_seq = look.events, look.last_seq
+                if signals:
+                    return Appended(last_seq=look.last_seq, cancelled=False)
+                if waits:
+                    chosen = replace(
+                        settlement, normal=replace(settlement.normal, delay_s=look.delay_s)
+                    )
+                return self._settle(connection, chosen)
+
+        with self._writing:
+            appended = self._write(write, settlement.normal.state)
+        self._told_seq = told_seq
+        if signals:
+            return signals
+        self._on_commit(chosen, appended)
         return appended
 
     def settle_within(self, transaction: sqlalchemy.Connection, settlement: Settlement) -> Appended:
@@ -139,6 +186,14 @@ class LeasedWriter:
         # Only now: until the commit, the writes of an interrupted transaction are not sure.
         self._last_seq, self._in_doubt = appended.last_seq, None
         self._on_commit(settlement, appended)
+        self._take_in(appended)
+
+    def _take_in(self, settled: Appended) -> None:
+        """Take signals into the journal that have come before a boundary."""
+        if settled.signalled:
+            self._patiently(
+                lambda connection: self._leases.take_in(connection, self._lease, LOCK_TIMEOUT_S)
+            )
 
     def settle_once(self, connection: Connection, settlement: Settlement) -> bool:
         """Commit a boundary on another thread's connection; False if the lease is gone.

@@ -32,11 +32,11 @@ class Pace:
     def suits_groups(self, plan: Plan) -> bool:
         """Whether runs of this plan are begun beside others.
 
-        Their first step is a short one, no step that was seen is a long one, and none ends the run
-        at its first crash: a crash of the process counts for all of its runs.
+        They begin with a step, which is a short one, no step that was seen is a long one, and none
+        ends the run at its first crash: a crash of the process counts for all of its runs.
         """
         return (
-            plan.first is not None
+            isinstance(plan.first, Step)
             and self.is_short(plan, plan.first)
             and max(list(self._averages[plan.name].values())) < SHORT_S
             and all(step.retry.max_crashes > 1 for step in plan.steps)

@@ -12,15 +12,14 @@ from types import UnionType
 from typing import Any, overload
 
 from beatless.orchestrator.celery_task import CeleryTask, call_task
-from beatless.orchestrator.errors import BadPayload, Fatal
+from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.outcomes import STEP_NAME, Finish, Goto, PlanError, Snooze
 from beatless.orchestrator.retry import Retry
+from beatless.orchestrator.waits import Wait
 from beatless.outbox.times import MOST_S, problem_with_seconds
 
-__all__ = ["Fatal", "Finish", "Goto", "Plan", "PlanError", "Snooze", "Step", "step"]
-
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-STEP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -33,10 +32,6 @@ INPUT_BYTES = 262_144
 """The largest default input of a plan: that of a run with the default settings."""
 
 
-class PlanError(ValueError):
-    """A plan that cannot work. Raised when it is built, which is when it is imported."""
-
-
 def occurrence(name: str, visit: int) -> str:
     """The name of a visit to a step: `name`, then `name#2`."""
     return name if visit == 1 else f"{name}#{visit}"
@@ -45,53 +40,6 @@ def occurrence(name: str, visit: int) -> str:
 def step_of(occurrence: str) -> str:
     """The name of the step that an occurrence is a visit to."""
     return occurrence.partition("#")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Goto:
-    """Return it from a step to continue at another one, declared in the plan's `routes`.
-
-    >>> from beatless import Goto
-    >>> def verify(ctx) -> Goto:
-    ...     return Goto("Stop" if ctx.input["done"] else "Perceive", result={"seen": 3})
-    """
-
-    step: str
-    result: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Return it from a step to complete the run now, with this result.
-
-    >>> from beatless import Finish, step
-    >>> @step
-    ... def look_up(ctx):
-    ...     if ctx.input["cached"]:
-    ...         return Finish({"answer": 42})
-    """
-
-    result: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snooze:
-    """Return it from a step to release the worker and be called again after some seconds.
-
-    It is not a failed attempt. Raises ValueError for a negative number, and for one that is none.
-
-    >>> from beatless import Snooze, step
-    >>> @step
-    ... def wait_for_payment(ctx):
-    ...     if not ctx.input["paid"]:
-    ...         return Snooze(30)
-    """
-
-    seconds: float
-
-    def __post_init__(self) -> None:
-        if problem := problem_with_seconds(self.seconds):
-            raise ValueError(f"Snooze takes a number of seconds, 0 or more: it {problem}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,8 +213,14 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
 
 
+Element = Step | Wait
+"""An element of the list of a plan."""
+
+
 class Plan:
     """An ordered list of steps. The default route is the next step; the last one completes the run.
+
+    Between the steps there may be waits: `wait("paid", timeout=days(3))` and `sleep(days=14)`.
 
     `routes` declares where else a step may go (`Goto`): `{"Verify": ["Perceive", "Stop"]}`. A step
     whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
@@ -291,7 +245,7 @@ class Plan:
     def __init__(
         self,
         name: str,
-        steps: Sequence[Step],
+        steps: Sequence[Element],
         *,
         routes: Mapping[str, Sequence[str]] | None = None,
         queue: str = "default",
@@ -302,26 +256,32 @@ class Plan:
         if not PLAN_NAME.fullmatch(name):
             raise PlanError(f"plan name {name!r} must match {PLAN_NAME.pattern}")
         for candidate in steps:
-            if not isinstance(candidate, Step):
+            if not isinstance(candidate, Element):
                 raise PlanError(
                     f"plan {name}: {candidate!r} is not a step; decorate it with @step, or if it "
                     "is a task of Celery's, put Plan.task(…) around it"
                 )
-            candidate.check_arguments(f"plan {name}")
+            if isinstance(candidate, Step):
+                candidate.check_arguments(f"plan {name}")
         if not steps:
             raise PlanError(f"plan {name} has no steps")
         self.name = name
         self.queue = queue
-        self.steps = tuple(steps)
-        self._by_name = {candidate.name: candidate for candidate in self.steps}
+        self.elements = tuple(steps)
+        """Its steps and waits, in order."""
+        self.steps = tuple(each for each in self.elements if isinstance(each, Step))
+        self._by_name = {candidate.name: candidate for candidate in self.elements}
         self._after = dict(
-            zip((candidate.name for candidate in self.steps), (*self.steps[1:], None), strict=True)
+            zip(self._names(), (*self.elements[1:], None), strict=True),
         )
-        if len(self._by_name) < len(self.steps):
-            names = Counter(candidate.name for candidate in self.steps)
-            twice = sorted(label for label, times in names.items() if times > 1)
-            raise PlanError(f"plan {name} has two steps called {', '.join(twice)}")
+        if len(self._by_name) < len(self.elements):
+            twice = sorted(label for label, times in Counter(self._names()).items() if times > 1)
+            raise PlanError(
+                f"plan {name} has two steps called {', '.join(twice)}; a wait and a sleep take a "
+                'name of their own: sleep(days=14, name="…")'
+            )
         self.routes = {label: tuple(targets) for label, targets in (routes or {}).items()}
+        self._add_time_out_routes()
         for label, targets in self.routes.items():
             for unknown in {label, *targets} - self._by_name.keys():
                 raise PlanError(
@@ -338,6 +298,21 @@ class Plan:
             raise PlanError(str(error)) from error
         self.version = self._hash()
 
+    def _names(self) -> list[str]:
+        return [each.name for each in self.elements]
+
+    def _add_time_out_routes(self) -> None:
+        for each in self.elements:
+            if not isinstance(each, Wait):
+                continue
+            if each.name in self.routes:
+                raise PlanError(
+                    f"plan {self.name}: routes names the wait {each.name}, which goes nowhere else "
+                    f'but on a time-out: wait(…, on_timeout=Goto("…"))'
+                )
+            if each.on_timeout is not None:
+                self.routes[each.name] = (each.on_timeout.step,)
+
     def _check_routes(self) -> None:
         for step in self.steps:
             if Goto in step.outcomes and not self.routes.get(step.name):
@@ -351,7 +326,7 @@ class Plan:
             if name not in reached:
                 reached.add(name)
                 ahead += self.following(name)
-        for lost in self.steps:
+        for lost in self.elements:
             if lost.name not in reached:
                 raise PlanError(
                     f"plan {self.name}: nothing leads to step {lost.name}: the step before it goes "
@@ -446,18 +421,23 @@ class Plan:
         return replace(found, outcomes=outcomes_of(task.run))
 
     def __repr__(self) -> str:
-        return f"Plan({self.name!r}, [{', '.join(candidate.name for candidate in self.steps)}])"
+        return f"Plan({self.name!r}, [{', '.join(self._names())}])"
 
     @property
-    def first(self) -> Step | None:
-        """The step that every run begins with; None if only the plan's function knows."""
-        return self.steps[0]
+    def first(self) -> Element | None:
+        """The step or wait that every run begins with; None if only the plan's function knows."""
+        return self.elements[0]
 
-    def get(self, name: str) -> Step | None:
+    @property
+    def first_step(self) -> str | None:
+        """The name of the step that a run begins with; None if it begins with a wait."""
+        return self.first.name if isinstance(self.first, Step) else None
+
+    def get(self, name: str) -> Element | None:
         """The step of this name, now or formerly; None if another version of the plan has it."""
         return self._find(self.current(name))
 
-    def _find(self, name: str) -> Step | None:
+    def _find(self, name: str) -> Element | None:
         if self.on_cancel is not None and name == self.on_cancel.name:
             return self.on_cancel
         return self._by_name.get(name)
@@ -470,13 +450,18 @@ class Plan:
         step, number, visit = name.partition("#")
         return self.renamed.get(step, step) + number + visit
 
-    def after(self, name: str) -> Step | None:
+    def after(self, name: str) -> Element | None:
         """The step that follows by default, or None at the end."""
         return self._after.get(name)
 
+    def falls_through(self, name: str) -> bool:
+        """Whether the next element of the list may follow this one."""
+        found = self._by_name[name]
+        return isinstance(found, Wait) or found.falls_through
+
     def following(self, name: str) -> list[str]:
         """The names of all steps that may follow, the default first."""
-        default = self.after(name) if self._by_name[name].falls_through else None
+        default = self.after(name) if self.falls_through(name) else None
         return [*([default.name] if default else []), *self.routes.get(name, ())]
 
     def may_go(self, source: str, target: str) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 
 from beatless.orchestrator.errors import CannotRetry, RunCancelled
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.plan import Plan, Step, occurrence, step_of
+from beatless.orchestrator.open_waits import OpenWaits, Signal
+from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
+from beatless.orchestrator.waits import Wait
 
 SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
@@ -46,7 +48,13 @@ ON_CANCEL = "on_cancel"
 """In CancelRequested: the step that is to undo the run. In StepFinished: that it has."""
 
 FOLLOWING = "following"
-"""In StepFinished, if no step begins with it: the one that follows by the plan that wrote it."""
+"""In StepFinished and WaitFinished, if no step begins with it: what follows by the writer's plan.
+
+A process that knows no waits finds one there that it does not have, and leaves it alone.
+"""
+
+SIGNALS = "signals"
+"""In `reused`: the names of the results that are signals."""
 
 FINAL = "final"
 """In StepFailed, where the run goes on: the step is not tried again.
@@ -70,8 +78,8 @@ class UnknownStep(Exception):
 class Progress:
     """The place of a run, folded from its events. Steps have the names of this plan's version."""
 
-    step: Step | None
-    """The next step; None when every step has finished."""
+    step: Element | None
+    """The next step or wait; None when all have finished."""
     unknown: str | None = None
     """The next step's name, if this version of the plan does not have it: then `step` is None."""
     begun: str | None = None
@@ -92,13 +100,15 @@ class Progress:
     """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
     """The run is cancelled, and the plan's `on_cancel` step comes last."""
+    inbox: OpenWaits = field(default_factory=OpenWaits)
+    """The open waits, and the signals that no wait has taken."""
 
     @property
     def occurrence(self) -> str:
         """The name of this visit to the step: `name`, then `name#2`."""
         return "" if self.step is None else self.upcoming(self.step)
 
-    def upcoming(self, step: Step) -> str:
+    def upcoming(self, step: Element) -> str:
         """The name of the next visit to a step."""
         return occurrence(step.name, self.visits[step.name] + 1)
 
@@ -112,8 +122,8 @@ class Progress:
         """Attempts that ended without a word: their process died."""
         return self.starts - self.failures
 
-    def after(self, plan: Plan, name: str) -> Step | None:
-        """The step that follows this one by default, or None at the end.
+    def after(self, plan: Plan, name: str) -> Element | None:
+        """The step or wait that follows this one by default, or None at the end.
 
         Only a route leads back to a step that has finished. If one comes next in the list, it stood
         before this one when the run passed it: it is not done again.
@@ -125,18 +135,26 @@ class Progress:
 
     def finished(self, name: str, result: Any, *, routed: bool) -> None:
         """A visit to the step of this name has its result."""
+        self.passed(name, result, routed=routed)
+        self.result = result
+
+    def passed(self, name: str, result: Any, *, routed: bool) -> None:
+        """The same of a wait, whose result is not that of the run."""
         self.straight.add(name)
         if routed:
             self.straight.clear()
         self.visits[name] += 1
         self.results[occurrence(name, self.visits[name])] = self.results[name] = result
-        self.result = result
 
-    def go_on(self, step: Step | None, *, begun: str | None = None) -> None:
+    def go_on(self, step: Element | None, *, begun: str | None = None) -> None:
         """This step comes next; nothing of it is counted yet."""
         self.step, self.unknown, self.begun = step, None, begun
         self.starts = self.failures = 0
         self.judged()
+
+    def begin_wait(self, wait: Wait, seq: int) -> None:
+        """The wait at which the run is has begun, with the event of this seq."""
+        self.inbox.begin(self.key, wait.kind, wait.names, seq=seq)
 
     def compensate(self, step: Step) -> None:
         """The run was cancelled; the step that undoes it comes next."""
@@ -175,8 +193,10 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
         match event.type:
             case EventType.RUN_STARTED:
                 reused = data.get("reused", {})
+                signals = reused.get(SIGNALS, ())
                 for name, result in reused.get("results", {}).items():
-                    progress.results[plan.current(name)] = result
+                    stored = Signal(**result) if name in signals else result
+                    progress.results[plan.current(name)] = stored
                 for name, visits in reused.get("visits", {}).items():
                     progress.visits[plan.current(name)] += visits
                 progress.straight.update(map(plan.current, reused.get("passed", ())))
@@ -209,6 +229,17 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 name = plan.current(step_of(event.step or ""))
                 progress.finished(name, data.get("result"), routed="next" in data)
                 progress.go_on(None)
+            case EventType.WAIT_STARTED:
+                place = event
+                progress.inbox.note(event)
+                progress.go_on(None, begun=event.step)
+            case EventType.WAIT_FINISHED:
+                place = event
+                name = plan.current(step_of(event.step or ""))
+                progress.passed(name, progress.inbox.note(event), routed="next" in data)
+                progress.go_on(None)
+            case EventType.SIGNAL_RECEIVED:
+                progress.inbox.note(event)
     if progress.compensating and progress.begun is None:
         return progress  # the `on_cancel` step has not begun
     try:
@@ -223,9 +254,9 @@ def next_step(
     place: Event,
     *,
     undoing: bool,
-    after: Callable[[Plan, str], Step | None] = Plan.after,
-) -> Step | None:
-    """The step that a run goes on with after the last RunStarted, StepStarted or StepFinished.
+    after: Callable[[Plan, str], Element | None] = Plan.after,
+) -> Element | None:
+    """The step or wait that a run goes on with after the last RunStarted, or the last start or end.
 
     None if all have finished. Raises UnknownStep, also for a step that has the other role in this
     version: `undoing`: whether it is the one that undoes the run.
@@ -243,12 +274,14 @@ def next_step(
     return found
 
 
-def _next_step(plan: Plan, place: Event, after: Callable[[Plan, str], Step | None]) -> Step | None:
+def _next_step(
+    plan: Plan, place: Event, after: Callable[[Plan, str], Element | None]
+) -> Element | None:
     data = place.data or {}
     match place.type:
-        case EventType.STEP_STARTED:
+        case EventType.STEP_STARTED | EventType.WAIT_STARTED:
             return known_step(plan, step_of(place.step or ""))
-        case EventType.STEP_FINISHED:
+        case EventType.STEP_FINISHED | EventType.WAIT_FINISHED:
             if "next" in data:
                 return None if data["next"] is None else known_step(plan, data["next"])
             followed = known_step(plan, data[FOLLOWING]) if FOLLOWING in data else None
@@ -274,7 +307,8 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
         begun = [
             event
             for event in events
-            if event.type == EventType.STEP_STARTED and from_step in _names(plan, event.step or "")
+            if event.type in (EventType.STEP_STARTED, EventType.WAIT_STARTED)
+            and from_step in _names(plan, event.step or "")
         ]
         if not begun:
             raise CannotRetry(run_id, f"it never began a step {from_step}")
@@ -297,11 +331,16 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
         raise CannotRetry(run_id, "all of its steps have finished; name the step to begin with")
     if not progress.visits and progress.step is plan.first:
         return None
+    received = {
+        name: result for name, result in progress.results.items() if isinstance(result, Signal)
+    }
     reused = {
-        "results": progress.results,
+        "results": progress.results | {name: each.to_dict() for name, each in received.items()},
         "visits": dict(progress.visits),
         "next": progress.step.name,
     }
+    if received:
+        reused[SIGNALS] = list(received)
     ahead, passed = plan.after(progress.step.name), []
     while ahead is not None:
         if ahead.name in progress.straight:
@@ -322,7 +361,8 @@ def _names(plan: Plan, occurrence: str) -> set[str]:
     return {occurrence, step_of(occurrence), now, step_of(now)}
 
 
-def known_step(plan: Plan, name: str) -> Step:
+def known_step(plan: Plan, name: str) -> Element:
+    """The step or wait of this name. Raises UnknownStep."""
     found = plan.get(name)
     if found is None:
         raise UnknownStep(plan.name, name)

@@ -209,5 +209,6 @@ WITH gone AS (
 ), e AS (DELETE FROM {schema}.run_events WHERE run_id = ANY(%(run_ids)s)
 ), o AS (DELETE FROM {schema}.run_outbox WHERE run_id = ANY(%(run_ids)s)
 ), l AS (DELETE FROM {schema}.dead_letters WHERE run_id = ANY(%(run_ids)s)
+), s AS (DELETE FROM {schema}.signals WHERE run_id = ANY(%(run_ids)s)
 ), d AS (DELETE FROM {schema}.dispatches WHERE run_id = ANY(%(run_ids)s))
 SELECT run_id FROM gone

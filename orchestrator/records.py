@@ -12,6 +12,9 @@ from beatless.orchestrator.options import STORED, StoredOptions
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
 
+ENDLESS_YEAR = 9000
+"""From this year on a run is due that waits without an end: no other can be due so late."""
+
 RUN_COLUMNS = (
     "run_id",
     "namespace",
@@ -76,10 +79,18 @@ class Run(StoredOptions):
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Self:
-        """From the columns of the table, and `retried_by` where the statement has looked for it."""
-        names = (*RUN_COLUMNS, "retried_by")[: len(row)]
+        """From the columns of the table; then what only some statements have looked for.
+
+        That is `retried_by`, and whether the run waits for a signal or a time.
+        """
+        names = (*RUN_COLUMNS, "retried_by", "waits")[: len(row)]
         members = dict(zip(names, row, strict=True))
-        return cls(**members | {"state": RunState(members["state"])})
+        if not members.pop("waits", False):
+            return cls(**members | {"state": RunState(members["state"])})
+        due = members["not_before"]
+        if due is not None and due.year >= ENDLESS_YEAR:
+            members["not_before"] = None
+        return cls(**members | {"state": RunState.WAITING})
 
     def require_events(self, after: int) -> None:
         """Raises EventsPruned unless every event after this seq is kept."""
@@ -203,12 +214,51 @@ class NewRun(StoredOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewSignal:
+    """A checked signal for a run. `data` is JSON text."""
+
+    run_id: str
+    name: str
+    key: str
+    data: str
+
+    def to_json(self) -> str:
+        """The members as the statement reads them."""
+        members = {
+            "run_id": self.run_id,
+            "shard": shard_of(self.run_id),
+            "name": self.name,
+            "key": self.key,
+        }
+        return f'{json.dumps(members)[:-1]},"data":{self.data}}}'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentSignal:
+    """A signal that is stored for its run.
+
+    >>> run = app.client.start_run("checkout", {"order": 1})
+    >>> sent = app.client.signal_run(run.run_id, "paid", {"amount": 12}, key="psp:42")
+    >>> sent.id, sent.new
+    ('psp:42', True)
+    """
+
+    run_id: str
+    id: str
+    """Its key, or a random one."""
+    new: bool
+    """Whether it was stored now; False if it was sent before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Appended:
     """The result of an append."""
 
     last_seq: int
     cancelled: bool
     """A cancel was accepted before this append."""
+    signalled: bool = False
+    """Signals of the run wait to be taken into its journal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from beatless.orchestrator.errors import StepFailed
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall
-from beatless.orchestrator.plan import PlanError, Step, occurrence, step_of
+from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.plan import Step, occurrence, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
 
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")

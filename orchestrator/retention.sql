@@ -46,6 +46,8 @@ WITH chosen AS (
    ORDER BY pruned_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
 ), letters AS (
   DELETE FROM {schema}.dead_letters l USING chosen WHERE l.run_id = chosen.run_id
+), unheard AS (
+  DELETE FROM {schema}.signals WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
 ), unpublished AS (
   DELETE FROM {schema}.run_outbox WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
 )

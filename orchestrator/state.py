@@ -13,6 +13,9 @@ class RunState(StrEnum):
 
     QUEUED = "queued"
     """Waits: for a worker, for its start time, or for the next attempt (`not_before`)."""
+    WAITING = "waiting"
+    """Holds no worker until a signal or a time comes. Stored as queued, which older processes know:
+    its dispatch says so, see `WAITS`."""
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
@@ -32,11 +35,20 @@ class RunState(StrEnum):
         return self in FINAL
 
 
+def stored(state: str | None) -> str | None:
+    """The state as it is stored: a run that waits is queued, see `WAITS`."""
+    return RunState.QUEUED.value if state == RunState.WAITING else state
+
+
 FINAL = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
+
+WAITS = "wait"
+"""The reason of the dispatch of a run that waits."""
 
 TRANSITIONS = {
     RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED, RunState.FAILED}),
-    RunState.RUNNING: frozenset({RunState.RUNNING, RunState.QUEUED}) | FINAL,
+    RunState.WAITING: frozenset({RunState.QUEUED, RunState.CANCELLED, RunState.FAILED}),
+    RunState.RUNNING: frozenset({RunState.RUNNING, RunState.QUEUED, RunState.WAITING}) | FINAL,
     RunState.COMPLETED: frozenset[RunState](),
     RunState.FAILED: frozenset[RunState](),
     RunState.CANCELLED: frozenset[RunState](),

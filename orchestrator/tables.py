@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Identity,
     Index,
     Integer,
     Table,
@@ -99,6 +100,16 @@ runs = Table(
 
 `error` changes when a run fails or is cancelled: of all ends, only that one writes to the indexes.
 """
+
+signals = Table(
+    "signals",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("data", JSONB),
+)
 
 ended_runs = Table(
     "ended_runs",

@@ -12,6 +12,7 @@ from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.overdue import EndOverdue
 from beatless.outbox.publishers import EventPublisher, TaskPublisher
 from beatless.outbox.queries import Queries
+from beatless.outbox.waking import Wake
 
 
 class Companion(Protocol):
@@ -49,6 +50,8 @@ class RelayConfig:
     """Between two proofs that a NOTIFY still arrives, and that the other relays are not frozen."""
     overdue: EndOverdue | None = None
     """Ends runs that have reached their deadline and that no worker has."""
+    wake: Wake | None = None
+    """Makes runs due that wait, and have received what they wait for."""
     chores: Sequence[Chore] = ()
     """Done beside the drains, by one relay at a time."""
     companions: Sequence[Companion] = ()

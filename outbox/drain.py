@@ -70,6 +70,7 @@ class Drain:
             breaker=broker,
             quarantine=self._quarantine,
             redispatch=config.redispatch,
+            wake=config.wake,
             on_result=on_result,
             on_recovery=redis.allow_now,
             observer=config.observer,
@@ -109,7 +110,7 @@ class Drain:
         events.note_forgotten(deleted)
         tasks.note_forgotten()
         picked = events.fetch(rows, run_id)
-        batch = tasks.fetch(dispatches, still_held, now)
+        batch = tasks.fetch(dispatches, still_held, shards, now)
         if picked or batch.messages:
             self._faults.reach("relay.after_claim")
         tasks.publish(batch)

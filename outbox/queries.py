@@ -245,7 +245,8 @@ class PickedTask(NamedTuple):
 
     message: TaskMessage
     act: str
-    """`send` it; `look` whether its last message is lost; `defer` it, for its queue is full."""
+    """`send` it; `look` whether its last message is lost; `defer` it, for its queue is full; `wake`
+    it, and all others that are to be woken."""
     sent: int
     """How many messages of its queue are out as far as Postgres knows, of all relays."""
 

@@ -171,7 +171,8 @@ row_number() OVER (
   ORDER BY d.state = 'running' DESC, d.priority DESC, d.due_at) AS place
 
 -- fragment: acts
--- The action: `send` while there are places, `look` whether a message is lost, `defer`.
+-- The action: `send` while there are places, `look` whether a message is lost, `defer`; and `wake`
+-- if any run is to be woken.
 SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
   FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
@@ -186,6 +187,8 @@ SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
     OR d.state <> 'sent' AND d.run_id IN (
       SELECT run_id FROM ready r
        WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))
+UNION ALL
+(SELECT run_id, '', '', 0, '', 'wake', 0 FROM {schema}.wakes WHERE shard = ANY(%(shards)s) LIMIT 1)
 
 -- name: pick_tasks
 -- Read the runs that are due, and what is to be done about each.

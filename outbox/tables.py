@@ -79,6 +79,14 @@ dispatches = Table(
     Index("dispatches_sent", "queue", postgresql_where=text("state = 'sent'")),
 )
 
+wakes = Table(
+    "wakes",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("run_id", Id, nullable=False),
+)
+
 queues = Table(
     "queues",
     metadata,

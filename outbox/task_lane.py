@@ -18,6 +18,7 @@ from beatless.outbox.observer import Observer, QueueRefused
 from beatless.outbox.publishers import TaskPublisher
 from beatless.outbox.quarantine import Quarantine, is_row_fault
 from beatless.outbox.queries import PickedTask, Queries, int_array, picked_tasks
+from beatless.outbox.waking import Wake
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class TaskLane:
         breaker: CircuitBreaker,
         quarantine: Quarantine,
         redispatch: float,
+        wake: Wake | None,
         on_result: Callable[[], None],
         on_recovery: Callable[[], None],
         observer: Observer,
@@ -61,7 +63,7 @@ class TaskLane:
         """`on_result` is called in another thread when a batch has found its end.
 
         `on_recovery` is called when a success ends a series of failures. `redispatch` is how many
-        seconds a message that was sent may stay unclaimed.
+        seconds a message that was sent may stay unclaimed. `wake` makes runs due that wait.
         """
         self.crowded = False
         """Rows that another transaction holds, or that are to wait, took the places of others in
@@ -71,6 +73,9 @@ class TaskLane:
         self._breaker = breaker
         self._quarantine = quarantine
         self._redispatch = redispatch
+        self._wake = wake
+        self._wakes_left = False
+        """Whether another transaction held a run that was to be woken in the last pick."""
         self._on_recovery = on_recovery
         self._observer = observer
         self._new_publisher = partial(AsyncTaskPublisher, publisher, on_result, observer=observer)
@@ -92,8 +97,8 @@ class TaskLane:
 
     @property
     def rows_held(self) -> bool:
-        """Whether another transaction held rows that were to be marked in the last step."""
-        return bool(self._held)
+        """Whether another transaction held rows that were to be marked, or woken, before."""
+        return bool(self._held) or self._wakes_left
 
     @property
     def in_flight(self) -> bool:
@@ -224,16 +229,20 @@ class TaskLane:
         self,
         rows: psycopg.Cursor[Any] | None,
         still_held: psycopg.Cursor[Any] | None,
+        shards: Sequence[int],
         now: datetime | None,
     ) -> Batch:
         """Take the answers to `pick` and `find_held`: the batch to publish next."""
-        picked = picked_tasks(rows.fetchall()) if rows else []
+        found = picked_tasks(rows.fetchall()) if rows else []
+        picked = [each for each in found if each.act != "wake"]
         if still_held:
             held = {task_id for (task_id,) in still_held.fetchall()}
             held.difference_update(due.message.task_id for due in picked)
             self._held = {task_id: self._held[task_id] for task_id in held}
         due = self._without_held(picked)
         self._defer([each.message for each in due if each.act == "defer"], now)
+        if rows is not None:
+            self._wakes_left = len(found) > len(picked) and self._wake_noted(shards)
         unclaimed = [each for each in due if each.act == "look"]
         return Batch(
             messages=[each.message for each in due if each.act == "send"],
@@ -288,6 +297,14 @@ class TaskLane:
         """Defer dispatches that find no place in their queue: they make room in the next pick."""
         if messages:
             self.crowded |= self._mark_each(self._queries.defer_sql, messages, now) > 0
+
+    def _wake_noted(self, shards: Sequence[int]) -> bool:
+        """Make runs due that wait: they are in the next pick. Whether some of them were held."""
+        if self._wake is None:
+            return False
+        woken = self._wake(self._connection, shards)
+        self.crowded |= woken.done > 0
+        return woken.left > 0
 
     def _postpone(
         self, messages: Sequence[TaskMessage], refusal: PublishRefused, now: datetime | None

@@ -115,6 +115,16 @@ class CancelRequest(BaseModel):
     reason: str | None = Field(default=None, max_length=1000)
 
 
+class SignalBody(BaseModel):
+    """A signal for a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=100, examples=["paid"])
+    data: Any = None
+    key: str | None = Field(default=None, max_length=256)
+
+
 class RetryRequest(BaseModel):
     """The body of a retry; without `from_step` it begins where the run failed."""
 

@@ -27,8 +27,10 @@ from beatless.orchestrator.errors import (
     EventsPruned,
     OrchestratorError,
     RunConflict,
+    RunEnded,
     RunIsActive,
     RunNotFound,
+    SignalConflict,
 )
 from beatless.orchestrator.events import NESTING
 
@@ -41,8 +43,10 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     EventsPruned: HTTPStatus.GONE,
     RunConflict: HTTPStatus.CONFLICT,
     QueueBusy: HTTPStatus.CONFLICT,
+    RunEnded: HTTPStatus.CONFLICT,
     RunIsActive: HTTPStatus.CONFLICT,
     RunNotFound: HTTPStatus.NOT_FOUND,
+    SignalConflict: HTTPStatus.CONFLICT,
     SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
     StatementTimeout: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownPlan: HTTPStatus.NOT_FOUND,

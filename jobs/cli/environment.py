@@ -16,7 +16,7 @@ import click
 from beatless.errors import BadRequest, BadSetting, JobsError
 from beatless.namespaces import DEFAULT_NAMESPACE, namespace_of
 from beatless.orchestrator.errors import OrchestratorError
-from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.outcomes import PlanError
 
 # Imported at run time where they are used: most of the time to start is theirs.
 if TYPE_CHECKING:
@@ -193,17 +193,17 @@ def moment(text: str) -> datetime:
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def json_input(text: str | None) -> Any:
-    """JSON text, `@FILE`, or `-` for standard input. Raises BadRequest."""
+def json_input(text: str | None, option: str = "--input") -> Any:
+    """JSON text, `@FILE`, or `-` for standard input. Raises BadRequest, naming the option."""
     if text is None:
         return None
-    where = "--input"
+    where = option
     if text == "-" or text.startswith("@"):
         where = "standard input" if text == "-" else text[1:]
         try:
             text = sys.stdin.read() if text == "-" else Path(where).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadRequest("--input", f"cannot be read from {where}: {error}") from error
+            raise BadRequest(option, f"cannot be read from {where}: {error}") from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

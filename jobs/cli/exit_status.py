@@ -12,7 +12,7 @@ from beatless.errors import (
     Unreachable,
 )
 from beatless.orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
-from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.outcomes import PlanError
 from beatless.outbox.errors import OutboxError, PublishFailed
 
 BAD_INPUT = (BadPayload, BadRequest, BadSetting, PlanError, RunConflict, RunNotFound, UnknownPlan)

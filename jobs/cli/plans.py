@@ -7,8 +7,10 @@ import click
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.plan import Goto, Plan, Step
+from beatless.orchestrator.outcomes import Goto
+from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.orchestrator.waits import Wait, WaitKind
 from beatless.places import Place, places
 from beatless.worker import canary
 
@@ -100,23 +102,37 @@ def as_dict(found: Plan) -> dict[str, object]:
         "version": found.version,
         "queue": found.queue,
         "steps": [
-            {
-                "name": step.name,
-                "next": found.following(step.name),
-                "timeout": step.timeout,
-                "max_attempts": step.retry.max_attempts,
-                "transactional": step.transactional,
-                "terminate_on_cancel": step.terminate_on_cancel,
-            }
-            for step in found.steps
+            {"name": each.name, "next": found.following(each.name)} | _members(each)
+            for each in found.elements
         ],
         "on_cancel": None if found.on_cancel is None else found.on_cancel.name,
         "renamed": found.renamed,
     }
 
 
-def notes(step: Step) -> str:
-    """The options of a step, in short."""
+def _members(element: Element) -> dict[str, object]:
+    """The options of a step, or of a wait, as JSON."""
+    if isinstance(element, Wait):
+        return {
+            "wait": element.kind.value,
+            "signals": list(element.names),
+            "timeout": element.seconds,
+        }
+    return {
+        "timeout": element.timeout,
+        "max_attempts": element.retry.max_attempts,
+        "transactional": element.transactional,
+        "terminate_on_cancel": element.terminate_on_cancel,
+    }
+
+
+def notes(step: Element) -> str:
+    """The options of a step, or of a wait, in short."""
+    if isinstance(step, Wait):
+        if step.kind is WaitKind.SLEEP:
+            return f"sleeps for {step.seconds:g} s"
+        ends = "" if step.seconds is None else f", at most {step.seconds:g} s"
+        return f"waits for {' or '.join(step.names)}{ends}"
     found = []
     if step.timeout is not None:
         found.append(f"{step.timeout:g} s")
@@ -129,11 +145,11 @@ def notes(step: Step) -> str:
     return ", ".join(found)
 
 
-def ends(found: Plan, step: Step) -> bool:
+def ends(found: Plan, step: Element) -> bool:
     """Whether the run may complete with this step, as far as the plan shows."""
     if isinstance(found, FunctionPlan):
         return False
-    if step.falls_through:
+    if isinstance(step, Wait) or step.falls_through:
         return found.after(step.name) is None
     return step.outcomes != {Goto}
 
@@ -142,10 +158,10 @@ def as_text(found: Plan) -> str:
     """One line for each step, with the routes that leave it."""
     kind = ", a function that names these steps" if isinstance(found, FunctionPlan) else ""
     lines = [f"{found.name}  version {found.version}, queue {found.queue}{kind}", ""]
-    for step in found.steps:
+    for step in found.elements:
         about = f"  ({notes(step)})" if notes(step) else ""
         lines.append(f"  {step.name}{about}")
-        onward = step.falls_through and found.after(step.name) is not None
+        onward = found.falls_through(step.name) and found.after(step.name) is not None
         if onward:
             lines.append("   │")
         leaving = [f"─▶ {target}" for target in found.routes.get(step.name, ())]
@@ -164,15 +180,15 @@ def as_text(found: Plan) -> str:
 
 def as_svg(found: Plan) -> str:
     """Steps from top to bottom, the default route between them, other routes beside them."""
-    places = {step.name: place for place, step in enumerate(found.steps)}
+    places = {step.name: place for place, step in enumerate(found.elements)}
     routes = [
         (places[step.name], places[target])
-        for step in found.steps
+        for step in found.elements
         for target in found.routes.get(step.name, ())
     ]
     # The shorter a route, the nearer to the steps it runs, so that fewer of them cross.
     routes.sort(key=lambda route: abs(route[0] - route[1]))
-    height = MARGIN * 2 + 30 + (len(found.steps) + bool(found.on_cancel)) * (HEIGHT + GAP)
+    height = MARGIN * 2 + 30 + (len(found.elements) + bool(found.on_cancel)) * (HEIGHT + GAP)
     width = MARGIN * 2 + WIDTH + LANE * (len(routes) + 1)
     parts = [
         (
@@ -194,7 +210,7 @@ def as_svg(found: Plan) -> str:
     def top(place: int) -> int:
         return MARGIN + 30 + place * (HEIGHT + GAP)
 
-    def box(step: Step, place: int, stroke: str, label: str = "") -> None:
+    def box(step: Element, place: int, stroke: str, label: str = "") -> None:
         y, about = top(place), label + notes(step)
         parts.append(
             f'<rect x="{MARGIN}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#f6f8fa" '
@@ -210,11 +226,11 @@ def as_svg(found: Plan) -> str:
     def line(path: str) -> None:
         parts.append(f'<path d="{path}" fill="none" stroke="#555" marker-end="url(#tip)"/>')
 
-    for step in found.steps:
+    for step in found.elements:
         place = places[step.name]
         box(step, place, "#0969da")
         middle = MARGIN + WIDTH // 2
-        if step.falls_through and found.after(step.name) is not None:
+        if found.falls_through(step.name) and found.after(step.name) is not None:
             line(f"M{middle} {top(place) + HEIGHT}V{top(place + 1) - 1}")
         elif ends(found, step):
             y = top(place) + HEIGHT
@@ -227,5 +243,5 @@ def as_svg(found: Plan) -> str:
         start, end = top(source) + HEIGHT // 2 + down, top(target) + HEIGHT // 2
         line(f"M{right} {start}H{x}V{end}H{right + 1}")
     if found.on_cancel is not None:
-        box(found.on_cancel, len(found.steps), "#bf8700", "when cancelled ")
+        box(found.on_cancel, len(found.elements), "#bf8700", "when cancelled ")
     return "\n".join([*parts, "</svg>"])

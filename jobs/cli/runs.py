@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any, Unpack, get_args, get_type_hints
 
@@ -201,6 +202,21 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
         click.echo(f"{run} will end after the on_cancel step of its plan")
     else:
         click.echo(f"{run} will end after its step")
+
+
+@click.command()
+@click.argument("run")
+@click.argument("name")
+@click.option("--data", metavar="JSON", help="Its data; @FILE and - are read.")
+@click.option("--key", help="Send it once: the same key is the same signal.")
+@click.pass_obj
+def signal(env: Environment, run: str, name: str, data: str | None, key: str | None) -> None:
+    """Send signal NAME to RUN. The first wait for its name takes it, now or later."""
+    sent = env.client.signal_run(run, name, json_input(data, "--data"), key=key)
+    if env.as_json:
+        env.document(asdict(sent))
+    else:
+        click.echo(f"{name} is sent to {run}" if sent.new else f"{name} was sent before to {run}")
 
 
 @click.command()

@@ -11,6 +11,7 @@ from beatless.client.requests import RunRequest, check_texts, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, namespace_of, stored_id
 from beatless.observe.tracing import Tracing
 from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
@@ -47,6 +48,7 @@ class BaseClient:
         self._queue_limit = queue_limit
         self._tracing = tracing
         self._letters = LetterStatements(journal.schema)
+        self._inbox = Inbox(journal.schema)
         self._namespace = check_namespace(namespace)
 
     def stored_id(self, run_id: str) -> str:

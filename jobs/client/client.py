@@ -17,6 +17,7 @@ from beatless.client.requests import (
     checked_tags,
     shows_run_options,
 )
+from beatless.client.signals import SignalCalls
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import Event, EventText
@@ -28,7 +29,7 @@ from beatless.outbox.queries import Caller, execute_lazily
 logger = logging.getLogger("beatless.client")
 
 
-class Client(StreamCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
+class Client(StreamCalls, SignalCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     """Starts, reads and follows the runs of one app. Threads may share it.
 
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They

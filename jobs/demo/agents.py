@@ -7,7 +7,8 @@ import zlib
 from typing import Any
 
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.plan import Fatal, Plan, step
+from beatless.orchestrator.errors import Fatal
+from beatless.orchestrator.plan import Plan, step
 
 
 def _device(ctx: StepContext) -> str:

@@ -26,7 +26,8 @@ from typing import Any, Self, TypeVar
 from xml.sax.saxutils import escape
 
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.plan import Fatal, Plan, step
+from beatless.orchestrator.errors import Fatal
+from beatless.orchestrator.plan import Plan, step
 from beatless.orchestrator.retry import retry
 
 CHUNKS = 40

@@ -96,6 +96,8 @@ class AsyncClient:
     events = in_loop(calls.events)
     stream_token = in_loop(calls.stream_token)
     cancel_run = in_loop(calls.cancel_run)
+    signal_run = in_loop(calls.signal_run)
+    waits = in_loop(calls.waits)
     retry_run = in_loop(calls.retry_run)
     remove_run = in_loop(calls.remove_run)
     clean = in_loop(calls.clean)

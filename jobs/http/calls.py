@@ -18,13 +18,15 @@ from beatless.client.requests import (
     new_run_id,
     shows_run_options,
 )
+from beatless.client.signals import new_signal_key
 from beatless.cursors import encode_page
 from beatless.errors import BadRequest
 from beatless.http.wire import Call, json_of, named_error, pairs_of, path_of, record_of, run_of
 from beatless.observe.tracing import TRACEPARENT
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.queues import QueueState
-from beatless.orchestrator.records import Run
+from beatless.orchestrator.records import Run, SentSignal
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
@@ -172,6 +174,35 @@ def cancel_run(run_id: str, *, reason: str | None = None) -> Exchange[Run]:
         )
     )
     return cancelled or (yield from get_run(run_id))
+
+
+def signal_run(
+    run_id: str, name: str, data: Any = None, *, key: str | None = None
+) -> Exchange[SentSignal]:
+    """Send a named JSON fact to a run, which the first `wait` for its name takes.
+
+    `key` names the signal: a second one for the run with the same key and content is not sent
+    again. Raises RunNotFound, RunEnded, SignalConflict, BadRequest and BadPayload.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> client.signal_run(run.run_id, "paid", {"amount": 12}, key="psp:42").new
+    True
+    """
+    # It has its key before it is sent: an answer that was lost is asked for again.
+    body = {"name": name, "data": data, "key": new_signal_key() if key is None else key}
+    path = path_of("runs", run_id, "signals")
+    return ask(Call(method="POST", path=path, body=body, read=_sent))
+
+
+def waits(run_id: str) -> Exchange[list[OpenWait]]:
+    """The waits of a run that have begun and not ended. Raises RunNotFound.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> client.waits(run.run_id)
+    []
+    """
+    answer = yield from _get("runs", run_id, "waits")
+    return [OpenWait.from_dict(members) for members in answer["waits"]]
 
 
 def retry_run(run_id: str, from_step: str | None = None) -> Exchange[Run]:
@@ -456,6 +487,10 @@ def _failed(
 
 def _refusal(members: Mapping[str, Any]) -> Exception:
     return named_error(members) or BadRequest("retry", f"is refused: {members['detail']}")
+
+
+def _sent(found: Any) -> SentSignal:
+    return SentSignal(run_id=found["run_id"], id=found["id"], new=found["new"])
 
 
 def _removed(found: Any) -> int:

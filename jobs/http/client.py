@@ -111,6 +111,8 @@ class Client:
     events = in_thread(calls.events)
     stream_token = in_thread(calls.stream_token)
     cancel_run = in_thread(calls.cancel_run)
+    signal_run = in_thread(calls.signal_run)
+    waits = in_thread(calls.waits)
     retry_run = in_thread(calls.retry_run)
     remove_run = in_thread(calls.remove_run)
     clean = in_thread(calls.clean)

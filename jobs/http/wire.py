@@ -26,8 +26,10 @@ from beatless.orchestrator.errors import (
     CannotRetry,
     EventsPruned,
     RunConflict,
+    RunEnded,
     RunIsActive,
     RunNotFound,
+    SignalConflict,
 )
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.queues import QueueState
@@ -55,9 +57,11 @@ ERRORS: dict[str, type[Exception]] = {
         EventsPruned,
         QueueBusy,
         RunConflict,
+        RunEnded,
         RunIsActive,
         RunNotFound,
         SchemaBehind,
+        SignalConflict,
         StatementTimeout,
         UnknownPlan,
     )

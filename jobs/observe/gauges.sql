@@ -8,6 +8,7 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
        {outbox_lag},
        (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
           SELECT queue, CASE WHEN state = 'running' THEN state
+                             WHEN state = 'delayed' AND reason = 'wait' THEN 'waiting'
                              WHEN state <> 'sent' AND due_at > clock_timestamp() THEN 'delayed'
                              ELSE 'queued' END AS state, count(*) AS runs
             FROM {schema}.dispatches GROUP BY 1, 2) t),

@@ -19,7 +19,8 @@ from beatless.app import App
 from beatless.client.requests import RunOptions, shows_run_options
 from beatless.local.child import Child
 from beatless.orchestrator.executor import Executor
-from beatless.orchestrator.records import Run
+from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.records import Run, SentSignal
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
@@ -113,6 +114,37 @@ class Kit(WaitCalls):
                 f"the newest runs are {others}"
             )
         return found
+
+    def signal(
+        self,
+        run_id: str,
+        name: str,
+        data: Any = None,
+        *,
+        key: str | None = None,
+        connection: Caller | None = None,
+    ) -> SentSignal:
+        """`client.signal_run`, in the namespace of the run.
+
+        >>> run = beatless.start_run("payment")
+        >>> executed = beatless.work_until_idle()
+        >>> sent = beatless.signal(run.run_id, "paid", {"amount": 12})
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.client.get_run(run.run_id).result
+        {'amount': 12}
+        """
+        client = self._client(run_id)
+        return client.signal_run(run_id, name, data, key=key, connection=connection)
+
+    def waits(self, run_id: str) -> list[OpenWait]:
+        """The open waits of a run.
+
+        >>> run = beatless.start_run("payment")
+        >>> executed = beatless.work_until_idle()
+        >>> [(wait.occurrence, wait.names) for wait in beatless.waits(run.run_id)]
+        [('paid', ['paid'])]
+        """
+        return self._client(run_id).waits(run_id)
 
     # The work of the processes
 
@@ -237,10 +269,10 @@ class Kit(WaitCalls):
     def advance(self, seconds: float) -> None:
         """Let time pass without waiting: every stored time moves so far into the past.
 
-        Leases, delays, retries, redispatches, retention and the ages of runs and tokens then are as
-        they would be, in every process. The clocks of processes do not move, nor times that they
-        count with them: the `timeout` of a step that is running, a relay's pause after a
-        failure. Raises ValueError unless it is 0 seconds to a thousand years.
+        Leases, delays, retries, sleeps, time-outs, redispatches, retention and the ages of runs and
+        tokens then are as they would be, in every process. The clocks of processes do not move, nor
+        times that they count with them: the `timeout` of a step that is running, a relay's pause
+        after a failure. Raises ValueError unless it is 0 seconds to a thousand years.
 
         >>> run = beatless.start_run("checkout", {"order": 1}, delay=3600)
         >>> beatless.work_until_idle()

@@ -7,7 +7,11 @@ from beatless.outbox.times import MOST_S, is_number
 
 MAX_ADVANCE_S = 100 * MOST_S
 
-TIMES_IN_EVENTS = (("StepFailed", "retry_at"), ("RunStarted", "not_before"))
+TIMES_IN_EVENTS = (
+    ("StepFailed", "retry_at"),
+    ("RunStarted", "not_before"),
+    ("WaitStarted", "until"),
+)
 """Types of events with the member of their data that is a time, in milliseconds."""
 
 

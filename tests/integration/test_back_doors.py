@@ -13,7 +13,7 @@ from beatless import LeaseLost, Plan, RunCancelled, RunState, WorkerStops, retry
 from beatless.cli.demo import without_handbacks
 from beatless.doctor import Doctor, Status
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.plan import Finish
+from beatless.orchestrator.outcomes import Finish
 from beatless.orchestrator.progress import GIVEN_BACK
 from beatless.testing import Kit
 from tests.plans import exits, keeps_its_place, two_steps

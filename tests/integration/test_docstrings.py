@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import beatless as package
-from beatless import Client, Fatal, Plan, StepContext, http, step
+from beatless import Client, Fatal, Plan, StepContext, http, step, wait
 from beatless.testing import Kit
 from tests.serving import serving
 
@@ -40,9 +40,14 @@ def ship(ctx: StepContext) -> dict[str, Any]:
     return {"parcel": f"p_{ctx.input['order']}"}
 
 
+@step
+def receipt(ctx: StepContext) -> Any:
+    return ctx.results["paid"].data
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [Plan("checkout", [reserve, charge, ship])]
+    return [Plan("checkout", [reserve, charge, ship]), Plan("payment", [wait("paid"), receipt])]
 
 
 def names_of_the_package() -> Iterator[tuple[str, Any]]:

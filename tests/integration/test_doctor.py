@@ -32,7 +32,7 @@ from beatless.local.postgres import EmbeddedPostgres
 from beatless.local.privileges import server_user
 from beatless.local.valkey import EmbeddedValkey
 from beatless.migrations import migrate
-from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.outbox.observer import (
     ChoreFailed,

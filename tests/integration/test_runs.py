@@ -205,7 +205,7 @@ def test_a_run_that_is_removed_while_it_is_started_again_is_started(
 
 
 def test_a_state_that_there_is_not_is_refused(beatless: Kit) -> None:
-    with pytest.raises(BadRequest, match="state is 'done'; choose queued, running"):
+    with pytest.raises(BadRequest, match="state is 'done'; choose queued, waiting, running"):
         beatless.client.list_runs(state="done")
 
 

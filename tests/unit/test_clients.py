@@ -16,7 +16,14 @@ from beatless.http import AsyncClient, calls
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.options import StoredKeywords, StoredOptions
 
-NEED_THE_DATABASE = {"start_runs", "explain", "epoch", "stored_id", "count_failed_runs"}
+NEED_THE_DATABASE = {
+    "start_runs",
+    "signal_runs",
+    "explain",
+    "epoch",
+    "stored_id",
+    "count_failed_runs",
+}
 OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page", "told"}
 OF_THE_CONNECTION = {"from_env", "close", "aclose", "after_fork"}
 WITH_STREAMS = {"stream_run", "astream_run", "wait_for_run"}

@@ -7,7 +7,7 @@ import pytest
 
 from beatless import Finish, Goto, Plan, Snooze, StepContext, plan, step
 from beatless.cli.plans import as_dict, as_svg, as_text
-from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.outcomes import PlanError
 
 
 def one(ctx: StepContext) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from beatless.api.bodies import (
     CancelRequest,
     KnownState,
     RetryRequest,
+    SignalBody,
     StartRequest,
     place_of,
     tags_of,
@@ -128,6 +129,26 @@ def cancel_run(run_id: str, client: Writer, body: CancelRequest | None = None) -
     if run.cancel_requested_at is None:
         raise Problem(HTTPStatus.CONFLICT, f"run {run_id} had ended before: it is {run.state}")
     return run.to_dict()
+
+
+@router.post(
+    "/v1/runs/{run_id}/signals",
+    status_code=202,
+    responses=refusals({409: "it has ended, or the key was used with other content"})
+    | {200: {"description": "it was sent before"}},
+)
+def signal_run(run_id: str, body: SignalBody, client: Writer, response: Response) -> dict[str, Any]:
+    """Send a signal to a run; the same `key` with the same content sends it once."""
+    sent = client.signal_run(run_id, body.name, body.data, key=body.key)
+    if not sent.new:
+        response.status_code = 200
+    return asdict(sent)
+
+
+@router.get("/v1/runs/{run_id}/waits", responses=refusals())
+def get_waits(run_id: str, client: Reader) -> dict[str, Any]:
+    """The waits of a run that have begun and not ended."""
+    return {"waits": [wait.to_dict() for wait in client.waits(run_id)]}
 
 
 @router.post(

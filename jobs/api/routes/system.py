@@ -29,7 +29,7 @@ def list_plans(client: Reader, request: Request) -> dict[str, Any]:
             {
                 "name": plan.name,
                 "queue": plan.queue,
-                "steps": [s.name for s in plan.steps],
+                "steps": [each.name for each in plan.elements],
                 "on_cancel": None if plan.on_cancel is None else plan.on_cancel.name,
                 "renamed": plan.renamed,
                 "input": plan.input.schema() if isinstance(plan, FunctionPlan) else {},

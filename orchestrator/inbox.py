@@ -1,0 +1,95 @@
+"""The inbox of runs: signals that were sent, and are not in their journals yet.
+
+Whoever sends one only inserts. Whoever holds the run's lease takes them in, as SignalReceived; so
+the journal of a run has one writer, and no open transaction of a sender holds the run's row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from beatless.orchestrator.errors import RunEnded, RunNotFound, SignalConflict
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.records import NewSignal, SentSignal
+from beatless.outbox.message import shard_of
+from beatless.outbox.queries import Caller, execute
+from beatless.outbox.statements import statements
+
+NEVER = "9999-01-01Z"
+"""When a wait without an end is due."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """The inbox and the waits of a run whose row is locked."""
+
+    events: Sequence[Event]
+    """The SignalReceived after the seq that was asked for."""
+    last_seq: int
+    delay_s: float
+    """Seconds until the first of the waits ends."""
+
+
+class Inbox:
+    """The statements of one schema over signals."""
+
+    def __init__(self, schema: str) -> None:
+        self._sql = statements(__file__, schema, never=NEVER)
+
+    def send(
+        self, connection: Caller, new: Sequence[NewSignal], *, namespace: str
+    ) -> list[SentSignal]:
+        """Store signals in one statement, all or none.
+
+        One whose key was used for its run before, with the same content, is not stored again.
+        Raises RunNotFound, RunEnded and SignalConflict.
+        """
+        text = f"[{','.join(signal.to_json() for signal in new)}]"
+        rows = execute(connection, self._sql["send"], {"signals": text, "namespace": namespace})
+        for signal, (exists, ended, known, differs, _) in zip(new, rows, strict=True):
+            if not exists:
+                raise RunNotFound(signal.run_id)
+            if differs:
+                raise SignalConflict(signal.run_id, signal.key)
+            if ended and not known:
+                raise RunEnded(signal.run_id)
+        return [
+            SentSignal(run_id=signal.run_id, id=signal.key, new=not known)
+            for signal, (_, _, known, _, _) in zip(new, rows, strict=True)
+        ]
+
+    def take_in(
+        self,
+        connection: psycopg.Connection[Any],
+        run_id: str,
+        token: int,
+        *,
+        seen: int,
+        waits: Sequence[int] = (),
+    ) -> Look | None:
+        """Move the signals of a run into its journal, and look; None if the lease is gone.
+
+        In a transaction, which has the run's row locked from then on. `seen` is the seq up to which
+        the caller knows the run's signals, `waits` are the seqs of its open waits.
+        """
+        parameters = {
+            "run_id": run_id,
+            "token": token,
+            "shard": shard_of(run_id),
+            "seen": seen,
+            "waits": list(waits),
+        }
+        with connection.pipeline():
+            locked = connection.execute(self._sql["lock"], parameters)
+            connection.execute(self._sql["take_in"], parameters)
+            looked = connection.execute(self._sql["look"], parameters)
+        if locked.fetchone() is None:
+            return None
+        ((lines, last_seq, delay_s),) = looked.fetchall()
+        return Look(
+            events=[Event.from_json(line) for line in lines],
+            last_seq=last_seq,
+            delay_s=max(0.0, delay_s),
+        )

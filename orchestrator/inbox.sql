@@ -1,0 +1,88 @@
+-- Statements over the signals of runs.
+
+-- fragment: known
+-- Whether a signal `i` was sent to its run before: it has been taken in, or is in the inbox.
+-- By the run's events, which are read in whole.
+SELECT e.data ->> 'name' AS name, e.data -> 'data' AS data FROM {schema}.run_events e
+   WHERE e.run_id = i.run_id AND e.type = 'SignalReceived' AND e.data ->> 'key' = i.key
+  UNION ALL
+  SELECT s.name, s.data FROM {schema}.signals s WHERE s.run_id = i.run_id AND s.key = i.key
+
+-- name: send
+-- Store signals for runs, and have the relay look at these; none if one of them cannot be sent.
+-- The run's row is read, and neither locked nor changed: the caller's transaction may stay open.
+-- Says of each whether its run exists, has ended, and has received this signal before, and if it
+-- was another one.
+WITH input AS (
+  SELECT * FROM ROWS FROM (jsonb_to_recordset(%(signals)s::jsonb) AS (
+    run_id text, shard smallint, name text, key text, data jsonb)) WITH ORDINALITY
+    AS i(run_id, shard, name, key, data, n)
+), found AS MATERIALIZED (
+  SELECT i.*, r.run_id IS NOT NULL AS exists,
+         coalesce(r.state IN ('completed', 'failed', 'cancelled'), false) AS ended,
+         k.name IS NOT NULL AS known,
+         k.name IS NOT NULL
+           AND (k.name <> i.name OR coalesce(k.data, 'null') <> coalesce(i.data, 'null')) AS differs
+    FROM input i
+    LEFT JOIN {schema}.runs r ON r.run_id = i.run_id AND r.namespace = %(namespace)s
+    LEFT JOIN LATERAL ({known} LIMIT 1) k ON true
+), good AS (
+  SELECT * FROM found WHERE NOT known AND NOT EXISTS (
+    SELECT FROM found WHERE NOT exists OR differs OR ended AND NOT known)
+), s AS (
+  INSERT INTO {schema}.signals (run_id, name, key, data)
+  SELECT run_id, name, key, data FROM good ORDER BY n
+), w AS (
+  INSERT INTO {schema}.wakes (shard, run_id) SELECT DISTINCT shard, run_id FROM good
+)
+SELECT exists, ended, known, differs, CASE WHEN n IN (SELECT n FROM good) THEN {each_doorbell} END
+  FROM found ORDER BY n
+
+-- name: lock
+-- Lock a run under its lease.
+-- In a statement of its own: the next one sees the signals that were committed while this waited.
+SELECT last_seq FROM {schema}.runs
+ WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running' FOR NO KEY UPDATE
+
+-- name: take_in
+-- Move the signals of a run that was locked under its lease into the journal.
+-- Of a key that was sent twice, by transactions that did not see each other, the first.
+WITH gone AS (
+  DELETE FROM {schema}.signals WHERE run_id = (
+    SELECT run_id FROM {schema}.runs
+     WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running')
+  RETURNING run_id, id, name, key, data
+), fresh AS MATERIALIZED (
+  SELECT *, row_number() OVER (ORDER BY id) AS n FROM (
+    SELECT DISTINCT ON (key) * FROM gone i
+     WHERE NOT EXISTS (SELECT FROM {schema}.run_events e
+                        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived'
+                          AND e.data ->> 'key' = i.key)
+     ORDER BY key, id) i
+), u AS (
+  UPDATE {schema}.runs r SET last_seq = r.last_seq + (SELECT count(*)::int FROM fresh)
+   WHERE run_id = (SELECT run_id FROM fresh LIMIT 1)
+  RETURNING r.run_id, r.last_seq, (SELECT count(*)::int FROM fresh) AS n
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, u.last_seq - u.n + fresh.n, clock_timestamp(), 'SignalReceived', 'api',
+         jsonb_build_object('name', name, 'data', coalesce(data, 'null'), 'key', key)
+    FROM u CROSS JOIN fresh
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT %(shard)s, run_id, last_seq - (n) + 1, last_seq FROM u
+)
+SELECT {doorbell} FROM u
+
+-- name: look
+-- Read the signals of a run after a seq, its last seq, and the seconds until some of its waits end.
+-- A wait without an end is due in a time that never comes, which is a date all the same: before
+-- PostgreSQL 17 an infinite time has no distance from another.
+SELECT ARRAY(SELECT {event_json} FROM {schema}.run_events e
+              WHERE e.run_id = %(run_id)s AND e.seq > %(seen)s AND e.type = 'SignalReceived'
+              ORDER BY e.seq),
+       (SELECT last_seq FROM {schema}.runs WHERE run_id = %(run_id)s),
+       extract(epoch FROM least('{never}'::timestamptz, (
+         SELECT min(to_timestamp((e.data ->> 'until')::float8 / 1000)) FROM {schema}.run_events e
+          WHERE e.run_id = %(run_id)s AND e.seq = ANY(%(waits)s::int[])))
+         - clock_timestamp())::float8

@@ -1,0 +1,139 @@
+"""Elements of a plan at which its runs wait: for a signal, or for a time. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
+from beatless.outbox.times import MOST_S, problem_with_seconds
+
+
+class WaitKind(StrEnum):
+    """The fact that ends a wait, beside its time-out."""
+
+    SIGNAL = "signal"
+    SLEEP = "sleep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """An element of a plan at which a run holds no worker until a signal, or a time, has come."""
+
+    name: str
+    kind: WaitKind
+    names: Sequence[str] = ()
+    """The signals that end it; a sleep has none."""
+    seconds: float | None = None
+    """From its start to its time-out, or to the end of the sleep; None if it has no end."""
+    on_timeout: Goto | None = None
+    """The element that follows a time-out; None if it is the next one of the list."""
+
+
+def wait(
+    *names: str,
+    timeout: float | timedelta | None = None,
+    on_timeout: Goto | None = None,
+    name: str | None = None,
+) -> Wait:
+    """An element of a plan that waits for the oldest unconsumed signal of one of these names.
+
+    A later step finds it under the name of the wait, as a `Signal`; or None after a time-out, which
+    comes `timeout` (seconds or a timedelta) after the wait has begun. `on_timeout` says where the
+    run goes on then. The wait is called like its first signal unless it is given a `name`.
+
+    Raises PlanError for a bad name, a bad timeout, and an `on_timeout` without a timeout.
+
+    >>> from beatless import Goto, days, wait
+    >>> paid = wait("paid", "refused", timeout=days(3), on_timeout=Goto("release"))
+    >>> paid.name, paid.seconds
+    ('paid', 259200.0)
+    """
+    if not names:
+        raise PlanError('a wait needs the name of a signal: wait("paid")')
+    label = names[0] if name is None else name
+    for each in (label, *names):
+        _check_name(each)
+    if len(set(names)) < len(names):
+        raise PlanError(f"wait {label} names a signal twice: {', '.join(names)}")
+    seconds = None if timeout is None else _seconds(f"wait {label}: timeout", timeout)
+    if on_timeout is not None:
+        if not isinstance(on_timeout, Goto):
+            raise PlanError(
+                f'wait {label}: on_timeout is {on_timeout!r}; give it a Goto: Goto("release")'
+            )
+        if on_timeout.result is not None:
+            raise PlanError(
+                f"wait {label}: on_timeout carries a result; after a time-out the result is None"
+            )
+        if seconds is None:
+            raise PlanError(f"wait {label} has an on_timeout and no timeout: it would never come")
+    return Wait(
+        name=label, kind=WaitKind.SIGNAL, names=names, seconds=seconds, on_timeout=on_timeout
+    )
+
+
+def sleep(
+    *,
+    days: float = 0,
+    hours: float = 0,
+    minutes: float = 0,
+    seconds: float = 0,
+    name: str = "sleep",
+) -> Wait:
+    """An element of a plan that lets so much time pass, without a worker.
+
+    Raises PlanError for a bad name, and for anything but more than 0 seconds and at most ten years.
+
+    >>> from beatless import sleep
+    >>> sleep(days=14, name="cool_down").seconds
+    1209600.0
+    """
+    _check_name(name)
+    try:
+        length = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"sleep {name}: {error}; give it numbers: sleep(days=14)") from error
+    return Wait(name=name, kind=WaitKind.SLEEP, seconds=_seconds(f"sleep {name}: its time", length))
+
+
+def days(number: float) -> timedelta:
+    """A duration.
+
+    >>> from beatless import days
+    >>> days(3).total_seconds()
+    259200.0
+    """
+    return timedelta(days=number)
+
+
+def hours(number: float) -> timedelta:
+    """A duration.
+
+    >>> from beatless import hours
+    >>> hours(2).total_seconds()
+    7200.0
+    """
+    return timedelta(hours=number)
+
+
+def minutes(number: float) -> timedelta:
+    """A duration.
+
+    >>> from beatless import minutes
+    >>> minutes(5).total_seconds()
+    300.0
+    """
+    return timedelta(minutes=number)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not STEP_NAME.fullmatch(name):
+        raise PlanError(f"name {name!r} of a wait must match {STEP_NAME.pattern}")
+
+
+def _seconds(where: str, given: float | timedelta) -> float:
+    seconds = given.total_seconds() if isinstance(given, timedelta) else given
+    if problem_with_seconds(seconds) or seconds == 0:
+        raise PlanError(f"{where} must be more than 0 seconds and at most {MOST_S:.0f}: {given!r}")
+    return float(seconds)

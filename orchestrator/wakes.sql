@@ -1,0 +1,35 @@
+-- The statement by which a relay wakes runs that wait.
+
+-- name: wake
+-- Look at the runs of these shards that were to be woken, and make those due that wait.
+-- Before those that have not begun: see `of_its_worker`, which says too why `not_before` is now.
+-- A run that its worker is just parking is locked: it is looked at again, when that has been
+-- committed. One that a worker has is left to it: before it leaves, it looks. Not by their states
+-- in the snapshot: locked, they are as they are now.
+WITH found AS MATERIALIZED (
+  SELECT w.*, d.run_id IS NULL AS ended FROM unnest(%(shards)s::int[]) AS own(shard)
+   CROSS JOIN LATERAL (SELECT ctid AS place, run_id FROM {schema}.wakes w WHERE w.shard = own.shard
+                        ORDER BY w.id LIMIT {batch}) w
+    LEFT JOIN LATERAL (SELECT run_id FROM {schema}.dispatches d WHERE d.run_id = w.run_id
+                        LIMIT 1) d ON true
+), free AS MATERIALIZED (
+  SELECT r.run_id, r.state = 'queued' AND d.state = 'delayed' AND d.reason = '{reason}' AS waits
+    FROM (SELECT DISTINCT run_id FROM found WHERE NOT ended) f
+   CROSS JOIN LATERAL (SELECT run_id, state FROM {schema}.runs r WHERE r.run_id = f.run_id
+                        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r
+   CROSS JOIN LATERAL (SELECT state, reason FROM {schema}.dispatches d WHERE d.run_id = f.run_id
+                        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) d
+), u AS (
+  UPDATE {schema}.runs SET not_before = clock_timestamp()
+   WHERE run_id = ANY(ARRAY(SELECT run_id FROM free WHERE waits))
+), due AS (
+  UPDATE {schema}.dispatches d
+     SET state = 'waiting', reason = 'signal',
+         due_at = (SELECT created_at FROM {schema}.runs r WHERE r.run_id = d.run_id)
+   WHERE run_id = ANY(ARRAY(SELECT run_id FROM free WHERE waits))
+), gone AS (
+  DELETE FROM {schema}.wakes WHERE ctid = ANY(ARRAY(
+    SELECT place FROM found WHERE ended OR run_id IN (SELECT run_id FROM free)))
+  RETURNING 1
+)
+SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone)
