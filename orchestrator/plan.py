@@ -320,7 +320,7 @@ class Plan:
                     f"plan {self.name}: step {step.name} is annotated to return a Goto and has no "
                     f'routes; declare them: routes={{"{step.name}": [...]}}'
                 )
-        reached, ahead = set[str](), [self.steps[0].name]
+        reached, ahead = set[str](), [self.elements[0].name]
         while ahead:
             name = ahead.pop()
             if name not in reached:
