@@ -68,7 +68,8 @@ class SignalCalls(BaseClient):
         False
         """
         request = SignalRequest(run_id=run_id, name=name, data=data, key=key)
-        return self.signal_runs([request], connection=connection)[0]
+        with self._naming(run_id):
+            return self.signal_runs([request], connection=connection)[0]
 
     def signal_runs(
         self, requests: Sequence[SignalRequest], *, connection: Caller | None = None
