@@ -8,6 +8,9 @@ from tests.faults.history import ENDED, History, Violation, due_after, of_type
 SLOW_FACTOR = 30
 """In a calm nothing takes so many times as long as half of all."""
 
+ENOUGH_WAITS = 10
+"""Fewer show nothing about the others."""
+
 DEADLINE_SLACK_S = 3.0
 """A start may be on its way to Postgres for so long when its deadline comes."""
 
@@ -36,7 +39,8 @@ def calm_is_prompt(history: History) -> Iterator[Violation]:
             for *_, since, until in waits
             if calm["begin"] < since and until <= calm["end"]
         ]
-        bound_s = max(calm["bound_s"], SLOW_FACTOR * median(took_s or [0.0]))
+        half_s = median(took_s) if len(took_s) >= ENOUGH_WAITS else 0.0
+        bound_s = max(calm["bound_s"], SLOW_FACTOR * half_s)
         for what, run_id, since, until in waits:
             waited_s = min(until, calm["end"]) - max(since, calm["begin"])
             if waited_s > bound_s:
