@@ -6,7 +6,7 @@ from typing import Any
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Proposal
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import Caller, execute
+from beatless.outbox.queries import Caller, array, execute
 from beatless.outbox.statements import statements
 
 OF_RUNS = (
@@ -61,7 +61,8 @@ class GroupCommit:
                     columns["steps"].append(event.step)
                     columns["attempts"].append(event.attempt)
                     columns["datas"].append(event.data)
-        rows = execute(connection, self.sql["settle_many"], columns)
+        literals = {name: array(column) for name, column in columns.items()}
+        rows = execute(connection, self.sql["settle_many"], literals)
         return {
             run_id: Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
             for run_id, last_seq, cancelled, signalled, _ in rows

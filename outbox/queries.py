@@ -268,4 +268,19 @@ def int_array(numbers: Iterable[int]) -> str:
     return f"{{{','.join(map(str, numbers))}}}"
 
 
+def array(values: Iterable[str | bool | int | float | None]) -> str:
+    """As `int_array`, of any values: one that a cast then takes for an array of their type."""
+    return f"{{{','.join(map(_array_element, values))}}}"
+
+
+def _array_element(value: str | bool | float | None) -> str:
+    match value:
+        case None:
+            return "NULL"
+        case str():  # in quotes, within which only these two mean anything
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case _:
+            return str(value)
+
+
 ALL_SHARDS = tuple(range(SHARDS))
