@@ -1,5 +1,6 @@
 """The execution of a plan that is a function, without Postgres: see `test_execution`."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -143,8 +144,15 @@ def test_the_function_gets_what_a_replay_would_decode() -> None:
         given[1]["a"]["seen"] = True  # by nobody else
         return run.step(note, given)
 
+    seen: list[Any] = []
+
+    def body(request: RunBody) -> Any:
+        seen.append(json.dumps(request.results))
+        return call(request)
+
     live = Journal(decoded)
-    work(live)
+    work(live, body)
+    assert "seen" not in seen[-1]
     died = Journal(decoded)
     work(died, dies_before=4)
     assert outcome(finish(died)) == outcome(live)
@@ -356,6 +364,23 @@ def test_a_run_under_a_changed_plan(change: str) -> None:
         assert journal.calls[-3] == "StepStarted remark"
 
 
+def test_the_key_of_a_renamed_step_is_that_of_its_first_attempt_in_each_one() -> None:
+    journal, keys = Journal(SAME), []
+    work(journal, dies_before=4)
+    journal.plan = CHANGED["renamed"][0]
+
+    def dies(request: RunBody) -> Any:
+        keys.append(request.key)
+        raise WorkerDied
+
+    for _ in range(3):
+        work(journal, dies)
+    # Of many snoozes in a row only the last start is read.
+    del journal.events[next(n for n, e in enumerate(journal.events) if e.step == "note")]
+    work(journal, dies)
+    assert keys == ["r:note"] * 4
+
+
 def test_a_pinned_call_is_found_whatever_stands_before_it_and_compares_nothing() -> None:
     first = plan("p")(lambda run: [run.step(note, 1, id="a"), run.step(note, 2, id="b")])
     second = plan("p")(lambda run: [run.step(note, 9, id="a"), run.step(note, 8, id="b")])
@@ -502,7 +527,10 @@ def test_a_lost_transaction_calls_the_function_again_on_what_the_journal_has() -
     assert seen == ["called", 2, "called", 2]
 
 
-def test_a_commit_that_failed_fails_the_step_though_the_function_had_seen_its_result() -> None:
+@pytest.mark.parametrize("failure", [CommitFailed(ValueError("no"), False), Raised(KeyError(1))])
+def test_a_commit_that_failed_fails_the_step_though_the_function_had_seen_its_result(
+    failure: CommitFailed | Raised,
+) -> None:
     @plan("p")
     def goes_on(run: RunContext) -> Any:
         try:
@@ -510,7 +538,7 @@ def test_a_commit_that_failed_fails_the_step_though_the_function_had_seen_its_re
         except StepFailed as failed:
             return [failed.step, failed.type]
 
-    failures = iter([CommitFailed(ValueError("no"), False)])
+    failures = iter([failure])
 
     def commit(request: Commit) -> Any:
         finishing = any(event.type == "StepFinished" for event in request.settlement.normal.events)
@@ -519,7 +547,7 @@ def test_a_commit_that_failed_fails_the_step_though_the_function_had_seen_its_re
     journal = Journal(goes_on)
     work(journal, commit=commit)
     assert stands(journal) == (RunState.QUEUED, "retry")
-    assert outcome(finish(journal)) == ["double", "ValueError"]
+    assert outcome(finish(journal)) == ["double", type(failure.error).__name__]
 
 
 def test_a_run_with_too_many_events_is_given_no_further_step(
