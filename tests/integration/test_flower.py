@@ -23,6 +23,7 @@ from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit
 from beatless.worker import canary
+from tests.integration.test_groups import Together, be_patient
 from tests.valkeys import until
 
 PASSWORD = "operator:secret"
@@ -249,6 +250,38 @@ def test_a_worker_and_the_journal_tell_of_the_same_task(worker_first: bool) -> N
     assert {child.uuid for child in run.children} == {"r:a"}
     assert sorted(state.tasks) == ["r", "r:a"]
     assert state.counter["w1@host"] == {"task-received": 1, "task-started": 1, "task-failed": 1}
+
+
+def test_each_run_of_a_group_is_a_task_with_its_steps(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery tells of one task, whose worker is known; the journal tells of all."""
+    be_patient(monkeypatch)
+    together = Together(beatless)
+    ids = [beatless.start_run("two_steps").run_id for _ in range(3)]
+    assert together.deliver(ids[0])
+    together.executor.disconnect()
+    state = FleetState(plans={"two_steps"})
+    for type in ("task-received", "task-started", "task-succeeded"):
+        state.event(said(type, f"{ids[0]}.1", name="two_steps"))
+    ended = threading.Event()
+
+    def tell(event: Event) -> None:
+        state.journal(event)
+        if all(run_id in state.tasks and state.tasks[run_id].ready for run_id in ids):
+            ended.set()
+
+    listener = Listener(beatless_app, tell)
+    listener.start()
+    assert ended.wait(60)
+    listener.stop()
+    beatless.drain_outbox_once()  # it waits for some message
+    assert {(state.tasks[run_id].name, state.tasks[run_id].state) for run_id in ids} == {
+        ("two_steps", "SUCCESS")
+    }
+    for run_id in ids:
+        steps = {child.uuid for child in state.tasks[run_id].children}
+        assert steps == {f"{run_id}:first", f"{run_id}:second"}
 
 
 def test_a_lost_worker_is_a_retry_of_the_run() -> None:

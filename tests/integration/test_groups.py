@@ -75,11 +75,16 @@ def beatless_plans() -> list[Plan]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A slow machine is no reason to leave a group, or for none, but where a test says so."""
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no reason to leave a group, or for none."""
     for name in ("BUSY_S", "ROUND_S", "LULL_S", "BACKLOG_S"):
         monkeypatch.setattr(groups, name, 600.0)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """But where a test says so."""
+    be_patient(monkeypatch)
     ACTS.clear()
     yield
     ACTS.clear()
@@ -94,7 +99,8 @@ class Together:
         self.worker = kit.app.executors.new_group_executor(observer=self.signals.append)
         self.executor = self.worker.executor
         self.executor.pace = Known()
-        self.worker.execute(kit.app.plans["short"], "none", 1)  # in a backlog from now on
+        plan = next(iter(kit.app.plans.values()))
+        self.worker.execute(plan, "none", 1)  # in a backlog from now on
         self.signals.clear()
 
     def execute(self, *inputs: str, plan: str = "short") -> list[str]:

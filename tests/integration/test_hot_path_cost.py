@@ -20,7 +20,7 @@ from beatless import App, Plan, StepContext, step
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.executor import no_scope
 from beatless.testing import Kit
-from tests.integration.test_groups import Together
+from tests.integration.test_groups import Together, be_patient
 
 REPEATS = 5
 """Measurements, of which the least counts: a page that is split or logged in whole is chance."""
@@ -101,19 +101,12 @@ def beatless_plans() -> list[Plan]:
     return [
         Plan("job", [numbered(1)]),
         Plan("five_steps", [numbered(n) for n in range(1, 6)]),
-        Plan("short", [numbered(1)]),
     ]
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine is no reason to leave a group, or for none."""
-    for name in ("BUSY_S", "ROUND_S", "LULL_S", "BACKLOG_S"):
-        monkeypatch.setattr(groups, name, 600.0)
-
-
 @pytest.fixture
-def together(beatless: Kit) -> Iterator[Together]:
+def together(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Together]:
+    be_patient(monkeypatch)
     found = Together(beatless)
     found.executor.scope = no_scope  # a test before this one may have switched tracing on
     yield found

@@ -25,6 +25,7 @@ from beatless.api import create_api
 from beatless.client import RunRequest
 from beatless.observe.export import FAILURE_PAUSE_S, asked_for
 from beatless.testing import Kit
+from tests.integration.test_groups import Together, be_patient
 
 APP = "tests.plans:app"
 TRACEPARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
@@ -174,6 +175,24 @@ def test_many_runs_of_one_call_are_side_by_side(spans: Spans, beatless: Kit) -> 
     started = spans.named("start two_steps")
     assert len({id_of(span) for span in started}) == 3
     assert {span.parent for span in started} == {None}
+
+
+def test_steps_of_a_group_are_in_the_traces_of_their_own_runs(
+    spans: Spans, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies of several runs alternate in one thread."""
+    be_patient(monkeypatch)
+    together = Together(beatless)
+    ids = [beatless.start_run("two_steps").run_id for _ in range(3)]
+    assert together.deliver(ids[0])
+    together.executor.disconnect()
+    claims = {span.attributes["beatless.run_id"]: span for span in spans.named("run two_steps")}
+    assert sorted(claims) == sorted(ids)
+    assert len({trace_of(claim) for claim in claims.values()}) == 3
+    for name in ("step first", "step second"):
+        assert sorted(parent_of(span) for span in spans.named(name)) == sorted(
+            id_of(claim) for claim in claims.values()
+        )
 
 
 def test_a_start_joins_the_trace_that_it_is_given(spans: Spans, beatless: Kit) -> None:
