@@ -297,6 +297,10 @@ class TaskPage(TaskView):  # type: ignore[misc]  # Flower has no types
         return linked
 
 
+END_S = 5
+"""Seconds from the signal to the end of a Flower whose threads do not end."""
+
+
 def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) -> None:
     """Serve Flower until it is asked to stop; `ready` gets its URL once it answers.
 
@@ -340,16 +344,22 @@ def run_flower(app: App, chosen: FlowerOptions, ready: Callable[[str], None]) ->
         )
         listener.start()
     atexit.register(flower.stop)
-    signal.signal(signal.SIGTERM, lambda *_: flower.io_loop.add_callback_from_signal(flower.stop))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _end(flower))
     port = flower.start_http_server()
     flower.io_loop.add_callback(ready, loopback.url(chosen.host, port))
     try:
         flower.start()
-    except KeyboardInterrupt:
-        pass
     finally:
         if listener is not None:
             listener.stop()
+
+
+def _end(flower: Flower) -> None:
+    """End it in order, or else after `END_S`: threads of Flower wait for a broker that is gone."""
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.alarm(END_S)
+    flower.io_loop.add_callback_from_signal(flower.stop)
 
 
 def arguments(chosen: FlowerOptions) -> Sequence[str]:

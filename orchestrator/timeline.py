@@ -70,7 +70,9 @@ def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
-    return [*_pruned(run), *_history(run, events), *_now(run, status, stands_at(events))]
+    # An attempt is known at its end, and stands at its beginning.
+    history = sorted(_history(run, events), key=lambda moment: moment.at)
+    return [*_pruned(run), *history, *_now(run, status, stands_at(events))]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:

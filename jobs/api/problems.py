@@ -132,12 +132,16 @@ def install(api: FastAPI) -> None:
             return document(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body {problem}", headers)
         return document(HTTPStatus(error.status_code), str(error.detail), headers)
 
-    def invalid(_request: Request, error: Exception) -> Response:
+    def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
         problems = [
             f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}"
             for entry in error.errors()
         ]
+        if not request.headers.get("content-type", "application/json").startswith(
+            "application/json"
+        ):
+            problems.append("is the body JSON? Then say so: Content-Type: application/json")
         return document(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
 
     def away(request: Request, error: Exception) -> Response:

@@ -217,7 +217,9 @@ def transactions(probe: Probe) -> Iterator[Verdict]:
         yield warn(
             f"{name} (pid {pid}) is {state} in a transaction for {age:.0f} s: what is "
             "deleted meanwhile cannot be vacuumed",
-            f"SELECT pg_terminate_backend({pid}), or shorten it",
+            "see why its relay gets no further, above: it may be Redis or the broker"
+            if name.startswith("beatless relay")
+            else f"SELECT pg_terminate_backend({pid}), or shorten it",
         )
     if not old and not prepared:
         yield ok(f"none is older than {probe.old_transaction_s:.0f} s")

@@ -465,3 +465,12 @@ def test_a_redis_that_hangs_is_told_before_a_probe_gives_up(
             began = time.monotonic()
             assert api("GET", "/readyz").json["status"] == "degraded"
             assert time.monotonic() - began < 5  # seconds: of a probe in deploy/kubernetes
+
+
+def test_json_that_is_sent_as_a_form_is_told_how_to_be_sent(api: Api) -> None:
+    """As `curl -d` sends it."""
+    form = {"Content_Type": "application/x-www-form-urlencoded"}
+    answer = api("POST", "/v1/runs", b'{"plan": "two_steps"}', **form)
+    assert answer.status == 422
+    assert "Content-Type: application/json" in answer.json["detail"]
+    assert "Content-Type" not in api("POST", "/v1/runs", b"[]").json["detail"]

@@ -74,6 +74,9 @@ def test_a_step_that_notices_the_cancel_is_followed_by_the_undoing(
     beatless.verify()
     (failed,) = [e for e in beatless.client.events(run.run_id) if e.type == "StepFailed"]
     assert "tried again" not in facts(failed)  # nor is it: the run goes on with `undo`
+    told = [m.at for m in beatless.client.explain(run.run_id) if m.kind in ("attempt", "cancel")]
+    assert len(told) == 4
+    assert told == sorted(told)  # the cancel came in the middle of the second attempt
 
 
 def test_an_undoing_that_fails_is_tried_again_and_then_recorded(beatless: Kit) -> None:

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from beatless import App
 from beatless.flower import FleetState, Listener
 from beatless.local.child import Child
 from beatless.local.errors import NotReady
+from beatless.local.valkey import EmbeddedValkey
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit
@@ -85,6 +87,30 @@ def test_a_task_below_a_prefix_links_to_the_run_page(
     until(lambda: client.get(f"/tasks/task/{run.run_id}")[0] == 200)
     status, page = client.get(f"/tasks/task/{run.run_id}")
     assert (status, f"http://page.example/#/run/{run.run_id}" in page) == (200, True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_it_is_asked_though_its_broker_is_gone(
+    beatless_app: App, tmp_path: Path, number: signal.Signals
+) -> None:
+    with EmbeddedValkey(tmp_path / "valkey") as valkey:
+        child = Child(
+            "flower",
+            ["flower", "--port", "0", "--basic-auth", PASSWORD],
+            environ=os.environ
+            | replace(beatless_app.settings, redis_url=valkey.url, broker_url="").to_env()
+            | {"BEATLESS_APP": "tests.plans:app"},
+            log=tmp_path / "flower.log",
+        )
+        child.start()
+        child.wait_ready()
+    until(lambda: "Failed to capture events" in child.log.read_text())
+    os.kill(child.pid, number)
+    try:
+        until(lambda: not child.alive)
+    finally:
+        child.reap(monotonic())
 
 
 @pytest.mark.long
