@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.open_waits import WaitOutcome
 from beatless.orchestrator.progress import (
     CHANGED_CALL,
     CONNECTION_LOST,
@@ -19,6 +20,8 @@ from beatless.orchestrator.progress import (
     UNKNOWN_STEP,
 )
 from beatless.orchestrator.records import DispatchStatus, Run
+from beatless.orchestrator.state import WAITS
+from beatless.outbox.times import MOST_S
 
 HANDOVER_S = 0.01
 """Seconds between two steps above which another worker has taken the run over."""
@@ -31,7 +34,8 @@ class Moment:
     at: int
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
-    """accepted, wait, attempt, cancel, finished, pruned, lease, dispatch, publish, dead letter."""
+    """accepted, wait, attempt, signal, cancel, finished, pruned, lease, dispatch, publish, or dead
+    letter."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -70,9 +74,11 @@ def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[
 
     An attempt without an outcome is one whose process died or lost its lease.
     """
+    waits = open_wait(events)
+    wait = "nothing that is known here" if waits is None else named_waits(waits)
     # An attempt is known at its end, and stands at its beginning.
     history = sorted(_history(run, events), key=lambda moment: moment.at)
-    return [*_pruned(run), *history, *_now(run, status, stands_at(events))]
+    return [*_pruned(run), *history, *_now(run, status, stands_at(events), wait)]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
@@ -83,6 +89,7 @@ def _pruned(run: Run) -> Iterator[Moment]:
 
 def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
     open_attempt: Event | None = None
+    wait: Event | None = None
     waits: Wait | None = None
     for event in events:
         data = event.data or {}
@@ -130,6 +137,14 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
             case EventType.DEBUG_TRACE if data.get("name") == TAKEN_OVER:
                 text = "its worker died or lost the lease; the plan's function was called again"
                 yield Moment(at=event.ts, kind="attempt", text=text)
+            case EventType.WAIT_STARTED:
+                wait, waits = event, None
+            case EventType.SIGNAL_RECEIVED:
+                text = f"signal {data.get('name')} was received"
+                yield Moment(at=event.ts, kind="signal", text=text)
+            case EventType.WAIT_FINISHED:
+                yield _waited(wait or event, event)
+                wait, waits = None, Wait(event.ts, event.ts, then="for another worker")
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")
@@ -152,6 +167,35 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
             step=open_attempt.step,
             attempt=open_attempt.attempt,
         )
+
+
+def _waited(started: Event, finished: Event) -> Moment:
+    """A wait of the plan, from its beginning to its end."""
+    outcome = str((finished.data or {}).get("outcome"))
+    text = {
+        WaitOutcome.RECEIVED.value: f"waited for {named_waits(started)}: it was received",
+        WaitOutcome.TIMED_OUT.value: f"waited for {named_waits(started)}: it was timed out",
+        WaitOutcome.SLEPT.value: "slept",
+    }.get(outcome, f"waited: {outcome}")
+    return Moment(
+        at=started.ts,
+        kind="wait",
+        text=text,
+        step=finished.step,
+        seconds=(finished.ts - started.ts) / 1000,
+    )
+
+
+def named_waits(started: Event) -> str:
+    """What the wait of a WaitStarted waits for, as part of a sentence."""
+    names = (started.data or {}).get("names") or []
+    return f"signal {' or '.join(names)}" if names else "its time"
+
+
+def open_wait(events: Sequence[Event]) -> Event | None:
+    """The WaitStarted of the wait at which a run is, by its events."""
+    ends = [e for e in events if e.type in (EventType.WAIT_STARTED, EventType.WAIT_FINISHED)]
+    return ends[-1] if ends and ends[-1].type == EventType.WAIT_STARTED else None
 
 
 def _attempt(started: Event, ended: int, text: str) -> Moment:
@@ -177,16 +221,16 @@ def stands_at(events: Sequence[Event]) -> str | None:
         match event.type:
             case EventType.RUN_STARTED:
                 place = data.get("reused", {}).get("next")
-            case EventType.STEP_STARTED:
+            case EventType.STEP_STARTED | EventType.WAIT_STARTED:
                 place, promised = event.step, None
-            case EventType.STEP_FINISHED:
+            case EventType.STEP_FINISHED | EventType.WAIT_FINISHED:
                 place = data.get("next") or data.get(FOLLOWING) or event.step
             case EventType.CANCEL_REQUESTED:
                 promised = data.get(ON_CANCEL)
     return promised or place
 
 
-def _now(run: Run, status: DispatchStatus, place: str | None) -> Iterator[Moment]:
+def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iterator[Moment]:
     now = _ms(status.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
@@ -210,6 +254,9 @@ def _now(run: Run, status: DispatchStatus, place: str | None) -> Iterator[Moment
             "running": "is executed",
         }.get(state, state)
         when = f"in {left:.1f} s" if left > 0 else "now"
+        if state == "delayed" and reason == WAITS:
+            text = f"waits for {wait}"
+            when = when if left < MOST_S + 86_400 else "when it is received"
         text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
         if status.paused:
             text += f"; the queue {run.queue} is paused"

@@ -23,10 +23,14 @@ STYLES = {
     EventType.STEP_FAILED: "red",
     EventType.DEBUG_TRACE: "dim",
     EventType.CANCEL_REQUESTED: "yellow",
+    EventType.WAIT_STARTED: "blue",
+    EventType.SIGNAL_RECEIVED: "yellow",
+    EventType.WAIT_FINISHED: "green",
     EventType.RUN_FINISHED: "bold",
 }
 STATES = {
     "queued": "yellow",
+    "waiting": "blue",
     "running": "cyan",
     "completed": "green",
     "failed": "red",

@@ -212,7 +212,7 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
 @click.pass_obj
 def signal(env: Environment, run: str, name: str, data: str | None, key: str | None) -> None:
     """Send signal NAME to RUN. The first wait for its name takes it, now or later."""
-    sent = env.client.signal_run(run, name, json_input(data, "--data"), key=key)
+    sent = env.client_of(run).signal_run(run, name, json_input(data, "--data"), key=key)
     if env.as_json:
         env.document(asdict(sent))
     else:

@@ -161,7 +161,7 @@ BACKFILL = Family(
 )
 RUNS_ACTIVE = Family(
     name="beatless_runs_active",
-    text="Unfinished runs by state: queued (due now), delayed (due later), running.",
+    text="Unfinished runs by state: queued (due now), delayed (due later), waiting, running.",
     labels=("queue", "state"),
 )
 RUNS_UNKNOWN_STEP = Family(

@@ -229,6 +229,15 @@ def test_a_stream_that_outlives_its_timeout_ends_with_status_1(command: Beatless
     assert "did not end within 0.2 s" in said.err.splitlines()[-1]
 
 
+def test_a_signal_is_sent_once_for_its_key(command: Beatless) -> None:
+    command("start", "two_steps", "--run-id", "r")
+    signal = ["signal", "r", "paid", "--key", "psp:1"]
+    assert command(*signal, "--data", '{"amount": 12}').out == "paid is sent to r\n"
+    assert command(*signal, "--data", '{"amount": 12}').out == "paid was sent before to r\n"
+    assert command(*signal, "--data", "{").status == 2
+    assert command("signal", "nobody", "paid").status != 0
+
+
 def test_cancel_ends_a_waiting_run(command: Beatless) -> None:
     command("start", "agents.run", "--run-id", "r")
 

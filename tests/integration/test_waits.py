@@ -233,3 +233,17 @@ def test_waits_over_http_are_those_of_the_client(beatless: Kit) -> None:
             client.signal_run(run.run_id, "paid", 12)
         with pytest.raises(RunNotFound):
             client.signal_run("nobody", "paid")
+
+
+def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit) -> None:
+    run = beatless.start_run("checkout")
+    beatless.work_until_idle()
+
+    def told() -> list[str]:
+        return [moment.text for moment in beatless.client.explain(run.run_id)]
+
+    assert any(text.startswith("waits for signal paid or refused") for text in told())
+    beatless.signal(run.run_id, "refused")
+    beatless.work_until_idle()
+    assert "signal refused was received" in told()
+    assert "waited for signal paid or refused: it was received" in told()

@@ -48,6 +48,8 @@ export async function showRun(page, runId) {
   const cancel = el("button", { type: "button", class: "danger", id: "cancel", title: "Cancel (c)", onclick: askToCancel }, "Cancel");
   const retry = el("button", { type: "button", id: "retry", title: "Retry (t)", onclick: askToRetry }, "Retry");
   const remove = el("button", { type: "button", id: "remove", title: "Remove (x)", onclick: askToRemove }, "Remove");
+  const signal = el("button", { type: "button", id: "signal", title: "Signal (w)", onclick: askToSignal }, "Signal");
+  forbid(signal, reason);
   forbid(cancel, reason);
   forbid(retry, reason);
 
@@ -65,6 +67,22 @@ export async function showRun(page, runId) {
       check: (data) => post(`${path}/cancel`, { reason: data.get("reason") || null }),
     });
     if (found) { run = found; dirty = true; draw(); }
+  }
+
+  async function askToSignal() {
+    const names = story.wait?.data?.names ?? [];
+    if (signal.hidden || signal.disabled) return;
+    const name = el("input", { name: "name", required: true, maxlength: "100", value: names[0] ?? "", autocomplete: "off", list: "signals" });
+    await ask({
+      title: "Send a signal to this run", verb: "Send",
+      fields: [el("label", {}, "Name", name), el("datalist", { id: "signals" }, ...names.map((each) => el("option", { value: each }))),
+        el("label", {}, "Data (JSON)", el("textarea", { name: "data", rows: "4", spellcheck: "false" }))],
+      check: (data) => {
+        const given = data.get("data").trim();
+        try { if (given) JSON.parse(given); } catch (error) { throw new Error(`The data is not JSON: ${error.message}`); }
+        return post(`${path}/signals`, { name: data.get("name"), data: given ? JSON.parse(given) : null });
+      },
+    });
   }
 
   async function askToRetry() {
@@ -100,7 +118,7 @@ export async function showRun(page, runId) {
     removed = true;
     wake();
     page.timers.forEach(clearInterval);
-    for (const button of [cancel, retry, remove]) button.hidden = true;
+    for (const button of [signal, cancel, retry, remove]) button.hidden = true;
     state.replaceChildren(el("span", { class: "state cancelled" }, "removed"));
     outcome.prepend(el("section", { class: "card padded outcome", id: "removed" }, el("h2", {}, "This run was removed"),
       el("p", { class: "message" }, "Neither it nor its events are stored any more. Below is what this page had read before.")));
@@ -160,11 +178,12 @@ export async function showRun(page, runId) {
     const over = story.end;
     if (dirty) {
       dirty = false;
-      const told = over ? story.state : run.state === "queued" || run.state === "running" ? story.state : run.state;
+      const told = over ? story.state : ["queued", "waiting", "running"].includes(run.state) ? story.state : run.state;
       const stopping = !over && (story.cancel || run.cancel_requested_at);
       const final = over || run.finished_at;
       state.replaceChildren(el("span", { class: `state ${told}` }, stopping && !final ? "cancelling" : told));
       cancel.hidden = Boolean(final || stopping);
+      signal.hidden = Boolean(final || stopping || !story.wait?.data?.names);
       retry.hidden = !final;
       forbid(remove, reason ?? (told === "running" && !final ? "A worker has it: cancel it first" : null));
       page.title(`${run.plan} ${shortId(runId)} · ${told}`);
@@ -317,7 +336,7 @@ export async function showRun(page, runId) {
     draw();
   }
 
-  page.keys = { c: askToCancel, t: askToRetry, x: askToRemove };
+  page.keys = { w: askToSignal, c: askToCancel, t: askToRetry, x: askToRemove };
   page.timers.push(setInterval(look, LOOK));
   page.endings.push(() => wake());
   const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
@@ -325,7 +344,7 @@ export async function showRun(page, runId) {
   page.show(el("p", { class: "crumb" }, el("a", { href: "#/" }, "← Runs")),
     el("div", { class: "head" }, el("h1", {}, run.plan, " ", el("span", { class: "mono soft" }, shortId(runId))), state,
       el("span", { class: "tags" }, ...Object.entries(run.tags).map(([name, text]) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag: `${name}=${text}` })}` }, `${name}=${text}`))),
-      el("span", { class: "actions" }, cancel, retry, remove)),
+      el("span", { class: "actions" }, signal, cancel, retry, remove)),
     el("p", { class: "id soft" }, el("span", { class: "mono", id: "run-id" }, runId), copyable(runId, "the id")),
     facts, outcome, timeline, detail, run.input === null ? null : input, log.node);
   draw();

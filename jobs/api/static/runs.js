@@ -5,7 +5,7 @@ import { cleanRuns } from "./clean.js";
 import { Rows, age, el, forbid, runLink, setText, span } from "./dom.js";
 import { retryFailed } from "./failed.js";
 
-const STATES = ["queued", "running", "completed", "failed", "cancelled"];
+const STATES = ["queued", "waiting", "running", "completed", "failed", "cancelled"];
 const PAGE = 50;
 
 export async function showRuns(page, query) {
@@ -82,7 +82,7 @@ export async function showRuns(page, query) {
       sums.running += queue.active;
       for (const state of ["completed", "failed", "cancelled"]) sums[state] += queue[state];
     }
-    for (const { state, count: shown } of tabs) if (state) setText(shown, String(sums[state]));
+    for (const { state, count: shown } of tabs) if (state in sums) setText(shown, String(sums[state]));
   }
 
   const [{ plans: known }, reason] = await Promise.all([call("/v1/plans"), lacks("runs:write")]);

@@ -21,6 +21,7 @@ export class Story {
     this.reused = {};
     this.place = null; // the step it is in, or goes on with, where the journal tells
     this.undo = null; // the step that the cancel has promised
+    this.wait = null; // the WaitStarted of the wait that is open
   }
 
   add(event) {
@@ -33,6 +34,8 @@ export class Story {
     if (event.type === "RunStarted") this.place = data.reused?.next ?? null;
     if (event.type === "StepStarted") this.place = event.step;
     if (event.type === "StepFinished") this.place = this.undo ?? data.next ?? data.following ?? null;
+    if (event.type === "WaitStarted") [this.wait, this.place] = [event, event.step];
+    if (event.type === "WaitFinished") [this.wait, this.place] = [null, this.undo ?? data.next ?? data.following ?? null];
     if (event.type === "CancelRequested") {
       this.cancel = event;
       this.undo = data.on_cancel ?? null;
@@ -53,6 +56,13 @@ export class Story {
     } else if (event.type === "StepFinished" && running) {
       Object.assign(open, { end: event.ts, kind: "ok" });
       lane.result = member(event.text, "data", "result") ?? "null";
+      lane.finished = true;
+    } else if (event.type === "WaitStarted") {
+      this.begun ??= event.ts;
+      lane.waits.push({ start: event.ts, end: null, until: data.until ?? null });
+    } else if (event.type === "WaitFinished") {
+      if (lane.waits.length) lane.waits.at(-1).end = event.ts;
+      lane.result = member(event.text, "data", "outcome") ?? "null";
       lane.finished = true;
     } else if (event.type === "StepFailed") {
       if (running) Object.assign(open, { end: event.ts, kind: "bad", error: data.error ?? null });
@@ -97,6 +107,7 @@ export class Story {
 
   get state() {
     if (this.end) return this.end.data.outcome;
+    if (this.wait) return "waiting";
     const open = [...this.lanes.values()].at(-1);
     const waits = open?.waits.at(-1)?.end === null;
     return this.begun !== null && !waits ? "running" : "queued";
