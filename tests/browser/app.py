@@ -1,6 +1,6 @@
 """The shop's app, for processes of their own."""
 
 from beatless import App, Settings
-from tests.browser.plans import checkout, refund
+from tests.browser.plans import checkout, payment, refund
 
-app = App(Settings.from_env(), [checkout, refund])
+app = App(Settings.from_env(), [checkout, payment, refund])

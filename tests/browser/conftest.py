@@ -12,7 +12,7 @@ from beatless.local.child import Child
 from beatless.local.ports import free_port
 from beatless.testing import Kit
 from tests.browser import chromium
-from tests.browser.plans import checkout, refund
+from tests.browser.plans import checkout, payment, refund
 from tests.serving import serving
 
 expect.set_options(timeout=20_000)
@@ -28,7 +28,7 @@ def chrome() -> Iterator[Browser]:
 
 @pytest.fixture
 def beatless_plans() -> Sequence[Plan]:
-    return [checkout, refund]
+    return [checkout, payment, refund]
 
 
 @pytest.fixture

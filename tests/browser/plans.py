@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from beatless import Fatal, Plan, StepContext, retry, step
+from beatless import Fatal, Plan, StepContext, hours, retry, step, wait
 
 
 def wait_at(ctx: StepContext, gate: str) -> None:
@@ -57,3 +57,11 @@ def settle(ctx: StepContext) -> str:
 
 
 refund = Plan("refund", [settle], queue="payments")
+
+
+@step
+def receipt(ctx: StepContext) -> Any:
+    return ctx.results["paid"].data
+
+
+payment = Plan("payment", [wait("paid", "refused", timeout=hours(1)), receipt])

@@ -121,6 +121,29 @@ def test_cancel_and_retry(fleet: Kit, url: str, open_page: Opener, tmp_path: Pat
     assert fleet.client.get_run(page.url.rpartition("/")[2]).retry_of == run_id
 
 
+def test_a_run_that_waits_is_sent_its_signal(beatless: Kit, url: str, open_page: Opener) -> None:
+    run = beatless.start_run("payment")
+    beatless.work_until_idle()
+    page = open_page()
+    page.goto(f"{url}/#/?state=waiting")
+    expect(page.locator("#runs")).to_contain_text("waiting")
+    page.goto(f"{url}/#/run/{run.run_id}")
+    expect(page.locator("#state")).to_have_text("waiting")
+    page.locator("#signal").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("Name")).to_have_value("paid")
+    dialog.get_by_label("Data (JSON)").fill('{"amount": ')
+    dialog.get_by_role("button", name="Send").click()
+    expect(dialog).to_contain_text("The data is not JSON")
+    dialog.get_by_label("Data (JSON)").fill('{"amount": 12}')
+    dialog.get_by_role("button", name="Send").click()
+    expect(dialog).to_be_hidden()
+    beatless.work_until_idle()
+    expect(page.locator("#state")).to_have_text("completed")
+    expect(page.locator("#events")).to_contain_text("SignalReceived")
+    assert beatless.client.get_run(run.run_id).result == {"amount": 12}
+
+
 def test_a_failed_run_tells_why(beatless: Kit, url: str, open_page: Opener) -> None:
     run = beatless.start_run("checkout", {"lost": "no such street", "declined": 1})
     beatless.work_until_idle()

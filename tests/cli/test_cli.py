@@ -230,7 +230,7 @@ def test_a_stream_that_outlives_its_timeout_ends_with_status_1(command: Beatless
 
 
 def test_a_signal_is_sent_once_for_its_key(command: Beatless) -> None:
-    command("start", "two_steps", "--run-id", "r")
+    command("start", "agents.run", "--run-id", "r")
     signal = ["signal", "r", "paid", "--key", "psp:1"]
     assert command(*signal, "--data", '{"amount": 12}').out == "paid is sent to r\n"
     assert command(*signal, "--data", '{"amount": 12}').out == "paid was sent before to r\n"
