@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,6 +17,7 @@ from beatless.observe.counts import LocalCounts, SharedCounts
 from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, RUN_DURATION
 from beatless.observe.gauges import CACHE_S, PostgresGauges
 from beatless.testing import Kit
+from tests.integration.test_groups import Together, be_patient
 from tests.integration.test_relay import lose_messages
 
 APP = "tests.plans:app"
@@ -46,6 +48,23 @@ def scrape(registry: CollectorRegistry) -> Scrape:
 def fetch(url: str) -> Scrape:
     with urllib.request.urlopen(url, timeout=60) as response:
         return Scrape(response.read().decode())
+
+
+def test_runs_of_a_group_are_counted_one_by_one(
+    beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_patient(monkeypatch)
+    together = Together(beatless)
+    ids = [beatless.start_run("two_steps").run_id for _ in range(3)]
+    assert together.deliver(ids[0])
+    together.executor.disconnect()
+    found = scrape(beatless_app.metrics.registry)
+    name = "beatless_runs_finished_total"
+    assert found.value(name, plan="two_steps", outcome="completed") == 3
+    for step in ("first", "second"):
+        name = "beatless_step_attempts_total"
+        assert found.value(name, plan="two_steps", step=step, outcome="finished") == 3
+    assert found.value("beatless_queue_wait_seconds_count", queue="default") == 3
 
 
 def test_everything_of_one_process_equals_the_journal(beatless: Kit, beatless_app: App) -> None:
