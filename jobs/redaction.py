@@ -19,7 +19,10 @@ from beatless.orchestrator.records import Run
 logger = logging.getLogger(__name__)
 
 Redact = Callable[[str, Any], Any]
-"""Takes the kind (`input`, `result`, `error`, `trace`) and the value; returns the value to show."""
+"""Takes the kind (`input`, `result`, `error`, `trace`) and the value; returns the value to show.
+
+The data of a signal is of the kind `input`.
+"""
 
 FAILED = "[redact raised an error]"
 """Shown in place of a value that `redact` could not look at, or of which it made no JSON."""
@@ -77,6 +80,8 @@ class Redaction:
         for name in MEMBERS:
             if name in data:
                 data[name] = self.value(name, data[name])
+        if event.type == "SignalReceived":
+            data["data"] = self.value("input", data.get("data"))
         if isinstance(data.get("on_cancel"), Mapping):
             data["on_cancel"] = self.value("error", data["on_cancel"])
         reused = data.get("reused")

@@ -20,6 +20,7 @@ from beatless import (
     step,
     wait,
 )
+from beatless.redaction import Redaction
 from beatless.testing import Kit
 from tests.serving import serving
 
@@ -247,3 +248,15 @@ def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit) -> No
     beatless.work_until_idle()
     assert "signal refused was received" in told()
     assert "waited for signal paid or refused: it was received" in told()
+
+
+def test_the_data_of_a_signal_is_redacted_as_an_input_is(beatless: Kit) -> None:
+    run = beatless.start_run("endless")
+    beatless.signal(run.run_id, "paid", {"card": "4242"})
+    beatless.work_until_idle()
+    redaction = Redaction(lambda what, _value: f"[{what}]")
+    received = next(
+        event for event in beatless.client.events(run.run_id) if event.type == "SignalReceived"
+    )
+    shown = redaction.event(received).data or {}
+    assert (shown["name"], shown["data"]) == ("paid", "[input]")
