@@ -25,7 +25,7 @@ from beatless.orchestrator.records import (
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState, stored
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import Caller, Read, execute
+from beatless.outbox.queries import Caller, Read, array, execute
 from beatless.outbox.statements import statements
 
 LAST_SEQ = 2**31 - 1
@@ -194,10 +194,10 @@ class Journal:
                 "after": after,
                 "shard": shard_of(run_id),
                 "n": len(events),
-                "types": [event.type.value for event in events],
-                "steps": [event.step for event in events],
-                "attempts": [event.attempt for event in events],
-                "datas": [event.data for event in events],
+                "types": array(event.type.value for event in events),
+                "steps": array(event.step for event in events),
+                "attempts": array(event.attempt for event in events),
+                "datas": array(event.data for event in events),
             },
         )
         return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
@@ -231,12 +231,12 @@ class Journal:
                 "delay": normal.delay_s,
                 "delay_cancelled": cancelled.delay_s,
                 "reason": settlement.reason,
-                "places": [1] * len(events),
-                "branches": [False] * len(normal.events) + [True] * len(cancelled.events),
-                "types": [event.type.value for event in events],
-                "steps": [event.step for event in events],
-                "attempts": [event.attempt for event in events],
-                "datas": [event.data for event in events],
+                "places": array([1] * len(events)),
+                "branches": array([False] * len(normal.events) + [True] * len(cancelled.events)),
+                "types": array(event.type.value for event in events),
+                "steps": array(event.step for event in events),
+                "attempts": array(event.attempt for event in events),
+                "datas": array(event.data for event in events),
             },
         )
         if not rows:
