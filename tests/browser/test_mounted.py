@@ -1,14 +1,18 @@
 """The run page below a path, with and without the slash at its end."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
+import psycopg
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse
 from playwright.sync_api import Page, expect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from beatless import App
-from beatless.api import Grant, create_api
+from beatless.api import Grant, create_api, open_streams
 from beatless.api import Scope as Right
 from beatless.testing import Kit
 from tests.serving import hosting
@@ -88,4 +92,41 @@ def test_who_is_signed_out_of_the_host_is_told_so_and_goes_on_when_back(
         page.context.add_cookies([ticket])
         dialog.get_by_role("button", name="Back").click()
         expect(page.locator("main")).to_contain_text("Relays")
+        page.close()
+
+
+def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
+    beatless: Kit,
+    open_page: Opener,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(open_streams, "TOKEN_CHECK_S", 0.1)
+    text = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    (client,) = re.findall(r"```js\n(.*?)```", text, re.DOTALL)
+    run = beatless.start_run("checkout", {"order": 1}).run_id
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app))
+    host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    with hosting(host) as api:
+        page = open_page(expected="401 (Unauthorized)")
+        page.goto(f"{api.url}/")
+        page.evaluate(
+            "([base, run]) => {"
+            + client
+            + """
+            window.seen = [];
+            follow(base, run, (event) => window.seen.push(event), () => { window.seen = []; });
+            }""",
+            [AT, run],
+        )
+        page.wait_for_function("window.seen.length === 1")
+        beatless.step(run)
+        page.wait_for_function("window.seen.length > 2")
+        with page.expect_event("response", lambda answer: answer.status == 401):
+            postgres.execute("DELETE FROM api_tokens")  # its stream ends, its token is refused
+        beatless.work_until_idle()
+        page.wait_for_function("window.seen.at(-1).type === 'RunFinished'")
+        last = beatless.client.get_run(run).last_seq
+        assert page.evaluate("window.seen.map((event) => event.seq)") == list(range(1, last + 1))
         page.close()

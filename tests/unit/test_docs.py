@@ -59,6 +59,16 @@ def test_the_python_of_a_document_compiles(path: Path) -> None:
         ast.parse(block)
 
 
+def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browsers() -> None:
+    from beatless.orchestrator.events import EventType
+
+    text = (ROOT / "docs" / "http.md").read_text()
+    section = text.partition("### In a browser")[2].partition("\n#")[0]
+    listed = re.findall(r"^\| `([A-Z]\w+)` \|", section, flags=re.MULTILINE)
+    (types,) = re.findall(r"const TYPES = \[(.*?)\]", section, flags=re.DOTALL)
+    assert sorted(listed) == sorted(re.findall(r'"(\w+)"', types)) == sorted(EventType)
+
+
 def test_every_setting_is_documented() -> None:
     from beatless import Settings
 
