@@ -107,6 +107,11 @@ def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
         raise TypeError(
             "connection= takes an SQLAlchemy Connection or Session, or a psycopg 3 Connection; "
             f"not {kind.__name__}"
+            + (
+                " (Django: connection.connection, inside of atomic())"
+                if kind.__module__.startswith("django.")
+                else ""
+            )
         )
     dialect = connection.dialect
     if dialect.name != "postgresql" or (
