@@ -15,7 +15,7 @@ SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
 
 GIVEN_BACK = "beatless.given_back"
-"""An attempt that was ended because its worker stopped: it does not count."""
+"""An attempt that its worker gave back, as it stopped or was busy: it does not count."""
 
 CONNECTION_LOST = "beatless.connection_lost"
 """The trace of a transaction that Postgres took back: its attempt is made again, uncounted.

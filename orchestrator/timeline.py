@@ -127,7 +127,7 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 due = event.ts + round(seconds * 1000)
                 outcome, waits = "snoozed", Wait(event.ts, due, f"a snooze of {seconds:g} s")
             case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
-                outcome = "given back: its worker stopped, another one makes it again"
+                outcome = "given back: its worker stopped or was busy, another one makes it again"
                 waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 outcome = "its transaction was taken back: the connection broke"
