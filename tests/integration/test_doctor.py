@@ -463,7 +463,7 @@ def test_runs_that_wait_and_events_that_are_not_published(beatless: Kit, beatles
     beatless.client.pause_queue("slow")
     beatless.advance(120)
 
-    only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "12")
+    only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "oldest for 12")
     waiting, paused = examine(beatless_app, "queues")
     assert (waiting.status, paused.status) == (Status.WARNING, Status.WARNING)
     assert "1 run of queue default" in waiting.text
