@@ -51,6 +51,10 @@ class Format(StrEnum):
 def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[[], None]:
     """Write everything that this process logs to the stream, warnings and Celery's lines too.
 
+    A worker does it again after its start, in its children as well: projects configure logging
+    there, and Celery's Django fix-up does it a second time. That disables loggers which the project
+    has made in between; they are enabled again.
+
     Gives the function that puts everything back as it was.
     """
     handler = logging.StreamHandler(stream)
@@ -59,24 +63,34 @@ def configure(form: str, stream: TextIO, level: int = logging.INFO) -> Callable[
     handlers = root.handlers[:]
     levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     root_level = root.level
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    known = [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    enabled = [each for each in known if not each.disabled]
+
+    def apply(**_: Any) -> None:
+        root.handlers[:] = [handler]
+        root.setLevel(level)
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        for each in enabled:
+            each.disabled = False
+        enable_own_loggers(*LIBRARY_LOGGERS)
+
+    apply()
     logging.captureWarnings(capture=True)
-    enable_own_loggers(*LIBRARY_LOGGERS)
     from celery import signals  # here, because every app imports this module
 
-    # Celery leaves logging alone as soon as this signal has a receiver.
-    signals.setup_logging.connect(_leave_alone)
+    # Celery leaves logging alone as soon as the first has a receiver. It comes after `worker_init`.
+    for sent in (signals.setup_logging, signals.worker_process_init):
+        sent.connect(apply)
 
     def restore() -> None:
+        for sent in (signals.setup_logging, signals.worker_process_init):
+            sent.disconnect(apply)
         root.handlers[:] = handlers
         root.setLevel(root_level)
         for name, before in levels.items():
             logging.getLogger(name).setLevel(before)
         logging.captureWarnings(capture=False)
-        signals.setup_logging.disconnect(_leave_alone)
 
     return restore
 
@@ -90,10 +104,6 @@ def enable_own_loggers(*others: str) -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in (*OWN_LOGGERS, *others):
             logger.disabled = False
-
-
-def _leave_alone(**_: Any) -> None:
-    """The receiver of Celery's signal `setup_logging`: Celery then makes no handlers."""
 
 
 @contextmanager

@@ -113,6 +113,58 @@ def test_logging_that_the_apps_module_configures_silences_no_process(
     assert any(line["logger"].startswith("celery.") for line in told)
 
 
+CONFIGURING_AT_START = """
+import logging.config
+
+from beatless import App, Plan, Settings, step
+from celery import signals
+
+logger = logging.getLogger("shop.steps")
+off = logging.getLogger("shop.off")
+off.disabled = True
+
+
+@SIGNAL.connect
+def configure(**_):
+    logging.config.dictConfig({
+        "version": 1,
+        "formatters": {"theirs": {"format": "theirs %(name)s %(message)s"}},
+        "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "theirs"}},
+        "root": {"handlers": ["console"], "level": "ERROR"},
+    })
+
+
+@step
+def first(ctx):
+    logger.info("reserved")
+    off.info("not to be seen")
+
+
+@step
+def second(ctx): ...
+
+
+app = App(Settings.from_env(), plans=[Plan("two_steps", [first, second])])
+"""
+
+
+@pytest.mark.parametrize("sent", ["worker_init", "setup_logging", "worker_process_init"])
+def test_logging_that_a_project_configures_while_a_worker_starts_silences_no_step(
+    sent: str, beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = CONFIGURING_AT_START.replace("SIGNAL", f"signals.{sent}")
+    (tmp_path / "configuring.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    beatless.relay.start()
+    worker = beatless.worker_process("configuring:app", log_format="json")
+    run_id = beatless.start_run("two_steps", {}).run_id
+    beatless.wait_for_run_completion(run_id)
+
+    told = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    of_run = [line["message"] for line in told if line.get("run_id") == run_id]
+    assert of_run == ["run claimed", "reserved", "run finished"]
+
+
 PROJECT = """
 from celery import Celery, shared_task
 from beatless import App, Plan, Settings, step
