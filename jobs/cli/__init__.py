@@ -68,7 +68,7 @@ COMMANDS = {
         "retry": "Start a new run that reuses the finished steps of RUN; prints its id.",
         "runs": "Runs, newest first.",
         "show": "Everything that is stored about RUN.",
-        "signal": "Send signal NAME to RUN, which may wait for it.",
+        "signal": "Send signal NAME to RUN.",
         "start": "Start a run of PLAN; prints its id.",
         "verify": "Check the guarantees on the stored data of RUN…: one line for each violation.",
     },

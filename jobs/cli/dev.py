@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 from click.core import ParameterSource
@@ -55,13 +57,38 @@ def dev(
 
     with stop_on_signals(stop), stack:
         try:
-            stack.start(env.note if env.as_json else click.echo)
+            stack.start(env.note if env.as_json else click.echo, partial(check_app, env, stack))
         except KeyboardInterrupt:
             return
         if env_file is not None:
             write_env_file(env_file, stack.environ())
         env.document(stack.facts()) if env.as_json else click.echo("ready")
         stack.watch(env.note)
+
+
+def check_app(env: Environment, stack: Stack) -> None:
+    """Import the named app once, with the variables of the stack, before its processes do.
+
+    Says if it names other servers than those. Raises BadSetting and AppFailed.
+    """
+    if not env.app_name:
+        return
+    for name in [name for name in os.environ if name.startswith("BEATLESS_")]:
+        del os.environ[name]
+    os.environ.update(stack.environ())
+    own = env.app.settings.to_env()
+    for name, here in (("BEATLESS_DATABASE_URL", "Postgres"), ("BEATLESS_REDIS_URL", "Redis")):
+        if (named := address(own[name])) != address(os.environ[name]):
+            env.note(
+                f"{env.app_name} names a {here} of its own, {named}: the one that was started here "
+                f"is not used; let the App follow {name}"
+            )
+
+
+def address(url: str) -> str:
+    """The host, port and database of a URL."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2] + parts.path
 
 
 def usable(context: click.Context, name: str, port: int) -> int:

@@ -73,13 +73,14 @@ class Child:
 
     def wait_ready(self, alarm: Alarm | None = None) -> None:
         """Return when it is ready. Raises NotReady, with its last lines, if it ends before."""
-        assert self._ready is not None  # noqa: S101 - started before
-        waiting: list[int | Alarm] = [self._ready, *([alarm] if alarm else [])]
-        ready = readable(waiting, READY_TIMEOUT_S)
-        if alarm in ready:
-            raise KeyboardInterrupt
-        if self._ready not in ready or not os.read(self._ready, 1):
-            raise NotReady(self.name, self.last_words())
+        wait_until_ready([self], alarm)
+
+    @property
+    def ready_pipe(self) -> int:
+        """Where it writes a byte when it is ready, and which its end closes."""
+        if self._ready is None:
+            raise RuntimeError(f"{self.name} has not been started")
+        return self._ready
 
     def last_words(self) -> str:
         """The end of its log, as one line."""
@@ -109,3 +110,22 @@ class Child:
         if self._ready is not None:
             os.close(self._ready)
             self._ready = None
+
+
+def wait_until_ready(children: Sequence[Child], alarm: Alarm | None = None) -> None:
+    """Return when all are ready.
+
+    Raises NotReady, with its last lines, as soon as one ends before it was ready, and
+    KeyboardInterrupt when the alarm rings.
+    """
+    deadline = monotonic() + READY_TIMEOUT_S
+    waiting = {child.ready_pipe: child for child in children}
+    while waiting:
+        sources: list[int | Alarm] = [*waiting, *([alarm] if alarm else [])]
+        found = readable(sources, deadline - monotonic())
+        if alarm in found:
+            raise KeyboardInterrupt
+        for pipe in [each for each in found if isinstance(each, int)] or [next(iter(waiting))]:
+            child = waiting.pop(pipe)
+            if pipe not in found or not os.read(pipe, 1):
+                raise NotReady(child.name, child.last_words())

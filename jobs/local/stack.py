@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from beatless.local.child import Child
+from beatless.local.child import Child, wait_until_ready
 from beatless.local.data_directory import DataDirectory
 from beatless.local.ports import free_port
 from beatless.local.postgres import EmbeddedPostgres
@@ -60,8 +60,15 @@ class Stack:
         self.alarm = Alarm()
         self.stopping = False
 
-    def start(self, say: Callable[[str], None] = lambda _: None) -> None:
+    def start(
+        self,
+        say: Callable[[str], None] = lambda _: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Bring everything up; `say` gets a line for each part.
+
+        `check` is called when the servers are up and migrated, before the first process starts:
+        its exception ends the start.
 
         Raises AlreadyRunning, NotReady, ServicesMissing, ServiceFailed and BadSetting.
         """
@@ -86,6 +93,7 @@ class Stack:
         engine = connect_engine(self.settings.database_url, "beatless migrate", direct=True)
         migrate(engine, self.settings.schema)
         engine.dispose()
+        check()
         self.relay = self._child("relay", ["relay"])
         arguments = ["worker"]
         if self._concurrency is not None:
@@ -103,8 +111,7 @@ class Stack:
             self.api = self._child("api", arguments)
         for child in self._children():
             child.start()
-        for child in self._children():
-            child.wait_ready(self.alarm)
+        wait_until_ready(self._children(), self.alarm)
         if self.api is not None:
             say(f"api {self.api_url}")
         if self._flower_port is not None:

@@ -146,6 +146,44 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["beatless.env"]
 
 
+CIRCULAR = "from shop_admin import nothing\n"
+
+ELSEWHERE = """
+from beatless import App, Plan, Settings, step
+
+
+@step
+def only(ctx): ...
+
+
+settings = Settings.from_env(database_url="postgresql://shop@127.0.0.1:1/orders")
+app = App(settings, plans=[Plan("shop", [only])])
+"""
+
+
+@pytest.mark.long
+def test_dev_of_an_app_that_cannot_be_imported_starts_no_process(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(CIRCULAR)
+    (tmp_path / "shop_admin.py").write_text("import shop\n")
+
+    done = call(tmp_path, "--app", "shop:app", "dev", "--port", "0", "--no-flower")
+
+    assert done.returncode == 1
+    assert "shop cannot be imported: ImportError: cannot import name 'nothing'" in done.stderr
+    assert list((tmp_path / ".beatless").glob("*.log")) == []
+
+
+@pytest.mark.long
+def test_dev_says_that_an_app_names_a_database_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(ELSEWHERE)
+
+    done = call(tmp_path, "--app", "shop:app", "dev", "--port", "0", "--no-flower")
+
+    assert done.returncode == 1
+    assert "shop:app names a Postgres of its own, 127.0.0.1:1/orders" in done.stderr
+    assert "did not become ready" in done.stderr
+
+
 @pytest.mark.long
 def test_a_killed_dev_takes_everything_with_it_and_the_next_one_goes_on(
     dev: Callable[..., Dev], tmp_path: Path

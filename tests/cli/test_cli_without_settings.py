@@ -16,9 +16,12 @@ from prometheus_client import CollectorRegistry
 
 from beatless import BadSetting, loopback
 from beatless.cli import COMMANDS, cli, run
+from beatless.local.child import Child, wait_until_ready
+from beatless.local.errors import NotReady
 from beatless.local.restarts import Restarter
 from beatless.local.stack_file import LOCK, STATE, settings_of_running
 from beatless.observe.exposition import listen
+from beatless.outbox.clock import monotonic
 
 FOUND = {"BEATLESS_DATABASE_URL": "postgresql://127.0.0.1:1/x"}
 
@@ -132,3 +135,22 @@ def test_the_list_of_commands_shows_the_help_of_each() -> None:
     commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
     shown = {name: text for module in COMMANDS.values() for name, text in module.items()}
     assert {name: found.get_short_help_str(1000) for name, found in commands.items()} == shown
+
+
+def test_a_process_that_ends_before_it_was_ready_ends_the_wait_for_the_others(
+    tmp_path: Path,
+) -> None:
+    shell = ("/bin/sh", "-c")
+    starting, broken = (
+        Child(name, [script], environ={}, log=tmp_path / name, command=shell)
+        for name, script in (("relay", "exec sleep 60"), ("worker-1", "echo no such step; exit 1"))
+    )
+    try:
+        starting.start()
+        broken.start()
+        with pytest.raises(NotReady, match=r"the worker-1 did not become ready; .*no such step"):
+            wait_until_ready([starting, broken])
+    finally:
+        for child in (starting, broken):
+            child.kill()
+            child.reap(monotonic())
