@@ -35,9 +35,18 @@ class CircuitBreaker:
         self._retry_at = 0.0
 
     def record_success(self) -> bool:
-        """Note a success; True if it ended a series of failures."""
-        recovered, self.failures, self._retry_at = self.failures > 0, 0, 0.0
-        return recovered
+        """Note a success; True if it ended a series of failures, which is logged."""
+        failures, self.failures, self._retry_at = self.failures, 0, 0.0
+        if failures:
+            logger.info(
+                "publishes again",
+                extra={
+                    "action": "publish_recovered",
+                    "publisher": self.name,
+                    "failures": failures,
+                },
+            )
+        return failures > 0
 
     def record_failure(self, error: Exception) -> None:
         """Note a failure, log it, and allow no call until the back-off is over."""
@@ -49,7 +58,7 @@ class CircuitBreaker:
             "publish failed, will retry",
             extra={
                 "action": "publish_failed",
-                "door": self.name,
+                "publisher": self.name,
                 "retry_in": delay,
                 "reason": str(error),
             },

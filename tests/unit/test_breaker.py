@@ -9,7 +9,7 @@ from beatless.outbox.errors import PublishFailed
 from beatless.outbox.observer import ignore
 
 
-def test_a_door_that_stays_shut_has_one_traceback_and_a_reason_each_time(
+def test_a_publisher_that_stays_away_has_one_traceback_and_a_reason_each_time(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     breaker = CircuitBreaker("Redis", Backoff(initial=0.1, cap=2.0), ignore)
@@ -23,7 +23,7 @@ def test_a_door_that_stays_shut_has_one_traceback_and_a_reason_each_time(
         assert record.__dict__["reason"] == "Redis cannot be reached: no route to host"
 
 
-def test_a_door_is_tried_every_two_seconds_however_long_it_was_shut(
+def test_a_publisher_is_tried_every_two_seconds_however_long_it_was_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
@@ -47,3 +47,21 @@ def test_a_door_is_tried_at_once_when_another_shows_that_its_server_may_be_back(
     breaker.allow_now()
     assert breaker.allows_call
     assert breaker.retry_in_s == 0
+
+
+def test_the_end_of_a_series_of_failures_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    breaker = CircuitBreaker("Redis", Backoff(), ignore)
+    breaker.record_success()
+    breaker.record_failure(PublishFailed("Redis", "away"))
+    breaker.record_failure(PublishFailed("Redis", "away"))
+
+    assert (breaker.record_success(), breaker.record_success()) == (True, False)
+    assert [record.message for record in caplog.records] == [
+        "publish failed, will retry",
+        "publish failed, will retry",
+        "publishes again",
+    ]
+    told = [vars(record) for record in caplog.records]
+    assert [line["publisher"] for line in told] == ["Redis"] * 3
+    assert told[-1]["failures"] == 2
