@@ -303,3 +303,19 @@ def beatless(beatless_app: Any, _beatless_guard: Any, tmp_path: Path) -> Iterato
     """The helpers of `beatless.testing.Kit`, bound to the test's own app."""
     with implementation().beatless(beatless_app, _beatless_guard, tmp_path) as kit:
         yield kit
+
+
+@pytest.fixture
+def beatless_django(request: pytest.FixtureRequest, beatless_app: Any) -> Iterator[None]:
+    """Django works in this test's own schema, with empty, migrated tables.
+
+    Its commits are real, so that runs which were started in them are seen by workers.
+    """
+    in_schema_of = implementation("beatless.testing.django_tables").in_schema_of
+    with ExitStack() as undo:
+        if request.config.pluginmanager.has_plugin("django"):  # pytest-django refuses connections
+            blocker = request.getfixturevalue("django_db_blocker")
+            blocker.unblock()
+            undo.callback(blocker.restore)
+        undo.enter_context(in_schema_of(beatless_app))
+        yield

@@ -96,23 +96,81 @@ class Order(models.Model):
 """
 
 SETTINGS = """
-INSTALLED_APPS = ["shop"]
+INSTALLED_APPS = [
+    "django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions", "shop"
+]
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
+ROOT_URLCONF = "shop.urls"
+SECRET_KEY = "of the tests"
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+STATIC_URL = "static/"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 """
 
-ROLLBACK = """
+URLS = """
+from django.http import HttpResponse
+from django.urls import path
+
+urlpatterns = [path("whoami", lambda request: HttpResponse(request.user.get_username()))]
+"""
+
+TESTS = """
 
 import pytest
 from django.db import transaction
 
 
-def test_an_order_that_is_rolled_back_has_no_run(beatless, django_tables):
+def test_an_order_that_is_rolled_back_has_no_run(beatless, db):
     with pytest.raises(ZeroDivisionError), transaction.atomic():
         place_order("book")
         1 / 0
     assert beatless.client.list_runs() == []
     assert not Order.objects.exists()
+
+
+def test_a_page_follows_a_run(beatless, db):
+    from django.contrib.auth.models import User
+    from django.test import Client
+    from shop.asgi import host
+    from starlette.testclient import TestClient
+
+    browsers = {}
+    for user in (User.objects.create_user("someone"), User.objects.create_superuser("admin")):
+        client = Client()
+        client.force_login(user)
+        cookies = {"sessionid": client.cookies["sessionid"].value}
+        browsers[user.username] = TestClient(host, cookies=cookies)
+    run = place_order("book")
+    beatless.work_until_idle()
+
+    stream = f"/jobs/v1/runs/{run.run_id}/stream"
+    assert browsers["admin"].get("/whoami").text == "admin"
+    assert browsers["admin"].get(stream).text.count("event: RunFinished") == 1
+    assert browsers["someone"].get("/whoami").text == "someone"
+    assert browsers["someone"].get(stream).status_code == 401
+    token = beatless.client.stream_token(run.run_id)
+    assert TestClient(host).get(stream, params={"token": token}).status_code == 200
+"""
+
+MORE_TESTS = """
+
+def test_the_fixtures_of_pytest_django_work_in_the_tests_schema(beatless, admin_client):
+    assert admin_client.get("/whoami").content == b"admin"
+    run = place_order("book")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == "shipped"
+
+
+def test_a_live_server_serves_the_tests_schema(beatless, live_server):
+    import urllib.request
+
+    place_order("book")
+    with urllib.request.urlopen(live_server.url + "/whoami") as answer:
+        assert answer.read() == b""
 """
 
 
@@ -136,9 +194,10 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
     done.assert_outcomes(passed=1)
 
 
-@pytest.mark.parametrize("plugin", ["no:django", "django"])
+@pytest.mark.parametrize(("plugin", "more"), [("no:django", ""), ("django", MORE_TESTS)])
 def test_the_recipes_for_django_work(
     plugin: str,
+    more: str,
     pytester: pytest.Pytester,
     beatless_services: Services,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,10 +205,12 @@ def test_the_recipes_for_django_work(
     shop = pytester.mkpydir("shop")
     (shop / "models.py").write_text(MODELS)
     (shop / "settings.py").write_text(BLOCKS["shop/settings.py"] + SETTINGS)
-    for name in ("shop/durable.py", "shop/views.py", "conftest.py", "test_shop.py"):
+    (shop / "urls.py").write_text(URLS)
+    names = ("shop/durable.py", "shop/views.py", "shop/asgi.py", "conftest.py", "test_shop.py")
+    for name in names:
         (pytester.path / name).write_text(BLOCKS[name])
     with (pytester.path / "test_shop.py").open("a") as tests:
-        tests.write(ROLLBACK)
+        tests.write(TESTS + more)
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
@@ -159,4 +220,4 @@ def test_the_recipes_for_django_work(
         "--beatless-services=external",
         timeout=120,
     )
-    done.assert_outcomes(passed=2)
+    done.assert_outcomes(passed=5 if more else 3)
