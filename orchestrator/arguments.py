@@ -33,6 +33,11 @@ def digest(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:DIGEST_CHARACTERS]
 
 
+def digest_of_wait(kind: str, names: Sequence[str]) -> str:
+    """The digest of a wait: of the signals that end it, and not of its duration."""
+    return digest(kind, [kind, list(names)], {})
+
+
 def _as_json(value: Any) -> Any:
     match value:
         case datetime() | date() | time():

@@ -175,7 +175,7 @@ class Boundaries:
 
     def wait_begun(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Settlement:
         """The start of a wait, after other events."""
-        events = [*before, _started(wait, progress.occurrence)]
+        events = [*before, self._wait_start(progress.occurrence, wait)]
         going_on = Boundary(events=events, state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, before)
 
@@ -315,10 +315,17 @@ class Boundaries:
             data[RENAMED_FROM] = progress.key
         return self._event(EventType.STEP_STARTED, progress, **data)
 
+    def _wait_start(self, occurrence: str, wait: Wait) -> NewEvent:
+        return wait_started(occurrence, wait)
+
     def _going_on(
         self, progress: Progress, finished: NewEvent, following: Element, visit: int
     ) -> Conclusion:
-        started = _started(following, occurrence(following.name, visit))
+        name = occurrence(following.name, visit)
+        if isinstance(following, Wait):
+            started = self._wait_start(name, following)
+        else:
+            started = NewEvent(type=EventType.STEP_STARTED, step=name, attempt=1)
         going_on = Boundary(events=[finished, started], state=RunState.RUNNING)
         settlement = self._unless_cancelled(progress, going_on, [finished])
         return Conclusion(settlement=settlement, following=following)
@@ -394,13 +401,6 @@ class Boundaries:
                 data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
             )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
-
-
-def _started(element: Element, occurrence: str) -> NewEvent:
-    """The start of a step's first attempt, or of a wait."""
-    if isinstance(element, Wait):
-        return wait_started(occurrence, element.kind, element.names, element.seconds)
-    return NewEvent(type=EventType.STEP_STARTED, step=occurrence, attempt=1)
 
 
 def _following(following: Element | None, *, is_last: bool) -> dict[str, str]:

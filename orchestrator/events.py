@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Self
 
@@ -169,6 +170,17 @@ def encode(value: Any, *, where: str, limit: int) -> str:
             "store it elsewhere and keep a reference",
         )
     return text
+
+
+def as_stored(event: NewEvent) -> dict[str, Any]:
+    """The data of an event as a resumed run would read it: decoded from the stored text."""
+    data: dict[str, Any] = json.loads(event.data or "{}", parse_float=_as_jsonb)
+    return data
+
+
+def _as_jsonb(number: str) -> float | int:
+    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
+    return int(Decimal(number)) if "e+" in number else float(number)
 
 
 def storable(text: str) -> bool:

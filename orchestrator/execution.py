@@ -22,18 +22,16 @@ At a wait it takes a signal from the journal if there is one. If not, the run le
 goes on after a time-out; both are written only if no signal has come meanwhile.
 """
 
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Self
 
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
-from beatless.orchestrator.events import Event, NewEvent
+from beatless.orchestrator.events import Event, NewEvent, as_stored
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.open_waits import Signal
+from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
 from beatless.orchestrator.records import Appended
@@ -306,31 +304,38 @@ class Execution:
         return progress
 
     def _wait(self, progress: Progress, wait: Wait) -> Part:
-        """End the wait at which the run is if its signal or its time has come, or leave it."""
+        """End the wait at which the run is if its signal or its time has come, or leave it.
+
+        Goes on with the same wait if signals have come instead of the boundary.
+        """
         opened = progress.inbox.waits[progress.key]
-        while True:
-            if self._lease.late:
-                yield from self._settle(self._boundaries.overdue())
+        if self._lease.late:
+            yield from self._settle(self._boundaries.overdue())
+            return None
+        signal = progress.inbox.oldest(opened.names)
+        if signal is None and not opened.ended(self._now_ms()):
+            reply: Committed | Signalled = yield CommitIfQuiet(
+                settlement=self._boundaries.parked(progress), waits=[opened.seq]
+            )
+            if isinstance(reply, Committed):
                 return None
-            signal = progress.inbox.oldest(opened.names)
-            if signal is None and not opened.ended(self._now_ms()):
-                reply: Committed | Signalled = yield CommitIfQuiet(
-                    settlement=self._boundaries.parked(progress), waits=[opened.seq]
-                )
-                if isinstance(reply, Committed):
-                    return None
+        else:
+            conclusion = self._waited(progress, wait, opened, signal)
+            if signal is not None:
+                reply = yield from self._settle(conclusion.settlement)
             else:
-                conclusion = self._boundaries.waited(
-                    progress, wait, opened, signal, gives_back=self._stopping()
-                )
-                if signal is not None:
-                    reply = yield from self._settle(conclusion.settlement)
-                else:
-                    reply = yield CommitIfQuiet(settlement=conclusion.settlement)
-                if isinstance(reply, Committed):
-                    return self._after_wait(progress, wait, signal, conclusion, reply)
-            for event in reply.events:
-                progress.inbox.note(event)
+                reply = yield CommitIfQuiet(settlement=conclusion.settlement)
+            if isinstance(reply, Committed):
+                return self._after_wait(progress, wait, signal, conclusion, reply)
+        for event in reply.events:
+            progress.inbox.note(event)
+        return progress
+
+    def _waited(
+        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Signal | None
+    ) -> Conclusion:
+        """The commit for the end of a wait, with all that follows from it."""
+        return self._boundaries.waited(progress, wait, opened, signal, gives_back=self._stopping())
 
     def _after_wait(
         self,
@@ -537,14 +542,3 @@ class Execution:
         if isinstance(reply, Unstorable):
             raise reply
         return reply
-
-
-def as_stored(finished: NewEvent) -> dict[str, Any]:
-    """The result that a resumed run would read: decoded from the stored text."""
-    data: dict[str, Any] = json.loads(finished.data or "{}", parse_float=_as_jsonb)
-    return data
-
-
-def _as_jsonb(number: str) -> float | int:
-    """A float as Postgres gives it back: jsonb writes 1e+16 as 10000000000000000."""
-    return int(Decimal(number)) if "e+" in number else float(number)

@@ -16,12 +16,14 @@ from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import ARGUMENTS, VERSION
+from beatless.orchestrator.open_waits import wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
 from beatless.orchestrator.replay import Call
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.waits import Wait
 
 MAX_TAKEOVERS = 5
 """Claims in a row that die without a new event until the run fails."""
@@ -62,12 +64,16 @@ class FunctionBoundaries(Boundaries):
     def joined(
         self, progress: Progress, outcome: NewEvent, values: Sequence[NewEvent], call: Call
     ) -> Settlement:
-        """The outcome of a step with the start of the one that the function has asked for then."""
-        going_on = Boundary(events=[outcome, *values, self._start(call)], state=RunState.RUNNING)
+        """The outcome of a step or wait with the start of what the function has asked for then."""
+        if isinstance(call.step, Wait):
+            begun = self._wait_start(call.named, call.step)
+        else:
+            begun = self._start(call)
+        going_on = Boundary(events=[outcome, *values, begun], state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, [outcome])
 
     def promised(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
-        """The run is given back before the step that the function has asked for."""
+        """The run is given back before the step or wait that the function has asked for."""
         data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
         return self._given_back(progress, "shutdown", [replace(outcome, data=_text(data))])
 
@@ -88,6 +94,9 @@ class FunctionBoundaries(Boundaries):
             if progress.arguments is not None:
                 data[ARGUMENTS] = progress.arguments
         return super()._start(progress, **data)
+
+    def _wait_start(self, occurrence: str, wait: Wait) -> NewEvent:
+        return wait_started(occurrence, wait, **self._begun_as)
 
     def concluded(
         self, progress: Progress, step: Step, value: Any, *, late: bool, gives_back: bool

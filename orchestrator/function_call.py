@@ -2,7 +2,7 @@
 
 A function that is not async is suspended as a greenlet, in the thread of its execution: no
 hand-over between threads, and no second call from the top for each step. An `async def` function is
-a coroutine that is resumed by hand: it has no event loop, and only `run.step` can be awaited.
+a coroutine that is resumed by hand: it has no event loop, and only calls of `run` can be awaited.
 """
 
 import logging
@@ -134,16 +134,21 @@ class CoroutineCall:
         except StopIteration as end:
             return _ended(end.value, self._replay)
         except Exception as error:
+            if isinstance(error, RuntimeError) and "event loop" in str(error):
+                return Broken(self._refused("a task or timer of asyncio", error))
             return self._replay.end(error) or Broken(error)
         if isinstance(asked, Call | Mismatch):
             return asked
         self.close()
-        return Broken(
-            PlanError(
-                f"plan {self._replay.plan.name} awaits {asked!r:.200}: the function of a plan can "
-                "await only run.step(…); do the rest in a step"
-            )
+        return Broken(self._refused(repr(asked)[:200]))
+
+    def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:
+        error = PlanError(
+            f"plan {self._replay.plan.name} awaits {awaited}: the function of a plan can await "
+            "only run.step(…), run.wait(…) and run.sleep(…), one at a time; do the rest in a step"
         )
+        error.__cause__ = cause
+        return error
 
     def close(self) -> None:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.errors import BadPayload
-from beatless.orchestrator.events import Event, EventType, NewEvent
+from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
 from beatless.orchestrator.execution import (
     Committed,
     Execution,
@@ -24,18 +24,19 @@ from beatless.orchestrator.execution import (
     ReadJournal,
     Request,
     Requests,
-    as_stored,
 )
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, history_of
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import CHANGED_CALL, Progress, fold
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay, departure
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.waits import Wait
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -169,7 +170,9 @@ class FunctionExecution(Execution):
             case Ended() | Broken() as said:
                 yield from self._settle(self._last(said, before))
                 return None
-        return (yield from super()._begin_attempt(progress, [*before, *self._values()]))
+        if progress.key not in progress.inbox.waits:  # else nothing is written
+            before = [*before, *self._values()]
+        return (yield from super()._begin_attempt(progress, before))
 
     # The outcome of a step
 
@@ -182,6 +185,34 @@ class FunctionExecution(Execution):
         answer = self._replay.finished(progress, as_stored(outcome)["result"])
         return replace(conclusion, settlement=self._joined(progress, outcome, answer))
 
+    def _waited(
+        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Signal | None
+    ) -> Conclusion:
+        del wait
+        assert isinstance(progress, Call)  # noqa: S101 - an `on_cancel` step is no wait
+        answer = self._replay.waited(progress, signal)
+        settlement = self._joined(progress, opened.finished(signal), answer, is_step=False)
+        return Conclusion(settlement=settlement, following=None)
+
+    def _wait(self, progress: Progress, wait: Wait) -> Part:
+        """As there; a function that was told of a time-out in vain is called again."""
+        place = yield from super()._wait(progress, wait)
+        if place is not progress or self._said is progress:
+            return place
+        return (yield from self._begin_attempt((yield from self._fold())))
+
+    def _after_wait(
+        self,
+        progress: Progress,
+        wait: Wait,
+        signal: Signal | None,
+        conclusion: Conclusion,
+        end: Committed,
+    ) -> Progress | None:
+        del progress, wait, signal
+        self._last_seq = end.last_seq
+        return self._begun(conclusion.settlement, end)
+
     def _fail(self, progress: Progress, step: Step, error: BaseException) -> Part:
         """Tell the function, unless the step is tried again, or it has gone on with a result."""
         commit = self._failed(progress, step, error)
@@ -193,13 +224,16 @@ class FunctionExecution(Execution):
         answer = self._replay.failed(self._said, as_stored(outcome)["error"])
         settlement = self._joined(progress, outcome, answer)
         committed = yield from self._commit(replace(commit, settlement=settlement))
-        return self._begun(settlement, cancelled=committed.cancelled)
+        self._steps_left -= 1
+        return self._begun(settlement, committed)
 
-    def _joined(self, progress: Progress, outcome: NewEvent, answer: Outcome) -> Settlement:
-        """The outcome of a step, with all that the function makes of it."""
+    def _joined(
+        self, progress: Progress, outcome: NewEvent, answer: Outcome, *, is_step: bool = True
+    ) -> Settlement:
+        """The outcome of a step or wait, with all that the function makes of it."""
         self._said = said = self._resumed(answer)
         match said:
-            case Call() if self._stopping() or self._steps_left == 1:
+            case Call() if self._stopping() or (is_step and self._steps_left == 1):
                 return self._boundaries.promised(progress, outcome, said)
             case Call():
                 values = self._values()
@@ -230,13 +264,16 @@ class FunctionExecution(Execution):
     ) -> Progress | None:
         if not isinstance(progress, Call):
             return super()._go_on(progress, step, conclusion, end)
-        return self._begun(conclusion.settlement, cancelled=end.cancelled)
-
-    def _begun(self, settlement: Settlement, *, cancelled: bool) -> Progress | None:
-        """The step whose first attempt has begun with a boundary; None if none has."""
-        if cancelled or settlement.normal.state is not RunState.RUNNING:
-            return None
         self._steps_left -= 1
+        return self._begun(conclusion.settlement, end)
+
+    def _begun(self, settlement: Settlement, end: Committed) -> Progress | None:
+        """The step or wait that has begun with a boundary; None if none has."""
+        if end.cancelled or settlement.normal.state is not RunState.RUNNING:
+            return None
         place = self._place()
-        place.starts = 1
+        if isinstance(place.step, Wait):
+            place.begin_wait(place.step, end.last_seq)
+        else:
+            place.starts = 1
         return place

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from beatless.orchestrator.arguments import digest_of_wait
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.open_waits import OpenWaits, Signal
 from beatless.orchestrator.plan import step_of
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
@@ -14,6 +16,7 @@ from beatless.orchestrator.progress import (
     FOLLOWING,
     GIVEN_BACK,
     RENAMED_FROM,
+    SIGNALS,
     SNOOZED,
     TAKEN_OVER,
     VALUE,
@@ -31,14 +34,14 @@ CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
 
 @dataclass(slots=True, kw_only=True)
 class StoredCall:
-    """A step that the function has asked for, and how far it is."""
+    """A step or wait that the function has asked for, and how far it is."""
 
     occurrence: str
     """By the name that the step has now."""
     key: str
     """The name that it had at its first attempt."""
     arguments: str | None = None
-    """Their digest; None if none was stored."""
+    """Their digest, of a wait that of its signals; None if none was stored."""
     starts: int = 0
     failures: int = 0
     lost: int = 0
@@ -60,6 +63,7 @@ class History:
     """All that the journal knows of a function's calls, in the order in which it made them."""
 
     calls: dict[str, StoredCall] = field(default_factory=dict)
+    inbox: OpenWaits = field(default_factory=OpenWaits)
     values: dict[str, list[Any]] = field(default_factory=dict)
     """The times, random numbers and UUIDs that it was given, by their kind."""
     takeovers: int = 0
@@ -87,10 +91,13 @@ def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
             _take_over(plan, history, data.get("reused") or {})
         elif name == VALUE:
             history.values.setdefault(data["kind"], []).append(data["value"])
+        elif event.type == EventType.SIGNAL_RECEIVED:
+            history.inbox.note(event)
         elif event.step is not None:
             key = data.get(RENAMED_FROM, event.step)
             call = history.call(plan.current(event.step), key)
             _note(call, event.type, name, data)
+            _note_wait(history.inbox, call, event)
             history.version = max(history.version, data.get(VERSION, 0))
             if FOLLOWING in data:
                 history.call(plan.current(data[FOLLOWING]))
@@ -103,6 +110,8 @@ def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> 
         call = history.call(plan.current(name), name)
         call.arguments, call.ended = arguments, True
         call.result = reused.get(RESULTS, {}).get(name)
+        if name in reused.get(SIGNALS, ()):
+            call.result = Signal(**call.result)
         call.error = reused.get(ERRORS, {}).get(name)
     for kind, values in reused.get(VALUES, {}).items():
         history.values[kind] = list(values)
@@ -133,6 +142,18 @@ def _note(call: StoredCall, type: str, trace: str | None, data: dict[str, Any]) 
             call.lost += not data.get("refused")
 
 
+def _note_wait(inbox: OpenWaits, call: StoredCall, event: Event) -> None:
+    """An event of the wait of this call."""
+    data = event.data or {}
+    match event.type:
+        case EventType.WAIT_STARTED:
+            inbox.note(event)
+            names = data.get("names", ())
+            call.arguments = digest_of_wait(data["kind"], names)
+        case EventType.WAIT_FINISHED:
+            call.ended, call.result = True, inbox.note(event)
+
+
 def reusable_calls(
     plan: FunctionPlan, events: Sequence[Event], from_step: str | None
 ) -> dict[str, Any] | None:
@@ -160,9 +181,14 @@ def reusable_calls(
     ended = [call for call in calls if call.ended]
     if not ended:
         return None
-    return {
+    signals = {
+        call.occurrence: call.result.to_dict() for call in ended if isinstance(call.result, Signal)
+    }
+    results = {call.occurrence: call.result for call in ended if call.error is None} | signals
+    reused = {
         CALLS: [[call.occurrence, call.arguments] for call in ended],
-        RESULTS: {call.occurrence: call.result for call in ended if call.error is None},
+        RESULTS: results,
         ERRORS: {call.occurrence: call.error for call in ended if call.error is not None},
         VALUES: history.values,
     }
+    return reused | {SIGNALS: list(signals)} if signals else reused

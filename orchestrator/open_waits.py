@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
-from beatless.orchestrator.waits import WaitKind
+from beatless.orchestrator.waits import Wait, WaitKind
 
 DATA_BYTES = 65_536
 """Above the needs of the events here, whose data is ours: names and a time."""
@@ -84,16 +84,14 @@ class OpenWait:
         return _event(EventType.WAIT_FINISHED, self.occurrence, facts | data)
 
 
-def wait_started(
-    occurrence: str, kind: WaitKind, names: Sequence[str], seconds: float | None
-) -> NewEvent:
+def wait_started(occurrence: str, wait: Wait, **data: Any) -> NewEvent:
     """The start of a wait. Postgres adds `until` to its data, from `seconds`."""
-    facts: dict[str, Any] = {"kind": kind.value}
-    if names:
-        facts["names"] = list(names)
-    if seconds is not None:
-        facts["seconds"] = seconds
-    return _event(EventType.WAIT_STARTED, occurrence, facts)
+    facts: dict[str, Any] = {"kind": wait.kind.value}
+    if wait.names:
+        facts["names"] = list(wait.names)
+    if wait.seconds is not None:
+        facts["seconds"] = wait.seconds
+    return _event(EventType.WAIT_STARTED, occurrence, facts | data)
 
 
 @dataclass(slots=True)

@@ -12,14 +12,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from beatless.orchestrator.arguments import digest
+from beatless.orchestrator.arguments import digest, digest_of_wait
 from beatless.orchestrator.errors import StepFailed
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall
+from beatless.orchestrator.open_waits import Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step, occurrence, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
+from beatless.orchestrator.waits import Wait
 
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Not only digits: those count the occurrences without an id."""
@@ -27,7 +29,7 @@ CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(slots=True, kw_only=True)
 class Call(Progress):
-    """The step that the function waits for, as the place of its run."""
+    """The step or wait at which the function is, as the place of its run."""
 
     named: str
     arguments: str | None
@@ -91,6 +93,7 @@ class Replay:
     _ahead: dict[str, None] = field(default_factory=dict)
     """The stored occurrences that the function has not asked for yet, in order."""
     _visits: Counter[str] = field(default_factory=Counter)
+    _waits: set[str] = field(default_factory=set)
     _steps: dict[str, tuple[Step, inspect.Signature]] = field(default_factory=dict)
     _given: Counter[str] = field(default_factory=Counter)
 
@@ -104,26 +107,18 @@ class Replay:
     ) -> Outcome | Call | Mismatch:
         """The answer of the history to a call. Raises PlanError, TypeError and BadPayload."""
         self._check(step, args, kwargs)
-        if id is None:
-            self._visits[step.name] += 1
-            name = occurrence(step.name, self._visits[step.name])
-            arguments = digest(step.name, args, kwargs)
-        else:
-            if not isinstance(id, str) or not CALL_ID.fullmatch(id):
-                raise PlanError(
-                    f"plan {self.plan.name}: the id {id!r:.200} of step {step.name} must match "
-                    f"{CALL_ID.pattern}"
-                )
-            name, arguments = f"{step.name}#{id}", None
-        self._ahead.pop(name, None)
-        stored = self.history.calls.get(name)
-        if stored is None:
-            return self._passed_over() or self._new(step, args, kwargs, name, arguments)
-        if None not in (arguments, stored.arguments) and arguments != stored.arguments:
-            return self._changed(name)
-        if stored.ended:
-            return self._outcome(step.name, stored)
-        return self._passed_over() or self._open(step, args, kwargs, stored, arguments)
+        name = self._named(step.name, id)
+        arguments = digest(step.name, args, kwargs) if id is None else None
+        return self._answer(step.name, name, arguments, lambda: _with_arguments(step, args, kwargs))
+
+    def wait(self, wait: Wait, id: str | None) -> Outcome | Call | Mismatch:
+        """The same of a wait. Raises PlanError."""
+        if wait.name in self._steps:
+            raise self._ambiguous(wait.name)
+        self._waits.add(wait.name)
+        name = self._named(wait.name, id)
+        arguments = digest_of_wait(wait.kind, wait.names) if id is None else None
+        return self._answer(wait.name, name, arguments, lambda: wait)
 
     def value(self, kind: str, draw: Callable[[], Any]) -> Any:
         """The stored value, or one that is drawn now and stored with the next boundary."""
@@ -151,6 +146,11 @@ class Replay:
         stored.ended, stored.result, stored.arguments = True, result, call.arguments
         return self._outcome(step_of(call.named), stored)
 
+    def waited(self, call: Call, signal: Signal | None) -> Outcome:
+        """The wait of a call was ended by this signal, or by its time."""
+        self.history.inbox.end(call.key, None if signal is None else signal.seq)
+        return self.finished(call, signal)
+
     def failed(self, call: Call, error: dict[str, Any]) -> Outcome:
         """The step of a call has failed for good."""
         stored = self.history.call(call.named, call.begun)
@@ -167,6 +167,8 @@ class Replay:
             raise PlanError(
                 f"plan {name}: step {step.name} is its on_cancel step and cannot be asked for"
             )
+        if step.name in self._waits:
+            raise self._ambiguous(step.name)
         if step.name not in self._steps:
             self._steps[step.name] = step, inspect.signature(step.function)
         known, signature = self._steps[step.name]
@@ -190,33 +192,47 @@ class Replay:
             failure=StepFailed(stored.occurrence, str(error.get("type")), str(error.get("message")))
         )
 
-    def _new(
-        self,
-        step: Step,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        name: str,
-        arguments: str | None,
-    ) -> Call:
-        return Call(
-            step=_with_arguments(step, args, kwargs),
+    def _ambiguous(self, name: str) -> PlanError:
+        return PlanError(
+            f"plan {self.plan.name} has a step and a wait called {name}: give the wait another "
+            "name, name="
+        )
+
+    def _named(self, name: str, id: str | None) -> str:
+        """The occurrence of a call. Raises PlanError."""
+        if id is None:
+            self._visits[name] += 1
+            return occurrence(name, self._visits[name])
+        if not isinstance(id, str) or not CALL_ID.fullmatch(id):
+            raise PlanError(
+                f"plan {self.plan.name}: the id {id!r:.200} of {name} must match {CALL_ID.pattern}"
+            )
+        return f"{name}#{id}"
+
+    def _answer(
+        self, base: str, name: str, arguments: str | None, element: Callable[[], Step | Wait]
+    ) -> Outcome | Call | Mismatch:
+        """The answer to a call of the occurrence `name`; `base` is the name of its element."""
+        self._ahead.pop(name, None)
+        stored = self.history.calls.get(name)
+        if stored is not None:
+            if None not in (arguments, stored.arguments) and arguments != stored.arguments:
+                return self._changed(name)
+            if stored.ended:
+                return self._outcome(base, stored)
+        if found := self._passed_over():
+            return found
+        call = Call(
+            step=element(),
             named=name,
             arguments=arguments,
             results=self.results,
+            inbox=self.history.inbox,
         )
-
-    def _open(
-        self,
-        step: Step,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        stored: StoredCall,
-        arguments: str | None,
-    ) -> Call:
-        call = self._new(step, args, kwargs, stored.occurrence, arguments)
-        call.begun = stored.key
-        call.starts, call.failures = stored.starts, stored.failures
-        call.lost, call.refused = stored.lost, stored.refused
+        if stored is not None:
+            call.begun = stored.key
+            call.starts, call.failures = stored.starts, stored.failures
+            call.lost, call.refused = stored.lost, stored.refused
         return call
 
     def _passed_over(self) -> Mismatch | None:
@@ -227,7 +243,7 @@ class Replay:
             step=name,
             reason=UNKNOWN_STEP,
             message=(
-                f"plan {self.plan.name} does not ask for the stored step {name} in this version; "
+                f"plan {self.plan.name} does not ask for the stored {name} in this version; "
                 "if it was renamed or removed, say so: renamed=, removed="
             ),
         )
@@ -237,9 +253,9 @@ class Replay:
             step=name,
             reason=CHANGED_CALL,
             message=(
-                f"plan {self.plan.name} asks for step {name} with other arguments than are stored; "
-                "they must be the same each time (run.now(), not datetime.now()); a call that was "
-                "changed on purpose goes on with id="
+                f"plan {self.plan.name} asks for {name} with other arguments, or signals, than are "
+                "stored; they must be the same each time (run.now(), not datetime.now()); a call "
+                "that was changed on purpose goes on with id="
             ),
         )
 

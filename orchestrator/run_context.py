@@ -3,12 +3,13 @@
 import random
 import uuid
 from collections.abc import Callable, Generator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
+from beatless.orchestrator.waits import sleep_of, wait
 
 Input = TypeVar("Input")
 
@@ -64,6 +65,54 @@ class RunContext(Generic[Input]):
         """
         return self._answer(self._replay.step(step, args, kwargs, id))
 
+    def wait(
+        self,
+        *names: str,
+        timeout: float | timedelta | None = None,
+        name: str | None = None,
+        id: str | None = None,
+    ) -> Any:
+        """Wait for the oldest unconsumed signal of one of these names: the `Signal`.
+
+        None only after a time-out, which comes `timeout` (seconds or a timedelta) after the wait
+        has begun. Meanwhile the run holds no worker. The wait is called like its first signal
+        unless it is given a `name`; its occurrences are named in the order of the calls, as those
+        of steps, or by `id`. One that has begun ends with the signals and at the time that it began
+        with. In an `async def` plan this is awaited.
+
+        Raises PlanError for a bad name or timeout, and for a name that a step of the plan has.
+
+        >>> from beatless import RunContext, days, plan, step
+        >>> @step
+        ... def ship(ctx): ...
+        >>> @plan("paid_order")
+        ... def paid_order(run: RunContext):
+        ...     paid = run.wait("paid", "refused", timeout=days(3))
+        ...     if paid is None or paid.name == "refused":
+        ...         return {"shipped": False}
+        ...     run.step(ship)
+        ...     return {"shipped": True, "amount": paid.data["amount"]}
+        """
+        return self._answer(self._replay.wait(wait(*names, timeout=timeout, name=name), id))
+
+    def sleep(
+        self, duration: float | timedelta, *, name: str = "sleep", id: str | None = None
+    ) -> Any:
+        """Let so many seconds, or a timedelta, pass without a worker: None.
+
+        Its end is counted by Postgres from its beginning. Named as waits are. In an `async def`
+        plan this is awaited. Raises PlanError for a bad name or duration.
+
+        >>> from beatless import RunContext, days, plan, step
+        >>> @step
+        ... def ask_review(ctx): ...
+        >>> @plan("review")
+        ... def review(run: RunContext):
+        ...     run.sleep(days(14))
+        ...     return run.step(ask_review)
+        """
+        return self._answer(self._replay.wait(sleep_of(duration, name), id))
+
     def now(self) -> datetime:
         """The time in UTC, stored: the same whenever the function is called again."""
         text = self._replay.value("now", lambda: datetime.now(UTC).isoformat())
@@ -83,7 +132,7 @@ class RunContext(Generic[Input]):
 
 
 class AsyncRunContext(RunContext[Input]):
-    """The RunContext of a function that is `async def`: its steps are awaited."""
+    """The RunContext of a function that is `async def`: its steps and waits are awaited."""
 
     def _answer(self, found: Outcome | Asked) -> Any:
         return Awaited(found)

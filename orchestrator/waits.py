@@ -89,11 +89,16 @@ def sleep(
     >>> sleep(days=14, name="cool_down").seconds
     1209600.0
     """
-    _check_name(name)
     try:
         length = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"sleep {name}: {error}; give it numbers: sleep(days=14)") from error
+    return sleep_of(length, name)
+
+
+def sleep_of(length: float | timedelta, name: str) -> Wait:
+    """The same of a length in seconds, or a timedelta. Raises PlanError."""
+    _check_name(name)
     return Wait(name=name, kind=WaitKind.SLEEP, seconds=_seconds(f"sleep {name}: its time", length))
 
 

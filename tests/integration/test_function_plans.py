@@ -329,6 +329,59 @@ def test_the_example_of_the_documentation_does_what_it_says(beatless: Kit) -> No
     beatless.verify()
 
 
+@pytest.mark.parametrize("signal", ["paid", "refused", None])
+def test_the_example_that_waits_does_what_it_says(beatless: Kit, signal: str | None) -> None:
+    (block,) = re.findall(r"```python\n(from beatless import RunContext, .*?)```", DOCS, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(block, names)
+    beatless.app.plans["checkout"] = names["checkout"]
+    run = beatless.start_run("checkout", {"lines": [7, 8]})
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state == "waiting"
+    if signal is None:
+        beatless.advance(3 * 86_400)
+    else:
+        beatless.signal(run.run_id, signal, {"amount": 15})
+    beatless.work_until_idle()
+    if signal == "paid":
+        assert [each.occurrence for each in beatless.waits(run.run_id)] == ["sleep"]
+        beatless.advance(14 * 86_400)
+        beatless.work_until_idle()
+    packed = {"amount": 15, "parcels": ["parcel 7", "parcel 8"]}
+    expected = packed if signal == "paid" else "released 15"
+    assert beatless.client.get_run(run.run_id).result == expected
+    beatless.verify()
+
+
+def test_a_retry_of_a_function_takes_over_the_signal_that_a_wait_took(beatless: Kit) -> None:
+    bodies: list[Any] = []
+
+    @step
+    def ship(ctx: StepContext, paid: Any) -> Any:
+        bodies.append([paid.data, ctx.results["paid"].data])
+        if len(bodies) == 1:
+            raise Fatal("no")
+        return paid.seq
+
+    def function(run: RunContext[Any]) -> Any:
+        run.sleep(60)
+        return run.step(ship, run.wait("paid"))
+
+    beatless.app.plans["order"] = plan("order")(function)
+    run = beatless.start_run("order")
+    beatless.signal(run.run_id, "paid", 12)
+    beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+    again = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    found = beatless.client.get_run(again.run_id)
+    assert (found.state, found.result) == (RunState.COMPLETED, 3)
+    assert bodies == [[12, 12], [12, 12]]
+    assert "WaitStarted" not in beatless.event_types(again.run_id)
+    beatless.verify()
+
+
 class Shop:
     def __init__(self, price: int) -> None:
         self.price = price

@@ -11,9 +11,11 @@ import sqlalchemy
 from beatless import (
     Goto,
     Plan,
+    RunContext,
     RunEnded,
     StepContext,
     days,
+    plan,
     step,
     wait,
 )
@@ -55,9 +57,28 @@ PAYS = [reserve, wait("paid", timeout=days(3), on_timeout=Goto("release")), ship
 THREE_DAYS_S = 3 * 86_400.0
 
 
-@pytest.fixture
-def beatless_plans() -> list[Plan]:
+def pays(run: RunContext[Any]) -> Any:
+    run.step(reserve)
+    if run.wait("paid", timeout=days(3)) is not None:
+        run.step(ship)
+    return run.step(release)
+
+
+async def waits_twice(run: RunContext[Any]) -> Any:
+    await run.wait("paid")
+    await run.wait("paid", name="again")
+    return await run.step(ship)
+
+
+@pytest.fixture(params=["list", "function"])
+def beatless_plans(request: pytest.FixtureRequest) -> list[Plan]:
     CALLS.clear()
+    if request.param == "function":
+        return [
+            plan("pays")(pays),
+            plan("undone", on_cancel=undo)(pays),
+            plan("two")(waits_twice),
+        ]
     return [
         Plan("pays", PAYS),
         Plan("undone", PAYS, on_cancel=undo),

@@ -9,6 +9,7 @@ from beatless import (
     BadRequest,
     Goto,
     Plan,
+    RunContext,
     RunEnded,
     RunNotFound,
     SignalConflict,
@@ -16,10 +17,13 @@ from beatless import (
     StepContext,
     days,
     http,
+    plan,
     sleep,
     step,
     wait,
 )
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.places import places
 from beatless.redaction import Redaction
 from beatless.testing import Kit
 from tests.serving import serving
@@ -61,9 +65,16 @@ ENDLESS = Plan("endless", [wait("paid"), ship])
 SLEEPER = Plan("sleeper", [reserve, sleep(days=14), ask])
 
 
+@plan("called")
+def called(run: RunContext[Any]) -> Any:
+    run.step(reserve)
+    paid = run.wait("paid", "refused", timeout=days(3))
+    return None if paid is None else paid.to_dict()
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [CHECKOUT, ENDLESS, SLEEPER]
+    return [CHECKOUT, ENDLESS, SLEEPER, called]
 
 
 def test_a_signal_wakes_the_run_that_waits_for_it(beatless: Kit) -> None:
@@ -236,8 +247,9 @@ def test_waits_over_http_are_those_of_the_client(beatless: Kit) -> None:
             client.signal_run("nobody", "paid")
 
 
-def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit) -> None:
-    run = beatless.start_run("checkout")
+@pytest.mark.parametrize("name", ["checkout", "called"])
+def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit, name: str) -> None:
+    run = beatless.start_run(name)
     beatless.work_until_idle()
 
     def told() -> list[str]:
@@ -248,6 +260,23 @@ def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit) -> No
     beatless.work_until_idle()
     assert "signal refused was received" in told()
     assert "waited for signal paid or refused: it was received" in told()
+
+
+def test_a_run_of_a_function_that_waits_is_found_and_a_changed_one_is_told(beatless: Kit) -> None:
+    run = beatless.start_run("called")
+    beatless.work_until_idle()
+    assert [found.run_id for found in beatless.client.list_runs(step="paid")] == [run.run_id]
+    (found,) = beatless.waits(run.run_id)
+    assert (found.occurrence, found.names) == ("paid", ["paid", "refused"])
+
+    def told(function: Any) -> tuple[str | None, str | None]:
+        changed = plan("called")(function)
+        (place,) = places(beatless.app.engine, beatless.app.journal, {"called": changed})
+        return place.step, place.waits
+
+    assert told(called.function) == ("paid", None)
+    assert told(lambda run: (run.step(reserve), run.wait("paid"))) == ("paid", CHANGED_CALL)
+    assert told(lambda run: run.step(reserve)) == ("paid", UNKNOWN_STEP)
 
 
 def test_the_data_of_a_signal_is_redacted_as_an_input_is(beatless: Kit) -> None:

@@ -21,6 +21,7 @@ from beatless.orchestrator.execution import (
     Cancelled,
     Commit,
     CommitFailed,
+    CommitIfQuiet,
     Committed,
     Execution,
     Raised,
@@ -31,6 +32,7 @@ from beatless.orchestrator.execution import (
     Request,
     Returned,
     RunBody,
+    Signalled,
     Stopped,
     TransactionLost,
     Unstorable,
@@ -68,15 +70,26 @@ class Journal:
     claims: int = 0
     input: Any = None
     version: str = "1"
+    inbox: list[tuple[str, Any]] = field(default_factory=list)
+    """Signals that are not events yet."""
+    passed_s: float = 0.0
+    """Time that a test has let pass."""
 
     def __post_init__(self) -> None:
         self.append("RunStarted", data={"plan": self.plan.name})
 
     def append(self, type: str, **members: Any) -> None:
         seq = len(self.events) + 1
-        self.events.append(
-            Event(run_id="r", seq=seq, ts=START_MS + seq, type=type, source="worker", **members)
-        )
+        ts = START_MS + seq + round(self.passed_s * 1000)
+        if type == "WaitStarted" and "seconds" in members["data"]:
+            members["data"]["until"] = ts + round(members["data"]["seconds"] * 1000)
+        self.events.append(Event(run_id="r", seq=seq, ts=ts, type=type, source="worker", **members))
+
+    def take_in(self) -> None:
+        """Make events of the signals that have come."""
+        for name, data in self.inbox:
+            self.append("SignalReceived", data={"name": name, "data": data, "key": "k"})
+        self.inbox.clear()
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -90,7 +103,10 @@ class Journal:
         self.state = boundary.state
         self.boundaries.append(boundary)
         self.reasons.append(settlement.reason)
-        return Committed(cancelled=self.cancelled)
+        last_seq = len(self.events)
+        if self.state is RunState.RUNNING:
+            self.take_in()
+        return Committed(cancelled=self.cancelled, last_seq=last_seq)
 
     def claim(self, *, begun: bool = False, late: bool = False) -> Lease:
         waited = 0.0 if self.state is RunState.QUEUED else None
@@ -132,6 +148,7 @@ class Journal:
             cancelled=self.cancelled,
             deadline=deadline,
             waited=waited,
+            age=self.passed_s,
         )
 
     @property
@@ -160,12 +177,18 @@ class Worker:
         dies_before: int | None = None,
         dies_after: int | None = None,
         commit: Callable[[Commit], Reply | None] = lambda _commit: None,
+        looks: Callable[[], object] = lambda: None,
         **options: Any,
     ) -> None:
-        """`commit` may answer a commit in the journal's place, with or without writing it."""
+        """`commit` may answer a commit in the journal's place, with or without writing it.
+
+        `looks` is called before each look for signals.
+        """
         self.journal = journal
         self.body = body
-        self.commit = commit
+        self.commit, self.looks = commit, looks
+        self.told = 0
+        """The seq up to which the execution knows the signals."""
         self.dies_before, self.dies_after = dies_before, dies_after
         self.requests: list[Request] = []
         self.committed = False
@@ -197,7 +220,14 @@ class Worker:
     def answer(self, request: Request) -> Reply:
         match request:
             case ReadJournal():
+                self.told = len(self.journal.events)
                 return list(self.journal.events)
+            case CommitIfQuiet():
+                self.looks()
+                self.journal.take_in()
+                fresh = [e for e in self.journal.events[self.told :] if e.type == "SignalReceived"]
+                self.told = len(self.journal.events)
+                return Signalled(fresh) if fresh else self.journal.write(request.settlement)
             case Recover():
                 return Recovered(committed=self.committed, ended=self.journal.state.final)
             case Commit():

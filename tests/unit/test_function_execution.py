@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -605,7 +606,7 @@ def test_a_function_that_keeps_the_exception_that_leaves_it_is_named(
 # Random functions, a crash at every boundary
 
 Program = list[Any]
-"""Statements of a function: a call of a step, a value, a loop, a catch."""
+"""Statements of a function: a call of a step, a value, a loop, a catch, a wait."""
 
 statements = st.deferred(
     lambda: st.lists(
@@ -615,6 +616,8 @@ statements = st.deferred(
             st.tuples(st.just("value"), st.sampled_from(["now", "random", "uuid"])),
             st.tuples(st.just("repeat"), st.integers(1, 2), statements),
             st.tuples(st.just("branch"), statements, statements),
+            st.tuples(st.just("wait"), st.sampled_from(["a", "b", "ab"]), st.booleans()),
+            st.tuples(st.just("sleep"), st.integers(1, 9)),
         ),
         max_size=3,
     )
@@ -636,8 +639,19 @@ def run_program(run: RunContext, program: Program, trail: list[Any]) -> None:
             case "repeat", [times, inner]:
                 for _ in range(times):
                     run_program(run, inner, trail)
+            case "wait", [names, ends]:
+                found = run.wait(*names, timeout=5 if ends else None)
+                trail.append(None if found is None else found.to_dict())
+            case "sleep", [seconds]:
+                run.sleep(seconds)
             case "branch", [left, right]:
                 run_program(run, left if len(trail) % 2 else right, trail)
+
+
+def move(parking: list[Any], inbox: list[Any]) -> None:
+    """Send the signals that come while a worker looks."""
+    inbox += parking
+    parking.clear()
 
 
 @settings(max_examples=20, deadline=None)
@@ -656,16 +670,26 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(program: Program, data: 
         return call(request)
 
     journal = Journal(random_plan)
-    for _ in range(40):
+    sent = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), max_size=2)
+    for claim in range(200):
         if journal.state.final:
             break
-        dies = data.draw(st.one_of(st.none(), st.integers(1, 12)))
+        faulty = claim < 40
+        dies = data.draw(st.one_of(st.none(), st.integers(1, 12))) if faulty else None
         after = data.draw(st.booleans())
-        work(journal, body, **{"dies_after" if after else "dies_before": dies})
+        journal.inbox += data.draw(sent) if faulty else [("a", None), ("b", None)]
+        parking = data.draw(sent) if faulty else []
+        journal.passed_s += data.draw(st.sampled_from([0, 3, 10])) if faulty else 10
+        options = {"dies_after" if after else "dies_before": dies}
+        work(journal, body, looks=partial(move, parking, journal.inbox), **options)
         finished[:] = [e.step for e in journal.events if e.type == "StepFinished"]
-    else:
-        finish(journal, body)
+    assert journal.state is RunState.COMPLETED
     assert len(finished) == len(set(finished))
+    ends = [e for e in journal.events if e.type == "WaitFinished"]
+    assert len(ends) == len({event.step for event in ends})
+    taken = [event.data["seq"] for event in ends if "seq" in event.data]
+    assert len(taken) == len(set(taken))
+    assert {journal.events[seq - 1].type for seq in taken} <= {"SignalReceived"}
     # By the journal alone the function gives the same result: nothing is asked for again.
     stored = outcome(journal)
     del journal.events[-1]
