@@ -121,7 +121,9 @@ def hosting(host: ASGIApp, **options: str) -> Iterator[Api]:
             ready.set()
 
     sockets = bind("127.0.0.1", 0)
-    server = Server(uvicorn.Config(host, log_config=None, **options))
+    # A server in a thread gets no signal: a stream that a failed test left open would hang it.
+    config = uvicorn.Config(host, log_config=None, timeout_graceful_shutdown=1, **options)
+    server = Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     assert ready.wait(60)

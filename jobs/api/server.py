@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -25,6 +26,7 @@ from beatless.api.routes import (
     streams,
     system,
 )
+from beatless.api.schemas import COMPONENTS
 from beatless.api.services import Clients, Services, ServicesOfApp
 from beatless.api.sse import Framing
 from beatless.api.stream_limits import StreamLimits
@@ -54,6 +56,15 @@ POOL_TIMEOUT_S = 5.0
 bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
 
 
+class DocumentedApi(FastAPI):
+    """With the schemas of our answers in its OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        document["components"]["schemas"] |= COMPONENTS
+        return document
+
+
 def create_api(
     app: App,
     *,
@@ -81,7 +92,7 @@ def create_api(
         yield
         await services.now().streams.aclose()
 
-    api = FastAPI(
+    api = DocumentedApi(
         title="beatless",
         version="1",
         description="Durable, transactional, live-streamed runs for Celery.",

@@ -10,11 +10,12 @@ from beatless.api.access import GuardedRoute, Reader, Writer
 from beatless.api.bodies import CountRequest, FailedRuns
 from beatless.api.problems import named
 from beatless.api.responses import refusals, run_page
+from beatless.api.schemas import RUNS, answers
 
 router = APIRouter(route_class=GuardedRoute)
 
 
-@router.get("/v1/failed-runs", responses=refusals())
+@router.get("/v1/failed-runs", responses=refusals() | answers(RUNS, 200))
 def list_failed_runs(client: Reader, chosen: Annotated[FailedRuns, Query()]) -> Response:
     """Failed runs without a retry, oldest end first, some MiB of them."""
     return run_page(

@@ -21,6 +21,7 @@ from beatless.api.bodies import (
 )
 from beatless.api.problems import Problem
 from beatless.api.responses import location, refusals, run_page
+from beatless.api.schemas import EVENTS, RUN, RUNS, SIGNAL, answers
 from beatless.client.requests import new_run_id
 from beatless.orchestrator.errors import RunNotFound
 from beatless.streams.pager import Pager
@@ -31,8 +32,10 @@ router = APIRouter(route_class=GuardedRoute)
 @router.post(
     "/v1/runs",
     status_code=201,
+    response_model=None,
     responses=refusals({409: "key or run_id was used with other content"})
-    | {200: {"description": "it was started before"}},
+    | answers(RUN, 201)
+    | {200: {"description": "it was started before"} | answers(RUN, 200)[200]},
 )
 def start_run(
     body: StartRequest,
@@ -58,7 +61,7 @@ def start_run(
     return started.to_dict()
 
 
-@router.get("/v1/runs", responses=refusals())
+@router.get("/v1/runs", responses=refusals() | answers(RUNS, 200))
 def list_runs(
     client: Reader,
     state: KnownState | None = None,
@@ -87,7 +90,7 @@ def list_runs(
     return run_page(found)
 
 
-@router.get("/v1/runs/{run_id}", responses=refusals())
+@router.get("/v1/runs/{run_id}", response_model=None, responses=refusals() | answers(RUN, 200))
 def get_run(run_id: str, client: Reader) -> dict[str, Any]:
     """One run."""
     return client.get_run(run_id).to_dict()
@@ -95,7 +98,7 @@ def get_run(run_id: str, client: Reader) -> dict[str, Any]:
 
 @router.get(
     "/v1/runs/{run_id}/events",
-    responses=refusals({410: "the events are not kept any more"}),
+    responses=refusals({410: "the events are not kept any more"}) | answers(EVENTS, 200),
 )
 def get_events(
     run_id: str,
@@ -122,7 +125,12 @@ def get_events(
     return Response(content, media_type="application/json")
 
 
-@router.post("/v1/runs/{run_id}/cancel", status_code=202, responses=refusals({409: "it had ended"}))
+@router.post(
+    "/v1/runs/{run_id}/cancel",
+    status_code=202,
+    response_model=None,
+    responses=refusals({409: "it had ended"}) | answers(RUN, 202),
+)
 def cancel_run(run_id: str, client: Writer, body: CancelRequest | None = None) -> dict[str, Any]:
     """Ask a run to stop; 409 if it has ended as something else."""
     run = client.cancel_run(run_id, reason=body.reason if body else None)
@@ -134,8 +142,10 @@ def cancel_run(run_id: str, client: Writer, body: CancelRequest | None = None) -
 @router.post(
     "/v1/runs/{run_id}/signals",
     status_code=202,
+    response_model=None,
     responses=refusals({409: "it has ended, or the key was used with other content"})
-    | {200: {"description": "it was sent before"}},
+    | answers(SIGNAL, 202)
+    | {200: {"description": "it was sent before"} | answers(SIGNAL, 200)[200]},
 )
 def signal_run(run_id: str, body: SignalBody, client: Writer, response: Response) -> dict[str, Any]:
     """Send a signal to a run; the same `key` with the same content sends it once."""
@@ -152,7 +162,10 @@ def get_waits(run_id: str, client: Reader) -> dict[str, Any]:
 
 
 @router.post(
-    "/v1/runs/{run_id}/retry", status_code=201, responses=refusals({409: "it cannot be retried"})
+    "/v1/runs/{run_id}/retry",
+    status_code=201,
+    response_model=None,
+    responses=refusals({409: "it cannot be retried"}) | answers(RUN, 201),
 )
 def retry_run(
     run_id: str,

@@ -10,6 +10,7 @@ from beatless.api.access import GuardedRoute, granted_for
 from beatless.api.gate import granted
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
+from beatless.api.schemas import STREAM, STREAM_TOKEN, answers
 from beatless.api.services import services_of
 from beatless.auth import STREAM_TOKEN_S, Scope
 from beatless.cursors import parse_event_id
@@ -18,7 +19,12 @@ from beatless.errors import BadRequest
 router = APIRouter(route_class=GuardedRoute)
 
 
-@router.post("/v1/runs/{run_id}/stream-token", status_code=201, responses=refusals())
+@router.post(
+    "/v1/runs/{run_id}/stream-token",
+    status_code=201,
+    response_model=None,
+    responses=refusals() | answers(STREAM_TOKEN, 201),
+)
 def stream_token(run_id: str, request: Request) -> dict[str, Any]:
     """A token that may follow this run for some minutes, for EventSource's `?token=`."""
     services = services_of(request)
@@ -40,6 +46,7 @@ def stream_token(run_id: str, request: Request) -> dict[str, Any]:
             410: "the events after it are not kept any more",
         }
     )
+    | STREAM
     | {204: {"description": "the run has ended there: do not come again"}},
 )
 def stream_run(

@@ -1,0 +1,89 @@
+"""The schemas of answers in the OpenAPI document: those of real runs conform to them."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from beatless import Plan, Snooze, StepContext, retry, sleep, step, wait
+from beatless.api import create_api
+from beatless.orchestrator.events import EventType
+from beatless.testing import Kit
+from tests.serving import Api, serving
+
+
+@step(retry=retry(max_attempts=2))
+def flaky(ctx: StepContext) -> int | Snooze:
+    ctx.progress(50, note="half")
+    if ctx.attempt == 1:
+        raise ValueError("the first attempt fails")
+    return 1
+
+
+@step
+def broken(ctx: StepContext) -> None:
+    raise ValueError("it fails for good")
+
+
+@step
+def undo(ctx: StepContext) -> None: ...
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [
+        Plan("waits", [flaky, wait("paid", "refused"), sleep(hours=1)]),
+        Plan("fails", [broken]),
+        Plan("cancelled", [flaky, wait("never")], on_cancel=undo),
+    ]
+
+
+def checker(document: dict[str, Any], name: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(document | {"$ref": f"#/components/schemas/{name}"})
+
+
+def ended(beatless: Kit, api: Api, plan: str) -> str:
+    run_id = str(api("POST", "/v1/runs", {"plan": plan}).json["run_id"])
+    beatless.work_until_idle()
+    for _ in range(2):
+        beatless.advance(3600)
+        beatless.work_until_idle()
+    if plan == "waits":
+        api("POST", f"/v1/runs/{run_id}/signals", {"name": "paid", "data": 12})
+    elif plan == "cancelled":
+        api("POST", f"/v1/runs/{run_id}/cancel", {"reason": "sold out"})
+    beatless.work_until_idle()
+    beatless.advance(3600)
+    beatless.work_until_idle()
+    return run_id
+
+
+def test_every_type_of_event_and_each_run_is_as_the_document_says(beatless: Kit) -> None:
+    seen: set[str] = set()
+    with serving(beatless.app) as api:
+        document = api("GET", "/openapi.json").json
+        run_of, event_of = checker(document, "Run"), checker(document, "Event")
+        for plan, outcome in (("waits", "completed"), ("fails", "failed"), ("cancelled",) * 2):
+            run_id = ended(beatless, api, plan)
+            run = api("GET", f"/v1/runs/{run_id}").json
+            run_of.validate(run)
+            assert run["state"] == outcome
+            for event in api("GET", f"/v1/runs/{run_id}/events").json["events"]:
+                event_of.validate(event)
+                seen.add(event["type"])
+                # Of another type, or without what its type has, it is refused.
+                assert not event_of.is_valid(event | {"type": "Invented"})
+                assert not event_of.is_valid(event | {"type": "StepFailed", "data": {}})
+                assert not event_of.is_valid(event | {"seq": 0})
+    assert seen == set(EventType)
+
+
+def test_no_answer_names_a_schema_that_the_document_lacks(beatless: Kit) -> None:
+    document = create_api(beatless.app).openapi()
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    named = {part.split('"')[0] for part in json.dumps(document).split('"$ref": "')[1:]}
+    assert {"#/components/schemas/Run", "#/components/schemas/Event"} <= named <= known
+    token = document["paths"]["/v1/runs/{run_id}/stream-token"]["post"]["responses"]["201"]
+    schema = token["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/StreamToken"}
