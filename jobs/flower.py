@@ -33,7 +33,7 @@ from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.message import run_of
+from beatless.outbox.message import every_channel, run_of
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 from beatless.outbox.threads import LastingThread
@@ -217,7 +217,9 @@ class Listener:
                 self._failures += 1
                 delay = self._backoff.delay(self._failures)
                 logger.warning(
-                    "flower receives no events of runs, will retry",
+                    # In the message, because Flower's own logging shows nothing else.
+                    "flower receives no events of runs, will retry: %s",
+                    error,
                     extra={"action": "flower_deaf", "retry_in": delay, "reason": str(error)},
                 )
                 self._stopping.wait(delay)
@@ -228,7 +230,8 @@ class Listener:
         client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
         with client, client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis-py's gap
             self._app.client.epoch()  # the database may be another since the last time
-            pubsub.psubscribe(self._app.streams.channel("*"))
+            ours = self._app.streams.channel("").encode()
+            pubsub.psubscribe(every_channel(self._app.settings.prefix))
             while (message := pubsub.get_message(timeout=5.0)) is None:
                 if self._stopping.is_set():
                     return
@@ -239,7 +242,7 @@ class Listener:
                 message = pubsub.get_message(ignore_subscribe_messages=True, timeout=15.0)
                 if message is None:
                     pubsub.ping()  # a connection that is dead would be silent as well
-                elif message["type"] == "pmessage":
+                elif message["type"] == "pmessage" and message["channel"].startswith(ours):
                     for text in parse(message["data"], run_of(message["channel"].decode())):
                         self._hear(text.event())
 

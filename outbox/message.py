@@ -31,6 +31,14 @@ def channel_for(prefix: str, origin: str, run_id: str) -> str:
     return f"{prefix}:events:{origin}:{run_id}"
 
 
+def every_channel(prefix: str) -> str:
+    """The pattern of all of them, of any origin, as Redis' ACL must name it.
+
+    Redis compares a pattern that is subscribed to with those of its ACL as text.
+    """
+    return f"{prefix}:events:*"
+
+
 def run_of(channel: str) -> str:
     """The run whose events go through this channel."""
     return channel.split(":", 3)[-1]

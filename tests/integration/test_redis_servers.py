@@ -18,6 +18,7 @@ import redis
 from beatless import App, BadSetting, Event
 from beatless.cli.processes import check_rights, check_servers
 from beatless.errors import Unreachable
+from beatless.flower import Listener
 from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.errors import PublishRefused
 from beatless.streams.subscription import Subscription
@@ -300,6 +301,40 @@ def test_the_documented_rights_are_enough_for_processes_and_viewers(
     viewer.verify()
     with redis.Redis.from_url(valkey.url) as admin:
         assert admin.acl_log() == []
+
+
+def test_the_documented_rights_are_enough_for_flower(
+    kit_on: MakeKit,
+    valkey: EmbeddedValkey,
+    users: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    relay, flower = kit_on(users["relay"], valkey.url), kit_on(users["flower"], valkey.url)
+    heard: list[Event] = []
+    live = threading.Event()
+
+    def tell(event: Event) -> None:
+        heard.append(event)
+        if event.final:
+            live.set()
+
+    listener = Listener(flower.app, tell)
+    listener.start()
+    try:
+        run = relay.start_run("two_steps")
+        with redis.Redis.from_url(valkey.url) as admin:
+            until(lambda: admin.pubsub_numpat() == 1)
+            # Of another database on the same Redis: not even looked at.
+            strange = flower.app.streams.channel(run.run_id).replace(":events:", ":events:0")
+            admin.publish(strange, b'{"seq": 1}')
+            assert admin.acl_log() == []
+        relay.work_until_idle()
+        assert live.wait(60)
+    finally:
+        listener.stop()
+        relay.app.redis().publish(flower.app.streams.channel("x"), b"")  # it waits for a message
+    assert [event.seq for event in heard] == [1, 2, 3, 4, 5, 6]
+    assert "a message on a run's channel is not ours" not in caplog.messages
 
 
 @pytest.mark.parametrize(("name", "right"), [("relay", "publish"), ("relay", "evalsha")])
