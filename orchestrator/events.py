@@ -31,6 +31,7 @@ class EventType(StrEnum):
     WAIT_STARTED = "WaitStarted"
     SIGNAL_RECEIVED = "SignalReceived"
     WAIT_FINISHED = "WaitFinished"
+    RUN_RESTARTED = "RunRestarted"
     RUN_FINISHED = "RunFinished"
 
 

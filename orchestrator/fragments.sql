@@ -57,9 +57,9 @@ NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 
 -- fragment: of_its_worker
--- The reasons of runs that have begun and go on at once: given back by a worker, or woken by a signal.
+-- The reasons of runs that have begun and go on at once: given back, woken by a signal, begun again.
 -- They go before those of their priority that have not begun: they are due since they were made.
-('busy', 'shutdown', 'signal')
+('busy', 'shutdown', 'signal', 'again')
 
 -- fragment: written_beside
 -- The events, outbox rows and dispatches of runs `u` that were settled.

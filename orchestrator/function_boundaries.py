@@ -15,12 +15,19 @@ from beatless.orchestrator.errors import Fatal, StepFailed
 from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.history import ARGUMENTS, VERSION
+from beatless.orchestrator.history import (
+    ARGUMENTS,
+    GENERATION,
+    SIGNALS_FROM,
+    VERSION,
+    VISITS,
+    History,
+)
 from beatless.orchestrator.open_waits import wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
-from beatless.orchestrator.replay import Call
+from beatless.orchestrator.replay import Again, Call
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -76,6 +83,30 @@ class FunctionBoundaries(Boundaries):
         """The run is given back before the step or wait that the function has asked for."""
         data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
         return self._given_back(progress, "shutdown", [replace(outcome, data=_text(data))])
+
+    def restarted(
+        self,
+        again: Again,
+        history: History,
+        visits: dict[str, int],
+        told: int,
+        events: Sequence[NewEvent],
+    ) -> Settlement:
+        """The function begins again, in another claim. Raises BadPayload.
+
+        Signals up to the seq `told` are in the history.
+        """
+        waiting = [signal.seq for signal in history.inbox.signals]
+        facts = {
+            GENERATION: history.generation + 1,
+            "input": again.input,
+            VISITS: visits,
+            SIGNALS_FROM: min([told + 1, *waiting]),
+        }
+        text = encode(facts, where="the input of run.again", limit=self._max_event_bytes)
+        restarted = NewEvent(type=EventType.RUN_RESTARTED, data=text)
+        due = Boundary(events=[*events, restarted], state=RunState.QUEUED)
+        return Settlement(normal=due, if_cancelled=self._cancelled(events), reason="again")
 
     def broken(self, error: Exception, events: Sequence[NewEvent]) -> Settlement:
         """The function has raised: the run has failed. To describe it never raises."""

@@ -158,6 +158,10 @@ class CoroutineCall:
 
 
 def _ended(value: Any, replay: Replay) -> Said:
+    try:
+        replay.check_end(value)
+    except PlanError as error:
+        return Broken(error)
     return replay.end() or Ended(value)
 
 

@@ -33,7 +33,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import CHANGED_CALL, Progress, fold
-from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay, departure
+from beatless.orchestrator.replay import Again, Call, Mismatch, Outcome, Replay, departure
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -77,6 +77,9 @@ class FunctionExecution(Execution):
         self._last_seq = lease.run.last_seq
         """Of the last event, about: those that bodies append are not counted."""
 
+        self._told_seq = 0
+        """The seq up to which the history was read; signals may have come since."""
+
     def requests(self) -> Requests:
         """As those of `Execution`."""
         try:
@@ -108,13 +111,14 @@ class FunctionExecution(Execution):
         events: Sequence[Event] = ()
         if self._last_seq > 1 or self._lease.run.retry_of is not None:
             events = yield ReadJournal()
-            self._last_seq = events[-1].seq
+            self._last_seq = self._told_seq = events[-1].seq
             self._last_ts_ms = events[-1].ts
+        history = history_of(self._function, events)
+        self._lease.run = history.as_given(self._lease.run)
         if self._lease.cancelled or any(
             event.type == EventType.CANCEL_REQUESTED for event in events
         ):
             return fold(self._plan, events)
-        history = history_of(self._function, events)
         self._replay = Replay(plan=self._function, history=history)
         if history.takeovers >= MAX_TAKEOVERS:
             self._said = Crashed()
@@ -124,13 +128,13 @@ class FunctionExecution(Execution):
         return self._place()
 
     def _call_function(self) -> Said:
-        if self._last_seq >= MANY_EVENTS:
+        if self._events >= MANY_EVENTS:
             logger.warning(
                 "run of a plan's function has many events",
                 extra={
                     "action": "many_events",
                     "run_id": self._run_id,
-                    "events": self._last_seq,
+                    "events": self._events,
                     "limit": MAX_EVENTS,
                 },
             )
@@ -146,14 +150,19 @@ class FunctionExecution(Execution):
         """What the function says to an outcome."""
         assert self._call is not None  # noqa: S101 - it waits for one
         said = self._call.resume(outcome)
-        if isinstance(said, Call) and self._last_seq >= MAX_EVENTS:
+        if isinstance(said, Call) and self._events >= MAX_EVENTS:
             return Broken(
                 PlanTooLong(
                     f"the run has {MAX_EVENTS:,} events, and its plan asks for a further step: "
-                    "start another run for the rest of the work"
+                    "return run.again(…) before, or start another run for the rest of the work"
                 )
             )
         return said
+
+    @property
+    def _events(self) -> int:
+        """Those of the generation."""
+        return self._last_seq - self._replay.history.restarted_seq
 
     def _place(self) -> Progress:
         said = self._said
@@ -250,6 +259,11 @@ class FunctionExecution(Execution):
         if isinstance(said, Broken):
             return self._boundaries.broken(said.error, events)
         try:
+            if isinstance(said.value, Again):
+                replay = self._replay
+                return self._boundaries.restarted(
+                    said.value, replay.history, replay.visits, self._told_seq, events
+                )
             return self._boundaries.completed(said.value, events)
         except BadPayload as error:
             return self._boundaries.broken(error, events)

@@ -1,7 +1,8 @@
 """The calls that a plan's function has made, folded from the journal of its run. Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from beatless.orchestrator.arguments import digest_of_wait
@@ -21,12 +22,17 @@ from beatless.orchestrator.progress import (
     TAKEN_OVER,
     VALUE,
 )
+from beatless.orchestrator.records import Run
 
 ARGUMENTS = "arguments"
 """In StepStarted: the digest of the arguments that the function has given the step."""
 
 VERSION = "version"
 """In StepStarted: the plan's version, if the run was started with another one."""
+
+GENERATION, VISITS, SIGNALS_FROM = "generation", "visits", "signals_from"
+"""In RunRestarted: its generation, how often names were called before, and the seq from which on
+signals may not be taken yet. The first two also in the `reused` of a retry."""
 
 CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
 """In the `reused` of RunStarted: the calls in order, their outcomes, and the values of a retry."""
@@ -68,9 +74,35 @@ class History:
     """The times, random numbers and UUIDs that it was given, by their kind."""
     takeovers: int = 0
     """Claims in a row, up to the last, whose worker died without another event."""
+    generation: int = 1
+    """Counts how often the function has begun, by its own wish, with an input of its own."""
+    input: Any = None
+    """That of the generation; the first has the run's."""
+    restarted_seq: int = 0
+    """The seq of the event by which the generation began; 0 of the first."""
+    visits: Counter[str] = field(default_factory=Counter)
+    """The calls of earlier generations, by name: their occurrences are not used again."""
     version: int = 0
     """The highest version of the plan that a step was begun with; 0 if only the run's own was."""
     last_ts_ms: int = 0
+
+    def as_given(self, run: Run) -> Run:
+        """The run with the input of the generation."""
+        return replace(run, input=self.input) if self.restarted_seq else run
+
+    def restart(self, plan: FunctionPlan, event: Event) -> None:
+        """Begin a generation: only the signals that no wait has taken stay."""
+        data = event.data or {}
+        self.calls, self.values = {}, {}
+        self.inbox.waits.clear()
+        self.input, self.restarted_seq = data.get("input"), event.seq
+        self.resume(plan, data)
+
+    def resume(self, plan: FunctionPlan, stored: dict[str, Any]) -> None:
+        """Take over the count of generations and calls."""
+        self.generation, self.visits = stored.get(GENERATION, 1), Counter()
+        for name, visits in stored.get(VISITS, {}).items():
+            self.visits[plan.current(name)] += visits
 
     def call(self, occurrence: str, key: str | None = None) -> StoredCall:
         """The call of this occurrence, which it makes if there is none."""
@@ -91,6 +123,8 @@ def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
             _take_over(plan, history, data.get("reused") or {})
         elif name == VALUE:
             history.values.setdefault(data["kind"], []).append(data["value"])
+        elif event.type == EventType.RUN_RESTARTED:
+            history.restart(plan, event)
         elif event.type == EventType.SIGNAL_RECEIVED:
             history.inbox.note(event)
         elif event.step is not None:
@@ -113,6 +147,7 @@ def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> 
         if name in reused.get(SIGNALS, ()):
             call.result = Signal(**call.result)
         call.error = reused.get(ERRORS, {}).get(name)
+    history.resume(plan, reused)
     for kind, values in reused.get(VALUES, {}).items():
         history.values[kind] = list(values)
 
@@ -185,10 +220,14 @@ def reusable_calls(
         call.occurrence: call.result.to_dict() for call in ended if isinstance(call.result, Signal)
     }
     results = {call.occurrence: call.result for call in ended if call.error is None} | signals
-    reused = {
+    reused: dict[str, Any] = {
         CALLS: [[call.occurrence, call.arguments] for call in ended],
         RESULTS: results,
         ERRORS: {call.occurrence: call.error for call in ended if call.error is not None},
         VALUES: history.values,
     }
-    return reused | {SIGNALS: list(signals)} if signals else reused
+    if signals:
+        reused[SIGNALS] = list(signals)
+    if history.generation > 1:
+        reused |= {GENERATION: history.generation, VISITS: dict(history.visits)}
+    return reused

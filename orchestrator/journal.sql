@@ -385,6 +385,7 @@ SELECT seq, type, line FROM (
 -- name: checkpoint_events
 -- Read the events that say where an unfinished run is, and its last one.
 -- A snooze is a start and a trace. Of many in a row the last says all that the others say.
+-- Of a function that has begun again, those since then, and the signals that may not be taken yet.
 SELECT {event_json} FROM (
   SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
          lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
@@ -393,17 +394,23 @@ SELECT {event_json} FROM (
          lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
     FROM (
       SELECT e.*, e.type = 'StepStarted' AS starts,
-             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
+             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests,
+             max(e.seq) FILTER (WHERE e.type = 'RunRestarted') OVER () AS restarted,
+             max((e.data ->> 'signals_from')::int) FILTER (WHERE e.type = 'RunRestarted') OVER ()
+               AS signals_from
         FROM {schema}.run_events e
        WHERE e.run_id = %(run_id)s
          AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
-                         'CancelRequested', 'WaitStarted', 'SignalReceived', 'WaitFinished')
+                         'CancelRequested', 'WaitStarted', 'SignalReceived', 'WaitFinished',
+                         'RunRestarted')
               OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
               OR e.seq = (SELECT r.last_seq FROM {schema}.runs r WHERE r.run_id = %(run_id)s))
     ) e WINDOW w AS (ORDER BY e.seq)
 ) e
  WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
    AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
+   AND (restarted IS NULL OR seq >= restarted OR type IN ('RunStarted', 'CancelRequested')
+        OR type IN ('SignalReceived', 'WaitFinished') AND seq >= signals_from)
  ORDER BY e.seq
 
 -- name: kept_events

@@ -240,6 +240,8 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.go_on(None)
             case EventType.SIGNAL_RECEIVED:
                 progress.inbox.note(event)
+            case EventType.RUN_RESTARTED:
+                progress.results.clear()
     if progress.compensating and progress.begun is None:
         return progress  # the `on_cancel` step has not begun
     try:

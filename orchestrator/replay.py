@@ -80,6 +80,13 @@ class Outcome:
         return self.result
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Again:
+    """The function begins again, with this input."""
+
+    input: Any
+
+
 @dataclass(slots=True, kw_only=True)
 class Replay:
     """The calls of a function so far, beside its history."""
@@ -90,14 +97,17 @@ class Replay:
     """Those of all finished steps, by occurrence and by name, for the bodies of steps."""
     drawn: list[tuple[str, Any]] = field(default_factory=list)
     """The values that are not stored yet, with their kinds."""
+    visits: Counter[str] = field(init=False)
+    """How often each name was called, in earlier generations too."""
+    _again: Again | None = None
     _ahead: dict[str, None] = field(default_factory=dict)
     """The stored occurrences that the function has not asked for yet, in order."""
-    _visits: Counter[str] = field(default_factory=Counter)
     _waits: set[str] = field(default_factory=set)
     _steps: dict[str, tuple[Step, inspect.Signature]] = field(default_factory=dict)
     _given: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.visits = Counter(self.history.visits)
         self._ahead = dict.fromkeys(
             name for name in self.history.calls if step_of(name) not in self.plan.removed
         )
@@ -129,6 +139,18 @@ class Replay:
             stored.append(draw())
             self.drawn.append((kind, stored[place]))
         return stored[place]
+
+    def again(self, input: Any) -> Again:
+        """Note that the function begins again, with this input. Raises BadPayload."""
+        self._again = Again(self.plan.input.dump(input))
+        return self._again
+
+    def check_end(self, value: Any) -> None:
+        """Raises PlanError for a function that goes on after it has begun again."""
+        if self._again is not None and value is not self._again:
+            raise PlanError(
+                f"plan {self.plan.name} calls run.again(…) and goes on: write return run.again(…)"
+            )
 
     def end(self, error: Exception | None = None) -> Mismatch | None:
         """The stored call that a function has passed over which ends now; None if there is none.
@@ -201,13 +223,14 @@ class Replay:
     def _named(self, name: str, id: str | None) -> str:
         """The occurrence of a call. Raises PlanError."""
         if id is None:
-            self._visits[name] += 1
-            return occurrence(name, self._visits[name])
+            self.visits[name] += 1
+            return occurrence(name, self.visits[name])
         if not isinstance(id, str) or not CALL_ID.fullmatch(id):
             raise PlanError(
                 f"plan {self.plan.name}: the id {id!r:.200} of {name} must match {CALL_ID.pattern}"
             )
-        return f"{name}#{id}"
+        generation = self.history.generation
+        return f"{name}#{id}" if generation == 1 else f"{name}#{id}#{generation}"
 
     def _answer(
         self, base: str, name: str, arguments: str | None, element: Callable[[], Step | Wait]

@@ -113,6 +113,30 @@ class RunContext(Generic[Input]):
         """
         return self._answer(self._replay.wait(sleep_of(duration, name), id))
 
+    def again(self, input: Any) -> Any:
+        """Begin again with another input: `return run.again(…)`. The run stays the same.
+
+        The function is called with this `run.input`, and of the journal only what follows is read
+        from then on. So a loop may take thousands of turns: results, values and open waits are left
+        behind, signals that no wait has taken stay. Occurrences are counted on: after `step#7`
+        comes `step#8`, with a `ctx.key` of its own; with `id=`, the number of the generation
+        follows the id.
+
+        Raises BadPayload for an input that the plan does not take.
+
+        >>> from beatless import RunContext, plan, step
+        >>> @step
+        ... def poll(ctx, cursor): ...
+        >>> @plan("poller")
+        ... def poller(run: RunContext):
+        ...     cursor = run.input["cursor"]
+        ...     for _ in range(100):
+        ...         run.sleep(60)
+        ...         cursor = run.step(poll, cursor)
+        ...     return run.again({"cursor": cursor})
+        """
+        return self._replay.again(input)
+
     def now(self) -> datetime:
         """The time in UTC, stored: the same whenever the function is called again."""
         text = self._replay.value("now", lambda: datetime.now(UTC).isoformat())

@@ -145,6 +145,10 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
             case EventType.WAIT_FINISHED:
                 yield _waited(wait or event, event)
                 wait, waits = None, Wait(event.ts, event.ts, then="for another worker")
+            case EventType.RUN_RESTARTED:
+                text = f"begins again with another input: generation {data.get('generation')}"
+                yield Moment(at=event.ts, kind="accepted", text=text)
+                waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")

@@ -26,6 +26,7 @@ STYLES = {
     EventType.WAIT_STARTED: "blue",
     EventType.SIGNAL_RECEIVED: "yellow",
     EventType.WAIT_FINISHED: "green",
+    EventType.RUN_RESTARTED: "bold",
     EventType.RUN_FINISHED: "bold",
 }
 STATES = {

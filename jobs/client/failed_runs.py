@@ -11,7 +11,7 @@ from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.history import reusable_calls
+from beatless.orchestrator.history import history_of, reusable_calls
 from beatless.orchestrator.progress import reusable
 from beatless.orchestrator.records import FailedRunFilter, Place, Run
 from beatless.outbox.queries import Caller, execute_lazily
@@ -180,16 +180,19 @@ class FailedRunCalls(BaseClient):
                 queue=run.queue,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
+            events = self._journal.read(caller, run.run_id)
+            plan = self._plans[run.plan]
+            given = run.input
+            if isinstance(plan, FunctionPlan):
+                given = history_of(plan, events).as_given(run).input
             # Its options were checked when it was started, maybe by the rules of an older release.
             # Its input is not the plan's default of today if it is null.
             new = replace(
                 self._checked(request),
                 retry_of=run.run_id,
-                input=encode(run.input, where="its input", limit=self._journal.max_event_bytes),
+                input=encode(given, where="its input", limit=self._journal.max_event_bytes),
                 **run.stored_options(),
             )
-            events = self._journal.read(caller, run.run_id)
-            plan = self._plans[run.plan]
             if isinstance(plan, FunctionPlan):
                 reused = reusable_calls(plan, events, from_step)
             else:

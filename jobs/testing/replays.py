@@ -20,7 +20,7 @@ def check_replay(client: Client, plan: Plan, run_id: str) -> None:
         return
     said = dry_replay(plan, run, client.events(run_id))
     match said:
-        case Ended(value) if json.loads(json.dumps(value)) == run.result:
+        case Ended(value) if json.loads(json.dumps(value, default=repr)) == run.result:
             return
         case Ended(value):
             found = f"it returns {value!r:.500}, and returned {run.result!r:.500} before"

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from beatless.doctor import Doctor, Status
 from beatless.http import Client
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import PlanError
-from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.orchestrator.progress import CHANGED_CALL, FOLDED, SNOOZED, UNKNOWN_STEP
+from beatless.outbox.faults import SimulatedCrash
 from beatless.places import places
 from beatless.testing import Kit
 from tests.plans import asks
@@ -379,6 +381,85 @@ def test_a_retry_of_a_function_takes_over_the_signal_that_a_wait_took(beatless: 
     assert (found.state, found.result) == (RunState.COMPLETED, 3)
     assert bodies == [[12, 12], [12, 12]]
     assert "WaitStarted" not in beatless.event_types(again.run_id)
+    beatless.verify()
+
+
+@plan("turns")
+def turns(run: RunContext[Any]) -> Any:
+    turn = run.input["turn"]
+    for _ in range(3):
+        run.step(charge, run.wait("paid").data)
+    return run.again({"turn": turn + 3}) if turn < 6 else [turn, run.version]
+
+
+def read(kit: Kit, run_id: str) -> list[str]:
+    """The types of the events that a claim of the run would read."""
+    with kit.app.engine.begin() as connection:
+        events = kit.app.journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
+    return [event.type for event in events]
+
+
+@pytest.mark.parametrize("point", [None, "step.committed", "wait.committed", "claim.committed"])
+def test_a_function_that_begins_again_reads_no_more_than_its_generation(
+    beatless: Kit, point: str | None
+) -> None:
+    beatless.app.plans["turns"] = turns
+    run = beatless.start_run("turns", {"turn": 0})
+    for number in range(9):
+        beatless.signal(run.run_id, "paid", number)
+        if number % 3 == 2:
+            beatless.signal(run.run_id, "kept", number)
+        if point is not None:
+            beatless.app.faults.arm(point)
+            with suppress(SimulatedCrash):
+                beatless.work_until_idle()
+            beatless.app.faults.disarm(point)
+            beatless.forget_worker()
+            beatless.advance(LEASE_S)
+        beatless.work_until_idle()
+        if number == 5:
+            types = read(beatless, run.run_id)
+            assert types.count("RunRestarted") == 1
+            assert types.index("StepStarted" if "StepStarted" in types else "WaitStarted") > (
+                types.index("RunRestarted")
+            )
+            assert types.count("StepFinished") == 0
+            assert len(types) < len(beatless.event_types(run.run_id)) / 2
+    ended = beatless.client.get_run(run.run_id)
+    assert (ended.state, ended.result) == (RunState.COMPLETED, [6, 1])
+    finished = [e for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
+    assert [(event.data or {})["result"] for event in finished] == [
+        f"{number} eur, attempt 1" for number in range(9)
+    ]
+    texts = [moment.text for moment in beatless.client.explain(run.run_id)]
+    assert "begins again with another input: generation 3" in texts
+    beatless.verify()
+
+
+def test_a_retry_of_a_function_that_began_again_goes_on_with_its_last_input(
+    beatless: Kit,
+) -> None:
+    inputs: list[Any] = []
+
+    @step
+    def fails_once(ctx: StepContext) -> Any:
+        inputs.append(ctx.input)
+        if len(inputs) == 2:
+            raise Fatal("no")
+        return ctx.key.partition(":")[2]
+
+    def function(run: RunContext[Any]) -> Any:
+        key = run.step(fails_once)
+        return run.again(2) if run.input == 1 else [run.input, key]
+
+    beatless.app.plans["order"] = plan("order")(function)
+    run = beatless.start_run("order", 1)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.FAILED
+    again = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+    assert inputs == [1, 2, 2]
+    assert beatless.client.get_run(again.run_id).result[0] == 2
     beatless.verify()
 
 

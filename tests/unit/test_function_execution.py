@@ -655,13 +655,16 @@ def move(parking: list[Any], inbox: list[Any]) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(program=statements, data=st.data())
-def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(program: Program, data: Any) -> None:
+@given(program=statements, again=st.integers(0, 2), data=st.data())
+def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
+    program: Program, again: int, data: Any
+) -> None:
     @plan("p")
     def random_plan(run: RunContext) -> Any:
         trail: list[Any] = []
         run_program(run, program, trail)
-        return trail
+        turns = run.input or 0
+        return run.again(turns + 1) if turns < again else [turns, *trail]
 
     finished: list[str] = []
 

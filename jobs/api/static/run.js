@@ -7,7 +7,7 @@ import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "WaitStarted",
-  "SignalReceived", "WaitFinished", "RunFinished"];
+  "SignalReceived", "WaitFinished", "RunRestarted", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
   "finished_at", "pruned_seq", "priority", "tags", "retried_by"]); // members with a place of their own, or none
