@@ -176,6 +176,9 @@ class RelayCounters:
         for kind in ("event", "task"):
             self.counts.declare(PUBLISHED, (kind,))
             self.counts.declare(FAILURES, (kind,))
+        # From zero on: the first burst is otherwise no increase.
+        for reason in ("lease", "unclaimed", "broker_lost", "refused"):
+            self.counts.declare(REDISPATCH, (reason,))
         for source in ("notify", "timer", "broker", "reconnect", "watchdog"):
             self.counts.declare(WAKEUPS, (source,))
         for thread in ("relay", "courier", "chores", "watch"):

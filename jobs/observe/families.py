@@ -161,8 +161,14 @@ BACKFILL = Family(
 )
 RUNS_ACTIVE = Family(
     name="beatless_runs_active",
-    text="Unfinished runs by state: queued (due now), delayed (due later), waiting, running.",
+    text="Unfinished runs by state: queued (due now), paused (due, but their queue is paused), "
+    "delayed (due later), waiting, running.",
     labels=("queue", "state"),
+)
+QUEUE_WORKERS = Family(
+    name="beatless_queue_workers",
+    text="Workers that consume a queue which has unfinished runs.",
+    labels=("queue",),
 )
 RUNS_UNKNOWN_STEP = Family(
     name="beatless_runs_unknown_step",

@@ -14,11 +14,13 @@ from beatless.observe.families import (
     NOTIFY_QUEUE,
     OLDEST_AGE,
     PENDING,
+    QUEUE_WORKERS,
     RUNS_ACTIVE,
     RUNS_UNKNOWN_STEP,
     Labels,
 )
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.orchestrator.queues import PRESENCE_EXPIRES_S
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute
@@ -58,7 +60,9 @@ class PostgresGauges:
         self._asked_at = float("-inf")
         self._answer: Sequence[Any] | None = None
         self._offset = 0.0
-        self._sql = statements(__file__, schema, last_shard=SHARDS - 1)
+        self._sql = statements(
+            __file__, schema, last_shard=SHARDS - 1, presence_expires_s=PRESENCE_EXPIRES_S
+        )
 
     def now(self) -> float:
         """Postgres' time in seconds since the epoch, by its offset at the last scrape."""
@@ -75,12 +79,14 @@ class PostgresGauges:
             answer = self._answer
         if answer is None:
             return
-        _, usage, pending, age, letters, active, unknown = answer
+        _, usage, pending, age, letters, active, unknown, workers = answer
         yield NOTIFY_QUEUE.metric({(): [usage]})
         yield PENDING.metric({(): [pending]})
         yield OLDEST_AGE.metric({(): [age or 0.0]})
         yield DEAD_LETTERS.metric({(): [letters]})
-        yield RUNS_ACTIVE.metric(_capped(active or []))
+        yield RUNS_ACTIVE.metric(found := _capped(active or []))
+        consumed = {queue: (workers or {}).get(queue, 0) for queue, _ in found if queue != "other"}
+        yield QUEUE_WORKERS.metric({(queue,): [count] for queue, count in consumed.items()})
         counts = dict.fromkeys(self._plans, 0) | (unknown or {})
         yield RUNS_UNKNOWN_STEP.metric({(plan,): [runs] for plan, runs in counts.items()})
 

@@ -2,7 +2,7 @@
 
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
--- queue and state, and by task those at an unknown step.
+-- queue and state, and by task those at an unknown step; the workers that consume each queue.
 -- Reads in whole: dispatches, run_outbox, to count them.
 SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
        {outbox_lag},
@@ -10,8 +10,15 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
           SELECT queue, CASE WHEN state = 'running' THEN state
                              WHEN state = 'delayed' AND reason = 'wait' THEN 'waiting'
                              WHEN state <> 'sent' AND due_at > clock_timestamp() THEN 'delayed'
+                             WHEN queue IN (SELECT name FROM {schema}.queues
+                                             WHERE paused_at IS NOT NULL) THEN 'paused'
                              ELSE 'queued' END AS state, count(*) AS runs
             FROM {schema}.dispatches GROUP BY 1, 2) t),
        (SELECT jsonb_object_agg(task, runs) FROM (
           SELECT task, count(*) AS runs FROM {schema}.dispatches
-           WHERE reason = ANY(%(unknown)s::text[]) GROUP BY 1) t)
+           WHERE reason = ANY(%(unknown)s::text[]) GROUP BY 1) t),
+       (SELECT jsonb_object_agg(queue, workers) FROM (
+          SELECT queue, count(*) AS workers
+            FROM {schema}.workers CROSS JOIN unnest(queues) AS queue
+           WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s})
+           GROUP BY 1) t)

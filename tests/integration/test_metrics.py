@@ -16,6 +16,7 @@ from beatless.api import create_api
 from beatless.observe.counts import LocalCounts, SharedCounts
 from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, RUN_DURATION
 from beatless.observe.gauges import CACHE_S, PostgresGauges
+from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.testing import Kit
 from tests.integration.test_groups import Together, be_patient
 from tests.integration.test_relay import lose_messages
@@ -255,7 +256,7 @@ def test_every_metric_is_documented(beatless_app: App) -> None:
     documented = set(re.findall(r"`(beatless_[a-z_]+)", DOCUMENT.read_text()))
 
     assert {name.removesuffix("_total").removesuffix("_info") for name in documented} == names
-    assert len(names) == 26
+    assert len(names) == 27
 
 
 def test_every_source_of_a_waking_is_documented(beatless_app: App) -> None:
@@ -283,6 +284,28 @@ def test_queues_beyond_a_limit_share_a_series(beatless: Kit, beatless_app: App) 
     name = "beatless_runs_started_total"
     assert found.value(name, plan="two_steps", queue="other") == 2
     assert found.value("beatless_runs_active", queue="other", state="delayed") == 2
+
+
+def test_queues_that_are_paused_or_that_no_worker_consumes_can_be_told_apart(
+    beatless: Kit, beatless_app: App
+) -> None:
+    beatless_app.metrics.relay.active = True
+    for queue in ("held", "mail", "slow"):
+        beatless.start_run("two_steps", queue=queue)
+    beatless.client.pause_queue("held")
+    presence = Presence(worker="w", hostname="here", queues=["slow"], processes=8, version="1")
+    with beatless_app.engine.begin() as connection:
+        QueueStatements(beatless_app.settings.schema).announce(connection, presence)
+    create_api(beatless_app)
+
+    found = scrape(beatless_app.metrics.registry)
+
+    states = {"held": "paused", "mail": "queued", "slow": "queued"}
+    for queue, state in states.items():
+        assert found.value("beatless_runs_active", queue=queue, state=state) == 1
+        assert found.value("beatless_queue_workers", queue=queue) == (queue == "slow")
+    for reason in ("lease", "unclaimed", "broker_lost", "refused"):
+        assert found.value("beatless_redispatch_total", reason=reason) == 0
 
 
 def test_threads_lose_no_count() -> None:

@@ -438,6 +438,7 @@ def test_the_users_are_those_of_the_settings_page() -> None:
         for line in (DEPLOY / "redis" / "users.acl").read_text().splitlines()
     }
     assert in_file.pop("default") == []
+    assert in_file.pop("admin") == ["~*", "&*", "+@all"]  # for persons: passwords, INFO
     assert in_file == documented
 
 
