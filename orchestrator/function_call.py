@@ -16,7 +16,7 @@ from greenlet import getcurrent, greenlet
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
-from beatless.orchestrator.run_context import Asked, AsyncRunContext, RunContext
+from beatless.orchestrator.run_context import ONE_AT_A_TIME, Asked, AsyncRunContext, RunContext
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
@@ -143,10 +143,7 @@ class CoroutineCall:
         return Broken(self._refused(repr(asked)[:200]))
 
     def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:
-        error = PlanError(
-            f"plan {self._replay.plan.name} awaits {awaited}: the function of a plan can await "
-            "only run.step(…), run.wait(…) and run.sleep(…), one at a time; do the rest in a step"
-        )
+        error = PlanError(f"plan {self._replay.plan.name} awaits {awaited}: {ONE_AT_A_TIME}")
         error.__cause__ = cause
         return error
 

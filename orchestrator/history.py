@@ -94,7 +94,6 @@ class History:
         """Begin a generation: only the signals that no wait has taken stay."""
         data = event.data or {}
         self.calls, self.values = {}, {}
-        self.inbox.waits.clear()
         self.input, self.restarted_seq = data.get("input"), event.seq
         self.resume(plan, data)
 

@@ -6,12 +6,18 @@ from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
 from beatless.orchestrator.waits import sleep_of, wait
 
 Input = TypeVar("Input")
+
+ONE_AT_A_TIME = (
+    "the function of a plan can await only run.step(…), run.wait(…) and run.sleep(…), one at a "
+    "time; do the rest in a step"
+)
 
 Asked = Call | Mismatch
 """What the execution is asked for by a function that is suspended meanwhile."""
@@ -167,6 +173,14 @@ class Awaited:
 
     def __init__(self, found: Outcome | Asked) -> None:
         self._found = found
+
+    @property
+    def _asyncio_future_blocking(self) -> bool:
+        """Asked for by `asyncio.gather` and the like, see `asyncio.isfuture`. Raises PlanError.
+
+        They would make an event loop, which nobody runs and nobody closes.
+        """
+        raise PlanError(f"a call of run is handed to asyncio: {ONE_AT_A_TIME}")
 
     def __await__(self) -> Generator[Asked, Outcome, Any]:
         found = self._found

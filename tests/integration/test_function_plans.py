@@ -436,6 +436,30 @@ def test_a_function_that_begins_again_reads_no_more_than_its_generation(
     beatless.verify()
 
 
+@pytest.mark.parametrize("when", ["before all", "in each step"])
+def test_signals_that_come_early_are_taken_by_later_generations_in_their_order(
+    beatless: Kit, when: str
+) -> None:
+    @step
+    def echo(ctx: StepContext, number: int) -> int:
+        if when == "in each step":
+            beatless.signal(ctx.run_id, "paid", number + 1)
+        return number
+
+    def function(run: RunContext[Any]) -> Any:
+        taken = [*(run.input or []), run.step(echo, run.wait("paid").data)]
+        return run.again(taken) if len(taken) < 5 else taken
+
+    beatless.app.plans["order"] = plan("order")(function)
+    run = beatless.start_run("order")
+    for number in range(5 if when == "before all" else 1):
+        beatless.signal(run.run_id, "paid", number)
+    beatless.work_until_idle()
+    ended = beatless.client.get_run(run.run_id)
+    assert (ended.state, ended.result) == (RunState.COMPLETED, [0, 1, 2, 3, 4])
+    beatless.verify()
+
+
 def test_a_retry_of_a_function_that_began_again_goes_on_with_its_last_input(
     beatless: Kit,
 ) -> None:

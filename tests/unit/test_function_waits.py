@@ -182,6 +182,24 @@ def test_a_run_at_a_wait_or_behind_it_under_a_changed_plan(change: str, ended: b
     assert outcome(finish(journal)) == [[12 if ended else 13], {}]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_wait_stores_the_version_that_began_it(first: bool) -> None:
+    def function(run: RunContext) -> Any:
+        if not first:
+            run.step(double, 1)
+        return run.wait("paid").data
+
+    journal = Journal(plan("p", version=3)(function), version="v1")
+    work(journal)
+    assert journal.types[-1] == "WaitStarted"
+    journal.plan = plan("p", version=2)(function)
+    journal.inbox.append(("paid", 7))
+    work(journal)
+    assert stands(journal) == (RunState.QUEUED, "unknown_step")
+    journal.plan = plan("p", version=3)(function)
+    assert outcome(finish(journal)) == 7
+
+
 def test_a_pinned_wait_goes_on_with_other_signals_as_it_began() -> None:
     journal = Journal(waits_then(lambda run: run.wait("paid", id="order")))
     work(journal)
