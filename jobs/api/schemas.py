@@ -105,6 +105,10 @@ EVENT_DATA: dict[EventType, Schema] = {
             "following": ANY,
         },
     ),
+    EventType.RUN_RESTARTED: json_object(
+        {"input": ANY, "generation": SEQ},
+        optional={"visits": {"type": "object"}, "signals_from": {"type": "integer"}},
+    ),
     EventType.RUN_FINISHED: json_object(
         {"outcome": one_of("completed", "failed", "cancelled")},
         optional={"result": ANY, "error": ref("Error")},

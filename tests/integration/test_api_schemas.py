@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from beatless import Plan, Snooze, StepContext, retry, sleep, step, wait
+from beatless import Plan, RunContext, Snooze, StepContext, plan, retry, sleep, step, wait
 from beatless.api import create_api
 from beatless.orchestrator.events import EventType
 from beatless.testing import Kit
@@ -30,9 +30,15 @@ def broken(ctx: StepContext) -> None:
 def undo(ctx: StepContext) -> None: ...
 
 
+@plan("generations")
+def generations(run: RunContext) -> Any:
+    return 2 if run.input == 2 else run.again(2)
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [
+        generations,
         Plan("waits", [flaky, wait("paid", "refused"), sleep(hours=1)]),
         Plan("fails", [broken]),
         Plan("cancelled", [flaky, wait("never")], on_cancel=undo),
@@ -64,8 +70,9 @@ def test_every_type_of_event_and_each_run_is_as_the_document_says(beatless: Kit)
     with serving(beatless.app) as api:
         document = api("GET", "/openapi.json").json
         run_of, event_of = checker(document, "Run"), checker(document, "Event")
-        for plan, outcome in (("waits", "completed"), ("fails", "failed"), ("cancelled",) * 2):
-            run_id = ended(beatless, api, plan)
+        outcomes = {"waits": "completed", "fails": "failed", "cancelled": "cancelled"}
+        for name, outcome in (outcomes | {"generations": "completed"}).items():
+            run_id = ended(beatless, api, name)
             run = api("GET", f"/v1/runs/{run_id}").json
             run_of.validate(run)
             assert run["state"] == outcome
