@@ -139,7 +139,10 @@ def create(
 @click.pass_obj
 def ls(env: Environment) -> None:
     """The tokens, without their secrets."""
-    for found in Tokens(env.app.engine, env.app.settings.schema).list():
+    tokens = Tokens(env.app.engine, env.app.settings.schema).list()
+    if not tokens:
+        env.note("there is no token: callers on this machine may do everything, others nothing")
+    for found in tokens:
         expires = found.expires_at.isoformat() if found.expires_at else None
         if env.as_json:
             env.document(

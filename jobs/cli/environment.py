@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+NO_SERVERS = {
+    "BEATLESS_DATABASE_URL": "postgresql://no-server-is-needed.invalid/",
+    "BEATLESS_REDIS_URL": "redis://no-server-is-needed.invalid/0",
+}
+"""For an app that is only looked at. Error messages show the host."""
+
+
 class Environment:
     """Made once for each command; loads the app when the command first asks for it."""
 
@@ -37,6 +44,8 @@ class Environment:
         """The app as the command line names it."""
         self.namespace = DEFAULT_NAMESPACE
         """Whose runs the command starts and lists."""
+        self.needs_servers = True
+        """False: the app may be loaded without settings, for its servers are not asked."""
         self._app: App | None = None
         self._restore_logs: Callable[[], None] | None = None
 
@@ -70,6 +79,10 @@ class Environment:
             if not os.environ.get("BEATLESS_DATABASE_URL"):
                 # For the user's own module too: it reads its settings when it is imported.
                 os.environ.update(settings_of_running(Path.cwd(), self.note))
+            if not self.needs_servers:
+                os.environ.update(
+                    {n: url for n, url in NO_SERVERS.items() if not os.environ.get(n)}
+                )
             name = self.named or os.environ.get("BEATLESS_APP", "")
             try:
                 self._app = load(name) if name else App(Settings.from_env(), PLANS)

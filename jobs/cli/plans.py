@@ -35,7 +35,8 @@ def plan() -> None:
 @click.option("--svg", is_flag=True, help="A picture, on stdout.")
 @click.pass_obj
 def show(env: Environment, name: str, svg: bool) -> None:
-    """Draw the steps of plan NAME and the routes between them."""
+    """Draw the steps of plan NAME and the routes between them. Needs no servers."""
+    env.needs_servers = False
     found = env.app.plans.get(name)
     if found is None:
         raise UnknownPlan(name, list(env.app.plans))

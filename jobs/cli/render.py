@@ -199,14 +199,19 @@ def run_table(found: Sequence[Run]) -> Iterator[str]:
     yield from table(("run", "state", "plan", "queue", "events", "age"), rows)
 
 
-def run_sheet(run: Run) -> Iterator[str]:
-    """Everything about one run, a line for each member."""
-    for name, value in run.to_dict().items():
+def run_sheet(run: Run, cancel: Event | None) -> Iterator[str]:
+    """Everything about one run, a line for each member; `cancel` is the event of its cancel."""
+    members = run.to_dict()
+    if cancel is not None and cancel.data:
+        members["cancel_reason"] = cancel.data.get("reason")
+    for name, value in members.items():
         if value is None or value == {}:
             continue
         if name == "error":
             value = {member: fact for member, fact in value.items() if member != "traceback"}
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        # An attempt is a call of a step's body: this counts the workers that took the run.
+        name = "claims" if name == "attempt" else name
         yield f"[dim]{name:<20}[/]{escape(plain(shown))}"
     if run.error and "traceback" in run.error:
         yield ""

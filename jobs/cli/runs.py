@@ -15,7 +15,7 @@ from beatless.cli.options import NAMESPACE
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.observe.export import export
-from beatless.orchestrator.events import Event
+from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.state import RunState
 from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
@@ -139,11 +139,16 @@ def follow_to_end(env: Environment, run_id: str, stream: Iterator[Event]) -> Non
 @click.pass_obj
 def show(env: Environment, run: str) -> None:
     """Everything that is stored about RUN."""
-    found = env.client_of(run).get_run(run)
+    client = env.client_of(run)
+    found = client.get_run(run)
     if env.as_json:
         env.document(found.to_dict())
         return
-    for line in render.run_sheet(found):
+    cancel = None
+    if found.cancel_requested_at is not None:
+        events = client.events(run, from_seq=found.pruned_seq)
+        cancel = next((each for each in events if each.type == EventType.CANCEL_REQUESTED), None)
+    for line in render.run_sheet(found, cancel):
         env.out.print(line)
 
 

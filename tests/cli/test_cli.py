@@ -243,6 +243,7 @@ def test_cancel_ends_a_waiting_run(command: Beatless) -> None:
 
     assert command("cancel", "r", "--reason", "changed my mind").out == "r is cancelled\n"
     assert command("show", "r", "--json").documents[0]["state"] == "cancelled"
+    assert "cancel_reason       changed my mind\n" in command("show", "r").out
     assert command("cancel", "r").status == 0
 
 
@@ -251,7 +252,9 @@ def test_show_and_runs_are_readable(command: Beatless, beatless: Kit) -> None:
     command("start", "agents.run", "--run-id", "r" * 128, "--input", "7")
     beatless.work_until_idle()
 
-    assert "state               failed\n" in command("show", "r" * 128).out
+    sheet = command("show", "r" * 128).out
+    assert "state               failed\n" in sheet
+    assert "claims              1\n" in sheet
     table = command("runs").out.splitlines()
     assert len(table) == 3
     assert table[1].split()[:3] == ["r" * 128, "failed", "agents.run"]

@@ -1,6 +1,7 @@
 """The commands that draw a plan, retry a run, and explain one."""
 
 import json
+import os
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -257,3 +258,17 @@ def test_runs_are_found_by_the_step_that_they_are_in(
 
 def documents(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_plan_is_drawn_without_servers_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("BEATLESS_DATABASE_URL", "BEATLESS_REDIS_URL"):
+        monkeypatch.setenv(name, "")
+    assert run(["plan", "show", "agents.run"]) == 0
+    assert capsys.readouterr().out.startswith("agents.run  version")
+    assert os.environ["BEATLESS_DATABASE_URL"].endswith("no-server-is-needed.invalid/")
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", "")
+    assert run(["runs"]) == 2
+    assert "BEATLESS_DATABASE_URL is not set" in capsys.readouterr().err
