@@ -119,7 +119,7 @@ class CoroutineCall:
 
     def __init__(self, run: Run, input: Any, replay: Replay) -> None:
         self._replay = replay
-        context = AsyncRunContext(
+        self._context = context = AsyncRunContext(
             run=run,
             input=input,
             version=replay.plan.started_with(run.plan_version),
@@ -132,7 +132,7 @@ class CoroutineCall:
         try:
             asked = self._coroutine.send(outcome)
         except StopIteration as end:
-            return _ended(end.value, self._replay)
+            return self._ended(end.value)
         except Exception as error:
             if isinstance(error, RuntimeError) and "event loop" in str(error):
                 return Broken(self._refused("a task or timer of asyncio", error))
@@ -141,6 +141,13 @@ class CoroutineCall:
             return asked
         self.close()
         return Broken(self._refused(repr(asked)[:200]))
+
+    def _ended(self, value: Any) -> Said:
+        try:
+            self._context.check_awaited()
+        except PlanError as error:
+            return Broken(error)
+        return _ended(value, self._replay)
 
     def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:
         error = PlanError(f"plan {self._replay.plan.name} awaits {awaited}: {ONE_AT_A_TIME}")

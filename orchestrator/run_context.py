@@ -164,8 +164,20 @@ class RunContext(Generic[Input]):
 class AsyncRunContext(RunContext[Input]):
     """The RunContext of a function that is `async def`: its steps and waits are awaited."""
 
+    _last: "Awaited | None" = None
+
     def _answer(self, found: Outcome | Asked) -> Any:
-        return Awaited(found)
+        self.check_awaited()
+        self._last = Awaited(found)
+        return self._last
+
+    def check_awaited(self) -> None:
+        """Raises PlanError if the last call was not awaited: it would have done nothing."""
+        if self._last is not None and not self._last.begun:
+            raise PlanError(
+                "a call of run was not awaited, or not before the next one: write await "
+                f"run.step(…); {ONE_AT_A_TIME}"
+            )
 
 
 class Awaited:
@@ -173,6 +185,8 @@ class Awaited:
 
     def __init__(self, found: Outcome | Asked) -> None:
         self._found = found
+        self.begun = False
+        """Whether it is, or was, awaited."""
 
     @property
     def _asyncio_future_blocking(self) -> bool:
@@ -183,6 +197,6 @@ class Awaited:
         raise PlanError(f"a call of run is handed to asyncio: {ONE_AT_A_TIME}")
 
     def __await__(self) -> Generator[Asked, Outcome, Any]:
-        found = self._found
+        found, self.begun = self._found, True
         outcome = found if isinstance(found, Outcome) else (yield found)
         return outcome.give()

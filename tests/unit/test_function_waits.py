@@ -326,6 +326,23 @@ def test_a_step_with_the_name_of_a_wait_is_refused() -> None:
     assert "a step and a wait called paid" in outcome(finish(journal))["message"]
 
 
+def test_a_call_of_an_async_plan_that_is_not_awaited_is_named() -> None:
+    @plan("p")
+    async def last(run: RunContext) -> Any:
+        await run.step(double, 1)
+        run.sleep(10)
+
+    @plan("p")
+    async def before_another(run: RunContext) -> Any:
+        run.sleep(10)
+        return await run.step(double, 1)
+
+    for forgets in (last, before_another):
+        error = outcome(finish(Journal(forgets)))
+        assert error["type"] == PlanError.__name__
+        assert "was not awaited" in error["message"]
+
+
 def test_waits_at_the_same_time_as_steps_are_refused_with_what_to_do() -> None:
     @plan("p")
     async def gathers(run: RunContext) -> Any:
@@ -335,7 +352,11 @@ def test_waits_at_the_same_time_as_steps_are_refused_with_what_to_do() -> None:
     async def times(run: RunContext) -> Any:
         await asyncio.to_thread(print)
 
-    for refused in (gathers, times):
+    @plan("p")
+    async def gathers_one(run: RunContext) -> Any:
+        return await asyncio.gather(run.wait("paid"))
+
+    for refused in (gathers, gathers_one, times):
         error = outcome(finish(Journal(refused)))
         assert error["type"] == PlanError.__name__
         assert "one at a time" in error["message"]
