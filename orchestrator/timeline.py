@@ -76,8 +76,8 @@ def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[
     """
     waits = open_wait(events)
     wait = "nothing that is known here" if waits is None else named_waits(waits)
-    # An attempt is known at its end, and stands at its beginning.
-    history = sorted(_history(run, events), key=lambda moment: moment.at)
+    # An attempt is known at its end, and stands at its beginning. None is before the start.
+    history = sorted(_history(run, events), key=lambda each: (each.kind != "accepted", each.at))
     return [*_pruned(run), *history, *_now(run, status, stands_at(events), wait)]
 
 

@@ -17,12 +17,15 @@ from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Boundary, Settlement
-from beatless.orchestrator.state import TRANSITIONS, allowed
+from beatless.orchestrator.state import TRANSITIONS, WAITS, allowed, stored
+from beatless.orchestrator.wakes import Wakes
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
 
 THREADS, EACH = 6, 20
+
+QUEUED, WAITING = RunState.QUEUED, RunState.WAITING
 
 
 class Gate:
@@ -353,8 +356,14 @@ def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
     trace = app.journal.new_event(EventType.DEBUG_TRACE, where="here", data={"name": "x"})
 
     def settle(after: RunState) -> Callable[[str], object]:
-        settlement = Settlement.ignoring_cancel(Boundary(events=[trace], state=after))
+        state, reason = (QUEUED, WAITS) if after is WAITING else (after, "retry")
+        boundary = Boundary(events=[trace], state=state, delay_s=3600 * (after is WAITING))
+        settlement = Settlement.ignoring_cancel(boundary, reason=reason)
         return lambda run_id: app.journal.settle(connection, run_id, 1, settlement)
+
+    def wake(run_id: str) -> None:
+        postgres.execute("INSERT INTO wakes (shard, run_id) VALUES (0, %s)", (run_id,))
+        Wakes(app.settings.schema).wake(connection, ALL_SHARDS)
 
     statements: dict[str, Callable[[str], object]] = {
         "claim": lambda run_id: app.leases.claim(
@@ -362,22 +371,28 @@ def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
         ),
         "append": lambda run_id: app.journal.append(connection, run_id, 1, [trace]),
         "cancel": beatless.client.cancel_run,
+        "wake": wake,
         "deadline": lambda _: Deadlines(app.settings.schema).end(connection, ALL_SHARDS, None),
         **{f"settle {after}": settle(after) for after in RunState},
     }
     reached = set()
-    for statement in statements.values():
-        run_id = beatless.start_run("gated", deadline=1).run_id
+    for name, statement in statements.items():
+        run_id = beatless.start_run("gated", deadline=7200).run_id
         postgres.execute(
-            "UPDATE runs SET state = %s, lease_token = 1, deadline_at = now() - interval '1 s',"
+            "UPDATE runs SET state = %s, lease_token = 1,"
             " lease_expires_at = now() - interval '1 s' WHERE run_id = %s",
-            (before, run_id),
+            (stored(before), run_id),
         )
-        postgres.execute("UPDATE dispatches SET deadline_at = now() - interval '1 s'")
+        if name == "deadline":
+            postgres.execute("UPDATE runs SET deadline_at = now() - interval '1 s'")
+            postgres.execute("UPDATE dispatches SET deadline_at = now() - interval '1 s'")
+        if before is WAITING:
+            postgres.execute("UPDATE runs SET not_before = now() + interval '1 h'")
+            postgres.execute("UPDATE dispatches SET state = 'delayed', reason = %s", (WAITS,))
         statement(run_id)
         after = beatless.client.get_run(run_id).state
         assert after is before or allowed(before, after)
         reached.add(after)
-        postgres.execute("TRUNCATE runs, run_events, run_outbox, dispatches")
+        postgres.execute("TRUNCATE runs, run_events, run_outbox, dispatches, wakes")
     assert reached | {before} == TRANSITIONS[before] | {before}
     connection.close()
