@@ -217,9 +217,7 @@ class Listener:
                 self._failures += 1
                 delay = self._backoff.delay(self._failures)
                 logger.warning(
-                    # In the message, because Flower's own logging shows nothing else.
-                    "flower receives no events of runs, will retry: %s",
-                    error,
+                    "flower receives no events of runs, will retry",
                     extra={"action": "flower_deaf", "retry_in": delay, "reason": str(error)},
                 )
                 self._stopping.wait(delay)

@@ -160,6 +160,14 @@ class QueueStatements:
         rows = execute(connection, self._sql["present_workers"], {})
         return [WorkerState(**dict(zip(names, row, strict=True))) for row in rows]
 
+    def oldest_due(self, connection: Caller) -> list[tuple[str, float]]:
+        """The seconds that the oldest due run of each queue has waited for a worker; 0 for none.
+
+        A paused queue is left out: its runs wait because somebody wants it.
+        """
+        rows = execute(connection, self._sql["oldest_due"], {})
+        return [(queue, seconds or 0.0) for queue, seconds in rows]
+
     def states(self, connection: Caller, *, ended: bool = True) -> list[QueueState]:
         """Every queue that has runs or was paused; without `ended`, as if none had ended before.
 

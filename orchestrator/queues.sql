@@ -36,6 +36,28 @@ SELECT EXISTS (SELECT FROM {schema}.queues WHERE name = %(name)s)
     OR EXISTS (SELECT FROM {schema}.dispatches WHERE queue = %(name)s)
     OR EXISTS (SELECT FROM {schema}.runs WHERE queue = %(name)s)
 
+-- fragment: due_since
+-- The time since which the oldest due run of a group of dispatches waits for a worker.
+-- A sent message is due again at its redispatch, and a run that was given back since it was
+-- made: the run knows since when it waits. There are few of them, whatever the backlog.
+least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
+                          AND d.due_at <= clock_timestamp() AND d.reason NOT IN {of_its_worker}),
+      min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
+                               ELSE r.lease_expires_at END
+             FROM {schema}.runs r WHERE r.run_id = d.run_id))
+        FILTER (WHERE d.state = 'sent'
+                   OR d.state = 'waiting' AND d.reason IN {of_its_worker}))
+
+-- name: oldest_due
+-- Read how many seconds the oldest due run of each queue has waited, unless the queue is paused.
+-- Reads in whole: dispatches.
+SELECT d.queue,
+       greatest(0, extract(epoch FROM clock_timestamp() - {due_since}))::float8
+  FROM {schema}.dispatches d
+ WHERE NOT EXISTS (SELECT FROM {schema}.queues q
+                    WHERE q.name = d.queue AND q.paused_at IS NOT NULL)
+ GROUP BY d.queue
+
 -- name: states
 -- Read every queue that has runs or was paused; without those that ended, all but them.
 -- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.
@@ -45,15 +67,7 @@ WITH unfinished AS (
          count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
            AS delayed,
          count(*) FILTER (WHERE d.state = 'running') AS active,
-         -- A sent message is due again at its redispatch, and a run that was given back since it was
-         -- made: the run knows since when it waits. There are few of them, whatever the backlog.
-         least(min(d.due_at) FILTER (WHERE d.state IN ('waiting', 'delayed')
-                                   AND d.due_at <= clock_timestamp() AND d.reason NOT IN {of_its_worker}),
-               min((SELECT CASE r.state WHEN 'queued' THEN coalesce(r.not_before, r.created_at)
-                                        ELSE r.lease_expires_at END
-                      FROM {schema}.runs r WHERE r.run_id = d.run_id))
-                 FILTER (WHERE d.state = 'sent'
-                            OR d.state = 'waiting' AND d.reason IN {of_its_worker})) AS oldest,
+         {due_since} AS oldest,
          count(DISTINCT (SELECT worker FROM {schema}.runs r
                           WHERE r.run_id = d.run_id AND r.state = 'running'))
            FILTER (WHERE d.state = 'running') AS executing

@@ -211,6 +211,7 @@ def served(app: App) -> Iterator[None]:
     envvar="BEATLESS_API_URL",
     help="Where the run page is, for links to it; default: BEATLESS_API_URL.",
 )
+@LOG_FORMAT
 @READY_FD
 @click.pass_obj
 def flower(
@@ -224,6 +225,7 @@ def flower(
     ready_fd: int | None,
 ) -> None:
     """Run Flower on the app's workers and runs."""
+    env.log()
     if page_url is not None:
         check_url("--page-url", page_url)
     try:

@@ -165,6 +165,11 @@ RUNS_ACTIVE = Family(
     "delayed (due later), waiting, running.",
     labels=("queue", "state"),
 )
+QUEUE_OLDEST_DUE = Family(
+    name="beatless_queue_oldest_due_seconds",
+    text="Seconds that the oldest due run of a queue has waited for a worker; none if paused.",
+    labels=("queue",),
+)
 QUEUE_WORKERS = Family(
     name="beatless_queue_workers",
     text="Workers that consume a queue which has unfinished runs.",

@@ -14,13 +14,14 @@ from beatless.observe.families import (
     NOTIFY_QUEUE,
     OLDEST_AGE,
     PENDING,
+    QUEUE_OLDEST_DUE,
     QUEUE_WORKERS,
     RUNS_ACTIVE,
     RUNS_UNKNOWN_STEP,
     Labels,
 )
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
-from beatless.orchestrator.queues import PRESENCE_EXPIRES_S
+from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, QueueStatements
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import execute
@@ -39,7 +40,7 @@ TIMEOUT_S = 2.0
 
 
 class PostgresGauges:
-    """The gauges of one schema, from one statement at most every `CACHE_S`.
+    """The gauges of one schema, read at most every `CACHE_S`.
 
     Without an answer there are none: an old number would hide the trouble.
     """
@@ -63,6 +64,7 @@ class PostgresGauges:
         self._sql = statements(
             __file__, schema, last_shard=SHARDS - 1, presence_expires_s=PRESENCE_EXPIRES_S
         )
+        self._queues = QueueStatements(schema)
 
     def now(self) -> float:
         """Postgres' time in seconds since the epoch, by its offset at the last scrape."""
@@ -79,12 +81,14 @@ class PostgresGauges:
             answer = self._answer
         if answer is None:
             return
-        _, usage, pending, age, letters, active, unknown, workers = answer
+        _, usage, pending, age, letters, active, unknown, workers, ages = answer
         yield NOTIFY_QUEUE.metric({(): [usage]})
         yield PENDING.metric({(): [pending]})
         yield OLDEST_AGE.metric({(): [age or 0.0]})
         yield DEAD_LETTERS.metric({(): [letters]})
-        yield RUNS_ACTIVE.metric(found := _capped(active or []))
+        named = _named(active or [])
+        yield RUNS_ACTIVE.metric(found := _counts(active or [], named))
+        yield QUEUE_OLDEST_DUE.metric(_oldest(ages, named))
         consumed = {queue: (workers or {}).get(queue, 0) for queue, _ in found if queue != "other"}
         yield QUEUE_WORKERS.metric({(queue,): [count] for queue, count in consumed.items()})
         counts = dict.fromkeys(self._plans, 0) | (unknown or {})
@@ -101,9 +105,11 @@ class PostgresGauges:
             with self._engine.begin() as connection:
                 execute(connection, f"SET LOCAL statement_timeout = '{TIMEOUT_S:g}s'", {})
                 began = time()
-                answer: Sequence[Any] = execute(
+                snapshot: Sequence[Any] = execute(
                     connection, self._sql["snapshot"], {"unknown": [UNKNOWN_STEP, CHANGED_CALL]}
                 )[0]
+                ended = time()
+                ages = self._queues.oldest_due(connection)
         except Exception as error:  # any error: this process's own counts are exposed
             reason = (
                 str(getattr(error, "orig", None) or error).strip() or repr(error)
@@ -113,17 +119,34 @@ class PostgresGauges:
                 extra={"action": "metrics_failed", "reason": reason},
             )
             return None
-        self._offset = answer[0] - (began + time()) / 2
-        return answer
+        self._offset = snapshot[0] - (began + ended) / 2
+        return [*snapshot, ages]
 
 
-def _capped(active: Sequence[tuple[str, str, int]]) -> dict[Labels, list[float]]:
-    """Counts by queue and state; those of the queues with the fewest runs as `other`."""
+def _named(active: Sequence[tuple[str, str, int]]) -> frozenset[str]:
+    """The queues that get a series of their own: those with the most runs."""
     sizes: dict[str, int] = {}
     for queue, _, runs in active:
         sizes[queue] = sizes.get(queue, 0) + runs
-    named = set(sorted(sizes, key=lambda queue: (-sizes[queue], queue))[:MAX_QUEUE_SERIES])
+    return frozenset(sorted(sizes, key=lambda queue: (-sizes[queue], queue))[:MAX_QUEUE_SERIES])
+
+
+def _counts(
+    active: Sequence[tuple[str, str, int]], named: frozenset[str]
+) -> dict[Labels, list[float]]:
+    """Counts by queue and state, the sum of the queues without a series as `other`."""
     found: dict[Labels, list[float]] = {}
     for queue, state, runs in active:
         found.setdefault((queue if queue in named else "other", state), [0.0])[0] += runs
+    return found
+
+
+def _oldest(
+    seconds: Sequence[tuple[str, float]], named: frozenset[str]
+) -> dict[Labels, list[float]]:
+    """Ages by queue, the greatest of the queues without a series as `other`."""
+    found: dict[Labels, list[float]] = {}
+    for queue, age in seconds:
+        oldest = found.setdefault((queue if queue in named else "other",), [0.0])
+        oldest[0] = max(oldest[0], age)
     return found

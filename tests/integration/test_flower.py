@@ -146,11 +146,12 @@ def test_beyond_this_machine_it_asks_for_a_password_or_oauth(
 
 
 def test_runs_are_tasks_and_steps_their_children(
-    beatless: Kit, flower: Callable[..., FlowerClient]
+    beatless: Kit, flower: Callable[..., FlowerClient], tmp_path: Path
 ) -> None:
     before = beatless.start_run("two_steps", {"card": "4111"}).run_id
     beatless.work_until_idle()
-    client = flower("--page-url", "http://page.example/", "--read-only")
+    client = flower("--page-url", "http://page.example/", "--read-only", "--log-format", "json")
+    until(lambda: '"logger": "kombu.mixins"' in (tmp_path / "flower.log").read_text())
     client.tasks_when(lambda tasks: tasks.get(before, {}).get("state") == "SUCCESS")
 
     ended = beatless.start_run("half", {"card": "4111"}).run_id

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,6 +24,14 @@ from tests.integration.test_relay import lose_messages
 
 APP = "tests.plans:app"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+AUTOSCALE = (
+    Path(__file__).parents[2]
+    / "deploy"
+    / "kubernetes"
+    / "overlays"
+    / "production"
+    / "autoscale.yaml"
+)
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -256,7 +265,7 @@ def test_every_metric_is_documented(beatless_app: App) -> None:
     documented = set(re.findall(r"`(beatless_[a-z_]+)", DOCUMENT.read_text()))
 
     assert {name.removesuffix("_total").removesuffix("_info") for name in documented} == names
-    assert len(names) == 27
+    assert len(names) == 28
 
 
 def test_every_source_of_a_waking_is_documented(beatless_app: App) -> None:
@@ -306,6 +315,36 @@ def test_queues_that_are_paused_or_that_no_worker_consumes_can_be_told_apart(
         assert found.value("beatless_queue_workers", queue=queue) == (queue == "slow")
     for reason in ("lease", "unclaimed", "broker_lost", "refused"):
         assert found.value("beatless_redispatch_total", reason=reason) == 0
+
+
+def test_the_oldest_due_run_of_each_queue_is_told_but_not_of_a_paused_one(
+    beatless: Kit, beatless_app: App
+) -> None:
+    create_api(beatless_app)
+    for queue in ("default", "mail", "paused"):
+        beatless.start_run("two_steps", queue=queue)
+    beatless.start_run("two_steps", queue="later", delay=3600)
+    beatless.client.pause_queue("paused")
+    beatless.drain_outbox_once()  # a message that was sent is not claimed by that
+    beatless.advance(90)
+    beatless.start_run("two_steps", queue="mail")
+
+    found = scrape(beatless_app.metrics.registry)
+
+    name = "beatless_queue_oldest_due_seconds"
+    assert 90 <= (found.value(name, queue="mail") or 0) < 3600
+    assert 90 <= (found.value(name, queue="default") or 0) < 3600
+    assert found.value(name, queue="later") == 0
+    assert found.value(name, queue="paused") is None
+    assert counted_by_the_autoscaler(beatless_app) == 3
+
+
+def counted_by_the_autoscaler(app: App) -> int:
+    """The runs that the query of the production overlay counts."""
+    (trigger,) = next(iter(yaml.safe_load_all(AUTOSCALE.read_text())))["spec"]["triggers"]
+    query = trigger["metadata"]["query"].replace("beatless.", f"{app.settings.schema}.")
+    with app.engine.connect() as connection:
+        return int(connection.exec_driver_sql(query).scalar_one())
 
 
 def test_threads_lose_no_count() -> None:
