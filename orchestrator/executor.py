@@ -181,7 +181,7 @@ class Executor:
         """Announce that the run of a message was not ours to execute."""
         self.observer(NotClaimed(run_id=run_id))
         logger.info(
-            "message ignored: the run is finished, leased, delayed or paused",
+            "message ignored: the run is finished, leased, delayed, paused or of another database",
             extra={"action": "not_claimed", "run_id": run_id, "dispatch": dispatch},
         )
 

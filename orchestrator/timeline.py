@@ -1,6 +1,7 @@
 """The timeline of a run for operators: its journal and rows as sentences."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -234,11 +235,17 @@ def stands_at(events: Sequence[Event]) -> str | None:
     return promised or place
 
 
+def _worker(name: str | None) -> str:
+    """The name of a worker, with the process that it names: a person may have to end that."""
+    found = re.fullmatch(r"(.+):([0-9]+):[^:]+", name or "")
+    return f"{name}, which is process {found[2]} on {found[1]}" if found else str(name)
+
+
 def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iterator[Moment]:
     now = _ms(status.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
-        text = f"claimed {often} by {run.worker}"
+        text = f"claimed {often} by {_worker(run.worker)}"
         if status.lease_expires_at is not None:
             left = (status.lease_expires_at - status.now).total_seconds()
             text += f"; the lease ends in {left:.1f} s" if left > 0 else "; the lease has run out"
@@ -254,7 +261,8 @@ def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iter
             "delayed": waits,
             "sent": "was sent to the broker, and no worker has claimed it yet: none consumes the "
             f"queue {run.queue}, none was free, or the one that took it does not know the plan "
-            "(`beatless doctor --check workers`)",
+            "(`beatless doctor --check workers`) or is of another database "
+            '(`--check "shared broker"`)',
             "running": "is executed",
         }.get(state, state)
         when = f"in {left:.1f} s" if left > 0 else "now"

@@ -138,7 +138,11 @@ def test_explain_is_a_timeline_and_json_lines(command: Command, beatless: Kit) -
 
     lines = command("explain", done.run_id).splitlines()
     assert [line.split()[-1] for line in lines if " attempt " in line] == ["finished"] * 2
-    assert "claimed once by" in lines[-2]
+    worker = beatless.client.get_run(done.run_id).worker
+    assert worker is not None
+    host, pid, _ = worker.rsplit(":", 2)
+    assert f"claimed once by {worker}, which is process {pid} on {host}" in lines[-2]
+    assert int(pid) == os.getpid()
     assert "6 of 6 events are published" in lines[-1]
     assert command("explain", done.run_id, "--json").count('"kind": "attempt"') == 2
 

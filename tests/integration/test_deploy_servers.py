@@ -170,15 +170,21 @@ def test_redis_takes_the_file_of_users(roles: Roles, tmp_path: Path) -> None:
     (directory / "password").write_text("doorkeeper")
     settings = {"aclfile": str(tmp_path / "users.acl")}
     with EmbeddedValkey(directory, settings=settings) as server:
-        settings = {
-            variable: f"redis://{user}:change-me-{user}@127.0.0.1:{server.port}/0"
-            for variable, user in (("redis_url", "relay"), ("broker_url", "broker"))
-        }
-        looking = App(Settings(database_url=roles.url("app"), **settings), PLANS)
         checks = ("redis", "eviction", "output buffers", "shared broker", "clocks")
-        for finding in Doctor(looking).examine(checks):
-            assert finding.status in (Status.OK, Status.SKIPPED), finding
-        looking.close()
+        made = {}
+        for user, broker in (("relay", "broker"), ("admin", "admin")):
+            settings = {
+                variable: f"redis://{name}:change-me-{name}@127.0.0.1:{server.port}/0"
+                for variable, name in (("redis_url", user), ("broker_url", broker))
+            }
+            looking = App(Settings(database_url=roles.url("app"), **settings), PLANS)
+            found = list(Doctor(looking).examine(checks))
+            looking.close()
+            for finding in found:
+                assert finding.status in (Status.OK, Status.SKIPPED), finding
+            made[user] = {each.check for each in found if each.status is Status.OK}
+        assert "shared broker" in made["relay"]
+        assert made["admin"] == set(checks)
 
         def client(user: str) -> "redis.Redis":
             return redis.Redis(
