@@ -59,6 +59,13 @@ REDIS_TIMEOUTS: dict[str, Any] = {
 PUBLISH_TIMEOUTS = {"socket_timeout": 2, "socket_connect_timeout": 1}
 """A relay dispatches nothing while it publishes events."""
 
+VERSION = metadata.version("beatless")
+
+
+def session_name(*process: str) -> str:
+    """The application name of a session in Postgres, with the version: an upgrade looks for it."""
+    return " ".join(("beatless", *process, VERSION))
+
 
 class App:
     """Your plans and where they run. Opens no connection before something is done with it.
@@ -120,14 +127,14 @@ class App:
         direct, password = not settings.pooled, settings.password("database")
         self.engine = engine(
             settings.database_url,
-            "beatless",
+            session_name(),
             direct=direct,
             password=password,
             isolation_level="READ COMMITTED",
         )
         # No more than there are steps at a time: one must not wait for the end of another.
         self._steps_engine = engine(
-            settings.database_url, "beatless", direct=direct, password=password, pool_size=0
+            settings.database_url, session_name(), direct=direct, password=password, pool_size=0
         )
         self._relays_redis: list[redis.Redis] = []
         self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
@@ -226,7 +233,7 @@ class App:
         }
         bounded = engine(
             self.settings.database_url,
-            "beatless",
+            session_name(),
             direct=not self.settings.pooled,
             session=OWN | limits,
             isolation_level="READ COMMITTED",
@@ -284,7 +291,7 @@ class App:
 
         return connect_directly(
             self.settings,
-            f"beatless relay {metadata.version('beatless')}",
+            session_name("relay"),
             DirectConnection,
             prepare_threshold=1,
         )

@@ -61,7 +61,8 @@ def migrate(
     if env.as_json:
         env.document({"schema": schema, "migration": found})
     else:
-        click.echo(f"schema {schema} is at migration {found}")
+        history = ", and a new history has begun" if restored else ""
+        click.echo(f"schema {schema} is at migration {found}{history}")
 
 
 @contextmanager

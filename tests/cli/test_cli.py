@@ -459,7 +459,9 @@ def test_people_can_tell_that_the_database_is_a_copy(command: Beatless, beatless
 
     assert command("migrate").status == 0
     assert beatless.client.epoch() == epoch
-    assert command("migrate", "--restored").status == 0
+    restored = command("migrate", "--restored")
+    assert restored.status == 0
+    assert restored.out.rstrip().endswith(", and a new history has begun")
 
     after = beatless.client.epoch()
     assert after.rpartition("t")[0] != epoch.rpartition("t")[0]

@@ -56,3 +56,13 @@ def test_who_reads_runs_of_the_default_namespace_sees_it(
     tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
     _, api.token = tokens.create(scopes, namespace=namespace)
     assert api("GET", "/v1/system").status == status
+
+
+def test_sessions_of_every_process_name_its_version(beatless: Kit, beatless_app: App) -> None:
+    version = metadata.version("beatless")
+    with beatless_app.engine.connect() as connection:
+        name = connection.exec_driver_sql("SHOW application_name").scalar()
+    assert name == f"beatless {version}"
+    with beatless_app.bounded_engine(lock_s=1, statement_s=1).connect() as connection:
+        name = connection.exec_driver_sql("SHOW application_name").scalar()
+    assert name == f"beatless {version}"
