@@ -96,7 +96,7 @@ class FunctionExecution(Execution):
 
     def _resume(self) -> Part:
         lease = self._lease
-        if lease.waited is None and lease.run.attempt > 1:
+        if lease.waited is None and lease.run.attempt > 1 and not lease.cancelled:
             yield from self._settle(self._boundaries.taken_over())
             self._last_seq += 1
         if lease.late and not lease.cancelled:
@@ -247,6 +247,8 @@ class FunctionExecution(Execution):
             case Call():
                 values = self._values()
                 self._last_seq += 2 + len(values)
+                if isinstance(said.step, Step):
+                    said.starts = 1
                 return self._boundaries.joined(progress, outcome, values, said)
             case Ended() | Broken():
                 return self._last(said, [outcome])
@@ -288,6 +290,4 @@ class FunctionExecution(Execution):
         place = self._place()
         if isinstance(place.step, Wait):
             place.begin_wait(place.step, end.last_seq)
-        else:
-            place.starts = 1
         return place

@@ -30,7 +30,7 @@ from beatless.doctor import Doctor, Status
 from beatless.http import Client
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import PlanError
-from beatless.orchestrator.progress import CHANGED_CALL, FOLDED, SNOOZED, UNKNOWN_STEP
+from beatless.orchestrator.progress import CHANGED_CALL, FOLDED, SNOOZED, UNKNOWN_STEP, VALUE
 from beatless.outbox.faults import SimulatedCrash
 from beatless.places import places
 from beatless.testing import Kit
@@ -193,7 +193,23 @@ def test_a_cancel_between_the_steps_of_a_function_is_followed_by_its_undoing(
     assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
     finished = beatless.client.events(run.run_id)[-2]
     assert (finished.step, finished.data["result"]) == ("undo", ["reserve"])
+    traces = [e.data["name"] for e in beatless.client.events(run.run_id) if e.type == "DebugTrace"]
+    assert traces == [VALUE]  # no claim has died
     beatless.verify()
+
+
+def test_the_attempts_of_a_step_that_begins_with_the_end_of_another_are_counted_from_1(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("order", {"lines": [200]})
+    beatless.work_until_idle()
+    beatless.advance(10)
+    beatless.work_until_idle()
+    events = beatless.client.events(run.run_id)
+    started = [(e.step, e.attempt) for e in events if e.type == "StepStarted"]
+    ended = [(e.step, e.attempt) for e in events if e.type in ("StepFinished", "StepFailed")]
+    assert started == ended
+    assert started[:3] == [("reserve", 1), ("charge", 1), ("charge", 2)]
 
 
 def other(ask: Callable[[RunContext[Any]], Any], **options: Any) -> Plan:

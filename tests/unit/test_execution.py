@@ -109,7 +109,8 @@ class Journal:
         return Committed(cancelled=self.cancelled, last_seq=last_seq)
 
     def claim(self, *, begun: bool = False, late: bool = False) -> Lease:
-        waited = 0.0 if self.state is RunState.QUEUED else None
+        # A cancel makes the run due, and leaves no time since when.
+        waited = 0.0 if self.state is RunState.QUEUED and not self.cancelled else None
         self.state = RunState.RUNNING
         self.claims += 1
         if begun:

@@ -68,6 +68,20 @@ def test_a_wait_begins_with_the_end_of_a_step_and_ends_with_the_start_of_the_nex
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_begins_with_the_end_of_another_or_of_a_wait_is_at_its_first_attempt(
+    kind: str,
+) -> None:
+    journal = Journal(KINDS[kind])
+    work(journal)
+    journal.inbox.append(("refused", None))
+    work(journal)
+    started = [event.attempt for event in journal.events if event.type == "StepStarted"]
+    ended = [event.attempt for event in journal.events if event.type == "StepFinished"]
+    assert started == ended == [1] * len(ended)
+    assert len(ended) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_time_out_gives_none(kind: str) -> None:
     journal = Journal(KINDS[kind])
     work(journal)
@@ -266,6 +280,7 @@ def test_a_cancelled_run_that_waits_is_undone_without_a_call_of_its_function() -
     assert seen == [["double"]]
     assert journal.state is RunState.CANCELLED
     assert journal.calls[-3:] == ["StepStarted undo", "StepFinished undo", "RunFinished"]
+    assert "DebugTrace" not in journal.types  # no claim has died
 
 
 def test_a_cancel_wins_over_a_signal_that_came_before_the_boundary() -> None:
