@@ -31,6 +31,11 @@ What the journal, the relay and the streams could reach at best is in
 [benchmarks](../benchmarks/README.md), what breaks under faults in [reliability](reliability.md).
 """
 
+IN_SHORT = """\
+Beside other systems, on the same servers in the same minutes; what each does less or more, and
+how it is measured, is in [performance](docs/performance.md). `make bench-peers` repeats it on your
+machine."""
+
 NONE_YET = "\nNo result is stored yet: run `make bench-peers`.\n"
 
 HOW = """
@@ -127,7 +132,8 @@ def readme(text: str, results: Results) -> str:
         if set(cells) == {"-"}:
             continue
         rows.append(f"| {_name(peer)} | {' | '.join(cells)} |")
-    made = ["", *rows, "", "![The medians as bars](docs/images/performance.svg)", ""]
+    bars = "![The medians as bars](docs/images/performance.svg)"
+    made = ["", IN_SHORT, "", *rows, "", bars, ""]
     begin, end = (text.index(mark) for mark in (BEGIN, END))
     return "\n".join([text[:begin] + BEGIN, *(made if len(rows) > 2 else []), text[end:]])
 
