@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from http import HTTPStatus
 from typing import Any
 
@@ -127,8 +128,13 @@ def install(api: FastAPI) -> None:
         headers = dict(error.headers or {})
         cause = error.__cause__
         if isinstance(cause, RecursionError | ValueError):  # FastAPI could not read a body
-            deep = isinstance(cause, RecursionError)
-            problem = f"is nested deeper than {NESTING} levels" if deep else f"is not JSON: {cause}"
+            if isinstance(cause, RecursionError):
+                problem = f"is nested deeper than {NESTING} levels"
+            elif isinstance(cause, json.JSONDecodeError | UnicodeDecodeError):
+                problem = f"is not JSON: {cause}"
+            else:
+                most = sys.get_int_max_str_digits()
+                problem = f"has an integer of more than {most} digits: send it as a string"
             return document(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body {problem}", headers)
         return document(HTTPStatus(error.status_code), str(error.detail), headers)
 

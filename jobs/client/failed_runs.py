@@ -180,6 +180,7 @@ class FailedRunCalls(BaseClient):
                 queue=run.queue,
                 deadline=run.deadline_at - run.created_at if run.deadline_at else None,
             )
+            checked = self._checked(request)
             events = self._journal.read(caller, run.run_id)
             plan = self._plans[run.plan]
             given = run.input
@@ -188,7 +189,7 @@ class FailedRunCalls(BaseClient):
             # Its options were checked when it was started, maybe by the rules of an older release.
             # Its input is not the plan's default of today if it is null.
             new = replace(
-                self._checked(request),
+                checked,
                 retry_of=run.run_id,
                 input=encode(given, where="its input", limit=self._journal.max_event_bytes),
                 **run.stored_options(),

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import exc
 
 from beatless import App
@@ -105,6 +106,8 @@ def test_it_ends_when_it_is_asked_though_its_broker_is_gone(
         )
         child.start()
         child.wait_ready()
+        with redis.Redis.from_url(valkey.url) as client:  # it hears Celery's events, and ours
+            until(lambda: client.pubsub_numpat() >= 2)
     until(lambda: "Failed to capture events" in child.log.read_text())
     os.kill(child.pid, number)
     try:

@@ -4,6 +4,7 @@ Counted are statements, transactions and round trips on the wire, bytes to Postg
 commands and bytes to Redis, and calls of Python functions: processor time is mostly these.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from beatless.orchestrator.executor import no_scope
 from beatless.testing import Kit
 from tests.integration.test_groups import Together, be_patient
 
-REPEATS = 5
+REPEATS, MOST_REPEATS = 5, 60
 """Measurements, of which the least counts: a page that is split or logged in whole is chance."""
 
 
@@ -129,26 +130,27 @@ def calls_of(act: Callable[[], object]) -> int:
     return calls
 
 
-def log_bytes(connection: psycopg.Connection[Any]) -> int:
-    """Bytes that this session has written to the log of Postgres so far."""
+def logged(connection: psycopg.Connection[Any]) -> tuple[int, int]:
+    """Bytes that this session has written to the log of Postgres so far, and whole pages."""
     connection.execute("SELECT pg_stat_force_next_flush()")
     connection.rollback()
-    ((found,),) = connection.execute(
-        "SELECT wal_bytes FROM pg_stat_get_backend_wal(pg_backend_pid())"
+    ((size, pages),) = connection.execute(
+        "SELECT wal_bytes, wal_fpi FROM pg_stat_get_backend_wal(pg_backend_pid())"
     ).fetchall()
     connection.rollback()
-    return int(found)
+    return int(size), int(pages)
 
 
 def cost_of(act: Callable[[], object], connection: psycopg.Connection[Any], path: Path) -> Cost:
     """What it costs this session and this thread."""
-    before = log_bytes(connection)
+    size, pages = logged(connection)
     with path.open("w+") as file:
         connection.pgconn.trace(file.fileno())
         calls = calls_of(act)
         connection.pgconn.untrace()
         file.seek(0)
         said = file.read()
+    size_after, pages_after = logged(connection)
     transactions, within = 0, False
     for tag in re.findall(r"B\t\d+\tCommandComplete\t \"([A-Z]+)", said):
         within = tag == "BEGIN" or (within and tag != "COMMIT")
@@ -158,12 +160,17 @@ def cost_of(act: Callable[[], object], connection: psycopg.Connection[Any], path
         transactions=transactions,
         answers=said.count("ReadyForQuery"),
         sent_bytes=sum(int(size) for size in re.findall(r"F\t(\d+)\t", said)),
-        log_bytes=log_bytes(connection) - before,
+        # A page is written whole after a checkpoint, which any test beside this one may cause.
+        log_bytes=size_after - size if pages_after == pages else math.inf,
         calls=calls,
     )
 
 
-def least(costs: list[Cost]) -> Cost:
+def least(sample: Callable[[], Cost]) -> Cost:
+    """Of some samples, of which one at least wrote no page whole."""
+    costs = [sample() for _ in range(REPEATS)]
+    while all(cost.log_bytes == math.inf for cost in costs) and len(costs) < MOST_REPEATS:
+        costs.append(sample())
     return Cost(
         **{each.name: min(getattr(cost, each.name) for cost in costs) for each in fields(Cost)}
     )
@@ -171,18 +178,20 @@ def least(costs: list[Cost]) -> Cost:
 
 def executed(together: Together, plan: str, runs: int, path: Path) -> Cost:
     """The cost of each of so many runs, of which the first has a message."""
-    found: list[Cost] = []
-    for repeat in range(REPEATS + 2):
+
+    def sample() -> Cost:
         ids = [together.kit.start_run(plan, n).run_id for n in range(runs)]
         cost = cost_of(
-            lambda: together.worker.execute(together.kit.app.plans[plan], ids[0], 1),  # noqa: B023
+            lambda: together.worker.execute(together.kit.app.plans[plan], ids[0], 1),
             together.executor.connection(),
             path,
         )
         assert all(state.final for state in together.states(ids))
-        if repeat >= 2:  # what is prepared and cached at first is not counted
-            found.append(cost.of_each(runs))
-    return least(found)
+        return cost.of_each(runs)
+
+    for _ in range(2):  # what is prepared and cached at first is not counted
+        sample()
+    return least(sample)
 
 
 @pytest.mark.parametrize(("plan", "runs"), OF_A_RUN)
@@ -209,12 +218,11 @@ def test_a_start_costs_no_more_than(beatless_app: App, tmp_path: Path) -> None:
     for _ in range(6):  # until it is prepared
         beatless_app.client.start_run("five_steps")
     path = tmp_path / "trace"
-    costs = [
-        cost_of(lambda: beatless_app.client.start_run("five_steps"), driver[0], path)
-        for _ in range(REPEATS)
-    ]
+    cost = least(
+        lambda: cost_of(lambda: beatless_app.client.start_run("five_steps"), driver[0], path)
+    )
     beatless_app.engine.dispose()
-    assert not least(costs).exceeds(OF_A_START), least(costs)
+    assert not cost.exceeds(OF_A_START), cost
 
 
 def test_the_relay_of_a_run_costs_no_more_than(
