@@ -555,5 +555,6 @@ def test_the_schema_of_a_declared_input_is_told_over_http(beatless: Kit) -> None
             told = {each["name"]: each for each in json.load(answer)["plans"]}
         assert told["send"]["input"]["required"] == ["weight"]
         assert told["order"]["input"] == {}
+        assert told["order"]["function"] is True
         with pytest.raises(BadPayload, match=r"the run's input\.weight"):
             client.start_run("send", {"to": "Gent"})

@@ -32,6 +32,7 @@ def list_plans(client: Reader, request: Request) -> dict[str, Any]:
                 "steps": [each.name for each in plan.elements],
                 "on_cancel": None if plan.on_cancel is None else plan.on_cancel.name,
                 "renamed": plan.renamed,
+                "function": isinstance(plan, FunctionPlan),
                 "input": plan.input.schema() if isinstance(plan, FunctionPlan) else {},
             }
             for plan in services_of(request).app.plans.values()

@@ -201,8 +201,13 @@ export async function showRun(page, runId) {
       }
       if (links.flower) entries.push(["In", el("a", { href: `${links.flower.replace(/\/$/, "")}/task/${encodeURIComponent(runId)}` }, "Flower")]);
       const lacking = final || !story.place ? null : story.place.split("#")[0];
-      if (lacking && plan && !known.has(lacking)) {
+      // The code of a function alone knows all of its steps and waits, but for its `on_cancel` step.
+      if (lacking && plan && (!plan.function || lacking === story.undo) && !known.has(lacking)) {
         entries.push(["Waits in", el("span", { id: "unknown-step" }, el("code", {}, story.place), ", which this version of the plan does not have")]);
+      } else if (story.wait && !final && !stopping) {
+        const { names, until } = story.wait.data;
+        entries.push(["Waits for", el("span", { id: "waits-for" }, names?.join(" or ") ?? "its time",
+          ...(until ? [names ? ", until " : ": until ", time(new Date(until).toISOString())] : []))]);
       }
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
