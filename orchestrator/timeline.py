@@ -178,8 +178,8 @@ def _waited(started: Event, finished: Event) -> Moment:
     """A wait of the plan, from its beginning to its end."""
     outcome = str((finished.data or {}).get("outcome"))
     text = {
-        WaitOutcome.RECEIVED.value: f"waited for {named_waits(started)}: it was received",
-        WaitOutcome.TIMED_OUT.value: f"waited for {named_waits(started)}: it was timed out",
+        WaitOutcome.RECEIVED.value: f"waited for {named_waits(started)}, and received it",
+        WaitOutcome.TIMED_OUT.value: f"waited for {named_waits(started)} until its time-out",
         WaitOutcome.SLEPT.value: "slept",
     }.get(outcome, f"waited: {outcome}")
     return Moment(

@@ -85,7 +85,7 @@ def resume(env: Environment, queue: str) -> None:
 @click.argument("queue", metavar="Q")
 @click.pass_obj
 def drain(env: Environment, queue: str) -> None:
-    """Take away the runs of queue Q that wait or are delayed; prints how many."""
+    """Take away the runs of queue Q that no worker has, begun or not; prints how many."""
     removed = env.client.drain_queue(queue)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 

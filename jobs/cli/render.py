@@ -89,7 +89,9 @@ def moment(found: Moment, since: int) -> str:
     """One line of a timeline: seconds since the start, how long it took, what, and in words."""
     elapsed = (found.at - since) / 1000
     took = "" if found.seconds is None else f"{found.seconds:.3f}s"
-    what = found.kind if found.step is None else f"{found.step} attempt {found.attempt}"
+    what = found.kind
+    if found.step is not None:
+        what = found.step if found.attempt is None else f"{found.step} attempt {found.attempt}"
     text = escape(f"{what:<24}  {plain(found.text)}")
     return f"[dim]{elapsed:>9.3f}s  {took:>9}[/]  {text}"
 

@@ -259,7 +259,7 @@ def test_explain_says_what_a_run_waits_for_and_how_it_ended(beatless: Kit, name:
     beatless.signal(run.run_id, "refused")
     beatless.work_until_idle()
     assert "signal refused was received" in told()
-    assert "waited for signal paid or refused: it was received" in told()
+    assert "waited for signal paid or refused, and received it" in told()
 
 
 def test_a_run_of_a_function_that_waits_is_found_and_a_changed_one_is_told(beatless: Kit) -> None:
