@@ -6,7 +6,6 @@ commands and bytes to Redis, and calls of Python functions: processor time is mo
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from beatless.orchestrator import group as groups
 from beatless.orchestrator.executor import no_scope
 from beatless.testing import Kit
 from tests.integration.test_groups import Together, be_patient
+from tests.integration.test_relay_cost import calls_of
 
 REPEATS, MOST_REPEATS = 5, 60
 """Measurements, of which the least counts: a page that is split or logged in whole is chance."""
@@ -116,22 +116,6 @@ def together(beatless: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Togethe
     found.executor.scope = no_scope  # a test before this one may have switched tracing on
     yield found
     found.executor.disconnect()
-
-
-def calls_of(act: Callable[[], object]) -> int:
-    """Python functions that are called within, by this thread."""
-    calls = 0
-
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        act()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def logged(connection: psycopg.Connection[Any]) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class TestGathering:
 
 
 def calls_of(act: Callable[[], object]) -> int:
-    """Python functions that are called within."""
+    """Python functions that are called within, by this thread."""
     calls = 0
 
     def count(_frame: object, event: str, _argument: object) -> None:
