@@ -137,6 +137,9 @@ class Executor:
         """Redacts the facts of an error for the log; None: all of them, with the traceback."""
         self.redispatch_s = redispatch_s
         self.pace = pace or Pace()
+        self.body_s = 0.0
+        """Seconds that bodies have taken here, without their traces and looks for a cancel: these
+        take as long in a group as alone."""
         self._connect = connect
         self._connection: Connection | None = None
 
@@ -394,8 +397,8 @@ class RunDriver:
             raise AttemptEnded(self._end_of_body(attempt, error, transaction)) from error
         finally:
             self._writer.close()
-            # Without its traces and looks for a cancel: they take as long in a group as alone.
             taken_s = monotonic() - self._writer.asked_s - began
+            self._executor.body_s += taken_s
             self._executor.pace.note(self._plan, request.step, taken_s)
 
     def _end_of_body(

@@ -137,12 +137,12 @@ class Group:
         executor = self._executor
         if executor.stopping.is_set():
             self._hand_back(self._members, executor.connection)
-        began = monotonic()
+        began = executor.body_s
         for member in list(self._members):
             turn = member.turn
             if isinstance(turn, RunBody) and executor.pace.is_short(member.plan, turn.step):
                 self._act(member, None)
-                if monotonic() - began >= ROUND_S:
+                if executor.body_s - began >= ROUND_S:
                     break
         if not self._commit(self._members, executor.connection):
             self._act_alone()

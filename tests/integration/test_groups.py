@@ -15,7 +15,9 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, RunState, StepContext, retry, step
 from beatless.cli.demo import without_handbacks
+from beatless.orchestrator import executor as executors
 from beatless.orchestrator import group as groups
+from beatless.orchestrator import leased_writer
 from beatless.orchestrator.board import CHILDREN, SLOTS, slots_of
 from beatless.orchestrator.observer import Claimed, Settled
 from beatless.orchestrator.pace import Pace
@@ -507,6 +509,31 @@ def test_a_commit_of_several_runs_without_an_answer_is_neither_repeated_nor_lost
     settled = [s.lease.run.run_id for s in proxied.signals if isinstance(s, Settled)]
     assert sorted(settled) == sorted(ids * 2)
     proxied.kit.verify()
+
+
+def test_traces_of_bodies_end_no_round_and_make_no_step_a_long_one(
+    together: Together, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each commit of one takes half a round, by a clock that only they move."""
+    now = 0.0
+    for module in (groups, executors, leased_writer):
+        monkeypatch.setattr(module, "monotonic", lambda: now)
+    monkeypatch.setattr(groups, "ROUND_S", 0.02)
+    append = together.executor.journal.append
+
+    def slowly(*arguments: Any) -> Any:
+        nonlocal now
+        now += 0.01
+        return append(*arguments)
+
+    monkeypatch.setattr(together.executor.journal, "append", slowly)
+    together.executor.pace = Pace()
+    ACTS.update(dict.fromkeys("abcdefgh", lambda ctx: ctx.trace("seen")))
+    together.execute("a")  # its steps are known from now on
+    ids = together.execute(*"abcdefgh")
+    assert written == [8, 8]
+    assert together.states(ids) == [RunState.COMPLETED] * 8
+    together.kit.verify()
 
 
 def test_a_group_of_one_is_executed_as_any_run(together: Together, written: list[int]) -> None:

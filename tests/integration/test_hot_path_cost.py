@@ -78,6 +78,17 @@ OF_A_RUN = {
         log_bytes=6_300,
         calls=1_830,
     ),
+    ("traced", 1): Cost(
+        statements=10, transactions=7, answers=10, sent_bytes=3_500, log_bytes=5_800, calls=3_100
+    ),
+    ("traced", 16): Cost(
+        statements=26 / 16,
+        transactions=22 / 16,
+        answers=25 / 16,
+        sent_bytes=2_600,
+        log_bytes=7_000,
+        calls=2_050,
+    ),
 }
 """For the worker, of each of so many runs that are executed together.
 
@@ -100,11 +111,18 @@ def numbered(number: int) -> Any:
     return body
 
 
+@step
+def s1(ctx: StepContext) -> int:
+    ctx.trace("seen", at=1)
+    return 1
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [
         Plan("job", [numbered(1)]),
         Plan("five_steps", [numbered(n) for n in range(1, 6)]),
+        Plan("traced", [s1, *(numbered(n) for n in range(2, 6))]),
     ]
 
 
