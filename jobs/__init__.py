@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     )
     from beatless.failures import Failure
     from beatless.observe.logs import JsonLines, TextLines
+    from beatless.orchestrator.async_context import AsyncStepContext
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
         BadPayload,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
 
 _MODULES = {
     "App": "beatless.app",
+    "AsyncStepContext": "beatless.orchestrator.async_context",
     "BadPayload": "beatless.orchestrator.errors",
     "BadRequest": "beatless.errors",
     "BadSetting": "beatless.errors",
@@ -111,6 +113,7 @@ _MODULES = {
 
 __all__ = [
     "App",
+    "AsyncStepContext",
     "BadPayload",
     "BadRequest",
     "BadSetting",

@@ -15,7 +15,12 @@ class AttemptEnded(Exception):
 
 
 def may_have_struck(step: Step, reply: Raised | Cancelled | Stopped | TransactionLost) -> bool:
-    """Whether the watchdog's exception struck in the body: in the middle of a commit, perhaps."""
+    """Whether the watchdog's exception struck in the body: in the middle of a commit, perhaps.
+
+    Not in a task, which is cancelled where it awaits something.
+    """
+    if step.is_async:
+        return False
     match reply:
         case Stopped():
             return True

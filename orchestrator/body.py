@@ -1,9 +1,11 @@
 """Calls the body of a step, in its transaction and in this process alone."""
 
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -11,11 +13,14 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal, StepTimeout
 from beatless.orchestrator.failure import is_a
 from beatless.orchestrator.leased_writer import AWAY
+from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.plan import Step
+from beatless.orchestrator.watchdog import Attempt
 
 TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
 """How Postgres ends the connection of a transaction that took too long: a failure of the step."""
@@ -42,6 +47,39 @@ def step_transaction(
         raise NoConnection(str(error)) from error
     with connection, connection.begin():
         yield connection
+
+
+def call_body(
+    step: Step,
+    context: StepContext,
+    attempt: Attempt,
+    loop: LoopThread,
+    wait: Callable[[Future[Any]], Any],
+) -> Any:
+    """Call a body in this thread, or in the loop if it is async: `wait` returns its result."""
+    if not isinstance(context, AsyncStepContext):
+        value = in_one_process(step, context)
+        if inspect.iscoroutine(value):
+            value.close()
+            raise Fatal(
+                f"step {step.name} is an ordinary function that returns a coroutine: perhaps a "
+                "decorator hides that it is async; make the function that it gives async def"
+            )
+        return value
+
+    async def body() -> Any:
+        try:
+            return await step.function(context)
+        finally:
+            await context.drained()
+
+    task = loop.begin(body, name=f"{context.run_id} {context.step}", leave_copy=leave_copy)
+    attempt.runs_as(task)
+    try:
+        return wait(task.done)
+    finally:
+        if not task.done.done():  # a signal ends this process
+            task.cancel()
 
 
 def in_one_process(step: Step, context: StepContext) -> Any:

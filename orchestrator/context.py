@@ -90,25 +90,12 @@ class StepContext:
 
         Raises BadPayload, LeaseLost if the run was taken, StepEnded after the end of the step.
         """
-        if "name" in data:
-            raise TypeError("a trace has its name already: call the datum something else")
-        self._append(
-            self._journal.new_event(
-                EventType.DEBUG_TRACE,
-                step=self.step,
-                attempt=self.attempt,
-                where=f"step {self.step}: trace {name!r}",
-                data={"name": name, **data},
-            )
-        )
+        self._append(self._trace_event(name, data))
 
     def progress(self, pct: float, note: str | None = None) -> None:
         """Trace the progress of the step, in percent. At most four a second are stored."""
-        now = monotonic()
-        if now < self._next_progress:
-            return
-        self._next_progress = now + PROGRESS_INTERVAL_S
-        self.trace("progress", pct=max(0.0, min(100.0, float(pct))), note=note)
+        if self._progress_is_due():
+            self.trace("progress", pct=in_percent(pct), note=note)
 
     def raise_if_cancelled(self) -> None:
         """Raise RunCancelled if a cancel was requested. Cheap enough for every turn of a loop.
@@ -124,6 +111,32 @@ class StepContext:
         now = monotonic()
         if not self._lease.cancelled and now >= self._next_cancel_check:
             self._next_cancel_check = now + CANCEL_CHECK_INTERVAL_S
-            self._lease.cancelled = self._check_cancel()
+            self._look_for_cancel()
         if self._lease.cancelled:
             raise RunCancelled(self.run_id)
+
+    def _look_for_cancel(self) -> None:
+        self._lease.cancelled = self._check_cancel()
+
+    def _trace_event(self, name: str, data: Mapping[str, Any]) -> NewEvent:
+        if "name" in data:
+            raise TypeError("a trace has its name already: call the datum something else")
+        return self._journal.new_event(
+            EventType.DEBUG_TRACE,
+            step=self.step,
+            attempt=self.attempt,
+            where=f"step {self.step}: trace {name!r}",
+            data={"name": name, **data},
+        )
+
+    def _progress_is_due(self) -> bool:
+        now = monotonic()
+        if now < self._next_progress:
+            return False
+        self._next_progress = now + PROGRESS_INTERVAL_S
+        return True
+
+
+def in_percent(pct: float) -> float:
+    """A progress as it is stored."""
+    return max(0.0, min(100.0, float(pct)))

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cache, partial
 from inspect import GEN_CLOSED, getgeneratorstate
@@ -12,15 +13,16 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
+from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.attempt_end import AttemptEnded, may_have_struck
 from beatless.orchestrator.body import (
     NoConnection,
+    call_body,
     check_transaction,
-    in_one_process,
     step_transaction,
     transaction_lost,
 )
-from beatless.orchestrator.boundaries import Conclusion, StepFailure
+from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import (
     DeadlineExceeded,
@@ -58,12 +60,13 @@ from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
-from beatless.orchestrator.observer import Claimed, NotClaimed, Settled, StepCommitted, TakenOver
+from beatless.orchestrator.loop_thread import LoopThread
+from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.pace import Pace
-from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Appended
+from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.settlement import Settlement
-from beatless.orchestrator.state import RunState
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.clock import monotonic
@@ -73,8 +76,6 @@ from beatless.outbox.observer import Observer, ignore
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-ShownError = Callable[[dict[str, Any]], dict[str, Any]]
 
 Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
 """Entered around the work on a run (no step) and around each attempt of a step (its occurrence).
@@ -114,13 +115,14 @@ class Executor:
         shown_error: ShownError | None = None,
         redispatch_s: float = 15.0,
         pace: Pace | None = None,
+        loop: LoopThread | None = None,
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
         `leaving` returns true if an exception in a body is there to end this process. A run that
         stands at a step which its plan does not have is given back for at most `redispatch_s`.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
-        `pace` is told how long each body takes.
+        `pace` is told how long each body takes. Async bodies run in `loop`.
         """
         self.journal = journal
         self.leases = leases
@@ -140,6 +142,7 @@ class Executor:
         self.body_s = 0.0
         """Seconds that bodies have taken here, without their traces and looks for a cancel: these
         take as long in a group as alone."""
+        self.loop = loop or LoopThread(observer=observer)
         self._connect = connect
         self._connection: Connection | None = None
 
@@ -154,6 +157,12 @@ class Executor:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
+        """The result of a body, within its limits of time."""
+        return self.limit(
+            attempt, lambda: call_body(step, context, attempt, self.loop, Future.result)
+        )
 
     def execute(self, plan: Plan, run_id: str, dispatch: int, *, max_steps: int = 0) -> bool:
         """Execute the remaining steps of a run; False if it was not ours to execute.
@@ -252,6 +261,9 @@ class RunDriver:
             if isinstance(plan, FunctionPlan)
             else partial(Execution, plan)
         )
+        self._report = RunReport(
+            plan, lease, observer=executor.observer, shown_error=executor.shown_error
+        )
         self._execution = kind(
             lease,
             max_event_bytes=executor.journal.max_event_bytes,
@@ -267,12 +279,8 @@ class RunDriver:
             connection=executor.connection,
             disconnect=executor.disconnect,
             stopping=executor.stopping,
-            on_commit=self._announce,
+            on_commit=self._report.committed,
         )
-        self._began: float | None = None
-        """When the attempt in flight was begun, by the monotonic clock."""
-        self._exception: BaseException | None = None
-        """The failure of the body, until it is announced."""
 
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
@@ -312,7 +320,7 @@ class RunDriver:
                 raise TypeError("a body is called within the scope of its attempt")
 
     def _commit(self, commit: Commit) -> Generator[Turn, Answer, Committed | Unstorable]:
-        self._report(commit.failure)
+        self._report.failed(commit.failure)
         try:
             appended = yield from self._settle(commit.settlement)
         except psycopg.DataError as error:
@@ -340,7 +348,7 @@ class RunDriver:
         executor, step = self._executor, request.step
         if (yield request) is HAND_BACK:
             return Stopped() if executor.stopping.is_set() else HandedBack()
-        self._began = monotonic()
+        self._report.begin()
         executor.faults.reach("step.before")
         try:
             with step_transaction(step, executor.engine) as transaction:
@@ -388,7 +396,7 @@ class RunDriver:
         self._writer.open(attempt)
         began = monotonic() - self._writer.asked_s
         try:
-            value = self._executor.limit(attempt, lambda: in_one_process(request.step, context))
+            value = self._executor.call(request.step, context, attempt)
             check_transaction(request.step, transaction)
             return request.conclude(value)
         except SimulatedCrash:
@@ -439,7 +447,7 @@ class RunDriver:
         @cache  # it may take the watchdog more than one try
         def settlement_of(reason: Exception) -> Settlement:
             commit = request.interrupted(reason)
-            self._report(commit.failure)
+            self._report.failed(commit.failure)
             return commit.settlement
 
         return Attempt(
@@ -460,80 +468,20 @@ class RunDriver:
         transaction: sqlalchemy.Connection | None,
         attempt: Attempt,
     ) -> StepContext:
-        return StepContext(
+        executor, step = self._executor, request.step
+        kind = (
+            partial(AsyncStepContext, lane=executor.loop.lane()) if step.is_async else StepContext
+        )
+        return kind(
             lease=self._lease,
             step=request.occurrence,
             key=request.key,
             attempt=request.attempt,
             results=request.results,
-            journal=self._executor.journal,
+            journal=executor.journal,
             append=lambda event: self._writer.append(attempt, event),
             check_cancel=lambda: self._writer.cancel_noticed(attempt, request.occurrence),
             connection=transaction,
             cancellable=not request.compensating,
             traceparent=traceparent,
         )
-
-    def _report(self, failure: StepFailure | None) -> None:
-        """Log the failure of an attempt."""
-        if failure is None:
-            return
-        self._exception = failure.error
-        extra = {
-            "action": "step_failed",
-            "run_id": self._run_id,
-            "step": failure.step,
-            "attempt": failure.attempt,
-            "retry_in": failure.retry_in,
-        }
-        shown = failure.facts
-        if self._executor.shown_error is not None:
-            shown = self._executor.shown_error(failure.facts)
-            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
-        shows_all = shown is failure.facts
-        try:
-            logger.warning(
-                "step failed", extra=extra, exc_info=failure.error if shows_all else None
-            )
-        except Exception:  # of a handler that looks at the error; it is the user's, and may raise
-            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
-            logger.warning("step failed, with an error that cannot be logged", extra=extra)
-
-    def _announce(self, settlement: Settlement, appended: Appended) -> None:
-        """Report a committed boundary to observers and the log."""
-        boundary = settlement.chosen(cancelled=appended.cancelled)
-        began = self._began
-        self._executor.observer(
-            Settled(
-                lease=self._lease,
-                events=boundary.events,
-                state=boundary.state,
-                reason=settlement.reason,
-                last_seq=appended.last_seq,
-                duration_s=None if began is None else monotonic() - began,
-                exception=self._exception,
-            )
-        )
-        self._began = self._exception = None
-        facts = {"run_id": self._run_id, "plan": self._plan.name, "seq": appended.last_seq}
-        if boundary.state.final:
-            logger.info(
-                "run finished",
-                extra={
-                    "action": "finished",
-                    "state": boundary.state.value,
-                    "seconds": round(self._lease.seconds, 6),
-                    **facts,
-                },
-            )
-        elif boundary.state is RunState.QUEUED:
-            logger.info(
-                "run waits",
-                extra={
-                    "action": "waits",
-                    "state": boundary.state.value,
-                    "reason": "cancel" if appended.cancelled else settlement.reason,
-                    "delay": boundary.delay_s,
-                    **facts,
-                },
-            )

@@ -44,10 +44,12 @@ def step_of(occurrence: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """An ordinary function that is checkpointed: once it has returned it never runs again."""
+    """A function that is checkpointed: once it has returned it never runs again."""
 
     name: str
     function: Callable[..., Any]
+    is_async: bool = False
+    """Whether the function is `async def`: it is called in the event loop of the process."""
     timeout: float | None = None
     retry: Retry = field(default_factory=Retry)
     transactional: bool = False
@@ -105,7 +107,9 @@ def step(
     `timeout` is seconds per attempt; then the attempt has failed, even if the function continues. A
     `transactional` step gets `ctx.connection`, whose work is committed together with its
     StepFinished. `terminate_on_cancel` ends a step that does not look for a cancel by itself.
-    Raises PlanError for a bad name, timeout or signature.
+    A function that is `async def` gets an AsyncStepContext; it runs in an event loop that the
+    process keeps, and is ended by a cancel of its task. It cannot be transactional. Raises
+    PlanError for a bad name, timeout or signature.
 
     >>> from beatless import retry, step
     >>> @step
@@ -135,9 +139,16 @@ def step(
                 f"step {label}: retry is {retry!r}; give it a policy: retry=retry(max_attempts=3)"
             )
         _check_body(label, function)
+        is_async = inspect.iscoroutinefunction(_body_of(function))
+        if is_async and transactional:
+            raise PlanError(
+                f"step {label} is async and transactional: ctx.connection is a connection that "
+                "would block the event loop; make it an ordinary function, which has a thread"
+            )
         return Step(
             name=label,
             function=function,
+            is_async=is_async,
             timeout=timeout,
             retry=retry or Retry(),
             transactional=transactional,
@@ -171,12 +182,7 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
             "function (in a class: put @step below nothing but @staticmethod, or outside)"
         )
     body = _body_of(function)
-    if inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body):
-        raise PlanError(
-            f"step {label} is async; steps are ordinary functions (Celery is sync): "
-            "call asyncio.run(…) in one"
-        )
-    if inspect.isgeneratorfunction(body):
+    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise PlanError(
             f"step {label} is a generator, whose body would not run; return its result "
             "instead of yielding, or make each part a step"

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 
@@ -36,6 +36,16 @@ RETRY_INTERVAL_S = 1.0
 """Seconds until the next try to record an end, while Postgres is away."""
 
 
+class Task(Protocol):
+    """A body that runs in an event loop."""
+
+    def cancel(self) -> None:
+        """Have it cancelled; called from another thread."""
+
+    def stack(self) -> list[str]:
+        """The lines of code at which it stands, the outermost first."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Attempt:
     """One call of a step's body, and the run's outcome if it must be ended."""
@@ -54,6 +64,8 @@ class Attempt:
     Raises psycopg.errors.LockNotAvailable, soon, if another transaction holds the run's row.
     """
     thread: int = field(default_factory=threading.get_ident)
+    task: Task | None = None
+    """The body, if it is async: it is cancelled instead of interrupted."""
     reason: Exception | None = None
     inside: bool = False
     interrupted: bool = False
@@ -71,12 +83,27 @@ class Attempt:
     def watched(self) -> bool:
         return self.ends_at is not None or self.terminate_on_cancel
 
+    def runs_as(self, task: Task) -> None:
+        """The body is this task from now on."""
+        with self.mutex:
+            self.task = task
+            if self.reason is not None:
+                task.cancel()
+
+    def stack(self) -> list[str]:
+        """The last lines of code at which the body stands."""
+        if self.task is not None:
+            return self.task.stack()[-3:]
+        frame = sys._current_frames().get(self.thread)
+        return [] if frame is None else traceback.format_stack(frame)[-3:]
+
 
 class Watchdog:
     """A thread that ends attempts that are late, or cancelled and marked for it.
 
     1. sleep until an attempt is late, or until it is time to check for a cancel
-    2. in a process of its own: raise an exception in the body, which may clean up for a second
+    2. in a process of its own: raise an exception in the body, which may clean up for a second;
+       an async body's task is cancelled, in any process, and may do the same
     3. commit the end of the attempt under its lease: from then on the body can write nothing
     4. in a process of its own: end the process. A thread cannot be ended; it goes on, fenced
 
@@ -252,7 +279,10 @@ class Watchdog:
                 return  # its outcome stands, and no code expects the signal any more
             attempt.reason = reason
             attempt.force_at = monotonic()
-            if attempt.interruptible:
+            if attempt.task is not None:
+                attempt.force_at += INTERRUPT_GRACE_S
+                attempt.task.cancel()
+            elif attempt.interruptible:
                 attempt.force_at += INTERRUPT_GRACE_S
                 signal.pthread_kill(attempt.thread, signal.SIGALRM)
 
@@ -260,9 +290,8 @@ class Watchdog:
         with attempt.mutex:
             if attempt.over:
                 return
-            frame = sys._current_frames().get(attempt.thread)
-            if frame is not None and not attempt.row_locked:
-                reason.add_note("it was here:\n" + "".join(traceback.format_stack(frame)[-3:]))
+            if not attempt.row_locked:
+                reason.add_note("it was here:\n" + "".join(attempt.stack()))
             attempt.settle(self._connected(), reason)
             attempt.fenced = attempt.lease.lost = True
             attempt.force_at = None

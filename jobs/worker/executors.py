@@ -16,15 +16,17 @@ from billiard.process import current_process
 from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board, slots_of
-from beatless.orchestrator.executor import Executor, Scope, ShownError, no_scope
+from beatless.orchestrator.executor import Executor, Scope, no_scope
 from beatless.orchestrator.fleet_watch import WORKER
 from beatless.orchestrator.group import GroupExecutor, GroupGuard
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
+from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.roster import Roster
+from beatless.orchestrator.run_report import ShownError
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -77,6 +79,7 @@ class Executors:
         self._watchdog: Watchdog | None = None
         self._guard: GroupGuard | None = None
         self._pace = Pace()
+        self._loop = LoopThread(observer=counts)
         self._closed = threading.Event()
         self.draining = Draining()
         self.board = Board()
@@ -161,6 +164,7 @@ class Executors:
             shown_error=self._shown_error,
             redispatch_s=self._settings.redispatch_seconds,
             pace=self._pace,
+            loop=self._loop,
             **options,
         )
 
@@ -184,6 +188,7 @@ class Executors:
             self._watchdog.stop()
         if self._guard is not None and self._pid == os.getpid():
             self._guard.stop()
+        self._loop.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

@@ -1,0 +1,203 @@
+"""The event loop of a process, in a thread of its own, for the bodies of `async def` steps.
+
+One loop for all threads and runs, for as long as the process lives: a client that a step has made
+is of use to the next one. A child that is forked makes its own.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from beatless.outbox import forks
+from beatless.outbox.observer import Observer, ignore
+from beatless.outbox.threads import LastingThread
+
+WRITERS = 4
+"""Threads, each with one write of a step in hand."""
+
+END_S = 1.0
+"""Seconds for which the end of the loop is waited for: a body may block it."""
+
+
+class BodyTask:
+    """One call of a coroutine function, as a task of the loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        body: Callable[[], Coroutine[Any, Any, Any]],
+        *,
+        name: str,
+        leave_copy: Callable[[BaseException | None], None],
+    ) -> None:
+        self.done: Future[Any] = Future()
+        """Its result or its exception, of any kind."""
+        self._loop = loop
+        self._body = body
+        self._name = name
+        self._leave_copy = leave_copy
+        self._task: asyncio.Task[None] | None = None
+        self._thread = 0
+        loop.call_soon_threadsafe(self._begin)  # in the context of this thread
+
+    def cancel(self) -> None:
+        """Cancel the task, from any thread."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def stack(self) -> list[str]:
+        """The lines of code at which it stands, the outermost first."""
+        found: list[tuple[FrameType, int]] = []
+        inner: Any = None if self._task is None else self._task.get_coro()
+        while (frame := getattr(inner, "cr_frame", None)) is not None:
+            found.append((frame, frame.f_lineno))
+            if inner.cr_running and inner.cr_await is None:  # it blocks the loop
+                running = sys._current_frames().get(self._thread)
+                found = list(traceback.walk_stack(running))[::-1]
+            inner = inner.cr_await
+        return traceback.StackSummary.extract(iter(found)).format()
+
+    def _begin(self) -> None:
+        self._thread = threading.get_ident()
+        self._task = self._loop.create_task(self._run(), name=self._name)
+        self._task.add_done_callback(self._ended)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        pid = os.getpid()
+        error: BaseException | None = None
+        value: Any = None
+        try:
+            value = await self._body()
+        except BaseException as raised:  # a SystemExit that left the task would end the loop
+            error = raised
+        if os.getpid() != pid:
+            self._leave_copy(error)
+        if error is not None:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(value)
+
+    def _ended(self, _task: asyncio.Task[None]) -> None:
+        if not self.done.done():  # cancelled before its first turn
+            self.done.set_exception(asyncio.CancelledError())
+
+
+class LoopThread:
+    """The loop and its thread, begun with the first body; and threads for the writes of bodies."""
+
+    def __init__(self, *, observer: Observer = ignore) -> None:
+        self._observer = observer
+        self._reset()
+        forks.watch(self)
+
+    def _reset(self) -> None:
+        self._mutex = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: LastingThread | None = None
+        self._writers: ThreadPoolExecutor | None = None
+
+    after_fork = _reset
+
+    def begin(
+        self,
+        body: Callable[[], Coroutine[Any, Any, Any]],
+        *,
+        name: str,
+        leave_copy: Callable[[BaseException | None], None],
+    ) -> BodyTask:
+        """Call a coroutine function in the loop, in a copy of the context of this thread.
+
+        `leave_copy` ends a copy of the process in which the body returns a second time.
+        """
+        return BodyTask(self._running(), body, name=name, leave_copy=leave_copy)
+
+    def lane(self) -> "WriteLane":
+        """A lane for the writes of one body."""
+        with self._mutex:
+            if self._writers is None:
+                self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="beatless-writes")
+            return WriteLane(self._writers)
+
+    def stop(self) -> None:
+        """End the thread; what runs in the loop is cancelled."""
+        with self._mutex:
+            loop, thread, writers = self._loop, self._thread, self._writers
+            self._loop = self._thread = self._writers = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.end(END_S)
+        if writers is not None:
+            writers.shutdown(wait=False)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._mutex:
+            if self._loop is None:
+                loop = asyncio.new_event_loop()
+                thread = LastingThread("loop", lambda _: _turn(loop), observer=self._observer)
+                thread.start()
+                self._loop, self._thread = loop, thread
+            return self._loop
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop until it is stopped, and close it."""
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    with suppress(Exception):
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=END_S))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+class WriteLane:
+    """Performs the writes of one body in other threads: one after the other, in their order."""
+
+    def __init__(self, writers: ThreadPoolExecutor) -> None:
+        self._writers = writers
+        self._mutex = threading.Lock()
+        self._ahead: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._working = False
+
+    def put(self, write: Callable[[], Any]) -> Future[Any]:
+        """Have this written; the future has its outcome."""
+        future: Future[Any] = Future()
+        with self._mutex:
+            self._ahead.append((future, write))
+            if not self._working:
+                self._working = True
+                self._writers.submit(self._work)
+        return future
+
+    async def drained(self) -> None:
+        """Return once all that was put is written, or has failed."""
+        if self._working:
+            await asyncio.wrap_future(self.put(lambda: None))
+
+    def _work(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._ahead:
+                    self._working = False
+                    return
+                future, write = self._ahead.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(write())
+            except BaseException as error:  # its caller's, as if it had written by itself
+                future.set_exception(error)

@@ -1,0 +1,107 @@
+"""Reports the work on one run: its boundaries and failures, to the observer and the log."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from beatless.orchestrator.boundaries import StepFailure
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.observer import Settled
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.records import Appended
+from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
+from beatless.outbox.clock import monotonic
+from beatless.outbox.observer import Observer
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+ShownError = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class RunReport:
+    """What is told of one claimed run."""
+
+    def __init__(
+        self, plan: Plan, lease: Lease, *, observer: Observer, shown_error: ShownError | None
+    ) -> None:
+        self._plan = plan
+        self._lease = lease
+        self._observer = observer
+        self._shown_error = shown_error
+        self._began: float | None = None
+        """When the attempt in flight was begun, by the monotonic clock."""
+        self._exception: BaseException | None = None
+        """The failure of the body, until it is announced."""
+
+    def begin(self) -> None:
+        """An attempt is begun."""
+        self._began = monotonic()
+
+    def failed(self, failure: StepFailure | None) -> None:
+        """Log the failure of an attempt."""
+        if failure is None:
+            return
+        self._exception = failure.error
+        extra = {
+            "action": "step_failed",
+            "run_id": self._lease.run.run_id,
+            "step": failure.step,
+            "attempt": failure.attempt,
+            "retry_in": failure.retry_in,
+        }
+        shown = failure.facts
+        if self._shown_error is not None:
+            shown = self._shown_error(failure.facts)
+            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
+        shows_all = shown is failure.facts
+        try:
+            logger.warning(
+                "step failed", extra=extra, exc_info=failure.error if shows_all else None
+            )
+        except Exception:  # of a handler that looks at the error; it is the user's, and may raise
+            extra["reason"] = f"{shown.get('type')}: {shown.get('message')}"
+            logger.warning("step failed, with an error that cannot be logged", extra=extra)
+
+    def committed(self, settlement: Settlement, appended: Appended) -> None:
+        """Report a committed boundary to observers and the log."""
+        boundary = settlement.chosen(cancelled=appended.cancelled)
+        began = self._began
+        self._observer(
+            Settled(
+                lease=self._lease,
+                events=boundary.events,
+                state=boundary.state,
+                reason=settlement.reason,
+                last_seq=appended.last_seq,
+                duration_s=None if began is None else monotonic() - began,
+                exception=self._exception,
+            )
+        )
+        self._began = self._exception = None
+        facts = {
+            "run_id": self._lease.run.run_id,
+            "plan": self._plan.name,
+            "seq": appended.last_seq,
+        }
+        if boundary.state.final:
+            logger.info(
+                "run finished",
+                extra={
+                    "action": "finished",
+                    "state": boundary.state.value,
+                    "seconds": round(self._lease.seconds, 6),
+                    **facts,
+                },
+            )
+        elif boundary.state is RunState.QUEUED:
+            logger.info(
+                "run waits",
+                extra={
+                    "action": "waits",
+                    "state": boundary.state.value,
+                    "reason": "cancel" if appended.cancelled else settlement.reason,
+                    "delay": boundary.delay_s,
+                    **facts,
+                },
+            )
