@@ -100,8 +100,8 @@ class Chaos:
         """Nobody calls any more, all is healed and ends, and what is stored is written down."""
         self._heal()
         self._fleet.wait_ready()
-        self.load.stop()
-        drain(self._fleet, UNFINISHED, HEALED_S)
+        release = self.load.senders.release
+        self.load.stop(lambda: drain(self._fleet, UNFINISHED, HEALED_S, release))
         self._note_ends()
         with self._fleet.connect() as session:
             self._recorder.write_stored(session, self._fleet.ledger)

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic, time
 from typing import LiteralString
@@ -47,6 +47,9 @@ DUE = f"""
 SELECT count(*) FROM runs WHERE state = 'running'
    OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
       AND queue <> '{UNATTENDED}'
+   OR state = 'queued' AND EXISTS (
+        SELECT FROM signals JOIN dispatches d USING (run_id)
+         WHERE d.run_id = runs.run_id AND d.reason = 'wait')
 """
 
 
@@ -86,10 +89,16 @@ def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None
         recorder.write("quiet", begin=begin, end=time(), drained=drained, rows=rows)
 
 
-def drain(fleet: Fleet, left: LiteralString, seconds: float) -> int | None:
+def drain(
+    fleet: Fleet,
+    left: LiteralString,
+    seconds: float,
+    act: Callable[[psycopg.Connection], None] = lambda _: None,
+) -> int | None:
     """Wait until this counts no run, and the outbox is empty; else how many rows are left in it.
 
-    No longer than so many seconds in which nothing moves: a slow machine is waited for.
+    No longer than so many seconds in which nothing moves: a slow machine is waited for. Meanwhile
+    `act` is called, again and again.
     """
     until, rows, before = monotonic() + seconds, 0, ()
     while monotonic() < until:
@@ -100,6 +109,7 @@ def drain(fleet: Fleet, left: LiteralString, seconds: float) -> int | None:
                     " (SELECT sum(last_seq) FROM runs)"
                 ).fetchone() or (0, 0, 0)
                 due, rows, _ = now
+                act(session)
                 if not due and not rows:
                     return None
                 if now != before:

@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import leases, punctuality
+from tests.faults import leases, punctuality, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -87,8 +87,9 @@ def attempts_are_counted(history: History) -> Iterator[Violation]:
                 expected = number
             elif event["type"] == "StepFailed" and event["step"] == step:
                 failures += 1
-                policy = retries.get(step, {})
-                again, most = due_after(event), policy.get("attempts", 1)
+                policy = retries.get(waits.base(step), {})
+                again = None if data.get("final") else due_after(event)
+                most = policy.get("attempts", 1)
                 mine = (data.get("error") or {}).get("type") == policy.get("error")
                 if again and failures >= most:
                     yield Violation("I10", run_id, f"{step} is tried again after {failures}")
@@ -115,7 +116,9 @@ def retries_take_results_over(history: History) -> Iterator[Violation]:
 def steps_follow_the_plan(history: History) -> Iterator[Violation]:
     for run_id, run, events in history.each_run():
         plan = history.plans.get(run["plan"])
-        if plan is None or run["retry_of"]:  # which goes on where the other has failed
+        if (
+            plan is None or "steps" not in plan or run["retry_of"]
+        ):  # which goes on where the other has failed
             continue
         begun = dict.fromkeys(e["step"] for e in of_type(events, "StepStarted"))
         began = [step for step in begun if step not in plan["cleanup"]]
@@ -239,4 +242,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     keys_name_one_run,
     *leases.RULES,
     *punctuality.RULES,
+    *waits.RULES,
 )

@@ -39,6 +39,18 @@ LOG = f"""
 CREATE TABLE chaos_rows (run_id text NOT NULL, step text NOT NULL);
 CREATE TABLE chaos_log (id bigserial PRIMARY KEY, txid bigint NOT NULL DEFAULT txid_current(),
                         run_id text NOT NULL, claim jsonb, event jsonb, lease jsonb);
+CREATE TABLE chaos_looks (txid bigint NOT NULL, statement_at float8 NOT NULL,
+                          locked boolean NOT NULL);
+CREATE FUNCTION chaos_look() RETURNS trigger LANGUAGE plpgsql
+SET search_path FROM CURRENT AS $$ DECLARE
+  locked boolean := pg_current_xact_id_if_assigned() IS NOT NULL;  -- before this one writes
+BEGIN
+  INSERT INTO chaos_looks
+  VALUES (txid_current(), extract(epoch FROM statement_timestamp()), locked);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER chaos_look BEFORE DELETE ON signals FOR EACH STATEMENT
+  EXECUTE FUNCTION chaos_look();
 CREATE FUNCTION chaos_claim() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, claim) VALUES (NEW.run_id, jsonb_build_object(
@@ -59,7 +71,7 @@ END $$;
 CREATE FUNCTION chaos_event() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
-    'type', NEW.type, 'step', NEW.step, 'attempt', NEW.attempt,
+    'type', NEW.type, 'seq', NEW.seq, 'step', NEW.step, 'attempt', NEW.attempt,
     'source', CASE WHEN NEW.data #>> '{{error,type}}' = 'StepCrashed' THEN 'takeover'
                    ELSE NEW.source END));
   RETURN NULL;
@@ -72,7 +84,8 @@ CREATE TRIGGER chaos_lease AFTER UPDATE ON runs FOR EACH ROW
   EXECUTE FUNCTION chaos_lease();
 CREATE TRIGGER chaos_event AFTER INSERT ON run_events FOR EACH ROW EXECUTE FUNCTION chaos_event();
 """
-"""Writes down each claim, event, and change of a lease, in the order of the locks on the rows."""
+"""Writes down each claim, event, and change of a lease, in the order of the locks on the rows; and
+when an inbox was read."""
 
 
 @dataclass

@@ -5,18 +5,21 @@ host. `kind` says what a record is:
 
 | kind | members |
 |---|---|
-| `plan` | `plan`, `steps` in order, `cleanup` (may run after a cancel), |
+| `plan` | `plan`, `steps` in order or `routes` (the names that may follow each name, a wait as |
+| | `name/outcome`, the start as "", the end as `END`), `cleanup` (may run after a cancel), |
 | | `retries`: of a step that fails, `error`, `attempts` and `delays_s` between them |
 | `call` | `op`, `begin`, `end`, `outcome` (`ok`, `failed`, `unknown`, `rolled_back`), and |
 | | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; of `cancel`: `run_id`; |
-| | of `retry`: `run_id`, `new` (the new run); of `pause`, `resume`: `queue` |
+| | of `retry`: `run_id`, `new` (the new run); of `pause`, `resume`: `queue`; |
+| | of `signal`: `run_id`, `name`, `key` |
 | `effect` | `run_id`, `step`, `attempt`, `key`, `call` (unique): a body has had its effect |
 | `row` | `run_id`, `step`: a transactional step has written this row |
-| `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `source`, `step`, `attempt`), |
+| `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `seq`, `source`, `step`, `attempt`), |
 | | `claim` (`token`, `worker`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`) and |
 | | `lease` (`worker`, `until`, `at`, `statement_at`, `seconds`: renewed, or ended at once): |
 | | written by triggers, under the lock of the run's row; of `source` `takeover` is what a |
 | | worker writes instead of a start, for a step that has ended its process too often |
+| `look` | `txid`, `statement_at`: an inbox was read; `locked`: the transaction had locked a row |
 | `watch` | `viewer`, `run_id`, `from_seq`, `at`: a viewer has begun |
 | `frame` | `viewer`, `run_id`, `seq`, `type`, `text`, `at`: in the order in which it was seen |
 | `view` | `viewer`, `run_id`, `from_seq`, `ended` |
@@ -78,6 +81,7 @@ class History:
         self.effects = self._by_run(by_kind["effect"])
         self.rows = self._by_run(by_kind["row"])
         self.log = self._by_run(by_kind["log"], "id")
+        self.looks = {record["txid"]: record for record in by_kind["look"]}
         self.frames: dict[str, list[Record]] = defaultdict(list)
         for frame in by_kind["frame"]:
             self.frames[frame["viewer"]].append(frame)
@@ -117,12 +121,13 @@ class History:
             called = max((c["end"] for c in self._calls_of(run_id)), default=0.0)
             for n, event in enumerate(events):
                 after = events[n + 1]["ts"] if n + 1 < len(events) else NEVER
-                if run["attended"] and (due := due_after(event)) is not None:
+                if run["attended"] and (due := due_after(event)) is not None and due < after:
                     yield "to go on", run_id, max(due, called if n == 0 else 0), after
                 heard = self.heard.get((run_id, event["seq"]), NEVER)
                 # Of what is not heard, only what the last listener would have heard is missing.
                 if heard < NEVER or event["ts"] > max(self.listening.values(), default=NEVER):
                     yield f"publishing {event['seq']}", run_id, max(event["ts"], called), heard
+            yield from self._signals_to_take(run_id, run, events)
             end = events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
             if run["deadline_at"]:
                 yield "to end at its deadline", run_id, run["deadline_at"], end
@@ -134,6 +139,33 @@ class History:
                     since = max(event["ts"], watch["at"])
                     yield f"showing {event['seq']}", run_id, since, seen.get(event["seq"], NEVER)
 
+    def _signals_to_take(
+        self, run_id: str, run: Record, events: Sequence[Record]
+    ) -> Iterator[Wait]:
+        """Signals that were sent while the run waited, until they were received."""
+        received = {e["data"]["key"]: e["ts"] for e in of_type(events, "SignalReceived")}
+        for call in self.signals(run_id) if run["attended"] else ():
+            ends = [e["ts"] for e in of_type(events, *ENDS_OF_WAITS) if e["ts"] > call["begin"]]
+            until = received.get(call["key"], NEVER)
+            waits = open_wait([event for event in events if event["ts"] < call["begin"]])
+            if waits and (not ends or until <= ends[0]):  # else something else has ended it
+                yield "receiving a signal", run_id, call["end"], until
+
+    def signals(self, run_id: str) -> list[Record]:
+        """Those that were sent to a run, and have committed."""
+        if not hasattr(self, "_signals"):
+            self._signals = self._by_run(self.called("signal"))
+        return self._signals[run_id]
+
+    def due(self, run_id: str, events: Sequence[Record]) -> float:
+        """When an unfinished run goes on after its last event, in seconds."""
+        wait = open_wait(events)
+        if wait is None:
+            return due_after(events[-1]) or float(events[-1]["ts"])
+        received = {event["data"]["key"] for event in of_type(events, "SignalReceived")}
+        left = [call["end"] for call in self.signals(run_id) if call["key"] not in received]
+        return min([due_after(wait) or NEVER, *left])
+
     def _calls_of(self, run_id: str) -> list[Record]:
         if not hasattr(self, "_calls"):
             self._calls = self._by_run([c for c in self.calls if c.get("run_id")])
@@ -144,6 +176,15 @@ def of_type(events: Sequence[Record], *types: str) -> list[Record]:
     return [event for event in events if event["type"] in types]
 
 
+ENDS_OF_WAITS = ("WaitFinished", "CancelRequested", "RunFinished")
+
+
+def open_wait(events: Sequence[Record]) -> Record | None:
+    """The wait at which the run is after these events."""
+    last = of_type(events, "WaitStarted", *ENDS_OF_WAITS)[-1:]
+    return last[0] if last and last[0]["type"] == "WaitStarted" else None
+
+
 def due_after(event: Record) -> float | None:
     """When the run goes on after this event, if it waits after it."""
     data = event["data"] or {}
@@ -152,6 +193,8 @@ def due_after(event: Record) -> float | None:
             return max(event["ts"], (data.get("not_before") or 0) / 1000)
         case "StepFailed" if data.get("retry_at"):
             return float(data["retry_at"] / 1000)
+        case "WaitStarted" if data.get("until"):
+            return float(data["until"] / 1000)
         case "DebugTrace" if data.get("name") == "beatless.snoozed":
             return float(event["ts"] + data["seconds"])
     return None

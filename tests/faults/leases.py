@@ -51,6 +51,7 @@ def leases_exclude(history: History) -> Iterator[Violation]:
                 elif (
                     event["type"] in ("StepFinished", "StepFailed", "DebugTrace")
                     and event["source"] == "worker"
+                    and event["step"] is not None
                     and started != step
                 ):
                     yield Violation("I11", run_id, f"{event['type']} {step} in {started}'s lease")

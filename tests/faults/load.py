@@ -24,8 +24,10 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS, one_line, shard_of
 from beatless.settings import engine_url
 from tests.faults.browser import events_of
-from tests.faults.fleet import UNATTENDED, Fleet
+from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
+from tests.faults.plans import WAITED
 from tests.faults.recorder import Recorder, text_of
+from tests.faults.senders import RolledBack, Senders
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
 MANY_RUNS = 30
@@ -35,10 +37,6 @@ BRIEF_DEADLINE_S = 0.5
 
 SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
-
-
-class RolledBack(Exception):
-    """Raised by a caller in its own transaction, which therefore leaves nothing."""
 
 
 class TooLate(Exception):
@@ -79,11 +77,22 @@ class Load:
             engine_url(self.fleet.postgres.url),
             connect_args={"connect_timeout": 5, "options": "-c lock_timeout=5000"},
         )
+        self.senders = Senders(
+            self.fleet.app,
+            self._engine,
+            self.recorder,
+            lost=lost,
+            pause=self._ending.wait,
+            long_s=LEASE_S + 1,
+        )
 
     def start(self) -> None:
         work: list[tuple[str, Callable[[random.Random], None], float]] = [
             ("start-1", self._called(self._start), 2 / self.runs_per_s),
             ("start-2", self._called(self._start), 2 / self.runs_per_s),
+            ("send-1", self._called(self.senders.send), 0.2),
+            ("send-2", self._called(self.senders.send), 0.2),
+            ("race", self._called(self.senders.race), 0.05),
             ("change-1", self._called(self._change), 0.4),
             ("change-2", self._called(self._change), 0.4),
             ("pause", self._called(self._pause), 2.0),
@@ -150,13 +159,14 @@ class Load:
         """
         still, many = threading.Event(), chance.random() < 0.5
         own = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 6]))]
+        acts = [chance.choice([self._start_quick, self.senders.send]) for _ in own]
         late = random.Random(chance.random()) if chance.random() < 0.8 else None
         with ThreadPoolExecutor(7) as callers:
             if many:
                 self._start_many(chance)  # relays are awake from now on
                 calls = []
             else:
-                calls = [callers.submit(self._start_quick, each) for each in own]
+                calls = [callers.submit(*each) for each in zip(acts, own, strict=True)]
             if late is not None:
                 self._ending.wait(chance.uniform(0, 0.15))
                 wait_s = chance.choice([0, 0.05, 0.3, *[SHOWN_S] * 7])
@@ -168,10 +178,15 @@ class Load:
             for done in calls:
                 done.result()
 
-    def stop(self) -> None:
-        """No new calls; viewers follow to the end of what they see."""
+    def stop(self, drain: Callable[[], None]) -> None:
+        """No new calls; then drain, while viewers follow to the end of what they see."""
         self._ending.set()
+        viewers = [thread for thread in self._threads if thread.name.startswith("view")]
         for thread in self._threads:
+            if thread not in viewers:
+                thread.join(SHOWN_S + 60)
+        drain()
+        for thread in viewers:
             thread.join(SHOWN_S + 60)
         self._engine.dispose()
 
@@ -208,6 +223,8 @@ class Load:
 
     def _start_late(self, chance: random.Random, still: threading.Event, wait_s: float) -> None:
         """In a transaction that commits after so many seconds, or when all is still."""
+        if chance.random() < 0.4 and self.senders.send_late(chance, lambda: still.wait(wait_s)):
+            return
         wish = self._brief(chance, "default")
         self._start_these([wish], chance, waits=lambda: still.wait(wait_s))
 
@@ -257,6 +274,7 @@ class Load:
         for record in records:
             if record["outcome"] == "ok":
                 self._recent = [*self._recent[-40:], record["run_id"]]
+                self.senders.started(record["run_id"], record["plan"])
                 if record["plan"] != "brief" or chance.random() < 0.1:
                     self._fresh.put(record["run_id"])
 
@@ -274,10 +292,13 @@ class Load:
             return chance.choice(self._keyed)
         if chance.random() < 0.2:
             return self._brief(chance, chance.choice(["default", "calm"]))
-        plan = chance.choice(
-            ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
-        )
+        others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
+        plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
+        if plan in WAITED:
+            given["timeout"] = chance.choice([0.2, 0.5, 1.0, None, None])
+            given |= {"turns": chance.choice([0, 1, 3]), "failures": chance.choice([0, 0, 1, 2])}
+            given["seconds"] = min(0.3, given["seconds"])
         if plan == "stored":
             given["seconds"] = chance.choice([0, 0.02, 0.3, 1.0])
         if plan == "flaky":
@@ -409,6 +430,7 @@ class Load:
 
     def _listen(self) -> None:
         """Write down what Redis publishes, connection by connection."""
+        chance = random.Random(f"{self.seed}/wire")
         connection, pattern = 0, f"{self.fleet.settings.prefix}:events:*"
         while not self._ending.is_set():
             connection += 1
@@ -423,15 +445,16 @@ class Load:
                         self.recorder.write("listen", connection=str(connection), at=time())
                         self.hears.set()
                     elif message is not None and ear.connection._sock is socket:
-                        self._heard(str(connection), message["data"])
+                        self._heard(str(connection), message["data"], chance)
             self.hears.clear()
             self._ending.wait(0.1)
 
-    def _heard(self, connection: str, body: bytes) -> None:
+    def _heard(self, connection: str, body: bytes, chance: random.Random) -> None:
         for line in filter(None, one_line(body).split(b"\n")):
             event = Event.from_json(line)
             facts = {"run_id": event.run_id, "seq": event.seq, "at": time()}
             self.recorder.write("wire", connection=connection, **facts)
+            self.senders.heard(event, chance)
 
 
 def lost(error: BaseException | None) -> bool:

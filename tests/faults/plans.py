@@ -11,7 +11,21 @@ import time
 import uuid
 from typing import Any
 
-from beatless import App, Plan, Settings, Snooze, StepContext, retry, step
+from beatless import (
+    App,
+    Goto,
+    Plan,
+    RunContext,
+    Settings,
+    Snooze,
+    StepContext,
+    StepFailed,
+    plan,
+    retry,
+    sleep,
+    step,
+    wait,
+)
 from beatless.outbox import scan_floor
 
 LEDGER = "CHAOS_LEDGER"
@@ -21,13 +35,13 @@ if LEDGER in os.environ:
     scan_floor.FLOOR_INTERVAL_ROWS = 5
 
 
-def effect(ctx: StepContext, name: str) -> dict[str, str]:
+def effect(ctx: StepContext, name: str | None = None) -> dict[str, str]:
     """Have an effect that no rollback takes back, and give the result that names it."""
     call = uuid.uuid4().hex
     line = {
         "kind": "effect",
         "run_id": ctx.run_id,
-        "step": name,
+        "step": name or ctx.step,
         "attempt": ctx.attempt,
         "key": ctx.key,
         "call": call,
@@ -116,6 +130,108 @@ def refund(ctx: StepContext) -> dict[str, str]:
     return effect(ctx, "refund")
 
 
+# Plans that wait. Their routes are told to the checker.
+
+races = wait("paid", timeout=0.5, on_timeout=Goto("release"))
+reserve, ship, release, thank = (plain(name) for name in ("reserve", "ship", "release", "thank"))
+
+
+@step(name="tick")
+def tick(ctx: StepContext, turn: int) -> dict[str, str]:
+    """One turn of a loop."""
+    work(ctx)
+    return effect(ctx) | {"turn": str(turn)}
+
+
+@step(name="risk", retry=retry(max_attempts=2, initial=0.1, backoff=1, jitter=0))
+def risk(ctx: StepContext) -> dict[str, str]:
+    """Fails as often as the input says, then for good."""
+    found = effect(ctx)
+    if ctx.attempt <= (ctx.input or {}).get("failures", 0):
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return found
+
+
+@plan("order", on_cancel=refund)
+def order(run: RunContext[Any]) -> dict[str, Any]:
+    """Waits for one of two signals, and gives all that it was told."""
+    seen = [run.step(reserve)["call"]]
+    paid = run.wait("paid", "refused", timeout=run.input.get("timeout"))
+    seen.append(paid and paid.seq)
+    seen.append(run.step(ship if paid else release)["call"])
+    seen.append(run.sleep(run.input.get("sleep", 0.2)))
+    seen.append(run.step(thank)["call"])
+    return {"seen": seen}
+
+
+@plan("turns")
+async def turns(run: RunContext[Any]) -> Any:
+    """Loops, and begins again and again."""
+    seen: list[Any] = []
+    for turn in range(2):
+        seen.append((await run.step(tick, turn))["call"])
+        poke = await run.wait("poke", timeout=run.input.get("timeout"))
+        seen.append(poke and poke.seq)
+        try:
+            seen.append((await run.step(risk))["call"])
+        except StepFailed:
+            run.uuid()
+    if run.input["turns"]:
+        return run.again(run.input | {"turns": run.input["turns"] - 1})
+    return {"seen": seen}
+
+
+WAITED: dict[str, tuple[str, ...]] = {
+    "paid": ("paid", "refused"),
+    "race": ("paid",),
+    "rest": ("go",),
+    "order": ("paid", "refused"),
+    "turns": ("poke",),
+}
+"""By plan: the signals that its runs wait for."""
+
+ROUTES: dict[str, dict[str, list[str]]] = {
+    "paid": {
+        "": ["reserve"],
+        "reserve": ["paid"],
+        "paid/received": ["ship"],
+        "ship": ["END"],
+    },
+    "race": {
+        "": ["reserve"],
+        "reserve": ["paid"],
+        "paid/received": ["ship"],
+        "paid/timed_out": ["release"],
+        "ship": ["release"],
+        "release": ["END"],
+    },
+    "rest": {
+        "": ["go"],
+        "go/received": ["one"],
+        "go/timed_out": ["one"],
+        "one": ["sleep"],
+        "sleep/slept": ["two"],
+        "two": ["END"],
+    },
+    "order": {
+        "": ["reserve"],
+        "reserve": ["paid"],
+        "paid/received": ["ship"],
+        "paid/timed_out": ["release"],
+        "ship": ["sleep"],
+        "release": ["sleep"],
+        "sleep/slept": ["thank"],
+        "thank": ["END"],
+    },
+    "turns": {
+        "": ["tick"],
+        "tick": ["poke"],
+        "poke/received": ["risk"],
+        "poke/timed_out": ["risk"],
+        "risk": ["tick", "END"],
+    },
+}
+
 PLANS = [
     Plan("chain", [plain("one"), plain("two"), plain("three"), plain("four")]),
     Plan("brief", [brief("first"), try_briefly, brief("last")]),
@@ -123,6 +239,11 @@ PLANS = [
     Plan("flaky", [plain("before"), flaky, plain("after")]),
     Plan("stored", [plain("before"), stored, plain("after")]),
     Plan("snoozed", [plain("before"), snooze, plain("after")]),
+    Plan("paid", [reserve, wait("paid", "refused"), ship]),
+    Plan("race", [reserve, races, ship, release]),
+    Plan("rest", [wait("go", timeout=3), plain("one"), sleep(seconds=0.3), plain("two")]),
+    order,
+    turns,
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from tests.faults.history import ENDED, History, Violation, due_after, of_type
+from tests.faults.history import ENDED, NEVER, History, Violation, of_type
 
 SLOW_FACTOR = 30
 """In a calm nothing takes so many times as long as half of all."""
@@ -25,8 +25,8 @@ def quiet_runs_go_on(history: History) -> Iterator[Violation]:
         if quiet["rows"]:
             yield Violation("I8", "-", f"{quiet['rows']} rows are left in the outbox in quiet")
         for run_id, run, events in history.each_run():
-            due = events and (due_after(events[-1]) or events[-1]["ts"])
-            if run["state"] not in ENDED and due and due < quiet["begin"]:
+            due = history.due(run_id, events) if events else NEVER
+            if run["state"] not in ENDED and due < quiet["begin"]:
                 yield Violation("I7", run_id, f"is {run['state']}, and has not moved in quiet")
 
 

@@ -13,7 +13,7 @@ import psycopg
 from beatless.orchestrator.events import Event
 from tests.faults.fleet import UNATTENDED
 from tests.faults.history import Record
-from tests.faults.plans import PLANS
+from tests.faults.plans import PLANS, ROUTES
 
 
 def text_of(event: Event) -> str:
@@ -67,7 +67,8 @@ class Recorder:
 def plans() -> Iterator[Record]:
     """The plans of the load."""
     for plan in PLANS:
-        steps = [step.name for step in plan.steps]
+        routes = ROUTES.get(plan.name)
+        steps = {"routes": routes} if routes else {"steps": [step.name for step in plan.steps]}
         retries = {
             step.name: {
                 "error": "ValueError",
@@ -80,7 +81,7 @@ def plans() -> Iterator[Record]:
         yield {
             "kind": "plan",
             "plan": plan.name,
-            "steps": steps,
+            **steps,
             "cleanup": [plan.on_cancel.name] if plan.on_cancel else [],
             "retries": retries,
         }
@@ -111,5 +112,6 @@ SELECT 'event', jsonb_build_object('run_id', run_id, 'seq', seq, 'ts', extract(e
   'ms', (date_part('epoch', ts) * 1000)::bigint, 'type', type, 'v', v, 'source', source,
   'step', step, 'attempt', attempt, 'data', data) FROM run_events
 UNION ALL SELECT 'log', to_jsonb(l) FROM chaos_log l
+UNION ALL SELECT 'look', to_jsonb(k) FROM chaos_looks k
 UNION ALL SELECT 'row', to_jsonb(r) FROM chaos_rows r
 """

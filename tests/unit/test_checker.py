@@ -137,8 +137,72 @@ def honest() -> list[dict[str, Any]]:
         event("n", 3, "StepFinished", "b", ts=113.0, data={"result": None}),
         event("n", 4, "RunFinished", ts=114.0, data={"outcome": "completed"}),
         *({**wire(n), "run_id": run_id} for run_id in "cfn" for n in range(1, 12)),
+        *waiting(),
         {"kind": "outbox", "rows": 0},
     ]
+
+
+def waiting() -> list[dict[str, Any]]:
+    """A function that has waited twice, once in vain, and has begun again in between."""
+    routes = {
+        "": ["ask", "paid"],
+        "ask": ["paid"],
+        "paid/received": ["ask"],
+        "paid/timed_out": ["END"],
+    }
+    paid = {"names": ["paid"], "until": 105_000}
+    return [
+        {"kind": "plan", "plan": "fn", "routes": routes, "cleanup": [], "retries": {}},
+        call("start", 99, 101, run_id="w", plan="fn"),
+        sent("w", "k1", 101.5),
+        sent("w", "k2", 102.0),
+        sent("w", "undone", 102.0, "rolled_back"),
+        run("w", "fn", "completed", 13),
+        event("w", 1, "RunStarted"),
+        event("w", 2, "StepStarted", "ask"),
+        event("w", 3, "StepFinished", "ask", data={"result": {"call": "w1"}}),
+        event("w", 4, "WaitStarted", "paid", data=paid),
+        event("w", 5, "SignalReceived", data={"name": "paid", "key": "k1"}),
+        event("w", 6, "SignalReceived", data={"name": "other", "key": "k2"}),
+        event("w", 7, "WaitFinished", "paid", data={"outcome": "received", "seq": 5}),
+        event("w", 8, "RunRestarted"),
+        event("w", 9, "StepStarted", "ask#2"),
+        event("w", 10, "StepFinished", "ask#2", data={"result": {"call": "w2"}}),
+        event("w", 11, "WaitStarted", "paid#2", data=paid | {"until": 112_000}),
+        event("w", 12, "WaitFinished", "paid#2", data={"outcome": "timed_out"}),
+        event(
+            "w",
+            13,
+            "RunFinished",
+            data={"outcome": "completed", "result": {"seen": ["w2", None]}},
+        ),
+        effect("w", "ask", "w1"),
+        effect("w", "ask#2", "w2"),
+        logged(30, 30, "w", **claim(81, 111.9, queue="other")),
+        logged(31, 31, "w", claim=None, event={"type": "WaitFinished", "seq": 12} | NOBODY),
+        {"kind": "look", "txid": 31, "statement_at": 111.99, "locked": True},
+        *({**wire(n), "run_id": "w"} for n in range(1, 14)),
+    ]
+
+
+def parked(run_id: str, at: float, **facts: Any) -> list[dict[str, Any]]:
+    """A run that has waited since then, and has been published."""
+    names = {"names": ["paid"]} | facts
+    return [
+        call("start", at, at, run_id=run_id, plan="fn"),
+        run(run_id, "fn", "queued", 2),
+        event(run_id, 1, "RunStarted", ts=at),
+        event(run_id, 2, "WaitStarted", "paid", ts=at, data=names),
+        *({**wire(n), "run_id": run_id, "at": at + 0.1} for n in (1, 2)),
+    ]
+
+
+NOBODY = {"source": "worker", "step": None, "attempt": None}
+
+
+def sent(run_id: str, key: str, at: float, outcome: str = "ok") -> dict[str, Any]:
+    name = "other" if key == "k2" else "paid"
+    return call("signal", at - 0.1, at, outcome, run_id=run_id, name=name, key=key)
 
 
 def failures(run_id: str, seq: int) -> list[dict[str, Any]]:
@@ -354,11 +418,127 @@ LIES: dict[str, tuple[str, Lie]] = {
         "deadline",
         change({"kind": "run", "run_id": "r"}, deadline_at=107.0 - 61),
     ),
+    "a wait that ends twice": (
+        "wait",
+        change(
+            {"kind": "event", "run_id": "w", "seq": 9},
+            type="WaitFinished",
+            step="paid",
+            data={"outcome": "timed_out"},
+        ),
+    ),
+    "a wait that had not begun": ("wait", drop(kind="event", run_id="w", seq=4)),
+    "a time-out in spite of a signal": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 6}, data={"name": "paid"}),
+    ),
+    "a time-out that came too early": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 12}, ts=111.5),
+    ),
+    "a wait that takes a signal of another name": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 7}, data={"seq": 6}),
+    ),
+    "a signal that is taken twice": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 12}, data={"outcome": "received", "seq": 5}),
+    ),
+    "a wait that takes the younger signal": (
+        "wait",
+        lambda records: (
+            change({"kind": "event", "run_id": "w", "seq": 6}, data={"name": "paid"})(records),
+            change({"kind": "event", "run_id": "w", "seq": 7}, data={"seq": 6})(records),
+        )[1],
+    ),
+    "a signal that was received twice": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 6}, data={"key": "k1"}),
+    ),
+    "a signal that nobody sent": (
+        "I12",
+        change({"kind": "event", "run_id": "w", "seq": 6}, data={"key": "nobody"}),
+    ),
+    "a signal whose sender has rolled back": (
+        "I12",
+        change({"kind": "event", "run_id": "w", "seq": 6}, data={"key": "undone"}),
+    ),
+    "a signal that came under another name": (
+        "wait",
+        change({"kind": "event", "run_id": "w", "seq": 6}, data={"name": "third"}),
+    ),
+    "a time-out that overlooks a committed signal": ("wait", add(sent("w", "k9", 111.98))),
+    "a time-out without a look, after a committed signal": (
+        "wait",
+        lambda records: (drop(kind="look")(records), add(sent("w", "k9", 111.8))(records))[1],
+    ),
+    "an inbox that is read before the row is locked": (
+        "wait",
+        change({"kind": "look"}, locked=False),
+    ),
+    "a route that is not the plan's": (
+        "order",
+        change({"kind": "plan", "plan": "fn"}, routes={"paid/received": ["END"]}),
+    ),
+    "a function that ends too early": (
+        "order",
+        change({"kind": "plan", "plan": "fn"}, routes={"paid/timed_out": ["ask"]}),
+    ),
+    "a function that was told another result": (
+        "I4",
+        change({"kind": "event", "run_id": "w", "seq": 10}, data={"result": {"call": "w1"}}),
+    ),
+    "a function that was told of a signal in vain": (
+        "I4",
+        change({"kind": "event", "run_id": "w", "seq": 13}, data={"result": {"seen": ["w2", 5]}}),
+    ),
+    "a body that is called again by a replay": ("I10", add(effect("w", "ask", "w3"))),
+    "a wait that begins after a cancel": (
+        "I9",
+        change({"kind": "event", "run_id": "c", "seq": 5}, type="WaitStarted", data={}),
+    ),
+    "a signal that wakes nobody": (
+        "I7",
+        add(
+            *parked("p", 190.0),
+            sent("p", "late", 195.0),
+            {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0},
+        ),
+    ),
+    "a time-out that wakes nobody": (
+        "I7",
+        add(
+            *parked("p", 190.0, until=196_000),
+            {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0},
+        ),
+    ),
+    "a signal that was received late in calm": (
+        "prompt",
+        add(*parked("p", 106.0), sent("p", "late", 110.0)),
+    ),
     "a claim in a paused queue": (
         "pause",
         change({"kind": "log", "id": 2}, claim={"statement_at": 115}),
     ),
 }
+
+
+def parked_history(*more: dict[str, Any]) -> list[dict[str, Any]]:
+    """All ended, but for a run that waits for a signal in a quiet in which nothing ends."""
+    quiet = {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0}
+    return [r for r in honest() if r["kind"] != "outbox"] + [*parked("p", 150.0), quiet, *more]
+
+
+def test_a_run_may_wait_for_a_signal_that_nobody_sends() -> None:
+    assert check(parked_history()) == []
+
+
+def test_a_signal_may_come_between_the_look_and_the_time_out() -> None:
+    assert check([*honest(), sent("w", "k9", 111.995)]) == []
+
+
+def test_a_signal_may_come_when_the_run_has_ended_by_itself() -> None:
+    assert check([*honest(), sent("w", "k9", 114.0), sent("w", "k8", 114.0, "failed")]) == []
 
 
 def test_an_honest_history_has_no_violation() -> None:
