@@ -317,5 +317,104 @@ BUGS = {
         "plan_version, queue, 'queued', input, key, 1,",
         "plan_version, queue, 'queued', input, NULL, 1,",
     ),
+    "a time-out does not look for signals": Bug(
+        "orchestrator/execution.py",
+        "reply = yield CommitIfQuiet(settlement=conclusion.settlement)",
+        "reply = yield from self._settle(conclusion.settlement)",
+    ),
+    "an inbox is read before the run's row is locked": Bug(
+        "orchestrator/inbox.py",
+        '            locked = connection.execute(self._sql["lock"], parameters)\n',
+        "",
+        (
+            Bug(
+                "orchestrator/inbox.py",
+                '            looked = connection.execute(self._sql["look"], parameters)\n',
+                '            looked = connection.execute(self._sql["look"], parameters)\n'
+                '            locked = connection.execute(self._sql["lock"], parameters)\n',
+            ),
+        ),
+    ),
+    "a run is parked in spite of a signal": Bug(
+        "orchestrator/leased_writer.py",
+        "                if signals:\n                    return Appended(",
+        "                if signals and not waits:\n                    return Appended(",
+    ),
+    "a signal to a run whose row is held wakes nobody": Bug(
+        "orchestrator/wakes.sql",
+        "SELECT place FROM found WHERE ended OR run_id IN (SELECT run_id FROM free)))",
+        "SELECT place FROM found))",
+    ),
+    "a signal wakes nobody": Bug(
+        "orchestrator/inbox.sql",
+        "(shard, run_id) SELECT DISTINCT shard, run_id FROM good\n",
+        "(shard, run_id) SELECT DISTINCT shard, run_id FROM good WHERE false\n",
+    ),
+    "a time-out wakes nobody": Bug(
+        "orchestrator/inbox.sql",
+        "SELECT min(to_timestamp((e.data ->> 'until')::float8 / 1000)) FROM",
+        "SELECT min('{never}'::timestamptz) FROM",
+    ),
+    "a time-out comes early": Bug(
+        "orchestrator/fragments.sql",
+        "(x.data::jsonb ->> 'seconds')::float8) * 1000)",
+        "(x.data::jsonb ->> 'seconds')::float8 / 2) * 1000)",
+    ),
+    "a wait forgets the signals that came before it": Bug(
+        "orchestrator/open_waits.py",
+        "            case EventType.WAIT_STARTED:\n",
+        "            case EventType.WAIT_STARTED:\n                self.signals.clear()\n",
+    ),
+    "a wait takes the youngest signal": Bug(
+        "orchestrator/open_waits.py",
+        "for signal in self.signals if signal.name in names",
+        "for signal in reversed(self.signals) if signal.name in names",
+    ),
+    "a wait takes any signal": Bug(
+        "orchestrator/open_waits.py",
+        "for signal in self.signals if signal.name in names",
+        "for signal in self.signals",
+    ),
+    "a signal ends two waits": Bug(
+        "orchestrator/open_waits.py",
+        "return self.signals.pop(place)",
+        "return signal",
+    ),
+    "a signal is received as often as it was sent": Bug(
+        "orchestrator/inbox.sql",
+        "{known} LIMIT 1) k ON true",
+        "{known} LIMIT 0) k ON true",
+        (
+            Bug(
+                "orchestrator/inbox.sql",
+                "SELECT DISTINCT ON (key) * FROM gone i\n"
+                "     WHERE NOT EXISTS (SELECT FROM {schema}.run_events e\n"
+                "                        WHERE e.run_id = i.run_id AND e.type = 'SignalReceived'\n"
+                "                          AND e.data ->> 'key' = i.key)\n"
+                "     ORDER BY key, id)",
+                "SELECT * FROM gone)",
+            ),
+        ),
+    ),
+    "signals are lost when a function begins again": Bug(
+        "orchestrator/function_boundaries.py",
+        "SIGNALS_FROM: min([told + 1, *waiting])",
+        "SIGNALS_FROM: told + 1",
+    ),
+    "a replay calls a body again": Bug(
+        "orchestrator/replay.py",
+        "            if stored.ended:\n",
+        "            if stored.ended and not stored.failures:\n",
+    ),
+    "a function goes on after a cancel": Bug(
+        "orchestrator/function_boundaries.py",
+        "return self._unless_cancelled(progress, going_on, [outcome])",
+        "return Settlement.ignoring_cancel(going_on)",
+    ),
+    "a cancel wakes nobody": Bug(
+        "orchestrator/journal.sql",
+        "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'",
+        "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'none'",
+    ),
 }
 """By what they do wrong."""

@@ -150,6 +150,11 @@ class History:
             waits = open_wait([event for event in events if event["ts"] < call["begin"]])
             if waits and (not ends or until <= ends[0]):  # else something else has ended it
                 yield "receiving a signal", run_id, call["end"], until
+        for n, event in enumerate(events):
+            wait = open_wait(events[:n]) if event["type"] == "SignalReceived" else None
+            if wait and event["data"]["name"] in (wait["data"] or {}).get("names", ()):
+                ends = of_type(events[n:], *ENDS_OF_WAITS)
+                yield "taking a signal", run_id, event["ts"], ends[0]["ts"] if ends else NEVER
 
     def signals(self, run_id: str) -> list[Record]:
         """Those that were sent to a run, and have committed."""

@@ -26,6 +26,7 @@ def waits_take_the_oldest(history: History) -> Iterator[Violation]:
     for run_id, _, events in history.each_run():
         signals: dict[int, str] = {}
         begun: dict[str, Record] = {}
+        begun_at: dict[str, float] = {}
         for event in events:
             data, wait = event["data"] or {}, event["step"]
             if event["type"] == "SignalReceived":
@@ -35,7 +36,7 @@ def waits_take_the_oldest(history: History) -> Iterator[Violation]:
             elif event["type"] == "WaitStarted":
                 if wait in begun:
                     yield Violation("wait", run_id, f"{wait} began twice")
-                begun[wait] = event
+                begun[wait], begun_at[wait] = event, event["ts"]
             elif event["type"] == "WaitFinished":
                 start = (begun.get(wait) or {}).get("data")
                 if start is None:
@@ -46,7 +47,7 @@ def waits_take_the_oldest(history: History) -> Iterator[Violation]:
                 if data["outcome"] in TIMED_OUT:
                     if mine:
                         yield Violation("wait", run_id, f"{wait} ended without signal {mine[0]}")
-                    if event["ts"] < start.get("until", 1e18) / 1000 - EARLY_S:
+                    if event["ts"] < begun_at[wait] + start.get("seconds", 1e18) - EARLY_S:
                         yield Violation("wait", run_id, f"{wait} ended before its time")
                 elif [data["seq"]] != mine[:1]:
                     yield Violation("wait", run_id, f"{wait} took {data['seq']} of {mine}")

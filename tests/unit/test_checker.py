@@ -150,7 +150,7 @@ def waiting() -> list[dict[str, Any]]:
         "paid/received": ["ask"],
         "paid/timed_out": ["END"],
     }
-    paid = {"names": ["paid"], "until": 105_000}
+    paid = {"names": ["paid"], "seconds": 1, "until": 105_000}
     return [
         {"kind": "plan", "plan": "fn", "routes": routes, "cleanup": [], "retries": {}},
         call("start", 99, 101, run_id="w", plan="fn"),
@@ -434,7 +434,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "a time-out that came too early": (
         "wait",
-        change({"kind": "event", "run_id": "w", "seq": 12}, ts=111.5),
+        change({"kind": "event", "run_id": "w", "seq": 12}, ts=111.9),
     ),
     "a wait that takes a signal of another name": (
         "wait",
@@ -515,6 +515,13 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a signal that was received late in calm": (
         "prompt",
         add(*parked("p", 106.0), sent("p", "late", 110.0)),
+    ),
+    "a signal that was received in calm and ends no wait": (
+        "prompt",
+        add(
+            *parked("p", 106.0),
+            event("p", 3, "SignalReceived", ts=110.0, data={"name": "paid", "key": "late"}),
+        ),
     ),
     "a claim in a paused queue": (
         "pause",
