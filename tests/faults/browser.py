@@ -6,6 +6,7 @@ The Python client sees a hole or an event twice by itself, asks again, and so co
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from beatless import Event
@@ -14,12 +15,24 @@ STALL_S = 20.0
 """The API sends something more often."""
 
 
-def events_of(url: str, token: str, run_id: str, from_seq: int) -> Iterator[Event]:
-    """The events that come on one connection, until it ends. Raises OSError if it is lost."""
+class Frame(NamedTuple):
+    """An event as it came, or a reset: what was shown is forgotten, and all comes again."""
+
+    epoch: str | None
+    """Of the history that it is of; None if it was not told."""
+    event: Event | None
+
+
+def frames_of(url: str, token: str, run_id: str, cursor: str) -> Iterator[Frame]:
+    """The frames that come on one connection, until it ends. Raises OSError if it is lost.
+
+    The cursor is the id of the last frame, or a seq.
+    """
     with closing(HTTPConnection(urlsplit(url).netloc, timeout=STALL_S)) as connection:
         try:
-            path = f"/v1/runs/{quote(run_id)}/stream?from_seq={from_seq}"
-            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+            path = f"/v1/runs/{quote(run_id)}/stream"
+            headers = {"Authorization": f"Bearer {token}", "Last-Event-ID": cursor}
+            connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
             if answer.status not in (200, 204):
                 raise OSError(f"the API answered {answer.status}")
@@ -29,8 +42,11 @@ def events_of(url: str, token: str, run_id: str, from_seq: int) -> Iterator[Even
                 if name:
                     frame[name] = value
                     continue
-                if "data" in frame and frame.get("event") != "reset":
-                    yield Event.from_json(frame["data"])
+                epoch = frame.get("id", "").rpartition(".")[0] or None
+                if frame.get("event") == "reset":
+                    yield Frame(epoch, None)
+                elif "data" in frame:
+                    yield Frame(epoch, Event.from_json(frame["data"]))
                 frame = {}
         except HTTPException as error:
             raise OSError(str(error)) from error

@@ -317,6 +317,11 @@ BUGS = {
         "plan_version, queue, 'queued', input, key, 1,",
         "plan_version, queue, 'queued', input, NULL, 1,",
     ),
+    "a cursor has no epoch": Bug(
+        "jobs/api/sse.py",
+        "if given is not None and (given != epoch or seq > run.last_seq):",
+        "if given is not None and seq > run.last_seq:",
+    ),
     "a time-out does not look for signals": Bug(
         "orchestrator/execution.py",
         "reply = yield CommitIfQuiet(settlement=conclusion.settlement)",

@@ -135,9 +135,15 @@ def streams_are_exact(history: History) -> Iterator[Violation]:
     for watch in history.watches:
         run_id, frames = watch["run_id"], history.frames[watch["viewer"]]
         stored = {event["seq"]: event["text"] for event in history.events.get(run_id, [])}
-        expected, view = watch["from_seq"], views.get(watch["viewer"])
+        expected, view, epoch = watch["from_seq"], views.get(watch["viewer"]), None
         for frame in frames:
-            expected += 1
+            expected, known = expected + 1, epoch
+            epoch = frame.get("epoch") or epoch
+            if frame["type"] == "reset":
+                expected = 0
+                continue
+            if known not in (None, epoch):
+                yield Violation("I6", run_id, f"a viewer went on from {known} in {epoch}")
             if frame["run_id"] != run_id:
                 yield Violation("I6", run_id, f"a viewer was given {frame['run_id']}")
             elif frame["seq"] != expected:

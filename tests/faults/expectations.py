@@ -96,6 +96,10 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "as `disk_full`; if Postgres ends by it, as `postgres_crashed`",
         SESSIONS,
     ),
+    "another_history_declared": (
+        "another epoch: streams get `HistoryChanged` or `reset`, and begin anew",
+        ("integration/test_history.py", "integration/test_failover.py"),
+    ),
     "settings_made_hostile": (
         "sessions set what they depend on",
         SESSIONS_SET,

@@ -499,6 +499,14 @@ def relays_called_by_anybody(fleet: Fleet, _: random.Random) -> bool:
 
 
 @fault
+def another_history_declared(fleet: Fleet, chance: random.Random) -> bool:
+    """As after a restore: the epoch is another one, and all sessions have ended."""
+    with fleet.connect() as session:
+        session.execute("UPDATE history SET token = gen_random_uuid()::text")
+    return FAULTS["every_session_ended"](fleet, chance)
+
+
+@fault
 def settings_made_hostile(fleet: Fleet, chance: random.Random) -> bool:
     """What an administrator may set for new sessions, for a moment, with all sessions ended."""
     name, value = chance.choice(

@@ -21,7 +21,8 @@ host. `kind` says what a record is:
 | | worker writes instead of a start, for a step that has ended its process too often |
 | `look` | `txid`, `statement_at`: an inbox was read; `locked`: the transaction had locked a row |
 | `watch` | `viewer`, `run_id`, `from_seq`, `at`: a viewer has begun |
-| `frame` | `viewer`, `run_id`, `seq`, `type`, `text`, `at`: in the order in which it was seen |
+| `frame` | `viewer`, `run_id`, `seq`, `type`, `text`, `at`: in the order in which it was seen; |
+| | `epoch` of the history that it is of, if told; of `type` `reset`: all comes again |
 | `view` | `viewer`, `run_id`, `from_seq`, `ended` |
 | `listen` | `connection`, `at`: from then on it hears all that Redis publishes |
 | `wire` | `connection`, `run_id`, `seq`, `at`: in the order in which Redis published them |
@@ -133,7 +134,7 @@ class History:
                 yield "to end at its deadline", run_id, run["deadline_at"], end
         for watch in self.watches:
             run_id, frames = watch["run_id"], self.frames[watch["viewer"]]
-            seen = {frame["seq"]: frame["at"] for frame in frames}
+            seen = {frame["seq"]: frame["at"] for frame in reversed(frames)}
             for event in self.events.get(run_id, ()):
                 if event["seq"] > watch["from_seq"]:
                     since = max(event["ts"], watch["at"])

@@ -15,6 +15,7 @@ UNCOUNTED = ("beatless.snoozed", "beatless.given_back", "beatless.connection_los
 OF_SESSIONS = (
     *("every_session", "one_session", "postgres_", "too_many", "settings_made", "disk_"),
     *("connections_to_postgres", "all connections", "answer_to", "worker_behind"),
+    "another_history",
 )
 """Begins of the names of faults that take its sessions from a worker: then it may be taken for dead
 while it lives, as a frozen one is taken for gone when its lease runs out."""

@@ -16,14 +16,14 @@ import redis
 from sqlalchemy import create_engine
 
 from beatless import Event, RunState
-from beatless.client import RunRequest
-from beatless.errors import JobsError, Unreachable, WaitTimeout
+from beatless.client import Client, RunRequest
+from beatless.errors import HistoryChanged, JobsError, Unreachable, WaitTimeout
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import SHARDS, one_line, shard_of
 from beatless.settings import engine_url
-from tests.faults.browser import events_of
+from tests.faults.browser import Frame, frames_of
 from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
 from tests.faults.plans import WAITED
 from tests.faults.recorder import Recorder, text_of
@@ -400,33 +400,47 @@ class Load:
         facts = {"viewer": viewer, "run_id": run_id, "from_seq": from_seq}
         self.recorder.write("watch", at=time(), **facts)
         ended, until = False, monotonic() + SHOWN_S
+        epoch: str | None = None
         while not ended and monotonic() < until:
             try:
-                for event in self._events(chance, run_id, seen):
-                    self._saw(viewer, event)
-                    ended = event.final
-                    if event.final and (event.data or {}).get("outcome") == "failed":
+                for told, event in self._frames(chance, run_id, seen, epoch):
+                    epoch = told or epoch
+                    self._saw(viewer, run_id, told, event)
+                    ended = event is not None and event.final
+                    if event and event.final and (event.data or {}).get("outcome") == "failed":
                         self._failed_runs = [*self._failed_runs[-20:], run_id]
-                    seen = event.seq
+                    seen = event.seq if event else 0
             except WaitTimeout:
                 break
+            except HistoryChanged:
+                self._saw(viewer, run_id, None, None)
+                seen, epoch = 0, None
             except (Unreachable, OSError):  # the API or Postgres is not there yet: go on from here
                 self._ending.wait(0.2)
         self.viewed += 1
         self.recorder.write("view", ended=ended, **facts)
 
-    def _events(self, chance: random.Random, run_id: str, from_seq: int) -> Iterable[Event]:
+    def _frames(
+        self, chance: random.Random, run_id: str, seen: int, epoch: str | None
+    ) -> Iterable[Frame]:
         way, url, token = chance.random(), self.fleet.api_url, self.fleet.token
+        if 0.25 <= way < 0.75:
+            cursor = str(seen) if epoch is None else f"{epoch}.{seen}"
+            return frames_of(url, token, run_id, cursor)
         if way < 0.25:
-            return self.fleet.app.client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
-        if way < 0.75:
-            return events_of(url, token, run_id, from_seq)
-        client = HttpClient(url, token=token, backoff=AT_ONCE, timeout=20)
-        return client.stream_run(run_id, from_seq=from_seq, timeout=SHOWN_S)
+            client: Client | HttpClient = self.fleet.app.client
+        else:
+            client = HttpClient(url, token=token, backoff=AT_ONCE, timeout=20)
+        events = client.stream_run(run_id, from_seq=seen, timeout=SHOWN_S)
+        return (Frame(None, event) for event in events)
 
-    def _saw(self, viewer: str, event: Event) -> None:
-        facts = {"run_id": event.run_id, "seq": event.seq, "type": event.type}
-        self.recorder.write("frame", viewer=viewer, text=text_of(event), at=time(), **facts)
+    def _saw(self, viewer: str, run_id: str, epoch: str | None, event: Event | None) -> None:
+        """An event; without one, that all will come again."""
+        facts: dict[str, Any] = {"run_id": run_id, "seq": 0, "type": "reset", "text": ""}
+        if event is not None:
+            facts = {"run_id": event.run_id, "seq": event.seq, "type": event.type}
+            facts["text"] = text_of(event)
+        self.recorder.write("frame", viewer=viewer, epoch=epoch, at=time(), **facts)
 
     def _listen(self) -> None:
         """Write down what Redis publishes, connection by connection."""

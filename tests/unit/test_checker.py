@@ -345,6 +345,13 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a viewer saw one twice": ("I6", change({"kind": "frame", "seq": 5}, seq=4)),
     "a viewer saw another text": ("I6", change({"kind": "frame", "seq": 5}, text="other")),
     "a viewer saw another run": ("I6", change({"kind": "frame", "seq": 5}, run_id="c")),
+    "a viewer went on in another history": (
+        "I6",
+        lambda records: (
+            change({"kind": "frame", "seq": 4}, epoch="a")(records),
+            change({"kind": "frame", "seq": 5}, epoch="b")(records),
+        )[1],
+    ),
     "a viewer never got the end": ("I1", drop(kind="frame", seq=7)),
     "a viewer still waits": ("I1", change({"kind": "view"}, ended=False)),
     "published out of order": (
@@ -534,6 +541,16 @@ def parked_history(*more: dict[str, Any]) -> list[dict[str, Any]]:
     """All ended, but for a run that waits for a signal in a quiet in which nothing ends."""
     quiet = {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0}
     return [r for r in honest() if r["kind"] != "outbox"] + [*parked("p", 150.0), quiet, *more]
+
+
+def test_a_viewer_that_is_reset_is_shown_all_again() -> None:
+    records = honest()
+    end = next(n for n, record in enumerate(records) if record["kind"] == "view")
+    types = [r["type"] for r in records if r["kind"] == "event" and r["run_id"] == "r"]
+    anew = [frame("v", "r", seq, type) | {"epoch": "b"} for seq, type in enumerate(types, 1)]
+    reset = frame("v", "r", 0, "reset") | {"epoch": "b"}
+    change({"kind": "frame", "seq": 4}, epoch="a")(records)
+    assert check([*records[:end], reset, *anew, *records[end:]]) == []
 
 
 def test_a_run_may_wait_for_a_signal_that_nobody_sends() -> None:
