@@ -180,7 +180,7 @@ def main() -> int:
     with Fleet(directory) as fleet:
         fleet.wait_ready()
         chaos = Chaos(fleet, recorder, given.seed, kinds)
-        chaos.load.start()
+        chaos.load.begin()
         try:
             found_s = chaos.run(given.seconds, stop_early=given.stop_early)
             if found_s is None:

@@ -23,6 +23,7 @@ import redis
 from tests.faults.fleet import UNATTENDED, Fleet
 from tests.faults.load import Load
 from tests.faults.recorder import Recorder
+from tests.faults.rounds import Rounds
 
 QUIET_S = 30.0
 """The longest quiet until all is drained: a lost message is looked for after 2 s and, if it seems
@@ -124,11 +125,11 @@ def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s:
     def wait_until_drained() -> None:
         drain(fleet, DUE, FORGOTTEN_S)
 
+    rounds = Rounds(load, wait_until_drained)
     begin, until = time(), monotonic() + s
     with slowness() as longest:
         while monotonic() < until:
-            load.round(chance, wait_until_drained)
-            wait_until_drained()
+            rounds.round(chance)
             threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
     recorder.write("calm", begin=begin, end=time(), bound_s=BOUND_S + LAG_FACTOR * longest[0])
 

@@ -3,10 +3,8 @@
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from queue import Empty, LifoQueue
 from time import monotonic, time
 from typing import Any
@@ -21,7 +19,7 @@ from beatless.errors import HistoryChanged, JobsError, Unreachable, WaitTimeout
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
-from beatless.outbox.message import SHARDS, one_line, shard_of
+from beatless.outbox.message import one_line
 from beatless.settings import engine_url
 from tests.faults.browser import Frame, frames_of
 from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
@@ -30,11 +28,6 @@ from tests.faults.recorder import Recorder, text_of
 from tests.faults.senders import RolledBack, Senders
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
-MANY_RUNS = 30
-"""So many, started at once, keep relays awake, so that no writer rings."""
-
-BRIEF_DEADLINE_S = 0.5
-
 SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
 
@@ -86,7 +79,7 @@ class Load:
             long_s=LEASE_S + 1,
         )
 
-    def start(self) -> None:
+    def begin(self) -> None:
         work: list[tuple[str, Callable[[random.Random], None], float]] = [
             ("start-1", self._called(self._start), 2 / self.runs_per_s),
             ("start-2", self._called(self._start), 2 / self.runs_per_s),
@@ -151,33 +144,6 @@ class Load:
         finally:
             self._hushed.clear()
 
-    def round(self, chance: random.Random, drain: Callable[[], None]) -> None:
-        """A few calls at once, or many runs in one, while nobody else calls; all have ended then.
-
-        Often another call comes while those before are busy, and commits at once, soon, or when
-        all is still again: `drain` returns then.
-        """
-        still, many = threading.Event(), chance.random() < 0.5
-        own = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 6]))]
-        acts = [chance.choice([self._start_quick, self.senders.send]) for _ in own]
-        late = random.Random(chance.random()) if chance.random() < 0.8 else None
-        with ThreadPoolExecutor(7) as callers:
-            if many:
-                self._start_many(chance)  # relays are awake from now on
-                calls = []
-            else:
-                calls = [callers.submit(*each) for each in zip(acts, own, strict=True)]
-            if late is not None:
-                self._ending.wait(chance.uniform(0, 0.15))
-                wait_s = chance.choice([0, 0.05, 0.3, *[SHOWN_S] * 7])
-                calls.append(callers.submit(self._start_late, late, still, wait_s))
-            drain()
-            # Relays are awakened by a deadline, too: it is over then.
-            self._ending.wait((BRIEF_DEADLINE_S if many else 0) + chance.choice([0.05, 0.2]))
-            still.set()
-            for done in calls:
-                done.result()
-
     def stop(self, drain: Callable[[], None]) -> None:
         """No new calls; then drain, while viewers follow to the end of what they see."""
         self._ending.set()
@@ -199,36 +165,11 @@ class Load:
     def _start(self, chance: random.Random) -> None:
         if chance.random() < 0.1:
             queue = chance.choice(["default", "calm"])
-            self._start_these([self._brief(chance, queue) for _ in range(8)], chance)
+            self.start([self.brief(chance, queue) for _ in range(8)], chance)
         else:
-            self._start_these([self._wish(chance)], chance)
+            self.start([self.wish(chance)], chance)
 
-    def _start_quick(self, chance: random.Random) -> None:
-        """A run that ends soon: a calm has many rounds."""
-        wish = self._wish(chance)
-        if "key" not in wish:
-            wish["input"]["seconds"] = min(0.02, wish["input"]["seconds"])
-        self._start_these([wish], chance)
-
-    def _start_many(self, chance: random.Random) -> None:
-        """Many runs in one call, which often all are of one relay's shards: the other sleeps."""
-        shards = chance.choice([range(SHARDS), range(SHARDS // 2), range(SHARDS // 2, SHARDS)])
-        wishes = [self._brief(chance, "default") for _ in range(MANY_RUNS)]
-        if chance.random() < 0.7:  # only relays have work with them
-            wishes = [w | {"queue": UNATTENDED, "deadline": BRIEF_DEADLINE_S} for w in wishes]
-        for number, wish in enumerate(wishes):
-            names = (f"many-{self.started}-{number}-{chance.randrange(10**9)}" for _ in count())
-            wish["run_id"] = next(name for name in names if shard_of(name) in shards)
-        self._start_these(wishes, chance, waits=lambda: None)
-
-    def _start_late(self, chance: random.Random, still: threading.Event, wait_s: float) -> None:
-        """In a transaction that commits after so many seconds, or when all is still."""
-        if chance.random() < 0.4 and self.senders.send_late(chance, lambda: still.wait(wait_s)):
-            return
-        wish = self._brief(chance, "default")
-        self._start_these([wish], chance, waits=lambda: still.wait(wait_s))
-
-    def _start_these(
+    def start(
         self,
         wishes: list[dict[str, Any]],
         chance: random.Random,
@@ -282,16 +223,16 @@ class Load:
         facts = {name: wish.get(name) for name in ("run_id", "plan", "key")}
         return self.recorder.call("start", **facts, delay_s=wish.get("delay"))
 
-    def _brief(self, chance: random.Random, queue: str) -> dict[str, Any]:
+    def brief(self, chance: random.Random, queue: str) -> dict[str, Any]:
         failures = chance.choice([0, 0, 0, 1, 2, 4])
         given = {"failures": failures, "seconds": 0.5 if chance.random() < 0.08 else 0}
         return {"plan": "brief", "queue": queue, "input": given}
 
-    def _wish(self, chance: random.Random) -> dict[str, Any]:
+    def wish(self, chance: random.Random) -> dict[str, Any]:
         if self._keyed and chance.random() < 0.05:
             return chance.choice(self._keyed)
         if chance.random() < 0.2:
-            return self._brief(chance, chance.choice(["default", "calm"]))
+            return self.brief(chance, chance.choice(["default", "calm"]))
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
@@ -332,12 +273,7 @@ class Load:
             return
         client = self.fleet.app.client
         if not self._failed_runs or chance.random() < 0.7:
-            run_id = chance.choice(self._recent[-8:])
-            with self.recorder.call("cancel", run_id=run_id) as record:
-                try:
-                    record["outcome"] = self._try(lambda: self._cancel(run_id, chance))
-                except RolledBack:
-                    record["outcome"] = "rolled_back"
+            self.cancel(chance.choice(self._recent[-8:]), chance.random(), chance)
             return
         run_id = self._failed_runs.pop()
         with self.recorder.call("retry", run_id=run_id) as record:
@@ -345,9 +281,17 @@ class Load:
                 lambda: record.update(new=client.retry_run(run_id).run_id)
             )
 
-    def _cancel(self, run_id: str, chance: random.Random) -> None:
+    def cancel(self, run_id: str, way: float, chance: random.Random) -> None:
+        """Cancel a run, in one of the ways from 0 to 1, of which the last is a plain call."""
+        with self.recorder.call("cancel", run_id=run_id) as record:
+            try:
+                record["outcome"] = self._try(lambda: self._cancel(run_id, way, chance))
+            except RolledBack:
+                record["outcome"] = "rolled_back"
+
+    def _cancel(self, run_id: str, way: float, chance: random.Random) -> None:
         """Raises TooLate if the run had ended by itself."""
-        client, way = self.fleet.app.client, chance.random()
+        client = self.fleet.app.client
         if way < 0.4:  # in the caller's own transaction, which may last or roll back
             with self._engine.begin() as connection:
                 run = client.cancel_run(run_id, reason="chaos", connection=connection)
@@ -362,7 +306,7 @@ class Load:
     def _pause(self, chance: random.Random) -> None:
         """Pause the calm queue for a moment, with runs in it. It is resumed whatever happens."""
         client = self.fleet.app.client
-        self._start_these([self._brief(chance, "calm") for _ in range(12)], chance)
+        self.start([self.brief(chance, "calm") for _ in range(12)], chance)
         with self.recorder.call("pause", queue="calm") as record:
             record["outcome"] = self._try(lambda: client.pause_queue("calm"))
         self._ending.wait(chance.uniform(0.2, 1.5))
