@@ -25,7 +25,7 @@ from tests.faults.guests import ABSENT
 from tests.faults.history import Record
 from tests.faults.load import Load
 from tests.faults.recorder import Recorder
-from tests.faults.results import add_chaos
+from tests.faults.results import add_chaos, kills_in
 from tests.faults.shrink import shrunk
 
 HEALED_S = 120.0
@@ -79,6 +79,12 @@ class Chaos:
             for lane in ("processes", "servers", "brief")
             for names in [[kind for kind in kinds if lane_of(kind) == lane]]
         )
+        self._kills = Lane(
+            recorder,
+            fleet,
+            random.Random(f"{seed}/kills"),
+            [kind for kind in kinds if kind == "child_killed"],
+        )
         self._ends = 0
 
     def run(self, seconds: float, *, stop_early: bool) -> float | None:
@@ -107,10 +113,16 @@ class Chaos:
             self._recorder.write_stored(session, self._fleet.ledger)
 
     def _storm(self, seconds: float) -> None:
-        """Faults for so long, of all lanes at once."""
+        """Faults for so long, of all lanes at once; in every other storm children die all the time.
+
+        They are the cheapest to kill: their parent forks the next.
+        """
         until = monotonic() + seconds
-        with ThreadPoolExecutor(2) as beside:
-            others = [beside.submit(each.inject, until) for each in (self._processes, self._brief)]
+        lanes = [self._processes, self._brief]
+        if self._chance.random() < 0.5:
+            lanes.append(self._kills)
+        with ThreadPoolExecutor(len(lanes)) as beside:
+            others = [beside.submit(each.inject, until) for each in lanes]
             # In this thread: a server ends with the thread that has started it.
             found = self._servers.inject(until)
         for name, hit in [*found, *(each for done in others for each in done.result())]:
@@ -218,7 +230,8 @@ def main() -> int:
         )
     print(
         f"chaos: seed {given.seed}, runs {counts['run']}, events {counts['event']}, "
-        f"faults {chaos.hits.total()}, kinds {len(chaos.hits)}, views {chaos.load.viewed}, "
+        f"faults {chaos.hits.total()}, kills {kills_in(chaos.hits)}, "
+        f"kinds {len(chaos.hits)}, views {chaos.load.viewed}, "
         f"calms {counts['calm']}, violations {len(violations)}"
     )
     return 1 if violations or chaos.load.failed else 0

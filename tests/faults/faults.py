@@ -116,11 +116,11 @@ FAULTS["api_stopped"] = signalled(("api",), signal.SIGTERM)
 def child_killed(fleet: Fleet, chance: random.Random) -> bool:
     slot = chosen(fleet, chance, "prefork")
     children = slot.children if slot else []
-    hit = bool(children) and leased(fleet) > 0
+    holder = busiest(fleet, children) if children else None
     if children:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(chance.choice(children), signal.SIGKILL)
-    return hit
+            os.kill(holder or chance.choice(children), signal.SIGKILL)
+    return holder is not None
 
 
 @fault

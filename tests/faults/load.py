@@ -245,7 +245,7 @@ class Load:
         if plan == "flaky":
             given["failures"] = chance.choice([0, 1, 2, 5])
         if plan == "traced":
-            given["traces"] = chance.choice([1, 5, 40, 200])
+            given["traces"] = chance.choice([1, 5, 40, 200, 600])
             given["pause"] = chance.choice([0, 0.01, 0.05]) if given["traces"] < 100 else 0
         if plan == "snoozed":
             given["until"] = time() + chance.uniform(0, 2)

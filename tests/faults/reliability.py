@@ -11,14 +11,11 @@ from typing import Any
 
 from tests.faults.expectations import DRILLS, EXPECTATIONS
 from tests.faults.planted import caught
-from tests.faults.results import CHAOS, PLANTED, ROOT, SCENARIOS, SOAK, read
+from tests.faults.results import CHAOS, PLANTED, ROOT, SCENARIOS, SOAK, kills_in, read
 from tests.faults.soak import SERIES, Verdict, verdict
 
 PAGE = ROOT / "docs" / "reliability.md"
 PICTURE = ROOT / "docs" / "images" / "soak.svg"
-
-KILLS = ("_killed", "_dies_at_", "_crashed", "_ended", "_restarted_empty")
-"""Marks in the names of faults that end a process, a server or a session at once."""
 
 PUBLISHED = {
     "postgres_restart": ("100 %", "0 %", "0 %", "exits", "0 %", "101 %", "100 %", "0 %"),
@@ -58,7 +55,6 @@ def chaos(runs: list[dict[str, Any]] | None) -> str:
     hits = Counter[str]()
     for run in runs or []:
         hits.update(run["hits"])
-    kills = sum(times for name, times in hits.items() if any(mark in name for mark in KILLS))
     text = """
 ## Faults
 
@@ -77,7 +73,7 @@ to this page.
             f"\nThe last {len(runs)} runs: {sum(run['runs'] for run in runs):,} runs of the load, "
             f"{sum(run['events'] for run in runs):,} events, "
             f"{sum(run['views'] for run in runs):,} streams, {hits.total():,} faults of "
-            f"{len(hits)} kinds, {kills:,} of them kills, "
+            f"{len(hits)} kinds, {kills_in(hits):,} of them kills, "
             f"**{sum(run['violations'] for run in runs)} violations**.\n\n"
             "| seed | day | seconds | runs | events | streams | faults | kinds | violations |\n"
             "|---|---|---|---|---|---|---|---|---|\n"

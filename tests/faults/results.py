@@ -13,7 +13,10 @@ PLANTED = FOLDER / "planted.json"
 SCENARIOS = FOLDER / "scenarios.json"
 SOAK = FOLDER / "soak.json"
 
-REPORTED_RUNS = 10
+KILLS = ("_killed", "_dies_at_", "_crashed", "_ended", "_restarted_empty")
+"""Marks in the names of faults that end a process, a server or a session at once."""
+
+REPORTED_RUNS = 30
 """So many runs of `make chaos` are kept, the newest."""
 
 
@@ -24,6 +27,11 @@ def read(path: Path) -> Any:
 
 def write(path: Path, found: Any) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def kills_in(hits: Mapping[str, int]) -> int:
+    """How many of these faults end a process at once, by SIGKILL or as a crash does."""
+    return sum(count for name, count in hits.items() if any(mark in name for mark in KILLS))
 
 
 def add_chaos(

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from time import monotonic
 from typing import Any
 
 from beatless.outbox.message import SHARDS, shard_of
@@ -21,16 +20,10 @@ MANY_RUNS = 30
 
 BRIEF_DEADLINE_S = 0.5
 
+SOON_S = 0.01
+"""Between calls while a relay is awake."""
 
-IDLE_DEADLINE_S = 30.0
-"""Of runs that no worker takes, if their cancel is lost."""
-
-PAIRS_S = 2.0
-
-SHORTLY_S = 0.02
-"""A relay that was awakened by one call sleeps again before this time is over."""
-
-ASLEEP_S = 0.04
+ASLEEP_S = 0.1
 """A relay that has nothing to do sleeps after this time."""
 
 
@@ -45,37 +38,36 @@ class Rounds:
 
     def round(self, chance: random.Random) -> None:
         """Calls of one kind; all that they began has ended then, or was forgotten."""
-        if chance.random() < 0.4:
-            until = monotonic() + PAIRS_S
-            while monotonic() < until:
-                self._pair(chance)
-        else:
-            self._calls(chance)
+        (self._burst if chance.random() < 0.6 else self._calls)(chance)
         self._drain()
 
-    def _pair(self, chance: random.Random) -> None:
-        """A call that wakes a relay, and another at about the time at which it goes to sleep.
+    def _burst(self, chance: random.Random) -> None:
+        """Many runs of one shard keep its relay awake; what begins then commits when it sleeps.
 
-        The other may have begun before, and commit when the relay sleeps. Nothing else wakes it:
-        no worker takes these runs.
+        No worker takes the many: when they have ended by their deadline, nothing wakes the relay.
         """
-        shard = chance.randrange(SHARDS)
-        one, other = (self._idle_wish(chance, shard) for _ in range(2))
-        way = chance.choice(["late", "start", "cancel"])
-        self._load.start([one], chance, waits=lambda: None)
-        self._pause(chance.uniform(0, SHORTLY_S))
-        if way == "cancel":
-            self._load.cancel(one["run_id"], 1.0, chance)
-        else:
-            self._load.start([other], chance, waits=self._stills if way == "late" else lambda: None)
-        self._drain()
-        for wish in (one, other) if way != "cancel" else ():
-            self._load.cancel(wish["run_id"], 1.0, chance)
+        shard, still = chance.randrange(SHARDS), threading.Event()
+        idle = [self._of_shard(shard, UNATTENDED, chance) for _ in range(MANY_RUNS)]
+        late = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 4]))]
 
-    def _stills(self) -> None:
-        """Return when all is still."""
-        self._drain()
-        self._pause(ASLEEP_S)
+        def start_late(chance: random.Random) -> None:
+            wish = self._of_shard(shard, "default", chance)
+            self._load.start([wish], chance, waits=lambda: still.wait(SHOWN_S))
+
+        with ThreadPoolExecutor(len(late)) as callers:
+            for wish in idle:
+                wish["deadline"] = BRIEF_DEADLINE_S
+            self._load.start(idle, chance, waits=lambda: None)
+            calls = []
+            for each in late:
+                self._pause(chance.expovariate(1 / SOON_S))
+                calls.append(callers.submit(start_late, each))
+            self._pause(BRIEF_DEADLINE_S)
+            self._drain()
+            self._pause(ASLEEP_S)
+            still.set()
+            for done in calls:
+                done.result()
 
     def _calls(self, chance: random.Random) -> None:
         """A few calls at once, or many runs in one.
@@ -104,11 +96,11 @@ class Rounds:
             for done in calls:
                 done.result()
 
-    def _idle_wish(self, chance: random.Random, shard: int) -> dict[str, Any]:
-        """A run that no worker takes, of this shard."""
-        names = (f"idle-{chance.randrange(10**12)}" for _ in count())
-        wish = self._load.brief(chance, UNATTENDED) | {"deadline": IDLE_DEADLINE_S}
-        return wish | {"run_id": next(name for name in names if shard_of(name) == shard)}
+    def _of_shard(self, shard: int, queue: str, chance: random.Random) -> dict[str, Any]:
+        """A run that ends soon."""
+        names = (f"burst-{chance.randrange(10**12)}" for _ in count())
+        run_id = next(name for name in names if shard_of(name) == shard)
+        return self._load.brief(chance, queue) | {"run_id": run_id}
 
     def _start_quick(self, chance: random.Random) -> None:
         """A run that ends soon: a calm has many rounds."""
