@@ -19,9 +19,10 @@ from beatless.orchestrator.records import Run
 logger = logging.getLogger(__name__)
 
 Redact = Callable[[str, Any], Any]
-"""Takes the kind (`input`, `result`, `error`, `trace`) and the value; returns the value to show.
+"""Takes the kind (`input`, `result`, `error`, `trace`, `output`) and a value: the one to show.
 
-The data of a signal is of the kind `input`.
+The data of a signal is of the kind `input`. Of the kind `output` is the list of the pieces of one
+event: what is to be hidden may be spread over pieces, and over events.
 """
 
 FAILED = "[redact raised an error]"
@@ -77,6 +78,11 @@ class Redaction:
                     dict(shown) if isinstance(shown, Mapping) else {"shown": shown}
                 )
             return replace(event, data=data)
+        if event.type == "StepOutput":
+            shown = self.value("output", data.get("pieces"))
+            return replace(
+                event, data=data | {"pieces": shown if isinstance(shown, list) else [shown]}
+            )
         for name in MEMBERS:
             if name in data:
                 data[name] = self.value(name, data[name])

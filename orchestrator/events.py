@@ -27,6 +27,7 @@ class EventType(StrEnum):
     STEP_FINISHED = "StepFinished"
     STEP_FAILED = "StepFailed"
     DEBUG_TRACE = "DebugTrace"
+    STEP_OUTPUT = "StepOutput"
     CANCEL_REQUESTED = "CancelRequested"
     WAIT_STARTED = "WaitStarted"
     SIGNAL_RECEIVED = "SignalReceived"

@@ -67,6 +67,7 @@ from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.step_output import OutputThread, StepOutput
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.clock import monotonic
@@ -105,6 +106,7 @@ class Executor:
         connect: Callable[[], Connection],
         engine: sqlalchemy.Engine,
         heartbeat: Heartbeat,
+        outputs: OutputThread,
         worker: str,
         stopping: threading.Event | None = None,
         leaving: Callable[[], bool] = lambda: False,
@@ -128,6 +130,7 @@ class Executor:
         self.leases = leases
         self.engine = engine
         self.heartbeat = heartbeat
+        self.outputs = outputs
         self.worker = worker
         self.stopping = stopping or threading.Event()
         self.leaving = leaving
@@ -280,6 +283,7 @@ class RunDriver:
             disconnect=executor.disconnect,
             stopping=executor.stopping,
             on_commit=self._report.committed,
+            announce=executor.outputs.announce,
         )
 
     def turns(self) -> Turns:
@@ -392,17 +396,22 @@ class RunDriver:
     ) -> Conclusion:
         """Call the body and conclude from its value. Raises AttemptEnded."""
         attempt = self._limited(request)
-        context = self._context(request, traceparent, transaction, attempt)
-        self._writer.open(attempt)
+        output = self._writer.open(attempt, request.occurrence, request.attempt)
+        context = self._context(request, traceparent, transaction, attempt, output)
         began = monotonic() - self._writer.asked_s
         try:
             value = self._executor.call(request.step, context, attempt)
             check_transaction(request.step, transaction)
+            output.finish()
             return request.conclude(value)
         except SimulatedCrash:
             raise
         except BaseException as error:
-            raise AttemptEnded(self._end_of_body(attempt, error, transaction)) from error
+            reply = self._end_of_body(attempt, error, transaction)
+            if may_have_struck(request.step, reply):
+                self._executor.disconnect()
+            output.abandon()
+            raise AttemptEnded(reply) from error
         finally:
             self._writer.close()
             taken_s = monotonic() - self._writer.asked_s - began
@@ -467,6 +476,7 @@ class RunDriver:
         traceparent: str | None,
         transaction: sqlalchemy.Connection | None,
         attempt: Attempt,
+        output: StepOutput,
     ) -> StepContext:
         executor, step = self._executor, request.step
         kind = (
@@ -480,6 +490,7 @@ class RunDriver:
             results=request.results,
             journal=executor.journal,
             append=lambda event: self._writer.append(attempt, event),
+            output=output,
             check_cancel=lambda: self._writer.cancel_noticed(attempt, request.occurrence),
             connection=transaction,
             cancellable=not request.compensating,

@@ -413,6 +413,12 @@ SELECT {event_json} FROM (
         OR type IN ('SignalReceived', 'WaitFinished') AND seq >= signals_from)
  ORDER BY e.seq
 
+-- name: has_output
+-- Read whether an event of output that begins with this piece stands after a seq.
+SELECT EXISTS (SELECT FROM {schema}.run_events e
+                WHERE e.run_id = %(run_id)s AND e.seq > %(after)s AND e.type = 'StepOutput'
+                  AND (e.data ->> 'first')::bigint = %(first)s)
+
 -- name: kept_events
 -- Read which events of a run are kept.
 SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import psycopg
@@ -29,6 +30,7 @@ from beatless.orchestrator.progress import FOLDED, SNOOZED
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.step_output import StepOutput
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
@@ -37,6 +39,9 @@ from beatless.outbox.queries import Caller
 logger = logging.getLogger("beatless.orchestrator.executor")
 
 T = TypeVar("T")
+
+Find = Callable[[Connection], Appended | None]
+"""Looks whether a write whose answer was lost has been committed."""
 
 WATCHDOG_LOCK_TIMEOUT_S = 0.02
 """How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
@@ -65,11 +70,12 @@ class LeasedWriter:
         disconnect: Callable[[], None],
         stopping: threading.Event,
         on_commit: Callable[[Settlement, Appended], None],
+        announce: Callable[[StepOutput, bool], None],
     ) -> None:
         """`connection` gives an autocommit connection, a new one after `disconnect`.
 
         `stopping` ends the waiting for Postgres. `on_commit` is called once for each settlement, as
-        soon as it is known to be committed.
+        soon as it is known to be committed. `announce` has output written, see `OutputThread`.
         """
         self._lease = lease
         self._run_id = lease.run.run_id
@@ -80,6 +86,7 @@ class LeasedWriter:
         self._disconnect = disconnect
         self._stopping = stopping
         self._on_commit = on_commit
+        self._announce = announce
         self._last_seq = lease.run.last_seq
         """Of the last event that is known to be committed."""
         self._told_seq = 0
@@ -90,6 +97,8 @@ class LeasedWriter:
         """Held by the one thread that writes: a step may have many."""
         self._speaking: Attempt | None = None
         """The attempt whose threads may write now."""
+        self._output: StepOutput | None = None
+        """Of that attempt: what it has emitted is written before its next event."""
         self.asked_s = 0.0
         """Seconds that the threads of steps have spent here."""
 
@@ -224,25 +233,71 @@ class LeasedWriter:
 
     # For the threads of a step
 
-    def open(self, attempt: Attempt) -> None:
-        """Let the threads of this attempt write."""
+    def open(self, attempt: Attempt, step: str, number: int) -> StepOutput:
+        """Let the threads of this attempt write; returns its output."""
         self._speaking = attempt
+        self._output = StepOutput(
+            run_id=self._run_id,
+            step=step,
+            attempt=number,
+            max_event_bytes=self._journal.max_event_bytes,
+            write=self.write_output,
+            announce=self._announce,
+        )
+        return self._output
 
     def close(self) -> None:
         """Let them write no more; waits for one that writes."""
         with self._writing:
-            self._speaking = None
+            self._speaking = self._output = None
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
         with self._asking(attempt, event.step):
-            appended = self._write(
-                lambda connection: self._journal.append(
-                    connection, self._run_id, self._lease.token, [event], self._last_seq
-                ),
-                RunState.RUNNING,
-            )
-            self._lease.cancelled |= appended.cancelled
+            self._write_output()
+            self._append([event])
+
+    def write_output(self, output: StepOutput) -> None:
+        """Commit what an attempt has emitted. Raises LeaseLost, and StepEnded after its end.
+
+        Not counted in `asked_s`: it may be another thread's time.
+        """
+        with self._writing:
+            if self._output is not output:
+                raise StepEnded(self._run_id, output.step)
+            self._write_output()
+
+    def _write_output(self) -> None:
+        output = self._output
+        if output is None:
+            return
+        added = output.added
+        while events := output.pending(added):
+            # Another write of the step's threads may be in doubt too: this one is looked for.
+            tried, output.tried = output.tried, True
+            find = partial(self._find_output, output.first)
+            self._append(events, tried=tried, find=find)
+            output.written()
+
+    def _find_output(self, first: int, connection: Connection) -> Appended | None:
+        status = self._inspect(connection)
+        after = self._last_seq
+        if not (status.held and self._journal.has_output(connection, self._run_id, after, first)):
+            return None
+        return Appended(last_seq=status.last_seq, cancelled=self._lease.cancelled)
+
+    def _append(
+        self, events: Sequence[NewEvent], *, tried: bool = False, find: Find | None = None
+    ) -> None:
+        appended = self._write(
+            lambda connection: self._journal.append(
+                connection, self._run_id, self._lease.token, events, self._last_seq
+            ),
+            RunState.RUNNING,
+            tried=tried,
+            find=find,
+        )
+        self._lease.cancelled |= appended.cancelled
 
     def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
         """`cancel_requested` for the threads of a step. Raises StepEnded after it."""
@@ -283,21 +338,21 @@ class LeasedWriter:
         intended: RunState,
         *,
         tried: bool = False,
+        find: Find | None = None,
     ) -> Appended:
         """Write once, whatever happens to the connection. Raises LeaseLost.
 
-        A commit whose answer was lost may have happened: the journal is looked at before the next
-        try.
+        A commit whose answer was lost may have happened: `find` looks for it in the journal before
+        the next try; default: for any event of a worker.
         """
 
         def act(connection: Connection) -> Appended | None:
             nonlocal tried
             if tried:
                 self._renew(connection)
-                status = self._inspect(connection)
-                if status.committed_since:
-                    cancelled = status.state is not intended
-                    return Appended(last_seq=status.last_seq, cancelled=cancelled)
+                found = find(connection) if find else self._find_any(connection, intended)
+                if found is not None:
+                    return found
             tried = True
             return write(connection)
 
@@ -307,6 +362,12 @@ class LeasedWriter:
             raise LeaseLost(self._run_id, self._lease.token)
         self._last_seq = appended.last_seq
         return appended
+
+    def _find_any(self, connection: Connection, intended: RunState) -> Appended | None:
+        status = self._inspect(connection)
+        if not status.committed_since:
+            return None
+        return Appended(last_seq=status.last_seq, cancelled=status.state is not intended)
 
     def _patiently(self, act: Callable[[Connection], T]) -> T:
         """Do it as soon as Postgres can be reached, unless the worker stops first."""

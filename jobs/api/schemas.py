@@ -89,6 +89,7 @@ EVENT_DATA: dict[EventType, Schema] = {
         },
     ),
     EventType.DEBUG_TRACE: json_object({"name": STRING}),
+    EventType.STEP_OUTPUT: json_object({"first": {"type": "integer"}, "pieces": list_of(ANY)}),
     EventType.CANCEL_REQUESTED: json_object({}, optional={"reason": STRING, "on_cancel": STRING}),
     EventType.WAIT_STARTED: json_object(
         {"kind": one_of("signal", "sleep")},

@@ -9,7 +9,14 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from beatless.orchestrator.events import Event, EventType
@@ -22,6 +29,7 @@ STYLES = {
     EventType.STEP_FINISHED: "green",
     EventType.STEP_FAILED: "red",
     EventType.DEBUG_TRACE: "dim",
+    EventType.STEP_OUTPUT: "",
     EventType.CANCEL_REQUESTED: "yellow",
     EventType.WAIT_STARTED: "blue",
     EventType.SIGNAL_RECEIVED: "yellow",
@@ -29,6 +37,9 @@ STYLES = {
     EventType.RUN_RESTARTED: "bold",
     EventType.RUN_FINISHED: "bold",
 }
+NOTE_CHARS = 60
+"""Of the line that grows, the end is shown."""
+
 STATES = {
     "queued": "yellow",
     "waiting": "blue",
@@ -67,6 +78,8 @@ def facts(event: Event) -> str:
         case EventType.DEBUG_TRACE:
             name = data.pop("name", "")
             return f"{name} {brief(data)}" if data else str(name)
+        case EventType.STEP_OUTPUT:
+            return brief(output_text(event))
         case EventType.RUN_FINISHED:
             outcome = str(data.get("outcome"))
             if outcome == "completed":
@@ -96,6 +109,15 @@ def moment(found: Moment, since: int) -> str:
     return f"[dim]{elapsed:>9.3f}s  {took:>9}[/]  {text}"
 
 
+def output_text(event: Event) -> str:
+    """The pieces of a StepOutput as one text: those that are no text as JSON, a line each."""
+    pieces = (event.data or {}).get("pieces") or []
+    return "".join(
+        piece if isinstance(piece, str) else f"{json.dumps(piece, ensure_ascii=False)}\n"
+        for piece in pieces
+    )
+
+
 def is_progress(event: Event) -> bool:
     """Whether the event only moves a progress bar."""
     return event.type == EventType.DEBUG_TRACE and (event.data or {}).get("name") == "progress"
@@ -104,15 +126,21 @@ def is_progress(event: Event) -> bool:
 def follow(console: Console, events: Iterable[Event], since: int = 0) -> Event | None:
     """Show events as they come, and a bar for a step that reports its progress; the last event.
 
+    On a terminal, the output of a step is shown as text that grows.
+
     `since` is when the run began, in milliseconds; default: the time of the first event.
     """
     last: Event | None = None
     with bars(console) as (progress, tasks):
+        output = GrowingOutput(progress, tasks)
         for event in events:
             since = since or event.ts
             if is_progress(event) and console.is_terminal:
                 _advance(progress, tasks, event)
+            elif event.type == EventType.STEP_OUTPUT and console.is_terminal:
+                output.add(event)
             else:
+                output.end(event.step)
                 progress.console.print(line(event, since))
             if event.type in (EventType.STEP_FINISHED, EventType.STEP_FAILED):
                 task = tasks.pop(event.step or "", None)
@@ -120,6 +148,31 @@ def follow(console: Console, events: Iterable[Event], since: int = 0) -> Event |
                     progress.remove_task(task)
             last = event
     return last
+
+
+class GrowingOutput:
+    """The output of steps on a terminal: its lines, and below them the last one as it grows."""
+
+    def __init__(self, progress: Progress, tasks: dict[str, TaskID]) -> None:
+        self._progress = progress
+        self._tasks = tasks
+        self._rests: dict[str, str] = {}
+
+    def add(self, event: Event) -> None:
+        """Show the pieces of an event."""
+        step = event.step or ""
+        *lines, rest = (self._rests.get(step, "") + output_text(event)).split("\n")
+        for each in lines:
+            self._progress.console.print(escape(plain(each)))
+        self._rests[step] = rest
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=None, note="")
+        self._progress.update(self._tasks[step], note=escape(plain(rest)[-NOTE_CHARS:]))
+
+    def end(self, step: str | None) -> None:
+        """Show the last line as one of the others: something else has happened to the step."""
+        if rest := self._rests.pop(step or "", ""):
+            self._progress.console.print(escape(plain(rest)))
 
 
 def _advance(progress: Progress, tasks: dict[str, TaskID], event: Event) -> None:
@@ -136,7 +189,7 @@ def bars(console: Console) -> Iterator[tuple[Progress, dict[str, TaskID]]]:
     progress = Progress(
         TextColumn("      {task.description}"),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
+        TaskProgressColumn("{task.percentage:>3.0f} %"),
         TextColumn("[dim]{task.fields[note]}[/]"),
         TimeElapsedColumn(),
         console=console,

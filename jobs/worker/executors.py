@@ -27,6 +27,7 @@ from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.run_report import ShownError
+from beatless.orchestrator.step_output import OutputThread
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -78,6 +79,7 @@ class Executors:
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
         self._guard: GroupGuard | None = None
+        self._outputs = OutputThread(observer=self._observer)
         self._pace = Pace()
         self._loop = LoopThread(observer=counts)
         self._closed = threading.Event()
@@ -92,6 +94,7 @@ class Executors:
         self._threads = threading.local()
         self._closed = threading.Event()
         self._heartbeat = self._watchdog = self._guard = None
+        self._outputs = OutputThread(observer=self.counts)
         self._pid = 0
 
     def __call__(self) -> GroupExecutor:
@@ -154,6 +157,7 @@ class Executors:
             connect=self.connect,
             engine=self._engine,
             heartbeat=self._heartbeat,
+            outputs=self._outputs,
             worker=self._worker,
             stopping=self.draining,
             leaving=is_exiting,
@@ -189,6 +193,8 @@ class Executors:
         if self._guard is not None and self._pid == os.getpid():
             self._guard.stop()
         self._loop.stop()
+        if self._pid == os.getpid():
+            self._outputs.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

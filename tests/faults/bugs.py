@@ -309,8 +309,8 @@ BUGS = {
     ),
     "a commit whose answer was lost is taken for done": Bug(
         "orchestrator/leased_writer.py",
-        "if status.committed_since:\n                    cancelled",
-        "if status.held:\n                    cancelled",
+        "if not status.committed_since:\n            return None",
+        "if not status.held:\n            return None",
     ),
     "a key is not stored": Bug(
         "orchestrator/journal.sql",

@@ -32,6 +32,7 @@ from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.records import RUN_COLUMNS, Run
+from beatless.orchestrator.step_output import StepOutput
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -73,6 +74,14 @@ class Worked:
             results=self.results,
             journal=JOURNAL,
             append=self._append,
+            output=StepOutput(
+                run_id=self.run_id,
+                step=step,
+                attempt=self.attempt,
+                max_event_bytes=JOURNAL.max_event_bytes,
+                write=lambda output: None,
+                announce=lambda output, full: None,
+            ),
             check_cancel=lambda: False,
             connection=None,
         )

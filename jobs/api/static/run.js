@@ -3,10 +3,11 @@
 import { address, call, callText, lacks, now, post, token } from "./api.js";
 import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time, worded } from "./dom.js";
 import { member, object, parts, pretty } from "./json.js";
+import { Output } from "./output.js";
 import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
-const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "CancelRequested", "WaitStarted",
+const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "StepOutput", "CancelRequested", "WaitStarted",
   "SignalReceived", "WaitFinished", "RunRestarted", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
@@ -42,6 +43,7 @@ export async function showRun(page, runId) {
   const detail = el("div", { id: "detail" });
   const timeline = el("div");
   const log = new Log();
+  const output = new Output();
   let drawing = new Timeline(story, steps, choose);
   timeline.append(drawing.node);
 
@@ -166,6 +168,7 @@ export async function showRun(page, runId) {
           return el("li", {}, el("span", { class: "soft" }, `+${span(trace.ts - story.start)} `), el("strong", {}, title), " ", el("code", {}, rest));
         })));
       }
+      if (output.of(name) !== null) nodes.push(el("h3", {}, "Output"), el("pre", { tabindex: "0" }, output.of(name)));
       if (lane.finished) nodes.push(value("Result", lane.result));
     }
     detail.replaceChildren(el("section", { class: "card padded", "aria-label": `Step ${name}` }, ...nodes));
@@ -212,6 +215,7 @@ export async function showRun(page, runId) {
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));
+      output.draw();
       if (over) showOutcome(member(over.text, "data"));
       if (drawing.chosen !== null) showDetail(drawing.chosen);
     }
@@ -243,6 +247,7 @@ export async function showRun(page, runId) {
     seq = event.seq;
     story.add(event);
     log.add(event, story.start);
+    output.add(event);
     dirty = true;
   }
 
@@ -250,6 +255,7 @@ export async function showRun(page, runId) {
     seq = 0;
     story = new Story();
     log.clear();
+    output.clear();
     outcome.replaceChildren();
     detail.replaceChildren();
     drawing = new Timeline(story, steps, choose);
@@ -351,7 +357,7 @@ export async function showRun(page, runId) {
       el("span", { class: "tags" }, ...Object.entries(run.tags).map(([name, text]) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag: `${name}=${text}` })}` }, `${name}=${text}`))),
       el("span", { class: "actions" }, signal, cancel, retry, remove)),
     el("p", { class: "id soft" }, el("span", { class: "mono", id: "run-id" }, runId), copyable(runId, "the id")),
-    facts, outcome, timeline, detail, run.input === null ? null : input, log.node);
+    facts, outcome, timeline, output.node, detail, run.input === null ? null : input, log.node);
   draw();
   try { await readPast(); } catch (error) {
     if (error.status !== 410) throw error;
