@@ -71,6 +71,12 @@ SELECT oid::regclass::text FROM pg_class
  WHERE relnamespace = %s::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
 """
 
+USED = """
+SELECT oid::regclass::text FROM pg_class
+ WHERE oid = ANY(%s::regclass[]) AND (reltuples >= 0 OR pg_relation_size(oid) > 0)
+"""
+"""The tables written to or analysed. TRUNCATE makes new files for each, and for its indexes."""
+
 NUMBERS = """
 SELECT setval(seqrelid, seqstart, false) FROM pg_sequence JOIN pg_class ON oid = seqrelid
  WHERE relnamespace = '"{}"'::regnamespace"""
@@ -168,29 +174,15 @@ class SchemaPool:
         made, found = self._shapes[schema], self._shape(schema)
         own = own_tables(schema)
         same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
-        names = [
-            f'"{schema}".{table.name}'
-            for table in api_tokens.metadata.sorted_tables
-            if table is not history
-        ]
         kept = self._tables[schema] is not None and found.get(own) == made[own]
-        if kept:
-            names += [name for (name,) in self._connection.execute(ROWS.encode(), (own,))]
-        # A connection that was closed a moment ago still holds its locks: all of them are awaited.
-        clean = (
-            "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
-            f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
-            f"'\"{schema}\".dispatches'::regclass]) AS key; TRUNCATE {', '.join(names)}"
-        )
-        if kept:
-            clean += f"; {NUMBERS.format(own)}"
         try:
             if not same:
                 self._drop(schema)
             elif kept or found.get(own) == made[own]:
-                self._connection.execute(clean.encode())
+                self._empty(schema, own if kept else None)
             else:
-                self._connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE; {clean}'.encode())
+                self._connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE'.encode())
+                self._empty(schema, None)
                 self._make_own(schema, None)
         except psycopg.errors.LockNotAvailable:
             self._abandoned.append(schema)
@@ -198,6 +190,29 @@ class SchemaPool:
         if same:
             self._free.append(schema)
         return []
+
+    def _empty(self, schema: str, own: str | None) -> None:
+        """Empty the tables of runs, and those in `own`. Raises LockNotAvailable."""
+        runs = [
+            f'"{schema}".{table.name}'
+            for table in api_tokens.metadata.sorted_tables
+            if table is not history
+        ]
+        execute = self._connection.execute
+        beside = [name for (name,) in execute(ROWS.encode(), (own,))] if own else []
+        with self._connection.transaction():
+            # A connection that was closed a moment ago still holds its locks: all are awaited.
+            execute(
+                "SELECT pg_advisory_xact_lock(key::oid::int4, shard) FROM generate_series(-1, "
+                f"{SHARDS}) AS shard, unnest(ARRAY['\"{schema}\".run_outbox'::regclass, "
+                f"'\"{schema}\".dispatches'::regclass]) AS key; "
+                f"LOCK TABLE {', '.join(runs + beside)}".encode()
+            )
+            # Tables beside them may refer to each other, and to runs: they are emptied at once.
+            if used := [name for (name,) in execute(USED.encode(), (runs,))] + beside:
+                execute(f"TRUNCATE {', '.join(used)}".encode())
+            if own:
+                execute(NUMBERS.format(own).encode())
 
     def _holders(self, schema: str) -> list[str]:
         rows = self._connection.execute(
