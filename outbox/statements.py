@@ -20,7 +20,7 @@ a statement of its own. A placeholder in braces is one of
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 _HEAD = re.compile(r"-- (name|fragment): ([a-z][a-z_]*)")
@@ -85,12 +85,18 @@ def statements(module: str, schema: str, **values: float | str) -> dict[str, str
     Raises ValueError if a placeholder is neither `schema` nor one of these values, or if one of
     the values is in no statement.
     """
-    found = read(Path(module).with_suffix(".sql")).statements
-    unused = values.keys() - {name for each in found.values() for name in each.placeholders}
-    if unused:
-        raise ValueError(f"no statement beside {module} has {', '.join(sorted(unused))}")
     texts = {"schema": schema} | {name: f"{value}" for name, value in values.items()}
-    return {name: _filled(each, texts) for name, each in found.items()}
+    return dict(_texts(module, tuple(texts.items())))
+
+
+@lru_cache(maxsize=1024)
+def _texts(module: str, values: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    """Kept: every client of a namespace has the statements of the same few files."""
+    found = read(Path(module).with_suffix(".sql")).statements
+    placeholders = {name for each in found.values() for name in each.placeholders}
+    if unused := dict(values).keys() - {"schema"} - placeholders:
+        raise ValueError(f"no statement beside {module} has {', '.join(sorted(unused))}")
+    return {name: _filled(each, dict(values)) for name, each in found.items()}
 
 
 def fragment(name: str, schema: str, **numbers: float) -> str:
