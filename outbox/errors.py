@@ -40,10 +40,12 @@ class DirectConnectionRequired(OutboxError):
 class PublishFailed(OutboxError):
     """The server cannot be reached; every message of the batch must be sent again."""
 
-    def __init__(self, server: str, reason: str) -> None:
-        super().__init__(server, reason)
+    def __init__(self, server: str, reason: str, is_closed: bool = False) -> None:
+        """`is_closed`: the connection was closed or not opened, perhaps over one message."""
+        super().__init__(server, reason, is_closed)
         self.server = server
         self.reason = reason
+        self.is_closed = is_closed
 
     def __str__(self) -> str:
         return f"{self.server} cannot be reached: {self.reason}"

@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 MAX_REJECTIONS = 5
 """Refusals of one run's events, while Redis accepts those of others, after which they are dead
-letters."""
+letters. A connection that Redis closes over them is a refusal."""
+
+CLOSED_REST_S = 1.0
+"""Seconds for which a run is left alone after Redis has closed a connection over its events. So the
+refusals that make a dead letter are seconds apart, and no restart of Redis is taken for them."""
 
 
 class EventLane:
@@ -147,8 +151,10 @@ class EventLane:
         try:
             self._publisher.publish(messages)
         except PublishFailed as error:
-            self._breaker.record_failure(error)
-            return 0
+            if not self._is_closed_by_message(error):
+                self._note_outage(error)
+                return 0
+            self._published = self._publish_singly(messages, rows, None)
         except PublishRefused as error:
             self._published = self._publish_singly(messages, rows, error)
         else:
@@ -198,30 +204,70 @@ class EventLane:
         self,
         messages: Sequence[EventMessage],
         rows: dict[bytes, list[PickedEvents]],
-        refusal: PublishRefused,
+        refusal: PublishRefused | None,
     ) -> list[PickedEvents]:
-        """Publish one by one: one bad message must not hold up the rest of its batch."""
+        """Publish one by one: one bad message must not hold up the rest of its batch.
+
+        `refusal` is Redis' answer to the batch; None: it closed the connection.
+        """
         accepted: list[PickedEvents] = []
         refused: list[tuple[EventMessage, PublishRefused]] = []
         for message in messages:
             try:
-                if len(messages) == 1:
+                if refusal is not None and len(messages) == 1:
                     raise refusal
                 self._publisher.publish([message])
             except PublishRefused as error:
                 refused.append((message, error))
             except PublishFailed as error:
-                self._breaker.record_failure(error)
-                break
+                if not self._is_closed_by_message(error):
+                    self._note_outage(error)
+                    break
+                accepted += self._publish_rows(message.run_id, rows[message.run_id.encode()])
             else:
                 accepted += rows[message.run_id.encode()]
-        if not accepted:
+                self._rejections.pop(message.run_id, None)
+        if refusal is not None and not accepted:
             self._breaker.record_failure(refusal)
             if not self._accepts_any():
                 return []  # it refuses everything: Redis is to blame, not the message
         for message, reason in refused:
             self._count_rejection(message.run_id, rows[message.run_id.encode()], reason)
         return accepted
+
+    def _publish_rows(self, run_id: str, rows: Sequence[PickedEvents]) -> list[PickedEvents]:
+        """Publish a run's rows one by one, up to the first over which Redis closes the connection.
+
+        Together they may be too large where each of them is not.
+        """
+        accepted: list[PickedEvents] = []
+        for row in rows:
+            try:
+                self._publisher.publish(
+                    [EventMessage(origin=self.origin, run_id=run_id, body=row.body)]
+                )
+            except PublishRefused as refusal:
+                self._count_rejection(run_id, [row], refusal)
+                break
+            except PublishFailed as error:
+                if self._is_closed_by_message(error):
+                    self._quarantine.set_aside(run_id, CLOSED_REST_S, str(_too_large(row)))
+                    self._count_rejection(run_id, [row], _too_large(row))
+                else:
+                    self._note_outage(error)
+                break
+            accepted.append(row)
+            self._rejections.pop(run_id, None)
+        return accepted
+
+    def _is_closed_by_message(self, error: PublishFailed) -> bool:
+        """Whether Redis, which has closed the connection over a message, takes another at once."""
+        return error.is_closed and self._accepts_any()
+
+    def _note_outage(self, error: PublishFailed) -> None:
+        """Redis is away: what it refused before may have been its own end."""
+        self._rejections.clear()
+        self._breaker.record_failure(error)
 
     def _accepts_any(self) -> bool:
         """Whether events can be published at all: an empty message without a receiver is."""
@@ -251,6 +297,14 @@ class EventLane:
             "message parked as a dead letter",
             extra={"action": "parked", "run_id": run_id, "reason": reason},
         )
+
+
+def _too_large(row: PickedEvents) -> PublishRefused:
+    return PublishRefused(
+        "Redis",
+        f"it closes the connection over {len(row.body):,} bytes of events and takes others; raise "
+        "its proto-max-bulk-len or client-query-buffer-limit, then requeue",
+    )
 
 
 def _ids(rows: Sequence[PickedEvents]) -> dict[str, str]:

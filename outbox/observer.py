@@ -144,7 +144,7 @@ class QueueRefused(Signal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSetAside(Signal):
-    """Postgres refused a statement over this run's rows: the others are drained without it."""
+    """Postgres or Redis could not take this run's rows: the others are drained without it."""
 
     run_id: str
 

@@ -22,6 +22,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
 from beatless.outbox.errors import PublishFailed, PublishRefused
@@ -77,11 +78,14 @@ class RedisEventPublisher:
             self._call(arguments)
         except ResponseError as error:
             reason = str(error)
+            if reason.startswith("Protocol error"):  # and then it closes the connection
+                raise PublishFailed("Redis", reason, is_closed=True) from error
             if "no permissions" in reason:
                 reason += f"; it needs +publish +evalsha +script|load &{self._prefix}:events:*"
             raise PublishRefused("Redis", reason) from error
         except (RedisError, OSError) as error:
-            raise PublishFailed("Redis", str(error)) from error
+            is_closed = isinstance(error, RedisConnectionError | ConnectionError)
+            raise PublishFailed("Redis", str(error), is_closed) from error
 
     def _call(self, arguments: Sequence[bytes | str]) -> None:
         for _ in range(2):

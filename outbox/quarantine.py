@@ -1,4 +1,4 @@
-"""Runs over whose rows Postgres refuses a statement: they are left alone, and the others go on."""
+"""Runs whose rows Postgres or Redis cannot take: they are left alone, and the others go on."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ SET_ASIDE_S = 60.0
 
 
 class Quarantine:
-    """The runs that are set aside, each for `SET_ASIDE_S`."""
+    """The runs that are set aside, each for a time."""
 
     def __init__(self, observer: Observer) -> None:
         self.additions = 0
@@ -60,18 +60,22 @@ class Quarantine:
         except psycopg.Error as error:
             if not is_row_fault(error):
                 raise
-            self._until[run_id] = monotonic() + SET_ASIDE_S
-            self.additions += 1
-            self._observer(RunSetAside(run_id=run_id))
-            logger.error(
-                "a run is set aside: Postgres refuses a statement over its rows",
-                extra={
-                    "action": "set_aside",
-                    "run_id": run_id,
-                    "retry_in": SET_ASIDE_S,
-                    "reason": str(error),
-                },
-            )
+            self.set_aside(run_id, SET_ASIDE_S, f"Postgres refuses a statement over it: {error}")
+
+    def set_aside(self, run_id: str, seconds: float, reason: str) -> None:
+        """Leave this run alone for a while."""
+        self._until[run_id] = monotonic() + seconds
+        self.additions += 1
+        self._observer(RunSetAside(run_id=run_id))
+        logger.error(
+            "a run is set aside",
+            extra={
+                "action": "set_aside",
+                "run_id": run_id,
+                "retry_in": seconds,
+                "reason": reason,
+            },
+        )
 
 
 def is_row_fault(error: psycopg.Error) -> bool:

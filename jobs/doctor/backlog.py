@@ -7,6 +7,7 @@ from beatless.doctor.finding import Verdict, counted, ok, problem, warn
 from beatless.doctor.probe import Need, Probe
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
+from beatless.outbox.letters import LetterStatements
 from beatless.outbox.message import SHARDS
 from beatless.places import places
 from beatless.unfit_rows import unfit_rows
@@ -64,8 +65,13 @@ def outbox(probe: Probe) -> Iterator[Verdict]:
             "look at relays and redis above, then at a relay's log",
         )
     if letters:
+        found = LetterStatements(probe.schema).list(probe.postgres, limit=MAX_ROWS)
+        named = "; ".join(
+            f"events {letter.from_seq} to {letter.to_seq} of {letter.run_id}: {letter.reason}"
+            for letter in found
+        )
         yield warn(
-            f"{counted(letters, 'dead letter')}: messages that Redis refuses",
+            f"{counted(letters, 'dead letter')}: {named}",
             "beatless dead-letters, then requeue or discard",
         )
     if not late and not letters:
@@ -87,7 +93,7 @@ def queues(probe: Probe) -> Iterator[Verdict]:
     paused = [state.name for state in states if state.paused_at is not None]
     for age_s, state in sorted(late, key=lambda each: each[0], reverse=True)[:MAX_QUEUES]:
         yield warn(
-            f"{counted(state.waiting, 'run')} of queue {state.name} wait, the oldest for "
+            f"{counted(state.queued, 'run')} of queue {state.name} wait, the oldest for "
             f"{age_s:.0f} s",
             missing_for(probe, state.name),
         )

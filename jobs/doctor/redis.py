@@ -14,6 +14,12 @@ from beatless.redis_connections import is_replica
 MAX_MEMORY_USED = 0.8
 MIN_PUBSUB_LIMIT_BYTES = 8_000_000
 
+SIZE_LIMITS = ("proto-max-bulk-len", "client-query-buffer-limit")
+"""Settings of Redis by which it closes the connection of a client that sends more."""
+
+EVENT_MARGIN_BYTES = 65_536
+"""The most that is sent with the content of an event: its names, its channel, the command."""
+
 
 @check("redis", needs={Need.REDIS})
 def version(probe: Probe) -> Verdict:
@@ -82,6 +88,24 @@ def output_buffers(probe: Probe) -> Verdict:
             advice,
         )
     return ok(f"pubsub {hard / 1e6:.0f} MB, or {soft / 1e6:.0f} MB for {seconds} s")
+
+
+@check("message size", needs={Need.REDIS})
+def message_size(probe: Probe) -> Verdict:
+    """Whether Redis takes the largest event."""
+    limits = {name: config(probe, name) for name in SIZE_LIMITS}
+    known = {name: int(limit) for name, limit in limits.items() if limit}
+    if not known:
+        return skipped("this server does not tell its limits")
+    name, limit = min(known.items(), key=lambda each: each[1])
+    largest = probe.app.settings.max_event_bytes
+    if limit < largest + EVENT_MARGIN_BYTES:
+        return problem(
+            f"{name} is {limit:,} bytes, and an event may have {largest:,}: Redis closes the "
+            "connection over it, and it becomes a dead letter",
+            f"CONFIG SET {name} {2 * largest}, or lower BEATLESS_MAX_EVENT_BYTES",
+        )
+    return ok(f"up to {limit:,} bytes")
 
 
 def config(probe: Probe, name: str) -> str | None:
