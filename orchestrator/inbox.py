@@ -12,6 +12,7 @@ import psycopg
 
 from beatless.orchestrator.errors import RunEnded, RunNotFound, SignalConflict
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import NewSignal, SentSignal
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, execute
@@ -48,7 +49,7 @@ class Inbox:
         """
         text = f"[{','.join(signal.to_json() for signal in new)}]"
         rows = execute(connection, self._sql["send"], {"signals": text, "namespace": namespace})
-        for signal, (exists, ended, known, differs, _) in zip(new, rows, strict=True):
+        for signal, (exists, ended, known, differs, _, _) in zip(new, rows, strict=True):
             if not exists:
                 raise RunNotFound(signal.run_id)
             if differs:
@@ -56,9 +57,14 @@ class Inbox:
             if ended and not known:
                 raise RunEnded(signal.run_id)
         return [
-            SentSignal(run_id=signal.run_id, id=signal.key, new=not known)
-            for signal, (_, _, known, _, _) in zip(new, rows, strict=True)
+            SentSignal(run_id=signal.run_id, id=signal.key, new=not known, waits_for=names)
+            for signal, (_, _, known, _, names, _) in zip(new, rows, strict=True)
         ]
+
+    def open_waits(self, connection: Caller, run_id: str) -> list[OpenWait]:
+        """The waits of a run that have begun and not ended, oldest first."""
+        rows = execute(connection, self._sql["open_waits"], {"run_id": run_id})
+        return [OpenWait.from_started(step, data, seq=seq) for step, data, seq in rows]
 
     def take_in(
         self,

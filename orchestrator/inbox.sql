@@ -8,11 +8,25 @@ SELECT e.data ->> 'name' AS name, e.data -> 'data' AS data FROM {schema}.run_eve
   UNION ALL
   SELECT s.name, s.data FROM {schema}.signals s WHERE s.run_id = i.run_id AND s.key = i.key
 
+-- fragment: waits_of
+-- The waits of a run `i` that have begun and not ended, nor were left behind.
+SELECT w.step, w.data, w.seq FROM {schema}.run_events w
+ WHERE w.run_id = i.run_id AND w.type = 'WaitStarted' AND NOT EXISTS (
+   SELECT FROM {schema}.run_events f
+    WHERE f.run_id = w.run_id AND f.seq > w.seq
+      AND (f.type = 'WaitFinished' AND f.step = w.step
+           OR f.type IN ('CancelRequested', 'RunRestarted', 'RunFinished')))
+
+-- name: open_waits
+-- Read the open waits of a run, oldest first.
+SELECT step, data, seq FROM (SELECT %(run_id)s::text AS run_id) AS i CROSS JOIN LATERAL (
+  {waits_of}) w ORDER BY seq
+
 -- name: send
 -- Store signals for runs, and have the relay look at these; none if one of them cannot be sent.
 -- The run's row is read, and neither locked nor changed: the caller's transaction may stay open.
--- Says of each whether its run exists, has ended, and has received this signal before, and if it
--- was another one.
+-- Says of each whether its run exists, has ended, and has received this signal before, if it was
+-- another one, and which signals the run waits for.
 WITH input AS (
   SELECT * FROM ROWS FROM (jsonb_to_recordset(%(signals)s::jsonb) AS (
     run_id text, shard smallint, name text, key text, data jsonb)) WITH ORDINALITY
@@ -35,8 +49,11 @@ WITH input AS (
 ), w AS (
   INSERT INTO {schema}.wakes (shard, run_id) SELECT DISTINCT shard, run_id FROM good
 )
-SELECT exists, ended, known, differs, CASE WHEN n IN (SELECT n FROM good) THEN {each_doorbell} END
-  FROM found ORDER BY n
+SELECT exists, ended, known, differs,
+       ARRAY(SELECT DISTINCT e.value FROM ({waits_of}) w
+              CROSS JOIN LATERAL jsonb_array_elements_text(w.data -> 'names') e ORDER BY e.value),
+       CASE WHEN n IN (SELECT n FROM good) THEN {each_doorbell} END
+  FROM found i ORDER BY n
 
 -- name: lock
 -- Lock a run under its lease.

@@ -59,6 +59,17 @@ class OpenWait:
     it has none, or began in this claim."""
 
     @classmethod
+    def from_started(cls, occurrence: str, data: Mapping[str, Any], *, seq: int) -> Self:
+        """From a WaitStarted with this data."""
+        return cls(
+            occurrence=occurrence,
+            kind=WaitKind(data["kind"]),
+            names=data.get("names", ()),
+            seq=seq,
+            until_ms=data.get("until"),
+        )
+
+    @classmethod
     def from_dict(cls, members: Mapping[str, Any]) -> Self:
         """From its JSON object. Members that this version does not know are ignored."""
         known = {each.name: members[each.name] for each in fields(cls)}
@@ -113,13 +124,8 @@ class OpenWaits:
         data = event.data or {}
         match event.type:
             case EventType.WAIT_STARTED:
-                self.waits[event.step or ""] = OpenWait(
-                    occurrence=event.step or "",
-                    kind=WaitKind(data["kind"]),
-                    names=data.get("names", ()),
-                    seq=event.seq,
-                    until_ms=data.get("until"),
-                )
+                occurrence = event.step or ""
+                self.waits[occurrence] = OpenWait.from_started(occurrence, data, seq=event.seq)
             case EventType.SIGNAL_RECEIVED:
                 self.signals.append(Signal(name=data["name"], data=data.get("data"), seq=event.seq))
             case EventType.WAIT_FINISHED:

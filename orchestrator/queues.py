@@ -47,10 +47,14 @@ class QueueState:
 
     name: str
     paused_at: datetime | None
-    waiting: int
+    queued: int
+    """Due, and taken by no worker."""
     delayed: int
-    """Waiting for a later time: a delay, a retry, a snooze."""
+    """Due later: a delay, a retry, a snooze."""
+    waiting: int
+    """Parked at a wait of their plan: for a signal, or for a time."""
     active: int
+    """Had by a worker."""
     completed: int
     failed: int
     cancelled: int
@@ -177,8 +181,9 @@ class QueueStatements:
         names = (
             "name",
             "paused_at",
-            "waiting",
+            "queued",
             "delayed",
+            "waiting",
             "active",
             "oldest",
             "workers",

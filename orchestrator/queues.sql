@@ -63,9 +63,11 @@ SELECT d.queue,
 -- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.
 WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
-                                      OR d.state = 'sent') AS waiting,
-         count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp())
-           AS delayed,
+                                      OR d.state = 'sent') AS queued,
+         count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp()
+                            AND d.reason <> 'wait') AS delayed,
+         count(*) FILTER (WHERE d.state = 'delayed' AND d.due_at > clock_timestamp()
+                            AND d.reason = 'wait') AS waiting,
          count(*) FILTER (WHERE d.state = 'running') AS active,
          {due_since} AS oldest,
          count(DISTINCT (SELECT worker FROM {schema}.runs r
@@ -96,7 +98,8 @@ WITH unfinished AS (
            60 / greatest(0.001, extract(epoch FROM clock_timestamp() - (SELECT min(ts) FROM recent)))
          END)::bigint AS per_minute FROM recent GROUP BY queue
 )
-SELECT name, q.paused_at, coalesce(waiting, 0), coalesce(delayed, 0), coalesce(active, 0),
+SELECT name, q.paused_at, coalesce(queued, 0), coalesce(delayed, 0), coalesce(waiting, 0),
+       coalesce(active, 0),
        -- Those of older versions do not tell: then the processes that execute count.
        oldest, coalesce(workers, executing, 0),
        coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)

@@ -64,6 +64,7 @@ class Run(StoredOptions):
     attempt: int
     """How often a worker has taken the run."""
     worker: str | None
+    """Its last worker, which has it while it is running."""
     cancel_requested_at: datetime | None
     not_before: datetime | None
     deadline_at: datetime | None
@@ -248,6 +249,9 @@ class SentSignal:
     """Its key, or a random one."""
     new: bool
     """Whether it was stored now; False if it was sent before."""
+    waits_for: Sequence[str]
+    """The names of the signals that the run waited for when this was sent: another one is kept for
+    a later wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

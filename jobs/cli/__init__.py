@@ -71,6 +71,7 @@ COMMANDS = {
         "signal": "Send signal NAME to RUN.",
         "start": "Start a run of PLAN; prints its id.",
         "verify": "Check the guarantees on the stored data of RUN…: one line for each violation.",
+        "waits": "The open waits of RUN; without RUN, of the runs that wait, newest first.",
     },
 }
 """By module, each with the help that the list of commands shows: that list imports none of them."""

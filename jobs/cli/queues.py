@@ -32,7 +32,7 @@ def queues(env: Environment) -> None:
                 }
             )
         return
-    numbers = ("waiting", "delayed", "active", "completed", "failed", "cancelled")
+    numbers = ("queued", "delayed", "waiting", "active", "completed", "failed", "cancelled")
     rows = [
         (
             escape(state.name),
@@ -68,7 +68,7 @@ def is_unused(env: Environment, queue: str) -> bool:
     if queue in {plan.queue for plan in env.app.plans.values()}:
         return False
     (state,) = (state for state in env.client.queues() if state.name == queue)
-    counts = (state.waiting, state.delayed, state.active, state.workers)
+    counts = (state.queued, state.delayed, state.waiting, state.active, state.workers)
     return not any((*counts, state.completed, state.failed, state.cancelled))
 
 

@@ -20,7 +20,9 @@ from rich.progress import (
 from rich.text import Text
 
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run
+from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
 
 STYLES = {
@@ -254,9 +256,23 @@ def run_table(found: Sequence[Run]) -> Iterator[str]:
     yield from table(("run", "state", "plan", "queue", "events", "age"), rows)
 
 
-def run_sheet(run: Run, cancel: Event | None) -> Iterator[str]:
+def open_wait(wait: OpenWait) -> str:
+    """A wait and its end, in words."""
+    text = " or ".join(wait.names) if wait.names else "a time"
+    if wait.until_ms is None:
+        return f"{text}, without an end"
+    until = datetime.fromtimestamp(wait.until_ms / 1000, UTC)
+    return f"{text}, until {until.isoformat(timespec='seconds')}"
+
+
+def run_sheet(run: Run, cancel: Event | None, waits: Sequence[OpenWait]) -> Iterator[str]:
     """Everything about one run, a line for each member; `cancel` is the event of its cancel."""
     members = run.to_dict()
+    if run.state in (RunState.QUEUED, RunState.WAITING):
+        members["worker"] = None  # the one that it had before
+    if waits:
+        members["not_before"] = None  # the end of the first of them
+        members["waits for"] = "; ".join(map(open_wait, waits))
     if cancel is not None and cancel.data:
         members["cancel_reason"] = cancel.data.get("reason")
     for name, value in members.items():

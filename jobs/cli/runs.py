@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any, Unpack, get_args, get_type_hints
@@ -15,6 +16,7 @@ from beatless.cli.options import NAMESPACE
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.observe.export import export
+from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.state import RunState
 from beatless.unfit_rows import Violation
@@ -141,15 +143,47 @@ def show(env: Environment, run: str) -> None:
     """Everything that is stored about RUN."""
     client = env.client_of(run)
     found = client.get_run(run)
+    waits = client.waits(run) if found.state is RunState.WAITING else []
     if env.as_json:
-        env.document(found.to_dict())
+        env.document(found.to_dict() | {"waits": [wait.to_dict() for wait in waits]})
         return
     cancel = None
     if found.cancel_requested_at is not None:
         events = client.events(run, from_seq=found.pruned_seq)
         cancel = next((each for each in events if each.type == EventType.CANCEL_REQUESTED), None)
-    for line in render.run_sheet(found, cancel):
+    for line in render.run_sheet(found, cancel, waits):
         env.out.print(line)
+
+
+@click.command()
+@click.argument("run", required=False)
+@NAMESPACE
+@click.option("--plan", help="Only runs of this plan.")
+@click.option("--queue", metavar="Q", help="Only runs of this queue.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.pass_obj
+def waits(
+    env: Environment, run: str | None, plan: str | None, queue: str | None, limit: int
+) -> None:
+    """The open waits of RUN; without RUN, of the runs that wait, newest first."""
+    if run is not None:
+        if plan is not None or queue is not None:
+            raise click.UsageError("--plan and --queue choose runs: give them without RUN")
+        ids = [run]
+    else:
+        found = env.client.list_runs(state=RunState.WAITING, plan=plan, queue=queue, limit=limit)
+        ids = [each.run_id for each in found]
+    rows = []
+    for run_id in ids:
+        with suppress(*[] if run is not None else [RunNotFound]):  # removed meanwhile
+            for wait in env.client_of(run_id).waits(run_id):
+                if env.as_json:
+                    env.document({"run_id": run_id, **wait.to_dict()})
+                else:
+                    rows.append((run_id, wait.occurrence, render.open_wait(wait)))
+    if not env.as_json:
+        for line in render.table(("run", "wait", "waits for"), rows):
+            env.out.print(line)
 
 
 @click.command()
@@ -220,8 +254,13 @@ def signal(env: Environment, run: str, name: str, data: str | None, key: str | N
     sent = env.client_of(run).signal_run(run, name, json_input(data, "--data"), key=key)
     if env.as_json:
         env.document(asdict(sent))
-    else:
-        click.echo(f"{name} is sent to {run}" if sent.new else f"{name} was sent before to {run}")
+        return
+    click.echo(f"{name} is sent to {run}" if sent.new else f"{name} was sent before to {run}")
+    if sent.new and name not in sent.waits_for:
+        now = (
+            f"waits for {' or '.join(sent.waits_for)}" if sent.waits_for else "waits for no signal"
+        )
+        env.note(f"the run {now} now: {name} is kept for a later wait")
 
 
 @click.command()

@@ -16,7 +16,7 @@ class QueueCalls(BaseClient):
         """Every queue that has runs or is paused, with its counts.
 
         >>> run = client.start_run("checkout", {"order": 1}, queue="mail")
-        >>> [queue.waiting for queue in client.queues() if queue.name == "mail"]
+        >>> [queue.queued for queue in client.queues() if queue.name == "mail"]
         [1]
         """
         with reaching_postgres(self._journal.schema):

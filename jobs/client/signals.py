@@ -10,7 +10,7 @@ from beatless.client.base import BaseClient
 from beatless.client.requests import problem_with_key
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import encode
-from beatless.orchestrator.open_waits import OpenWait, OpenWaits
+from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.outcomes import STEP_NAME
 from beatless.orchestrator.records import NewSignal, SentSignal
 from beatless.outbox.queries import Caller
@@ -114,10 +114,7 @@ class SignalCalls(BaseClient):
             run = self._get(caller, run_id)
             if run.state.final:
                 return []
-            found = OpenWaits()
-            for event in self._journal.read(caller, run.run_id, after=run.pruned_seq):
-                found.note(event)
-            return list(found.waits.values())
+            return self._inbox.open_waits(caller, run.run_id)
 
         return self._in_transaction(connection, look)
 

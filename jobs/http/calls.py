@@ -405,7 +405,7 @@ def queues() -> Exchange[list[QueueState]]:
     """Every queue that has runs or is paused, with its counts.
 
     >>> run = client.start_run("checkout", {"order": 1}, queue="mail")
-    >>> [queue.waiting for queue in client.queues() if queue.name == "mail"]
+    >>> [queue.queued for queue in client.queues() if queue.name == "mail"]
     [1]
     """
     answer = yield from _get("queues")
@@ -490,7 +490,12 @@ def _refusal(members: Mapping[str, Any]) -> Exception:
 
 
 def _sent(found: Any) -> SentSignal:
-    return SentSignal(run_id=found["run_id"], id=found["id"], new=found["new"])
+    return SentSignal(
+        run_id=found["run_id"],
+        id=found["id"],
+        new=found["new"],
+        waits_for=found.get("waits_for", ()),
+    )
 
 
 def _removed(found: Any) -> int:

@@ -190,7 +190,7 @@ def test_queues_are_paused_resumed_and_drained(beatless: Kit, url: str, open_pag
     row.get_by_role("button", name="Pause").click()
     expect(row.locator(".badge")).to_be_visible()
     waiting = beatless.start_run("refund")
-    expect(row.locator(".waiting")).to_have_text("1")
+    expect(row.locator(".queued")).to_have_text("1")
     beatless.work_until_idle()
     assert beatless.client.get_run(waiting.run_id).state == "queued"
     row.get_by_role("button", name="Resume").click()
@@ -200,11 +200,11 @@ def test_queues_are_paused_resumed_and_drained(beatless: Kit, url: str, open_pag
     row.get_by_role("button", name="Pause").click()
     expect(row.locator(".badge")).to_be_visible()
     beatless.start_run("refund")
-    expect(row.locator(".waiting")).to_have_text("1")
+    expect(row.locator(".queued")).to_have_text("1")
     row.get_by_label("More for payments").click()
     row.get_by_role("button", name="Drain").click()
     page.get_by_role("dialog").get_by_role("button", name="Drain").click()
-    expect(row.locator(".waiting")).to_have_text("0")
+    expect(row.locator(".queued")).to_have_text("0")
     assert len(beatless.client.list_runs(plan="refund")) == 2
 
 

@@ -434,7 +434,7 @@ def test_tables_and_advice_are_never_cut_off(
         beatless.client.pause_queue(queue)
 
         head, row, *_ = command("queues").out.splitlines()
-        counts = ["waiting", "delayed", "active", "completed", "failed", "cancelled"]
+        counts = ["queued", "delayed", "waiting", "active", "completed", "failed", "cancelled"]
         assert head.split() == ["queue", *counts, "oldest", "per", "minute", "workers"]
         assert row.startswith(f"{queue}  paused")
         assert row.endswith("0")

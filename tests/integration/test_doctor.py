@@ -478,7 +478,7 @@ def test_runs_that_are_due_and_that_no_worker_takes(
         beatless.start_run("two_steps")
     if sent:
         beatless.drain_outbox_once()
-        assert {queue.waiting for queue in beatless.client.queues()} == {5}
+        assert {queue.queued for queue in beatless.client.queues()} == {5}
     beatless.advance(90)
 
     found = examine(beatless_app, "queues")

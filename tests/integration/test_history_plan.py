@@ -157,7 +157,7 @@ def test_the_queues_without_what_ended(
 ) -> None:
     (state,) = queues.states(history, ended=False)
 
-    assert (state.name, state.waiting, state.completed) == ("q", 1, 0)
+    assert (state.name, state.queued, state.completed) == ("q", 1, 0)
 
 
 def test_retention(beatless_app: App, history: psycopg.Connection) -> None:

@@ -123,7 +123,7 @@ def test_counts_per_state(beatless: Kit) -> None:
 
     assert found.name == "q"
     assert found.paused_at is not None
-    assert (found.waiting, found.delayed, found.active) == (3, 1, 1)
+    assert (found.queued, found.delayed, found.waiting, found.active) == (3, 1, 0, 1)
     assert (found.completed, found.failed, found.cancelled) == (2, 1, 1)
     assert found.oldest is not None
     assert (found.per_minute, found.workers) == (4, 1)
@@ -221,7 +221,7 @@ def test_a_long_history_is_counted_by_the_relay(
 ) -> None:
     def seen() -> dict[str, tuple[int, int, int]]:
         found = beatless.client.queues()
-        return {q.name: (q.completed, q.failed, q.waiting) for q in found}
+        return {q.name: (q.completed, q.failed, q.queued) for q in found}
 
     monkeypatch.setattr("beatless.orchestrator.ended_runs.FEW", 2)
     monkeypatch.setattr("beatless.orchestrator.ended_runs.PAGE_RUNS", 2)

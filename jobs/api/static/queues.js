@@ -3,7 +3,7 @@
 import { call, now, post } from "./api.js";
 import { Rows, age, ask, count, el, menu, problem, setText, tell } from "./dom.js";
 
-const COUNTS = ["waiting", "delayed", "active", "completed", "failed", "cancelled"];
+const COUNTS = ["queued", "delayed", "waiting", "active", "completed", "failed", "cancelled"];
 
 export async function showQueues(page) {
   const said = document.getElementById("said");
@@ -46,8 +46,8 @@ export async function showQueues(page) {
   function drain(name) {
     return destroy(name, {
       title: `Drain ${name}?`, verb: "Drain",
-      words: (queue) => `${are(queue.waiting, "run", "waits", "wait")} and ${queue.delayed} for a later time: all of them are taken away for good, `
-        + `with their events. ${queue.active ? `${are(queue.active, "run", "is", "are")} running and ${queue.active === 1 ? "goes" : "go"} on.` : "None is running."}`,
+      words: (queue) => `${are(queue.queued, "run", "is", "are")} queued, ${queue.delayed} delayed and ${queue.waiting} waiting for a signal or a time, begun or not: all of them are taken away for good, `
+        + `with their events, and no on_cancel is called. ${queue.active ? `${are(queue.active, "run", "is", "are")} running and ${queue.active === 1 ? "goes" : "go"} on.` : "None is running."}`,
       check: () => post(`${pathOf(name)}/drain`),
       done: (removed) => `${count(removed, "run")} of queue ${name} removed.`,
     });
@@ -59,7 +59,7 @@ export async function showQueues(page) {
     confirm();
     return destroy(name, {
       title: `Obliterate ${name}?`, verb: "Obliterate",
-      words: (queue) => `${are(queue.waiting + queue.delayed, "run", "waits", "wait")}, ${queue.active} ${queue.active === 1 ? "is" : "are"} running, `
+      words: (queue) => `${are(queue.queued + queue.delayed + queue.waiting, "run", "waits", "wait")}, ${queue.active} ${queue.active === 1 ? "is" : "are"} running, `
         + `${queue.completed + queue.failed + queue.cancelled} ended. All of them are taken away for good, with their events, and the queue itself. Other queues stay as they are.`,
       fields: [
         el("label", { class: "check" }, el("input", { type: "checkbox", name: "force" }),

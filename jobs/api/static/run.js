@@ -75,7 +75,7 @@ export async function showRun(page, runId) {
     const names = story.wait?.data?.names ?? [];
     if (signal.hidden || signal.disabled) return;
     const name = el("input", { name: "name", required: true, maxlength: "100", value: names[0] ?? "", autocomplete: "off", list: "signals" });
-    await ask({
+    const sent = await ask({
       title: "Send a signal to this run", verb: "Send",
       fields: [el("label", {}, "Name", name), el("datalist", { id: "signals" }, ...names.map((each) => el("option", { value: each }))),
         el("label", {}, "Data (JSON)", el("textarea", { name: "data", rows: "4", spellcheck: "false" }))],
@@ -85,6 +85,9 @@ export async function showRun(page, runId) {
         return post(`${path}/signals`, { name: data.get("name"), data: given ? JSON.parse(given) : null });
       },
     });
+    if (sent?.new && !sent.waits_for.includes(name.value)) {
+      tell(`${name.value} is kept for a later wait: the run waits for ${sent.waits_for.join(" or ") || "no signal"} now.`);
+    }
   }
 
   async function askToRetry() {
@@ -198,7 +201,7 @@ export async function showRun(page, runId) {
       if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
       if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
       if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
-      if (run.worker) entries.push(["Worker", el("code", {}, run.worker)]);
+      if (run.worker && !["queued", "waiting"].includes(run.state)) entries.push(["Worker", el("code", {}, run.worker)]);
       for (const [name, content] of Object.entries(run)) {
         if (!PLACED.has(name) && content !== null) entries.push([worded(name), typeof content === "object" ? JSON.stringify(content) : String(content)]);
       }

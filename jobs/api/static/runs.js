@@ -76,9 +76,10 @@ export async function showRuns(page, query) {
     let queues;
     // Without the right to see queues there are no counts, and nothing else is missing.
     try { queues = (await call("/v1/queues")).queues; } catch { return; }
-    const sums = { queued: 0, running: 0, completed: 0, failed: 0, cancelled: 0 };
+    const sums = { queued: 0, waiting: 0, running: 0, completed: 0, failed: 0, cancelled: 0 };
     for (const queue of queues) {
-      sums.queued += queue.waiting + queue.delayed;
+      sums.queued += queue.queued + queue.delayed;
+      sums.waiting += queue.waiting;
       sums.running += queue.active;
       for (const state of ["completed", "failed", "cancelled"]) sums[state] += queue[state];
     }

@@ -1,0 +1,143 @@
+"""The commands about runs that wait: `waits`, `signal`, `show` and `queues`."""
+
+import json
+from typing import Any
+
+import pytest
+
+from beatless import App, Plan, RunContext, StepContext, days, plan, sleep, step, wait
+from beatless.cli import run
+from beatless.http import Client
+from beatless.testing import Kit
+from tests.serving import serving
+
+
+@step
+def ship(ctx: StepContext) -> None: ...
+
+
+@plan("ordered")
+def ordered(run: RunContext[Any]) -> Any:
+    run.wait("paid", "refused", timeout=days(3))
+    return run.again(None)
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [
+        Plan("order", [wait("paid", "refused", timeout=days(3)), wait("delivered"), ship]),
+        Plan("sleeper", [sleep(days=14), ship]),
+        ordered,
+    ]
+
+
+class Command:
+    """Runs commands with the settings of the test's own app."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.error = ""
+
+    def __call__(self, *arguments: str, status: int = 0) -> str:
+        assert run(["--app", "tests.plans:app", *arguments]) == status
+        out, self.error = self._capsys.readouterr()
+        return out
+
+    def documents(self, *arguments: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self(*arguments, "--json").splitlines()]
+
+
+@pytest.fixture
+def command(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    return Command(capsys)
+
+
+def test_runs_that_wait_have_a_column_of_their_own(beatless: Kit, command: Command) -> None:
+    beatless.start_run("order")
+    beatless.start_run("sleeper")
+    beatless.work_until_idle()
+    beatless.start_run("order", delay=60)
+    beatless.start_run("order")
+    (state,) = beatless.client.queues()
+    counts = (state.queued, state.delayed, state.waiting, state.active)
+    assert counts == (1, 1, 2, 0)
+    (told,) = command.documents("queues")
+    assert (told["queued"], told["delayed"], told["waiting"], told["active"]) == counts
+    titles, row = (line.split() for line in command("queues").splitlines())
+    assert dict(zip(titles, row, strict=False)) | {
+        "queued": "1",
+        "delayed": "1",
+        "waiting": "2",
+    } == dict(zip(titles, row, strict=False))
+    with serving(beatless.app) as api, Client(api.url) as client:
+        assert client.queues() == [state]
+
+
+def test_show_says_what_a_run_waits_for_and_names_no_worker(
+    beatless: Kit, command: Command
+) -> None:
+    order, sleeper = beatless.start_run("order").run_id, beatless.start_run("sleeper").run_id
+    beatless.work_until_idle()
+    sheet = command("show", order)
+    assert "waits for           paid or refused, until 20" in sheet
+    assert "\nworker" not in sheet
+    assert "\nnot_before" not in sheet
+    assert "waits for           a time, until 20" in command("show", sleeper)
+    (told,) = command.documents("show", order)
+    assert [wait["names"] for wait in told["waits"]] == [["paid", "refused"]]
+    beatless.signal(order, "paid")
+    beatless.work_until_idle()
+    assert "waits for           delivered, without an end" in command("show", order)
+    beatless.signal(order, "delivered")
+    beatless.work_until_idle()
+    done = command("show", order)
+    assert "waits for" not in done
+    assert "\nworker" in done
+
+
+def test_waits_lists_those_of_one_run_or_of_all_that_wait(beatless: Kit, command: Command) -> None:
+    order, sleeper = beatless.start_run("order").run_id, beatless.start_run("sleeper").run_id
+    beatless.work_until_idle()
+    queued = beatless.start_run("order").run_id
+    assert [told["run_id"] for told in command.documents("waits")] == [sleeper, order]
+    assert [told["run_id"] for told in command.documents("waits", "--limit", "1")] == [sleeper]
+    assert [told["run_id"] for told in command.documents("waits", "--plan", "order")] == [order]
+    assert command.documents("waits", queued) == []
+    (told,) = command.documents("waits", order)
+    assert (told["occurrence"], told["names"]) == ("paid", ["paid", "refused"])
+    assert command("waits").splitlines()[2].split()[:5] == [order, "paid", "paid", "or", "refused,"]
+    command("waits", "nobody", status=2)
+    assert "nobody" in command.error
+    command("waits", order, "--plan", "order", status=2)
+
+
+def test_a_signal_that_nobody_waits_for_is_kept_and_the_answer_says_what_is_waited_for(
+    beatless: Kit, command: Command
+) -> None:
+    order = beatless.start_run("order").run_id
+    assert command("signal", order, "early") == f"early is sent to {order}\n"
+    assert "waits for no signal now: early is kept for a later wait" in command.error
+    beatless.work_until_idle()
+    command("signal", order, "payed")
+    assert "waits for paid or refused now: payed is kept for a later wait" in command.error
+    with serving(beatless.app) as api, Client(api.url) as client:
+        assert client.signal_run(order, "payed").waits_for == ["paid", "refused"]
+    assert command.documents("signal", order, "payd")[0]["waits_for"] == ["paid", "refused"]
+    command("signal", order, "paid")
+    assert command.error == ""
+    beatless.work_until_idle()
+    assert beatless.client.signal_run(order, "x").waits_for == ["delivered"]
+
+
+def test_a_wait_that_was_left_behind_is_not_waited_for(beatless: Kit) -> None:
+    order = beatless.start_run("ordered").run_id
+    for _ in range(2):
+        beatless.work_until_idle()
+        assert [wait.names for wait in beatless.waits(order)] == [["paid", "refused"]]
+        beatless.signal(order, "paid")
+    beatless.client.cancel_run(order)
+    assert beatless.waits(order) == []
