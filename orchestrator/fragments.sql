@@ -61,6 +61,11 @@ CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 -- They go before those of their priority that have not begun: they are due since they were made.
 ('busy', 'shutdown', 'signal', 'again')
 
+-- fragment: each_settled_doorbell
+-- `each_doorbell`, for runs that have come to a boundary: those that wait may be due.
+CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text ||
+       CASE state WHEN 'running' THEN ' events' WHEN 'queued' THEN '' ELSE ' times' END) END
+
 -- fragment: written_beside
 -- The events, outbox rows and dispatches of runs `u` that were settled.
 e AS (

@@ -24,4 +24,4 @@ WITH b AS MATERIALIZED (
     FROM b WHERE r.run_id = b.run_id
   RETURNING {settled_columns}
 ), {written_beside}
-SELECT run_id, last_seq, cancelled, u.state = 'running' AND {signalled}, {each_doorbell} FROM u
+SELECT run_id, last_seq, cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell} FROM u

@@ -75,7 +75,7 @@ WITH u AS (
   INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
   SELECT %(shard)s, run_id, last_seq - (%(n)s) + 1, last_seq FROM u
 )
-SELECT last_seq, cancelled, {doorbell} FROM u
+SELECT last_seq, cancelled, {events_doorbell} FROM u
 
 -- name: settle
 -- Append the events of a step boundary under a lease, and set where the run stands after it.
@@ -93,7 +93,7 @@ WITH u AS (
      AND r.last_seq >= %(after)s
   RETURNING {settled_columns}
 ), {written_beside}
-SELECT last_seq, cancelled, u.state = 'running' AND {signalled}, {each_doorbell} FROM u
+SELECT last_seq, cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell} FROM u
 
 -- fragment: ends_at_once
 -- Whether a cancel ends the run in the same statement.

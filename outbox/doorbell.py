@@ -15,7 +15,7 @@ the listener, or the reverse, would be a sleeper that no writer can wake.
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Self
 
 import psycopg
@@ -47,6 +47,23 @@ class State(StrEnum):
     ASLEEP = "asleep"
 
 
+class Ring(IntEnum):
+    """What has come since the last look, by the rings of the writers: the more, the larger."""
+
+    NOTHING = 0
+    EVENTS = 1
+    TIMES = 2
+    """Events, and other due times of dispatches of which none is due."""
+    ALL = 3
+    """Anything. So do writers of an older version ring, and whoever is no writer."""
+
+    @classmethod
+    def of(cls, message: str) -> "Ring":
+        """The meaning of a message on the channel: a shard, and a word if it is not all."""
+        _, _, word = message.partition(" ")
+        return {"events": cls.EVENTS, "times": cls.TIMES}.get(word, cls.ALL)
+
+
 class Sessions:
     """The relay's three direct sessions.
 
@@ -68,7 +85,7 @@ class Sessions:
         self.queries = queries
         self._sql = statements(__file__, queries.schema)
         self.state = State.AWAKE
-        self.rung = False
+        self.rung = Ring.NOTHING
         self.members_changed = False
         self.watch_granted = False
         self._ping = ""
@@ -165,7 +182,7 @@ class Sessions:
             self._ponged |= payload == self._ping
             self._on_message(payload)
             return
-        self.rung = True
+        self.rung = max(self.rung, Ring.of(payload))
 
     def doze(self, shards: Sequence[int]) -> None:
         """AWAKE to DROWSY: ask for the bell locks without waiting for them."""

@@ -7,6 +7,7 @@ from typing import Any
 import psycopg
 
 from beatless.outbox.breaker import CircuitBreaker
+from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.event_lane import EventLane
 from beatless.outbox.observer import Drained
@@ -14,6 +15,9 @@ from beatless.outbox.overdue import OverdueRuns
 from beatless.outbox.quarantine import Quarantine, is_row_fault
 from beatless.outbox.queries import int_array
 from beatless.outbox.task_lane import TaskLane
+
+CLOCK_SLACK_S = 0.0005
+"""Due times are the server's: look a moment after them, not a moment before."""
 
 LOCKED_ROW_POLL_S = 0.25
 """Seconds between two picks of due rows that another transaction holds."""
@@ -50,6 +54,11 @@ class Drain:
         self._isolations = 0
         self.crowded = False
         """Some rows took the places of others in the last step: take another one."""
+        self.complete = False
+        """Whatever the last step could pick, it has published, and handed over to the broker."""
+        self._tasks_left = False
+        self._looked_for_tasks_at = monotonic()
+        """When the last step was begun that looked for dispatches, by the monotonic clock."""
         self.next_due_s: float | None = None
         """Seconds from the last step to the next due time or deadline of a run, if it looked ahead;
         None: there is none."""
@@ -83,12 +92,14 @@ class Drain:
         run_id: str | None = None,
         now: datetime | None = None,
         look_ahead: bool = False,
+        only_events: bool = False,
     ) -> int:
         """Publish one batch; the number of messages (outbox rows and dispatches) that left.
 
-        `look_ahead` reads `next_due_s` as well.
+        `look_ahead` reads `next_due_s` as well. With `only_events` no dispatch is looked for.
         """
         events, tasks = self.events, self.tasks
+        self.complete, began = False, monotonic()
         self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
         sent = list(tasks.collect(shards, now))
         tasks.abandon_stalled()
@@ -96,19 +107,21 @@ class Drain:
         try:
             with self._connection.pipeline():
                 deleted = events.forget()
-                tasks.forget(now)
+                marked = tasks.forget(now)
                 still_held = tasks.find_held(now)
                 # After the marks, without which what was sent is due. Before the pick: a row that
                 # becomes due in between is in one of the two.
                 ahead = self._look_ahead(shards) if look_ahead else None
                 rows = events.pick(shards, run_id)
-                dispatches = tasks.pick(shards, run_id, now)
+                dispatches = None if only_events else tasks.pick(shards, run_id, now)
         except psycopg.Error as error:
             self._isolate(error, shards, run_id, now)
             return len(sent)
+        if dispatches is not None:
+            self._looked_for_tasks_at = began
         self.next_due_s = self._earliest(ahead)
         events.note_forgotten(deleted)
-        tasks.note_forgotten()
+        tasks.note_forgotten(marked)
         picked = events.fetch(rows, run_id)
         batch = tasks.fetch(dispatches, still_held, shards, now)
         if picked or batch.messages:
@@ -124,33 +137,64 @@ class Drain:
                 Drained(events=published, tasks=len(sent), rows=events.published, messages=sent)
             )
         if run_id is None and rows is not None and not self._quarantine.run_ids:
-            events.note_pass(picked)
+            complete = events.note_pass(picked)
+            self.complete = complete and not (tasks.crowded or tasks.full or tasks.rows_held)
         return published + len(sent)
+
+    def conclude(self, shards: Sequence[int], *, look_ahead: bool) -> bool:
+        """Delete and mark what the last step has published; False if another step is needed.
+
+        It was `complete`, and its caller is woken by whatever is committed since. `look_ahead`
+        reads `next_due_s` as well.
+        """
+        # What became due since the last pick of dispatches is in none: both clocks are as fast.
+        back_s = monotonic() - self._looked_for_tasks_at + CLOCK_SLACK_S
+        try:
+            with self._connection.pipeline():
+                deleted = self.events.forget()
+                marked = self.tasks.forget(None)
+                ahead = self._look_ahead(shards, back_s) if look_ahead else None
+        except psycopg.Error as error:
+            self._isolate(error, (), None, None)
+            return False
+        if look_ahead:
+            self.next_due_s = self._earliest(ahead)
+        self.events.note_forgotten(deleted)
+        self.tasks.note_forgotten(marked)
+        return self.tasks.all_marked and not self.events.rows_held and not self._tasks_left
+
+    @property
+    def tasks_left(self) -> bool:
+        """Whether there are dispatches that the last look ahead has found due, or that are held."""
+        return self._tasks_left or self.tasks.rows_held or self.tasks.marks_due
 
     def finish(self, shards: Sequence[int], now: datetime | None = None) -> None:
         """Delete the rows that the last step published, without selecting more."""
         self.tasks.flush(shards, now)
         try:
             deleted = self.events.forget()
-            self.tasks.forget(now)
+            marked = self.tasks.forget(now)
         except psycopg.Error as error:
             self._isolate(error, (), None, now)
             return
         self.events.note_forgotten(deleted)
-        self.tasks.note_forgotten()
+        self.tasks.note_forgotten(marked)
 
     def close(self) -> None:
         """End the thread that hands tasks over."""
         self.tasks.close()
 
-    def _look_ahead(self, shards: Sequence[int]) -> psycopg.Cursor[Any]:
-        return self._connection.execute(self._queries.next_due_sql, {"shards": int_array(shards)})
+    def _look_ahead(self, shards: Sequence[int], back_s: float = 0.0) -> psycopg.Cursor[Any]:
+        return self._connection.execute(
+            self._queries.next_due_sql, {"shards": int_array(shards), "back": back_s}
+        )
 
     def _earliest(self, ahead: psycopg.Cursor[Any] | None) -> float | None:
         row = ahead.fetchone() if ahead else None
         if row is None:
             return None
-        waits = (row[0], self.overdue.schedule(row[1]))
+        due_s, deadline_s, self._tasks_left = row
+        waits = (due_s, self.overdue.schedule(deadline_s))
         return min((wait for wait in waits if wait is not None), default=None)
 
     def next_step_in(self) -> float | None:

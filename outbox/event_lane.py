@@ -163,9 +163,12 @@ class EventLane:
                 self._on_recovery()
         return len(self._published)
 
-    def note_pass(self, picked: Sequence[PickedEvents]) -> None:
-        """After a look at all runs: adapt the batches to its size, and raise the floor."""
-        size = sum(len(row.body) for row in picked)
+    def note_pass(self, picked: Sequence[PickedEvents]) -> bool:
+        """After a look at all runs: adapt the batches to its size, and raise the floor.
+
+        Whether all that was there was picked and published, and nothing published is left.
+        """
+        size, complete = sum(len(row.body) for row in picked), False
         if size < BATCH_BYTES:
             looked = self._queries.few_per_shard if self._large else self._queries.per_shard
             per_shard = Counter(row.shard for row in picked)
@@ -176,6 +179,7 @@ class EventLane:
             )
             self.floor.advance(picked, complete=complete)
         self._large = size >= (BATCH_BYTES // FEW_ROWS_DIVISOR if self._large else BATCH_BYTES)
+        return complete
 
     def dead_letter_unreadable(self, shards: Sequence[int], run_id: str | None) -> int:
         """Make dead letters of the next rows whose events Postgres cannot read; how many."""

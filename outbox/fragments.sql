@@ -24,17 +24,31 @@
 -- First key of the advisory locks by which a relay does a chore; the second is the chore's place.
 '{schema}.run_events'::regclass::oid::int4
 
--- fragment: doorbell
--- Ring the relay of %(shard)s, but only if it sleeps. Holds its probe until the commit.
+-- fragment: asleep
+-- Whether the relay of %(shard)s sleeps. Holds its probe until the commit.
 -- The shared advisory lock is released after the rows are visible, so the exclusive lock that the
 -- relay needs to fall asleep comes later and its last look sees them.
-CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)
-     THEN pg_notify('beatless_{schema}', (%(shard)s)::text) END
+NOT pg_try_advisory_xact_lock_shared({bell_key}, %(shard)s)
+
+-- fragment: each_asleep
+-- `asleep`, for rows with a column `shard`.
+NOT pg_try_advisory_xact_lock_shared({bell_key}, shard)
+
+-- fragment: doorbell
+-- Ring the relay of %(shard)s, but only if it sleeps.
+CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text) END
 
 -- fragment: each_doorbell
 -- `doorbell`, for rows with a column `shard`.
-CASE WHEN NOT pg_try_advisory_xact_lock_shared({bell_key}, shard)
-     THEN pg_notify('beatless_{schema}', (shard)::text) END
+CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', (shard)::text) END
+
+-- fragment: events_doorbell
+-- `doorbell`, where there is nothing to look for but events.
+CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' events') END
+
+-- fragment: times_doorbell
+-- `doorbell`, where a dispatch has another due time, and none is due.
+CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' times') END
 
 -- fragment: origin
 -- The history of this schema, told from every other: 16 hexadecimal digits at most.

@@ -292,8 +292,9 @@ UPDATE {schema}.dispatches d
  WHERE {unclaimed}
 
 -- name: next_due
--- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline.
--- A dispatch that is due and was not taken waits for a place in the window, which the claims of
+-- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline;
+-- and whether it has left something of what is due.
+-- What became due %(back)s seconds ago was not seen by a look that was before. A dispatch that is due and was not taken waits for a place in the window, which the claims of
 -- another relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite
 -- time has no distance from another.
 WITH {lanes}
@@ -302,14 +303,18 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
        (SELECT extract(epoch FROM least(greatest(deadline_at, clock_timestamp() - interval '1 day'),
                                         clock_timestamp() + interval '1 day')
                                   - clock_timestamp())::float8 FROM {schema}.dispatches
-         WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1)
+         WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1),
+       coalesce(bool_or(t.is_left), false)
+         OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
   FROM (
-  SELECT min(due_at) AS due_at FROM {schema}.dispatches
-   WHERE state <> 'waiting' AND due_at > clock_timestamp() AND shard = ANY(%(shards)s)
+  SELECT min(due_at) AS due_at, false AS is_left FROM {schema}.dispatches
+   WHERE state <> 'waiting' AND due_at > clock_timestamp() - make_interval(secs => %(back)s)
+     AND shard = ANY(%(shards)s)
   UNION ALL
-  SELECT n.due_at FROM open CROSS JOIN LATERAL (
+  SELECT n.due_at, n.is_left FROM open CROSS JOIN LATERAL (
     SELECT CASE WHEN due_at > clock_timestamp() THEN due_at
-                ELSE clock_timestamp() + interval '0.25 s' END AS due_at
+                ELSE clock_timestamp() + interval '0.25 s' END AS due_at,
+           due_at <= clock_timestamp() AS is_left
       FROM {schema}.dispatches
      WHERE state = 'waiting' AND queue = open.queue AND priority = open.priority
        AND shard = ANY(%(shards)s)

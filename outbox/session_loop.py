@@ -5,8 +5,8 @@ import threading
 
 from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
-from beatless.outbox.doorbell import Sessions, State
-from beatless.outbox.drain import Drain
+from beatless.outbox.doorbell import Ring, Sessions, State
+from beatless.outbox.drain import CLOCK_SLACK_S, Drain
 from beatless.outbox.observer import (
     RelayAsleep,
     RelayWoke,
@@ -59,9 +59,6 @@ and still counts as a member, for a backend releases its locks one by one. Then 
 
 PING_TIMEOUT_S = 5.0
 """Seconds in which a NOTIFY to ourselves must have come back."""
-
-CLOCK_SLACK_S = 0.0005
-"""Due times are the server's: look a moment after them, not a moment before."""
 
 
 class SessionLoop:
@@ -166,7 +163,7 @@ class SessionLoop:
 
     def _fall_asleep(self) -> None:
         # Forget the ring before looking: one that comes while we look must wake us again.
-        self.sessions.rung = False
+        self.sessions.rung = Ring.NOTHING
         if self._is_busy(self._drain_all()):
             self.sessions.rouse()
         elif self.sessions.granted():
@@ -190,13 +187,14 @@ class SessionLoop:
             self._wait(self._patience())
         if self._stopping.is_set() or self.sessions.members_changed:
             return
-        rung, self.sessions.rung = self.sessions.rung, False
+        rung, self.sessions.rung = self.sessions.rung, Ring.NOTHING
         due = self._next_due is not None and monotonic() >= self._next_due
         if rung or due or self.drain.tasks.has_result:
             woke, before = monotonic(), self._last_wake
             self._last_wake = woke
             self._wakes = self._wakes + 1 if woke - before < self._config.linger else 1
-            moved = self._drain_all(rung=rung)
+            alone = not due and not self.drain.tasks.has_result and not self.drain.tasks_left
+            moved = self._answer(rung) if rung and alone else self._drain_all()
             source: WakeSource = "notify" if rung else "timer" if due else "broker"
             self._observer(RelayWoke(source=source))
             # As Linux' NAPI: interrupts while idle, none under load.
@@ -204,24 +202,49 @@ class SessionLoop:
                 self.sessions.rouse()
         self._run_watchdog()
 
-    def _drain_all(self, *, rung: bool = False) -> int:
+    def _answer(self, ring: Ring) -> int:
+        """Publish what a ring told of. Asleep: whatever is committed from now on rings, too.
+
+        So one look is enough that has found all. A step or a trace has moved no dispatch: neither
+        these nor their due times are looked at then. A claim makes room in a window, which matters
+        only while dispatches are left.
+        """
+        shards, look_ahead = self.shards.owned, ring is not Ring.EVENTS
+        moved = self.drain.step(shards, only_events=ring is not Ring.ALL)
+        if moved > BUSY_MESSAGES:
+            return moved
+        if not self.drain.complete:
+            return moved + self._drain_all()
+        if self.sessions.rung and ring is not Ring.ALL:
+            # The look that follows deletes what this one has published.
+            self.sessions.rung = max(self.sessions.rung, ring)
+            return moved
+        if not self.drain.conclude(shards, look_ahead=look_ahead):
+            return moved + self._drain_all()
+        if look_ahead:
+            self._note_next_step()
+        return moved
+
+    def _drain_all(self) -> int:
         """Publish waiting messages, and note when to look again; both only until it is too much.
 
-        Under load there is always more: going on would leave all writers ringing meanwhile. If it
-        was `rung`, there is something to publish before the look that finds nothing more.
+        Under load there is always more: going on would leave all writers ringing meanwhile.
         """
         shards = self.shards.owned
         if monotonic() >= self.drain.overdue.next_at:
             self.drain.overdue.end(shards)
-        total = self.drain.step(shards) if rung else 0
+        total = 0
         while total <= BUSY_MESSAGES:
             moved = self.drain.step(shards, look_ahead=True)
             total += moved
             if not moved and not self.drain.crowded and not self.drain.tasks.marks_due:
-                wait = self.drain.next_step_in()
-                self._next_due = None if wait is None else monotonic() + wait
+                self._note_next_step()
                 break
         return total
+
+    def _note_next_step(self) -> None:
+        wait = self.drain.next_step_in()
+        self._next_due = None if wait is None else monotonic() + wait
 
     def _patience(self) -> float:
         """Seconds until this relay has something to do without a ring."""

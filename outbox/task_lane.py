@@ -68,6 +68,10 @@ class TaskLane:
         self.crowded = False
         """Rows that another transaction holds, or that are to wait, took the places of others in
         the last pick: pick once more."""
+        self.full = False
+        """The last pick has as many rows as it may have: there may be others."""
+        self.all_marked = True
+        """Every message whose fate is known has been marked in the last step."""
         self._connection = connection
         self._queries = queries
         self._breaker = breaker
@@ -177,13 +181,15 @@ class TaskLane:
             reason = f"no answer in {PUBLISH_TIMEOUT_S:g} s"
             self._breaker.record_failure(PublishFailed("the broker", reason))
 
-    def forget(self, now: datetime | None) -> None:
+    def forget(self, now: datetime | None) -> Sequence[psycopg.Cursor[Any]]:
         """Mark the messages whose fate is known, without rows that another transaction holds."""
-        for statement, messages in self._marks:
-            self._mark(statement, messages, now)
+        return [self._send_mark(statement, messages, now) for statement, messages in self._marks]
 
-    def note_forgotten(self) -> None:
-        """The marks are written."""
+    def note_forgotten(self, marked: Sequence[psycopg.Cursor[Any]]) -> None:
+        """Take the answers to `forget`: the marks are written."""
+        self.all_marked = sum(len(messages) for _, messages in self._marks) == sum(
+            cursor.rowcount for cursor in marked
+        )
         self._marked = {
             (message.task_id, act)
             for statement, messages in self._marks
@@ -234,6 +240,7 @@ class TaskLane:
     ) -> Batch:
         """Take the answers to `pick` and `find_held`: the batch to publish next."""
         found = picked_tasks(rows.fetchall()) if rows else []
+        self.full = len(found) >= self._queries.window
         picked = [each for each in found if each.act != "wake"]
         if still_held:
             held = {task_id for (task_id,) in still_held.fetchall()}
@@ -272,11 +279,16 @@ class TaskLane:
         self._held |= again
         return [due for due in picked if due.message.task_id not in again]
 
-    def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> int:
-        """The number of rows written, unless it is sent in a pipeline."""
+    def _send_mark(
+        self, statement: str, messages: Sequence[TaskMessage], now: datetime | None
+    ) -> psycopg.Cursor[Any]:
         return self._connection.execute(
             statement, _attempts(messages) | {"redispatch": self._redispatch, "now": now}
-        ).rowcount
+        )
+
+    def _mark(self, statement: str, messages: Sequence[TaskMessage], now: datetime | None) -> int:
+        """Mark messages at once; the number of rows written."""
+        return self._send_mark(statement, messages, now).rowcount
 
     def _mark_each(
         self, statement: str, messages: Sequence[TaskMessage], now: datetime | None

@@ -104,7 +104,8 @@ def hear_bell(listener: psycopg.Connection[Any], flight: Flight, over: threading
     with suppress(psycopg.Error):
         while not over.is_set():
             for notification in listener.notifies(timeout=BELL_INTERVAL_S):
-                if notification.payload == shard and flight.rang is None:
+                rung, _, _ = notification.payload.partition(" ")
+                if rung == shard and flight.rang is None:
                     flight.rang = time.time()
 
 

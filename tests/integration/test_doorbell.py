@@ -15,7 +15,7 @@ import pytest
 from beatless import App
 from beatless.outbox import doorbell
 from beatless.outbox.direct_connection import DirectConnection
-from beatless.outbox.doorbell import Sessions, State
+from beatless.outbox.doorbell import Ring, Sessions, State
 from beatless.outbox.message import SHARDS, shard_of
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.sockets import Alarm
@@ -52,8 +52,8 @@ def rings(sessions: Sessions) -> bool:
     sessions.work.execute("SELECT pg_notify(%s, %s)", (sessions.queries.channel, sessions._ping))
     while not sessions._ponged:
         sessions.wait(60)
-    rung, sessions.rung = sessions.rung, False
-    return rung
+    rung, sessions.rung = sessions.rung, Ring.NOTHING
+    return bool(rung)
 
 
 def doze(sessions: Sessions, postgres: psycopg.Connection) -> None:

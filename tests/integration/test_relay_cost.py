@@ -2,15 +2,21 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Self
 
+import psycopg
 import pytest
 
 from beatless import App, Plan, StepContext, step
 from beatless.client import RunRequest
-from beatless.outbox import session_loop
-from beatless.outbox.doorbell import Sessions
-from beatless.outbox.message import TaskMessage
-from beatless.outbox.observer import RelayAsleep, RelayWoke
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.lease import Lease
+from beatless.outbox import session_loop as loops
+from beatless.outbox.direct_connection import DirectConnection
+from beatless.outbox.doorbell import Ring, Sessions, State
+from beatless.outbox.message import TaskMessage, shard_of
+from beatless.outbox.observer import RelayAsleep
 from beatless.outbox.publishers import CeleryTaskPublisher
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.session_loop import (
@@ -19,8 +25,9 @@ from beatless.outbox.session_loop import (
     PAUSE_PER_MESSAGE_S,
     SessionLoop,
 )
+from beatless.settings import libpq_url
 from beatless.testing import Kit
-from tests.integration.test_relay import noting, running
+from tests.integration.test_relay import noting, pending, running, session_loop, until
 
 
 @step
@@ -33,22 +40,236 @@ def beatless_plans() -> list[Plan]:
     return [Plan("job", [only])]
 
 
-def test_a_start_costs_a_sleeping_relay_two_round_trips(beatless: Kit, beatless_app: App) -> None:
-    """One finds its event and its message, the other notes that both have gone."""
-    connect, said = noting(beatless_app)
-    with running(beatless_app, connect=connect, watchdog=600) as (_, announcements):
-        begin = len(said)
+class Asleep:
+    """A relay driven by hand that sleeps, and the statements that it sends when it is rung."""
+
+    def __init__(self, loop: SessionLoop, said: list[str]) -> None:
+        self.loop = loop
+        self._said = said
+        self.fall_asleep()
+
+    def fall_asleep(self) -> None:
+        self.loop.sessions.doze(self.loop.shards.owned)
+        until(lambda: self.loop._fall_asleep() or self.loop.sessions.state is State.ASLEEP)
+        self.loop.sessions.rung = Ring.NOTHING
+
+    def await_ring(self) -> None:
+        until(lambda: self.loop.sessions.rung or self.loop.sessions.wait(1.0))
+
+    def answer(self) -> list[str]:
+        """Be rung once; the tables that its statements are about, in their order."""
+        self.await_ring()
+        begin = len(self._said)
+        self.loop._sleep()
+        assert self.loop.sessions.state is State.ASLEEP
+        return [kind_of(text) for text in self._said[begin:]]
+
+
+KINDS = {
+    "DELETE FROM": "forget",
+    "SET state = 'sent'": "mark",
+    "doubted": "pick tasks",
+    "is_left": "look ahead",
+    "bytes_before": "pick events",
+}
+
+
+def kind_of(statement: str) -> str:
+    return next((kind for word, kind in KINDS.items() if word in statement), statement)
+
+
+@pytest.fixture
+def asleep(beatless_app: App, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asleep]:
+    monkeypatch.setattr("beatless.outbox.task_lane.INLINE_WAIT_S", 60.0)
+    said: list[str] = []
+
+    class Noting(psycopg.Cursor[Any]):
+        def execute(self, statement: Any, *arguments: Any, **options: Any) -> Self:
+            said.append(str(statement))
+            return super().execute(statement, *arguments, **options)
+
+    def connect() -> DirectConnection:
+        dsn = libpq_url(beatless_app.settings.listen_url)
+        return DirectConnection.connect(dsn, autocommit=True, cursor_factory=Noting)
+
+    with ExitStack() as ends:
+        relay = beatless_app.relay()
+        ends.callback(relay.stop)
+        sessions = ends.enter_context(Sessions(beatless_app.queries, connect))
+        loop = session_loop(relay, sessions)
+        ends.callback(loop.close)
+        sessions.announce()
+        loop.rebalance()
+        yield Asleep(loop, said)
+
+
+def claimed(app: App, run_id: str) -> Lease:
+    connection = app.executors.connect()
+    found = app.leases.claim(
+        connection, run_id, plan="job", worker="w", first_step="only", dispatch=1
+    )
+    connection.close()
+    assert found
+    return found
+
+
+def traced(app: App, lease: Lease) -> None:
+    event = app.journal.new_event(EventType.DEBUG_TRACE, step="only", attempt=1, where="here")
+    with app.executors.connect() as connection:
+        assert app.journal.append(connection, lease.run.run_id, lease.token, [event])
+
+
+def test_each_commit_of_a_run_costs_a_sleeping_relay_what_it_needs(
+    beatless: Kit, beatless_app: App, asleep: Asleep, postgres: psycopg.Connection
+) -> None:
+    """It was nineteen statements for a run of one step, and six more for each trace."""
+    beatless.start_run("job")  # the first one asks for the history, too
+    asleep.answer()
+    run = beatless.start_run("job")
+    assert asleep.answer() == ["pick events", "pick tasks", "forget", "mark", "look ahead"]
+    lease = claimed(beatless_app, run.run_id)
+    assert asleep.answer() == ["pick events", "forget", "look ahead"]
+    traced(beatless_app, lease)
+    assert asleep.answer() == ["pick events", "forget"]
+    beatless.advance(60)
+    beatless.drain_outbox_once()
+    asleep.fall_asleep()
+    assert beatless.executor().execute(beatless_app.plans["job"], run.run_id, 2)
+    assert asleep.answer() == ["pick events", "forget", "look ahead"]
+    assert pending(postgres) == 0
+
+
+class TestOneLookIsEnough:
+    """Whatever comes behind it rings, has its time, or shows in the statements that follow."""
+
+    def test_what_is_committed_behind_the_look_is_published_by_the_next(
+        self,
+        beatless: Kit,
+        asleep: Asleep,
+        postgres: psycopg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        conclude = asleep.loop.drain.conclude
+
+        def late(*arguments: Any, **options: Any) -> bool:
+            monkeypatch.setattr(asleep.loop.drain, "conclude", conclude)
+            traced(beatless.app, lease)
+            return conclude(*arguments, **options)
+
+        lease = claimed(beatless.app, beatless.start_run("job").run_id)
+        asleep.answer()
+        monkeypatch.setattr(asleep.loop.drain, "conclude", late)
+        traced(beatless.app, lease)
+        asleep.answer()
+        assert pending(postgres) == 1
+        asleep.answer()
+        assert pending(postgres) == 0
+
+    def test_what_becomes_due_behind_the_look_is_sent_at_once(
+        self,
+        beatless: Kit,
+        asleep: Asleep,
+        postgres: psycopg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        conclude = asleep.loop.drain.conclude
+
+        def late(*arguments: Any, **options: Any) -> bool:
+            postgres.execute("UPDATE dispatches SET due_at = now() WHERE state = 'delayed'")
+            return conclude(*arguments, **options)
+
+        beatless.start_run("job", delay=3600)
+        asleep.answer()
+        monkeypatch.setattr(asleep.loop.drain, "conclude", late)
         beatless.start_run("job")
-        announcements.wait(RelayWoke)
-        statements = said[begin:].count("a cursor")
-    # Twice events and tasks; once each to delete, to mark, and when the next is due.
-    assert statements <= 2 * 2 + 3
+        asleep.answer()
+        assert sent(postgres) == 1
+        asleep.loop._sleep()
+        assert sent(postgres) == 2
+
+    def test_what_became_due_before_a_claim_is_sent_behind_it(
+        self, beatless: Kit, asleep: Asleep, postgres: psycopg.Connection
+    ) -> None:
+        """The relay would have woken for it by itself, a moment later."""
+        beatless.start_run("job", delay=3600)
+        run = beatless.start_run("job")
+        asleep.answer()
+        postgres.execute("UPDATE dispatches SET due_at = now() WHERE state = 'delayed'")
+        claimed(beatless.app, run.run_id)
+        asleep.answer()
+        assert sent(postgres) == 0
+        asleep.loop._sleep()
+        assert sent(postgres) == 1
+
+    def test_what_came_to_wait_for_a_wake_is_woken(
+        self, beatless: Kit, asleep: Asleep, postgres: psycopg.Connection
+    ) -> None:
+        run = beatless.start_run("job")
+        asleep.answer()
+        shard = shard_of(run.run_id)
+        with postgres.transaction():
+            postgres.execute(
+                "INSERT INTO wakes (shard, run_id) VALUES (%s, %s)", (shard, run.run_id)
+            )
+            claimed(beatless.app, run.run_id)
+        asleep.answer()
+        assert postgres.execute("SELECT count(*) FROM wakes").fetchone() == (0,)
+
+    def test_a_claim_makes_room_for_a_run_that_waits_for_it(
+        self, beatless: Kit, beatless_app: App, asleep: Asleep, postgres: psycopg.Connection
+    ) -> None:
+        window = beatless_app.queries.window
+        asleep.loop.sessions.rouse()
+        runs = beatless.client.start_runs([RunRequest(plan="job")] * (window + 2))
+        while asleep.loop.drain.step(asleep.loop.shards.owned):
+            pass
+        asleep.fall_asleep()
+        out = "SELECT run_id FROM dispatches WHERE state = 'sent'"
+        first, second, *_ = [run_id for (run_id,) in postgres.execute(out).fetchall()]
+        for run_id in (first, second):
+            assert sent(postgres) == window
+            claimed(beatless_app, run_id)
+            asleep.answer()
+        assert sent(postgres) == window
+        assert len(runs) - 2 == window
+
+    def test_a_message_whose_run_is_held_is_looked_for_again(
+        self,
+        beatless: Kit,
+        asleep: Asleep,
+        postgres: psycopg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        conclude = asleep.loop.drain.conclude
+
+        def held(*arguments: Any, **options: Any) -> bool:
+            with postgres.transaction():
+                postgres.execute("SELECT FROM dispatches FOR UPDATE")
+                return conclude(*arguments, **options)
+
+        monkeypatch.setattr(asleep.loop.drain, "conclude", held)
+        beatless.start_run("job")
+        asleep.answer()
+        assert sent(postgres) == 1
+
+
+def sent(postgres: psycopg.Connection) -> int:
+    row = postgres.execute("SELECT count(*) FROM dispatches WHERE state = 'sent'").fetchone()
+    assert row
+    return int(row[0])
+
+
+@pytest.mark.parametrize("message", ["7", "", "7 news", "events", "7  events", "7 events times"])
+def test_a_ring_that_does_not_say_what_it_is_for_is_for_all(message: str) -> None:
+    assert Ring.of(message) is Ring.ALL
+    assert Ring.of("7 events") is Ring.EVENTS
+    assert Ring.of("7 times") is Ring.TIMES
 
 
 def test_a_relay_that_finds_nothing_looks_ever_more_rarely(
     beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_loop, "LONGEST_NAP_S", 3600.0)
+    monkeypatch.setattr(loops, "LONGEST_NAP_S", 3600.0)
     connect, said = noting(beatless_app)
     with running(beatless_app, connect=connect, watchdog=600, linger=0.3) as (_, announcements):
         asleep = len(announcements.all(RelayAsleep))

@@ -63,7 +63,7 @@ def careless(app: App) -> Journal:
     """A journal whose probe lets go at once, instead of with the commit."""
     journal = Journal(app.settings.schema, max_event_bytes=app.settings.max_event_bytes)
     key = f"'{app.settings.schema}.run_outbox'::regclass::oid::int4"
-    bell = fragment("doorbell", app.settings.schema)
+    bell = fragment("events_doorbell", app.settings.schema)
     probe = f"pg_try_advisory_xact_lock_shared({key}, %(shard)s)"
     assert probe in bell
     broken = bell.replace(
