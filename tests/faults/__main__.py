@@ -20,7 +20,7 @@ from time import monotonic, time
 from tests.faults.calm import UNFINISHED, calm, drain, heal, quiet
 from tests.faults.checker import Violation, check
 from tests.faults.faults import FAULTS, inject, lane_of
-from tests.faults.fleet import Fleet
+from tests.faults.fleet import GRACE_S, Fleet
 from tests.faults.guests import ABSENT
 from tests.faults.history import Record
 from tests.faults.load import Load
@@ -85,7 +85,7 @@ class Chaos:
             random.Random(f"{seed}/kills"),
             [kind for kind in kinds if kind == "child_killed"],
         )
-        self._ends = 0
+        self._ends = self._stops = 0
 
     def run(self, seconds: float, *, stop_early: bool) -> float | None:
         """Until the time is over, or a calm period has shown a violation: after so many seconds."""
@@ -137,7 +137,13 @@ class Chaos:
         self._recorder.write("fault", name="all connections cut", begin=begin, end=time())
 
     def _note_ends(self) -> None:
-        """Processes that have ended since the last time; a crash point hits by that."""
+        """Processes that have ended since the last time; a crash point hits by that.
+
+        And those that were asked to stop.
+        """
+        stops, self._stops = self._fleet.stops[self._stops :], len(self._fleet.stops)
+        for pids, at in stops:
+            self._recorder.write("stop", pids=pids, at=at, grace_s=GRACE_S)
         ends, self._ends = self._fleet.ends[self._ends :], len(self._fleet.ends)
         for name, at in ends:
             self._recorder.write("fault", name=name, begin=at, end=at)

@@ -317,6 +317,13 @@ BUGS = {
         "plan_version, queue, 'queued', input, key, 1,",
         "plan_version, queue, 'queued', input, NULL, 1,",
     ),
+    "a worker goes on claiming after its grace": Bug(
+        "jobs/worker/child_signals.py",
+        "    def start(self, worker: Any) -> None:\n",
+        "    def start(self, worker: Any) -> None:\n"
+        "        for number in LEFT_TO_MAIN_PROCESS:\n"
+        "            signal.signal(number, IgnoredSignal(self.terminated))\n",
+    ),
     "a cursor has no epoch": Bug(
         "jobs/api/sse.py",
         "if given is not None and (given != epoch or seq > run.last_seq):",

@@ -69,7 +69,9 @@ def signalled(names: tuple[str, ...], number: signal.Signals) -> Fault:
     def act(fleet: Fleet, chance: random.Random) -> bool:
         slot = chosen(fleet, chance, *names)
         hit = slot is not None and (names == RELAYS or names == ("api",) or leased(fleet) > 0)
-        if slot is not None:
+        if slot is not None and number == signal.SIGTERM:
+            fleet.ask_to_stop(slot)
+        elif slot is not None:
             os.kill(slot.pid, number)
         return hit
 
@@ -142,7 +144,7 @@ def crash_point(name: str, point: str, names: tuple[str, ...], passes: int) -> F
         slot = chosen(fleet, chance, *names)
         if slot is not None and not slot.armed:
             slot.arm(name, f"{point}@{chance.randint(1, passes)}:kill")
-            os.kill(slot.pid, signal.SIGTERM)
+            fleet.ask_to_stop(slot)
         return False
 
     return act
@@ -496,14 +498,6 @@ def relays_called_by_anybody(fleet: Fleet, _: random.Random) -> bool:
                 "SELECT pg_notify(%s, %s)", (channel_of(fleet.settings.schema), payload)
             )
     return True
-
-
-@fault
-def another_history_declared(fleet: Fleet, chance: random.Random) -> bool:
-    """As after a restore: the epoch is another one, and all sessions have ended."""
-    with fleet.connect() as session:
-        session.execute("UPDATE history SET token = gen_random_uuid()::text")
-    return FAULTS["every_session_ended"](fleet, chance)
 
 
 @fault

@@ -1,6 +1,7 @@
 """The processes that the load runs on, and a keeper that starts again whatever has ended."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ LEASE_S = 3.0
 FAR_S = 0.03
 """Requests of the API and of viewers beside it reach Redis so much later, as from far away."""
 REDISPATCH_S = 2.0
+GRACE_S = 5.0
 QUEUES = ("default", "calm")
 UNATTENDED = "nobody"
 """A queue that no worker consumes."""
@@ -161,6 +163,8 @@ class Fleet:
     slots: dict[str, Slot] = field(default_factory=dict)
     ends: list[tuple[str, float]] = field(default_factory=list)
     """When a process has ended, and by which fault if it was a crash point."""
+    stops: list[tuple[list[int], float]] = field(default_factory=list)
+    """When processes, and their children, were asked to stop."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -183,7 +187,7 @@ class Fleet:
                 broker_url=self.broker.url,
                 lease_seconds=LEASE_S,
                 redispatch_seconds=REDISPATCH_S,
-                grace_seconds=5,
+                grace_seconds=GRACE_S,
             )
             far = self._through(self.bus, self.far_to_bus)
             self.app = App(replace(self.settings, redis_url=far), PLANS)
@@ -280,6 +284,12 @@ class Fleet:
         self._ending.set()
         self._hurry.set()
         self._keeper.join()
+
+    def ask_to_stop(self, slot: Slot) -> None:
+        """By SIGTERM: within its grace it has given its runs back, and ended."""
+        pids = [slot.pid, *slot.children]
+        os.kill(slot.pid, signal.SIGTERM)
+        self.stops.append((pids, time()))
 
     def wait_ready(self, seconds: float = 120) -> None:
         """Return when all processes are there."""

@@ -1,4 +1,4 @@
-"""Faults from outside: workers in odd surroundings, hostile callers, a disk without space.
+"""Faults from outside: workers in odd surroundings, hostile callers, a restore, a full disk.
 
 Those that need a program of the distribution are faults where it is installed; `ABSENT` names the
 others. A guest is one more worker, which ends by SIGKILL while it has runs.
@@ -28,7 +28,7 @@ from beatless.local.errors import NotReady
 from beatless.local.ports import free_port
 from beatless.local.privileges import server_user
 from beatless.orchestrator.errors import BadPayload, RunNotFound
-from tests.faults.faults import Fault, fault, hold
+from tests.faults.faults import FAULTS, Fault, fault, hold
 from tests.faults.fleet import Fleet
 
 ABSENT: dict[str, str] = {}
@@ -212,6 +212,17 @@ def answered(fleet: Fleet, token: str, bodies: list[bytes]) -> int:
         assert 400 <= status < 500 or status == 503, (status, body[:80])
         refused += status < 500
     return refused
+
+
+# The database
+
+
+@fault
+def another_history_declared(fleet: Fleet, chance: random.Random) -> bool:
+    """As after a restore: the epoch is another one, and all sessions have ended."""
+    with fleet.connect() as session:
+        session.execute("UPDATE history SET token = gen_random_uuid()::text")
+    return FAULTS["every_session_ended"](fleet, chance)
 
 
 # The disk

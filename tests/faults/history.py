@@ -27,6 +27,7 @@ host. `kind` says what a record is:
 | `listen` | `connection`, `at`: from then on it hears all that Redis publishes |
 | `wire` | `connection`, `run_id`, `seq`, `at`: in the order in which Redis published them |
 | `fault` | `name`, `begin`, `end` |
+| `stop` | `pids`, `at`, `grace_s`: a worker and its children were asked to stop |
 | `quiet` | `begin`, `end`: no fault, no call, all processes there; `drained`: when all that was |
 | | due had ended, or null; `rows`: of the outbox, at the end of one that did not drain |
 | `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
@@ -71,6 +72,7 @@ class History:
         self.plans = {plan["plan"]: plan for plan in by_kind["plan"]}
         self.calls = by_kind["call"]
         self.faults = by_kind["fault"]
+        self.stops = by_kind["stop"]
         self.views = by_kind["view"]
         self.watches = by_kind["watch"]
         self.quiets = by_kind["quiet"]

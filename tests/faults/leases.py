@@ -26,6 +26,9 @@ PROOF_S = 10.0
 FLIGHT_S = 2.0
 """So long after its death what a process has sent may still arrive."""
 
+LONG_AFTER_S = 20.0
+"""So long after its grace a process has ended, also on a slow machine, and if it was frozen."""
+
 MANY_LAPSES = 6
 """So many leases do not run out where workers renew them, however rarely they come to it."""
 
@@ -95,6 +98,18 @@ def only_the_dead_are_taken_for_dead(history: History) -> Iterator[Violation]:
             yield Violation("I11", run_id, f"{worker} was taken for dead, and lives")
 
 
+def who_was_asked_to_stop_stops(history: History) -> Iterator[Violation]:
+    """A worker, and its children, claim nothing when their grace is long over."""
+    last: dict[int, float] = {}
+    for stop in history.stops:
+        last |= dict.fromkeys(stop["pids"], stop["at"] + stop["grace_s"] + LONG_AFTER_S)
+    for run_id, log in history.log.items() if last else ():
+        for claim in (record["claim"] for record in log if record["claim"]):
+            pid = (claim["worker"] or "").split(":")[1:2]
+            if pid and claim["statement_at"] > last.get(int(pid[0]), 1e18):
+                yield Violation("I11", run_id, f"{claim['worker']} claims long after its grace")
+
+
 def results_are_of_the_last_attempt(history: History) -> Iterator[Violation]:
     """I11 by what is in the journal: a result names the call of the body that made it."""
     for run_id, _, events in history.each_run():
@@ -136,6 +151,7 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     leases_exclude,
     leases_last,
     only_the_dead_are_taken_for_dead,
+    who_was_asked_to_stop_stops,
     results_are_of_the_last_attempt,
     attempts_are_explained,
 )

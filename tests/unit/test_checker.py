@@ -89,6 +89,7 @@ def honest() -> list[dict[str, Any]]:
         call("pause", 110, 111, queue="calm"),
         call("resume", 120, 121, queue="calm"),
         {"kind": "fault", "name": "kill", "begin": 102.5, "end": 102.6},
+        {"kind": "stop", "pids": [6], "at": 99.0, "grace_s": 5.0},
         {"kind": "quiet", "begin": 103.5, "end": 140.0, "drained": 104.0, "rows": None},
         {"kind": "calm", "begin": 104.0, "end": 140.0, "bound_s": 3.0},
         run("r", "p", "completed", 7, key="k", deadline_at=200.0),
@@ -302,6 +303,13 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a worker that was taken for dead and lives": (
         "I11",
         add(logged(10, 7, "r", **claim(73, 106, worker="dead"))),
+    ),
+    "a worker that claims long after it was asked to stop": (
+        "I11",
+        add(
+            {"kind": "stop", "pids": [6, 7], "at": 100.0, "grace_s": 5.0},
+            logged(10, 7, "r", **claim(73, 126, worker="host:7:a")),
+        ),
     ),
     "an attempt that nothing explains": (
         "I10",
