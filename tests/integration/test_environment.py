@@ -10,6 +10,7 @@ import pytest
 
 from beatless import App, RunState
 from beatless.testing import Kit
+from tests.child_logs import await_line
 
 APP = "tests.plans:app"
 
@@ -108,7 +109,7 @@ def test_logging_that_the_apps_module_configures_silences_no_process(
     beatless.wait_for_run_completion(run_id)
 
     assert "relay listens" in relay.log.read_text()
-    told = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    told = [json.loads(line) for line in await_line(worker, "run finished").splitlines()]
     assert "run finished" in [line["message"] for line in told if line.get("run_id") == run_id]
     assert any(line["logger"].startswith("celery.") for line in told)
 
@@ -160,7 +161,7 @@ def test_logging_that_a_project_configures_while_a_worker_starts_silences_no_ste
     run_id = beatless.start_run("two_steps", {}).run_id
     beatless.wait_for_run_completion(run_id)
 
-    told = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    told = [json.loads(line) for line in await_line(worker, "run finished").splitlines()]
     of_run = [line["message"] for line in told if line.get("run_id") == run_id]
     assert of_run == ["run claimed", "reserved", "run finished"]
 

@@ -26,6 +26,7 @@ from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import Event
 from beatless.testing import Kit
 from beatless.worker import canary
+from tests.child_logs import await_line
 from tests.integration.test_groups import Together, be_patient
 from tests.valkeys import until
 
@@ -108,7 +109,7 @@ def test_it_ends_when_it_is_asked_though_its_broker_is_gone(
         child.wait_ready()
         with redis.Redis.from_url(valkey.url) as client:  # it hears Celery's events, and ours
             until(lambda: client.pubsub_numpat() >= 2)
-    until(lambda: "Failed to capture events" in child.log.read_text())
+    await_line(child, "Failed to capture events")
     os.kill(child.pid, number)
     try:
         until(lambda: not child.alive)

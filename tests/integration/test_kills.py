@@ -20,6 +20,7 @@ from beatless.cli.demo import without_handbacks
 from beatless.client import RunRequest
 from beatless.local.valkey import EmbeddedValkey
 from beatless.testing import Kit
+from tests.child_logs import await_line
 from tests.integration.test_processes import await_death
 from tests.integration.test_relay import lose_messages
 from tests.plans import TWO_STEPS
@@ -115,7 +116,7 @@ def test_a_worker_frozen_past_its_lease_writes_nothing_and_says_so(
 
     assert beatless.client.events(run.run_id) == before
     assert [event.attempt for event in before if event.type == "StepStarted"] == [1, 2]
-    assert "lease lost" in frozen.log.read_text()
+    await_line(frozen, "lease lost")
     beatless.verify()
 
 

@@ -19,6 +19,7 @@ from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, 
 from beatless.observe.gauges import CACHE_S, PostgresGauges
 from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.testing import Kit
+from tests.child_logs import await_line
 from tests.integration.test_groups import Together, be_patient
 from tests.integration.test_relay import lose_messages
 
@@ -371,6 +372,8 @@ def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) 
     beatless.wait_for_run_completion(killed.run_id)  # long before its lease runs out
     beatless.wait_for_outbox_flush(killed.run_id)
 
+    # The ends of runs are known by Postgres before their workers count them.
+    await_line(worker, "run finished", times=21)
     at_worker, at_relay = fetch(metrics_url(worker.log)), fetch(metrics_url(relay.log))
 
     name = "beatless_runs_finished_total"

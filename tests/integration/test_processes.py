@@ -14,6 +14,7 @@ from beatless.cli.demo import GOLDEN, without_handbacks
 from beatless.client import RunRequest
 from beatless.outbox.publishers import worker_queue
 from beatless.testing import Kit
+from tests.child_logs import await_line
 from tests.valkeys import until
 
 APP = "tests.plans:app"
@@ -146,7 +147,7 @@ def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
         pass
 
     os.kill(worker.pid, signal.SIGTERM)
-    until(lambda: "runs are released" in worker.log.read_text())
+    await_line(worker, "runs are released")
     holder = beatless.client.get_run(run.run_id).worker
     go.touch()
     assert next(stream).type == "StepFinished"

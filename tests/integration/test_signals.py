@@ -4,16 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from beatless import Plan, StepContext, step
-from beatless.local.child import Child
-from beatless.outbox.clock import monotonic
 from beatless.testing import Kit
 from beatless.worker.child_signals import EVERY_CHILD, IgnoredSignal, TerminatedChildren
+from tests.child_logs import await_line
 from tests.plans import ALL
 
 APP = "tests.plans:app"
@@ -35,13 +33,6 @@ def forks(ctx: StepContext) -> int:
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [*ALL, Plan("forks", [forks])]
-
-
-def await_line(child: Child, line: str) -> None:
-    until = monotonic() + 60
-    while line not in child.log.read_text():
-        assert monotonic() < until, child.last_words()
-        threading.Event().wait(0.05)
 
 
 @pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300}])

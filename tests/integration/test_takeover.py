@@ -21,6 +21,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
 from beatless.orchestrator.roster import Roster
 from beatless.testing import Kit
+from tests.child_logs import await_line
 from tests.integration.test_processes import await_death
 from tests.valkeys import until
 
@@ -94,7 +95,7 @@ def test_the_run_of_a_child_that_dies_goes_on_at_once(
 
     run = ended(beatless, waiting)
     assert (run.result, run.attempt) == (waiting.pids()[1], 2)
-    assert "its lease is ended, the run goes on at once" in worker.log.read_text()
+    await_line(worker, "its lease is ended, the run goes on at once")
     beatless.verify()
 
 
@@ -172,7 +173,7 @@ def test_a_worker_whose_keeper_dies_alone_keeps_its_runs_and_says_so(
     waiting.begun(1)
 
     os.kill(keeper_of(worker), signal.SIGKILL)
-    until(lambda: "the process that keeps leases has ended" in worker.log.read_text())
+    await_line(worker, "the process that keeps leases has ended")
 
     assert ended(beatless, waiting).attempt == 1
     beatless.verify()

@@ -7,6 +7,7 @@ import pytest
 
 from beatless import Plan, RunState, step
 from beatless.testing import Kit
+from tests.child_logs import await_line
 from tests.valkeys import until
 
 VERSION = """
@@ -142,7 +143,7 @@ def test_each_run_is_finished_by_a_worker_that_knows_where_it_is(
         later = beatless.start_run("order", {"ledger": str(ledgers)}, delay=900)
         runs[later.run_id] = "not begun"
     old.terminate()  # gives back between two steps what is in `charge`
-    until(lambda: "worker stops" in old.log.read_text(), 60)
+    await_line(old, "worker stops")
     (ledgers / "go").touch()
     old.reap(monotonic() + 60)
     doomed.kill()
