@@ -191,6 +191,22 @@ def refuse_two_phase(connection: Caller) -> None:
         )
 
 
+def refuse_autocommit(connection: Caller) -> None:
+    """Raises ValueError for a connection in autocommit that is in no transaction (ADR 0070)."""
+    driver = _connection_of_session(connection)
+    if isinstance(driver, sqlalchemy.Connection):
+        driver = driver.connection.driver_connection
+    info = getattr(driver, "info", None)
+    is_idle = getattr(info, "transaction_status", None) == pq.TransactionStatus.IDLE
+    if is_idle and getattr(driver, "autocommit", False):
+        raise ValueError(
+            "connection= is in autocommit and in no transaction: this would be committed at once, "
+            "whatever becomes of your own statements. Begin a transaction (psycopg: with "
+            "connection.transaction(); Django: with atomic(); SQLAlchemy: an engine without "
+            'isolation_level="AUTOCOMMIT", whose begin() begins none), or leave connection= out'
+        )
+
+
 def channel_of(schema: str) -> str:
     """The NOTIFY channel of a schema. Channels are per database, so the schema is in the name.
 

@@ -16,7 +16,7 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
 from beatless.outbox.letters import LetterStatements
-from beatless.outbox.queries import Caller, refuse_two_phase
+from beatless.outbox.queries import Caller, refuse_autocommit, refuse_two_phase
 from beatless.queues import Queues
 from beatless.streams.streams import Streams
 from beatless.transactions import on_a_given_connection, reaching_postgres, transact
@@ -113,6 +113,7 @@ class BaseClient:
         """
         if given is not None:
             refuse_two_phase(given)
+            refuse_autocommit(given)
             with on_a_given_connection(self._journal.schema):
                 return act(given)
         with reaching_postgres(self._journal.schema):

@@ -19,7 +19,17 @@ from psycopg.types.string import StrDumperVarchar, TextLoader
 from sqlalchemy import make_url, orm
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from beatless import App, Plan, Run, Settings, StatementTimeout, StepContext, WrongEncoding, step
+from beatless import (
+    App,
+    Plan,
+    Run,
+    RunNotFound,
+    Settings,
+    StatementTimeout,
+    StepContext,
+    WrongEncoding,
+    step,
+)
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
 from beatless.outbox.sessions import OWN
@@ -240,7 +250,8 @@ def test_settings_of_a_callers_session_change_nothing(
             connection.execute(change.encode())
             before = connection.execute(f"SHOW {name}".encode()).fetchone()
             connection.autocommit = autocommit
-            act(beatless_app, connection)
+            with connection.transaction():
+                act(beatless_app, connection)
             assert connection.execute(f"SHOW {name}".encode()).fetchone() == before
             connection.rollback()
     engine = sqlalchemy.create_engine(engine_url(url))
@@ -289,7 +300,10 @@ def test_factories_of_a_callers_connection_are_not_ours(
     beatless_app: App, url: str, options: dict[str, Any]
 ) -> None:
     for autocommit in (True, False):
-        with psycopg.connect(url, autocommit=autocommit, **options) as connection:
+        with (
+            psycopg.connect(url, autocommit=autocommit, **options) as connection,
+            connection.transaction(),
+        ):
             act(beatless_app, connection)
 
 
@@ -331,24 +345,50 @@ def test_a_pipeline_of_the_callers_is_none_of_ours(beatless_app: App, url: str) 
         with (
             psycopg.connect(url, autocommit=autocommit) as connection,
             connection.pipeline(),
+            connection.transaction(),
         ):
             act(beatless_app, connection)
             connection.execute("SELECT 1")
             act(beatless_app, connection)
 
 
-def test_a_scoped_session_and_an_autocommit_engine_are_taken(beatless_app: App) -> None:
+def test_a_scoped_session_is_taken(beatless_app: App) -> None:
     sessions = orm.scoped_session(orm.sessionmaker(beatless_app.engine))
     act(beatless_app, sessions)
     sessions.remove()
+
+
+def test_a_connection_in_autocommit_is_taken_in_a_transaction_only(
+    beatless_app: App, url: str
+) -> None:
+    """Else the run would be there, although the caller's own statements were rolled back."""
+    client = beatless_app.client
+    with psycopg.connect(url, autocommit=True) as connection:
+        for call in (
+            lambda: client.start_run("two_steps", connection=connection),
+            lambda: client.cancel_run("any", connection=connection),
+            lambda: client.signal_run("any", "paid", connection=connection),
+        ):
+            with pytest.raises(ValueError, match=r"in no transaction: .* connection.transaction"):
+                call()
+        with connection.transaction(force_rollback=True):
+            gone = client.start_run("two_steps", connection=connection)
+        connection.execute("BEGIN")
+        kept = client.start_run("two_steps", connection=connection)
+        connection.execute("COMMIT")
     engine = sqlalchemy.create_engine(
-        engine_url(beatless_app.settings.database_url), isolation_level="AUTOCOMMIT", echo=True
+        engine_url(beatless_app.settings.database_url), isolation_level="AUTOCOMMIT"
     )
-    with engine.connect() as connection:
+    with engine.begin() as connection, pytest.raises(ValueError, match="in autocommit"):
+        client.start_run("two_steps", connection=connection)
+    with orm.Session(engine) as session, pytest.raises(ValueError, match="in autocommit"):
+        client.start_run("two_steps", connection=session)
+    with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
         act(beatless_app, connection)
-        kept = beatless_app.client.start_run("two_steps", connection=connection)
-    assert beatless_app.client.get_run(kept.run_id) == kept
     engine.dispose()
+    assert client.get_run(kept.run_id) == kept
+    with pytest.raises(RunNotFound):
+        client.get_run(gone.run_id)
 
 
 def test_a_connection_that_begins_by_our_statement_commits_it(beatless_app: App) -> None:
