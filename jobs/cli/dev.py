@@ -109,4 +109,5 @@ def write_env_file(path: Path, environ: Mapping[str, str]) -> None:
     except OSError as error:
         raise BadRequest("--env-file", f"{path} cannot be written: {error.strerror}") from error
     with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)  # it may have been there
         file.writelines(f"{name}={value}\n" for name, value in environ.items())

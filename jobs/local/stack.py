@@ -18,7 +18,7 @@ from beatless.migrations import migrate
 from beatless.outbox.clock import monotonic
 from beatless.outbox.sockets import Alarm, readable
 from beatless.postgres import engine as connect_engine
-from beatless.settings import Settings
+from beatless.settings import Settings, redact
 
 STOP_TIMEOUT_S = 15.0
 """Seconds until processes that were asked to end are killed."""
@@ -65,7 +65,7 @@ class Stack:
         say: Callable[[str], None] = lambda _: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Bring everything up; `say` gets a line for each part.
+        """Bring everything up; `say` gets a line for each part, without passwords.
 
         `check` is called when the servers are up and migrated, before the first process starts:
         its exception ends the start.
@@ -78,8 +78,8 @@ class Stack:
         self.valkey = EmbeddedValkey(self._directory.data / "valkey")
         self.postgres.start()
         self.valkey.start()
-        say(f"postgres {self.postgres.url}")
-        say(f"redis {self.valkey.url}")
+        say(f"postgres {redact(self.postgres.url)}")
+        say(f"redis {redact(self.valkey.url)}")
         # The other settings (schema, prefix, lease …) are the user's own.
         self.settings = Settings.from_env(
             database_url=self.postgres.url,

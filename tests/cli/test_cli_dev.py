@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -111,6 +112,7 @@ def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
 
 
 def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
+    (tmp_path / "beatless.env").touch(0o644)
     stack = dev("--ephemeral", "--workers", "2", "--env-file", "beatless.env")
 
     names = [line.split()[0] for line in stack.lines]
@@ -118,6 +120,11 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     lines = (tmp_path / "beatless.env").read_text().splitlines()
     assert all(line.startswith("BEATLESS_") and "=" in line for line in lines)
     assert (tmp_path / "beatless.env").stat().st_mode & 0o077 == 0
+    for line in lines:
+        if password := urlsplit(line.partition("=")[2]).password:
+            assert password not in "\n".join(stack.lines)
+    assert ":***@" in stack.lines[0]
+    assert ":***@" in stack.lines[1]
 
     # Other commands find it by the directory.
     followed = call(tmp_path, "start", "agents.run", "--follow", "--json")
