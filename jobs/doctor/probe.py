@@ -12,6 +12,8 @@ from typing import Any
 import psycopg
 import redis
 from kombu.exceptions import KombuError, OperationalError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from sqlalchemy import exc
 
 from beatless.app import App
@@ -20,10 +22,14 @@ from beatless.errors import JobsError
 from beatless.orchestrator.errors import OrchestratorError
 from beatless.outbox.statements import statements
 from beatless.postgres import connect, connect_directly
+from beatless.redis_urls import RedisUrl
 from beatless.schema import current, head
 
 APPLICATION_NAME = "beatless doctor"
 """Of its sessions in pg_stat_activity."""
+
+REDIS_TIMEOUT_S = 2
+"""In which a Redis must answer that may be frozen."""
 
 BROKER_TIMEOUT_S = 5
 BROKER_RETRY_S = 0.2
@@ -57,6 +63,15 @@ class Need(Enum):
     """A schema that this version can read."""
     REDIS = "redis"
     BROKER = "broker"
+
+
+def impatient(server: RedisUrl) -> redis.Redis:
+    """A client that asks once."""
+    return server.client(
+        socket_timeout=REDIS_TIMEOUT_S,
+        socket_connect_timeout=REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
 
 
 NEED_POSTGRES = frozenset({Need.POSTGRES, Need.PRIMARY, Need.SCHEMA})
@@ -117,7 +132,7 @@ class Probe:
                 yield Need.POSTGRES, verdict
         if Need.REDIS in needs:
             try:
-                client = stack.enter_context(self.app.redis())
+                client = stack.enter_context(impatient(self.settings.redis))
                 client.ping()
                 self._redis = client
             except (redis.RedisError, OSError) as error:
@@ -215,6 +230,10 @@ class Probe:
     def broker_connected(self) -> tuple[str, float]:
         """The transport, and the seconds that a connection took. Raises kombu's errors."""
         began = time.perf_counter()
+        if (server := self.settings.redis_broker) is not None:
+            # kombu has no timeout for its first answer, and tries again.
+            with impatient(server) as client:
+                client.ping()
         with self.app.celery.connection_for_write() as connection:
             connection.ensure_connection(
                 max_retries=1, interval_start=BROKER_RETRY_S, timeout=BROKER_TIMEOUT_S

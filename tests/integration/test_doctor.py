@@ -23,7 +23,7 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, StepContext, step
 from beatless.cli import run
-from beatless.doctor import Doctor, Finding, Status
+from beatless.doctor import Doctor, Finding, Status, probe
 from beatless.doctor.doctor import CHECKS
 from beatless.doctor.probe import Probe
 from beatless.doctor.versions import REDIS, VALKEY, Fix, older_than
@@ -591,6 +591,28 @@ def test_every_check_says_alone_what_it_says_among_all(
 def verdict(finding: Finding) -> tuple[str, Status, str, str]:
     """Without its numbers."""
     return finding.check, finding.status, re.sub(r"[\d.,]+", "0", finding.text), finding.advice
+
+
+def test_a_frozen_redis_and_broker_are_asked_once_each_and_named(
+    changed: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGSTOP: the kernel takes connections, and nobody answers them."""
+    monkeypatch.setattr(probe, "REDIS_TIMEOUT_S", 0.2)
+    with ExitStack() as stack:
+        frozen = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        urls = [f"redis://127.0.0.1:{server.getsockname()[1]}/0" for server in frozen]
+        found = examine(changed(redis_url=urls[0], broker_url=urls[1]))
+        told = {finding.check: finding for finding in found}
+        for check, name, server in zip(
+            ("redis", "broker"), ("Redis", "broker"), frozen, strict=True
+        ):
+            assert told[check].status is Status.UNREACHABLE
+            assert f"{name} cannot be reached: Timeout" in told[check].text
+            asked = 0
+            while readable([server], 0):
+                stack.enter_context(server.accept()[0])
+                asked += 1
+            assert asked == 1
 
 
 def test_without_redis_nobody_is_told_to_start_a_relay(changed: Callable[..., App]) -> None:
