@@ -299,14 +299,43 @@ def test_units_are_confined_watched_and_take_their_arguments(file: Path) -> None
     command = service["ExecStart"].split()
     takes(command[1:])
     if service["Type"] != "oneshot":
-        assert service["Type"] == "notify"
-        # An idle relay moves every 15 s.
-        assert int(service["WatchdogSec"]) >= 45
         assert service["Restart"] == "always"
+        if command[1] == "flower":  # it does not know systemd
+            assert service["Type"] == "exec"
+            assert "WatchdogSec" not in service
+        else:
+            assert service["Type"] == "notify"
+            # An idle relay moves every 15 s.
+            assert int(service["WatchdogSec"]) >= 45
     for name in ("NoNewPrivileges", "PrivateTmp", "ProtectHome", "RestrictNamespaces"):
         assert service[name] == "yes"
     assert service["ProtectSystem"] == "strict"
     assert service["CapabilityBoundingSet"] == ""
+
+
+def test_each_role_has_a_unit_and_a_manifest() -> None:
+    roles = {"api", "flower", "migrate", "relay", "worker"}
+    units = {file.stem.removeprefix("beatless-") for file in (DEPLOY / "systemd").iterdir()}
+    manifests = {file.stem for file in (DEPLOY / "kubernetes" / "base").iterdir()}
+    assert units == roles
+    assert roles <= manifests
+
+
+def test_flower_has_a_redis_user_of_its_own_in_a_unit_and_in_a_manifest() -> None:
+    """With that of the relay it hears nothing: each user has the rights of its role only."""
+    assert "user flower on" in (DEPLOY / "redis" / "users.acl").read_text()
+    unit = (DEPLOY / "systemd" / "beatless-flower.service").read_text()
+    assert "EnvironmentFile=/etc/beatless/flower" in unit
+    container = yaml.safe_load_all((DEPLOY / "kubernetes" / "base" / "flower.yaml").read_text())
+    (found,) = next(container)["spec"]["template"]["spec"]["containers"]
+    keys = {
+        each["name"]: each["valueFrom"]["secretKeyRef"]["key"]
+        for each in found["env"]
+        if "valueFrom" in each
+    }
+    assert keys["BEATLESS_REDIS_URL"] == "flower-redis-url"
+    readme = (DEPLOY / "README.md").read_text()
+    assert all(f"--from-literal={key}=" in readme for key in keys.values())
 
 
 # Metrics
