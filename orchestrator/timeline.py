@@ -241,6 +241,14 @@ def _worker(name: str | None) -> str:
     return f"{name}, which is process {found[2]} on {found[1]}" if found else str(name)
 
 
+def _in_words(seconds: float) -> str:
+    """A duration in the unit in which people think of it."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iterator[Moment]:
     now = _ms(status.now)
     if run.attempt:
@@ -265,11 +273,12 @@ def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iter
             '(`--check "shared broker"`)',
             "running": "is executed",
         }.get(state, state)
-        when = f"in {left:.1f} s" if left > 0 else "now"
+        when = f"in {_in_words(left)}" if left > 0 else "now"
         if state == "delayed" and reason == WAITS:
             text = f"waits for {wait}"
             when = when if left < MOST_S + 86_400 else "when it is received"
-        text += f"; dispatched {attempts} times, looked at {when} (reason: {reason})"
+        often = "once" if attempts == 1 else f"{attempts} times"
+        text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:
             text += f"; the queue {run.queue} is paused"
         if reason == UNKNOWN_STEP:

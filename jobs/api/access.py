@@ -53,8 +53,8 @@ def granted_for(request: Request, scope: Scope, *, run_id: str | None = None) ->
 
 
 def lacks(scope: Scope) -> Problem:
-    """The answer to a token without the scope."""
-    return Problem(HTTPStatus.FORBIDDEN, f"this token lacks the scope {scope}")
+    """The answer to a caller without the scope."""
+    return Problem(HTTPStatus.FORBIDDEN, f"this caller lacks the scope {scope}")
 
 
 def _client_for(scope: Scope) -> Callable[[Request], Awaitable[Client]]:

@@ -37,7 +37,7 @@ PROBLEM: dict[str, Any] = {
 COMMON = {
     400: "the request or the cursor cannot be read",
     401: "no valid token",
-    403: "the token lacks the scope",
+    403: "the caller lacks the scope",
     404: "there is no such run, plan or queue, or not for this token",
     413: "the request is too large",
     422: "the request is invalid",

@@ -163,8 +163,9 @@ def load(name: str) -> "App":
 
     module_name, _, attribute = name.partition(":")
     example = "myproject.app:app"
+    given = "BEATLESS_APP" if os.environ.get("BEATLESS_APP") == name else "--app"
     if not module_name or not attribute:
-        raise BadSetting("BEATLESS_APP", f"is {name!r}, which is not module:attribute", example)
+        raise BadSetting(given, f"is {name!r}, which is not module:attribute", example)
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -175,13 +176,13 @@ def load(name: str) -> "App":
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             problem = f"names the module {module_name}, which cannot be found from {here}"
-            raise BadSetting("BEATLESS_APP", problem, example) from error
+            raise BadSetting(given, problem, example) from error
         raise AppFailed(module_name, f"{type(error).__name__}: {error}") from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             problem = f"names {name}, but {module_name} has no {attribute}"
-            raise BadSetting("BEATLESS_APP", problem, example)
+            raise BadSetting(given, problem, example)
         found = getattr(found, part)
     if not isinstance(found, App):
         problem = f"names {name}, which is a {type(found).__name__} and not an App"

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from beatless.cli.environment import Environment, pairs, seconds
 from beatless.cli.options import NAMESPACE
-from beatless.cli.render import age, table
+from beatless.cli.render import age, plain, table
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.records import Run
@@ -214,8 +214,8 @@ def ls(
         else:
             error = run.error or {}
             click.echo(
-                f"{run.run_id}  run of {run.plan}  queue {run.queue}  "
-                f"{age(run.finished_at)} ago  {error.get('type')}: {error.get('message')}"
+                f"{run.run_id}  run of {run.plan}  queue {run.queue}  {age(run.finished_at)} ago  "
+                + plain(f"{error.get('type')}: {error.get('message')}")
             )
     if since is not None or tags or any(chosen.values()):
         return

@@ -87,6 +87,10 @@ def start(
     limit = None if timeout is None else seconds(timeout)
     export("beatless", os.environ)
     run = env.client.start_run(plan, json_input(input_), **options)
+    if options["queue"] is not None:
+        workers = [each.workers for each in env.client.queues() if each.name == run.queue]
+        if not any(workers) and run.queue not in {each.queue for each in env.app.plans.values()}:
+            env.note(f"no plan names the queue {run.queue}, and no worker consumes it now")
     if not follow:
         env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
         return

@@ -200,7 +200,7 @@ def test_what_a_token_may_not_do_is_disabled_and_says_why(
     for key in ("x", "t", "n"):
         page.keyboard.press(key)
     page.goto(f"{url}/#/queues")
-    expect(page.get_by_role("alert")).to_have_text("this token lacks the scope queues")
+    expect(page.get_by_role("alert")).to_have_text("this caller lacks the scope queues")
     expect(page.get_by_role("dialog")).to_have_count(0)
 
     _, writer = tokens.create(["runs:write"])

@@ -194,6 +194,7 @@ def test_an_app_whose_module_raises_is_named(command: Beatless, tmp_path: Path) 
     (tmp_path / "app_that_raises.py").write_text("1 / 0")
 
     refused(command("runs", "--app", "app_that_raises:app"), 1, "ZeroDivisionError")
+    refused(command("runs", "--app", "nosuch.place:app"), 2, "--app names the module nosuch.place")
 
 
 def test_follow_streams_the_13_events_and_ends(command: Beatless, beatless: Kit) -> None:
@@ -227,6 +228,24 @@ def test_a_stream_that_outlives_its_timeout_ends_with_status_1(command: Beatless
     assert said.status == 1
     assert [event["type"] for event in said.documents] == ["RunStarted"]
     assert "did not end within 0.2 s" in said.err.splitlines()[-1]
+
+
+def test_a_start_into_a_queue_that_nobody_knows_says_so(command: Beatless) -> None:
+    said = command("start", "agents.run", "--queue", "lsow")
+    assert "no plan names the queue lsow, and no worker consumes it now" in said.err
+    assert command("start", "agents.run", "--queue", "default").err == ""
+
+
+def test_a_failed_run_is_one_line_of_the_dead_letters(command: Beatless, beatless: Kit) -> None:
+    beatless.start_run("agents.run", 7, run_id="r")
+    beatless.work_until_idle()
+    error = json.dumps({"type": "DatabaseError", "message": "one\ntwo\x1b[2J"})
+    with beatless.app.engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"UPDATE {beatless.app.settings.schema}.runs SET error = %(error)s", {"error": error}
+        )
+    (line,) = command("dead-letters").out.splitlines()
+    assert line.endswith("DatabaseError: one two\ufffd[2J")
 
 
 def test_a_signal_is_sent_once_for_its_key(command: Beatless) -> None:

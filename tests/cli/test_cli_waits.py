@@ -141,3 +141,10 @@ def test_a_wait_that_was_left_behind_is_not_waited_for(beatless: Kit) -> None:
         beatless.signal(order, "paid")
     beatless.client.cancel_run(order)
     assert beatless.waits(order) == []
+
+
+def test_explain_tells_the_end_of_a_wait_in_days(beatless: Kit, command: Command) -> None:
+    sleeper = beatless.start_run("sleeper").run_id
+    beatless.work_until_idle()
+    told = command("explain", sleeper)
+    assert "dispatched once, looked at in 14.0 days" in told
