@@ -32,17 +32,20 @@ class NoConnection(Exception):
 
 @contextmanager
 def step_transaction(
-    step: Step, engine: sqlalchemy.Engine
+    step: Step,
+    engine: sqlalchemy.Engine,
+    aside: Callable[[Callable[[], sqlalchemy.Connection]], sqlalchemy.Connection],
 ) -> Iterator[sqlalchemy.Connection | None]:
     """The transaction of a transactional step, committed at the end; None for other steps.
 
+    `aside` makes the connection, which may have to be waited for.
     Raises NoConnection.
     """
     if not step.transactional:
         yield None
         return
     try:
-        connection = engine.connect()
+        connection = aside(engine.connect)
     except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
         raise NoConnection(str(error)) from error
     with connection, connection.begin():

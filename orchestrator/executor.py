@@ -23,6 +23,7 @@ from beatless.orchestrator.body import (
     transaction_lost,
 )
 from beatless.orchestrator.boundaries import Conclusion
+from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import (
     DeadlineExceeded,
@@ -146,20 +147,24 @@ class Executor:
         """Seconds that bodies have taken here, without their traces and looks for a cancel: these
         take as long in a group as alone."""
         self.loop = loop or LoopThread(observer=observer)
-        self._connect = connect
-        self._connection: Connection | None = None
+        self.connections: Connections = OneConnection(connect)
 
     def connection(self) -> Connection:
-        """This executor's autocommit connection, opened when it is first needed."""
-        if self._connection is None or self._connection.closed:
-            self._connection = self._connect()
-        return self._connection
+        """This thread's autocommit connection, opened when it is first needed."""
+        return self.connections.get()
 
     def disconnect(self) -> None:
         """Close the connection; the next use opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self.connections.close()
+
+    def drive(self, turns: Turns) -> None:
+        """Take all turns of a run."""
+        for _ in turns:
+            pass
+
+    def aside(self, act: Callable[[], T]) -> T:
+        """Do what may wait for a row or a connection, while other runs go on if there are any."""
+        return act()
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         """The result of a body, within its limits of time."""
@@ -173,22 +178,23 @@ class Executor:
         Another worker may hold it, or it has ended, waits, or its queue is paused: a second
         delivery is nothing. `max_steps` gives the run back after that many steps (0: no limit).
         """
-        lease = self.claimed(
-            lambda connection: self.leases.claim(
-                connection,
-                run_id,
-                plan=plan.name,
-                worker=self.worker,
-                first_step=plan.first_step,
-                dispatch=dispatch,
+        lease = self.aside(
+            lambda: self.claimed(
+                lambda connection: self.leases.claim(
+                    connection,
+                    run_id,
+                    plan=plan.name,
+                    worker=self.worker,
+                    first_step=plan.first_step,
+                    dispatch=dispatch,
+                )
             )
         )
         if lease is None:
             self.ignore_message(run_id, dispatch)
             return False
         self.faults.reach("claim.committed")
-        for _ in self.turns(plan, lease, max_steps):
-            pass
+        self.drive(self.turns(plan, lease, max_steps))
         self.faults.reach("task.before_ack")
         return True
 
@@ -240,7 +246,7 @@ class Executor:
 
         Whether a claim that failed was committed is unknown: then the lease brings the run back.
         """
-        again = self._connection is not None
+        again = self.connections.held
         while True:
             try:
                 return claim(self.connection())
@@ -314,12 +320,12 @@ class RunDriver:
             case ReadJournal():
                 return self._writer.read()
             case Recover():
-                status = self._writer.recover()
+                status = self._executor.aside(self._writer.recover)
                 return Recovered(committed=status.committed_since, ended=status.state.final)
             case Commit():
                 return (yield from self._commit(request))
             case CommitIfQuiet():
-                return self._commit_if_quiet(request)
+                return self._executor.aside(lambda: self._commit_if_quiet(request))
             case RunBody():
                 raise TypeError("a body is called within the scope of its attempt")
 
@@ -343,7 +349,9 @@ class RunDriver:
         if isinstance(answer, Appended):
             self._writer.confirm(settlement, answer)
             return answer
-        return self._writer.settle(settlement, tried=answer is IN_DOUBT)
+        return self._executor.aside(
+            lambda: self._writer.settle(settlement, tried=answer is IN_DOUBT)
+        )
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None
@@ -355,7 +363,7 @@ class RunDriver:
         self._report.begin()
         executor.faults.reach("step.before")
         try:
-            with step_transaction(step, executor.engine) as transaction:
+            with step_transaction(step, executor.engine, executor.aside) as transaction:
                 conclusion = self._call(request, traceparent, transaction)
                 executor.faults.reach("step.effect_done")
                 commit = requests.send(Returned(conclusion))
@@ -363,7 +371,9 @@ class RunDriver:
                 if transaction is None:
                     appended = yield from self._settle(commit.settlement)
                 else:
-                    appended = self._writer.settle_within(transaction, commit.settlement)
+                    appended = executor.aside(
+                        partial(self._writer.settle_within, transaction, commit.settlement)
+                    )
         except AttemptEnded as ended:
             if may_have_struck(step, ended.reply):
                 self._writer.reconnect()

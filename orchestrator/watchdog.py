@@ -63,7 +63,8 @@ class Attempt:
 
     Raises psycopg.errors.LockNotAvailable, soon, if another transaction holds the run's row.
     """
-    thread: int = field(default_factory=threading.get_ident)
+    thread: int = 0
+    """Of the call."""
     task: Task | None = None
     """The body, if it is async: it is cancelled instead of interrupted."""
     reason: Exception | None = None
@@ -181,6 +182,7 @@ class Watchdog:
             self._thread.end()
 
     def _begin(self, attempt: Attempt) -> Any:
+        attempt.thread = threading.get_ident()
         if attempt.watched or self._ending:
             with self._changed:
                 self._wake()  # before anything else: it may be that no thread can be started

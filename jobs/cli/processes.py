@@ -84,7 +84,16 @@ def check_rights(app: App) -> None:
     metavar="A,B",
     help="Only these queues, A=3,B=1 with weights; default: all of the app's plans.",
 )
-@click.option("--concurrency", type=click.IntRange(1), help="Default: the number of cores.")
+@click.option(
+    "--pool",
+    type=click.Choice(["prefork", "threads", "solo", "async"]),
+    help="Default: prefork. async: many runs in one process, for steps that are async def.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    help="Runs at once; default: the number of cores, of the async pool 100.",
+)
 @click.option(
     "--ready-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -98,13 +107,14 @@ def check_rights(app: App) -> None:
 def worker(
     env: Environment,
     queues: str | None,
+    pool: str | None,
     concurrency: int | None,
     ready_file: Path | None,
     celery_arguments: tuple[str, ...],
     ready_fd: int | None,
 ) -> None:
     """Run a Celery worker for the app's plans."""
-    from beatless.worker.run import run_worker  # Celery's commands: not for a relay
+    from beatless.worker.run import Pool, run_worker  # Celery's commands: not for a relay
 
     env.log()
     app = env.app
@@ -120,6 +130,7 @@ def worker(
         app.celery,
         app.settings,
         queues=weights(queues or ""),
+        pool=Pool(pool) if pool else None,
         concurrency=concurrency,
         ready_file=ready_file,
         arguments=celery_arguments,

@@ -8,6 +8,7 @@ from beatless.orchestrator.fleet_watch import FleetWatch
 from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.plan import Plan
 from beatless.settings import Settings
+from beatless.worker.async_pool import AsyncPool
 from beatless.worker.bootsteps import (
     FastPoolRepair,
     GroupLimit,
@@ -62,6 +63,7 @@ def make_celery(
         GroupLimit.of(executors),
         MetricsListener.of(metrics, settings),
     }
+    celery.async_pool = AsyncPool.of(executors)
     for plan in plans:
         register(celery, plan, executors)
     return celery

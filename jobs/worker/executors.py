@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -16,6 +16,7 @@ from billiard.process import current_process
 from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board, slots_of
+from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.executor import Executor, Scope, no_scope
 from beatless.orchestrator.fleet_watch import WORKER
 from beatless.orchestrator.group import GroupExecutor, GroupGuard
@@ -35,6 +36,8 @@ from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
 from beatless.worker.shutdown import Draining, is_exiting
+
+E = TypeVar("E", bound=Executor)
 
 
 class Executors:
@@ -80,6 +83,7 @@ class Executors:
         self._watchdog: Watchdog | None = None
         self._guard: GroupGuard | None = None
         self._outputs = OutputThread(observer=self._observer)
+        self._concurrent: ConcurrentExecutor | None = None
         self._pace = Pace()
         self._loop = LoopThread(observer=counts)
         self._closed = threading.Event()
@@ -93,20 +97,31 @@ class Executors:
         self._mutex = threading.Lock()
         self._threads = threading.local()
         self._closed = threading.Event()
-        self._heartbeat = self._watchdog = self._guard = None
         self._outputs = OutputThread(observer=self.counts)
+        self._heartbeat = self._watchdog = self._guard = self._concurrent = None
         self._pid = 0
 
-    def __call__(self) -> GroupExecutor:
+    def __call__(self) -> GroupExecutor | ConcurrentExecutor:
+        self._enter_process()
+        if self._concurrent is not None:
+            return self._concurrent
+        found: GroupExecutor | None = getattr(self._threads, "executor", None)
+        if found is None:
+            found = self._threads.executor = self.new_group_executor()
+        return found
+
+    def begin_concurrent(self) -> ConcurrentExecutor:
+        """Have one executor for all threads of this process, which executes many runs at once."""
+        self._enter_process()
+        self._concurrent = self._made(ConcurrentExecutor)
+        return self._concurrent
+
+    def _enter_process(self) -> None:
         with self._mutex:
             if self._pid != os.getpid():
                 self._begin()
                 if self._on_process is not None:
                     self._on_process()
-        found: GroupExecutor | None = getattr(self._threads, "executor", None)
-        if found is None:
-            found = self._threads.executor = self.new_group_executor()
-        return found
 
     def _begin(self) -> None:
         self._threads = threading.local()
@@ -147,11 +162,14 @@ class Executors:
 
     def new(self, *, observer: Observer | None = None, **options: Any) -> Executor:
         """An executor of its own, for a caller that looks after it."""
+        return self._made(Executor, observer=observer, **options)
+
+    def _made(self, kind: type[E], *, observer: Observer | None = None, **options: Any) -> E:
         if self._heartbeat is None:
             self._begin()
         assert self._heartbeat is not None  # noqa: S101 - set by _begin
         assert self._watchdog is not None  # noqa: S101 - set by _begin
-        return Executor(
+        return kind(
             journal=self._journal,
             leases=self._leases,
             connect=self.connect,

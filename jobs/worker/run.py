@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,51 @@ from beatless.observe.logs import Format
 from beatless.outbox.publishers import worker_queue
 from beatless.settings import Settings
 from beatless.worker.bootsteps import ReadyFile
+from beatless.worker.tasks import RunsCelery
 from beatless.worker.weights import QueueOrder
 
 logger = logging.getLogger("beatless.worker")
 
 
+ASYNC_RUNS = 100
+"""Runs at once of the async pool, unless the concurrency is given."""
+
+
+class Pool(StrEnum):
+    """What a worker executes runs in."""
+
+    PREFORK = "prefork"
+    THREADS = "threads"
+    SOLO = "solo"
+    ASYNC = "async"
+
+
 def run_worker(
-    celery: Celery,
+    celery: RunsCelery,
     settings: Settings,
     *,
     queues: Mapping[str, int] | None = None,
+    pool: Pool | None = None,
     concurrency: int | None = None,
     ready_file: Path | None = None,
     arguments: Sequence[str] = (),
 ) -> int:
     """Run a Celery worker in this process until it is asked to stop; its exit status.
 
-    `queues` have weights. Raises BadRequest for weights that differ on another broker than Redis,
-    which itself decides which message a worker gets next.
+    `queues` have weights. `pool` is one of Celery's, or ours (ASYNC); None: prefork. Raises
+    BadRequest for weights that differ on another broker than Redis, which itself decides which
+    message a worker gets next.
     """
     if queues:
         consume(celery, settings, queues)
     if ready_file is not None:
         celery.steps["worker"].add(ReadyFile.of(ready_file))
+    if pool is Pool.ASYNC:
+        celery.conf.worker_pool = celery.async_pool
     lifecycle = WorkerLifecycle()
     try:
         with lifecycle.watched():
-            run_command(celery, settings, [*command_line(concurrency), *arguments])
+            run_command(celery, settings, [*command_line(pool, concurrency), *arguments])
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     if lifecycle.hung_up:
@@ -98,9 +117,13 @@ def run_command(celery: Celery, settings: Settings, arguments: Sequence[str]) ->
     )
 
 
-def command_line(concurrency: int | None) -> list[str]:
+def command_line(pool: Pool | None, concurrency: int | None) -> list[str]:
     """The arguments of Celery's command."""
     argv = ["--without-gossip", "--without-mingle", "--hostname", f"beatless-{os.getpid()}@%h"]
+    if pool is Pool.ASYNC:
+        concurrency = concurrency or ASYNC_RUNS
+    elif pool is not None:
+        argv += ["--pool", pool.value]
     if concurrency is not None:
         argv += ["--concurrency", str(concurrency)]
     return argv

@@ -2,18 +2,25 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from celery import Celery, Task
+from celery.concurrency.base import BasePool
 
 from beatless.orchestrator.events import storable
-from beatless.orchestrator.group import GroupExecutor
 from beatless.orchestrator.plan import Plan
 from beatless.outbox.queries import LAST_ATTEMPT
 from beatless.worker.celery_app import FleetCelery
 from beatless.worker.shutdown import is_exiting
 
 logger = logging.getLogger("beatless.tasks")
+
+
+class RunExecutor(Protocol):
+    """Executes the run of a message."""
+
+    def execute(self, plan: Plan, run_id: str, dispatch: int) -> bool:
+        """See `Executor.execute`."""
 
 
 class RunTask(Task):  # type: ignore[misc]  # Celery has no types
@@ -65,6 +72,9 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
 class RunsCelery(FleetCelery):
     """A Celery app whose plans cannot be sent by name either."""
 
+    async_pool: type[BasePool]
+    """The pool by which one process executes many runs."""
+
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Raises TypeError for a plan: the messages of runs are made by a relay."""
         if isinstance(self.tasks.get(name), RunTask):
@@ -80,7 +90,7 @@ def not_to_be_called(plan: str) -> TypeError:
     )
 
 
-def register(celery: Celery, plan: Plan, executor: Callable[[], GroupExecutor]) -> None:
+def register(celery: Celery, plan: Plan, executor: Callable[[], RunExecutor]) -> None:
     """Let workers of this app execute runs of the plan."""
 
     def execute_run(run_id: Any = None, dispatch: Any = None, *_: Any, **__: Any) -> None:

@@ -1,0 +1,88 @@
+"""Executes many runs at once in one process: async bodies in its loop, the others in threads.
+
+One thread does the rest of the work on all runs, in turns (`SwitchThread`), and commits boundaries
+that are ready together in one statement. What may wait for a row goes to another thread.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from beatless.orchestrator.body import call_body
+from beatless.orchestrator.connections import ConnectionOfThread
+from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.executor import Executor
+from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.lease import Connection
+from beatless.orchestrator.plan import Step
+from beatless.orchestrator.settlement import Proposal
+from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.switch_thread import SwitchThread
+from beatless.orchestrator.turns import HAND_BACK, Answer, Turns
+from beatless.orchestrator.watchdog import Attempt
+
+T = TypeVar("T")
+
+SYNC_BODIES = 64
+"""Bodies that are not async, at once: each has a thread."""
+
+WAITING_WRITES = 8
+"""Statements that may wait for a row, at once: each has a thread and a connection."""
+
+
+class ConcurrentExecutor(Executor):
+    """Executes runs in the calls of its own thread: see `spawn`."""
+
+    def __init__(self, *, connect: Callable[[], Connection], **options: Any) -> None:
+        super().__init__(connect=connect, **options)
+        self.connections = self._connections = ConnectionOfThread(connect)
+        self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
+        self._thread = SwitchThread(self._commits.flush, observer=self.observer)
+        self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
+        self._asides = ThreadPoolExecutor(WAITING_WRITES, thread_name_prefix="beatless-aside")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def spawn(self, call: Callable[[], Any]) -> None:
+        """Make a call in which `execute` may be called."""
+        self._thread.spawn(call)
+
+    def stop(self) -> None:
+        """Return when the work on all runs has ended."""
+        self._thread.stop()
+        self._bodies.shutdown(wait=False)
+        self._asides.shutdown(wait=False)
+        self._connections.close_all()
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls have begun and not ended."""
+        return self._thread.calls
+
+    def drive(self, turns: Turns) -> None:
+        answer: Answer = None
+        try:
+            while True:
+                turn = turns.send(answer)
+                if isinstance(turn, Proposal):
+                    answer = self._thread.wait(self._commits.put(turn))
+                else:
+                    answer = HAND_BACK if self.stopping.is_set() else None
+        except StopIteration:
+            return
+        finally:
+            turns.close()
+
+    def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
+        def body() -> Any:
+            return call_body(step, context, attempt, self.loop, self._thread.wait)
+
+        if step.is_async:
+            return self.limit(attempt, body)
+        own_context = copy_context()
+        return self._thread.wait(self._bodies.submit(own_context.run, self.limit, attempt, body))
+
+    def aside(self, act: Callable[[], T]) -> T:
+        return self._thread.wait(self._asides.submit(copy_context().run, act))

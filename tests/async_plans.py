@@ -1,0 +1,102 @@
+"""Plans whose runs one process executes at once, and the app by which such workers find them."""
+
+import asyncio
+import os
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+
+from beatless import (
+    App,
+    AsyncStepContext,
+    Plan,
+    RunContext,
+    Settings,
+    StepContext,
+    plan,
+    retry,
+    step,
+)
+
+INSIDE: defaultdict[str, set[str]] = defaultdict(set)
+"""The runs whose bodies are inside of a gate, by its name."""
+
+
+async def meet(gate: str, run_id: str, runs: int) -> None:
+    """Return when so many runs are in this process at once."""
+    INSIDE[gate].add(run_id)
+    while len(INSIDE[gate]) < runs:
+        await asyncio.to_thread(threading.get_ident)
+
+
+@step
+async def together(ctx: AsyncStepContext) -> int:
+    await ctx.trace("inside")
+    await meet(ctx.input["gate"], ctx.run_id, ctx.input["runs"])
+    return len(INSIDE[ctx.input["gate"]])
+
+
+@step
+def in_thread(ctx: StepContext) -> str:
+    ctx.trace("here")
+    return threading.current_thread().name
+
+
+@step(transactional=True)
+def with_connection(ctx: StepContext) -> int:
+    return int(ctx.connection.execute(sqlalchemy.text("SELECT 7")).scalar_one())
+
+
+@step
+async def adds(ctx: AsyncStepContext, one: int, other: int) -> int:
+    return one + other
+
+
+@plan("sums")
+def sums(run: RunContext) -> int:
+    total = 0
+    for number in run.input:
+        total = run.step(adds, total, number)
+    return total
+
+
+@step(retry=retry(max_attempts=1, max_crashes=1))
+async def survives(ctx: AsyncStepContext) -> int:
+    """Waits for a file that the test makes; its first crash would fail the run."""
+    await ctx.trace("inside")
+    while not await asyncio.to_thread(Path(ctx.input["go"]).exists):
+        await asyncio.to_thread(threading.Event().wait, 0.02)
+    return os.getpid()
+
+
+@step(timeout=0.5)
+async def late(ctx: AsyncStepContext) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+@step(terminate_on_cancel=True)
+async def endless(ctx: AsyncStepContext) -> None:
+    await ctx.trace("inside")
+    await asyncio.get_running_loop().create_future()
+
+
+@step
+async def blocks(ctx: AsyncStepContext) -> None:
+    threading.Event().wait(ctx.input["seconds"])
+
+
+@step
+async def quick(ctx: AsyncStepContext) -> Any:
+    return ctx.input
+
+
+ALL = [
+    Plan("together", [together, in_thread, with_connection]),
+    sums,
+    *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, quick)),
+]
+
+app = App(Settings.from_env(os.environ), plans=ALL)
