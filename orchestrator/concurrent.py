@@ -4,6 +4,8 @@ One thread does the rest of the work on all runs, in turns (`SwitchThread`), and
 that are ready together in one statement. What may wait for a row goes to another thread.
 """
 
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -12,14 +14,15 @@ from typing import Any, TypeVar
 from beatless.orchestrator.body import call_body
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
-from beatless.orchestrator.lease import Connection
-from beatless.orchestrator.plan import Step
-from beatless.orchestrator.settlement import Proposal
+from beatless.orchestrator.lease import Connection, Lease
+from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.suspects import BodiesInFlight
 from beatless.orchestrator.switch_thread import SwitchThread
-from beatless.orchestrator.turns import HAND_BACK, Answer, Turns
+from beatless.orchestrator.turns import HAND_BACK, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
 
 T = TypeVar("T")
@@ -39,11 +42,17 @@ class ConcurrentExecutor(Executor):
         self.connections = self._connections = ConnectionOfThread(connect)
         self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
         self._thread = SwitchThread(self._commits.flush, observer=self.observer)
+        self._in_flight = BodiesInFlight(self.heartbeat)
         self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
         self._asides = ThreadPoolExecutor(WAITING_WRITES, thread_name_prefix="beatless-aside")
 
     def start(self) -> None:
         self._thread.start()
+        self.loop.watch(ends_after_s=self.leases.seconds, end=self._end_process)
+
+    def _end_process(self, task: str) -> None:
+        self._in_flight.blame(task)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def spawn(self, call: Callable[[], Any]) -> None:
         """Make a call in which `execute` may be called."""
@@ -61,19 +70,30 @@ class ConcurrentExecutor(Executor):
         """How many calls have begun and not ended."""
         return self._thread.calls
 
-    def drive(self, turns: Turns) -> None:
+    def turns(self, plan: Plan, lease: Lease, max_steps: int = 0) -> Turns:
+        lease.uncalled = True  # but for a body that is alone: see `suspects`
+        return super().turns(plan, lease, max_steps)
+
+    def drive(self, lease: Lease, turns: Turns) -> None:
         answer: Answer = None
         try:
             while True:
                 turn = turns.send(answer)
-                if isinstance(turn, Proposal):
-                    answer = self._thread.wait(self._commits.put(turn))
-                else:
-                    answer = HAND_BACK if self.stopping.is_set() else None
+                while isinstance(turn, RunBody):
+                    turn = self._call_beside_others(lease, turns, turn)
+                answer = self._thread.wait(self._commits.put(turn))
         except StopIteration:
             return
         finally:
             turns.close()
+
+    def _call_beside_others(self, lease: Lease, turns: Turns, body: RunBody) -> Turn:
+        """Let a run call its body when it may; its next turn."""
+        try:
+            self._thread.wait(self._in_flight.enter(lease, body.deaths))
+            return turns.send(HAND_BACK if self.stopping.is_set() else None)
+        finally:
+            self._in_flight.leave(lease)
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         def body() -> Any:

@@ -92,6 +92,8 @@ class RunBody:
     results: Mapping[str, Any]
     compensating: bool
     """The step undoes a cancelled run: it knows no cancel and no deadline."""
+    deaths: int
+    """Of processes that executed it beside others: see `suspects`."""
     conclude: Callable[[Any], Conclusion]
     interrupted: Callable[[Exception], Commit]
 
@@ -427,6 +429,7 @@ class Execution:
             attempt=progress.starts,
             results=progress.results,
             compensating=progress.compensating,
+            deaths=progress.deaths,
             conclude=conclude,
             interrupted=lambda reason: self._interrupted(progress, step, reason),
         )

@@ -157,8 +157,9 @@ class Executor:
         """Close the connection; the next use opens another."""
         self.connections.close()
 
-    def drive(self, turns: Turns) -> None:
+    def drive(self, lease: Lease, turns: Turns) -> None:
         """Take all turns of a run."""
+        del lease
         for _ in turns:
             pass
 
@@ -194,7 +195,7 @@ class Executor:
             self.ignore_message(run_id, dispatch)
             return False
         self.faults.reach("claim.committed")
-        self.drive(self.turns(plan, lease, max_steps))
+        self.drive(lease, self.turns(plan, lease, max_steps))
         self.faults.reach("task.before_ack")
         return True
 

@@ -16,6 +16,7 @@ from beatless.orchestrator.progress import (
     FINAL,
     FOLLOWING,
     GIVEN_BACK,
+    PROCESS_DIED,
     RENAMED_FROM,
     SIGNALS,
     SNOOZED,
@@ -52,6 +53,7 @@ class StoredCall:
     failures: int = 0
     lost: int = 0
     refused: int = 0
+    deaths: int = 0
     ended: bool = False
     result: Any = None
     error: dict[str, Any] | None = None
@@ -61,7 +63,7 @@ class StoredCall:
         self.starts -= 1
 
     def judge(self) -> None:
-        self.lost = self.refused = 0
+        self.lost = self.refused = self.deaths = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,6 +172,7 @@ def _note(call: StoredCall, type: str, trace: str | None, data: dict[str, Any]) 
             call.judge()
         case str() if trace == GIVEN_BACK:
             call.uncount()
+            call.deaths += bool(data.get(PROCESS_DIED))
         case str() if trace == CONNECTION_LOST:
             call.uncount()
             call.refused += bool(data.get("refused"))

@@ -185,7 +185,7 @@ WITH held AS (
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
   SELECT run_id, last_seq, clock_timestamp(), 'DebugTrace', 'worker', step, begun,
-         jsonb_build_object('name', %(trace)s::text)
+         jsonb_build_object('name', %(trace)s::text, 'process_died', true)
     FROM u WHERE given_back
 ), o AS (
   INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)

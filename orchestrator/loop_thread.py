@@ -16,6 +16,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from beatless.orchestrator.loop_watch import LoopWatch
 from beatless.outbox import forks
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.threads import LastingThread
@@ -106,6 +107,7 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: LastingThread | None = None
         self._writers: ThreadPoolExecutor | None = None
+        self._watch: LoopWatch | None = None
 
     after_fork = _reset
 
@@ -129,8 +131,23 @@ class LoopThread:
                 self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="beatless-writes")
             return WriteLane(self._writers)
 
+    def watch(self, *, ends_after_s: float, end: Callable[[str], None]) -> None:
+        """Begin to watch the loop: see `LoopWatch`."""
+        loop = self._running()
+        assert self._thread is not None and self._thread.ident is not None  # noqa: S101, PT018 - it runs
+        self._watch = LoopWatch(
+            loop,
+            self._thread.ident,
+            ends_after_s=ends_after_s,
+            end=end,
+            observer=self._observer,
+        )
+        self._watch.start()
+
     def stop(self) -> None:
         """End the thread; what runs in the loop is cancelled."""
+        if self._watch is not None:
+            self._watch.stop()
         with self._mutex:
             loop, thread, writers = self._loop, self._thread, self._writers
             self._loop = self._thread = self._writers = None

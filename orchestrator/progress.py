@@ -29,6 +29,9 @@ VALUE = "beatless.value"
 TAKEN_OVER = "beatless.taken_over"
 """The trace of a claim of a plan's function whose last worker died or lost its lease."""
 
+PROCESS_DIED = "process_died"
+"""In a GIVEN_BACK: it was written for a process that has died with others' bodies in hand."""
+
 UNCOUNTED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
 """The traces of attempts that do not count."""
 
@@ -96,6 +99,8 @@ class Progress:
     """Transactions in a row that Postgres took back."""
     refused: int = 0
     """Those that it did not let begin."""
+    deaths: int = 0
+    """Of the processes that executed this step beside others, since it last had an outcome."""
     promised: str | None = None
     """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
@@ -172,7 +177,7 @@ class Progress:
 
     def judged(self) -> None:
         """The attempt ended by the step's own outcome: earlier losses no longer count."""
-        self.lost = self.refused = 0
+        self.lost = self.refused = self.deaths = 0
 
     def lose(self, *, refused: bool) -> None:
         """Its transaction is gone, or never was."""
@@ -222,6 +227,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.judged()
             case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
                 progress.uncounted()
+                progress.deaths += bool(data.get(PROCESS_DIED))
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 progress.lose(refused=data.get("refused", False))
             case EventType.STEP_FINISHED:

@@ -256,6 +256,7 @@ class Replay:
             call.begun = stored.key
             call.starts, call.failures = stored.starts, stored.failures
             call.lost, call.refused = stored.lost, stored.refused
+            call.deaths = stored.deaths
         return call
 
     def _passed_over(self) -> Mismatch | None:

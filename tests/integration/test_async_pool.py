@@ -1,7 +1,7 @@
 """`beatless worker --pool async`: one process executes many runs at once."""
 
-import signal
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -89,14 +89,14 @@ def test_a_worker_that_is_killed_costs_none_of_its_runs_a_crash(
 def test_a_worker_that_is_asked_to_stop_gives_its_runs_back(beatless: Kit, tmp_path: Path) -> None:
     beatless.relay.start()
     worker = beatless.worker_process(
-        APP, concurrency=4, arguments=["--pool", "async"], grace_seconds=0
+        APP, concurrency=4, arguments=["--pool", "async"], grace_seconds=0.2
     )
     runs = [beatless.start_run("survives", {"go": str(tmp_path / "go")}) for _ in range(4)]
     for run in runs:
         beatless.wait_for_event(run.run_id, "DebugTrace")
-    worker.signal(signal.SIGTERM)
+    worker.terminate()
+    worker.reap(monotonic() + 60)
 
-    assert worker.wait() == 0
     for run in runs:
         assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
     beatless.verify()
