@@ -413,7 +413,7 @@ class RunDriver:
         try:
             value = self._executor.call(request.step, context, attempt)
             check_transaction(request.step, transaction)
-            output.finish()
+            self._stored(output, output.finish)
             return request.conclude(value)
         except SimulatedCrash:
             raise
@@ -421,13 +421,20 @@ class RunDriver:
             reply = self._end_of_body(attempt, error, transaction)
             if may_have_struck(request.step, reply):
                 self._executor.disconnect()
-            output.abandon()
+            self._stored(output, output.abandon)
             raise AttemptEnded(reply) from error
         finally:
             self._writer.close()
             taken_s = monotonic() - self._writer.asked_s - began
             self._executor.body_s += taken_s
             self._executor.pace.note(self._plan, request.step, taken_s)
+
+    def _stored(self, output: StepOutput, store: Callable[[], None]) -> None:
+        """Have the last of an output stored; others wait for that only if there was any."""
+        if output.added:
+            self._executor.aside(store)
+        else:
+            store()
 
     def _end_of_body(
         self,
