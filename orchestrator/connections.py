@@ -11,8 +11,8 @@ class Connections(Protocol):
     """Gives the connection of the calling thread."""
 
     @property
-    def held(self) -> bool:
-        """Whether one was opened before."""
+    def current(self) -> Connection | None:
+        """It, open or not; None before the first use."""
 
     def get(self) -> Connection:
         """It, or a new one if it is closed."""
@@ -29,8 +29,8 @@ class OneConnection:
         self._connection: Connection | None = None
 
     @property
-    def held(self) -> bool:
-        return self._connection is not None
+    def current(self) -> Connection | None:
+        return self._connection
 
     def get(self) -> Connection:
         if self._connection is None or self._connection.closed:
@@ -53,8 +53,8 @@ class ConnectionOfThread:
         self._all: list[OneConnection] = []
 
     @property
-    def held(self) -> bool:
-        return self._own.held
+    def current(self) -> Connection | None:
+        return self._own.current
 
     @property
     def _own(self) -> OneConnection:

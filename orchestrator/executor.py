@@ -247,7 +247,7 @@ class Executor:
 
         Whether a claim that failed was committed is unknown: then the lease brings the run back.
         """
-        again = self.connections.held
+        again = self.connections.current is not None
         while True:
             try:
                 return claim(self.connection())

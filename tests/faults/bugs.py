@@ -303,9 +303,8 @@ BUGS = {
     ),
     "rows of a step are committed before its result": Bug(
         "orchestrator/executor.py",
-        "appended = self._writer.settle_within(transaction, commit.settlement)",
-        "transaction.commit()\n"
-        "                    appended = self._writer.settle(commit.settlement)",
+        "partial(self._writer.settle_within, transaction, commit.settlement)",
+        "lambda: (transaction.commit(), self._writer.settle(commit.settlement))[1]",
     ),
     "a commit whose answer was lost is taken for done": Bug(
         "orchestrator/leased_writer.py",

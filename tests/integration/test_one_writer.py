@@ -120,7 +120,7 @@ def test_threads_of_one_step_trace_at_once_while_connections_die(
     executor = beatless.executor()
 
     def end_connection() -> None:
-        connection = executor._connection
+        connection = executor.connections.current
         if connection is not None and not connection.closed:
             postgres.execute("SELECT pg_terminate_backend(%s)", (connection.info.backend_pid,))
 

@@ -223,7 +223,7 @@ def test_threads_of_one_step_emit_at_once_while_connections_die(
         for mark in range(EACH):
             ctx.emit([number, mark])
             if mark % 100 == 50:
-                connection = executor._connection
+                connection = executor.connections.current
                 if connection is not None and not connection.closed:
                     backend = connection.info.backend_pid
                     postgres.execute("SELECT pg_terminate_backend(%s)", (backend,))
