@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -88,6 +89,15 @@ async def blocks(ctx: AsyncStepContext) -> None:
     threading.Event().wait(ctx.input["seconds"])
 
 
+@step(retry=retry(max_attempts=1, max_crashes=1))
+async def deadly(ctx: AsyncStepContext) -> str:
+    """Ends its process, if the input says so, once as many runs are in it as can be."""
+    if ctx.input["poison"]:
+        await ctx.trace("deadly")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "well"
+
+
 @step
 async def quick(ctx: AsyncStepContext) -> Any:
     return ctx.input
@@ -96,7 +106,7 @@ async def quick(ctx: AsyncStepContext) -> Any:
 ALL = [
     Plan("together", [together, in_thread, with_connection]),
     sums,
-    *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, quick)),
+    *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, deadly, quick)),
 ]
 
 app = App(Settings.from_env(os.environ), plans=ALL)

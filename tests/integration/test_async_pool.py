@@ -1,5 +1,6 @@
 """`beatless worker --pool async`: one process executes many runs at once."""
 
+import threading
 from pathlib import Path
 from time import monotonic
 
@@ -99,4 +100,25 @@ def test_a_worker_that_is_asked_to_stop_gives_its_runs_back(beatless: Kit, tmp_p
 
     for run in runs:
         assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+    beatless.verify()
+
+
+@pytest.mark.long
+def test_a_step_that_ends_its_process_fails_alone(beatless: Kit) -> None:
+    beatless.relay.start()
+    runs = beatless.client.start_runs(
+        [RunRequest(plan="deadly", input={"poison": number == 3}) for number in range(RUNS)]
+    )
+    worker = beatless.worker_process(APP, concurrency=RUNS, arguments=["--pool", "async"])
+    deaths, never = 0, threading.Event()
+    while not never.wait(0.2) and not beatless.client.get_run(runs[3].run_id).state.final:
+        if not worker.alive:
+            deaths += 1
+            worker = beatless.worker_process(APP, concurrency=RUNS, arguments=["--pool", "async"])
+
+    assert 1 <= deaths <= 6
+    poison, *others = [runs[3], *runs[:3], *runs[4:]]
+    assert beatless.client.get_run(poison.run_id).error["type"] == "StepCrashed"
+    for run in others:
+        assert beatless.wait_for_run_completion(run.run_id).result == "well"
     beatless.verify()
