@@ -56,6 +56,19 @@ def settle(ctx: StepContext) -> str:
     return "settled"
 
 
+@step(retry=retry(max_attempts=2, initial=0))
+def answer(ctx: StepContext) -> None:
+    """Says half of it, waits, says the rest; fails at first."""
+    for token in ("<b>Hel", "lo</b> ", {"tool": 12345678901234567890}):
+        ctx.emit(token)
+    wait_at(ctx, f"half {ctx.attempt}")
+    ctx.emit("the end")
+    if ctx.attempt == 1:
+        raise ConnectionError("the model hung up")
+
+
+answers = Plan("answers", [answer])
+
 refund = Plan("refund", [settle], queue="payments")
 
 

@@ -16,6 +16,8 @@ from tests.serving import Api, serving
 @step(retry=retry(max_attempts=2))
 def flaky(ctx: StepContext) -> int | Snooze:
     ctx.progress(50, note="half")
+    ctx.emit("half")
+    ctx.emit({"of": ["it"]})
     if ctx.attempt == 1:
         raise ValueError("the first attempt fails")
     return 1

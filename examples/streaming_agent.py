@@ -1,0 +1,54 @@
+"""An agent whose answer is streamed token by token, and paid out only after a person's word.
+
+    beatless --app examples.streaming_agent:app start refunds --input '{"order": 7}' --follow
+    beatless --app examples.streaming_agent:app signal RUN approved --data '{"by": "ann"}'
+
+Viewers see the text as it grows, in the terminal and on the run page. The model is a stand-in. The
+run holds no worker while it waits, for days if need be; who decided is in its journal.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from beatless import App, RunContext, Settings, Signal, StepContext, days, plan, retry, step
+
+TURNS = 3
+PROPOSAL = "The parcel came {} days late. I propose to pay {} euros back."
+
+
+def model(order: int, turn: int) -> Iterator[str]:
+    """The tokens of an answer."""
+    for word in PROPOSAL.format(order + turn, 5 * (turn + 1)).split():
+        yield f"{word} "
+
+
+@step(timeout=120, retry=retry(max_attempts=3))
+def propose(ctx: StepContext, turn: int) -> str:
+    """A killed attempt's text stays in the journal; the next one begins anew, and so do viewers."""
+    answer = ""
+    for token in model(ctx.input["order"], turn):
+        ctx.emit(token)
+        answer += token
+    return answer.strip()
+
+
+@step
+def pay(ctx: StepContext, proposal: str, by: str) -> dict[str, Any]:
+    return {"paid": proposal, "by": by, "key": ctx.key}
+
+
+@plan("refunds")
+def refunds(run: RunContext) -> dict[str, Any]:
+    """Up to three proposals, until a person approves one."""
+    for turn in range(TURNS):
+        proposal: str = run.step(propose, turn)
+        decision: Signal | None = run.wait("approved", "refused", timeout=days(7))
+        if decision is None:
+            return {"paid": None, "reason": "nobody decided"}
+        if decision.name == "approved":
+            paid: dict[str, Any] = run.step(pay, proposal, decision.data["by"])
+            return paid
+    return {"paid": None, "reason": f"refused {TURNS} times"}
+
+
+app = App(Settings.from_env(), [refunds])
