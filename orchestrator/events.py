@@ -4,10 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from datetime import date, time
 from decimal import Decimal
-from enum import StrEnum
+from enum import Enum, StrEnum
+from pathlib import PurePath
 from typing import Any, Self
+from uuid import UUID
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.outbox.message import one_line
@@ -212,6 +215,22 @@ def _check_nesting(value: Any, where: str) -> None:
     raise BadPayload(where, f"holds itself, or is nested deeper than {NESTING} levels")
 
 
+def _advice(value: Any) -> str:
+    """How to store a value of a common type: it comes back as JSON, so the step says what as."""
+    match value:
+        case date() | time():  # a datetime is a date
+            return ": use .isoformat()"
+        case Decimal() | UUID() | PurePath():
+            return ": use str(…)"
+        case Enum():
+            return ": use .value"
+        case bytes() | bytearray():
+            return ": use base64, or store it elsewhere and keep a reference"
+        case set() | frozenset():
+            return ": use sorted(…)"
+    return ": use dataclasses.asdict(…)" if is_dataclass(value) else ""
+
+
 def _offence(value: Any, path: str) -> tuple[str, str]:
     """The first thing inside a value that cannot be stored: its path and the reason."""
     match value:
@@ -245,7 +264,7 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
                     )
             members = [(f"{path}.{key}", item) for key, item in value.items()]
         case _:
-            return path, f"is a {type(value).__name__}, which is not JSON"
+            return path, f"is a {type(value).__name__}, which is not JSON{_advice(value)}"
     for member_path, item in members:
         found = _offence(item, member_path)
         if found[1]:

@@ -6,7 +6,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -30,6 +35,15 @@ def nested(levels: int, wrap: Callable[[Any], Any]) -> Any:
     return value
 
 
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Parcel:
+    number: int
+
+
 itself: list[Any] = []
 itself.append(itself)
 
@@ -45,7 +59,12 @@ VALUES: dict[str, tuple[Any, str]] = {
     "objects 10,000 deep": (nested(10_000, lambda v: {"a": v}), "nested deeper than 100 levels"),
     "itself": (itself, "holds itself"),
     "a number of 5,000 digits": ({"a": 10**5000}, "a is a number of thousands of digits"),
-    "bytes": ({"a": b"x"}, "a is a bytes, which is not JSON"),
+    "bytes": ({"a": b"x"}, "a is a bytes, which is not JSON: use base64"),
+    "a datetime": ({"a": [datetime.now(UTC)]}, "a[0] is a datetime, which is not JSON: use .iso"),
+    "a Decimal": ({"a": Decimal("0.1")}, "a is a Decimal, which is not JSON: use str(…)"),
+    "a UUID": ([UUID(int=7)], "[0] is a UUID, which is not JSON: use str(…)"),
+    "an Enum": ({"a": Colour.RED}, "a is a Colour, which is not JSON: use .value"),
+    "a dataclass": ({"a": Parcel(1)}, "a is a Parcel, which is not JSON: use dataclasses.asdict"),
 }
 """Values that no journal can hold, and the words of the error."""
 
