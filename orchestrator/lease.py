@@ -197,9 +197,10 @@ class Leases:
         self, connection: Connection, parameters: dict[str, Any], claims: Sequence[str]
     ) -> list[Lease]:
         # The fence first, the claim's snapshot after it: a `pause` that was committed before it is
-        # seen, one that was not waits for us. It is one round trip all the same.
+        # seen, one that was not waits for us. It is one round trip all the same, and one
+        # transaction: the statements of a pipeline are, on an autocommit connection.
         try:
-            with connection.pipeline(), connection.transaction():
+            with connection.pipeline():
                 connection.execute(self.sql["fence"])
                 claimed = [connection.execute(claim, parameters) for claim in claims]
         except psycopg.errors.LockNotAvailable:

@@ -107,7 +107,7 @@ def test_a_claim_whose_commit_was_not_answered_is_brought_back_by_its_lease(
     proxied.executor().connection()
     run = proxied.start_run("two_steps")
     proxied.drain_outbox_once()
-    path.lose_answer_to(b"COMMIT")
+    path.lose_answer_to(b"lease_token")
 
     plan = proxied.app.plans["two_steps"]
     assert not proxied.executor().execute(plan, run.run_id, 1)
