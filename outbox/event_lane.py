@@ -255,8 +255,10 @@ class EventLane:
                 break
             except PublishFailed as error:
                 if self._is_closed_by_message(error):
-                    self._quarantine.set_aside(run_id, CLOSED_REST_S, str(_too_large(row)))
-                    self._count_rejection(run_id, [row], _too_large(row))
+                    closed = _too_large(row)
+                    self._count_rejection(run_id, [row], closed)
+                    if self._rejections[run_id]:
+                        self._quarantine.set_aside(run_id, CLOSED_REST_S, str(closed))
                 else:
                     self._note_outage(error)
                 break

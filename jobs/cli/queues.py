@@ -88,6 +88,7 @@ def drain(env: Environment, queue: str) -> None:
     """Take away the runs of queue Q that no worker has, begun or not; prints how many."""
     removed = env.client.drain_queue(queue)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
+    env.note(f"runs removed from queue {queue}, with their events: {removed}")
 
 
 @click.command()
