@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from beatless.cli.environment import Environment
+from beatless.cli.environment import Environment, importing
 
 __all__ = ["cli", "main"]
 
@@ -89,7 +89,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         for module, names in COMMANDS.items():
             if cmd_name in names and cmd_name not in self.commands:
-                command = getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
+                with importing():
+                    command = getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
                 self.add_command(with_global_options(command), cmd_name)
         return super().get_command(ctx, cmd_name)
 
