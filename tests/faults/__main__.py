@@ -40,6 +40,9 @@ LASTING = ("messages_to_viewers_lost",)
 """Faults that last until all is healed: they come first in each storm."""
 
 
+ANOTHER_HISTORY = "another_history_declared"
+
+
 class Lane:
     """Faults one after the other, each kind as often as the others."""
 
@@ -85,6 +88,7 @@ class Chaos:
             random.Random(f"{seed}/kills"),
             [kind for kind in kinds if kind == "child_killed"],
         )
+        self._kinds = kinds
         self._ends = self._stops = 0
 
     def run(self, seconds: float, *, stop_early: bool) -> float | None:
@@ -131,7 +135,15 @@ class Chaos:
             print(f"\r{self.hits.total():4} faults ", end="", file=sys.stderr)
 
     def _heal(self) -> None:
-        """Take all faults back: what was held is cut, which is one more."""
+        """Take all faults back: what was held is cut, which is one more.
+
+        Often after a restore has been declared, which all viewers learn of when they come again.
+        """
+        if ANOTHER_HISTORY in self._kinds and self._chance.random() < 0.5:
+            begin = time()
+            hit = inject(ANOTHER_HISTORY, self._fleet, self._chance)
+            (self.hits if hit else self.misses)[ANOTHER_HISTORY] += 1
+            self._recorder.write("fault", name=ANOTHER_HISTORY, begin=begin, end=time())
         begin = time()
         heal(self._fleet)
         self._recorder.write("fault", name="all connections cut", begin=begin, end=time())

@@ -452,7 +452,8 @@ def rows_held_by_somebody(fleet: Fleet, chance: random.Random) -> bool:
     with fleet.connect() as session, session.transaction():
         held = session.execute(
             "SELECT run_id FROM runs WHERE state IN ('running', 'queued')"
-            " ORDER BY random() LIMIT 3 FOR UPDATE SKIP LOCKED"
+            " ORDER BY random() LIMIT %s FOR UPDATE SKIP LOCKED",
+            [chance.choice([3, 20])],
         ).fetchall()
         hold(chance.uniform(0.3, 3) if held else 0)
     return bool(held)

@@ -8,8 +8,12 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
+from time import monotonic
 from typing import Any
+
+import psycopg
 
 from beatless.outbox.message import SHARDS, shard_of
 from tests.faults.fleet import UNATTENDED
@@ -20,8 +24,18 @@ MANY_RUNS = 30
 
 BRIEF_DEADLINE_S = 0.5
 
-SOON_S = 0.01
-"""Between calls while a relay is awake."""
+BURST_RUNS = 150
+"""So many keep it awake for some time."""
+
+AWAKE_S = 1.0
+"""A relay was awake within this time after a burst, or this round will not find it so."""
+
+AWAKE = """
+SELECT NOT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted
+                      AND mode = 'ExclusiveLock' AND objsubid = 2 AND objid = %(shard)s
+                      AND classid = 'run_outbox'::regclass)
+"""
+"""While a relay is awake it holds no lock on the bell of its shards: their writers do not ring."""
 
 ASLEEP_S = 0.1
 """A relay that has nothing to do sleeps after this time."""
@@ -45,29 +59,33 @@ class Rounds:
         """Many runs of one shard keep its relay awake; what begins then commits when it sleeps.
 
         No worker takes the many: when they have ended by their deadline, nothing wakes the relay.
+        The others commit one by one: one that rings would make good what was lost before.
         """
-        shard, still = chance.randrange(SHARDS), threading.Event()
-        idle = [self._of_shard(shard, UNATTENDED, chance) for _ in range(MANY_RUNS)]
-        late = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 4]))]
+        shard = chance.randrange(SHARDS)
+        idle = [self._of_shard(shard, UNATTENDED, chance) for _ in range(BURST_RUNS)]
+        late = [(random.Random(chance.random()), threading.Event()) for _ in range(4)]
+        begin = threading.Event()
 
-        def start_late(chance: random.Random) -> None:
+        def start_late(chance: random.Random, commits: threading.Event) -> None:
             wish = self._of_shard(shard, "default", chance)
-            self._load.start([wish], chance, waits=lambda: still.wait(SHOWN_S))
+            begin.wait(SHOWN_S)
+            self._load.start([wish], chance, waits=lambda: commits.wait(SHOWN_S))
 
-        with ThreadPoolExecutor(len(late)) as callers:
+        with ThreadPoolExecutor(len(late) + 1) as callers:
             for wish in idle:
                 wish["deadline"] = BRIEF_DEADLINE_S
-            self._load.start(idle, chance, waits=lambda: None)
-            calls = []
-            for each in late:
-                self._pause(chance.expovariate(1 / SOON_S))
-                calls.append(callers.submit(start_late, each))
+            calls = [callers.submit(start_late, *each) for each in late]
+            burst = callers.submit(self._load.start, idle, chance, waits=lambda: None)
+            self._await_awake(shard)
+            begin.set()
+            burst.result()
             self._pause(BRIEF_DEADLINE_S)
-            self._drain()
-            self._pause(ASLEEP_S)
-            still.set()
-            for done in calls:
+            for done, (_, commits) in zip(calls, late, strict=True):
+                self._drain()
+                self._pause(ASLEEP_S)
+                commits.set()
                 done.result()
+                self._drain()
 
     def _calls(self, chance: random.Random) -> None:
         """A few calls at once, or many runs in one.
@@ -95,6 +113,14 @@ class Rounds:
             still.set()
             for done in calls:
                 done.result()
+
+    def _await_awake(self, shard: int) -> None:
+        """Return when the relay of this shard is awake, or after a while."""
+        until = monotonic() + AWAKE_S
+        with suppress(psycopg.Error), self._load.fleet.connect() as session:
+            while monotonic() < until:
+                if session.execute(AWAKE, {"shard": shard}).fetchone() == (True,):
+                    return
 
     def _of_shard(self, shard: int, queue: str, chance: random.Random) -> dict[str, Any]:
         """A run that ends soon."""
