@@ -107,6 +107,9 @@ def attempts_are_counted(history: History) -> Iterator[Violation]:
 def retries_take_results_over(history: History) -> Iterator[Violation]:
     for run_id, run, events in history.each_run():
         before = history.events.get(run["retry_of"], [])
+        # A function that has begun again is retried from there, with its last input.
+        begun = max((e["seq"] for e in of_type(before, "RunRestarted")), default=0)
+        before = [event for event in before if event["seq"] > begun]
         finished = {event["step"] for event in of_type(before, "StepFinished")}
         again = finished & {event["step"] for event in of_type(events, "StepStarted")}
         if again and not of_type(before, "CancelRequested"):

@@ -551,6 +551,25 @@ def parked_history(*more: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in honest() if r["kind"] != "outbox"] + [*parked("p", 150.0), quiet, *more]
 
 
+def test_a_function_that_has_begun_again_is_retried_from_there() -> None:
+    again = event("f", 3, "RunRestarted"), event("n", 2, "StepStarted", "a", ts=112.0)
+    before = event("f", 2, "StepFinished", "a", data={"result": None})
+    records = [
+        *(
+            call("start", 99, 101, run_id="f", plan="q"),
+            call("retry", 110, 111, run_id="f", new="n"),
+        ),
+        *(run("f", "q", "failed", 4), run("n", "q", "completed", 4, retry_of="f")),
+        *(event("f", 1, "RunStarted"), before, again[0]),
+        event("f", 4, "RunFinished", data={"outcome": "failed"}),
+        *(event("n", 1, "RunStarted", ts=111.0), again[1]),
+        event("n", 3, "StepFinished", "a", ts=113.0, data={"result": None}),
+        event("n", 4, "RunFinished", ts=114.0, data={"outcome": "completed"}),
+    ]
+    assert check(records) == []
+    assert [each.invariant for each in check([r for r in records if r != again[0]])] == ["I2", "I4"]
+
+
 def test_a_viewer_that_is_reset_is_shown_all_again() -> None:
     records = honest()
     end = next(n for n, record in enumerate(records) if record["kind"] == "view")
