@@ -132,6 +132,11 @@ def test_a_run_that_waits_is_sent_its_signal(beatless: Kit, url: str, open_page:
     page.locator("#signal").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_label("Name")).to_have_value("paid")
+    dialog.get_by_label("Name").fill("payed")
+    dialog.get_by_role("button", name="Send").click()
+    told = "payed is kept for a later wait: the run waits for paid or refused now."
+    expect(page.locator("#said")).to_contain_text(told)
+    page.locator("#signal").click()
     dialog.get_by_label("Data (JSON)").fill('{"amount": ')
     dialog.get_by_role("button", name="Send").click()
     expect(dialog).to_contain_text("The data is not JSON")

@@ -74,7 +74,7 @@ def test_draining_says_what_it_takes_and_what_it_leaves(
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    expect(page.locator("#extent")).to_contain_text("2 runs wait and 1 for a later time: all of")
+    expect(page.locator("#extent")).to_contain_text("2 runs are queued, 1 delayed and 0 waiting")
     expect(page.locator("#extent")).to_contain_text("1 run is running and goes on.")
     page.get_by_role("button", name="Drain", exact=True).click()
     expect(page.locator("#said")).to_contain_text("3 runs of queue payments removed.")
