@@ -83,6 +83,8 @@ class WorkerCounters:
         "announcement",
         "grace",
         "group",
+        "output",
+        "loop",
     )
 
     def __init__(self, plans: Iterable[Plan]) -> None:

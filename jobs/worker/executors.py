@@ -82,7 +82,7 @@ class Executors:
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
         self._guard: GroupGuard | None = None
-        self._outputs = OutputThread(observer=self._observer)
+        self._outputs = OutputThread(observer=counts)
         self._concurrent: ConcurrentExecutor | None = None
         self._pace = Pace()
         self._loop = LoopThread(observer=counts)
