@@ -261,7 +261,8 @@ def test_who_has_waited_for_the_end_of_a_run_finds_it_ended(
 
     def act() -> Any:
         if what == "cancel":
-            return beatless.client.cancel_run(run.run_id, connection=other).state
+            with other.transaction():
+                return beatless.client.cancel_run(run.run_id, connection=other).state
         return app.leases.claim(
             other, run.run_id, plan="gated", worker="v", first_step="gated", dispatch=2
         )
