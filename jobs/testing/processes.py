@@ -12,7 +12,9 @@ from beatless.outbox.clock import monotonic
 from beatless.testing.broker_guard import Guard
 
 FENCED = (
-    "import sys, beatless.cli, beatless.testing.broker_guard\n"
+    "import sys, beatless.cli.environment\n"
+    "with beatless.cli.environment.importing():\n"
+    "    import beatless.testing.broker_guard\n"
     "with beatless.testing.broker_guard.fenced(sys.argv.pop(1)):\n"
     "    beatless.cli.main()"
 )
