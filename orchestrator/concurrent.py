@@ -70,6 +70,10 @@ class ConcurrentExecutor(Executor):
         """How many calls have begun and not ended."""
         return self._thread.calls
 
+    def first_step(self, plan: Plan) -> None:
+        """None: a death between a claim and the note of its lease would count as a crash."""
+        del plan
+
     def turns(self, plan: Plan, lease: Lease, max_steps: int = 0) -> Turns:
         lease.uncalled = True  # but for a body that is alone: see `suspects`
         return super().turns(plan, lease, max_steps)

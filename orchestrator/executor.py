@@ -186,7 +186,7 @@ class Executor:
                     run_id,
                     plan=plan.name,
                     worker=self.worker,
-                    first_step=plan.first_step,
+                    first_step=self.first_step(plan),
                     dispatch=dispatch,
                 )
             )
@@ -198,6 +198,10 @@ class Executor:
         self.drive(lease, self.turns(plan, lease, max_steps))
         self.faults.reach("task.before_ack")
         return True
+
+    def first_step(self, plan: Plan) -> str | None:
+        """The step that a claim begins, of a run that was never claimed; None: it begins none."""
+        return plan.first_step
 
     def ignore_message(self, run_id: str, dispatch: int) -> None:
         """Announce that the run of a message was not ours to execute."""
