@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.errors import (
         BadPayload,
         CannotRetry,
+        ChildFailed,
         DeadlineExceeded,
         EventsPruned,
         Fatal,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.plan import Plan, step
     from beatless.orchestrator.records import Run, SentSignal
     from beatless.orchestrator.retry import retry
-    from beatless.orchestrator.run_context import RunContext
+    from beatless.orchestrator.run_context import Child, RunContext
     from beatless.orchestrator.state import RunState
     from beatless.orchestrator.waits import days, hours, minutes, sleep, wait
     from beatless.settings import Settings
@@ -62,6 +63,8 @@ _MODULES = {
     "BadRequest": "beatless.errors",
     "BadSetting": "beatless.errors",
     "CannotRetry": "beatless.orchestrator.errors",
+    "Child": "beatless.orchestrator.run_context",
+    "ChildFailed": "beatless.orchestrator.errors",
     "Client": "beatless.client",
     "DeadlineExceeded": "beatless.orchestrator.errors",
     "Event": "beatless.orchestrator.events",
@@ -118,6 +121,8 @@ __all__ = [
     "BadRequest",
     "BadSetting",
     "CannotRetry",
+    "Child",
+    "ChildFailed",
     "Client",
     "DeadlineExceeded",
     "Event",

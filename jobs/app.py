@@ -18,10 +18,11 @@ from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.plan import Plan, on_cancel_steps
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
@@ -101,7 +102,8 @@ class App:
         `redact` decides how inputs, results, errors and traces are shown: on the page, over
         HTTP, on the command line, in logs, spans and Flower. Stored values stay.
 
-        Raises PlanError when two plans share a name.
+        Raises PlanError when two plans share a name, and when the function of one names a plan that
+        is not among them: its runs could be started, and nobody would execute them.
         """
         logs.enable_own_loggers()
         if isinstance(plans, Plan):
@@ -112,6 +114,9 @@ class App:
             names = [plan.name for plan in plans]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
+        for plan in plans:
+            if isinstance(plan, FunctionPlan):
+                plan.check_children(self.plans)
         self._canary = canary.canary(plans)
         self.redact = redact
         self.redaction = Redaction(redact)
@@ -330,6 +335,7 @@ class App:
 
     def relay(self, *, observer: Observer | None = None, **options: Any) -> "Relay":
         """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
+        from beatless.orchestrator.children import CancelsChildren
         from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
         from beatless.orchestrator.ended_runs import CountsEndedRuns
         from beatless.orchestrator.wakes import Wakes
@@ -340,6 +346,7 @@ class App:
 
         client = self.settings.redis.client(**REDIS_TIMEOUTS | PUBLISH_TIMEOUTS)
         self._relays_redis.append(client)
+        cancels = CancelsChildren(self.journal, on_cancel_steps(self.plans.values()))
         watch, seen = self._fleet_watch(), fan_out(self.metrics.relay, observer)
         config = RelayConfig(
             connect=self.direct_connection,
@@ -348,7 +355,7 @@ class App:
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             redispatch=self.settings.redispatch_seconds,
             overdue=Deadlines(self.settings.schema).end,
-            wake=Wakes(self.settings.schema).wake,
+            wake=Wakes(self.settings.schema, cancels).wake,
             chores=[
                 *self.chores(),
                 AdoptsDeadlines(self.settings.schema),

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy
 
+from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.dry_replay import dry_replay
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
@@ -104,7 +105,12 @@ def _replayed(
     """Where a run of a function is, and why it waits there if it does."""
     run_id = run.place.run_id
     events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
-    said = dry_replay(plan, journal.get_of_any_namespace(connection, run_id), events)
+    said = dry_replay(
+        plan,
+        journal.get_of_any_namespace(connection, run_id),
+        events,
+        lambda first, last: ChildRuns(journal).ends(connection, run_id, first, last),
+    )
     stands = stands_at([run.place])
     if isinstance(said, Mismatch):
         return said.step or stands, said.reason

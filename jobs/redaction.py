@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from beatless.client import Client
-from beatless.client.pages import RunPage
+from beatless.client.pages import NumberedRunPage, RunPage
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.records import Run
 
@@ -116,6 +116,11 @@ class Redaction:
             return page
         return replace(page, lines=[self._line(line) for line in page.lines])
 
+    def numbered_page(self, page: NumberedRunPage) -> NumberedRunPage:
+        if self._redact is None:
+            return page
+        return replace(page, lines=[self._line(line) for line in page.lines])
+
     def _line(self, line: str) -> str:
         run = json.loads(line)
         run |= {name: self.value(name, run[name]) for name in MEMBERS if name in run}
@@ -138,6 +143,12 @@ class ShownClient(Client):
 
     def page_of_runs(self, *args: Any, **options: Any) -> RunPage:
         return self.redaction.page(super().page_of_runs(*args, **options))
+
+    def children(self, *args: Any, **options: Any) -> list[Run]:
+        return [self.redaction.run(run) for run in super().children(*args, **options)]
+
+    def page_of_children(self, *args: Any, **options: Any) -> NumberedRunPage:
+        return self.redaction.numbered_page(super().page_of_children(*args, **options))
 
     def events(self, *args: Any, **options: Any) -> list[Event]:
         return [self.redaction.event(event) for event in super().events(*args, **options)]

@@ -8,11 +8,12 @@ SELECT run_id, last_seq::bigint - pruned_seq FROM {schema}.runs
 -- fragment: run_facts
 -- Of a run, what the checks read.
 SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
-       pruned_seq::bigint AS pruned_seq FROM {schema}.runs
+       pruned_seq::bigint AS pruned_seq, parent_id, child_no FROM {schema}.runs
 
 -- fragment: dispatch_facts
 -- Of a dispatch, what the checks read.
-SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits FROM {schema}.dispatches
+SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits, children_left
+  FROM {schema}.dispatches
 
 -- fragment: event_facts
 -- Of an event, what the checks read: data may be large.
@@ -106,6 +107,21 @@ UNION ALL
 SELECT 'I7', run_id, format('it waits, its signal %%s was sent, and nothing will wake it', s.name)
   FROM final JOIN dispatch d USING (run_id) JOIN {schema}.signals s USING (run_id)
  WHERE d.waits AND NOT EXISTS (SELECT FROM {schema}.wakes w WHERE w.run_id = final.run_id)
+UNION ALL
+SELECT 'I7', run_id, 'it waits, its children have ended, and nothing will wake it'
+  FROM final JOIN dispatch d USING (run_id)
+ WHERE d.waits AND d.children_left IS NOT NULL
+   AND (SELECT count(*) FROM (SELECT FROM {schema}.dispatches c WHERE c.parent_id = final.run_id
+                               LIMIT d.children_left + 1) c) <= d.children_left
+   AND NOT EXISTS (SELECT FROM {schema}.wakes w WHERE w.run_id = final.run_id)
+UNION ALL
+SELECT 'I2', run.run_id, format('it is child %%s of run %%s, which has started none of this number',
+       run.child_no, run.parent_id)
+  FROM run JOIN {schema}.runs p ON p.run_id = run.parent_id AND p.pruned_seq = 0
+ WHERE NOT EXISTS (
+   SELECT FROM {schema}.run_events e
+    WHERE e.run_id = run.parent_id AND e.type = 'ChildrenStarted'
+      AND run.child_no - (e.data ->> 'first')::int BETWEEN 0 AND (e.data ->> 'count')::int - 1)
 UNION ALL
 SELECT 'I8', run_id, format('events %%s to %%s still wait to be published, %%s after its end',
        o.from_seq, o.to_seq, date_trunc('second', clock_timestamp() - finished_at))

@@ -183,6 +183,10 @@ class Boundaries:
         """The run leaves its worker until a signal comes, or its waits end."""
         return self._given_back(progress, WAITS, [])
 
+    def shut_down(self, progress: Progress) -> Settlement:
+        """The worker stops, between two steps: another one goes on."""
+        return self._given_back(progress, "shutdown", [])
+
     def waited(
         self,
         progress: Progress,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from beatless.orchestrator.child_calls import ReadEnds
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.function_call import Said, call_function
@@ -12,10 +13,11 @@ from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Mismatch, Replay, departure
 
 
-def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event]) -> Said:
+def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event], read_ends: ReadEnds) -> Said:
     """The first thing that the function says to which the journal has no answer.
 
-    It executes the code of the function, and calls no body of a step. The run is not cancelled.
+    `read_ends` reads children of the run. It executes the code of the
+    function, and calls no body of a step. The run is not cancelled.
     """
     history = history_of(plan, events)
     run = history.as_given(run)
@@ -25,7 +27,7 @@ def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event]) -> Said:
         given = plan.input.load(run.input)
     except BadPayload as error:
         return Mismatch(step="", reason=CHANGED_CALL, message=str(error))
-    call = call_function(run, given, Replay(plan=plan, history=history))
+    call = call_function(run, given, Replay(plan=plan, history=history, read_ends=read_ends))
     try:
         return call.resume(None)
     finally:

@@ -14,6 +14,7 @@ OrchestratorError
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
 ├── WorkerStops         the worker's grace has ended within a step: the run is given back
 ├── StepFailed          raised in a plan's function: the step has failed and is not tried again
+├── ChildFailed         raised in a plan's function: a child run has failed, or was cancelled
 ├── StepTimeout         an attempt took longer than its step may; it counts as a failure
 ├── DeadlineExceeded    the run took longer than `deadline` allows: it ends as failed
 └── Fatal               raised by a step: fail the run now, no retry
@@ -180,6 +181,37 @@ class WorkerStops(OrchestratorError):
             f"worker is shutting down; run {self.run_id} was released and its step will be retried "
             "elsewhere"
         )
+
+
+class ChildFailed(OrchestratorError):
+    """Raised in the function of a plan: a run that it has started has failed, or was cancelled.
+
+    By `.result()` of a child, by `run.map` with `failure="fail"`, and an element of the results of
+    one with `failure="collect"`. A function that lets it through fails its run.
+
+    >>> from beatless import ChildFailed
+    >>> failed = ChildFailed("order-1", "ValueError", "declined")
+    >>> failed.run_id, failed.type, failed.message
+    ('order-1', 'ValueError', 'declined')
+    """
+
+    def __init__(self, run_id: str, type: str, message: str) -> None:
+        super().__init__(run_id, type, message)
+        self.run_id = run_id
+        """Of the child."""
+        self.type = type
+        """The name of the class of its error, as it is stored; of a cancelled one RunCancelled, of
+        one that was removed RunNotFound."""
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"child {self.run_id} failed: {self.type}: {self.message}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChildFailed) and self.args == other.args
+
+    def __hash__(self) -> int:
+        return hash(self.args)
 
 
 class StepFailed(OrchestratorError):

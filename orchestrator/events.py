@@ -35,6 +35,8 @@ class EventType(StrEnum):
     WAIT_STARTED = "WaitStarted"
     SIGNAL_RECEIVED = "SignalReceived"
     WAIT_FINISHED = "WaitFinished"
+    CHILDREN_STARTED = "ChildrenStarted"
+    CHILDREN_FINISHED = "ChildrenFinished"
     RUN_RESTARTED = "RunRestarted"
     RUN_FINISHED = "RunFinished"
 

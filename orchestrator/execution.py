@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
+from beatless.orchestrator.child_calls import ChildrenTurn, Tends
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
-from beatless.orchestrator.records import Appended
+from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -58,20 +59,22 @@ class ReadJournal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """Commit a boundary under the lease."""
+    """Commit a boundary under the lease, with `children` unless the run was cancelled."""
 
     settlement: Settlement
     failure: StepFailure | None = None
     """The failed attempt that it ends, to be logged."""
+    children: Sequence[NewRun] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitIfQuiet:
-    """Commit a boundary unless the run has received a signal that was not told to the execution."""
+    """Commit a boundary unless the run has a signal that was not told, or children that need it."""
 
     settlement: Settlement
     waits: Sequence[int] = ()
     """The seqs of the open waits, when the run leaves the worker: it is due at the end of one."""
+    tends: Tends | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +126,11 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Signalled:
-    """Nothing was committed: the run has received signals."""
+    """Nothing was committed: the run has received signals, or its children need it."""
 
     events: Sequence[Event]
     """Their SignalReceived."""
+    turn: ChildrenTurn | None = None
 
 
 class Unstorable(Exception):
@@ -230,7 +234,6 @@ class Execution:
         redispatch_s: float = 15.0,
     ) -> None:
         """`max_steps` gives the run back after that many (0: no limit), as `stopping` does.
-
         A run that stands at a step which its plan does not have is given back for at most
         `redispatch_s`.
         """

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cache, partial
@@ -23,6 +23,8 @@ from beatless.orchestrator.body import (
     transaction_lost,
 )
 from beatless.orchestrator.boundaries import Conclusion
+from beatless.orchestrator.child_calls import ChildEnd
+from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import (
@@ -65,7 +67,7 @@ from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.records import Appended
+from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.step_output import OutputThread, StepOutput
@@ -128,6 +130,7 @@ class Executor:
         `pace` is told how long each body takes. Async bodies run in `loop`.
         """
         self.journal = journal
+        self.children = ChildRuns(journal)
         self.leases = leases
         self.engine = engine
         self.heartbeat = heartbeat
@@ -271,7 +274,7 @@ class RunDriver:
         self._lease = lease
         self._run_id = lease.run.run_id
         kind = (
-            partial(FunctionExecution, plan)
+            partial(FunctionExecution, plan, read_ends=self._read_ends)
             if isinstance(plan, FunctionPlan)
             else partial(Execution, plan)
         )
@@ -288,6 +291,7 @@ class RunDriver:
         self._writer = LeasedWriter(
             lease,
             journal=executor.journal,
+            children=executor.children,
             leases=executor.leases,
             heartbeat=executor.heartbeat,
             connection=executor.connection,
@@ -337,17 +341,30 @@ class RunDriver:
     def _commit(self, commit: Commit) -> Generator[Turn, Answer, Committed | Unstorable]:
         self._report.failed(commit.failure)
         try:
-            appended = yield from self._settle(commit.settlement)
+            if commit.children:
+                appended = self._executor.aside(
+                    lambda: self._start_children(commit.settlement, commit.children)
+                )
+            else:
+                appended = yield from self._settle(commit.settlement)
         except psycopg.DataError as error:
             return Unstorable(str(error))
         return Committed.of(appended)
 
     def _commit_if_quiet(self, commit: CommitIfQuiet) -> Committed | Signalled:
         self._executor.faults.reach("wait.before")
-        found = self._writer.settle_if_quiet(commit.settlement, commit.waits)
-        signalled = not isinstance(found, Appended)
-        self._executor.faults.reach("wait.signalled" if signalled else "wait.committed")
-        return Committed.of(found) if isinstance(found, Appended) else Signalled(found)
+        found = self._writer.settle_if_quiet(commit.settlement, commit.waits, commit.tends)
+        parked = isinstance(found, Appended)
+        self._executor.faults.reach("wait.committed" if parked else "wait.signalled")
+        if isinstance(found, Appended):
+            return Committed.of(found)
+        return Signalled(found.events, found.turn)
+
+    def _start_children(self, settlement: Settlement, runs: Sequence[NewRun]) -> Appended:
+        self._executor.faults.reach("children.before")
+        appended = self._writer.settle_with_children(settlement, runs)
+        self._executor.faults.reach("children.started")
+        return appended
 
     def _settle(self, settlement: Settlement) -> Generator[Turn, Answer, Appended]:
         answer = yield self._writer.proposal(settlement)
@@ -357,6 +374,9 @@ class RunDriver:
         return self._executor.aside(
             lambda: self._writer.settle(settlement, tried=answer is IN_DOUBT)
         )
+
+    def _read_ends(self, first: int, last: int) -> Sequence[ChildEnd]:
+        return self._writer.read_ends(first, last)
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None

@@ -4,7 +4,12 @@
 -- The columns of a run `r`, in the order in which a `Run` is made of them.
 r.run_id, r.namespace, r.plan, r.plan_version, r.queue, r.state, r.input, r.result, r.error, r.key,
 r.last_seq, r.attempt, r.worker, r.cancel_requested_at, r.not_before, r.deadline_at, r.retry_of,
-r.created_at, r.started_at, r.finished_at, r.pruned_seq, {run_options}
+r.parent_id, r.child_no, r.created_at, r.started_at, r.finished_at, r.pruned_seq, {run_options}
+
+-- fragment: retried_by
+-- The id of the newest retry of a run `r`.
+(SELECT n.run_id FROM {schema}.runs n WHERE n.retry_of = r.run_id
+  ORDER BY n.created_at DESC LIMIT 1) AS retried_by
 
 -- fragment: parked
 -- Whether the run of a dispatch `d` waits for a signal or a time, as `WAITS` says.

@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from beatless.orchestrator.boundaries import Boundaries, Conclusion
-from beatless.orchestrator.errors import Fatal, StepFailed
+from beatless.orchestrator.child_calls import ChildCall, Children
+from beatless.orchestrator.errors import ChildFailed, Fatal, StepFailed
 from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import (
     ARGUMENTS,
+    CHILDREN,
     GENERATION,
     SIGNALS_FROM,
     VERSION,
@@ -79,6 +81,30 @@ class FunctionBoundaries(Boundaries):
         going_on = Boundary(events=[outcome, *values, begun], state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, [outcome])
 
+    def children_started(
+        self,
+        progress: Call,
+        call: ChildCall,
+        children: Children,
+        values: Sequence[NewEvent],
+    ) -> Settlement:
+        """The start of the children of a call; they are stored in the same transaction."""
+        data: dict[str, Any] = dict(self._begun_as)
+        if call.detached:
+            data["detached"] = True
+        if progress.arguments is not None:
+            data[ARGUMENTS] = progress.arguments
+        started = children.started(progress.named, **data)
+        going_on = Boundary(events=[*values, started], state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, values)
+
+    def alone(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
+        """The outcome of a step or wait, before children are started or waited for."""
+        data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
+        events = [replace(outcome, data=_text(data))]
+        going_on = Boundary(events=events, state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, events)
+
     def promised(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
         """The run is given back before the step or wait that the function has asked for."""
         data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
@@ -103,6 +129,8 @@ class FunctionBoundaries(Boundaries):
             VISITS: visits,
             SIGNALS_FROM: min([told + 1, *waiting]),
         }
+        if history.children:
+            facts[CHILDREN] = history.children
         text = encode(facts, where="the input of run.again", limit=self._max_event_bytes)
         restarted = NewEvent(type=EventType.RUN_RESTARTED, data=text)
         due = Boundary(events=[*events, restarted], state=RunState.QUEUED)
@@ -112,6 +140,8 @@ class FunctionBoundaries(Boundaries):
         """The function has raised: the run has failed. To describe it never raises."""
         if type(error) is StepFailed:
             facts = {"type": error.type, "message": error.message, "step": error.step}
+        elif type(error) is ChildFailed:
+            facts = {"type": "ChildFailed", "message": str(error), "child": error.run_id}
         else:
             facts = describe(error, "")
             del facts["step"]

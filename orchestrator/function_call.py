@@ -13,19 +13,16 @@ from typing import Any, Protocol
 
 from greenlet import getcurrent, greenlet
 
+from beatless.orchestrator.child_calls import plain
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import Run
-from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
+from beatless.orchestrator.replay import Again, Call, Mismatch, Outcome, PlanLeft, Replay
 from beatless.orchestrator.run_context import ONE_AT_A_TIME, Asked, AsyncRunContext, RunContext
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 
 MAX_SWALLOWED = 100
 """Calls of a function that is being left, after which it is abandoned where it stands."""
-
-
-class PlanLeft(BaseException):
-    """Leaves the function of a plan, whose run leaves this worker. Let it pass through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +163,7 @@ def _ended(value: Any, replay: Replay) -> Said:
         replay.check_end(value)
     except PlanError as error:
         return Broken(error)
-    return replay.end() or Ended(value)
+    return replay.end() or Ended(value if isinstance(value, Again) else plain(value))
 
 
 def _not_awaited(asked: Asked) -> Outcome:

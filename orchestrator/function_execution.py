@@ -15,15 +15,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beatless.orchestrator.boundaries import Conclusion
+from beatless.orchestrator.child_calls import (
+    ChildCall,
+    Children,
+    ChildrenLook,
+    ReadEnds,
+    Tends,
+    next_turn,
+)
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
 from beatless.orchestrator.execution import (
+    Commit,
+    CommitIfQuiet,
     Committed,
     Execution,
     Part,
     ReadJournal,
     Request,
     Requests,
+    Signalled,
 )
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
@@ -33,7 +44,16 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import CHANGED_CALL, Progress, fold
-from beatless.orchestrator.replay import Again, Call, Mismatch, Outcome, Replay, departure
+from beatless.orchestrator.records import NewRun
+from beatless.orchestrator.replay import (
+    Again,
+    Call,
+    Mismatch,
+    Outcome,
+    PlanLeft,
+    Replay,
+    departure,
+)
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -45,6 +65,9 @@ MANY_EVENTS = 10_000
 
 MAX_EVENTS = 50_000
 """Events of a run at which its function is given no further step."""
+
+
+NONE_STARTED = ChildrenLook(started=0, unfinished=0, failed=None)
 
 
 class PlanTooLong(Exception):
@@ -62,15 +85,24 @@ class FunctionExecution(Execution):
     _boundaries: FunctionBoundaries
 
     def __init__(
-        self, plan: FunctionPlan, lease: Lease, *, max_event_bytes: int, **options: Any
+        self,
+        plan: FunctionPlan,
+        lease: Lease,
+        *,
+        max_event_bytes: int,
+        read_ends: ReadEnds,
+        **options: Any,
     ) -> None:
+        """`read_ends` reads children of the run, while its function is called."""
+        self._max_event_bytes = max_event_bytes
         super().__init__(plan, lease, max_event_bytes=max_event_bytes, **options)
         self._version = plan.started_with(lease.run.plan_version)
         self._boundaries = FunctionBoundaries(
             plan, self._run_id, max_event_bytes=max_event_bytes, version=self._version
         )
         self._function = plan
-        self._replay = Replay(plan=plan, history=History())
+        self._read_ends = read_ends
+        self._replay = Replay(plan=plan, history=History(), read_ends=read_ends)
         self._call: FunctionCall | None = None
         self._said: Said | Crashed | None = None
         """What the function has said last; None before it was called."""
@@ -119,7 +151,7 @@ class FunctionExecution(Execution):
             event.type == EventType.CANCEL_REQUESTED for event in events
         ):
             return fold(self._plan, events)
-        self._replay = Replay(plan=self._function, history=history)
+        self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
         if history.takeovers >= MAX_TAKEOVERS:
             self._said = Crashed()
         else:
@@ -149,7 +181,13 @@ class FunctionExecution(Execution):
     def _resumed(self, outcome: Outcome | None) -> Said:
         """What the function says to an outcome."""
         assert self._call is not None  # noqa: S101 - it waits for one
-        said = self._call.resume(outcome)
+        try:
+            said = self._call.resume(outcome)
+        except PlanLeft:
+            if self._replay.unread is None:
+                raise
+        if self._replay.unread is not None:
+            raise self._replay.unread
         if isinstance(said, Call) and self._events >= MAX_EVENTS:
             return Broken(
                 PlanTooLong(
@@ -179,6 +217,8 @@ class FunctionExecution(Execution):
             case Ended() | Broken() as said:
                 yield from self._settle(self._last(said, before))
                 return None
+        if isinstance(progress.step, ChildCall):
+            return progress  # they are started, or looked at, as their call is waited for
         if progress.key not in progress.inbox.waits:  # else nothing is written
             before = [*before, *self._values()]
         return (yield from super()._begin_attempt(progress, before))
@@ -205,6 +245,15 @@ class FunctionExecution(Execution):
 
     def _wait(self, progress: Progress, wait: Wait) -> Part:
         """As there; a function that was told of a time-out in vain is called again."""
+        if isinstance(wait, ChildCall):
+            assert isinstance(progress, Call)  # noqa: S101 - an `on_cancel` step is no call
+            if self._lease.late:
+                yield from self._settle(self._boundaries.overdue())
+                return None
+            children = wait.children or self._replay.history.call(progress.named).children
+            if children is None:
+                return (yield from self._start_children(progress, wait))
+            return (yield from self._tend(progress, wait, children))
         place = yield from super()._wait(progress, wait)
         if place is not progress or self._said is progress:
             return place
@@ -221,6 +270,73 @@ class FunctionExecution(Execution):
         del progress, wait, signal
         self._last_seq = end.last_seq
         return self._begun(conclusion.settlement, end)
+
+    # Children
+
+    def _start_children(self, progress: Call, call: ChildCall) -> Part:
+        """Start the first of them; with one that is started alone the function goes on."""
+        if self._stopping():
+            yield from self._settle(self._boundaries.shut_down(progress))
+            return None
+        history = self._replay.history
+        children = call.numbered(history.children + 1)
+        try:
+            call.check_inputs(self._max_event_bytes)
+            runs = self._runs(call, children, next_turn(children, NONE_STARTED).start)
+        except BadPayload as error:
+            yield from self._settle(self._boundaries.broken(error, self._values()))
+            return None
+        if call.alone:
+            children = replace(children, run_id=runs[0].run_id)
+        settlement = self._boundaries.children_started(progress, call, children, self._values())
+        begun = yield from self._commit(Commit(settlement=settlement, children=runs))
+        if begun.cancelled:
+            return None
+        self._last_seq = begun.last_seq
+        history.children = children.last
+        stored = history.call(progress.named, progress.begun)
+        stored.children, stored.arguments = children, progress.arguments
+        if not call.alone:
+            return progress
+        self._said = self._resumed(self._replay.ended(progress, children))
+        return (yield from self._begin_attempt(self._place()))
+
+    def _runs(self, call: ChildCall, children: Children, numbers: range) -> list[NewRun]:
+        return call.runs(
+            self._lease.run,
+            children,
+            numbers,
+            trace_context=self._lease.trace_context,
+            limit=self._max_event_bytes,
+        )
+
+    def _tend(self, progress: Call, call: ChildCall, children: Children) -> Part:
+        """Start further ones as places become free; leave the worker until that, or their end."""
+        reply: Committed | Signalled = yield CommitIfQuiet(
+            settlement=self._boundaries.parked(progress),
+            tends=Tends(
+                children=children,
+                runs=lambda numbers: self._runs(call, children, numbers),
+            ),
+        )
+        if isinstance(reply, Committed):
+            return None
+        for event in reply.events:
+            progress.inbox.note(event)
+        turn = reply.turn
+        if turn is None or not turn.done:
+            return progress
+        if turn.failed is not None or (call.children is not None and not children.collects):
+            failed = turn.failed or children.first
+            for end in self._read_ends(failed, failed):
+                if end.error is not None:
+                    children = replace(children, error=end.failure)
+        occurrence = progress.named if call.children is None else call.started_by
+        finished = children.finished(occurrence)
+        answer = self._replay.ended(progress, children)
+        settlement = self._joined(progress, finished, answer, is_step=False)
+        committed = yield from self._settle(settlement)
+        return self._begun(settlement, committed)
 
     def _fail(self, progress: Progress, step: Step, error: BaseException) -> Part:
         """Tell the function, unless the step is tried again, or it has gone on with a result."""
@@ -244,6 +360,9 @@ class FunctionExecution(Execution):
         match said:
             case Call() if self._stopping() or (is_step and self._steps_left == 1):
                 return self._boundaries.promised(progress, outcome, said)
+            case Call() if isinstance(said.step, ChildCall):
+                self._last_seq += 1
+                return self._boundaries.alone(progress, outcome, said)
             case Call():
                 values = self._values()
                 self._last_seq += 2 + len(values)
@@ -288,6 +407,6 @@ class FunctionExecution(Execution):
         if end.cancelled or settlement.normal.state is not RunState.RUNNING:
             return None
         place = self._place()
-        if isinstance(place.step, Wait):
+        if isinstance(place.step, Wait) and not isinstance(place.step, ChildCall):
             place.begin_wait(place.step, end.last_seq)
         return place

@@ -54,6 +54,18 @@ class FunctionPlan(Plan):
         self._check_input(input, default_input)
         self.__doc__ = function.__doc__
 
+    def check_children(self, plans: Mapping[str, Plan]) -> None:
+        """Raises PlanError for a plan that the code names and that is none of these.
+
+        Its runs would be started, and no worker would know them.
+        """
+        for value in _named(self.function):
+            if isinstance(value, Plan) and plans.get(value.name) is not value:
+                raise PlanError(
+                    f"plan {self.name} names plan {value.name}, which the App does not have: "
+                    f"App(settings, plans=[{self.name}, {value.name}])"
+                )
+
     def __call__(self, run: Any) -> Any:
         """Call the function itself, as a unit test would."""
         return self.function(run)
@@ -167,6 +179,12 @@ def plan(
     return decorate
 
 
+def given_input(plan: Plan, given: Any) -> Any:
+    """The input of a run as JSON, of the type that its plan declares. Raises BadPayload."""
+    chosen = plan.default_input if given is None else given
+    return plan.input.dump(chosen) if isinstance(plan, FunctionPlan) else chosen
+
+
 def _check_function(name: str, function: Callable[..., Any]) -> bool:
     """Whether the function is async. Raises PlanError for one that cannot be a plan."""
     if isinstance(function, Plan):
@@ -214,12 +232,25 @@ def _names(plan: str, removed: Iterable[str]) -> Iterator[str]:
 
 
 def _named_steps(plan: str, function: Callable[..., Any], on_cancel: Step | None) -> Iterator[Step]:
-    """The steps that the code of a function names, itself or in functions beside it, in order.
+    """The steps that the code of a function names, in order.
 
-    By its globals and closures: for drawings and metrics. Those that it finds in another way are
-    executed like these. Raises PlanError for two steps of one name.
+    For drawings and metrics. Those that it finds in another way are executed like these. Raises
+    PlanError for two steps of one name.
     """
     found: dict[str, Step] = {}
+    for value in _named(function):
+        if not isinstance(value, Step) or value is on_cancel:
+            continue
+        if found.setdefault(value.name, value) is not value:
+            raise PlanError(f"plan {plan} names two steps called {value.name}")
+    yield from found.values()
+
+
+def _named(function: Callable[..., Any]) -> Iterator[Any]:
+    """The values that the code of a function names, itself or in functions beside it, in order.
+
+    By its globals and closures.
+    """
     seen: set[CodeType] = set()
     ahead: list[Any] = [_function_of(function)]
     while ahead:
@@ -229,12 +260,9 @@ def _named_steps(plan: str, function: Callable[..., Any], on_cancel: Step | None
             continue
         seen.add(body.__code__)
         for value in _values_of(body):
-            if isinstance(value, Step) and value is not on_cancel:
-                if found.setdefault(value.name, value) is not value:
-                    raise PlanError(f"plan {plan} names two steps called {value.name}")
-            elif isinstance(value, FunctionType) and value.__module__ == body.__module__:
+            yield value
+            if isinstance(value, FunctionType) and value.__module__ == body.__module__:
                 ahead.append(value)
-    yield from found.values()
 
 
 def _values_of(function: FunctionType) -> Iterator[Any]:

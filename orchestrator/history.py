@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from beatless.orchestrator.arguments import digest_of_wait
+from beatless.orchestrator.child_calls import Children
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import FunctionPlan
@@ -35,6 +36,9 @@ GENERATION, VISITS, SIGNALS_FROM = "generation", "visits", "signals_from"
 """In RunRestarted: its generation, how often names were called before, and the seq from which on
 signals may not be taken yet. The first two also in the `reused` of a retry."""
 
+CHILDREN = "children"
+"""In RunRestarted: how many children the run has started before."""
+
 CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
 """In the `reused` of RunStarted: the calls in order, their outcomes, and the values of a retry."""
 
@@ -58,6 +62,8 @@ class StoredCall:
     result: Any = None
     error: dict[str, Any] | None = None
     """Of a step that has failed for good."""
+    children: Children | None = None
+    """Those that the call has started, or waits for."""
 
     def uncount(self) -> None:
         self.starts -= 1
@@ -87,6 +93,8 @@ class History:
     version: int = 0
     """The highest version of the plan that a step was begun with; 0 if only the run's own was."""
     last_ts_ms: int = 0
+    children: int = 0
+    """The highest number of a child, of all generations."""
 
     def as_given(self, run: Run) -> Run:
         """The run with the input of the generation."""
@@ -102,6 +110,7 @@ class History:
     def resume(self, plan: FunctionPlan, stored: dict[str, Any]) -> None:
         """Take over the count of generations and calls."""
         self.generation, self.visits = stored.get(GENERATION, 1), Counter()
+        self.children = stored.get(CHILDREN, 0)
         for name, visits in stored.get(VISITS, {}).items():
             self.visits[plan.current(name)] += visits
 
@@ -133,6 +142,7 @@ def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
             call = history.call(plan.current(event.step), key)
             _note(call, event.type, name, data)
             _note_wait(history.inbox, call, event)
+            _note_children(history, call, event)
             history.version = max(history.version, data.get(VERSION, 0))
             if FOLLOWING in data:
                 history.call(plan.current(data[FOLLOWING]))
@@ -191,6 +201,27 @@ def _note_wait(inbox: OpenWaits, call: StoredCall, event: Event) -> None:
             call.ended, call.result = True, inbox.note(event)
 
 
+def result_of(occurrence: str) -> str:
+    """The name of the call that waits for a child which was started by this one."""
+    return f"{occurrence}#:result"
+
+
+def _note_children(history: History, call: StoredCall, event: Event) -> None:
+    """An event of the children of this call."""
+    match event.type:
+        case EventType.CHILDREN_STARTED:
+            history.inbox.note(event)
+            call.children = children = Children.from_event(event)
+            call.arguments = (event.data or {}).get(ARGUMENTS)
+            call.ended = children.run_id is not None
+            history.children = max(history.children, children.last)
+        case EventType.CHILDREN_FINISHED if call.children is not None:
+            history.inbox.note(event)
+            children = replace(call.children, error=(event.data or {}).get("error"))
+            ended = history.call(result_of(call.occurrence)) if children.run_id else call
+            ended.ended, ended.children = True, children
+
+
 def reusable_calls(
     plan: FunctionPlan, events: Sequence[Event], from_step: str | None
 ) -> dict[str, Any] | None:
@@ -215,7 +246,9 @@ def reusable_calls(
         calls = calls[: places[-1]]
     elif calls and calls[-1].error is not None:
         calls.pop()
-    ended = [call for call in calls if call.ended]
+    # Children belong to the run that has started them: they are started again.
+    of_children = [place for place, call in enumerate(calls) if call.children is not None]
+    ended = [call for call in calls[: min(of_children, default=len(calls))] if call.ended]
     if not ended:
         return None
     signals = {

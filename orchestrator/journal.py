@@ -11,7 +11,6 @@ from typing import Any
 
 from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
-from beatless.orchestrator.failure import cancel_error
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import (
     Appended,
@@ -248,39 +247,6 @@ class Journal:
             return None
         last_seq, cancelled, signalled, _ = rows[0]
         return Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
-
-    def cancel(
-        self,
-        connection: Caller,
-        run_id: str,
-        *,
-        namespace: str,
-        reason: str | None,
-        undo: Mapping[str, str | None],
-    ) -> Run:
-        """Store a cancel. A run that has ended, or was cancelled before, is returned unchanged.
-
-        `undo` has the name of each plan's `on_cancel` step; waiting runs of those without end at
-        once. Raises RunNotFound.
-        """
-        error = encode(
-            cancel_error(reason), where="the reason of the cancel", limit=self.max_event_bytes
-        )
-        rows = execute(
-            connection,
-            self.sql["cancel"],
-            {
-                "run_id": run_id,
-                "namespace": namespace,
-                "shard": shard_of(run_id),
-                "reason": reason,
-                "error": error,
-                "undo": json.dumps(dict(undo)),
-            },
-        )
-        if rows:
-            return Run.from_row(rows[0][:-1])
-        return self.get(connection, run_id, namespace=namespace)
 
     def get(self, connection: Caller, run_id: str, *, namespace: str) -> Run:
         """Raises RunNotFound."""

@@ -8,23 +8,27 @@ WITH input AS (
     run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
     input jsonb, key text, not_before timestamptz, delay float8, deadline float8, retry_of text,
     trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
-    {option_types})
+    parent_id text, child_no int, detached boolean, deadline_at timestamptz, {option_types})
 ), u AS (
   INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
                              last_seq, not_before, deadline_at, retry_of, trace_context,
-                             default_queue, default_input, {option_columns})
+                             default_queue, default_input, parent_id, child_no, root_id,
+                             {option_columns})
   SELECT run_id, namespace, plan, plan_version, queue, 'queued', input, key, 1,
          coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
-         clock_timestamp() + make_interval(secs => deadline), retry_of, trace_context,
-         default_queue, default_input, {option_values}
-    FROM input
+         least(deadline_at, clock_timestamp() + make_interval(secs => deadline)), retry_of,
+         trace_context, default_queue, default_input, parent_id, child_no,
+         CASE WHEN NOT detached THEN (SELECT coalesce(p.root_id, p.run_id) FROM {schema}.runs p
+                                       WHERE p.run_id = i.parent_id) END,
+         {option_values}
+    FROM input i
   ON CONFLICT DO NOTHING
   RETURNING *
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
   SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
          jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
-           'queue', u.queue, 'retry_of', u.retry_of,
+           'queue', u.queue, 'retry_of', u.retry_of, 'parent', u.parent_id,
            'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
            'traceparent', u.trace_context->>'traceparent'))
          -- Results of users, whose nulls are theirs.
@@ -35,20 +39,16 @@ WITH input AS (
   SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
 ), d AS (
   INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                                   deadline_at)
+                                   deadline_at, parent_id, child_no)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          coalesce(u.not_before, u.created_at),
-         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at
+         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at,
+         u.parent_id, u.child_no
     FROM u JOIN input i USING (run_id)
 )
 SELECT {run_columns}, {each_doorbell}
   FROM u AS r JOIN input i USING (run_id)
-
--- fragment: retried_by
--- The id of the newest retry of a run `r`.
-(SELECT n.run_id FROM {schema}.runs n WHERE n.retry_of = r.run_id
-  ORDER BY n.created_at DESC LIMIT 1) AS retried_by
 
 -- name: find
 -- Read the runs that have this id or key, and whether their input is this one.
@@ -94,49 +94,6 @@ WITH u AS (
   RETURNING {settled_columns}
 ), {written_beside}
 SELECT last_seq, cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell} FROM u
-
--- fragment: ends_at_once
--- Whether a cancel ends the run in the same statement.
--- A run that waits ends at once; one that runs is told, and ends at its next boundary. One that has
--- begun and waits, of a plan with an `on_cancel` step, is due now for that step.
-state = 'queued'
-AND (%(undo)s::jsonb -> plan = 'null' OR attempt = 0 AND retry_of IS NULL)
-
--- name: cancel
--- Store a cancel of an unfinished run, and end the run if it waits.
-WITH u AS (
-  UPDATE {schema}.runs
-     SET cancel_requested_at = clock_timestamp(),
-         last_seq = last_seq + CASE WHEN {ends_at_once} THEN 2 ELSE 1 END,
-         state = CASE WHEN {ends_at_once} THEN 'cancelled' ELSE state END,
-         not_before = NULL,
-         error = CASE WHEN {ends_at_once} THEN %(error)s::jsonb ELSE error END,
-         finished_at = CASE WHEN {ends_at_once} THEN clock_timestamp() END
-   WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')
-     AND cancel_requested_at IS NULL
-  RETURNING *
-), e AS (
-  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
-  SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
-         'CancelRequested', 'api',
-         jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
-           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
-    FROM u
-  UNION ALL
-  SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', 'api',
-         jsonb_build_object('outcome', 'cancelled', 'error', %(error)s::jsonb, 'plan', u.plan)
-    FROM u WHERE u.state = 'cancelled'
-), o AS (
-  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT %(shard)s, run_id, last_seq - (CASE WHEN state = 'cancelled' THEN 2 ELSE 1 END) + 1,
-         last_seq FROM u
-), gone AS (
-  DELETE FROM {schema}.dispatches d USING u WHERE d.run_id = u.run_id AND u.state = 'cancelled'
-), now AS (
-  UPDATE {schema}.dispatches d SET state = 'waiting', due_at = clock_timestamp(), reason = 'cancel'
-    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
-)
-SELECT {run_columns}, {doorbell} FROM u AS r
 
 -- name: get
 -- Read one run.
@@ -402,7 +359,7 @@ SELECT {event_json} FROM (
        WHERE e.run_id = %(run_id)s
          AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
                          'CancelRequested', 'WaitStarted', 'SignalReceived', 'WaitFinished',
-                         'RunRestarted')
+                         'RunRestarted', 'ChildrenStarted', 'ChildrenFinished')
               OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
               OR e.seq = (SELECT r.last_seq FROM {schema}.runs r WHERE r.run_id = %(run_id)s))
     ) e WINDOW w AS (ORDER BY e.seq)

@@ -8,13 +8,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import psycopg
 import sqlalchemy
 
+from beatless.orchestrator.child_calls import ChildEnd, ChildrenTurn, Tends
+from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.heartbeat import Heartbeat
@@ -27,7 +29,7 @@ from beatless.orchestrator.lease import (
     LeaseStatus,
 )
 from beatless.orchestrator.progress import FOLDED, SNOOZED
-from beatless.orchestrator.records import Appended
+from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import StepOutput
@@ -56,6 +58,15 @@ NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex
 """Operational errors to psycopg that no waiting will change."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needed:
+    """Why a run was not parked: the facts that have come before."""
+
+    events: Sequence[Event]
+    """The SignalReceived that were not told."""
+    turn: ChildrenTurn | None = None
+
+
 class LeasedWriter:
     """The one writer of a run among the workers, and among the threads of its step."""
 
@@ -64,6 +75,7 @@ class LeasedWriter:
         lease: Lease,
         *,
         journal: Journal,
+        children: ChildRuns,
         leases: Leases,
         heartbeat: Heartbeat,
         connection: Callable[[], Connection],
@@ -80,6 +92,7 @@ class LeasedWriter:
         self._lease = lease
         self._run_id = lease.run.run_id
         self._journal = journal
+        self._children = children
         self._leases = leases
         self._heartbeat = heartbeat
         self._connection = connection
@@ -115,6 +128,12 @@ class LeasedWriter:
         self._last_seq = self._told_seq = events[-1].seq
         return events
 
+    def read_ends(self, first: int, last: int) -> Sequence[ChildEnd]:
+        """The children of the run with these numbers that have ended."""
+        return self._patiently(
+            lambda connection: self._children.ends(connection, self._run_id, first, last)
+        )
+
     # Settlements
 
     def proposal(self, settlement: Settlement) -> Proposal:
@@ -143,40 +162,68 @@ class LeasedWriter:
         return appended
 
     def settle_if_quiet(
-        self, settlement: Settlement, waits: Sequence[int]
-    ) -> Appended | Sequence[Event]:
+        self, settlement: Settlement, waits: Sequence[int], tends: Tends | None = None
+    ) -> Appended | Needed:
         """Commit a boundary unless the run has received signals that were not told; or those.
 
         They are looked for once the run's row is locked, in statements that begin after that: a
-        signal that is committed later finds the boundary. With `waits`, the seqs of open waits, the
-        run is due when the first of them ends. Raises LeaseLost.
+        signal that is committed later finds the boundary, and so does the end of a child. With
+        `waits`, the seqs of open waits, the run is due when the first of them ends. With `tends`
+        children of a call are started as there are places, and the run is parked until they need
+        it. Raises LeaseLost.
         """
-        signals: Sequence[Event] = ()
+        needed: Needed | None = None
         told_seq, chosen = self._told_seq, settlement
 
         def write(connection: Connection) -> Appended | None:
-            nonlocal signals, told_seq, chosen
+            nonlocal needed, told_seq, chosen
             with connection.transaction():
                 look = self._leases.inbox.take_in(
                     connection, self._run_id, self._lease.token, seen=self._told_seq, waits=waits
                 )
                 if look is None:
                     return None
-                signals, told_seq = look.events, look.last_seq
-                if signals:
+                told_seq, needed = look.last_seq, None
+                tended = self._children.tend(connection, self._run_id, tends) if tends else None
+                if look.events or (tended is not None and tended.needs_parent):
+                    needed = Needed(
+                        events=look.events, turn=None if tended is None else tended.turn
+                    )
                     return Appended(last_seq=look.last_seq, cancelled=False)
-                if waits:
+                if waits or tends:
                     chosen = replace(
                         settlement, normal=replace(settlement.normal, delay_s=look.delay_s)
                     )
-                return self._settle(connection, chosen)
+                appended = self._settle(connection, chosen)
+                if tended is not None:
+                    self._children.wait(connection, self._run_id, tended)
+                return appended
 
         with self._writing:
             appended = self._write(write, settlement.normal.state)
         self._told_seq = told_seq
-        if signals:
-            return signals
+        if needed is not None:
+            return needed
         self._on_commit(chosen, appended)
+        return appended
+
+    def settle_with_children(self, settlement: Settlement, runs: Sequence[NewRun]) -> Appended:
+        """Commit a boundary and children of the run; no children if it is cancelled.
+
+        Raises LeaseLost.
+        """
+
+        def write(connection: Connection) -> Appended | None:
+            with connection.transaction():
+                appended = self._settle(connection, settlement)
+                if appended is not None and not appended.cancelled:
+                    self._children.start(connection, self._run_id, runs)
+                return appended
+
+        with self._writing:
+            appended = self._write(write, settlement.normal.state)
+        self._on_commit(settlement, appended)
+        self._take_in(appended)
         return appended
 
     def settle_within(self, transaction: sqlalchemy.Connection, settlement: Settlement) -> Appended:

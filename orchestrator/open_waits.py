@@ -126,6 +126,16 @@ class OpenWaits:
             case EventType.WAIT_STARTED:
                 occurrence = event.step or ""
                 self.waits[occurrence] = OpenWait.from_started(occurrence, data, seq=event.seq)
+            case EventType.CHILDREN_STARTED:
+                self.waits[event.step or ""] = OpenWait(
+                    occurrence=event.step or "",
+                    kind=WaitKind.CHILDREN,
+                    names=(),
+                    seq=event.seq,
+                    until_ms=None,
+                )
+            case EventType.CHILDREN_FINISHED:
+                self.waits.pop(event.step or "", None)
             case EventType.SIGNAL_RECEIVED:
                 self.signals.append(Signal(name=data["name"], data=data.get("data"), seq=event.seq))
             case EventType.WAIT_FINISHED:

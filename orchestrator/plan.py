@@ -6,7 +6,7 @@ import inspect
 import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, overload
@@ -217,6 +217,11 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     union = typing.get_origin(annotated) in (typing.Union, UnionType)
     kinds = typing.get_args(annotated) if union else (annotated,)
     return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
+
+
+def on_cancel_steps(plans: Iterable["Plan"]) -> dict[str, str | None]:
+    """The names of the `on_cancel` steps of plans."""
+    return {plan.name: None if plan.on_cancel is None else plan.on_cancel.name for plan in plans}
 
 
 Element = Step | Wait

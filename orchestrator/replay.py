@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from beatless.orchestrator.arguments import digest, digest_of_wait
-from beatless.orchestrator.errors import StepFailed
+from beatless.orchestrator.child_calls import ChildCall, ChildEnd, Children, ReadEnds, failure_of
+from beatless.orchestrator.errors import ChildFailed, StepFailed
 from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.history import History, StoredCall
+from beatless.orchestrator.history import History, StoredCall, result_of
 from beatless.orchestrator.open_waits import Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step, occurrence, step_of
@@ -25,6 +26,10 @@ from beatless.orchestrator.waits import Wait
 
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Not only digits: those count the occurrences without an id."""
+
+
+class PlanLeft(BaseException):
+    """Leaves the function of a plan, whose run leaves this worker. Let it pass through."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,10 +76,10 @@ class Outcome:
     """The answer to a call."""
 
     result: Any = None
-    failure: StepFailed | None = None
+    failure: StepFailed | ChildFailed | None = None
 
     def give(self) -> Any:
-        """The result. Raises StepFailed."""
+        """The result. Raises StepFailed and ChildFailed."""
         if self.failure is not None:
             raise self.failure
         return self.result
@@ -93,12 +98,18 @@ class Replay:
 
     plan: FunctionPlan
     history: History
+    read_ends: ReadEnds
+    """Reads the children of the run that have ended."""
+    unread: BaseException | None = None
+    """The error of a read, for which the function is left."""
     results: dict[str, Any] = field(default_factory=dict)
     """Those of all finished steps, by occurrence and by name, for the bodies of steps."""
     drawn: list[tuple[str, Any]] = field(default_factory=list)
     """The values that are not stored yet, with their kinds."""
     visits: Counter[str] = field(init=False)
     """How often each name was called, in earlier generations too."""
+    last_name: str = ""
+    """The occurrence that the last call was given."""
     _again: Again | None = None
     _ahead: dict[str, None] = field(default_factory=dict)
     """The stored occurrences that the function has not asked for yet, in order."""
@@ -129,6 +140,37 @@ class Replay:
         name = self._named(wait.name, id)
         arguments = digest_of_wait(wait.kind, wait.names) if id is None else None
         return self._answer(wait.name, name, arguments, lambda: wait)
+
+    def children(self, call: ChildCall, id: str | None) -> Outcome | Call | Mismatch:
+        """The same of a call that starts children: a `Children` once they were started or ended.
+
+        Raises PlanError, and BadPayload for inputs that are not JSON.
+        """
+        if call.name in self._steps:
+            raise self._ambiguous(call.name)
+        self._waits.add(call.name)
+        name = self._named(call.name, id)
+        given = [call.alone, call.collects, list(call.inputs)]
+        arguments = digest(call.name, given, {}) if id is None else None
+        return self._answer(call.name, name, arguments, lambda: call)
+
+    def result(self, call: ChildCall, occurrence: str) -> Outcome | Call | Mismatch:
+        """The same of the wait for the child that the call of this occurrence has started."""
+        return self._answer(call.name, result_of(occurrence), None, lambda: call)
+
+    def ends(self, first: int, last: int) -> Sequence[ChildEnd]:
+        """Read children that have ended. Raises PlanLeft if they cannot be read now."""
+        try:
+            return self.read_ends(first, last)
+        except BaseException as error:
+            self.unread = error
+            raise PlanLeft from error
+
+    def ended(self, call: Call, children: Children) -> Outcome:
+        """The children of a call were started, or have ended."""
+        stored = self.history.call(call.named, call.begun)
+        stored.ended, stored.children, stored.arguments = True, children, call.arguments
+        return self._outcome(step_of(call.named), stored)
 
     def value(self, kind: str, draw: Callable[[], Any]) -> Any:
         """The stored value, or one that is drawn now and stored with the next boundary."""
@@ -205,6 +247,9 @@ class Replay:
             raise TypeError(f"step {step.name}: {error}; run.step gives it the context") from error
 
     def _outcome(self, name: str, stored: StoredCall) -> Outcome:
+        if stored.children is not None:
+            error = stored.children.error
+            return Outcome(result=stored.children, failure=failure_of(error) if error else None)
         if stored.error is None:
             self.results[stored.occurrence] = self.results[name] = stored.result
             # A copy: what the function does to it is seen by no step, as when it is called again.
@@ -216,12 +261,16 @@ class Replay:
 
     def _ambiguous(self, name: str) -> PlanError:
         return PlanError(
-            f"plan {self.plan.name} has a step and a wait called {name}: give the wait another "
-            "name, name="
+            f"plan {self.plan.name} has a step, and a wait or children, called {name}: "
+            "give one of them another name"
         )
 
     def _named(self, name: str, id: str | None) -> str:
         """The occurrence of a call. Raises PlanError."""
+        self.last_name = self._name(name, id)
+        return self.last_name
+
+    def _name(self, name: str, id: str | None) -> str:
         if id is None:
             self.visits[name] += 1
             return occurrence(name, self.visits[name])
@@ -277,9 +326,9 @@ class Replay:
             step=name,
             reason=CHANGED_CALL,
             message=(
-                f"plan {self.plan.name} asks for {name} with other arguments, or signals, than are "
-                "stored; they must be the same each time (run.now(), not datetime.now()); a call "
-                "that was changed on purpose goes on with id="
+                f"plan {self.plan.name} asks for {name} with other arguments, signals or "
+                "inputs than are stored; they must be the same each time (run.now(), not "
+                "datetime.now()); a call that was changed on purpose goes on with id="
             ),
         )
 

@@ -2,15 +2,24 @@
 
 import random
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+from beatless.orchestrator.child_calls import (
+    ChildCall,
+    Children,
+    ChildResults,
+    check_map,
+    child_call,
+    plain,
+)
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Step
+from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
-from beatless.orchestrator.waits import sleep_of, wait
+from beatless.orchestrator.waits import seconds_of_wait, sleep_of, wait
 
 Input = TypeVar("Input")
 
@@ -21,6 +30,10 @@ ONE_AT_A_TIME = (
 
 Asked = Call | Mismatch
 """What the execution is asked for by a function that is suspended meanwhile."""
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 class RunContext(Generic[Input]):
@@ -69,7 +82,7 @@ class RunContext(Generic[Input]):
         name, TypeError for arguments that the step does not take, and BadPayload for arguments that
         are not JSON.
         """
-        return self._answer(self._replay.step(step, args, kwargs, id))
+        return self._answer(self._replay.step(step, plain(args), plain(kwargs), id))
 
     def wait(
         self,
@@ -119,6 +132,84 @@ class RunContext(Generic[Input]):
         """
         return self._answer(self._replay.wait(sleep_of(duration, name), id))
 
+    def child(
+        self,
+        plan: Plan,
+        input: Any = None,
+        *,
+        id: str | None = None,
+        detach: bool = False,
+        deadline: float | timedelta | None = None,
+    ) -> Any:
+        """Start a run of another plan, and go on: a `Child`, whose `.result()` waits for its end.
+
+        It has the namespace, priority and trace of this run, and ends by its deadline; `deadline`
+        (seconds or a timedelta) may be earlier. A run that ends cancels its unfinished children,
+        apart from those with `detach=True`. The calls are named like the plan, and counted as those
+        of steps. In an `async def` plan this is awaited.
+
+        Raises PlanError for anything but a plan and for a bad duration, and BadPayload for an input
+        that the plan does not take.
+
+        >>> from beatless import Plan, RunContext, plan, step
+        >>> @step
+        ... def render(ctx): ...
+        >>> invoice = Plan("invoice", [render])
+        >>> @plan("monthly_close")
+        ... def monthly_close(run: RunContext):
+        ...     first = run.child(invoice, {"customer": 1})
+        ...     second = run.child(invoice, {"customer": 2})
+        ...     return [first.result(), second.result()]
+        """
+        seconds = None if deadline is None else seconds_of_wait("run.child: deadline", deadline)
+        call = child_call(plan, [plain(input)], alone=True, detached=detach, deadline_s=seconds)
+        found = self._replay.children(call, id)
+        occurrence = self._replay.last_name
+        return self._answer(found, lambda children: Child(self, call, children, occurrence))
+
+    def map(
+        self,
+        plan: Plan,
+        inputs: Iterable[Any],
+        *,
+        at_once: int | None = None,
+        failure: str = "fail",
+        id: str | None = None,
+    ) -> Any:
+        """Start a run of a plan for each input, and wait until all have ended: their results.
+
+        In the order of the inputs; they are read in pages when they are asked for, so many of them
+        need little memory. At most `at_once` are unfinished at a time. With `failure="fail"` the
+        first child that fails has the others cancelled, and once these have ended its error is
+        raised as a ChildFailed; with "collect" the results have a ChildFailed in its place. The
+        children are as those of `child`. In an `async def` plan this is awaited.
+
+        Raises PlanError for anything but a plan and for bad options, BadPayload for an input that
+        the plan does not take, and ChildFailed.
+
+        >>> from beatless import Plan, RunContext, plan, step
+        >>> @step
+        ... def resize(ctx): ...
+        >>> thumbnail = Plan("thumbnail", [resize])
+        >>> @plan("gallery")
+        ... def gallery(run: RunContext):
+        ...     return {"files": run.map(thumbnail, run.input["photos"], at_once=20)}
+        """
+        check_map(at_once, failure)
+        call = child_call(plan, plain(list(inputs)), at_once=at_once, collects=failure == "collect")
+        return self._answer(
+            self._replay.children(call, id),
+            lambda children: ChildResults(children, self._replay.ends),
+        )
+
+    def result_of(self, call: ChildCall, children: Children, occurrence: str) -> Any:
+        """The result of a child that `child` has started. Raises ChildFailed."""
+        waits = replace(call, inputs=(), children=children, started_by=occurrence)
+        return self._answer(
+            self._replay.result(waits, occurrence),
+            lambda ended: ChildResults(ended, self._replay.ends)[0],
+        )
+
     def again(self, input: Any) -> Any:
         """Begin again with another input: `return run.again(…)`. The run stays the same.
 
@@ -141,7 +232,7 @@ class RunContext(Generic[Input]):
         ...         cursor = run.step(poll, cursor)
         ...     return run.again({"cursor": cursor})
         """
-        return self._replay.again(input)
+        return self._replay.again(plain(input))
 
     def now(self) -> datetime:
         """The time in UTC, stored: the same whenever the function is called again."""
@@ -156,9 +247,32 @@ class RunContext(Generic[Input]):
         """A random UUID, stored."""
         return uuid.UUID(self._replay.value("uuid", lambda: str(uuid.uuid4())))
 
-    def _answer(self, found: Outcome | Asked) -> Any:
+    def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         outcome = found if isinstance(found, Outcome) else self._ask(found)
-        return outcome.give()
+        return made(outcome.give())
+
+
+class Child:
+    """A run that the function of a plan has started with `run.child`."""
+
+    def __init__(
+        self, run: RunContext[Any], call: ChildCall, children: Children, occurrence: str
+    ) -> None:
+        self.run_id = str(children.run_id)
+        self._run = run
+        self._call = call
+        self._children = children
+        self._occurrence = occurrence
+
+    def result(self) -> Any:
+        """Wait until it has ended: its result. Meanwhile the run holds no worker.
+
+        In an `async def` plan this is awaited. Raises ChildFailed.
+        """
+        return self._run.result_of(self._call, self._children, self._occurrence)
+
+    def __repr__(self) -> str:
+        return f"<child {self.run_id}>"
 
 
 class AsyncRunContext(RunContext[Input]):
@@ -166,9 +280,9 @@ class AsyncRunContext(RunContext[Input]):
 
     _last: "Awaited | None" = None
 
-    def _answer(self, found: Outcome | Asked) -> Any:
+    def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         self.check_awaited()
-        self._last = Awaited(found)
+        self._last = Awaited(found, made)
         return self._last
 
     def check_awaited(self) -> None:
@@ -183,8 +297,9 @@ class AsyncRunContext(RunContext[Input]):
 class Awaited:
     """A call that an `async def` plan awaits."""
 
-    def __init__(self, found: Outcome | Asked) -> None:
+    def __init__(self, found: Outcome | Asked, made: Callable[[Any], Any]) -> None:
         self._found = found
+        self._made = made
         self.begun = False
         """Whether it is, or was, awaited."""
 
@@ -199,4 +314,4 @@ class Awaited:
     def __await__(self) -> Generator[Asked, Outcome, Any]:
         found, self.begun = self._found, True
         outcome = found if isinstance(found, Outcome) else (yield found)
-        return outcome.give()
+        return self._made(outcome.give())

@@ -54,6 +54,10 @@ runs = Table(
     Column("pruned_at", Time),
     Column("default_queue", Boolean),
     Column("default_input", Boolean),
+    Column("parent_id", Id),
+    Column("child_no", Integer),
+    Column("root_id", Id),
+    Column("children_started", Integer, nullable=False, server_default=text("0")),
     *(
         Column(
             name,
@@ -68,6 +72,19 @@ runs = Table(
     ),
     Index("runs_key", "namespace", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
     Index("runs_created", "namespace", "created_at", "run_id"),
+    Index(
+        "runs_children",
+        "parent_id",
+        "child_no",
+        unique=True,
+        postgresql_where=text("parent_id IS NOT NULL"),
+    ),
+    Index(
+        "runs_failed_children",
+        "parent_id",
+        "child_no",
+        postgresql_where=text("parent_id IS NOT NULL AND error IS NOT NULL"),
+    ),
     Index("runs_retries", "retry_of", postgresql_where=text("retry_of IS NOT NULL")),
     Index("runs_pruned", "pruned_at", postgresql_where=text("pruned_at IS NOT NULL")),
     Index("runs_plan", "namespace", "plan", "created_at"),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -146,6 +146,15 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
             case EventType.WAIT_FINISHED:
                 yield _waited(wait or event, event)
                 wait, waits = None, Wait(event.ts, event.ts, then="for another worker")
+            case EventType.CHILDREN_STARTED:
+                text = f"started {_children(data)}"
+                yield Moment(at=event.ts, kind="children", text=text, step=event.step)
+            case EventType.CHILDREN_FINISHED:
+                text = f"the wait for {_children(data)} has ended"
+                if error := data.get("error"):
+                    text += f": {error.get('run_id')} failed: {error.get('type')}"
+                yield Moment(at=event.ts, kind="children", text=text, step=event.step)
+                waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.RUN_RESTARTED:
                 text = f"begins again with another input: generation {data.get('generation')}"
                 yield Moment(at=event.ts, kind="accepted", text=text)
@@ -193,14 +202,27 @@ def _waited(started: Event, finished: Event) -> Moment:
 
 def named_waits(started: Event) -> str:
     """What the wait of a WaitStarted waits for, as part of a sentence."""
+    if started.type == EventType.CHILDREN_STARTED:
+        return "its children"
     names = (started.data or {}).get("names") or []
     return f"signal {' or '.join(names)}" if names else "its time"
 
 
+def _children(data: Mapping[str, Any]) -> str:
+    """The children of an event, as part of a sentence."""
+    count, first = data.get("count") or 0, data.get("first") or 0
+    if count == 1:
+        return f"child {first}, a run of plan {data.get('plan')}"
+    numbers = f"children {first} to {first + count - 1}" if count else "no children"
+    return f"{numbers}, {count} runs of plan {data.get('plan')}"
+
+
 def open_wait(events: Sequence[Event]) -> Event | None:
-    """The WaitStarted of the wait at which a run is, by its events."""
-    ends = [e for e in events if e.type in (EventType.WAIT_STARTED, EventType.WAIT_FINISHED)]
-    return ends[-1] if ends and ends[-1].type == EventType.WAIT_STARTED else None
+    """The beginning of the wait at which a run is, by its events."""
+    begins = (EventType.WAIT_STARTED, EventType.CHILDREN_STARTED)
+    ends = (EventType.WAIT_FINISHED, EventType.CHILDREN_FINISHED)
+    bounds = [event for event in events if event.type in (*begins, *ends)]
+    return bounds[-1] if bounds and bounds[-1].type in begins else None
 
 
 def _attempt(started: Event, ended: int, text: str) -> Moment:
@@ -228,6 +250,8 @@ def stands_at(events: Sequence[Event]) -> str | None:
                 place = data.get("reused", {}).get("next")
             case EventType.STEP_STARTED | EventType.WAIT_STARTED:
                 place, promised = event.step, None
+            case EventType.CHILDREN_STARTED | EventType.CHILDREN_FINISHED:
+                place = event.step
             case EventType.STEP_FINISHED | EventType.WAIT_FINISHED:
                 place = data.get("next") or data.get(FOLLOWING) or event.step
             case EventType.CANCEL_REQUESTED:

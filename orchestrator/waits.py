@@ -14,6 +14,7 @@ class WaitKind(StrEnum):
 
     SIGNAL = "signal"
     SLEEP = "sleep"
+    CHILDREN = "children"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def wait(
         _check_name(each)
     if len(set(names)) < len(names):
         raise PlanError(f"wait {label} names a signal twice: {', '.join(names)}")
-    seconds = None if timeout is None else _seconds(f"wait {label}: timeout", timeout)
+    seconds = None if timeout is None else seconds_of_wait(f"wait {label}: timeout", timeout)
     if on_timeout is not None:
         if not isinstance(on_timeout, Goto):
             raise PlanError(
@@ -99,7 +100,9 @@ def sleep(
 def sleep_of(length: float | timedelta, name: str) -> Wait:
     """The same of a length in seconds, or a timedelta. Raises PlanError."""
     _check_name(name)
-    return Wait(name=name, kind=WaitKind.SLEEP, seconds=_seconds(f"sleep {name}: its time", length))
+    return Wait(
+        name=name, kind=WaitKind.SLEEP, seconds=seconds_of_wait(f"sleep {name}: its time", length)
+    )
 
 
 def days(number: float) -> timedelta:
@@ -137,7 +140,8 @@ def _check_name(name: str) -> None:
         raise PlanError(f"name {name!r} of a wait must match {STEP_NAME.pattern}")
 
 
-def _seconds(where: str, given: float | timedelta) -> float:
+def seconds_of_wait(where: str, given: float | timedelta) -> float:
+    """A duration in seconds. Raises PlanError, naming it."""
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
     if problem_with_seconds(seconds) or seconds == 0:
         raise PlanError(f"{where} must be more than 0 seconds and at most {MOST_S:.0f}: {given!r}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.state import WAITS
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
@@ -15,12 +16,18 @@ BATCH = 200
 
 
 class Wakes:
-    """Wakes the runs of a relay's shards. One statement, which waits for no row."""
+    """Wakes the runs of a relay's shards. Its statements wait for no row."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, children: CancelsChildren) -> None:
+        self._children = children
         self._sql = statements(__file__, schema, batch=BATCH, reason=WAITS)
 
     def wake(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
-        """Make the runs due that wait and were to be woken."""
-        ((found, gone),) = execute(connection, self._sql["wake"], {"shards": list(shards)})
-        return Woken(done=gone, left=found - gone)
+        """Make the runs due that wait and were to be woken; cancel children of those that ended."""
+        parameters = {"shards": list(shards)}
+        ((found, gone, cancels),) = execute(connection, self._sql["wake"], parameters)
+        woken = Woken(done=gone, left=found - gone)
+        if not cancels:
+            return woken
+        cancelled = self._children.step(connection, shards)
+        return Woken(done=woken.done + cancelled.done, left=woken.left + cancelled.left)

@@ -12,6 +12,8 @@ POINTS = frozenset(
         "step.committed",
         "wait.before",
         "wait.signalled",
+        "children.before",
+        "children.started",
         "wait.committed",
         "task.before_ack",
         "relay.after_claim",

@@ -5,6 +5,7 @@ The DDL is in `jobs/migrations`; a test compares the two.
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Identity,
@@ -67,6 +68,16 @@ dispatches = Table(
     Column("reason", Text, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("deadline_at", Time),
+    Column("parent_id", Id),
+    Column("child_no", Integer),
+    Column("children_left", Integer),
+    Column("wakes_on_failure", Boolean),
+    Index(
+        "dispatches_children",
+        "parent_id",
+        "child_no",
+        postgresql_where=text("parent_id IS NOT NULL"),
+    ),
     Index("dispatches_deadline", "deadline_at", postgresql_where=text("deadline_at IS NOT NULL")),
     Index(
         "dispatches_waiting",
@@ -85,6 +96,10 @@ wakes = Table(
     Column("shard", SmallInteger, primary_key=True, autoincrement=False),
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("run_id", Id, nullable=False),
+    Column("reason", Text),
+    Column("failed", Boolean),
+    Column("first_child", Integer),
+    Column("last_child", Integer),
 )
 
 queues = Table(

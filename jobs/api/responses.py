@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from beatless.client.pages import RunPage
+from beatless.client.pages import NumberedRunPage, RunPage
 from beatless.cursors import encode_page
 from beatless.orchestrator.records import Run
 
@@ -59,6 +59,13 @@ def run_page(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -
     tail = json.dumps({"next": following} | others)[1:]
     content = f'{{"runs":[{",".join(page.lines)}],{tail}'
     return Response(content, status, media_type="application/json")
+
+
+def numbered_run_page(page: NumberedRunPage) -> Response:
+    """The same of runs in the order of their numbers."""
+    following = None if page.next is None else str(page.next)
+    content = f'{{"runs":[{",".join(page.lines)}],"next":{json.dumps(following)}}}'
+    return Response(content, media_type="application/json")
 
 
 def location(request: Request, run: Run) -> str:

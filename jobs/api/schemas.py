@@ -106,9 +106,28 @@ EVENT_DATA: dict[EventType, Schema] = {
             "following": ANY,
         },
     ),
+    EventType.CHILDREN_STARTED: json_object(
+        {"plan": STRING, "first": SEQ, "count": {"type": "integer"}},
+        optional={
+            "run_id": STRING,
+            "at_once": SEQ,
+            "failure": one_of("fail", "collect"),
+            "detached": {"type": "boolean"},
+            "arguments": STRING,
+            "version": SEQ,
+        },
+    ),
+    EventType.CHILDREN_FINISHED: json_object(
+        {"plan": STRING, "first": SEQ, "count": {"type": "integer"}},
+        optional={"error": ref("Error")},
+    ),
     EventType.RUN_RESTARTED: json_object(
         {"input": ANY, "generation": SEQ},
-        optional={"visits": {"type": "object"}, "signals_from": {"type": "integer"}},
+        optional={
+            "visits": {"type": "object"},
+            "signals_from": {"type": "integer"},
+            "children": {"type": "integer"},
+        },
     ),
     EventType.RUN_FINISHED: json_object(
         {"outcome": one_of("completed", "failed", "cancelled")},

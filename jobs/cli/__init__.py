@@ -63,6 +63,7 @@ COMMANDS = {
     },
     "beatless.cli.runs": {
         "cancel": "Ask RUN to stop.",
+        "children": "The runs that RUN has started.",
         "events": "The events of RUN.",
         "explain": "Show the timeline of RUN: attempts, waits, leases, dispatches and publishes.",
         "retry": "Start a new run that reuses the finished steps of RUN; prints its id.",

@@ -24,6 +24,7 @@ from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
+from beatless.orchestrator.waits import WaitKind
 
 STYLES = {
     EventType.RUN_STARTED: "bold",
@@ -36,6 +37,8 @@ STYLES = {
     EventType.WAIT_STARTED: "blue",
     EventType.SIGNAL_RECEIVED: "yellow",
     EventType.WAIT_FINISHED: "green",
+    EventType.CHILDREN_STARTED: "blue",
+    EventType.CHILDREN_FINISHED: "green",
     EventType.RUN_RESTARTED: "bold",
     EventType.RUN_FINISHED: "bold",
 }
@@ -259,6 +262,8 @@ def run_table(found: Sequence[Run]) -> Iterator[str]:
 def open_wait(wait: OpenWait) -> str:
     """A wait and its end, in words."""
     text = " or ".join(wait.names) if wait.names else "a time"
+    if wait.kind is WaitKind.CHILDREN:
+        return "its children"
     if wait.until_ms is None:
         return f"{text}, without an end"
     until = datetime.fromtimestamp(wait.until_ms / 1000, UTC)

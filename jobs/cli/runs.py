@@ -288,6 +288,23 @@ def retry(
 
 @click.command()
 @click.argument("run")
+@click.option("--state", type=click.Choice([state.value for state in RunState]))
+@click.option("--after", type=click.IntRange(0), default=0, help="The number of the last one seen.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.pass_obj
+def children(env: Environment, run: str, state: str | None, after: int, limit: int) -> None:
+    """The runs that RUN has started, in the order of their numbers."""
+    found = env.client_of(run).children(run, state=state, after=after, limit=limit)
+    if env.as_json:
+        for child in found:
+            env.document(child.to_dict())
+    else:
+        for line in render.run_table(found):
+            env.out.print(line)
+
+
+@click.command()
+@click.argument("run")
 @click.pass_obj
 def explain(env: Environment, run: str) -> None:
     """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""

@@ -10,6 +10,7 @@ from beatless.client.queue_limit import QueueLimit
 from beatless.client.requests import RunRequest, check_texts, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, namespace_of, stored_id
 from beatless.observe.tracing import Tracing
+from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.journal import Journal
@@ -49,6 +50,7 @@ class BaseClient:
         self._tracing = tracing
         self._letters = LetterStatements(journal.schema)
         self._inbox = Inbox(journal.schema)
+        self._cancels = Cancels(journal.schema, max_event_bytes=journal.max_event_bytes)
         self._namespace = check_namespace(namespace)
 
     def stored_id(self, run_id: str) -> str:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Unpack
 
+from beatless.client.children import ChildrenCalls
 from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
 from beatless.client.pages import RunPage, page_of
@@ -13,6 +14,7 @@ from beatless.client.queues import QueueCalls
 from beatless.client.requests import (
     RunOptions,
     RunRequest,
+    check_state,
     check_texts,
     checked_tags,
     shows_run_options,
@@ -21,15 +23,15 @@ from beatless.client.signals import SignalCalls
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import Event, EventText
+from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Place, Run
-from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline
 from beatless.outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger("beatless.client")
 
 
-class Client(StreamCalls, SignalCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
+class Client(StreamCalls, SignalCalls, ChildrenCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
     """Starts, reads and follows the runs of one app. Threads may share it.
 
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They
@@ -138,7 +140,7 @@ class Client(StreamCalls, SignalCalls, FailedRunCalls, DeadLetterCalls, QueueCal
         >>> [run.input["order"] for run in found]
         [2, 1]
         """
-        _check_state(state)
+        check_state(state)
         check_texts(plan=plan, queue=queue, step=step)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._in_transaction(
@@ -173,7 +175,7 @@ class Client(StreamCalls, SignalCalls, FailedRunCalls, DeadLetterCalls, QueueCal
         max_bytes: int,
     ) -> RunPage:
         """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
-        _check_state(state)
+        check_state(state)
         check_texts(plan=plan, queue=queue, step=step)
 
         def read(caller: Caller) -> RunPage:
@@ -258,24 +260,29 @@ class Client(StreamCalls, SignalCalls, FailedRunCalls, DeadLetterCalls, QueueCal
         'cancelled'
         """
         check_texts(reason=reason)
-        undo = {
-            name: None if plan.on_cancel is None else plan.on_cancel.name
-            for name, plan in self._plans.items()
-        }
+        undo = on_cancel_steps(self._plans.values())
         with self._naming(run_id):
             run = self._in_transaction(
                 connection,
-                lambda caller: self._journal.cancel(
-                    caller,
-                    self.stored_id(run_id),
-                    namespace=self._namespace,
-                    reason=reason,
-                    undo=undo,
-                ),
+                lambda caller: self._cancel(caller, run_id, reason, undo),
             )
         if connection is None:
             _log_run("cancel stored", run)
         return run
+
+    def _cancel(
+        self, caller: Caller, run_id: str, reason: str | None, undo: Mapping[str, str | None]
+    ) -> Run:
+        stored = self.stored_id(run_id)
+        found = self._cancels.cancel(
+            caller,
+            [stored],
+            reason=reason,
+            undo=undo,
+            source="api",
+            namespace=self._namespace,
+        )
+        return found[0] if found else self._get(caller, run_id)
 
 
 def _log_run(message: str, run: Run) -> None:
@@ -290,9 +297,3 @@ def _log_run(message: str, run: Run) -> None:
             "seq": run.last_seq,
         },
     )
-
-
-def _check_state(state: str | None) -> None:
-    states = [known.value for known in RunState]
-    if state is not None and state not in states:
-        raise BadRequest("state", f"is {state!r}; choose {', '.join(states)}")

@@ -6,14 +6,14 @@ from datetime import timedelta
 
 from beatless.client.base import BaseClient
 from beatless.client.pages import RunPage, page_of
-from beatless.client.requests import RunRequest, check_texts, checked_tags, new_run_id, seconds
+from beatless.client.requests import RunRequest, check_texts, checked_tags, seconds
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of, reusable_calls
 from beatless.orchestrator.progress import reusable
-from beatless.orchestrator.records import FailedRunFilter, Place, Run
+from beatless.orchestrator.records import FailedRunFilter, Place, Run, new_run_id
 from beatless.outbox.queries import Caller, execute_lazily
 
 

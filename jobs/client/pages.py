@@ -17,6 +17,21 @@ class RunPage:
     refused: Sequence[Exception] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberedRunPage:
+    """Runs as JSON objects, in the order of numbers."""
+
+    lines: list[str]
+    next: int | None
+    """The number of the last one, if there may be more."""
+
+
+def numbered_page_of(found: Iterable[Run], limit: int, max_bytes: int) -> NumberedRunPage:
+    """The first `limit` children, or as many of them as reach `max_bytes`."""
+    page = page_of(((run, (run.created_at, str(run.child_no))) for run in found), limit, max_bytes)
+    return NumberedRunPage(lines=page.lines, next=None if page.next is None else int(page.next[1]))
+
+
 def page_of(found: Iterable[tuple[Run, Place]], limit: int, max_bytes: int) -> RunPage:
     """The first `limit` runs, or as many of them as reach `max_bytes`."""
     lines: list[str] = []

@@ -2,9 +2,6 @@
 
 import inspect
 import re
-import secrets
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from datetime import datetime, timedelta
@@ -13,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.events import encode, storable
-from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.function_plan import given_input
 from beatless.orchestrator.options import (
     STORED,
     Option,
@@ -24,7 +21,8 @@ from beatless.orchestrator.options import (
     problem_with_text,
 )
 from beatless.orchestrator.plan import Plan
-from beatless.orchestrator.records import NewRun
+from beatless.orchestrator.records import NewRun, new_run_id
+from beatless.orchestrator.state import RunState
 from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.times import problem_with_moment, problem_with_seconds
 
@@ -184,15 +182,6 @@ def shows_run_options(start: Start) -> Start:
     return start
 
 
-def new_run_id() -> str:
-    """A UUID of version 7 (RFC 9562): its order is the order of creation, within a millisecond."""
-    stamp = time.time_ns() // 1_000_000
-    number = (stamp << 80) | secrets.randbits(80)
-    number = number & ~(0xF << 76) | 0x7 << 76
-    number = number & ~(0x3 << 62) | 0x2 << 62
-    return str(uuid.UUID(int=number))
-
-
 def seconds(name: str, given: float | timedelta | None) -> float | None:
     """A duration in seconds. Raises BadRequest for the option of this name."""
     if given is not None and (problem := problem_with_duration(given)):
@@ -207,6 +196,13 @@ def check_texts(**texts: str | None) -> None:
             raise BadRequest(name, "has a NUL or half of a surrogate pair: give valid text")
 
 
+def check_state(state: str | None) -> None:
+    """Raises BadRequest for a state that there is not."""
+    states = [known.value for known in RunState]
+    if state is not None and state not in states:
+        raise BadRequest("state", f"is {state!r}; choose {', '.join(states)}")
+
+
 def queue_name(queue: str) -> str:
     """The name, if a queue can have it. Raises BadRequest."""
     if not isinstance(queue, str) or not QUEUE.fullmatch(queue):
@@ -219,12 +215,6 @@ def checked_tags(tags: Mapping[str, str] | None) -> Mapping[str, str] | None:
     if tags is not None and (problem := problem_with_tags(tags)):
         raise BadRequest("tags", problem)
     return tags
-
-
-def _input(plan: Plan, given: Any) -> Any:
-    """The input as JSON, of the type that the plan declares. Raises BadPayload."""
-    chosen = plan.default_input if given is None else given
-    return plan.input.dump(chosen) if isinstance(plan, FunctionPlan) else chosen
 
 
 def new_run(
@@ -257,7 +247,7 @@ def new_run(
         plan=plan.name,
         plan_version=plan.version,
         queue=queue,
-        input=encode(_input(plan, request.input), where=INPUT, limit=max_event_bytes),
+        input=encode(given_input(plan, request.input), where=INPUT, limit=max_event_bytes),
         key=request.key,
         not_before=request.not_before,
         delay=delay,

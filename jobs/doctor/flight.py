@@ -10,11 +10,11 @@ from typing import Any
 import psycopg
 
 from beatless.client import Client
-from beatless.client.requests import new_run_id
 from beatless.doctor.probe import SERVER_ERRORS, Probe
 from beatless.errors import WaitTimeout
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.events import EventType
+from beatless.orchestrator.records import new_run_id
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import channel_of

@@ -98,6 +98,7 @@ class AsyncClient:
     cancel_run = in_loop(calls.cancel_run)
     signal_run = in_loop(calls.signal_run)
     waits = in_loop(calls.waits)
+    children = in_loop(calls.children)
     retry_run = in_loop(calls.retry_run)
     remove_run = in_loop(calls.remove_run)
     clean = in_loop(calls.clean)

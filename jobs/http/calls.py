@@ -15,7 +15,6 @@ from beatless.client.requests import (
     RunOptions,
     RunRequest,
     json_members,
-    new_run_id,
     shows_run_options,
 )
 from beatless.client.signals import new_signal_key
@@ -26,7 +25,7 @@ from beatless.observe.tracing import TRACEPARENT
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.queues import QueueState
-from beatless.orchestrator.records import Run, SentSignal
+from beatless.orchestrator.records import Run, SentSignal, new_run_id
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
@@ -203,6 +202,28 @@ def waits(run_id: str) -> Exchange[list[OpenWait]]:
     """
     answer = yield from _get("runs", run_id, "waits")
     return [OpenWait.from_dict(members) for members in answer["waits"]]
+
+
+def children(
+    run_id: str, *, state: str | None = None, after: int = 0, limit: int = 50
+) -> Exchange[list[Run]]:
+    """The runs that a run has started: by `run.child` and `run.map`, in the order of the calls.
+
+    `after` is the `child_no` of the last one of the page before. Raises RunNotFound.
+
+    >>> run = client.start_run("checkout", {"order": 1})
+    >>> client.children(run.run_id)
+    []
+    """
+    found: list[Run] = []
+    while len(found) < limit:
+        query = {"state": state, "cursor": after, "limit": min(limit - len(found), PAGE)}
+        answer = yield from _get("runs", run_id, "children", query=query)
+        found += map(run_of, answer["runs"])
+        if answer["next"] is None:
+            break
+        after = int(answer["next"])
+    return found
 
 
 def retry_run(run_id: str, from_step: str | None = None) -> Exchange[Run]:

@@ -113,6 +113,7 @@ class Client:
     cancel_run = in_thread(calls.cancel_run)
     signal_run = in_thread(calls.signal_run)
     waits = in_thread(calls.waits)
+    children = in_thread(calls.children)
     retry_run = in_thread(calls.retry_run)
     remove_run = in_thread(calls.remove_run)
     clean = in_thread(calls.clean)

@@ -146,6 +146,15 @@ class Kit(WaitCalls):
         """
         return self._client(run_id).waits(run_id)
 
+    def children(self, run_id: str) -> list[Run]:
+        """The runs that a run has started, in the order of the calls: a thousand at most.
+
+        >>> run = beatless.start_run("checkout", {"order": 1})
+        >>> beatless.children(run.run_id)
+        []
+        """
+        return self._client(run_id).children(run_id, limit=1000)
+
     # The work of the processes
 
     def drain_outbox_once(self, run_id: str | None = None) -> int:

@@ -18,7 +18,12 @@ def check_replay(client: Client, plan: Plan, run_id: str) -> None:
     run = client.get_run(run_id)
     if run.state is not RunState.COMPLETED:
         return
-    said = dry_replay(plan, run, client.events(run_id))
+    said = dry_replay(
+        plan,
+        run,
+        client.events(run_id),
+        lambda first, last: client.ends_of_children(run_id, first, last),
+    )
     match said:
         case Ended(value) if json.loads(json.dumps(value, default=repr)) == run.result:
             return

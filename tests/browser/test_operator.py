@@ -6,8 +6,7 @@ from playwright.sync_api import Page, expect
 
 from beatless import Plan, StepContext, retry, step
 from beatless.auth import Tokens
-from beatless.client.requests import new_run_id
-from beatless.orchestrator.records import FailedRunFilter
+from beatless.orchestrator.records import FailedRunFilter, new_run_id
 from beatless.testing import Kit
 from tests.browser.plans import checkout
 

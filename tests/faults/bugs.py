@@ -85,17 +85,14 @@ BUGS = {
         "    FROM held",
     ),
     "a cancel of a run that runs is not stored": Bug(
-        "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued', 'running')"
-        "\n     AND cancel_requested_at IS NULL",
-        "WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND state IN ('queued')"
-        "\n     AND cancel_requested_at IS NULL",
+        "orchestrator/cancels.sql",
+        "AND state IN ('queued', 'running') AND cancel_requested_at IS NULL",
+        "AND state IN ('queued') AND cancel_requested_at IS NULL",
     ),
     "a cancel is stored after the end": Bug(
-        "orchestrator/journal.sql",
-        "AND namespace = %(namespace)s AND state IN ('queued', 'running')\n"
+        "orchestrator/cancels.sql",
+        "     AND state IN ('queued', 'running') AND cancel_requested_at IS NULL",
         "     AND cancel_requested_at IS NULL",
-        "AND namespace = %(namespace)s\n     AND cancel_requested_at IS NULL",
     ),
     "a claim does not look whether its queue is paused": Bug(
         "orchestrator/lease.sql",
@@ -194,7 +191,7 @@ BUGS = {
         "row.body for row in reversed(group)",
     ),
     "a cancel leaves no message in the outbox": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/cancels.sql",
         "         last_seq FROM u\n), gone AS (",
         "         last_seq FROM u WHERE false\n), gone AS (",
     ),
@@ -348,8 +345,8 @@ BUGS = {
     ),
     "a run is parked in spite of a signal": Bug(
         "orchestrator/leased_writer.py",
-        "                if signals:\n                    return Appended(",
-        "                if signals and not waits:\n                    return Appended(",
+        "                if look.events or (",
+        "                if (look.events and not waits) or (",
     ),
     "a signal to a run whose row is held wakes nobody": Bug(
         "orchestrator/wakes.sql",
@@ -423,7 +420,7 @@ BUGS = {
         "return Settlement.ignoring_cancel(going_on)",
     ),
     "a cancel wakes nobody": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/cancels.sql",
         "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'",
         "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'none'",
     ),

@@ -32,6 +32,19 @@ def broken(ctx: StepContext) -> None:
 def undo(ctx: StepContext) -> None: ...
 
 
+@step
+def counted(ctx: StepContext) -> int:
+    return int(ctx.input)
+
+
+one = Plan("one", [counted])
+
+
+@plan("parent")
+def parent(run: RunContext[Any]) -> list[int]:
+    return [run.child(one, 1).result(), *run.map(one, [2, 3], at_once=1, failure="collect")]
+
+
 @plan("generations")
 def generations(run: RunContext) -> Any:
     return 2 if run.input == 2 else run.again(2)
@@ -41,6 +54,8 @@ def generations(run: RunContext) -> Any:
 def beatless_plans() -> list[Plan]:
     return [
         generations,
+        one,
+        parent,
         Plan("waits", [flaky, wait("paid", "refused"), sleep(hours=1)]),
         Plan("fails", [broken]),
         Plan("cancelled", [flaky, wait("never")], on_cancel=undo),
@@ -73,7 +88,8 @@ def test_every_type_of_event_and_each_run_is_as_the_document_says(beatless: Kit)
         document = api("GET", "/openapi.json").json
         run_of, event_of = checker(document, "Run"), checker(document, "Event")
         outcomes = {"waits": "completed", "fails": "failed", "cancelled": "cancelled"}
-        for name, outcome in (outcomes | {"generations": "completed"}).items():
+        outcomes |= {"generations": "completed", "parent": "completed"}
+        for name, outcome in outcomes.items():
             run_id = ended(beatless, api, name)
             run = api("GET", f"/v1/runs/{run_id}").json
             run_of.validate(run)

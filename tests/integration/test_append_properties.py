@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beatless import App
+from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
@@ -64,8 +65,9 @@ class Writer:
                 case "extend":
                     self.extend()
                 case "cancel":
-                    self.app.journal.cancel(
-                        self.connection, self.run_id, namespace="default", reason=None, undo={}
+                    cancels = Cancels(self.app.journal.schema, max_event_bytes=1000)
+                    cancels.cancel(
+                        self.connection, [self.run_id], reason=None, undo={}, source="api"
                     )
 
     def events(self, mark: str, token: int, count: int) -> list:

@@ -12,6 +12,7 @@ import pytest
 
 from beatless import App
 from beatless.client import RunRequest
+from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.settlement import Boundary, Settlement
@@ -39,7 +40,8 @@ def updates(session: psycopg.Connection, postgres: psycopg.Connection) -> tuple[
 
 
 def begin(beatless: Kit, session: psycopg.Connection, run_id: str = "hot") -> Lease:
-    beatless.client.start_run("two_steps", run_id=run_id, key=run_id, connection=session)
+    with session.transaction():
+        beatless.client.start_run("two_steps", run_id=run_id, key=run_id, connection=session)
     lease = beatless.app.leases.claim(
         session, run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
     )
@@ -61,7 +63,8 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
         session, run_id, plan="two_steps", worker="v", first_step="first", dispatch=2
     )
     assert claimed is not None
-    journal.cancel(session, run_id, namespace="default", reason=None, undo={})
+    cancels = Cancels(journal.schema, max_event_bytes=1000)
+    cancels.cancel(session, [run_id], reason=None, undo={}, source="api")
     boundary = Settlement(
         normal=Boundary(state=RunState.RUNNING),
         if_cancelled=Boundary(events=[trace], state=RunState.RUNNING),

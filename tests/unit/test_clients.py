@@ -24,7 +24,15 @@ NEED_THE_DATABASE = {
     "stored_id",
     "count_failed_runs",
 }
-OF_THE_SERVER = {"event_page", "page_of_runs", "page_of_failed_runs", "retry_page", "told"}
+OF_THE_SERVER = {
+    "ends_of_children",
+    "event_page",
+    "page_of_children",
+    "page_of_failed_runs",
+    "page_of_runs",
+    "retry_page",
+    "told",
+}
 OF_THE_CONNECTION = {"from_env", "close", "aclose", "after_fork"}
 WITH_STREAMS = {"stream_run", "astream_run", "wait_for_run"}
 """Not in the table: their I/O is their own."""

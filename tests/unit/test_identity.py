@@ -5,7 +5,7 @@ from uuid import UUID
 
 import pytest
 
-from beatless.client.requests import new_run_id
+from beatless.orchestrator.records import new_run_id
 from beatless.orchestrator.state import FINAL, TRANSITIONS, RunState, allowed
 from beatless.outbox.message import SHARDS, TaskMessage, channel_for, run_of, shard_of
 from beatless.outbox.publishers import worker_queue

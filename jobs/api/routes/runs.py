@@ -20,10 +20,10 @@ from beatless.api.bodies import (
     tags_of,
 )
 from beatless.api.problems import Problem
-from beatless.api.responses import location, refusals, run_page
+from beatless.api.responses import location, numbered_run_page, refusals, run_page
 from beatless.api.schemas import EVENTS, RUN, RUNS, SIGNAL, answers
-from beatless.client.requests import new_run_id
 from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.records import new_run_id
 from beatless.streams.pager import Pager
 
 router = APIRouter(route_class=GuardedRoute)
@@ -159,6 +159,25 @@ def signal_run(run_id: str, body: SignalBody, client: Writer, response: Response
 def get_waits(run_id: str, client: Reader) -> dict[str, Any]:
     """The waits of a run that have begun and not ended."""
     return {"waits": [wait.to_dict() for wait in client.waits(run_id)]}
+
+
+@router.get("/v1/runs/{run_id}/children", responses=refusals() | answers(RUNS, 200))
+def get_children(
+    run_id: str,
+    client: Reader,
+    state: KnownState | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+) -> Response:
+    """The runs that a run has started, by number; `cursor` is the `next` before."""
+    page = client.page_of_children(
+        run_id,
+        state=None if state is None else state.value,
+        after=cursor,
+        limit=limit,
+        max_bytes=responses.RUNS_BYTES,
+    )
+    return numbered_run_page(page)
 
 
 @router.post(

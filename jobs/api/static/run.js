@@ -8,11 +8,12 @@ import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "StepOutput", "CancelRequested", "WaitStarted",
-  "SignalReceived", "WaitFinished", "RunRestarted", "RunFinished"];
+  "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
-  "finished_at", "pruned_seq", "priority", "tags", "retried_by"]); // members with a place of their own, or none
+  "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no"]); // members with a place of their own, or none
 const BATCH = 2000; // events in one answer while the past is read
+const CHILDREN = 50; // in one page of the list of children
 const MOST_ROWS = 400; // rows of the log that are in the document
 const MOST_TEXT = 20000; // characters of one value that are shown
 const TICK = 250;
@@ -41,6 +42,8 @@ export async function showRun(page, runId) {
   const facts = el("dl", { class: "facts" });
   const outcome = el("div", { id: "outcome" });
   const detail = el("div", { id: "detail" });
+  const family = el("div", { id: "children" });
+  let told = -1; // the seq at which the children were read last
   const timeline = el("div");
   const log = new Log();
   const output = new Output();
@@ -134,6 +137,7 @@ export async function showRun(page, runId) {
 
   async function look() {
     if (!seen() || removing) return;
+    showChildren();
     try {
       const latest = await call(path);
       dirty ||= latest.retried_by !== run.retried_by;
@@ -199,6 +203,7 @@ export async function showRun(page, runId) {
       if (run.key) entries.push(["Key", el("code", {}, run.key)]);
       if (run.not_before) entries.push(["Not before", time(run.not_before)]);
       if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
+      if (run.parent_id) entries.push(["Child of", el("span", { id: "parent" }, runLink(run.parent_id), ` (number ${run.child_no})`)]);
       if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
       if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
       if (run.worker && !["queued", "waiting"].includes(run.state)) entries.push(["Worker", el("code", {}, run.worker)]);
@@ -215,6 +220,7 @@ export async function showRun(page, runId) {
         entries.push(["Waits for", el("span", { id: "waits-for" }, names?.join(" or ") ?? "its time",
           ...(until ? [names ? ", until " : ": until ", time(new Date(until).toISOString())] : []))]);
       }
+      else if (story.waitsForChildren && !final && !stopping) entries.push(["Waits for", el("span", { id: "waits-for" }, "its children")]);
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));
@@ -227,6 +233,22 @@ export async function showRun(page, runId) {
       if (took) setText(took, span((over ? over.ts : Math.max(now(), story.last)) - story.start));
     }
     drawing.draw(now());
+  }
+
+  // The list of children, from the first one after a number on; read again as the run goes on.
+  async function showChildren(after = 0) {
+    if (!story.children || removed || (after === 0 && told === seq)) return;
+    told = seq;
+    let answer;
+    try { answer = await call(`${path}/children?limit=${CHILDREN}&cursor=${after}`); } catch { return; }
+    if (page.left || removed) return;
+    const rows = answer.runs.map((child) => el("tr", {}, el("td", {}, String(child.child_no)), el("td", {}, runLink(child.run_id)),
+      el("td", {}, child.plan), el("td", {}, el("span", { class: `state ${child.state}` }, child.state))));
+    const more = answer.next === null ? null
+      : el("button", { type: "button", onclick: () => showChildren(Number(answer.next)) }, "Next children");
+    family.replaceChildren(el("section", { class: "card padded", "aria-label": "Children" }, el("h2", {}, `Children (${story.children})`),
+      el("table", { class: "small" }, el("thead", {}, el("tr", {}, ...["Number", "Run", "Plan", "State"].map((title) => el("th", { scope: "col" }, title)))),
+        el("tbody", {}, ...rows)), more));
   }
 
   function showOutcome(text) {
@@ -351,6 +373,7 @@ export async function showRun(page, runId) {
   }
 
   page.keys = { w: askToSignal, c: askToCancel, t: askToRetry, x: askToRemove };
+  showChildren();
   page.timers.push(setInterval(look, LOOK));
   page.endings.push(() => wake());
   const input = el("details", { class: "card padded input" }, el("summary", {}, "Input"),
@@ -360,7 +383,7 @@ export async function showRun(page, runId) {
       el("span", { class: "tags" }, ...Object.entries(run.tags).map(([name, text]) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag: `${name}=${text}` })}` }, `${name}=${text}`))),
       el("span", { class: "actions" }, signal, cancel, retry, remove)),
     el("p", { class: "id soft" }, el("span", { class: "mono", id: "run-id" }, runId), copyable(runId, "the id")),
-    facts, outcome, timeline, output.node, detail, run.input === null ? null : input, log.node);
+    facts, outcome, timeline, output.node, detail, family, run.input === null ? null : input, log.node);
   draw();
   try { await readPast(); } catch (error) {
     if (error.status !== 410) throw error;

@@ -22,6 +22,8 @@ export class Story {
     this.place = null; // the step it is in, or goes on with, where the journal tells
     this.undo = null; // the step that the cancel has promised
     this.wait = null; // the WaitStarted of the wait that is open
+    this.children = 0; // the highest number of a child
+    this.waitsForChildren = false;
   }
 
   add(event) {
@@ -34,6 +36,11 @@ export class Story {
     if (event.type === "RunStarted") this.place = data.reused?.next ?? null;
     if (event.type === "StepStarted") this.place = event.step;
     if (event.type === "StepFinished") this.place = this.undo ?? data.next ?? data.following ?? null;
+    if (event.type === "ChildrenStarted") {
+      this.children = Math.max(this.children, data.first + data.count - 1);
+      this.place = event.step;
+    }
+    if (event.type === "ChildrenStarted" || event.type === "ChildrenFinished") this.waitsForChildren = event.type === "ChildrenStarted";
     if (event.type === "WaitStarted") [this.wait, this.place] = [event, event.step];
     if (event.type === "WaitFinished") [this.wait, this.place] = [null, this.undo ?? data.next ?? data.following ?? null];
     if (event.type === "CancelRequested") {
@@ -56,6 +63,12 @@ export class Story {
     } else if (event.type === "StepFinished" && running) {
       Object.assign(open, { end: event.ts, kind: "ok" });
       lane.result = member(event.text, "data", "result") ?? "null";
+      lane.finished = true;
+    } else if (event.type === "ChildrenStarted") {
+      this.begun ??= event.ts;
+      lane.waits.push({ start: event.ts, end: null, until: null });
+    } else if (event.type === "ChildrenFinished") {
+      if (lane.waits.length) lane.waits.at(-1).end = event.ts;
       lane.finished = true;
     } else if (event.type === "WaitStarted") {
       this.begun ??= event.ts;

@@ -1,0 +1,334 @@
+"""Calls of a plan's function that start child runs, and wait for their ends. Pure.
+
+The children of a run have numbers: 1, 2, 3 … in the order of the calls. So a call is a range of
+numbers, which is in the journal of the parent, and its results are read from the rows of the
+children, in pages and only when they are asked for.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, overload
+
+from beatless.orchestrator.errors import ChildFailed
+from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.function_plan import given_input
+from beatless.orchestrator.open_waits import DATA_BYTES
+from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.records import NewRun, Run, new_run_id
+from beatless.orchestrator.typed_input import INPUT
+from beatless.orchestrator.waits import Wait, WaitKind
+
+PAGE_CHILDREN = 1000
+"""Children that one statement starts."""
+
+PAGE_RESULTS = 200
+"""Children whose results are read at once."""
+
+FAILURES = ("fail", "collect")
+"""The policies of `run.map`: the first failure fails it, or is a member of its results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Children:
+    """The children of one call, by their numbers."""
+
+    plan: str
+    first: int
+    count: int
+    at_once: int | None = None
+    collects: bool = False
+    """The failure of a child ends none of the others."""
+    run_id: str | None = None
+    """Of a child that was started alone."""
+    error: dict[str, Any] | None = None
+    """The failure that has ended the call."""
+
+    @property
+    def last(self) -> int:
+        """The highest number."""
+        return self.first + self.count - 1
+
+    @classmethod
+    def from_event(cls, event: Event) -> Self:
+        """Of a ChildrenStarted."""
+        data = event.data or {}
+        return cls(
+            plan=data["plan"],
+            first=data["first"],
+            count=data["count"],
+            at_once=data.get("at_once"),
+            collects=data.get("failure") == "collect",
+            run_id=data.get("run_id"),
+        )
+
+    def started(self, occurrence: str, **data: Any) -> NewEvent:
+        """The event by which they are started."""
+        facts: dict[str, Any] = {"plan": self.plan, "first": self.first, "count": self.count}
+        if self.run_id is not None:
+            facts["run_id"] = self.run_id
+        else:
+            facts["failure"] = "collect" if self.collects else "fail"
+        if self.at_once is not None:
+            facts["at_once"] = self.at_once
+        return _event(EventType.CHILDREN_STARTED, occurrence, facts | data)
+
+    def finished(self, occurrence: str) -> NewEvent:
+        """The event by which the wait for them ends."""
+        facts: dict[str, Any] = {"plan": self.plan, "first": self.first, "count": self.count}
+        if self.error is not None:
+            facts["error"] = self.error
+        return _event(EventType.CHILDREN_FINISHED, occurrence, facts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildCall(Wait):
+    """A call of the function: which children are started, or of which the end is waited for."""
+
+    plan: Plan
+    inputs: Sequence[Any] = ()
+    at_once: int | None = None
+    collects: bool = False
+    alone: bool = False
+    """One child is started, and its end is waited for by another call, if at all."""
+    detached: bool = False
+    deadline_s: float | None = None
+    children: Children | None = None
+    """Those that were started by another call."""
+    started_by: str = ""
+    """The occurrence of that call."""
+
+    def numbered(self, first: int) -> Children:
+        """The children of this call, from this number on."""
+        return Children(
+            plan=self.plan.name,
+            first=first,
+            count=len(self.inputs),
+            at_once=self.at_once,
+            collects=self.collects,
+        )
+
+    def runs(
+        self,
+        parent: Run,
+        children: Children,
+        numbers: range,
+        *,
+        trace_context: Mapping[str, str] | None,
+        limit: int,
+    ) -> list[NewRun]:
+        """The runs of some of the children, each of `limit` bytes at most. Raises BadPayload."""
+        prefix, mark, _ = parent.run_id.rpartition("~")
+        return [
+            NewRun(
+                run_id=children.run_id or f"{prefix}{mark}{new_run_id()}",
+                namespace=parent.namespace,
+                plan=self.plan.name,
+                plan_version=self.plan.version,
+                queue=self.plan.queue,
+                input=encode(
+                    given_input(self.plan, self.inputs[number - children.first]),
+                    where=f"{INPUT} of child {number} of plan {self.plan.name}",
+                    limit=limit,
+                ),
+                key=None,
+                not_before=None,
+                delay=None,
+                deadline=self.deadline_s,
+                deadline_at=parent.deadline_at,
+                priority=parent.priority,
+                trace_context=trace_context,
+                parent_id=parent.run_id,
+                child_no=number,
+                detached=self.detached,
+            )
+            for number in numbers
+        ]
+
+    def check_inputs(self, limit: int) -> None:
+        """Raises BadPayload for an input that a child cannot have: before any was started."""
+        for place, given in enumerate(self.inputs):
+            where = f"{INPUT} of plan {self.plan.name}, [{place}]"
+            encode(given_input(self.plan, given), where=where, limit=limit)
+
+
+def child_call(plan: Any, inputs: Sequence[Any], **options: Any) -> ChildCall:
+    """A call that starts children. Raises PlanError for anything but a plan."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"run.map and run.child start runs of a plan, and {plan!r:.200} is none: give them a "
+            'plan of the App; of a step, make one: Plan("pack", [pack])'
+        )
+    return ChildCall(name=plan.name, kind=WaitKind.CHILDREN, plan=plan, inputs=inputs, **options)
+
+
+def check_map(at_once: Any, failure: Any) -> None:
+    """Raises PlanError for options of `run.map` that it does not have."""
+    if at_once is not None and (type(at_once) is not int or at_once < 1):
+        raise PlanError(f"run.map: at_once is {at_once!r}; give it a number from 1 on")
+    if failure not in FAILURES:
+        raise PlanError(f"run.map: failure is {failure!r}; choose {' or '.join(FAILURES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildrenLook:
+    """The children of a call, as they are while the row of their parent is locked."""
+
+    started: int
+    unfinished: int
+    failed: int | None
+    """The number of one that has failed, or was cancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildrenTurn:
+    """What follows from a look."""
+
+    start: range
+    """The numbers of those that are to be started now."""
+    left: int
+    """The parent waits until at most so many are unfinished."""
+    again: bool = False
+    """Further ones can be started at once, in another statement."""
+    done: bool = False
+    """All have ended, and no further one will be started."""
+    failed: int | None = None
+    """The number of the one by whose failure the others are cancelled."""
+
+
+def next_turn(children: Children, look: ChildrenLook) -> ChildrenTurn:
+    """What is to be done: places that have become free are filled a quarter at a time at least.
+
+    So a parent with many places is not called for each child that ends.
+    """
+    if look.failed is not None and not children.collects:
+        none = range(0)
+        return ChildrenTurn(start=none, left=0, done=not look.unfinished, failed=look.failed)
+    room = children.count - look.started
+    if children.at_once is not None:
+        room = min(room, children.at_once - look.unfinished)
+    begin = children.first + look.started
+    start = range(begin, begin + max(0, min(room, PAGE_CHILDREN)))
+    left = 0
+    if children.at_once is not None and look.started + len(start) < children.count:
+        left = children.at_once - max(1, children.at_once // 4)
+    return ChildrenTurn(
+        start=start,
+        left=left,
+        again=room > len(start),
+        done=look.started == children.count and not look.unfinished,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildEnd:
+    """A child that has ended."""
+
+    number: int
+    run_id: str
+    result: Any
+    error: dict[str, Any] | None
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        """Its error, as the event of its parent has it."""
+        error = self.error or {}
+        return {
+            "type": str(error.get("type")),
+            "message": str(error.get("message"))[:1000],
+            "run_id": self.run_id,
+        }
+
+
+NewRuns = Callable[[range], Sequence[NewRun]]
+"""The runs of the children with these numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tends:
+    """The children of a call, while their parent waits."""
+
+    children: Children
+    runs: NewRuns
+
+
+ReadEnds = Callable[[int, int], Sequence[ChildEnd]]
+"""Reads the children with numbers from the first to the last that are stored and have ended."""
+
+
+def failure_of(facts: dict[str, Any]) -> ChildFailed:
+    """The error of a child, of the facts in the journal of its parent."""
+    return ChildFailed(str(facts.get("run_id")), str(facts.get("type")), str(facts.get("message")))
+
+
+class ChildResults(Sequence[Any]):
+    """The results of the children of a call, in the order of their inputs. Read in pages.
+
+    Of a child that has failed it is a ChildFailed, if the call collects failures.
+    """
+
+    def __init__(self, children: Children, read: ReadEnds) -> None:
+        self._children = children
+        self._read = read
+        self._page: dict[int, ChildEnd] = {}
+
+    def __len__(self) -> int:
+        return self._children.count
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        numbers = range(self._children.first, self._children.last + 1)
+        if isinstance(place, slice):
+            return [self._result(number) for number in numbers[place]]
+        return self._result(numbers[place])
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(self._children.first, self._children.last + 1):
+            yield self._result(number)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, list | ChildResults):
+            return list(self) == list(other)
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment] # as of a list
+
+    def __repr__(self) -> str:
+        return f"<results of {len(self)} runs of plan {self._children.plan}>"
+
+    def _result(self, number: int) -> Any:
+        if number not in self._page:
+            last = min(self._children.last, number + PAGE_RESULTS - 1)
+            self._page = {end.number: end for end in self._read(number, last)}
+        found = self._page.get(number)
+        failed = None
+        if found is None:
+            failed = ChildFailed("", "RunNotFound", f"child {number} was removed")
+        elif found.error is not None:
+            failed = failure_of(found.failure)
+        if failed is None and found is not None:
+            return found.result
+        if self._children.collects:
+            return failed
+        assert failed is not None  # noqa: S101 - there is a result or a failure
+        raise failed
+
+
+def plain(value: Any) -> Any:
+    """The value with lists in place of the results of children, also within lists and objects."""
+    match value:
+        case ChildResults():
+            return list(value)
+        case dict() if type(value) is dict:
+            return {name: plain(each) for name, each in value.items()}
+        case list() | tuple() if type(value) in (list, tuple):
+            return type(value)(map(plain, value))
+    return value
+
+
+def _event(type: EventType, occurrence: str, data: dict[str, Any]) -> NewEvent:
+    text = encode(data, where=f"children {occurrence}", limit=DATA_BYTES)
+    return NewEvent(type=type, step=occurrence, data=text)

@@ -1,0 +1,155 @@
+"""The statements over the children of runs: their starts, their results, their cancel."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from beatless.orchestrator.cancels import Cancels
+from beatless.orchestrator.child_calls import (
+    ChildEnd,
+    ChildrenLook,
+    ChildrenTurn,
+    Tends,
+    next_turn,
+)
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.options import OPTION_SQL
+from beatless.orchestrator.records import NewRun, Run
+from beatless.orchestrator.state import RunState, stored
+from beatless.outbox.message import shard_of
+from beatless.outbox.queries import Caller, Read, execute
+from beatless.outbox.statements import statements
+from beatless.outbox.waking import Woken
+
+CANCELS = 100
+"""Children that one transaction of a relay cancels."""
+
+PARENT_ENDED = "its parent has ended, or needs it no more"
+"""The reason of the cancel of a child."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tended:
+    """What was done for the children of a call."""
+
+    turn: ChildrenTurn
+    others: int
+    """Unfinished children of other calls."""
+    cancelled: bool
+    """Their parent is: none was started."""
+    wakes_on_failure: bool
+
+    @property
+    def needs_parent(self) -> bool:
+        """Whether it goes on at once, and is not parked: there is something for it to do."""
+        return (self.turn.done or self.turn.again) and not self.cancelled
+
+
+class ChildRuns:
+    """The statements of one schema over the children of runs."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._sql = statements(
+            __file__, journal.schema, batch=CANCELS, run_options=OPTION_SQL["run_options"]
+        )
+
+    def start(self, connection: Caller, run_id: str, runs: Sequence[NewRun]) -> None:
+        """Store children of a run whose row this transaction has locked."""
+        if runs:
+            self._journal.create_runs(connection, runs)
+            last = max(run.child_no or 0 for run in runs)
+            execute(connection, self._sql["count"], {"run_id": run_id, "last": last})
+
+    def tend(self, connection: Caller, run_id: str, tends: Tends) -> Tended:
+        """Start those that can be started now, and have those cancelled that are not needed.
+
+        The row of the parent is locked. None is started of a parent that is cancelled.
+        """
+        children = tends.children
+        place = {"run_id": run_id, "first": children.first, "last": children.last}
+        parameters = place | {"count": children.count}
+        ((started, unfinished, others, failed, cancelled),) = execute(
+            connection, self._sql["look"], parameters
+        )
+        look = ChildrenLook(started=started, unfinished=unfinished, failed=failed)
+        turn = next_turn(children, look)
+        if turn.start and not cancelled:
+            self.start(connection, run_id, tends.runs(turn.start))
+        if turn.failed is not None and unfinished:
+            execute(connection, self._sql["stop"], place | {"shard": shard_of(run_id)})
+        return Tended(
+            turn=turn,
+            others=others,
+            cancelled=cancelled,
+            wakes_on_failure=not children.collects and turn.failed is None,
+        )
+
+    def wait(self, connection: Caller, run_id: str, tended: Tended) -> None:
+        """Note when the parent, which was parked, is to be woken."""
+        parameters = {
+            "run_id": run_id,
+            "left": tended.others + tended.turn.left,
+            "on_failure": tended.wakes_on_failure,
+        }
+        execute(connection, self._sql["await"], parameters)
+
+    def ends(self, connection: Caller, run_id: str, first: int, last: int) -> list[ChildEnd]:
+        """The children with these numbers that have ended."""
+        rows = execute(
+            connection, self._sql["ends"], {"run_id": run_id, "first": first, "last": last}
+        )
+        return [
+            ChildEnd(number=number, run_id=child, result=result, error=error)
+            for number, child, result, error in rows
+        ]
+
+    def page(
+        self,
+        connection: Caller,
+        run_id: str,
+        *,
+        state: str | None = None,
+        after: int = 0,
+        limit: int = 50,
+        read: Read = execute,
+    ) -> Iterator[Run]:
+        """The children of a run in the order of their numbers, from the one after `after` on."""
+        parked = {RunState.QUEUED.value: False, RunState.WAITING.value: True}
+        parameters = {
+            "run_id": run_id,
+            "state": stored(state),
+            "parked": parked.get(state or ""),
+            "after": after,
+            "limit": limit,
+        }
+        rows = read(connection, self._sql["page"], parameters)
+        return (Run.from_row(row) for row in rows)
+
+
+class CancelsChildren:
+    """Cancels the children of runs that have ended, for a relay. Waits for no row."""
+
+    def __init__(self, journal: Journal, undo: Mapping[str, str | None]) -> None:
+        """`undo` has the name of each plan's `on_cancel` step, as of `Cancels`."""
+        self._cancels = Cancels(journal.schema, max_event_bytes=journal.max_event_bytes)
+        self._undo = undo
+        self._sql = statements(
+            __file__, journal.schema, batch=CANCELS, run_options=OPTION_SQL["run_options"]
+        )
+
+    def step(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
+        """Cancel some of the children by the notes of these shards."""
+        with connection.transaction():
+            rows = execute(connection, self._sql["lock_to_cancel"], {"shards": list(shards)})
+            run_ids = list(dict.fromkeys(run_id for run_id, _ in rows))
+            if run_ids:
+                self._cancels.cancel(
+                    connection, run_ids, reason=PARENT_ENDED, undo=self._undo, source="relay"
+                )
+        ((found, gone),) = execute(
+            connection, self._sql["forget_cancels"], {"shards": list(shards)}
+        )
+        return Woken(done=gone + len(run_ids), left=found - gone)

@@ -1,0 +1,463 @@
+"""Runs that other runs have started: their starts, their ends, and what becomes of both."""
+
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import (
+    App,
+    BadRequest,
+    ChildFailed,
+    Plan,
+    RunContext,
+    RunNotFound,
+    RunState,
+    StepContext,
+    plan,
+    step,
+)
+from beatless.orchestrator.child_calls import check_map, child_call
+from beatless.orchestrator.children import ChildRuns
+from beatless.orchestrator.plan import PlanError
+from beatless.orchestrator.retention import Retention
+from beatless.testing import Kit
+from beatless.verify import verify
+
+
+@step
+def pack(ctx: StepContext) -> str:
+    if ctx.input == "broken":
+        raise ValueError("it broke")
+    return f"parcel {ctx.input}"
+
+
+parcel = Plan("parcel", [pack], queue="children")
+
+
+@step
+def add(ctx: StepContext, parcels: list[str]) -> int:
+    return len(parcels)
+
+
+@plan("one_child")
+def one_child(run: RunContext[Any]) -> Any:
+    child = run.child(parcel, run.input)
+    try:
+        return {"child": child.run_id, "result": child.result()}
+    except ChildFailed as failed:
+        return {"child": failed.run_id, "failed": f"{failed.type}: {failed.message}"}
+
+
+@plan("fan_out")
+def fan_out(run: RunContext[Any]) -> Any:
+    options = run.input.get("options", {})
+    parcels = run.map(parcel, run.input["lines"], **options)
+    return {"count": run.step(add, parcels), "parcels": parcels, "last": parcels[-1:]}
+
+
+@plan("collects")
+def collects(run: RunContext[Any]) -> Any:
+    found = run.map(parcel, run.input, failure="collect")
+    return [each.type if isinstance(each, ChildFailed) else each for each in found]
+
+
+@plan("asks_async")
+async def asks_async(run: RunContext[Any]) -> Any:
+    child = await run.child(parcel, 1)
+    parcels = await run.map(parcel, [2, 3])
+    return [await child.result(), *parcels]
+
+
+@plan("grows")
+def grows(run: RunContext[Any]) -> Any:
+    return run.map(parcel, ["x", "x" * run.input])
+
+
+@plan("turns")
+def turns(run: RunContext[Any]) -> Any:
+    parcels = run.map(parcel, [run.input, run.input])
+    return run.again(run.input - 1) if run.input else parcels
+
+
+@plan("leaves")
+def leaves(run: RunContext[Any]) -> Any:
+    child = run.child(parcel, 1, detach=run.input == "detached", deadline=3600)
+    run.wait("go")
+    return child.run_id
+
+
+@plan("nested")
+def nested(run: RunContext[Any]) -> Any:
+    return run.map(fan_out, [{"lines": lines} for lines in run.input])
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return [parcel, one_child, fan_out, collects, asks_async, grows, leaves, nested, turns]
+
+
+LEASE_S = 60
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    return {"lease_seconds": LEASE_S}
+
+
+def parked(kit: Kit, name: str, input: Any, **options: Any) -> str:
+    """The id of a run that has started its children, of which none was executed."""
+    kit.client.pause_queue("children")
+    run = kit.start_run(name, input, **options)
+    kit.work_until_idle()
+    assert kit.client.get_run(run.run_id).state is RunState.WAITING
+    return run.run_id
+
+
+def state_of(kit: Kit, run_id: str) -> str:
+    return kit.client.get_run(run_id).state.value
+
+
+def types_of(kit: Kit, run_id: str) -> list[str]:
+    return [event.type for event in kit.client.events(run_id)]
+
+
+def test_a_run_starts_a_child_and_waits_for_its_result(beatless: Kit) -> None:
+    run = beatless.start_run("one_child", 7)
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    assert found.result["result"] == "parcel 7"
+    (child,) = beatless.client.children(run.run_id)
+    assert child.run_id == found.result["child"]
+    assert (child.parent_id, child.child_no, child.state) == (run.run_id, 1, RunState.COMPLETED)
+    assert types_of(beatless, run.run_id) == [
+        "RunStarted",
+        "ChildrenStarted",
+        "ChildrenFinished",
+        "RunFinished",
+    ]
+
+
+def test_a_child_that_fails_raises_its_error_in_its_parent(beatless: Kit) -> None:
+    run = beatless.start_run("one_child", "broken")
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    (child,) = beatless.client.children(run.run_id)
+    assert found.result == {"child": child.run_id, "failed": "ValueError: it broke"}
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3, 100])
+def test_a_map_starts_a_run_for_each_input_and_gives_results_in_order(
+    beatless: Kit, at_once: int | None
+) -> None:
+    lines = list(range(12))
+    run = beatless.start_run("fan_out", {"lines": lines, "options": {"at_once": at_once}})
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    parcels = [f"parcel {line}" for line in lines]
+    assert found.result == {"count": 12, "parcels": parcels, "last": ["parcel 11"]}
+    children = beatless.client.children(run.run_id)
+    assert [child.child_no for child in children] == list(range(1, 13))
+
+
+def test_a_map_of_nothing_ends_at_once(beatless: Kit) -> None:
+    run = beatless.start_run("fan_out", {"lines": []})
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == {"count": 0, "parcels": [], "last": []}
+
+
+def test_the_first_failure_of_a_map_cancels_the_others_and_fails_it_once_they_have_ended(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("fan_out", {"lines": ["broken", *range(9)], "options": {"at_once": 4}})
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    assert found.state is RunState.FAILED
+    assert found.error is not None
+    assert found.error["type"] == "ChildFailed"
+    assert "ValueError: it broke" in found.error["message"]
+    states = [child.state.value for child in beatless.client.children(run.run_id)]
+    assert states[0] == "failed"
+    assert set(states) <= {"failed", "completed", "cancelled"}
+    assert len(states) < 10
+
+
+def test_a_map_collects_failures_where_it_is_asked_to(beatless: Kit) -> None:
+    run = beatless.start_run("collects", [1, "broken", 2])
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    assert found.result == ["parcel 1", "ValueError", "parcel 2"]
+
+
+def test_an_async_function_awaits_its_children(beatless: Kit) -> None:
+    run = beatless.start_run("asks_async")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == ["parcel 1", "parcel 2", "parcel 3"]
+
+
+def test_children_have_children(beatless: Kit) -> None:
+    run = beatless.start_run("nested", [[1, 2], [3]])
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run.run_id)
+    assert [each["parcels"] for each in found.result] == [["parcel 1", "parcel 2"], ["parcel 3"]]
+
+
+CRASHES = [
+    ("claim.committed", 1),
+    ("claim.committed", 2),
+    ("claim.committed", 3),
+    ("children.before", 1),
+    ("children.started", 1),
+    ("step.committed", 1),
+    ("step.committed", 3),
+    ("wait.before", 1),
+    ("wait.before", 2),
+    ("wait.committed", 1),
+    ("wait.committed", 2),
+    ("wait.signalled", 1),
+    ("task.before_ack", 1),
+    ("task.before_ack", 2),
+    ("relay.after_claim", 2),
+    ("relay.after_publish", 2),
+]
+
+
+@pytest.mark.parametrize(("point", "nth"), CRASHES)
+def test_no_crash_starts_a_child_twice_or_loses_one(beatless: Kit, point: str, nth: int) -> None:
+    with beatless.crash(at=point, nth=nth):
+        beatless.start_run("fan_out", {"lines": [1, 2, 3, 4], "options": {"at_once": 2}})
+        beatless.work_until_idle()
+    runs = beatless.client.list_runs(plan="fan_out")
+    beatless.advance(LEASE_S + 1)
+    beatless.work_until_idle()
+
+    assert [
+        each.result and each.result["count"] for each in beatless.client.list_runs(plan="fan_out")
+    ] == [4]
+    children = beatless.client.children(runs[0].run_id)
+    assert [child.input for child in children] == [1, 2, 3, 4]
+    assert {child.state.value for child in children} == {"completed"}
+    beatless.verify()
+
+
+def test_the_cancel_of_a_run_goes_down_to_its_children(beatless: Kit) -> None:
+    run_id = parked(beatless, "nested", [[1, 2], [3]])
+
+    beatless.client.cancel_run(run_id)
+    beatless.work_until_idle()
+
+    middle = beatless.client.children(run_id)
+    assert [child.state.value for child in middle] == ["cancelled", "cancelled"]
+    leaves = [leaf for child in middle for leaf in beatless.client.children(child.run_id)]
+    assert [leaf.state.value for leaf in leaves] == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize(("input", "state"), [("attached", "cancelled"), ("detached", "queued")])
+def test_an_ended_run_cancels_its_unfinished_children_unless_they_are_detached(
+    beatless: Kit, input: str, state: str
+) -> None:
+    run_id = parked(beatless, "leaves", input)
+    beatless.signal(run_id, "go")
+    beatless.work_until_idle()
+
+    assert state_of(beatless, run_id) == "completed"
+    (child,) = beatless.client.children(run_id)
+    assert child.state.value == state
+
+
+def test_a_child_ends_by_the_deadline_of_its_parent(beatless: Kit) -> None:
+    by_its_own = parked(beatless, "leaves", "attached")
+    by_its_parents = parked(beatless, "leaves", "attached", deadline=60, priority=7)
+
+    (child,) = beatless.client.children(by_its_own)
+    assert child.deadline_at is not None
+    (child,) = beatless.client.children(by_its_parents)
+    parent = beatless.client.get_run(by_its_parents)
+    assert (child.deadline_at, child.priority) == (parent.deadline_at, 7)
+
+
+def test_a_cancelled_child_fails_its_parent(beatless: Kit) -> None:
+    run_id = parked(beatless, "one_child", 1)
+    (child,) = beatless.client.children(run_id)
+
+    beatless.client.cancel_run(child.run_id)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run_id).result["failed"].startswith("RunCancelled: ")
+
+
+@pytest.mark.parametrize("way", ["remove", "drain", "obliterate"])
+def test_a_child_that_is_removed_wakes_its_parent(beatless: Kit, way: str) -> None:
+    run_id = parked(beatless, "one_child", 1)
+    (child,) = beatless.client.children(run_id)
+
+    match way:
+        case "remove":
+            beatless.client.remove_run(child.run_id)
+        case "drain":
+            beatless.client.drain_queue("children")
+        case "obliterate":
+            beatless.client.obliterate_queue("children", force=True)
+    beatless.work_until_idle()
+
+    assert "RunNotFound" in beatless.client.get_run(run_id).result["failed"]
+
+
+def test_the_last_two_children_end_at_once_and_the_parent_goes_on(
+    beatless: Kit, postgres: psycopg.Connection[Any]
+) -> None:
+    run_id = parked(beatless, "collects", [1, 2])
+    one, two = beatless.client.children(run_id)
+    engine = beatless.app.engine
+
+    with engine.begin() as first, engine.begin() as second:
+        beatless.client.cancel_run(one.run_id, connection=first)
+        beatless.client.cancel_run(two.run_id, connection=second)
+        first.commit()
+        beatless.drain_outbox_once()
+        assert state_of(beatless, run_id) == "waiting"
+    assert postgres.execute(
+        "SELECT count(*) FROM wakes WHERE run_id = %s", (run_id,)
+    ).fetchone() == (1,)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run_id).result == ["RunCancelled", "RunCancelled"]
+
+
+def test_a_child_that_ends_while_its_parent_is_being_parked_wakes_it(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beatless.client.pause_queue("children")
+    tend, ended = ChildRuns.tend, []
+
+    def tend_and_end(self: ChildRuns, connection: Any, run_id: str, *args: Any) -> Any:
+        looked = tend(self, connection, run_id, *args)
+        ended.extend(
+            beatless.client.cancel_run(child.run_id).state.value
+            for child in beatless.client.children(run_id, state="queued")
+        )
+        return looked
+
+    monkeypatch.setattr(ChildRuns, "tend", tend_and_end)
+    run = beatless.start_run("collects", [1, 2])
+    beatless.work_until_idle()
+
+    assert ended == ["cancelled", "cancelled"]
+    assert state_of(beatless, run.run_id) == "completed"
+
+
+def test_retention_keeps_a_child_as_long_as_its_parent_is_unfinished(beatless: Kit) -> None:
+    run_id = parked(beatless, "leaves", "attached")
+    beatless.client.resume_queue("children")
+    beatless.work_until_idle()
+    (child,) = beatless.client.children(run_id)
+    assert child.state is RunState.COMPLETED
+    retention = Retention(beatless.app.settings.schema, events_days=1, runs_days=1)
+
+    beatless.advance(3 * 86_400)
+    with beatless.app.direct_connection() as connection:
+        retention.step(connection)
+        assert beatless.client.get_run(child.run_id).pruned_seq == 0
+        beatless.signal(run_id, "go")
+        beatless.work_until_idle()
+        retention.step(connection)
+    assert beatless.client.get_run(child.run_id).pruned_seq == child.last_seq
+
+
+def test_an_input_that_a_child_cannot_have_fails_the_parent_before_any_was_started(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("grows", 300_000)
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run.run_id).error
+    assert error is not None
+    assert error["type"] == "BadPayload"
+    assert beatless.client.children(run.run_id) == []
+
+
+def test_children_are_of_the_namespace_of_their_parent(beatless: Kit) -> None:
+    acme = beatless.app.client_for("acme")
+    run = acme.start_run("fan_out", {"lines": [1, 2]})
+    beatless.work_until_idle()
+
+    assert [child.namespace for child in acme.children(run.run_id)] == ["acme", "acme"]
+    assert all(child.run_id.startswith("acme~") for child in acme.children(run.run_id))
+    with pytest.raises(RunNotFound):
+        beatless.client.children(run.run_id)
+
+
+def test_pages_of_children_go_on_after_a_number(beatless: Kit) -> None:
+    run_id = parked(beatless, "collects", list(range(5)))
+    first = beatless.client.children(run_id, limit=3)
+    second = beatless.client.children(run_id, after=first[-1].child_no or 0, limit=3)
+
+    assert [child.input for child in (*first, *second)] == [0, 1, 2, 3, 4]
+    assert beatless.client.children(run_id, state="running") == []
+    with pytest.raises(BadRequest, match="choose queued"):
+        beatless.client.children(run_id, state="gone")
+
+
+def test_verify_finds_a_child_that_nobody_started_and_a_parent_that_nobody_wakes(
+    beatless: Kit, postgres: psycopg.Connection[Any]
+) -> None:
+    run_id = parked(beatless, "collects", [1])
+    stray = beatless.start_run("parcel", 1)
+    postgres.execute(
+        "UPDATE runs SET parent_id = %s, child_no = 7 WHERE run_id = %s", (run_id, stray.run_id)
+    )
+    postgres.execute("DELETE FROM dispatches WHERE parent_id = %s", (run_id,))
+
+    with beatless.app.engine.connect() as connection:
+        broken = verify(connection, beatless.app.settings.schema, [run_id, stray.run_id])
+    found = {(each.invariant, each.run_id) for each in broken}
+    assert found >= {("I2", stray.run_id), ("I7", run_id)}
+
+
+def test_a_map_is_told_by_explain(beatless: Kit) -> None:
+    run_id = parked(beatless, "collects", [1, 2])
+    told = " ".join(moment.text for moment in beatless.client.explain(run_id))
+    assert "started children 1 to 2, 2 runs of plan parcel" in told
+    assert "its children" in told
+
+
+def test_an_app_without_the_plan_of_a_child_is_refused(beatless: Kit) -> None:
+    with pytest.raises(PlanError, match="names plan parcel, which the App does not have"):
+        App(beatless.app.settings, plans=[one_child])
+
+
+def test_only_a_plan_can_be_started() -> None:
+    with pytest.raises(PlanError, match="give them a plan of the App"):
+        child_call(pack, [1])
+    with pytest.raises(PlanError, match="at_once is 0"):
+        check_map(0, "fail")
+    with pytest.raises(PlanError, match="choose fail or collect"):
+        check_map(None, "ignore")
+
+
+def test_a_retry_starts_the_children_again(beatless: Kit) -> None:
+    run = beatless.start_run("fan_out", {"lines": ["broken"]})
+    beatless.work_until_idle()
+    again = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(again.run_id).state is RunState.FAILED
+    assert [child.child_no for child in beatless.client.children(again.run_id)] == [1]
+    assert len(beatless.client.children(run.run_id)) == 1
+
+
+def test_a_function_that_begins_again_numbers_its_children_on(beatless: Kit) -> None:
+    run = beatless.start_run("turns", 3)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == ["parcel 0", "parcel 0"]
+    children = beatless.client.children(run.run_id)
+    assert [child.input for child in children] == [3, 3, 2, 2, 1, 1, 0, 0]
+    assert [child.child_no for child in children] == list(range(1, 9))
