@@ -12,6 +12,9 @@ from tests.faults.history import ENDED, History, Record, Violation, due_after, o
 
 END = "RunFinished"
 
+CLOCK_S = 0.002
+"""Stored times are of milliseconds."""
+
 
 def check(records: Iterable[Record]) -> list[Violation]:
     """Every violation of the history."""
@@ -97,8 +100,9 @@ def attempts_are_counted(history: History) -> Iterator[Violation]:
                     yield Violation("I10", run_id, f"{step} is given up after {failures}")
                 elif again and mine and not run["deadline_at"]:
                     due = again - 0.01
-                    # The times are of one statement, which may have been held up in between.
-                    if again < event["ts"] + policy["delays_s"][failures - 1] / 2:
+                    # The event is later: a statement may be held up between two looks.
+                    wrote = history.written.get((run_id, event["seq"]), 0.0)
+                    if again < wrote + policy["delays_s"][failures - 1] - CLOCK_S:
                         yield Violation(
                             "delay", run_id, f"{step} is due too early after {failures}"
                         )

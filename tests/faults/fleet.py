@@ -74,6 +74,7 @@ CREATE FUNCTION chaos_event() RETURNS trigger LANGUAGE plpgsql
 SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
     'type', NEW.type, 'seq', NEW.seq, 'step', NEW.step, 'attempt', NEW.attempt,
+    'statement_at', extract(epoch FROM statement_timestamp()),
     'source', CASE WHEN NEW.data #>> '{{error,type}}' = 'StepCrashed' THEN 'takeover'
                    ELSE NEW.source END));
   RETURN NULL;

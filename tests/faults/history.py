@@ -14,7 +14,8 @@ host. `kind` says what a record is:
 | | of `signal`: `run_id`, `name`, `key` |
 | `effect` | `run_id`, `step`, `attempt`, `key`, `call` (unique): a body has had its effect |
 | `row` | `run_id`, `step`: a transactional step has written this row |
-| `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `seq`, `source`, `step`, `attempt`), |
+| `log` | `id`, `txid`, `run_id`, and one of `event` (`type`, `seq`, `source`, `step`, `attempt`, |
+| | `statement_at`), |
 | | `claim` (`token`, `worker`, `was_running`, `lease_until`, `at`, `statement_at`, `queue`) and |
 | | `lease` (`worker`, `until`, `at`, `statement_at`, `seconds`: renewed, or ended at once): |
 | | written by triggers, under the lock of the run's row; of `source` `takeover` is what a |
@@ -84,6 +85,12 @@ class History:
         self.effects = self._by_run(by_kind["effect"])
         self.rows = self._by_run(by_kind["row"])
         self.log = self._by_run(by_kind["log"], "id")
+        self.written = {
+            (record["run_id"], event.get("seq")): event.get("statement_at", NEVER)
+            for record in by_kind["log"]
+            if (event := record["event"])
+        }
+        """When the statement began that has written an event."""
         self.looks = {record["txid"]: record for record in by_kind["look"]}
         self.frames: dict[str, list[Record]] = defaultdict(list)
         for frame in by_kind["frame"]:

@@ -131,6 +131,9 @@ def honest() -> list[dict[str, Any]]:
         event("f", 2, "StepStarted", "a"),
         event("f", 3, "StepFinished", "a", data={"result": None}),
         *failures("f", 4),
+        logged(
+            40, 40, "f", claim=None, event=NOBODY | {"type": "x", "seq": 7, "statement_at": 107}
+        ),
         event("f", 10, "RunFinished", data={"outcome": "failed"}),
         run("n", "p", "completed", 4, retry_of="f"),
         event("n", 1, "RunStarted", ts=111.0),
@@ -317,7 +320,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "a retry that is due too early": (
         "delay",
-        change({"kind": "event", "run_id": "f", "seq": 7}, data={"retry_at": 107_050}),
+        change({"kind": "event", "run_id": "f", "seq": 7}, data={"retry_at": 107_450}),
     ),
     "an attempt that ran twice": ("I10", add(effect("r", "b", "b2"))),
     "an attempt that was given back is counted": (
@@ -628,7 +631,7 @@ def test_a_worker_may_be_taken_for_dead_whose_sessions_were_cut() -> None:
 
 def test_a_statement_may_be_held_up_between_two_looks_at_the_clock() -> None:
     records = honest()
-    change({"kind": "event", "run_id": "f", "seq": 7}, ts=107.1, data={"retry_at": 107_500})(
+    change({"kind": "event", "run_id": "f", "seq": 7}, ts=107.4, data={"retry_at": 107_500})(
         records
     )
     assert check(records) == []
