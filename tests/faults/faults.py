@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import psycopg
 import redis
+from sqlalchemy.exc import DBAPIError
 
 from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.queries import channel_of
@@ -541,8 +542,9 @@ def inject(name: str, fleet: Fleet, chance: random.Random) -> bool:
     """
     try:
         return FAULTS[name](fleet, chance)
-    except (psycopg.Error, redis.RedisError, OSError) as error:
+    except (psycopg.Error, DBAPIError, redis.RedisError, OSError) as error:
         away = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
-        if isinstance(error, psycopg.Error) and not isinstance(error, away):
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, psycopg.Error) and not isinstance(cause, away):
             raise
         return False
