@@ -3,4 +3,4 @@
 from beatless import App, Settings
 from tests.browser.plans import answers, checkout, payment, refund
 
-app = App(Settings.from_env(), [answers, checkout, payment, refund])
+app = App(Settings.from_env(), [checkout, payment, refund, answers])
