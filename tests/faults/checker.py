@@ -147,7 +147,7 @@ def streams_are_exact(history: History) -> Iterator[Violation]:
             expected, known = expected + 1, epoch
             epoch = frame.get("epoch") or epoch
             if frame["type"] == "reset":
-                expected = 0
+                expected, epoch = 0, frame.get("epoch")
                 continue
             if known not in (None, epoch):
                 yield Violation("I6", run_id, f"a viewer went on from {known} in {epoch}")

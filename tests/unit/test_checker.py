@@ -573,12 +573,13 @@ def test_a_function_that_has_begun_again_is_retried_from_there() -> None:
     assert [each.invariant for each in check([r for r in records if r != again[0]])] == ["I2", "I4"]
 
 
-def test_a_viewer_that_is_reset_is_shown_all_again() -> None:
+@pytest.mark.parametrize("told", ["b", None])
+def test_a_viewer_that_is_reset_is_shown_all_again(told: str | None) -> None:
     records = honest()
     end = next(n for n, record in enumerate(records) if record["kind"] == "view")
     types = [r["type"] for r in records if r["kind"] == "event" and r["run_id"] == "r"]
     anew = [frame("v", "r", seq, type) | {"epoch": "b"} for seq, type in enumerate(types, 1)]
-    reset = frame("v", "r", 0, "reset") | {"epoch": "b"}
+    reset = frame("v", "r", 0, "reset") | {"epoch": told}
     change({"kind": "frame", "seq": 4}, epoch="a")(records)
     assert check([*records[:end], reset, *anew, *records[end:]]) == []
 
