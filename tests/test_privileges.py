@@ -65,7 +65,7 @@ def start(inside: Path, *, become: str = "") -> subprocess.CompletedProcess[str]
         env=bare,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

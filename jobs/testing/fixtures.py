@@ -141,7 +141,8 @@ def beatless_app(
         remove_queues(app)
     app.close()
     # Even if the test failed: its leaks say more about why.
-    problems = guard.take() + isolation.leaks.left_outside(prefix)
+    problems = guard.take()
+    problems += map(isolation.attributed, isolation.leaks.left_outside(prefix))
     guard.fence = None
     isolation.stores.clean_own_broker(app.settings)
     problems += isolation.schemas.give_back(schema)

@@ -1,6 +1,7 @@
 """The isolation of one xdist worker's tests, from each other and from those of others."""
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import psycopg
@@ -49,13 +50,22 @@ class Isolation:
             neighbours=self.neighbours,
             allowed=allowed,
         )
-        self._tests = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._tests: dict[str, str] = {}
 
     def begin(self, test: str) -> str:
         """A prefix for the test of this name."""
         self.leaks.writes.begin()
         self.neighbours.begin(test)
-        return self.name.prefix(next(self._tests))
+        prefix = self.name.prefix(next(self._numbers))
+        self._tests[prefix] = test
+        return prefix
+
+    def attributed(self, leak: str) -> str:
+        """The leak, with the earlier test of this worker that its name belongs to."""
+        prefix = re.search(rf"\bt_{re.escape(self.name.worker)}_\d+(?=[:.])", leak)
+        test = self._tests.get(prefix[0]) if prefix else None
+        return leak if test is None else f"{leak}, a name of {test}, which had ended"
 
     def take(self, tables: Tables | None = None) -> str:
         """A schema for the test whose tables are empty, with the tables of `tables`."""

@@ -188,7 +188,7 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
         *("-p", "no:django", "-p", "no:randomly", "-p", "no:celery", "-p", "no:schemathesis"),
         *("-o", "beatless_app=store.durable:app", "-o", "pythonpath=."),
         "--beatless-services=external",
-        timeout=120,
+        timeout=600,
     )
     assert len(names) == 7
     done.assert_outcomes(passed=1)
@@ -218,6 +218,6 @@ def test_the_recipes_for_django_work(
         *("-p", plugin, "-p", "no:randomly", "-p", "no:celery", "-p", "no:schemathesis"),
         *("-o", "beatless_app=shop.durable:app", "-o", "pythonpath=."),
         "--beatless-services=external",
-        timeout=120,
+        timeout=600,
     )
     done.assert_outcomes(passed=5 if more else 3)

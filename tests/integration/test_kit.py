@@ -132,7 +132,7 @@ def impatient(_beatless_isolation):
         [
             "*the Redis key somebody:elses",
             "*a message on beatless:events:r1",
-            "*a message on t_main_1:events:r1",
+            "*a message on t_main_1:events:r1, a name of *test_writes_a_key, which had ended",
             "*a message on shop",
             "*a message on tills",
             "*the table public.runs",

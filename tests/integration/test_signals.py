@@ -168,7 +168,7 @@ def test_a_worker_that_cannot_go_on_says_so_by_its_status(beatless: Kit) -> None
         env=os.environ | settings,
         cwd=Path(__file__).parents[2],
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert b"Unrecoverable error" in done.stderr + done.stdout
     assert done.returncode != 0

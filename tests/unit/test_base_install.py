@@ -37,7 +37,7 @@ def beatless(*arguments: str, code: str = WITHOUT_EXTRAS) -> subprocess.Complete
         env=os.environ | nowhere,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 
