@@ -202,15 +202,18 @@ class NewRun(StoredOptions):
             "not_before": self.not_before.astimezone(UTC).isoformat() if self.not_before else None,
             "delay": self.delay,
             "deadline": self.deadline,
-            "deadline_at": self.deadline_at.isoformat() if self.deadline_at else None,
-            "parent_id": self.parent_id,
-            "child_no": self.child_no,
-            "detached": self.detached,
             "retry_of": self.retry_of,
             "trace_context": dict(self.trace_context) if self.trace_context else None,
             "default_queue": self.default_queue,
             "default_input": self.default_input,
         }
+        if self.parent_id is not None:
+            members |= {
+                "deadline_at": self.deadline_at.isoformat() if self.deadline_at else None,
+                "parent_id": self.parent_id,
+                "child_no": self.child_no,
+                "detached": self.detached,
+            }
         members |= self.stored_options()
         text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
         if self.reused is not None:

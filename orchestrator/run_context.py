@@ -253,7 +253,17 @@ class RunContext(Generic[Input]):
 
 
 class Child:
-    """A run that the function of a plan has started with `run.child`."""
+    """A run that the function of a plan has started with `run.child`.
+
+    >>> from beatless import Child, Plan, RunContext, plan, step
+    >>> @step
+    ... def deliver(ctx): ...
+    >>> delivery = Plan("delivery", [deliver])
+    >>> @plan("sale")
+    ... def sale(run: RunContext):
+    ...     child: Child = run.child(delivery, run.input)
+    ...     return {"delivery": child.run_id, "delivered": child.result()}
+    """
 
     def __init__(
         self, run: RunContext[Any], call: ChildCall, children: Children, occurrence: str

@@ -17,6 +17,8 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITHOUT = {"Kit.close", "Client.stored_id", "Client.page_of_runs", "Client.event_page"} | {
     "Client.count_failed_runs",
+    "Client.ends_of_children",
+    "Client.page_of_children",
     "Client.page_of_failed_runs",
     "Client.retry_page",
 }
