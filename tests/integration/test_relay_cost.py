@@ -55,6 +55,7 @@ class Asleep:
 
     def await_ring(self) -> None:
         until(lambda: self.loop.sessions.rung or self.loop.sessions.wait(1.0))
+        self.loop.sessions.work.execute("SELECT 1")  # all that were sent until now are heard
 
     def answer(self) -> list[str]:
         """Be rung once; the tables that its statements are about, in their order."""
