@@ -192,7 +192,7 @@ def refuse_two_phase(connection: Caller) -> None:
 
 
 def refuse_autocommit(connection: Caller) -> None:
-    """Raises ValueError for a connection in autocommit that is in no transaction (ADR 0070)."""
+    """Raises ValueError for a connection in autocommit that is in no transaction (ADR 0074)."""
     driver = _connection_of_session(connection)
     if isinstance(driver, sqlalchemy.Connection):
         driver = driver.connection.driver_connection
