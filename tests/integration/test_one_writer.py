@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from beatless import LeaseLost, Plan, RunState, StepEnded, step
+from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.deadlines import Deadlines
 from beatless.orchestrator.errors import OrchestratorError
@@ -364,7 +365,8 @@ def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
 
     def wake(run_id: str) -> None:
         postgres.execute("INSERT INTO wakes (shard, run_id) VALUES (0, %s)", (run_id,))
-        Wakes(app.settings.schema).wake(connection, ALL_SHARDS)
+        cancels = CancelsChildren(app.journal, {})
+        Wakes(app.settings.schema, cancels).wake(connection, ALL_SHARDS)
 
     statements: dict[str, Callable[[str], object]] = {
         "claim": lambda run_id: app.leases.claim(
