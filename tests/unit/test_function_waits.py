@@ -323,7 +323,10 @@ def test_a_run_of_a_list_that_waits_goes_on_as_a_function() -> None:
         (lambda run: run.sleep(0), "must be more than 0 seconds"),
         (lambda run: run.sleep("a day"), "must be more than 0 seconds"),
         (lambda run: run.wait("a", id="7"), "must match"),
-        (lambda run: (run.step(double, 1), run.wait("double")), "a step and a wait called double"),
+        (
+            lambda run: (run.step(double, 1), run.wait("double")),
+            "a step, and a wait or children, called double",
+        ),
     ],
 )
 def test_a_bad_wait_fails_the_run_with_what_to_do(
@@ -338,7 +341,7 @@ def test_a_step_with_the_name_of_a_wait_is_refused() -> None:
     paid = step(name="paid")(lambda ctx: 1)
     journal = Journal(plan("p")(lambda run: (run.wait("paid"), run.step(paid))))
     journal.inbox.append(("paid", 1))
-    assert "a step and a wait called paid" in outcome(finish(journal))["message"]
+    assert "a step, and a wait or children, called paid" in outcome(finish(journal))["message"]
 
 
 def test_a_call_of_an_async_plan_that_is_not_awaited_is_named() -> None:
