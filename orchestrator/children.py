@@ -70,7 +70,7 @@ class ChildRuns:
         """
         children = tends.children
         place = {"run_id": run_id, "first": children.first, "last": children.last}
-        parameters = place | {"count": children.count}
+        parameters = place | {"count": children.count, "collects": children.collects}
         ((started, unfinished, others, failed, cancelled),) = execute(
             connection, self._sql["look"], parameters
         )

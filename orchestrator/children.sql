@@ -2,7 +2,7 @@
 
 -- name: look
 -- Read how many children of a call were started, and are unfinished; how many others are; and which
--- has failed.
+-- has failed first: those that were cancelled for its sake have failed later.
 SELECT least(greatest(r.children_started - %(first)s + 1, 0), %(count)s),
        (SELECT count(*)::int FROM {schema}.dispatches d
          WHERE d.parent_id = r.run_id AND d.child_no BETWEEN %(first)s AND %(last)s),
@@ -10,7 +10,8 @@ SELECT least(greatest(r.children_started - %(first)s + 1, 0), %(count)s),
          WHERE d.parent_id = r.run_id AND d.child_no NOT BETWEEN %(first)s AND %(last)s),
        (SELECT c.child_no FROM {schema}.runs c
          WHERE c.parent_id = r.run_id AND c.child_no BETWEEN %(first)s AND %(last)s
-           AND c.error IS NOT NULL ORDER BY c.child_no LIMIT 1),
+           AND c.error IS NOT NULL AND NOT %(collects)s
+         ORDER BY c.finished_at, c.child_no LIMIT 1),
        r.cancel_requested_at IS NOT NULL
   FROM {schema}.runs r WHERE r.run_id = %(run_id)s
 
