@@ -19,6 +19,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import (
     ARGUMENTS,
     CHILDREN,
+    CLAIM,
     GENERATION,
     SIGNALS_FROM,
     VERSION,
@@ -50,9 +51,10 @@ class FunctionBoundaries(Boundaries):
 
     # The function is called, and says how it goes on
 
-    def taken_over(self) -> Settlement:
+    def taken_over(self, claim: int) -> Settlement:
         """The last claim ended without a word: counted before the function is called."""
-        note = NewEvent(type=EventType.DEBUG_TRACE, data=_text({"name": TAKEN_OVER}))
+        facts = {"name": TAKEN_OVER, CLAIM: claim}
+        note = NewEvent(type=EventType.DEBUG_TRACE, data=_text(facts))
         return Settlement.ignoring_cancel(Boundary(events=[note], state=RunState.RUNNING))
 
     def plan_crashed(self) -> Settlement:
@@ -98,17 +100,27 @@ class FunctionBoundaries(Boundaries):
         going_on = Boundary(events=[*values, started], state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, values)
 
-    def alone(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
+    def drawn(self, progress: Progress, values: Sequence[NewEvent]) -> Settlement:
+        """The values that the function was given before a wait that begins with no event."""
+        going_on = Boundary(events=values, state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, values)
+
+    def alone(
+        self, progress: Progress, outcome: NewEvent, values: Sequence[NewEvent], call: Call
+    ) -> Settlement:
         """The outcome of a step or wait, before children are started or waited for."""
-        data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
-        events = [replace(outcome, data=_text(data))]
+        events = [_followed(outcome, call), *values]
         going_on = Boundary(events=events, state=RunState.RUNNING)
         return self._unless_cancelled(progress, going_on, events)
 
-    def promised(self, progress: Progress, outcome: NewEvent, call: Call) -> Settlement:
-        """The run is given back before the step or wait that the function has asked for."""
-        data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
-        return self._given_back(progress, "shutdown", [replace(outcome, data=_text(data))])
+    def promised(
+        self, progress: Progress, outcome: NewEvent, values: Sequence[NewEvent], call: Call
+    ) -> Settlement:
+        """The run is given back before the step or wait that the function has asked for.
+
+        With the values that the function was given: which call it has asked for may hang on them.
+        """
+        return self._given_back(progress, "shutdown", [_followed(outcome, call), *values])
 
     def restarted(
         self,
@@ -181,6 +193,12 @@ class FunctionBoundaries(Boundaries):
         told = replace(failed, data=_text(json.loads(failed.data or "{}") | {FINAL: True}))
         waiting = Boundary(events=[told], state=RunState.QUEUED)
         return self._unless_cancelled(progress, waiting, [told])
+
+
+def _followed(outcome: NewEvent, call: Call) -> NewEvent:
+    """The outcome of a step or wait, with the name of the call that comes next."""
+    data = json.loads(outcome.data or "{}") | {FOLLOWING: call.named}
+    return replace(outcome, data=_text(data))
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -142,9 +142,9 @@ class CoroutineCall:
     def _ended(self, value: Any) -> Said:
         try:
             self._context.check_awaited()
-        except PlanError as error:
-            return Broken(error)
-        return _ended(value, self._replay)
+            return _ended(value, self._replay)
+        except Exception as error:  # also of a child whose result is read only now
+            return self._replay.end(error) or Broken(error)
 
     def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:
         error = PlanError(f"plan {self._replay.plan.name} awaits {awaited}: {ONE_AT_A_TIME}")

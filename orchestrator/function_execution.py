@@ -129,7 +129,7 @@ class FunctionExecution(Execution):
     def _resume(self) -> Part:
         lease = self._lease
         if lease.waited is None and lease.run.attempt > 1 and not lease.cancelled:
-            yield from self._settle(self._boundaries.taken_over())
+            yield from self._settle(self._boundaries.taken_over(lease.run.attempt))
             self._last_seq += 1
         if lease.late and not lease.cancelled:
             yield from self._settle(self._boundaries.overdue())
@@ -218,7 +218,7 @@ class FunctionExecution(Execution):
                 yield from self._settle(self._last(said, before))
                 return None
         if isinstance(progress.step, ChildCall):
-            return progress  # they are started, or looked at, as their call is waited for
+            return (yield from self._begin_children(progress, progress.step))
         if progress.key not in progress.inbox.waits:  # else nothing is written
             before = [*before, *self._values()]
         return (yield from super()._begin_attempt(progress, before))
@@ -272,6 +272,14 @@ class FunctionExecution(Execution):
         return self._begun(conclusion.settlement, end)
 
     # Children
+
+    def _begin_children(self, progress: Progress, call: ChildCall) -> Part:
+        """Store what the function was given; they are started, or looked at, by `_wait`."""
+        if call.children is None or not (values := self._values()):
+            return progress
+        kept = yield from self._settle(self._boundaries.drawn(progress, values))
+        self._last_seq = kept.last_seq
+        return None if kept.cancelled else progress
 
     def _start_children(self, progress: Call, call: ChildCall) -> Part:
         """Start the first of them; with one that is started alone the function goes on."""
@@ -359,10 +367,11 @@ class FunctionExecution(Execution):
         self._said = said = self._resumed(answer)
         match said:
             case Call() if self._stopping() or (is_step and self._steps_left == 1):
-                return self._boundaries.promised(progress, outcome, said)
+                return self._boundaries.promised(progress, outcome, self._values(), said)
             case Call() if isinstance(said.step, ChildCall):
-                self._last_seq += 1
-                return self._boundaries.alone(progress, outcome, said)
+                values = self._values()
+                self._last_seq += 1 + len(values)
+                return self._boundaries.alone(progress, outcome, values, said)
             case Call():
                 values = self._values()
                 self._last_seq += 2 + len(values)

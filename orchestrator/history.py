@@ -39,6 +39,9 @@ signals may not be taken yet. The first two also in the `reused` of a retry."""
 CHILDREN = "children"
 """In RunRestarted: how many children the run has started before."""
 
+CLAIM = "claim"
+"""In the trace of a takeover: the number of the claim that has written it."""
+
 CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
 """In the `reused` of RunStarted: the calls in order, their outcomes, and the values of a retry."""
 
@@ -82,6 +85,8 @@ class History:
     """The times, random numbers and UUIDs that it was given, by their kind."""
     takeovers: int = 0
     """Claims in a row, up to the last, whose worker died without another event."""
+    last_takeover: int | None = None
+    """The number of the claim that has written the last one of these, if it is known."""
     generation: int = 1
     """Counts how often the function has begun, by its own wish, with an input of its own."""
     input: Any = None
@@ -99,6 +104,18 @@ class History:
     def as_given(self, run: Run) -> Run:
         """The run with the input of the generation."""
         return replace(run, input=self.input) if self.restarted_seq else run
+
+    def count_takeover(self, taken_over: bool, claim: int | None) -> None:
+        """Count an event, of a claim that found the one before it dead or of another one.
+
+        Claims that have left no event may be between two: of a run that waits for its children.
+        """
+        if not taken_over:
+            self.takeovers, self.last_takeover = 0, None
+            return
+        before, self.last_takeover = self.last_takeover, claim
+        in_a_row = before is None or claim is None or claim == before + 1
+        self.takeovers = self.takeovers + 1 if in_a_row else 1
 
     def restart(self, plan: FunctionPlan, event: Event) -> None:
         """Begin a generation: only the signals that no wait has taken stay."""
@@ -128,7 +145,7 @@ def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
         history.last_ts_ms = event.ts
         data = event.data or {}
         name = data.get("name") if event.type == EventType.DEBUG_TRACE else None
-        history.takeovers = history.takeovers + 1 if name == TAKEN_OVER else 0
+        history.count_takeover(name == TAKEN_OVER, data.get(CLAIM))
         if event.type == EventType.RUN_STARTED:
             _take_over(plan, history, data.get("reused") or {})
         elif name == VALUE:

@@ -19,6 +19,7 @@ from beatless import (
 )
 from beatless.orchestrator.child_calls import check_map, child_call
 from beatless.orchestrator.children import ChildRuns
+from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.retention import Retention
 from beatless.testing import Kit
@@ -80,6 +81,35 @@ def turns(run: RunContext[Any]) -> Any:
     return run.again(run.input - 1) if run.input else parcels
 
 
+@plan("told")
+def told(run: RunContext[Any]) -> Any:
+    run.wait("go")
+    if run.input == "broken":
+        raise ValueError("it broke")
+    return run.input
+
+
+@plan("asks_all")
+def asks_all(run: RunContext[Any]) -> Any:
+    return run.map(told, run.input)
+
+
+@plan("gives_all")
+async def gives_all(run: RunContext[Any]) -> Any:
+    return await run.map(told, run.input)
+
+
+@plan("draws")
+def draws(run: RunContext[Any]) -> Any:
+    run.step(add, [])
+    child = run.child(told, 1, id=f"drawn-{run.uuid()}")
+    DRAWN.append(str(run.uuid()))
+    return [child.run_id, child.result()]
+
+
+DRAWN: list[str] = []
+
+
 @plan("leaves")
 def leaves(run: RunContext[Any]) -> Any:
     child = run.child(parcel, 1, detach=run.input == "detached", deadline=3600)
@@ -94,7 +124,21 @@ def nested(run: RunContext[Any]) -> Any:
 
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [parcel, one_child, fan_out, collects, asks_async, grows, leaves, nested, turns]
+    return [
+        parcel,
+        one_child,
+        fan_out,
+        collects,
+        asks_async,
+        grows,
+        leaves,
+        nested,
+        turns,
+        told,
+        asks_all,
+        gives_all,
+        draws,
+    ]
 
 
 LEASE_S = 60
@@ -187,6 +231,20 @@ def test_the_first_failure_of_a_map_cancels_the_others_and_fails_it_once_they_ha
     assert len(states) < 10
 
 
+def test_the_failure_of_a_map_is_the_first_one_and_not_a_cancel_that_follows_from_it(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("asks_all", [1, "broken", 3])
+    beatless.work_until_idle()
+    _, broken, _ = beatless.children(run.run_id)
+    beatless.signal(broken.run_id, "go")
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run.run_id).error
+    assert error is not None
+    assert (error["child"], "it broke" in error["message"]) == (broken.run_id, True)
+
+
 def test_a_map_collects_failures_where_it_is_asked_to(beatless: Kit) -> None:
     run = beatless.start_run("collects", [1, "broken", 2])
     beatless.work_until_idle()
@@ -246,6 +304,36 @@ def test_no_crash_starts_a_child_twice_or_loses_one(beatless: Kit, point: str, n
     assert [child.input for child in children] == [1, 2, 3, 4]
     assert {child.state.value for child in children} == {"completed"}
     beatless.verify()
+
+
+def test_a_parent_whose_workers_die_now_and_then_has_not_crashed(beatless: Kit) -> None:
+    deaths = MAX_TAKEOVERS
+    run = beatless.start_run("fan_out", {"lines": [*range(deaths)], "options": {"at_once": 1}})
+    for _ in range(deaths):
+        with beatless.crash(at="wait.before", nth=2):  # the first claim has parked it
+            beatless.work_until_idle()
+        beatless.advance(LEASE_S + 1)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+
+
+def test_a_call_that_hangs_on_a_stored_value_is_asked_for_again_after_a_crash(
+    beatless: Kit,
+) -> None:
+    DRAWN.clear()
+    run = beatless.start_run("draws", {})
+    with beatless.crash(at="children.before"):
+        beatless.work_until_idle()
+    beatless.advance(LEASE_S + 1)
+    beatless.work_until_idle()
+    (child,) = beatless.children(run.run_id)
+    beatless.signal(child.run_id, "go")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == [child.run_id, 1]
+    assert len(DRAWN) > 1
+    assert len(set(DRAWN)) == 1
 
 
 def test_the_cancel_of_a_run_goes_down_to_its_children(beatless: Kit) -> None:
@@ -309,6 +397,19 @@ def test_a_child_that_is_removed_wakes_its_parent(beatless: Kit, way: str) -> No
     beatless.work_until_idle()
 
     assert "RunNotFound" in beatless.client.get_run(run_id).result["failed"]
+
+
+def test_a_function_that_returns_the_result_of_a_removed_child_fails(beatless: Kit) -> None:
+    run = beatless.start_run("gives_all", [1, 2])
+    beatless.work_until_idle()
+    one, two = beatless.children(run.run_id)
+    beatless.client.remove_run(one.run_id)
+    beatless.signal(two.run_id, "go")
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run.run_id).error
+    assert error is not None
+    assert (error["type"], "RunNotFound" in error["message"]) == ("ChildFailed", True)
 
 
 def test_the_last_two_children_end_at_once_and_the_parent_goes_on(

@@ -108,14 +108,30 @@ def flaky_plan(run: RunContext[Any]) -> int:
 COUNTER: list[int] = []
 
 
+@plan("names_calls")
+def names_calls(run: RunContext[Any]) -> Any:
+    run.step(charge, 1)
+    return run.step(charge, 2, id=f"drawn-{run.uuid()}")
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [order, order_async, send, flaky_plan]
+    return [order, order_async, send, flaky_plan, names_calls]
 
 
 @pytest.fixture
 def beatless_settings() -> dict[str, float]:
     return {"lease_seconds": LEASE_S}
+
+
+def test_a_run_that_is_given_back_keeps_the_values_by_which_its_next_call_was_chosen(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("names_calls")
+    beatless.step(run.run_id)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == "2 eur, attempt 1"
 
 
 def test_a_function_runs_with_the_events_of_a_list(beatless: Kit) -> None:
