@@ -256,6 +256,11 @@ ReadEnds = Callable[[int, int], Sequence[ChildEnd]]
 """Reads the children with numbers from the first to the last that are stored and have ended."""
 
 
+def removed(number: int) -> dict[str, Any]:
+    """The failure of a child that was removed, as the event of its parent has it."""
+    return {"type": "RunNotFound", "message": f"child {number} was removed", "run_id": ""}
+
+
 def failure_of(facts: dict[str, Any]) -> ChildFailed:
     """The error of a child, of the facts in the journal of its parent."""
     return ChildFailed(str(facts.get("run_id")), str(facts.get("type")), str(facts.get("message")))
@@ -306,7 +311,7 @@ class ChildResults(Sequence[Any]):
         found = self._page.get(number)
         failed = None
         if found is None:
-            failed = ChildFailed("", "RunNotFound", f"child {number} was removed")
+            failed = failure_of(removed(number))
         elif found.error is not None:
             failed = failure_of(found.failure)
         if failed is None and found is not None:

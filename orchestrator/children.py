@@ -1,7 +1,7 @@
 """The statements over the children of runs: their starts, their results, their cancel."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -76,6 +76,9 @@ class ChildRuns:
         )
         look = ChildrenLook(started=started, unfinished=unfinished, failed=failed)
         turn = next_turn(children, look)
+        if turn.done and turn.failed is None and not children.collects:
+            for (number,) in execute(connection, self._sql["removed"], place):
+                turn = replace(turn, failed=number)
         if turn.start and not cancelled:
             self.start(connection, run_id, tends.runs(turn.start))
         if turn.failed is not None and unfinished:

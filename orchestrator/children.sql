@@ -15,6 +15,13 @@ SELECT least(greatest(r.children_started - %(first)s + 1, 0), %(count)s),
        r.cancel_requested_at IS NOT NULL
   FROM {schema}.runs r WHERE r.run_id = %(run_id)s
 
+-- name: removed
+-- Read which child of a call that were all started was removed.
+SELECT n FROM generate_series(%(first)s::int, %(last)s::int) AS n
+ WHERE NOT EXISTS (SELECT FROM {schema}.runs c
+                    WHERE c.parent_id = %(run_id)s AND c.child_no = n)
+ LIMIT 1
+
 -- name: count
 -- Note on the parent which is the highest number that it has given.
 UPDATE {schema}.runs SET children_started = %(last)s WHERE run_id = %(run_id)s

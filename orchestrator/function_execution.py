@@ -22,6 +22,7 @@ from beatless.orchestrator.child_calls import (
     ReadEnds,
     Tends,
     next_turn,
+    removed,
 )
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
@@ -336,9 +337,11 @@ class FunctionExecution(Execution):
             return progress
         if turn.failed is not None or (call.children is not None and not children.collects):
             failed = turn.failed or children.first
-            for end in self._read_ends(failed, failed):
-                if end.error is not None:
-                    children = replace(children, error=end.failure)
+            ends = self._read_ends(failed, failed)
+            if not ends:
+                children = replace(children, error=removed(failed))
+            elif ends[0].error is not None:
+                children = replace(children, error=ends[0].failure)
         occurrence = progress.named if call.children is None else call.started_by
         finished = children.finished(occurrence)
         answer = self._replay.ended(progress, children)

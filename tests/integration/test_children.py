@@ -94,6 +94,11 @@ def asks_all(run: RunContext[Any]) -> Any:
     return run.map(told, run.input)
 
 
+@plan("counts_all")
+def counts_all(run: RunContext[Any]) -> Any:
+    return len(run.map(told, run.input))
+
+
 @plan("gives_all")
 async def gives_all(run: RunContext[Any]) -> Any:
     return await run.map(told, run.input)
@@ -137,6 +142,7 @@ def beatless_plans() -> list[Plan]:
         told,
         asks_all,
         gives_all,
+        counts_all,
         draws,
     ]
 
@@ -397,6 +403,21 @@ def test_a_child_that_is_removed_wakes_its_parent(beatless: Kit, way: str) -> No
     beatless.work_until_idle()
 
     assert "RunNotFound" in beatless.client.get_run(run_id).result["failed"]
+
+
+def test_a_map_whose_child_was_removed_fails_though_nobody_reads_its_results(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("counts_all", [1, 2])
+    beatless.work_until_idle()
+    one, two = beatless.children(run.run_id)
+    beatless.client.remove_run(two.run_id)
+    beatless.signal(one.run_id, "go")
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run.run_id).error
+    assert error is not None
+    assert "RunNotFound: child 2 was removed" in error["message"]
 
 
 def test_a_function_that_returns_the_result_of_a_removed_child_fails(beatless: Kit) -> None:
