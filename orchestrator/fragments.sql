@@ -11,6 +11,12 @@ r.parent_id, r.child_no, r.created_at, r.started_at, r.finished_at, r.pruned_seq
 (SELECT n.run_id FROM {schema}.runs n WHERE n.retry_of = r.run_id
   ORDER BY n.created_at DESC LIMIT 1) AS retried_by
 
+-- fragment: needed
+-- Whether a run `r` is a child whose parent, or the root of whose tree, has not ended: its result may
+-- be asked for.
+r.parent_id IS NOT NULL
+AND EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id IN (r.parent_id, r.root_id))
+
 -- fragment: parked
 -- Whether the run of a dispatch `d` waits for a signal or a time, as `WAITS` says.
 (d.state = 'delayed' AND d.reason = 'wait')

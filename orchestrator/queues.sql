@@ -190,12 +190,13 @@ SELECT run_id, state, 0 FROM {schema}.runs
 (SELECT r.run_id, r.last_seq - r.pruned_seq AS events FROM {schema}.runs r
   WHERE r.pruned_at IS NOT NULL
     AND r.finished_at < (SELECT clock_timestamp() - make_interval(secs => %(seconds)s))
-    AND r.namespace = %(namespace)s AND r.state = %(state)s
+    AND r.namespace = %(namespace)s AND r.state = %(state)s AND NOT ({needed})
   ORDER BY r.pruned_at LIMIT %(limit)s)
 UNION ALL
 (SELECT r.run_id, r.last_seq - r.pruned_seq FROM {schema}.run_events e CROSS JOIN LATERAL (
    SELECT * FROM {schema}.runs r
-    WHERE r.run_id = e.run_id AND r.namespace = %(namespace)s AND r.state = %(state)s LIMIT 1) r
+    WHERE r.run_id = e.run_id AND r.namespace = %(namespace)s AND r.state = %(state)s
+      AND NOT ({needed}) LIMIT 1) r
   WHERE e.type = 'RunFinished' AND e.data ->> 'outcome' = %(state)s
     AND e.ts < (SELECT clock_timestamp() - make_interval(secs => %(seconds)s))
   ORDER BY e.ts LIMIT %(limit)s)

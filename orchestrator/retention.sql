@@ -2,12 +2,6 @@
 --
 -- The times are subqueries: compared with a volatile function, all that is not due would be read.
 
--- fragment: kept
--- Whether a run `r` is a child whose parent, or the root of whose tree, has not ended: its result may
--- be asked for.
-r.parent_id IS NOT NULL
-AND EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id IN (r.parent_id, r.root_id))
-
 -- name: lock_due
 -- Lock runs that ended long enough ago, oldest end first, up to so many events.
 -- `since` passes over the index entries of what this session has deleted: VACUUM has not been there
@@ -15,7 +9,7 @@ AND EXISTS (SELECT FROM {schema}.dispatches d WHERE d.run_id IN (r.parent_id, r.
 WITH due AS (
   SELECT e.run_id, e.ts FROM {schema}.run_events e
    CROSS JOIN LATERAL (SELECT FROM {schema}.runs r
-                        WHERE r.run_id = e.run_id AND NOT ({kept}) LIMIT 1) r
+                        WHERE r.run_id = e.run_id AND NOT ({needed}) LIMIT 1) r
    WHERE e.type = 'RunFinished'
      AND e.ts < (SELECT clock_timestamp() - make_interval(secs => %(events)s))
      AND e.ts >= coalesce(%(since)s::timestamptz, '-infinity')

@@ -493,6 +493,20 @@ def test_retention_keeps_a_child_as_long_as_its_parent_is_unfinished(beatless: K
     assert beatless.client.get_run(child.run_id).pruned_seq == child.last_seq
 
 
+def test_clean_keeps_a_child_as_long_as_its_parent_is_unfinished(beatless: Kit) -> None:
+    run = beatless.start_run("asks_all", [1, 2])
+    beatless.work_until_idle()
+    one, two = beatless.children(run.run_id)
+    beatless.signal(one.run_id, "go")
+    beatless.work_until_idle()
+
+    assert beatless.client.clean("completed", older_than=0) == 0
+    beatless.signal(two.run_id, "go")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).result == [1, 2]
+    assert beatless.client.clean("completed", older_than=0) == 3
+
+
 def test_an_input_that_a_child_cannot_have_fails_the_parent_before_any_was_started(
     beatless: Kit,
 ) -> None:
