@@ -26,6 +26,9 @@ from beatless.outbox.waking import Woken
 CANCELS = 100
 """Children that one transaction of a relay cancels."""
 
+STATEMENT_BYTES = 8 * 1024 * 1024
+"""Inputs of children that one statement stores: it has them in memory several times."""
+
 PARENT_ENDED = "its parent has ended, or needs it no more"
 """The reason of the cancel of a child."""
 
@@ -59,7 +62,8 @@ class ChildRuns:
     def start(self, connection: Caller, run_id: str, runs: Sequence[NewRun]) -> None:
         """Store children of a run whose row this transaction has locked."""
         if runs:
-            self._journal.create_runs(connection, runs)
+            for some in _pages(runs):
+                self._journal.create_runs(connection, some)
             last = max(run.child_no or 0 for run in runs)
             execute(connection, self._sql["count"], {"run_id": run_id, "last": last})
 
@@ -130,6 +134,19 @@ class ChildRuns:
         }
         rows = read(connection, self._sql["page"], parameters)
         return (Run.from_row(row) for row in rows)
+
+
+def _pages(runs: Sequence[NewRun]) -> Iterator[Sequence[NewRun]]:
+    """The runs in pages of so many bytes: a statement that is too large fails for ever."""
+    page: list[NewRun] = []
+    size = 0
+    for run in runs:
+        size += len(run.input or "")
+        if page and size > STATEMENT_BYTES:
+            yield page
+            page, size = [], len(run.input or "")
+        page.append(run)
+    yield page
 
 
 class CancelsChildren:

@@ -17,9 +17,11 @@ from beatless import (
     plan,
     step,
 )
+from beatless.orchestrator import children
 from beatless.orchestrator.child_calls import check_map, child_call
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
+from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.retention import Retention
 from beatless.testing import Kit
@@ -517,6 +519,25 @@ def test_an_input_that_a_child_cannot_have_fails_the_parent_before_any_was_start
     assert error is not None
     assert error["type"] == "BadPayload"
     assert beatless.client.children(run.run_id) == []
+
+
+def test_children_with_large_inputs_are_stored_by_several_statements(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[int] = []
+    create = Journal.create_runs
+
+    def create_runs(self: Journal, connection: Any, new: Any) -> Any:
+        stored.append(len(new))
+        return create(self, connection, new)
+
+    monkeypatch.setattr(Journal, "create_runs", create_runs)
+    monkeypatch.setattr(children, "STATEMENT_BYTES", 250)
+    run = beatless.start_run("collects", ["x" * 98] * 5)
+    beatless.work_until_idle()
+
+    assert stored == [1, 2, 2, 1]  # the parent first
+    assert len(beatless.client.get_run(run.run_id).result) == 5
 
 
 def test_children_are_of_the_namespace_of_their_parent(beatless: Kit) -> None:
