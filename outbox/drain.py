@@ -160,7 +160,7 @@ class Drain:
         if look_ahead:
             self.next_due_s = self._earliest(ahead)
         self.events.note_forgotten(deleted)
-        self.tasks.note_forgotten(marked)
+        self.tasks.note_forgotten(marked, picked_behind=False)
         return self.tasks.all_marked and not self.events.rows_held and not self._tasks_left
 
     @property

@@ -185,8 +185,14 @@ class TaskLane:
         """Mark the messages whose fate is known, without rows that another transaction holds."""
         return [self._send_mark(statement, messages, now) for statement, messages in self._marks]
 
-    def note_forgotten(self, marked: Sequence[psycopg.Cursor[Any]]) -> None:
-        """Take the answers to `forget`: the marks are written."""
+    def note_forgotten(
+        self, marked: Sequence[psycopg.Cursor[Any]], *, picked_behind: bool = True
+    ) -> None:
+        """Take the answers to `forget`: the marks are written.
+
+        If no pick came behind them, all are due once more unless all were written: only a pick
+        behind its own marks knows a run that another transaction holds from one to be sent.
+        """
         self.all_marked = sum(len(messages) for _, messages in self._marks) == sum(
             cursor.rowcount for cursor in marked
         )
@@ -197,7 +203,8 @@ class TaskLane:
             for act in ("look", "send")
             if act == "look" or statement != self._queries.mark_lost_sql
         }
-        self._marks = []
+        if picked_behind or self.all_marked:
+            self._marks = []
 
     def forget_each(self, now: datetime | None) -> None:
         """`forget`, row by row where it fails: the run of a row for which it does is set aside."""

@@ -28,6 +28,7 @@ from beatless.outbox.session_loop import (
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 from tests.integration.test_relay import noting, pending, running, session_loop, until
+from tests.integration.test_windows import in_broker
 
 
 @step
@@ -252,6 +253,26 @@ class TestOneLookIsEnough:
         beatless.start_run("job")
         asleep.answer()
         assert sent(postgres) == 1
+
+    def test_a_message_whose_run_is_being_claimed_is_sent_once(
+        self,
+        beatless: Kit,
+        asleep: Asleep,
+        postgres: psycopg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The worker has the message, and its claim the row, before the relay has marked it."""
+        conclude = asleep.loop.drain.conclude
+
+        def held(*arguments: Any, **options: Any) -> bool:
+            postgres.execute("SELECT FROM dispatches FOR UPDATE")
+            return conclude(*arguments, **options)
+
+        monkeypatch.setattr(asleep.loop.drain, "conclude", held)
+        beatless.start_run("job")
+        with postgres.transaction():
+            asleep.answer()
+        assert in_broker(beatless.app) == 1
 
 
 def sent(postgres: psycopg.Connection) -> int:
