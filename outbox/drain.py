@@ -7,7 +7,6 @@ from typing import Any
 import psycopg
 
 from beatless.outbox.breaker import CircuitBreaker
-from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.event_lane import EventLane
 from beatless.outbox.observer import Drained
@@ -15,9 +14,6 @@ from beatless.outbox.overdue import OverdueRuns
 from beatless.outbox.quarantine import Quarantine, is_row_fault
 from beatless.outbox.queries import int_array
 from beatless.outbox.task_lane import TaskLane
-
-CLOCK_SLACK_S = 0.0005
-"""Due times are the server's: look a moment after them, not a moment before."""
 
 LOCKED_ROW_POLL_S = 0.25
 """Seconds between two picks of due rows that another transaction holds."""
@@ -57,8 +53,6 @@ class Drain:
         self.complete = False
         """Whatever the last step could pick, it has published, and handed over to the broker."""
         self._tasks_left = False
-        self._looked_for_tasks_at = monotonic()
-        """When the last step was begun that looked for dispatches, by the monotonic clock."""
         self.next_due_s: float | None = None
         """Seconds from the last step to the next due time or deadline of a run, if it looked ahead;
         None: there is none."""
@@ -99,7 +93,7 @@ class Drain:
         `look_ahead` reads `next_due_s` as well. With `only_events` no dispatch is looked for.
         """
         events, tasks = self.events, self.tasks
-        self.complete, began = False, monotonic()
+        self.complete = False
         self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
         sent = list(tasks.collect(shards, now))
         tasks.abandon_stalled()
@@ -117,8 +111,6 @@ class Drain:
         except psycopg.Error as error:
             self._isolate(error, shards, run_id, now)
             return len(sent)
-        if dispatches is not None:
-            self._looked_for_tasks_at = began
         self.next_due_s = self._earliest(ahead)
         events.note_forgotten(deleted)
         tasks.note_forgotten(marked)
@@ -147,13 +139,11 @@ class Drain:
         It was `complete`, and its caller is woken by whatever is committed since. `look_ahead`
         reads `next_due_s` as well.
         """
-        # What became due since the last pick of dispatches is in none: both clocks are as fast.
-        back_s = monotonic() - self._looked_for_tasks_at + CLOCK_SLACK_S
         try:
             with self._connection.pipeline():
                 deleted = self.events.forget()
                 marked = self.tasks.forget(None)
-                ahead = self._look_ahead(shards, back_s) if look_ahead else None
+                ahead = self._look_ahead(shards) if look_ahead else None
         except psycopg.Error as error:
             self._isolate(error, (), None, None)
             return False
@@ -184,10 +174,8 @@ class Drain:
         """End the thread that hands tasks over."""
         self.tasks.close()
 
-    def _look_ahead(self, shards: Sequence[int], back_s: float = 0.0) -> psycopg.Cursor[Any]:
-        return self._connection.execute(
-            self._queries.next_due_sql, {"shards": int_array(shards), "back": back_s}
-        )
+    def _look_ahead(self, shards: Sequence[int]) -> psycopg.Cursor[Any]:
+        return self._connection.execute(self._queries.next_due_sql, {"shards": int_array(shards)})
 
     def _earliest(self, ahead: psycopg.Cursor[Any] | None) -> float | None:
         row = ahead.fetchone() if ahead else None

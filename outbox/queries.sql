@@ -294,10 +294,10 @@ UPDATE {schema}.dispatches d
 -- name: next_due
 -- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline;
 -- and whether it has left something of what is due.
--- What became due %(back)s seconds ago was not seen by a look that was before. A dispatch that is due and was not taken waits for a place in the window, which the claims of
+-- A dispatch that is due and was not taken waits for a place in the window, which the claims of
 -- another relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite
 -- time has no distance from another.
-WITH {lanes}
+WITH {lanes}, clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval '1 day'
          THEN interval '1 day' ELSE min(t.due_at) - clock_timestamp() END)::float8,
        (SELECT extract(epoch FROM least(greatest(deadline_at, clock_timestamp() - interval '1 day'),
@@ -308,8 +308,11 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
          OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
   FROM (
   SELECT min(due_at) AS due_at, false AS is_left FROM {schema}.dispatches
-   WHERE state <> 'waiting' AND due_at > clock_timestamp() - make_interval(secs => %(back)s)
-     AND shard = ANY(%(shards)s)
+   WHERE state <> 'waiting' AND due_at > (SELECT now FROM clock) AND shard = ANY(%(shards)s)
+  UNION ALL
+  SELECT NULL, EXISTS (SELECT FROM {schema}.dispatches
+                        WHERE state <> 'waiting' AND due_at <= (SELECT now FROM clock)
+                          AND shard = ANY(%(shards)s))
   UNION ALL
   SELECT n.due_at, n.is_left FROM open CROSS JOIN LATERAL (
     SELECT CASE WHEN due_at > clock_timestamp() THEN due_at

@@ -6,7 +6,7 @@ import threading
 from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import Ring, Sessions, State
-from beatless.outbox.drain import CLOCK_SLACK_S, Drain
+from beatless.outbox.drain import Drain
 from beatless.outbox.observer import (
     RelayAsleep,
     RelayWoke,
@@ -59,6 +59,9 @@ and still counts as a member, for a backend releases its locks one by one. Then 
 
 PING_TIMEOUT_S = 5.0
 """Seconds in which a NOTIFY to ourselves must have come back."""
+
+CLOCK_SLACK_S = 0.0005
+"""Due times are the server's: look a moment after them, not a moment before."""
 
 
 class SessionLoop:

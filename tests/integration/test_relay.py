@@ -742,7 +742,7 @@ def test_a_run_that_waits_for_a_place_in_the_window_has_a_time(
     assert len(doors[1].messages) == 64
 
     due = postgres.execute(
-        beatless_app.queries.next_due_sql, {"shards": list(range(SHARDS)), "back": 0.0}
+        beatless_app.queries.next_due_sql, {"shards": list(range(SHARDS))}
     ).fetchone()
     relay.stop()
     assert 0 < due[0] <= 0.25

@@ -223,7 +223,6 @@ def test_a_look_reads_nothing_of_queues_whose_runs_are_all_for_later(
         "now": None,
         "aside": [],
         "places": WINDOW,
-        "back": 0.0,
     }
     assert read(postgres, getattr(beatless_app.queries, statement), parameters) < 100
     postgres.execute("DELETE FROM dispatches WHERE run_id LIKE 'later-%'")
