@@ -22,6 +22,7 @@ from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
+from beatless.outbox.pending import prepare_anew
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 
@@ -204,6 +205,7 @@ class Leases:
                 connection.execute(self.sql["fence"])
                 claimed = [connection.execute(claim, parameters) for claim in claims]
         except psycopg.errors.LockNotAvailable:
+            prepare_anew(connection)
             logger.info(
                 "run not claimed: another transaction holds its row; it is dispatched again",
                 extra={"action": "claim_waited", "run_id": parameters["run_id"]},

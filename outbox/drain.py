@@ -11,6 +11,7 @@ from beatless.outbox.config import RelayConfig
 from beatless.outbox.event_lane import EventLane
 from beatless.outbox.observer import Drained
 from beatless.outbox.overdue import OverdueRuns
+from beatless.outbox.pending import prepare_anew
 from beatless.outbox.quarantine import Quarantine, is_row_fault
 from beatless.outbox.queries import int_array
 from beatless.outbox.task_lane import TaskLane
@@ -47,7 +48,6 @@ class Drain:
         broker = CircuitBreaker("broker", config.backoff, config.observer)
         self._breakers = (redis, broker)
         self._before_step = [(each, each.allows_call, each.failures) for each in self._breakers]
-        self._isolations = 0
         self.crowded = False
         """Some rows took the places of others in the last step: take another one."""
         self.complete = False
@@ -223,10 +223,7 @@ class Drain:
         """
         if self._connection.closed or not is_row_fault(error):
             raise error
-        # psycopg takes the statements behind the failure in the pipeline for prepared, and does
-        # not check the effect of a statement that it has seen before.
-        self._isolations += 1
-        self._connection.execute(f"DEALLOCATE ALL -- {self._isolations}", prepare=False)
+        prepare_anew(self._connection)
         additions = self._quarantine.additions
         self.events.forget_each()
         self.tasks.forget_each(now)

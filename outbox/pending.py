@@ -1,4 +1,7 @@
-"""Statements that were sent without waiting for their results: their results, or their cancel."""
+"""Statements sent without waiting for their results: these, their cancel or their failure."""
+
+import itertools
+from typing import Any
 
 import psycopg
 from psycopg import errors as pg_errors
@@ -10,6 +13,8 @@ from beatless.outbox.sockets import readable
 
 CANCEL_RESEND_S = 0.05
 """Seconds after which a cancel that had no effect is sent again."""
+
+_numbers = itertools.count()
 
 
 def cancel(connection: DirectConnection) -> bool:
@@ -42,3 +47,14 @@ def finish(connection: DirectConnection, ignore: type[psycopg.Error] | None = No
         if ignore is None or not isinstance(error, ignore):
             raise error
     return done
+
+
+def prepare_anew(connection: psycopg.Connection[Any]) -> None:
+    """Forget which statements are prepared, after a failure in a pipeline without a transaction.
+
+    psycopg takes the statements behind the failure for prepared. Nor does it check the effect of a
+    statement that it has seen before: this one has another text each time. Behind a pooler nothing
+    is prepared, and the session may be somebody else's too.
+    """
+    if connection.prepare_threshold is not None:
+        connection.execute(f"DEALLOCATE ALL -- {next(_numbers)}", prepare=False)
