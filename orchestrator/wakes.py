@@ -24,10 +24,16 @@ class Wakes:
 
     def wake(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
         """Make the runs due that wait and were to be woken; cancel children of those that ended."""
-        parameters = {"shards": list(shards)}
-        ((found, gone, cancels),) = execute(connection, self._sql["wake"], parameters)
-        woken = Woken(done=gone, left=found - gone)
-        if not cancels:
-            return woken
-        cancelled = self._children.step(connection, shards)
-        return Woken(done=woken.done + cancelled.done, left=woken.left + cancelled.left)
+        done = left = 0
+        aside: list[str] = []
+        while True:
+            parameters = {"shards": list(shards), "aside": aside}
+            ((found, gone, held, cancels),) = execute(connection, self._sql["wake"], parameters)
+            done, left = done + gone, left + found - gone
+            if not held or found < BATCH:
+                break
+            aside += held  # whose notes may have filled the batch: others stand behind them
+        if cancels:
+            cancelled = self._children.step(connection, shards)
+            done, left = done + cancelled.done, left + cancelled.left
+        return Woken(done=done, left=left)

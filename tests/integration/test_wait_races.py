@@ -22,7 +22,9 @@ from beatless import (
 from beatless.orchestrator.boundaries import Boundaries
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.progress import Progress
+from beatless.orchestrator.wakes import BATCH
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
+from beatless.outbox.message import shard_of
 from beatless.testing import Kit
 from tests.integration.test_relay import until
 
@@ -159,6 +161,23 @@ def test_a_signal_after_the_look_finds_the_run_parked_and_wakes_it(
 
     assert outcomes(beatless, run.run_id) == ["received"]
     beatless.verify()
+
+
+def test_a_run_whose_row_is_held_keeps_no_other_of_its_shard_asleep(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    """As a parent in somebody's open transaction, many of whose children end meanwhile."""
+    held, other = beatless.start_run("pays").run_id, beatless.start_run("pays").run_id
+    beatless.work_until_idle()
+    postgres.execute(
+        "INSERT INTO wakes (shard, run_id) SELECT %s, %s FROM generate_series(1, %s)",
+        (shard_of(other), held, BATCH),
+    )
+    with postgres.transaction():
+        postgres.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (held,))
+        beatless.signal(other, "paid", 12)
+        beatless.work_until_idle()
+        assert outcomes(beatless, other) == ["received"]
 
 
 def test_a_signal_that_is_committed_while_the_run_is_being_locked_is_seen(
