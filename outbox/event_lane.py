@@ -159,6 +159,9 @@ class EventLane:
             self._published = self._publish_singly(messages, rows, error)
         else:
             self._published = list(picked)
+            if self._rejections:
+                for run in rows:
+                    self._rejections.pop(run.decode(), None)
             if self._breaker.record_success():
                 self._on_recovery()
         return len(self._published)

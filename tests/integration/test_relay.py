@@ -413,6 +413,26 @@ def test_a_refused_message_is_parked_and_the_others_flow(
         beatless.client.discard_dead_letter(letter.id)
 
 
+def test_refusals_before_an_accepted_message_do_not_count(
+    beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    relay = recording(beatless_app, doors, backoff=Backoff(initial=0, cap=0))
+    for _ in range(MAX_REJECTIONS):
+        doors[0].refused.add(run_id)
+        relay.drain_once()
+        doors[0].refused.clear()
+        relay.drain_once()
+        postgres.execute(
+            "INSERT INTO run_outbox (shard, run_id, from_seq, to_seq) VALUES (%s, %s, 1, 1)",
+            (shard_of(run_id), run_id),
+        )
+    relay.drain_once()
+    relay.stop()
+    assert beatless.client.dead_letters() == []
+    assert seqs(doors[0]) == {run_id: [1] * (MAX_REJECTIONS + 1)}
+
+
 def test_the_letters_of_a_run_are_published_again_in_the_order_of_its_events(
     beatless: Kit, beatless_app: App, doors, postgres: psycopg.Connection
 ) -> None:
