@@ -17,14 +17,15 @@ BLOCKS_AT = 8
 class Write(Awaitable[None]):
     """A write that was handed over, in its order. It may be awaited: then it is committed.
 
-    It happens also if nobody awaits it, before the step's end is committed.
+    It happens also if nobody awaits it, or who does is cancelled: before the step's end is
+    committed.
     """
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
 
     def __await__(self) -> Generator[Any, None, None]:
-        return asyncio.wrap_future(self._future).__await__()
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
 
 
 class AsyncStepContext(StepContext):
