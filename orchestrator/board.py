@@ -20,9 +20,9 @@ SLOTS = 2048
 SLOT_BYTES = 256
 
 _NUMBER = struct.Struct("=Q")
-_HEAD = struct.Struct("=qqdqq?H")
+_HEAD = struct.Struct("=qqdqq??H")
 """pid (0: the slot is free), life, beat, two tokens (-1: none), whether the run has its turn yet
-to come, bytes of the run id behind it."""
+to come, whether it has one beside others, bytes of the run id behind it."""
 
 
 def slots_of(place: int) -> Sequence[int]:
@@ -44,7 +44,9 @@ class Noted:
     run_id: str
     tokens: Sequence[int]
     uncalled: bool = False
-    """The body of the attempt that has begun was not called: other runs have their turns first."""
+    """The body of the attempt that has begun was not called, or runs beside others."""
+    beside: bool = False
+    """It runs beside others."""
 
 
 class Board:
@@ -59,14 +61,13 @@ class Board:
         if _NUMBER.size + _HEAD.size + len(run_id) > SLOT_BYTES:
             return
         first, second, *_ = (*noted.tokens, -1)
-        head = _HEAD.pack(
-            noted.pid, noted.life, noted.beat, first, second, noted.uncalled, len(run_id)
-        )
+        flags = noted.uncalled, noted.beside
+        head = _HEAD.pack(noted.pid, noted.life, noted.beat, first, second, *flags, len(run_id))
         self._put(slot, head + run_id)
 
     def clear(self, slot: int) -> None:
         """Its lease is held no longer."""
-        self._put(slot, _HEAD.pack(0, 0, 0.0, -1, -1, False, 0))
+        self._put(slot, _HEAD.pack(0, 0, 0.0, -1, -1, False, False, 0))
 
     def read(self) -> Iterator[Noted]:
         """Every lease that is held now."""
@@ -88,7 +89,9 @@ class Board:
         place = slot * SLOT_BYTES
         content = self._memory[place : place + SLOT_BYTES]
         (number,) = _NUMBER.unpack_from(content)
-        pid, life, beat, first, second, uncalled, length = _HEAD.unpack_from(content, _NUMBER.size)
+        pid, life, beat, first, second, uncalled, beside, length = _HEAD.unpack_from(
+            content, _NUMBER.size
+        )
         if pid == 0 or number % 2 or _NUMBER.unpack_from(self._memory, place) != (number,):
             return None
         start = _NUMBER.size + _HEAD.size
@@ -99,4 +102,5 @@ class Board:
             run_id=content[start : start + length].decode(),
             tokens=[token for token in (first, second) if token != -1],
             uncalled=uncalled,
+            beside=beside,
         )

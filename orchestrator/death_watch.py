@@ -35,6 +35,7 @@ class Orphan:
     run_id: str
     pid: int
     uncalled: bool
+    beside: bool
     cause: DeathCause
     until: float
     """When to leave it to its time, by the monotonic clock."""
@@ -135,6 +136,7 @@ class DeathWatch:
                     run_id=noted.run_id,
                     pid=noted.pid,
                     uncalled=noted.uncalled,
+                    beside=noted.beside,
                     cause=cause,
                     until=until,
                 )
@@ -161,6 +163,7 @@ class DeathWatch:
                 connection,
                 [(each.run_id, token) for token, each in self._orphans.items()],
                 uncalled={token for token, each in self._orphans.items() if each.uncalled},
+                beside={token for token, each in self._orphans.items() if each.beside},
             )
         ended = [self._orphans[token] for token, done in found.items() if done]
         self._orphans = {

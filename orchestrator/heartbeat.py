@@ -70,11 +70,14 @@ class Heartbeat:
             elif self._resting:
                 self._changed.notify()
 
-    def note_uncalled(self, lease: Lease, *, uncalled: bool) -> None:
-        """Note whether the next body of the run is yet to be called, should the process die."""
+    def note_uncalled(self, lease: Lease, *, uncalled: bool, beside: bool = False) -> None:
+        """Note whether a death of the process would be no crash of the run, and why.
+
+        Its next body is yet to be called, or runs `beside` others.
+        """
         with self._changed:
-            if lease.uncalled is not uncalled:
-                lease.uncalled = uncalled
+            if (lease.uncalled, lease.beside) != (uncalled, beside):
+                lease.uncalled, lease.beside = uncalled, beside
                 self._note(lease)
 
     def release(self, lease: Lease) -> None:
@@ -102,6 +105,7 @@ class Heartbeat:
                 run_id=lease.run.run_id,
                 tokens=lease.tokens,
                 uncalled=lease.uncalled,
+                beside=lease.beside,
             ),
         )
 

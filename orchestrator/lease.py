@@ -56,7 +56,12 @@ class Lease:
     age: float = 0.0
     """Seconds from the run's first claim to this one."""
     uncalled: bool = False
-    """Whether an attempt has begun whose body was not called: it waits for its turn in a group."""
+    """Whether an attempt has begun of which a death of the process would be no crash.
+
+    Its body was not called, as it waits for its turn, or is one of several that run.
+    """
+    beside: bool = False
+    """Whether it is one of several that run: after a death it is a suspect."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None
@@ -261,12 +266,14 @@ class Leases:
         held: Sequence[tuple[str, int]],
         *,
         uncalled: Collection[int] = (),
+        beside: Collection[int] = (),
     ) -> dict[int, bool]:
         """End these leases, by run id and token, whose process is known to be dead.
 
         Their runs are dispatched at once. The attempts under the tokens in `uncalled` do not count:
-        their bodies were not called. For each token that still has a lease: whether it was ended;
-        False if another transaction holds the row at this moment. The rest were gone.
+        their bodies were not called, or ran `beside` others. For each token that still has a lease:
+        whether it was ended; False if another transaction holds the row at this moment. The rest
+        were gone.
         """
         rows = connection.execute(
             self.sql["end"],
@@ -274,6 +281,7 @@ class Leases:
                 "run_ids": [run_id for run_id, _ in held],
                 "tokens": [token for _, token in held],
                 "uncalled": [token in uncalled for _, token in held],
+                "beside": [token in beside for _, token in held],
                 "trace": GIVEN_BACK,
             },
         ).fetchall()

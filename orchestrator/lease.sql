@@ -160,15 +160,17 @@ SELECT lease_token, cancelled, {signalled} FROM u
 -- End the leases of processes that have died, and ring for their runs; say which are left.
 -- A lease that a transaction still writes under is left for the next try: its row is not waited for.
 -- The token stays: what the dead process had sent before may still be written, until the next claim.
--- An attempt whose body was not called is given back: it was not what the process has died of.
+-- An attempt whose body was not called is given back: it was not what the process has died of. So is
+-- one whose body ran beside others: it may have been, which its trace says.
 WITH held AS (
-  SELECT r.run_id, r.lease_token, l.uncalled
-    FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[], %(uncalled)s::bool[])
-         AS l(run_id, token, uncalled)
+  SELECT r.run_id, r.lease_token, l.uncalled, l.beside
+    FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[], %(uncalled)s::bool[], %(beside)s::bool[])
+         AS l(run_id, token, uncalled, beside)
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
    WHERE r.lease_expires_at > clock_timestamp()
 ), free AS (
-  SELECT held.run_id, d.shard, s.step, s.attempt, s.run_id IS NOT NULL AS given_back FROM held
+  SELECT held.run_id, d.shard, s.step, s.attempt, s.run_id IS NOT NULL AS given_back, held.beside
+    FROM held
     JOIN {schema}.runs r ON r.run_id = held.run_id AND r.lease_token = held.lease_token
      AND r.state = 'running'
     JOIN {schema}.dispatches d ON d.run_id = held.run_id
@@ -181,11 +183,12 @@ WITH held AS (
   UPDATE {schema}.runs r
      SET lease_expires_at = clock_timestamp(), last_seq = r.last_seq + free.given_back::int
     FROM free WHERE r.run_id = free.run_id
-  RETURNING r.run_id, r.last_seq, free.shard, free.step, free.attempt AS begun, free.given_back
+  RETURNING r.run_id, r.last_seq, free.shard, free.step, free.attempt AS begun, free.given_back,
+            free.beside
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
   SELECT run_id, last_seq, clock_timestamp(), 'DebugTrace', 'worker', step, begun,
-         jsonb_build_object('name', %(trace)s::text, 'process_died', true)
+         jsonb_build_object('name', %(trace)s::text, 'process_died', beside)
     FROM u WHERE given_back
 ), o AS (
   INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)

@@ -1,9 +1,9 @@
 """Finds the step that ends its process among many that run at once in one.
 
-A death counts as a crash only of a body that was alone in its process. The others are suspects:
-with each death in the same step, a body has fewer beside it, and at last none. So a step that
-exhausts the memory fails after some deaths, and those beside it go on. A body that ends is a
-suspect no more.
+A death counts as a crash only of a body that was alone in its process. The others that ran are
+suspects: with each death in the same step, a body has fewer beside it, and at last none. So a step
+that exhausts the memory fails after some deaths, and those beside it go on. A body that ends is a
+suspect no more, and one that has waited for its turn was none: or hundreds would go one by one.
 """
 
 from collections import deque
@@ -67,6 +67,7 @@ class BodiesInFlight:
                 return
             self._waiting.popleft()
             self._running[id(body.lease)] = body
+            self._heartbeat.note_uncalled(body.lease, uncalled=True, beside=True)
             self._note_alone()
             body.may_run.set_result(None)
 
@@ -74,7 +75,7 @@ class BodiesInFlight:
         if len(self._running) <= 2:
             alone = len(self._running) == 1
             for each in self._running.values():
-                self._heartbeat.note_uncalled(each.lease, uncalled=not alone)
+                self._heartbeat.note_uncalled(each.lease, uncalled=not alone, beside=not alone)
 
 
 def most_beside(deaths: int) -> float:

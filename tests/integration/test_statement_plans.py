@@ -117,6 +117,7 @@ TYPES = {
     "tokens": "bigint[]",
     "types": "text[]",
     "uncalled": "bool[]",
+    "beside": "bool[]",
     "upto": "int[]",
     "values": "text[]",
     "waits": "int[]",

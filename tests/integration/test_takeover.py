@@ -19,6 +19,7 @@ from beatless.orchestrator.death_watch import DeathWatch
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
+from beatless.orchestrator.progress import fold
 from beatless.orchestrator.roster import Roster
 from beatless.testing import Kit
 from tests.child_logs import await_line
@@ -213,7 +214,16 @@ class Watched:
         os.close(tell)
         return pid, life
 
-    def note(self, slot: int, lease: Lease, pid: int, life: int, *, uncalled: bool = False) -> None:
+    def note(
+        self,
+        slot: int,
+        lease: Lease,
+        pid: int,
+        life: int,
+        *,
+        uncalled: bool = False,
+        beside: bool = False,
+    ) -> None:
         self.board.write(
             slot,
             Noted(
@@ -223,6 +233,7 @@ class Watched:
                 run_id=lease.run.run_id,
                 tokens=lease.tokens,
                 uncalled=uncalled,
+                beside=beside,
             ),
         )
 
@@ -393,6 +404,26 @@ def test_only_the_runs_whose_bodies_were_called_count_a_crash(
     assert starts(called) == [1, 2, 1]
     assert starts(uncalled) == [1, 1, 1]
     beatless.verify()
+
+
+def test_a_body_is_a_suspect_if_it_was_beside_others_and_not_if_it_waited_for_its_turn(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    pid, life = watched.process()
+    ran, waited = claim(beatless, connection), claim(beatless, connection)
+    watched.note(0, ran, pid, life, uncalled=True, beside=True)
+    watched.note(1, waited, pid, life, uncalled=True)
+    watched.watch.once()
+
+    die(pid)
+    watched.watch.once()
+
+    def deaths(lease: Lease) -> int:
+        return fold(
+            beatless.app.plans["two_steps"], beatless.client.events(lease.run.run_id)
+        ).deaths
+
+    assert (deaths(ran), deaths(waited)) == (1, 0)
 
 
 @pytest.mark.long

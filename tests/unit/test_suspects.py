@@ -47,6 +47,17 @@ def test_a_suspect_waits_for_those_that_run_and_is_not_passed_by(bodies: BodiesI
     assert late.done()
 
 
+def test_a_body_is_beside_others_only_while_it_runs(bodies: BodiesInFlight) -> None:
+    first, second, waits = lease(), lease(), lease()
+    bodies.enter(first, 3)
+    bodies.enter(second, 3)
+    bodies.enter(waits, 9)
+
+    assert [each.beside for each in (first, second, waits)] == [True, True, False]
+    bodies.leave(first)
+    assert [each.beside for each in (first, second, waits)] == [False, False, False]
+
+
 def test_only_a_body_that_is_alone_may_be_what_its_process_dies_of(bodies: BodiesInFlight) -> None:
     one, other = lease(), lease()
     bodies.enter(one, 0)
