@@ -44,13 +44,16 @@ class OneConnection:
 
 
 class ConnectionOfThread:
-    """One connection for each thread, of an executor that works in several."""
+    """One connection for each thread, of an executor that works in several.
+
+    Those of threads that have ended, as a step's own, are closed when the next one needs its first.
+    """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self._connect = connect
         self._threads = threading.local()
         self._mutex = threading.Lock()
-        self._all: list[OneConnection] = []
+        self._all: dict[threading.Thread, OneConnection] = {}
 
     @property
     def current(self) -> Connection | None:
@@ -62,7 +65,12 @@ class ConnectionOfThread:
         if found is None:
             found = self._threads.own = OneConnection(self._connect)
             with self._mutex:
-                self._all.append(found)
+                ended = [
+                    self._all.pop(thread) for thread in list(self._all) if not thread.is_alive()
+                ]
+                self._all[threading.current_thread()] = found
+            for each in ended:
+                each.close()
         return found
 
     def get(self) -> Connection:
@@ -74,5 +82,5 @@ class ConnectionOfThread:
     def close_all(self) -> None:
         """Close those of all threads, which use them no more."""
         with self._mutex:
-            for each in self._all:
+            for each in self._all.values():
                 each.close()
