@@ -448,17 +448,17 @@ class RunDriver:
             self._stored(output, output.abandon)
             raise AttemptEnded(reply) from error
         finally:
-            self._writer.close()
+            if not self._writer.close(wait=False):
+                self._executor.aside(self._writer.close)
             taken_s = monotonic() - self._writer.asked_s - began
             self._executor.body_s += taken_s
             self._executor.pace.note(self._plan, request.step, taken_s)
 
     def _stored(self, output: StepOutput, store: Callable[[], None]) -> None:
         """Have the last of an output stored; others wait for that only if there was any."""
+        output.close()
         if output.added:
             self._executor.aside(store)
-        else:
-            store()
 
     def _end_of_body(
         self,

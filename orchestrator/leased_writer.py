@@ -293,10 +293,15 @@ class LeasedWriter:
         )
         return self._output
 
-    def close(self) -> None:
-        """Let them write no more; waits for one that writes."""
-        with self._writing:
+    def close(self, *, wait: bool = True) -> bool:
+        """Let them write no more. False if one writes, which is waited for only with `wait`."""
+        if not self._writing.acquire(blocking=wait):
+            return False
+        try:
             self._speaking = self._output = None
+        finally:
+            self._writing.release()
+        return True
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""

@@ -90,10 +90,13 @@ class StepOutput:
             self._announce(self, waiting == EVENT_PIECES)
         return max(waiting // MOST_PIECES, waiting_bytes // MOST_BYTES)
 
-    def finish(self) -> None:
-        """Take no more, and store the last pieces. Raises LeaseLost and the error of Postgres."""
+    def close(self) -> None:
+        """Take no more."""
         with self._mutex:
             self._closed = True
+
+    def finish(self) -> None:
+        """Store the last pieces. Raises LeaseLost and the error of Postgres."""
         self._write(self)
 
     def abandon(self) -> None:
