@@ -52,21 +52,34 @@ class SharedCommits:
 
     def flush(self) -> float | None:
         """Commit those that are ready; the seconds until another try is worth while, if any is."""
-        while batch := [each for each in self._ready if not each.left_out][:MAX_RUNS]:
-            self._commit([*batch, *(each for each in self._ready if each.left_out)][:MAX_RUNS])
+        while any(not each.left_out for each in self._ready):
+            self._commit(self._next())
         if not self._ready:
             return None
         for each in self._ready:
             each.left_out = False
         return LEFT_OUT_INTERVAL_S
 
+    def _next(self) -> list[Ready]:
+        """The boundaries of the next statement: one of a run, for its answers are by run.
+
+        A run has two where this process has claimed it again, and an earlier body of it returns.
+        """
+        by_run: dict[str, Ready] = {}
+        for each in sorted(self._ready, key=lambda each: each.left_out):
+            by_run.setdefault(each.proposal.run_id, each)
+            if len(by_run) == MAX_RUNS:
+                break
+        return list(by_run.values())
+
     def _commit(self, batch: list[Ready]) -> None:
         for each in batch:
             self._ready.remove(each)
         try:
             written = self._statement.settle(self._connection(), [each.proposal for each in batch])
-        except psycopg.Error as error:
-            lost = isinstance(error, AWAY) and not isinstance(error, NEVER)
+        except Exception as error:  # of any kind: a run that got no answer would wait for ever
+            answered = isinstance(error, psycopg.Error) and not isinstance(error, AWAY)
+            lost = not answered and not isinstance(error, NEVER)
             logger.warning(
                 "a commit of several runs failed, each is written alone",
                 extra={

@@ -1,0 +1,178 @@
+"""The executor of `--pool async`, in this process: no run waits for another's row."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import Plan, RunState, StepContext, step
+from beatless.orchestrator.concurrent import ConcurrentExecutor
+from beatless.orchestrator.connections import ConnectionOfThread
+from beatless.orchestrator.events import EventType
+from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.records import Appended
+from beatless.orchestrator.settlement import Boundary, Proposal, Settlement
+from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.turns import IN_DOUBT
+from beatless.testing import Kit
+from tests.valkeys import until
+
+INSIDE, HELD, LET_GO = (threading.Event() for _ in range(3))
+
+
+@step
+def quick(ctx: StepContext) -> Any:
+    return ctx.input
+
+
+@step
+def leaves_a_trace(ctx: StepContext) -> None:
+    """Returns while one of its threads still traces."""
+    INSIDE.set()
+    assert HELD.wait(60)
+    threading.Thread(target=ctx.trace, args=["waits for the row"]).start()
+    assert LET_GO.wait(60)
+
+
+PLANS = [Plan(each.name, [each]) for each in (quick, leaves_a_trace)]
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    INSIDE.clear(), HELD.clear(), LET_GO.clear()
+    return PLANS
+
+
+@pytest.fixture
+def executor(beatless: Kit) -> Iterator[ConcurrentExecutor]:
+    made = beatless.app.executors.begin_concurrent()
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def connection(beatless: Kit) -> Iterator[psycopg.Connection[Any]]:
+    with beatless.app.executors.connect() as found:
+        yield found
+
+
+@pytest.fixture
+def execute(beatless: Kit, executor: ConcurrentExecutor) -> Callable[..., str]:
+    """Start a run and have it executed; its id."""
+
+    def begin(plan: str, input: Any = None) -> str:
+        run_id = beatless.start_run(plan, input).run_id
+        executor.spawn(lambda: executor.execute(beatless.app.plans[plan], run_id, 1))
+        return run_id
+
+    return begin
+
+
+def claimed(beatless: Kit, connection: psycopg.Connection[Any], run_id: str) -> Lease:
+    lease = beatless.app.leases.claim(
+        connection, run_id, plan="quick", worker="w", first_step=None, dispatch=1
+    )
+    assert lease is not None
+    return lease
+
+
+def proposal(beatless: Kit, lease: Lease) -> Proposal:
+    event = beatless.app.journal.new_event(
+        EventType.STEP_STARTED, step="quick", attempt=1, where="here", data={}
+    )
+    boundary = Boundary(events=[event], state=RunState.RUNNING)
+    return Proposal(
+        run_id=lease.run.run_id,
+        token=lease.token,
+        after=lease.run.last_seq,
+        settlement=Settlement.ignoring_cancel(boundary),
+    )
+
+
+def test_one_that_has_lost_its_run_is_not_given_the_answer_of_the_next(
+    beatless: Kit, connection: psycopg.Connection[Any]
+) -> None:
+    """The same process may have claimed it: an earlier body of the run returns meanwhile."""
+    run_id = beatless.start_run("quick").run_id
+    before = claimed(beatless, connection, run_id)
+    with connection.transaction():
+        connection.execute(
+            f"UPDATE {beatless.app.settings.schema}.runs SET lease_expires_at = now()".encode()
+        )
+    now = claimed(beatless, connection, run_id)
+    commits = SharedCommits(GroupCommit(beatless.app.settings.schema), lambda: connection)
+    answers = [commits.put(proposal(beatless, lease)) for lease in (before, now)]
+    commits.flush()
+
+    assert not answers[0].done()
+    assert isinstance(answers[1].result(0), Appended)
+
+
+def test_a_statement_that_cannot_be_made_leaves_no_run_without_an_answer(
+    beatless: Kit, connection: psycopg.Connection[Any]
+) -> None:
+    lease = claimed(beatless, connection, beatless.start_run("quick").run_id)
+
+    def broken() -> psycopg.Connection[Any]:
+        raise ValueError("no connection")
+
+    commits = SharedCommits(GroupCommit(beatless.app.settings.schema), broken)
+    answer = commits.put(proposal(beatless, lease))
+    commits.flush()
+
+    assert answer.result(0) is IN_DOUBT
+
+
+def waiters(postgres: psycopg.Connection[Any], holder: int) -> int:
+    found = postgres.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))", (holder,)
+    ).fetchone()
+    assert found is not None
+    return int(found[0])
+
+
+def test_a_trace_that_waits_for_its_row_stops_no_other_run(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    postgres: psycopg.Connection[Any],
+) -> None:
+    """Nor when its step has ended: the run's one writer is still busy with it."""
+    schema = beatless.app.settings.schema
+    run_id = execute("leaves_a_trace")
+    assert INSIDE.wait(60)
+    with connection.transaction():
+        lock = f"SELECT pg_backend_pid() FROM {schema}.runs WHERE run_id = %s FOR UPDATE"
+        (holder,) = connection.execute(lock.encode(), (run_id,)).fetchone() or ()
+        HELD.set()
+        until(lambda: waiters(postgres, holder))
+        LET_GO.set()
+        for number in range(3):
+            assert beatless.wait_for_run_completion(execute("quick", number)).result == number
+    assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
+    assert names == ["waits for the row"]
+    beatless.verify()
+
+
+def test_threads_of_steps_that_have_ended_keep_no_connection(beatless: Kit) -> None:
+    opened: list[psycopg.Connection[Any]] = []
+
+    def connect() -> psycopg.Connection[Any]:
+        opened.append(beatless.app.executors.connect())
+        return opened[-1]
+
+    connections = ConnectionOfThread(connect)
+    for _ in range(6):
+        thread = threading.Thread(target=connections.get)
+        thread.start()
+        thread.join()
+
+    assert len(opened) == 6
+    assert sum(not each.closed for each in opened) == 1
+    connections.close_all()
+    assert all(each.closed for each in opened)
