@@ -34,11 +34,11 @@ class NoConnection(Exception):
 def step_transaction(
     step: Step,
     engine: sqlalchemy.Engine,
-    aside: Callable[[Callable[[], sqlalchemy.Connection]], sqlalchemy.Connection],
+    aside: Callable[[Callable[[], Any]], Any],
 ) -> Iterator[sqlalchemy.Connection | None]:
     """The transaction of a transactional step, committed at the end; None for other steps.
 
-    `aside` makes the connection, which may have to be waited for.
+    `aside` makes the connection, and commits: either may have to be waited for.
     Raises NoConnection.
     """
     if not step.transactional:
@@ -48,8 +48,9 @@ def step_transaction(
         connection = aside(engine.connect)
     except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
         raise NoConnection(str(error)) from error
-    with connection, connection.begin():
+    with connection, connection.begin() as transaction:
         yield connection
+        aside(transaction.commit)
 
 
 def call_body(
