@@ -6,8 +6,9 @@ that are ready together in one statement. What may wait for a row goes to anothe
 
 import os
 import signal
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
@@ -34,6 +35,30 @@ WAITING_WRITES = 8
 """Statements that may wait for a row, at once: each has a thread and a connection."""
 
 
+class Places:
+    """A number of places, taken in the order in which they are asked for. Of one thread."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._waiting: deque[Future[None]] = deque()
+
+    def take(self) -> Future[None]:
+        """Done once there is a place, which is to be left."""
+        place: Future[None] = Future()
+        self._waiting.append(place)
+        self._admit()
+        return place
+
+    def leave(self) -> None:
+        self._free += 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._waiting.popleft().set_result(None)
+
+
 class ConcurrentExecutor(Executor):
     """Executes runs in the calls of its own thread: see `spawn`."""
 
@@ -44,6 +69,7 @@ class ConcurrentExecutor(Executor):
         self._thread = SwitchThread(self._commits.flush, observer=self.observer)
         self._in_flight = BodiesInFlight(self.heartbeat)
         self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
+        self._places = Places(SYNC_BODIES)
         self._asides = ThreadPoolExecutor(WAITING_WRITES, thread_name_prefix="beatless-aside")
 
     def start(self) -> None:
@@ -84,12 +110,22 @@ class ConcurrentExecutor(Executor):
             while True:
                 turn = turns.send(answer)
                 while isinstance(turn, RunBody):
-                    turn = self._call_beside_others(lease, turns, turn)
+                    turn = self._call(lease, turns, turn)
                 answer = self._thread.wait(self._commits.put(turn))
         except StopIteration:
             return
         finally:
             turns.close()
+
+    def _call(self, lease: Lease, turns: Turns, body: RunBody) -> Turn:
+        """Let a run call its body, in a thread if it is not async: before its time begins."""
+        if body.step.is_async:
+            return self._call_beside_others(lease, turns, body)
+        self._thread.wait(self._places.take())
+        try:
+            return self._call_beside_others(lease, turns, body)
+        finally:
+            self._places.leave()
 
     def _call_beside_others(self, lease: Lease, turns: Turns, body: RunBody) -> Turn:
         """Let a run call its body when it may; its next turn."""

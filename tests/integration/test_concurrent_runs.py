@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
 
 from beatless import Plan, RunState, StepContext, step
+from beatless.orchestrator import concurrent
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.events import EventType
@@ -20,6 +22,7 @@ from beatless.orchestrator.turns import IN_DOUBT
 from beatless.testing import Kit
 from tests.valkeys import until
 
+CALLED: list[Any] = []
 INSIDE, HELD, LET_GO = (threading.Event() for _ in range(3))
 
 
@@ -37,12 +40,24 @@ def leaves_a_trace(ctx: StepContext) -> None:
     assert LET_GO.wait(60)
 
 
-PLANS = [Plan(each.name, [each]) for each in (quick, leaves_a_trace)]
+@step
+def in_a_thread(ctx: StepContext) -> None:
+    CALLED.append(ctx.input)
+    INSIDE.set()
+    assert LET_GO.wait(60)
+
+
+@step(transactional=True)
+def inserts(ctx: StepContext) -> None:
+    ctx.connection.exec_driver_sql(f"INSERT INTO {ctx.input} VALUES (1)")
+
+
+PLANS = [Plan(each.name, [each]) for each in (quick, leaves_a_trace, in_a_thread, inserts)]
 
 
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    INSIDE.clear(), HELD.clear(), LET_GO.clear()
+    CALLED.clear(), INSIDE.clear(), HELD.clear(), LET_GO.clear()
     return PLANS
 
 
@@ -156,6 +171,49 @@ def test_a_trace_that_waits_for_its_row_stops_no_other_run(
     assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
     names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
     assert names == ["waits for the row"]
+    beatless.verify()
+
+
+def test_a_commit_that_waits_for_another_transaction_stops_no_other_run(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    postgres: psycopg.Connection[Any],
+) -> None:
+    """A deferred constraint is checked at the commit, against what others have not committed."""
+    table = f"{beatless.app.settings.schema}.numbers"
+    postgres.execute(f"CREATE TABLE {table} (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)".encode())
+    with connection.transaction(force_rollback=True):
+        connection.execute(f"INSERT INTO {table} VALUES (1)".encode())
+        (holder,) = connection.execute("SELECT pg_backend_pid()").fetchone() or ()
+        run_id = execute("inserts", table)
+        until(lambda: waiters(postgres, holder))
+        assert beatless.wait_for_run_completion(execute("quick", 7)).result == 7
+    assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_a_body_that_waits_for_a_thread_is_not_called_once_its_worker_stops(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not begun: neither has its time."""
+    monkeypatch.setattr(concurrent, "SYNC_BODIES", 1)
+    executor = beatless.app.executors.begin_concurrent()
+    executor.stopping = threading.Event()
+    executor.start()
+    runs = [beatless.start_run("in_a_thread", number).run_id for number in range(3)]
+    for run_id in runs:
+        plan = beatless.app.plans["in_a_thread"]
+        executor.spawn(partial(executor.execute, plan, run_id, 1))
+        beatless.wait_for_event(run_id, "StepStarted")
+        assert INSIDE.wait(60)
+    executor.stopping.set()
+    LET_GO.set()
+    executor.stop()
+
+    assert CALLED == [0]
+    states = [beatless.client.get_run(run_id).state for run_id in runs]
+    assert states == [RunState.COMPLETED, RunState.QUEUED, RunState.QUEUED]
     beatless.verify()
 
 
