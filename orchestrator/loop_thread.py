@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,10 @@ WRITERS = 4
 
 END_S = 1.0
 """Seconds for which the end of the loop is waited for: a body may block it."""
+
+
+BODY: ContextVar[str] = ContextVar("beatless_body", default="")
+"""The name of the task of a body, in all that it begins."""
 
 
 class BodyTask:
@@ -67,6 +72,7 @@ class BodyTask:
 
     def _begin(self) -> None:
         self._thread = threading.get_ident()
+        BODY.set(self._name)
         self._task = self._loop.create_task(self._run(), name=self._name)
         self._task.add_done_callback(self._ended)
 
@@ -161,10 +167,17 @@ class LoopThread:
         with self._mutex:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
+                loop.set_task_factory(_task)
                 thread = LastingThread("loop", lambda _: _turn(loop), observer=self._observer)
                 thread.start()
                 self._loop, self._thread = loop, thread
             return self._loop
+
+
+def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """A task of the loop; one that a body begins without a name has that of the body."""
+    options["name"] = options.get("name") or BODY.get() or None
+    return asyncio.Task(coroutine, loop=loop, **options)
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:

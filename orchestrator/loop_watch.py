@@ -18,6 +18,9 @@ TICK_INTERVAL_S = 0.25
 BLOCKED_S = 1.0
 """Seconds without a tick after which the loop is blocked; told again when they have doubled."""
 
+FROZEN_S = 2.0
+"""Seconds between two looks after which it was not the loop alone that stood still."""
+
 
 class LoopWatch:
     """A thread that has a loop tick. Begun by whoever executes many runs in it."""
@@ -39,7 +42,7 @@ class LoopWatch:
         self._loop_thread = thread
         self._ends_after_s = ends_after_s
         self._end_process = end
-        self._ticked_at = monotonic()
+        self._ticked_at = self._looked_at = monotonic()
         self._told_s = 0.0
         self._asked = False
         self._stopping = threading.Event()
@@ -59,11 +62,15 @@ class LoopWatch:
 
     def look(self) -> None:
         """Tell of a loop that does not tick, and end a process that has not for too long."""
+        now, before = monotonic(), self._looked_at
+        self._looked_at = now
         if not self._asked:
-            self._asked, self._ticked_at = True, monotonic()
+            self._asked, self._ticked_at = True, now
             self._loop.call_soon_threadsafe(self._tick)
             return
-        blocked_s = monotonic() - self._ticked_at
+        if now - before >= FROZEN_S:  # the whole process stood still, and this thread is the first
+            self._ticked_at = now
+        blocked_s = now - self._ticked_at
         if blocked_s >= max(BLOCKED_S, 2 * self._told_s):
             self._told_s = blocked_s
             self._tell(blocked_s)

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import pytest
 
@@ -33,17 +34,25 @@ async def blocks() -> None:
     LET_GO.wait(60)
 
 
+async def blocks_in_a_task() -> None:
+    await asyncio.gather(blocks(), asyncio.to_thread(threading.get_ident))
+
+
 def watch_of(loop: LoopThread, blamed: list[str], ends_after_s: float) -> LoopWatch:
     task = loop.begin(here, name="r s", leave_copy=leave_copy)
     return LoopWatch(*task.done.result(60), ends_after_s=ends_after_s, end=blamed.append)
 
 
+@pytest.mark.parametrize("body", [blocks, blocks_in_a_task])
 def test_a_body_that_blocks_the_loop_is_named(
-    loop: LoopThread, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    body: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
     monkeypatch.setattr(loop_watch, "BLOCKED_S", 0.0)
     watch = watch_of(loop, [], 3600)
-    loop.begin(blocks, name="run-7 charge", leave_copy=leave_copy)
+    loop.begin(body, name="run-7 charge", leave_copy=leave_copy)
     assert INSIDE.wait(60)
     watch.look()
     watch.look()
@@ -78,3 +87,23 @@ def test_a_loop_that_stands_still_for_too_long_ends_its_process_and_blames_the_b
     watch.look()
 
     assert blamed == ["run-7 charge"]
+
+
+def test_a_process_that_stood_still_itself_is_not_ended_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a frozen container: the thread that watches may be the first to go on."""
+    now, blamed = [0.0], []
+    monkeypatch.setattr(loop_watch, "monotonic", lambda: now[0])
+    silent = asyncio.new_event_loop()  # nobody runs it
+    watch = LoopWatch(silent, 0, ends_after_s=30, end=blamed.append)
+    watch.look()
+    now[0] = 100.0
+    watch.look()
+    assert blamed == []
+    while not blamed and now[0] < 200:
+        now[0] += loop_watch.TICK_INTERVAL_S
+        watch.look()
+    silent.close()
+
+    assert (blamed, now[0]) == ([""], 130.0)
