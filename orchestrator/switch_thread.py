@@ -3,6 +3,7 @@
 So the work on hundreds of runs, each with its body elsewhere, needs one thread and one connection.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from greenlet import getcurrent, greenlet
 
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.threads import LastingThread
+
+logger = logging.getLogger("beatless.orchestrator.executor")
 
 T = TypeVar("T")
 
@@ -71,6 +74,8 @@ class SwitchThread:
         self.calls += 1
         try:
             call()
+        except Exception:  # this one's alone: the others go on
+            logger.exception("a call failed", extra={"action": "call_failed"})
         finally:
             self.calls -= 1
 
