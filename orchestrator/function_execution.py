@@ -109,7 +109,8 @@ class FunctionExecution(Execution):
         """What the function has said last; None before it was called."""
         self._last_seq = lease.run.last_seq
         """Of the last event, about: those that bodies append are not counted."""
-
+        self._beside = 0
+        """Those of the generation that were not read, as traces and output: no part of a replay."""
         self._told_seq = 0
         """The seq up to which the history was read; signals may have come since."""
 
@@ -147,6 +148,8 @@ class FunctionExecution(Execution):
             self._last_seq = self._told_seq = events[-1].seq
             self._last_ts_ms = events[-1].ts
         history = history_of(self._function, events)
+        read = sum(event.seq > history.restarted_seq for event in events)
+        self._beside = self._last_seq - history.restarted_seq - read if events else 0
         self._lease.run = history.as_given(self._lease.run)
         if self._lease.cancelled or any(
             event.type == EventType.CANCEL_REQUESTED for event in events
@@ -200,8 +203,8 @@ class FunctionExecution(Execution):
 
     @property
     def _events(self) -> int:
-        """Those of the generation."""
-        return self._last_seq - self._replay.history.restarted_seq
+        """Those of the generation that a replay reads, or is about to."""
+        return self._last_seq - self._replay.history.restarted_seq - self._beside
 
     def _place(self) -> Progress:
         said = self._said
@@ -269,7 +272,6 @@ class FunctionExecution(Execution):
         end: Committed,
     ) -> Progress | None:
         del progress, wait, signal
-        self._last_seq = end.last_seq
         return self._begun(conclusion.settlement, end)
 
     # Children
@@ -301,7 +303,7 @@ class FunctionExecution(Execution):
         begun = yield from self._commit(Commit(settlement=settlement, children=runs))
         if begun.cancelled:
             return None
-        self._last_seq = begun.last_seq
+        self._last_seq += len(settlement.normal.events)
         history.children = children.last
         stored = history.call(progress.named, progress.begun)
         stored.children, stored.arguments = children, progress.arguments

@@ -492,6 +492,31 @@ def test_signals_that_come_early_are_taken_by_later_generations_in_their_order(
     beatless.verify()
 
 
+def test_what_steps_trace_and_emit_is_no_part_of_the_history_that_may_not_be_too_long(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beatless.orchestrator.function_execution.MAX_EVENTS", 20)
+
+    @step
+    def chatters(ctx: StepContext) -> None:
+        for number in range(15):
+            ctx.emit(number)
+            ctx.trace("here", number=number)
+
+    def function(run: RunContext[Any]) -> None:
+        run.step(chatters)
+        run.sleep(60)
+        run.step(undo)
+
+    beatless.app.plans["order"] = plan("order")(function)
+    run = beatless.start_run("order")
+    beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+    ended = beatless.client.get_run(run.run_id)
+    assert (ended.state, ended.last_seq > 30) == (RunState.COMPLETED, True)
+
+
 def test_a_retry_of_a_function_that_began_again_goes_on_with_its_last_input(
     beatless: Kit,
 ) -> None:
