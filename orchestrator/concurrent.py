@@ -131,7 +131,8 @@ class ConcurrentExecutor(Executor):
         """Let a run call its body when it may; its next turn."""
         try:
             self._thread.wait(self._in_flight.enter(lease, body.deaths))
-            return turns.send(HAND_BACK if self.stopping.is_set() else None)
+            late = lease.late and not body.compensating  # it may have waited for hours
+            return turns.send(HAND_BACK if late or self.stopping.is_set() else None)
         finally:
             self._in_flight.leave(lease)
 
