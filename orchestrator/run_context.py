@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from beatless.orchestrator.child_calls import (
@@ -165,7 +166,11 @@ class RunContext(Generic[Input]):
         call = child_call(plan, [plain(input)], alone=True, detached=detach, deadline_s=seconds)
         found = self._replay.children(call, id)
         occurrence = self._replay.last_name
-        return self._answer(found, lambda children: Child(self, call, children, occurrence))
+
+        def started(children: Children) -> Child:
+            return Child(str(children.run_id), partial(self._result, call, children, occurrence))
+
+        return self._answer(found, started)
 
     def map(
         self,
@@ -202,8 +207,7 @@ class RunContext(Generic[Input]):
             lambda children: ChildResults(children, self._replay.ends),
         )
 
-    def result_of(self, call: ChildCall, children: Children, occurrence: str) -> Any:
-        """The result of a child that `child` has started. Raises ChildFailed."""
+    def _result(self, call: ChildCall, children: Children, occurrence: str) -> Any:
         waits = replace(call, inputs=(), children=children, started_by=occurrence)
         return self._answer(
             self._replay.result(waits, occurrence),
@@ -265,21 +269,16 @@ class Child:
     ...     return {"delivery": child.run_id, "delivered": child.result()}
     """
 
-    def __init__(
-        self, run: RunContext[Any], call: ChildCall, children: Children, occurrence: str
-    ) -> None:
-        self.run_id = str(children.run_id)
-        self._run = run
-        self._call = call
-        self._children = children
-        self._occurrence = occurrence
+    def __init__(self, run_id: str, result: Callable[[], Any]) -> None:
+        self.run_id = run_id
+        self._result = result
 
     def result(self) -> Any:
         """Wait until it has ended: its result. Meanwhile the run holds no worker.
 
         In an `async def` plan this is awaited. Raises ChildFailed.
         """
-        return self._run.result_of(self._call, self._children, self._occurrence)
+        return self._result()
 
     def __repr__(self) -> str:
         return f"<child {self.run_id}>"

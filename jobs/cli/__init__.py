@@ -63,7 +63,7 @@ COMMANDS = {
     },
     "beatless.cli.runs": {
         "cancel": "Ask RUN to stop.",
-        "children": "The runs that RUN has started.",
+        "children": "The runs that RUN has started, in the order of their numbers.",
         "events": "The events of RUN.",
         "explain": "Show the timeline of RUN: attempts, waits, leases, dispatches and publishes.",
         "retry": "Start a new run that reuses the finished steps of RUN; prints its id.",

@@ -409,7 +409,7 @@ def test_an_armed_crash_that_was_not_reached_does_not_wait_for_the_next_test(bea
 
 
 def test_an_unknown_crash_point_is_refused_with_the_known_ones(beatless: Kit):
-    with pytest.raises(ValueError, match=r"choose one of claim\.committed"):
+    with pytest.raises(ValueError, match=r"choose one of .*, claim\.committed, "):
         beatless.crash(at="somewhere").__enter__()
 
 

@@ -252,7 +252,8 @@ def test_of_a_cancel_and_an_end_the_second_sees_the_first_on_whose_row_it_waited
         return journal.settle(connection, run.run_id, lease.token, settlement)
 
     def cancel(connection: psycopg.Connection[Any]) -> Run:
-        return journal.cancel(connection, run.run_id, namespace="default", reason=None, undo={})
+        with connection.transaction():
+            return beatless.client.cancel_run(run.run_id, connection=connection)
 
     before, after = (cancel, end) if first == "cancel" else (end, cancel)
     found: list[Any] = []
