@@ -146,4 +146,6 @@ def test_the_examples_of_the_kit_give_what_they_show(
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "app.py").write_text(SHOP)
     monkeypatch.syspath_prepend(tmp_path)
-    check(calls(Kit), {"beatless": beatless})
+    # A process that an example starts would do the work of those that come after it.
+    documented = sorted(calls(Kit), key=lambda found: found[0].endswith("_process"))
+    check(iter(documented), {"beatless": beatless})
