@@ -13,6 +13,11 @@ NO_HEAD = 2**31
 """The head of a run that was removed. Above any seq: its reader looks, and learns of it."""
 
 
+def origin_of(epoch: str) -> str:
+    """The epoch without its timeline, for names of channels."""
+    return epoch.rpartition("t")[0]
+
+
 class History:
     """Checks whether the database still has the history in which a run is followed."""
 
@@ -45,8 +50,8 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """The epoch without its timeline, for names of channels; empty before the first look."""
-        return self._epoch.rpartition("t")[0]
+        """That of the last look, see `origin_of`; empty before the first."""
+        return origin_of(self._epoch)
 
     def epoch(self, connection: Caller) -> str:
         """The epoch now. It is renewed here if the disk has become an older copy of itself.

@@ -34,7 +34,7 @@ from beatless.outbox.message import channel_for
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.queries import Caller
 from beatless.streams.cursor import Cursor
-from beatless.streams.history import NO_HEAD, History, Origin
+from beatless.streams.history import NO_HEAD, History, Origin, origin_of
 from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 from beatless.streams.pager import Pager
 from beatless.streams.waiting import JournalRetry, Timeout
@@ -267,15 +267,15 @@ class Streams:
         cursor, sought = Cursor(after), -1
         reason: BackfillReason = "start"
         retry, pager = JournalRetry(limit), Pager()
-        while epoch is None or not self._origin.name:
+        while epoch is None:
             try:
-                now = await asyncio.to_thread(self._current_epoch)
-                epoch = epoch or now
+                epoch = await asyncio.to_thread(self._current_epoch)
             except POSTGRES_AWAY as error:
                 await asyncio.sleep(retry.delay(error, cursor.seq))
                 yield []
         history = History(run.run_id, epoch)
-        channel = self._known_channel(run.run_id)
+        # Not the channel of our own last look: the epoch may be another's, and of a later history.
+        channel = channel_for(self._prefix, origin_of(epoch), run.run_id)
         mailbox = self._hub().subscribe(channel, run.run_id, after, history)
         if accept is not None:
             mailbox.accept = partial(cursor.offer, accept)

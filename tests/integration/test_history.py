@@ -1,9 +1,11 @@
 """Which history events are of: a restored schema is another, and so is another database's."""
 
+import json
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import psycopg
@@ -77,6 +79,35 @@ def test_a_stream_that_is_told_to_begins_anew_in_another_history(
     beatless.work_until_idle()
     assert [event.seq for event in stream] == [1, 2, 3, 4, 5, 6]
     assert resets == [True]
+
+
+def test_a_viewer_who_comes_after_a_restore_is_shown_events_as_they_are_published(
+    beatless: Kit, postgres: psycopg.Connection, monkeypatch
+) -> None:
+    run = beatless.start_run("two_steps")
+    path = f"/v1/runs/{run.run_id}/stream"
+    with serving(beatless.app) as api:
+        streams = api.state.services.now().streams
+        # Only what Redis brings is shown, but for the first look into the journal.
+        for name, seconds in ("_head_check", 3600), ("_without_redis", 3600), ("_patience", 60):
+            monkeypatch.setattr(streams, name, seconds)
+        with api.stream(path) as viewer:
+            assert of_events(viewer, 1) == [1]
+        postgres.execute(next(iter(RESTORES.values())).encode())
+        with api.stream(path) as viewer:
+            assert of_events(viewer, 1) == [1]
+            beatless.client.epoch()
+            channel = beatless.app.streams.channel(run.run_id)
+            with beatless.app.redis() as client:
+                assert client.pubsub_numsub(channel) == [(channel.encode(), 1)]
+            beatless.work_until_idle()
+            assert of_events(viewer, 5) == [2, 3, 4, 5, 6]
+
+
+def of_events(viewer: Iterator[dict[str, str]], count: int) -> list[int]:
+    """The seqs of a viewer's next events."""
+    frames = (frame for frame in viewer if "data" in frame)
+    return [json.loads(frame["data"])["seq"] for frame in islice(frames, count)]
 
 
 def test_maintenance_of_the_table_is_no_other_history(
