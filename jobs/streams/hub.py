@@ -220,8 +220,11 @@ class Hub:
             return
         channel = message["channel"].decode()
         if message["type"] == "subscribe":
+            boxes = self._mailboxes.get(channel)
+            if boxes is None:
+                return  # its viewers left meanwhile, and UNSUBSCRIBE follows
             self._acknowledged.add(channel)
-            for mailbox in self._mailboxes.get(channel, ()):
+            for mailbox in boxes:
                 mailbox.connected(live=True)
         elif message["type"] == "message":
             size = len(message["data"])

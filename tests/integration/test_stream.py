@@ -460,6 +460,31 @@ def test_a_viewer_who_goes_while_redis_takes_nothing_leaves_no_place_behind(
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_a_viewer_who_goes_before_redis_answers_leaves_the_next_one_no_dead_channel(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    streams_here = streams(beatless_app, head_check=3600, without_redis=3600, patience=60)
+    channel = streams_here.channel(run_id)
+
+    def viewer(of: str) -> Mailbox:
+        return streams_here._hub().subscribe(streams_here.channel(of), of, 0, History(of, None))
+
+    async def follow() -> tuple[bool, list[tuple[bytes, int]]]:
+        async with viewer("before") as before:
+            await before.ready(None)
+            async with viewer(run_id):
+                pass
+            async with viewer("after") as after:  # Redis answers in order
+                await after.ready(None)
+            async with viewer(run_id) as again:
+                await again.ready(None)
+                with beatless_app.redis() as client:
+                    return again.live, client.pubsub_numsub(channel)
+
+    assert asyncio.run(follow()) == (True, [(channel.encode(), 1)])
+
+
 def test_a_redis_that_accepts_and_never_answers_is_left_for_one_that_does(
     beatless: Kit, beatless_app: App
 ) -> None:
