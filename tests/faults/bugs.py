@@ -207,6 +207,13 @@ BUGS = {
             ),
         ),
     ),
+    "a stream listens to the channel of the history before": Bug(
+        "jobs/streams/streams.py",
+        "        channel = channel_for(self._prefix, origin_of(epoch), run.run_id)\n",
+        "        channel = self._known_channel(run.run_id) or channel_for(\n"
+        "            self._prefix, origin_of(epoch), run.run_id\n"
+        "        )\n",
+    ),
     "a stream does not read the journal after it was cut off": Bug(
         "jobs/streams/hub.py",
         '        self.missed("reconnect" if live else "without_redis")\n',
