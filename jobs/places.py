@@ -15,6 +15,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.progress import (
+    CHANGED_CALL,
     FOLDED,
     SNOOZED,
     UNKNOWN_STEP,
@@ -42,15 +43,20 @@ class Place:
     """None for runs that have not begun."""
     waits: str | None
     """`unknown_step`, `changed_call` or `unknown_plan` if this version cannot go on there."""
+    difference: str | None = None
+    """What the function of the plan does instead, with the first of these runs."""
+    advice: str | None = None
     runs: int = 0
     run_ids: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        told = {"difference": self.difference, "advice": self.advice}
         return {
             "plan": self.plan,
             "step": self.step,
             "runs": self.runs,
             "waits": self.waits,
+            **(told if self.difference is not None else {}),
             "run_ids": self.run_ids,
         }
 
@@ -67,13 +73,16 @@ def places(
     `reasons` takes only those that wait for them, as a worker has noted; then no function of a plan
     is called, and all of its runs are taken as they are noted.
     """
-    found: dict[tuple[str, str | None, str | None], Place] = {}
+    found: dict[tuple[object, ...], Place] = {}
     called: list[tuple[FunctionPlan, Unfinished]] = []
 
-    def note(run: Unfinished, step: str | None, waits: str | None) -> None:
-        place = found.setdefault(
-            (run.plan, step, waits), Place(plan=run.plan, step=step, waits=waits)
-        )
+    def note(
+        run: Unfinished, step: str | None, waits: str | None, told: Mismatch | None = None
+    ) -> None:
+        key = (run.plan, step, waits, told and told.kind)
+        place = found.setdefault(key, Place(plan=run.plan, step=step, waits=waits))
+        if told is not None and not place.runs:
+            place.difference, place.advice = difference(told), told.advice
         place.runs += 1
         if len(place.run_ids) < MAX_RUN_IDS:
             place.run_ids.append(run.place.run_id)
@@ -92,18 +101,19 @@ def places(
             else:
                 note(run, step, _waits(plan, run))
         for plan, run in called:
-            at, waits = _replayed(connection, journal, plan, run)
-            note(run, at, waits)
+            stands = stands_at([run.place])
+            told = mismatch(connection, journal, plan, run.place.run_id)
+            at = None if stands is None else step_of(stands)
+            note(run, at, None if told is None else told.reason, told)
     return sorted(
         found.values(), key=lambda place: (place.waits is None, place.plan, place.step or "")
     )
 
 
-def _replayed(
-    connection: Caller, journal: Journal, plan: FunctionPlan, run: Unfinished
-) -> tuple[str | None, str | None]:
-    """Where a run of a function is, and why it waits there if it does."""
-    run_id = run.place.run_id
+def mismatch(
+    connection: Caller, journal: Journal, plan: FunctionPlan, run_id: str
+) -> Mismatch | None:
+    """Why an unfinished run of any namespace cannot go on with this function, which is called."""
     events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
     said = dry_replay(
         plan,
@@ -111,10 +121,29 @@ def _replayed(
         events,
         lambda first, last: ChildRuns(journal).ends(connection, run_id, first, last),
     )
-    stands = stands_at([run.place])
-    if isinstance(said, Mismatch):
-        return said.step or stands, said.reason
-    return None if stands is None else step_of(stands), None
+    return said if isinstance(said, Mismatch) else None
+
+
+def why_it_waits(
+    engine: sqlalchemy.Engine, journal: Journal, plans: Mapping[str, Plan], run_id: str
+) -> Mismatch | None:
+    """The mismatch of a run whose function could not go on in a worker, by these plans.
+
+    None, and no function is called, if no worker has noted that.
+    """
+    with engine.begin() as connection:
+        run = journal.get_of_any_namespace(connection, run_id)
+        plan = plans.get(run.plan)
+        dispatch = journal.dispatch_status(connection, run_id).dispatch
+        noted = dispatch is not None and dispatch[2] in (UNKNOWN_STEP, CHANGED_CALL)
+        if not noted or run.cancel_requested_at is not None or not isinstance(plan, FunctionPlan):
+            return None
+        return mismatch(connection, journal, plan, run_id)
+
+
+def difference(told: Mismatch) -> str:
+    """The message of a mismatch, with the text of an exception."""
+    return f"{told.message}: {told.detail}" if told.detail else told.message
 
 
 def _waits(plan: Plan | None, run: Unfinished) -> str | None:

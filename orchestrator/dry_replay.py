@@ -8,9 +8,8 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.function_call import Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of
-from beatless.orchestrator.progress import CHANGED_CALL
 from beatless.orchestrator.records import Run
-from beatless.orchestrator.replay import Mismatch, Replay, departure
+from beatless.orchestrator.replay import Replay, departure, refused_input
 
 
 def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event], read_ends: ReadEnds) -> Said:
@@ -26,7 +25,7 @@ def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event], read_ends:
     try:
         given = plan.input.load(run.input)
     except BadPayload as error:
-        return Mismatch(step="", reason=CHANGED_CALL, message=str(error))
+        return refused_input(error)
     call = call_function(run, given, Replay(plan=plan, history=history, read_ends=read_ends))
     try:
         return call.resume(None)

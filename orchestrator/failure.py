@@ -5,6 +5,7 @@ The class is the user's, and so may be every attribute of it: to describe it nev
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,18 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
         "step": step,
         "traceback": storable_text(trace[-TRACEBACK_LIMIT:]),
     }
+
+
+def line_of(error: BaseException) -> str:
+    """The file and line, in the file that was called first, at which it was raised."""
+    frame = _of_the_body(error)
+    if frame is None:
+        return "no line is known"
+    path, line = frame.tb_frame.f_code.co_filename, frame.tb_lineno
+    while frame := frame.tb_next:
+        if frame.tb_frame.f_code.co_filename == path:
+            line = frame.tb_lineno
+    return f"{Path(path).name}:{line}"
 
 
 def cancel_error(reason: str | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from beatless.orchestrator.history import History, history_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Step
-from beatless.orchestrator.progress import CHANGED_CALL, Progress, fold
+from beatless.orchestrator.progress import Progress, fold
 from beatless.orchestrator.records import NewRun
 from beatless.orchestrator.replay import (
     Again,
@@ -54,6 +54,7 @@ from beatless.orchestrator.replay import (
     PlanLeft,
     Replay,
     departure,
+    refused_input,
 )
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
@@ -178,7 +179,7 @@ class FunctionExecution(Execution):
         try:
             given = self._function.input.load(run.input)
         except BadPayload as error:
-            return Mismatch(step="", reason=CHANGED_CALL, message=str(error))
+            return refused_input(error)
         self._call = call_function(run, given, self._replay)
         return self._resumed(None)
 
@@ -212,8 +213,9 @@ class FunctionExecution(Execution):
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
         match self._said:
-            case Mismatch(step=step, reason=reason, message=message):
-                yield from self._settle(self._released(progress, step, reason, message))
+            case Mismatch(step=step, reason=reason) as found:
+                text = f"{found.message}; {found.advice}"
+                yield from self._settle(self._released(progress, step, reason, text))
                 return None
             case Crashed():
                 yield from self._settle(self._boundaries.plan_crashed())

@@ -14,8 +14,8 @@ from typing import Any
 
 from beatless.orchestrator.arguments import digest, digest_of_wait
 from beatless.orchestrator.child_calls import ChildCall, ChildEnd, Children, ReadEnds, failure_of
-from beatless.orchestrator.errors import ChildFailed, StepFailed
-from beatless.orchestrator.failure import describe
+from beatless.orchestrator.errors import BadPayload, ChildFailed, StepFailed
+from beatless.orchestrator.failure import describe, line_of, text_of
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall, result_of
 from beatless.orchestrator.open_waits import Signal
@@ -26,6 +26,9 @@ from beatless.orchestrator.waits import Wait
 
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Not only digits: those count the occurrences without an id."""
+
+DETAIL_LIMIT = 200
+"""Characters of an exception's text that a mismatch tells."""
 
 
 class PlanLeft(BaseException):
@@ -54,6 +57,18 @@ class Mismatch:
     reason: str
     """`unknown_step` or `changed_call`."""
     message: str
+    """The difference, as a log line has it."""
+    advice: str
+    """What lets the run go on."""
+    instead: str = ""
+    """The occurrence that it asks for there, or its exception with the line."""
+    detail: str = ""
+    """The text of that exception, which is not logged."""
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """The same for runs that differ by their occurrences alone."""
+        return self.reason, step_of(self.step), step_of(self.instead)
 
 
 def departure(plan: FunctionPlan, stored_version: str, history: History) -> Mismatch | None:
@@ -68,6 +83,17 @@ def departure(plan: FunctionPlan, stored_version: str, history: History) -> Mism
             f"the run was executed by version {needed} of plan {plan.name}, and this is version "
             f"{plan.number}"
         ),
+        advice=f"deploy version {needed} of plan {plan.name}, or a higher one",
+    )
+
+
+def refused_input(error: BadPayload) -> Mismatch:
+    """The mismatch of a stored input that the plan does not take."""
+    return Mismatch(
+        step="",
+        reason=CHANGED_CALL,
+        message=str(error),
+        advice="let the type of input= take what is stored: give new members a default",
     )
 
 
@@ -199,10 +225,7 @@ class Replay:
 
         Also of one that has raised: before it was where the run is, by code that may be mended.
         """
-        found = self._passed_over()
-        if found is None or error is None:
-            return found
-        return replace(found, message=f"{found.message}; it raised {describe(error, '')['type']}")
+        return self._passed_over(error=error)
 
     def finished(self, call: Call, result: Any) -> Outcome:
         """The step of a call has this result."""
@@ -292,7 +315,7 @@ class Replay:
                 return self._changed(name)
             if stored.ended:
                 return self._outcome(base, stored)
-        if found := self._passed_over():
+        if found := self._passed_over(asked=name):
             return found
         call = Call(
             step=element(),
@@ -308,17 +331,34 @@ class Replay:
             call.deaths = stored.deaths
         return call
 
-    def _passed_over(self) -> Mismatch | None:
+    def _passed_over(
+        self, *, asked: str | None = None, error: Exception | None = None
+    ) -> Mismatch | None:
+        """The first stored call that is still ahead; the function asks for another, or ends."""
         name = next(iter(self._ahead), None)
         if name is None:
             return None
+        plan, stored, detail = self.plan.name, step_of(name), ""
+        gone = f'if it asks for {stored} no more: removed=["{stored}"] in @plan(…)'
+        if error is not None:
+            instead = f"{describe(error, '')['type']} ({line_of(error)})"
+            message = f"the function of plan {plan} raised {instead} before the stored {name}"
+            advice, detail = "mend the function", text_of(error)[:DETAIL_LIMIT]
+        elif asked is None:
+            instead, message, advice = "", f"plan {plan} ends before the stored {name}", gone
+        else:
+            instead, message = asked, f"plan {plan} asks for {asked} where {name} is stored"
+            advice = (
+                f"if {step_of(asked)} is new: `if run.version >= N`, with version=N in @plan(…); "
+                f'if it is another name: renamed={{"{stored}": "{step_of(asked)}"}}; {gone}'
+            )
         return Mismatch(
             step=name,
             reason=UNKNOWN_STEP,
-            message=(
-                f"plan {self.plan.name} does not ask for the stored {name} in this version; "
-                "if it was renamed or removed, say so: renamed=, removed="
-            ),
+            message=message,
+            advice=advice,
+            instead=instead,
+            detail=detail,
         )
 
     def _changed(self, name: str) -> Mismatch:
@@ -327,8 +367,12 @@ class Replay:
             reason=CHANGED_CALL,
             message=(
                 f"plan {self.plan.name} asks for {name} with other arguments, signals or "
-                "inputs than are stored; they must be the same each time (run.now(), not "
-                "datetime.now()); a call that was changed on purpose goes on with id="
+                "inputs than are stored"
+            ),
+            advice=(
+                "they must be the same each time (run.now(), not datetime.now()); if they were "
+                "changed on purpose: those of before `if run.version < N`, with version=N in "
+                "@plan(…); of calls with id= none are compared"
             ),
         )
 

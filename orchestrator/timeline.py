@@ -35,8 +35,8 @@ class Moment:
     at: int
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
-    """accepted, wait, attempt, signal, cancel, finished, pruned, lease, dispatch, publish, or dead
-    letter."""
+    """accepted, wait, attempt, signal, cancel, finished, pruned, lease, dispatch, publish, dead
+    letter, or difference."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -305,7 +305,10 @@ def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iter
         text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:
             text += f"; the queue {run.queue} is paused"
-        if reason == UNKNOWN_STEP:
+        if reason == UNKNOWN_STEP and re.fullmatch("v[0-9]+", run.plan_version):
+            text += f"; for a worker whose version of plan {run.plan} makes the calls that are "
+            text += "stored: those that took it do not (`beatless plan check` tells the difference)"
+        elif reason == UNKNOWN_STEP:
             text += f"; for a worker whose version of plan {run.plan} has step {place}: those that "
             text += "took it do not (`beatless plan check`)"
         if reason == CHANGED_CALL:

@@ -9,7 +9,7 @@ from beatless.errors import UnknownPlan
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.outcomes import Goto
 from beatless.orchestrator.plan import Element, Plan
-from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.waits import Wait, WaitKind
 from beatless.places import Place, places
 from beatless.worker import canary
@@ -17,10 +17,11 @@ from beatless.worker import canary
 NAMED = 10
 """Runs of one place that are named to a person."""
 
-LACKS = {
-    UNKNOWN_STEP: "has no such step",
-    CHANGED_CALL: "gives it other arguments than are stored",
-}
+KEEP = (
+    "keep the step until they have left it, or say what it is called now, as in "
+    'Plan(…, renamed={"charge": "pay"})'
+)
+"""The advice about a plan that is a list."""
 
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
@@ -72,10 +73,8 @@ def check(env: Environment) -> None:
         if not found:
             click.echo("no run is unfinished")
     if waiting:
-        env.note(
-            f"{count(waiting, 'run')} would wait: keep the step until they have left it, or say "
-            'what it is called now, as in Plan(…, renamed={"charge": "pay"})'
-        )
+        advice = dict.fromkeys(place.advice or KEEP for place in found if place.waits)
+        env.note(f"{count(waiting, 'run')} would wait: {'. '.join(advice)}")
         raise click.exceptions.Exit(1)
 
 
@@ -85,10 +84,11 @@ def place_line(place: Place) -> str:
     text = f"{place.plan}  {count(place.runs, 'run')} {where}"
     if place.waits is None:
         return f"{text}: can go on"
-    lacks = LACKS.get(place.waits, "is not in this app")
+    lacks = "has no such step" if place.waits == UNKNOWN_STEP else "is not in this app"
     named = ", ".join(place.run_ids[:NAMED])
     more = place.runs - NAMED
-    return f"{text}: would wait, the plan {lacks}: {named}{f' and {more} more' if more > 0 else ''}"
+    named += f" and {more} more" if more > 0 else ""
+    return f"{text}: would wait, {place.difference or f'the plan {lacks}'}: {named}"
 
 
 def count(number: int, word: str) -> str:

@@ -19,6 +19,8 @@ from beatless.observe.export import export
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.timeline import Moment
+from beatless.places import difference, why_it_waits
 from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
 from beatless.verify import verify_all
@@ -308,7 +310,12 @@ def children(env: Environment, run: str, state: str | None, after: int, limit: i
 @click.pass_obj
 def explain(env: Environment, run: str) -> None:
     """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""
-    found = env.client_of(run).explain(run)
+    client = env.client_of(run)
+    found = client.explain(run)
+    told = why_it_waits(env.app.engine, env.app.journal, env.app.plans, client.stored_id(run))
+    if told is not None:
+        text = f"with the code of this app: {difference(told)}; {told.advice}"
+        found.append(Moment(at=found[-1].at, kind="difference", text=text))
     if env.as_json:
         for moment in found:
             env.document(moment.to_dict())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from beatless.doctor.check import check
 from beatless.doctor.finding import Verdict, counted, ok, problem, warn
 from beatless.doctor.probe import Need, Probe
+from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.letters import LetterStatements
@@ -42,11 +43,16 @@ def plans(probe: Probe) -> Iterator[Verdict]:
             f"{place.plan}.{place.step} ({place.runs}: {place.run_ids[0]})"
             for place in waiting[:MAX_PLACES]
         )
+        lists = "deploy a version that has it, or say what it is called now: "
+        lists += 'Plan(…, renamed={"before": "now"}); `beatless plan check` names all'
+        functions = "`beatless plan check` with the workers' code tells what a function does "
+        functions += "instead, and what helps"
+        called = [isinstance(app.plans.get(place.plan), FunctionPlan) for place in waiting]
+        advice = [lists] * (not all(called)) + [functions] * any(called)
         yield warn(
             f"runs wait in a step that the workers' version of the plan lacks, or calls "
             f"differently: {names}",
-            "deploy a version that has it, or say what it is called now: "
-            'Plan(…, renamed={"before": "now"}); `beatless plan check` names all',
+            "; ".join(advice),
         )
     if not unknown and not waiting:
         yield ok(f"all unfinished runs are of the {len(app.plans)} plans of this app")

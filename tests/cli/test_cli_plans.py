@@ -1,5 +1,6 @@
 """The commands that draw a plan, retry a run, and explain one."""
 
+import importlib
 import json
 import os
 import sys
@@ -104,10 +105,60 @@ def test_plan_check_calls_functions_on_stored_results_and_no_step(
     before_check = ledger.read_text()
     shown = command("plan", "check", status=1).splitlines()
     assert shown == [
-        "asks  1 run in gone: would wait, the plan has no such step: changed",
+        "asks  1 run in away: would wait, plan asks asks for a where gone is stored: changed",
         "asks  1 run in b: can go on",
     ]
+    advice = command.error.replace("\n", " ")
+    assert 'renamed={"gone": "a"}' in advice
+    assert 'removed=["gone"] in @plan(…)' in advice
+    assert "Plan(…" not in advice
     assert ledger.read_text() == before_check
+
+
+def raises(run: RunContext) -> None:
+    raise AttributeError("a text of its own")
+
+
+def test_plan_check_and_explain_tell_by_what_a_function_differs_and_what_helps(
+    command: Command, beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run_id in ("one", "two"):
+        given = {"ledger": str(tmp_path / run_id), "how": "never called"}
+        beatless.start_run("asks", given, run_id=run_id)
+        beatless.step(run_id)
+    beatless.executor().execute(plan("asks")(lambda run: None), "one", 0)
+    newer = plan("asks", version=7)(beatless.app.plans["asks"].function)
+
+    def told(function: Plan) -> tuple[str, str]:
+        module = importlib.import_module("tests.plans")
+        monkeypatch.setitem(module.app.plans, "asks", function)
+        (line,) = command("plan", "check", status=1).splitlines()
+        advice = command.error.replace("\n", " ")
+        (place,) = json.loads(command("--json", "plan", "check", status=1))["places"]
+        assert place["difference"] in line
+        assert place["advice"] in advice
+        explained = command("explain", "one").splitlines()[-1]
+        assert f"with the code of this app: {place['difference']}; {place['advice']}" in explained
+        return line, advice
+
+    line, advice = told(plan("asks")(raises))
+    raised_at = f"test_cli_plans.py:{raises.__code__.co_firstlineno + 1}"
+    assert line == (
+        f"asks  2 runs in b: would wait, the function of plan asks raised AttributeError "
+        f"({raised_at}) before the stored a: a text of its own: one, two"
+    )
+    assert advice == "2 runs would wait: mend the function "
+    line, advice = told(plan("asks")(lambda run: None))
+    assert "would wait, plan asks ends before the stored a: one, two" in line
+    assert 'removed=["a"] in @plan(…)' in advice
+
+    beatless.advance(60)
+    beatless.executor().execute(newer, "one", 0, max_steps=1)
+    beatless.executor().execute(newer, "two", 0, max_steps=1)
+    beatless.executor().execute(beatless.app.plans["asks"], "one", 0)
+    line, advice = told(plan("asks", version=6)(newer.function))
+    assert "the run was executed by version 7 of plan asks, and this is version 6" in line
+    assert "deploy version 7 of plan asks, or a higher one" in advice
 
 
 def test_retry_prints_the_id_of_the_new_run(command: Command, beatless: Kit) -> None:

@@ -233,14 +233,22 @@ def other(ask: Callable[[RunContext[Any]], Any], **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("changed", "step_name", "reason"),
+    ("changed", "difference", "reason"),
     [
-        (other(lambda run: run.step(release, {"total": 1})), "reserve", UNKNOWN_STEP),
-        (other(lambda run: run.step(reserve, [9])), "reserve", CHANGED_CALL),
+        (
+            other(lambda run: run.step(release, {"total": 1})),
+            "plan order asks for release where reserve is stored",
+            UNKNOWN_STEP,
+        ),
+        (
+            other(lambda run: run.step(reserve, [9])),
+            "plan order asks for reserve with other arguments, signals or inputs than are stored",
+            CHANGED_CALL,
+        ),
     ],
 )
 def test_a_run_that_a_changed_function_cannot_go_on_with_waits_and_is_told(
-    beatless: Kit, changed: Plan, step_name: str, reason: str
+    beatless: Kit, changed: Plan, difference: str, reason: str
 ) -> None:
     run = beatless.start_run("order", {"lines": [1]})
     beatless.step(run.run_id)
@@ -248,7 +256,10 @@ def test_a_run_that_a_changed_function_cannot_go_on_with_waits_and_is_told(
     assert (can.step, can.waits) == ("charge", None)
 
     (place,) = places(beatless.app.engine, beatless.app.journal, {"order": changed})
-    assert (place.step, place.waits, place.run_ids) == (step_name, reason, [run.run_id])
+    assert (place.step, place.waits, place.run_ids) == ("charge", reason, [run.run_id])
+    assert place.difference == difference
+    assert place.advice is not None
+    assert "version=N in @plan(…)" in place.advice
 
     before = beatless.event_types(run.run_id)
     beatless.executor().execute(changed, run.run_id, 0)
@@ -258,6 +269,8 @@ def test_a_run_that_a_changed_function_cannot_go_on_with_waits_and_is_told(
     (finding,) = Doctor(beatless.app).examine(("plans",))
     assert finding.status is Status.WARNING
     assert f"order.charge (1: {run.run_id})" in finding.text
+    assert "renamed" not in finding.advice
+    assert "`beatless plan check`" in finding.advice
 
     beatless.advance(60)
     beatless.work_until_idle()
