@@ -133,7 +133,7 @@ class CoroutineCall:
         except Exception as error:
             if isinstance(error, RuntimeError) and "event loop" in str(error):
                 return Broken(self._refused("a task or timer of asyncio", error))
-            return self._replay.end(error) or Broken(error)
+            return self._broken(error)
         if isinstance(asked, Call | Mismatch):
             return asked
         self.close()
@@ -145,6 +145,16 @@ class CoroutineCall:
             return _ended(value, self._replay)
         except Exception as error:  # also of a child whose result is read only now
             return self._replay.end(error) or Broken(error)
+
+    def _broken(self, error: Exception) -> Said:
+        """It has raised: perhaps because it took a call that it did not await for the result."""
+        if not isinstance(error, PlanError):
+            try:
+                self._context.check_awaited()
+            except PlanError as forgotten:
+                forgotten.__cause__ = error
+                error = forgotten
+        return self._replay.end(error) or Broken(error)
 
     def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:
         error = PlanError(f"plan {self._replay.plan.name} awaits {awaited}: {ONE_AT_A_TIME}")

@@ -299,7 +299,9 @@ class Replay:
             return occurrence(name, self.visits[name])
         if not isinstance(id, str) or not CALL_ID.fullmatch(id):
             raise PlanError(
-                f"plan {self.plan.name}: the id {id!r:.200} of {name} must match {CALL_ID.pattern}"
+                f"plan {self.plan.name}: the id {id!r:.200} of {name} must be a str of letters, "
+                "digits, _ . and -, up to 100, and not of digits alone, since "
+                f'{name}#7 is the seventh call of {name}: give it a word, as in id="line-7"'
             )
         generation = self.history.generation
         return f"{name}#{id}" if generation == 1 else f"{name}#{id}#{generation}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
@@ -25,8 +25,13 @@ from beatless.orchestrator.waits import seconds_of_wait, sleep_of, wait
 Input = TypeVar("Input")
 
 ONE_AT_A_TIME = (
-    "the function of a plan can await only run.step(…), run.wait(…) and run.sleep(…), one at a "
-    "time; do the rest in a step"
+    "the function of a plan can await only run.step(…), run.wait(…), run.sleep(…), run.child(…), "
+    "run.map(…) and the result() of a child, one at a time; do the rest in a step"
+)
+
+NO_FIRST = (
+    "run.first is not there yet: no call waits for the first of several children. run.map(…) and "
+    "the result() of a child wait for all of them and for this one"
 )
 
 Asked = Call | Mismatch
@@ -251,6 +256,13 @@ class RunContext(Generic[Input]):
         """A random UUID, stored."""
         return uuid.UUID(self._replay.value("uuid", lambda: str(uuid.uuid4())))
 
+    if not TYPE_CHECKING:  # a type checker knows the members
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, for `first` with what there is instead."""
+            text = f"{type(self).__name__!r} has no attribute {name!r}"
+            raise AttributeError(NO_FIRST if name == "first" else text)
+
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         outcome = found if isinstance(found, Outcome) else self._ask(found)
         return made(outcome.give())
@@ -298,8 +310,8 @@ class AsyncRunContext(RunContext[Input]):
         """Raises PlanError if the last call was not awaited: it would have done nothing."""
         if self._last is not None and not self._last.begun:
             raise PlanError(
-                "a call of run was not awaited, or not before the next one: write await "
-                f"run.step(…); {ONE_AT_A_TIME}"
+                "a call of run was not awaited, or not before the next one or the use of its "
+                f"result: write await run.step(…); {ONE_AT_A_TIME}"
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from beatless import RunContext, Signal, days, plan, step
+from beatless import Plan, RunContext, Signal, days, plan, step
 from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.outcomes import PlanError
@@ -32,6 +32,8 @@ async def pays_async(run: RunContext) -> Any:
         return await run.step(note, "late", stock)
     return await run.step(note, paid.name, paid.data, paid.seq)
 
+
+PARCEL = Plan("parcel", [step(name="pack")(lambda ctx: None)])
 
 KINDS = {"sync": pays, "async": pays_async}
 
@@ -322,7 +324,7 @@ def test_a_run_of_a_list_that_waits_goes_on_as_a_function() -> None:
         (lambda run: run.wait("a", timeout=-1), "timeout must be more than 0 seconds"),
         (lambda run: run.sleep(0), "must be more than 0 seconds"),
         (lambda run: run.sleep("a day"), "must be more than 0 seconds"),
-        (lambda run: run.wait("a", id="7"), "must match"),
+        (lambda run: run.wait("a", id="7"), "a#7 is the seventh call of a"),
         (
             lambda run: (run.step(double, 1), run.wait("double")),
             "a step, and a wait or children, called double",
@@ -355,10 +357,30 @@ def test_a_call_of_an_async_plan_that_is_not_awaited_is_named() -> None:
         run.sleep(10)
         return await run.step(double, 1)
 
-    for forgets in (last, before_another):
+    @plan("p")
+    async def takes_it_for_the_result(run: RunContext) -> Any:
+        return run.child(PARCEL).result()
+
+    @plan("p")
+    async def takes_it_for_results(run: RunContext) -> Any:
+        return list(run.map(PARCEL, [1, 2]))
+
+    for forgets in (last, before_another, takes_it_for_the_result, takes_it_for_results):
         error = outcome(finish(Journal(forgets)))
         assert error["type"] == PlanError.__name__
         assert "was not awaited" in error["message"]
+        assert "write await run." in error["message"]
+        assert "run.child(…), run.map(…) and the result() of a child" in error["message"]
+
+
+def test_an_error_behind_a_call_that_was_not_awaited_is_shown_as_its_cause() -> None:
+    @plan("p")
+    async def forgets(run: RunContext) -> Any:
+        return run.child(PARCEL).result()
+
+    traceback = outcome(finish(Journal(forgets)))["traceback"]
+    assert "return run.child(PARCEL).result()" in traceback
+    assert "AttributeError" in traceback
 
 
 def test_waits_at_the_same_time_as_steps_are_refused_with_what_to_do() -> None:
