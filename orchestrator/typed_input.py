@@ -1,21 +1,32 @@
 """The declared type of a plan's input: checks, conversion, JSON Schema. By pydantic."""
 
-from typing import Any, Protocol
+from typing import Any, NewType, Protocol
 
 from beatless.orchestrator.errors import BadPayload
 
 INPUT = "the run's input"
 """Its name in errors."""
 
+UNKNOWN_MEMBER = ("unexpected_keyword_argument", "extra_forbidden")
+"""The types of error by which pydantic refuses a member that a type does not have."""
+
+NO_MEMBER = "the plan's type of input has no such member"
+
 
 class TypedInput(Protocol):
     """A type of input: a dataclass, a TypedDict, a model of pydantic, or anything that it knows."""
 
     def load(self, value: Any) -> Any:
-        """The value of this type that JSON stands for. Raises BadPayload, naming the member."""
+        """The value of this type that stored JSON stands for. Raises BadPayload, naming the member.
+
+        Members that a dataclass or TypedDict does not have are left out.
+        """
 
     def dump(self, value: Any) -> Any:
-        """The JSON of a value: one of this type, or JSON already. Raises BadPayload."""
+        """The JSON of a value that is given: one of this type, or JSON already. Raises BadPayload.
+
+        Also for members that a dataclass or TypedDict does not have.
+        """
 
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of the type."""
@@ -39,32 +50,45 @@ class PydanticInput:
 
     def __init__(self, type: Any) -> None:
         """Raises ImportError without pydantic, and its error for a type that it cannot check."""
-        from pydantic import TypeAdapter
+        from pydantic import ConfigDict, TypeAdapter
 
-        self._type = type
-        self._adapter = TypeAdapter(type)
+        self._stored = TypeAdapter(type)
+        """Of an input that may have been given to an earlier version, with members of then."""
+        new_type: Any = NewType  # under a name, because a dataclass itself takes no config
+        self._given = TypeAdapter(new_type("Input", type), config=ConfigDict(extra="forbid"))
+        """Of one that is given now. Members that the type does not have are refused.
+
+        The config is that of dataclasses and TypedDicts without one of their own, also within
+        others; models of pydantic have theirs.
+        """
         self.schema()
 
     def load(self, value: Any) -> Any:
-        from pydantic import ValidationError
-
-        try:
-            return self._adapter.validate_python(value)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            path = "".join(
-                f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
-            )
-            raise BadPayload(f"{INPUT}{path}", f"is refused: {first['msg']}") from error
+        return _checked(self._stored, value)
 
     def dump(self, value: Any) -> Any:
+        checked = _checked(self._given, value)
         if isinstance(value, dict | list | str | int | float | None):
-            self.load(value)
             return value
-        return self._adapter.dump_python(self.load(value), mode="json")
+        return self._given.dump_python(checked, mode="json")
 
     def schema(self) -> dict[str, Any]:
-        return self._adapter.json_schema()
+        return self._given.json_schema()
+
+
+def _checked(adapter: Any, value: Any) -> Any:
+    """The value of the type that JSON stands for. Raises BadPayload, naming the member."""
+    from pydantic import ValidationError
+
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+        )
+        reason = NO_MEMBER if first["type"] in UNKNOWN_MEMBER else first["msg"]
+        raise BadPayload(f"{INPUT}{path}", f"is refused: {reason}") from error
 
 
 def typed_input(type: Any) -> TypedInput:

@@ -317,6 +317,7 @@ def test_an_input_of_another_type_is_refused_before_it_is_stored(beatless: Kit) 
         (None, "the run's input"),
         ({"to": "Gent"}, "the run's input.weight"),
         ({"weight": "heavy"}, "the run's input.weight"),
+        ({"weight": 2, "too": "Gent"}, r"the run's input\.too is refused: .* has no such member"),
     ]:
         with pytest.raises(BadPayload, match=told):
             beatless.start_run("send", bad)
@@ -608,6 +609,7 @@ def test_the_schema_of_a_declared_input_is_told_over_http(beatless: Kit) -> None
         with urlopen(f"{api.url}/v1/plans") as answer:
             told = {each["name"]: each for each in json.load(answer)["plans"]}
         assert told["send"]["input"]["required"] == ["weight"]
+        assert told["send"]["input"]["additionalProperties"] is False
         assert told["order"]["input"] == {}
         assert told["order"]["function"] is True
         with pytest.raises(BadPayload, match=r"the run's input\.weight"):
