@@ -10,7 +10,7 @@ from beatless.orchestrator.observer import Settled
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Settlement
-from beatless.orchestrator.state import RunState
+from beatless.orchestrator.state import WAITS, RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.observer import Observer
 
@@ -95,12 +95,14 @@ class RunReport:
                 },
             )
         elif boundary.state is RunState.QUEUED:
+            reason = "cancel" if appended.cancelled else settlement.reason
+            state = RunState.WAITING if reason == WAITS else boundary.state
             logger.info(
                 "run waits",
                 extra={
                     "action": "waits",
-                    "state": boundary.state.value,
-                    "reason": "cancel" if appended.cancelled else settlement.reason,
+                    "state": state.value,
+                    "reason": reason,
                     "delay": boundary.delay_s,
                     **facts,
                 },
