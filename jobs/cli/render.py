@@ -259,6 +259,25 @@ def run_table(found: Sequence[Run]) -> Iterator[str]:
     yield from table(("run", "state", "plan", "queue", "events", "age"), rows)
 
 
+def child_table(found: Sequence[Run]) -> Iterator[str]:
+    """Children of a run as a table."""
+    rows = [
+        (
+            str(run.child_no),
+            escape(run.run_id),
+            f"[{STATES.get(run.state.value, 'bold')}]{escape(run.state.value)}[/]",
+            escape(run.plan),
+            age(run.created_at),
+            escape(plain(f"{run.error.get('type')}: {run.error.get('message')}"))
+            if run.error
+            else "",
+        )
+        for run in found
+    ]
+    titles = ("number", "run", "state", "plan", "age", "error")
+    yield from table(titles, rows, numbers={"number"})
+
+
 def open_wait(wait: OpenWait) -> str:
     """A wait and its end, in words."""
     text = " or ".join(wait.names) if wait.names else "a time"

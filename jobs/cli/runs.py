@@ -301,7 +301,7 @@ def children(env: Environment, run: str, state: str | None, after: int, limit: i
         for child in found:
             env.document(child.to_dict())
     else:
-        for line in render.run_table(found):
+        for line in render.child_table(found):
             env.out.print(line)
 
 

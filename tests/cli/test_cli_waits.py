@@ -1,4 +1,4 @@
-"""The commands about runs that wait: `waits`, `signal`, `show` and `queues`."""
+"""The commands about runs that wait: `waits`, `signal`, `show`, `children` and `queues`."""
 
 import json
 from typing import Any
@@ -22,12 +22,28 @@ def ordered(run: RunContext[Any]) -> Any:
     return run.again(None)
 
 
+@step
+def pack(ctx: StepContext) -> None:
+    if ctx.input == "broken":
+        raise ValueError("no [red] box")
+
+
+parcel = Plan("parcel", [pack])
+
+
+@plan("packs")
+def packs(run: RunContext[Any]) -> Any:
+    return len(run.map(parcel, run.input, failure="collect"))
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [
         Plan("order", [wait("paid", "refused", timeout=days(3)), wait("delivered"), ship]),
         Plan("sleeper", [sleep(days=14), ship]),
         ordered,
+        parcel,
+        packs,
     ]
 
 
@@ -113,6 +129,20 @@ def test_waits_lists_those_of_one_run_or_of_all_that_wait(beatless: Kit, command
     command("waits", "nobody", status=2)
     assert "nobody" in command.error
     command("waits", order, "--plan", "order", status=2)
+
+
+def test_children_are_listed_with_their_numbers_and_errors(beatless: Kit, command: Command) -> None:
+    packs_id = beatless.start_run("packs", [1, "broken"]).run_id
+    beatless.work_until_idle()
+    first, second = (child.run_id for child in beatless.children(packs_id))
+    titles, *rows = command("children", packs_id).splitlines()
+    assert titles.split() == ["number", "run", "state", "plan", "age", "error"]
+    assert [row.split()[:4] for row in rows] == [
+        ["1", first, "completed", "parcel"],
+        ["2", second, "failed", "parcel"],
+    ]
+    assert rows[1].endswith("  ValueError: no [red] box")
+    assert command("children", packs_id, "--after", "1").splitlines()[1].split()[0] == "2"
 
 
 def test_a_signal_that_nobody_waits_for_is_kept_and_the_answer_says_what_is_waited_for(
