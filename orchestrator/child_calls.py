@@ -43,6 +43,8 @@ class Children:
     """Of a child that was started alone."""
     error: dict[str, Any] | None = None
     """The failure that has ended the call."""
+    failures: int = 0
+    """How many have failed, of a call that collects failures and has ended."""
 
     @property
     def last(self) -> int:
@@ -78,6 +80,8 @@ class Children:
         facts: dict[str, Any] = {"plan": self.plan, "first": self.first, "count": self.count}
         if self.error is not None:
             facts["error"] = self.error
+        if self.failures:
+            facts["failed"] = self.failures
         return _event(EventType.CHILDREN_FINISHED, occurrence, facts)
 
 
@@ -145,6 +149,15 @@ class ChildCall(Wait):
             for number in numbers
         ]
 
+    def check_plan(self, plans: Mapping[str, Plan], *, parent: str) -> None:
+        """Raises PlanError for a plan that is none of these: no worker would know its runs."""
+        if plans.get(self.plan.name) is not self.plan:
+            raise PlanError(
+                f"plan {parent} starts a run of plan {self.plan.name}, which the App does not "
+                "have: make it once, in a module, and give it to the App, as in "
+                f"App(settings, plans=[{parent}, {self.plan.name}])"
+            )
+
     def check_inputs(self, limit: int) -> None:
         """Raises BadPayload for an input that a child cannot have: before any was started."""
         for place, given in enumerate(self.inputs):
@@ -194,6 +207,8 @@ class ChildrenTurn:
     """All have ended, and no further one will be started."""
     failed: int | None = None
     """The number of the one by whose failure the others are cancelled."""
+    failures: int = 0
+    """How many have failed, of a call that collects failures and is done."""
 
 
 def next_turn(children: Children, look: ChildrenLook) -> ChildrenTurn:

@@ -83,6 +83,9 @@ class ChildRuns:
         if turn.done and turn.failed is None and not children.collects:
             for (number,) in execute(connection, self._sql["removed"], place):
                 turn = replace(turn, failed=number)
+        if turn.done and children.collects:
+            ((failures,),) = execute(connection, self._sql["failures"], parameters)
+            turn = replace(turn, failures=failures)
         if turn.start and not cancelled:
             self.start(connection, run_id, tends.runs(turn.start))
         if turn.failed is not None and unfinished:

@@ -22,6 +22,13 @@ SELECT n FROM generate_series(%(first)s::int, %(last)s::int) AS n
                     WHERE c.parent_id = %(run_id)s AND c.child_no = n)
  LIMIT 1
 
+-- name: failures
+-- Count the children of a call, which have all ended, that have no result: those that were removed
+-- have none.
+SELECT %(count)s - count(*)::int FROM {schema}.runs c
+ WHERE c.parent_id = %(run_id)s AND c.child_no BETWEEN %(first)s AND %(last)s
+   AND c.error IS NULL
+
 -- name: count
 -- Note on the parent which is the highest number that it has given.
 UPDATE {schema}.runs SET children_started = %(last)s WHERE run_id = %(run_id)s

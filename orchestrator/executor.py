@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cache, partial
@@ -111,6 +111,7 @@ class Executor:
         heartbeat: Heartbeat,
         outputs: OutputThread,
         worker: str,
+        plans: Mapping[str, Plan],
         stopping: threading.Event | None = None,
         leaving: Callable[[], bool] = lambda: False,
         limit: Callable[[Attempt, Callable[[], Any]], Any] = no_limit,
@@ -124,8 +125,9 @@ class Executor:
     ) -> None:
         """`worker` is unique to this process for ever; `stopping` ends runs at their boundary.
 
-        `leaving` returns true if an exception in a body is there to end this process. A run that
-        stands at a step which its plan does not have is given back for at most `redispatch_s`.
+        `leaving` returns true if an exception in a body is there to end this process. Runs may have
+        children of these `plans`. A run that stands at a step which its plan does not have is given
+        back for at most `redispatch_s`.
         `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
         `pace` is told how long each body takes. Async bodies run in `loop`.
         """
@@ -136,6 +138,7 @@ class Executor:
         self.heartbeat = heartbeat
         self.outputs = outputs
         self.worker = worker
+        self.plans = plans
         self.stopping = stopping or threading.Event()
         self.leaving = leaving
         self.limit = limit
@@ -274,7 +277,7 @@ class RunDriver:
         self._lease = lease
         self._run_id = lease.run.run_id
         kind = (
-            partial(FunctionExecution, plan, read_ends=self._read_ends)
+            partial(FunctionExecution, plan, read_ends=self._read_ends, plans=executor.plans)
             if isinstance(plan, FunctionPlan)
             else partial(Execution, plan)
         )

@@ -10,7 +10,7 @@ called again on what the journal has.
 """
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,8 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, history_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
-from beatless.orchestrator.plan import Step
+from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.progress import Progress, fold
 from beatless.orchestrator.records import NewRun
 from beatless.orchestrator.replay import (
@@ -93,9 +94,13 @@ class FunctionExecution(Execution):
         *,
         max_event_bytes: int,
         read_ends: ReadEnds,
+        plans: Mapping[str, Plan],
         **options: Any,
     ) -> None:
-        """`read_ends` reads children of the run, while its function is called."""
+        """`read_ends` reads children of the run, while its function is called.
+
+        Its children are runs of `plans`.
+        """
         self._max_event_bytes = max_event_bytes
         super().__init__(plan, lease, max_event_bytes=max_event_bytes, **options)
         self._version = plan.started_with(lease.run.plan_version)
@@ -104,6 +109,7 @@ class FunctionExecution(Execution):
         )
         self._function = plan
         self._read_ends = read_ends
+        self._plans = plans
         self._replay = Replay(plan=plan, history=History(), read_ends=read_ends)
         self._call: FunctionCall | None = None
         self._said: Said | Crashed | None = None
@@ -294,9 +300,10 @@ class FunctionExecution(Execution):
         history = self._replay.history
         children = call.numbered(history.children + 1)
         try:
+            call.check_plan(self._plans, parent=self._function.name)
             call.check_inputs(self._max_event_bytes)
             runs = self._runs(call, children, next_turn(children, NONE_STARTED).start)
-        except BadPayload as error:
+        except (BadPayload, PlanError) as error:
             yield from self._settle(self._boundaries.broken(error, self._values()))
             return None
         if call.alone:
@@ -346,6 +353,7 @@ class FunctionExecution(Execution):
                 children = replace(children, error=removed(failed))
             elif ends[0].error is not None:
                 children = replace(children, error=ends[0].failure)
+        children = replace(children, failures=turn.failures)
         occurrence = progress.named if call.children is None else call.started_by
         finished = children.finished(occurrence)
         answer = self._replay.ended(progress, children)

@@ -153,6 +153,8 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 text = f"the wait for {_children(data)} has ended"
                 if error := data.get("error"):
                     text += f": {error.get('run_id')} failed: {error.get('type')}"
+                elif failed := data.get("failed"):
+                    text += f": {failed} of {data.get('count')} failed"
                 yield Moment(at=event.ts, kind="children", text=text, step=event.step)
                 waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.RUN_RESTARTED:

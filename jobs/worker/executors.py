@@ -58,7 +58,7 @@ class Executors:
         shown_error: ShownError | None = None,
         plans: Mapping[str, Plan],
     ) -> None:
-        """`engine` is for transactional steps; runs of `plans` may be executed in groups.
+        """`engine` is for transactional steps; runs of `plans` may be children, and in groups.
 
         `on_process` is called in each process that Celery executes runs in, before the first.
         """
@@ -177,6 +177,7 @@ class Executors:
             heartbeat=self._heartbeat,
             outputs=self._outputs,
             worker=self._worker,
+            plans=self._plans,
             stopping=self.draining,
             leaving=is_exiting,
             limit=self._watchdog.call,

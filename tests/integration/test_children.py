@@ -1,5 +1,6 @@
 """Runs that other runs have started: their starts, their ends, and what becomes of both."""
 
+import logging
 from typing import Any
 
 import psycopg
@@ -124,6 +125,16 @@ def leaves(run: RunContext[Any]) -> Any:
     return child.run_id
 
 
+@plan("makes_a_plan")
+def makes_a_plan(run: RunContext[Any]) -> Any:
+    return run.child(Plan("made", [pack])).result()
+
+
+@plan("makes_plans")
+async def makes_plans(run: RunContext[Any]) -> Any:
+    return await run.map(Plan("made", [pack]), [1, 2])
+
+
 @plan("nested")
 def nested(run: RunContext[Any]) -> Any:
     return run.map(fan_out, [{"lines": lines} for lines in run.input])
@@ -146,6 +157,8 @@ def beatless_plans() -> list[Plan]:
         gives_all,
         counts_all,
         draws,
+        makes_a_plan,
+        makes_plans,
     ]
 
 
@@ -259,6 +272,34 @@ def test_a_map_collects_failures_where_it_is_asked_to(beatless: Kit) -> None:
 
     found = beatless.client.get_run(run.run_id)
     assert found.result == ["parcel 1", "ValueError", "parcel 2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "failed"),
+    [([1, "broken", 2, "broken"], 2), (["broken"], 1), ([1, 2], None), ([], None)],
+)
+def test_the_end_of_a_map_that_collects_says_how_many_have_failed(
+    beatless: Kit, lines: list[Any], failed: int | None
+) -> None:
+    run = beatless.start_run("collects", lines)
+    beatless.work_until_idle()
+
+    ends = [e.data for e in beatless.client.events(run.run_id) if e.type == "ChildrenFinished"]
+    assert [(data or {}).get("failed") for data in ends] == [failed]
+    told = " ".join(moment.text for moment in beatless.client.explain(run.run_id))
+    assert (f"has ended: {failed} of {len(lines)} failed" in told) == (failed is not None)
+
+
+def test_a_child_that_was_removed_counts_as_failed(beatless: Kit) -> None:
+    run_id = parked(beatless, "collects", [1, 2, 3])
+    beatless.client.cancel_run(beatless.children(run_id)[1].run_id)
+    beatless.client.remove_run(beatless.children(run_id)[1].run_id)
+    beatless.client.resume_queue("children")
+    beatless.work_until_idle()
+
+    (end,) = [e.data for e in beatless.client.events(run_id) if e.type == "ChildrenFinished"]
+    assert (end or {})["failed"] == 1
+    assert beatless.client.get_run(run_id).result == ["parcel 1", "RunNotFound", "parcel 3"]
 
 
 def test_an_async_function_awaits_its_children(beatless: Kit) -> None:
@@ -578,6 +619,18 @@ def test_verify_finds_a_child_that_nobody_started_and_a_parent_that_nobody_wakes
     assert found >= {("I2", stray.run_id), ("I7", run_id)}
 
 
+def test_a_parent_that_holds_no_worker_is_logged_as_waiting(
+    beatless: Kit, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "beatless")
+    run_id = parked(beatless, "collects", [1, 2])
+
+    told = [vars(each) for each in caplog.records if each.getMessage() == "run waits"]
+    assert [(each["run_id"], each["state"], each["reason"]) for each in told] == [
+        (run_id, "waiting", "wait")
+    ]
+
+
 def test_a_map_is_told_by_explain(beatless: Kit) -> None:
     run_id = parked(beatless, "collects", [1, 2])
     told = " ".join(moment.text for moment in beatless.client.explain(run_id))
@@ -588,6 +641,18 @@ def test_a_map_is_told_by_explain(beatless: Kit) -> None:
 def test_an_app_without_the_plan_of_a_child_is_refused(beatless: Kit) -> None:
     with pytest.raises(PlanError, match="names plan parcel, which the App does not have"):
         App(beatless.app.settings, plans=[one_child])
+
+
+def test_a_plan_that_the_app_does_not_have_fails_the_run_and_starts_no_child(beatless: Kit) -> None:
+    for name in ("makes_a_plan", "makes_plans"):
+        run = beatless.start_run(name)
+        beatless.work_until_idle()
+
+        error = beatless.client.get_run(run.run_id).error
+        assert error is not None
+        assert error["type"] == "PlanError"
+        assert f"plan {name} starts a run of plan made, which the App does not have" in str(error)
+        assert beatless.client.children(run.run_id) == []
 
 
 def test_only_a_plan_can_be_started() -> None:

@@ -201,7 +201,7 @@ class Worker:
         plan = self.journal.plan
         options = {"max_event_bytes": MAX_EVENT_BYTES, **self.options}
         execution = (
-            FunctionExecution(plan, lease, read_ends=lambda _first, _last: [], **options)
+            FunctionExecution(plan, lease, read_ends=lambda _first, _last: [], plans={}, **options)
             if isinstance(plan, FunctionPlan)
             else Execution(plan, lease, **options)
         )
