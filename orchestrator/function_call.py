@@ -153,7 +153,7 @@ class CoroutineCall:
                 self._context.check_awaited()
             except PlanError as forgotten:
                 forgotten.__cause__ = error
-                error = forgotten
+                error = forgotten.with_traceback(error.__traceback__)
         return self._replay.end(error) or Broken(error)
 
     def _refused(self, awaited: str, cause: Exception | None = None) -> PlanError:

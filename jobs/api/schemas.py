@@ -119,7 +119,7 @@ EVENT_DATA: dict[EventType, Schema] = {
     ),
     EventType.CHILDREN_FINISHED: json_object(
         {"plan": STRING, "first": SEQ, "count": {"type": "integer"}},
-        optional={"error": ref("Error")},
+        optional={"error": ref("Error"), "failed": SEQ},
     ),
     EventType.RUN_RESTARTED: json_object(
         {"input": ANY, "generation": SEQ},

@@ -381,6 +381,7 @@ def test_an_error_behind_a_call_that_was_not_awaited_is_shown_as_its_cause() -> 
     traceback = outcome(finish(Journal(forgets)))["traceback"]
     assert "return run.child(PARCEL).result()" in traceback
     assert "AttributeError" in traceback
+    assert traceback.rindex("return run.child") > traceback.index("direct cause")
 
 
 def test_waits_at_the_same_time_as_steps_are_refused_with_what_to_do() -> None:
