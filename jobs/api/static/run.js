@@ -37,6 +37,7 @@ export async function showRun(page, runId) {
 
   const plan = plans.plans.find((each) => each.name === run.plan);
   const steps = plan?.steps ?? [];
+  const ahead = plan?.function ? "may come" : "to come"; // only the function knows
   const known = new Set([...steps, plan?.on_cancel, ...Object.keys(plan?.renamed ?? {})]);
   const state = el("span", { id: "state" });
   const facts = el("dl", { class: "facts" });
@@ -47,7 +48,7 @@ export async function showRun(page, runId) {
   const timeline = el("div");
   const log = new Log();
   const output = new Output();
-  let drawing = new Timeline(story, steps, choose);
+  let drawing = new Timeline(story, steps, ahead, choose);
   timeline.append(drawing.node);
 
   const cancel = el("button", { type: "button", class: "danger", id: "cancel", title: "Cancel (c)", onclick: askToCancel }, "Cancel");
@@ -201,7 +202,7 @@ export async function showRun(page, runId) {
         ["Queue", el("a", { href: `#/?queue=${encodeURIComponent(run.queue)}` }, run.queue)], ["Started", time(run.created_at)]];
       if (run.priority) entries.push(["Priority", String(run.priority)]);
       if (run.key) entries.push(["Key", el("code", {}, run.key)]);
-      if (run.not_before) entries.push(["Not before", time(run.not_before)]);
+      if (run.not_before && !story.wait && !story.waitsForChildren) entries.push(["Not before", time(run.not_before)]);
       if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
       if (run.parent_id) entries.push(["Child of", el("span", { id: "parent" }, runLink(run.parent_id), ` (number ${run.child_no})`)]);
       if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
@@ -283,7 +284,7 @@ export async function showRun(page, runId) {
     output.clear();
     outcome.replaceChildren();
     detail.replaceChildren();
-    drawing = new Timeline(story, steps, choose);
+    drawing = new Timeline(story, steps, ahead, choose);
     timeline.replaceChildren(drawing.node);
     dirty = true;
   }

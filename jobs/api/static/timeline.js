@@ -134,11 +134,13 @@ export class Story {
   }
 }
 
-// The drawing of a story. `steps` are the plan's, so that what is still to come has its place.
+// The drawing of a story. `steps` are the plan's, so that what is still to come has its place;
+// `ahead` says of them that they will, or of a function that they may.
 export class Timeline {
-  constructor(story, steps, select) {
+  constructor(story, steps, ahead, select) {
     this.story = story;
     this.steps = steps;
+    this.ahead = ahead;
     this.select = select;
     this.chosen = null;
     this.rows = new Map();
@@ -167,7 +169,7 @@ export class Timeline {
     }
     for (const lane of lanes.slice(hidden)) shown.set(lane.name, lane);
     for (const name of this.steps) {
-      if (!story.lanes.has(name) && !shown.has(name)) shown.set(name, { ghost: story.end ? "not reached" : "to come" });
+      if (!story.lanes.has(name) && !shown.has(name)) shown.set(name, { ghost: story.end ? "not reached" : this.ahead });
     }
     for (const [name, row] of this.rows) if (!shown.has(name)) { row.node.remove(); this.rows.delete(name); }
     let place = this.list.firstElementChild;
@@ -227,7 +229,8 @@ export class Timeline {
       const end = wait.end ?? scale.until;
       drawn.push(bar("wait", wait.start, end, `waited ${span(end - wait.start)}`, 6));
     }
-    let total = 0;
+    let total = 0; // of a wait or children, which have no attempts: the time waited
+    if (!lane.attempts.length) for (const wait of lane.waits) total += (wait.end ?? scale.until) - wait.start;
     for (const attempt of lane.attempts.slice(-MOST_BARS)) {
       const end = attempt.end ?? scale.until;
       total += end - attempt.start;
@@ -248,9 +251,9 @@ export class Timeline {
     const last = lane.attempts.at(-1);
     const waits = lane.waits.at(-1)?.end === null ? lane.waits.at(-1) : null;
     const tries = lane.attempts.length > 1 ? `${lane.attempts.length}× ` : "";
-    setText(row.note, waits ? `in ${span(waits.until - scale.until)}`
+    setText(row.note, waits?.until ? `in ${span(waits.until - scale.until)}`
       : last?.kind === "now" && lane.progress ? `${Math.round(lane.progress.pct)} %` : `${tries}${span(total)}`);
     row.node.dataset.kind = waits ? "wait" : last?.kind ?? "";
-    row.svg.setAttribute("aria-label", `${name}: ${lane.attempts.length} attempts, ${span(total)}`);
+    row.svg.setAttribute("aria-label", `${name}: ${last ? `${lane.attempts.length} attempts,` : "waited"} ${span(total)}`);
   }
 }
