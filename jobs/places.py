@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy
 
+from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.dry_replay import dry_replay
 from beatless.orchestrator.function_plan import FunctionPlan
@@ -24,7 +25,7 @@ from beatless.orchestrator.progress import (
 )
 from beatless.orchestrator.records import Unfinished
 from beatless.orchestrator.replay import Mismatch
-from beatless.orchestrator.timeline import stands_at
+from beatless.orchestrator.timeline import stands_at, waits_for_children
 from beatless.outbox.queries import Caller, execute_lazily
 
 UNKNOWN_PLAN = "unknown_plan"
@@ -139,6 +140,17 @@ def why_it_waits(
         if not noted or run.cancel_requested_at is not None or not isinstance(plan, FunctionPlan):
             return None
         return mismatch(connection, journal, plan, run_id)
+
+
+def children_waited_for(
+    engine: sqlalchemy.Engine, journal: Journal, run_id: str
+) -> ChildrenWait | None:
+    """How many children have ended of a run that waits; None if it waits for no children."""
+    with engine.begin() as connection:
+        started = waits_for_children(journal.read(connection, run_id))
+        if started is None:
+            return None
+        return ChildRuns(journal).waited_for(connection, run_id, started)
 
 
 def difference(told: Mismatch) -> str:

@@ -86,6 +86,20 @@ class Children:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChildrenWait:
+    """The wait of a run for its children, as people are told of it."""
+
+    occurrence: str
+    """The call that has started the last of them."""
+    ended: int
+    count: int
+
+    def __str__(self) -> str:
+        """As in "12 of 20 have ended"."""
+        return f"{self.ended} of {self.count} {'has' if self.count == 1 else 'have'} ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChildCall(Wait):
     """A call of the function: which children are started, or of which the end is waited for."""
 

@@ -9,11 +9,14 @@ import psycopg
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.child_calls import (
     ChildEnd,
+    Children,
     ChildrenLook,
     ChildrenTurn,
+    ChildrenWait,
     Tends,
     next_turn,
 )
+from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import NewRun, Run
@@ -74,21 +77,18 @@ class ChildRuns:
         """
         children = tends.children
         place = {"run_id": run_id, "first": children.first, "last": children.last}
-        parameters = place | {"count": children.count, "collects": children.collects}
-        ((started, unfinished, others, failed, cancelled),) = execute(
-            connection, self._sql["look"], parameters
-        )
-        look = ChildrenLook(started=started, unfinished=unfinished, failed=failed)
+        look, others, cancelled = self._look(connection, run_id, children)
         turn = next_turn(children, look)
         if turn.done and turn.failed is None and not children.collects:
             for (number,) in execute(connection, self._sql["removed"], place):
                 turn = replace(turn, failed=number)
         if turn.done and children.collects:
-            ((failures,),) = execute(connection, self._sql["failures"], parameters)
+            counted = place | {"count": children.count}
+            ((failures,),) = execute(connection, self._sql["failures"], counted)
             turn = replace(turn, failures=failures)
         if turn.start and not cancelled:
             self.start(connection, run_id, tends.runs(turn.start))
-        if turn.failed is not None and unfinished:
+        if turn.failed is not None and look.unfinished:
             execute(connection, self._sql["stop"], place | {"shard": shard_of(run_id)})
         return Tended(
             turn=turn,
@@ -96,6 +96,35 @@ class ChildRuns:
             cancelled=cancelled,
             wakes_on_failure=not children.collects and turn.failed is None,
         )
+
+    def _look(
+        self, connection: Caller, run_id: str, children: Children
+    ) -> tuple[ChildrenLook, int, bool]:
+        """These children, how many others are unfinished, and whether their parent is cancelled."""
+        parameters = {
+            "run_id": run_id,
+            "first": children.first,
+            "last": children.last,
+            "count": children.count,
+            "collects": children.collects,
+        }
+        ((started, unfinished, others, failed, cancelled),) = execute(
+            connection, self._sql["look"], parameters
+        )
+        look = ChildrenLook(started=started, unfinished=unfinished, failed=failed)
+        return look, others, cancelled
+
+    def waited_for(self, connection: Caller, run_id: str, started: Event) -> ChildrenWait:
+        """How many children of this ChildrenStarted have ended.
+
+        A run that starts them one by one may wait for any of them: then, of all so far.
+        """
+        children = Children.from_event(started)
+        if children.run_id is not None:
+            children = replace(children, first=1, count=children.last)
+        look, _, _ = self._look(connection, run_id, children)
+        ended = look.started - look.unfinished
+        return ChildrenWait(occurrence=started.step or "", ended=ended, count=children.count)
 
     def wait(self, connection: Caller, run_id: str, tended: Tended) -> None:
         """Note when the parent, which was parked, is to be woken."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.open_waits import WaitOutcome
 from beatless.orchestrator.progress import (
@@ -70,16 +71,25 @@ class Wait:
                 yield Moment(at=begin, kind="wait", text=f"waited {text}", seconds=passed)
 
 
-def timeline(run: Run, events: Sequence[Event], status: DispatchStatus) -> list[Moment]:
+def timeline(
+    run: Run,
+    events: Sequence[Event],
+    status: DispatchStatus,
+    children: ChildrenWait | None = None,
+) -> list[Moment]:
     """Attempts, waits, leases, dispatches and publishes of a run, in order; then where it stands.
 
-    An attempt without an outcome is one whose process died or lost its lease.
+    An attempt without an outcome is one whose process died or lost its lease. `children` are those
+    of `waits_for_children`.
     """
     waits = open_wait(events)
     wait = "nothing that is known here" if waits is None else named_waits(waits)
+    if children is not None:
+        wait = f"its children: {children.occurrence}, {children}"
     # An attempt is known at its end, and stands at its beginning. None is before the start.
     history = sorted(_history(run, events), key=lambda each: (each.kind != "accepted", each.at))
-    return [*_pruned(run), *history, *_now(run, status, stands_at(events), wait)]
+    until = "when it is received" if children is None else "when they have ended"
+    return [*_pruned(run), *history, *_now(run, status, stands_at(events), wait, until)]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
@@ -227,6 +237,15 @@ def open_wait(events: Sequence[Event]) -> Event | None:
     return bounds[-1] if bounds and bounds[-1].type in begins else None
 
 
+def waits_for_children(events: Sequence[Event]) -> Event | None:
+    """The last ChildrenStarted of a run that waits, and waits for no signal or time."""
+    begun = open_wait(events)
+    if begun is not None and begun.type == EventType.WAIT_STARTED:
+        return None
+    started = [event for event in events if event.type == EventType.CHILDREN_STARTED]
+    return started[-1] if started else None
+
+
 def _attempt(started: Event, ended: int, text: str) -> Moment:
     return Moment(
         at=started.ts,
@@ -275,7 +294,9 @@ def _in_words(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iterator[Moment]:
+def _now(
+    run: Run, status: DispatchStatus, place: str | None, wait: str, until: str
+) -> Iterator[Moment]:
     now = _ms(status.now)
     if run.attempt:
         often = "once" if run.attempt == 1 else f"{run.attempt} times, the last time"
@@ -302,7 +323,7 @@ def _now(run: Run, status: DispatchStatus, place: str | None, wait: str) -> Iter
         when = f"in {_in_words(left)}" if left > 0 else "now"
         if state == "delayed" and reason == WAITS:
             text = f"waits for {wait}"
-            when = when if left < MOST_S + 86_400 else "when it is received"
+            when = when if left < MOST_S + 86_400 else until
         often = "once" if attempts == 1 else f"{attempts} times"
         text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run
@@ -289,7 +290,12 @@ def open_wait(wait: OpenWait) -> str:
     return f"{text}, until {until.isoformat(timespec='seconds')}"
 
 
-def run_sheet(run: Run, cancel: Event | None, waits: Sequence[OpenWait]) -> Iterator[str]:
+def run_sheet(
+    run: Run,
+    cancel: Event | None,
+    waits: Sequence[OpenWait],
+    children: ChildrenWait | None = None,
+) -> Iterator[str]:
     """Everything about one run, a line for each member; `cancel` is the event of its cancel."""
     members = run.to_dict()
     if run.state in (RunState.QUEUED, RunState.WAITING):
@@ -297,6 +303,9 @@ def run_sheet(run: Run, cancel: Event | None, waits: Sequence[OpenWait]) -> Iter
     if waits:
         members["not_before"] = None  # the end of the first of them
         members["waits for"] = "; ".join(map(open_wait, waits))
+    if children is not None:
+        members["not_before"] = None
+        members["waits for"] = f"its children: {children.occurrence}, {children}"
     if cancel is not None and cancel.data:
         members["cancel_reason"] = cancel.data.get("reason")
     for name, value in members.items():

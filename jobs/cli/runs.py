@@ -16,11 +16,12 @@ from beatless.cli.options import NAMESPACE
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.observe.export import export
+from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
-from beatless.places import difference, why_it_waits
+from beatless.places import children_waited_for, difference, why_it_waits
 from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
 from beatless.verify import verify_all
@@ -153,12 +154,20 @@ def show(env: Environment, run: str) -> None:
     if env.as_json:
         env.document(found.to_dict() | {"waits": [wait.to_dict() for wait in waits]})
         return
+    children = None
+    if found.state is RunState.WAITING and not waits:
+        children = children_of(env, run)
     cancel = None
     if found.cancel_requested_at is not None:
         events = client.events(run, from_seq=found.pruned_seq)
         cancel = next((each for each in events if each.type == EventType.CANCEL_REQUESTED), None)
-    for line in render.run_sheet(found, cancel, waits):
+    for line in render.run_sheet(found, cancel, waits, children):
         env.out.print(line)
+
+
+def children_of(env: Environment, run: str) -> ChildrenWait | None:
+    """The children for which a run waits."""
+    return children_waited_for(env.app.engine, env.app.journal, env.client_of(run).stored_id(run))
 
 
 @click.command()
@@ -182,11 +191,19 @@ def waits(
     rows = []
     for run_id in ids:
         with suppress(*[] if run is not None else [RunNotFound]):  # removed meanwhile
-            for wait in env.client_of(run_id).waits(run_id):
+            client = env.client_of(run_id)
+            found_waits = client.waits(run_id)
+            for wait in found_waits:
                 if env.as_json:
                     env.document({"run_id": run_id, **wait.to_dict()})
                 else:
                     rows.append((run_id, wait.occurrence, render.open_wait(wait)))
+            if env.as_json or found_waits:
+                continue
+            if client.get_run(run_id).state is RunState.WAITING:
+                children = children_of(env, run_id)
+                if children is not None:
+                    rows.append((run_id, children.occurrence, f"its children: {children}"))
     if not env.as_json:
         for line in render.table(("run", "wait", "waits for"), rows):
             env.out.print(line)

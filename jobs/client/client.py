@@ -22,10 +22,12 @@ from beatless.client.requests import (
 from beatless.client.signals import SignalCalls
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
+from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Place, Run
-from beatless.orchestrator.timeline import Moment, timeline
+from beatless.orchestrator.state import RunState
+from beatless.orchestrator.timeline import Moment, timeline, waits_for_children
 from beatless.outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger("beatless.client")
@@ -238,7 +240,10 @@ class Client(StreamCalls, SignalCalls, ChildrenCalls, FailedRunCalls, DeadLetter
             run = self._get(caller, run_id)
             events = self._journal.read(caller, run.run_id, after=run.pruned_seq)
             status = self._journal.dispatch_status(caller, run.run_id)
-            return timeline(run, self._told(events), status)
+            children = None
+            if run.state is RunState.WAITING and (started := waits_for_children(events)):
+                children = ChildRuns(self._journal).waited_for(caller, run.run_id, started)
+            return timeline(run, self._told(events), status, children)
 
         return self._in_transaction(connection, look)
 

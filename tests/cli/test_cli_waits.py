@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from beatless import App, Plan, RunContext, StepContext, days, plan, sleep, step, wait
+from beatless import App, Plan, RunContext, RunState, StepContext, days, plan, sleep, step, wait
 from beatless.cli import run
 from beatless.http import Client
 from beatless.testing import Kit
@@ -36,9 +36,30 @@ def packs(run: RunContext[Any]) -> Any:
     return len(run.map(parcel, run.input, failure="collect"))
 
 
+@plan("part")
+def part(run: RunContext[bool]) -> None:
+    if run.input:
+        run.wait("go")
+
+
+@plan("parts")
+def parts(run: RunContext[list[bool]]) -> None:
+    run.map(part, run.input)
+
+
+@plan("first_then")
+def first_then(run: RunContext[Any]) -> None:
+    kept = run.child(part, True)
+    run.child(part, False).result()
+    kept.result()
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [
+        part,
+        parts,
+        first_then,
         Plan("order", [wait("paid", "refused", timeout=days(3)), wait("delivered"), ship]),
         Plan("sleeper", [sleep(days=14), ship]),
         ordered,
@@ -178,3 +199,34 @@ def test_explain_tells_the_end_of_a_wait_in_days(beatless: Kit, command: Command
     beatless.work_until_idle()
     told = command("explain", sleeper)
     assert "dispatched once, looked at in 14.0 days" in told
+
+
+@pytest.mark.parametrize(
+    ("started", "given", "told"),
+    [
+        ("parts", [True, False, False], "2 of 3 have ended"),
+        ("parts", [True], "0 of 1 has ended"),
+        ("first_then", None, "1 of 2 have ended"),
+    ],
+)
+def test_a_run_that_waits_for_children_is_told_by_how_many_have_ended(
+    beatless: Kit, command: Command, started: str, given: Any, told: str
+) -> None:
+    run_id = beatless.start_run(started, given).run_id
+    beatless.work_until_idle()
+
+    call = "part" if given else "part#2"
+    assert f"its children: {told}" in command("waits", run_id)
+    assert call in command("waits", run_id).split()
+    (line,) = [each for each in command("show", run_id).splitlines() if "waits for" in each]
+    assert line.endswith(f"its children: {call}, {told}")
+    explained = command("explain", run_id)
+    assert f"waits for its children: {call}, {told}; dispatched" in explained
+    assert "looked at when they have ended (reason: wait)" in explained
+
+    for child in beatless.client.children(run_id):
+        if child.input:
+            beatless.signal(child.run_id, "go")
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+    assert len(command("waits", run_id).splitlines()) == 1

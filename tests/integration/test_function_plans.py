@@ -266,6 +266,8 @@ def test_a_run_that_a_changed_function_cannot_go_on_with_waits_and_is_told(
     assert beatless.event_types(run.run_id) == before
     explained = beatless.client.explain(run.run_id)
     assert f"reason: {reason}" in explained[-2].text
+    assert "makes the" in explained[-2].text
+    assert "has step" not in explained[-2].text
     (finding,) = Doctor(beatless.app).examine(("plans",))
     assert finding.status is Status.WARNING
     assert f"order.charge (1: {run.run_id})" in finding.text
