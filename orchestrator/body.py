@@ -50,7 +50,12 @@ def step_transaction(
         raise NoConnection(str(error)) from error
     with connection, connection.begin() as transaction:
         yield connection
-        aside(transaction.commit)
+        try:
+            aside(transaction.commit)
+        except BaseException:
+            # Else its connection is given back as it is, with what it holds.
+            transaction.rollback()
+            raise
 
 
 def call_body(
