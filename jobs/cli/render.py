@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -200,9 +200,9 @@ def bars(console: Console) -> Iterator[tuple[Progress, dict[str, TaskID]]]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
-    with progress:
+    # Elsewhere older versions of rich end a file with an empty line, also if it is disabled.
+    with progress if console.is_terminal else nullcontext():
         yield progress, {}
 
 
