@@ -15,20 +15,8 @@ from beatless.cli import run
 from beatless.http import Client
 from beatless.places import places
 from beatless.testing import Kit
+from tests.commands import Command
 from tests.serving import serving
-
-
-class Command:
-    """Runs commands on the app of tests/plans.py, with the settings of the test's own."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-        self.error = ""
-
-    def __call__(self, *arguments: str, status: int = 0) -> str:
-        assert run(["--app", "tests.plans:app", *arguments]) == status
-        out, self.error = self._capsys.readouterr()
-        return out
 
 
 @pytest.fixture

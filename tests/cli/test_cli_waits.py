@@ -1,14 +1,13 @@
 """The commands about runs that wait: `waits`, `signal`, `show`, `children` and `queues`."""
 
-import json
 from typing import Any
 
 import pytest
 
 from beatless import App, Plan, RunContext, RunState, StepContext, days, plan, sleep, step, wait
-from beatless.cli import run
 from beatless.http import Client
 from beatless.testing import Kit
+from tests.commands import Command
 from tests.serving import serving
 
 
@@ -66,22 +65,6 @@ def beatless_plans() -> list[Plan]:
         parcel,
         packs,
     ]
-
-
-class Command:
-    """Runs commands with the settings of the test's own app."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-        self.error = ""
-
-    def __call__(self, *arguments: str, status: int = 0) -> str:
-        assert run(["--app", "tests.plans:app", *arguments]) == status
-        out, self.error = self._capsys.readouterr()
-        return out
-
-    def documents(self, *arguments: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self(*arguments, "--json").splitlines()]
 
 
 @pytest.fixture
