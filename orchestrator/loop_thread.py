@@ -174,10 +174,21 @@ class LoopThread:
             return self._loop
 
 
-def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+class _Task(asyncio.Task[Any]):
     """A task of the loop; one that a body begins without a name has that of the body."""
-    options["name"] = options.get("name") or BODY.get() or None
-    return asyncio.Task(coroutine, loop=loop, **options)
+
+    def __init__(self, coroutine: Any, **options: Any) -> None:
+        options["name"] = options.get("name") or BODY.get() or None
+        super().__init__(coroutine, **options)
+
+    def set_name(self, value: object) -> None:
+        """Python 3.13.0 to 3.13.2 name a task "None" that is begun without a name."""
+        if value is not None:
+            super().set_name(value)
+
+
+def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    return _Task(coroutine, loop=loop, **options)
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
