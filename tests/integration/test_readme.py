@@ -1,10 +1,15 @@
 """The example of the README does what it says."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import beatless as package
+from beatless import StepContext, step
+from beatless.testing import Kit
 from beatless.testing.servers import Services
 
 README = Path(__file__).parents[2] / "README.md"
@@ -65,3 +70,39 @@ def test_the_natural_tests_of_the_example_pass(
     )
 
     result.assert_outcomes(passed=3)
+
+
+@dataclass
+class Order:
+    lines: list[int]
+
+
+@step
+def release(ctx: StepContext) -> str:
+    return "released"
+
+
+@step
+def pack(ctx: StepContext, line: int) -> str:
+    return f"parcel {line}"
+
+
+@pytest.mark.parametrize("signal", ["paid", "refused"])
+def test_the_function_waits_for_its_signal(beatless: Kit, signal: str) -> None:
+    (block,) = re.findall(r"```python\n(@plan.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, Any] = {
+        name: getattr(package, name) for name in ("plan", "RunContext", "days")
+    }
+    names |= {"Order": Order, "release": release, "pack": pack, "__name__": "delivery"}
+    exec(block, names)
+    beatless.app.plans["delivery"] = names["delivery"]
+    run_id = beatless.start_run("delivery", {"lines": [7, 8]}).run_id
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run_id).state == "waiting"
+
+    beatless.signal(run_id, signal)
+    beatless.work_until_idle()
+
+    packed = {"parcels": ["parcel 7", "parcel 8"]}
+    assert beatless.client.get_run(run_id).result == (packed if signal == "paid" else "released")
+    beatless.verify()
