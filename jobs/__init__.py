@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.failures import Failure
     from beatless.observe.logs import JsonLines, TextLines
     from beatless.orchestrator.async_context import AsyncStepContext
+    from beatless.orchestrator.child_elements import ElementContext, child, map_
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
         BadPayload,
@@ -67,6 +68,7 @@ _MODULES = {
     "ChildFailed": "beatless.orchestrator.errors",
     "Client": "beatless.client",
     "DeadlineExceeded": "beatless.orchestrator.errors",
+    "ElementContext": "beatless.orchestrator.child_elements",
     "Event": "beatless.orchestrator.events",
     "EventsPruned": "beatless.orchestrator.errors",
     "Failure": "beatless.failures",
@@ -104,8 +106,10 @@ _MODULES = {
     "WaitTimeout": "beatless.errors",
     "WorkerStops": "beatless.orchestrator.errors",
     "WrongEncoding": "beatless.errors",
+    "child": "beatless.orchestrator.child_elements",
     "days": "beatless.orchestrator.waits",
     "hours": "beatless.orchestrator.waits",
+    "map_": "beatless.orchestrator.child_elements",
     "minutes": "beatless.orchestrator.waits",
     "plan": "beatless.orchestrator.function_plan",
     "retry": "beatless.orchestrator.retry",
@@ -125,6 +129,7 @@ __all__ = [
     "ChildFailed",
     "Client",
     "DeadlineExceeded",
+    "ElementContext",
     "Event",
     "EventsPruned",
     "Failure",
@@ -162,8 +167,10 @@ __all__ = [
     "WaitTimeout",
     "WorkerStops",
     "WrongEncoding",
+    "child",
     "days",
     "hours",
+    "map_",
     "minutes",
     "plan",
     "retry",

@@ -18,6 +18,7 @@ from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
+from beatless.orchestrator.child_elements import check_child_elements
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
@@ -117,6 +118,8 @@ class App:
         for plan in plans:
             if isinstance(plan, FunctionPlan):
                 plan.check_children(self.plans)
+            else:
+                check_child_elements(plan, self.plans)
         self._canary = canary.canary(plans)
         self.redact = redact
         self.redaction = Redaction(redact)

@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal
+from beatless.orchestrator.errors import (
+    BadPayload,
+    ChildFailed,
+    DeadlineExceeded,
+    Fatal,
+    StepFailed,
+)
 from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import (
     MESSAGE_LIMIT,
@@ -31,13 +37,13 @@ from beatless.orchestrator.plan import Element, Plan, Step, occurrence
 from beatless.orchestrator.progress import (
     CONNECTION_LOST,
     FINAL,
-    FOLLOWING,
     GIVEN_BACK,
     ON_CANCEL,
     RENAMED_FROM,
     SNOOZED,
     UNKNOWN_STEP,
     Progress,
+    following_name,
     known_step,
 )
 from beatless.orchestrator.settlement import Boundary, Settlement
@@ -137,7 +143,7 @@ class Boundaries:
         if progress.compensating:
             data[ON_CANCEL] = True
         elif "next" not in data:
-            data |= _following(following, is_last=late or gives_back)
+            data |= following_name(following, is_last=late or gives_back)
         finished = self._event(EventType.STEP_FINISHED, progress, **data)
         if progress.compensating:
             ended = self._end(RunState.CANCELLED, [finished], cancel_error(None))
@@ -202,7 +208,7 @@ class Boundaries:
             data: dict[str, Any] = {"next": wait.on_timeout.step}
         else:
             following = progress.after(self._plan, wait.name)
-            data = _following(following, is_last=gives_back)
+            data = following_name(following, is_last=gives_back)
         finished = opened.finished(signal, **data)
         if following is None:
             completed = self.completed(progress.result, [finished])
@@ -261,6 +267,20 @@ class Boundaries:
         """The run has reached its deadline."""
         error = DeadlineExceeded(self._run_id)
         facts = {"type": type(error).__name__, "message": str(error)}
+        return self._ended(RunState.FAILED, events, facts)
+
+    def broken(self, error: Exception, events: Sequence[NewEvent]) -> Settlement:
+        """The function of a plan, or for the inputs of children, has raised: the run has failed.
+
+        To describe it never raises.
+        """
+        if type(error) is StepFailed:
+            facts = {"type": error.type, "message": error.message, "step": error.step}
+        elif type(error) is ChildFailed:
+            facts = {"type": "ChildFailed", "message": str(error), "child": error.run_id}
+        else:
+            facts = describe(error, "")
+            del facts["step"]
         return self._ended(RunState.FAILED, events, facts)
 
     # The run is cancelled, or its worker stops
@@ -405,13 +425,6 @@ class Boundaries:
                 data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
             )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
-
-
-def _following(following: Element | None, *, is_last: bool) -> dict[str, str]:
-    """The member of the event that ends a step or a wait, if no step begins with it."""
-    if following is not None and (is_last or isinstance(following, Wait)):
-        return {FOLLOWING: following.name}
-    return {}
 
 
 def _failure_text(facts: dict[str, Any]) -> str:

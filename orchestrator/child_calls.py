@@ -1,4 +1,4 @@
-"""Calls of a plan's function that start child runs, and wait for their ends. Pure.
+"""Calls that start child runs, and wait for their ends. Pure.
 
 The children of a run have numbers: 1, 2, 3 … in the order of the calls. So a call is a range of
 numbers, which is in the journal of the parent, and its results are read from the rows of the
@@ -12,21 +12,26 @@ from typing import Any, Self, overload
 from beatless.orchestrator.errors import ChildFailed
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import given_input
-from beatless.orchestrator.open_waits import DATA_BYTES
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run, new_run_id
 from beatless.orchestrator.typed_input import INPUT
-from beatless.orchestrator.waits import Wait, WaitKind
+from beatless.orchestrator.waits import Wait, WaitKind, check_name
 
 PAGE_CHILDREN = 1000
 """Children that one statement starts."""
 
+RIVALS = "rivals"
+"""In ChildrenFinished: the numbers of the children of which one was waited for."""
+
 PAGE_RESULTS = 200
 """Children whose results are read at once."""
 
+MOST_RIVALS = 1000
+"""Children of which `run.first` waits for one: their numbers are in one event."""
+
 FAILURES = ("fail", "collect")
-"""The policies of `run.map`: the first failure fails it, or is a member of its results."""
+"""The policies of a map: the first failure fails it, or is a member of its results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,10 @@ class Children:
     plan: str
     first: int
     count: int
+    rivals: tuple[int, ...] = ()
+    """Their numbers, of which any may end the call; else it is all from `first` on."""
+    won: int | None = None
+    """The number of the one that has ended well first, and so the call."""
     at_once: int | None = None
     collects: bool = False
     """The failure of a child ends none of the others."""
@@ -53,7 +62,7 @@ class Children:
 
     @classmethod
     def from_event(cls, event: Event) -> Self:
-        """Of a ChildrenStarted."""
+        """Of a ChildrenStarted, or the ChildrenFinished of a call that has started none."""
         data = event.data or {}
         return cls(
             plan=data["plan"],
@@ -62,6 +71,9 @@ class Children:
             at_once=data.get("at_once"),
             collects=data.get("failure") == "collect",
             run_id=data.get("run_id"),
+            rivals=tuple(data.get(RIVALS, ())),
+            won=data.get("won"),
+            error=data.get("error"),
         )
 
     def started(self, occurrence: str, **data: Any) -> NewEvent:
@@ -75,14 +87,18 @@ class Children:
             facts["at_once"] = self.at_once
         return _event(EventType.CHILDREN_STARTED, occurrence, facts | data)
 
-    def finished(self, occurrence: str) -> NewEvent:
+    def finished(self, occurrence: str, **data: Any) -> NewEvent:
         """The event by which the wait for them ends."""
         facts: dict[str, Any] = {"plan": self.plan, "first": self.first, "count": self.count}
+        if self.rivals:
+            facts[RIVALS] = list(self.rivals)
+        if self.won is not None:
+            facts["won"] = self.won
         if self.error is not None:
             facts["error"] = self.error
         if self.failures:
             facts["failed"] = self.failures
-        return _event(EventType.CHILDREN_FINISHED, occurrence, facts)
+        return _event(EventType.CHILDREN_FINISHED, occurrence, facts | data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,22 +195,51 @@ class ChildCall(Wait):
             encode(given_input(self.plan, given), where=where, limit=limit)
 
 
-def child_call(plan: Any, inputs: Sequence[Any], **options: Any) -> ChildCall:
-    """A call that starts children. Raises PlanError for anything but a plan."""
+def check_plan(plan: Any) -> None:
+    """Raises PlanError for anything but a plan."""
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"run.map and run.child start runs of a plan, and {plan!r:.200} is none: give them a "
-            'plan of the App; of a step, make one: Plan("pack", [pack])'
+            f"children are runs of a plan, and {plan!r:.200} is none: give them a plan of the App; "
+            'of a step, make one: Plan("pack", [pack])'
         )
+
+
+def child_call(plan: Any, inputs: Sequence[Any], **options: Any) -> ChildCall:
+    """A call that starts children. Raises PlanError for anything but a plan."""
+    check_plan(plan)
     return ChildCall(name=plan.name, kind=WaitKind.CHILDREN, plan=plan, inputs=inputs, **options)
 
 
-def check_map(at_once: Any, failure: Any) -> None:
-    """Raises PlanError for options of `run.map` that it does not have."""
+def first_call(calls: Sequence[ChildCall], name: str) -> ChildCall:
+    """A call that waits for the first of the children of other calls that ends well.
+
+    `calls` are those that wait for one of them. Raises PlanError for none, and for too many.
+    """
+    if not 0 < len(calls) <= MOST_RIVALS:
+        raise PlanError(
+            f"run.first waits for one of 1 to {MOST_RIVALS} children, not of {len(calls)}: give it "
+            "a list of what run.child has returned"
+        )
+    check_name(name)
+    found = [call.children for call in calls if call.children is not None]
+    numbers = tuple(dict.fromkeys(children.first for children in found))
+    return ChildCall(
+        name=name,
+        kind=WaitKind.CHILDREN,
+        plan=calls[0].plan,
+        inputs=[call.started_by for call in calls],
+        children=Children(
+            plan=calls[0].plan.name, first=numbers[0], count=len(numbers), rivals=numbers
+        ),
+    )
+
+
+def check_map(where: str, at_once: Any, failure: Any) -> None:
+    """Raises PlanError, naming the call, for options that a map does not have."""
     if at_once is not None and (type(at_once) is not int or at_once < 1):
-        raise PlanError(f"run.map: at_once is {at_once!r}; give it a number from 1 on")
+        raise PlanError(f"{where}: at_once is {at_once!r}; give it a number from 1 on")
     if failure not in FAILURES:
-        raise PlanError(f"run.map: failure is {failure!r}; choose {' or '.join(FAILURES)}")
+        raise PlanError(f"{where}: failure is {failure!r}; choose {' or '.join(FAILURES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +250,8 @@ class ChildrenLook:
     unfinished: int
     failed: int | None
     """The number of one that has failed, or was cancelled."""
+    won: int | None = None
+    """The number of the one that has ended well first, if only that is looked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +270,18 @@ class ChildrenTurn:
     """The number of the one by whose failure the others are cancelled."""
     failures: int = 0
     """How many have failed, of a call that collects failures and is done."""
+    won: int | None = None
+    """The number of the one that has ended well first: the others are cancelled."""
+
+
+def turn_of_rivals(look: ChildrenLook) -> ChildrenTurn:
+    """What is to be done where the first child that ends well ends the call.
+
+    The parent is called for each that ends otherwise. It goes on when all have ended, so that none
+    has an effect after the function was told.
+    """
+    left = 0 if look.won is not None else max(0, look.unfinished - 1)
+    return ChildrenTurn(start=range(0), left=left, done=not look.unfinished, won=look.won)
 
 
 def next_turn(children: Children, look: ChildrenLook) -> ChildrenTurn:
@@ -351,6 +410,24 @@ class ChildResults(Sequence[Any]):
         raise failed
 
 
+def with_results(results: Mapping[str, Any], read: ReadEnds) -> dict[str, Any]:
+    """Results of a run by name, with those of children in place of the children of a map."""
+    return {
+        name: ChildResults(each, read) if isinstance(each, Children) else each
+        for name, each in results.items()
+    }
+
+
+def without_reads(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same, with those of children read: to look at one later needs no Postgres."""
+    if not any(isinstance(each, ChildResults) for each in results.values()):
+        return results
+    return {
+        name: list(each) if isinstance(each, ChildResults) else each
+        for name, each in results.items()
+    }
+
+
 def plain(value: Any) -> Any:
     """The value with lists in place of the results of children, also within lists and objects."""
     match value:
@@ -364,5 +441,6 @@ def plain(value: Any) -> Any:
 
 
 def _event(type: EventType, occurrence: str, data: dict[str, Any]) -> NewEvent:
-    text = encode(data, where=f"children {occurrence}", limit=DATA_BYTES)
+    """Its data was checked before, or is ours."""
+    text = encode(data, where=f"children {occurrence}", limit=2**30)
     return NewEvent(type=type, step=occurrence, data=text)

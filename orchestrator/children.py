@@ -15,6 +15,7 @@ from beatless.orchestrator.child_calls import (
     ChildrenWait,
     Tends,
     next_turn,
+    turn_of_rivals,
 )
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.journal import Journal
@@ -22,7 +23,7 @@ from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import NewRun, Run
 from beatless.orchestrator.state import RunState, stored
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import Caller, Read, execute
+from beatless.outbox.queries import Caller, Read, execute, int_array
 from beatless.outbox.statements import statements
 from beatless.outbox.waking import Woken
 
@@ -76,6 +77,8 @@ class ChildRuns:
         The row of the parent is locked. None is started of a parent that is cancelled.
         """
         children = tends.children
+        if children.rivals:
+            return self._tend_rivals(connection, run_id, children)
         place = {"run_id": run_id, "first": children.first, "last": children.last}
         look, others, cancelled = self._look(connection, run_id, children)
         turn = next_turn(children, look)
@@ -96,6 +99,18 @@ class ChildRuns:
             cancelled=cancelled,
             wakes_on_failure=not children.collects and turn.failed is None,
         )
+
+    def _tend_rivals(self, connection: Caller, run_id: str, children: Children) -> Tended:
+        parameters = {"run_id": run_id, "rivals": int_array(children.rivals)}
+        ((unfinished, others, won, cancelled),) = execute(
+            connection, self._sql["look_at_rivals"], parameters
+        )
+        look = ChildrenLook(started=children.count, unfinished=unfinished, failed=None, won=won)
+        turn = turn_of_rivals(look)
+        if won is not None and unfinished:
+            shard = {"shard": shard_of(run_id)}
+            execute(connection, self._sql["stop_rivals"], parameters | shard)
+        return Tended(turn=turn, others=others, cancelled=cancelled, wakes_on_failure=False)
 
     def _look(
         self, connection: Caller, run_id: str, children: Children

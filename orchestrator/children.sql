@@ -15,6 +15,20 @@ SELECT least(greatest(r.children_started - %(first)s + 1, 0), %(count)s),
        r.cancel_requested_at IS NOT NULL
   FROM {schema}.runs r WHERE r.run_id = %(run_id)s
 
+-- name: look_at_rivals
+-- Read how many of these children are unfinished, how many others are, and which of these has ended
+-- well first.
+SELECT (SELECT count(*)::int FROM {schema}.dispatches d
+         WHERE d.parent_id = r.run_id AND d.child_no = ANY(%(rivals)s::int[])),
+       (SELECT count(*)::int FROM {schema}.dispatches d
+         WHERE d.parent_id = r.run_id AND d.child_no <> ALL(%(rivals)s::int[])),
+       (SELECT c.child_no FROM {schema}.runs c
+         WHERE c.parent_id = r.run_id AND c.child_no = ANY(%(rivals)s::int[])
+           AND c.state = 'completed'
+         ORDER BY c.finished_at, c.child_no LIMIT 1),
+       r.cancel_requested_at IS NOT NULL
+  FROM {schema}.runs r WHERE r.run_id = %(run_id)s
+
 -- name: removed
 -- Read which child of a call that were all started was removed.
 SELECT n FROM generate_series(%(first)s::int, %(last)s::int) AS n
@@ -46,6 +60,15 @@ WITH noted AS (
   VALUES (%(shard)s, %(run_id)s, 'cancel', %(first)s, %(last)s) RETURNING shard
 )
 SELECT {each_doorbell} FROM noted
+
+-- name: stop_rivals
+-- Have a relay cancel those of these children that are unfinished.
+WITH noted AS (
+  INSERT INTO {schema}.wakes (shard, run_id, reason, first_child, last_child)
+  SELECT %(shard)s, %(run_id)s, 'cancel', d.child_no, d.child_no FROM {schema}.dispatches d
+   WHERE d.parent_id = %(run_id)s AND d.child_no = ANY(%(rivals)s::int[]) RETURNING shard
+)
+SELECT {each_doorbell} FROM noted LIMIT 1
 
 -- name: ends
 -- Read the children with these numbers that have ended.

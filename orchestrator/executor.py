@@ -23,7 +23,7 @@ from beatless.orchestrator.body import (
     transaction_lost,
 )
 from beatless.orchestrator.boundaries import Conclusion
-from beatless.orchestrator.child_calls import ChildEnd
+from beatless.orchestrator.child_calls import ChildEnd, without_reads
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
@@ -63,6 +63,7 @@ from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
+from beatless.orchestrator.list_execution import ListExecution
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.pace import Pace
@@ -276,16 +277,18 @@ class RunDriver:
         self._plan = plan
         self._lease = lease
         self._run_id = lease.run.run_id
-        kind = (
-            partial(FunctionExecution, plan, read_ends=self._read_ends, plans=executor.plans)
+        kind: Any = (
+            partial(FunctionExecution, plan)
             if isinstance(plan, FunctionPlan)
-            else partial(Execution, plan)
+            else partial(ListExecution, plan)
         )
         self._report = RunReport(
             plan, lease, observer=executor.observer, shown_error=executor.shown_error
         )
-        self._execution = kind(
+        self._execution: Execution = kind(
             lease,
+            read_ends=self._read_ends,
+            plans=executor.plans,
             max_event_bytes=executor.journal.max_event_bytes,
             max_steps=max_steps,
             stopping=executor.stopping.is_set,
@@ -523,7 +526,9 @@ class RunDriver:
         attempt: Attempt,
         output: StepOutput,
     ) -> StepContext:
-        executor, step = self._executor, request.step
+        executor, step, results = self._executor, request.step, request.results
+        if step.is_async:  # which must not wait for Postgres in the loop
+            results = executor.aside(partial(without_reads, results))
         kind = (
             partial(AsyncStepContext, lane=executor.loop.lane()) if step.is_async else StepContext
         )
@@ -532,7 +537,7 @@ class RunDriver:
             step=request.occurrence,
             key=request.key,
             attempt=request.attempt,
-            results=request.results,
+            results=results,
             journal=executor.journal,
             append=lambda event: self._writer.append(attempt, event),
             output=output,

@@ -12,12 +12,10 @@ from typing import Any
 
 from beatless.orchestrator.boundaries import Boundaries, Conclusion
 from beatless.orchestrator.child_calls import ChildCall, Children
-from beatless.orchestrator.errors import ChildFailed, Fatal, StepFailed
+from beatless.orchestrator.errors import Fatal
 from beatless.orchestrator.events import EventType, NewEvent, encode
-from beatless.orchestrator.failure import describe
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import (
-    ARGUMENTS,
     CHILDREN,
     CLAIM,
     GENERATION,
@@ -29,7 +27,7 @@ from beatless.orchestrator.history import (
 from beatless.orchestrator.open_waits import wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
-from beatless.orchestrator.progress import FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
+from beatless.orchestrator.progress import ARGUMENTS, FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
 from beatless.orchestrator.replay import Again, Call
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
@@ -147,17 +145,6 @@ class FunctionBoundaries(Boundaries):
         restarted = NewEvent(type=EventType.RUN_RESTARTED, data=text)
         due = Boundary(events=[*events, restarted], state=RunState.QUEUED)
         return Settlement(normal=due, if_cancelled=self._cancelled(events), reason="again")
-
-    def broken(self, error: Exception, events: Sequence[NewEvent]) -> Settlement:
-        """The function has raised: the run has failed. To describe it never raises."""
-        if type(error) is StepFailed:
-            facts = {"type": error.type, "message": error.message, "step": error.step}
-        elif type(error) is ChildFailed:
-            facts = {"type": "ChildFailed", "message": str(error), "child": error.run_id}
-        else:
-            facts = describe(error, "")
-            del facts["step"]
-        return self._ended(RunState.FAILED, events, facts)
 
     # Its steps
 

@@ -15,15 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beatless.orchestrator.boundaries import Conclusion
-from beatless.orchestrator.child_calls import (
-    ChildCall,
-    Children,
-    ChildrenLook,
-    ReadEnds,
-    Tends,
-    next_turn,
-    removed,
-)
+from beatless.orchestrator.child_calls import ChildCall, Children, ReadEnds, with_results
+from beatless.orchestrator.child_starts import ChildStarts
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
 from beatless.orchestrator.execution import (
@@ -45,8 +38,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.progress import Progress, fold
-from beatless.orchestrator.records import NewRun
+from beatless.orchestrator.progress import ARGUMENTS, Progress, fold
 from beatless.orchestrator.replay import (
     Again,
     Call,
@@ -68,9 +60,6 @@ MANY_EVENTS = 10_000
 
 MAX_EVENTS = 50_000
 """Events of a run at which its function is given no further step."""
-
-
-NONE_STARTED = ChildrenLook(started=0, unfinished=0, failed=None)
 
 
 class PlanTooLong(Exception):
@@ -101,7 +90,6 @@ class FunctionExecution(Execution):
 
         Its children are runs of `plans`.
         """
-        self._max_event_bytes = max_event_bytes
         super().__init__(plan, lease, max_event_bytes=max_event_bytes, **options)
         self._version = plan.started_with(lease.run.plan_version)
         self._boundaries = FunctionBoundaries(
@@ -109,7 +97,13 @@ class FunctionExecution(Execution):
         )
         self._function = plan
         self._read_ends = read_ends
-        self._plans = plans
+        self._starts = ChildStarts(
+            lease,
+            plan=plan.name,
+            plans=plans,
+            read_ends=read_ends,
+            max_event_bytes=max_event_bytes,
+        )
         self._replay = Replay(plan=plan, history=History(), read_ends=read_ends)
         self._call: FunctionCall | None = None
         self._said: Said | Crashed | None = None
@@ -161,7 +155,9 @@ class FunctionExecution(Execution):
         if self._lease.cancelled or any(
             event.type == EventType.CANCEL_REQUESTED for event in events
         ):
-            return fold(self._plan, events)
+            progress = fold(self._plan, events)
+            progress.results = with_results(progress.results, self._read_ends)
+            return progress
         self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
         if history.takeovers >= MAX_TAKEOVERS:
             self._said = Crashed()
@@ -298,16 +294,11 @@ class FunctionExecution(Execution):
             yield from self._settle(self._boundaries.shut_down(progress))
             return None
         history = self._replay.history
-        children = call.numbered(history.children + 1)
         try:
-            call.check_plan(self._plans, parent=self._function.name)
-            call.check_inputs(self._max_event_bytes)
-            runs = self._runs(call, children, next_turn(children, NONE_STARTED).start)
+            children, runs = self._starts.first(call, call.numbered(history.children + 1))
         except (BadPayload, PlanError) as error:
             yield from self._settle(self._boundaries.broken(error, self._values()))
             return None
-        if call.alone:
-            children = replace(children, run_id=runs[0].run_id)
         settlement = self._boundaries.children_started(progress, call, children, self._values())
         begun = yield from self._commit(Commit(settlement=settlement, children=runs))
         if begun.cancelled:
@@ -321,23 +312,11 @@ class FunctionExecution(Execution):
         self._said = self._resumed(self._replay.ended(progress, children))
         return (yield from self._begin_attempt(self._place()))
 
-    def _runs(self, call: ChildCall, children: Children, numbers: range) -> list[NewRun]:
-        return call.runs(
-            self._lease.run,
-            children,
-            numbers,
-            trace_context=self._lease.trace_context,
-            limit=self._max_event_bytes,
-        )
-
     def _tend(self, progress: Call, call: ChildCall, children: Children) -> Part:
         """Start further ones as places become free; leave the worker until that, or their end."""
         reply: Committed | Signalled = yield CommitIfQuiet(
             settlement=self._boundaries.parked(progress),
-            tends=Tends(
-                children=children,
-                runs=lambda numbers: self._runs(call, children, numbers),
-            ),
+            tends=self._starts.tends(call, children),
         )
         if isinstance(reply, Committed):
             return None
@@ -346,16 +325,9 @@ class FunctionExecution(Execution):
         turn = reply.turn
         if turn is None or not turn.done:
             return progress
-        if turn.failed is not None or (call.children is not None and not children.collects):
-            failed = turn.failed or children.first
-            ends = self._read_ends(failed, failed)
-            if not ends:
-                children = replace(children, error=removed(failed))
-            elif ends[0].error is not None:
-                children = replace(children, error=ends[0].failure)
-        children = replace(children, failures=turn.failures)
-        occurrence = progress.named if call.children is None else call.started_by
-        finished = children.finished(occurrence)
+        children = self._starts.ended(children, turn)
+        asked = {ARGUMENTS: progress.arguments} if children.rivals else {}
+        finished = children.finished(call.started_by or progress.named, **asked)
         answer = self._replay.ended(progress, children)
         settlement = self._joined(progress, finished, answer, is_step=False)
         committed = yield from self._settle(settlement)

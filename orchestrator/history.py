@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from beatless.orchestrator.arguments import digest_of_wait
-from beatless.orchestrator.child_calls import Children
+from beatless.orchestrator.child_calls import RIVALS, Children
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.open_waits import OpenWaits, Signal
 from beatless.orchestrator.plan import step_of
 from beatless.orchestrator.progress import (
+    ARGUMENTS,
     CONNECTION_LOST,
     FINAL,
     FOLLOWING,
@@ -25,9 +26,6 @@ from beatless.orchestrator.progress import (
     VALUE,
 )
 from beatless.orchestrator.records import Run
-
-ARGUMENTS = "arguments"
-"""In StepStarted: the digest of the arguments that the function has given the step."""
 
 VERSION = "version"
 """In StepStarted: the plan's version, if the run was started with another one."""
@@ -232,6 +230,9 @@ def _note_children(history: History, call: StoredCall, event: Event) -> None:
             call.arguments = (event.data or {}).get(ARGUMENTS)
             call.ended = children.run_id is not None
             history.children = max(history.children, children.last)
+        case EventType.CHILDREN_FINISHED if RIVALS in (event.data or {}):
+            call.children, call.ended = Children.from_event(event), True
+            call.arguments = (event.data or {}).get(ARGUMENTS)
         case EventType.CHILDREN_FINISHED if call.children is not None:
             history.inbox.note(event)
             children = replace(call.children, error=(event.data or {}).get("error"))

@@ -132,7 +132,8 @@ AND {kept} AND {older} {newest} LIMIT %(limit)s
 -- The last event that says where a run `r` is: by the index of its events, backwards.
 SELECT e.seq, e.type, e.step, e.data FROM {schema}.run_events e
  WHERE e.run_id = r.run_id
-   AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished', 'WaitStarted', 'WaitFinished')
+   AND e.type IN ('RunStarted', 'StepStarted', 'StepFinished', 'WaitStarted', 'WaitFinished',
+                  'ChildrenStarted', 'ChildrenFinished')
  ORDER BY e.seq DESC LIMIT 1
 
 -- fragment: promise
@@ -149,7 +150,7 @@ r.run_id IN (SELECT run_id FROM {schema}.dispatches)
    AND EXISTS (SELECT FROM (
      SELECT CASE WHEN c.undo IS NOT NULL AND NOT (e.type = 'StepStarted' AND c.seq < e.seq)
                  THEN c.undo
-                 WHEN e.type IN ('StepStarted', 'WaitStarted') THEN e.step
+                 WHEN e.type IN ('StepStarted', 'WaitStarted', 'ChildrenStarted') THEN e.step
                  WHEN e.type = 'RunStarted' THEN e.data #>> '{reused,next}'
                  ELSE coalesce(e.data ->> 'next', e.data ->> 'following', e.step) END AS at
        FROM ({place}) e {promise}) e

@@ -231,7 +231,8 @@ Element = Step | Wait
 class Plan:
     """An ordered list of steps. The default route is the next step; the last one completes the run.
 
-    Between the steps there may be waits: `wait("paid", timeout=days(3))` and `sleep(days=14)`.
+    Between the steps there may be waits: `wait("paid", timeout=days(3))` and `sleep(days=14)`; and
+    runs of other plans: `child("invoice", invoice)` and `map_("parcels", parcel, at_once=20)`.
 
     `routes` declares where else a step may go (`Goto`): `{"Verify": ["Perceive", "Stop"]}`. A step
     whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
@@ -292,7 +293,7 @@ class Plan:
                 'name of their own: sleep(days=14, name="…")'
             )
         self.routes = {label: tuple(targets) for label, targets in (routes or {}).items()}
-        self._add_time_out_routes()
+        self._add_routes_of_waits()
         for label, targets in self.routes.items():
             for unknown in {label, *targets} - self._by_name.keys():
                 raise PlanError(
@@ -312,17 +313,18 @@ class Plan:
     def _names(self) -> list[str]:
         return [each.name for each in self.elements]
 
-    def _add_time_out_routes(self) -> None:
+    def _add_routes_of_waits(self) -> None:
         for each in self.elements:
             if not isinstance(each, Wait):
                 continue
             if each.name in self.routes:
                 raise PlanError(
                     f"plan {self.name}: routes names the wait {each.name}, which goes nowhere else "
-                    f'but on a time-out: wait(…, on_timeout=Goto("…"))'
+                    'but on a time-out or failure: wait(…, on_timeout=Goto("…")), '
+                    'child(…, on_failure=Goto("…"))'
                 )
-            if each.on_timeout is not None:
-                self.routes[each.name] = (each.on_timeout.step,)
+            if each.route is not None:
+                self.routes[each.name] = (each.route.step,)
 
     def _check_routes(self) -> None:
         for step in self.steps:

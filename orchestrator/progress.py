@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from beatless.orchestrator.child_calls import Children
 from beatless.orchestrator.errors import CannotRetry, RunCancelled
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.open_waits import OpenWaits, Signal
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
-from beatless.orchestrator.waits import Wait
+from beatless.orchestrator.waits import Wait, WaitKind
 
 SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
@@ -56,6 +57,9 @@ FOLLOWING = "following"
 A process that knows no waits finds one there that it does not have, and leaves it alone.
 """
 
+LAST = "last"
+"""In `reused`: the name of the result that was the last one."""
+
 SIGNALS = "signals"
 """In `reused`: the names of the results that are signals."""
 
@@ -63,6 +67,10 @@ FINAL = "final"
 """In StepFailed, where the run goes on: the step is not tried again.
 
 Of a plan's function, which is told; or of a cancelled run, whose `on_cancel` step follows."""
+
+
+ARGUMENTS = "arguments"
+"""In StepStarted and ChildrenStarted: the digest of the arguments, or inputs, that were given."""
 
 
 class UnknownStep(Exception):
@@ -89,7 +97,9 @@ class Progress:
     """The occurrence whose attempts are counted, by the name that its first attempt had."""
     results: dict[str, Any] = field(default_factory=dict)
     result: Any = None
-    """That of the step that finished last."""
+    """That of the step, or child of an element, that finished last."""
+    last: str | None = None
+    """The occurrence of that."""
     visits: Counter[str] = field(default_factory=Counter)
     straight: set[str] = field(default_factory=set)
     """The steps that have finished since a route was last taken."""
@@ -105,6 +115,12 @@ class Progress:
     """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
     """The run is cancelled, and the plan's `on_cancel` step comes last."""
+    children: Children | None = None
+    """Those that the element at which the run is has started."""
+    arguments: str | None = None
+    """The digest of the inputs that they were given."""
+    children_started: int = 0
+    """The highest number that a child was given."""
     inbox: OpenWaits = field(default_factory=OpenWaits)
     """The open waits, and the signals that no wait has taken."""
 
@@ -141,7 +157,7 @@ class Progress:
     def finished(self, name: str, result: Any, *, routed: bool) -> None:
         """A visit to the step of this name has its result."""
         self.passed(name, result, routed=routed)
-        self.result = result
+        self.result, self.last = result, occurrence(name, self.visits[name])
 
     def passed(self, name: str, result: Any, *, routed: bool) -> None:
         """The same of a wait, whose result is not that of the run."""
@@ -153,13 +169,25 @@ class Progress:
 
     def go_on(self, step: Element | None, *, begun: str | None = None) -> None:
         """This step comes next; nothing of it is counted yet."""
-        self.step, self.unknown, self.begun = step, None, begun
+        self.step, self.unknown, self.begun, self.children = step, None, begun, None
         self.starts = self.failures = 0
         self.judged()
 
     def begin_wait(self, wait: Wait, seq: int) -> None:
         """The wait at which the run is has begun, with the event of this seq."""
         self.inbox.begin(self.key, wait.kind, wait.names, seq=seq)
+
+    def begin_children(self, children: Children, arguments: str | None) -> None:
+        """The element at which the run is has started these."""
+        self.begun, self.children, self.arguments = self.key, children, arguments
+        self.children_started = max(self.children_started, children.last)
+
+    def children_ended(self, name: str, result: Any, *, alone: bool, routed: bool) -> None:
+        """The children of the element of this name have ended."""
+        if alone and not routed:
+            self.finished(name, result, routed=False)
+        else:
+            self.passed(name, result, routed=routed)
 
     def compensate(self, step: Step) -> None:
         """The run was cancelled; the step that undoes it comes next."""
@@ -205,6 +233,9 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 for name, visits in reused.get("visits", {}).items():
                     progress.visits[plan.current(name)] += visits
                 progress.straight.update(map(plan.current, reused.get("passed", ())))
+                if LAST in reused:
+                    progress.last = plan.current(reused[LAST])
+                    progress.result = progress.results.get(progress.last)
             case EventType.STEP_STARTED:
                 place, begun = event, _key(event)
                 if begun != progress.begun:
@@ -246,6 +277,21 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.go_on(None)
             case EventType.SIGNAL_RECEIVED:
                 progress.inbox.note(event)
+            case EventType.CHILDREN_STARTED:
+                place = event
+                progress.go_on(None, begun=event.step)
+                progress.begin_children(Children.from_event(event), data.get(ARGUMENTS))
+            case EventType.CHILDREN_FINISHED:
+                place = event
+                children = progress.children or Children.from_event(event)
+                alone = children.run_id is not None
+                progress.children_ended(
+                    plan.current(step_of(event.step or "")),
+                    data.get("error") or (data.get("result") if alone else children),
+                    alone=alone,
+                    routed="next" in data,
+                )
+                progress.go_on(None)
             case EventType.RUN_RESTARTED:
                 progress.results.clear()
     if progress.compensating and progress.begun is None:
@@ -287,9 +333,9 @@ def _next_step(
 ) -> Element | None:
     data = place.data or {}
     match place.type:
-        case EventType.STEP_STARTED | EventType.WAIT_STARTED:
+        case EventType.STEP_STARTED | EventType.WAIT_STARTED | EventType.CHILDREN_STARTED:
             return known_step(plan, step_of(place.step or ""))
-        case EventType.STEP_FINISHED | EventType.WAIT_FINISHED:
+        case EventType.STEP_FINISHED | EventType.WAIT_FINISHED | EventType.CHILDREN_FINISHED:
             if "next" in data:
                 return None if data["next"] is None else known_step(plan, data["next"])
             followed = known_step(plan, data[FOLLOWING]) if FOLLOWING in data else None
@@ -310,18 +356,28 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
     before. Raises CannotRetry.
     """
     run_id = events[0].run_id
-    progress = fold(plan, events)
+    progress, first = fold(plan, events), None
     if from_step is not None:
         begun = [
             event
             for event in events
-            if event.type in (EventType.STEP_STARTED, EventType.WAIT_STARTED)
+            if event.type
+            in (EventType.STEP_STARTED, EventType.WAIT_STARTED, EventType.CHILDREN_STARTED)
             and from_step in _names(plan, event.step or "")
         ]
         if not begun:
             raise CannotRetry(run_id, f"it never began a step {from_step}")
         # The last occurrence, from its first attempt on.
         first = next(event for event in begun if _key(event) == _key(begun[-1]))
+    # Children belong to the run that has started them: they are started again.
+    children = next((event for event in events if event.type == EventType.CHILDREN_STARTED), None)
+    if children is not None and (
+        first.seq > children.seq
+        if first is not None
+        else not progress.compensating and (progress.step or progress.unknown)
+    ):
+        first = children
+    if first is not None:
         name = step_of(first.step or "")
         step = plan.get(name)
         if step is None or step is not plan.on_cancel:
@@ -349,6 +405,11 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
     }
     if received:
         reused[SIGNALS] = list(received)
+    starts_children = any(
+        isinstance(each, Wait) and each.kind is WaitKind.CHILDREN for each in plan.elements
+    )
+    if progress.last is not None and starts_children:
+        reused[LAST] = progress.last  # the children may get its result
     ahead, passed = plan.after(progress.step.name), []
     while ahead is not None:
         if ahead.name in progress.straight:
@@ -375,3 +436,10 @@ def known_step(plan: Plan, name: str) -> Element:
     if found is None:
         raise UnknownStep(plan.name, name)
     return found
+
+
+def following_name(following: Element | None, *, is_last: bool) -> dict[str, str]:
+    """The member of the event that ends a step or a wait, if no step begins with it."""
+    if following is not None and (is_last or isinstance(following, Wait)):
+        return {FOLLOWING: following.name}
+    return {}

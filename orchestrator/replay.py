@@ -134,6 +134,8 @@ class Replay:
     """The values that are not stored yet, with their kinds."""
     visits: Counter[str] = field(init=False)
     """How often each name was called, in earlier generations too."""
+    ended_children: set[int] = field(default_factory=set)
+    """The numbers of those whose end the function knows of by a call for the first of several."""
     last_name: str = ""
     """The occurrence that the last call was given."""
     _again: Again | None = None
@@ -272,6 +274,7 @@ class Replay:
     def _outcome(self, name: str, stored: StoredCall) -> Outcome:
         if stored.children is not None:
             error = stored.children.error
+            self.ended_children.update(stored.children.rivals)
             return Outcome(result=stored.children, failure=failure_of(error) if error else None)
         if stored.error is None:
             self.results[stored.occurrence] = self.results[name] = stored.result

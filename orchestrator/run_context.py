@@ -5,8 +5,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
@@ -14,6 +13,7 @@ from beatless.orchestrator.child_calls import (
     ChildResults,
     check_map,
     child_call,
+    first_call,
     plain,
 )
 from beatless.orchestrator.outcomes import PlanError
@@ -27,11 +27,6 @@ Input = TypeVar("Input")
 ONE_AT_A_TIME = (
     "the function of a plan can await only run.step(…), run.wait(…), run.sleep(…), run.child(…), "
     "run.map(…) and the result() of a child, one at a time; do the rest in a step"
-)
-
-NO_FIRST = (
-    "run.first is not there yet: no call waits for the first of several children. run.map(…) and "
-    "the result() of a child wait for all of them and for this one"
 )
 
 Asked = Call | Mismatch
@@ -173,7 +168,8 @@ class RunContext(Generic[Input]):
         occurrence = self._replay.last_name
 
         def started(children: Children) -> Child:
-            return Child(str(children.run_id), partial(self._result, call, children, occurrence))
+            waits = replace(call, inputs=(), children=children, started_by=occurrence)
+            return Child(str(children.run_id), waits, self._result)
 
         return self._answer(found, started)
 
@@ -205,19 +201,57 @@ class RunContext(Generic[Input]):
         ... def gallery(run: RunContext):
         ...     return {"files": run.map(thumbnail, run.input["photos"], at_once=20)}
         """
-        check_map(at_once, failure)
+        check_map("run.map", at_once, failure)
         call = child_call(plan, plain(list(inputs)), at_once=at_once, collects=failure == "collect")
         return self._answer(
             self._replay.children(call, id),
             lambda children: ChildResults(children, self._replay.ends),
         )
 
-    def _result(self, call: ChildCall, children: Children, occurrence: str) -> Any:
-        waits = replace(call, inputs=(), children=children, started_by=occurrence)
+    def first(
+        self, children: "Iterable[Child]", *, name: str = "first", id: str | None = None
+    ) -> Any:
+        """Wait for the first of these children that ends well, and cancel the others: the `Child`.
+
+        It returns when all have ended, so no other one has an effect afterwards; also one that was
+        started with `detach=True` is cancelled. `result()` of each then answers at once. Children
+        that fail are waited for no longer; when all have failed, ChildFailed is raised with the
+        error of the first in the list. Named as waits are, in the order of the calls or by `id`.
+        In an `async def` plan this is awaited.
+
+        Raises PlanError for anything but children of this run, for none and for more than a
+        thousand, and ChildFailed.
+
+        >>> from beatless import Plan, RunContext, plan, step
+        >>> @step
+        ... def ask(ctx): ...
+        >>> asked = Plan("asked", [ask])
+        >>> @plan("hedged")
+        ... def hedged(run: RunContext):
+        ...     models = [run.child(asked, {"model": name}) for name in ("small", "large")]
+        ...     return run.first(models).result()
+        """
+        rivals = list(children)
+        for each in rivals:
+            if not isinstance(each, Child):
+                raise PlanError(
+                    f"run.first waits for children, and {each!r:.200} is none: give it what "
+                    "run.child has returned (in an async def plan, what `await run.child(…)` has)"
+                )
+        call = first_call([each.call for each in rivals], name)
+
         return self._answer(
-            self._replay.result(waits, occurrence),
-            lambda ended: ChildResults(ended, self._replay.ends)[0],
+            self._replay.children(call, id),
+            lambda ended: next(each for each in rivals if each.number == ended.won),
         )
+
+    def _result(self, call: ChildCall) -> Any:
+        children = call.children
+        if children is not None and children.first in self._replay.ended_children:
+            found: Outcome | Asked = Outcome(result=children)
+        else:
+            found = self._replay.result(call, call.started_by)
+        return self._answer(found, lambda ended: ChildResults(ended, self._replay.ends)[0])
 
     def again(self, input: Any) -> Any:
         """Begin again with another input: `return run.again(…)`. The run stays the same.
@@ -256,13 +290,6 @@ class RunContext(Generic[Input]):
         """A random UUID, stored."""
         return uuid.UUID(self._replay.value("uuid", lambda: str(uuid.uuid4())))
 
-    if not TYPE_CHECKING:  # a type checker knows the members
-
-        def __getattr__(self, name: str) -> Any:
-            """Raises AttributeError, for `first` with what there is instead."""
-            text = f"{type(self).__name__!r} has no attribute {name!r}"
-            raise AttributeError(NO_FIRST if name == "first" else text)
-
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         outcome = found if isinstance(found, Outcome) else self._ask(found)
         return made(outcome.give())
@@ -281,16 +308,24 @@ class Child:
     ...     return {"delivery": child.run_id, "delivered": child.result()}
     """
 
-    def __init__(self, run_id: str, result: Callable[[], Any]) -> None:
+    def __init__(self, run_id: str, call: ChildCall, result: Callable[[ChildCall], Any]) -> None:
+        """`result` answers the call that waits for it."""
         self.run_id = run_id
+        self.call = call
+        """The call that waits for its end."""
         self._result = result
+
+    @property
+    def number(self) -> int:
+        """Its number among the children of the run."""
+        return 0 if self.call.children is None else self.call.children.first
 
     def result(self) -> Any:
         """Wait until it has ended: its result. Meanwhile the run holds no worker.
 
         In an `async def` plan this is awaited. Raises ChildFailed.
         """
-        return self._result()
+        return self._result(self.call)
 
     def __repr__(self) -> str:
         return f"<child {self.run_id}>"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from beatless.orchestrator.child_calls import ChildrenWait
+from beatless.orchestrator.child_calls import RIVALS, ChildrenWait
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.open_waits import WaitOutcome
 from beatless.orchestrator.progress import (
@@ -161,7 +161,9 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 yield Moment(at=event.ts, kind="children", text=text, step=event.step)
             case EventType.CHILDREN_FINISHED:
                 text = f"the wait for {_children(data)} has ended"
-                if error := data.get("error"):
+                if won := data.get("won"):
+                    text += f": child {won} came first, and the others were cancelled"
+                elif error := data.get("error"):
                     text += f": {error.get('run_id')} failed: {error.get('type')}"
                 elif failed := data.get("failed"):
                     text += f": {failed} of {data.get('count')} failed"
@@ -223,6 +225,8 @@ def named_waits(started: Event) -> str:
 def _children(data: Mapping[str, Any]) -> str:
     """The children of an event, as part of a sentence."""
     count, first = data.get("count") or 0, data.get("first") or 0
+    if rivals := data.get(RIVALS):
+        return f"the first of children {', '.join(map(str, rivals))}"
     if count == 1:
         return f"child {first}, a run of plan {data.get('plan')}"
     numbers = f"children {first} to {first + count - 1}" if count else "no children"
@@ -271,9 +275,9 @@ def stands_at(events: Sequence[Event]) -> str | None:
                 place = data.get("reused", {}).get("next")
             case EventType.STEP_STARTED | EventType.WAIT_STARTED:
                 place, promised = event.step, None
-            case EventType.CHILDREN_STARTED | EventType.CHILDREN_FINISHED:
+            case EventType.CHILDREN_STARTED:
                 place = event.step
-            case EventType.STEP_FINISHED | EventType.WAIT_FINISHED:
+            case EventType.STEP_FINISHED | EventType.WAIT_FINISHED | EventType.CHILDREN_FINISHED:
                 place = data.get("next") or data.get(FOLLOWING) or event.step
             case EventType.CANCEL_REQUESTED:
                 promised = data.get(ON_CANCEL)

@@ -30,6 +30,11 @@ class Wait:
     on_timeout: Goto | None = None
     """The element that follows a time-out; None if it is the next one of the list."""
 
+    @property
+    def route(self) -> Goto | None:
+        """Where the run goes on instead of the next element of the list."""
+        return self.on_timeout
+
 
 def wait(
     *names: str,
@@ -54,7 +59,7 @@ def wait(
         raise PlanError('a wait needs the name of a signal: wait("paid")')
     label = names[0] if name is None else name
     for each in (label, *names):
-        _check_name(each)
+        check_name(each)
     if len(set(names)) < len(names):
         raise PlanError(f"wait {label} names a signal twice: {', '.join(names)}")
     seconds = None if timeout is None else seconds_of_wait(f"wait {label}: timeout", timeout)
@@ -99,7 +104,7 @@ def sleep(
 
 def sleep_of(length: float | timedelta, name: str) -> Wait:
     """The same of a length in seconds, or a timedelta. Raises PlanError."""
-    _check_name(name)
+    check_name(name)
     return Wait(
         name=name, kind=WaitKind.SLEEP, seconds=seconds_of_wait(f"sleep {name}: its time", length)
     )
@@ -135,7 +140,8 @@ def minutes(number: float) -> timedelta:
     return timedelta(minutes=number)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises PlanError for a name that no wait can have."""
     if not isinstance(name, str) or not STEP_NAME.fullmatch(name):
         raise PlanError(f"name {name!r} of a wait must match {STEP_NAME.pattern}")
 

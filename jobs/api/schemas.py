@@ -119,7 +119,16 @@ EVENT_DATA: dict[EventType, Schema] = {
     ),
     EventType.CHILDREN_FINISHED: json_object(
         {"plan": STRING, "first": SEQ, "count": {"type": "integer"}},
-        optional={"error": ref("Error"), "failed": SEQ},
+        optional={
+            "error": ref("Error"),
+            "failed": SEQ,
+            "rivals": list_of(SEQ),
+            "won": SEQ,
+            "arguments": STRING,
+            "result": ANY,
+            "next": STRING,
+            "following": STRING,
+        },
     ),
     EventType.RUN_RESTARTED: json_object(
         {"input": ANY, "generation": SEQ},

@@ -6,6 +6,7 @@ import click
 
 from beatless.cli.environment import Environment
 from beatless.errors import UnknownPlan
+from beatless.orchestrator.child_elements import ChildElement
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.outcomes import Goto
 from beatless.orchestrator.plan import Element, Plan
@@ -113,6 +114,13 @@ def as_dict(found: Plan) -> dict[str, object]:
 
 def _members(element: Element) -> dict[str, object]:
     """The options of a step, or of a wait, as JSON."""
+    if isinstance(element, ChildElement):
+        return {
+            "wait": element.kind.value,
+            "plan": element.plan.name,
+            "at_once": element.at_once,
+            "failure": "collect" if element.collects else "fail",
+        }
     if isinstance(element, Wait):
         return {
             "wait": element.kind.value,
@@ -129,6 +137,11 @@ def _members(element: Element) -> dict[str, object]:
 
 def notes(step: Element) -> str:
     """The options of a step, or of a wait, in short."""
+    if isinstance(step, ChildElement):
+        if step.alone:
+            return f"a run of plan {step.plan.name}"
+        places = "" if step.at_once is None else f", {step.at_once} at once"
+        return f"runs of plan {step.plan.name}{places}"
     if isinstance(step, Wait):
         if step.kind is WaitKind.SLEEP:
             return f"sleeps for {step.seconds:g} s"

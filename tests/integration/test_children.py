@@ -20,11 +20,12 @@ from beatless import (
 )
 from beatless.orchestrator import children
 from beatless.orchestrator.child_calls import check_map, child_call
-from beatless.orchestrator.children import ChildRuns
+from beatless.orchestrator.children import CancelsChildren, ChildRuns
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.retention import Retention
+from beatless.outbox.waking import Woken
 from beatless.testing import Kit
 from beatless.verify import verify
 
@@ -135,6 +136,29 @@ async def makes_plans(run: RunContext[Any]) -> Any:
     return await run.map(Plan("made", [pack]), [1, 2])
 
 
+@plan("rivals")
+def rivals(run: RunContext[Any]) -> Any:
+    """Gives what the first of several children has, and how each other one has ended."""
+    children = [run.child(told, each, detach=True) for each in run.input]
+    won = run.first(children)
+    others = [each for each in children if each is not won]
+    ends = []
+    for each in others:
+        try:
+            ends.append(each.result())
+        except ChildFailed as failed:
+            ends.append(failed.type)
+    return {"won": won.run_id, "result": run.step(add, [won.result()]), "ends": ends}
+
+
+@plan("asks_first")
+async def asks_first(run: RunContext[Any]) -> Any:
+    slow = await run.child(told, "slow")
+    quick = await run.child(parcel, "quick")
+    won = await run.first([slow, quick], name="race", id="only")
+    return [won is quick, await won.result()]
+
+
 @plan("nested")
 def nested(run: RunContext[Any]) -> Any:
     return run.map(fan_out, [{"lines": lines} for lines in run.input])
@@ -148,6 +172,8 @@ def beatless_plans() -> list[Plan]:
         fan_out,
         collects,
         asks_async,
+        asks_first,
+        rivals,
         grows,
         leaves,
         nested,
@@ -307,6 +333,139 @@ def test_an_async_function_awaits_its_children(beatless: Kit) -> None:
     beatless.work_until_idle()
 
     assert beatless.client.get_run(run.run_id).result == ["parcel 1", "parcel 2", "parcel 3"]
+
+
+def raced(kit: Kit, *inputs: str) -> tuple[str, list[str]]:
+    """A run that waits for the first of its children, and theirs."""
+    run = kit.start_run("rivals", list(inputs))
+    kit.work_until_idle()
+    assert state_of(kit, run.run_id) == "waiting"
+    return run.run_id, [child.run_id for child in kit.children(run.run_id)]
+
+
+def test_the_first_child_that_ends_well_has_the_others_cancelled(beatless: Kit) -> None:
+    run_id, (_, two, _) = raced(beatless, "a", "b", "c")
+    beatless.signal(two, "go")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run_id).result == {
+        "won": two,
+        "result": 1,
+        "ends": ["RunCancelled", "RunCancelled"],
+    }
+    states = [child.state.value for child in beatless.children(run_id)]
+    assert states == ["cancelled", "completed", "cancelled"]
+    (end,) = [e for e in beatless.client.events(run_id) if e.type == "ChildrenFinished"]
+    assert (end.step, end.data and end.data["rivals"], end.data and end.data["won"]) == (
+        "first",
+        [1, 2, 3],
+        2,
+    )
+    assert "the first of children 1, 2, 3 has ended: child 2 came first" in " ".join(
+        moment.text for moment in beatless.client.explain(run_id)
+    )
+    beatless.verify()
+
+
+def test_the_function_is_not_told_of_the_first_child_before_the_others_have_ended(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, (one, two) = raced(beatless, "a", "b")
+    with monkeypatch.context() as without_relays:
+        without_relays.setattr(CancelsChildren, "step", lambda *_: Woken(done=0, left=0))
+        beatless.signal(one, "go")
+        beatless.work_until_idle()
+        assert (state_of(beatless, run_id), state_of(beatless, two)) == ("waiting", "waiting")
+        # It ends well, and too late: its cancel is not carried out yet.
+        beatless.signal(two, "go")
+        beatless.work_until_idle()
+
+    found = beatless.client.get_run(run_id).result
+    assert (found["won"], found["ends"]) == (one, ["b"])
+
+
+def test_a_child_that_fails_is_waited_for_no_longer_and_ends_no_race(beatless: Kit) -> None:
+    run_id, (broken, other) = raced(beatless, "broken", "b")
+    beatless.signal(broken, "go")
+    beatless.work_until_idle()
+    assert (state_of(beatless, run_id), state_of(beatless, other)) == ("waiting", "waiting")
+
+    beatless.signal(other, "go")
+    beatless.work_until_idle()
+    found = beatless.client.get_run(run_id).result
+    assert (found["won"], found["ends"]) == (other, ["ValueError"])
+
+
+def test_a_race_in_which_all_have_failed_raises_the_error_of_the_first_in_the_list(
+    beatless: Kit,
+) -> None:
+    run_id, (one, two) = raced(beatless, "broken", "b")
+    beatless.client.cancel_run(two)
+    beatless.signal(one, "go")
+    beatless.work_until_idle()
+
+    error = beatless.client.get_run(run_id).error
+    assert error is not None
+    assert (error["type"], error["child"]) == ("ChildFailed", one)
+    (end,) = [e.data for e in beatless.client.events(run_id) if e.type == "ChildrenFinished"]
+    assert (end or {})["failed"] == 2
+    beatless.verify()
+
+
+def test_a_removed_child_has_lost_the_race(beatless: Kit) -> None:
+    run_id, (one, two) = raced(beatless, "a", "b")
+    beatless.client.remove_run(one)
+    beatless.signal(two, "go")
+    beatless.work_until_idle()
+
+    found = beatless.client.get_run(run_id).result
+    assert (found["won"], found["ends"]) == (two, ["RunNotFound"])
+
+
+def test_an_async_function_awaits_the_first_of_its_children(beatless: Kit) -> None:
+    run = beatless.start_run("asks_first")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).result == [True, "parcel quick"]
+    assert "race#only" in [event.step for event in beatless.client.events(run.run_id)]
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("claim.committed", 1),
+        ("children.before", 2),
+        ("children.started", 1),
+        ("wait.before", 1),
+        ("wait.before", 2),
+        ("wait.committed", 1),
+        ("wait.committed", 2),
+        ("wait.signalled", 1),
+        ("step.before", 1),
+        ("step.committed", 1),
+    ],
+)
+def test_no_crash_changes_which_child_came_first(beatless: Kit, point: str, nth: int) -> None:
+    with beatless.crash(at=point, nth=nth):
+        beatless.start_run("rivals", ["a", "b", "c"])
+        beatless.work_until_idle()
+        for run in beatless.client.list_runs(plan="told"):
+            if run.input == "b":
+                beatless.signal(run.run_id, "go")
+        beatless.work_until_idle()
+    beatless.advance(LEASE_S + 1)
+    beatless.work_until_idle()
+    (parent,) = beatless.client.list_runs(plan="rivals")
+    two = beatless.children(parent.run_id)[1]
+    if not two.state.final:
+        beatless.signal(two.run_id, "go")
+        beatless.advance(LEASE_S + 1)
+        beatless.work_until_idle()
+
+    found = beatless.client.get_run(parent.run_id).result
+    assert (found["won"], found["ends"]) == (two.run_id, ["RunCancelled"] * 2)
+    assert len(beatless.children(parent.run_id)) == 3
+    beatless.verify()
 
 
 def test_children_have_children(beatless: Kit) -> None:
@@ -659,9 +818,9 @@ def test_only_a_plan_can_be_started() -> None:
     with pytest.raises(PlanError, match="give them a plan of the App"):
         child_call(pack, [1])
     with pytest.raises(PlanError, match="at_once is 0"):
-        check_map(0, "fail")
+        check_map("run.map", 0, "fail")
     with pytest.raises(PlanError, match="choose fail or collect"):
-        check_map(None, "ignore")
+        check_map("run.map", None, "ignore")
 
 
 def test_a_retry_starts_the_children_again(beatless: Kit) -> None:

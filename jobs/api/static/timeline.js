@@ -41,6 +41,7 @@ export class Story {
       this.place = event.step;
     }
     if (event.type === "ChildrenStarted" || event.type === "ChildrenFinished") this.waitsForChildren = event.type === "ChildrenStarted";
+    if (event.type === "ChildrenFinished") this.place = this.undo ?? data.next ?? data.following ?? event.step;
     if (event.type === "WaitStarted") [this.wait, this.place] = [event, event.step];
     if (event.type === "WaitFinished") [this.wait, this.place] = [null, this.undo ?? data.next ?? data.following ?? null];
     if (event.type === "CancelRequested") {
