@@ -56,9 +56,13 @@ WITH chosen AS (
 DELETE FROM {schema}.runs r USING chosen WHERE r.run_id = chosen.run_id RETURNING r.run_id
 
 -- name: next_due
--- Read in how many seconds the oldest events, or the run that lost its events first, are due.
+-- Read in how many seconds the oldest events that are not needed, or the run that lost its events
+-- first, are due.
 SELECT extract(epoch FROM least(
-  (SELECT ts FROM {schema}.run_events WHERE type = 'RunFinished' ORDER BY ts LIMIT 1)
+  (SELECT e.ts FROM {schema}.run_events e
+    CROSS JOIN LATERAL (SELECT FROM {schema}.runs r
+                         WHERE r.run_id = e.run_id AND NOT ({needed}) LIMIT 1) r
+    WHERE e.type = 'RunFinished' ORDER BY e.ts LIMIT 1)
     + make_interval(secs => %(events)s),
   (SELECT pruned_at FROM {schema}.runs WHERE pruned_at IS NOT NULL AND %(runs)s > 0
     ORDER BY pruned_at LIMIT 1) + make_interval(secs => %(runs)s)
