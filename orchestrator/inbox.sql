@@ -19,8 +19,22 @@ SELECT w.step, w.data, w.seq FROM {schema}.run_events w
 
 -- name: open_waits
 -- Read the open waits of a run, oldest first.
+-- Also for children: of a call that has started many; of those that were started one by one the
+-- last, while the run is parked for one of them.
 SELECT step, data, seq FROM (SELECT %(run_id)s::text AS run_id) AS i CROSS JOIN LATERAL (
-  {waits_of}) w ORDER BY seq
+  {waits_of}
+  UNION ALL
+  SELECT w.step, jsonb_build_object('kind', 'children'), w.seq FROM (
+    SELECT w.*, max(w.seq) OVER () AS last_seq FROM {schema}.run_events w
+     WHERE w.run_id = i.run_id AND w.type = 'ChildrenStarted' AND NOT EXISTS (
+       SELECT FROM {schema}.run_events f
+        WHERE f.run_id = w.run_id AND f.seq > w.seq
+          AND (f.type = 'ChildrenFinished' AND f.step = w.step
+               OR f.type IN ('CancelRequested', 'RunRestarted', 'RunFinished')))) w
+   WHERE NOT w.data ? 'run_id'
+      OR w.seq = w.last_seq AND EXISTS (SELECT FROM {schema}.dispatches d
+          WHERE d.run_id = i.run_id AND d.reason = 'wait' AND d.children_left IS NOT NULL)
+) w ORDER BY seq
 
 -- name: send
 -- Store signals for runs, and have the relay look at these; none if one of them cannot be sent.
