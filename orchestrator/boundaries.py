@@ -31,6 +31,7 @@ from beatless.orchestrator.failure import (
     is_a,
     storable_text,
 )
+from beatless.orchestrator.long_history import HistoryTooLong
 from beatless.orchestrator.open_waits import OpenWait, Signal, wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence
@@ -251,6 +252,12 @@ class Boundaries:
             "StepCrashed",
             f"step {progress.occurrence} ended its process {progress.crashes} times",
         )
+
+    def too_long(self) -> Settlement:
+        """The history of the run has too many events: it fails between two steps."""
+        error = HistoryTooLong(of_function=False)
+        facts = {"type": type(error).__name__, "message": str(error)}
+        return self._ended(RunState.FAILED, [], facts)
 
     def unstorable(self, progress: Progress, reason: str) -> Settlement:
         """Postgres refuses the step's result or error: no other attempt will do better.

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, overload
 
-from beatless.orchestrator.errors import ChildFailed
+from beatless.orchestrator.arguments import digest
+from beatless.orchestrator.errors import BadPayload, ChildFailed
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import given_input
 from beatless.orchestrator.outcomes import PlanError
@@ -29,6 +30,10 @@ PAGE_RESULTS = 200
 
 MOST_RIVALS = 1000
 """Children of which `run.first` waits for one: their numbers are in one event."""
+
+PAGE_DIGEST = 100
+"""Inputs, and digests, of a call that starts its children little by little: it has a digest for
+each hundred of its inputs, or for each hundredth of them. Part of the format of ChildrenStarted."""
 
 FAILURES = ("fail", "collect")
 """The policies of a map: the first failure fails it, or is a member of its results."""
@@ -54,11 +59,18 @@ class Children:
     """The failure that has ended the call."""
     failures: int = 0
     """How many have failed, of a call that collects failures and has ended."""
+    digests: Sequence[str] = ()
+    """Of pages of the inputs, of a call that starts its children little by little."""
 
     @property
     def last(self) -> int:
         """The highest number."""
         return self.first + self.count - 1
+
+    @property
+    def numbers(self) -> range:
+        """All of them."""
+        return range(self.first, self.last + 1)
 
     @classmethod
     def from_event(cls, event: Event) -> Self:
@@ -74,6 +86,7 @@ class Children:
             rivals=tuple(data.get(RIVALS, ())),
             won=data.get("won"),
             error=data.get("error"),
+            digests=data.get("digests", ()),
         )
 
     def started(self, occurrence: str, **data: Any) -> NewEvent:
@@ -85,6 +98,8 @@ class Children:
             facts["failure"] = "collect" if self.collects else "fail"
         if self.at_once is not None:
             facts["at_once"] = self.at_once
+        if self.digests:
+            facts["digests"] = list(self.digests)
         return _event(EventType.CHILDREN_STARTED, occurrence, facts | data)
 
     def finished(self, occurrence: str, **data: Any) -> NewEvent:
@@ -142,6 +157,56 @@ class ChildCall(Wait):
             collects=self.collects,
         )
 
+    def digest(self) -> str:
+        """The digest of the call with all of its inputs. Raises BadPayload."""
+        return digest(self.name, [self.alone, self.collects, list(self.inputs)], {})
+
+    def is_open(self, children: Children | None) -> bool:
+        """Whether these children are those of this call, apart from inputs that are compared later.
+
+        By `has_inputs`, when they are started: for one that waits for places all of them would be
+        compared each time.
+        """
+        return (
+            children is not None
+            and bool(children.digests)
+            and (len(self.inputs), self.collects) == (children.count, children.collects)
+        )
+
+    def has_inputs(self, children: Children, numbers: range) -> bool:
+        """Whether these children have the inputs that the call has begun with."""
+        if len(self.inputs) != children.count:
+            return False
+        if not children.digests or not numbers:
+            return True
+        size = _page_size(children.count)
+        first, last = (numbers[0] - children.first) // size, (numbers[-1] - children.first) // size
+        try:
+            return all(
+                self._page_digest(page * size, size) == children.digests[page]
+                for page in range(first, last + 1)
+            )
+        except BadPayload:
+            return False
+
+    def page_digests(self) -> Sequence[str]:
+        """Those of pages of the inputs, if the children are not all started at once.
+
+        Raises BadPayload.
+        """
+        count = len(self.inputs)
+        if self.at_once is None or count <= max(self.at_once, PAGE_DIGEST):
+            return ()
+        size = _page_size(count)
+        return [self._page_digest(place, size) for place in range(0, count, size)]
+
+    def _page_digest(self, place: int, size: int) -> str:
+        return digest(self.name, self.inputs[place : place + size], {})
+
+    def _input(self, place: int) -> Any:
+        """One of the inputs as JSON, of the type that the plan declares. Raises BadPayload."""
+        return given_input(self.plan, self.inputs[place])
+
     def runs(
         self,
         parent: Run,
@@ -161,7 +226,7 @@ class ChildCall(Wait):
                 plan_version=self.plan.version,
                 queue=self.plan.queue,
                 input=encode(
-                    given_input(self.plan, self.inputs[number - children.first]),
+                    self._input(number - children.first),
                     where=f"{INPUT} of child {number} of plan {self.plan.name}",
                     limit=limit,
                 ),
@@ -190,9 +255,9 @@ class ChildCall(Wait):
 
     def check_inputs(self, limit: int) -> None:
         """Raises BadPayload for an input that a child cannot have: before any was started."""
-        for place, given in enumerate(self.inputs):
+        for place in range(len(self.inputs)):
             where = f"{INPUT} of plan {self.plan.name}, [{place}]"
-            encode(given_input(self.plan, given), where=where, limit=limit)
+            encode(self._input(place), where=where, limit=limit)
 
 
 def check_plan(plan: Any) -> None:
@@ -272,6 +337,8 @@ class ChildrenTurn:
     """How many have failed, of a call that collects failures and is done."""
     won: int | None = None
     """The number of the one that has ended well first: the others are cancelled."""
+    changed: bool = False
+    """The call has other inputs than it had begun with: none was started."""
 
 
 def turn_of_rivals(look: ChildrenLook) -> ChildrenTurn:
@@ -328,8 +395,8 @@ class ChildEnd:
         }
 
 
-NewRuns = Callable[[range], Sequence[NewRun]]
-"""The runs of the children with these numbers."""
+NewRuns = Callable[[range], Sequence[NewRun] | None]
+"""The runs of the children with these numbers; None if their inputs are not those of before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,6 +505,11 @@ def plain(value: Any) -> Any:
         case list() | tuple() if type(value) in (list, tuple):
             return type(value)(map(plain, value))
     return value
+
+
+def _page_size(count: int) -> int:
+    """Inputs with one digest, of a call with so many of them."""
+    return max(PAGE_DIGEST, -(-count // PAGE_DIGEST))
 
 
 def _event(type: EventType, occurrence: str, data: dict[str, Any]) -> NewEvent:

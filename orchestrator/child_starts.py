@@ -39,23 +39,33 @@ class ChildStarts:
         self._read_ends = read_ends
         self._max_event_bytes = max_event_bytes
 
-    def first(self, call: ChildCall, children: Children) -> tuple[Children, list[NewRun]]:
+    def first(
+        self, call: ChildCall, children: Children, *, compares: bool = True
+    ) -> tuple[Children, list[NewRun]]:
         """The children that a call starts in the commit of its event.
 
+        `compares`: whether the call is compared with the stored one when it is asked for again.
         Raises PlanError for a plan that the App does not have, and BadPayload for an input that a
         child cannot have.
         """
         call.check_plan(self._plans, parent=self._plan)
         call.check_inputs(self._max_event_bytes)
+        if compares:
+            children = replace(children, digests=call.page_digests())
         runs = self._runs(call, children, next_turn(children, NONE_STARTED).start)
         return (replace(children, run_id=runs[0].run_id) if call.alone else children), runs
 
     def tends(self, call: ChildCall | None, children: Children) -> Tends:
         """The children of a call, while the run waits for them; None if all were started."""
-        return Tends(
-            children=children,
-            runs=lambda numbers: [] if call is None else self._runs(call, children, numbers),
-        )
+
+        def runs(numbers: range) -> list[NewRun] | None:
+            if call is None:
+                return []
+            if not call.has_inputs(children, numbers):
+                return None
+            return self._runs(call, children, numbers)
+
+        return Tends(children=children, runs=runs)
 
     def ended(self, children: Children, turn: ChildrenTurn) -> Children:
         """The children of a call that is done, with the failure that has ended it."""

@@ -51,7 +51,8 @@ class Tended:
     @property
     def needs_parent(self) -> bool:
         """Whether it goes on at once, and is not parked: there is something for it to do."""
-        return (self.turn.done or self.turn.again) and not self.cancelled
+        turn = self.turn
+        return (turn.done or turn.again or turn.changed) and not self.cancelled
 
 
 class ChildRuns:
@@ -90,7 +91,9 @@ class ChildRuns:
             ((failures,),) = execute(connection, self._sql["failures"], counted)
             turn = replace(turn, failures=failures)
         if turn.start and not cancelled:
-            self.start(connection, run_id, tends.runs(turn.start))
+            runs = tends.runs(turn.start)
+            self.start(connection, run_id, runs or ())
+            turn = replace(turn, changed=runs is None)
         if turn.failed is not None and look.unfinished:
             execute(connection, self._sql["stop"], place | {"shard": shard_of(run_id)})
         return Tended(

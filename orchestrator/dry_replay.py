@@ -1,6 +1,6 @@
 """A replay of a stored run that executes no step and writes nothing: what the function says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from beatless.orchestrator.child_calls import ReadEnds
 from beatless.orchestrator.errors import BadPayload
@@ -12,7 +12,7 @@ from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Replay, departure, refused_input
 
 
-def dry_replay(plan: FunctionPlan, run: Run, events: Sequence[Event], read_ends: ReadEnds) -> Said:
+def dry_replay(plan: FunctionPlan, run: Run, events: Iterable[Event], read_ends: ReadEnds) -> Said:
     """The first thing that the function says to which the journal has no answer.
 
     `read_ends` reads children of the run. It executes the code of the

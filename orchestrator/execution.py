@@ -2,7 +2,7 @@
 
 An `Execution` yields requests and is sent their replies:
 
-    ReadJournal   → the events
+    ReadJournal   → a CheckpointPage
     RunBody       → Returned, Raised, Cancelled, Stopped, HandedBack or TransactionLost
     Commit        → Committed, or Unstorable;
                     after Returned also Raised, TransactionLost or CommitFailed
@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from beatless.orchestrator import long_history
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
 from beatless.orchestrator.child_calls import ChildrenTurn, Tends
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
@@ -35,7 +36,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
-from beatless.orchestrator.records import Appended, NewRun
+from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -43,18 +44,15 @@ from beatless.orchestrator.waits import Wait
 logger = logging.getLogger("beatless.orchestrator.executor")
 
 UNKNOWN_STEP_S = 1.0
-"""Seconds that a run waits at first whose step this worker does not have.
-
-Most workers of a rolling deploy have the step, or none.
-"""
+"""Seconds that a run waits at first whose step this worker does not have: most workers of a
+rolling deploy have it, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadJournal:
-    """Read the events that give the run's place; the reply is these events.
+    """Read a page of the events that give the run's place, behind another page."""
 
-    See `Journal.checkpoint_events`.
-    """
+    behind: CheckpointPage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +198,7 @@ class Recovered:
 
 
 Reply = (
-    Sequence[Event]
+    CheckpointPage
     | Committed
     | Signalled
     | Unstorable
@@ -246,6 +244,7 @@ class Execution:
         self._redispatch_s = redispatch_s
         self._last_ts_ms = 0
         """Of the last event that was read, by the clock of Postgres."""
+        self._read_events = 0
 
     def requests(self) -> Requests:
         """All that is to be done, in order. Each request must be answered before the next.
@@ -271,13 +270,24 @@ class Execution:
         if self._lease.late and not progress.compensating:
             yield from self._settle(self._boundaries.overdue())
             return None
+        if self._read_events >= long_history.MAX_EVENTS and not progress.compensating:
+            yield from self._settle(self._boundaries.too_long())
+            return None
         return (yield from self._begin_attempt(progress))
 
     def _fold(self) -> Generator[Request, Any, Progress]:
         """The progress of the run, folded from the journal."""
-        events: Sequence[Event] = yield ReadJournal()
-        self._last_ts_ms = events[-1].ts
+        events: list[Event] = []
+        yield from self._read_pages(events.extend)
+        self._read_events, self._last_ts_ms = len(events), events[-1].ts
         return fold(self._plan, events)
+
+    def _read_pages(self, take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
+        """Read the journal, a page at a time."""
+        page: CheckpointPage | None = None
+        while page is None or not page.last:
+            page = yield ReadJournal(behind=page)
+            take(page.events)
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
         """Start the next attempt of where the run is; None if there is none to start.
@@ -285,7 +295,10 @@ class Execution:
         It is counted before its body runs.
         """
         if progress.unknown is not None:
-            yield from self._hand_back(progress, progress.unknown)
+            reason = str(UnknownStep(self._plan.name, progress.unknown))
+            yield from self._settle(
+                self._released(progress, progress.unknown, UNKNOWN_STEP, reason)
+            )
             return None
         if progress.step is None:
             yield from self._settle(self._boundaries.completed(progress.result))
@@ -318,7 +331,7 @@ class Execution:
             yield from self._settle(self._boundaries.overdue())
             return None
         signal = progress.inbox.oldest(opened.names)
-        if signal is None and not opened.ended(self._now_ms()):
+        if signal is None and not opened.ended(self._lease.now_ms):
             reply: Committed | Signalled = yield CommitIfQuiet(
                 settlement=self._boundaries.parked(progress), waits=[opened.seq]
             )
@@ -367,22 +380,9 @@ class Execution:
         else:
             progress.starts = 1
 
-    def _now_ms(self) -> float:
-        """The time by the clock of Postgres."""
-        claimed = self._lease.run.started_at
-        return 0.0 if claimed is None else (claimed.timestamp() + self._lease.seconds) * 1000
-
-    def _hand_back(self, progress: Progress, step: str) -> Generator[Request, Any, None]:
-        """The run stands at a step of another version of the plan: a worker that has it goes on."""
-        reason = str(UnknownStep(self._plan.name, step))
-        yield from self._settle(self._released(progress, step, UNKNOWN_STEP, reason))
-
     def _released(self, progress: Progress, step: str, action: str, reason: str) -> Settlement:
         """The run is left to a worker with another version: at once, then less and less often."""
-        claimed = self._lease.run.started_at
-        waited = 0.0
-        if claimed is not None:
-            waited = claimed.timestamp() + self._lease.age - self._last_ts_ms / 1000
+        waited = (self._lease.now_ms - self._last_ts_ms) / 1000
         delay = min(max(waited / 2, UNKNOWN_STEP_S), self._redispatch_s)
         logger.warning(
             "run released: its plan has another version than this worker's",

@@ -332,8 +332,10 @@ class RunDriver:
 
     def _perform(self, request: Request) -> Generator[Turn, Answer, Reply]:
         match request:
-            case ReadJournal():
-                return self._writer.read()
+            case ReadJournal(behind=behind):
+                page = self._writer.read(behind)
+                self._report.read(page, first=behind is None)
+                return page
             case Recover():
                 status = self._executor.aside(self._writer.recover)
                 return Recovered(committed=status.committed_since, ended=status.state.final)

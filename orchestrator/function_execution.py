@@ -9,11 +9,11 @@ The function has always seen a little more than is committed. When a commit fail
 called again on what the journal has.
 """
 
-import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from beatless.orchestrator import long_history
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.child_calls import ChildCall, Children, ReadEnds, with_results
 from beatless.orchestrator.child_starts import ChildStarts
@@ -25,7 +25,6 @@ from beatless.orchestrator.execution import (
     Committed,
     Execution,
     Part,
-    ReadJournal,
     Request,
     Requests,
     Signalled,
@@ -33,8 +32,9 @@ from beatless.orchestrator.execution import (
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.history import History, history_of
+from beatless.orchestrator.history import History, fold_calls, history_of
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.long_history import HistoryTooLong
 from beatless.orchestrator.open_waits import OpenWait, Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
@@ -52,18 +52,6 @@ from beatless.orchestrator.replay import (
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
-
-logger = logging.getLogger("beatless.orchestrator.executor")
-
-MANY_EVENTS = 10_000
-"""Events of a run from which on its length is warned of at each claim."""
-
-MAX_EVENTS = 50_000
-"""Events of a run at which its function is given no further step."""
-
-
-class PlanTooLong(Exception):
-    """The run of a function has too many events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +131,23 @@ class FunctionExecution(Execution):
         """Call the function on what the journal has; of a cancelled run it is not called."""
         self._leave()
         self._said = None
-        events: Sequence[Event] = ()
-        if self._last_seq > 1 or self._lease.run.retry_of is not None:
-            events = yield ReadJournal()
+        if self._lease.cancelled:
+            return (yield from self._fold_cancelled())
+        history, cancelled = History(), False
+
+        def take(events: Sequence[Event]) -> None:
+            nonlocal cancelled
             self._last_seq = self._told_seq = events[-1].seq
-            self._last_ts_ms = events[-1].ts
-        history = history_of(self._function, events)
-        read = sum(event.seq > history.restarted_seq for event in events)
-        self._beside = self._last_seq - history.restarted_seq - read if events else 0
+            cancelled |= any(event.type == EventType.CANCEL_REQUESTED for event in events)
+            fold_calls(self._function, history, events)
+
+        if self._last_seq > 1 or self._lease.run.retry_of is not None:
+            yield from self._read_pages(take)
+            self._last_ts_ms = history.last_ts_ms
+            self._beside = self._last_seq - history.restarted_seq - history.events
+        if cancelled:
+            return (yield from self._fold_cancelled())
         self._lease.run = history.as_given(self._lease.run)
-        if self._lease.cancelled or any(
-            event.type == EventType.CANCEL_REQUESTED for event in events
-        ):
-            progress = fold(self._plan, events)
-            progress.results = with_results(progress.results, self._read_ends)
-            return progress
         self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
         if history.takeovers >= MAX_TAKEOVERS:
             self._said = Crashed()
@@ -166,17 +156,16 @@ class FunctionExecution(Execution):
             self._said = departure(self._function, stored, history) or self._call_function()
         return self._place()
 
+    def _fold_cancelled(self) -> Generator[Request, Any, Progress]:
+        events: list[Event] = []
+        yield from self._read_pages(events.extend)
+        self._last_seq, self._last_ts_ms = events[-1].seq, events[-1].ts
+        self._lease.run = history_of(self._function, events).as_given(self._lease.run)
+        progress = fold(self._plan, events)
+        progress.results = with_results(progress.results, self._read_ends)
+        return progress
+
     def _call_function(self) -> Said:
-        if self._events >= MANY_EVENTS:
-            logger.warning(
-                "run of a plan's function has many events",
-                extra={
-                    "action": "many_events",
-                    "run_id": self._run_id,
-                    "events": self._events,
-                    "limit": MAX_EVENTS,
-                },
-            )
         run = self._lease.run
         try:
             given = self._function.input.load(run.input)
@@ -195,13 +184,8 @@ class FunctionExecution(Execution):
                 raise
         if self._replay.unread is not None:
             raise self._replay.unread
-        if isinstance(said, Call) and self._events >= MAX_EVENTS:
-            return Broken(
-                PlanTooLong(
-                    f"the run has {MAX_EVENTS:,} events, and its plan asks for a further step: "
-                    "return run.again(…) before, or start another run for the rest of the work"
-                )
-            )
+        if isinstance(said, Call) and self._events >= long_history.MAX_EVENTS:
+            return Broken(HistoryTooLong(of_function=True))
         return said
 
     @property
@@ -295,7 +279,9 @@ class FunctionExecution(Execution):
             return None
         history = self._replay.history
         try:
-            children, runs = self._starts.first(call, call.numbered(history.children + 1))
+            first = call.numbered(history.children + 1)
+            compares = progress.arguments is not None
+            children, runs = self._starts.first(call, first, compares=compares)
         except (BadPayload, PlanError) as error:
             yield from self._settle(self._boundaries.broken(error, self._values()))
             return None
@@ -323,7 +309,14 @@ class FunctionExecution(Execution):
         for event in reply.events:
             progress.inbox.note(event)
         turn = reply.turn
-        if turn is None or not turn.done:
+        if turn is None:
+            return progress
+        if turn.changed or (
+            turn.done and call.children is None and not call.has_inputs(children, children.numbers)
+        ):
+            self._said = self._replay.changed(progress.named)
+            return (yield from self._begin_attempt(progress))
+        if not turn.done:
             return progress
         children = self._starts.ended(children, turn)
         asked = {ARGUMENTS: progress.arguments} if children.rivals else {}

@@ -1,7 +1,7 @@
 """The calls that a plan's function has made, folded from the journal of its run. Pure."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,8 @@ class History:
     """Counts how often the function has begun, by its own wish, with an input of its own."""
     input: Any = None
     """That of the generation; the first has the run's."""
+    events: int = 0
+    """Those of the generation that were read."""
     restarted_seq: int = 0
     """The seq of the event by which the generation began; 0 of the first."""
     visits: Counter[str] = field(default_factory=Counter)
@@ -119,7 +121,7 @@ class History:
         """Begin a generation: only the signals that no wait has taken stay."""
         data = event.data or {}
         self.calls, self.values = {}, {}
-        self.input, self.restarted_seq = data.get("input"), event.seq
+        self.input, self.restarted_seq, self.events = data.get("input"), event.seq, 0
         self.resume(plan, data)
 
     def resume(self, plan: FunctionPlan, stored: dict[str, Any]) -> None:
@@ -136,11 +138,18 @@ class History:
         )
 
 
-def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
+def history_of(plan: FunctionPlan, events: Iterable[Event]) -> History:
     """The history in the journal of a run that is not cancelled."""
     history = History()
+    fold_calls(plan, history, events)
+    return history
+
+
+def fold_calls(plan: FunctionPlan, history: History, events: Iterable[Event]) -> None:
+    """Fold the next events of the journal into a history."""
     for event in events:
         history.last_ts_ms = event.ts
+        history.events += 1
         data = event.data or {}
         name = data.get("name") if event.type == EventType.DEBUG_TRACE else None
         history.count_takeover(name == TAKEN_OVER, data.get(CLAIM))
@@ -161,7 +170,6 @@ def history_of(plan: FunctionPlan, events: Sequence[Event]) -> History:
             history.version = max(history.version, data.get(VERSION, 0))
             if FOLLOWING in data:
                 history.call(plan.current(data[FOLLOWING]))
-    return history
 
 
 def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> None:

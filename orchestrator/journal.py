@@ -14,6 +14,7 @@ from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, 
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import (
     Appended,
+    CheckpointPage,
     DispatchStatus,
     FailedRunFilter,
     NewRun,
@@ -33,6 +34,8 @@ LAST_SEQ = 2**31 - 1
 PAGE_BYTES = 256 * 1024
 """Of events as JSON that a reader of pages has in memory at once."""
 
+PAGE_EVENTS = 5000
+"""Events that a claim reads at once; fewer if they are large."""
 
 NEAR_RUNS = 10_000
 """Newest runs that are looked through before all runs with a tag, or with a retry, are read."""
@@ -108,7 +111,12 @@ class Journal:
         self.schema = schema
         self.max_event_bytes = max_event_bytes
         self.sql = statements(
-            __file__, schema, page_bytes=PAGE_BYTES, near_runs=NEAR_RUNS, **OPTION_SQL
+            __file__,
+            schema,
+            page_bytes=PAGE_BYTES,
+            page_events=PAGE_EVENTS,
+            near_runs=NEAR_RUNS,
+            **OPTION_SQL,
         )
         self.failed = FailedRuns(self.sql)
         self._lists_by_state: dict[RunState | None, str] = {
@@ -398,19 +406,45 @@ class Journal:
             if pruned > after:
                 raise EventsPruned(run_id, after, pruned + 1 if pruned < last else None)
 
-    def checkpoint_events(
-        self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str
-    ) -> list[Event]:
-        """The events that give an unfinished run's place, and its last event. Raises RunNotFound.
+    def checkpoint_page(
+        self,
+        connection: Caller,
+        run_id: str,
+        *,
+        names: Sequence[str],
+        rest: str,
+        behind: CheckpointPage | None = None,
+    ) -> CheckpointPage:
+        """A page of the events that give an unfinished run's place; the last has its last event.
 
         The starts, failures and ends of steps, a cancel and the traces of these names; of turns of
         one step that follow one another and did nothing but end with the trace `rest`, the last.
+        `behind` is the page before. Raises RunNotFound.
         """
-        parameters = {"run_id": run_id, "names": list(names), "rest": rest}
-        rows = execute(connection, self.sql["checkpoint_events"], parameters)
+        parameters = {
+            "run_id": run_id,
+            "names": list(names),
+            "rest": rest,
+            "after": 0 if behind is None else behind.events[-1].seq,
+            "restarted": None if behind is None else behind.restarted_seq,
+        }
+        rows = execute(connection, self.sql["checkpoint_page"], parameters)
         if not rows:
             raise RunNotFound(run_id)
-        return [Event.from_json(line) for (line,) in rows]
+        events = [Event.from_json(line) for line, _, _ in rows]
+        _, last_seq, restarted = rows[-1]
+        return CheckpointPage(
+            events=events, restarted_seq=restarted, last=events[-1].seq == last_seq
+        )
+
+    def checkpoint_events(
+        self, connection: Caller, run_id: str, *, names: Sequence[str], rest: str
+    ) -> Iterator[Event]:
+        """The events of all of these pages. Raises RunNotFound."""
+        page: CheckpointPage | None = None
+        while page is None or not page.last:
+            page = self.checkpoint_page(connection, run_id, names=names, rest=rest, behind=page)
+            yield from page.events
 
     def dispatch_status(self, connection: Caller, run_id: str) -> DispatchStatus:
         """The state of a run in the tables beside `runs`. Raises RunNotFound."""

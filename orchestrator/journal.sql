@@ -340,36 +340,51 @@ SELECT seq, type, line FROM (
            ORDER BY e.seq OFFSET 0) AS lines) AS sized
  WHERE before < {page_bytes} ORDER BY seq
 
--- name: checkpoint_events
--- Read the events that say where an unfinished run is, and its last one.
+-- name: checkpoint_page
+-- Read the events after a seq that say where an unfinished run is, and its last one: some of them.
+-- With each the seq of the last one, and that by which the run's function has begun again; it is
+-- looked for with the first page, from the end, and given with the others.
 -- A snooze is a start and a trace. Of many in a row the last says all that the others say.
 -- Of a function that has begun again, those since then, and the signals that may not be taken yet.
-SELECT {event_json} FROM (
-  SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
-         lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
-         lag(step) OVER w AS started_step, lead(step) OVER w AS step_1,
-         lead(rests, 1, false) OVER w AS rests_1,
-         lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
-    FROM (
-      SELECT e.*, e.type = 'StepStarted' AS starts,
-             coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests,
-             max(e.seq) FILTER (WHERE e.type = 'RunRestarted') OVER () AS restarted,
-             max((e.data ->> 'signals_from')::int) FILTER (WHERE e.type = 'RunRestarted') OVER ()
-               AS signals_from
-        FROM {schema}.run_events e
-       WHERE e.run_id = %(run_id)s
-         AND (e.type IN ('RunStarted', 'StepStarted', 'StepFailed', 'StepFinished',
-                         'CancelRequested', 'WaitStarted', 'SignalReceived', 'WaitFinished',
-                         'RunRestarted', 'ChildrenStarted', 'ChildrenFinished')
-              OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
-              OR e.seq = (SELECT r.last_seq FROM {schema}.runs r WHERE r.run_id = %(run_id)s))
-    ) e WINDOW w AS (ORDER BY e.seq)
+WITH begun AS MATERIALIZED (
+  SELECT e.seq, (e.data ->> 'signals_from')::int AS signals_from FROM {schema}.run_events e
+   WHERE %(restarted)s::int IS NULL AND e.run_id = %(run_id)s AND e.type = 'RunRestarted'
+   ORDER BY e.seq DESC LIMIT 1
+), head AS MATERIALIZED (
+  SELECT r.last_seq, coalesce(%(restarted)s, (SELECT seq FROM begun), 0) AS restarted,
+         greatest(%(after)s, 1, (SELECT least(signals_from, seq) - 1 FROM begun)) AS after
+    FROM {schema}.runs r WHERE r.run_id = %(run_id)s
+)
+SELECT {event_json}, (SELECT last_seq FROM head), (SELECT restarted FROM head) FROM (
+  SELECT e.*, sum(e.size) OVER (ORDER BY e.seq ROWS UNBOUNDED PRECEDING) - e.size AS before FROM (
+    SELECT e.*, lag(starts, 1, false) OVER w AS started, lead(starts, 1, false) OVER w AS starts_1,
+           lead(starts, 2, false) OVER w AS starts_2, lead(step, 2) OVER w AS step_2,
+           lag(step) OVER w AS started_step, lead(step) OVER w AS step_1,
+           lead(rests, 1, false) OVER w AS rests_1,
+           lead(rests, 2, false) OVER w AS rests_2, lead(rests, 3, false) OVER w AS rests_3
+      FROM (
+        SELECT e.*, coalesce(pg_column_size(e.data), 0) AS size, e.type = 'StepStarted' AS starts,
+               coalesce(e.type = 'DebugTrace' AND e.data ->> 'name' = %(rest)s, false) AS rests
+          FROM (
+            SELECT * FROM {schema}.run_events e
+             WHERE e.run_id = %(run_id)s AND e.seq = 1 AND %(after)s = 0
+            UNION ALL
+            SELECT * FROM {schema}.run_events e
+             WHERE e.run_id = %(run_id)s AND e.seq > (SELECT after FROM head)
+               AND (e.type IN ('SignalReceived', 'WaitFinished')
+                    OR e.seq >= (SELECT restarted FROM head)
+                       AND (e.type IN ('StepStarted', 'StepFailed', 'StepFinished',
+                                       'CancelRequested', 'WaitStarted', 'RunRestarted',
+                                       'ChildrenStarted', 'ChildrenFinished')
+                            OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
+                            OR e.seq = (SELECT last_seq FROM head)))
+          ) e ORDER BY e.seq LIMIT {page_events}
+      ) e WINDOW w AS (ORDER BY e.seq)
+  ) e
+   WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
+     AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
 ) e
- WHERE NOT (starts AND rests_1 AND starts_2 AND rests_3 AND step = step_2)
-   AND NOT (started AND rests AND starts_1 AND rests_2 AND started_step = step_1)
-   AND (restarted IS NULL OR seq >= restarted OR type IN ('RunStarted', 'CancelRequested')
-        OR type IN ('SignalReceived', 'WaitFinished') AND seq >= signals_from)
- ORDER BY e.seq
+ WHERE e.before < {page_bytes} ORDER BY e.seq
 
 -- name: has_output
 -- Read whether an event of output that begins with this piece stands after a seq.

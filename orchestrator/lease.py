@@ -79,6 +79,12 @@ class Lease:
         return self.age + monotonic() - self.claimed_at
 
     @property
+    def now_ms(self) -> float:
+        """The time by the clock of Postgres, in milliseconds; 0 before the first claim."""
+        claimed = self.run.started_at
+        return 0.0 if claimed is None else (claimed.timestamp() + self.seconds) * 1000
+
+    @property
     def late(self) -> bool:
         """Whether the run has reached its deadline."""
         return self.deadline is not None and monotonic() >= self.deadline

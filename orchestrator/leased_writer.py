@@ -29,7 +29,7 @@ from beatless.orchestrator.lease import (
     LeaseStatus,
 )
 from beatless.orchestrator.progress import FOLDED, SNOOZED
-from beatless.orchestrator.records import Appended, NewRun
+from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import StepOutput
@@ -115,18 +115,21 @@ class LeasedWriter:
         self.asked_s = 0.0
         """Seconds that the threads of steps have spent here."""
 
-    def read(self) -> list[Event]:
-        """The events that determine the progress of the run. Raises LeaseLost if it was removed."""
+    def read(self, behind: CheckpointPage | None) -> CheckpointPage:
+        """A page of the events that give the place of the run. Raises LeaseLost if it was removed.
+
+        Behind this one; None: the first.
+        """
         try:
-            events = self._patiently(
-                lambda connection: self._journal.checkpoint_events(
-                    connection, self._run_id, names=FOLDED, rest=SNOOZED
+            page = self._patiently(
+                lambda connection: self._journal.checkpoint_page(
+                    connection, self._run_id, names=FOLDED, rest=SNOOZED, behind=behind
                 )
             )
         except RunNotFound as error:  # taken away by force
             raise LeaseLost(self._run_id, self._lease.token) from error
-        self._last_seq = self._told_seq = events[-1].seq
-        return events
+        self._last_seq = self._told_seq = page.events[-1].seq
+        return page
 
     def read_ends(self, first: int, last: int) -> Sequence[ChildEnd]:
         """The children of the run with these numbers that have ended."""

@@ -35,6 +35,8 @@ from beatless.orchestrator.progress import CHANGED_CALL, Progress
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
 
+OTHER_INPUTS = "other inputs than are stored"
+
 
 class ListExecution(Execution):
     """One worker's decisions about one run of a list of steps."""
@@ -143,12 +145,9 @@ class ListExecution(Execution):
         """Start further ones as places become free; leave the worker until that, or their end."""
         call = self._call
         if call is None and children.count > min(PAGE_CHILDREN, children.at_once or PAGE_CHILDREN):
-            call, change = self._asked_again(progress, element)
+            call, change = self._asked_again(progress, element, children)
             if change:
-                reason = f"plan {self._plan.name} gives {progress.key} {change}"
-                at = progress.occurrence
-                yield from self._settle(self._released(progress, at, CHANGED_CALL, reason))
-                return None
+                return (yield from self._release_changed(progress, change))
             self._call = call
         reply: Committed | Signalled = yield CommitIfQuiet(
             settlement=self._boundaries.parked(progress),
@@ -158,22 +157,34 @@ class ListExecution(Execution):
             return None
         for event in reply.events:
             progress.inbox.note(event)
-        if reply.turn is None or not reply.turn.done:
+        turn = reply.turn
+        if turn is None or not (turn.done or turn.changed):
             return progress
-        ended = self._starts.ended(children, reply.turn)
+        if turn.changed or (
+            turn.done and call is not None and not call.has_inputs(children, children.numbers)
+        ):
+            return (yield from self._release_changed(progress, OTHER_INPUTS))
+        ended = self._starts.ended(children, turn)
         return (yield from self._end_children(progress, element, ended))
 
+    def _release_changed(self, progress: Progress, change: str) -> Part:
+        """The run is left to a worker whose plan asks for the children that were asked for."""
+        reason = f"plan {self._plan.name} gives {progress.key} {change}"
+        at = progress.occurrence
+        yield from self._settle(self._released(progress, at, CHANGED_CALL, reason))
+        return None
+
     def _asked_again(
-        self, progress: Progress, element: ChildElement
+        self, progress: Progress, element: ChildElement, children: Children
     ) -> tuple[ChildCall | None, str]:
         """The call of an element whose children were started, or how it has changed."""
         try:
             call = self._asked(progress, element)
-            changed = _digest(call) != progress.arguments
+            changed = not call.is_open(children) and _digest(call) != progress.arguments
         except Exception as error:  # of the user's function
             self._raise_unread()
             return None, f"an exception for its inputs: {type(error).__name__}"
-        return call, "other inputs than are stored" if changed else ""
+        return call, OTHER_INPUTS if changed else ""
 
     def _end_children(self, progress: Progress, element: ChildElement, children: Children) -> Part:
         """Commit the end of the wait, with all that follows from it."""

@@ -18,6 +18,14 @@ class Claimed(Signal):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongHistoryRead(Signal):
+    """A claim has read a history of many events."""
+
+    lease: Lease
+    events: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotClaimed(Signal):
     """A message was ignored: its run has ended, waits, is paused, or another worker has it."""
 

@@ -297,6 +297,18 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPage:
+    """A page of the events that give the place of a run."""
+
+    events: Sequence[Event]
+    """One at least."""
+    restarted_seq: int
+    """The seq of the event by which the run's function has begun again; 0 if it has not."""
+    last: bool
+    """Its last event is that of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchStatus:
     """The state of a run in the tables beside `runs`."""
 

@@ -70,6 +70,7 @@ class RunContext(Generic[Input]):
         """The version of the plan that the run was started with: `if run.version >= 2: …`."""
         self._replay = replay
         self._ask = ask
+        self._gave_results = False
 
     def step(self, step: Step, /, *args: Any, id: str | None = None, **kwargs: Any) -> Any:
         """The result of a step, as JSON; it is executed unless it has finished before.
@@ -202,11 +203,10 @@ class RunContext(Generic[Input]):
         ...     return {"files": run.map(thumbnail, run.input["photos"], at_once=20)}
         """
         check_map("run.map", at_once, failure)
-        call = child_call(plan, plain(list(inputs)), at_once=at_once, collects=failure == "collect")
-        return self._answer(
-            self._replay.children(call, id),
-            lambda children: ChildResults(children, self._replay.ends),
-        )
+        # Walked through each time it starts further ones: only if it can have such results in it.
+        given = plain(list(inputs)) if self._gave_results else list(inputs)
+        call = child_call(plan, given, at_once=at_once, collects=failure == "collect")
+        return self._answer(self._replay.children(call, id), self._results)
 
     def first(
         self, children: "Iterable[Child]", *, name: str = "first", id: str | None = None
@@ -244,6 +244,10 @@ class RunContext(Generic[Input]):
             self._replay.children(call, id),
             lambda ended: next(each for each in rivals if each.number == ended.won),
         )
+
+    def _results(self, children: Children) -> ChildResults:
+        self._gave_results = True
+        return ChildResults(children, self._replay.ends)
 
     def _result(self, call: ChildCall) -> Any:
         children = call.children

@@ -6,9 +6,10 @@ from typing import Any
 
 from beatless.orchestrator.boundaries import StepFailure
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.observer import Settled
+from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS
+from beatless.orchestrator.observer import LongHistoryRead, Settled
 from beatless.orchestrator.plan import Plan
-from beatless.orchestrator.records import Appended
+from beatless.orchestrator.records import Appended, CheckpointPage
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import WAITS, RunState
 from beatless.outbox.clock import monotonic
@@ -33,6 +34,26 @@ class RunReport:
         """When the attempt in flight was begun, by the monotonic clock."""
         self._exception: BaseException | None = None
         """The failure of the body, until it is announced."""
+        self._events = 0
+        """Those of the history that were read."""
+
+    def read(self, page: CheckpointPage, *, first: bool) -> None:
+        """A page of the journal was read: tell of a history that is long."""
+        events = sum(event.seq > page.restarted_seq for event in page.events)
+        self._events = events if first else self._events + events
+        if not page.last or self._events < MANY_EVENTS:
+            return
+        self._observer(LongHistoryRead(lease=self._lease, events=self._events))
+        logger.warning(
+            "history of the run is long",
+            extra={
+                "action": "long_history",
+                "run_id": self._lease.run.run_id,
+                "plan": self._plan.name,
+                "events": self._events,
+                "limit": MAX_EVENTS,
+            },
+        )
 
     def begin(self) -> None:
         """An attempt is begun."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from beatless.orchestrator.child_calls import RIVALS, ChildrenWait
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS, length
 from beatless.orchestrator.open_waits import WaitOutcome
 from beatless.orchestrator.progress import (
     CHANGED_CALL,
@@ -36,8 +37,8 @@ class Moment:
     at: int
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
-    """accepted, wait, attempt, signal, cancel, finished, pruned, lease, dispatch, publish, dead
-    letter, or difference."""
+    """accepted, wait, attempt, signal, cancel, finished, pruned, history, lease, dispatch, publish,
+    dead letter, or difference."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -89,13 +90,24 @@ def timeline(
     # An attempt is known at its end, and stands at its beginning. None is before the start.
     history = sorted(_history(run, events), key=lambda each: (each.kind != "accepted", each.at))
     until = "when it is received" if children is None else "when they have ended"
-    return [*_pruned(run), *history, *_now(run, status, stands_at(events), wait, until)]
+    return [
+        *_pruned(run),
+        *history,
+        *_length(run, status, events),
+        *_now(run, status, stands_at(events), wait, until),
+    ]
 
 
 def _pruned(run: Run) -> Iterator[Moment]:
     if run.pruned_seq:
         text = f"events 1 to {run.pruned_seq} were removed after the retention time"
         yield Moment(at=_ms(run.created_at), kind="pruned", text=text)
+
+
+def _length(run: Run, status: DispatchStatus, events: Sequence[Event]) -> Iterator[Moment]:
+    if (many := length(events)) >= MANY_EVENTS and not run.state.final:
+        text = f"the history has {many:,} events; with {MAX_EVENTS:,} the run fails"
+        yield Moment(at=_ms(status.now), kind="history", text=f"{text}: see run.again")
 
 
 def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:

@@ -6,7 +6,8 @@ from beatless.doctor.check import check
 from beatless.doctor.finding import Verdict, counted, ok, problem, warn
 from beatless.doctor.probe import Need, Probe
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
+from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS, READ_TYPES
+from beatless.orchestrator.progress import CHANGED_CALL, SNOOZED, UNKNOWN_STEP
 from beatless.orchestrator.queues import QueueStatements
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.message import SHARDS
@@ -19,6 +20,9 @@ MAX_WAIT_S = 60.0
 
 LAG_WARNING_S, LAG_PROBLEM_S = 10.0, 60.0
 """Ages of the oldest event that is not published."""
+
+OLDEST_RUNS = 10_000
+"""Unfinished runs whose histories are looked at."""
 
 MAX_QUEUES, MAX_PLACES, MAX_ROWS = 3, 5, 3
 """Reported at once."""
@@ -56,6 +60,24 @@ def plans(probe: Probe) -> Iterator[Verdict]:
         )
     if not unknown and not waiting:
         yield ok(f"all unfinished runs are of the {len(app.plans)} plans of this app")
+
+
+@check("histories", needs={Need.SCHEMA})
+def histories(probe: Probe) -> Verdict:
+    """Unfinished runs with histories of so many events that they may fail."""
+    sql = _sql(probe)
+    found = probe.rows(
+        sql["long_histories"],
+        {"types": list(READ_TYPES), "snoozed": SNOOZED, "many": MANY_EVENTS},
+    )
+    if not found:
+        return ok(f"none of the oldest {OLDEST_RUNS:,} has {MANY_EVENTS:,} events")
+    named = ", ".join(f"{run_id} of {plan} ({events:,})" for run_id, plan, events in found)
+    return warn(
+        f"runs have long histories, and fail with {MAX_EVENTS:,} events: {named}",
+        "have the function of the plan return run.again(…) now and then; make a list with a loop "
+        "a function",
+    )
 
 
 @check("outbox", needs={Need.SCHEMA})
@@ -136,4 +158,4 @@ def rows(probe: Probe) -> Iterator[Verdict]:
 
 
 def _sql(probe: Probe) -> dict[str, str]:
-    return probe.sql(__file__, last_shard=SHARDS - 1)
+    return probe.sql(__file__, last_shard=SHARDS - 1, oldest_runs=OLDEST_RUNS)

@@ -16,6 +16,7 @@ from beatless.observe.families import (
     LEASE_LOST,
     LEASES_ENDED,
     LISTENER_UP,
+    LONG_HISTORIES,
     MAX_QUEUE_SERIES,
     PUBLISHED,
     QUEUE_WAIT,
@@ -35,7 +36,14 @@ from beatless.observe.families import (
     Labels,
 )
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.observer import Claimed, DeathCause, LeasesEnded, Settled, TakenOver
+from beatless.orchestrator.observer import (
+    Claimed,
+    DeathCause,
+    LeasesEnded,
+    LongHistoryRead,
+    Settled,
+    TakenOver,
+)
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.observer import (
@@ -71,6 +79,7 @@ class WorkerCounters:
         QUEUE_WAIT,
         STEP_DURATION,
         STEP_ATTEMPTS,
+        LONG_HISTORIES,
         LEASE_LOST,
         LEASES_ENDED,
         THREAD_FAILURES,
@@ -99,6 +108,7 @@ class WorkerCounters:
             yield from ((family, (thread,)) for thread in WorkerCounters.THREADS)
         for plan in plans:
             yield from ((RUNS_FINISHED, (plan.name, outcome)) for outcome in RUN_OUTCOMES)
+            yield LONG_HISTORIES, (plan.name,)
             for step in (*plan.steps, *([plan.on_cancel] if plan.on_cancel else ())):
                 yield STEP_DURATION, (plan.name, step.name)
                 for outcome in (*STEP_OUTCOMES.values(), "snoozed"):
@@ -114,6 +124,8 @@ class WorkerCounters:
                     self.counts.observe_queue(max(0.0, lease.waited), lease.run.queue)
             case TakenOver():
                 self.counts.add(LEASE_LOST)
+            case LongHistoryRead(lease=lease):
+                self.counts.add(LONG_HISTORIES, (lease.run.plan,))
             case LeasesEnded(cause=cause, leases=leases):
                 self.counts.add(LEASES_ENDED, (cause,), leases)
             case ThreadFailed(thread=thread, first=first):
@@ -160,6 +172,7 @@ class RelayCounters:
         LATENCY,
         WAKEUPS,
         LISTENER_UP,
+        LONG_HISTORIES,
         LEASES_ENDED,
         THREAD_FAILURES,
         THREADS_FAILING,

@@ -98,6 +98,11 @@ STEP_ATTEMPTS = Family(
     text="Step attempts, by outcome.",
     labels=("plan", "step", "outcome"),
 )
+LONG_HISTORIES = Family(
+    name="beatless_long_histories_total",
+    text="Claims that have read a history of many events: at a limit its run fails.",
+    labels=("plan",),
+)
 LEASE_LOST = Family(
     name="beatless_lease_lost_total",
     text="Leases that expired and were taken over by another worker.",

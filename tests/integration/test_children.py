@@ -1,6 +1,7 @@
 """Runs that other runs have started: their starts, their ends, and what becomes of both."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -24,7 +25,7 @@ from beatless.orchestrator.children import CancelsChildren, ChildRuns
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import PlanError
-from beatless.orchestrator.retention import Retention
+from beatless.orchestrator.retention import REST_S, Retention
 from beatless.outbox.waking import Woken
 from beatless.testing import Kit
 from beatless.verify import verify
@@ -159,6 +160,25 @@ async def asks_first(run: RunContext[Any]) -> Any:
     return [won is quick, await won.result()]
 
 
+@step
+def change(ctx: StepContext) -> int:
+    CHANGES.pop(ctx.input, lambda: None)()
+    return ctx.input
+
+
+changer = Plan("changer", [change])
+
+
+@plan("changes")
+def changes(run: RunContext[Any]) -> Any:
+    """What its inputs are is said by the test, each time that it is called."""
+    return run.map(changer, INPUTS, at_once=50)
+
+
+INPUTS: list[int] = []
+CHANGES: dict[int, Callable[[], object]] = {}
+
+
 @plan("nested")
 def nested(run: RunContext[Any]) -> Any:
     return run.map(fan_out, [{"lines": lines} for lines in run.input])
@@ -178,6 +198,8 @@ def beatless_plans() -> list[Plan]:
         leaves,
         nested,
         turns,
+        changes,
+        changer,
         told,
         asks_all,
         gives_all,
@@ -252,6 +274,38 @@ def test_a_map_starts_a_run_for_each_input_and_gives_results_in_order(
     assert found.result == {"count": 12, "parcels": parcels, "last": ["parcel 11"]}
     children = beatless.client.children(run.run_id)
     assert [child.child_no for child in children] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("changer", "change", "started"),
+    [
+        (1, lambda: INPUTS.append(110), range(50, 51)),
+        (1, lambda: INPUTS.__setitem__(109, -1), range(50, 101)),
+        (105, lambda: INPUTS.__setitem__(0, -1), range(110, 111)),  # started long ago
+    ],
+    ids=["one more", "one that is to be started", "one that was started"],
+)
+def test_a_map_whose_inputs_change_while_it_waits_is_no_longer_the_call_that_was_stored(
+    beatless: Kit, changer: int, change: Callable[[], object], started: range
+) -> None:
+    INPUTS[:] = range(110)
+    CHANGES[changer] = change
+    run_id = beatless.start_run("changes").run_id
+    beatless.work_until_idle()
+
+    with beatless.app.engine.begin() as connection:
+        dispatch = beatless.app.journal.dispatch_status(connection, run_id).dispatch
+    assert dispatch is not None
+    assert dispatch[2] == "changed_call"
+    assert len(beatless.client.children(run_id, limit=1000)) in started
+    texts = [moment.text for moment in beatless.client.explain(run_id)]
+    assert any("give one of them other arguments" in text for text in texts)
+
+    INPUTS[:] = range(110)
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run_id).result == list(range(110))
+    beatless.verify()
 
 
 def test_a_map_of_nothing_ends_at_once(beatless: Kit) -> None:
@@ -687,7 +741,7 @@ def test_retention_keeps_a_child_as_long_as_its_parent_is_unfinished(beatless: K
 
     beatless.advance(3 * 86_400)
     with beatless.app.direct_connection() as connection:
-        retention.step(connection)
+        assert retention.step(connection) == REST_S  # and not soon, for it stays as it is
         assert beatless.client.get_run(child.run_id).pruned_seq == 0
         beatless.signal(run_id, "go")
         beatless.work_until_idle()
@@ -795,6 +849,22 @@ def test_a_map_is_told_by_explain(beatless: Kit) -> None:
     told = " ".join(moment.text for moment in beatless.client.explain(run_id))
     assert "started children 1 to 2, 2 runs of plan parcel" in told
     assert "its children" in told
+
+
+def test_the_waits_of_a_run_have_those_for_its_children(beatless: Kit) -> None:
+    waits: dict[str, list[tuple[str, str]]] = {}
+    for name, input in [("asks_all", [1, 2]), ("one_child", 7), ("leaves", "attached")]:
+        run_id = parked(beatless, name, input)
+        waits[name] = [(wait.occurrence, wait.kind) for wait in beatless.client.waits(run_id)]
+    assert waits == {
+        "asks_all": [("told", "children")],
+        "one_child": [("parcel", "children")],
+        "leaves": [("go", "signal")],  # and for no child, though one is unfinished
+    }
+    beatless.client.resume_queue("children")
+    beatless.work_until_idle()
+    (run,) = beatless.client.list_runs(plan="one_child")
+    assert beatless.client.waits(run.run_id) == []
 
 
 def test_an_app_without_the_plan_of_a_child_is_refused(beatless: Kit) -> None:

@@ -444,7 +444,7 @@ def read(kit: Kit, run_id: str) -> list[str]:
     """The types of the events that a claim of the run would read."""
     with kit.app.engine.begin() as connection:
         events = kit.app.journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
-    return [event.type for event in events]
+        return [event.type for event in events]
 
 
 @pytest.mark.parametrize("point", [None, "step.committed", "wait.committed", "claim.committed"])
@@ -511,7 +511,7 @@ def test_signals_that_come_early_are_taken_by_later_generations_in_their_order(
 def test_what_steps_trace_and_emit_is_no_part_of_the_history_that_may_not_be_too_long(
     beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beatless.orchestrator.function_execution.MAX_EVENTS", 20)
+    monkeypatch.setattr("beatless.orchestrator.long_history.MAX_EVENTS", 20)
 
     @step
     def chatters(ctx: StepContext) -> None:

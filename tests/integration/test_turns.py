@@ -1,6 +1,8 @@
 """A worker that takes a run up reads what says where it is, and not all that it ever wrote."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -10,6 +12,8 @@ from psycopg.types.json import Jsonb
 
 from beatless import App, Plan, step
 from beatless.orchestrator.errors import RunNotFound
+from beatless.orchestrator.events import Event
+from beatless.orchestrator.journal import PAGE_EVENTS, Journal
 from beatless.orchestrator.progress import CONNECTION_LOST, FOLDED, GIVEN_BACK, SNOOZED, fold
 from beatless.testing import Kit
 
@@ -67,18 +71,27 @@ def write(postgres: psycopg.Connection, run_id: str, history: list[Entry]) -> No
     postgres.execute("UPDATE runs SET last_seq = %s WHERE run_id = %s", (len(history) + 1, run_id))
 
 
+def read(journal: Journal, postgres: psycopg.Connection, run_id: str) -> list[Event]:
+    """The events that a claim reads."""
+    return list(journal.checkpoint_events(postgres, run_id, names=FOLDED, rest=SNOOZED))
+
+
+@pytest.mark.parametrize("page_events", [1, 2, 3, 2000])
 def test_what_is_left_out_changes_nothing(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, page_events: int
 ) -> None:
     run_id = beatless.start_run("two_steps").run_id
     journal = beatless_app.journal
+    sql = journal.sql["checkpoint_page"]
+    assert f"LIMIT {PAGE_EVENTS}" in sql
+    journal.sql["checkpoint_page"] = sql.replace(f"LIMIT {PAGE_EVENTS}", f"LIMIT {page_events}")
 
-    @settings(max_examples=80)
+    @settings(max_examples=40)
     @given(histories)
     def check(history: list[Entry]) -> None:
         write(postgres, run_id, history)
         everything = journal.read(postgres, run_id)
-        turns = journal.checkpoint_events(postgres, run_id, names=FOLDED, rest=SNOOZED)
+        turns = read(journal, postgres, run_id)
         assert fold(plan, turns) == fold(plan, everything)
         assert turns[-1] == everything[-1]
 
@@ -93,7 +106,7 @@ def test_a_run_that_was_polled_for_a_month_is_taken_up_by_a_few_events(
     traces = [("DebugTrace", "a", {"name": "progress", "percent": n}) for n in range(1000)]
     write(postgres, run_id, [*nap * 500, *traces, *nap * 500])
 
-    turns = beatless_app.journal.checkpoint_events(postgres, run_id, names=FOLDED, rest=SNOOZED)
+    turns = read(beatless_app.journal, postgres, run_id)
 
     assert [event.seq for event in turns] == [1, 3000, 3001]
 
@@ -102,4 +115,47 @@ def test_a_run_that_was_taken_away_is_not_found(
     beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     with pytest.raises(RunNotFound):
-        beatless_app.journal.checkpoint_events(postgres, "gone", names=FOLDED, rest=SNOOZED)
+        read(beatless_app.journal, postgres, "gone")
+
+
+def test_a_claim_of_a_function_that_began_again_looks_at_no_events_of_before(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    turn: list[Entry] = [("StepStarted", "a", None), ("StepFinished", "a", {"result": 1})]
+    turns = 50
+
+    def scanned(generations: int) -> int:
+        """Rows of the journal that the statement reads."""
+        history: list[Entry] = []
+        for number in range(generations):
+            again = {"generation": number + 2, "signals_from": len(history) + 2 * turns + 2}
+            history += [*turn * turns, ("RunRestarted", None, again)]
+        write(postgres, run_id, [*history, *turn * turns])
+        postgres.execute("ANALYZE run_events")
+        parameters = {
+            "run_id": run_id,
+            "names": list(FOLDED),
+            "rest": SNOOZED,
+            "after": 0,
+            "restarted": None,
+        }
+        statement = beatless_app.journal.sql["checkpoint_page"]
+        ((found,),) = postgres.execute(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters
+        ).fetchall()
+        return sum(
+            node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+            for node in nodes(found[0]["Plan"])
+            if node.get("Relation Name") == "run_events"
+        )
+
+    postgres.execute("SET enable_seqscan = off")  # the table is short
+    assert scanned(20) <= 5 * turns  # the events of the generation, twice
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A plan of Postgres with those below it."""
+    yield plan
+    for each in plan.get("Plans", ()):
+        yield from nodes(each)

@@ -40,7 +40,7 @@ from beatless.orchestrator.execution import (
 from beatless.orchestrator.function_execution import FunctionExecution
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.records import Run
+from beatless.orchestrator.records import CheckpointPage, Run
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 
@@ -179,6 +179,7 @@ class Worker:
         dies_after: int | None = None,
         commit: Callable[[Commit], Reply | None] = lambda _commit: None,
         looks: Callable[[], object] = lambda: None,
+        page_events: int = 1000,
         **options: Any,
     ) -> None:
         """`commit` may answer a commit in the journal's place, with or without writing it.
@@ -188,6 +189,7 @@ class Worker:
         self.journal = journal
         self.body = body
         self.commit, self.looks = commit, looks
+        self.page_events = page_events
         self.told = 0
         """The seq up to which the execution knows the signals."""
         self.dies_before, self.dies_after = dies_before, dies_after
@@ -220,9 +222,8 @@ class Worker:
 
     def answer(self, request: Request) -> Reply:
         match request:
-            case ReadJournal():
-                self.told = len(self.journal.events)
-                return list(self.journal.events)
+            case ReadJournal(behind=behind):
+                return self.page(0 if behind is None else behind.events[-1].seq)
             case CommitIfQuiet():
                 self.looks()
                 self.journal.take_in()
@@ -235,6 +236,13 @@ class Worker:
                 return self.commit(request) or self.journal.write(request.settlement)
             case RunBody():
                 return self.call(request)
+
+    def page(self, after: int) -> CheckpointPage:
+        """What is behind this seq, a page of a few events at a time."""
+        ahead = [event for event in self.journal.events if event.seq > after]
+        events = ahead[: self.page_events]
+        self.told = events[-1].seq
+        return CheckpointPage(events=events, restarted_seq=0, last=events == ahead)
 
     def call(self, request: RunBody) -> Reply:
         value = self.body(request)
@@ -566,7 +574,7 @@ def test_a_run_at_an_unknown_step_waits_the_longer_the_longer_it_has_waited() ->
     execution = Execution(journal.plan, lease, max_event_bytes=MAX_EVENT_BYTES)
     requests = execution.requests()
     next(requests)
-    commit = requests.send(journal.events)
+    commit = requests.send(CheckpointPage(events=journal.events, restarted_seq=0, last=True))
     assert isinstance(commit, Commit)
     assert commit.settlement.normal.delay_s == pytest.approx(10.0, abs=0.1)
 

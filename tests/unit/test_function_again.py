@@ -112,7 +112,7 @@ def test_an_input_that_is_not_json_fails_the_run() -> None:
 def test_the_events_of_a_generation_are_counted_and_not_those_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("beatless.orchestrator.function_execution.MAX_EVENTS", 20)
+    monkeypatch.setattr("beatless.orchestrator.long_history.MAX_EVENTS", 20)
 
     @plan("p")
     def turns(run: RunContext) -> Any:

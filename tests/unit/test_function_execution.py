@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beatless import Fatal, Finish, RunContext, Snooze, StepFailed, plan, retry, step
-from beatless.orchestrator import function_execution
+from beatless.orchestrator import long_history
 from beatless.orchestrator.execution import (
     Cancelled,
     Commit,
@@ -561,7 +561,7 @@ def test_a_commit_that_failed_fails_the_step_though_the_function_had_seen_its_re
 def test_a_run_with_too_many_events_is_given_no_further_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(function_execution, "MAX_EVENTS", 20)
+    monkeypatch.setattr(long_history, "MAX_EVENTS", 20)
 
     @plan("p")
     def endless(run: RunContext) -> None:
@@ -569,7 +569,8 @@ def test_a_run_with_too_many_events_is_given_no_further_step(
             run.step(double, 1)
 
     journal = finish(Journal(endless))
-    assert outcome(journal)["type"] == "PlanTooLong"
+    assert outcome(journal)["type"] == "HistoryTooLong"
+    assert "return run.again(…) before" in outcome(journal)["message"]
     assert len(journal.events) <= 24
 
 
