@@ -1,10 +1,13 @@
 """Fixtures of the suite. The test kit itself is the installed plugin `pytest_beatless`."""
 
 import gc
+import importlib
 import logging
 import os
 import socket
 from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -25,15 +28,40 @@ for name in ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS",
     os.environ.pop(name, None)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+@pytest.hookimpl(wrapper=True, trylast=True)  # in the environment for imports of the plugin
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """The collector does not look at modules and tests, which stay, again and again."""
     gc.disable()
     try:
+        import_in_turn(session.config)
         return (yield)
     finally:
         gc.enable()
         gc.freeze()
+
+
+def import_in_turn(config: pytest.Config) -> None:
+    """Let each xdist worker begin its imports at another of the modules.
+
+    In a new checkout every module's assertions are rewritten, which takes longer than all else of
+    the collection: each worker does a part of them, and reads what the others have written.
+    """
+    given = getattr(config, "workerinput", None)
+    if given is None:
+        return
+    here = Path(__file__).parent
+    apart = {here / name for name in config.getini("norecursedirs")}
+    modules = sorted(
+        path
+        for each in map(Path, config.args)
+        for path in each.absolute().rglob("test_*.py")
+        if here in path.parents and not apart & set(path.parents)
+    )
+    number = int(given["workerid"].removeprefix("gw"))
+    first = len(modules) * number // given["workercount"]
+    for path in modules[first:] + modules[:first]:
+        with suppress(Exception):  # which the collection reports
+            importlib.import_module(".".join(path.relative_to(here.parent).with_suffix("").parts))
 
 
 @pytest.fixture(autouse=True)
