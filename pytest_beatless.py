@@ -201,6 +201,12 @@ def _beatless_isolation(beatless_services: Any, pytestconfig: pytest.Config) -> 
         yield isolation
 
 
+@pytest.fixture(scope="session")
+def _beatless_fork_server() -> Iterator[Any]:
+    with implementation().beatless_fork_server() as server:
+        yield server
+
+
 def named_app(config: pytest.Config) -> Any:
     """The App that `beatless_app` in the pytest settings names, or None. Raises UsageError."""
     with importable(config):
@@ -299,9 +305,13 @@ def beatless_app(
 
 
 @pytest.fixture
-def beatless(beatless_app: Any, _beatless_guard: Any, tmp_path: Path) -> Iterator[Any]:
+def beatless(
+    beatless_app: Any, _beatless_guard: Any, _beatless_fork_server: Any, tmp_path: Path
+) -> Iterator[Any]:
     """The helpers of `beatless.testing.Kit`, bound to the test's own app."""
-    with implementation().beatless(beatless_app, _beatless_guard, tmp_path) as kit:
+    with implementation().beatless(
+        beatless_app, _beatless_guard, _beatless_fork_server, tmp_path
+    ) as kit:
         yield kit
 
 

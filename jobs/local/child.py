@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 from beatless.local.errors import NotReady
 from beatless.local.processes import die_with_parent
@@ -15,6 +16,46 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.sockets import Alarm, readable
 
 READY_TIMEOUT_S = 60.0
+
+
+class Process(Protocol):
+    """A process that was launched, as `subprocess.Popen`, which is one, describes it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+
+class Launch(Protocol):
+    """Launches a process that has the descriptor `ready`, and writes its output to `log`."""
+
+    def __call__(
+        self, command: Sequence[str], *, environ: Mapping[str, str], log: IO[bytes], ready: int
+    ) -> Process: ...
+
+
+def spawn(
+    command: Sequence[str], *, environ: Mapping[str, str], log: IO[bytes], ready: int
+) -> Process:
+    """A process that executes the command, and that ends with the thread that launches it."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environ,
+        pass_fds=[ready],
+        start_new_session=True,
+        # Killing is safe, that is the point of it all; a slow farewell is not needed.
+        preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
+    )
 
 
 class Child:
@@ -29,13 +70,15 @@ class Child:
         log: Path,
         # -P: a folder called `beatless` in the current directory must not stand in for ours.
         command: Sequence[str] = (sys.executable, "-P", "-m", "beatless"),
+        launch: Launch = spawn,
     ) -> None:
         self.name = name
         self.log = log
         self._command = [*command, arguments[0]]
         self._arguments = arguments[1:]
         self._environ = environ
-        self._process: subprocess.Popen[bytes] | None = None
+        self._launch = launch
+        self._process: Process | None = None
         self._ready: int | None = None
 
     @property
@@ -52,16 +95,11 @@ class Child:
         self._ready, writer = os.pipe()
         try:
             with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
+                self._process = self._launch(
                     [*self._command, "--ready-fd", str(writer), *self._arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._environ,
-                    pass_fds=[writer],
-                    start_new_session=True,
-                    # Killing is safe, that is the point of it all; a slow farewell is not needed.
-                    preexec_fn=functools.partial(die_with_parent, signal.SIGKILL, os.getpid()),
+                    environ=self._environ,
+                    log=log,
+                    ready=writer,
                 )
         finally:
             os.close(writer)

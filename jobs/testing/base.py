@@ -10,6 +10,7 @@ from typing import Any
 
 from beatless.app import App
 from beatless.client import Client
+from beatless.local.child import Launch, spawn
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.records import Run
@@ -23,10 +24,12 @@ from beatless.testing.processes import MAX_LINE_CHARS, Processes
 class BaseKit:
     """Holds the app of a test, its processes and its last signals. Changes nothing stored."""
 
-    def __init__(self, app: App, *, directory: Path, guard: Guard | None) -> None:
+    def __init__(
+        self, app: App, *, directory: Path, guard: Guard | None, launch: Launch = spawn
+    ) -> None:
         self.app = app
         self.client = app.client
-        self._processes = Processes(app, directory=directory, guard=guard)
+        self._processes = Processes(app, directory=directory, guard=guard, launch=launch)
         self._last: dict[type[Signal], Signal] = {}
 
     def event_types(self, run_id: str) -> list[str]:

@@ -19,9 +19,11 @@ from beatless.orchestrator.plan import Plan
 from beatless.outbox.publishers import worker_queue
 from beatless.settings import Settings
 from beatless.testing.broker_guard import Fence, Guard, servers, watching
+from beatless.testing.fork_server import ForkServer
 from beatless.testing.isolation import Isolation
 from beatless.testing.kit import Kit
 from beatless.testing.lending import acting_as
+from beatless.testing.processes import FENCED
 from beatless.testing.schemas import Tables
 from beatless.testing.servers import Services, shared_services, start_services
 from beatless.testing.task_inbox import queue_names
@@ -53,6 +55,14 @@ def beatless_isolation(services: Services, config: pytest.Config) -> Iterator[Is
     )
     yield isolation
     isolation.close()
+
+
+@contextmanager
+def beatless_fork_server() -> Iterator[ForkServer]:
+    """Forks the processes of this process's tests."""
+    server = ForkServer(FENCED)
+    yield server
+    server.close()
 
 
 def named_app(config: pytest.Config) -> App | None:
@@ -161,10 +171,16 @@ def explanation(problems: Sequence[str], beside: Sequence[str]) -> str:
 
 
 @contextmanager
-def beatless(app: App, guard: Guard, tmp_path: Path) -> Iterator[Kit]:
+def beatless(app: App, guard: Guard, fork_server: ForkServer, tmp_path: Path) -> Iterator[Kit]:
     """The helpers, bound to the test's own app."""
     prefix = app.settings.prefix.removeprefix("t_").replace("_", "-")
-    kit = Kit(app, run_prefix=f"test-{prefix}", directory=tmp_path, guard=guard)
+    kit = Kit(
+        app,
+        run_prefix=f"test-{prefix}",
+        directory=tmp_path,
+        guard=guard,
+        launch=fork_server.launch,
+    )
     yield kit
     kit.close()
 

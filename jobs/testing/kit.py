@@ -17,7 +17,7 @@ from kombu.message import Message
 
 from beatless.app import App
 from beatless.client.requests import RunOptions, shows_run_options
-from beatless.local.child import Child
+from beatless.local.child import Child, Launch, spawn
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run, SentSignal
@@ -51,9 +51,13 @@ class Kit(WaitCalls):
         run_prefix: str = "test",
         directory: Path | None = None,
         guard: Guard | None = None,
+        launch: Launch = spawn,
     ) -> None:
-        """`directory` is where processes of the test write their logs; `guard` fences them in."""
-        super().__init__(app, directory=directory or Path.cwd(), guard=guard)
+        """`directory` is where processes of the test write their logs; `guard` fences them in.
+
+        `launch` launches them.
+        """
+        super().__init__(app, directory=directory or Path.cwd(), guard=guard, launch=launch)
         self.relay = app.relay(observer=self._observe)
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._executor: Executor | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from beatless.app import App
-from beatless.local.child import Child
+from beatless.local.child import Child, Launch, spawn
 from beatless.outbox.clock import monotonic
 from beatless.testing.broker_guard import Guard
 
@@ -30,11 +30,14 @@ MAX_LINE_CHARS = 300
 class Processes:
     """The processes of one test."""
 
-    def __init__(self, app: App, *, directory: Path, guard: Guard | None) -> None:
+    def __init__(
+        self, app: App, *, directory: Path, guard: Guard | None, launch: Launch = spawn
+    ) -> None:
         """`directory` is where they write their logs; `guard` fences them in."""
         self._app = app
         self._directory = directory
         self._guard = guard
+        self._launch = launch
         self._children: list[Child] = []
 
     def start(self, app: str, arguments: list[str], settings: dict[str, Any]) -> Child:
@@ -52,6 +55,7 @@ class Processes:
             arguments,
             environ=os.environ | self._app.settings.to_env() | given,
             log=self._directory / f"{name}.log",
+            launch=self._launch,
             **fenced,
         )
         self._children.append(child)

@@ -5,6 +5,7 @@ from pathlib import Path
 from beatless.app import App
 from beatless.client.streams import check_cursor
 from beatless.errors import WaitTimeout
+from beatless.local.child import Launch, spawn
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox.clock import monotonic
@@ -20,8 +21,10 @@ JOURNAL_CHECK_S = 0.5
 class WaitCalls(BaseKit):
     """Calls that return when processes have done something."""
 
-    def __init__(self, app: App, *, directory: Path, guard: Guard | None) -> None:
-        super().__init__(app, directory=directory, guard=guard)
+    def __init__(
+        self, app: App, *, directory: Path, guard: Guard | None, launch: Launch = spawn
+    ) -> None:
+        super().__init__(app, directory=directory, guard=guard, launch=launch)
         self._streams = Streams(
             journal=app.journal,
             engine=app.engine.execution_options(isolation_level="AUTOCOMMIT"),
