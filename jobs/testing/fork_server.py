@@ -4,7 +4,7 @@ Imports are most of the 0.6 s of processor time that a worker or a relay takes t
 `set_forkserver_preload` of Python's `multiprocessing` does:
 https://docs.python.org/3/library/multiprocessing.html#multiprocessing.set_forkserver_preload
 A process that is forked has a pid, a session, an environment, signals and a log as one that is
-executed. The App that it runs, and all that its module imports, it imports itself (ADR 0076).
+executed. The App that it runs, and all that its module imports, it imports itself (ADR 0078).
 """
 
 import importlib
