@@ -9,7 +9,7 @@ import psycopg
 
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.lease import Connection, Lease, Leases
-from beatless.outbox.clock import monotonic
+from beatless.outbox.clock import monotonic, since_boot
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.threads import LastingThread
 
@@ -20,6 +20,10 @@ LOCK_TIMEOUT_S = 0.02
 
 RETRY_INTERVAL_S = 1.0
 """Seconds until a heartbeat that failed is tried again."""
+
+SUSPEND_CHECK_INTERVAL_S = 1.0
+"""Seconds between two looks whether the machine was suspended, while a lease is held: those of the
+server went on meanwhile."""
 
 
 class Heartbeat:
@@ -160,9 +164,7 @@ class Heartbeat:
                 self._resting = False
                 # A lease that comes meanwhile is younger than this wait: it can bear its end.
                 every = self._leases.seconds / 3
-                self._changed.wait_for(
-                    lambda: self._stopping, min(every, RETRY_INTERVAL_S) if failing else every
-                )
+                self._rest(min(every, RETRY_INTERVAL_S) if failing else every)
                 if self._stopping:
                     break
                 if not self._by_id:
@@ -187,3 +189,9 @@ class Heartbeat:
                     connection.close()
         if connection is not None:
             connection.close()
+
+    def _rest(self, seconds: float) -> None:
+        """Wait for so long, with the time in which the machine is suspended."""
+        until = since_boot() + seconds
+        while not self._stopping and (left := until - since_boot()) > 0:
+            self._changed.wait_for(lambda: self._stopping, min(left, SUSPEND_CHECK_INTERVAL_S))

@@ -63,6 +63,26 @@ def test_it_rests_between_leases_and_wakes_for_the_next():
     heartbeat.stop()
 
 
+def test_it_beats_at_once_after_a_suspend_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    """The clock of waits stood still meanwhile, the leases of the server did not."""
+    boot = [0.0]
+    monkeypatch.setattr("beatless.orchestrator.heartbeat.since_boot", lambda: boot[0])
+    monkeypatch.setattr("beatless.orchestrator.heartbeat.SUSPEND_CHECK_INTERVAL_S", 0.01)
+    beat = threading.Event()
+
+    class Extended(Leases):
+        def extend(self, connection: Any, leases: Sequence[Lease]) -> list[Lease]:
+            beat.set()
+            return []
+
+    heartbeat = Heartbeat(Extended("s", seconds=3600), Connection)  # type: ignore[arg-type]
+    heartbeat.hold(lease())
+    assert not beat.wait(0.1)
+    boot[0] = 3600.0
+    assert beat.wait(60)
+    heartbeat.stop()
+
+
 @pytest.mark.parametrize(
     "error",
     [psycopg.OperationalError("the server closed the connection"), ValueError("'paused'")],
