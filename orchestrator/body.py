@@ -17,9 +17,9 @@ from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal, StepTimeout
 from beatless.orchestrator.failure import is_a
-from beatless.orchestrator.leased_writer import AWAY
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.plan import Step
+from beatless.orchestrator.sure_writer import AWAY
 from beatless.orchestrator.watchdog import Attempt
 
 TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
@@ -34,24 +34,24 @@ class NoConnection(Exception):
 def step_transaction(
     step: Step,
     engine: sqlalchemy.Engine,
-    aside: Callable[[Callable[[], Any]], Any],
+    within: Callable[[Callable[[], Any]], Any],
 ) -> Iterator[sqlalchemy.Connection | None]:
     """The transaction of a transactional step, committed at the end; None for other steps.
 
-    `aside` makes the connection, and commits: either may have to be waited for.
+    `within` makes the connection, and commits: either may have to be waited for.
     Raises NoConnection.
     """
     if not step.transactional:
         yield None
         return
     try:
-        connection = aside(engine.connect)
+        connection = within(engine.connect)
     except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
         raise NoConnection(str(error)) from error
     with connection, connection.begin() as transaction:
         yield connection
         try:
-            aside(transaction.commit)
+            within(transaction.commit)
         except BaseException:
             # Else its connection is given back as it is, with what it holds.
             transaction.rollback()

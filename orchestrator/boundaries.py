@@ -247,11 +247,12 @@ class Boundaries:
 
     def crashed(self, progress: Progress) -> Settlement:
         """The step has ended its process too often: it is not tried again."""
-        return self._failed_with(
-            progress,
-            "StepCrashed",
-            f"step {progress.occurrence} ended its process {progress.crashes} times",
-        )
+        text = f"step {progress.occurrence} ended its process {progress.crashes} times"
+        if progress.deaths:
+            text += (
+                f", and was one of several in a process or worker that died {progress.deaths} times"
+            )
+        return self._failed_with(progress, "StepCrashed", text)
 
     def too_long(self) -> Settlement:
         """The history of the run has too many events: it fails between two steps."""

@@ -18,13 +18,16 @@ from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.lease import Connection, Lease
+from beatless.orchestrator.loop_watch import PlanWatch
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.shared_commits import SharedCommits
 from beatless.orchestrator.suspects import BodiesInFlight
 from beatless.orchestrator.switch_thread import SwitchThread
 from beatless.orchestrator.turns import HAND_BACK, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt
+from beatless.outbox.backoff import Backoff
 
 T = TypeVar("T")
 
@@ -32,7 +35,11 @@ SYNC_BODIES = 64
 """Bodies that are not async, at once: each has a thread."""
 
 WAITING_WRITES = 8
-"""Statements that may wait for a row, at once: each has a thread and a connection."""
+"""Statements that may wait for a row, at once: each has a thread and a connection. None waits for
+long (`HELD_ROW_WAIT_S`): it is made again, while others have the thread."""
+
+BETWEEN_TRIES = Backoff(initial=0.05, cap=2.0)
+"""Seconds between two tries to write to a row that another transaction holds."""
 
 
 class Places:
@@ -66,19 +73,38 @@ class ConcurrentExecutor(Executor):
         super().__init__(connect=connect, **options)
         self.connections = self._connections = ConnectionOfThread(connect)
         self._commits = SharedCommits(GroupCommit(self.journal.schema), self.connection)
-        self._thread = SwitchThread(self._commits.flush, observer=self.observer)
         self._in_flight = BodiesInFlight(self.heartbeat)
+        self._thread = SwitchThread(self._when_idle, observer=self.observer)
         self._bodies = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-body")
         self._places = Places(SYNC_BODIES)
         self._asides = ThreadPoolExecutor(WAITING_WRITES, thread_name_prefix="beatless-aside")
+        self._within = ThreadPoolExecutor(SYNC_BODIES, thread_name_prefix="beatless-transaction")
+        self._plan_watch = PlanWatch(
+            self._thread,
+            ends_after_s=self.leases.seconds,
+            end=self._end_process,
+            observer=self.observer,
+        )
 
     def start(self) -> None:
         self._thread.start()
+        self._plan_watch.start()
         self.loop.watch(ends_after_s=self.leases.seconds, end=self._end_process)
+
+    def _when_idle(self) -> float | None:
+        """Seconds until it is to be called again."""
+        waits = [
+            each for each in (self._commits.flush(), self._in_flight.tick()) if each is not None
+        ]
+        return min(waits, default=None)
 
     def _end_process(self, task: str) -> None:
         self._in_flight.blame(task)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def execute(self, plan: Plan, run_id: str, dispatch: int, *, max_steps: int = 0) -> bool:
+        self._thread.name(f"{run_id} {plan.name}")
+        return super().execute(plan, run_id, dispatch, max_steps=max_steps)
 
     def spawn(self, call: Callable[[], Any]) -> None:
         """Make a call in which `execute` may be called."""
@@ -87,8 +113,9 @@ class ConcurrentExecutor(Executor):
     def stop(self) -> None:
         """Return when the work on all runs has ended."""
         self._thread.stop()
-        self._bodies.shutdown(wait=False)
-        self._asides.shutdown(wait=False)
+        self._plan_watch.stop()
+        for pool in (self._bodies, self._asides, self._within):
+            pool.shutdown(wait=False)
         self._connections.close_all()
 
     @property
@@ -136,6 +163,9 @@ class ConcurrentExecutor(Executor):
         finally:
             self._in_flight.leave(lease)
 
+    def is_alone(self, lease: Lease) -> bool:
+        return self._in_flight.alone(lease)
+
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         def body() -> Any:
             return call_body(step, context, attempt, self.loop, self._thread.wait)
@@ -146,4 +176,13 @@ class ConcurrentExecutor(Executor):
         return self._thread.wait(self._bodies.submit(own_context.run, self.limit, attempt, body))
 
     def aside(self, act: Callable[[], T]) -> T:
-        return self._thread.wait(self._asides.submit(copy_context().run, act))
+        failures = 0
+        while True:
+            try:
+                return self._thread.wait(self._asides.submit(copy_context().run, giving_way, act))
+            except RowHeld:
+                failures += 1
+                self._thread.pause(BETWEEN_TRIES.delay(failures))
+
+    def within(self, act: Callable[[], T]) -> T:
+        return self._thread.wait(self._within.submit(copy_context().run, act))

@@ -305,7 +305,7 @@ class Execution:
             return None
         if isinstance(progress.step, Wait):
             return (yield from self._begin_wait(progress, progress.step, before))
-        if progress.crashes >= progress.step.retry.max_crashes:
+        if progress.is_deadly(progress.step.retry.max_crashes):
             yield from self._settle(self._boundaries.crashed(progress))
             return None
         progress.starts += 1

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from functools import cache, partial
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypeVar
@@ -62,18 +62,21 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
-from beatless.orchestrator.leased_writer import AWAY, NEVER, LeasedWriter
+from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.list_execution import ListExecution
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
+from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.run_report import RunReport, ShownError
+from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.settlement import Settlement
-from beatless.orchestrator.step_output import OutputThread, StepOutput
+from beatless.orchestrator.step_output import StepOutput
+from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
-from beatless.orchestrator.watchdog import Attempt
+from beatless.orchestrator.watchdog import Attempt, no_limit
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.observer import Observer, ignore
@@ -81,22 +84,6 @@ from beatless.outbox.observer import Observer, ignore
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Scope = Callable[[Lease, str | None, int], AbstractContextManager[str | None]]
-"""Entered around the work on a run (no step) and around each attempt of a step (its occurrence).
-
-Gives the W3C `traceparent` of the work, if it is traced.
-"""
-
-
-def no_scope(_lease: Lease, _step: str | None, _attempt: int) -> AbstractContextManager[str | None]:
-    """The scope of an executor whose work is not traced."""
-    return nullcontext()
-
-
-def no_limit(_attempt: Attempt, body: Callable[[], Any]) -> Any:
-    """The time limit of an executor that cannot end a step: none."""
-    return body()
 
 
 class Executor:
@@ -171,8 +158,20 @@ class Executor:
             pass
 
     def aside(self, act: Callable[[], T]) -> T:
-        """Do what may wait for a row or a connection, while other runs go on if there are any."""
+        """Do what may wait for a run's row, while other runs go on if there are any.
+
+        It is done again if the row is held, and others need the thread.
+        """
         return act()
+
+    def within(self, act: Callable[[], T]) -> T:
+        """The same for the transaction of a step, which cannot be done again."""
+        return act()
+
+    def is_alone(self, lease: Lease) -> bool:
+        """Whether no other body runs in this process beside that of this lease; False: unknown."""
+        del lease
+        return False
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         """The result of a body, within its limits of time."""
@@ -393,10 +392,14 @@ class RunDriver:
         executor, step = self._executor, request.step
         if (yield request) is HAND_BACK:
             return Stopped() if executor.stopping.is_set() else HandedBack()
+        if request.deaths:
+            alone = executor.is_alone(self._lease)
+            note = partial(self._writer.note_suspect, request.occurrence, request.attempt, alone)
+            executor.aside(note)
         self._report.begin()
         executor.faults.reach("step.before")
         try:
-            with step_transaction(step, executor.engine, executor.aside) as transaction:
+            with step_transaction(step, executor.engine, executor.within) as transaction:
                 conclusion = self._call(request, traceparent, transaction)
                 executor.faults.reach("step.effect_done")
                 commit = requests.send(Returned(conclusion))
@@ -404,7 +407,7 @@ class RunDriver:
                 if transaction is None:
                     appended = yield from self._settle(commit.settlement)
                 else:
-                    appended = executor.aside(
+                    appended = executor.within(
                         partial(self._writer.settle_within, transaction, commit.settlement)
                     )
         except AttemptEnded as ended:
@@ -456,7 +459,7 @@ class RunDriver:
             self._stored(output, output.abandon)
             raise AttemptEnded(reply) from error
         finally:
-            if not self._writer.close(wait=False):
+            if not self._writer.close_now():
                 self._executor.aside(self._writer.close)
             taken_s = monotonic() - self._writer.asked_s - began
             self._executor.body_s += taken_s

@@ -7,6 +7,7 @@ gives their locks to who waits for them.
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,8 @@ class Orphan:
     """A lease of a worker that is proven dead."""
 
     held: HeldLease
+    beside: bool
+    """Its worker had others in hand: it is a suspect at most."""
     until: float
     """When to leave it to its time, by the monotonic clock."""
 
@@ -80,7 +83,9 @@ class FleetWatch:
        and so is every other one that was there before and is not any more
     4. a suspect is dead if after `PROOF_S` it has no session at all: neither its keeper, which
        connects again at once if it lives, nor any process that could execute a run
-    5. the leases that a dead worker held before that look are ended, by their tokens
+    5. the leases that a dead worker held before that look are ended, by their tokens. That is a
+       crash of a run that was alone in its worker, or a suspect that had noted that it was; the
+       others are suspects from then on, if their bodies may have been called
 
     A session of its own that is lost proves nothing about others: who was seen before is forgotten.
     The sessions of a host that is cut off, or stands still, outlast its leases. Has one session;
@@ -225,9 +230,13 @@ class FleetWatch:
         held = self._leases.held_by(connection, accused)
         rows = connection.execute(self._sql["sessions"].encode(), {"any": OF_ANY}).fetchall()
         dead = set(accused) - {worker for (worker,) in rows}
+        number = Counter(each.worker for each in held)
         for each in held:
             if each.worker in dead:
-                self._orphans[each.token] = Orphan(held=each, until=now + END_TRIES_S)
+                beside = number[each.worker] > 1 and not each.alone
+                self._orphans[each.token] = Orphan(
+                    held=each, beside=beside, until=now + END_TRIES_S
+                )
         for worker in dead:
             del self._suspects[worker]
 
@@ -235,8 +244,13 @@ class FleetWatch:
         if not self._orphans:
             return
         orphans = {token: each.held for token, each in self._orphans.items()}
+        beside = {token for token, each in self._orphans.items() if each.beside}
+        uncalled = {token for token, each in orphans.items() if each.uncalled}
         found = self._leases.end(
-            connection, [(each.run_id, token) for token, each in orphans.items()]
+            connection,
+            [(each.run_id, token) for token, each in orphans.items()],
+            uncalled=beside | uncalled,
+            beside=beside - uncalled,
         )
         self._orphans = {
             token: each

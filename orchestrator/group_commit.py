@@ -1,10 +1,11 @@
-"""Commits the boundaries of several runs in one statement."""
+"""Commits of several runs in one statement: their boundaries, or the output of their steps."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Proposal
+from beatless.orchestrator.step_output import Portion
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, array, execute
 from beatless.outbox.statements import statements
@@ -66,4 +67,31 @@ class GroupCommit:
         return {
             run_id: Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
             for run_id, last_seq, cancelled, signalled, _ in rows
+        }
+
+    def append(self, connection: Caller, portions: Sequence[Portion]) -> dict[int, Appended]:
+        """Commit the output of several steps, all at once; what was written, by token.
+
+        One is missing as in `settle`, and the same is raised.
+        """
+        names = ("run_ids", "shards", "tokens", "afters", "ns")
+        rows = [
+            (each.run_id, shard_of(each.run_id), each.token, each.after, len(each.events))
+            for each in portions
+        ]
+        literals = {
+            name: array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        }
+        events = [(place, event) for place, each in enumerate(portions, 1) for event in each.events]
+        literals |= {
+            "places": array(place for place, _ in events),
+            "types": array(event.type.value for _, event in events),
+            "steps": array(event.step for _, event in events),
+            "attempts": array(event.attempt for _, event in events),
+            "datas": array(event.data for _, event in events),
+        }
+        found = execute(connection, self.sql["append_many"], literals)
+        return {
+            token: Appended(last_seq=last_seq, cancelled=cancelled)
+            for token, last_seq, cancelled, _ in found
         }

@@ -17,7 +17,7 @@ import psycopg
 
 from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.options import OPTION_SQL
-from beatless.orchestrator.progress import GIVEN_BACK
+from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
@@ -117,6 +117,10 @@ class HeldLease:
     token: int
     worker: str
     """What ends the names of all processes of its worker."""
+    alone: bool = False
+    """Of a suspect: its body runs, with no other beside it."""
+    uncalled: bool = False
+    """Of a suspect: its body was not called yet."""
 
 
 class Leases:
@@ -296,9 +300,18 @@ class Leases:
     def held_by(self, connection: Connection, workers: Sequence[str]) -> list[HeldLease]:
         """The leases that processes of these workers hold, by what ends the names of those."""
         rows = connection.execute(
-            self.sql["held_by"], {"workers": list(workers), "seconds": self.seconds}
+            self.sql["held_by"],
+            {
+                "workers": list(workers),
+                "seconds": self.seconds,
+                "suspect": SUSPECT,
+                "given_back": GIVEN_BACK,
+            },
         ).fetchall()
-        return [HeldLease(run_id=run_id, token=token, worker=who) for run_id, token, who in rows]
+        return [
+            HeldLease(run_id=run_id, token=token, worker=who, alone=alone, uncalled=uncalled)
+            for run_id, token, who, alone, uncalled in rows
+        ]
 
     @contextmanager
     def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:

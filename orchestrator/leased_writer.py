@@ -1,25 +1,19 @@
-"""Writes the events of one run under its lease, however often Postgres goes away meanwhile.
+"""Writes the events of one run under its lease: of its boundaries, and of its step's threads."""
 
-Only the owner of a lease writes as a worker. So a commit whose answer was lost has happened if the
-journal has grown by an event of a worker; that it happens later is ruled out by a new token.
-"""
-
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
-import psycopg
 import sqlalchemy
 
 from beatless.orchestrator.child_calls import ChildEnd, ChildrenTurn, Tends
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
-from beatless.orchestrator.events import Event, NewEvent
+from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import (
     LOCK_TIMEOUT_S,
@@ -28,34 +22,19 @@ from beatless.orchestrator.lease import (
     Leases,
     LeaseStatus,
 )
-from beatless.orchestrator.progress import FOLDED, SNOOZED
+from beatless.orchestrator.open_waits import DATA_BYTES
+from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
-from beatless.orchestrator.step_output import StepOutput
+from beatless.orchestrator.step_output import Portion, StepOutput
+from beatless.orchestrator.sure_writer import Find, SureWriter
 from beatless.orchestrator.watchdog import Attempt
-from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller
 
-logger = logging.getLogger("beatless.orchestrator.executor")
-
-T = TypeVar("T")
-
-Find = Callable[[Connection], Appended | None]
-"""Looks whether a write whose answer was lost has been committed."""
-
 WATCHDOG_LOCK_TIMEOUT_S = 0.02
 """How long the watchdog waits for a run's row, while the limits of other runs wait for it."""
-
-BETWEEN_TRIES = Backoff(initial=0.05, cap=5.0)
-"""Seconds between tries to reach Postgres."""
-
-AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
-"""Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
-
-NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
-"""Operational errors to psycopg that no waiting will change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +46,7 @@ class Needed:
     turn: ChildrenTurn | None = None
 
 
-class LeasedWriter:
+class LeasedWriter(SureWriter):
     """The one writer of a run among the workers, and among the threads of its step."""
 
     def __init__(
@@ -89,19 +68,18 @@ class LeasedWriter:
         `stopping` ends the waiting for Postgres. `on_commit` is called once for each settlement, as
         soon as it is known to be committed. `announce` has output written, see `OutputThread`.
         """
-        self._lease = lease
-        self._run_id = lease.run.run_id
+        super().__init__(
+            lease,
+            leases=leases,
+            heartbeat=heartbeat,
+            connection=connection,
+            disconnect=disconnect,
+            stopping=stopping,
+        )
         self._journal = journal
         self._children = children
-        self._leases = leases
-        self._heartbeat = heartbeat
-        self._connection = connection
-        self._disconnect = disconnect
-        self._stopping = stopping
         self._on_commit = on_commit
         self._announce = announce
-        self._last_seq = lease.run.last_seq
-        """Of the last event that is known to be committed."""
         self._told_seq = 0
         """The seq up to which the signals of the run were told to its execution."""
         self._in_doubt: Settlement | None = None
@@ -153,12 +131,13 @@ class LeasedWriter:
 
         `tried`: it may have been committed already, by a statement whose answer was lost.
         """
-        with self._writing:
-            appended = self._write(
-                lambda connection: self._settle(connection, settlement),
-                settlement.normal.state,
-                tried=tried,
-            )
+
+        def write(connection: Connection) -> Appended | None:
+            with self._statement(connection):
+                return self._settle(connection, settlement)
+
+        with self._alone():
+            appended = self._write(write, settlement.normal.state, tried=tried)
         self._in_doubt = None
         self._on_commit(settlement, appended)
         self._take_in(appended)
@@ -180,7 +159,7 @@ class LeasedWriter:
 
         def write(connection: Connection) -> Appended | None:
             nonlocal needed, told_seq, chosen
-            with connection.transaction():
+            with self._transaction(connection):
                 look = self._leases.inbox.take_in(
                     connection, self._run_id, self._lease.token, seen=self._told_seq, waits=waits
                 )
@@ -202,7 +181,7 @@ class LeasedWriter:
                     self._children.wait(connection, self._run_id, tended)
                 return appended
 
-        with self._writing:
+        with self._alone():
             appended = self._write(write, settlement.normal.state)
         self._told_seq = told_seq
         if needed is not None:
@@ -217,13 +196,13 @@ class LeasedWriter:
         """
 
         def write(connection: Connection) -> Appended | None:
-            with connection.transaction():
+            with self._transaction(connection):
                 appended = self._settle(connection, settlement)
                 if appended is not None and not appended.cancelled:
                     self._children.start(connection, self._run_id, runs)
                 return appended
 
-        with self._writing:
+        with self._alone():
             appended = self._write(write, settlement.normal.state)
         self._on_commit(settlement, appended)
         self._take_in(appended)
@@ -291,19 +270,22 @@ class LeasedWriter:
             step=step,
             attempt=number,
             max_event_bytes=self._journal.max_event_bytes,
-            write=self.write_output,
+            writer=self,
             announce=self._announce,
         )
         return self._output
 
-    def close(self, *, wait: bool = True) -> bool:
-        """Let them write no more. False if one writes, which is waited for only with `wait`."""
-        if not self._writing.acquire(blocking=wait):
-            return False
-        try:
+    def close(self) -> None:
+        """Let them write no more, once the one that writes has written."""
+        with self._alone():
             self._speaking = self._output = None
-        finally:
-            self._writing.release()
+
+    def close_now(self) -> bool:
+        """The same if none writes; else False."""
+        if not self._writing.acquire(blocking=False):
+            return False
+        self._speaking = self._output = None
+        self._writing.release()
         return True
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
@@ -312,15 +294,61 @@ class LeasedWriter:
             self._write_output()
             self._append([event])
 
+    def note_suspect(self, step: str, attempt: int, alone: bool) -> None:
+        """Tell whoever notices the death of the whole worker what its board would have told.
+
+        Raises LeaseLost.
+        """
+        data = encode({"name": SUSPECT, "alone": alone}, where=SUSPECT, limit=DATA_BYTES)
+        note = NewEvent(type=EventType.DEBUG_TRACE, step=step, attempt=attempt, data=data)
+        with self._alone():
+            self._append([note])
+
     def write_output(self, output: StepOutput) -> None:
         """Commit what an attempt has emitted. Raises LeaseLost, and StepEnded after its end.
 
         Not counted in `asked_s`: it may be another thread's time.
         """
-        with self._writing:
+        with self._alone():
             if self._output is not output:
                 raise StepEnded(self._run_id, output.step)
             self._write_output()
+
+    def begin_portion(self, output: StepOutput) -> Portion | None:
+        """What an attempt has emitted, for a statement that commits it with that of others.
+
+        None if there is nothing, or a thread of the step writes just now: this one does not wait.
+        Raises LeaseLost, and StepEnded after the attempt's end. See `OutputWriter`.
+        """
+        if self._lease.lost:
+            raise LeaseLost(self._run_id, self._lease.token)
+        if not self._writing.acquire(blocking=False):
+            return None
+        events = output.pending(output.added) if self._output is output else ()
+        if not events:
+            self._writing.release()
+            if self._output is not output:
+                raise StepEnded(self._run_id, output.step)
+            return None
+        output.tried = True  # until the answer is known
+        return Portion(
+            run_id=self._run_id,
+            token=self._lease.token,
+            after=self._last_seq,
+            events=events,
+            connection=self._connection,
+            disconnect=self._disconnect,
+        )
+
+    def end_portion(self, output: StepOutput, appended: Appended | None, *, in_doubt: bool) -> None:
+        """It was written, or not, or it is not known whether it was; others may write again."""
+        if appended is not None:
+            self._last_seq = appended.last_seq
+            self._lease.cancelled |= appended.cancelled
+            output.written()
+        elif not in_doubt:
+            output.tried = False
+        self._writing.release()
 
     def _write_output(self) -> None:
         output = self._output
@@ -344,14 +372,13 @@ class LeasedWriter:
     def _append(
         self, events: Sequence[NewEvent], *, tried: bool = False, find: Find | None = None
     ) -> None:
-        appended = self._write(
-            lambda connection: self._journal.append(
-                connection, self._run_id, self._lease.token, events, self._last_seq
-            ),
-            RunState.RUNNING,
-            tried=tried,
-            find=find,
-        )
+        def write(connection: Connection) -> Appended | None:
+            with self._statement(connection):
+                return self._journal.append(
+                    connection, self._run_id, self._lease.token, events, self._last_seq
+                )
+
+        appended = self._write(write, RunState.RUNNING, tried=tried, find=find)
         self._lease.cancelled |= appended.cancelled
 
     def cancel_noticed(self, attempt: Attempt, step: str) -> bool:
@@ -370,87 +397,27 @@ class LeasedWriter:
         self._last_seq = self._patiently(self._inspect).last_seq
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The turn of this thread. Raises RowHeld if another writes, and others need this one."""
+        if not self._writing.acquire(timeout=HELD_ROW_WAIT_S if GIVES_WAY.get() else -1):
+            raise RowHeld(self._run_id)
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+    @contextmanager
     def _asking(self, attempt: Attempt, step: str | None) -> Iterator[None]:
         began = monotonic()
         try:
-            with self._writing:
+            with self._alone():
                 if self._speaking is not attempt:
                     raise StepEnded(self._run_id, step or "")
                 yield
         finally:
             self.asked_s += monotonic() - began
 
-    # One write, and finding out whether it was written
-
     def _settle(self, connection: Caller, settlement: Settlement) -> Appended | None:
         return self._journal.settle(
             connection, self._run_id, self._lease.token, settlement, self._last_seq
         )
-
-    def _write(
-        self,
-        write: Callable[[Connection], Appended | None],
-        intended: RunState,
-        *,
-        tried: bool = False,
-        find: Find | None = None,
-    ) -> Appended:
-        """Write once, whatever happens to the connection. Raises LeaseLost.
-
-        A commit whose answer was lost may have happened: `find` looks for it in the journal before
-        the next try; default: for any event of a worker.
-        """
-
-        def act(connection: Connection) -> Appended | None:
-            nonlocal tried
-            if tried:
-                self._renew(connection)
-                found = find(connection) if find else self._find_any(connection, intended)
-                if found is not None:
-                    return found
-            tried = True
-            return write(connection)
-
-        appended = self._patiently(act)
-        if appended is None:
-            self._lease.lost = True
-            raise LeaseLost(self._run_id, self._lease.token)
-        self._last_seq = appended.last_seq
-        return appended
-
-    def _find_any(self, connection: Connection, intended: RunState) -> Appended | None:
-        status = self._inspect(connection)
-        if not status.committed_since:
-            return None
-        return Appended(last_seq=status.last_seq, cancelled=status.state is not intended)
-
-    def _patiently(self, act: Callable[[Connection], T]) -> T:
-        """Do it as soon as Postgres can be reached, unless the worker stops first."""
-        failures = 0
-        while True:
-            try:
-                return act(self._connection())
-            except NEVER:
-                raise
-            except AWAY as error:
-                self._disconnect()
-                failures += 1
-                delay = BETWEEN_TRIES.delay(failures)
-                logger.warning(
-                    "Postgres is unreachable, will retry",
-                    extra={
-                        "action": "postgres_away",
-                        "run_id": self._run_id,
-                        "retry_in": delay,
-                        "reason": str(error),
-                    },
-                )
-                if self._stopping.wait(delay):
-                    raise
-
-    def _renew(self, connection: Connection) -> None:
-        self._leases.renew_token(connection, self._lease)
-        self._heartbeat.hold(self._lease)
-
-    def _inspect(self, connection: Connection) -> LeaseStatus:
-        return self._leases.inspect(connection, self._lease, self._last_seq)

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from types import FrameType
 from typing import Any
 
+from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.loop_watch import LoopWatch
 from beatless.outbox import forks
 from beatless.outbox.observer import Observer, ignore
@@ -24,6 +25,9 @@ from beatless.outbox.threads import LastingThread
 
 WRITERS = 4
 """Threads, each with one write of a step in hand."""
+
+RETRY_INTERVAL_S = 0.1
+"""Seconds until a write is made again whose row another transaction holds."""
 
 END_S = 1.0
 """Seconds for which the end of the loop is waited for: a body may block it."""
@@ -132,10 +136,11 @@ class LoopThread:
 
     def lane(self) -> "WriteLane":
         """A lane for the writes of one body."""
+        loop = self._running()
         with self._mutex:
             if self._writers is None:
                 self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="beatless-writes")
-            return WriteLane(self._writers)
+            return WriteLane(self._writers, loop)
 
     def watch(self, *, ends_after_s: float, end: Callable[[str], None]) -> None:
         """Begin to watch the loop: see `LoopWatch`."""
@@ -206,10 +211,14 @@ def _turn(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class WriteLane:
-    """Performs the writes of one body in other threads: one after the other, in their order."""
+    """Performs the writes of one body in other threads: one after the other, in their order.
 
-    def __init__(self, writers: ThreadPoolExecutor) -> None:
+    One that would wait for a row is made again a little later: others need the threads.
+    """
+
+    def __init__(self, writers: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop) -> None:
         self._writers = writers
+        self._loop = loop
         self._mutex = threading.Lock()
         self._ahead: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._working = False
@@ -235,10 +244,19 @@ class WriteLane:
                 if not self._ahead:
                     self._working = False
                     return
-                future, write = self._ahead.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(write())
-            except BaseException as error:  # its caller's, as if it had written by itself
-                future.set_exception(error)
+                future, write = self._ahead[0]
+            if future.running() or future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(copy_context().run(giving_way, write))
+                except RowHeld:
+                    self._loop.call_soon_threadsafe(
+                        self._loop.call_later, RETRY_INTERVAL_S, self._go_on
+                    )
+                    return
+                except BaseException as error:  # its caller's, as if it had written by itself
+                    future.set_exception(error)
+            with self._mutex:
+                self._ahead.popleft()
+
+    def _go_on(self) -> None:
+        self._writers.submit(self._work)

@@ -33,6 +33,9 @@ TAKEN_OVER = "beatless.taken_over"
 PROCESS_DIED = "process_died"
 """In a GIVEN_BACK: it was written for a process that has died with others' bodies in hand."""
 
+SUSPECT = "beatless.suspect"
+"""The trace of a suspect whose body is to be called. `alone`: no other runs in its process."""
+
 UNCOUNTED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
 """The traces of attempts that do not count."""
 
@@ -71,6 +74,10 @@ Of a plan's function, which is told; or of a cancelled run, whose `on_cancel` st
 
 ARGUMENTS = "arguments"
 """In StepStarted and ChildrenStarted: the digest of the arguments, or inputs, that were given."""
+
+MAX_DEATHS = 20
+"""Deaths of workers in one step, with others beside it, after which it is taken for their cause all
+the same. Where it can be executed alone, as in `--pool async`, it is so before."""
 
 
 class UnknownStep(Exception):
@@ -142,6 +149,10 @@ class Progress:
     def crashes(self) -> int:
         """Attempts that ended without a word: their process died."""
         return self.starts - self.failures
+
+    def is_deadly(self, max_crashes: int) -> bool:
+        """Whether the step has ended its process, or is taken for that, too often."""
+        return self.crashes >= max_crashes or self.deaths >= MAX_DEATHS
 
     def after(self, plan: Plan, name: str) -> Element | None:
         """The step or wait that follows this one by default, or None at the end.

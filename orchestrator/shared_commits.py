@@ -9,8 +9,8 @@ import psycopg
 
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection
-from beatless.orchestrator.leased_writer import AWAY, NEVER
 from beatless.orchestrator.settlement import Proposal
+from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import IN_DOUBT, Answer
 from beatless.outbox.clock import monotonic
 

@@ -1,22 +1,23 @@
 """The output of steps: small pieces, as the tokens of a model, of which many share an event.
 
 `ctx.emit` only appends to memory. The pieces are written 25 ms after the first of them or as soon
-as there are 64, by a thread of the process; and before all that the step writes otherwise.
+as there are 64, by a thread of the process together with those of other steps (`OutputThread`); and
+before all that the step writes otherwise.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 
 from beatless.orchestrator.errors import LeaseLost, StepEnded
 from beatless.orchestrator.events import EventType, NewEvent, encode
-from beatless.outbox.observer import Observer, ignore
-from beatless.outbox.threads import LastingThread
+from beatless.orchestrator.records import Appended
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,38 @@ FRAME_BYTES = 64
 """Above the size of an event's data beside its pieces."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """Output of one attempt that is written in one statement with that of others."""
+
+    run_id: str
+    token: int
+    after: int
+    """The seq of the last event that the owner of the lease has seen."""
+    events: Sequence[NewEvent]
+    connection: Callable[[], psycopg.Connection[Any]]
+    """Gives one that nobody else uses before the portion is ended."""
+    disconnect: Callable[[], None]
+
+
+class OutputWriter(Protocol):
+    """The one writer of a run, as the output of its step needs it."""
+
+    def write_output(self, output: "StepOutput") -> None:
+        """Commit what an attempt has emitted. Raises LeaseLost, and StepEnded after its end."""
+
+    def begin_portion(self, output: "StepOutput") -> Portion | None:
+        """What is to be written now, by this thread; None if there is none, or another writes.
+
+        Nobody else writes before `end_portion`. Raises as `write_output`.
+        """
+
+    def end_portion(
+        self, output: "StepOutput", appended: Appended | None, *, in_doubt: bool
+    ) -> None:
+        """It was written; or was not, or it is not known whether it was."""
+
+
 class StepOutput:
     """The pieces of one attempt that are not in the journal yet. For any thread."""
 
@@ -46,15 +79,15 @@ class StepOutput:
         step: str,
         attempt: int,
         max_event_bytes: int,
-        write: Callable[["StepOutput"], None],
+        writer: OutputWriter,
         announce: Callable[["StepOutput", bool], None],
     ) -> None:
-        """`write` stores the pieces now. `announce` has them stored soon; at once if it is True."""
+        """`announce` has the pieces stored soon; at once if it is True."""
         self.run_id = run_id
         self.step = step
         self._attempt = attempt
         self._event_bytes = max(1, max_event_bytes - FRAME_BYTES)
-        self._write = write
+        self._writer = writer
         self._announce = announce
         self._mutex = threading.Lock()
         self._pieces: deque[tuple[str, int]] = deque()
@@ -97,7 +130,7 @@ class StepOutput:
 
     def finish(self) -> None:
         """Store the last pieces. Raises LeaseLost and the error of Postgres."""
-        self._write(self)
+        self.write()
 
     def abandon(self) -> None:
         """The same after a body has failed: its failure is told, whatever happens here."""
@@ -122,8 +155,22 @@ class StepOutput:
         )
 
     def write(self) -> None:
-        """Store the pieces now."""
-        self._write(self)
+        """Store the pieces now, by themselves."""
+        self._writer.write_output(self)
+
+    def begin_portion(self) -> Portion | None:
+        """As of `OutputWriter`."""
+        return self._writer.begin_portion(self)
+
+    def end_portion(self, appended: Appended | None, *, in_doubt: bool = False) -> None:
+        """As of `OutputWriter`."""
+        self._writer.end_portion(self, appended, in_doubt=in_doubt)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are pieces that are not in the journal."""
+        with self._mutex:
+            return bool(self._pieces or self._events)
 
     @property
     def added(self) -> int:
@@ -167,64 +214,3 @@ class StepOutput:
             type=EventType.STEP_OUTPUT, step=self.step, attempt=self._attempt, data=data
         )
         return event, event_bytes
-
-
-class OutputThread:
-    """A thread that writes the output of this process's steps, so that none of them needs a timer.
-
-    1. sleep until a step emits
-    2. wait 25 ms, or until an event is full
-    3. write all that has been emitted meanwhile, attempt by attempt, as each step would itself
-
-    A step is told at its next call, or at its end, of what goes wrong.
-    """
-
-    def __init__(self, *, observer: Observer = ignore) -> None:
-        self._observer = observer
-        self._outputs: dict[StepOutput, None] = {}
-        self._full = False
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._thread: LastingThread | None = None
-
-    def announce(self, output: StepOutput, full: bool) -> None:
-        """Write this output soon; at once if an event of it is full."""
-        with self._changed:
-            was_empty = not self._outputs
-            self._outputs[output] = None
-            self._full |= full
-            if self._thread is None:
-                thread = LastingThread("output", self._run, observer=self._observer)
-                thread.start()
-                self._thread = thread  # one that could not be started is started with the next
-            elif was_empty or full:
-                self._changed.notify()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.end()
-
-    def once(self) -> None:
-        """Write what has been announced."""
-        with self._changed:
-            outputs, self._outputs, self._full = list(self._outputs), {}, False
-        for output in outputs:
-            try:
-                output.write()
-            except (LeaseLost, StepEnded):
-                continue  # the step learns of it by itself
-            except psycopg.Error as error:
-                output.refused(error)
-
-    def _run(self, thread: LastingThread) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._outputs or self._stopping)
-                self._changed.wait_for(lambda: self._full or self._stopping, INTERVAL_S)
-                if self._stopping:
-                    return
-            self.once()
-            thread.works()

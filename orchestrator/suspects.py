@@ -4,17 +4,27 @@ A death counts as a crash only of a body that was alone in its process. The othe
 suspects: with each death in the same step, a body has fewer beside it, and at last none. So a step
 that exhausts the memory fails after some deaths, and those beside it go on. A body that ends is a
 suspect no more, and one that has waited for its turn was none: or hundreds would go one by one.
+
+While a suspect waits for those that run to become few, others are held back and let in by turns,
+for 1 s, 2 s, 4 s …: they lose half of the time at most, and the suspect has its turn after at most
+five times as long as the longest of them takes.
 """
 
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import inf
 
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.lease import Lease
+from beatless.outbox.clock import monotonic
 
 MOST_BESIDE = (64, 16, 4)
 """How many bodies a process has at once, after the first deaths with one of them; then one."""
+
+
+HOLD_S = 1.0
+"""Seconds for which a suspect that waits holds others back at first, and then lets them pass."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -24,6 +34,8 @@ class Body:
     lease: Lease
     most: float
     """How many may run at once, it included."""
+    since: float
+    """When it began to wait."""
     may_run: Future[None] = field(default_factory=Future)
 
 
@@ -34,10 +46,24 @@ class BodiesInFlight:
         self._heartbeat = heartbeat
         self._running: dict[int, Body] = {}
         self._waiting: deque[Body] = deque()
+        self._change_at: float | None = None
+        """When others may pass a suspect that waits, or are held back again."""
+
+    def tick(self) -> float | None:
+        """Let those run that may by now; seconds until the next look, if any is needed."""
+        if self._change_at is None:
+            return None
+        if monotonic() >= self._change_at:
+            self._admit()
+        return None if self._change_at is None else max(0.0, self._change_at - monotonic())
+
+    def alone(self, lease: Lease) -> bool:
+        """Whether no other body runs beside this one, nor will."""
+        return len(self._running) == 1 and self._running[id(lease)].most == 1
 
     def enter(self, lease: Lease, deaths: int) -> Future[None]:
         """A body is to run whose process has died so often; the future is done when it may."""
-        body = Body(lease=lease, most=most_beside(deaths))
+        body = Body(lease=lease, most=most_beside(deaths), since=monotonic())
         self._waiting.append(body)
         self._admit()
         return body.may_run
@@ -59,17 +85,28 @@ class BodiesInFlight:
                 self._heartbeat.note_uncalled(each.lease, uncalled=False)
 
     def _admit(self) -> None:
-        """Let those run that may, in their order: a suspect is not passed by for ever."""
-        while self._waiting:
-            body = self._waiting[0]
-            most = min([body.most, *(each.most for each in self._running.values())])
-            if self._running and len(self._running) >= most:
-                return
-            self._waiting.popleft()
+        """Let those run that may, in their order. A suspect is passed by, but not for ever."""
+        now, passing = monotonic(), False
+        self._change_at = None
+        for body in list(self._waiting):
+            if passing and body.most < inf:
+                continue  # suspects keep their order
+            if not self._has_room(body):
+                if self._change_at is None:
+                    passing, left_s = turn_of_others(now - body.since)
+                    self._change_at = now + left_s
+                if not passing:
+                    return
+                continue
+            self._waiting.remove(body)
             self._running[id(body.lease)] = body
             self._heartbeat.note_uncalled(body.lease, uncalled=True, beside=True)
             self._note_alone()
             body.may_run.set_result(None)
+
+    def _has_room(self, body: Body) -> bool:
+        most = min([body.most, *(each.most for each in self._running.values())])
+        return not self._running or len(self._running) < most
 
     def _note_alone(self) -> None:
         if len(self._running) <= 2:
@@ -81,5 +118,15 @@ class BodiesInFlight:
 def most_beside(deaths: int) -> float:
     """How many bodies may run at once, one of which was there at so many deaths."""
     if deaths == 0:
-        return float("inf")
+        return inf
     return MOST_BESIDE[deaths - 1] if deaths <= len(MOST_BESIDE) else 1
+
+
+def turn_of_others(waited_s: float) -> tuple[bool, float]:
+    """Whether others may pass a suspect that has waited for so long, and how long that holds."""
+    turn_s = HOLD_S
+    while waited_s >= 2 * turn_s:
+        waited_s -= 2 * turn_s
+        turn_s *= 2
+    passes = waited_s >= turn_s
+    return passes, (2 * turn_s if passes else turn_s) - waited_s

@@ -46,6 +46,10 @@ CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', (shard)::text) END
 -- `doorbell`, where there is nothing to look for but events.
 CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' events') END
 
+-- fragment: each_events_doorbell
+-- `events_doorbell`, for rows with a column `shard`.
+CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text || ' events') END
+
 -- fragment: times_doorbell
 -- `doorbell`, where a dispatch has another due time, and none is due.
 CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' times') END

@@ -17,18 +17,20 @@ from beatless import postgres
 from beatless.observe.counters import WorkerCounters
 from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.concurrent import ConcurrentExecutor
-from beatless.orchestrator.executor import Executor, Scope, no_scope
+from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.fleet_watch import WORKER
 from beatless.orchestrator.group import GroupExecutor, GroupGuard
+from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.loop_thread import LoopThread
+from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.run_report import ShownError
-from beatless.orchestrator.step_output import OutputThread
+from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -82,7 +84,7 @@ class Executors:
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
         self._guard: GroupGuard | None = None
-        self._outputs = OutputThread(observer=counts)
+        self._outputs = self._new_outputs()
         self._concurrent: ConcurrentExecutor | None = None
         self._pace = Pace()
         self._loop = LoopThread(observer=counts)
@@ -97,9 +99,12 @@ class Executors:
         self._mutex = threading.Lock()
         self._threads = threading.local()
         self._closed = threading.Event()
-        self._outputs = OutputThread(observer=self.counts)
+        self._outputs = self._new_outputs()
         self._heartbeat = self._watchdog = self._guard = self._concurrent = None
         self._pid = 0
+
+    def _new_outputs(self) -> OutputThread:
+        return OutputThread(GroupCommit(self._journal.schema), observer=self.counts)
 
     def __call__(self) -> GroupExecutor | ConcurrentExecutor:
         self._enter_process()

@@ -1,7 +1,10 @@
 """The executor of `--pool async`, in this process: no run waits for another's row."""
 
+import asyncio
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -9,16 +12,19 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import Plan, RunState, StepContext, step
-from beatless.orchestrator import concurrent
+from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, plan, step
+from beatless.orchestrator import concurrent, loop_watch, shared_commits
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.leased_writer import LeasedWriter
+from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.settlement import Boundary, Proposal, Settlement
 from beatless.orchestrator.shared_commits import SharedCommits
+from beatless.orchestrator.step_output import Portion
 from beatless.orchestrator.turns import IN_DOUBT
 from beatless.testing import Kit
 from tests.valkeys import until
@@ -53,7 +59,32 @@ def inserts(ctx: StepContext) -> None:
     ctx.connection.exec_driver_sql(f"INSERT INTO {ctx.input} VALUES (1)")
 
 
-PLANS = [Plan(each.name, [each]) for each in (quick, leaves_a_trace, in_a_thread, inserts)]
+@step
+async def emits(ctx: AsyncStepContext) -> None:
+    """One piece, and ends once the test says so: it is stored by then."""
+    await ctx.emit(ctx.input)
+    CALLED.append(ctx.run_id)
+    await asyncio.to_thread(LET_GO.wait, 60)
+
+
+@step
+async def traces(ctx: AsyncStepContext) -> None:
+    """Once the test says so."""
+    CALLED.append(ctx.run_id)
+    await asyncio.to_thread(LET_GO.wait, 60)
+    await ctx.trace("waits for the row")
+
+
+@plan("thinks")
+def thinks(run: RunContext[Any]) -> str:
+    """A function that does what belongs into a step."""
+    INSIDE.set()
+    assert LET_GO.wait(60)
+    return "thought"
+
+
+STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces)
+PLANS = [*(Plan(each.name, [each]) for each in STEPS), thinks]
 
 
 @pytest.fixture
@@ -258,3 +289,157 @@ def test_threads_of_steps_that_have_ended_keep_no_connection(beatless: Kit) -> N
     assert sum(not each.closed for each in opened) == 1
     connections.close_all()
     assert all(each.closed for each in opened)
+
+
+@contextmanager
+def rows_held(
+    beatless: Kit, connection: psycopg.Connection[Any], runs: Sequence[str]
+) -> Iterator[None]:
+    """Somebody's transaction has the rows of these runs in this block."""
+    with connection.transaction():
+        lock = f"SELECT FROM {beatless.app.settings.schema}.runs WHERE run_id = ANY(%s) FOR UPDATE"
+        connection.execute(lock.encode(), (list(runs),))
+        yield
+
+
+def test_boundaries_that_wait_for_their_rows_leave_the_threads_to_others(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More than there are threads for such writes; a claim needs one of these too."""
+    monkeypatch.setattr(shared_commits, "LEFT_OUT_S", 0.0)
+    held = [execute("in_a_thread", number) for number in range(concurrent.WAITING_WRITES + 4)]
+    until(lambda: len(CALLED) == len(held))
+    alone: set[int] = set()
+    settle = LeasedWriter.settle
+
+    def noted(writer: LeasedWriter, *arguments: Any, **options: Any) -> Appended:
+        alone.add(id(writer))
+        return settle(writer, *arguments, **options)
+
+    monkeypatch.setattr(LeasedWriter, "settle", noted)
+    with rows_held(beatless, connection, held):
+        LET_GO.set()
+        until(lambda: len(alone) >= concurrent.WAITING_WRITES)
+        assert beatless.wait_for_run_completion(execute("quick", 7)).result == 7
+    for run_id in held:
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+    beatless.verify()
+
+
+def test_traces_that_wait_for_their_rows_leave_the_threads_to_others(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = [execute("traces") for _ in range(6)]
+    free = execute("traces")
+    until(lambda: len(CALLED) == 7)
+    writing: set[int] = set()
+    append = LeasedWriter.append
+
+    def noted(writer: LeasedWriter, *arguments: Any) -> None:
+        writing.add(id(writer))
+        append(writer, *arguments)
+
+    monkeypatch.setattr(LeasedWriter, "append", noted)
+    with rows_held(beatless, connection, held):
+        LET_GO.set()
+        assert beatless.wait_for_run_completion(free).state is RunState.COMPLETED
+        until(lambda: len(writing) == 7)
+    for run_id in held:
+        beatless.wait_for_run_completion(run_id)
+        names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
+        assert names == ["waits for the row"]
+    beatless.verify()
+
+
+class Statements(GroupCommit):
+    """Notes of how many runs the output is in each statement; the first waits."""
+
+    def __init__(self, schema: str) -> None:
+        super().__init__(schema)
+        self.sizes: list[int] = []
+        self.go_on = threading.Event()
+
+    def append(self, connection: Any, portions: Sequence[Portion]) -> dict[int, Appended]:
+        self.sizes.append(len(portions))
+        assert self.go_on.wait(60)
+        return super().append(connection, portions)
+
+
+@pytest.fixture
+def statements(beatless: Kit, executor: ConcurrentExecutor) -> Iterator[Statements]:
+    found = Statements(beatless.app.settings.schema)
+    executor.outputs = OutputThread(found)
+    yield found
+    executor.outputs.stop()
+
+
+def output(beatless: Kit, run_id: str) -> list[Any]:
+    events = beatless.client.events(run_id)
+    return [e.data["pieces"] for e in events if e.type == "StepOutput"]
+
+
+def test_what_many_steps_emit_is_one_statement(
+    beatless: Kit, execute: Callable[..., str], statements: Statements
+) -> None:
+    """All that is emitted while one statement is under way is in the next."""
+    runs = [execute("emits", number) for number in range(20)]
+    until(lambda: len(CALLED) == 20)
+    statements.go_on.set()
+    for run_id in runs:
+        beatless.wait_for_event(run_id, "StepOutput")
+    LET_GO.set()
+
+    assert sum(statements.sizes) == 20
+    assert len(statements.sizes) <= 2
+    for number, run_id in enumerate(runs):
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+        assert output(beatless, run_id) == [[number]]
+    beatless.verify()
+
+
+def test_output_whose_row_is_held_is_written_later_and_that_of_others_at_once(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    statements: Statements,
+) -> None:
+    held = execute("emits", "held")
+    until(lambda: len(CALLED) == 1)
+    with rows_held(beatless, connection, [held]):
+        statements.go_on.set()
+        for number in range(3):
+            beatless.wait_for_event(execute("emits", number), "StepOutput")
+        assert output(beatless, held) == []
+    beatless.wait_for_event(held, "StepOutput")
+    LET_GO.set()
+
+    beatless.wait_for_run_completion(held)
+    assert output(beatless, held) == [["held"]]
+    beatless.verify()
+
+
+def test_a_function_that_keeps_its_worker_busy_is_named(
+    beatless: Kit,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop_watch, "BLOCKED_S", 0.05)
+    executor = beatless.app.executors.begin_concurrent()
+    executor.start()
+    run_id = beatless.start_run("thinks").run_id
+    executor.spawn(lambda: executor.execute(beatless.app.plans["thinks"], run_id, 1))
+    assert INSIDE.wait(60)
+    until(lambda: any(vars(each).get("action") == "plan_blocks" for each in caplog.records))
+    LET_GO.set()
+    executor.stop()
+
+    facts = vars(next(each for each in caplog.records if each.levelno == logging.WARNING))
+    assert (facts["action"], facts["run_id"], facts["plan"]) == ("plan_blocks", run_id, "thinks")
+    assert "in thinks" in facts["reason"] or "in wait" in facts["reason"]
+    assert beatless.client.get_run(run_id).result == "thought"

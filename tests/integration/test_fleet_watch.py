@@ -13,9 +13,11 @@ import pytest
 from beatless import App
 from beatless.local.child import Child
 from beatless.local.processes import children_of
+from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.fleet_watch import KEEPER, PROOF_S, WORKER, FleetWatch
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
+from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT
 from beatless.outbox.clock import monotonic
 from beatless.outbox.direct_connection import DirectConnection
 from beatless.outbox.sockets import readable
@@ -255,6 +257,84 @@ def test_workers_that_die_at_once_are_noticed_though_one_was_to_notice_the_other
     assert [due(beatless, connection, lease) for lease in leases] == [True, True]
     assert not due(beatless, connection, survivor)
     assert fleet.ended() == 2
+
+
+def died(fleet: Fleet, name: str, leases: int) -> None:
+    """The worker of this name dies, keeper and all, and is noticed."""
+    keeper = fleet.watches[0]
+    fleet.watch()
+    fleet.watches.remove(keeper)
+    keeper.close()
+    fleet.run(30, leases=leases)
+
+
+def noted(beatless: Kit, lease: Lease) -> list[object]:
+    """What its journal says of the deaths of its workers: whether it was there."""
+    events = beatless.client.events(lease.run.run_id)
+    traces = [event.data for event in events if event.type == "DebugTrace"]
+    return [data["process_died"] for data in traces if data["name"] == GIVEN_BACK]
+
+
+def test_of_the_runs_of_a_dead_worker_none_has_crashed_if_there_were_several(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    fleet.watch(name)
+    leases = [claim(beatless, connection, name) for _ in range(3)]
+    died(fleet, name, 3)
+
+    assert [noted(beatless, lease) for lease in leases] == [[True]] * 3
+
+
+def test_the_only_run_of_a_dead_worker_has_crashed(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    fleet.watch(name)
+    lease = claim(beatless, connection, name)
+    died(fleet, name, 1)
+
+    assert noted(beatless, lease) == []
+
+
+def test_a_suspect_that_was_alone_has_crashed_and_those_that_waited_for_it_were_not_there(
+    beatless: Kit, fleet: Fleet, connection: psycopg.Connection[Any]
+) -> None:
+    name = fleet.name()
+    fleet.watch(name)
+    first, journal = fleet.name(), beatless.app.journal
+    suspects = [claim(beatless, connection, first) for _ in range(2)]
+    beatless.app.leases.end(
+        connection,
+        [(lease.run.run_id, lease.token) for lease in suspects],
+        uncalled={lease.token for lease in suspects},
+        beside={lease.token for lease in suspects},
+    )
+    again = [
+        beatless.app.leases.claim(
+            connection,
+            lease.run.run_id,
+            plan="two_steps",
+            worker=f"host:1:{name}",
+            first_step=None,
+            dispatch=2,
+        )
+        for lease in suspects
+    ]
+    for lease in again:
+        assert lease is not None
+        started = NewEvent(type=EventType.STEP_STARTED, step="first", attempt=1)
+        journal.append(connection, lease.run.run_id, lease.token, [started])
+    alone, waits = filter(None, again)
+    data = {"name": SUSPECT, "alone": True}
+    note = journal.new_event(
+        EventType.DEBUG_TRACE, step="first", attempt=1, where="here", data=data
+    )
+    journal.append(connection, alone.run.run_id, alone.token, [note])
+    died(fleet, name, 2)
+
+    assert noted(beatless, alone) == [True]  # of the death before
+    assert noted(beatless, waits) == [True, False]
 
 
 def test_the_next_keeper_notices_without_a_relay(

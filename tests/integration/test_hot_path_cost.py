@@ -18,7 +18,7 @@ import sqlalchemy
 
 from beatless import App, Plan, StepContext, step
 from beatless.orchestrator import group as groups
-from beatless.orchestrator.executor import no_scope
+from beatless.orchestrator.scope import no_scope
 from beatless.testing import Kit
 from tests.integration.test_groups import Together, be_patient
 from tests.integration.test_relay_cost import calls_of

@@ -134,6 +134,7 @@ OTHER_TYPES = {
     ("orchestrator/ended_runs", "after"): "text",
     ("orchestrator/journal", "runs"): "text",
     ("orchestrator/group_commit", "settle_many", "places"): "int[]",
+    ("orchestrator/group_commit", "append_many", "places"): "int[]",
     ("orchestrator/journal", "settle", "places"): "int[]",
     ("outbox/letters", "after"): "bigint",
     ("outbox/queries", "forget_events", "ids"): "text",

@@ -16,7 +16,8 @@ async def awaits(write: Write) -> str:
 def test_a_write_happens_if_one_who_awaits_it_is_cancelled_and_the_others_go_on() -> None:
     before, written = threading.Event(), []
 
-    async def body(lane: WriteLane) -> str:
+    async def body(writers: ThreadPoolExecutor) -> str:
+        lane = WriteLane(writers, asyncio.get_running_loop())
         lane.put(lambda: before.wait(60))
         write = Write(lane.put(lambda: written.append("trace")))
         tasks = [asyncio.ensure_future(awaits(write)) for _ in range(2)]
@@ -27,5 +28,5 @@ def test_a_write_happens_if_one_who_awaits_it_is_cancelled_and_the_others_go_on(
         return await tasks[1]
 
     with ThreadPoolExecutor(1) as writers:
-        assert asyncio.run(body(WriteLane(writers))) == "written"
+        assert asyncio.run(body(writers)) == "written"
     assert written == ["trace"]

@@ -44,6 +44,19 @@ class Killed(BaseException):
     """Stands for the end of the process: no step can catch it."""
 
 
+class NoWriter:
+    """No step of the census emits."""
+
+    def write_output(self, output: StepOutput) -> None:
+        raise NotImplementedError
+
+    def begin_portion(self, output: StepOutput) -> None:
+        raise NotImplementedError
+
+    def end_portion(self, output: StepOutput, appended: object, *, in_doubt: bool) -> None:
+        raise NotImplementedError
+
+
 @dataclass
 class Worked:
     """A run whose steps are given real contexts, and whose events are kept here."""
@@ -79,7 +92,7 @@ class Worked:
                 step=step,
                 attempt=self.attempt,
                 max_event_bytes=JOURNAL.max_event_bytes,
-                write=lambda output: None,
+                writer=NoWriter(),
                 announce=lambda output, full: None,
             ),
             check_cancel=lambda: False,

@@ -2,9 +2,18 @@
 
 import pytest
 
+from beatless.orchestrator import suspects
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.lease import Lease, Leases
-from beatless.orchestrator.suspects import BodiesInFlight, most_beside
+from beatless.orchestrator.suspects import HOLD_S, BodiesInFlight, most_beside, turn_of_others
+
+
+@pytest.fixture(autouse=True)
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock, which only the tests move."""
+    clock = [100.0]
+    monkeypatch.setattr(suspects, "monotonic", lambda: clock[0])
+    return clock
 
 
 @pytest.fixture
@@ -45,6 +54,72 @@ def test_a_suspect_waits_for_those_that_run_and_is_not_passed_by(bodies: BodiesI
     assert (alone.done(), late.done()) == (True, False)
     bodies.leave(suspect)
     assert late.done()
+
+
+def test_a_suspect_that_waits_for_a_long_body_lets_others_pass_half_of_the_time(
+    bodies: BodiesInFlight, now: list[float]
+) -> None:
+    long, suspect = lease(), lease()
+    bodies.enter(long, 0)
+    alone = bodies.enter(suspect, 9)
+    passed = held = 0
+    for _ in range(1000):
+        now[0] += HOLD_S / 8
+        bodies.tick()
+        other = lease()
+        if bodies.enter(other, 0).done():
+            passed += 1
+            bodies.leave(other)
+        else:
+            held += 1
+    # Those that were held have passed with the next turn, and are in the way of the suspect.
+    assert not alone.done()
+    assert passed > 300
+    assert held > 300
+
+
+def test_those_that_were_held_back_pass_when_their_turn_comes(
+    bodies: BodiesInFlight, now: list[float]
+) -> None:
+    bodies.enter(lease(), 0)
+    bodies.enter(lease(), 9)
+    late = bodies.enter(lease(), 0)
+    assert not late.done()
+    assert bodies.tick() == HOLD_S
+    now[0] += HOLD_S
+    bodies.tick()
+
+    assert late.done()
+
+
+def test_a_suspect_has_its_turn_after_five_times_the_longest_body(now: list[float]) -> None:
+    """Others begin whenever they may: the last of them has ended within a turn of the suspect."""
+    for longest in (0.5, 1, 3, 10, 100, 3600):
+        waited_s = 0.0
+        while True:
+            passes, left_s = turn_of_others(waited_s)
+            waited_s += left_s
+            if not passes and left_s >= longest:
+                break
+        assert waited_s - left_s + longest <= max(HOLD_S, 5 * longest)
+
+
+def test_a_suspect_is_not_passed_by_another_one(bodies: BodiesInFlight, now: list[float]) -> None:
+    bodies.enter(lease(), 0)
+    first, second = bodies.enter(lease(), 9), bodies.enter(lease(), 1)
+    now[0] += HOLD_S
+    bodies.tick()
+
+    assert (first.done(), second.done()) == (False, False)
+
+
+def test_a_suspect_knows_whether_it_is_alone(bodies: BodiesInFlight) -> None:
+    first, second = lease(), lease()
+    bodies.enter(first, 1)
+    assert not bodies.alone(first)  # another may come
+    bodies.leave(first)
+    bodies.enter(second, 9)
+    assert bodies.alone(second)
 
 
 def test_a_body_is_beside_others_only_while_it_runs(bodies: BodiesInFlight) -> None:

@@ -1,0 +1,151 @@
+"""Writes under the lease of a run, however often Postgres goes away meanwhile.
+
+Only the owner of a lease writes as a worker. So a commit whose answer was lost has happened if the
+journal has grown by an event of a worker; that it happens later is ruled out by a new token.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import psycopg
+
+from beatless.orchestrator.errors import LeaseLost
+from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
+from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
+from beatless.orchestrator.records import Appended
+from beatless.orchestrator.state import RunState
+from beatless.outbox.backoff import Backoff
+
+logger = logging.getLogger("beatless.orchestrator.executor")
+
+T = TypeVar("T")
+
+Find = Callable[[Connection], Appended | None]
+"""Looks whether a write whose answer was lost has been committed."""
+
+BETWEEN_TRIES = Backoff(initial=0.05, cap=5.0)
+"""Seconds between tries to reach Postgres."""
+
+AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+"""Postgres cannot take a write now: gone, full, or a primary no more. Worth trying again."""
+
+NEVER = (psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex)
+"""Operational errors to psycopg that no waiting will change."""
+
+
+class SureWriter:
+    """Writes once, and finds out whether it was written."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        leases: Leases,
+        heartbeat: Heartbeat,
+        connection: Callable[[], Connection],
+        disconnect: Callable[[], None],
+        stopping: threading.Event,
+    ) -> None:
+        self._lease = lease
+        self._run_id = lease.run.run_id
+        self._leases = leases
+        self._heartbeat = heartbeat
+        self._connection = connection
+        self._disconnect = disconnect
+        self._stopping = stopping
+        self._last_seq = lease.run.last_seq
+        """Of the last event that is known to be committed."""
+
+    def _write(
+        self,
+        write: Callable[[Connection], Appended | None],
+        intended: RunState,
+        *,
+        tried: bool = False,
+        find: Find | None = None,
+    ) -> Appended:
+        """Write once, whatever happens to the connection. Raises LeaseLost.
+
+        A commit whose answer was lost may have happened: `find` looks for it in the journal before
+        the next try; default: for any event of a worker.
+        """
+
+        def act(connection: Connection) -> Appended | None:
+            nonlocal tried
+            if tried:
+                self._renew(connection)
+                found = find(connection) if find else self._find_any(connection, intended)
+                if found is not None:
+                    return found
+            tried = True
+            return write(connection)
+
+        appended = self._patiently(act)
+        if appended is None:
+            self._lease.lost = True
+            raise LeaseLost(self._run_id, self._lease.token)
+        self._last_seq = appended.last_seq
+        return appended
+
+    def _find_any(self, connection: Connection, intended: RunState) -> Appended | None:
+        status = self._inspect(connection)
+        if not status.committed_since:
+            return None
+        return Appended(last_seq=status.last_seq, cancelled=status.state is not intended)
+
+    @contextmanager
+    def _transaction(self, connection: Connection) -> Iterator[None]:
+        """A transaction; one that waits for no row for long, where others need the thread."""
+        if GIVES_WAY.get():
+            with self._leases.with_lock_timeout(connection, HELD_ROW_WAIT_S):
+                yield
+        else:
+            with connection.transaction():
+                yield
+
+    @contextmanager
+    def _statement(self, connection: Connection) -> Iterator[None]:
+        """One statement, which waits for no row for long where others need the thread."""
+        if GIVES_WAY.get():
+            # A pipeline, or it would be four round trips.
+            with connection.pipeline(), self._transaction(connection):
+                yield
+        else:
+            yield
+
+    def _patiently(self, act: Callable[[Connection], T]) -> T:
+        """Do it as soon as Postgres can be reached, unless the worker stops first."""
+        failures = 0
+        while True:
+            try:
+                return act(self._connection())
+            except NEVER:
+                raise
+            except AWAY as error:
+                if isinstance(error, psycopg.errors.LockNotAvailable) and GIVES_WAY.get():
+                    raise RowHeld(self._run_id) from error
+                self._disconnect()
+                failures += 1
+                delay = BETWEEN_TRIES.delay(failures)
+                logger.warning(
+                    "Postgres is unreachable, will retry",
+                    extra={
+                        "action": "postgres_away",
+                        "run_id": self._run_id,
+                        "retry_in": delay,
+                        "reason": str(error),
+                    },
+                )
+                if self._stopping.wait(delay):
+                    raise
+
+    def _renew(self, connection: Connection) -> None:
+        self._leases.renew_token(connection, self._lease)
+        self._heartbeat.hold(self._lease)
+
+    def _inspect(self, connection: Connection) -> LeaseStatus:
+        return self._leases.inspect(connection, self._lease, self._last_seq)
