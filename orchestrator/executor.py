@@ -115,9 +115,8 @@ class Executor:
 
         `leaving` returns true if an exception in a body is there to end this process. Runs may have
         children of these `plans`. A run that stands at a step which its plan does not have is given
-        back for at most `redispatch_s`.
-        `limit` calls a step's body and sees to it that it ends in time; see `Watchdog.call`.
-        `pace` is told how long each body takes. Async bodies run in `loop`.
+        back for at most `redispatch_s`. `limit` calls a step's body and sees to it that it ends in
+        time: see `Watchdog.call`. `pace` is told how long each takes. Async ones run in `loop`.
         """
         self.journal = journal
         self.children = ChildRuns(journal)

@@ -115,8 +115,15 @@ BUGS = {
     ),
     "a group writes a boundary under the lease of another run": Bug(
         "orchestrator/group_commit.sql",
-        "WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'",
-        "WHERE r.run_id = x.run_id AND x.token = ANY(%(tokens)s::bigint[]) AND r.state = 'running'",
+        "WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'\n"
+        "        AND r.last_seq >= x.after\n"
+        "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
+        "  UPDATE {schema}.runs r\n     SET {settled}",
+        "WHERE r.run_id = x.run_id AND x.token = ANY(%(tokens)s::bigint[])\n"
+        "        AND r.state = 'running'\n"
+        "        AND r.last_seq >= x.after\n"
+        "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
+        "  UPDATE {schema}.runs r\n     SET {settled}",
     ),
     "a commit of a group whose answer was lost is made again": Bug(
         "orchestrator/group.py",
@@ -156,7 +163,7 @@ BUGS = {
         "        if self._lease.begun or self._lease.run.attempt > 1:\n",
     ),
     "a commit whose answer was lost is made again": Bug(
-        "orchestrator/leased_writer.py",
+        "orchestrator/sure_writer.py",
         "            if tried:\n",
         "            if tried and self._run_id == '':\n",
     ),
@@ -311,7 +318,7 @@ BUGS = {
         "lambda: (transaction.commit(), self._writer.settle(commit.settlement))[1]",
     ),
     "a commit whose answer was lost is taken for done": Bug(
-        "orchestrator/leased_writer.py",
+        "orchestrator/sure_writer.py",
         "if not status.committed_since:\n            return None",
         "if not status.held:\n            return None",
     ),
@@ -430,6 +437,63 @@ BUGS = {
         "orchestrator/cancels.sql",
         "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'",
         "reason = 'cancel'\n    FROM u WHERE d.run_id = u.run_id AND u.state = 'none'",
+    ),
+    "the end of the last child wakes nobody": Bug(
+        "orchestrator/wakes.sql",
+        "LIMIT d.children_left + 1) c) <= d.children_left)",
+        "LIMIT d.children_left + 1) c) < d.children_left)",
+    ),
+    "a replay starts children again": Bug(
+        "orchestrator/history.py",
+        "            call.children = children = Children.from_event(event)\n",
+        "            children = Children.from_event(event)\n"
+        "            call.children = children if children.run_id else None\n",
+    ),
+    "children that have not ended take no place": Bug(
+        "orchestrator/child_calls.py",
+        "room = min(room, children.at_once - look.unfinished)",
+        "room = min(room, children.at_once)",
+    ),
+    "a cancel does not go down": Bug(
+        "orchestrator/children.sql",
+        "WHERE c.run_id = d.run_id AND c.cancel_requested_at IS NULL\n",
+        "WHERE c.run_id = d.run_id AND c.cancel_requested_at IS NULL AND false\n",
+        (
+            Bug(
+                "orchestrator/children.sql",
+                "WHERE d.parent_id = w.run_id AND c.cancel_requested_at IS NULL\n",
+                "WHERE d.parent_id = w.run_id AND c.cancel_requested_at IS NULL AND false\n",
+            ),
+        ),
+    ),
+    "output is taken for written though its row is held": Bug(
+        "orchestrator/leased_writer.py",
+        "        elif not in_doubt:\n            output.tried = False\n",
+        "        elif not in_doubt:\n            output.written()\n",
+    ),
+    "output is written without the lease": Bug(
+        "orchestrator/group_commit.sql",
+        "WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'\n"
+        "        AND r.last_seq >= x.after\n"
+        "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
+        "  UPDATE {schema}.runs r SET last_seq",
+        "WHERE r.run_id = x.run_id AND x.token <> 0 AND r.state = 'running'\n"
+        "        AND r.last_seq >= x.after\n"
+        "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
+        "  UPDATE {schema}.runs r SET last_seq",
+    ),
+    "output whose answer was lost is written again": Bug(
+        "orchestrator/leased_writer.py",
+        "find = partial(self._find_output, output.first)",
+        "find = partial(self._find_output, -1)",
+    ),
+    "a suspect is one for ever": Bug(
+        "orchestrator/suspects.py",
+        "        self._running.pop(id(lease), None)\n",
+        "        if self._running.get(id(lease), lease) is not lease and (\n"
+        "            self._running[id(lease)].most == inf\n"
+        "        ):\n"
+        "            self._running.pop(id(lease), None)\n",
     ),
 }
 """By what they do wrong."""

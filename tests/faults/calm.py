@@ -57,8 +57,9 @@ SELECT count(*) FROM runs WHERE state = 'running'
 def heal(fleet: Fleet) -> None:
     """Nothing is broken any more, whatever a fault has left when it was disturbed itself."""
     for slot in fleet.slots.values():
-        if slot.child is not None and slot.child.alive:
-            for pid in (slot.pid, *slot.children):
+        with contextlib.suppress(ProcessLookupError):
+            pids = [slot.pid, *slot.children] if slot.child and slot.child.alive else []
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
     for way in fleet.ways:

@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import leases, punctuality, waits
+from tests.faults import families, leases, punctuality, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -186,7 +186,8 @@ def accepted_runs_end(history: History) -> Iterator[Violation]:
     for run_id, run, _ in history.each_run():
         if history.over and run["state"] not in ENDED:
             yield Violation("I7", run_id, f"is {run['state']} after all faults are over")
-        if not {run_id, run["key"]} & started and run["retry_of"] not in retried:
+        own = {run_id, run["key"]} & started or run["retry_of"] in retried
+        if not own and run.get("parent_id") not in history.runs:
             yield Violation("I12", run_id, "nobody has started it")
 
 
@@ -256,4 +257,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     *leases.RULES,
     *punctuality.RULES,
     *waits.RULES,
+    *families.RULES,
 )

@@ -37,6 +37,10 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "worker_frozen_for_a_moment": ("nothing: the lease is longer", RACES),
     "child_frozen_past_its_lease": (FENCED, ("integration/test_lease_keeper.py",)),
     "child_killed": (LEASE, KILLS),
+    "worker_killed_with_its_keeper": (
+        "another keeper or a relay notices; of several runs none has crashed",
+        ("integration/test_fleet_watch.py",),
+    ),
     "every_worker_killed": ("all runs go on with the workers that come", KILLS),
     "worker_dies_at_claim.committed": (LEASE, KILLS),
     "worker_dies_at_step.before": (LEASE, KILLS),

@@ -23,7 +23,7 @@ Fault = Callable[[Fleet, random.Random], bool]
 FAULTS: dict[str, Fault] = {}
 """Every fault of the general load."""
 
-WORKERS = ("prefork", "threads", "far")
+WORKERS = ("prefork", "threads", "far", "async")
 RELAYS = ("relay-1", "relay-2")
 
 
@@ -105,7 +105,9 @@ def frozen(names: tuple[str, ...], least: float, most: float, *, child: bool = F
 
 FAULTS["worker_killed"] = signalled(WORKERS, signal.SIGKILL)
 FAULTS["worker_stopped_warmly"] = signalled(WORKERS, signal.SIGTERM)
-FAULTS["worker_frozen_past_its_lease"] = frozen(("threads", "far"), LEASE_S + 0.5, LEASE_S + 2)
+FAULTS["worker_frozen_past_its_lease"] = frozen(
+    ("threads", "far", "async"), LEASE_S + 0.5, LEASE_S + 2
+)
 FAULTS["worker_frozen_for_a_moment"] = frozen(WORKERS, 0.1, 1.0)
 FAULTS["child_frozen_past_its_lease"] = frozen(("prefork",), LEASE_S + 0.5, LEASE_S + 2, child=True)
 FAULTS["relay_killed"] = signalled(RELAYS, signal.SIGKILL)
@@ -124,6 +126,17 @@ def child_killed(fleet: Fleet, chance: random.Random) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(holder or chance.choice(children), signal.SIGKILL)
     return holder is not None
+
+
+@fault
+def worker_killed_with_its_keeper(fleet: Fleet, chance: random.Random) -> bool:
+    """As the end of a container."""
+    slot = chosen(fleet, chance, *WORKERS)
+    hit = slot is not None and leased(fleet) > 0
+    for pid in [] if slot is None else [*slot.children, slot.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return hit
 
 
 @fault
@@ -159,7 +172,7 @@ for point in (
     "task.before_ack",
 ):
     name = f"worker_dies_at_{point}"
-    FAULTS[name] = crash_point(name, point, ("threads", "far"), 12)
+    FAULTS[name] = crash_point(name, point, ("threads", "far", "async"), 12)
 for point in ("relay.after_claim", "relay.after_publish"):
     name = f"relay_dies_at_{point}"
     FAULTS[name] = crash_point(name, point, RELAYS, 5)

@@ -117,8 +117,12 @@ class Slot:
 
     @property
     def pid(self) -> int:
+        """Raises ProcessLookupError if it has just ended."""
         assert self.child is not None
-        return self.child.pid
+        try:
+            return self.child.pid
+        except RuntimeError as error:
+            raise ProcessLookupError(self.name) from error
 
     @property
     def children(self) -> list[int]:
@@ -237,10 +241,13 @@ class Fleet:
         prefork = ["worker", "--queues", ",".join(QUEUES), "--concurrency", "2"]
         threads = ["worker", "--queues", ",".join(QUEUES), "--concurrency", "4"]
         threads += ["--", "--pool", "threads"]
+        asynchronous = ["worker", "--pool", "async", "--queues", ",".join(QUEUES)]
+        asynchronous += ["--concurrency", "16"]
         wanted = {
             "prefork": (prefork, {}),
             "threads": (threads, {}),
             "far": (threads, through),
+            "async": (asynchronous, {}),
             "relay-1": (["relay"], {}),
             "relay-2": (["relay"], through),
             "api": (["serve", "--port", str(self.api_port)], far),

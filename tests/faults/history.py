@@ -33,7 +33,8 @@ host. `kind` says what a record is:
 | | due had ended, or null; `rows`: of the outbox, at the end of one that did not drain |
 | `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
 | `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, |
-| | `retry_of`, `attended`: there are workers for its queue |
+| | `retry_of`, `attended`: there are workers for its queue; of a child `parent_id`, `child_no`, |
+| | `detached` |
 | `event` | `run_id`, `seq`, `ts`, `type`, `step`, `attempt`, `data`, `text`: as stored |
 | `outbox` | `rows`: what was left when all was over; without it the history is a part of one |
 """
@@ -138,6 +139,7 @@ class History:
                 if heard < NEVER or event["ts"] > max(self.listening.values(), default=NEVER):
                     yield f"publishing {event['seq']}", run_id, max(event["ts"], called), heard
             yield from self._signals_to_take(run_id, run, events)
+            yield from self._ends_of_children(run_id, events)
             end = events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
             if run["deadline_at"]:
                 yield "to end at its deadline", run_id, run["deadline_at"], end
@@ -148,6 +150,19 @@ class History:
                 if event["seq"] > watch["from_seq"]:
                     since = max(event["ts"], watch["at"])
                     yield f"showing {event['seq']}", run_id, since, seen.get(event["seq"], NEVER)
+
+    def _ends_of_children(self, run_id: str, events: Sequence[Record]) -> Iterator[Wait]:
+        """The ends of the children of a map until their parent is told; cancels until they are."""
+        for started in of_type(events, "ChildrenStarted"):
+            told = [
+                event["ts"]
+                for event in events
+                if event["seq"] > started["seq"]
+                and (event["type"] in ENDS_OF_WAITS or event["step"] == started["step"])
+            ]
+            if "run_id" not in started["data"]:
+                since = self.children_end(run_id, started)
+                yield "waking a parent", run_id, since, min(told, default=NEVER)
 
     def _signals_to_take(
         self, run_id: str, run: Record, events: Sequence[Record]
@@ -172,8 +187,34 @@ class History:
             self._signals = self._by_run(self.called("signal"))
         return self._signals[run_id]
 
+    def children(self, run_id: str) -> list[Record]:
+        """The rows of the children of a run."""
+        if not hasattr(self, "_children"):
+            records = [run for run in self.runs.values() if run.get("parent_id")]
+            self._children = defaultdict[str, list[Record]](list)
+            for record in records:
+                self._children[record["parent_id"]].append(record)
+        return self._children[run_id]
+
+    def end(self, run_id: str) -> float:
+        """When a run has ended; infinite: it has not."""
+        events = self.events.get(run_id, [])
+        return events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
+
+    def children_end(self, run_id: str, started: Record) -> float:
+        """When all children of a ChildrenStarted had ended."""
+        first, count = started["data"]["first"], started["data"]["count"]
+        numbers = range(first, first + count)
+        ends = [self.end(c["run_id"]) for c in self.children(run_id) if c["child_no"] in numbers]
+        return max(ends, default=started["ts"]) if len(ends) == count else NEVER
+
     def due(self, run_id: str, events: Sequence[Record]) -> float:
         """When an unfinished run goes on after its last event, in seconds."""
+        begun = of_type(events, "ChildrenStarted")
+        last = of_type(events, *PLACES)[-1:]
+        if begun and last[0]["type"] in ("ChildrenStarted", "StepFinished"):
+            # It may wait for any of those that it has started.
+            return max(self.children_end(run_id, each) for each in begun)
         wait = open_wait(events)
         if wait is None:
             return due_after(events[-1]) or float(events[-1]["ts"])
@@ -190,6 +231,10 @@ class History:
 def of_type(events: Sequence[Record], *types: str) -> list[Record]:
     return [event for event in events if event["type"] in types]
 
+
+PLACES = ("ChildrenStarted", "ChildrenFinished", "StepStarted", "StepFinished", "StepFailed")
+PLACES += ("WaitStarted", "WaitFinished", "CancelRequested", "RunRestarted")
+"""The events by which a run that has children is where it is."""
 
 ENDS_OF_WAITS = ("WaitFinished", "CancelRequested", "RunFinished")
 

@@ -53,7 +53,7 @@ def leases_exclude(history: History) -> Iterator[Violation]:
                     started = step
                 # The relay fails a run whose worker has ended too often, outside of any lease.
                 elif (
-                    event["type"] in ("StepFinished", "StepFailed", "DebugTrace")
+                    event["type"] in ("StepFinished", "StepFailed", "DebugTrace", "StepOutput")
                     and event["source"] == "worker"
                     and event["step"] is not None
                     and started != step
@@ -142,8 +142,12 @@ def attempts_are_explained(history: History) -> Iterator[Violation]:
                     "I10", run_id, f"{step} began {count} times, {taken_over} takeovers"
                 )
         effects = Counter((e["step"], e["attempt"]) for e in history.effects[run_id])
+        # Of a process that died beside others: it is made again under the same number.
+        given_back = Counter(
+            (e["step"], e["attempt"]) for e in traces if "process_died" in (e["data"] or {})
+        )
         for (step, attempt), count in effects.items():
-            if count > 1:
+            if count > 1 + given_back[step, attempt]:
                 yield Violation("I10", run_id, f"attempt {attempt} of {step} ran {count} times")
 
 

@@ -234,6 +234,7 @@ class Load:
         if chance.random() < 0.2:
             return self.brief(chance, chance.choice(["default", "calm"]))
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
+        others += ["piece", "piece", "family", "deadly"]
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
         if plan in WAITED:
@@ -247,6 +248,12 @@ class Load:
         if plan == "traced":
             given["traces"] = chance.choice([1, 5, 40, 200, 600])
             given["pause"] = chance.choice([0, 0.01, 0.05]) if given["traces"] < 100 else 0
+        if plan == "piece":
+            given |= self._piece(chance)
+        if plan == "family":
+            given = self._family(chance, depth=chance.choice([0, 0, 1]))
+        if plan == "deadly":
+            given["deaths"] = chance.choice([0, 0, 0, 1, 2])
         if plan == "snoozed":
             given["until"] = time() + chance.uniform(0, 2)
         wish: dict[str, Any] = {
@@ -266,6 +273,26 @@ class Load:
             wish["key"] = f"key-{chance.randrange(10**9)}"
             self._keyed = [*self._keyed[-20:], wish]
         return wish
+
+    def _piece(self, chance: random.Random) -> dict[str, Any]:
+        """What a step emits, and when it fails."""
+        return {
+            "pieces": chance.choice([0, 3, 30, 150]),
+            "pause": chance.choice([0, 0.001, 0.01]),
+            "failures": chance.choice([0, 0, 0, 1, 2]),
+        }
+
+    def _family(self, chance: random.Random, *, depth: int) -> dict[str, Any]:
+        """The children of a run."""
+        pieces = [self._piece(chance) for _ in range(chance.choice([1, 3, 8, 12]))]
+        return {
+            "first": self._piece(chance),
+            "detached": chance.random() < 0.3,
+            "lasting": chance.random() < 0.3,
+            "children": pieces,
+            "at_once": chance.choice([None, 1, 3, 4]),
+            "families": [self._family(chance, depth=depth - 1) for _ in range(2 * depth)],
+        }
 
     def _change(self, chance: random.Random) -> None:
         """Cancel a recent run, or retry one that has failed."""

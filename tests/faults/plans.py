@@ -4,15 +4,20 @@ Each body writes a line into a ledger outside of Postgres before it returns; its
 line, so that the checker knows which call of which body was committed.
 """
 
+import asyncio
 import json
 import os
+import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from beatless import (
     App,
+    AsyncStepContext,
+    ChildFailed,
     Goto,
     Plan,
     RunContext,
@@ -181,12 +186,80 @@ async def turns(run: RunContext[Any]) -> Any:
     return {"seen": seen}
 
 
+# Plans whose runs have children, and steps that emit.
+
+
+@step(name="talk", retry=retry(max_attempts=2, initial=0.1, backoff=1, jitter=0))
+async def talk(ctx: AsyncStepContext) -> dict[str, Any]:
+    """Emits numbers, with pauses in which others have the loop; fails once if the input says so."""
+    given = ctx.input or {}
+    for number in range(given.get("pieces", 0)):
+        await ctx.emit(number)
+        await asyncio.to_thread(threading.Event().wait, given.get("pause", 0))
+    found = effect(ctx)
+    if ctx.attempt <= given.get("failures", 0):
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return found | {"pieces": given.get("pieces", 0)}
+
+
+@step(name="deadly", retry=retry(max_attempts=1, max_crashes=30))
+async def deadly(ctx: AsyncStepContext) -> dict[str, Any]:
+    """Ends its process as often as the input says, as one does that has taken all of its memory."""
+    found = effect(ctx)
+    if die_again(Path(f"{os.environ[LEDGER]}-{ctx.run_id}"), (ctx.input or {}).get("deaths", 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+
+def die_again(deaths: Path, most: int) -> bool:
+    """Whether the body is to end its process once more, which is noted."""
+    again = not deaths.exists() or len(deaths.read_text()) < most
+    if again:
+        with deaths.open("a") as file:
+            file.write("x")
+    return again and most > 0
+
+
+@step(name="total")
+def total(ctx: StepContext, ends: list[Any]) -> dict[str, Any]:
+    """The step behind the children."""
+    return effect(ctx) | {"ends": ends}
+
+
+piece = Plan("piece", [talk])
+"""A child."""
+
+lasting = Plan("lasting", [wait("poke")])
+"""A child that ends by a signal, or with its parent."""
+
+
+@plan("family")
+def family(run: RunContext[Any]) -> dict[str, Any]:
+    """Has children of several kinds, and gives their results in the order of their inputs."""
+    given = run.input
+    one = run.child(piece, given["first"])
+    if given["detached"]:
+        run.child(piece, given["first"], detach=True)
+    if given["lasting"]:
+        run.child(lasting, None)
+    ends = run.map(piece, given["children"], at_once=given["at_once"], failure="collect")
+    below = run.map(family, given["families"], failure="collect")
+    seen = [None if isinstance(end, Exception) else end["call"] for end in ends]
+    counted = run.step(total, seen)
+    try:
+        alone = one.result()["call"]
+    except ChildFailed:
+        alone = None
+    return {"ends": seen, "counted": counted["ends"], "alone": alone, "below": len(below)}
+
+
 WAITED: dict[str, tuple[str, ...]] = {
     "paid": ("paid", "refused"),
     "race": ("paid",),
     "rest": ("go",),
     "order": ("paid", "refused"),
     "turns": ("poke",),
+    "lasting": ("poke",),
 }
 """By plan: the signals that its runs wait for."""
 
@@ -230,6 +303,8 @@ ROUTES: dict[str, dict[str, list[str]]] = {
         "poke/timed_out": ["risk"],
         "risk": ["tick", "END"],
     },
+    "lasting": {"": ["poke"], "poke/received": ["END"]},
+    "family": {"": ["total"], "total": ["END"]},
 }
 
 PLANS = [
@@ -244,6 +319,10 @@ PLANS = [
     Plan("rest", [wait("go", timeout=3), plain("one"), sleep(seconds=0.3), plain("two")]),
     order,
     turns,
+    piece,
+    lasting,
+    family,
+    Plan("deadly", [deadly]),
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]
 
