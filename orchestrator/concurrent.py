@@ -163,9 +163,6 @@ class ConcurrentExecutor(Executor):
         finally:
             self._in_flight.leave(lease)
 
-    def is_alone(self, lease: Lease) -> bool:
-        return self._in_flight.alone(lease)
-
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         def body() -> Any:
             return call_body(step, context, attempt, self.loop, self._thread.wait)

@@ -167,11 +167,6 @@ class Executor:
         """The same for the transaction of a step, which cannot be done again."""
         return act()
 
-    def is_alone(self, lease: Lease) -> bool:
-        """Whether no other body runs in this process beside that of this lease; False: unknown."""
-        del lease
-        return False
-
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         """The result of a body, within its limits of time."""
         return self.limit(
@@ -392,8 +387,7 @@ class RunDriver:
         if (yield request) is HAND_BACK:
             return Stopped() if executor.stopping.is_set() else HandedBack()
         if request.deaths:
-            alone = executor.is_alone(self._lease)
-            note = partial(self._writer.note_suspect, request.occurrence, request.attempt, alone)
+            note = partial(self._writer.note_suspect, request.occurrence, request.attempt)
             executor.aside(note)
         self._report.begin()
         executor.faults.reach("step.before")

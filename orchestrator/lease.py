@@ -62,6 +62,8 @@ class Lease:
     """
     beside: bool = False
     """Whether it is one of several that run: after a death it is a suspect."""
+    alone: bool = False
+    """Whether no other runs in its process while its body does, nor will: of a suspect."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None

@@ -294,12 +294,14 @@ class LeasedWriter(SureWriter):
             self._write_output()
             self._append([event])
 
-    def note_suspect(self, step: str, attempt: int, alone: bool) -> None:
+    def note_suspect(self, step: str, attempt: int) -> None:
         """Tell whoever notices the death of the whole worker what its board would have told.
 
         Raises LeaseLost.
         """
-        data = encode({"name": SUSPECT, "alone": alone}, where=SUSPECT, limit=DATA_BYTES)
+        data = encode(
+            {"name": SUSPECT, "alone": self._lease.alone}, where=SUSPECT, limit=DATA_BYTES
+        )
         note = NewEvent(type=EventType.DEBUG_TRACE, step=step, attempt=attempt, data=data)
         with self._alone():
             self._append([note])

@@ -57,10 +57,6 @@ class BodiesInFlight:
             self._admit()
         return None if self._change_at is None else max(0.0, self._change_at - monotonic())
 
-    def alone(self, lease: Lease) -> bool:
-        """Whether no other body runs beside this one, nor will."""
-        return len(self._running) == 1 and self._running[id(lease)].most == 1
-
     def enter(self, lease: Lease, deaths: int) -> Future[None]:
         """A body is to run whose process has died so often; the future is done when it may."""
         body = Body(lease=lease, most=most_beside(deaths), since=monotonic())
@@ -100,6 +96,7 @@ class BodiesInFlight:
                 continue
             self._waiting.remove(body)
             self._running[id(body.lease)] = body
+            body.lease.alone = body.most == 1
             self._heartbeat.note_uncalled(body.lease, uncalled=True, beside=True)
             self._note_alone()
             body.may_run.set_result(None)

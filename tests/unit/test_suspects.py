@@ -116,10 +116,10 @@ def test_a_suspect_is_not_passed_by_another_one(bodies: BodiesInFlight, now: lis
 def test_a_suspect_knows_whether_it_is_alone(bodies: BodiesInFlight) -> None:
     first, second = lease(), lease()
     bodies.enter(first, 1)
-    assert not bodies.alone(first)  # another may come
+    assert not first.alone  # another may come
     bodies.leave(first)
     bodies.enter(second, 9)
-    assert bodies.alone(second)
+    assert second.alone
 
 
 def test_a_body_is_beside_others_only_while_it_runs(bodies: BodiesInFlight) -> None:
