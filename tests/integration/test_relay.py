@@ -837,9 +837,13 @@ def test_five_relays_leave_no_shard_without_a_leader_whoever_dies(beatless_app: 
     relays.pop(2).stop()
 
 
-def session_loop(relay: Relay, sessions: Sessions) -> SessionLoop:
+@contextmanager
+def session_loop(relay: Relay, sessions: Sessions) -> Iterator[SessionLoop]:
     """A relay's, driven by hand."""
-    return SessionLoop(relay._config, sessions, alarm=relay._alarm, stopping=threading.Event())
+    loop = SessionLoop(relay._config, sessions, alarm=relay._alarm, stopping=threading.Event())
+    with closing(loop):
+        yield loop
+        loop.drain.tasks.await_result()  # else it may arrive when the names of the test are gone
 
 
 @pytest.fixture
@@ -851,8 +855,8 @@ def five(beatless_app: App) -> Iterator[list[SessionLoop]]:
             relay = beatless_app.relay()
             ends.callback(relay.stop)
             sessions = Sessions(beatless_app.queries, beatless_app.direct_connection)
-            loops.append(session_loop(relay, ends.enter_context(sessions)))
-            ends.callback(loops[-1].close)
+            ends.enter_context(sessions)
+            loops.append(ends.enter_context(session_loop(relay, sessions)))
             loops[-1].sessions.announce()
         while any(loop.sessions.members_changed or not loop.shards.members for loop in loops):
             for loop in loops:

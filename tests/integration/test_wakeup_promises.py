@@ -76,8 +76,7 @@ def loop(beatless_app: App) -> Iterator[SessionLoop]:
         sessions = ends.enter_context(
             Sessions(beatless_app.queries, beatless_app.direct_connection)
         )
-        found = session_loop(relay, sessions)
-        ends.callback(found.close)
+        found = ends.enter_context(session_loop(relay, sessions))
         sessions.announce()
         found.rebalance()
         assert len(found.shards.owned) == SHARDS
