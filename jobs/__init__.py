@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same at run time
     from beatless.app import App
+    from beatless.approval_links import ApprovalLink
     from beatless.client import Client, RunRequest, SignalRequest
     from beatless.errors import (
         BadRequest,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.child_elements import ElementContext, child, map_
     from beatless.orchestrator.context import StepContext
     from beatless.orchestrator.errors import (
+        AlreadyDecided,
+        ApprovalNotOpen,
         BadPayload,
         CannotRetry,
         ChildFailed,
@@ -46,19 +49,24 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         WorkerStops,
     )
     from beatless.orchestrator.events import Event
+    from beatless.orchestrator.forms import Verdict
     from beatless.orchestrator.function_plan import plan
-    from beatless.orchestrator.open_waits import Signal
+    from beatless.orchestrator.open_waits import Approval, Signal
     from beatless.orchestrator.outcomes import Finish, Goto, Snooze
     from beatless.orchestrator.plan import Plan, step
-    from beatless.orchestrator.records import Run, SentSignal
+    from beatless.orchestrator.records import Run, SentDecision, SentSignal
     from beatless.orchestrator.retry import retry
     from beatless.orchestrator.run_context import Child, RunContext
     from beatless.orchestrator.state import RunState
-    from beatless.orchestrator.waits import days, hours, minutes, sleep, wait
+    from beatless.orchestrator.waits import approve, days, hours, minutes, sleep, wait
     from beatless.settings import Settings
 
 _MODULES = {
+    "AlreadyDecided": "beatless.orchestrator.errors",
     "App": "beatless.app",
+    "Approval": "beatless.orchestrator.open_waits",
+    "ApprovalLink": "beatless.approval_links",
+    "ApprovalNotOpen": "beatless.orchestrator.errors",
     "AsyncStepContext": "beatless.orchestrator.async_context",
     "BadPayload": "beatless.orchestrator.errors",
     "BadRequest": "beatless.errors",
@@ -89,6 +97,7 @@ _MODULES = {
     "RunRequest": "beatless.client",
     "RunState": "beatless.orchestrator.state",
     "SchemaBehind": "beatless.errors",
+    "SentDecision": "beatless.orchestrator.records",
     "SentSignal": "beatless.orchestrator.records",
     "Settings": "beatless.settings",
     "Signal": "beatless.orchestrator.open_waits",
@@ -103,9 +112,11 @@ _MODULES = {
     "TextLines": "beatless.observe.logs",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
+    "Verdict": "beatless.orchestrator.forms",
     "WaitTimeout": "beatless.errors",
     "WorkerStops": "beatless.orchestrator.errors",
     "WrongEncoding": "beatless.errors",
+    "approve": "beatless.orchestrator.waits",
     "child": "beatless.orchestrator.child_elements",
     "days": "beatless.orchestrator.waits",
     "hours": "beatless.orchestrator.waits",
@@ -119,7 +130,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "AlreadyDecided",
     "App",
+    "Approval",
+    "ApprovalLink",
+    "ApprovalNotOpen",
     "AsyncStepContext",
     "BadPayload",
     "BadRequest",
@@ -150,6 +165,7 @@ __all__ = [
     "RunRequest",
     "RunState",
     "SchemaBehind",
+    "SentDecision",
     "SentSignal",
     "Settings",
     "Signal",
@@ -164,9 +180,11 @@ __all__ = [
     "TextLines",
     "UnknownPlan",
     "Unreachable",
+    "Verdict",
     "WaitTimeout",
     "WorkerStops",
     "WrongEncoding",
+    "approve",
     "child",
     "days",
     "hours",

@@ -32,7 +32,7 @@ from beatless.orchestrator.failure import (
     storable_text,
 )
 from beatless.orchestrator.long_history import HistoryTooLong
-from beatless.orchestrator.open_waits import OpenWait, Signal, wait_started
+from beatless.orchestrator.open_waits import OpenWait, Received, wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence
 from beatless.orchestrator.progress import (
@@ -199,7 +199,7 @@ class Boundaries:
         progress: Progress,
         wait: Wait,
         opened: OpenWait,
-        signal: Signal | None,
+        signal: Received | None,
         *,
         gives_back: bool,
     ) -> Conclusion:

@@ -8,6 +8,8 @@ OrchestratorError
 ├── RunNotFound         no run has this id
 ├── RunEnded            the run has ended: it receives nothing any more
 ├── SignalConflict      the key of a signal was used for its run before, with other content
+├── ApprovalNotOpen     the run does not wait for this approval
+├── AlreadyDecided      the approval has a decision
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── StepEnded           a thread outlived its step and speaks through the context still
@@ -19,6 +21,8 @@ OrchestratorError
 ├── DeadlineExceeded    the run took longer than `deadline` allows: it ends as failed
 └── Fatal               raised by a step: fail the run now, no retry
 """
+
+from collections.abc import Sequence
 
 
 class OrchestratorError(Exception):
@@ -98,6 +102,40 @@ class SignalConflict(OrchestratorError):
         return (
             f"run {self.run_id} has received another signal with the key {self.key!r}: "
             "use another key, or send the same name and data"
+        )
+
+
+class ApprovalNotOpen(OrchestratorError):
+    """The run does not wait for this approval: it has ended, was not reached, or is no approval."""
+
+    def __init__(self, run_id: str, name: str, opened: Sequence[str]) -> None:
+        super().__init__(run_id, name, opened)
+        self.run_id = run_id
+        self.name = name
+        self.opened = opened
+        """The approvals that are open."""
+
+    def __str__(self) -> str:
+        opened = " and ".join(self.opened) or "none"
+        return (
+            f"run {self.run_id} does not wait for an approval {self.name!r:.200}: open are {opened}"
+        )
+
+
+class AlreadyDecided(OrchestratorError):
+    """The approval has a decision: only the first one counts."""
+
+    def __init__(self, run_id: str, occurrence: str, by: str, at: str) -> None:
+        super().__init__(run_id, occurrence, by, at)
+        self.run_id = run_id
+        self.occurrence = occurrence
+        self.by = by
+        self.at = at
+        """In ISO 8601."""
+
+    def __str__(self) -> str:
+        return (
+            f"approval {self.occurrence} of run {self.run_id} was decided by {self.by}, {self.at}"
         )
 
 

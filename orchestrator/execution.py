@@ -33,9 +33,9 @@ from beatless.orchestrator.child_calls import ChildrenTurn, Tends
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.open_waits import OpenWait, Signal
+from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
-from beatless.orchestrator.progress import UNKNOWN_STEP, Progress, UnknownStep, fold
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress, UnknownStep, fold
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
@@ -290,15 +290,10 @@ class Execution:
             take(page.events)
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
-        """Start the next attempt of where the run is; None if there is none to start.
-
-        It is counted before its body runs.
-        """
-        if progress.unknown is not None:
-            reason = str(UnknownStep(self._plan.name, progress.unknown))
-            yield from self._settle(
-                self._released(progress, progress.unknown, UNKNOWN_STEP, reason)
-            )
+        """Start and count the next attempt of where the run is; None if there is none to start."""
+        if (lacking := progress.unknown) is not None:  # a worker with another version goes on
+            reason = str(UnknownStep(self._plan.name, lacking))
+            yield from self._settle(self._released(progress, lacking, UNKNOWN_STEP, reason))
             return None
         if progress.step is None:
             yield from self._settle(self._boundaries.completed(progress.result))
@@ -330,7 +325,10 @@ class Execution:
         if self._lease.late:
             yield from self._settle(self._boundaries.overdue())
             return None
-        signal = progress.inbox.oldest(opened.names)
+        signal = progress.inbox.oldest(opened)
+        if problem := opened.problem_with(signal, wait.form):
+            yield from self._settle(self._released(progress, progress.key, CHANGED_CALL, problem))
+            return None
         if signal is None and not opened.ended(self._lease.now_ms):
             reply: Committed | Signalled = yield CommitIfQuiet(
                 settlement=self._boundaries.parked(progress), waits=[opened.seq]
@@ -350,7 +348,7 @@ class Execution:
         return progress
 
     def _waited(
-        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Signal | None
+        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Received | None
     ) -> Conclusion:
         """The commit for the end of a wait, with all that follows from it."""
         return self._boundaries.waited(progress, wait, opened, signal, gives_back=self._stopping())
@@ -359,7 +357,7 @@ class Execution:
         self,
         progress: Progress,
         wait: Wait,
-        signal: Signal | None,
+        signal: Received | None,
         conclusion: Conclusion,
         end: Committed,
     ) -> Progress | None:
@@ -430,7 +428,7 @@ class Execution:
             occurrence=progress.occurrence,
             key=f"{self._run_id}:{progress.key}",
             attempt=progress.starts,
-            results=progress.results,
+            results=progress.shown_results(self._plan),
             compensating=progress.compensating,
             deaths=progress.deaths,
             conclude=conclude,

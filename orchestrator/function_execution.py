@@ -35,7 +35,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, fold_calls, history_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.long_history import HistoryTooLong
-from beatless.orchestrator.open_waits import OpenWait, Signal
+from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.progress import ARGUMENTS, Progress, fold
@@ -227,7 +227,7 @@ class FunctionExecution(Execution):
         return replace(conclusion, settlement=self._joined(progress, outcome, answer))
 
     def _waited(
-        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Signal | None
+        self, progress: Progress, wait: Wait, opened: OpenWait, signal: Received | None
     ) -> Conclusion:
         del wait
         assert isinstance(progress, Call)  # noqa: S101 - an `on_cancel` step is no wait
@@ -255,7 +255,7 @@ class FunctionExecution(Execution):
         self,
         progress: Progress,
         wait: Wait,
-        signal: Signal | None,
+        signal: Received | None,
         conclusion: Conclusion,
         end: Committed,
     ) -> Progress | None:

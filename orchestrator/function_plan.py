@@ -8,6 +8,7 @@ from typing import Any
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.forms import Form, find_form
 from beatless.orchestrator.outcomes import STEP_NAME, PlanError
 from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
 from beatless.orchestrator.typed_input import typed_input
@@ -87,6 +88,11 @@ class FunctionPlan(Plan):
         """None that is known: the function decides."""
         del name
         return []
+
+    def form(self, occurrence: str, reference: str) -> Form | None:
+        """As there: of the types that its code names, or that a loaded module has."""
+        del occurrence
+        return find_form(reference, _named(self.function))
 
     def started_with(self, stored: str) -> int:
         """The number in a stored version; 0 of a run that began with a list of steps."""

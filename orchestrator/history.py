@@ -10,7 +10,7 @@ from beatless.orchestrator.child_calls import RIVALS, Children
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.open_waits import OpenWaits, Signal
+from beatless.orchestrator.open_waits import OpenWaits, Received, received_of
 from beatless.orchestrator.plan import step_of
 from beatless.orchestrator.progress import (
     ARGUMENTS,
@@ -179,7 +179,7 @@ def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> 
         call.arguments, call.ended = arguments, True
         call.result = reused.get(RESULTS, {}).get(name)
         if name in reused.get(SIGNALS, ()):
-            call.result = Signal(**call.result)
+            call.result = received_of(call.result)
         call.error = reused.get(ERRORS, {}).get(name)
     history.resume(plan, reused)
     for kind, values in reused.get(VALUES, {}).items():
@@ -278,7 +278,9 @@ def reusable_calls(
     if not ended:
         return None
     signals = {
-        call.occurrence: call.result.to_dict() for call in ended if isinstance(call.result, Signal)
+        call.occurrence: call.result.to_dict()
+        for call in ended
+        if isinstance(call.result, Received)
     }
     results = {call.occurrence: call.result for call in ended if call.error is None} | signals
     reused: dict[str, Any] = {

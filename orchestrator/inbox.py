@@ -6,6 +6,7 @@ the journal of a run has one writer, and no open transaction of a sender holds t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -13,7 +14,7 @@ import psycopg
 from beatless.orchestrator.errors import RunEnded, RunNotFound, SignalConflict
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.open_waits import OpenWait
-from beatless.orchestrator.records import NewSignal, SentSignal
+from beatless.orchestrator.records import NewDecision, NewSignal, SentDecision, SentSignal
 from beatless.outbox.message import shard_of
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
@@ -65,6 +66,36 @@ class Inbox:
         """The waits of a run that have begun and not ended, oldest first."""
         rows = execute(connection, self._sql["open_waits"], {"run_id": run_id})
         return [OpenWait.from_started(step, data, seq=seq) for step, data, seq in rows]
+
+    def decide(
+        self, connection: Caller, new: NewDecision, *, namespace: str
+    ) -> SentDecision | None:
+        """Store the decision of an open approval, as a signal, in one statement.
+
+        None if it is not open, or has a decision. Of two at once one waits for the transaction of
+        the other, whatever their isolation.
+        """
+        ((decided_at, _),) = execute(
+            connection, self._sql["decide"], new.to_row() | {"namespace": namespace}
+        )
+        return None if decided_at is None else new.sent(decided_at)
+
+    def decision(
+        self, connection: Caller, run_id: str, name: str, data: str
+    ) -> tuple[str, str, str | None, datetime, bool] | None:
+        """The last decision of an occurrence, or of a name: of which, by whom, by which link, when.
+
+        And whether its data is this. None if there is none.
+        """
+        rows = execute(
+            connection, self._sql["decision"], {"run_id": run_id, "name": name, "data": data}
+        )
+        return tuple(rows[0]) if rows else None
+
+    def begun(self, connection: Caller, run_id: str, name: str) -> int:
+        """The number of occurrences of a wait that a run has begun, but for those with an id."""
+        ((number,),) = execute(connection, self._sql["begun"], {"run_id": run_id, "name": name})
+        return int(number)
 
     def take_in(
         self,

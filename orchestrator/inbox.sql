@@ -69,6 +69,41 @@ SELECT exists, ended, known, differs,
        CASE WHEN n IN (SELECT n FROM good) THEN {each_doorbell} END
   FROM found i ORDER BY n
 
+-- name: decide
+-- Store the decision of an approval that is open: once, and with the signal that carries it.
+-- Of two transactions the second waits at the primary key of `decisions` for the first.
+WITH i AS (
+  SELECT run_id FROM {schema}.runs
+   WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND cancel_requested_at IS NULL
+     AND state NOT IN ('completed', 'failed', 'cancelled')
+), d AS (
+  INSERT INTO {schema}.decisions (run_id, occurrence, data, decided_by, link)
+  SELECT i.run_id, w.step, %(data)s::jsonb, %(by)s, %(link)s FROM i CROSS JOIN LATERAL ({waits_of}) w
+   WHERE w.step = %(occurrence)s AND w.data ->> 'kind' = 'approval'
+  ON CONFLICT DO NOTHING RETURNING *
+), s AS (
+  INSERT INTO {schema}.signals (run_id, name, key, data, decision)
+  SELECT run_id, occurrence, %(key)s, data, jsonb_strip_nulls(jsonb_build_object(
+         'wait', occurrence, 'by', decided_by, 'link', link,
+         'at', (extract(epoch FROM decided_at) * 1000)::bigint)) FROM d
+), w AS (
+  INSERT INTO {schema}.wakes (shard, run_id) SELECT %(shard)s, run_id FROM d
+)
+SELECT (SELECT decided_at FROM d), CASE WHEN EXISTS (SELECT FROM d) THEN {doorbell} END
+
+-- name: decision
+-- Read the last decision of an occurrence, or of a name, and whether its data is this.
+SELECT occurrence, decided_by, link, decided_at, data = %(data)s::jsonb FROM {schema}.decisions
+ WHERE run_id = %(run_id)s AND %(name)s IN (occurrence, split_part(occurrence, '#', 1))
+ ORDER BY decided_at DESC LIMIT 1
+
+-- name: begun
+-- Count the occurrences of a wait that a run has begun, but for those with an id.
+-- By the run's events, which are read in whole.
+SELECT count(*) FROM {schema}.run_events
+ WHERE run_id = %(run_id)s AND type = 'WaitStarted'
+   AND split_part(step, '#', 1) = %(name)s AND split_part(step, '#', 2) ~ '^[0-9]*$'
+
 -- name: lock
 -- Lock a run under its lease.
 -- In a statement of its own: the next one sees the signals that were committed while this waited.
@@ -82,7 +117,7 @@ WITH gone AS (
   DELETE FROM {schema}.signals WHERE run_id = (
     SELECT run_id FROM {schema}.runs
      WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running')
-  RETURNING run_id, id, name, key, data
+  RETURNING run_id, id, name, key, data, decision
 ), fresh AS MATERIALIZED (
   SELECT *, row_number() OVER (ORDER BY id) AS n FROM (
     SELECT DISTINCT ON (key) * FROM gone i
@@ -98,6 +133,7 @@ WITH gone AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
   SELECT u.run_id, u.last_seq - u.n + fresh.n, clock_timestamp(), 'SignalReceived', 'api',
          jsonb_build_object('name', name, 'data', coalesce(data, 'null'), 'key', key)
+           || CASE WHEN decision IS NULL THEN jsonb_build_object() ELSE jsonb_build_object('decision', decision) END
     FROM u CROSS JOIN fresh
 ), o AS (
   INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)

@@ -110,7 +110,10 @@ class ListExecution(Execution):
         """The call of an element, by the function for its inputs. Raises what that raises."""
         run, self._unread = self._lease.run, None
         context = ElementContext(
-            run_id=self._run_id, input=run.input, tags=run.tags, results=progress.results
+            run_id=self._run_id,
+            input=run.input,
+            tags=run.tags,
+            results=progress.shown_results(self._plan),
         )
         return element.call(context, progress.result)
 

@@ -14,6 +14,7 @@ from typing import Any, overload
 from beatless.orchestrator.celery_task import CeleryTask, call_task
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.forms import Form, find_form
 from beatless.orchestrator.outcomes import STEP_NAME, Finish, Goto, PlanError, Snooze
 from beatless.orchestrator.retry import Retry
 from beatless.orchestrator.waits import Wait
@@ -435,6 +436,16 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.name!r}, [{', '.join(self._names())}])"
+
+    def form(self, occurrence: str, reference: str) -> Form | None:
+        """The form of an approval that has begun, with the form of this name then.
+
+        None if the process does not have it.
+        """
+        element = self.get(step_of(occurrence))
+        if isinstance(element, Wait) and element.form is not None:
+            return element.form
+        return find_form(reference)
 
     @property
     def first(self) -> Element | None:

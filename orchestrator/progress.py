@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from beatless.orchestrator.child_calls import Children
-from beatless.orchestrator.errors import CannotRetry, RunCancelled
+from beatless.orchestrator.errors import BadPayload, CannotRetry, RunCancelled
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.open_waits import OpenWaits, Signal
+from beatless.orchestrator.open_waits import Approval, OpenWaits, Received, received_of
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
 from beatless.orchestrator.waits import Wait, WaitKind
 
@@ -64,7 +64,7 @@ LAST = "last"
 """In `reused`: the name of the result that was the last one."""
 
 SIGNALS = "signals"
-"""In `reused`: the names of the results that are signals."""
+"""In `reused`: the names of the results that are signals, or approvals."""
 
 FINAL = "final"
 """In StepFailed, where the run goes on: the step is not tried again.
@@ -130,6 +130,8 @@ class Progress:
     """The highest number that a child was given."""
     inbox: OpenWaits = field(default_factory=OpenWaits)
     """The open waits, and the signals that no wait has taken."""
+    approvals: set[str] = field(default_factory=set)
+    """The names of the results that are approvals."""
 
     @property
     def occurrence(self) -> str:
@@ -176,7 +178,32 @@ class Progress:
         if routed:
             self.straight.clear()
         self.visits[name] += 1
-        self.results[occurrence(name, self.visits[name])] = self.results[name] = result
+        visit = occurrence(name, self.visits[name])
+        self.results[visit] = self.results[name] = result
+        if type(result) is Approval:
+            self.approvals.update((visit, name))
+
+    def shown_results(self, plan: Plan) -> dict[str, Any]:
+        """The results for the body of a step: approvals have the type of their forms."""
+        if not self.approvals:
+            return self.results
+        return self.results | {name: self._shown(plan, name) for name in self.approvals}
+
+    def unreadable(self, plan: Plan) -> str | None:
+        """The name of an approval that this version of the plan cannot take."""
+        for name in self.approvals:
+            try:
+                self._shown(plan, name)
+            except BadPayload:
+                return name
+        return None
+
+    def _shown(self, plan: Plan, name: str) -> Any:
+        """Raises BadPayload."""
+        element, found = plan.get(step_of(name)), self.results[name]
+        if isinstance(element, Wait) and element.form and isinstance(found, Approval):
+            return found.as_form(element.form)
+        return found
 
     def go_on(self, step: Element | None, *, begun: str | None = None) -> None:
         """This step comes next; nothing of it is counted yet."""
@@ -239,8 +266,10 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 reused = data.get("reused", {})
                 signals = reused.get(SIGNALS, ())
                 for name, result in reused.get("results", {}).items():
-                    stored = Signal(**result) if name in signals else result
+                    stored = received_of(result) if name in signals else result
                     progress.results[plan.current(name)] = stored
+                    if type(stored) is Approval:
+                        progress.approvals.add(plan.current(name))
                 for name, visits in reused.get("visits", {}).items():
                     progress.visits[plan.current(name)] += visits
                 progress.straight.update(map(plan.current, reused.get("passed", ())))
@@ -307,6 +336,9 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.results.clear()
     if progress.compensating and progress.begun is None:
         return progress  # the `on_cancel` step has not begun
+    if progress.approvals and (unreadable := progress.unreadable(plan)) is not None:
+        progress.unknown = unreadable
+        return progress
     try:
         progress.step = next_step(plan, place, undoing=progress.compensating, after=progress.after)
     except UnknownStep as error:
@@ -407,7 +439,7 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
     if not progress.visits and progress.step is plan.first:
         return None
     received = {
-        name: result for name, result in progress.results.items() if isinstance(result, Signal)
+        name: result for name, result in progress.results.items() if isinstance(result, Received)
     }
     reused = {
         "results": progress.results | {name: each.to_dict() for name, each in received.items()},

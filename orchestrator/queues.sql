@@ -228,5 +228,7 @@ WITH gone AS (
 ), o AS (DELETE FROM {schema}.run_outbox WHERE run_id = ANY(%(run_ids)s)
 ), l AS (DELETE FROM {schema}.dead_letters WHERE run_id = ANY(%(run_ids)s)
 ), s AS (DELETE FROM {schema}.signals WHERE run_id = ANY(%(run_ids)s)
+), a AS (DELETE FROM {schema}.decisions WHERE run_id = ANY(%(run_ids)s)
+), k AS (DELETE FROM {schema}.approval_links WHERE run_id = ANY(%(run_ids)s)
 ), d AS (DELETE FROM {schema}.dispatches WHERE run_id = ANY(%(run_ids)s))
 SELECT run_id FROM gone

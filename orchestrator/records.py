@@ -286,6 +286,60 @@ class SentSignal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SentDecision:
+    """The decision of an approval, which is stored for its run.
+
+    >>> run = beatless.start_run("complaint")
+    >>> executed = beatless.work_until_idle()
+    >>> yes = {"approved": True}
+    >>> sent = beatless.client.approve_run(run.run_id, "Refund", yes, by="ann@example.com")
+    >>> sent.occurrence, sent.by, sent.new
+    ('Refund', 'ann@example.com', True)
+    """
+
+    run_id: str
+    occurrence: str
+    """Of the wait."""
+    by: str
+    at: datetime
+    """By the clock of Postgres."""
+    new: bool
+    """Whether it was stored now; False if the same person had sent the same before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDecision:
+    """A checked decision of an approval. `data` is JSON text."""
+
+    run_id: str
+    occurrence: str
+    data: str
+    by: str
+    link: str | None
+    """The id of the link by which it was sent."""
+    key: str
+    """That of its signal, which no other has."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The parameters of its statement."""
+        return {
+            "run_id": self.run_id,
+            "shard": shard_of(self.run_id),
+            "occurrence": self.occurrence,
+            "data": self.data,
+            "by": self.by,
+            "link": self.link,
+            "key": self.key,
+        }
+
+    def sent(self, at: datetime, *, new: bool = True) -> SentDecision:
+        """As it is stored since then."""
+        return SentDecision(
+            run_id=self.run_id, occurrence=self.occurrence, by=self.by, at=at, new=new
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Appended:
     """The result of an append."""
 

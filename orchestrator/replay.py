@@ -15,9 +15,10 @@ from beatless.orchestrator.arguments import digest, digest_of_wait
 from beatless.orchestrator.child_calls import ChildCall, ChildEnd, Children, ReadEnds, failure_of
 from beatless.orchestrator.errors import BadPayload, ChildFailed, StepFailed
 from beatless.orchestrator.failure import describe, line_of, text_of
+from beatless.orchestrator.forms import Form
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall, result_of
-from beatless.orchestrator.open_waits import Signal
+from beatless.orchestrator.open_waits import Approval, Received, Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step, occurrence, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
@@ -166,7 +167,18 @@ class Replay:
         self._waits.add(wait.name)
         name = self._named(wait.name, id)
         arguments = digest_of_wait(wait.kind, wait.names) if id is None else None
-        return self._answer(wait.name, name, arguments, lambda: wait)
+        found = self._answer(wait.name, name, arguments, lambda: wait)
+        if wait.form is None or not isinstance(found, Outcome):
+            return found
+        try:
+            return self._as_form(wait.form, name, wait.name, found)
+        except BadPayload as error:
+            return Mismatch(
+                step=name,
+                reason=CHANGED_CALL,
+                message=f"plan {self.plan.name} cannot take the stored {name}: {error}",
+                advice="let the type of form= take what is stored: give new members a default",
+            )
 
     def children(self, call: ChildCall, id: str | None) -> Outcome | Call | Mismatch:
         """The same of a call that starts children: a `Children` once they were started or ended.
@@ -236,10 +248,21 @@ class Replay:
         stored.ended, stored.result, stored.arguments = True, result, call.arguments
         return self._outcome(step_of(call.named), stored)
 
-    def waited(self, call: Call, signal: Signal | None) -> Outcome:
-        """The wait of a call was ended by this signal, or by its time."""
+    def waited(self, call: Call, signal: Received | None) -> Outcome:
+        """The wait of a call was ended by this signal, or by its time. Raises BadPayload."""
         self.history.inbox.end(call.key, None if signal is None else signal.seq)
-        return self.finished(call, signal)
+        outcome = self.finished(call, signal)
+        if not isinstance(call.step, Wait) or call.step.form is None:
+            return outcome
+        return self._as_form(call.step.form, call.named, call.step.name, outcome)
+
+    def _as_form(self, form: Form, named: str, base: str, outcome: Outcome) -> Outcome:
+        """The outcome with an approval of the type of its form. Raises BadPayload."""
+        if not isinstance(outcome.result, Approval):
+            return outcome
+        shown = outcome.result.as_form(form)
+        self.results[named] = self.results[base] = shown
+        return replace(outcome, result=shown)
 
     def failed(self, call: Call, error: dict[str, Any]) -> Outcome:
         """The step of a call has failed for good."""
@@ -391,7 +414,7 @@ def _copy(value: Any) -> Any:
             return {name: _copy(each) for name, each in value.items()}
         case list():
             return [_copy(each) for each in value]
-        case Signal():
+        case Signal() | Approval():
             return replace(value, data=_copy(value.data))
     return value
 

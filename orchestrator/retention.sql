@@ -50,6 +50,10 @@ WITH chosen AS (
   DELETE FROM {schema}.dead_letters l USING chosen WHERE l.run_id = chosen.run_id
 ), unheard AS (
   DELETE FROM {schema}.signals WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
+), decided AS (
+  DELETE FROM {schema}.decisions WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
+), links AS (
+  DELETE FROM {schema}.approval_links WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
 ), unpublished AS (
   DELETE FROM {schema}.run_outbox WHERE run_id = ANY(ARRAY(SELECT run_id FROM chosen))
 )

@@ -20,13 +20,13 @@ from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
-from beatless.orchestrator.waits import seconds_of_wait, sleep_of, wait
+from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
 
 Input = TypeVar("Input")
 
 ONE_AT_A_TIME = (
-    "the function of a plan can await only run.step(…), run.wait(…), run.sleep(…), run.child(…), "
-    "run.map(…) and the result() of a child, one at a time; do the rest in a step"
+    "the function of a plan can await only run.step(…), run.wait(…), run.approve(…), run.sleep(…), "
+    "run.child(…), run.map(…) and the result() of a child, one at a time; do the rest in a step"
 )
 
 Asked = Call | Mismatch
@@ -115,6 +115,41 @@ class RunContext(Generic[Input]):
         ...     return {"shipped": True, "amount": paid.data["amount"]}
         """
         return self._answer(self._replay.wait(wait(*names, timeout=timeout, name=name), id))
+
+    def approve(
+        self,
+        title: str,
+        *,
+        form: Any = None,
+        timeout: float | timedelta | None = None,
+        name: str | None = None,
+        id: str | None = None,
+    ) -> Any:
+        """Wait until a person has decided: the `Approval`, with `data`, `by` and `at`.
+
+        `title` is the question. `form` is the type of the decision, which is checked when it is
+        sent and then is `data`: a dataclass, a TypedDict or a model of pydantic; without one it is
+        a `Verdict`. An Approval is always true, also if its decision is no; None comes only after
+        a time-out. The wait is called like the title, with an underscore for what a name cannot
+        have, unless it is given a `name`; `timeout` and `id` are as those of `wait`. In an
+        `async def` plan this is awaited.
+
+        Raises PlanError for a bad title, name, form or timeout, and for a name that a step of the
+        plan has.
+
+        >>> from beatless import RunContext, days, plan, step
+        >>> @step
+        ... def pay_back(ctx, comment): ...
+        >>> @plan("complaint")
+        ... def complaint(run: RunContext):
+        ...     decision = run.approve("Refund?", timeout=days(3))
+        ...     if decision is None or not decision.data.approved:
+        ...         return {"refunded": False}
+        ...     run.step(pay_back, decision.data.comment)
+        ...     return {"refunded": True, "by": decision.by}
+        """
+        asked = approve(title, form=form, timeout=timeout, name=name)
+        return self._answer(self._replay.wait(asked, id))
 
     def sleep(
         self, duration: float | timedelta, *, name: str = "sleep", id: str | None = None

@@ -8,6 +8,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     Table,
     Text,
     text,
@@ -126,6 +127,32 @@ signals = Table(
     Column("name", Text, nullable=False),
     Column("key", Text, nullable=False),
     Column("data", JSONB),
+    Column("decision", JSONB),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("occurrence", Id, primary_key=True),
+    Column("data", JSONB, nullable=False),
+    Column("decided_by", Text, nullable=False),
+    Column("link", Id),
+    Column("decided_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
+
+approval_links = Table(
+    "approval_links",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("hash", LargeBinary, nullable=False, unique=True),
+    Column("run_id", Id, nullable=False),
+    Column("occurrence", Id, nullable=False),
+    Column("decided_by", Text, nullable=False),
+    Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Column("expires_at", Time, nullable=False),
+    Column("revoked_at", Time),
+    Index("approval_links_run", "run_id"),
 )
 
 ended_runs = Table(

@@ -164,6 +164,8 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 wait, waits = event, None
             case EventType.SIGNAL_RECEIVED:
                 text = f"signal {data.get('name')} was received"
+                if decision := data.get("decision"):
+                    text = f"approval {data.get('name')} was decided by {decision.get('by')}"
                 yield Moment(at=event.ts, kind="signal", text=text)
             case EventType.WAIT_FINISHED:
                 yield _waited(wait or event, event)
@@ -212,8 +214,10 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
 def _waited(started: Event, finished: Event) -> Moment:
     """A wait of the plan, from its beginning to its end."""
     outcome = str((finished.data or {}).get("outcome"))
+    by = (finished.data or {}).get("by")
     text = {
-        WaitOutcome.RECEIVED.value: f"waited for {named_waits(started)}, and received it",
+        WaitOutcome.RECEIVED.value: f"waited for {named_waits(started)}, and received it"
+        + (f" from {by}" if by else ""),
         WaitOutcome.TIMED_OUT.value: f"waited for {named_waits(started)} until its time-out",
         WaitOutcome.SLEPT.value: "slept",
     }.get(outcome, f"waited: {outcome}")
@@ -230,6 +234,8 @@ def named_waits(started: Event) -> str:
     """What the wait of a WaitStarted waits for, as part of a sentence."""
     if started.type == EventType.CHILDREN_STARTED:
         return "its children"
+    if title := (started.data or {}).get("title"):
+        return f'the approval "{title}"'
     names = (started.data or {}).get("names") or []
     return f"signal {' or '.join(names)}" if names else "its time"
 

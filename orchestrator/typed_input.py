@@ -48,10 +48,14 @@ class Untyped:
 class PydanticInput:
     """A type that pydantic knows."""
 
-    def __init__(self, type: Any) -> None:
-        """Raises ImportError without pydantic, and its error for a type that it cannot check."""
+    def __init__(self, type: Any, *, where: str = INPUT, no_member: str = NO_MEMBER) -> None:
+        """`where` names the value in errors, `no_member` is the reason for an unknown member.
+
+        Raises ImportError without pydantic, and its error for a type that it cannot check.
+        """
         from pydantic import ConfigDict, TypeAdapter
 
+        self._where, self._no_member = where, no_member
         self._stored = TypeAdapter(type)
         """Of an input that may have been given to an earlier version, with members of then."""
         new_type: Any = NewType  # under a name, because a dataclass itself takes no config
@@ -64,10 +68,10 @@ class PydanticInput:
         self.schema()
 
     def load(self, value: Any) -> Any:
-        return _checked(self._stored, value)
+        return self._checked(self._stored, value)
 
     def dump(self, value: Any) -> Any:
-        checked = _checked(self._given, value)
+        checked = self._checked(self._given, value)
         if isinstance(value, dict | list | str | int | float | None):
             return value
         return self._given.dump_python(checked, mode="json")
@@ -75,20 +79,19 @@ class PydanticInput:
     def schema(self) -> dict[str, Any]:
         return self._given.json_schema()
 
+    def _checked(self, adapter: Any, value: Any) -> Any:
+        """The value of the type that JSON stands for. Raises BadPayload, naming the member."""
+        from pydantic import ValidationError
 
-def _checked(adapter: Any, value: Any) -> Any:
-    """The value of the type that JSON stands for. Raises BadPayload, naming the member."""
-    from pydantic import ValidationError
-
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
-        )
-        reason = NO_MEMBER if first["type"] in UNKNOWN_MEMBER else first["msg"]
-        raise BadPayload(f"{INPUT}{path}", f"is refused: {reason}") from error
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            path = "".join(
+                f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+            )
+            reason = self._no_member if first["type"] in UNKNOWN_MEMBER else first["msg"]
+            raise BadPayload(f"{self._where}{path}", f"is refused: {reason}") from error
 
 
 def typed_input(type: Any) -> TypedInput:

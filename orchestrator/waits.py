@@ -1,10 +1,14 @@
-"""Elements of a plan at which its runs wait: for a signal, or for a time. Pure."""
+"""Elements of a plan at which its runs wait: for a signal, a person, or a time. Pure."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from typing import Any
 
+from beatless.orchestrator.events import storable
+from beatless.orchestrator.forms import Form, form_of
 from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
 from beatless.outbox.times import MOST_S, problem_with_seconds
 
@@ -15,6 +19,20 @@ class WaitKind(StrEnum):
     SIGNAL = "signal"
     SLEEP = "sleep"
     CHILDREN = "children"
+    APPROVAL = "approval"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "WaitKind | None":
+        """A kind that a newer version has written is shown, and its run left to that version."""
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_, unknown._value_ = value, value
+        return unknown
+
+
+TITLE_CHARACTERS = 200
+"""Of the title of an approval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +47,10 @@ class Wait:
     """From its start to its time-out, or to the end of the sleep; None if it has no end."""
     on_timeout: Goto | None = None
     """The element that follows a time-out; None if it is the next one of the list."""
+    title: str | None = None
+    """The question of an approval."""
+    form: Form | None = None
+    """The type of the decision of an approval."""
 
     @property
     def route(self) -> Goto | None:
@@ -62,21 +84,82 @@ def wait(
         check_name(each)
     if len(set(names)) < len(names):
         raise PlanError(f"wait {label} names a signal twice: {', '.join(names)}")
-    seconds = None if timeout is None else seconds_of_wait(f"wait {label}: timeout", timeout)
-    if on_timeout is not None:
-        if not isinstance(on_timeout, Goto):
-            raise PlanError(
-                f'wait {label}: on_timeout is {on_timeout!r}; give it a Goto: Goto("release")'
-            )
-        if on_timeout.result is not None:
-            raise PlanError(
-                f"wait {label}: on_timeout carries a result; after a time-out the result is None"
-            )
-        if seconds is None:
-            raise PlanError(f"wait {label} has an on_timeout and no timeout: it would never come")
+    seconds = _seconds_until(f"wait {label}", timeout, on_timeout)
     return Wait(
         name=label, kind=WaitKind.SIGNAL, names=names, seconds=seconds, on_timeout=on_timeout
     )
+
+
+def approve(
+    title: str,
+    *,
+    form: Any = None,
+    timeout: float | timedelta | None = None,
+    on_timeout: Goto | None = None,
+    name: str | None = None,
+) -> Wait:
+    """An element of a plan that waits until a person has decided: `client.approve_run`.
+
+    `title` is the question that the person is asked. `form` is the type of the decision: a
+    dataclass, a TypedDict or a model of pydantic, by which it is checked when it is sent. Without
+    one it is a `Verdict`: `approved` and a `comment`. A later step finds an `Approval` under the
+    name of the wait, with the decision as its `data`; or None after a time-out, which is as that of
+    `wait`. The name is made of the title unless it is given: `refund` of "refund?".
+
+    Raises PlanError for a bad title, name, form or timeout.
+
+    >>> from beatless import Goto, approve, days
+    >>> asked = approve("Refund the order?", timeout=days(3), on_timeout=Goto("close"))
+    >>> asked.name, asked.title
+    ('Refund_the_order', 'Refund the order?')
+    """
+    if not isinstance(title, str) or not title.strip() or len(title) > TITLE_CHARACTERS:
+        raise PlanError(
+            f"title {title!r:.200} of an approval must be text of 1 to {TITLE_CHARACTERS} "
+            'characters: approve("Refund the order?")'
+        )
+    if not storable(title):
+        raise PlanError(f"title {title!r} of an approval has a NUL or half of a surrogate pair")
+    label = re.sub(r"[^A-Za-z0-9_]+", "_", title).strip("_") if name is None else name
+    if not isinstance(label, str) or not STEP_NAME.fullmatch(label):
+        raise PlanError(
+            f"name {label!r} of approval {title!r} must match {STEP_NAME.pattern}: give it one, "
+            'as in approve("…", name="refund")'
+        )
+    return Wait(
+        name=label,
+        kind=WaitKind.APPROVAL,
+        seconds=_seconds_until(f"approval {label}", timeout, on_timeout),
+        on_timeout=on_timeout,
+        title=title,
+        form=_form_of_approval(label, form),
+    )
+
+
+def _form_of_approval(label: str, form: Any) -> Form:
+    try:
+        return form_of(form)
+    except PlanError as error:
+        raise PlanError(f"approval {label}: {error}") from error
+
+
+def _seconds_until(
+    where: str, timeout: float | timedelta | None, on_timeout: Goto | None
+) -> float | None:
+    """The seconds of a time-out, and a check of its route. Raises PlanError."""
+    seconds = None if timeout is None else seconds_of_wait(f"{where}: timeout", timeout)
+    if on_timeout is not None:
+        if not isinstance(on_timeout, Goto):
+            raise PlanError(
+                f'{where}: on_timeout is {on_timeout!r}; give it a Goto: Goto("release")'
+            )
+        if on_timeout.result is not None:
+            raise PlanError(
+                f"{where}: on_timeout carries a result; after a time-out the result is None"
+            )
+        if seconds is None:
+            raise PlanError(f"{where} has an on_timeout and no timeout: it would never come")
+    return seconds
 
 
 def sleep(

@@ -18,6 +18,7 @@ from typing import (
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from beatless.api.problems import Problem
+from beatless.client.approvals import LINK_S
 from beatless.client.requests import (
     OPTIONS,
     RunRequest,
@@ -29,6 +30,7 @@ from beatless.cursors import decode_page
 from beatless.errors import BadRequest
 from beatless.orchestrator.records import FailedRunFilter, Place
 from beatless.orchestrator.state import RunState
+from beatless.outbox.times import MOST_S
 
 
 def tags_of(texts: Sequence[str]) -> dict[str, str]:
@@ -123,6 +125,28 @@ class SignalBody(BaseModel):
     name: str = Field(max_length=100, examples=["paid"])
     data: Any = None
     key: str | None = Field(default=None, max_length=256)
+
+
+class ApprovalBody(BaseModel):
+    """The decision of an approval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: Any = Field(default=None, examples=[{"approved": True}])
+    """Of the type of the form, whose schema is at `/v1/runs/{id}/waits`."""
+    by: str = Field(min_length=1, max_length=200, examples=["ann@example.com"])
+    """The person who decides."""
+
+
+class ApprovalLinkBody(BaseModel):
+    """A link by which a person decides an approval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(min_length=1, max_length=200, examples=["ann@example.com"])
+    """The person who may decide by it."""
+    expires_in: float = Field(default=LINK_S, gt=0, le=MOST_S, allow_inf_nan=False)
+    """In seconds."""
 
 
 class RetryRequest(BaseModel):

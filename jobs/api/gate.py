@@ -27,6 +27,9 @@ Authenticate = Callable[[Request], Grant | Awaitable[Grant | None] | None]
 HEALTH = frozenset({"/livez", "/readyz"})
 """Open to all callers: supervisors and load balancers ask them."""
 
+LINK_ROUTE = "/approve/{token}"
+"""Open to all callers: the token in the address is the authority, and the route checks it."""
+
 PROXY_HEADERS = (
     "cf-",
     "client-ip",
@@ -79,7 +82,7 @@ class Gate:
 
     async def enter(self, request: Request, path: str) -> None:
         """Raises Problem (401), without details, unless the request is admitted."""
-        if path in HEALTH:
+        if path in HEALTH or path == LINK_ROUTE:
             return
         if path.startswith("/v1/"):
             request.state.beatless_grant = await self._grant(request)

@@ -23,6 +23,8 @@ from beatless.errors import (
     WrongEncoding,
 )
 from beatless.orchestrator.errors import (
+    AlreadyDecided,
+    ApprovalNotOpen,
     BadPayload,
     CannotRetry,
     EventsPruned,
@@ -38,6 +40,8 @@ from beatless.orchestrator.events import NESTING
 logger = logging.getLogger(__name__)
 
 STATUSES: dict[type[Exception], HTTPStatus] = {
+    AlreadyDecided: HTTPStatus.CONFLICT,
+    ApprovalNotOpen: HTTPStatus.CONFLICT,
     BadPayload: HTTPStatus.UNPROCESSABLE_ENTITY,
     BadRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     CannotRetry: HTTPStatus.CONFLICT,

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from beatless.client.requests import OPTIONS
 from beatless.orchestrator.events import EventType
-from beatless.orchestrator.records import Run, SentSignal
+from beatless.orchestrator.records import Run, SentDecision, SentSignal
 
 Schema = dict[str, Any]
 
@@ -92,14 +92,29 @@ EVENT_DATA: dict[EventType, Schema] = {
     EventType.STEP_OUTPUT: json_object({"first": {"type": "integer"}, "pieces": list_of(ANY)}),
     EventType.CANCEL_REQUESTED: json_object({}, optional={"reason": STRING, "on_cancel": STRING}),
     EventType.WAIT_STARTED: json_object(
-        {"kind": one_of("signal", "sleep")},
-        optional={"names": list_of(STRING), "seconds": NUMBER, "until": MILLISECONDS},
+        {"kind": one_of("signal", "sleep", "approval")},
+        optional={
+            "names": list_of(STRING),
+            "seconds": NUMBER,
+            "until": MILLISECONDS,
+            "title": STRING,
+            "form": {"type": "string", "description": "the type of the decision"},
+            "schema": {"type": "object", "description": "the JSON Schema of the decision"},
+        },
     ),
-    EventType.SIGNAL_RECEIVED: json_object({"name": STRING, "data": ANY, "key": STRING}),
+    EventType.SIGNAL_RECEIVED: json_object(
+        {"name": STRING, "data": ANY, "key": STRING},
+        optional={
+            "decision": json_object(
+                {"wait": STRING, "by": STRING, "at": MILLISECONDS}, optional={"link": STRING}
+            )
+        },
+    ),
     EventType.WAIT_FINISHED: json_object(
         {"outcome": one_of("received", "timed_out", "slept")},
         optional={
-            "kind": one_of("signal", "sleep"),
+            "kind": one_of("signal", "sleep", "approval"),
+            "by": STRING,
             "name": STRING,
             "seq": SEQ,
             "next": ANY,
@@ -174,6 +189,18 @@ EVENT: Schema = {
 COMPONENTS: dict[str, Schema] = {
     "Run": {"description": "A run, as it is stored now."} | _of_dataclass(Run),
     "SentSignal": _of_dataclass(SentSignal),
+    "SentDecision": _of_dataclass(SentDecision),
+    "ApprovalLink": json_object(
+        {
+            "id": {"type": "string", "description": "by which it is revoked"},
+            "run_id": STRING,
+            "occurrence": STRING,
+            "by": STRING,
+            "expires_at": {"type": "string", "format": "date-time"},
+            "token": STRING,
+            "url": STRING,
+        }
+    ),
     "StreamToken": json_object(
         {"token": STRING, "seconds": {"type": "number", "description": "until it ends"}}
     ),
@@ -184,6 +211,8 @@ COMPONENTS: dict[str, Schema] = {
 
 RUN = ref("Run")
 SIGNAL = ref("SentSignal")
+DECISION = ref("SentDecision")
+APPROVAL_LINK = ref("ApprovalLink")
 STREAM_TOKEN = ref("StreamToken")
 RUNS = json_object({"runs": list_of(RUN), "next": {"type": ["string", "null"]}})
 EVENTS = json_object(

@@ -16,6 +16,7 @@ from beatless.api.lanes import LanesOfLoops
 from beatless.api.open_streams import OpenStreams
 from beatless.api.readiness import Readiness
 from beatless.api.routes import (
+    approvals,
     dead_letters,
     failed_runs,
     finished_runs,
@@ -37,6 +38,7 @@ ROUTERS = [
     module.router
     for module in (
         runs,
+        approvals,
         streams,
         failed_runs,
         finished_runs,

@@ -18,6 +18,11 @@ COMMANDS = {
         "serve": "Serve the HTTP API and the run page.",
         "token": "Tokens of the HTTP API.",
     },
+    "beatless.cli.approvals": {
+        "approve": "Decide approval NAME of RUN.",
+        "approve-link": "Make a link by which a person decides approval NAME of RUN; prints it.",
+        "revoke-link": "Let the link ID decide nothing any more.",
+    },
     "beatless.cli.demo": {
         "demo": (
             "Run the main job on throw-away servers, kill a worker in the middle, and check "

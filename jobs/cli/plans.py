@@ -122,11 +122,12 @@ def _members(element: Element) -> dict[str, object]:
             "failure": "collect" if element.collects else "fail",
         }
     if isinstance(element, Wait):
-        return {
+        members: dict[str, object] = {
             "wait": element.kind.value,
             "signals": list(element.names),
             "timeout": element.seconds,
         }
+        return members if element.title is None else members | {"title": element.title}
     return {
         "timeout": element.timeout,
         "max_attempts": element.retry.max_attempts,
@@ -146,7 +147,8 @@ def notes(step: Element) -> str:
         if step.kind is WaitKind.SLEEP:
             return f"sleeps for {step.seconds:g} s"
         ends = "" if step.seconds is None else f", at most {step.seconds:g} s"
-        return f"waits for {' or '.join(step.names)}{ends}"
+        waits_for = f'a person, "{step.title}"' if step.title else " or ".join(step.names)
+        return f"waits for {waits_for}{ends}"
     found = []
     if step.timeout is not None:
         found.append(f"{step.timeout:g} s")

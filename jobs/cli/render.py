@@ -281,9 +281,13 @@ def child_table(found: Sequence[Run]) -> Iterator[str]:
 
 def open_wait(wait: OpenWait) -> str:
     """A wait and its end, in words."""
-    text = " or ".join(wait.names) if wait.names else "a time"
     if wait.kind is WaitKind.CHILDREN:
         return "its children"
+    text = " or ".join(wait.names) if wait.names else "a time"
+    if wait.kind is WaitKind.APPROVAL:
+        text = f'a person: "{wait.title}"'
+    elif wait.kind not in set(WaitKind):
+        text = f"something of a newer version ({wait.kind})"
     if wait.until_ms is None:
         return f"{text}, without an end"
     until = datetime.fromtimestamp(wait.until_ms / 1000, UTC)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import sqlalchemy
 
+from beatless.approval_links import ApprovalLinks
 from beatless.client.queue_limit import QueueLimit
 from beatless.client.requests import RunRequest, check_texts, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, namespace_of, stored_id
@@ -50,6 +51,7 @@ class BaseClient:
         self._tracing = tracing
         self._letters = LetterStatements(journal.schema)
         self._inbox = Inbox(journal.schema)
+        self._links = ApprovalLinks(journal.schema)
         self._cancels = Cancels(journal.schema, max_event_bytes=journal.max_event_bytes)
         self._namespace = check_namespace(namespace)
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Unpack
 
+from beatless.client.approvals import ApprovalCalls
 from beatless.client.children import ChildrenCalls
 from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
@@ -19,7 +20,6 @@ from beatless.client.requests import (
     checked_tags,
     shows_run_options,
 )
-from beatless.client.signals import SignalCalls
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.children import ChildRuns
@@ -33,7 +33,9 @@ from beatless.outbox.queries import Caller, execute_lazily
 logger = logging.getLogger("beatless.client")
 
 
-class Client(StreamCalls, SignalCalls, ChildrenCalls, FailedRunCalls, DeadLetterCalls, QueueCalls):
+class Client(
+    StreamCalls, ApprovalCalls, ChildrenCalls, FailedRunCalls, DeadLetterCalls, QueueCalls
+):
     """Starts, reads and follows the runs of one app. Threads may share it.
 
     The ids of runs in another namespace than `default` begin with its name: `acme~order-1`. They

@@ -10,9 +10,10 @@ import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import calls, wire
-from beatless.http.calls import Exchange, named_as
+from beatless.http import approval_calls, calls, wire
+from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
@@ -98,6 +99,9 @@ class AsyncClient:
     cancel_run = in_loop(calls.cancel_run)
     signal_run = in_loop(calls.signal_run)
     waits = in_loop(calls.waits)
+    approve_run = in_loop(approval_calls.approve_run)
+    approval_link = in_loop(approval_calls.approval_link)
+    revoke_approval_link = in_loop(approval_calls.revoke_approval_link)
     children = in_loop(calls.children)
     retry_run = in_loop(calls.retry_run)
     remove_run = in_loop(calls.remove_run)

@@ -6,10 +6,10 @@ loop. Their methods are made from this table; a test compares them with those of
 """
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from types import NoneType
-from typing import Any, TypeAlias, TypeVar, Unpack, get_args
+from typing import Any, TypeVar, Unpack, get_args
 
 from beatless.client.requests import (
     RunOptions,
@@ -20,7 +20,17 @@ from beatless.client.requests import (
 from beatless.client.signals import new_signal_key
 from beatless.cursors import encode_page
 from beatless.errors import BadRequest
-from beatless.http.wire import Call, json_of, named_error, pairs_of, path_of, record_of, run_of
+from beatless.http.wire import (
+    Call,
+    Exchange,
+    ask,
+    json_of,
+    named_error,
+    pairs_of,
+    path_of,
+    record_of,
+    run_of,
+)
 from beatless.observe.tracing import TRACEPARENT
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.open_waits import OpenWait
@@ -28,19 +38,10 @@ from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run, SentSignal, new_run_id
 from beatless.outbox.letters import DeadLetter
 
-T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-Exchange: TypeAlias = Generator[Call[Any], Any, T]
 
 PAGE = 500
 """Runs, events or dead letters that one request asks for at most."""
-
-
-def ask(call: Call[T]) -> Exchange[T]:
-    """The exchange of one request."""
-    result: T = yield call
-    return result
 
 
 def named_as(exchange: Callable[..., Any], method: Method) -> Method:

@@ -12,10 +12,11 @@ import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import calls, wire
+from beatless.http import approval_calls, calls, wire
 from beatless.http.aio import AsyncClient
-from beatless.http.calls import Exchange, named_as
+from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
@@ -113,6 +114,9 @@ class Client:
     cancel_run = in_thread(calls.cancel_run)
     signal_run = in_thread(calls.signal_run)
     waits = in_thread(calls.waits)
+    approve_run = in_thread(approval_calls.approve_run)
+    approval_link = in_thread(approval_calls.approval_link)
+    revoke_approval_link = in_thread(approval_calls.revoke_approval_link)
     children = in_thread(calls.children)
     retry_run = in_thread(calls.retry_run)
     remove_run = in_thread(calls.remove_run)

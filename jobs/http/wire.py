@@ -2,15 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
 from urllib.parse import quote
 
 import httpx2
 
+from beatless.approval_links import ApprovalLink
 from beatless.client.requests import check_texts
 from beatless.errors import (
     AccessDenied,
@@ -22,6 +23,8 @@ from beatless.errors import (
     Unreachable,
 )
 from beatless.orchestrator.errors import (
+    AlreadyDecided,
+    ApprovalNotOpen,
     BadPayload,
     CannotRetry,
     EventsPruned,
@@ -33,14 +36,14 @@ from beatless.orchestrator.errors import (
 )
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.queues import QueueState
-from beatless.orchestrator.records import Run
+from beatless.orchestrator.records import Run, SentDecision
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
-R = TypeVar("R", Run, QueueState, DeadLetter)
+R = TypeVar("R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink)
 
 AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
@@ -51,6 +54,8 @@ MAX_RETRY_AFTER_S = 60.0
 ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (
+        AlreadyDecided,
+        ApprovalNotOpen,
         BadPayload,
         BadRequest,
         CannotRetry,
@@ -74,7 +79,7 @@ TIMES = {
         for name, hint in get_type_hints(record).items()
         if hint is datetime or datetime in get_args(hint)
     )
-    for record in (Run, QueueState, DeadLetter)
+    for record in (Run, QueueState, DeadLetter, SentDecision, ApprovalLink)
 }
 
 TRIES = 5
@@ -107,6 +112,16 @@ class Call(Generic[T]):
     """Whether doing it twice is as good as once."""
     unchanged: int = 0
     """The status of an answer that means: nothing was done, and that is all right."""
+
+
+Exchange: TypeAlias = Generator[Call[Any], Any, T]
+"""The requests of one call of a client, and its result."""
+
+
+def ask(call: Call[T]) -> Exchange[T]:
+    """The exchange of one request."""
+    result: T = yield call
+    return result
 
 
 def authorization(token: str | None) -> dict[str, str]:

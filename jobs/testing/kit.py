@@ -20,7 +20,7 @@ from beatless.client.requests import RunOptions, shows_run_options
 from beatless.local.child import Child, Launch, spawn
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.open_waits import OpenWait
-from beatless.orchestrator.records import Run, SentSignal
+from beatless.orchestrator.records import Run, SentDecision, SentSignal
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
@@ -139,6 +139,28 @@ class Kit(WaitCalls):
         """
         client = self._client(run_id)
         return client.signal_run(run_id, name, data, key=key, connection=connection)
+
+    def approve(
+        self,
+        run_id: str,
+        name: str,
+        data: Any = None,
+        *,
+        by: str = "tester",
+        connection: Caller | None = None,
+    ) -> SentDecision:
+        """`client.approve_run`, in the namespace of the run. Without data, a yes to a Verdict.
+
+        >>> run = beatless.start_run("complaint")
+        >>> executed = beatless.work_until_idle()
+        >>> sent = beatless.approve(run.run_id, "Refund", by="ann@example.com")
+        >>> executed = beatless.work_until_idle()
+        >>> beatless.client.get_run(run.run_id).result
+        {'by': 'ann@example.com', 'refunded': True}
+        """
+        decision = {"approved": True} if data is None else data
+        client = self._client(run_id)
+        return client.approve_run(run_id, name, decision, by=by, connection=connection)
 
     def waits(self, run_id: str) -> list[OpenWait]:
         """The open waits of a run.

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 import beatless as package
-from beatless import Client, Fatal, Plan, StepContext, http, step, wait
+from beatless import Client, Fatal, Plan, StepContext, approve, http, step, wait
 from beatless.testing import Kit
 from tests.serving import serving
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITHOUT = {"Kit.close", "Client.stored_id", "Client.page_of_runs", "Client.event_page"} | {
+    "Client.decide_by_link",
+    "Client.link_of",
     "Client.count_failed_runs",
     "Client.ends_of_children",
     "Client.page_of_children",
@@ -47,9 +49,19 @@ def receipt(ctx: StepContext) -> Any:
     return ctx.results["paid"].data
 
 
+@step
+def refunded(ctx: StepContext) -> dict[str, Any]:
+    decision = ctx.results["Refund"]
+    return {"refunded": decision.data.approved, "by": decision.by}
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [Plan("checkout", [reserve, charge, ship]), Plan("payment", [wait("paid"), receipt])]
+    return [
+        Plan("checkout", [reserve, charge, ship]),
+        Plan("payment", [wait("paid"), receipt]),
+        Plan("complaint", [approve("Refund"), refunded]),
+    ]
 
 
 def names_of_the_package() -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from beatless import Client, RunRequest
 from beatless.api.bodies import StartRequest
 from beatless.cli.runs import start_options
 from beatless.client.requests import OPTIONS, REQUEST_FIELDS, RunOptions, json_members
-from beatless.http import AsyncClient, calls
+from beatless.http import AsyncClient, approval_calls, calls
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.options import StoredKeywords, StoredOptions
 
@@ -25,6 +25,8 @@ NEED_THE_DATABASE = {
     "count_failed_runs",
 }
 OF_THE_SERVER = {
+    "decide_by_link",
+    "link_of",
     "ends_of_children",
     "event_page",
     "page_of_children",
@@ -71,16 +73,18 @@ def test_each_call_has_the_same_options_in_each_client(call: str) -> None:
 
 
 def test_every_call_over_http_is_one_of_the_table() -> None:
-    exchanges = {
-        name
-        for name, exchange in inspect.getmembers(calls, inspect.isfunction)
+    table = {
+        name: exchange
+        for module in (calls, approval_calls)
+        for name, exchange in inspect.getmembers(module, inspect.isfunction)
         if get_origin(inspect.signature(exchange).return_annotation) is Generator
+        and not name.startswith("_")
+        and name != "ask"
     }
-    table = {name for name in exchanges if not name.startswith("_")} - {"ask"}
-    assert table | WITH_STREAMS == offers(HttpClient).keys()
-    for name in table:
+    assert table.keys() | WITH_STREAMS == offers(HttpClient).keys()
+    for name, exchange in table.items():
         for kind in (HttpClient, AsyncClient):
-            assert getattr(kind, name).__doc__ == getattr(calls, name).__doc__
+            assert getattr(kind, name).__doc__ == exchange.__doc__
 
 
 def test_the_keywords_of_a_start_are_the_members_of_a_run_request() -> None:

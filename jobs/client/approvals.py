@@ -1,0 +1,238 @@
+"""Calls by which people decide the approvals of runs."""
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from beatless.approval_links import ApprovalLink, FoundLink, LinkState
+from beatless.client.requests import seconds
+from beatless.client.signals import SignalCalls, new_signal_key
+from beatless.errors import BadRequest
+from beatless.orchestrator.errors import AlreadyDecided, ApprovalNotOpen, RunEnded
+from beatless.orchestrator.events import encode, storable
+from beatless.orchestrator.forms import DECISION, find_form
+from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.options import problem_with_text
+from beatless.orchestrator.outcomes import STEP_NAME
+from beatless.orchestrator.plan import occurrence, step_of
+from beatless.orchestrator.records import NewDecision, Run, SentDecision
+from beatless.orchestrator.waits import WaitKind
+from beatless.outbox.queries import Caller
+
+logger = logging.getLogger("beatless.client")
+
+PERSON_CHARACTERS = 200
+LINK_S = 7 * 86_400.0
+"""How long a link is good."""
+
+
+class ApprovalCalls(SignalCalls):
+    """Decisions of approvals, and links by which they are made."""
+
+    def approve_run(
+        self,
+        run_id: str,
+        name: str,
+        data: Any = None,
+        *,
+        by: str,
+        connection: Caller | None = None,
+    ) -> SentDecision:
+        """Decide an approval for which a run waits now, whether the decision is yes or no.
+
+        `name` is that of the wait or its occurrence (`refund#2`); `data` is of the type of its
+        form, or JSON; `by` is the person, which is stored in the journal. The decision is made if
+        and when the transaction commits; `connection` is as for `signal_run`. Of two decisions one
+        counts, and the other is told: a transaction that decides as well waits for the first.
+
+        Raises BadPayload (naming the member that the form refuses), AlreadyDecided,
+        ApprovalNotOpen, RunNotFound, RunEnded and BadRequest.
+
+        >>> run = beatless.start_run("complaint")
+        >>> executed = beatless.work_until_idle()
+        >>> yes = {"approved": True}
+        >>> sent = client.approve_run(run.run_id, "Refund", yes, by="ann@example.com")
+        >>> sent.new
+        True
+        """
+        return self._decide(run_id, name, data, by=by, link=None, connection=connection)
+
+    def approval_link(
+        self,
+        run_id: str,
+        name: str,
+        *,
+        by: str,
+        expires_in: float | timedelta = LINK_S,
+        connection: Caller | None = None,
+    ) -> ApprovalLink:
+        """A link by which one person decides one approval of a run, once, without a token.
+
+        It is bound to the run, to the occurrence of the wait and to `by`. The approval need not be
+        open yet: a step may send the link before the run comes to it. Then it is bound to the next
+        occurrence of that name. `expires_in` is seconds or a timedelta. To open it shows the form;
+        only sending that decides.
+
+        Raises RunNotFound, RunEnded and BadRequest.
+
+        >>> run = beatless.start_run("complaint")
+        >>> executed = beatless.work_until_idle()
+        >>> link = client.approval_link(run.run_id, "Refund", by="ann@example.com")
+        >>> link.occurrence
+        'Refund'
+        """
+        _check_name(name)
+        _check_person(by)
+        good_for = seconds("expires_in", expires_in)
+
+        def create(caller: Caller) -> ApprovalLink:
+            run = self._get(caller, run_id)
+            if run.state.final:
+                raise RunEnded(run_id)
+            found = self._approval(caller, run, name)
+            bound = name if found is None else found.occurrence
+            if found is None and bound == step_of(bound):
+                bound = occurrence(name, self._inbox.begun(caller, run.run_id, name) + 1)
+            return self._links.create(caller, run.run_id, bound, by=by, seconds=good_for or 0.0)
+
+        return self._in_transaction(connection, create)
+
+    def revoke_approval_link(self, link_id: str, *, connection: Caller | None = None) -> None:
+        """Let a link decide nothing any more. Raises BadRequest if there is no such link.
+
+        >>> run = beatless.start_run("complaint")
+        >>> executed = beatless.work_until_idle()
+        >>> link = client.approval_link(run.run_id, "Refund", by="ann@example.com")
+        >>> client.revoke_approval_link(link.id)
+        """
+        if not storable(link_id):
+            raise BadRequest("link", f"{link_id!r:.200} does not exist")
+        if not self._in_transaction(
+            connection,
+            lambda caller: self._links.revoke(caller, link_id, namespace=self._namespace),
+        ):
+            raise BadRequest("link", f"{link_id!r:.200} does not exist")
+
+    def link_of(self, token: str) -> tuple[FoundLink, OpenWait | None] | None:
+        """For a server: the link of this token and its wait, if that is open. Of any namespace."""
+
+        def look(caller: Caller) -> tuple[FoundLink, OpenWait | None] | None:
+            found = self._links.find(caller, token)
+            if found is None or found.state is not LinkState.OPEN:
+                return None if found is None else (found, None)
+            waits = self._inbox.open_waits(caller, found.run_id)
+            opened = next((each for each in waits if each.occurrence == found.occurrence), None)
+            return found, opened
+
+        return self._in_transaction(None, look)
+
+    def decide_by_link(self, link: FoundLink, data: Any) -> SentDecision:
+        """For a server: `approve_run` by a link whose state is open."""
+        return self._decide(
+            link.run_id, link.occurrence, data, by=link.by, link=link.id, connection=None
+        )
+
+    def _decide(
+        self,
+        run_id: str,
+        name: str,
+        data: Any,
+        *,
+        by: str,
+        link: str | None,
+        connection: Caller | None,
+    ) -> SentDecision:
+        _check_name(name)
+        _check_person(by)
+
+        def decide(caller: Caller) -> SentDecision:
+            run = self._get(caller, run_id)
+            opened = self._approval(caller, run, name)
+            new = NewDecision(
+                run_id=run.run_id,
+                occurrence=name if opened is None else opened.occurrence,
+                data=self._json_of(data)
+                if opened is None
+                else self._checked_data(run, opened, data),
+                by=by,
+                link=link,
+                key=new_signal_key(),
+            )
+            if opened is not None:
+                sent = self._inbox.decide(caller, new, namespace=self._namespace)
+                if sent is not None:
+                    return sent
+            return self._decided_before(caller, run, new)
+
+        sent = self._in_transaction(connection, decide, each_statement=True)
+        if connection is None:
+            logger.info(
+                "approval decided",
+                extra={
+                    "action": "approval_decided",
+                    "run_id": sent.run_id,
+                    "wait": sent.occurrence,
+                    "by": sent.by,
+                    "new": sent.new,
+                },
+            )
+        return sent
+
+    def _decided_before(self, caller: Caller, run: Run, new: NewDecision) -> SentDecision:
+        """The same decision, which was sent before. Raises why there can be none."""
+        found = self._inbox.decision(caller, run.run_id, new.occurrence, new.data)
+        if found is None:
+            if run.state.final:
+                raise RunEnded(run.run_id)
+            opened = self._approvals(caller, run)
+            raise ApprovalNotOpen(run.run_id, new.occurrence, [each.occurrence for each in opened])
+        decided, by, link, at, same = found
+        if same and (by, link) == (new.by, new.link):
+            return SentDecision(run_id=run.run_id, occurrence=decided, by=by, at=at, new=False)
+        raise AlreadyDecided(run.run_id, decided, by, at.isoformat())
+
+    def _approvals(self, caller: Caller, run: Run) -> Sequence[OpenWait]:
+        """The approvals that are open, oldest first."""
+        if run.state.final or run.cancel_requested_at is not None:
+            return []
+        found = self._inbox.open_waits(caller, run.run_id)
+        return [each for each in found if each.kind is WaitKind.APPROVAL]
+
+    def _approval(self, caller: Caller, run: Run, name: str) -> OpenWait | None:
+        """The oldest open one that is called so."""
+        named = [
+            each
+            for each in self._approvals(caller, run)
+            if name in (each.occurrence, step_of(each.occurrence))
+        ]
+        return named[0] if named else None
+
+    def _checked_data(self, run: Run, opened: OpenWait, data: Any) -> str:
+        """The decision as JSON, of the type of the form. Raises BadPayload and BadRequest."""
+        plan = self._plans.get(run.plan)
+        reference = opened.form or ""
+        form = find_form(reference) if plan is None else plan.form(opened.occurrence, reference)
+        if form is None:
+            raise BadRequest(
+                "form",
+                f"of approval {opened.occurrence} is {reference}, a type that this process has not "
+                f"loaded: decide where plan {run.plan} is, and declare it at the top of a module",
+            )
+        return self._json_of(form.type.dump(data))
+
+    def _json_of(self, data: Any) -> str:
+        return encode(data, where=DECISION, limit=self._journal.max_event_bytes)
+
+
+def _check_name(name: str) -> None:
+    """Raises BadRequest for text that is the name of no occurrence."""
+    base, _, visit = name.partition("#") if isinstance(name, str) else ("", "", "")
+    if not STEP_NAME.fullmatch(base) or len(name) > PERSON_CHARACTERS or not storable(visit):
+        raise BadRequest("name", f"is {name!r:.200}, which no approval can be called")
+
+
+def _check_person(by: str) -> None:
+    """Raises BadRequest."""
+    if problem := problem_with_text(by, PERSON_CHARACTERS):
+        raise BadRequest("by", f"{problem}: give it the person who decides, as ann@example.com")
