@@ -16,7 +16,7 @@ const fresh = document.getElementById("new");
 const SHORTCUTS = [
   ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["d", "dead letters"], ["s", "system"],
   ["/", "go to the filter"], ["j  k", "next, previous row or step"], ["Enter", "open it"],
-  ["w", "send a signal to the run that is shown"], ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
+  ["a", "decide: go to the question of the run that is shown"], ["w", "send a signal to the run that is shown"], ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
   ["x", "remove the run that is shown"], ["?", "this list"],
 ];
 

@@ -2,6 +2,7 @@
 
 import { address, call, callText, lacks, now, post, token } from "./api.js";
 import { ask, copyable, count, el, forbid, problem, runLink, setText, shortId, span, tell, time, worded } from "./dom.js";
+import { Form } from "./form.js";
 import { member, object, parts, pretty } from "./json.js";
 import { Output } from "./output.js";
 import { mayStream, seen, take, watch } from "./places.js";
@@ -18,6 +19,7 @@ const MOST_ROWS = 400; // rows of the log that are in the document
 const MOST_TEXT = 20000; // characters of one value that are shown
 const TICK = 250;
 const POLL = 1000; // between two questions of a window that has no stream
+const PERSON = "beatless-person"; // who decides, kept for the tab
 const LOOK = 5000; // whether it is still there: of a run that has ended nothing else would tell
 
 export async function showRun(page, runId) {
@@ -42,6 +44,8 @@ export async function showRun(page, runId) {
   const state = el("span", { id: "state" });
   const facts = el("dl", { class: "facts" });
   const outcome = el("div", { id: "outcome" });
+  const question = el("div", { id: "question" });
+  let asks = null; // the seq of the WaitStarted whose card is shown
   const detail = el("div", { id: "detail" });
   const family = el("div", { id: "children" });
   let told = -1; // the seq at which the children were read last
@@ -94,6 +98,37 @@ export async function showRun(page, runId) {
     }
   }
 
+  // The card of the approval for which the run waits; it stays as it is while the run does.
+  function showQuestion(wait) {
+    if ((wait?.seq ?? null) === asks) return;
+    asks = wait?.seq ?? null;
+    if (!wait) { question.replaceChildren(); return; }
+    const form = new Form(wait.data.schema ?? {});
+    const refused = el("div");
+    const by = el("input", { name: "beatless-by", required: true, maxlength: "200", autocomplete: "email", value: sessionStorage.getItem(PERSON) ?? "" });
+    const buttons = form.verdict
+      ? [el("button", { class: "primary", value: "true" }, "Approve"), el("button", { class: "danger", value: "false" }, "Reject")]
+      : [el("button", { class: "primary" }, "Send the decision")];
+    for (const button of buttons) forbid(button, reason);
+    const send = async (event) => {
+      event.preventDefault();
+      refused.replaceChildren();
+      for (const button of buttons) button.disabled = true;
+      try {
+        const decision = form.read(new FormData(card), event.submitter?.value === "true");
+        sessionStorage.setItem(PERSON, by.value.trim());
+        await post(`${path}/approvals/${encodeURIComponent(wait.step)}`, { data: decision, by: by.value.trim() });
+        tell(`Decided: ${wait.data.title}`);
+      } catch (error) { refused.replaceChildren(problem(error)); }
+      for (const button of buttons) forbid(button, reason);
+    };
+    const card = el("form", { class: "card padded approval", "aria-label": "Approval", onsubmit: send },
+      el("h2", {}, wait.data.title), ...form.nodes, el("label", {}, "You are", by), refused, el("div", { class: "actions" }, ...buttons));
+    question.replaceChildren(card);
+  }
+
+  function goToQuestion() { question.querySelector("input, select, textarea, button")?.focus(); }
+
   async function askToRetry() {
     if (retry.hidden || retry.disabled) return;
     const began = [...story.lanes.keys()];
@@ -128,6 +163,7 @@ export async function showRun(page, runId) {
     wake();
     page.timers.forEach(clearInterval);
     for (const button of [signal, cancel, retry, remove]) button.hidden = true;
+    showQuestion(null);
     state.replaceChildren(el("span", { class: "state cancelled" }, "removed"));
     outcome.prepend(el("section", { class: "card padded outcome", id: "removed" }, el("h2", {}, "This run was removed"),
       el("p", { class: "message" }, "Neither it nor its events are stored any more. Below is what this page had read before.")));
@@ -194,6 +230,7 @@ export async function showRun(page, runId) {
       const final = over || run.finished_at;
       state.replaceChildren(el("span", { class: `state ${told}` }, stopping && !final ? "cancelling" : told));
       cancel.hidden = Boolean(final || stopping);
+      showQuestion(story.wait?.data?.kind === "approval" && !final && !stopping ? story.wait : null);
       signal.hidden = Boolean(final || stopping || !story.wait?.data?.names);
       retry.hidden = !final;
       forbid(remove, reason ?? (told === "running" && !final ? "A worker has it: cancel it first" : null));
@@ -217,9 +254,9 @@ export async function showRun(page, runId) {
       if (lacking && plan && (!plan.function || lacking === story.undo) && !known.has(lacking)) {
         entries.push(["Waits in", el("span", { id: "unknown-step" }, el("code", {}, story.place), ", which this version of the plan does not have")]);
       } else if (story.wait && !final && !stopping) {
-        const { names, until } = story.wait.data;
-        entries.push(["Waits for", el("span", { id: "waits-for" }, names?.join(" or ") ?? "its time",
-          ...(until ? [names ? ", until " : ": until ", time(new Date(until).toISOString())] : []))]);
+        const { names, until, title } = story.wait.data;
+        entries.push(["Waits for", el("span", { id: "waits-for" }, title ? "a person" : names?.join(" or ") ?? "its time",
+          ...(until ? [names || title ? ", until " : ": until ", time(new Date(until).toISOString())] : []))]);
       }
       else if (story.waitsForChildren && !final && !stopping) entries.push(["Waits for", el("span", { id: "waits-for" }, "its children")]);
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
@@ -373,7 +410,7 @@ export async function showRun(page, runId) {
     draw();
   }
 
-  page.keys = { w: askToSignal, c: askToCancel, t: askToRetry, x: askToRemove };
+  page.keys = { a: goToQuestion, w: askToSignal, c: askToCancel, t: askToRetry, x: askToRemove };
   showChildren();
   page.timers.push(setInterval(look, LOOK));
   page.endings.push(() => wake());
@@ -384,7 +421,7 @@ export async function showRun(page, runId) {
       el("span", { class: "tags" }, ...Object.entries(run.tags).map(([name, text]) => el("a", { class: "tag", href: `#/?${new URLSearchParams({ tag: `${name}=${text}` })}` }, `${name}=${text}`))),
       el("span", { class: "actions" }, signal, cancel, retry, remove)),
     el("p", { class: "id soft" }, el("span", { class: "mono", id: "run-id" }, runId), copyable(runId, "the id")),
-    facts, outcome, timeline, output.node, detail, family, run.input === null ? null : input, log.node);
+    facts, question, outcome, timeline, output.node, detail, family, run.input === null ? null : input, log.node);
   draw();
   try { await readPast(); } catch (error) {
     if (error.status !== 410) throw error;
