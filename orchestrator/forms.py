@@ -20,6 +20,10 @@ SCHEMA_BYTES = 32_768
 """The largest JSON Schema of a form: it is stored with each wait for an approval."""
 
 
+ORDER = "x-order"
+"""In the schema of a form: its members in order, which jsonb does not keep."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The decision of an approval without a form of its own.
@@ -103,6 +107,8 @@ def _form_of(kind: Any) -> Form:
     if kind is not Verdict:
         type = PydanticInput(kind, where=DECISION, no_member=NO_MEMBER)
     schema = type.schema()
+    named = (schema.get("$defs") or {}).get(str(schema.get("$ref")).rpartition("/")[2]) or schema
+    schema[ORDER] = list(named.get("properties") or ())
     if len(json.dumps(schema)) > SCHEMA_BYTES:
         raise PlanError(f"form={kind!r} has a JSON Schema of more than {SCHEMA_BYTES} bytes")
     return Form(reference=_reference(kind), type=type, schema=schema)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from beatless.orchestrator.errors import BadPayload
-from beatless.orchestrator.forms import DECISION
+from beatless.orchestrator.forms import DECISION, ORDER
 
 Schema = Mapping[str, Any]
 
@@ -54,10 +54,11 @@ def fields_of(schema: Schema) -> list[FormField]:
     members = whole.get("properties")
     if not isinstance(members, Mapping) or not members:
         return [_field(WHOLE, {"title": "Decision (JSON)"}, required=True, kind="json")]
-    required = whole.get("required") or ()
+    required, order = whole.get("required") or (), [*(whole.get(ORDER) or ()), *members]
     return [
-        _field(name, _resolved(member, schema), required=name in required)
-        for name, member in members.items()
+        _field(name, _resolved(members[name], schema), required=name in required)
+        for name in dict.fromkeys(order)
+        if name in members
     ]
 
 

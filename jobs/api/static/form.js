@@ -10,7 +10,9 @@ const SCALARS = ["boolean", "integer", "number", "string"];
 export class Form {
   constructor(schema) {
     const whole = resolved(schema, schema);
-    const members = Object.entries(whole.properties ?? {});
+    const given = whole.properties ?? {};
+    const names = new Set([...(whole["x-order"] ?? []), ...Object.keys(given)]); // jsonb keeps no order
+    const members = [...names].filter((name) => name in given).map((name) => [name, given[name]]);
     this.whole = members.length === 0;
     this.fields = this.whole ? [field(WHOLE, { title: "Decision (JSON)" }, true)]
       : members.map(([name, member]) => field(name, resolved(member, schema), (whole.required ?? []).includes(name)));
