@@ -1,6 +1,5 @@
 """Plans that are functions: `@plan`. No registry, no I/O."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
@@ -10,8 +9,11 @@ from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
 from beatless.orchestrator.outcomes import STEP_NAME, PlanError
-from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
+from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step, body_of
 from beatless.orchestrator.typed_input import typed_input
+
+UNDEFINED = ("class-not-fully-defined", "undefined-annotation")
+"""The codes of pydantic's errors for a type that it does not find by its name."""
 
 
 class FunctionPlan(Plan):
@@ -108,6 +110,12 @@ class FunctionPlan(Plan):
                 "installed: pip install pydantic, or leave input away"
             ) from error
         except Exception as error:  # pydantic's, of several classes, and those of the user's type
+            if getattr(error, "code", "") in UNDEFINED:
+                raise PlanError(
+                    f"plan {self.name}: input={input!r} names a type that is not known in its "
+                    "module: define the types that it names in a module, and give input the type "
+                    "itself, not its name"
+                ) from error
             raise PlanError(
                 f"plan {self.name}: input={input!r} is no type of JSON: {error}"
             ) from error
@@ -205,7 +213,7 @@ def _check_function(name: str, function: Callable[..., Any]) -> bool:
             f"plan {name} is {function!r:.200}, which is no function: give it one (in a class: put "
             "@plan below nothing but @staticmethod, or outside)"
         )
-    body = _function_of(function)
+    body = body_of(function)
     if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise PlanError(f"plan {name} is a generator: call run.step(…) instead of yielding")
     try:
@@ -220,13 +228,6 @@ def _check_function(name: str, function: Callable[..., Any]) -> bool:
             f"plan {name} is a builtin without a signature: write a function"
         ) from error
     return inspect.iscoroutinefunction(body)
-
-
-def _function_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the code: of a partial its target, of an object its `__call__`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _names(plan: str, removed: Iterable[str]) -> Iterator[str]:
@@ -258,7 +259,7 @@ def _named(function: Callable[..., Any]) -> Iterator[Any]:
     By its globals and closures.
     """
     seen: set[CodeType] = set()
-    ahead: list[Any] = [_function_of(function)]
+    ahead: list[Any] = [body_of(function)]
     while ahead:
         next_one = ahead.pop(0)
         body = inspect.unwrap(getattr(next_one, "__func__", next_one))

@@ -140,7 +140,7 @@ def step(
                 f"step {label}: retry is {retry!r}; give it a policy: retry=retry(max_attempts=3)"
             )
         _check_body(label, function)
-        is_async = inspect.iscoroutinefunction(_body_of(function))
+        is_async = inspect.iscoroutinefunction(body_of(function))
         if is_async and transactional:
             raise PlanError(
                 f"step {label} is async and transactional: ctx.connection is a connection that "
@@ -182,7 +182,7 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
             f"step {label} is a {type(function).__name__}, which cannot be called; give it a "
             "function (in a class: put @step below nothing but @staticmethod, or outside)"
         )
-    body = _body_of(function)
+    body = body_of(function)
     if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise PlanError(
             f"step {label} is a generator, whose body would not run; return its result "
@@ -199,10 +199,10 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
         raise PlanError(f"step {label} must take the context as its first argument")
 
 
-def _body_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the code: of a partial its target, of an object its `__call__`."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    while isinstance(function, functools.partial | staticmethod):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
     if inspect.isroutine(function):
         return function
     # Looked up on the class, as a call does.
@@ -212,7 +212,7 @@ def _body_of(function: Callable[..., Any]) -> Callable[..., Any]:
 def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
     """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
     try:
-        annotated = typing.get_type_hints(_body_of(function)).get("return", Any)
+        annotated = typing.get_type_hints(body_of(function)).get("return", Any)
     except Exception:  # evaluates the user's annotations, which may need names of a type checker
         return frozenset()
     union = typing.get_origin(annotated) in (typing.Union, UnionType)
