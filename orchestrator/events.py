@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum, StrEnum
 from pathlib import PurePath
@@ -222,6 +222,8 @@ def _advice(value: Any) -> str:
     match value:
         case date() | time():  # a datetime is a date
             return ": use .isoformat()"
+        case timedelta():
+            return ": use .total_seconds()"
         case Decimal() | UUID() | PurePath():
             return ": use str(…)"
         case Enum():
@@ -230,7 +232,15 @@ def _advice(value: Any) -> str:
             return ": use base64, or store it elsewhere and keep a reference"
         case set() | frozenset():
             return ": use sorted(…)"
-    return ": use dataclasses.asdict(…)" if is_dataclass(value) else ""
+    if isinstance(value, type):
+        return ""
+    if is_dataclass(value):
+        return ": use dataclasses.asdict(…)"
+    if callable(getattr(value, "model_dump", None)):
+        return ': use .model_dump(mode="json")'
+    if hasattr(value, "__struct_fields__"):
+        return ": use msgspec.to_builtins(…)"
+    return ""
 
 
 def _offence(value: Any, path: str) -> tuple[str, str]:

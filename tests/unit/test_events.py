@@ -1,8 +1,16 @@
 """Events and the encoding of what users hand in."""
 
+import dataclasses
 import json
 import math
+import uuid
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from typing import Any
 
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,3 +127,53 @@ def test_members_that_a_newer_version_adds_are_ignored(event):
 def test_absent_members_are_left_out(event):
     assert None not in event.to_dict().values()
     assert event.final == (event.type == "RunFinished")
+
+
+@dataclasses.dataclass
+class Line:
+    number: int
+
+
+class Model(pydantic.BaseModel):
+    number: int
+
+
+class Struct:
+    """As msgspec makes them."""
+
+    __struct_fields__ = ("number",)
+
+
+class Color(Enum):
+    RED = "red"
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    # with what to do instead
+    "datetime": (datetime(2026, 1, 1, tzinfo=UTC), "use .isoformat()"),
+    "date": (date(2026, 1, 1), "use .isoformat()"),
+    "time": (time(1), "use .isoformat()"),
+    "timedelta": (timedelta(1), "use .total_seconds()"),
+    "Decimal": (Decimal("1.10"), "use str("),
+    "UUID": (uuid.uuid4(), "use str("),
+    "path": (Path("a"), "use str("),
+    "Enum": (Color.RED, "use .value"),
+    "bytes": (b"x", "use base64"),
+    "bytearray": (bytearray(b"x"), "use base64"),
+    "set": ({1}, "use sorted("),
+    "dataclass": (Line(1), "use dataclasses.asdict("),
+    "pydantic": (Model(number=1), "use .model_dump(mode="),
+    "msgspec": (Struct(), "use msgspec.to_builtins("),
+    "any object": (object(), "is a object, which is not JSON"),
+    "a class": (Line, "is a type, which is not JSON"),
+    "not a number": (math.nan, "use None or a string"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_value_of_another_type_is_refused_with_its_path_and_what_to_do(kind: str) -> None:
+    value, advice = REFUSED[kind]
+    with pytest.raises(BadPayload) as refused:
+        encode({"deep": [1, {"x": value}]}, where="the result", limit=LIMIT)
+    assert refused.value.where == "the result.deep[1].x"
+    assert advice in str(refused.value)
