@@ -97,6 +97,13 @@ class Inbox:
         ((number,),) = execute(connection, self._sql["begun"], {"run_id": run_id, "name": name})
         return int(number)
 
+    def open_approvals(
+        self, connection: Caller, run_ids: Sequence[str]
+    ) -> list[tuple[str, OpenWait]]:
+        """The approvals of these runs that are open, and not decided, each with its run."""
+        rows = execute(connection, self._sql["open_approvals"], {"run_ids": list(run_ids)})
+        return [(run, OpenWait.from_started(step, data, seq=seq)) for run, step, data, seq in rows]
+
     def take_in(
         self,
         connection: psycopg.Connection[Any],

@@ -36,6 +36,15 @@ SELECT step, data, seq FROM (SELECT %(run_id)s::text AS run_id) AS i CROSS JOIN 
           WHERE d.run_id = i.run_id AND d.reason = 'wait' AND d.children_left IS NOT NULL)
 ) w ORDER BY seq
 
+-- name: open_approvals
+-- Read the approvals of these runs that are open, and not decided, in the order of the runs.
+-- By the events of each run, which are read in whole.
+SELECT i.run_id, w.step, w.data, w.seq
+  FROM unnest(%(run_ids)s::text[]) WITH ORDINALITY AS i(run_id, n) CROSS JOIN LATERAL ({waits_of}) w
+ WHERE w.data ->> 'kind' = 'approval' AND NOT EXISTS (
+   SELECT FROM {schema}.decisions d WHERE d.run_id = i.run_id AND d.occurrence = w.step)
+ ORDER BY i.n, w.seq
+
 -- name: send
 -- Store signals for runs, and have the relay look at these; none if one of them cannot be sent.
 -- The run's row is read, and neither locked nor changed: the caller's transaction may stay open.

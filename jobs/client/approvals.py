@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from beatless.approval_links import ApprovalLink, FoundLink, LinkState
-from beatless.client.requests import seconds
+from beatless.client.requests import check_texts, seconds
 from beatless.client.signals import SignalCalls, new_signal_key
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import AlreadyDecided, ApprovalNotOpen, RunEnded
@@ -16,7 +16,8 @@ from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.options import problem_with_text
 from beatless.orchestrator.outcomes import STEP_NAME
 from beatless.orchestrator.plan import occurrence, step_of
-from beatless.orchestrator.records import NewDecision, Run, SentDecision
+from beatless.orchestrator.records import NewDecision, Place, Run, SentDecision
+from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import WaitKind
 from beatless.outbox.queries import Caller
 
@@ -113,6 +114,35 @@ class ApprovalCalls(SignalCalls):
             lambda caller: self._links.revoke(caller, link_id, namespace=self._namespace),
         ):
             raise BadRequest("link", f"{link_id!r:.200} does not exist")
+
+    def page_of_approvals(
+        self, *, plan: str | None, queue: str | None, before: Place | None, limit: int
+    ) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
+        """For a server: the open approvals among so many runs that wait, newest first.
+
+        And the place of the last of these runs, if there may be more.
+        """
+        check_texts(plan=plan, queue=queue)
+
+        def read(caller: Caller) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
+            found = {
+                run.run_id: run
+                for run in self._journal.list_runs(
+                    caller,
+                    namespace=self._namespace,
+                    state=RunState.WAITING.value,
+                    plan=plan,
+                    queue=queue,
+                    before=before,
+                    limit=limit,
+                )
+            }
+            opened = self._inbox.open_approvals(caller, list(found))
+            last = [*found.values()][-1:] if len(found) == limit else []
+            following = (last[0].created_at, last[0].run_id) if last else None
+            return [(found[run_id], each) for run_id, each in opened], following
+
+        return self._in_transaction(None, read)
 
     def link_of(self, token: str) -> tuple[FoundLink, OpenWait | None] | None:
         """For a server: the link of this token and its wait, if that is open. Of any namespace."""

@@ -98,6 +98,20 @@ def test_a_verdict_has_two_buttons_and_the_second_person_is_told(
     assert beatless.client.get_run(run).result == [False, "not today", ANN]
 
 
+def test_the_list_says_which_runs_wait_for_a_person(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    run = waiting(beatless, "release")
+    page = open_page()
+    page.goto(f"{url}/#/?state=waiting")
+    row = page.locator(f"[data-run='{run}']")
+    expect(row.locator(".state")).to_have_text("waiting for a person")
+    beatless.approve(run, "Release_it")
+    beatless.work_until_idle()
+    page.get_by_role("button", name="all", exact=True).click()
+    expect(row.locator(".state")).to_have_text("completed")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_card_and_the_page_of_a_link_fit_a_phone(
     beatless: Kit, url: str, open_page: Opener, scheme: str

@@ -32,6 +32,7 @@ from beatless import (
     approve,
     days,
     http,
+    map_,
     plan,
     step,
 )
@@ -123,10 +124,21 @@ REFUNDED = Plan(
 )
 
 
+PARCEL = Plan("parcel", [step(name="pack")(lambda ctx: ctx.input)])
+PARCELS = Plan(
+    "parcels",
+    [
+        approve("ship?", form=Shipment),
+        map_("packed", PARCEL, inputs=lambda ctx: list(range(ctx.results["ship"].data.parcels))),
+        step(name="end")(lambda ctx: [ctx.results["ship"].by, *ctx.results["packed"]]),
+    ],
+)
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     BODIES.clear()
-    return [asks, asks_async, ships, graded, REFUNDED]
+    return [asks, asks_async, ships, graded, REFUNDED, PARCEL, PARCELS]
 
 
 EACH = pytest.mark.parametrize("name", ["asks", "refunded"])
@@ -236,6 +248,34 @@ def test_an_approval_with_an_id_is_decided_by_its_occurrence(beatless: Kit) -> N
     beatless.approve(run, "grade#final", {"grade": 7})
     beatless.work_until_idle()
     assert beatless.client.get_run(run).result == {"grade": 7}
+
+
+def test_children_of_a_list_are_made_of_the_decision(beatless: Kit) -> None:
+    run = waiting(beatless, "parcels")
+    beatless.approve(run, "ship", {"parcels": 2}, by=ANN)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run).result == [ANN, 0, 1]
+    beatless.verify()
+
+
+def test_another_namespace_neither_decides_nor_makes_or_revokes_a_link(beatless: Kit) -> None:
+    run = waiting(beatless, "asks")
+    link = beatless.client.approval_link(run, "refund", by=ANN)
+    other = beatless.app.client_for("acme")
+    for call in (
+        lambda: other.approve_run(run, "refund", {"amount": 1}, by=BOB),
+        lambda: other.approval_link(run, "refund", by=BOB),
+        lambda: other.waits(run),
+    ):
+        with pytest.raises(RunNotFound):
+            call()
+    with pytest.raises(BadRequest, match="does not exist"):
+        other.revoke_approval_link(link.id)
+    theirs = other.start_run("asks").run_id
+    beatless.work_until_idle()
+    assert other.approve_run(theirs, "refund", {"amount": 2}, by=BOB).run_id == theirs
+    beatless.work_until_idle()
+    assert other.get_run(theirs).result[1:3] == [2, BOB]
 
 
 @EACH
@@ -458,6 +498,24 @@ def test_a_decision_over_http_is_checked_and_made_once(beatless: Kit, api: Api) 
         assert not client.approve_run(run, "refund", {"amount": 12}, by=ANN).new
         with pytest.raises(AlreadyDecided):
             client.approve_run(run, "refund", {"amount": 1}, by=BOB)
+
+
+def test_open_approvals_are_listed_with_their_runs_in_pages(beatless: Kit, api: Api) -> None:
+    runs = [waiting(beatless, name) for name in ("asks", "graded", "asks")]
+    beatless.approve(runs[0], "refund", {"amount": 1})
+    listed, cursor = [], ""
+    for _ in range(3):
+        page = api("GET", f"/v1/approvals?limit=1{cursor}").json
+        listed += [(each["run_id"], each["plan"], each["title"]) for each in page["approvals"]]
+        if page["next"] is None:
+            break
+        cursor = f"&cursor={page['next']}"
+    assert listed == [(runs[2], "asks", "refund?"), (runs[1], "graded", "grade?")]
+    beatless.work_until_idle()
+    (only,) = api("GET", "/v1/approvals?plan=graded").json["approvals"]
+    assert only["schema"]["required"] == ["grade"]
+    assert len(api("GET", "/v1/approvals").json["approvals"]) == 2
+    assert api("GET", "/v1/approvals?cursor=x").status == 400
 
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}

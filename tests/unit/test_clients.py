@@ -27,6 +27,7 @@ NEED_THE_DATABASE = {
 OF_THE_SERVER = {
     "decide_by_link",
     "link_of",
+    "page_of_approvals",
     "ends_of_children",
     "event_page",
     "page_of_children",

@@ -2,15 +2,15 @@
 
 from datetime import timedelta
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from beatless.api import approval_page
-from beatless.api.access import GuardedRoute, Writer
-from beatless.api.bodies import ApprovalBody, ApprovalLinkBody
+from beatless.api.access import GuardedRoute, Reader, Writer
+from beatless.api.bodies import ApprovalBody, ApprovalLinkBody, place_of
 from beatless.api.form_fields import decision_of, fields_of
 from beatless.api.gate import LINK_ROUTE
 from beatless.api.problems import Problem
@@ -18,6 +18,7 @@ from beatless.api.responses import refusals
 from beatless.api.schemas import APPROVAL_LINK, DECISION, answers
 from beatless.api.services import services_of
 from beatless.approval_links import FoundLink, LinkState
+from beatless.cursors import encode_page
 from beatless.errors import BadRequest
 from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import (
@@ -35,6 +36,27 @@ router = APIRouter(route_class=GuardedRoute)
 FORM = "application/x-www-form-urlencoded"
 
 MOST_FIELDS = 1000
+
+
+@router.get("/v1/approvals", responses=refusals())
+def list_approvals(
+    client: Reader,
+    plan: str | None = None,
+    queue: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: str | None = None,
+) -> dict[str, Any]:
+    """Open approvals: those of `limit` runs that wait, newest first; `cursor` as for runs."""
+    found, following = client.page_of_approvals(
+        plan=plan, queue=queue, before=place_of(cursor), limit=limit
+    )
+    return {
+        "approvals": [
+            {"run_id": run.run_id, "plan": run.plan, "queue": run.queue} | opened.to_dict()
+            for run, opened in found
+        ],
+        "next": None if following is None else encode_page(*following),
+    }
 
 
 @router.post(

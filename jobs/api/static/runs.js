@@ -12,6 +12,7 @@ export async function showRuns(page, query) {
   const wanted = Object.fromEntries(["state", "plan", "queue", "tag", "retried"].map((name) => [name, query.get(name) ?? ""]));
   const cursors = [null]; // of the pages from the first to the one that is shown
   let found = { runs: [], next: null };
+  let persons = new Map();
   const body = el("tbody", { id: "runs" });
   const rows = new Rows(body, (run) => run.run_id, makeRow);
   const nothing = el("p", { class: "empty", hidden: true });
@@ -62,6 +63,7 @@ export async function showRuns(page, query) {
     const cursor = cursors[cursors.length - 1];
     if (cursor) asked.set("cursor", cursor);
     found = await call(`/v1/runs?${asked}`);
+    await askForPersons(found.runs);
     rows.show(found.runs);
     nothing.hidden = found.runs.length > 0;
     const filtered = Object.values(wanted).some(Boolean);
@@ -70,6 +72,17 @@ export async function showRuns(page, query) {
     older.disabled = !found.next;
     setText(place, `page ${cursors.length}`);
     page.say("Live");
+  }
+
+  // Which of the runs wait for a person; asked only of those that have gone on since.
+  async function askForPersons(runs) {
+    const waiting = runs.filter((run) => run.state === "waiting");
+    if (waiting.some((run) => persons.get(run.run_id)?.seq !== run.last_seq)) {
+      const { approvals } = await call("/v1/approvals?limit=500");
+      const asking = new Set(approvals.map((each) => each.run_id));
+      persons = new Map(waiting.map((run) => [run.run_id, { seq: run.last_seq, asks: asking.has(run.run_id) }]));
+    }
+    for (const run of waiting) run.asks = persons.get(run.run_id)?.asks;
   }
 
   async function count() {
@@ -131,7 +144,7 @@ function makeRow(run) {
     update(latest) {
       const waits = latest.state === "queued" && latest.not_before && Date.parse(latest.not_before) > now();
       const asked = latest.cancel_requested_at && !latest.finished_at;
-      setText(state, asked ? "cancelling" : waits ? "delayed" : latest.state);
+      setText(state, asked ? "cancelling" : waits ? "delayed" : latest.asks ? "waiting for a person" : latest.state);
       state.className = `state ${latest.state}`;
       why.hidden = latest.state !== "failed" || !latest.error;
       if (!why.hidden) setText(why, `${latest.error.type}: ${latest.error.message}`);
