@@ -142,6 +142,7 @@ def honest() -> list[dict[str, Any]]:
         event("n", 4, "RunFinished", ts=114.0, data={"outcome": "completed"}),
         *({**wire(n), "run_id": run_id} for run_id in "cfn" for n in range(1, 12)),
         *waiting(),
+        *family(),
         {"kind": "outbox", "rows": 0},
     ]
 
@@ -186,6 +187,48 @@ def waiting() -> list[dict[str, Any]]:
         logged(31, 31, "w", claim=None, event={"type": "WaitFinished", "seq": 12} | NOBODY),
         {"kind": "look", "txid": 31, "statement_at": 111.99, "locked": True},
         *({**wire(n), "run_id": "w"} for n in range(1, 14)),
+    ]
+
+
+def family() -> list[dict[str, Any]]:
+    """A run with one child, and two more of which one at a time may be unfinished."""
+    calls = {"ends": ["k2", "k3"], "counted": ["k2", "k3"], "alone": "k1"}
+    many = {"first": 2, "count": 2, "at_once": 1, "failure": "collect"}
+    counted = {"call": "m6", "ends": calls["ends"]}
+    return [
+        call("start", 99, 101, run_id="m", plan="fam"),
+        run("m", "fam", "completed", 7),
+        event("m", 1, "RunStarted"),
+        event("m", 2, "ChildrenStarted", "one", data={"first": 1, "count": 1, "run_id": "k1"}),
+        event("m", 3, "ChildrenStarted", "many", data=many),
+        event("m", 4, "ChildrenFinished", "many", data=many),
+        event("m", 5, "StepStarted", "total"),
+        event("m", 6, "StepFinished", "total", data={"result": counted}),
+        event("m", 7, "RunFinished", data={"outcome": "completed", "result": calls}),
+        effect("m", "total", "m6"),
+        *child("k1", 1, 102.1),
+        *child("k2", 2, 103.1),
+        *child("k3", 3, 103.5),
+        *({**wire(n), "run_id": run_id} for run_id in ("m", "k1", "k2", "k3") for n in range(1, 8)),
+    ]
+
+
+def child(run_id: str, number: int, at: float) -> list[dict[str, Any]]:
+    """A run of `m` that has emitted three pieces, begun at this time."""
+    result = {"result": {"call": run_id, "pieces": 3}}
+    events = [
+        event(run_id, 1, "RunStarted"),
+        event(run_id, 2, "StepStarted", "talk"),
+        event(run_id, 3, "StepOutput", "talk", data={"first": 0, "pieces": [0, 1]}),
+        event(run_id, 4, "StepOutput", "talk", data={"first": 2, "pieces": [2]}),
+        event(run_id, 5, "StepFinished", "talk", data=result),
+        event(run_id, 6, "RunFinished", data={"outcome": "completed"} | result),
+    ]
+    family = {"parent_id": "m", "child_no": number, "detached": False}
+    return [
+        run(run_id, "piece", "completed", 6, created_at=at, **family),
+        *({**each, "ts": at + 0.05 * each["seq"]} for each in events),
+        effect(run_id, "talk", run_id),
     ]
 
 
@@ -435,6 +478,56 @@ LIES: dict[str, tuple[str, Lie]] = {
     "a run outlived its deadline": (
         "deadline",
         change({"kind": "run", "run_id": "r"}, deadline_at=107.0 - 61),
+    ),
+    "a child that was started twice": ("child", add(*child("again", 2, 103.2))),
+    "a child that no call has started": ("child", add(*child("more", 9, 103.2))),
+    "a call that has started its children twice": (
+        "child",
+        change({"kind": "event", "run_id": "m", "seq": 4}, type="ChildrenStarted"),
+    ),
+    "two children at once where one may be": (
+        "child",
+        change({"kind": "event", "run_id": "k3", "seq": 1}, ts=103.3),
+    ),
+    "results in another order than the children": (
+        "child",
+        change(
+            {"kind": "event", "run_id": "m", "seq": 7},
+            data={"result": {"ends": ["k3", "k2"], "counted": ["k2", "k3"], "alone": "k1"}},
+        ),
+    ),
+    "another result than that of the child": (
+        "child",
+        change({"kind": "event", "run_id": "k1", "seq": 6}, data={"result": {"call": "other"}}),
+    ),
+    "a child that outlives its parent": (
+        "child",
+        lambda records: (
+            drop(kind="event", run_id="k3", seq=6)(records),
+            change({"kind": "run", "run_id": "k3"}, state="running", last_seq=5)(records),
+        )[1],
+    ),
+    "a parent that is not woken": (
+        "I7",
+        add(
+            run("p", "fam", "queued", 2),
+            event("p", 1, "RunStarted"),
+            event("p", 2, "ChildrenStarted", "many", data={"first": 1, "count": 1}),
+            *({**each, "parent_id": "p"} for each in child("pk", 1, 150.0)),
+            {"kind": "quiet", "begin": 200.0, "end": 230.0, "drained": None, "rows": 0},
+        ),
+    ),
+    "output with a hole": (
+        "output",
+        change({"kind": "event", "run_id": "k2", "seq": 4}, data={"first": 3}),
+    ),
+    "output that is there twice": (
+        "output",
+        change({"kind": "event", "run_id": "k2", "seq": 4}, data={"pieces": [1]}),
+    ),
+    "output that was lost": (
+        "output",
+        change({"kind": "event", "run_id": "k2", "seq": 4}, data={"pieces": []}),
     ),
     "a wait that ends twice": (
         "wait",
