@@ -288,7 +288,7 @@ class Load:
         return {
             "first": self._piece(chance),
             "detached": chance.random() < 0.3,
-            "lasting": chance.random() < 0.3,
+            "lasting": chance.random() < 0.5,
             "children": pieces,
             "at_once": chance.choice([None, 1, 3, 4]),
             "families": [self._family(chance, depth=depth - 1) for _ in range(2 * depth)],

@@ -229,8 +229,11 @@ def total(ctx: StepContext, ends: list[Any]) -> dict[str, Any]:
 piece = Plan("piece", [talk])
 """A child."""
 
-lasting = Plan("lasting", [wait("poke")])
-"""A child that ends by a signal, or with its parent."""
+UNSENT = "never"
+"""A signal that nobody sends."""
+
+lasting = Plan("lasting", [wait(UNSENT)])
+"""A child that ends with its parent alone."""
 
 
 @plan("family")
@@ -259,7 +262,6 @@ WAITED: dict[str, tuple[str, ...]] = {
     "rest": ("go",),
     "order": ("paid", "refused"),
     "turns": ("poke",),
-    "lasting": ("poke",),
 }
 """By plan: the signals that its runs wait for."""
 
@@ -303,7 +305,7 @@ ROUTES: dict[str, dict[str, list[str]]] = {
         "poke/timed_out": ["risk"],
         "risk": ["tick", "END"],
     },
-    "lasting": {"": ["poke"], "poke/received": ["END"]},
+    "lasting": {"": [UNSENT]},
     "family": {"": ["total"], "total": ["END"]},
 }
 

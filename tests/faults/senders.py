@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from beatless import App, Event, SignalRequest
 from beatless.errors import JobsError, Unreachable
 from beatless.orchestrator.errors import OrchestratorError
-from tests.faults.plans import WAITED
+from tests.faults.plans import UNSENT, WAITED
 from tests.faults.recorder import Recorder
 
 RACE_SPREAD_S = 0.03
@@ -79,7 +79,7 @@ class Senders:
         """Redis has published this: plan a signal for a run that waits now."""
         names = tuple((event.data or {}).get("names", ()))
         with self._lock:
-            if event.type == "WaitStarted" and names:
+            if event.type == "WaitStarted" and names and names != (UNSENT,):
                 self._waiting.pop(event.run_id, None)
                 self._waiting[event.run_id] = names
                 while len(self._waiting) > MOST_WAITING:
@@ -192,10 +192,11 @@ class Senders:
             )
 
 
-PARKED = """
+PARKED = f"""
 SELECT d.run_id, e.data -> 'names' FROM dispatches d CROSS JOIN LATERAL (
   SELECT data FROM run_events e WHERE e.run_id = d.run_id AND e.type = 'WaitStarted'
    ORDER BY seq DESC LIMIT 1) e
  WHERE d.state = 'delayed' AND d.reason = 'wait' AND e.data ? 'names'
+   AND NOT e.data -> 'names' ? '{UNSENT}'
    AND NOT EXISTS (SELECT FROM signals s WHERE s.run_id = d.run_id)
 """
