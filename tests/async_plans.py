@@ -98,6 +98,17 @@ async def deadly(ctx: AsyncStepContext) -> str:
     return "well"
 
 
+@step(retry=retry(max_attempts=1, max_crashes=1))
+async def hungry(ctx: AsyncStepContext) -> str:
+    """Takes all memory there is, if the input says so; else a moment."""
+    held = []
+    while ctx.input["poison"]:
+        held.append(bytearray(os.urandom(1)) * 2**22)
+        await asyncio.to_thread(threading.get_ident)
+    await asyncio.wait([asyncio.get_running_loop().create_future()], timeout=0.2)
+    return "well"
+
+
 @step
 async def quick(ctx: AsyncStepContext) -> Any:
     return ctx.input
@@ -106,7 +117,7 @@ async def quick(ctx: AsyncStepContext) -> Any:
 ALL = [
     Plan("together", [together, in_thread, with_connection]),
     sums,
-    *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, deadly, quick)),
+    *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, deadly, hungry, quick)),
 ]
 
 app = App(Settings.from_env(os.environ), plans=ALL)

@@ -1,5 +1,6 @@
 """`beatless worker --pool async`: one process executes many runs at once."""
 
+import os
 import threading
 from pathlib import Path
 from time import monotonic
@@ -115,6 +116,42 @@ def test_a_step_that_ends_its_process_fails_alone(beatless: Kit) -> None:
         if not worker.alive:
             deaths += 1
             worker = beatless.worker_process(APP, concurrency=RUNS, arguments=["--pool", "async"])
+
+    assert 1 <= deaths <= 6
+    poison, *others = [runs[3], *runs[:3], *runs[4:]]
+    assert beatless.client.get_run(poison.run_id).error["type"] == "StepCrashed"
+    for run in others:
+        assert beatless.wait_for_run_completion(run.run_id).result == "well"
+    beatless.verify()
+
+
+MOST_RSS_BYTES = 500 * 2**20
+"""Above it the kernel would end the process, in a container of this size."""
+
+
+def rss_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@pytest.mark.long
+def test_of_500_steps_the_one_that_exhausts_the_memory_fails_alone(beatless: Kit) -> None:
+    """As the kernel does, the test ends the process whose memory is too large; five times."""
+    beatless.relay.start()
+    runs = beatless.client.start_runs(
+        [RunRequest(plan="hungry", input={"poison": number == 3}) for number in range(500)]
+    )
+    arguments = ["--pool", "async"]
+    worker = beatless.worker_process(APP, concurrency=500, arguments=arguments)
+    deaths, never = 0, threading.Event()
+    while not beatless.client.get_run(runs[3].run_id).state.final:
+        never.wait(0.02)
+        if rss_bytes(worker.pid) > MOST_RSS_BYTES:
+            worker.kill()
+            deaths += 1
+            worker = beatless.worker_process(APP, concurrency=500, arguments=arguments)
 
     assert 1 <= deaths <= 6
     poison, *others = [runs[3], *runs[:3], *runs[4:]]
