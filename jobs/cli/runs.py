@@ -21,6 +21,7 @@ from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
+from beatless.orchestrator.waits import WaitKind
 from beatless.places import children_waited_for, difference, why_it_waits
 from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
@@ -154,6 +155,7 @@ def show(env: Environment, run: str) -> None:
     if env.as_json:
         env.document(found.to_dict() | {"waits": [wait.to_dict() for wait in waits]})
         return
+    waits = [each for each in waits if each.kind is not WaitKind.CHILDREN]
     children = None
     if found.state is RunState.WAITING and not waits:
         children = children_of(env, run)
@@ -193,14 +195,13 @@ def waits(
         with suppress(*[] if run is not None else [RunNotFound]):  # removed meanwhile
             client = env.client_of(run_id)
             found_waits = client.waits(run_id)
-            for wait in found_waits:
-                if env.as_json:
+            if env.as_json:
+                for wait in found_waits:
                     env.document({"run_id": run_id, **wait.to_dict()})
-                else:
-                    rows.append((run_id, wait.occurrence, render.open_wait(wait)))
-            if env.as_json or found_waits:
                 continue
-            if client.get_run(run_id).state is RunState.WAITING:
+            told = [each for each in found_waits if each.kind is not WaitKind.CHILDREN]
+            rows += [(run_id, wait.occurrence, render.open_wait(wait)) for wait in told]
+            if not told and client.get_run(run_id).state is RunState.WAITING:
                 children = children_of(env, run_id)
                 if children is not None:
                     rows.append((run_id, children.occurrence, f"its children: {children}"))
