@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         RunConflict,
         RunEnded,
         RunNotFound,
+        ScheduleConflict,
+        ScheduleNotFound,
         SignalConflict,
         StepEnded,
         StepFailed,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.records import Run, SentDecision, SentSignal
     from beatless.orchestrator.retry import retry
     from beatless.orchestrator.run_context import Child, RunContext
+    from beatless.orchestrator.schedule import Schedule, StoredSchedule
     from beatless.orchestrator.state import RunState
     from beatless.orchestrator.waits import approve, days, hours, minutes, sleep, wait
     from beatless.settings import Settings
@@ -96,6 +99,9 @@ _MODULES = {
     "RunNotFound": "beatless.orchestrator.errors",
     "RunRequest": "beatless.client",
     "RunState": "beatless.orchestrator.state",
+    "Schedule": "beatless.orchestrator.schedule",
+    "ScheduleConflict": "beatless.orchestrator.errors",
+    "ScheduleNotFound": "beatless.orchestrator.errors",
     "SchemaBehind": "beatless.errors",
     "SentDecision": "beatless.orchestrator.records",
     "SentSignal": "beatless.orchestrator.records",
@@ -109,6 +115,7 @@ _MODULES = {
     "StepEnded": "beatless.orchestrator.errors",
     "StepFailed": "beatless.orchestrator.errors",
     "StepTimeout": "beatless.orchestrator.errors",
+    "StoredSchedule": "beatless.orchestrator.schedule",
     "TextLines": "beatless.observe.logs",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
@@ -164,6 +171,9 @@ __all__ = [
     "RunNotFound",
     "RunRequest",
     "RunState",
+    "Schedule",
+    "ScheduleConflict",
+    "ScheduleNotFound",
     "SchemaBehind",
     "SentDecision",
     "SentSignal",
@@ -177,6 +187,7 @@ __all__ = [
     "StepEnded",
     "StepFailed",
     "StepTimeout",
+    "StoredSchedule",
     "TextLines",
     "UnknownPlan",
     "Unreachable",

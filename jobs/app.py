@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy
 
 from beatless.client import Client
+from beatless.client.base import DEFAULT_APP
 from beatless.client.queue_limit import QueueLimit
 from beatless.failures import Failures, OnFailure
+from beatless.namespaces import stored_id
 from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
@@ -24,6 +26,8 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, on_cancel_steps
+from beatless.orchestrator.records import new_run_id
+from beatless.orchestrator.schedule import Schedule, check_schedules
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from kombu import Connection
     from redis import asyncio as aioredis
 
+    from beatless.orchestrator.firing import Firing
     from beatless.orchestrator.fleet_watch import FleetWatch
     from beatless.outbox.chores import Chore
     from beatless.outbox.direct_connection import DirectConnection
@@ -93,18 +98,24 @@ class App:
         settings: Settings,
         plans: Sequence[Plan],
         *,
+        schedules: Sequence[Schedule] = (),
+        name: str = DEFAULT_APP,
         on_failure: OnFailure | None = None,
         redact: Redact | None = None,
     ) -> None:
-        """`on_failure` is called once for each run that has failed for good, and each dead letter.
+        """`schedules` start runs of the plans, from the next `beatless migrate` on.
+
+        They belong to the app of this `name`: apps with different ones can share a schema.
+
+        `on_failure` is called once for each run that has failed for good, and each dead letter.
 
         In the process that wrote it, for five seconds at most; an exception of it is logged.
 
         `redact` decides how inputs, results, errors and traces are shown: on the page, over
         HTTP, on the command line, in logs, spans and Flower. Stored values stay.
 
-        Raises PlanError when two plans share a name, and when the function of one names a plan that
-        is not among them: its runs could be started, and nobody would execute them.
+        Raises PlanError when two plans, or two schedules, share a name, and when a schedule or the
+        function of a plan names a plan that is not among them: nobody would execute its runs.
         """
         logs.enable_own_loggers()
         if isinstance(plans, Plan):
@@ -120,6 +131,9 @@ class App:
                 plan.check_children(self.plans)
             else:
                 check_child_elements(plan, self.plans)
+        self.name = name
+        self.schedules = tuple(schedules)
+        check_schedules(self.schedules, self.plans)
         self._canary = canary.canary(plans)
         self.redact = redact
         self.redaction = Redaction(redact)
@@ -145,7 +159,12 @@ class App:
             settings.database_url, session_name(), direct=direct, password=password, pool_size=0
         )
         self._relays_redis: list[redis.Redis] = []
-        self.metrics = Metrics([*plans, self._canary], self.engine, settings.schema)
+        self.metrics = Metrics(
+            [*plans, self._canary],
+            self.engine,
+            settings.schema,
+            schedules=[each.name for each in self.schedules],
+        )
         self._bounded_engines: list[sqlalchemy.Engine] = []
         self.streams = self.streams_on(self.engine)
         self.queue_limit = QueueLimit(
@@ -229,6 +248,7 @@ class App:
             namespace=namespace,
             queue_limit=self.queue_limit,
             tracing=self.tracing,
+            app_name=self.name,
         )
 
     def bounded_engine(
@@ -336,6 +356,19 @@ class App:
             )
         ]
 
+    def firing(self) -> "Firing":
+        """The part of a relay that fires the ticks of schedules."""
+        from beatless.orchestrator.cancels import Cancels
+        from beatless.orchestrator.firing import Firing
+
+        return Firing(
+            self.settings.schema,
+            Cancels(self.settings.schema, max_event_bytes=self.settings.max_event_bytes),
+            undo=on_cancel_steps(self.plans.values()),
+            new_run_id=lambda namespace: stored_id(namespace, new_run_id()),
+            faults=self.faults,
+        )
+
     def relay(self, *, observer: Observer | None = None, **options: Any) -> "Relay":
         """A relay for this app's schema; options are fields of `RelayConfig`, in seconds."""
         from beatless.orchestrator.children import CancelsChildren
@@ -358,6 +391,7 @@ class App:
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             redispatch=self.settings.redispatch_seconds,
             overdue=Deadlines(self.settings.schema).end,
+            fire=self.firing().fire,
             wake=Wakes(self.settings.schema, cancels).wake,
             chores=[
                 *self.chores(),

@@ -15,6 +15,7 @@ from beatless.client import Client
 from beatless.client.pages import NumberedRunPage, RunPage
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.records import Run
+from beatless.orchestrator.schedule import StoredSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,33 @@ class ShownClient(Client):
 
     def page_of_children(self, *args: Any, **options: Any) -> NumberedRunPage:
         return self.redaction.numbered_page(super().page_of_children(*args, **options))
+
+    def schedules(self, *args: Any, **options: Any) -> list[StoredSchedule]:
+        return [self._shown(each) for each in super().schedules(*args, **options)]
+
+    def schedule(self, *args: Any, **options: Any) -> StoredSchedule:
+        return self._shown(super().schedule(*args, **options))
+
+    def create_schedule(self, *args: Any, **options: Any) -> StoredSchedule:
+        return self._shown(super().create_schedule(*args, **options))
+
+    def update_schedule(self, *args: Any, **options: Any) -> StoredSchedule:
+        return self._shown(super().update_schedule(*args, **options))
+
+    def pause_schedule(self, *args: Any, **options: Any) -> StoredSchedule:
+        return self._shown(super().pause_schedule(*args, **options))
+
+    def resume_schedule(self, *args: Any, **options: Any) -> StoredSchedule:
+        return self._shown(super().resume_schedule(*args, **options))
+
+    def declared_schedules(self) -> list[StoredSchedule]:
+        return [self._shown(each) for each in super().declared_schedules()]
+
+    def run_schedule_now(self, *args: Any, **options: Any) -> Run:
+        return self.redaction.run(super().run_schedule_now(*args, **options))
+
+    def _shown(self, schedule: StoredSchedule) -> StoredSchedule:
+        return replace(schedule, input=self.redaction.value("input", schedule.input))
 
     def events(self, *args: Any, **options: Any) -> list[Event]:
         return [self.redaction.event(event) for event in super().events(*args, **options)]

@@ -55,6 +55,8 @@ class StepContext:
         self.tags = lease.run.tags
         self.queue = lease.run.queue
         self.priority = lease.run.priority
+        self.tick = lease.run.tick
+        """The tick of the schedule that has started the run, in UTC; None if none has."""
         self.worker = lease.run.worker
         """The process that executes this attempt."""
         self.step = step

@@ -10,6 +10,8 @@ OrchestratorError
 ├── SignalConflict      the key of a signal was used for its run before, with other content
 ├── ApprovalNotOpen     the run does not wait for this approval
 ├── AlreadyDecided      the approval has a decision
+├── ScheduleNotFound    no schedule has this name
+├── ScheduleConflict    the name belongs to another schedule, or to an app that declares it
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
 ├── StepEnded           a thread outlived its step and speaks through the context still
@@ -137,6 +139,29 @@ class AlreadyDecided(OrchestratorError):
         return (
             f"approval {self.occurrence} of run {self.run_id} was decided by {self.by}, {self.at}"
         )
+
+
+class ScheduleNotFound(OrchestratorError):
+    """No schedule has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"no schedule is called {self.name!r:.200}"
+
+
+class ScheduleConflict(OrchestratorError):
+    """The name belongs to another schedule, or to an app that declares it."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name = name
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"schedule {self.name} {self.problem}"
 
 
 class EventsPruned(OrchestratorError):

@@ -4,7 +4,8 @@
 -- The columns of a run `r`, in the order in which a `Run` is made of them.
 r.run_id, r.namespace, r.plan, r.plan_version, r.queue, r.state, r.input, r.result, r.error, r.key,
 r.last_seq, r.attempt, r.worker, r.cancel_requested_at, r.not_before, r.deadline_at, r.retry_of,
-r.parent_id, r.child_no, r.created_at, r.started_at, r.finished_at, r.pruned_seq, {run_options}
+r.parent_id, r.child_no, r.created_at, r.started_at, r.finished_at, r.pruned_seq, r.schedule, r.tick,
+{run_options}
 
 -- fragment: retried_by
 -- The id of the newest retry of a run `r`.
@@ -104,4 +105,54 @@ e AS (
          due_at = CASE WHEN u.reason IN {of_its_worker} THEN u.created_at ELSE u.not_before END,
          reason = u.reason
     FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
+)
+
+-- fragment: new_run_columns
+-- The members of a new run as JSON, with their types.
+run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
+input jsonb, key text, not_before timestamptz, delay float8, deadline float8, retry_of text,
+trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
+parent_id text, child_no int, detached boolean, deadline_at timestamptz,
+schedule text, schedule_id bigint, tick timestamptz, {option_types}
+
+-- fragment: created_runs
+-- New runs `u` from `input`, with RunStarted, outbox row and dispatch; none whose id or key is used.
+u AS (
+  INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
+                             last_seq, not_before, deadline_at, retry_of, trace_context,
+                             default_queue, default_input, parent_id, child_no, root_id,
+                             schedule, tick, {option_columns})
+  SELECT run_id, namespace, plan, plan_version, queue, 'queued', input, key, 1,
+         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
+         least(deadline_at, clock_timestamp() + make_interval(secs => deadline)), retry_of,
+         trace_context, default_queue, default_input, parent_id, child_no,
+         CASE WHEN NOT detached THEN (SELECT coalesce(p.root_id, p.run_id) FROM {schema}.runs p
+                                       WHERE p.run_id = i.parent_id) END,
+         schedule, tick, {option_values}
+    FROM input i
+  ON CONFLICT DO NOTHING
+  RETURNING *
+), e AS (
+  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
+  SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
+         jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
+           'queue', u.queue, 'retry_of', u.retry_of, 'parent', u.parent_id,
+           'schedule', u.schedule, 'tick', (extract(epoch FROM u.tick) * 1000)::bigint,
+           'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
+           'traceparent', u.trace_context->>'traceparent'))
+         -- Results of users, whose nulls are theirs.
+         || CASE WHEN i.reused IS NULL THEN '{}' ELSE jsonb_build_object('reused', i.reused) END
+    FROM u JOIN input i USING (run_id)
+), o AS (
+  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
+  SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
+), d AS (
+  INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
+                                   deadline_at, parent_id, child_no, schedule_id)
+  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
+         CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
+         coalesce(u.not_before, u.created_at),
+         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at,
+         u.parent_id, u.child_no, i.schedule_id
+    FROM u JOIN input i USING (run_id)
 )

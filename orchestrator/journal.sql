@@ -4,49 +4,8 @@
 -- name: create
 -- Store new runs with RunStarted, outbox row and dispatch; a run whose id or key is used is left out.
 WITH input AS (
-  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i(
-    run_id text, shard smallint, namespace text, plan text, plan_version text, queue text,
-    input jsonb, key text, not_before timestamptz, delay float8, deadline float8, retry_of text,
-    trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
-    parent_id text, child_no int, detached boolean, deadline_at timestamptz, {option_types})
-), u AS (
-  INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
-                             last_seq, not_before, deadline_at, retry_of, trace_context,
-                             default_queue, default_input, parent_id, child_no, root_id,
-                             {option_columns})
-  SELECT run_id, namespace, plan, plan_version, queue, 'queued', input, key, 1,
-         coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
-         least(deadline_at, clock_timestamp() + make_interval(secs => deadline)), retry_of,
-         trace_context, default_queue, default_input, parent_id, child_no,
-         CASE WHEN NOT detached THEN (SELECT coalesce(p.root_id, p.run_id) FROM {schema}.runs p
-                                       WHERE p.run_id = i.parent_id) END,
-         {option_values}
-    FROM input i
-  ON CONFLICT DO NOTHING
-  RETURNING *
-), e AS (
-  INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
-  SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
-         jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
-           'queue', u.queue, 'retry_of', u.retry_of, 'parent', u.parent_id,
-           'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
-           'traceparent', u.trace_context->>'traceparent'))
-         -- Results of users, whose nulls are theirs.
-         || CASE WHEN i.reused IS NULL THEN '{}' ELSE jsonb_build_object('reused', i.reused) END
-    FROM u JOIN input i USING (run_id)
-), o AS (
-  INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
-  SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
-), d AS (
-  INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                                   deadline_at, parent_id, child_no)
-  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
-         CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
-         coalesce(u.not_before, u.created_at),
-         CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at,
-         u.parent_id, u.child_no
-    FROM u JOIN input i USING (run_id)
-)
+  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i({new_run_columns})
+), {created_runs}
 SELECT {run_columns}, {each_doorbell}
   FROM u AS r JOIN input i USING (run_id)
 

@@ -42,6 +42,8 @@ RUN_COLUMNS = (
     "started_at",
     "finished_at",
     "pruned_seq",
+    "schedule",
+    "tick",
     *STORED,
 )
 
@@ -84,6 +86,10 @@ class Run(StoredOptions):
     finished_at: datetime | None
     pruned_seq: int
     """Its events up to here were removed after the retention time."""
+    schedule: str | None = None
+    """The name of the schedule that has started it."""
+    tick: datetime | None = None
+    """The tick of that schedule: when it was to start, not when it did."""
     retried_by: str | None = None
     """The id of its newest retry."""
 
@@ -188,6 +194,9 @@ class NewRun(StoredOptions):
     child_no: int | None = None
     detached: bool = False
     """The end of its parent does not cancel it: it is the root of a tree of its own."""
+    schedule: str | None = None
+    schedule_id: int | None = None
+    tick: datetime | None = None
 
     def to_json(self) -> str:
         members = {
@@ -213,6 +222,12 @@ class NewRun(StoredOptions):
                 "parent_id": self.parent_id,
                 "child_no": self.child_no,
                 "detached": self.detached,
+            }
+        if self.schedule is not None:
+            members |= {
+                "schedule": self.schedule,
+                "schedule_id": self.schedule_id,
+                "tick": self.tick.isoformat() if self.tick else None,
             }
         members |= self.stored_options()
         text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'

@@ -66,6 +66,8 @@ class RunContext(Generic[Input]):
         self.input = input
         """The run's input: of the type that the plan declares, else JSON."""
         self.tags = run.tags
+        self.tick = run.tick
+        """The tick of the schedule that has started the run, in UTC; None if none has."""
         self.version = version
         """The version of the plan that the run was started with: `if run.version >= 2: …`."""
         self._replay = replay

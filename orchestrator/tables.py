@@ -5,6 +5,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Double,
     Identity,
     Index,
     Integer,
@@ -59,6 +60,8 @@ runs = Table(
     Column("child_no", Integer),
     Column("root_id", Id),
     Column("children_started", Integer, nullable=False, server_default=text("0")),
+    Column("schedule", Text),
+    Column("tick", Time),
     *(
         Column(
             name,
@@ -154,6 +157,39 @@ approval_links = Table(
     Column("revoked_at", Time),
     Index("approval_links_run", "run_id"),
 )
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("namespace", Id, nullable=False),
+    Column("name", Id, nullable=False),
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    Column("app", Text, nullable=False),
+    Column("declared", Boolean, nullable=False),
+    Column("run", JSONB, nullable=False),
+    Column("cron", Text),
+    Column("every", Integer),
+    Column("tz", Text, nullable=False),
+    Column("catch_up", Text, nullable=False),
+    Column("overlap", Text, nullable=False),
+    Column("jitter", Double, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text),
+    Column("tick", Time),
+    Column("due_at", Time),
+    Column("look_at", Time),
+    Column("last_tick", Time),
+    Column("last_run_id", Id),
+    Column("last_fired_at", Time),
+    Column("last_late_s", Double),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Index("schedules_name", "namespace", "name", unique=True),
+    Index("schedules_stopped", "name", postgresql_where=text("state = 'stopped'")),
+    Index("schedules_due", "look_at", postgresql_where=text("look_at IS NOT NULL")),
+)
+"""`tick` names the next tick, `due_at` is when it is to start, `look_at` when it is looked at."""
 
 ended_runs = Table(
     "ended_runs",

@@ -7,6 +7,7 @@ from typing import Protocol
 from beatless.outbox.backoff import BACKOFF_CAP_S, Backoff
 from beatless.outbox.chores import Chore
 from beatless.outbox.direct_connection import DirectConnection
+from beatless.outbox.due_schedules import Fire
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.overdue import EndOverdue
@@ -50,6 +51,8 @@ class RelayConfig:
     """Between two proofs that a NOTIFY still arrives, and that the other relays are not frozen."""
     overdue: EndOverdue | None = None
     """Ends runs that have reached their deadline and that no worker has."""
+    fire: Fire | None = None
+    """Fires the ticks of schedules that are due."""
     wake: Wake | None = None
     """Makes runs due that wait, and have received what they wait for."""
     chores: Sequence[Chore] = ()

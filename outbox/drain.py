@@ -8,6 +8,7 @@ import psycopg
 
 from beatless.outbox.breaker import CircuitBreaker
 from beatless.outbox.config import RelayConfig
+from beatless.outbox.due_schedules import DueSchedules
 from beatless.outbox.event_lane import EventLane
 from beatless.outbox.observer import Drained
 from beatless.outbox.overdue import OverdueRuns
@@ -54,9 +55,10 @@ class Drain:
         """Whatever the last step could pick, it has published, and handed over to the broker."""
         self._tasks_left = False
         self.next_due_s: float | None = None
-        """Seconds from the last step to the next due time or deadline of a run, if it looked ahead;
-        None: there is none."""
+        """Seconds from the last step to the next due time or deadline of a run, or the next tick of
+        a schedule, if it looked ahead; None: there is none."""
         self.overdue = OverdueRuns(connection, config.overdue, config.observer)
+        self.schedules = DueSchedules(connection, config.fire, config.observer)
         self.events = EventLane(
             connection,
             config.queries,
@@ -111,7 +113,7 @@ class Drain:
         except psycopg.Error as error:
             self._isolate(error, shards, run_id, now)
             return len(sent)
-        self.next_due_s = self._earliest(ahead)
+        self.next_due_s = self._earliest(ahead, shards)
         events.note_forgotten(deleted)
         tasks.note_forgotten(marked)
         picked = events.fetch(rows, run_id)
@@ -148,7 +150,7 @@ class Drain:
             self._isolate(error, (), None, None)
             return False
         if look_ahead:
-            self.next_due_s = self._earliest(ahead)
+            self.next_due_s = self._earliest(ahead, shards)
         self.events.note_forgotten(deleted)
         self.tasks.note_forgotten(marked, picked_behind=False)
         return self.tasks.all_marked and not self.events.rows_held and not self._tasks_left
@@ -177,12 +179,16 @@ class Drain:
     def _look_ahead(self, shards: Sequence[int]) -> psycopg.Cursor[Any]:
         return self._connection.execute(self._queries.next_due_sql, {"shards": int_array(shards)})
 
-    def _earliest(self, ahead: psycopg.Cursor[Any] | None) -> float | None:
+    def _earliest(self, ahead: psycopg.Cursor[Any] | None, shards: Sequence[int]) -> float | None:
         row = ahead.fetchone() if ahead else None
         if row is None:
             return None
-        due_s, deadline_s, self._tasks_left = row
-        waits = (due_s, self.overdue.schedule(deadline_s))
+        due_s, deadline_s, tick_s, self._tasks_left = row
+        waits = (
+            due_s,
+            self.overdue.schedule(deadline_s),
+            self.schedules.plan_next(tick_s, shards),
+        )
         return min((wait for wait in waits if wait is not None), default=None)
 
     def next_step_in(self) -> float | None:

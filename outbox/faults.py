@@ -19,6 +19,8 @@ POINTS = frozenset(
         "relay.after_claim",
         "relay.after_publish",
         "retention.pruned",
+        "schedule.before",
+        "schedule.fired",
     }
 )
 

@@ -165,6 +165,33 @@ class DeadlinesExpired(Signal):
     """Of each its id, plan and queue."""
 
 
+TickOutcome = Literal["started", "known", "missed", "skipped", "replacing", "failed"]
+"""Of a tick: a run was started, or had been before; it was passed over, as missed or because a run
+has not ended; it waits for the end of that run; or its schedule was stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FiredTick:
+    """One tick of a schedule, and what became of it."""
+
+    namespace: str
+    schedule: str
+    outcome: TickOutcome
+    late_s: float
+    """Seconds since it was due."""
+    run_id: str | None
+    plan: str | None
+    queue: str | None
+    """Of the run that was started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicksFired(Signal):
+    """Ticks of schedules were due."""
+
+    ticks: Sequence[FiredTick]
+
+
 # Chores
 
 

@@ -292,8 +292,8 @@ UPDATE {schema}.dispatches d
  WHERE {unclaimed}
 
 -- name: next_due
--- Read how many seconds the relay may sleep: until a run is due, and until one meets its deadline;
--- and whether it has left something of what is due.
+-- Read how many seconds the relay may sleep: until a run is due, until one meets its deadline, and
+-- until a schedule has a tick; and whether it has left something of what is due.
 -- A dispatch that is due and was not taken waits for a place in the window, which the claims of
 -- another relay's shards may free without a ring: look again soon. Before PostgreSQL 17 an infinite
 -- time has no distance from another.
@@ -304,6 +304,9 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
                                         clock_timestamp() + interval '1 day')
                                   - clock_timestamp())::float8 FROM {schema}.dispatches
          WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1),
+       (SELECT extract(epoch FROM least(look_at, clock_timestamp() + interval '1 day')
+                                  - clock_timestamp())::float8 FROM {schema}.schedules
+         WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1),
        coalesce(bool_or(t.is_left), false)
          OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
   FROM (

@@ -130,6 +130,8 @@ class Relay:
             total = 0
             try:
                 drain.overdue.end(ALL_SHARDS, now)
+                while run_id is None and drain.schedules.fire(now):
+                    pass
                 while (
                     (moved := drain.step(ALL_SHARDS, run_id=run_id, now=now))
                     or drain.tasks.await_result()

@@ -7,6 +7,7 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import Ring, Sessions, State
 from beatless.outbox.drain import Drain
+from beatless.outbox.due_schedules import SCHEDULES_POLL_S
 from beatless.outbox.observer import (
     RelayAsleep,
     RelayWoke,
@@ -143,6 +144,9 @@ class SessionLoop:
                 nap = min(2 * nap, max(self._config.nap, LONGEST_NAP_S))
             if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
+            schedules = self.drain.schedules
+            if schedules.due or monotonic() - schedules.looked_at > SCHEDULES_POLL_S:
+                schedules.fire()
             self._run_watchdog()
             if self._stopping.is_set() or self.sessions.members_changed:
                 return
@@ -236,6 +240,8 @@ class SessionLoop:
         shards = self.shards.owned
         if monotonic() >= self.drain.overdue.next_at:
             self.drain.overdue.end(shards)
+        if self.drain.schedules.due:
+            self.drain.schedules.fire()
         total = 0
         while total <= BUSY_MESSAGES:
             moved = self.drain.step(shards, look_ahead=True)

@@ -72,11 +72,17 @@ dispatches = Table(
     Column("child_no", Integer),
     Column("children_left", Integer),
     Column("wakes_on_failure", Boolean),
+    Column("schedule_id", BigInteger),
     Index(
         "dispatches_children",
         "parent_id",
         "child_no",
         postgresql_where=text("parent_id IS NOT NULL"),
+    ),
+    Index(
+        "dispatches_schedule",
+        "schedule_id",
+        postgresql_where=text("schedule_id IS NOT NULL"),
     ),
     Index("dispatches_deadline", "deadline_at", postgresql_where=text("deadline_at IS NOT NULL")),
     Index(

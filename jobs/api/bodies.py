@@ -15,7 +15,14 @@ from typing import (
     get_type_hints,
 )
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    create_model,
+)
 
 from beatless.api.problems import Problem
 from beatless.client.approvals import LINK_S
@@ -28,7 +35,9 @@ from beatless.client.requests import (
 )
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
+from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import FailedRunFilter, Place
+from beatless.orchestrator.schedule import CatchUp, Overlap, Schedule, StoredSchedule
 from beatless.orchestrator.state import RunState
 from beatless.outbox.times import MOST_S
 
@@ -147,6 +156,71 @@ class ApprovalLinkBody(BaseModel):
     """The person who may decide by it."""
     expires_in: float = Field(default=LINK_S, gt=0, le=MOST_S, allow_inf_nan=False)
     """In seconds."""
+
+
+class ScheduleMembers(BaseModel):
+    """The members of a schedule, but for its name and plan."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: Any = None
+    cron: str | None = Field(default=None, max_length=200, examples=["0 2 * * *"])
+    every: int | None = Field(default=None, description="In seconds.", examples=[60])
+    tz: str = Field(default="UTC", max_length=100, examples=["Europe/Brussels"])
+    catch_up: CatchUp = CatchUp.ONE
+    overlap: Overlap = Overlap.ALLOW
+    jitter: float = Field(default=0, allow_inf_nan=False, description="In seconds.")
+    queue: str | None = None
+    priority: int = 0
+    tags: dict[str, str] | None = None
+    deadline: float | None = Field(default=None, allow_inf_nan=False, description="In seconds.")
+
+
+def _schedule(name: str, plan: str, members: Mapping[str, Any]) -> Schedule:
+    try:
+        return Schedule(name, plan, **members)
+    except PlanError as error:
+        raise BadRequest("schedule", f"cannot work: {error}") from error
+
+
+class ScheduleRequest(ScheduleMembers):
+    """A schedule to store."""
+
+    name: str = Field(max_length=200, examples=["nightly"])
+    plan: str = Field(max_length=200)
+
+    def schedule(self) -> Schedule:
+        """As the client takes it. Raises BadRequest."""
+        members = {name: getattr(self, name) for name in ScheduleMembers.model_fields}
+        return _schedule(self.name, self.plan, members)
+
+
+class ScheduleChange(ScheduleMembers):
+    """Members of a schedule to change; the others stay. `cron` takes the place of `every`."""
+
+    plan: str = Field(default="", max_length=200)
+
+    def changed(self, stored: StoredSchedule) -> Schedule:
+        """As the client takes it. Raises BadRequest."""
+        given = {name for name in self.model_fields_set if name in ScheduleMembers.model_fields}
+        members = {
+            name: getattr(self if name in given else stored, name)
+            for name in ScheduleMembers.model_fields
+        }
+        if self.cron is not None and "every" not in given:
+            members["every"] = None
+        if self.every is not None and "cron" not in given:
+            members["cron"] = None
+        return _schedule(stored.name, self.plan or stored.plan, members)
+
+
+class BackfillRequest(BaseModel):
+    """The ticks to start runs for: from the first time on, and before the second."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    from_: AwareDatetime = Field(alias="from", examples=["2026-11-01T00:00:00Z"])
+    to: AwareDatetime = Field(examples=["2026-11-08T00:00:00Z"])
 
 
 class RetryRequest(BaseModel):

@@ -33,6 +33,8 @@ from beatless.orchestrator.errors import (
     RunEnded,
     RunIsActive,
     RunNotFound,
+    ScheduleConflict,
+    ScheduleNotFound,
     SignalConflict,
 )
 from beatless.orchestrator.events import NESTING
@@ -51,6 +53,8 @@ STATUSES: dict[type[Exception], HTTPStatus] = {
     RunEnded: HTTPStatus.CONFLICT,
     RunIsActive: HTTPStatus.CONFLICT,
     RunNotFound: HTTPStatus.NOT_FOUND,
+    ScheduleConflict: HTTPStatus.CONFLICT,
+    ScheduleNotFound: HTTPStatus.NOT_FOUND,
     SignalConflict: HTTPStatus.CONFLICT,
     SchemaBehind: HTTPStatus.SERVICE_UNAVAILABLE,
     StatementTimeout: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -68,7 +68,14 @@ ERROR = json_object(
 EVENT_DATA: dict[EventType, Schema] = {
     EventType.RUN_STARTED: json_object(
         {"plan": STRING, "version": STRING, "queue": STRING},
-        optional={"retry_of": STRING, "reused": ANY, "not_before": ANY, "traceparent": STRING},
+        optional={
+            "retry_of": STRING,
+            "reused": ANY,
+            "not_before": ANY,
+            "traceparent": STRING,
+            "schedule": STRING,
+            "tick": MILLISECONDS,
+        },
     ),
     EventType.STEP_STARTED: json_object({}),
     EventType.STEP_FINISHED: json_object(

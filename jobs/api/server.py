@@ -24,6 +24,7 @@ from beatless.api.routes import (
     page,
     queues,
     runs,
+    schedules,
     streams,
     system,
 )
@@ -43,6 +44,7 @@ ROUTERS = [
         failed_runs,
         finished_runs,
         queues,
+        schedules,
         dead_letters,
         system,
         health,

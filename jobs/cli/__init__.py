@@ -79,6 +79,9 @@ COMMANDS = {
         "verify": "Check the guarantees on the stored data of RUN…: one line for each violation.",
         "waits": "The open waits of RUN; without RUN, of the runs that wait, newest first.",
     },
+    "beatless.cli.schedules": {
+        "schedules": "Schedules: each starts a run at the ticks of a cron expression or interval.",
+    },
 }
 """By module, each with the help that the list of commands shows: that list imports none of them."""
 

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
+from beatless.cli.migrate import tell_schedules
 from beatless.cli.stopping import stop_on_signals
 from beatless.errors import BadRequest
 from beatless.local.ports import is_free
@@ -69,7 +70,8 @@ def dev(
 def check_app(env: Environment, stack: Stack) -> None:
     """Import the named app once, with the variables of the stack, before its processes do.
 
-    Says if it names other servers than those. Raises BadSetting and AppFailed.
+    Its schedules are stored. Says if it names other servers than those. Raises BadSetting and
+    AppFailed.
     """
     if not env.app_name:
         return
@@ -83,6 +85,9 @@ def check_app(env: Environment, stack: Stack) -> None:
                 f"{env.app_name} names a {here} of its own, {named}: the one that was started here "
                 f"is not used; let the App follow {name}"
             )
+            if here == "Postgres":
+                return  # which `beatless migrate` sees to
+    tell_schedules(env, env.app.client.apply_schedules(env.app.schedules))
 
 
 def address(url: str) -> str:

@@ -11,11 +11,26 @@ from beatless.errors import (
     UnknownPlan,
     Unreachable,
 )
-from beatless.orchestrator.errors import BadPayload, OrchestratorError, RunConflict, RunNotFound
+from beatless.orchestrator.errors import (
+    BadPayload,
+    OrchestratorError,
+    RunConflict,
+    RunNotFound,
+    ScheduleNotFound,
+)
 from beatless.orchestrator.outcomes import PlanError
 from beatless.outbox.errors import OutboxError, PublishFailed
 
-BAD_INPUT = (BadPayload, BadRequest, BadSetting, PlanError, RunConflict, RunNotFound, UnknownPlan)
+BAD_INPUT = (
+    BadPayload,
+    BadRequest,
+    BadSetting,
+    PlanError,
+    RunConflict,
+    RunNotFound,
+    ScheduleNotFound,
+    UnknownPlan,
+)
 UNREACHABLE = (PublishFailed, StatementTimeout, Unreachable)
 UNREACHABLE_ELSEWHERE = {
     "kombu.exceptions": ("OperationalError",),

@@ -9,6 +9,7 @@ import sqlalchemy
 from beatless import migrations
 from beatless.cli.environment import Environment
 from beatless.errors import BadRequest
+from beatless.orchestrator.schedules import AppliedSchedules
 from beatless.outbox.sessions import OWN
 from beatless.postgres import engine as connect_engine
 from beatless.schema import check as check_schema
@@ -58,11 +59,26 @@ def migrate(
                 env.app.journal.renew(connection)
         with engine.connect() as connection:
             found = current(connection, schema)
+    applied = None if check else env.app.client.apply_schedules(env.app.schedules)
     if env.as_json:
         env.document({"schema": schema, "migration": found})
     else:
         history = ", and a new history has begun" if restored else ""
         click.echo(f"schema {schema} is at migration {found}{history}")
+    if applied:
+        tell_schedules(env, applied)
+
+
+def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:
+    """A line for each schedule that a deploy has changed."""
+    for name in applied.created:
+        env.note(f"schedule {name} is new")
+    for name in applied.changed:
+        env.note(f"schedule {name} is changed")
+    for name in applied.undeclared:
+        env.note(f"schedule {name} is paused: the app {env.app.name} declares it no more")
+    for name in applied.stopped:
+        env.note(f"schedule {name} is stopped: the app {env.app.name} has no such plan any more")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
+from beatless.orchestrator.schedules import Schedules
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_autocommit, refuse_two_phase
 from beatless.queues import Queues
@@ -24,6 +25,9 @@ from beatless.streams.streams import Streams
 from beatless.transactions import on_a_given_connection, reaching_postgres, transact
 
 T = TypeVar("T")
+
+DEFAULT_APP = "default"
+"""The name of an app that has none: whose schedules these are."""
 
 
 class BaseClient:
@@ -40,6 +44,7 @@ class BaseClient:
         queue_limit: QueueLimit,
         tracing: Tracing,
         namespace: str = DEFAULT_NAMESPACE,
+        app_name: str = DEFAULT_APP,
     ) -> None:
         """Raises BadRequest for a namespace that cannot be one."""
         self._plans = plans
@@ -53,7 +58,9 @@ class BaseClient:
         self._inbox = Inbox(journal.schema)
         self._links = ApprovalLinks(journal.schema)
         self._cancels = Cancels(journal.schema, max_event_bytes=journal.max_event_bytes)
+        self._schedules = Schedules(journal.schema)
         self._namespace = check_namespace(namespace)
+        self._app_name = app_name
 
     def stored_id(self, run_id: str) -> str:
         """The id as it is stored: with the name of the namespace.

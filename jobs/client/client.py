@@ -20,6 +20,7 @@ from beatless.client.requests import (
     checked_tags,
     shows_run_options,
 )
+from beatless.client.schedules import ScheduleCalls
 from beatless.client.streams import StreamCalls
 from beatless.errors import BadRequest
 from beatless.orchestrator.children import ChildRuns
@@ -34,7 +35,13 @@ logger = logging.getLogger("beatless.client")
 
 
 class Client(
-    StreamCalls, ApprovalCalls, ChildrenCalls, FailedRunCalls, DeadLetterCalls, QueueCalls
+    StreamCalls,
+    ApprovalCalls,
+    ChildrenCalls,
+    FailedRunCalls,
+    DeadLetterCalls,
+    QueueCalls,
+    ScheduleCalls,
 ):
     """Starts, reads and follows the runs of one app. Threads may share it.
 

@@ -191,6 +191,8 @@ class FailedRunCalls(BaseClient):
             new = replace(
                 checked,
                 retry_of=run.run_id,
+                schedule=run.schedule,
+                tick=run.tick,
                 input=encode(given, where="its input", limit=self._journal.max_event_bytes),
                 **run.stored_options(),
             )

@@ -18,6 +18,7 @@ from beatless.doctor import (
     exposure,
     fleet,
     postgres,
+    schedules,
 )
 from beatless.doctor import redis as redis_checks
 from beatless.doctor.check import Check
@@ -32,6 +33,7 @@ MODULES = (
     configuration,
     fleet,
     backlog,
+    schedules,
     exposure,
     canary,
 )

@@ -10,7 +10,7 @@ import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import approval_calls, calls, wire
+from beatless.http import approval_calls, calls, schedule_calls, wire
 from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
 from beatless.http.wire import Exchange
@@ -119,6 +119,16 @@ class AsyncClient:
     resume_queue = in_loop(calls.resume_queue)
     drain_queue = in_loop(calls.drain_queue)
     obliterate_queue = in_loop(calls.obliterate_queue)
+    create_schedule = in_loop(schedule_calls.create_schedule)
+    update_schedule = in_loop(schedule_calls.update_schedule)
+    delete_schedule = in_loop(schedule_calls.delete_schedule)
+    schedules = in_loop(schedule_calls.schedules)
+    schedule = in_loop(schedule_calls.schedule)
+    pause_schedule = in_loop(schedule_calls.pause_schedule)
+    resume_schedule = in_loop(schedule_calls.resume_schedule)
+    run_schedule_now = in_loop(schedule_calls.run_schedule_now)
+    backfill_schedule = in_loop(schedule_calls.backfill_schedule)
+    cancel_backfill = in_loop(schedule_calls.cancel_backfill)
 
     async def wait_for_run(self, run_id: str, timeout: float | None = None) -> Run:
         """Wait for the end of a run and return it. Raises RunNotFound and WaitTimeout."""

@@ -32,18 +32,21 @@ from beatless.orchestrator.errors import (
     RunEnded,
     RunIsActive,
     RunNotFound,
+    ScheduleConflict,
+    ScheduleNotFound,
     SignalConflict,
 )
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run, SentDecision
+from beatless.orchestrator.schedule import StoredSchedule
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
-R = TypeVar("R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink)
+R = TypeVar("R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule)
 
 AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
@@ -65,6 +68,8 @@ ERRORS: dict[str, type[Exception]] = {
         RunEnded,
         RunIsActive,
         RunNotFound,
+        ScheduleConflict,
+        ScheduleNotFound,
         SchemaBehind,
         SignalConflict,
         StatementTimeout,
@@ -79,7 +84,7 @@ TIMES = {
         for name, hint in get_type_hints(record).items()
         if hint is datetime or datetime in get_args(hint)
     )
-    for record in (Run, QueueState, DeadLetter, SentDecision, ApprovalLink)
+    for record in (Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule)
 }
 
 TRIES = 5
@@ -220,6 +225,15 @@ def pause_of(response: httpx2.Response) -> float:
         except (ValueError, TypeError):
             return 0.0
     return max(0.0, min(seconds, MAX_RETRY_AFTER_S)) if seconds == seconds else 0.0
+
+
+Exchange: TypeAlias = Generator[Call[Any], Any, T]
+
+
+def ask(call: Call[T]) -> Exchange[T]:
+    """The exchange of one request."""
+    result: T = yield call
+    return result
 
 
 def record_of(kind: type[R], members: Mapping[str, Any]) -> R:

@@ -25,6 +25,8 @@ from beatless.observe.families import (
     RUNS_FINISHED,
     RUNS_STARTED,
     SAMPLES_PER_BATCH,
+    SCHEDULE_LATENESS,
+    SCHEDULE_TICKS,
     STEP_ATTEMPTS,
     STEP_DURATION,
     STREAM_GAPS,
@@ -62,6 +64,8 @@ from beatless.outbox.observer import (
     Signal,
     ThreadFailed,
     ThreadRecovered,
+    TickOutcome,
+    TicksFired,
     WatchdogRan,
 )
 from beatless.streams.observer import Backfilled, StreamClosed, StreamOpened
@@ -166,6 +170,8 @@ class RelayCounters:
     FAMILIES: ClassVar[tuple[Family, ...]] = (
         RUNS_STARTED,
         RUNS_FINISHED,
+        SCHEDULE_TICKS,
+        SCHEDULE_LATENESS,
         REDISPATCH,
         PUBLISHED,
         FAILURES,
@@ -200,6 +206,9 @@ class RelayCounters:
             self.counts.declare(THREAD_FAILURES, (thread,))
             self.counts.declare(THREADS_FAILING, (thread,))
         self.counts.declare(LEASES_ENDED, ("worker_died",))
+        for outcome in get_args(TickOutcome):
+            self.counts.declare(SCHEDULE_TICKS, (outcome,))
+        self.counts.declare(SCHEDULE_LATENESS)
         self.counts.declare(LATENCY)
         self.counts.declare(LISTENER_UP)
 
@@ -212,6 +221,11 @@ class RelayCounters:
                 for _, plan, _ in runs:
                     labels = (self._known(plan), RunState.FAILED.value)
                     self.counts.add(RUNS_FINISHED, labels)
+            case TicksFired(ticks=ticks):
+                for tick in ticks:
+                    self.counts.add(SCHEDULE_TICKS, (tick.outcome,))
+                    if tick.outcome == "started":
+                        self.counts.observe(SCHEDULE_LATENESS, tick.late_s)
             case RelayWoke(source=source):
                 self.counts.add(WAKEUPS, (source,))
             case LeasesEnded(cause=cause, leases=leases):

@@ -185,6 +185,29 @@ RUNS_UNKNOWN_STEP = Family(
     text="Unfinished runs at a step that the last worker's version of their plan does not have.",
     labels=("plan",),
 )
+SCHEDULE_TICKS = Family(
+    name="beatless_schedule_ticks_total",
+    text="Ticks of schedules, by outcome: started, skipped, missed, replacing, known, failed.",
+    labels=("outcome",),
+)
+SCHEDULE_LATENESS = Family(
+    name="beatless_schedule_lateness_seconds",
+    text="Seconds from the time at which a tick was due to the start of its run.",
+    buckets_s=PUBLISH_BUCKETS_S,
+)
+SCHEDULE_LATE = Family(
+    name="beatless_schedule_late_seconds",
+    text="Seconds that the oldest tick has been due which no relay has fired; 0 if there is none.",
+)
+SCHEDULES_STOPPED = Family(
+    name="beatless_schedules_stopped",
+    text="Schedules that are stopped, as a tick could not be written.",
+)
+SCHEDULE_LAST_FIRED = Family(
+    name="beatless_schedule_last_fired_timestamp_seconds",
+    text="When a schedule that the app declares has last started a run, since 1970.",
+    labels=("schedule",),
+)
 PENDING = Family(name="beatless_outbox_pending", text="Appends whose events are not published yet.")
 OLDEST_AGE = Family(
     name="beatless_outbox_oldest_age_seconds",

@@ -18,6 +18,9 @@ from beatless.observe.families import (
     QUEUE_WORKERS,
     RUNS_ACTIVE,
     RUNS_UNKNOWN_STEP,
+    SCHEDULE_LAST_FIRED,
+    SCHEDULE_LATE,
+    SCHEDULES_STOPPED,
     Labels,
 )
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP
@@ -51,11 +54,13 @@ class PostgresGauges:
         schema: str,
         *,
         plans: Iterable[str] = (),
+        schedules: Iterable[str] = (),
         wanted: Callable[[], bool],
     ) -> None:
         """`wanted` returns whether this process shall expose them now."""
         self.wanted = wanted
         self._plans = list(plans)
+        self._schedules = list(schedules)
         self._engine = engine
         self._mutex = threading.Lock()
         self._asked_at = float("-inf")
@@ -81,11 +86,16 @@ class PostgresGauges:
             answer = self._answer
         if answer is None:
             return
-        _, usage, pending, age, letters, active, unknown, workers, ages = answer
+        _, usage, pending, age, letters, active, unknown, workers, late, stopped, fired, ages = (
+            answer
+        )
         yield NOTIFY_QUEUE.metric({(): [usage]})
         yield PENDING.metric({(): [pending]})
         yield OLDEST_AGE.metric({(): [age or 0.0]})
         yield DEAD_LETTERS.metric({(): [letters]})
+        yield SCHEDULE_LATE.metric({(): [max(0.0, late or 0.0)]})
+        yield SCHEDULES_STOPPED.metric({(): [stopped]})
+        yield SCHEDULE_LAST_FIRED.metric({(name,): [at] for name, at in (fired or {}).items()})
         named = _named(active or [])
         yield RUNS_ACTIVE.metric(found := _counts(active or [], named))
         yield QUEUE_OLDEST_DUE.metric(_oldest(ages, named))
@@ -106,7 +116,9 @@ class PostgresGauges:
                 execute(connection, f"SET LOCAL statement_timeout = '{TIMEOUT_S:g}s'", {})
                 began = time()
                 snapshot: Sequence[Any] = execute(
-                    connection, self._sql["snapshot"], {"unknown": [UNKNOWN_STEP, CHANGED_CALL]}
+                    connection,
+                    self._sql["snapshot"],
+                    {"unknown": [UNKNOWN_STEP, CHANGED_CALL], "schedules": self._schedules},
                 )[0]
                 ended = time()
                 ages = self._queues.oldest_due(connection)

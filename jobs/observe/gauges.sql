@@ -2,7 +2,8 @@
 
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
--- queue and state, and by task those at an unknown step; the workers that consume each queue.
+-- queue and state, and by task those at an unknown step; the workers that consume each queue; for how
+-- long a tick of a schedule has been due, schedules that are stopped, and when some have last fired.
 -- Reads in whole: dispatches, run_outbox, to count them.
 SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
        {outbox_lag},
@@ -21,4 +22,11 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
           SELECT queue, count(*) AS workers
             FROM {schema}.workers CROSS JOIN unnest(queues) AS queue
            WHERE seen_at > clock_timestamp() - make_interval(secs => {presence_expires_s})
-           GROUP BY 1) t)
+           GROUP BY 1) t),
+       (SELECT extract(epoch FROM clock_timestamp() - look_at)::float8 FROM {schema}.schedules
+         WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1),
+       (SELECT count(*) FROM {schema}.schedules WHERE state = 'stopped'),
+       (SELECT jsonb_object_agg(name, extract(epoch FROM last_fired_at)::float8)
+          FROM {schema}.schedules
+         WHERE namespace = 'default' AND name = ANY(%(schedules)s::text[])
+           AND last_fired_at IS NOT NULL)

@@ -40,7 +40,15 @@ class Metrics:
     WSGI and ASGI apps, where your own process follows streams or runs a relay.
     """
 
-    def __init__(self, plans: Sequence[Plan], engine: sqlalchemy.Engine, schema: str) -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        engine: sqlalchemy.Engine,
+        schema: str,
+        *,
+        schedules: Sequence[str] = (),
+    ) -> None:
+        """`schedules` are the names of those that have a series of their own."""
         self.worker = WorkerCounters(plans)
         self.streams = StreamCounters()
         self.relay = RelayCounters([plan.name for plan in plans])
@@ -48,6 +56,7 @@ class Metrics:
             engine,
             schema,
             plans=[plan.name for plan in plans],
+            schedules=schedules,
             wanted=lambda: 0 in self.relay.shards,
         )
         self.relay.clock = self.postgres.now

@@ -15,6 +15,29 @@ TIMES_IN_EVENTS = (
 """Types of events with the member of their data that is a time, in milliseconds."""
 
 
+NAMES_OF_TICKS = ("tick", "last_tick")
+"""Columns of times that name a tick of a schedule, whenever it is fired."""
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises ValueError unless it is 0 seconds to a thousand years."""
+    if not (is_number(seconds) and 0 <= seconds <= MAX_ADVANCE_S):
+        raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")
+
+
+def next_tick_in_s(connection: sqlalchemy.Connection, schema: str) -> float | None:
+    """Seconds until the next tick of a schedule is due, below 0 if it is; None without one.
+
+    Without those that wait for the end of the run that they replace.
+    """
+    statement = (
+        "SELECT extract(epoch FROM min(look_at) - clock_timestamp())::float8 "
+        f"FROM {schema}.schedules WHERE look_at <= due_at"
+    )
+    ((seconds,),) = execute(connection, statement, {})
+    return float(seconds) if seconds is not None else None
+
+
 def move_into_past(
     connection: sqlalchemy.Connection, schema: str, channel: str, seconds: float
 ) -> None:
@@ -22,9 +45,13 @@ def move_into_past(
 
     Raises ValueError unless it is 0 seconds to a thousand years.
     """
-    if not (is_number(seconds) and 0 <= seconds <= MAX_ADVANCE_S):
-        raise ValueError(f"seconds is {seconds!r}, which is not 0 seconds to a thousand years")
-    moved = {"schema": schema, "seconds": seconds, "milliseconds": round(seconds * 1000)}
+    check_seconds(seconds)
+    moved = {
+        "schema": schema,
+        "seconds": seconds,
+        "milliseconds": round(seconds * 1000),
+        "names": list(NAMES_OF_TICKS),
+    }
     # In the order in which writers lock: a run, its events, its dispatch.
     tables = execute(
         connection,
@@ -33,7 +60,7 @@ SELECT c.relname, array_agg(a.attname::text)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_attribute a ON a.attrelid = c.oid
  WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
-   AND a.atttypid = 'timestamptz'::regtype
+   AND a.atttypid = 'timestamptz'::regtype AND NOT a.attname = ANY(%(names)s)
  GROUP BY c.relname ORDER BY c.relname = 'dispatches', c.relname DESC""",
         moved,
     )

@@ -148,7 +148,7 @@ BUGS = {
         'if data.get("name") == GIVEN_BACK:\n                progress.judged()\n',
     ),
     "a delay is shorter than asked for": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/fragments.sql",
         "coalesce(not_before, clock_timestamp() + make_interval(secs => delay))",
         "coalesce(not_before, clock_timestamp() + make_interval(secs => delay / 10))",
     ),
@@ -323,7 +323,7 @@ BUGS = {
         "if not status.held:\n            return None",
     ),
     "a key is not stored": Bug(
-        "orchestrator/journal.sql",
+        "orchestrator/fragments.sql",
         "plan_version, queue, 'queued', input, key, 1,",
         "plan_version, queue, 'queued', input, NULL, 1,",
     ),

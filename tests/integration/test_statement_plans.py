@@ -25,13 +25,22 @@ ENDED, UNFINISHED = 100_000, 10_000
 
 ALL = ENDED + UNFINISHED
 
-LONG = {"runs", "run_events", "dispatches", "run_outbox"}
+SCHEDULES = 20_000
 
-IN_DRAINS = {"queries", "doorbell", "deadlines", "ended_runs", "retention", "shards"}
+LONG = {"runs", "run_events", "dispatches", "run_outbox", "schedules"}
+
+IN_DRAINS = {"queries", "doorbell", "deadlines", "ended_runs", "firing", "retention", "shards"}
 """Their statements run in sessions of the relay, whose plans are pinned."""
 
-SHORT_INDEXES = {"dispatches_out", "dispatches_sent", "dispatches_deadline"}
-"""Of dispatches in a state or with a deadline: windows and times bound how many there are."""
+SHORT_INDEXES = {
+    "dispatches_out",
+    "dispatches_sent",
+    "dispatches_deadline",
+    "schedules_stopped",
+}
+"""Of dispatches in a state or with a deadline: windows and times bound how many there are.
+
+Of schedules that are stopped: a person looks at each."""
 
 VALUES: dict[str, float | str] = {
     "adopted": 1000,
@@ -42,6 +51,7 @@ VALUES: dict[str, float | str] = {
     "last_shard": SHARDS - 1,
     "lock_timeout_ms": 1000,
     "looked_at": 256,
+    "names": 5,
     "near_runs": 10_000,
     "never": "9999-01-01Z",
     "claims_poll_s": 0.02,
@@ -54,6 +64,7 @@ VALUES: dict[str, float | str] = {
     "reason": "wait",
     "recent_ends": 1000,
     "recheck_factor": 4,
+    "replacing_s": 1.0,
     "sweep": 100,
     "window": 64,
 } | OPTION_SQL
@@ -69,6 +80,8 @@ TYPES = {
     "cancelled": "bigint[]",
     "completed": "bigint[]",
     "datas": "text[]",
+    "cron": "text",
+    "declared": "bool",
     "delay": "float8",
     "delay_cancelled": "float8",
     "delays": "float8[]",
@@ -78,6 +91,7 @@ TYPES = {
     "errors": "text[]",
     "errors_cancelled": "text[]",
     "events": "float8",
+    "every": "int",
     "expires_s": "float8",
     "failed": "bigint[]",
     "failing": "text[]",
@@ -88,6 +102,8 @@ TYPES = {
     "known": "text[]",
     "limit": "int",
     "lost_after_s": "float8",
+    "jitter": "float8",
+    "moves": "bool",
     "n": "smallint",
     "n_cancelled": "smallint",
     "names": "text[]",
@@ -122,6 +138,8 @@ TYPES = {
     "beside": "bool[]",
     "upto": "int[]",
     "values": "text[]",
+    "version": "bigint",
+    "versions": "text[]",
     "waits": "int[]",
     "workers": "text[]",
 }
@@ -139,6 +157,8 @@ OTHER_TYPES = {
     ("outbox/letters", "after"): "bigint",
     ("outbox/queries", "forget_events", "ids"): "text",
     ("outbox/queries", "forget_events", "shards"): "text",
+    ("orchestrator/firing", "id"): "bigint",
+    ("orchestrator/schedules", "after"): "text",
     ("outbox/queries", "ids"): "bigint[]",
 }
 
@@ -182,7 +202,16 @@ SELECT 'run-' || n, n % {SHARDS}, 'p' || n % 7, 'q' || n % 5, n % 3,
        CASE n % 1000 WHEN 2 THEN now() + make_interval(secs => n) END
   FROM generate_series({ENDED} + 1, {ALL}) n""".encode()
     )
-    postgres.execute("ANALYZE runs, run_events, run_outbox, dispatches")
+    postgres.execute(
+        f"""
+INSERT INTO schedules (namespace, name, app, declared, run, every, tz, catch_up, overlap, jitter,
+                       state, tick, due_at, look_at)
+SELECT 'default', 's' || n, 'app-' || n % 3, n % 100 = 0, '{{"plan": "p"}}', 60, 'UTC', 'one',
+       'allow', 0, 'active', now(), now(),
+       CASE WHEN n % 10 > 0 THEN now() + make_interval(mins => n) END
+  FROM generate_series(1, {SCHEDULES}) n""".encode()
+    )
+    postgres.execute("ANALYZE runs, run_events, run_outbox, dispatches, schedules")
     return postgres
 
 

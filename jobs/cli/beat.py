@@ -1,0 +1,82 @@
+"""Celery's `beat_schedule`, written as schedules of beatless."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from celery.schedules import crontab
+from celery.schedules import schedule as interval
+
+from beatless.errors import BadRequest
+from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.schedule import Schedule
+
+UNFIT = re.compile(r"[^A-Za-z0-9._:-]+")
+"""Characters that the name of a schedule cannot have."""
+
+
+def celery_app_of(name: str) -> Any:
+    """The Celery app at `module:attribute`. Raises BadRequest."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute or "app")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
+    if not hasattr(getattr(found, "conf", None), "beat_schedule"):
+        raise BadRequest("celery app", f"{name} is no Celery app; give MODULE:ATTRIBUTE of one")
+    return found
+
+
+def lines_of(app: Any) -> Iterator[str]:
+    """Python source: a list of `Schedule(…)`, with a comment for each entry that cannot be one."""
+    yield "from beatless import Schedule"
+    yield ""
+    yield "SCHEDULES = ["
+    for name, entry in sorted(app.conf.beat_schedule.items()):
+        try:
+            arguments = arguments_of(entry, tz=str(app.conf.timezone or "UTC"))
+            plan, label = str(entry["task"]), UNFIT.sub("-", str(name)).strip("-._:")
+            Schedule(label, plan, **arguments)
+            shown = "".join(f", {member}={value!r}" for member, value in arguments.items())
+            yield f"    Schedule({label!r}, {plan!r}{shown}),"
+        except PlanError as error:
+            yield f"    # {name}: {' '.join(str(error).split())}"
+    yield "]"
+
+
+def arguments_of(entry: Mapping[str, Any], *, tz: str) -> dict[str, Any]:
+    """The keywords of a Schedule. Raises PlanError for an entry that has no equivalent."""
+    found: dict[str, Any] = {}
+    when = entry["schedule"]
+    if isinstance(when, crontab):
+        minute, hour, weekday, day, month = when.__reduce__()[1]
+        found["cron"] = " ".join(_field(each) for each in (minute, hour, day, month, weekday))
+        found |= {"tz": tz} if tz != "UTC" else {}
+    elif isinstance(when, interval | timedelta | int | float):
+        run_every = when.run_every if isinstance(when, interval) else when
+        seconds = run_every.total_seconds() if isinstance(run_every, timedelta) else run_every
+        found["every"] = int(seconds) if seconds == int(seconds) else seconds
+    else:
+        raise PlanError(f"{type(when).__name__} is neither a crontab nor an interval")
+    args, kwargs = list(entry.get("args") or ()), dict(entry.get("kwargs") or {})
+    if args or kwargs:
+        found["input"] = {"args": args, **kwargs} if args else kwargs
+    options = entry.get("options") or {}
+    if queue := options.get("queue"):
+        found["queue"] = str(queue)
+    if isinstance(expires := options.get("expires"), int | float | timedelta):
+        found["deadline"] = expires.total_seconds() if isinstance(expires, timedelta) else expires
+    return found
+
+
+def _field(given: Any) -> str:
+    """A field of a cron expression, which Celery also takes as a number or a set."""
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        return ",".join(str(each) for each in sorted(given))
+    return str(given).replace(" ", "")

@@ -1,0 +1,122 @@
+"""`beatless schedules`, and what `beatless migrate` says of them."""
+
+from pathlib import Path
+
+import pytest
+
+from beatless import App, Schedule
+from beatless.testing import Kit
+from tests.commands import Command
+
+
+@pytest.fixture
+def command(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    return Command(capsys)
+
+
+def test_schedules_are_listed_shown_paused_resumed_and_deleted(
+    beatless: Kit, command: Command
+) -> None:
+    made = beatless.client.create_schedule(
+        Schedule("nightly", "two_steps", cron="0 2 * * *", tz="Europe/Brussels", input={"n": 1})
+    )
+    listed = command("schedules")
+    assert "nightly" in listed
+    assert "0 2 * * * Europe/Brussels" in listed
+    assert " 02:00:00" in listed
+    [document] = command.documents("schedules", "ls")
+    assert document["next_tick"] == made.next_tick.isoformat()
+    shown = command("schedules", "show", "nightly")
+    assert shown.count("02:00:00") == 5
+    assert '{"n": 1}' in shown
+    command("schedules", "pause", "nightly")
+    assert "is paused" in command.error
+    assert command.documents("schedules", "show", "nightly")[0]["state"] == "paused"
+    command("schedules", "resume", "nightly")
+    assert "goes on: next tick" in command.error
+    command("schedules", "delete", "nightly")
+    assert command("schedules", "ls").count("nightly") == 0
+    command("schedules", "show", "nightly", status=2)
+    assert "no schedule is called 'nightly'" in command.error
+
+
+def test_runs_are_started_out_of_turn_and_for_the_past(beatless: Kit, command: Command) -> None:
+    beatless.client.create_schedule(Schedule("nightly", "two_steps", cron="0 2 * * *"))
+    run_id = command("schedules", "run-now", "nightly").strip()
+    assert beatless.client.get_run(run_id).schedule == "nightly"
+    filled = command("schedules", "backfill", "nightly", "2026-05-01", "2026-05-04").strip()
+    assert "3 runs started" in command.error
+    assert len(beatless.client.list_runs(tags={"backfill": filled})) == 3
+    assert command("schedules", "cancel-backfill", filled).strip() == "3"
+    command("schedules", "backfill", "nightly", "yesterday", "today", status=2)
+    assert "write it like" in command.error
+
+
+def test_migrate_stores_the_schedules_of_the_app_and_tells_of_those_that_it_lacks(
+    beatless: Kit, command: Command
+) -> None:
+    gone = Schedule("gone", "two_steps", every=60)
+    beatless.client.apply_schedules([gone])
+    command("migrate")
+    assert "schedule gone is paused: the app default declares it no more" in command.error
+    assert beatless.schedules["gone"].state.value == "undeclared"
+    assert "undeclared" in command("schedules", "ls")
+    command("schedules", "resume", "gone", status=1)
+    assert "declare it and migrate, or delete it" in command.error
+
+
+BEAT = """
+from datetime import timedelta
+from celery import Celery
+from celery.schedules import BaseSchedule, crontab, schedule
+
+class Sunset(BaseSchedule): ...
+
+app = Celery("shop")
+app.conf.timezone = "Europe/Brussels"
+app.conf.beat_schedule = {
+    "nightly report": {"task": "shop.report", "schedule": crontab(minute=0, hour=2)},
+    "weekdays": {
+        "task": "shop.mail",
+        "schedule": crontab(minute="*/15", hour={8, 12}, day_of_week="mon-fri"),
+        "kwargs": {"to": "ada"},
+        "options": {"queue": "mail", "expires": 600},
+    },
+    "often": {"task": "shop.ping", "schedule": 30.0, "args": [1, 2]},
+    "minutes": {"task": "shop.ping", "schedule": timedelta(minutes=5)},
+    "interval": {"task": "shop.ping", "schedule": schedule(run_every=60)},
+    "too often": {"task": "shop.ping", "schedule": 0.5},
+    "sunset": {"task": "shop.ping", "schedule": Sunset()},
+}
+"""
+
+
+def test_a_beat_schedule_is_printed_as_schedules(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop_of_beat.py").write_text(BEAT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    printed = command("schedules", "from-beat", "shop_of_beat:app")
+    names: dict[str, list[Schedule]] = {}
+    exec(printed, names)
+    found = {each.name: each for each in names["SCHEDULES"]}
+    assert found.keys() == {"nightly-report", "weekdays", "often", "minutes", "interval"}
+    assert (found["nightly-report"].cron, found["nightly-report"].tz) == (
+        "0 2 * * *",
+        "Europe/Brussels",
+    )
+    weekdays = found["weekdays"]
+    assert weekdays.cron == "*/15 8,12 * * mon-fri"
+    assert (weekdays.plan, weekdays.input) == ("shop.mail", {"to": "ada"})
+    assert (weekdays.queue, weekdays.deadline) == ("mail", 600)
+    assert [found[name].every for name in ("often", "minutes", "interval")] == [30, 300, 60]
+    assert found["often"].input == {"args": [1, 2]}
+    assert "# too often: schedule too-often: every is 0.5" in printed
+    assert "# sunset: Sunset is neither" in printed
+    command("schedules", "from-beat", "shop_of_beat:nothing", status=2)
+    assert "cannot be loaded" in command.error
