@@ -227,15 +227,6 @@ def pause_of(response: httpx2.Response) -> float:
     return max(0.0, min(seconds, MAX_RETRY_AFTER_S)) if seconds == seconds else 0.0
 
 
-Exchange: TypeAlias = Generator[Call[Any], Any, T]
-
-
-def ask(call: Call[T]) -> Exchange[T]:
-    """The exchange of one request."""
-    result: T = yield call
-    return result
-
-
 def record_of(kind: type[R], members: Mapping[str, Any]) -> R:
     """A value from its JSON object. Members that this version does not know are ignored."""
     values: dict[str, Any] = {entry.name: members.get(entry.name) for entry in fields(kind)}
