@@ -137,7 +137,6 @@ u AS (
   SELECT u.run_id, 1, u.created_at, 'RunStarted', 'api',
          jsonb_strip_nulls(jsonb_build_object('plan', u.plan, 'version', u.plan_version,
            'queue', u.queue, 'retry_of', u.retry_of, 'parent', u.parent_id,
-           'schedule', u.schedule, 'tick', (extract(epoch FROM u.tick) * 1000)::bigint,
            'not_before', (extract(epoch FROM u.not_before) * 1000)::bigint,
            'traceparent', u.trace_context->>'traceparent'))
          -- Results of users, whose nulls are theirs.

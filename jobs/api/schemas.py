@@ -73,8 +73,6 @@ EVENT_DATA: dict[EventType, Schema] = {
             "reused": ANY,
             "not_before": ANY,
             "traceparent": STRING,
-            "schedule": STRING,
-            "tick": MILLISECONDS,
         },
     ),
     EventType.STEP_STARTED: json_object({}),

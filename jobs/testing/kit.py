@@ -21,22 +21,19 @@ from beatless.local.child import Child, Launch, spawn
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import Run, SentDecision, SentSignal
-from beatless.orchestrator.schedule import StoredSchedule
-from beatless.orchestrator.schedules import AppliedSchedules
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
 from beatless.testing.replays import check_replay
-from beatless.testing.stored_time import check_seconds, move_into_past, next_tick_in_s
 from beatless.testing.task_inbox import TaskInbox
-from beatless.testing.waits import WaitCalls
+from beatless.testing.time_calls import TimeCalls
 from beatless.verify import PUBLISH_GRACE_S, verify
 
 UNSET: Any = object()
 """Marks an argument that was not given, where None is a value."""
 
 
-class Kit(WaitCalls):
+class Kit(TimeCalls):
     """The helpers of the `beatless` fixture, bound to one app with its own schema and prefix.
 
     >>> run = beatless.start_run("checkout", {"order": 1})
@@ -64,7 +61,6 @@ class Kit(WaitCalls):
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._executor: Executor | None = None
         self._inbox = TaskInbox(app)
-        self._advanced_s = 0.0
         self._pid = os.getpid()
 
     # Starting
@@ -185,28 +181,6 @@ class Kit(WaitCalls):
 
     # The work of the processes
 
-    def apply_schedules(self) -> AppliedSchedules:
-        """Store the schedules that the app declares, as `beatless migrate` does.
-
-        A test whose schedules are to fire calls it; in all others none does.
-
-        >>> beatless.apply_schedules().created
-        []
-        """
-        return self.client.apply_schedules(self.app.schedules)
-
-    @property
-    def schedules(self) -> dict[str, StoredSchedule]:
-        """The schedules of the test by name, as they are stored now.
-
-        >>> from beatless import Schedule
-        >>> made = beatless.client.create_schedule(Schedule("hourly", "checkout", every=3600))
-        >>> beatless.advance(3600)
-        >>> beatless.schedules["hourly"].last_run_id is not None
-        True
-        """
-        return {stored.name: stored for stored in self.client.schedules(limit=1_000_000)}
-
     def drain_outbox_once(self, run_id: str | None = None) -> int:
         """One drain of the relay: publish due messages, of one run or all; their number.
 
@@ -324,43 +298,6 @@ class Kit(WaitCalls):
             self._executor.disconnect()
             self._executor = None
         self._inbox.release()
-
-    def advance(self, seconds: float, *, ticks: bool = True) -> None:
-        """Let time pass without waiting: every stored time moves so far into the past.
-
-        Leases, delays, retries, sleeps, time-outs, redispatches, retention and the ages of runs and
-        tokens then are as they would be, in every process. The clocks of processes do not move, nor
-        times that they count with them: the `timeout` of a step that is running, a relay's pause
-        after a failure. Ticks of schedules are fired on the way, each at its time, and a run that
-        one starts is due then; the names of ticks (`run.tick`) are those of the calendar. With
-        `ticks=False` no relay lives meanwhile, and ticks are missed. Raises ValueError unless it is
-        0 seconds to a thousand years.
-
-        >>> run = beatless.start_run("checkout", {"order": 1}, delay=3600)
-        >>> beatless.work_until_idle()
-        0
-        >>> beatless.advance(3600)
-        >>> beatless.work_until_idle()
-        1
-        """
-        check_seconds(seconds)
-        left = seconds
-        while ticks and (wait := self._next_tick_in_s()) is not None and wait <= left:
-            self._move(max(0.0, wait))
-            left -= max(0.0, wait)
-            with self.app.direct_connection() as connection:
-                if not self.app.firing().fire(connection, None):
-                    break  # a transaction of the test holds it
-        self._move(left)
-        self._advanced_s += seconds
-
-    def _move(self, seconds: float) -> None:
-        with self.app.engine.begin() as connection:
-            move_into_past(connection, self.app.settings.schema, self.app.queries.channel, seconds)
-
-    def _next_tick_in_s(self) -> float | None:
-        with self.app.engine.connect() as connection:
-            return next_tick_in_s(connection, self.app.settings.schema)
 
     # Real processes
 

@@ -88,9 +88,6 @@ def test_each_tick_starts_one_run_that_knows_it(beatless: Kit) -> None:
     assert [run.result for run in runs] == [run.tick.isoformat() for run in runs]
     assert runs[0].key == f"schedule/hourly/{first:%Y-%m-%dT%H:%MZ}"
     assert (runs[0].input, runs[0].tags) == ({"of": "all"}, {"kind": "report"})
-    [started, *_] = beatless.client.events(runs[0].run_id)
-    assert started.data["schedule"] == "hourly"
-    assert started.data["tick"] == first.timestamp() * 1000
     assert beatless.schedules["hourly"].last_run_id == runs[1].run_id
     beatless.verify()
 
