@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.run_context import Child, RunContext
     from beatless.orchestrator.schedule import Schedule, StoredSchedule
     from beatless.orchestrator.state import RunState
+    from beatless.orchestrator.undos import Undone
     from beatless.orchestrator.waits import approve, days, hours, minutes, sleep, wait
     from beatless.settings import Settings
 
@@ -117,6 +118,7 @@ _MODULES = {
     "StepTimeout": "beatless.orchestrator.errors",
     "StoredSchedule": "beatless.orchestrator.schedule",
     "TextLines": "beatless.observe.logs",
+    "Undone": "beatless.orchestrator.undos",
     "UnknownPlan": "beatless.errors",
     "Unreachable": "beatless.errors",
     "Verdict": "beatless.orchestrator.forms",
@@ -189,6 +191,7 @@ __all__ = [
     "StepTimeout",
     "StoredSchedule",
     "TextLines",
+    "Undone",
     "UnknownPlan",
     "Unreachable",
     "Verdict",

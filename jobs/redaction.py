@@ -89,6 +89,8 @@ class Redaction:
                 data[name] = self.value(name, data[name])
         if event.type == "SignalReceived":
             data["data"] = self.value("input", data.get("data"))
+        if "given" in data:
+            data["given"] = self.value("input", data["given"])
         if isinstance(data.get("on_cancel"), Mapping):
             data["on_cancel"] = self.value("error", data["on_cancel"])
         reused = data.get("reused")

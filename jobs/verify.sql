@@ -23,8 +23,8 @@ SELECT run_id, seq, ts, type, step,
          AS renamed_from,
        CASE WHEN type = 'DebugTrace' AND step IS NOT NULL THEN data ->> 'name' IN
          ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost') END AS repeats,
-       CASE WHEN type = 'StepFinished' THEN coalesce(data @> '{"on_cancel": true}', false) END
-         AS undoes,
+       CASE WHEN type = 'StepFinished'
+            THEN coalesce(data @> '{"on_cancel": true}' OR data ? 'undoes', false) END AS undoes,
        CASE WHEN type = 'StepFailed' THEN data @> '{"final": true}' END AS final
   FROM {schema}.run_events
 
@@ -36,6 +36,7 @@ head AS (
          max(seq) FILTER (WHERE type = 'RunFinished') AS finished_seq,
          max(outcome) AS outcome,
          min(seq) FILTER (WHERE type = 'CancelRequested') AS cancel_seq,
+         min(seq) FILTER (WHERE type IN ('CancelRequested', 'UndoStarted')) AS undo_seq,
          bool_or(type = 'RunStarted' AND seq = 1) AS started
     FROM event GROUP BY run_id
 ), step AS (
@@ -59,7 +60,7 @@ head AS (
   -- Joined once: the planner expects so few runs that it would compare each with each.
   SELECT run_id, run.state, run.last_seq, run.attempt, run.finished_at, run.pruned_seq,
          head.events, head.first, head.last, head.finished, head.finished_seq, head.outcome,
-         head.cancel_seq, head.started, state IN ('completed', 'failed', 'cancelled') AS ended
+         head.cancel_seq, head.undo_seq, head.started, state IN ('completed', 'failed', 'cancelled') AS ended
     FROM run LEFT JOIN head USING (run_id)
 )
 SELECT 'I2', run_id,
@@ -84,7 +85,7 @@ SELECT 'I4', run_id, format('step %%s was begun and passed without a result', st
   FROM passed JOIN final USING (run_id)
  WHERE type = 'StepStarted'
    AND (next_step <> step AND next_began_as <> began_as
-        AND (cancel_seq IS NULL OR next_seq < cancel_seq)
+        AND (undo_seq IS NULL OR next_seq < undo_seq)
         OR next_step IS NULL AND cancel_seq IS NULL AND outcome = 'completed')
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))

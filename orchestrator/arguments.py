@@ -16,6 +16,10 @@ DIGEST_CHARACTERS = 16
 """Of the SHA-256 in hexadecimal: 64 bits, against mistakes and not against forgers."""
 
 
+GIVEN_BYTES = 65_536
+"""The largest arguments of a step that may have to be undone."""
+
+
 def digest(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The digest of the arguments. Raises BadPayload for one that is not JSON.
 
@@ -31,6 +35,19 @@ def digest(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
             "call with id=",
         ) from error
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def as_json(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a step that may have to be undone, as they are stored. Raises BadPayload."""
+    text = json.dumps({"args": list(args), "kwargs": dict(kwargs)}, default=_as_json)
+    if len(text) > GIVEN_BYTES:
+        raise BadPayload(
+            f"step {step}: its arguments",
+            f"are stored, so that it can be undone, and have {len(text):,} bytes; at most "
+            f"{GIVEN_BYTES:,}: give it an id, and let the step look up the rest",
+        )
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def digest_of_wait(kind: str, names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ An attempt ends in one of these ways; the run then goes on, waits or has ended:
 A wait ends with WaitFinished, and the run goes on as after a step; or it leaves its worker.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +43,14 @@ from beatless.orchestrator.progress import (
     ON_CANCEL,
     RENAMED_FROM,
     SNOOZED,
+    UNDO,
     UNKNOWN_STEP,
     Progress,
     following_name,
     known_step,
 )
 from beatless.orchestrator.settlement import Boundary, Settlement
-from beatless.orchestrator.state import WAITS, RunState
+from beatless.orchestrator.state import UNDOING, WAITS, RunState
 from beatless.orchestrator.waits import Wait
 from beatless.outbox.backoff import Backoff
 
@@ -102,6 +104,8 @@ class Boundaries:
         self._plan = plan
         self._run_id = run_id
         self._max_event_bytes = max_event_bytes
+        self.undoes = False
+        """A step was begun that is undone when the run fails or is cancelled: then it goes on."""
 
     # An attempt begins
 
@@ -299,9 +303,9 @@ class Boundaries:
         failed = self._failure(progress, facts)
         if progress.compensating:
             return self._given_up(progress, failed, facts)
-        if self._plan.on_cancel is None:
+        if self._plan.on_cancel is None and not self.undoes:
             return self._ended(RunState.CANCELLED, [failed], facts)
-        # The run waits, but for its `on_cancel` step and not for another attempt of this one.
+        # The run waits, but to be undone and not for another attempt of this one.
         waiting = Boundary(
             events=[self._failure(progress, facts, final=True)], state=RunState.QUEUED
         )
@@ -345,7 +349,15 @@ class Boundaries:
     def _start(self, progress: Progress, **data: Any) -> NewEvent:
         if progress.key != progress.occurrence:
             data[RENAMED_FROM] = progress.key
+        data |= self._undo_of(progress.step)
         return self._event(EventType.STEP_STARTED, progress, **data)
+
+    def _undo_of(self, step: Element | None) -> dict[str, Any]:
+        """The data of the start of a step that is to be undone."""
+        if not isinstance(step, Step) or step.undo is None:
+            return {}
+        self.undoes = True
+        return {UNDO: step.undo.name}
 
     def _wait_start(self, occurrence: str, wait: Wait) -> NewEvent:
         return wait_started(occurrence, wait)
@@ -357,7 +369,13 @@ class Boundaries:
         if isinstance(following, Wait):
             started = self._wait_start(name, following)
         else:
-            started = NewEvent(type=EventType.STEP_STARTED, step=name, attempt=1)
+            undo = self._undo_of(following)
+            started = NewEvent(
+                type=EventType.STEP_STARTED,
+                step=name,
+                attempt=1,
+                data=json.dumps(undo) if undo else None,
+            )
         going_on = Boundary(events=[finished, started], state=RunState.RUNNING)
         settlement = self._unless_cancelled(progress, going_on, [finished])
         return Conclusion(settlement=settlement, following=following)
@@ -398,12 +416,18 @@ class Boundaries:
     def _ended(
         self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
     ) -> Settlement:
+        if self.undoes and state is RunState.FAILED:
+            started = NewEvent(
+                type=EventType.UNDO_STARTED, data=f'{{"error":{_failure_text(facts)}}}'
+            )
+            undone = Boundary(events=[*events, started], state=RunState.QUEUED)
+            return Settlement(normal=undone, if_cancelled=self._cancelled(events), reason=UNDOING)
         return Settlement(
             normal=self._end(state, events, facts), if_cancelled=self._cancelled(events)
         )
 
     def _cancelled(self, events: Sequence[NewEvent]) -> Boundary:
-        if self._plan.on_cancel is not None:
+        if self._plan.on_cancel is not None or self.undoes:
             return Boundary(events=events, state=RunState.QUEUED)
         return self._end(RunState.CANCELLED, events, cancel_error(None))
 

@@ -32,7 +32,8 @@ class Cancels:
         """Store a cancel of runs, of any namespace if none is given; those that it has changed.
 
         One that has ended, or was cancelled before, is left as it is. `undo` has the name of each
-        plan's `on_cancel` step; waiting runs of those without end at once. `source` is the writer
+        plan's `on_cancel` step, or "" if only its steps are undone; waiting runs of others end at
+        once. `source` is the writer
         of the events.
         """
         error = encode(

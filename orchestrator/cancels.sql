@@ -26,7 +26,7 @@ WITH u AS (
   SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
          'CancelRequested', %(source)s,
          jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
-           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
+           CASE WHEN u.state <> 'cancelled' THEN nullif(%(undo)s::jsonb ->> u.plan, '') END))
     FROM u
   UNION ALL
   SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', %(source)s,

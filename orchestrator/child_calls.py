@@ -403,7 +403,8 @@ NewRuns = Callable[[range], Sequence[NewRun] | None]
 class Tends:
     """The children of a call, while their parent waits."""
 
-    children: Children
+    children: Children | None
+    """None: all that are attached, which are cancelled."""
     runs: NewRuns
 
 

@@ -78,6 +78,8 @@ class ChildRuns:
         The row of the parent is locked. None is started of a parent that is cancelled.
         """
         children = tends.children
+        if children is None:
+            return self._end_all(connection, run_id)
         if children.rivals:
             return self._tend_rivals(connection, run_id, children)
         place = {"run_id": run_id, "first": children.first, "last": children.last}
@@ -102,6 +104,14 @@ class ChildRuns:
             cancelled=cancelled,
             wakes_on_failure=not children.collects and turn.failed is None,
         )
+
+    def _end_all(self, connection: Caller, run_id: str) -> Tended:
+        ((unfinished, others),) = execute(connection, self._sql["look_at_all"], {"run_id": run_id})
+        if unfinished:
+            place = {"run_id": run_id, "shard": shard_of(run_id), "first": None, "last": None}
+            execute(connection, self._sql["stop"], place)
+        turn = ChildrenTurn(start=range(0), left=0, done=not unfinished)
+        return Tended(turn=turn, others=others, cancelled=False, wakes_on_failure=False)
 
     def _tend_rivals(self, connection: Caller, run_id: str, children: Children) -> Tended:
         parameters = {"run_id": run_id, "rivals": int_array(children.rivals)}

@@ -29,6 +29,12 @@ SELECT (SELECT count(*)::int FROM {schema}.dispatches d
        r.cancel_requested_at IS NOT NULL
   FROM {schema}.runs r WHERE r.run_id = %(run_id)s
 
+-- name: look_at_all
+-- Read how many children of a run are unfinished that end with it, and how many others.
+SELECT count(*) FILTER (WHERE c.root_id IS NOT NULL)::int,
+       count(*) FILTER (WHERE c.root_id IS NULL)::int
+  FROM {schema}.dispatches d JOIN {schema}.runs c USING (run_id) WHERE d.parent_id = %(run_id)s
+
 -- name: removed
 -- Read which child of a call that were all started was removed.
 SELECT n FROM generate_series(%(first)s::int, %(last)s::int) AS n

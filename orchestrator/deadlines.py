@@ -29,7 +29,9 @@ EASE_S = 0.2
 class Deadlines:
     """Ends overdue runs for a relay. One statement, which waits for no row."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, *, undone: Sequence[str] = ()) -> None:
+        """`undone` has the names of the plans with steps that are undone: a worker ends these."""
+        self._undone = list(undone)
         self._sql = _statements(schema)
 
     def end(
@@ -37,9 +39,12 @@ class Deadlines:
     ) -> list[tuple[str, str, str]]:
         """End the runs of these shards that are overdue: of each its id, plan and queue.
 
+        One that has begun, and may have to be undone, is due for a worker instead.
+
         No more than `BATCH`; those that another transaction holds are for the next time.
         """
-        return execute(connection, self._sql["end"], {"shards": list(shards), "now": now})
+        parameters = {"shards": list(shards), "now": now, "undone": self._undone}
+        return execute(connection, self._sql["end"], parameters)
 
 
 class AdoptsDeadlines:

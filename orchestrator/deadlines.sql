@@ -11,6 +11,7 @@ WITH due AS (
    ORDER BY deadline_at LIMIT {batch}
 ), free AS (
   SELECT r.run_id, d.shard,
+         r.plan = ANY(%(undone)s::text[]) AND r.attempt > 0 AS undone,
          jsonb_build_object('type', 'DeadlineExceeded', 'message',
            'run ' || r.run_id || ' did not end before its deadline') AS error
     FROM due JOIN {schema}.runs r USING (run_id) JOIN {schema}.dispatches d USING (run_id)
@@ -25,7 +26,7 @@ WITH due AS (
   UPDATE {schema}.runs r
      SET state = 'failed', error = free.error, last_seq = last_seq + 1, not_before = NULL,
          lease_expires_at = NULL, finished_at = clock_timestamp()
-    FROM free WHERE r.run_id = free.run_id
+    FROM free WHERE r.run_id = free.run_id AND NOT free.undone
   RETURNING r.run_id, r.last_seq, r.plan, r.queue, free.shard, free.error
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)
@@ -37,6 +38,15 @@ WITH due AS (
   SELECT shard, run_id, last_seq - (1) + 1, last_seq FROM u
 ), gone AS (
   DELETE FROM {schema}.dispatches d USING u WHERE d.run_id = u.run_id
+), free_to_go AS (
+  UPDATE {schema}.runs r SET not_before = NULL
+    FROM free WHERE r.run_id = free.run_id AND free.undone
+), due_to_undo AS (
+  -- Once: the deadline of a dispatch is what this statement finds it by.
+  UPDATE {schema}.dispatches d
+     SET state = 'waiting', reason = 'deadline', due_at = clock_timestamp(), deadline_at = NULL,
+         children_left = NULL
+    FROM free WHERE d.run_id = free.run_id AND free.undone
 )
 SELECT run_id, plan, queue FROM u
 

@@ -38,6 +38,7 @@ class EventType(StrEnum):
     CHILDREN_STARTED = "ChildrenStarted"
     CHILDREN_FINISHED = "ChildrenFinished"
     RUN_RESTARTED = "RunRestarted"
+    UNDO_STARTED = "UndoStarted"
     RUN_FINISHED = "RunFinished"
 
 

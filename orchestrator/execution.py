@@ -242,6 +242,8 @@ class Execution:
         self._steps_left = max_steps or -1
         self._stopping = stopping
         self._redispatch_s = redispatch_s
+        self.undoes = False
+        """The run is undone, by another execution: it asks for nothing more."""
         self._last_ts_ms = 0
         """Of the last event that was read, by the clock of Postgres."""
         self._read_events = 0
@@ -262,6 +264,10 @@ class Execution:
         if self._lease.begun:
             return Progress(step=self._plan.first, starts=1)
         progress = yield from self._fold()
+        self._boundaries.undoes |= progress.begun_undos
+        if progress.undoing or (progress.begun_undos and self._lease.cancelled):
+            self.undoes = True
+            return None
         if self._lease.cancelled and not progress.compensating:
             if self._plan.on_cancel is not None:
                 progress.compensate(self._plan.on_cancel)

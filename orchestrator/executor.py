@@ -76,6 +76,7 @@ from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.step_output import StepOutput
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
+from beatless.orchestrator.undo_execution import UndoExecution
 from beatless.orchestrator.watchdog import Attempt, no_limit
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
@@ -278,15 +279,8 @@ class RunDriver:
         self._report = RunReport(
             plan, lease, observer=executor.observer, shown_error=executor.shown_error
         )
-        self._execution: Execution = kind(
-            lease,
-            read_ends=self._read_ends,
-            plans=executor.plans,
-            max_event_bytes=executor.journal.max_event_bytes,
-            max_steps=max_steps,
-            stopping=executor.stopping.is_set,
-            redispatch_s=executor.redispatch_s,
-        )
+        self._execution: Execution = kind(lease, plans=executor.plans, **self._options(max_steps))
+        self._max_steps = max_steps
         self._writer = LeasedWriter(
             lease,
             journal=executor.journal,
@@ -300,9 +294,27 @@ class RunDriver:
             announce=executor.outputs.announce,
         )
 
+    def _options(self, max_steps: int) -> dict[str, Any]:
+        """Those of any execution."""
+        executor = self._executor
+        return {
+            "max_event_bytes": executor.journal.max_event_bytes,
+            "read_ends": self._read_ends,
+            "max_steps": max_steps,
+            "stopping": executor.stopping.is_set,
+            "redispatch_s": executor.redispatch_s,
+        }
+
+    def _requests(self) -> Requests:
+        """Those of the run; then, of one whose steps are undone, of that."""
+        yield from self._execution.requests()
+        if self._execution.undoes:
+            options = self._options(self._max_steps)
+            yield from UndoExecution(self._plan, self._lease, **options).requests()
+
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
-        with closing(self._execution.requests()) as requests:
+        with closing(self._requests()) as requests:
             request = yield from self._until_body(requests, None)
             while request is not None:
                 with self._executor.scope(

@@ -54,6 +54,7 @@ result = CASE WHEN r.cancel_requested_at IS NULL THEN b.result::jsonb END,
 error = CASE WHEN r.cancel_requested_at IS NULL
              THEN b.error::jsonb ELSE b.error_cancelled::jsonb END,
 lease_expires_at = CASE WHEN {settled_state} = 'running' THEN r.lease_expires_at END,
+deadline_at = CASE WHEN b.reason <> 'undo' THEN r.deadline_at END,
 not_before = CASE WHEN {settled_state} = 'queued'
                   THEN least(CASE WHEN r.cancel_requested_at IS NULL THEN r.deadline_at END,
                     clock_timestamp() + make_interval(secs =>
@@ -103,6 +104,7 @@ e AS (
   UPDATE {schema}.dispatches d
      SET state = CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          due_at = CASE WHEN u.reason IN {of_its_worker} THEN u.created_at ELSE u.not_before END,
+         deadline_at = CASE WHEN u.reason <> 'undo' THEN d.deadline_at END,
          reason = u.reason
     FROM u WHERE d.run_id = u.run_id AND u.state = 'queued'
 )

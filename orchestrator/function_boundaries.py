@@ -27,7 +27,15 @@ from beatless.orchestrator.history import (
 from beatless.orchestrator.open_waits import wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
-from beatless.orchestrator.progress import ARGUMENTS, FINAL, FOLLOWING, TAKEN_OVER, VALUE, Progress
+from beatless.orchestrator.progress import (
+    ARGUMENTS,
+    FINAL,
+    FOLLOWING,
+    GIVEN,
+    TAKEN_OVER,
+    VALUE,
+    Progress,
+)
 from beatless.orchestrator.replay import Again, Call
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
@@ -153,7 +161,11 @@ class FunctionBoundaries(Boundaries):
             data |= self._begun_as
             if progress.arguments is not None:
                 data[ARGUMENTS] = progress.arguments
-        return super()._start(progress, **data)
+        started = super()._start(progress, **data)
+        if not isinstance(progress, Call) or progress.given is None:
+            return started
+        given = {GIVEN: progress.given}
+        return replace(started, data=_text(json.loads(started.data or "{}") | given))
 
     def _wait_start(self, occurrence: str, wait: Wait) -> NewEvent:
         return wait_started(occurrence, wait, **self._begun_as)

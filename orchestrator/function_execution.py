@@ -53,6 +53,9 @@ from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
 
+ENDS_CALLS = (EventType.CANCEL_REQUESTED, EventType.UNDO_STARTED)
+"""Events after which the function is not called."""
+
 
 @dataclass(frozen=True, slots=True)
 class Crashed:
@@ -123,6 +126,8 @@ class FunctionExecution(Execution):
             yield from self._settle(self._boundaries.taken_over(lease.run.attempt))
             self._last_seq += 1
         if lease.late and not lease.cancelled:
+            if self._function.undo_steps:
+                self._boundaries.undoes = (yield from self._fold_cancelled()).begun_undos
             yield from self._settle(self._boundaries.overdue())
             return None
         return (yield from super()._resume())
@@ -138,7 +143,7 @@ class FunctionExecution(Execution):
         def take(events: Sequence[Event]) -> None:
             nonlocal cancelled
             self._last_seq = self._told_seq = events[-1].seq
-            cancelled |= any(event.type == EventType.CANCEL_REQUESTED for event in events)
+            cancelled |= any(event.type in ENDS_CALLS for event in events)
             fold_calls(self._function, history, events)
 
         if self._last_seq > 1 or self._lease.run.retry_of is not None:
@@ -148,6 +153,7 @@ class FunctionExecution(Execution):
         if cancelled:
             return (yield from self._fold_cancelled())
         self._lease.run = history.as_given(self._lease.run)
+        self._boundaries.undoes |= history.undoes
         self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
         if history.takeovers >= MAX_TAKEOVERS:
             self._said = Crashed()

@@ -52,6 +52,7 @@ class FunctionPlan(Plan):
         self.routes = {}
         self.on_cancel = on_cancel
         self._check_on_cancel()
+        self.undo_steps = self._undo_steps()
         self.removed = frozenset(_names(name, removed))
         self.renamed = self._resolve(renamed or {})
         self._check_input(input, default_input)

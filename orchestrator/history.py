@@ -23,6 +23,7 @@ from beatless.orchestrator.progress import (
     SIGNALS,
     SNOOZED,
     TAKEN_OVER,
+    UNDO,
     VALUE,
 )
 from beatless.orchestrator.records import Run
@@ -97,6 +98,8 @@ class History:
     """The calls of earlier generations, by name: their occurrences are not used again."""
     version: int = 0
     """The highest version of the plan that a step was begun with; 0 if only the run's own was."""
+    undoes: bool = False
+    """A step that is to be undone was begun."""
     last_ts_ms: int = 0
     children: int = 0
     """The highest number of a child, of all generations."""
@@ -164,9 +167,10 @@ def fold_calls(plan: FunctionPlan, history: History, events: Iterable[Event]) ->
         elif event.step is not None:
             key = data.get(RENAMED_FROM, event.step)
             call = history.call(plan.current(event.step), key)
-            _note(call, event.type, name, data)
+            note_outcome(call, event.type, name, data)
             _note_wait(history.inbox, call, event)
             _note_children(history, call, event)
+            history.undoes |= event.type == EventType.STEP_STARTED and UNDO in data
             history.version = max(history.version, data.get(VERSION, 0))
             if FOLLOWING in data:
                 history.call(plan.current(data[FOLLOWING]))
@@ -186,8 +190,8 @@ def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> 
         history.values[kind] = list(values)
 
 
-def _note(call: StoredCall, type: str, trace: str | None, data: dict[str, Any]) -> None:
-    """An event of the step of this call."""
+def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str, Any]) -> None:
+    """Take up an event of the step of this call; `trace` is the name of a DebugTrace."""
     match type:
         case EventType.STEP_STARTED:
             call.starts += 1
@@ -254,9 +258,12 @@ def reusable_calls(
     """The outcomes that a retry of an ended run takes over; None if there is none.
 
     Those before `from_step`, an occurrence or a name for its last one; else all but that of a step
-    that failed last. None also for a run that its `on_cancel` step has undone. Raises CannotRetry.
+    that failed last. None also for a run that was undone. Raises CannotRetry.
     """
     history = history_of(plan, events)
+    ends = {event.type for event in events}
+    if EventType.UNDO_STARTED in ends or (history.undoes and EventType.CANCEL_REQUESTED in ends):
+        return None
     calls = list(history.calls.values())
     if plan.on_cancel is not None and plan.on_cancel.name in history.calls:
         return None

@@ -334,7 +334,7 @@ SELECT {event_json}, (SELECT last_seq FROM head), (SELECT restarted FROM head) F
                     OR e.seq >= (SELECT restarted FROM head)
                        AND (e.type IN ('StepStarted', 'StepFailed', 'StepFinished',
                                        'CancelRequested', 'WaitStarted', 'RunRestarted',
-                                       'ChildrenStarted', 'ChildrenFinished')
+                                       'ChildrenStarted', 'ChildrenFinished', 'UndoStarted')
                             OR e.type = 'DebugTrace' AND e.data ->> 'name' = ANY(%(names)s)
                             OR e.seq = (SELECT last_seq FROM head)))
           ) e ORDER BY e.seq LIMIT {page_events}

@@ -55,6 +55,8 @@ class Step:
     retry: Retry = field(default_factory=Retry)
     transactional: bool = False
     terminate_on_cancel: bool = False
+    undo: "Step | None" = None
+    """The step that undoes this one when its run fails or is cancelled."""
     outcomes: frozenset[type] = frozenset()
     """Goto, Finish or Snooze, if the function is annotated to return nothing else."""
 
@@ -88,6 +90,7 @@ def step(
     retry: Retry | None = None,
     transactional: bool = False,
     terminate_on_cancel: bool = False,
+    undo: Step | None = None,
 ) -> Callable[[Callable[..., Any]], Step]: ...
 
 
@@ -100,6 +103,7 @@ def step(
     retry: Retry | None = None,
     transactional: bool = False,
     terminate_on_cancel: bool = False,
+    undo: Step | None = None,
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a function a step of plans. Its first argument is the StepContext.
 
@@ -108,6 +112,8 @@ def step(
     `timeout` is seconds per attempt; then the attempt has failed, even if the function continues. A
     `transactional` step gets `ctx.connection`, whose work is committed together with its
     StepFinished. `terminate_on_cancel` ends a step that does not look for a cancel by itself.
+    `undo` is a step that is called, with the context and an `Undone`, if this one was begun and
+    the run then fails or is cancelled; those of a run are called one by one, the last step first.
     A function that is `async def` gets an AsyncStepContext; it runs in an event loop that the
     process keeps, and is ended by a cancel of its task. It cannot be transactional. Raises
     PlanError for a bad name, timeout or signature.
@@ -140,6 +146,8 @@ def step(
                 f"step {label}: retry is {retry!r}; give it a policy: retry=retry(max_attempts=3)"
             )
         _check_body(label, function)
+        if undo is not None:
+            _check_undo(label, undo)
         is_async = inspect.iscoroutinefunction(body_of(function))
         if is_async and transactional:
             raise PlanError(
@@ -154,6 +162,7 @@ def step(
             retry=retry or Retry(),
             transactional=transactional,
             terminate_on_cancel=terminate_on_cancel,
+            undo=undo,
             outcomes=outcomes_of(function),
         )
 
@@ -199,6 +208,24 @@ def _check_body(label: str, function: Callable[..., Any]) -> None:
         raise PlanError(f"step {label} must take the context as its first argument")
 
 
+def _check_undo(label: str, undo: Any) -> None:
+    """Raises PlanError for a step that cannot undo another one."""
+    if not isinstance(undo, Step):
+        raise PlanError(f"step {label}: undo is {undo!r:.200}; decorate it with @step")
+    if undo.undo is not None or undo.terminate_on_cancel:
+        raise PlanError(
+            f"step {label}: its undo {undo.name} is called after the end of the others: it has no "
+            "undo of its own, and no cancel ends it (terminate_on_cancel)"
+        )
+    try:
+        inspect.signature(undo.function).bind(None, None)
+    except TypeError as error:
+        raise PlanError(
+            f"step {label}: its undo {undo.name} must take two arguments, the context and an "
+            f"Undone: def {undo.name}(ctx, undone)"
+        ) from error
+
+
 def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the code: of a partial its target, of an object its `__call__`."""
     while isinstance(function, functools.partial | staticmethod):
@@ -221,8 +248,11 @@ def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
 
 
 def on_cancel_steps(plans: Iterable["Plan"]) -> dict[str, str | None]:
-    """The names of the `on_cancel` steps of plans."""
-    return {plan.name: None if plan.on_cancel is None else plan.on_cancel.name for plan in plans}
+    """The names of the `on_cancel` steps of plans; "" if there is none, and steps are undone."""
+    return {
+        plan.name: plan.on_cancel.name if plan.on_cancel else "" if plan.undo_steps else None
+        for plan in plans
+    }
 
 
 Element = Step | Wait
@@ -304,6 +334,8 @@ class Plan:
         self.default_input = default_input
         self._check_routes()
         self._check_on_cancel()
+        self.undo_steps = self._undo_steps()
+        """Those that undo others, by name."""
         self.renamed = self._resolve(renamed or {})
         try:
             encode(default_input, where=f"plan {name}: default_input", limit=INPUT_BYTES)
@@ -367,6 +399,19 @@ class Plan:
                 f"plan {self.name}: step {step.name} is called by a cancel and cannot also be "
                 "ended by it; remove terminate_on_cancel"
             )
+
+    def _undo_steps(self) -> dict[str, Step]:
+        """Raises PlanError for two steps of one name."""
+        found: dict[str, Step] = {}
+        for undo in (each.undo for each in self.steps if each.undo is not None):
+            of_another = found.setdefault(undo.name, undo) is not undo
+            last = self.on_cancel is not None and undo.name == self.on_cancel.name
+            if of_another or last or undo.name in self._by_name:
+                raise PlanError(
+                    f"plan {self.name}: {undo.name} undoes a step, and another step of the plan is "
+                    'called so, or it is on_cancel: give it a name of its own, step(name="…")'
+                )
+        return found
 
     def _resolve(self, renamed: Mapping[str, str]) -> dict[str, str]:
         """Each former name with the name that the step has now, through all renames after it."""
@@ -454,8 +499,12 @@ class Plan:
 
     @property
     def first_step(self) -> str | None:
-        """The name of the step that a run begins with; None if it begins with a wait."""
-        return self.first.name if isinstance(self.first, Step) else None
+        """The name of the step that a claim may begin; None if a run begins with something else.
+
+        With a wait, with children, or with a step whose start says how it is undone.
+        """
+        first = self.first
+        return first.name if isinstance(first, Step) and first.undo is None else None
 
     def get(self, name: str) -> Element | None:
         """The step of this name, now or formerly; None if another version of the plan has it."""
@@ -464,7 +513,7 @@ class Plan:
     def _find(self, name: str) -> Element | None:
         if self.on_cancel is not None and name == self.on_cancel.name:
             return self.on_cancel
-        return self._by_name.get(name)
+        return self._by_name.get(name) or self.undo_steps.get(name)
 
     def _may_have(self, name: str) -> bool:
         return self._find(name) is not None

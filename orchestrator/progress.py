@@ -60,6 +60,13 @@ FOLLOWING = "following"
 A process that knows no waits finds one there that it does not have, and leaves it alone.
 """
 
+UNDO, GIVEN = "undo", "given"
+"""In StepStarted: the name of the step that undoes this one, and the arguments that a function has
+given it: `args` and `kwargs`."""
+
+UNDOES = "undoes"
+"""In StepFinished: the step that is undone by it, by the name that this began with."""
+
 LAST = "last"
 """In `reused`: the name of the result that was the last one."""
 
@@ -128,6 +135,10 @@ class Progress:
     """The digest of the inputs that they were given."""
     children_started: int = 0
     """The highest number that a child was given."""
+    begun_undos: bool = False
+    """A step that is to be undone was begun."""
+    undoing: bool = False
+    """The run has failed, and its steps are being undone."""
     inbox: OpenWaits = field(default_factory=OpenWaits)
     """The open waits, and the signals that no wait has taken."""
     approvals: set[str] = field(default_factory=set)
@@ -278,6 +289,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                     progress.result = progress.results.get(progress.last)
             case EventType.STEP_STARTED:
                 place, begun = event, _key(event)
+                progress.begun_undos |= UNDO in data
                 if begun != progress.begun:
                     progress.go_on(None, begun=begun)
                     # No other step begins after a cancel.
@@ -291,6 +303,8 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                     stopping = True
                     if not progress.compensating:
                         progress.compensate(plan.on_cancel)
+            case EventType.UNDO_STARTED:
+                progress.undoing = True
             case EventType.CANCEL_REQUESTED:
                 stopping, progress.promised = True, data.get(ON_CANCEL)
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
@@ -334,6 +348,8 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.go_on(None)
             case EventType.RUN_RESTARTED:
                 progress.results.clear()
+    if progress.undoing:
+        return progress
     if progress.compensating and progress.begun is None:
         return progress  # the `on_cancel` step has not begun
     if progress.approvals and (unreadable := progress.unreadable(plan)) is not None:
@@ -366,6 +382,8 @@ def next_step(
     not pass it by.
     """
     found = _next_step(plan, place, after)
+    if found is not None and found.name in plan.undo_steps:
+        return found
     if found is not None and (found is plan.on_cancel) is not undoing:
         raise UnknownStep(plan.name, found.name)
     return found
@@ -394,12 +412,14 @@ def _next_step(
 def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
     """The results that a retry of an ended run takes over, and the step to begin with.
 
-    None if it begins at the beginning, as it does for a run that its `on_cancel` step has undone.
+    None if it begins at the beginning, as it does for a run that was undone.
     `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
     before. Raises CannotRetry.
     """
     run_id = events[0].run_id
     progress, first = fold(plan, events), None
+    if progress.undoing or (progress.begun_undos and any(map(_is_cancel, events))):
+        return None
     if from_step is not None:
         begun = [
             event
@@ -459,6 +479,10 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
             passed.append(ahead.name)
         ahead = plan.after(ahead.name)
     return reused | {"passed": passed} if passed else reused
+
+
+def _is_cancel(event: Event) -> bool:
+    return event.type == EventType.CANCEL_REQUESTED
 
 
 def _key(started: Event) -> str | None:

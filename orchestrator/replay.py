@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from beatless.orchestrator.arguments import digest, digest_of_wait
+from beatless.orchestrator.arguments import as_json, digest, digest_of_wait
 from beatless.orchestrator.child_calls import ChildCall, ChildEnd, Children, ReadEnds, failure_of
 from beatless.orchestrator.errors import BadPayload, ChildFailed, StepFailed
 from beatless.orchestrator.failure import describe, line_of, text_of
@@ -41,6 +41,8 @@ class Call(Progress):
 
     named: str
     arguments: str | None
+    given: dict[str, Any] | None = None
+    """The arguments as JSON, for the step that undoes this one."""
 
     @property
     def occurrence(self) -> str:
@@ -158,7 +160,13 @@ class Replay:
         self._check(step, args, kwargs)
         name = self._named(step.name, id)
         arguments = digest(step.name, args, kwargs) if id is None else None
-        return self._answer(step.name, name, arguments, lambda: _with_arguments(step, args, kwargs))
+        given = None if step.undo is None else as_json(step.name, args, kwargs)
+        found = self._answer(
+            step.name, name, arguments, lambda: _with_arguments(step, args, kwargs)
+        )
+        if isinstance(found, Call):
+            found.given = given
+        return found
 
     def wait(self, wait: Wait, id: str | None) -> Outcome | Call | Mismatch:
         """The same of a wait. Raises PlanError."""
@@ -282,6 +290,12 @@ class Replay:
             )
         if step.name in self._waits:
             raise self._ambiguous(step.name)
+        if step.undo is not None and self.plan.undo_steps.get(step.undo.name) is not step.undo:
+            raise PlanError(
+                f"plan {name} asks for step {step.name} in a way that its code does not show, and "
+                f"nobody would find its undo {step.undo.name} after a crash: name the step in the "
+                "function, or in a function of its module that it calls"
+            )
         if step.name not in self._steps:
             self._steps[step.name] = step, inspect.signature(step.function)
         known, signature = self._steps[step.name]

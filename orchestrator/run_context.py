@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
@@ -27,6 +27,11 @@ Input = TypeVar("Input")
 ONE_AT_A_TIME = (
     "the function of a plan can await only run.step(…), run.wait(…), run.approve(…), run.sleep(…), "
     "run.child(…), run.map(…) and the result() of a child, one at a time; do the rest in a step"
+)
+
+NO_PARALLEL = (
+    "run.parallel is not there: the steps of one run are executed one after the other; run.child "
+    "and run.map start runs of another plan, which are executed at the same time"
 )
 
 Asked = Call | Mismatch
@@ -330,6 +335,13 @@ class RunContext(Generic[Input]):
     def uuid(self) -> uuid.UUID:
         """A random UUID, stored."""
         return uuid.UUID(self._replay.value("uuid", lambda: str(uuid.uuid4())))
+
+    if not TYPE_CHECKING:  # a type checker knows the members
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, for `parallel` with what there is instead."""
+            text = f"{type(self).__name__!r} has no attribute {name!r}"
+            raise AttributeError(NO_PARALLEL if name == "parallel" else text)
 
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         outcome = found if isinstance(found, Outcome) else self._ask(found)

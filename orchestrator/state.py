@@ -45,6 +45,9 @@ FINAL = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
 WAITS = "wait"
 """The reason of the dispatch of a run that waits."""
 
+UNDOING = "undo"
+"""The reason of the dispatch of a run that has failed, whose steps are undone before it ends."""
+
 TRANSITIONS = {
     RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED, RunState.FAILED}),
     RunState.WAITING: frozenset({RunState.QUEUED, RunState.CANCELLED, RunState.FAILED}),

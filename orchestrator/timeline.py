@@ -37,8 +37,8 @@ class Moment:
     at: int
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
-    """accepted, wait, attempt, signal, cancel, finished, pruned, history, lease, dispatch, publish,
-    dead letter, or difference."""
+    """accepted, wait, attempt, signal, cancel, undo, finished, pruned, history, lease, dispatch,
+    publish, dead letter, or difference."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -187,6 +187,11 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 text = f"begins again with another input: generation {data.get('generation')}"
                 yield Moment(at=event.ts, kind="accepted", text=text)
                 waits = Wait(event.ts, event.ts, then="for another worker")
+            case EventType.UNDO_STARTED:
+                error = data.get("error") or {}
+                text = f"failed: {error.get('type')}: {error.get('message')}; its steps are undone"
+                yield Moment(at=event.ts, kind="undo", text=text)
+                waits = Wait(event.ts, event.ts, then="for a worker that undoes its steps")
             case EventType.CANCEL_REQUESTED:
                 reason = data.get("reason")
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")

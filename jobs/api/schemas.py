@@ -62,7 +62,7 @@ def _of_dataclass(kind: type) -> Schema:
 
 ERROR = json_object(
     {"type": STRING, "message": STRING},
-    optional={"step": STRING, "traceback": STRING, "on_cancel": ANY},
+    optional={"step": STRING, "traceback": STRING, "on_cancel": ANY, "undo": list_of(ANY)},
 )
 
 EVENT_DATA: dict[EventType, Schema] = {
@@ -75,7 +75,8 @@ EVENT_DATA: dict[EventType, Schema] = {
             "traceparent": STRING,
         },
     ),
-    EventType.STEP_STARTED: json_object({}),
+    EventType.STEP_STARTED: json_object({}, optional={"undo": STRING, "given": ANY}),
+    EventType.UNDO_STARTED: json_object({"error": ref("Error")}),
     EventType.STEP_FINISHED: json_object(
         {"result": ANY},
         optional={"next": {"type": ["string", "null"], "description": "the step; null: the end"}},

@@ -133,6 +133,7 @@ def _members(element: Element) -> dict[str, object]:
         "max_attempts": element.retry.max_attempts,
         "transactional": element.transactional,
         "terminate_on_cancel": element.terminate_on_cancel,
+        "undo": None if element.undo is None else element.undo.name,
     }
 
 
@@ -158,6 +159,8 @@ def notes(step: Element) -> str:
         found.append("transactional")
     if step.terminate_on_cancel:
         found.append("ended by a cancel")
+    if step.undo is not None:
+        found.append(f"undone by {step.undo.name}")
     return ", ".join(found)
 
 

@@ -41,6 +41,7 @@ STYLES = {
     EventType.CHILDREN_STARTED: "blue",
     EventType.CHILDREN_FINISHED: "green",
     EventType.RUN_RESTARTED: "bold",
+    EventType.UNDO_STARTED: "red",
     EventType.RUN_FINISHED: "bold",
 }
 NOTE_CHARS = 60
@@ -81,6 +82,9 @@ def facts(event: Event) -> str:
                 " (will be tried again)" if data.get("retry_at") and not data.get("final") else ""
             )
             return f"{error.get('type')}: {error.get('message')}{again}"
+        case EventType.UNDO_STARTED:
+            error = data.get("error") or {}
+            return f"after {error.get('type')}: {error.get('message')}"
         case EventType.DEBUG_TRACE:
             name = data.pop("name", "")
             return f"{name} {brief(data)}" if data else str(name)

@@ -262,7 +262,9 @@ def cancel(env: Environment, run: str, reason: str | None) -> None:
     elif found.state is RunState.CANCELLED:
         click.echo(f"{run} is cancelled")
     elif found.state is RunState.QUEUED:
-        click.echo(f"{run} will end after the on_cancel step of its plan")
+        click.echo(
+            f"{run} will end when it is undone: by the on_cancel step of its plan, or of its steps"
+        )
     else:
         click.echo(f"{run} will end after its step")
 

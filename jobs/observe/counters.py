@@ -113,7 +113,8 @@ class WorkerCounters:
         for plan in plans:
             yield from ((RUNS_FINISHED, (plan.name, outcome)) for outcome in RUN_OUTCOMES)
             yield LONG_HISTORIES, (plan.name,)
-            for step in (*plan.steps, *([plan.on_cancel] if plan.on_cancel else ())):
+            last = [plan.on_cancel] if plan.on_cancel else []
+            for step in (*plan.steps, *plan.undo_steps.values(), *last):
                 yield STEP_DURATION, (plan.name, step.name)
                 for outcome in (*STEP_OUTCOMES.values(), "snoozed"):
                     yield STEP_ATTEMPTS, (plan.name, step.name, outcome)

@@ -31,6 +31,7 @@ result = CASE WHEN r.cancel_requested_at IS NULL THEN b.result::jsonb END,
 error = CASE WHEN r.cancel_requested_at IS NULL
              THEN b.error::jsonb ELSE b.error_cancelled::jsonb END,
 lease_expires_at = CASE WHEN {settled_state} = 'running' THEN r.lease_expires_at END,
+deadline_at = CASE WHEN b.reason <> 'undo' THEN r.deadline_at END,
 not_before = CASE WHEN {settled_state} = 'queued'
                   THEN least(CASE WHEN r.cancel_requested_at IS NULL THEN r.deadline_at END,
                     clock_timestamp() + make_interval(secs =>
@@ -285,7 +286,7 @@ BUGS = {
     ),
     "a cancel undoes nothing": Bug(
         "orchestrator/boundaries.py",
-        "        if self._plan.on_cancel is not None:\n"
+        "        if self._plan.on_cancel is not None or self.undoes:\n"
         "            return Boundary(events=events, state=RunState.QUEUED)\n",
         "",
     ),

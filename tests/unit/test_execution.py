@@ -30,6 +30,7 @@ from beatless.orchestrator.execution import (
     Recovered,
     Reply,
     Request,
+    Requests,
     Returned,
     RunBody,
     Signalled,
@@ -43,6 +44,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.records import CheckpointPage, Run
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.undo_execution import UndoExecution
 
 MAX_EVENT_BYTES = 1000
 START_MS = 1_700_000_000_000
@@ -207,7 +209,14 @@ class Worker:
             if isinstance(plan, FunctionPlan)
             else Execution(plan, lease, **options)
         )
-        requests, reply = execution.requests(), None
+
+        def asked() -> Requests:
+            yield from execution.requests()
+            if execution.undoes:
+                undo = UndoExecution(plan, lease, read_ends=lambda _first, _last: [], **options)
+                yield from undo.requests()
+
+        requests, reply = asked(), None
         while True:
             try:
                 request = requests.send(reply)

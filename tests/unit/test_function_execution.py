@@ -270,7 +270,8 @@ def test_arguments_that_are_not_json_are_refused_by_name() -> None:
         (lambda run: run.step(double, 1, id=7), "the id 7 of double must be a str of letters"),
         (lambda run: run.first([1]), "run.first waits for children, and 1 is none"),
         (lambda run: run.first([]), "run.first waits for one of 1 to 1000 children, not of 0"),
-        (lambda run: run.stop(), "'RunContext' object has no attribute 'stop'"),
+        (lambda run: run.parallel([]), "run.parallel is not there: the steps of one run are"),
+        (lambda run: run.stop(), "'RunContext' has no attribute 'stop'"),
         (lambda run: run.step(undo), "on_cancel"),
     ],
 )

@@ -31,6 +31,7 @@ def list_plans(client: Reader, request: Request) -> dict[str, Any]:
                 "queue": plan.queue,
                 "steps": [each.name for each in plan.elements],
                 "on_cancel": None if plan.on_cancel is None else plan.on_cancel.name,
+                "undo": list(plan.undo_steps),
                 "renamed": plan.renamed,
                 "function": isinstance(plan, FunctionPlan),
                 "input": plan.input.schema() if isinstance(plan, FunctionPlan) else {},

@@ -9,7 +9,7 @@ import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "StepOutput", "CancelRequested", "WaitStarted",
-  "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "RunFinished"];
+  "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "UndoStarted", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
   "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no"]); // members with a place of their own, or none
@@ -40,7 +40,7 @@ export async function showRun(page, runId) {
   const plan = plans.plans.find((each) => each.name === run.plan);
   const steps = plan?.steps ?? [];
   const ahead = plan?.function ? "may come" : "to come"; // only the function knows
-  const known = new Set([...steps, plan?.on_cancel, ...Object.keys(plan?.renamed ?? {})]);
+  const known = new Set([...steps, plan?.on_cancel, ...(plan?.undo ?? []), ...Object.keys(plan?.renamed ?? {})]);
   const state = el("span", { id: "state" });
   const facts = el("dl", { class: "facts" });
   const outcome = el("div", { id: "outcome" });
@@ -259,6 +259,7 @@ export async function showRun(page, runId) {
           ...(until ? [names || title ? ", until " : ": until ", time(new Date(until).toISOString())] : []))]);
       }
       else if (story.waitsForChildren && !final && !stopping) entries.push(["Waits for", el("span", { id: "waits-for" }, "its children")]);
+      if (story.undone && !final) entries.push(["Is undone", el("span", { id: "undone" }, `after ${story.undone.type}: ${story.undone.message}`)]);
       entries.push(["Events", el("span", { id: "seq" }, String(seq))]);
       entries.push(["Took", el("span", { id: "took" })]);
       facts.replaceChildren(...entries.map(([name, content]) => el("div", {}, el("dt", {}, name), el("dd", {}, content))));

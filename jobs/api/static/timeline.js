@@ -22,6 +22,7 @@ export class Story {
     this.place = null; // the step it is in, or goes on with, where the journal tells
     this.undo = null; // the step that the cancel has promised
     this.wait = null; // the WaitStarted of the wait that is open
+    this.undone = null; // the error of a run that is undone before it ends
     this.children = 0; // the highest number of a child
     this.waitsForChildren = false;
   }
@@ -49,6 +50,7 @@ export class Story {
       this.undo = data.on_cancel ?? null;
       this.place = this.undo ?? this.place;
     }
+    if (event.type === "UndoStarted") this.undone = data.error ?? null;
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
     const lane = this.lane(event.step);
