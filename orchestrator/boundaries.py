@@ -409,6 +409,8 @@ class Boundaries:
     def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
         """The step has failed for good. A run whose `on_cancel` step fails is cancelled still."""
         if not progress.compensating:
+            if self.undoes:  # the run goes on, and not with another attempt
+                failed = self._failure(progress, facts, final=True)
             return self._ended(RunState.FAILED, [failed], facts)
         error = cancel_error(None) | {"on_cancel": facts}
         return Settlement.ignoring_cancel(self._end(RunState.CANCELLED, [failed], error))

@@ -231,9 +231,8 @@ class Execution:
         stopping: Callable[[], bool] = lambda: False,
         redispatch_s: float = 15.0,
     ) -> None:
-        """`max_steps` gives the run back after that many (0: no limit), as `stopping` does.
-        A run that stands at a step which its plan does not have is given back for at most
-        `redispatch_s`.
+        """`max_steps` gives the run back after that many (0: no limit), as `stopping` does, and a
+        step that its plan does not have for at most `redispatch_s`.
         """
         self._plan = plan
         self._lease = lease
@@ -243,7 +242,7 @@ class Execution:
         self._stopping = stopping
         self._redispatch_s = redispatch_s
         self.undoes = False
-        """The run is undone, by another execution: it asks for nothing more."""
+        """It asks for nothing more: the run is undone, by another execution."""
         self._last_ts_ms = 0
         """Of the last event that was read, by the clock of Postgres."""
         self._read_events = 0
@@ -265,14 +264,11 @@ class Execution:
             return Progress(step=self._plan.first, starts=1)
         progress = yield from self._fold()
         self._boundaries.undoes |= progress.begun_undos
-        if progress.undoing or (progress.begun_undos and self._lease.cancelled):
-            self.undoes = True
+        self.undoes = progress.undoing or (progress.begun_undos and self._lease.cancelled)
+        if self.undoes:
             return None
-        if self._lease.cancelled and not progress.compensating:
-            if self._plan.on_cancel is not None:
-                progress.compensate(self._plan.on_cancel)
-            elif progress.promised is not None:
-                progress.lacks(progress.promised)
+        if self._lease.cancelled:
+            progress.cancel(self._plan.on_cancel)
         if self._lease.late and not progress.compensating:
             yield from self._settle(self._boundaries.overdue())
             return None

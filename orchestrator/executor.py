@@ -40,7 +40,6 @@ from beatless.orchestrator.execution import (
     CommitFailed,
     CommitIfQuiet,
     Committed,
-    Execution,
     HandedBack,
     Raised,
     ReadJournal,
@@ -56,14 +55,12 @@ from beatless.orchestrator.execution import (
     TransactionLost,
     Unstorable,
 )
+from beatless.orchestrator.executions import requests_of
 from beatless.orchestrator.failure import is_a, text_of
-from beatless.orchestrator.function_execution import FunctionExecution
-from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
 from beatless.orchestrator.leased_writer import LeasedWriter
-from beatless.orchestrator.list_execution import ListExecution
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.output_thread import OutputThread
@@ -76,7 +73,6 @@ from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.step_output import StepOutput
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
-from beatless.orchestrator.undo_execution import UndoExecution
 from beatless.orchestrator.watchdog import Attempt, no_limit
 from beatless.outbox.clock import monotonic
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
@@ -271,16 +267,19 @@ class RunDriver:
         self._plan = plan
         self._lease = lease
         self._run_id = lease.run.run_id
-        kind: Any = (
-            partial(FunctionExecution, plan)
-            if isinstance(plan, FunctionPlan)
-            else partial(ListExecution, plan)
-        )
         self._report = RunReport(
             plan, lease, observer=executor.observer, shown_error=executor.shown_error
         )
-        self._execution: Execution = kind(lease, plans=executor.plans, **self._options(max_steps))
-        self._max_steps = max_steps
+        self._requests = requests_of(
+            plan,
+            lease,
+            plans=executor.plans,
+            read_ends=self._read_ends,
+            max_event_bytes=executor.journal.max_event_bytes,
+            max_steps=max_steps,
+            stopping=executor.stopping.is_set,
+            redispatch_s=executor.redispatch_s,
+        )
         self._writer = LeasedWriter(
             lease,
             journal=executor.journal,
@@ -294,27 +293,9 @@ class RunDriver:
             announce=executor.outputs.announce,
         )
 
-    def _options(self, max_steps: int) -> dict[str, Any]:
-        """Those of any execution."""
-        executor = self._executor
-        return {
-            "max_event_bytes": executor.journal.max_event_bytes,
-            "read_ends": self._read_ends,
-            "max_steps": max_steps,
-            "stopping": executor.stopping.is_set,
-            "redispatch_s": executor.redispatch_s,
-        }
-
-    def _requests(self) -> Requests:
-        """Those of the run; then, of one whose steps are undone, of that."""
-        yield from self._execution.requests()
-        if self._execution.undoes:
-            options = self._options(self._max_steps)
-            yield from UndoExecution(self._plan, self._lease, **options).requests()
-
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
-        with closing(self._requests()) as requests:
+        with closing(self._requests) as requests:
             request = yield from self._until_body(requests, None)
             while request is not None:
                 with self._executor.scope(

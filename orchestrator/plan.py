@@ -499,10 +499,7 @@ class Plan:
 
     @property
     def first_step(self) -> str | None:
-        """The name of the step that a claim may begin; None if a run begins with something else.
-
-        With a wait, with children, or with a step whose start says how it is undone.
-        """
+        """The step that a claim begins; None if a run begins with a wait, children or an undo."""
         first = self.first
         return first.name if isinstance(first, Step) and first.undo is None else None
 

@@ -238,6 +238,15 @@ class Progress:
         else:
             self.passed(name, result, routed=routed)
 
+    def cancel(self, on_cancel: Step | None) -> None:
+        """The run is cancelled: its plan's `on_cancel` step comes next, or the one promised."""
+        if self.compensating:
+            return
+        if on_cancel is not None:
+            self.compensate(on_cancel)
+        elif self.promised is not None:
+            self.lacks(self.promised)
+
     def compensate(self, step: Step) -> None:
         """The run was cancelled; the step that undoes it comes next."""
         self.go_on(step)

@@ -547,4 +547,6 @@ def test_a_cancel_tells_what_ends_the_run(
     run_id = beatless.start_run("compensated").run_id
     beatless.step(run_id)
     said = command("cancel", run_id).out
-    assert said == f"{run_id} will end after the on_cancel step of its plan\n"
+    assert said == (
+        f"{run_id} will end when it is undone: by the on_cancel step of its plan, or of its steps\n"
+    )

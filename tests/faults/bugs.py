@@ -496,5 +496,26 @@ BUGS = {
         "        ):\n"
         "            self._running.pop(id(lease), None)\n",
     ),
+    "a run that fails is not undone": Bug(
+        "orchestrator/boundaries.py",
+        "        if self.undoes and state is RunState.FAILED:\n",
+        "        if self.undoes and state is RunState.QUEUED:\n",
+    ),
+    "a step that has failed is not undone": Bug(
+        "orchestrator/undos.py",
+        "            if not self._ended(named):\n",
+        "            if not self._ended(named) and self._call(key).error is None:\n",
+    ),
+    "steps are undone in the order in which they began": Bug(
+        "orchestrator/undos.py",
+        "        for key, begun in reversed(self._begun.items()):\n",
+        "        for key, begun in self._begun.items():\n",
+    ),
+    "an undo that fails for good ends the run": Bug(
+        "orchestrator/undos.py",
+        "        for key, begun in reversed(self._begun.items()):\n",
+        "        failed = any(call.error is not None for call in self._calls.values())\n"
+        "        for key, begun in reversed([] if failed else self._begun.items()):\n",
+    ),
 }
 """By what they do wrong."""

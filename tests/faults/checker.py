@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import families, leases, punctuality, waits
+from tests.faults import families, leases, punctuality, undos, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -258,4 +258,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     *punctuality.RULES,
     *waits.RULES,
     *families.RULES,
+    *undos.RULES,
 )

@@ -234,7 +234,7 @@ class Load:
         if chance.random() < 0.2:
             return self.brief(chance, chance.choice(["default", "calm"]))
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
-        others += ["piece", "piece", "family", "deadly"]
+        others += ["piece", "piece", "family", "deadly", "bought", "bought"]
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
         if plan in WAITED:
@@ -252,6 +252,12 @@ class Load:
             given |= self._piece(chance)
         if plan == "family":
             given = self._family(chance, depth=chance.choice([0, 0, 1]))
+        if plan == "bought":
+            given["seconds"] = min(0.3, given["seconds"])
+            given |= {
+                "failures": chance.choice([0, 1, 2]),
+                "undo_failures": chance.choice([0, 1, 3]),
+            }
         if plan == "deadly":
             given["deaths"] = chance.choice([0, 0, 0, 1, 2])
         if plan == "snoozed":

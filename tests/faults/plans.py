@@ -25,6 +25,7 @@ from beatless import (
     Snooze,
     StepContext,
     StepFailed,
+    Undone,
     plan,
     retry,
     sleep,
@@ -133,6 +134,37 @@ def try_briefly(ctx: StepContext) -> dict[str, str]:
 @step(name="refund")
 def refund(ctx: StepContext) -> dict[str, str]:
     return effect(ctx, "refund")
+
+
+@step(name="unpay")
+def unpay(ctx: StepContext, undone: Undone) -> dict[str, str]:
+    work(ctx)
+    return effect(ctx) | {"undoes": undone.key}
+
+
+@step(name="unbook", retry=retry(max_attempts=3, initial=0.1, backoff=1, jitter=0))
+def unbook(ctx: StepContext, undone: Undone) -> dict[str, str]:
+    """Fails now and then, and at last for good."""
+    found = effect(ctx)
+    if ctx.attempt <= (ctx.input or {}).get("undo_failures", 0):
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return found | {"undoes": undone.key}
+
+
+@step(name="pay", undo=unpay)
+def pay(ctx: StepContext) -> dict[str, str]:
+    work(ctx)
+    return effect(ctx)
+
+
+@step(name="book", undo=unbook, retry=retry(max_attempts=2, initial=0.2, backoff=1, jitter=0))
+def book(ctx: StepContext) -> dict[str, str]:
+    """Fails as often as the input says, when it may have booked."""
+    work(ctx)
+    found = effect(ctx)
+    if ctx.attempt <= (ctx.input or {}).get("failures", 0):
+        raise ValueError(f"attempt {ctx.attempt} fails")
+    return found
 
 
 # Plans that wait. Their routes are told to the checker.
@@ -325,6 +357,7 @@ PLANS = [
     lasting,
     family,
     Plan("deadly", [deadly]),
+    Plan("bought", [pay, book, plain("ship")]),
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]
 

@@ -82,7 +82,10 @@ def plans() -> Iterator[Record]:
             "kind": "plan",
             "plan": plan.name,
             **steps,
-            "cleanup": [plan.on_cancel.name] if plan.on_cancel else [],
+            "cleanup": [
+                *([plan.on_cancel.name] if plan.on_cancel else []),
+                *(f"{each.undo.name}#undo:{each.name}" for each in plan.steps if each.undo),
+            ],
             "retries": retries,
         }
 

@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from beatless import Plan, RunContext, Snooze, StepContext, plan, retry, sleep, step, wait
+from beatless import Plan, RunContext, Snooze, StepContext, Undone, plan, retry, sleep, step, wait
 from beatless.api import create_api
 from beatless.orchestrator.events import EventType
 from beatless.testing import Kit
@@ -37,6 +37,14 @@ def counted(ctx: StepContext) -> int:
     return int(ctx.input)
 
 
+@step
+def reverse(ctx: StepContext, undone: Undone) -> None: ...
+
+
+@step(undo=reverse)
+def reversible(ctx: StepContext) -> None: ...
+
+
 one = Plan("one", [counted])
 
 
@@ -58,6 +66,7 @@ def beatless_plans() -> list[Plan]:
         parent,
         Plan("waits", [flaky, wait("paid", "refused"), sleep(hours=1)]),
         Plan("fails", [broken]),
+        Plan("undone", [reversible, broken]),
         Plan("cancelled", [flaky, wait("never")], on_cancel=undo),
     ]
 
@@ -88,7 +97,7 @@ def test_every_type_of_event_and_each_run_is_as_the_document_says(beatless: Kit)
         document = api("GET", "/openapi.json").json
         run_of, event_of = checker(document, "Run"), checker(document, "Event")
         outcomes = {"waits": "completed", "fails": "failed", "cancelled": "cancelled"}
-        outcomes |= {"generations": "completed", "parent": "completed"}
+        outcomes |= {"undone": "failed", "generations": "completed", "parent": "completed"}
         for name, outcome in outcomes.items():
             run_id = ended(beatless, api, name)
             run = api("GET", f"/v1/runs/{run_id}").json

@@ -1,0 +1,24 @@
+"""The whole work on a claimed run: that of its kind of plan, then that of undoing it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from beatless.orchestrator.execution import Execution, Requests
+from beatless.orchestrator.function_execution import FunctionExecution
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.list_execution import ListExecution
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.undo_execution import UndoExecution
+
+
+def requests_of(plan: Plan, lease: Lease, *, plans: Mapping[str, Plan], **options: Any) -> Requests:
+    """All that is to be done. Children of the run are runs of `plans`; see `Execution`."""
+    execution: Execution
+    if isinstance(plan, FunctionPlan):
+        execution = FunctionExecution(plan, lease, plans=plans, **options)
+    else:
+        execution = ListExecution(plan, lease, plans=plans, **options)
+    yield from execution.requests()
+    if execution.undoes:
+        yield from UndoExecution(plan, lease, **options).requests()
