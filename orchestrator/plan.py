@@ -499,7 +499,7 @@ class Plan:
 
     @property
     def first_step(self) -> str | None:
-        """The step that a claim begins; None if a run begins with a wait, children or an undo."""
+        """The step that a claim begins; None before a wait, children, or a step with an undo."""
         first = self.first
         return first.name if isinstance(first, Step) and first.undo is None else None
 
