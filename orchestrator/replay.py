@@ -27,6 +27,9 @@ from beatless.orchestrator.waits import Wait
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Not only digits: those count the occurrences without an id."""
 
+ATOMS = frozenset({str, int, float, bool, type(None)})
+"""The types of values in JSON that hold no others."""
+
 DETAIL_LIMIT = 200
 """Characters of an exception's text that a mismatch tells."""
 
@@ -423,14 +426,12 @@ class Replay:
 
 def _copy(value: Any) -> Any:
     """A deep copy of a stored result. `copy.deepcopy` takes ten times as long."""
-    match value:
-        case dict():
-            return {name: _copy(each) for name, each in value.items()}
-        case list():
-            return [_copy(each) for each in value]
-        case Signal() | Approval():
-            return replace(value, data=_copy(value.data))
-    return value
+    kind = type(value)
+    if kind is dict:
+        return {name: each if type(each) in ATOMS else _copy(each) for name, each in value.items()}
+    if kind is list:
+        return [each if type(each) in ATOMS else _copy(each) for each in value]
+    return replace(value, data=_copy(value.data)) if kind is Signal else value
 
 
 def _with_arguments(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
