@@ -361,7 +361,11 @@ class LeasedWriter(SureWriter):
             # Another write of the step's threads may be in doubt too: this one is looked for.
             tried, output.tried = output.tried, True
             find = partial(self._find_output, output.first)
-            self._append(events, tried=tried, find=find)
+            try:
+                self._append(events, tried=tried, find=find)
+            except RowHeld:
+                output.tried = tried  # nothing was written: the next try need not look for it
+                raise
             output.written()
 
     def _find_output(self, first: int, connection: Connection) -> Appended | None:

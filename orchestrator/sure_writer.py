@@ -99,10 +99,16 @@ class SureWriter:
 
     @contextmanager
     def _transaction(self, connection: Connection) -> Iterator[None]:
-        """A transaction; one that waits for no row for long, where others need the thread."""
+        """A transaction; one that waits for no row for long, where others need the thread.
+
+        Then it raises RowHeld.
+        """
         if GIVES_WAY.get():
-            with self._leases.with_lock_timeout(connection, HELD_ROW_WAIT_S):
-                yield
+            try:
+                with self._leases.with_lock_timeout(connection, HELD_ROW_WAIT_S):
+                    yield
+            except psycopg.errors.LockNotAvailable as error:
+                raise RowHeld(self._run_id) from error
         else:
             with connection.transaction():
                 yield
@@ -126,8 +132,6 @@ class SureWriter:
             except NEVER:
                 raise
             except AWAY as error:
-                if isinstance(error, psycopg.errors.LockNotAvailable) and GIVES_WAY.get():
-                    raise RowHeld(self._run_id) from error
                 self._disconnect()
                 failures += 1
                 delay = BETWEEN_TRIES.delay(failures)

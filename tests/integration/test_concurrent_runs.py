@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -75,6 +76,15 @@ async def traces(ctx: AsyncStepContext) -> None:
     await ctx.trace("waits for the row")
 
 
+@step
+async def answers(ctx: AsyncStepContext) -> None:
+    """Emits and traces, once the test says so."""
+    CALLED.append(ctx.run_id)
+    await asyncio.to_thread(LET_GO.wait, 60)
+    await ctx.emit("a piece")
+    await ctx.trace("waits for the row")
+
+
 @plan("thinks")
 def thinks(run: RunContext[Any]) -> str:
     """A function that does what belongs into a step."""
@@ -83,7 +93,7 @@ def thinks(run: RunContext[Any]) -> str:
     return "thought"
 
 
-STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces)
+STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces, answers)
 PLANS = [*(Plan(each.name, [each]) for each in STEPS), thinks]
 
 
@@ -354,6 +364,34 @@ def test_traces_that_wait_for_their_rows_leave_the_threads_to_others(
         beatless.wait_for_run_completion(run_id)
         names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
         assert names == ["waits for the row"]
+    beatless.verify()
+
+
+def test_output_before_a_trace_that_waits_for_its_row_keeps_no_thread_from_others(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The writes of six steps are made again and again, in four threads and that of the output."""
+    held = [execute("answers") for _ in range(6)]
+    until(lambda: len(CALLED) == len(held))
+    tries: Counter[int] = Counter()
+    append = LeasedWriter.append
+
+    def noted(writer: LeasedWriter, *arguments: Any) -> None:
+        tries[id(writer)] += 1
+        append(writer, *arguments)
+
+    monkeypatch.setattr(LeasedWriter, "append", noted)
+    with rows_held(beatless, connection, held):
+        LET_GO.set()
+        until(lambda: sum(tries.values()) >= 2 * len(held))
+        free = execute("answers")
+        assert beatless.wait_for_run_completion(free).state is RunState.COMPLETED
+    for run_id in held:
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+        assert output(beatless, run_id) == [["a piece"]]
     beatless.verify()
 
 
