@@ -91,18 +91,29 @@ class ForkServer:
         if list(command[: CODE + 1]) != code or inherited(environ) != self._state:
             return spawn(command, environ=environ, log=log, ready=ready)
         connection, other = socket.socketpair()
-        with other:
-            socket.send_fds(self._running(), [b"f"], [other.fileno(), log.fileno(), ready])
         request = {"command": list(command), "environ": dict(environ), "ready": ready}
-        connection.sendall(json.dumps(request).encode())
-        connection.shutdown(socket.SHUT_WR)
-        return ForkedProcess(connection)
+        try:
+            with other:
+                socket.send_fds(self._running(), [b"f"], [other.fileno(), log.fileno(), ready])
+            connection.sendall(json.dumps(request).encode())
+            connection.shutdown(socket.SHUT_WR)
+            pid = received(connection)
+        except ConnectionError:
+            pid = None
+        if pid is None:  # the server has ended: its imports have failed, perhaps
+            connection.close()
+            return spawn(command, environ=environ, log=log, ready=ready)
+        return ForkedProcess(pid, connection)
 
     def close(self) -> None:
         """End the server, and with it its forks."""
-        if self._server is not None and self._control is not None:
-            self._control.close()
-            self._server.wait()
+        control, server = self._control, self._server
+        self._control = self._server = None
+        if control is not None and server is not None:
+            # A process that was forked from this one meanwhile has the descriptor too.
+            control.shutdown(socket.SHUT_RDWR)
+            control.close()
+            server.wait()
 
     def _running(self) -> socket.socket:
         if self._control is None or self._server is None or self._server.poll() is not None:
@@ -123,10 +134,10 @@ class ForkServer:
 class ForkedProcess:
     """A process that the server has forked, and whose end the server reports."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
         self._connection = connection
         self._returncode: int | None = None
-        self.pid = self._received() or 0
 
     def poll(self) -> int | None:
         """Its exit status if it has ended, as that of `subprocess.Popen`."""
@@ -151,15 +162,17 @@ class ForkedProcess:
 
     def _status(self, timeout: float | None) -> int | None:
         if self._returncode is None and readable([self._connection], timeout):
-            status = self._received()
+            status = received(self._connection)
             # Without a server nobody knows: its forks are killed with it.
             self._returncode = -signal.SIGKILL if status is None else status
             self._connection.close()
         return self._returncode
 
-    def _received(self) -> int | None:
-        data = self._connection.recv(INTEGER_BYTES, socket.MSG_WAITALL)
-        return int.from_bytes(data, signed=True) if len(data) == INTEGER_BYTES else None
+
+def received(connection: socket.socket) -> int | None:
+    """The next number that the server reports; None if it has ended."""
+    data = connection.recv(INTEGER_BYTES, socket.MSG_WAITALL)
+    return int.from_bytes(data, signed=True) if len(data) == INTEGER_BYTES else None
 
 
 def inherited(environ: Mapping[str, str]) -> Any:

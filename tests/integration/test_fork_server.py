@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,38 @@ def test_the_end_of_the_session_ends_the_server_and_its_forks(
     assert wait_for_end(left.parent(), timeout_s=60)
     assert wait_for_end(left.process.pid, timeout_s=60)
     assert left.process.wait(60) == -signal.SIGKILL
+
+
+def test_the_server_ends_also_if_a_process_that_a_test_has_forked_has_its_descriptors(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    left = Launched(server.launch, tmp_path / "left", "waits")
+    assert left.ready()
+    new = set(Path("/proc/self/fd").iterdir()) - before
+    copies = [os.dup(int(each.name)) for each in new if each.exists()]
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    closing.join(60)
+    ended = not closing.is_alive()
+    for each in copies:
+        os.close(each)
+
+    assert ended
+    assert left.process.wait(60) == -signal.SIGKILL
+
+
+def test_without_a_server_that_can_import_all_processes_are_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "celery.py").write_text("raise ImportError('of the test')")
+    monkeypatch.syspath_prepend(tmp_path)
+    server = ForkServer(CODE)
+    for number in range(2):
+        executed = Launched(server.launch, tmp_path / str(number))
+        executed.found()
+        assert executed.parent() == os.getpid()
+    server.close()
 
 
 def test_processes_of_a_test_are_forks_unless_it_has_set_a_variable(
