@@ -12,6 +12,7 @@ from beatless.orchestrator.child_calls import ChildEnd, ChildrenTurn, Tends
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
 from beatless.orchestrator.journal import Journal
@@ -77,6 +78,7 @@ class LeasedWriter(SureWriter):
             stopping=stopping,
         )
         self._journal = journal
+        self._shared = GroupCommit(journal.schema)
         self._children = children
         self._on_commit = on_commit
         self._announce = announce
@@ -333,6 +335,9 @@ class LeasedWriter(SureWriter):
                 raise StepEnded(self._run_id, output.step)
             return None
         output.tried = True  # until the answer is known
+        return self._portion(events)
+
+    def _portion(self, events: Sequence[NewEvent]) -> Portion:
         return Portion(
             run_id=self._run_id,
             token=self._lease.token,
@@ -379,10 +384,16 @@ class LeasedWriter(SureWriter):
         self, events: Sequence[NewEvent], *, tried: bool = False, find: Find | None = None
     ) -> None:
         def write(connection: Connection) -> Appended | None:
-            with self._statement(connection):
-                return self._journal.append(
-                    connection, self._run_id, self._lease.token, events, self._last_seq
-                )
+            token, after = self._lease.token, self._last_seq
+            if not GIVES_WAY.get():
+                return self._journal.append(connection, self._run_id, token, events, after)
+            portion = self._portion(events)
+            appended = self._shared.append(connection, [portion]).get(token)
+            if appended is None:
+                status = self._inspect(connection)
+                if status.held and status.last_seq >= after:
+                    raise RowHeld(self._run_id)
+            return appended
 
         appended = self._write(write, RunState.RUNNING, tried=tried, find=find)
         self._lease.cancelled |= appended.cancelled
