@@ -14,8 +14,10 @@ import pytest
 
 from beatless.app import App
 from beatless.cli.environment import load
+from beatless.client.base import DEFAULT_APP
 from beatless.errors import JobsError
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.schedule import Schedule
 from beatless.outbox.publishers import worker_queue
 from beatless.settings import Settings
 from beatless.testing.broker_guard import Fence, Guard, servers, watching
@@ -94,6 +96,12 @@ def guarded() -> Iterator[Guard]:
         yield guard
 
 
+def schedules_of(named: App | None, plans: Sequence[Plan]) -> list[Schedule]:
+    """The schedules of the named app whose plans this test has: others would be refused."""
+    names = {plan.name for plan in plans}
+    return [each for each in (named.schedules if named else ()) if each.plan in names]
+
+
 @contextmanager
 def beatless_app(
     test: str,
@@ -132,6 +140,8 @@ def beatless_app(
                 **{"broker_url": services.broker_url} | settings,
             ),
             plans,
+            schedules=schedules_of(named, plans),
+            name=named.name if named else DEFAULT_APP,
             on_failure=named.on_failure if named else None,
             redact=named.redact if named else None,
         )
