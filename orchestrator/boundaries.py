@@ -239,7 +239,10 @@ class Boundaries:
             settlement = self._given_up(progress, failed, facts)
         else:
             waiting = Boundary(events=[failed], state=RunState.QUEUED, delay_s=retry_in)
-            settlement = self._unless_cancelled(progress, waiting, [failed], "retry")
+            # Of a cancelled run that goes on, to be undone, it is not tried again.
+            goes_on = self._plan.on_cancel is not None or self.undoes
+            last = self._failure(progress, facts, final=goes_on)
+            settlement = self._unless_cancelled(progress, waiting, [last], "retry")
         return StepFailure(
             settlement=settlement,
             step=progress.occurrence,

@@ -75,7 +75,7 @@ def plans() -> Iterator[Record]:
                 "attempts": step.retry.max_attempts,
                 "delays_s": [step.retry.delay(n) for n in range(1, step.retry.max_attempts)],
             }
-            for step in plan.steps
+            for step in (*plan.steps, *plan.undo_steps.values())
             if step.retry.max_attempts > 1
         }
         yield {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from beatless import Plan, RunContext, Undone, plan, step
+from beatless import Plan, RunContext, Undone, plan, retry, step
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal, Raised, RunBody, TransactionLost, Worker, WorkerDied
 
@@ -124,3 +124,23 @@ def test_the_step_that_undoes_is_given_what_it_undoes() -> None:
     (undone,) = found
     assert (undone.step, undone.key, undone.finished) == ("pays", "r:pays", True)
     assert (undone.args, dict(undone.kwargs), undone.result) == (([1, 2],), {"to": "you"}, "pays")
+
+
+@pytest.mark.parametrize("on_cancel", [None, notify])
+def test_a_failure_of_a_run_that_was_cancelled_meanwhile_is_told_as_the_last(
+    on_cancel: Any,
+) -> None:
+    tried = step(name="tried", undo=undo_one, retry=retry(max_attempts=3))(lambda ctx: None)
+    journal = Journal(Plan("cancelled_meanwhile", [tried, three], on_cancel=on_cancel))
+
+    def fails(request: RunBody) -> Any:
+        if request.step.name != "tried":
+            return body(request)
+        journal.cancel()
+        return Raised(ValueError("no"))
+
+    while not journal.state.final:
+        Worker(journal, fails).work()
+    (failed,) = [event for event in journal.events if event.type == "StepFailed"]
+    assert (failed.data or {})["final"]
+    assert "undo_one#undo:tried" in finished(journal)
