@@ -1,8 +1,9 @@
 """The composition root: the only place where the parts are put together."""
 
+import inspect
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,13 @@ from beatless.observe import logs
 from beatless.observe.export import export_from_worker
 from beatless.observe.metrics import Metrics
 from beatless.observe.tracing import PublishSpans, Tracing
+from beatless.orchestrator.celery_task import is_celery_task
 from beatless.orchestrator.child_elements import check_child_elements
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Plan, on_cancel_steps
+from beatless.orchestrator.plan import Plan, Step, on_cancel_steps
 from beatless.orchestrator.records import new_run_id
 from beatless.orchestrator.schedule import Schedule, check_schedules
 from beatless.outbox import forks
@@ -74,6 +76,27 @@ def session_name(*process: str) -> str:
     return " ".join(("beatless", *process, VERSION))
 
 
+def check_plans(plans: object) -> tuple[Plan, ...]:
+    """The plans of an App. Raises TypeError for anything else, with the way to one."""
+    if isinstance(plans, Plan):
+        raise TypeError(f"plans are a list: App(settings, plans=[{plans.name}])")
+    if isinstance(plans, str) or not isinstance(plans, Iterable) or is_celery_task(plans):
+        raise TypeError(f"plans are {plans!r:.200}; give a list: App(settings, plans=[checkout])")
+    found: tuple[Any, ...] = tuple(plans)
+    for each in found:
+        if isinstance(each, Plan):
+            continue
+        advice = "give it a Plan"
+        if isinstance(each, Step):
+            advice = f'put the step into a plan: Plan("{each.name}", [{each.name}])'
+        elif is_celery_task(each):
+            advice = 'make the task a step of a plan: Plan("name", [Plan.task(…)])'
+        elif inspect.isfunction(each):
+            advice = f'decorate the function with @plan("{each.__name__}")'
+        raise TypeError(f"plans have {each!r:.200}, which is no plan: {advice}")
+    return found
+
+
 class App:
     """Your plans and where they run. Opens no connection before something is done with it.
 
@@ -96,7 +119,7 @@ class App:
     def __init__(
         self,
         settings: Settings,
-        plans: Sequence[Plan],
+        plans: Iterable[Plan],
         *,
         schedules: Sequence[Schedule] = (),
         name: str = DEFAULT_APP,
@@ -116,10 +139,18 @@ class App:
 
         Raises PlanError when two plans, or two schedules, share a name, and when a schedule or the
         function of a plan names a plan that is not among them: nobody would execute its runs.
+        Raises TypeError for an argument of another type.
         """
         logs.enable_own_loggers()
-        if isinstance(plans, Plan):
-            raise TypeError(f"plans are a list: App(settings, plans=[{plans.name}])")
+        if not isinstance(settings, Settings):
+            raise TypeError(
+                f"settings are {type(settings).__name__}: give Settings(…), or those of the "
+                "environment: App(Settings.from_env(), plans=[…])"
+            )
+        plans = check_plans(plans)
+        for name, called in (("on_failure", on_failure), ("redact", redact)):
+            if called is not None and not callable(called):
+                raise TypeError(f"{name} is {called!r:.200}, which is no function")
         self.settings = settings
         self.plans = {plan.name: plan for plan in plans}
         if len(self.plans) < len(plans):

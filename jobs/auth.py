@@ -69,6 +69,21 @@ class Grant:
     maker: str | None = None
     """The token that made this one."""
 
+    def __post_init__(self) -> None:
+        """Raises TypeError and ValueError that say how it must be."""
+        if isinstance(self.scopes, str) or not isinstance(self.scopes, Collection):
+            raise TypeError(
+                f"the scopes of a Grant are {self.scopes!r:.200}; give a list, as in "
+                f'scopes=["{Scope.RUNS_READ}"]'
+            )
+        if unknown := [each for each in self.scopes if each not in list(Scope)]:
+            names = ", ".join(sorted(map(str, unknown)))
+            raise ValueError(f"a Grant has unknown scopes: {names}; choose from {', '.join(Scope)}")
+        try:
+            check_namespace(self.namespace)
+        except BadRequest as error:
+            raise ValueError(f"a Grant has a bad namespace: {error}") from error
+
     def allows(self, scope: Scope) -> bool:
         """Admin includes everything within its namespace; writing includes reading.
 
@@ -171,14 +186,20 @@ class Tokens:
         if not rows:
             return None
         namespace, scopes, run_id, token_id, maker = rows[0]
-        return Grant(
-            namespace=namespace,
-            # An array of Postgres may hold arrays and nulls: they are no scopes.
-            scopes=frozenset(scope for scope in scopes if isinstance(scope, str)),
-            run_id=run_id,
-            token_id=token_id,
-            maker=maker,
-        )
+        known = set(Scope)
+        try:
+            return Grant(
+                namespace=namespace,
+                # An array of Postgres may hold arrays and nulls, and scopes of a newer version.
+                scopes=frozenset(
+                    each for each in scopes if isinstance(each, str) and each in known
+                ),
+                run_id=run_id,
+                token_id=token_id,
+                maker=maker,
+            )
+        except ValueError:  # its namespace is one that nobody can have
+            return None
 
     def good(self, token_ids: Collection[str]) -> frozenset[str]:
         """Those of these tokens that still grant something; `NO_TOKEN` while there is none."""

@@ -10,8 +10,9 @@ DEFAULT_NAMESPACE = "default"
 
 def check_namespace(name: str) -> str:
     """The name, if it can be one. Raises BadRequest."""
-    if not NAMESPACE.fullmatch(name):
-        raise BadRequest("namespace", f"is {name!r}, which does not match ^{NAMESPACE.pattern}$")
+    if not isinstance(name, str) or not NAMESPACE.fullmatch(name):
+        problem = f"is {name!r:.200}, which does not match ^{NAMESPACE.pattern}$"
+        raise BadRequest("namespace", problem)
     return name
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError
 from beatless.credentials import Password, from_command
 from beatless.errors import BadSetting
 from beatless.outbox.faults import CrashPoints
-from beatless.outbox.times import MOST_S
+from beatless.outbox.times import MOST_S, is_number
 from beatless.redis_urls import RedisUrl
 
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,30}")
@@ -141,6 +141,7 @@ class Settings:
     """Crash points for tests of recovery; see beatless.outbox.faults."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("schema", "prefix"):
             if not NAME.fullmatch(value := getattr(self, name)):
                 self._refuse(name, f"is {value!r}, which does not match ^{NAME.pattern}$")
@@ -187,6 +188,16 @@ class Settings:
             self._refuse("fault", f"is wrong: {error}")
         object.__setattr__(self, "listen_url", self.listen_url or self.database_url)
         object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
+
+    def _check_types(self) -> None:
+        for entry in variables(type(self)):
+            value, parse = getattr(self, entry.name), entry.metadata["parse"]
+            if value is None and entry.default is None:
+                continue
+            text = parse not in (int, float)
+            if not (isinstance(value, str) if text else is_number(value)):
+                wanted = "text" if text else "a number"
+                self._refuse(entry.name, f"is a {type(value).__name__}, and must be {wanted}")
 
     def _check_redis(self, name: str, value: str) -> None:
         try:

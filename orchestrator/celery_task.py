@@ -3,6 +3,7 @@
 Duck typed, for nothing here knows Celery: it is the task that brings its classes along.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,13 @@ class CeleryTask(Protocol):
 
     name: str
     run: Callable[..., Any]
+
+
+def is_celery_task(given: object) -> bool:
+    """Whether it is a task of Celery's, or a proxy of one."""
+    return not inspect.isclass(given) and all(
+        callable(getattr(given, name, None)) for name in ("push_request", "apply_async", "run")
+    )
 
 
 class TaskInStep:

@@ -10,6 +10,7 @@ called again on what the journal has.
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,7 @@ class FunctionExecution(Execution):
             plan, self._run_id, max_event_bytes=max_event_bytes, version=self._version
         )
         self._function = plan
+        self._stored_input = lease.run.input
         self._read_ends = read_ends
         self._starts = ChildStarts(
             lease,
@@ -152,7 +154,7 @@ class FunctionExecution(Execution):
             self._beside = self._last_seq - history.restarted_seq - history.events
         if cancelled:
             return (yield from self._fold_cancelled())
-        self._lease.run = history.as_given(self._lease.run)
+        self._lease.run = history.as_given(replace(self._lease.run, input=self._stored_input))
         self._boundaries.undoes |= history.undoes
         self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
         if history.takeovers >= MAX_TAKEOVERS:
@@ -166,19 +168,28 @@ class FunctionExecution(Execution):
         events: list[Event] = []
         yield from self._read_pages(events.extend)
         self._last_seq, self._last_ts_ms = events[-1].seq, events[-1].ts
-        self._lease.run = history_of(self._function, events).as_given(self._lease.run)
+        run = replace(self._lease.run, input=self._stored_input)
+        self._lease.run = history_of(self._function, events).as_given(run)
+        with suppress(BadPayload):  # of an earlier version of the type: as it was stored
+            self._load_input()
         progress = fold(self._plan, events)
         progress.results = with_results(progress.results, self._read_ends)
         return progress
 
     def _call_function(self) -> Said:
-        run = self._lease.run
         try:
-            given = self._function.input.load(run.input)
+            given = self._load_input()
         except BadPayload as error:
             return refused_input(error)
-        self._call = call_function(run, given, self._replay)
+        self._call = call_function(self._lease.run, given, self._replay)
         return self._resumed(None)
+
+    def _load_input(self) -> Any:
+        """The input of the function; its steps get the JSON of it. Raises BadPayload."""
+        run = self._lease.run
+        given = self._function.input.load(run.input)
+        self._lease.run = replace(run, input=self._function.input.filled(run.input, given))
+        return given
 
     def _resumed(self, outcome: Outcome | None) -> Said:
         """What the function says to an outcome."""

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
+from beatless.orchestrator.celery_task import is_celery_task
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
 from beatless.orchestrator.outcomes import STEP_NAME, PlanError
-from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step, body_of
+from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
+from beatless.orchestrator.step_body import body_of
 from beatless.orchestrator.typed_input import typed_input
 
 UNDEFINED = ("class-not-fully-defined", "undefined-annotation")
@@ -209,6 +211,11 @@ def _check_function(name: str, function: Callable[..., Any]) -> bool:
             f"plan {name} is step {function.name}: a plan asks for steps, as in "
             f"def {name}(run): return run.step({function.name})"
         )
+    if is_celery_task(function):
+        raise PlanError(
+            f"plan {name} is a task of Celery's: a plan asks for steps, and a task becomes one by "
+            f'Plan.task(…), as in Plan("{name}", [Plan.task(…)])'
+        )
     if not callable(function) or inspect.isclass(function):
         raise PlanError(
             f"plan {name} is {function!r:.200}, which is no function: give it one (in a class: put "
@@ -233,6 +240,11 @@ def _check_function(name: str, function: Callable[..., Any]) -> bool:
 
 def _names(plan: str, removed: Iterable[str]) -> Iterator[str]:
     names = [removed] if isinstance(removed, str) else removed
+    if not isinstance(names, Iterable):
+        raise PlanError(
+            f"plan {plan}: removed is {removed!r:.200}; give a list of names of steps: "
+            'removed=["before"]'
+        )
     for each in names:
         if not isinstance(each, str) or not STEP_NAME.fullmatch(each):
             raise PlanError(f"plan {plan}: removed names {each!r:.200}, which is no step name")

@@ -1,33 +1,24 @@
 """Plans: named steps and the routes between them. No registry, no I/O."""
 
-import functools
 import hashlib
 import inspect
 import re
-import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import UnionType
 from typing import Any, overload
 
-from beatless.orchestrator.celery_task import CeleryTask, call_task
+from beatless.orchestrator.celery_task import CeleryTask, call_task, is_celery_task
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
-from beatless.orchestrator.outcomes import STEP_NAME, Finish, Goto, PlanError, Snooze
+from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
 from beatless.orchestrator.retry import Retry
+from beatless.orchestrator.step_body import body_of, check_body, outcomes_of, short_name, step_name
 from beatless.orchestrator.waits import Wait
 from beatless.outbox.times import MOST_S, problem_with_seconds
 
 PLAN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-
-POSITIONAL = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.VAR_POSITIONAL,
-)
-"""The kinds of parameters that may take the context."""
 
 INPUT_BYTES = 262_144
 """The largest default input of a plan: that of a run with the default settings."""
@@ -130,7 +121,7 @@ def step(
     """
 
     def decorate(function: Callable[..., Any]) -> Step:
-        label = _step_name(function) if name is None else name
+        label = step_name(function) if name is None else name
         if not isinstance(label, str) or not STEP_NAME.fullmatch(label):
             raise PlanError(
                 f"step name {label!r} must match {STEP_NAME.pattern}; "
@@ -145,7 +136,7 @@ def step(
             raise PlanError(
                 f"step {label}: retry is {retry!r}; give it a policy: retry=retry(max_attempts=3)"
             )
-        _check_body(label, function)
+        check_body(label, function)
         if undo is not None:
             _check_undo(label, undo)
         is_async = inspect.iscoroutinefunction(body_of(function))
@@ -169,45 +160,6 @@ def step(
     return decorate if function is None else decorate(function)
 
 
-def _step_name(function: Callable[..., Any]) -> Any:
-    try:
-        return function.__name__
-    except AttributeError:
-        raise PlanError(
-            f"{function!r} has no name of its own to call the step by; "
-            'give one: step(name="…")(function)'
-        ) from None
-
-
-def _check_body(label: str, function: Callable[..., Any]) -> None:
-    """Raises PlanError for an object that cannot be called with the context."""
-    if inspect.isclass(function):
-        raise PlanError(
-            f"step {label} is a class, and an instance is no result; "
-            "give it a function that returns JSON"
-        )
-    if not callable(function):
-        raise PlanError(
-            f"step {label} is a {type(function).__name__}, which cannot be called; give it a "
-            "function (in a class: put @step below nothing but @staticmethod, or outside)"
-        )
-    body = body_of(function)
-    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
-        raise PlanError(
-            f"step {label} is a generator, whose body would not run; return its result "
-            "instead of yielding, or make each part a step"
-        )
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError as error:
-        raise PlanError(
-            f"step {label} is a builtin without a signature; "
-            "call it in a function that takes the context"
-        ) from error
-    if not any(each.kind in POSITIONAL for each in parameters):
-        raise PlanError(f"step {label} must take the context as its first argument")
-
-
 def _check_undo(label: str, undo: Any) -> None:
     """Raises PlanError for a step that cannot undo another one."""
     if not isinstance(undo, Step):
@@ -226,25 +178,19 @@ def _check_undo(label: str, undo: Any) -> None:
         ) from error
 
 
-def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the code: of a partial its target, of an object its `__call__`."""
-    while isinstance(function, functools.partial | staticmethod):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    if inspect.isroutine(function):
-        return function
-    # Looked up on the class, as a call does.
-    return type(function).__call__
-
-
-def outcomes_of(function: Callable[..., Any]) -> frozenset[type]:
-    """Those of Goto, Finish and Snooze that a function is annotated to return, if only those."""
-    try:
-        annotated = typing.get_type_hints(body_of(function)).get("return", Any)
-    except Exception:  # evaluates the user's annotations, which may need names of a type checker
-        return frozenset()
-    union = typing.get_origin(annotated) in (typing.Union, UnionType)
-    kinds = typing.get_args(annotated) if union else (annotated,)
-    return frozenset(kinds if all(kind in (Goto, Finish, Snooze) for kind in kinds) else ())
+def not_a_step(given: object) -> str:
+    """The problem with what is given in place of a step, to follow its name."""
+    if is_celery_task(given):
+        task: Any = given
+        return f"is a task of Celery's; put Plan.task({short_name(task)}) in its place"
+    if isinstance(given, Plan):
+        return (
+            f'is a plan; its runs are started by child("{given.name}", …) and map_ in a list, and '
+            "by run.child and run.map in a function"
+        )
+    if callable(given):
+        return "is not a step; decorate it with @step"
+    return "is not a step; give it a function that is decorated with @step"
 
 
 def on_cancel_steps(plans: Iterable["Plan"]) -> dict[str, str | None]:
@@ -257,6 +203,38 @@ def on_cancel_steps(plans: Iterable["Plan"]) -> dict[str, str | None]:
 
 Element = Step | Wait
 """An element of the list of a plan."""
+
+
+def _elements(plan: str, steps: object) -> tuple[Element, ...]:
+    """The steps and waits of a list. Raises PlanError for anything else."""
+    if isinstance(steps, str) or not isinstance(steps, Iterable) or is_celery_task(steps):
+        raise PlanError(
+            f'plan {plan}: {steps!r:.200} is no list of steps: Plan("{plan}", [reserve, charge])'
+        )
+    found: tuple[Any, ...] = tuple(steps)
+    for each in found:
+        if not isinstance(each, Element):
+            raise PlanError(f"plan {plan}: {each!r:.200} {not_a_step(each)}")
+        if isinstance(each, Step):
+            each.check_arguments(f"plan {plan}")
+    if not found:
+        raise PlanError(f"plan {plan} has no steps")
+    return found
+
+
+def _routes(plan: str, routes: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+    """The routes as they are kept. Raises PlanError for another type."""
+    form = 'routes={"verify": ["perceive", "stop"]}'
+    if routes is not None and not isinstance(routes, Mapping):
+        raise PlanError(f"plan {plan}: routes are {routes!r:.200}; map names of steps: {form}")
+    for label, targets in (routes or {}).items():
+        names = targets if isinstance(targets, list | tuple | set | frozenset) else [None]
+        if not all(isinstance(each, str) for each in (label, *names)):
+            raise PlanError(
+                f"plan {plan}: routes of {label!r:.200} are {targets!r:.200}; give a list of names "
+                f"of steps: {form}"
+            )
+    return {label: tuple(targets) for label, targets in (routes or {}).items()}
 
 
 class Plan:
@@ -296,21 +274,11 @@ class Plan:
         default_input: Any = None,
         renamed: Mapping[str, str] | None = None,
     ) -> None:
-        if not PLAN_NAME.fullmatch(name):
-            raise PlanError(f"plan name {name!r} must match {PLAN_NAME.pattern}")
-        for candidate in steps:
-            if not isinstance(candidate, Element):
-                raise PlanError(
-                    f"plan {name}: {candidate!r} is not a step; decorate it with @step, or if it "
-                    "is a task of Celery's, put Plan.task(…) around it"
-                )
-            if isinstance(candidate, Step):
-                candidate.check_arguments(f"plan {name}")
-        if not steps:
-            raise PlanError(f"plan {name} has no steps")
+        if not isinstance(name, str) or not PLAN_NAME.fullmatch(name):
+            raise PlanError(f"plan name {name!r:.200} must match {PLAN_NAME.pattern}")
         self.name = name
         self.queue = queue
-        self.elements = tuple(steps)
+        self.elements = _elements(name, steps)
         """Its steps and waits, in order."""
         self.steps = tuple(each for each in self.elements if isinstance(each, Step))
         self._by_name = {candidate.name: candidate for candidate in self.elements}
@@ -320,10 +288,11 @@ class Plan:
         if len(self._by_name) < len(self.elements):
             twice = sorted(label for label, times in Counter(self._names()).items() if times > 1)
             raise PlanError(
-                f"plan {name} has two steps called {', '.join(twice)}; a wait and a sleep take a "
-                'name of their own: sleep(days=14, name="…")'
+                f"plan {name} has two steps called {', '.join(twice)}; give one another name: "
+                'step(name="…")(function), Plan.task(task, name="…"), wait("paid", name="…"), '
+                'sleep(days=14, name="…")'
             )
-        self.routes = {label: tuple(targets) for label, targets in (routes or {}).items()}
+        self.routes = _routes(name, routes)
         self._add_routes_of_waits()
         for label, targets in self.routes.items():
             for unknown in {label, *targets} - self._by_name.keys():
@@ -384,10 +353,7 @@ class Plan:
         if step is None:
             return
         if not isinstance(step, Step):
-            raise PlanError(
-                f"plan {self.name}: on_cancel is {step!r}, which is not a step; decorate it with "
-                "@step"
-            )
+            raise PlanError(f"plan {self.name}: on_cancel: {step!r:.200} {not_a_step(step)}")
         if step.name in self._by_name:
             raise PlanError(
                 f"plan {self.name}: on_cancel is {step.name}, which is also one of its steps; give "
@@ -416,6 +382,11 @@ class Plan:
     def _resolve(self, renamed: Mapping[str, str]) -> dict[str, str]:
         """Each former name with the name that the step has now, through all renames after it."""
         resolved = {}
+        if not isinstance(renamed, Mapping):
+            raise PlanError(
+                f"plan {self.name}: renamed is {renamed!r:.200}; it maps names of steps: "
+                'renamed={"before": "now"}'
+            )
         for former, now in renamed.items():
             for name in (former, now):
                 if not isinstance(name, str) or not STEP_NAME.fullmatch(name):
@@ -454,11 +425,24 @@ class Plan:
 
         The run's input becomes the arguments: an object's members by name, a list's items by place,
         null none, anything else the only one. `arguments` replaces that: it takes the StepContext
-        and returns a mapping or a list. The step is called like the last part of the task's name;
-        other options are those of `step`. The task's class is called with a request of its own,
-        whose id is `ctx.key`; its retries, limits, hooks and result backend do not apply.
+        and returns a mapping or a list. The step is called like the last part of the task's name,
+        or `name`; other options are those of `step`. The task's class is called with a request of
+        its own, whose id is `ctx.key`; its retries, limits, hooks and result backend do not apply.
+
+        Raises PlanError for anything but a task.
         """
-        label = name or task.name.rpartition(".")[2]
+        if not is_celery_task(task):
+            kind = "a step already" if isinstance(task, Step) else "no task of Celery's"
+            raise PlanError(
+                f"Plan.task({task!r:.200}): that is {kind}; a function that takes the context is "
+                "made a step by @step, and a function that does not by @celery.task"
+            )
+        if arguments is not None and not callable(arguments):
+            raise PlanError(
+                f"Plan.task({short_name(task)}): arguments is {arguments!r:.200}; give it a "
+                'function, as in arguments=lambda ctx: [ctx.input["order"]]'
+            )
+        label = name or short_name(task)
         timeout = options.get("timeout")
 
         def call(ctx: Any) -> Any:

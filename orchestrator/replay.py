@@ -20,7 +20,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall, result_of
 from beatless.orchestrator.open_waits import Approval, Received, Signal
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Step, occurrence, step_of
+from beatless.orchestrator.plan import Step, not_a_step, occurrence, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
 from beatless.orchestrator.waits import Wait
 
@@ -284,9 +284,7 @@ class Replay:
     def _check(self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = self.plan.name
         if not isinstance(step, Step):
-            raise PlanError(
-                f"plan {name}: run.step({step!r:.200}): that is no step; decorate it with @step"
-            )
+            raise PlanError(f"plan {name}: run.step({step!r:.200}): it {not_a_step(step)}")
         if self.plan.on_cancel is not None and step.name == self.plan.on_cancel.name:
             raise PlanError(
                 f"plan {name}: step {step.name} is its on_cancel step and cannot be asked for"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.times import is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,9 @@ class Retry:
     """Deaths of the step's process, while it executes the step, before the run fails."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.max_crashes < 1:
-            raise ValueError("a step has at least one attempt: max_attempts and max_crashes >= 1")
+        for name in ("max_attempts", "max_crashes"):
+            if not is_number(number := getattr(self, name)) or not number >= 1:
+                raise ValueError(f"{name} is {number!r:.200}, which is not a number of 1 or more")
         self._delays()
 
     def _delays(self) -> Backoff:

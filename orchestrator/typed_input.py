@@ -32,6 +32,13 @@ class TypedInput(Protocol):
         """The JSON Schema of the type."""
 
 
+class InputOfPlan(TypedInput, Protocol):
+    """The type of the input of a plan's runs."""
+
+    def filled(self, stored: Any, loaded: Any) -> Any:
+        """Stored JSON with the members that it leaves to the defaults of the type."""
+
+
 class Untyped:
     """The input of a plan that declares no type: any JSON."""
 
@@ -40,6 +47,10 @@ class Untyped:
 
     def dump(self, value: Any) -> Any:
         return value
+
+    def filled(self, stored: Any, loaded: Any) -> Any:
+        del loaded
+        return stored
 
     def schema(self) -> dict[str, Any]:
         return {}
@@ -76,6 +87,17 @@ class PydanticInput:
             return value
         return self._given.dump_python(checked, mode="json")
 
+    def filled(self, stored: Any, loaded: Any) -> Any:
+        from pydantic_core import PydanticSerializationError
+
+        try:
+            whole = self._stored.dump_python(
+                loaded, mode="json", by_alias=True, round_trip=True, warnings=False
+            )
+        except PydanticSerializationError:  # a default that is no JSON: there is nothing to add
+            return stored
+        return _with_members(stored, whole, loaded)
+
     def schema(self) -> dict[str, Any]:
         return self._given.json_schema()
 
@@ -94,6 +116,27 @@ class PydanticInput:
             raise BadPayload(f"{self._where}{path}", f"is refused: {reason}") from error
 
 
-def typed_input(type: Any) -> TypedInput:
+def _with_members(stored: Any, whole: Any, loaded: Any) -> Any:
+    """JSON with the members of its whole that it lacks. Values that are there stay as they are.
+
+    `loaded` is the value of the type: its lists have the order of the JSON, its sets have none.
+    """
+    match stored, whole:
+        case dict(), dict():
+            inner = {
+                name: _with_members(value, whole.get(name), _member(loaded, name))
+                for name, value in stored.items()
+            }
+            return {**whole, **inner}
+        case list(), list() if isinstance(loaded, list | tuple) and len(loaded) == len(stored):
+            return [_with_members(*each) for each in zip(stored, whole, loaded, strict=True)]
+    return stored
+
+
+def _member(loaded: Any, name: str) -> Any:
+    return loaded.get(name) if isinstance(loaded, dict) else getattr(loaded, name, None)
+
+
+def typed_input(type: Any) -> InputOfPlan:
     """Of this type; None: any JSON. Raises ImportError, and pydantic's errors."""
     return Untyped() if type is None else PydanticInput(type)

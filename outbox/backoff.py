@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from beatless.outbox.times import problem_with_seconds
+from beatless.outbox.times import is_number, problem_with_seconds
 
 MOST_FACTOR = 1000
 """Its 64th power is a float still."""
@@ -32,7 +32,10 @@ class Backoff:
         for name in ("initial", "cap"):
             if problem := problem_with_seconds(getattr(self, name)):
                 raise ValueError(f"need initial >= 0 and cap >= 0: {name} {problem}")
-        if not (1 <= self.factor <= MOST_FACTOR and 0 <= self.jitter <= 1):
+        if not (
+            (is_number(self.factor) and 1 <= self.factor <= MOST_FACTOR)
+            and (is_number(self.jitter) and 0 <= self.jitter <= 1)
+        ):
             raise ValueError(
                 f"need initial >= 0, cap >= 0, 1 <= factor <= {MOST_FACTOR} and 0 <= jitter <= 1, "
                 f"not a factor (backoff) of {self.factor!r} and a jitter of {self.jitter!r}"

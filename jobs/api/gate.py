@@ -13,9 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from beatless import loopback
 from beatless.api.problems import Problem
-from beatless.auth import EVERYTHING, Grant, Scope, Tokens
-from beatless.errors import BadRequest
-from beatless.namespaces import check_namespace
+from beatless.auth import EVERYTHING, Grant, Tokens
 from beatless.outbox.clock import monotonic
 from beatless.transactions import reaching_postgres
 
@@ -193,17 +191,6 @@ def _checked(found: object) -> Grant:
     """The grant. Raises TypeError and ValueError that say how it must be."""
     if not isinstance(found, Grant):
         raise TypeError(f"authenticate must return a Grant or None, not {found!r}")
-    if isinstance(found.scopes, str):
-        raise TypeError(f"the scopes of a Grant are a list, as in scopes=[{found.scopes!r}]")
-    if unknown := set(found.scopes) - set(Scope):
-        names = ", ".join(sorted(map(str, unknown)))
-        raise ValueError(
-            f"authenticate granted unknown scopes: {names}; choose from {', '.join(Scope)}"
-        )
-    try:
-        check_namespace(found.namespace)
-    except BadRequest as error:
-        raise ValueError(f"authenticate granted a bad namespace: {error}") from error
     return found
 
 

@@ -85,7 +85,14 @@ def create_api(
     Without it, and as long as there is no token, a person on this machine may do everything: the
     connection comes from loopback, no header marks a proxy, and `Host` is a name of this machine
     with the port. With `is_open` every caller may. With `flower_url` the run page links to Flower.
+
+    Raises TypeError for anything but an App, and for an `authenticate` that takes no request.
     """
+    if not isinstance(app, App):
+        raise TypeError(
+            f"create_api({app!r:.200}): give it the App itself, as in create_api(app), and neither "
+            "app.celery nor its client"
+        )
     services = ServicesOfApp(
         app,
         partial(_services, app, authenticate=authenticate, flower_url=flower_url, is_open=is_open),

@@ -108,7 +108,9 @@ class Environment:
             os.environ.update({n: url for n, url in NO_SERVERS.items() if not os.environ.get(n)})
         name = self.named or os.environ.get("BEATLESS_APP", "")
         try:
-            return load(name) if name else App(Settings.from_env(), PLANS)
+            if not name:
+                return App(Settings.from_env(), PLANS)
+            return load(name, "--app" if self.named else "BEATLESS_APP")
         except BadSetting as error:
             raise explained(error) from error
 
@@ -179,13 +181,12 @@ def explained(error: BadSetting) -> BadSetting:
     return BadSetting(error.name, problem, error.example)
 
 
-def load(name: str) -> "App":
-    """The app at `module:attribute`. Raises BadSetting and AppFailed."""
+def load(name: str, given: str) -> "App":
+    """The app at `module:attribute`. Raises BadSetting, of the setting `given`, and AppFailed."""
     from beatless.app import App
 
     module_name, _, attribute = name.partition(":")
     example = "myproject.app:app"
-    given = "BEATLESS_APP" if os.environ.get("BEATLESS_APP") == name else "--app"
     if not module_name or not attribute:
         raise BadSetting(given, f"is {name!r}, which is not module:attribute", example)
     if (here := str(Path.cwd())) not in sys.path:
@@ -208,7 +209,9 @@ def load(name: str) -> "App":
         found = getattr(found, part)
     if not isinstance(found, App):
         problem = f"names {name}, which is a {type(found).__name__} and not an App"
-        raise BadSetting("BEATLESS_APP", problem, example)
+        if hasattr(found, "send_task"):
+            problem += f"; it is a Celery app, and the App is what `App(…)` gave in {module_name}"
+        raise BadSetting(given, problem, example)
     return found
 
 

@@ -19,6 +19,7 @@ from beatless.app import REDIS_TIMEOUTS, App
 from beatless.cli.environment import Environment
 from beatless.cli.options import LOG_FORMAT, METRICS_PORT, READY_FD, check_url, tell
 from beatless.cli.stopping import stop_on_signals
+from beatless.client.requests import QUEUE
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
 from beatless.observe.export import export
 from beatless.observe.systemd import ServiceManager
@@ -126,10 +127,13 @@ def worker(
         tell(ready_fd)
 
     signals.worker_ready.connect(ready)
+    consumed = weights(queues or "")
+    for name in sorted(consumed.keys() - {each.queue for each in app.plans.values()}):
+        env.note(f"no plan names the queue {name}: its runs are those that are started with it")
     status = run_worker(
         app.celery,
         app.settings,
-        queues=weights(queues or ""),
+        queues=consumed,
         pool=Pool(pool) if pool else None,
         concurrency=concurrency,
         ready_file=ready_file,
@@ -146,6 +150,10 @@ def weights(queues: str) -> dict[str, int]:
         if name:
             if separator and not re.fullmatch("[1-9][0-9]{0,2}", weight):
                 raise BadRequest("--queues", f"has {entry.strip()!r}: a weight is 1 to 999")
+            if not QUEUE.fullmatch(name):
+                hint = "; a weight is written fast=3" if ":" in name else ""
+                problem = f"has {name!r:.200}, which no queue can be called: it must match "
+                raise BadRequest("--queues", f"{problem}^{QUEUE.pattern}${hint}")
             found[name] = int(weight or 1)
     return found
 

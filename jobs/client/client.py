@@ -18,6 +18,7 @@ from beatless.client.requests import (
     check_state,
     check_texts,
     checked_tags,
+    request_of,
     shows_run_options,
 )
 from beatless.client.schedules import ScheduleCalls
@@ -83,7 +84,7 @@ class Client(
         >>> again.run_id == run.run_id
         True
         """
-        request = RunRequest(plan=plan, input=input, **options)
+        request = request_of(plan, input, options)
         return self.start_runs([request], connection=connection)[0]
 
     def start_runs(
@@ -96,6 +97,16 @@ class Client(
         >>> len(client.start_runs(orders))
         3
         """
+        if isinstance(requests, RunRequest) or not isinstance(requests, Sequence):
+            raise TypeError(
+                f"start_runs takes a list of RunRequest: start_runs([…]), not {requests!r:.200}"
+            )
+        for each in requests:
+            if not isinstance(each, RunRequest):
+                raise TypeError(
+                    "start_runs takes a list of RunRequest, as RunRequest(plan=…, input=…), and in "
+                    f"it is {each!r:.200}"
+                )
         if not requests:
             return []
         new = []

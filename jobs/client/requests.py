@@ -24,7 +24,7 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, new_run_id
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.typed_input import INPUT
-from beatless.outbox.times import problem_with_moment, problem_with_seconds
+from beatless.outbox.times import is_number, problem_with_moment, problem_with_seconds
 
 Start = TypeVar("Start", bound=Callable[..., Any])
 
@@ -49,7 +49,11 @@ def seconds_of(given: float | timedelta | None) -> float | None:
 
 def problem_with_duration(given: Any) -> str:
     """The problem with seconds or a timedelta."""
-    return problem_with_seconds(seconds_of(given))
+    problem = problem_with_seconds(seconds_of(given))
+    if not problem or is_number(given) or isinstance(given, timedelta):
+        return problem
+    also = "; a moment is not_before=" if isinstance(given, datetime) else ""
+    return f"is {given!r:.200}: give seconds, as 90, or a timedelta{also}"
 
 
 class RunOptions(StoredKeywords, total=False):
@@ -139,6 +143,15 @@ class RunRequest(StoredOptions):
         ),
     ] = None
 
+    def __post_init__(self) -> None:
+        """Raises BadRequest for a plan that is not named."""
+        given: object = self.plan
+        if not isinstance(given, str):
+            name = getattr(given, "name", None)
+            example = name if isinstance(name, str) else "checkout"
+            problem = f'is {given!r:.200}; give the name of one, as in start_run("{example}")'
+            raise BadRequest("plan", problem)
+
 
 REQUEST_FIELDS = tuple(sorted(fields(RunRequest), key=lambda each: each.name in STORED))
 """Plan and input, the options of a RunRequest, and those that a run keeps."""
@@ -152,6 +165,19 @@ OPTIONS: Mapping[str, Option] = {
 
 OPTIONAL = frozenset(each.name for each in REQUEST_FIELDS if each.default is None)
 """Those that may be None."""
+
+
+def request_of(plan: str, input: Any, options: RunOptions) -> RunRequest:
+    """The request of a call of `start_run`. Raises TypeError for an option that it does not have.
+
+    And BadRequest for a plan that is not named.
+    """
+    if unknown := sorted(options.keys() - OPTIONS.keys()):
+        raise TypeError(
+            f"start_run has no option {', '.join(unknown)}; it has: {', '.join(OPTIONS)} "
+            "(key makes a start idempotent)"
+        )
+    return RunRequest(plan=plan, input=input, **options)
 
 
 def json_members() -> list[Field[Any]]:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, Unpack, get_args
 
 from beatless.client.requests import (
     RunOptions,
-    RunRequest,
     json_members,
+    request_of,
     shows_run_options,
 )
 from beatless.client.signals import new_signal_key
@@ -66,7 +66,7 @@ def start_run(plan: str, input: Any = None, **options: Unpack[RunOptions]) -> Ex
     >>> client.start_run("checkout", {"order": 1}, key="order:1").run_id == run.run_id
     True
     """
-    request = RunRequest(plan=plan, input=input, **options)
+    request = request_of(plan, input, options)
     body = {each.name: json_of(getattr(request, each.name)) for each in json_members()}
     # It has its id before it is sent: an answer that was lost is asked for again.
     body |= {"input": input, "run_id": new_run_id() if request.run_id is None else request.run_id}

@@ -7,7 +7,7 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.retry import Retry
 
 from beatless.orchestrator.events import EventText
@@ -76,8 +76,11 @@ class Subscription:
                     self._pubsub, self._failures = pubsub, 0
                     return True
         except (RedisError, OSError) as error:
+            refused = isinstance(error, (ResponseError, AuthenticationError))
             logger.warning(
-                "Redis is unreachable, stream reads the journal",
+                "Redis refuses this user the subscription, stream reads the journal"
+                if refused
+                else "Redis is unreachable, stream reads the journal",
                 extra={"action": "stream_without_redis", "reason": str(error)},
             )
         self.close()

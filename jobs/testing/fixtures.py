@@ -15,7 +15,7 @@ import pytest
 from beatless.app import App
 from beatless.cli.environment import load
 from beatless.client.base import DEFAULT_APP
-from beatless.errors import JobsError
+from beatless.errors import BadSetting, JobsError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.schedule import Schedule
 from beatless.outbox.publishers import worker_queue
@@ -32,6 +32,9 @@ from beatless.testing.task_inbox import queue_names
 
 OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 """Settings that each test has for itself."""
+
+SETTING = "beatless_app"
+"""The pytest setting that names the App of a project."""
 
 
 @contextmanager
@@ -73,9 +76,12 @@ def named_app(config: pytest.Config) -> App | None:
     if not name:
         return None
     try:
-        return load(name)
+        return load(name, SETTING)
+    except BadSetting as error:
+        told = str(error) if error.name == SETTING else f"{SETTING} = {name}: {error}"
+        raise pytest.UsageError(told) from error
     except JobsError as error:
-        raise pytest.UsageError(f"beatless_app = {name}: {error}") from error
+        raise pytest.UsageError(f"{SETTING} = {name}: {error}") from error
 
 
 def beatless_plans(named: App | None) -> Sequence[Plan]:

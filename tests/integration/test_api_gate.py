@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psycopg
@@ -421,25 +422,34 @@ def test_a_stream_token_of_the_host_is_good_for_its_run(beatless_app: App) -> No
         assert f"good for the stream of {run.run_id} and nothing else" in refused.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        (True, "must return a Grant or None, not True"),
-        (Grant(scopes=["everything"]), "unknown scopes: everything; choose from runs:read, "),
-        (Grant(scopes=Scope.ADMIN), "scopes of a Grant are a list"),
-        (Grant(scopes=[Scope.ADMIN], namespace="a b"), "does not match ^[a-z0-9_]"),
-    ],
-)
 def test_what_a_host_grants_must_be_a_grant(
-    beatless_app: App, caplog: pytest.LogCaptureFixture, wrong: object, reason: str
+    beatless_app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
-    api = create_api(beatless_app, authenticate=lambda _request: wrong)
+    reason = "must return a Grant or None, not True"
+    api = create_api(beatless_app, authenticate=lambda _request: True)
     (answer,) = answers(api, "/v1/runs")
     assert answer.status_code == 500
     assert "the app in which this API is mounted" in answer.json()["detail"]
     (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
     assert reason in record.reason
     assert reason in str(record.exc_info[1])  # of a host that prints no facts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"scopes": ["everything"]}, "unknown scopes: everything; choose from runs:read, "),
+        ({"scopes": Scope.ADMIN}, r"give a list, as in scopes=\["),
+        ({"scopes": None}, r"give a list, as in scopes=\["),
+        ({"scopes": [Scope.ADMIN], "namespace": "a b"}, r"does not match \^\[a-z0-9_\]"),
+        ({"scopes": [Scope.ADMIN], "namespace": None}, r"does not match \^\[a-z0-9_\]"),
+    ],
+)
+def test_a_grant_that_gives_nothing_is_refused_when_it_is_made(
+    wrong: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=reason):
+        Grant(**wrong)
 
 
 @pytest.mark.parametrize("wrong", ["x", lambda: None, lambda _request, _second: None])

@@ -273,7 +273,8 @@ def test_a_snooze_that_ends_beyond_all_calendars_fails_its_step_and_lists_go_on(
 @pytest.mark.parametrize("name", ["delay", "deadline"])
 @pytest.mark.parametrize("seconds", [value for value in FAR if value is not None], ids=str)
 def test_a_start_that_lies_beyond_is_refused(beatless: Kit, name: str, seconds: Any) -> None:
-    with pytest.raises(BadRequest, match=rf"{name} is .* which is not 0 seconds to ten years"):
+    told = "which is not 0 seconds to ten years|give seconds, as 90, or a timedelta"
+    with pytest.raises(BadRequest, match=rf"{name} is .*({told})"):
         beatless.start_run("two_steps", **{name: seconds})
 
 
@@ -296,7 +297,7 @@ def test_waits_and_moves_of_time_are_bounded_too(beatless: Kit, seconds: Any) ->
         lambda: beatless.client.astream_run(run.run_id, timeout=seconds),
         lambda: beatless.client.clean(older_than=seconds, state="failed"),
     ):
-        with pytest.raises(BadRequest, match="which is not 0 seconds to ten years"):
+        with pytest.raises(BadRequest, match=r"which is (not 0 seconds to ten years|no number of)"):
             wait()
     with pytest.raises(ValueError, match="0 seconds to a thousand years"):
         beatless.advance(seconds)

@@ -99,6 +99,24 @@ def send(run: RunContext[Parcel]) -> Any:
     return [type(run.input).__name__, run.input.weight, run.input.to]
 
 
+@step
+def label(ctx: StepContext) -> Any:
+    return ctx.input
+
+
+@step
+def recall(ctx: StepContext) -> None:
+    ctx.trace("recalled", to=ctx.input["to"])
+
+
+@plan("posted", input=Parcel, on_cancel=recall)
+def posted(run: RunContext[Parcel]) -> Any:
+    told = [run.step(label), run.step(label)]
+    if run.input.weight > 10:
+        return run.again(Parcel(weight=run.input.weight / 10))
+    return told if run.input.weight > 1 else run.wait("left")
+
+
 @plan("flaky_plan")
 def flaky_plan(run: RunContext[Any]) -> int:
     COUNTER.append(1)
@@ -116,7 +134,7 @@ def names_calls(run: RunContext[Any]) -> Any:
 
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [order, order_async, send, flaky_plan, names_calls]
+    return [order, order_async, send, posted, flaky_plan, names_calls]
 
 
 @pytest.fixture
@@ -196,6 +214,35 @@ def test_a_crash_at_any_boundary_loses_and_doubles_nothing(
     assert postgres.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)
     finished = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepFinished"]
     assert sorted(finished) == ["book", "charge", "charge#2", "charge#3", "reserve"]
+    beatless.verify()
+
+
+def test_steps_find_the_defaults_of_a_typed_input_however_the_run_was_started(
+    beatless: Kit,
+) -> None:
+    """By a JSON object without them, by an object of the type, and by `again`."""
+    given = [{"weight": 2}, Parcel(2), {"weight": 20, "to": "Ghent"}]
+    runs = [beatless.start_run("posted", each) for each in given]
+    assert runs[0].input == {"weight": 2}, "as it was given"
+    beatless.work_until_idle()
+    for run in runs:
+        ended = beatless.client.get_run(run.run_id)
+        assert ended.result == [{"weight": 2, "to": "Ghent"}] * 2
+        assert beatless.client.get_run(run.run_id).input == run.input
+    again = beatless.start_run("posted", {"weight": 2}, key="once")
+    assert beatless.start_run("posted", {"weight": 2}, key="once").run_id == again.run_id
+    beatless.verify()
+
+
+def test_the_step_that_undoes_a_cancelled_run_finds_the_defaults_too(beatless: Kit) -> None:
+    run = beatless.start_run("posted", {"weight": 1})
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state == RunState.WAITING
+    beatless.client.cancel_run(run.run_id)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state == RunState.CANCELLED
+    traced = [e.data["to"] for e in beatless.client.events(run.run_id) if e.type == "DebugTrace"]
+    assert traced == ["Ghent"]
     beatless.verify()
 
 

@@ -376,6 +376,7 @@ def test_a_viewer_without_the_right_to_subscribe_reads_the_journal(
     assert [event.seq for event in kit.collect_stream(run.run_id)] == list(range(1, 14))
     (record,) = [r for r in caplog.records if getattr(r, "action", "") == "stream_without_redis"]
     assert "subscribe" in record.reason
+    assert record.message.startswith("Redis refuses this user the subscription")
 
 
 # Cluster

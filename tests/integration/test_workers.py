@@ -184,6 +184,11 @@ class TestWeights:
         for bad in ("a=0", "a=", "a=x", "a=-1", "a=1000"):
             with pytest.raises(BadRequest, match="a weight is 1 to 999"):
                 weights(bad)
+        for bad in ("fast:3", "fast:3,slow", "a b", "-a", "ä"):
+            with pytest.raises(BadRequest, match="no queue can be called: it must match"):
+                weights(bad)
+        with pytest.raises(BadRequest, match="a weight is written fast=3"):
+            weights("fast:3,slow")
 
     def test_another_broker_than_redis_cannot_give_them(self, beatless_app: App) -> None:
         values: dict[str, Any] = {

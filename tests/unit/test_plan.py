@@ -68,7 +68,7 @@ def renamed(names: dict) -> Plan:
         (lambda: Plan("p", []), "plan p has no steps"),
         (
             lambda: Plan("p", [one]),
-            "plan p: .* is not a step; decorate it with @step, .* put Plan.task",
+            "plan p: .* is not a step; decorate it with @step",
         ),
         (lambda: Plan("p", [step(one), step(one)]), "plan p has two steps called one"),
         (lambda: Plan("p", [step(one)], routes={"one": ["three"]}), "plan p: routes name 'three'"),
@@ -86,7 +86,10 @@ def renamed(names: dict) -> Plan:
             "plan p: nothing leads to step one",
         ),
         (lambda: Plan("p", [step(goes), step(two)]), "plan p: step goes is annotated to return a"),
-        (lambda: Plan("p", [step(one)], on_cancel=two), "plan p: on_cancel is .* not a step"),
+        (
+            lambda: Plan("p", [step(one)], on_cancel=two),
+            "plan p: on_cancel: .* is not a step; decorate",
+        ),
         (
             lambda: Plan("p", [step(one)], on_cancel=step(one)),
             "plan p: on_cancel is one, which is also one of its steps",

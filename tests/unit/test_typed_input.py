@@ -1,10 +1,12 @@
 """The declared type of a plan's input: which members it takes when a run is started, and later."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from typing_extensions import TypedDict
 
 from beatless import BadPayload
@@ -79,3 +81,80 @@ def test_the_schema_says_that_there_are_no_other_members() -> None:
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Line"]["additionalProperties"] is False
     assert "additionalProperties" not in typed_input(Model).schema()
+
+
+class Aliased(BaseModel):
+    number: int = Field(alias="orderNumber")
+    gift: bool = Field(default=False, alias="asGift")
+    secret: SecretStr = SecretStr("none")
+
+
+@dataclass(frozen=True)
+class Tag:
+    name: str = "none"
+    weight: int = 1
+
+
+@dataclass
+class Nested:
+    line: Line
+    rest: list[Tag] = field(default_factory=list)
+    tags: set[Tag] = field(default_factory=set)
+    pause: float = 0.5
+    price: Decimal = Decimal(1)
+
+
+class NoJson(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    number: int
+    at: Any = Field(default_factory=object)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "filled"),
+    [
+        (Order, {}, {"lines": []}),
+        (Lenient, {}, {"number": 1}),
+        (Model, {}, {"number": 1}),
+        (Order, {"lines": [], "dropped": 1}, {"lines": [], "dropped": 1}),
+        (
+            Aliased,
+            {"orderNumber": 7, "secret": "s3cret"},
+            {"orderNumber": 7, "asGift": False, "secret": "s3cret"},
+        ),
+        (
+            Nested,
+            {"line": {"number": 1}, "rest": [{"name": "a"}, {}], "price": 2.5},
+            {
+                "line": {"number": 1},
+                "rest": [{"name": "a", "weight": 1}, {"name": "none", "weight": 1}],
+                "tags": [],
+                "pause": 0.5,
+                "price": 2.5,
+            },
+        ),
+        (
+            list[Tag],
+            [{}, {"weight": 3}],
+            [{"name": "none", "weight": 1}, {"name": "none", "weight": 3}],
+        ),
+        (dict[str, Tag], {"a": {}}, {"a": {"name": "none", "weight": 1}}),
+        (Order | None, None, None),
+        (NoJson, {"number": 1}, {"number": 1}),
+        (int, 7, 7),
+        (None, {"any": []}, {"any": []}),
+    ],
+)
+def test_stored_json_is_filled_with_the_defaults_of_its_type_and_otherwise_as_it_was_given(
+    kind: Any, stored: Any, filled: Any
+) -> None:
+    typed = typed_input(kind)
+    before = deepcopy(stored)
+    assert typed.filled(stored, typed.load(stored)) == filled
+    assert stored == before
+
+
+def test_the_members_of_a_set_which_has_no_order_are_as_they_were_given() -> None:
+    typed = typed_input(Nested)
+    stored = {"line": {"number": 1}, "tags": [{"name": str(n)} for n in range(20)]}
+    assert typed.filled(stored, typed.load(stored))["tags"] == stored["tags"]
