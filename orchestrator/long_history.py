@@ -44,6 +44,6 @@ def length(events: Sequence[Event]) -> int:
             count = 0
         elif event.type in READ_TYPES:
             count += 1
-        elif (event.data or {}).get("name") == SNOOZED:
+        elif event.type == EventType.DEBUG_TRACE and (event.data or {}).get("name") == SNOOZED:
             count -= 1  # of many turns that ended so, one is read
     return count
