@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -105,4 +106,5 @@ def in_words(ms: int) -> str:
     """A duration as the page shows it."""
     if ms < 1000:
         return f"{ms} ms"
-    return f"{ms / 1000:.2f} s" if ms < 10_000 else f"{ms / 1000:.1f} s"
+    places = Decimal("0.01" if ms < 10_000 else "0.1")
+    return f"{Decimal(ms / 1000).quantize(places, ROUND_HALF_UP)} s"  # of halves, as JavaScript
