@@ -106,6 +106,8 @@ class Boundaries:
         self._max_event_bytes = max_event_bytes
         self.undoes = False
         """A step was begun that is undone when the run fails or is cancelled: then it goes on."""
+        self._begins_undone = False
+        """The boundary that is being made begins the first of these."""
 
     # An attempt begins
 
@@ -359,7 +361,7 @@ class Boundaries:
         """The data of the start of a step that is to be undone."""
         if not isinstance(step, Step) or step.undo is None:
             return {}
-        self.undoes = True
+        self._begins_undone = True
         return {UNDO: step.undo.name}
 
     def _wait_start(self, occurrence: str, wait: Wait) -> NewEvent:
@@ -393,7 +395,10 @@ class Boundaries:
         """This boundary; or these events and the end of the run if it was cancelled before."""
         if progress.compensating:
             return Settlement.ignoring_cancel(boundary, reason)
-        return Settlement(normal=boundary, if_cancelled=self._cancelled(events), reason=reason)
+        cancelled = self._cancelled(events)
+        # Only now: what the boundary begins is not begun if the run was cancelled before.
+        self.undoes |= self._begins_undone
+        return Settlement(normal=boundary, if_cancelled=cancelled, reason=reason)
 
     def _given_back(
         self, progress: Progress, reason: str, events: Sequence[NewEvent], delay_s: float = 0.0

@@ -1,5 +1,6 @@
 """Steps that are undone: what a run has begun, when it fails or is cancelled."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +80,13 @@ def notify(ctx: StepContext) -> list[str]:
 def rest(ctx: StepContext) -> None: ...
 
 
+@step
+def is_cancelled(ctx: StepContext) -> None:
+    CANCELS["cancel"](ctx.run_id)
+
+
+CANCELS: dict[str, Callable[[str], object]] = {}
+
 told = Plan("told", [wait("go")], queue="children")
 
 
@@ -102,6 +110,13 @@ def has_children(run: RunContext[Any]) -> Any:
     return run.step(deliver)
 
 
+@plan("cancelled_in_function")
+def cancelled_in_function(run: RunContext[Any]) -> Any:
+    run.step(is_cancelled)
+    run.step(charge)
+    return run.step(deliver)
+
+
 @plan("hides")
 def hides(run: RunContext[Any]) -> Any:
     return run.step(HIDDEN["step"])
@@ -119,9 +134,11 @@ PLANS = [
     pays,
     has_children,
     hides,
+    cancelled_in_function,
     large,
     Plan("order", [reserve, charge, ship, deliver]),
     Plan("cancelled", [reserve, charge, wait("go"), deliver], on_cancel=notify),
+    Plan("cancelled_before", [is_cancelled, charge, deliver]),
     Plan("waits", [rest, reserve, wait("go"), deliver]),
     Plan("late", [rest, deliver, reserve]),
 ]
@@ -235,6 +252,23 @@ def test_a_cancelled_run_is_undone_and_its_on_cancel_step_comes_last(beatless: K
         "refund#undo:charge",
         "release#undo:reserve",
         "notify",
+    ]
+    beatless.verify()
+
+
+@pytest.mark.parametrize("plan", ["cancelled_before", "cancelled_in_function"])
+def test_a_run_that_is_cancelled_before_the_first_step_with_an_undo_ends(
+    beatless: Kit, plan: str
+) -> None:
+    CANCELS["cancel"] = beatless.client.cancel_run
+    run = beatless.start_run(plan, {})
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run.run_id)
+    assert (ended.state, CALLS) == (RunState.CANCELLED, [])
+    assert [event.step for event in beatless.client.events(run.run_id) if event.step] == [
+        "is_cancelled",
+        "is_cancelled",
     ]
     beatless.verify()
 
