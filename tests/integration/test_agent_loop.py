@@ -19,7 +19,7 @@ SEED = 5
 def beatless_plans(monkeypatch: pytest.MonkeyPatch) -> Sequence[Plan]:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://not-used-in-tests/")
     monkeypatch.setenv("BEATLESS_REDIS_URL", "redis://not-used-in-tests/")
-    return list(load("examples.agent_loop:app").plans.values())
+    return list(load("examples.agent_loop:app", "app").plans.values())
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_command_line_shows_none_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("BEATLESS_APP", f"{__name__}:hidden")
-    monkeypatch.setattr("beatless.cli.environment.load", lambda _name: kit.app)
+    monkeypatch.setattr("beatless.cli.environment.load", lambda _name, _given: kit.app)
     for run_id in runs:
         for name in ("show", "events", "explain"):
             for flags in ((), ("--json",)):

@@ -13,7 +13,7 @@ from beatless.testing import Kit
 def beatless_plans(monkeypatch: pytest.MonkeyPatch) -> Sequence[Plan]:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://not-used-in-tests/")
     monkeypatch.setenv("BEATLESS_REDIS_URL", "redis://not-used-in-tests/")
-    return list(load("examples.streaming_agent:app").plans.values())
+    return list(load("examples.streaming_agent:app", "app").plans.values())
 
 
 def shown(beatless: Kit, run_id: str, step: str) -> str:
