@@ -297,7 +297,7 @@ def test_waits_and_moves_of_time_are_bounded_too(beatless: Kit, seconds: Any) ->
         lambda: beatless.client.astream_run(run.run_id, timeout=seconds),
         lambda: beatless.client.clean(older_than=seconds, state="failed"),
     ):
-        with pytest.raises(BadRequest, match="which is not 0 seconds to ten years"):
+        with pytest.raises(BadRequest, match=r"is not 0 seconds to ten years|is '5': give seconds"):
             wait()
     with pytest.raises(ValueError, match="0 seconds to a thousand years"):
         beatless.advance(seconds)
