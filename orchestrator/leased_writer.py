@@ -321,17 +321,21 @@ class LeasedWriter(SureWriter):
     def begin_portion(self, output: StepOutput) -> Portion | None:
         """What an attempt has emitted, for a statement that commits it with that of others.
 
-        None if there is nothing, or a thread of the step writes just now: this one does not wait.
-        Raises LeaseLost, and StepEnded after the attempt's end. See `OutputWriter`.
+        None if there is nothing, if it is `in_doubt`, and if a thread of the step writes just now,
+        for which this one does not wait. Raises LeaseLost, and StepEnded after the attempt's end.
+        See `OutputWriter`.
         """
         if self._lease.lost:
             raise LeaseLost(self._run_id, self._lease.token)
+        output.in_doubt = False
         if not self._writing.acquire(blocking=False):
             return None
-        events = output.pending(output.added) if self._output is output else ()
+        is_open = self._output is output
+        output.in_doubt = is_open and output.tried
+        events = output.pending(output.added) if is_open and not output.tried else ()
         if not events:
             self._writing.release()
-            if self._output is not output:
+            if not is_open:
                 raise StepEnded(self._run_id, output.step)
             return None
         output.tried = True  # until the answer is known

@@ -2,14 +2,12 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextvars import copy_context
 from itertools import islice
 
 import psycopg
 
 from beatless.orchestrator.errors import LeaseLost, StepEnded
 from beatless.orchestrator.group_commit import GroupCommit
-from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.step_output import INTERVAL_S, Portion, StepOutput
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.outbox.observer import Observer, ignore
@@ -88,15 +86,14 @@ class OutputThread:
                 output.end_portion(None, in_doubt=True)
 
     def _begin(self, output: StepOutput, begun: Begun) -> None:
-        if output.tried:
-            self._write_alone(output)
-            return
         try:
             portion = output.begin_portion()
         except (LeaseLost, StepEnded):
             return  # the step learns of it by itself
         if portion is not None:
             begun[output] = portion
+        elif output.in_doubt:
+            self._write_alone(output)
         elif output.waiting:
             self._left[output] = None
 
@@ -122,9 +119,7 @@ class OutputThread:
     def _write_alone(self, output: StepOutput) -> None:
         """Write what may have been written, or what Postgres has refused together with others."""
         try:
-            copy_context().run(giving_way, output.write)
-        except RowHeld:
-            self._left[output] = None
+            output.write()
         except (LeaseLost, StepEnded):
             return
         except psycopg.Error as error:

@@ -58,7 +58,8 @@ class OutputWriter(Protocol):
         """Commit what an attempt has emitted. Raises LeaseLost, and StepEnded after its end."""
 
     def begin_portion(self, output: "StepOutput") -> Portion | None:
-        """What is to be written now, by this thread; None if there is none, or another writes.
+        """What is to be written now, by this thread; None if there is none, another writes, or it
+        is `in_doubt`.
 
         Nobody else writes before `end_portion`. Raises as `write_output`.
         """
@@ -102,7 +103,9 @@ class StepOutput:
         self.first = 0
         """The number of the first piece of `pending`."""
         self.tried = False
-        """The events of `pending` may have been written: the answer was lost."""
+        """The events of `pending` may have been written: the answer was lost, or has not come."""
+        self.in_doubt = False
+        """The same, and no thread was writing them when `begin_portion` was called last."""
 
     def add(self, piece: Any) -> int:
         """Keep a piece; how often it is full: from 1 on, the step shall wait for `write`.

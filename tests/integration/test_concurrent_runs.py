@@ -77,6 +77,15 @@ async def traces(ctx: AsyncStepContext) -> None:
 
 
 @step
+def speaks(ctx: StepContext) -> None:
+    """The same in a thread of its own, which waits for the row."""
+    CALLED.append(ctx.run_id)
+    assert HELD.wait(60)
+    ctx.emit("a piece")
+    ctx.trace("waits for the row")
+
+
+@step
 async def answers(ctx: AsyncStepContext) -> None:
     """Emits and traces, once the test says so."""
     CALLED.append(ctx.run_id)
@@ -93,7 +102,7 @@ def thinks(run: RunContext[Any]) -> str:
     return "thought"
 
 
-STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces, answers)
+STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces, answers, speaks)
 PLANS = [*(Plan(each.name, [each]) for each in STEPS), thinks]
 
 
@@ -459,6 +468,34 @@ def test_output_whose_row_is_held_is_written_later_and_that_of_others_at_once(
 
     beatless.wait_for_run_completion(held)
     assert output(beatless, held) == [["held"]]
+    beatless.verify()
+
+
+def test_output_of_others_does_not_wait_for_a_step_that_waits_for_its_row(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = threading.Event()
+    append = LeasedWriter.append
+
+    def noted(writer: LeasedWriter, *arguments: Any) -> None:
+        tried.set()
+        append(writer, *arguments)
+
+    monkeypatch.setattr(LeasedWriter, "append", noted)
+    held = execute("speaks")
+    until(lambda: len(CALLED) == 1)
+    with rows_held(beatless, connection, [held]):
+        HELD.set()
+        assert tried.wait(60)
+        for number in range(3):
+            beatless.wait_for_event(execute("emits", number), "StepOutput")
+        assert output(beatless, held) == []
+    LET_GO.set()
+    assert beatless.wait_for_run_completion(held).state is RunState.COMPLETED
+    assert output(beatless, held) == [["a piece"]]
     beatless.verify()
 
 
