@@ -148,9 +148,9 @@ class App:
                 "environment: App(Settings.from_env(), plans=[…])"
             )
         plans = check_plans(plans)
-        for name, called in (("on_failure", on_failure), ("redact", redact)):
+        for hook, called in (("on_failure", on_failure), ("redact", redact)):
             if called is not None and not callable(called):
-                raise TypeError(f"{name} is {called!r:.200}, which is no function")
+                raise TypeError(f"{hook} is {called!r:.200}, which is no function")
         self.settings = settings
         self.plans = {plan.name: plan for plan in plans}
         if len(self.plans) < len(plans):

@@ -19,9 +19,9 @@ COMMANDS = {
         "token": "Tokens of the HTTP API.",
     },
     "beatless.cli.approvals": {
-        "approve": "Decide approval NAME of RUN.",
-        "approve-link": "Make a link by which a person decides approval NAME of RUN; prints it.",
-        "revoke-link": "Let the link ID decide nothing any more.",
+        "approve": "Decide approval NAME of RUN, by --yes or --no, or by --data if it has a form.",
+        "approve-link": "Make a link by which one person decides approval NAME of RUN; prints it.",
+        "revoke-link": "Let the link with this id decide nothing any more.",
     },
     "beatless.cli.demo": {
         "demo": (

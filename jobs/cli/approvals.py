@@ -57,7 +57,7 @@ def approve(
 def approve_link(
     env: Environment, run: str, name: str, by: str, expires: str | None, base_url: str | None
 ) -> None:
-    """Make a link by which one person decides approval NAME of RUN, once; prints its address."""
+    """Make a link by which one person decides approval NAME of RUN; prints it."""
     if not base_url:
         raise BadRequest(
             "--base-url", "is missing: give it the address of the API, https://beatless.example"
