@@ -8,3 +8,5 @@ GRANT SELECT (run_id, namespace, plan, plan_version, queue, priority, state, las
 GRANT SELECT (run_id, seq, ts, type, source, step, attempt) ON "beatless".run_events
   TO beatless_monitor;
 GRANT SELECT (id, kind, run_id, created_at) ON "beatless".dead_letters TO beatless_monitor;
+GRANT SELECT (id, namespace, name, app, state, cron, every, tz, tick, due_at, look_at, last_tick,
+  last_run_id, last_fired_at, last_late_s, failures) ON "beatless".schedules TO beatless_monitor;

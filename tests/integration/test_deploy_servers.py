@@ -120,6 +120,8 @@ def test_the_role_of_the_app_cannot_change_what_tables_there_are(
         "SELECT data FROM run_events",
         "SELECT message FROM dead_letters",
         "SELECT id FROM api_tokens",
+        "SELECT run FROM schedules",
+        "SELECT run_id FROM decisions",
         "UPDATE runs SET state = 'queued'",
         "DELETE FROM run_outbox",
         "INSERT INTO queues VALUES ('x')",

@@ -515,8 +515,10 @@ def test_a_sleeping_relay_wakes_when_a_dispatch_is_due(
     """Its clock runs faster than the rows' one: however slow all is, it sleeps before they do."""
     earliest, asked = Drain._earliest, list[float]()
 
-    def sooner(self: Drain, ahead: psycopg.Cursor[Any] | None) -> float | None:
-        due = earliest(self, ahead)
+    def sooner(
+        self: Drain, ahead: psycopg.Cursor[Any] | None, shards: Sequence[int]
+    ) -> float | None:
+        due = earliest(self, ahead, shards)
         if due is None:
             return None
         asked.append(due)
