@@ -76,8 +76,10 @@ class Ticks:
                 number += 1
                 yield datetime.fromtimestamp(number * self.every_s, UTC)
         assert self.cron is not None  # noqa: S101 - one of the two is given
-        for tick in CronSim(self.cron, moment.astimezone(ZoneInfo(self.tz))):
-            yield tick.astimezone(UTC)
+        for local in CronSim(self.cron, moment.astimezone(ZoneInfo(self.tz))):
+            tick = local.astimezone(UTC)
+            if tick > moment:  # in an hour that comes twice, CronSim also gives those of the first
+                yield tick
 
 
 def problem_with_cron(given: object) -> str:

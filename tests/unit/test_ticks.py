@@ -43,6 +43,10 @@ TABLE = [
     (LORD_HOWE, "15 2 * * *", "2026-10-02T00:00", "10-02T15:45 10-03T15:30 10-04T15:15"),
     # Lord Howe, 5 April 2026: at 15:00Z of the day before, the clock goes from 02:00 to 01:30.
     (LORD_HOWE, "45 1 * * *", "2026-04-03T00:00", "04-03T14:45 04-04T14:45 04-05T15:15"),
+    # Brussels, 25 October 2026: within the hour that comes again, its first ticks are over.
+    (BRUSSELS, "30 2 * * *", "2026-10-25T01:10", "10-26T01:30 10-27T01:30"),
+    # Havana, 1 November 2026: at 05:00Z the clock goes from 01:00 to 00:00.
+    ("America/Havana", "0,30 0-4 * * *", "2026-11-01T05:21", "11-01T06:00 11-01T06:30"),
     # Without a change of clocks, and where there is none.
     (BRUSSELS, "0 2 29 2 *", "2026-01-01T00:00", "2028-02-29T01:00 2032-02-29T01:00"),
     ("UTC", "30 2 * * 7", "2026-03-27T00:00", "03-29T02:30 04-05T02:30"),
