@@ -47,9 +47,22 @@ class _Due:
     jitter: float
     tick: datetime
     late_s: float
+    replacing: bool
+    """The tick has come in time, and waits for the end of the run that it replaces."""
 
     def _jitter_s(self, tick: datetime | None) -> float:
         return jitter_s(self.name, tick, self.jitter) if tick else 0.0
+
+    def _last_missed(self, until: datetime) -> datetime:
+        """The last tick that was due by then. One that jitter puts off for longer is not missed."""
+        surely = max(self.tick, until - timedelta(seconds=self.jitter))
+        found = self.ticks.last(surely, since=self.tick)
+        if self.jitter:
+            least = timedelta(microseconds=1)
+            for tick in self.ticks.between(found + least, until + least):
+                if tick + timedelta(seconds=self._jitter_s(tick)) <= until:
+                    found = tick
+        return found
 
     def next(self, new_run_id: Callable[[str], str]) -> dict[str, Any]:
         """The tick to fire, if any, and the one after it.
@@ -60,8 +73,8 @@ class _Due:
         tick, fires = self.tick, True
         if self.late_s > GRACE_S and self.catch_up is not CatchUp.ALL:
             grace = timedelta(seconds=self.late_s + self._jitter_s(tick) - GRACE_S)
-            tick = self.ticks.last(self.tick + grace, since=self.tick)
-            fires = self.catch_up is CatchUp.ONE
+            tick = self._last_missed(self.tick + grace)
+            fires = self.catch_up is CatchUp.ONE or self.replacing
         following = self.ticks.after(tick)
         move_s = None
         if following is not None:
@@ -123,22 +136,25 @@ class Firing:
         """Fire what is due, or was due at `now`: no more than `BATCH` schedules, a tick of each."""
         rows = execute(connection, self._sql["due"], {"now": now})
         ticks, failed = [], []
-        for namespace, name, version, cron, every, tz, catch_up, jitter, tick, late_s in rows:
-            due = _Due(
-                namespace=namespace,
-                name=name,
-                version=version,
-                ticks=Ticks(cron=cron, every_s=every, tz=tz),
-                catch_up=CatchUp(catch_up),
-                jitter=jitter,
-                tick=tick.astimezone(UTC),
-                late_s=late_s,
-            )
+        for namespace, name, version, *members in rows:
+            cron, every, tz, catch_up, jitter, tick, late_s, replacing = members
             try:
+                due = _Due(
+                    namespace=namespace,
+                    name=name,
+                    version=version,
+                    ticks=Ticks(cron=cron, every_s=every, tz=tz),
+                    catch_up=CatchUp(catch_up),
+                    jitter=jitter,
+                    tick=tick.astimezone(UTC),
+                    late_s=late_s,
+                    replacing=replacing,
+                )
                 ticks.append(due.next(self._new_run_id))
             except Exception as error:
-                # Any error: a time zone that this machine lacks must not stop the others.
-                failed.append(self._stop(connection, due.namespace, due.name, version, error))
+                # Any error: a time zone that this machine lacks, or a rule that a newer version has
+                # stored, must not stop the others.
+                failed.append(self._stop(connection, namespace, name, version, error))
         if not ticks:
             return [each for each in failed if each]
         self._faults.reach("schedule.before")

@@ -4,7 +4,8 @@
 -- Read the schedules whose tick is due, those that wait the longest first.
 -- Without those that another transaction holds: a person may have changed one and not committed yet.
 SELECT s.namespace, s.name, s.version, s.cron, s.every, s.tz, s.catch_up, s.jitter, s.tick,
-       extract(epoch FROM coalesce(%(now)s, clock_timestamp()) - s.due_at)::float8
+       extract(epoch FROM coalesce(%(now)s, clock_timestamp()) - s.due_at)::float8,
+       s.look_at > s.due_at
   FROM {schema}.schedules s
  WHERE s.look_at <= (SELECT coalesce(%(now)s, clock_timestamp()))
  ORDER BY s.look_at LIMIT {batch} FOR NO KEY UPDATE SKIP LOCKED
