@@ -149,6 +149,10 @@ class Journal:
             for run in new
         ]
 
+    def create_missing_runs(self, connection: Caller, new: Sequence[NewRun]) -> int:
+        """Store those of these runs whose key no run has, whatever its content; how many."""
+        return len(self._store(connection, new))
+
     def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
         """The runs, by id, whose id and key are unused."""
         text = f"[{','.join(run.to_json() for run in new)}]"

@@ -15,6 +15,9 @@ from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 
+PAUSED_BEFORE = "a person had paused it"
+"""The reason of one that is declared no more: declared again, it is paused."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSchedule:
@@ -105,7 +108,14 @@ class Schedules:
         return [StoredSchedule.from_row(row) for row in rows]
 
     def pause(self, connection: Caller, namespace: str, name: str) -> StoredSchedule:
-        """Fire no tick until it is resumed. Raises ScheduleNotFound."""
+        """Fire no tick until it is resumed, also if its app declares it again.
+
+        Raises ScheduleNotFound.
+        """
+        if self.get(connection, namespace, name).state is ScheduleState.UNDECLARED:
+            return self._set_state(
+                connection, namespace, name, ScheduleState.UNDECLARED, reason=PAUSED_BEFORE
+            )
         return self._set_state(connection, namespace, name, ScheduleState.PAUSED)
 
     def resume(self, connection: Caller, namespace: str, name: str) -> StoredSchedule:
@@ -172,8 +182,11 @@ class Schedules:
                 stored = self._change(connection, stored, new)
                 changed.append(name)
             if stored.state is ScheduleState.UNDECLARED:
-                following = self._next(connection, name, stored.ticks, stored.jitter)
-                self._set_state(connection, namespace, name, ScheduleState.ACTIVE, following)
+                if stored.reason == PAUSED_BEFORE:
+                    self._set_state(connection, namespace, name, ScheduleState.PAUSED)
+                else:
+                    following = self._next(connection, name, stored.ticks, stored.jitter)
+                    self._set_state(connection, namespace, name, ScheduleState.ACTIVE, following)
                 changed += [name] if name not in changed else []
         names = {new.schedule.name for new in declared}
         undeclared, stopped = [], []
@@ -182,7 +195,14 @@ class Schedules:
             stored = StoredSchedule.from_row(row)
             if stored.declared:
                 if stored.name not in names and stored.state is not ScheduleState.UNDECLARED:
-                    self._set_state(connection, namespace, stored.name, ScheduleState.UNDECLARED)
+                    paused = stored.state is ScheduleState.PAUSED
+                    self._set_state(
+                        connection,
+                        namespace,
+                        stored.name,
+                        ScheduleState.UNDECLARED,
+                        reason=PAUSED_BEFORE if paused else None,
+                    )
                     undeclared.append(stored.name)
             elif stored.state is ScheduleState.ACTIVE:
                 reason = f"the app {app} has no plan {stored.plan}"

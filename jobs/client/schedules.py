@@ -214,8 +214,7 @@ class ScheduleCalls(BaseClient):
                 new.append(replace(run, schedule=name, tick=tick, tags=tags))
             started = 0
             for at in range(0, len(new), PAGE):
-                found = self._journal.create_runs(caller, new[at : at + PAGE])
-                started += sum(run.tags.get(BACKFILL_TAG) == backfill_id for run in found)
+                started += self._journal.create_missing_runs(caller, new[at : at + PAGE])
             return Backfill(id=backfill_id, runs=started)
 
         return self._in_transaction(connection, fill)

@@ -1,5 +1,6 @@
 """Schedules: a run for each tick, exactly one, whatever dies and however many relays there are."""
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from beatless import (
 from beatless.orchestrator.firing import GRACE_S, Firing
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import ScheduleState
+from beatless.orchestrator.ticks import jitter_s
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import FiredTick, Signal, TicksFired
 from beatless.testing import Kit
@@ -272,6 +274,25 @@ def test_a_tick_within_the_grace_is_not_missed(beatless: Kit, catch_up: str) -> 
     assert ticks_of(beatless, "hourly") == [made.next_tick]
 
 
+def test_a_tick_that_jitter_puts_off_is_not_missed_before_it_is_due(beatless: Kit) -> None:
+    hour = timedelta(hours=1)
+    for number in itertools.count():
+        name = f"spread-{number}"
+        tick = beatless.client.create_schedule(
+            Schedule(name, report, cron="0 * * * *", jitter=3000, catch_up="none")
+        ).next_tick
+        assert tick is not None
+        if jitter_s(name, tick, 3000) < 1500 < jitter_s(name, tick + hour, 3000):
+            break
+        beatless.client.delete_schedule(name)
+    late(beatless, to_next_tick(beatless, name) + 3600 + 2 * GRACE_S)
+    beatless.drain_outbox_once()
+    assert ticks_of(beatless, name) == []
+    assert beatless.schedules[name].next_tick == tick + hour
+    beatless.advance(3600)
+    assert ticks_of(beatless, name) == [tick + hour]
+
+
 def test_of_short_intervals_the_last_missed_tick_and_those_within_the_grace_are_fired(
     beatless: Kit,
 ) -> None:
@@ -344,6 +365,22 @@ def test_overlap_replace_cancels_the_run_and_starts_when_it_has_ended(beatless: 
     assert ticks_of(beatless, "hourly") == [made.next_tick, made.next_tick + timedelta(hours=1)]
 
 
+def test_a_tick_that_replaces_a_run_is_not_missed_however_long_that_takes(beatless: Kit) -> None:
+    made = beatless.client.create_schedule(
+        Schedule("hourly", report, cron="0 * * * *", overlap="replace", catch_up="none")
+    )
+    beatless.advance(3600)
+    with beatless.crash(at="step.before"):  # a worker has it
+        beatless.work_until_idle()
+    late(beatless, to_next_tick(beatless, "hourly") - 3600)
+    beatless.drain_outbox_once()
+    late(beatless, beatless.app.settings.lease_seconds + 2 * GRACE_S)
+    beatless.work_until_idle()
+    late(beatless, 2)
+    beatless.drain_outbox_once()
+    assert ticks_of(beatless, "hourly") == [made.next_tick, made.next_tick + timedelta(hours=1)]
+
+
 # Out of turn
 
 
@@ -373,6 +410,15 @@ def test_a_backfill_starts_each_tick_once_and_can_be_cancelled(beatless: Kit) ->
     assert beatless.client.cancel_backfill(first.id) == 3
     states = [run.state.value for run in runs_of(beatless, "nightly")]
     assert states == ["cancelled"] * 3 + ["waiting"] * 2
+
+
+def test_a_backfill_passes_over_ticks_whose_runs_had_another_input(beatless: Kit) -> None:
+    beatless.client.create_schedule(Schedule("nightly", report, cron="0 2 * * *", input=1))
+    beatless.client.backfill_schedule("nightly", DAY, DAY + timedelta(days=2))
+    beatless.client.update_schedule(Schedule("nightly", report, cron="0 2 * * *", input=2))
+    more = beatless.client.backfill_schedule("nightly", DAY, DAY + timedelta(days=3))
+    assert more.runs == 1
+    assert [run.input for run in runs_of(beatless, "nightly")] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +461,7 @@ def test_a_key_that_another_run_has_stops_that_schedule_alone(beatless: Kit) -> 
 def test_a_row_that_cannot_be_written_stops_that_schedule_alone(
     beatless: Kit, beatless_app: App
 ) -> None:
-    for name in ("broken", "unknown", "whole"):
+    for name in ("broken", "unknown", "newer", "whole"):
         beatless.client.create_schedule(Schedule(name, report, cron="0 * * * *"))
     with beatless_app.engine.begin() as connection:
         schema = beatless_app.settings.schema
@@ -426,11 +472,19 @@ def test_a_row_that_cannot_be_written_stops_that_schedule_alone(
         connection.exec_driver_sql(
             f"UPDATE {schema}.schedules SET tz = 'Mars' WHERE name = 'unknown'"
         )
-    late(beatless, to_next_tick(beatless, "whole"))
+        connection.exec_driver_sql(
+            f"UPDATE {schema}.schedules SET catch_up = 'two' WHERE name = 'newer'"
+        )
+    late(beatless, 2 * 3600)
     beatless.drain_outbox_once()
-    assert len(runs_of(beatless, "whole")) == 1
-    states = {name: stored.state.value for name, stored in beatless.schedules.items()}
-    assert states == {"broken": "stopped", "unknown": "stopped", "whole": "active"}
+    assert runs_of(beatless, "whole")
+    states = dict(rows(beatless, "SELECT name, state FROM {schema}.schedules"))
+    assert states == {
+        "broken": "stopped",
+        "unknown": "stopped",
+        "newer": "stopped",
+        "whole": "active",
+    }
 
 
 # Many relays, and deaths
@@ -541,6 +595,19 @@ def test_a_schedule_that_a_person_paused_stays_paused_over_a_deploy(
     beatless.client.pause_schedule("hourly")
     assert applied(declared(beatless_app, HOURLY)) == ([], [], [], [])
     assert beatless.schedules["hourly"].state is ScheduleState.PAUSED
+
+
+def test_a_deploy_that_is_taken_back_resumes_nothing_that_a_person_paused(
+    beatless: Kit, beatless_app: App
+) -> None:
+    daily = Schedule("daily", report, cron="0 3 * * *")
+    applied(declared(beatless_app, HOURLY, daily))
+    beatless.client.pause_schedule("hourly")
+    assert applied(declared(beatless_app)) == ([], [], ["daily", "hourly"], [])
+    assert beatless.client.pause_schedule("daily").state is ScheduleState.UNDECLARED
+    assert applied(declared(beatless_app, HOURLY, daily)) == ([], ["hourly", "daily"], [], [])
+    states = [beatless.schedules[name].state for name in ("hourly", "daily")]
+    assert states == [ScheduleState.PAUSED, ScheduleState.PAUSED]
 
 
 def test_the_schedules_of_another_app_are_left_alone(beatless: Kit, beatless_app: App) -> None:
