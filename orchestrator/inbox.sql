@@ -15,7 +15,7 @@ SELECT w.step, w.data, w.seq FROM {schema}.run_events w
    SELECT FROM {schema}.run_events f
     WHERE f.run_id = w.run_id AND f.seq > w.seq
       AND (f.type = 'WaitFinished' AND f.step = w.step
-           OR f.type IN ('CancelRequested', 'RunRestarted', 'RunFinished')))
+           OR f.type IN ('CancelRequested', 'UndoStarted', 'RunRestarted', 'RunFinished')))
 
 -- name: open_waits
 -- Read the open waits of a run, oldest first.
@@ -30,7 +30,7 @@ SELECT step, data, seq FROM (SELECT %(run_id)s::text AS run_id) AS i CROSS JOIN 
        SELECT FROM {schema}.run_events f
         WHERE f.run_id = w.run_id AND f.seq > w.seq
           AND (f.type = 'ChildrenFinished' AND f.step = w.step
-               OR f.type IN ('CancelRequested', 'RunRestarted', 'RunFinished')))) w
+               OR f.type IN ('CancelRequested', 'UndoStarted', 'RunRestarted', 'RunFinished')))) w
    WHERE NOT w.data ? 'run_id'
       OR w.seq = w.last_seq AND EXISTS (SELECT FROM {schema}.dispatches d
           WHERE d.run_id = i.run_id AND d.reason = 'wait' AND d.children_left IS NOT NULL)
@@ -85,9 +85,12 @@ WITH i AS (
   SELECT run_id FROM {schema}.runs
    WHERE run_id = %(run_id)s AND namespace = %(namespace)s AND cancel_requested_at IS NULL
      AND state NOT IN ('completed', 'failed', 'cancelled')
+     AND (%(link)s::text IS NULL OR EXISTS (
+       SELECT FROM {schema}.approval_links l
+        WHERE l.id = %(link)s AND l.revoked_at IS NULL AND l.expires_at > clock_timestamp()))
 ), d AS (
   INSERT INTO {schema}.decisions (run_id, occurrence, data, decided_by, link)
-  SELECT i.run_id, w.step, %(data)s::jsonb, %(by)s, %(link)s FROM i CROSS JOIN LATERAL ({waits_of}) w
+  SELECT i.run_id, w.step, %(data)s::jsonb, %(by)s, %(link)s::text FROM i CROSS JOIN LATERAL ({waits_of}) w
    WHERE w.step = %(occurrence)s AND w.data ->> 'kind' = 'approval'
   ON CONFLICT DO NOTHING RETURNING *
 ), s AS (

@@ -152,8 +152,8 @@ class ApprovalCalls(SignalCalls):
             if found is None or found.state is not LinkState.OPEN:
                 return None if found is None else (found, None)
             waits = self._inbox.open_waits(caller, found.run_id)
-            opened = next((each for each in waits if each.occurrence == found.occurrence), None)
-            return found, opened
+            named = [each for each in waits if each.occurrence == found.occurrence]
+            return found, next((e for e in named if e.kind is WaitKind.APPROVAL), None)
 
         return self._in_transaction(None, look)
 

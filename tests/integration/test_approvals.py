@@ -580,6 +580,17 @@ def test_a_link_that_may_not_decide_says_why(beatless: Kit, api: Api) -> None:
     assert post(api, "approve/%00").status == 404
 
 
+def test_a_link_that_is_revoked_while_its_form_is_read_decides_nothing(beatless: Kit) -> None:
+    run = waiting(beatless, "asks")
+    link = beatless.client.approval_link(run, "refund", by=ANN)
+    found = beatless.client.link_of(link.token)
+    assert found is not None
+    beatless.client.revoke_approval_link(link.id)
+    with pytest.raises(ApprovalNotOpen):
+        beatless.client.decide_by_link(found[0], {"amount": 1})
+    assert outcomes(beatless, run) == []
+
+
 def test_a_link_of_a_run_that_has_ended_or_timed_out_decides_nothing(
     beatless: Kit, api: Api
 ) -> None:

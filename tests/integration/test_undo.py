@@ -380,6 +380,7 @@ def test_the_back_off_of_an_undo_outlives_the_deadline(beatless: Kit) -> None:
 
     assert undone_steps() == ["reserve"]
     assert beatless.client.get_run(run.run_id).state is RunState.QUEUED
+    assert beatless.waits(run.run_id) == []
     finish(beatless)
     assert undone_steps() == ["reserve", "reserve"]
     assert beatless.client.get_run(run.run_id).error["type"] == "DeadlineExceeded"

@@ -50,7 +50,7 @@ export class Story {
       this.undo = data.on_cancel ?? null;
       this.place = this.undo ?? this.place;
     }
-    if (event.type === "UndoStarted") this.undone = data.error ?? null;
+    if (event.type === "UndoStarted") [this.undone, this.wait, this.waitsForChildren] = [data.error ?? null, null, false];
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
     const lane = this.lane(event.step);
