@@ -123,7 +123,9 @@ def html_of(fields: Sequence[FormField], answers: Mapping[str, str] | None = Non
             f'<button class="primary" name="{name}" value="true">Approve</button>'
             f'<button class="danger" name="{name}" value="false">Reject</button>'
         )
-    return f'{"".join(rows)}<div class="actions">{buttons}</div>'
+    # The key Enter presses the first button: nobody shall approve by it.
+    nothing = "" if decides is None else "<button hidden disabled></button>"
+    return f'{nothing}{"".join(rows)}<div class="actions">{buttons}</div>'
 
 
 def _row(each: FormField, answers: Mapping[str, str] | None) -> str:

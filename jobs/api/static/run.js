@@ -123,6 +123,7 @@ export async function showRun(page, runId) {
       for (const button of buttons) forbid(button, reason);
     };
     const card = el("form", { class: "card padded approval", "aria-label": "Approval", onsubmit: send },
+      form.verdict ? el("button", { hidden: true, disabled: true }) : null, // Enter presses the first: it shall not approve
       el("h2", {}, wait.data.title), ...form.nodes, el("label", {}, "You are", by), refused, el("div", { class: "actions" }, ...buttons));
     question.replaceChildren(card);
   }
