@@ -87,6 +87,12 @@ def form_of(kind: Any) -> Form:
     """
     if kind is None:
         kind = Verdict
+    if not isinstance(kind, type):
+        # Those who send decisions find the type by its name, and `list[int]` has that of list.
+        raise PlanError(
+            f"form={kind!r} is no type of JSON with a name of its own: give it a dataclass, a "
+            "TypedDict or a model of pydantic; other types may be those of its members"
+        )
     try:
         return _form_of(kind)
     except ImportError as error:
