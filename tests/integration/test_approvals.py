@@ -3,8 +3,10 @@
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -36,6 +38,7 @@ from beatless import (
     plan,
     step,
 )
+from beatless.auth import Scope, Tokens
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
 from tests.integration.test_relay import until
@@ -626,8 +629,6 @@ def test_a_link_that_was_made_before_the_approval_is_of_its_next_occurrence(
 
 
 def test_a_link_needs_no_token_and_lets_into_nothing_else(beatless: Kit, api: Api) -> None:
-    from beatless.auth import Scope, Tokens
-
     run = waiting(beatless, "asks")
     link = beatless.client.approval_link(run, "refund", by=ANN)
     tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
@@ -651,6 +652,29 @@ def test_the_body_of_a_decision_by_a_link_is_a_form(beatless: Kit, api: Api) -> 
     assert api("POST", f"/{link.path}", b"f.amount=\xff", **FORM).status == 400
     assert api("POST", f"/{link.path}", b"a=1&" * 1001, **FORM).status == 400
     assert api("POST", f"/{link.path}", b"x" * (1024 * 1024 + 1), **FORM).status == 413
+
+
+def test_who_has_no_link_is_refused_before_the_body_has_come(beatless: Kit, api: Api) -> None:
+    connection = HTTPConnection("127.0.0.1", api.port, timeout=20)
+    with closing(connection):
+        connection.putrequest("POST", "/approve/ba_nothing")
+        connection.putheader("Content-Type", FORM["Content_Type"])
+        connection.putheader("Content-Length", "10")
+        connection.endheaders()
+        assert connection.getresponse().status == 404
+
+
+def test_the_address_of_a_link_is_that_of_the_proxy_which_ends_tls(beatless: Kit, api: Api) -> None:
+    run = waiting(beatless, "asks")
+    _, api.token = Tokens(beatless.app.engine, beatless.app.settings.schema).create(
+        [Scope.RUNS_WRITE]
+    )
+    path = f"/v1/runs/{run}/approvals/refund/links"
+    proxied = {"Host": "beatless.example", "X_Forwarded_Proto": "https"}
+    made = api("POST", path, {"by": ANN}, **proxied)
+    assert made.status == 201, made.text
+    assert made.json["url"] == f"https://beatless.example/approve/{made.json['token']}"
+    assert api("POST", path, {"by": ANN}).json["url"].startswith(f"{api.url}/approve/")
 
 
 def test_two_posts_of_two_links_at_once_decide_once(beatless: Kit, api: Api) -> None:

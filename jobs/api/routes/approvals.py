@@ -103,7 +103,7 @@ def approval_link(
         "by": link.by,
         "expires_at": link.expires_at.isoformat(),
         "token": link.token,
-        "url": link.url(str(request.base_url)),
+        "url": link.url(_base_url(request)),
     }
 
 
@@ -133,6 +133,10 @@ async def decide_approval(token: str, request: Request) -> Response:
     """Decide. The token in the address is the authority: no cookie or session counts."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"a decision is sent as {FORM}")
+    # Before its body is awaited: who has no link holds no place of the API's writes for long.
+    link, _ = await run_in_threadpool(_found, token, request)
+    if link is None:
+        return approval_page.no_such_link()
     body = await request.body()
     try:
         given = dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MOST_FIELDS))
@@ -158,6 +162,16 @@ def _decide(token: str, given: dict[str, str], request: Request) -> Response:
         again, _ = _found(token, request)  # it was decided, or has ended, meanwhile
         return approval_page.refusal(again or link, _state(again or link))
     return approval_page.decided(link, opened)
+
+
+def _base_url(request: Request) -> str:
+    """The address at which the caller has reached the API, and which it alone is told.
+
+    A proxy that ends TLS says so: by http the token in the address would be there for all to read.
+    """
+    scheme = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    base = request.base_url
+    return str(base.replace(scheme="https") if scheme == "https" else base)
 
 
 def _found(token: str, request: Request) -> tuple[FoundLink | None, OpenWait | None]:
