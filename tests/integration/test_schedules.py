@@ -226,6 +226,7 @@ def test_a_schedule_of_an_unknown_plan_is_refused_where_it_is_made(beatless: Kit
         ({"every": 60, "catch_up": "some"}, "choose one, all, none"),
         ({"every": 60, "overlap": "queue"}, "choose allow, skip, replace"),
         ({"every": 60, "jitter": -1}, "jitter"),
+        ({"every": 60, "jitter": 61}, "overtake"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_where_it_is_written(options, problem) -> None:
