@@ -86,8 +86,12 @@ def test_a_verdict_has_two_buttons_and_the_second_person_is_told(
     page = open_page(expected="409 (Conflict")
     page.goto(f"{url}/#/run/{run}")
     card = page.get_by_role("form", name="Approval")
+    expect(card.get_by_label("Comment")).to_be_visible()
+    page.keyboard.press("a")
+    expect(card.get_by_label("Comment")).to_be_focused()
     card.get_by_label("Comment").fill("not today")
     card.get_by_label("You are").fill(ANN)
+    card.get_by_label("You are").press("Enter")  # decides nothing
     beatless.drain_outbox_once()
     card.get_by_role("button", name="Reject").click()
     expect(page.locator("#said")).to_contain_text("Decided")

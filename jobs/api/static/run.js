@@ -128,7 +128,7 @@ export async function showRun(page, runId) {
     question.replaceChildren(card);
   }
 
-  function goToQuestion() { question.querySelector("input, select, textarea, button")?.focus(); }
+  function goToQuestion() { question.querySelector("input, select, textarea, button:not([hidden])")?.focus(); }
 
   async function askToRetry() {
     if (retry.hidden || retry.disabled) return;
