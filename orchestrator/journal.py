@@ -190,15 +190,18 @@ class Journal:
         token: int,
         events: Sequence[NewEvent],
         after: int = 0,
+        *,
+        if_free: bool = False,
     ) -> Appended | None:
         """Commit events under a lease; None if the lease is gone and nothing was written.
 
         Also None if the journal has lost `after`, which the owner of the lease has seen: a failover
-        that lost the last commits may keep the claim.
+        that lost the last commits may keep the claim. With `if_free` also, instead of a wait, if
+        another transaction holds the run's row at this moment.
         """
         rows = execute(
             connection,
-            self.sql["append"],
+            self.sql["append_if_free"] if if_free else self.sql["append"],
             {
                 "run_id": run_id,
                 "token": token,

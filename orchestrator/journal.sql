@@ -17,12 +17,12 @@ SELECT {run_columns}, {retried_by}, {waiting}, default_queue, default_input,
   FROM {schema}.runs r
  WHERE run_id = %(run_id)s OR (namespace = %(namespace)s AND key = %(key)s)
 
--- name: append
--- Append events under a lease, to a run that stays as it is.
-WITH u AS (
-  UPDATE {schema}.runs SET last_seq = last_seq + %(n)s
-   WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
-     AND last_seq >= %(after)s
+-- fragment: under_lease
+-- Whether a run is under this lease, and its journal has lost nothing that the owner has seen.
+run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running' AND last_seq >= %(after)s
+
+-- fragment: appended
+-- The row, events and outbox row of a run that an UPDATE names and that stays as it is.
   RETURNING run_id, last_seq, cancel_requested_at IS NOT NULL AS cancelled
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, step, attempt, data)
@@ -35,6 +35,23 @@ WITH u AS (
   SELECT %(shard)s, run_id, last_seq - (%(n)s) + 1, last_seq FROM u
 )
 SELECT last_seq, cancelled, {events_doorbell} FROM u
+
+-- name: append
+-- Append events under a lease, to a run that stays as it is.
+WITH u AS (
+  UPDATE {schema}.runs SET last_seq = last_seq + %(n)s
+   WHERE {under_lease}
+{appended}
+
+-- name: append_if_free
+-- `append`, unless another transaction holds the run's row: it is not waited for.
+-- Nothing changes the row between its lock and its update, so the lease is looked at once.
+WITH free AS MATERIALIZED (
+  SELECT FROM {schema}.runs WHERE {under_lease} FOR NO KEY UPDATE SKIP LOCKED
+), u AS (
+  UPDATE {schema}.runs SET last_seq = last_seq + %(n)s
+   WHERE run_id = %(run_id)s AND EXISTS (SELECT FROM free)
+{appended}
 
 -- name: settle
 -- Append the events of a step boundary under a lease, and set where the run stands after it.

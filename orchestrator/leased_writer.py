@@ -12,7 +12,6 @@ from beatless.orchestrator.child_calls import ChildEnd, ChildrenTurn, Tends
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
-from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
 from beatless.orchestrator.journal import Journal
@@ -78,7 +77,6 @@ class LeasedWriter(SureWriter):
             stopping=stopping,
         )
         self._journal = journal
-        self._shared = GroupCommit(journal.schema)
         self._children = children
         self._on_commit = on_commit
         self._announce = announce
@@ -339,9 +337,6 @@ class LeasedWriter(SureWriter):
                 raise StepEnded(self._run_id, output.step)
             return None
         output.tried = True  # until the answer is known
-        return self._portion(events)
-
-    def _portion(self, events: Sequence[NewEvent]) -> Portion:
         return Portion(
             run_id=self._run_id,
             token=self._lease.token,
@@ -388,12 +383,11 @@ class LeasedWriter(SureWriter):
         self, events: Sequence[NewEvent], *, tried: bool = False, find: Find | None = None
     ) -> None:
         def write(connection: Connection) -> Appended | None:
-            token, after = self._lease.token, self._last_seq
-            if not GIVES_WAY.get():
-                return self._journal.append(connection, self._run_id, token, events, after)
-            portion = self._portion(events)
-            appended = self._shared.append(connection, [portion]).get(token)
-            if appended is None:
+            token, after, gives_way = self._lease.token, self._last_seq, GIVES_WAY.get()
+            appended = self._journal.append(
+                connection, self._run_id, token, events, after, if_free=gives_way
+            )
+            if appended is None and gives_way:
                 status = self._inspect(connection)
                 if status.held and status.last_seq >= after:
                     raise RowHeld(self._run_id)

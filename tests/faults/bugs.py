@@ -56,12 +56,8 @@ BUGS = {
     ),
     "a trace is written without the lease": Bug(
         "orchestrator/journal.sql",
-        "WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, cancel",
-        "WHERE run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running'\n"
-        "     AND last_seq >= %(after)s\n"
-        "  RETURNING run_id, last_seq, cancel",
+        "run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running' AND last_seq",
+        "run_id = %(run_id)s AND %(token)s <> 0 AND state = 'running' AND last_seq",
     ),
     "a claim keeps the token": Bug(
         "orchestrator/lease.sql",

@@ -24,9 +24,10 @@ WRITERS = 4
 
 acts = st.one_of(
     st.tuples(st.just("append"), st.integers(1, 7)),
-    st.tuples(st.just("append"), st.integers(1, 7)),
+    st.tuples(st.just("append if free"), st.integers(1, 7)),
     st.tuples(st.just("settle"), st.integers(0, 3)),
     st.tuples(st.just("stale append"), st.integers(1, 3)),
+    st.tuples(st.just("stale append if free"), st.integers(1, 3)),
     st.tuples(st.just("take over"), st.just(0)),
     st.tuples(st.just("extend"), st.just(0)),
     st.tuples(st.just("cancel"), st.just(0)),
@@ -47,17 +48,17 @@ class Writer:
     stored: list[tuple[int, int, int, bool]] = field(default_factory=list)
     """(first seq, last seq, token, cancelled) of each write that was acknowledged."""
     refused: list[str] = field(default_factory=list)
-    """The marks of writes that found their lease gone."""
+    """The marks of writes that found their lease gone, or their row held."""
 
     def play(self, script: Sequence[tuple[str, int]], begin: threading.Barrier) -> None:
         begin.wait(60)
         for place, (act, count) in enumerate(script):
             mark = f"{self.number}.{place}"
             match act:
-                case "append":
-                    self.write(mark, self.token, count)
-                case "stale append":
-                    self.write(mark, self.token - 1, count)
+                case "append" | "append if free":
+                    self.write(mark, self.token, count, if_free="free" in act)
+                case "stale append" | "stale append if free":
+                    self.write(mark, self.token - 1, count, if_free="free" in act)
                 case "settle" | "finish":
                     self.settle(mark, count, finish=act == "finish")
                 case "take over":
@@ -78,10 +79,9 @@ class Writer:
             for n in range(count)
         ]
 
-    def write(self, mark: str, token: int, count: int) -> None:
-        told = self.app.journal.append(
-            self.connection, self.run_id, token, self.events(mark, token, count)
-        )
+    def write(self, mark: str, token: int, count: int, *, if_free: bool) -> None:
+        events = self.events(mark, token, count)
+        told = self.app.journal.append(self.connection, self.run_id, token, events, if_free=if_free)
         if told is None:
             self.refused.append(mark)
         else:

@@ -281,11 +281,11 @@ def test_a_terminated_connection_in_the_middle_of_a_step_is_survived(
     run = beatless.start_run("traces", {"traces": 3})
     original = beatless_app.journal.append
 
-    def cut(connection, *arguments):
+    def cut(connection, *arguments, **options):
         beatless_app.journal.append = original
         pid = connection.info.backend_pid
         postgres.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
-        return original(connection, *arguments)
+        return original(connection, *arguments, **options)
 
     beatless_app.journal.append = cut
     beatless.work_until_idle()
@@ -339,9 +339,9 @@ def test_a_commit_whose_answer_was_lost_is_not_repeated(
     run = beatless.start_run("traces", {"traces": 3})
     original = getattr(beatless_app.journal, which)
 
-    def lose_answer(*arguments):
+    def lose_answer(*arguments, **options):
         setattr(beatless_app.journal, which, original)
-        original(*arguments)
+        original(*arguments, **options)
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     setattr(beatless_app.journal, which, lose_answer)

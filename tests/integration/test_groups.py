@@ -521,10 +521,10 @@ def test_traces_of_bodies_end_no_round_and_make_no_step_a_long_one(
     monkeypatch.setattr(groups, "ROUND_S", 0.02)
     append = together.executor.journal.append
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any, **options: Any) -> Any:
         nonlocal now
         now += 0.01
-        return append(*arguments)
+        return append(*arguments, **options)
 
     monkeypatch.setattr(together.executor.journal, "append", slowly)
     together.executor.pace = Pace()

@@ -53,9 +53,9 @@ def live(app: App, session: psycopg.Connection, lease: Lease) -> int:
     """Everything that a run can live through; how many updates that were."""
     journal, run_id = app.journal, lease.run.run_id
     trace = journal.new_event(EventType.DEBUG_TRACE, where="here", data={"n": 1})
-    for _ in range(4):
+    for if_free in (False, True, False, True):
         assert app.leases.extend(session, [lease]) == []
-        assert journal.append(session, run_id, lease.token, [trace, trace])
+        assert journal.append(session, run_id, lease.token, [trace, trace], if_free=if_free)
     app.leases.renew_token(session, lease)
     again = Settlement.ignoring_cancel(Boundary(events=[trace], state=RunState.QUEUED))
     assert journal.settle(session, run_id, lease.token, again)

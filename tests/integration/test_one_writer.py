@@ -373,6 +373,9 @@ def test_no_statement_leads_a_run_where_the_table_of_transitions_does_not(
             connection, run_id, plan="gated", worker="w", first_step="gated", dispatch=1
         ),
         "append": lambda run_id: app.journal.append(connection, run_id, 1, [trace]),
+        "append if free": lambda run_id: app.journal.append(
+            connection, run_id, 1, [trace], if_free=True
+        ),
         "cancel": beatless.client.cancel_run,
         "wake": wake,
         "deadline": lambda _: Deadlines(app.settings.schema).end(connection, ALL_SHARDS, None),

@@ -251,8 +251,8 @@ def test_a_commit_whose_answer_was_lost_is_not_repeated(
     journal = beatless.app.journal
     append, lost = journal.append, []
 
-    def append_and_lose(connection: Any, *arguments: Any) -> Any:
-        appended = append(connection, *arguments)
+    def append_and_lose(connection: Any, *arguments: Any, **options: Any) -> Any:
+        appended = append(connection, *arguments, **options)
         if len(lost) < 2:
             lost.append(arguments)
             raise psycopg.OperationalError("the answer is lost")
