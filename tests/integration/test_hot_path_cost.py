@@ -51,8 +51,8 @@ class Cost:
         return {name: pair for name, pair in pairs.items() if pair[0] > pair[1]}
 
 
-OF_A_START = Cost(
-    statements=1, transactions=1, answers=1, sent_bytes=3_650, log_bytes=1_700, calls=1_080
+OF_A_START = Cost(  # the schema's name, of 7 to 15 letters, is sent 5 times
+    statements=1, transactions=1, answers=1, sent_bytes=3_690, log_bytes=1_700, calls=1_080
 )
 
 OF_A_RUN = {
