@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import sqlalchemy
@@ -173,9 +173,7 @@ class LeasedWriter(SureWriter):
                     )
                     return Appended(last_seq=look.last_seq, cancelled=False)
                 if waits or tends:
-                    chosen = replace(
-                        settlement, normal=replace(settlement.normal, delay_s=look.delay_s)
-                    )
+                    chosen = settlement.due_in(look.delay_s)
                 appended = self._settle(connection, chosen)
                 if tended is not None:
                     self._children.wait(connection, self._run_id, tended)

@@ -1,7 +1,7 @@
 """The commit of a boundary as a value: one if the run was cancelled, another if not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from beatless.orchestrator.events import NewEvent
@@ -39,6 +39,12 @@ class Settlement:
     def ignoring_cancel(cls, boundary: Boundary, reason: str = "retry") -> Self:
         """The same boundary either way: for a run whose cancel is being carried out."""
         return cls(normal=boundary, if_cancelled=boundary, reason=reason)
+
+    def due_in(self, delay_s: float) -> Self:
+        """The same, of a run that waits so many seconds: also if its cancel is ignored."""
+        later = replace(self.normal, delay_s=delay_s)
+        ignores = self.if_cancelled is self.normal
+        return replace(self, normal=later, if_cancelled=later if ignores else self.if_cancelled)
 
     def chosen(self, *, cancelled: bool) -> Boundary:
         """The boundary that was written."""
