@@ -79,6 +79,12 @@ CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard::text ||
        CASE state WHEN 'running' THEN ' events' WHEN 'queued' THEN '' ELSE ' times' END) END
 
+-- fragment: taken_deadline
+-- The deadline that a run `u` had until this statement, in milliseconds: for a retry of it.
+(SELECT jsonb_strip_nulls(jsonb_build_object('deadline_at',
+          (extract(epoch FROM o.deadline_at) * 1000)::bigint))
+   FROM {schema}.runs o WHERE o.run_id = u.run_id)
+
 -- fragment: written_beside
 -- The events, outbox rows and dispatches of runs `u` that were settled.
 e AS (
@@ -89,6 +95,7 @@ e AS (
               THEN x.data::jsonb || jsonb_build_object(
                      'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
               WHEN x.type = 'WaitStarted' THEN {wait_started}
+              WHEN x.type = 'UndoStarted' THEN x.data::jsonb || {taken_deadline}
               ELSE x.data::jsonb END
     FROM u JOIN unnest(%(places)s::int[], %(branches)s::bool[], %(types)s::text[],
                        %(steps)s::text[], %(attempts)s::int[], %(datas)s::text[])

@@ -16,7 +16,6 @@ from beatless.orchestrator.errors import Fatal
 from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import (
-    CHILDREN,
     CLAIM,
     GENERATION,
     SIGNALS_FROM,
@@ -29,6 +28,7 @@ from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import (
     ARGUMENTS,
+    CHILDREN,
     FINAL,
     FOLLOWING,
     GIVEN,

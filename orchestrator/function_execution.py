@@ -128,7 +128,7 @@ class FunctionExecution(Execution):
             yield from self._settle(self._boundaries.taken_over(lease.run.attempt))
             self._last_seq += 1
         if lease.late and not lease.cancelled:
-            if self._function.undo_steps:
+            if self._last_seq > 1:  # by the journal: the plan may have lost an undo since
                 self._boundaries.undoes = (yield from self._fold_cancelled()).begun_undos
             yield from self._settle(self._boundaries.overdue())
             return None

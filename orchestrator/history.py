@@ -14,6 +14,7 @@ from beatless.orchestrator.open_waits import OpenWaits, Received, received_of
 from beatless.orchestrator.plan import step_of
 from beatless.orchestrator.progress import (
     ARGUMENTS,
+    CHILDREN,
     CONNECTION_LOST,
     FINAL,
     FOLLOWING,
@@ -25,6 +26,7 @@ from beatless.orchestrator.progress import (
     TAKEN_OVER,
     UNDO,
     VALUE,
+    WAS_UNDONE,
 )
 from beatless.orchestrator.records import Run
 
@@ -34,9 +36,6 @@ VERSION = "version"
 GENERATION, VISITS, SIGNALS_FROM = "generation", "visits", "signals_from"
 """In RunRestarted: its generation, how often names were called before, and the seq from which on
 signals may not be taken yet. The first two also in the `reused` of a retry."""
-
-CHILDREN = "children"
-"""In RunRestarted: how many children the run has started before."""
 
 CLAIM = "claim"
 """In the trace of a takeover: the number of the claim that has written it."""
@@ -263,6 +262,8 @@ def reusable_calls(
     history = history_of(plan, events)
     ends = {event.type for event in events}
     if EventType.UNDO_STARTED in ends or (history.undoes and EventType.CANCEL_REQUESTED in ends):
+        if from_step is not None:
+            raise CannotRetry(events[0].run_id, WAS_UNDONE)
         return None
     calls = list(history.calls.values())
     if plan.on_cancel is not None and plan.on_cancel.name in history.calls:

@@ -67,6 +67,9 @@ given it: `args` and `kwargs`."""
 UNDOES = "undoes"
 """In StepFinished: the step that is undone by it, by the name that this began with."""
 
+CHILDREN = "children"
+"""In RunRestarted: how many children the run has started before."""
+
 LAST = "last"
 """In `reused`: the name of the result that was the last one."""
 
@@ -357,6 +360,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.go_on(None)
             case EventType.RUN_RESTARTED:
                 progress.results.clear()
+                progress.children_started = data.get(CHILDREN, 0)
     if progress.undoing:
         return progress
     if progress.compensating and progress.begun is None:
@@ -418,16 +422,21 @@ def _next_step(
             return plan.first if chosen is None else known_step(plan, chosen)
 
 
+WAS_UNDONE = "its steps were undone: name no step to begin with, for it begins at the beginning"
+
+
 def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
     """The results that a retry of an ended run takes over, and the step to begin with.
 
-    None if it begins at the beginning, as it does for a run that was undone.
+    None if it begins at the beginning, as it does for a run that was undone, and only there.
     `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
     before. Raises CannotRetry.
     """
     run_id = events[0].run_id
     progress, first = fold(plan, events), None
     if progress.undoing or (progress.begun_undos and any(map(_is_cancel, events))):
+        if from_step is not None:
+            raise CannotRetry(run_id, WAS_UNDONE)
         return None
     if from_step is not None:
         begun = [

@@ -6,12 +6,14 @@ effect all the same. The last one that began is undone first.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.history import StoredCall, note_outcome
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.progress import GIVEN, ON_CANCEL, RENAMED_FROM, UNDO, Progress
+from beatless.orchestrator.records import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class Undos:
     """By the names that they began with."""
     _begun: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The data of the first start of each step that is to be undone, in order."""
+    _open: list[str] = field(default_factory=list)
+    """Those of them that may not be undone yet: behind the last of these, all are."""
     _names: dict[str, str] = field(default_factory=dict)
     """The names that occurrences began with, by those that they had later."""
 
@@ -94,15 +98,17 @@ class Undos:
         call.occurrence = event.step
         name = data.get("name") if event.type == EventType.DEBUG_TRACE else None
         note_outcome(call, event.type, name, data)
-        if event.type == EventType.STEP_STARTED and UNDO in data:
-            self._begun.setdefault(key, data)
+        if event.type == EventType.STEP_STARTED and UNDO in data and key not in self._begun:
+            self._begun[key] = data
+            self._open.append(key)
 
     def next(self) -> Undoing | None:
         """The next place, of which nothing has ended; None if all is undone."""
-        for key, begun in reversed(self._begun.items()):
-            named = f"{begun[UNDO]}#undo:{key}"
+        while self._open:
+            named = self._named(key := self._open[-1])
             if not self._ended(named):
                 return self._place(named, key)
+            self._open.pop()
         promised = self.on_cancel or (self.plan.on_cancel and self.plan.on_cancel.name)
         if self.cancelled and promised and not self._ended(promised):
             return self._place(promised, None)
@@ -116,8 +122,8 @@ class Undos:
     def failures(self) -> list[dict[str, Any]]:
         """The steps that could not be undone, with the errors of their undoing."""
         found = []
-        for key, begun in self._begun.items():
-            call = self._call(f"{begun[UNDO]}#undo:{key}")
+        for key in self._begun:
+            call = self._call(self._named(key))
             if call.error is not None:
                 found.append({"undoes": key} | call.error)
         return found
@@ -139,6 +145,10 @@ class Undos:
             args=tuple(given.get("args", ())),
             kwargs=given.get("kwargs", {}),
         )
+
+    def _named(self, key: str) -> str:
+        """The occurrence of the step that undoes the one that began with this name."""
+        return f"{self._begun[key][UNDO]}#undo:{key}"
 
     def _place(self, named: str, key: str | None) -> Undoing:
         call, found = self._call(named), self.plan.get(step_of(named))
@@ -173,3 +183,11 @@ def undos_of(plan: Plan, run_id: str, events: Sequence[Event], results: Mapping[
     for event in events:
         undos.note(event)
     return undos
+
+
+def deadline_of(run: Run, events: Sequence[Event]) -> datetime | None:
+    """The deadline of a run, also of one that has none any more since it is undone."""
+    for event in events:
+        if event.type == EventType.UNDO_STARTED and "deadline_at" in (event.data or {}):
+            return datetime.fromtimestamp((event.data or {})["deadline_at"] / 1000, UTC)
+    return run.deadline_at

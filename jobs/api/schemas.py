@@ -76,7 +76,15 @@ EVENT_DATA: dict[EventType, Schema] = {
         },
     ),
     EventType.STEP_STARTED: json_object({}, optional={"undo": STRING, "given": ANY}),
-    EventType.UNDO_STARTED: json_object({"error": ref("Error")}),
+    EventType.UNDO_STARTED: json_object(
+        {"error": ref("Error")},
+        optional={
+            "deadline_at": {
+                "type": "integer",
+                "description": "milliseconds since 1970: the deadline that the run had",
+            }
+        },
+    ),
     EventType.STEP_FINISHED: json_object(
         {"result": ANY},
         optional={"next": {"type": ["string", "null"], "description": "the step; null: the end"}},

@@ -14,6 +14,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of, reusable_calls
 from beatless.orchestrator.progress import reusable
 from beatless.orchestrator.records import FailedRunFilter, Place, Run, new_run_id
+from beatless.orchestrator.undos import deadline_of
 from beatless.outbox.queries import Caller, execute_lazily
 
 
@@ -173,15 +174,16 @@ class FailedRunCalls(BaseClient):
                     run_id,
                     "the results of its finished steps were removed by retention; start a new run",
                 )
+            events = self._journal.read(caller, run.run_id)
+            deadline_at = deadline_of(run, events)
             request = RunRequest(
                 plan=run.plan,
                 run_id=new_id,
                 input=run.input,
                 queue=run.queue,
-                deadline=run.deadline_at - run.created_at if run.deadline_at else None,
+                deadline=deadline_at - run.created_at if deadline_at else None,
             )
             checked = self._checked(request)
-            events = self._journal.read(caller, run.run_id)
             plan = self._plans[run.plan]
             given = run.input
             if isinstance(plan, FunctionPlan):

@@ -504,14 +504,19 @@ BUGS = {
     ),
     "steps are undone in the order in which they began": Bug(
         "orchestrator/undos.py",
-        "        for key, begun in reversed(self._begun.items()):\n",
-        "        for key, begun in self._begun.items():\n",
+        "            named = self._named(key := self._open[-1])\n"
+        "            if not self._ended(named):\n"
+        "                return self._place(named, key)\n"
+        "            self._open.pop()\n",
+        "            named = self._named(key := self._open[0])\n"
+        "            if not self._ended(named):\n"
+        "                return self._place(named, key)\n"
+        "            self._open.pop(0)\n",
     ),
     "an undo that fails for good ends the run": Bug(
         "orchestrator/undos.py",
-        "        for key, begun in reversed(self._begun.items()):\n",
-        "        failed = any(call.error is not None for call in self._calls.values())\n"
-        "        for key, begun in reversed([] if failed else self._begun.items()):\n",
+        "        while self._open:\n",
+        "        while self._open and all(call.error is None for call in self._calls.values()):\n",
     ),
 }
 """By what they do wrong."""

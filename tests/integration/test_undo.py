@@ -18,6 +18,7 @@ from beatless import (
     step,
     wait,
 )
+from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.outcomes import PlanError
 from beatless.testing import Kit
 
@@ -87,6 +88,8 @@ def is_cancelled(ctx: StepContext) -> None:
 
 CANCELS: dict[str, Callable[[str], object]] = {}
 
+ends_later = Plan("ends_later", [rest, wait("go")], on_cancel=notify, queue="later")
+
 told = Plan("told", [wait("go")], queue="children")
 
 
@@ -107,6 +110,18 @@ def has_children(run: RunContext[Any]) -> Any:
     run.child(told)
     if run.input.get("waits"):
         run.wait("go")
+    return run.step(deliver)
+
+
+@plan("has_slow_children")
+def has_slow_children(run: RunContext[Any]) -> Any:
+    """Its child ends once a worker has called the `on_cancel` step of that."""
+    if not run.input.get("second"):
+        run.child(ends_later)
+        if run.input.get("again"):
+            return run.again({"second": True})
+    run.step(reserve)
+    run.wait("go")
     return run.step(deliver)
 
 
@@ -133,6 +148,8 @@ PLANS = [
     told,
     pays,
     has_children,
+    ends_later,
+    has_slow_children,
     hides,
     cancelled_in_function,
     large,
@@ -357,6 +374,30 @@ def test_nothing_is_undone_before_the_children_have_ended(beatless: Kit, cancels
     beatless.verify()
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_leaves_its_worker_until_its_children_have_ended(
+    beatless: Kit, again: bool, cancels: bool
+) -> None:
+    """Also if they were started before its function began again."""
+    run = beatless.start_run("has_slow_children", {"again": again})
+    beatless.work_until_idle()
+    beatless.client.pause_queue("later")
+    if cancels:
+        beatless.client.cancel_run(run.run_id)
+    else:
+        beatless.signal(run.run_id, "go")
+    beatless.work_until_idle(limit=20)
+
+    assert CALLS == []
+    assert beatless.client.get_run(run.run_id).state is RunState.WAITING
+    beatless.client.resume_queue("later")
+    beatless.work_until_idle(limit=20)
+    assert undone_steps() == ["reserve"]
+    assert beatless.client.get_run(run.run_id).state.final
+    beatless.verify()
+
+
 @pytest.mark.parametrize(("name", "input"), [("waits", {}), ("pays", {"waits": True})])
 def test_a_run_that_reaches_its_deadline_while_it_waits_is_undone(
     beatless: Kit, name: str, input: Any
@@ -406,6 +447,40 @@ def test_a_retry_of_a_run_that_was_undone_begins_at_the_beginning(beatless: Kit)
         finish(beatless)
         assert "reused" not in (beatless.client.events(again.run_id)[0].data or {})
         assert beatless.client.get_run(again.run_id).state is RunState.FAILED
+
+
+@pytest.mark.parametrize("name", ["order", "pays"])
+def test_a_retry_of_a_run_that_was_undone_has_its_deadline_and_begins_at_no_other_step(
+    beatless: Kit, name: str
+) -> None:
+    run = beatless.start_run(name, {}, deadline=60)
+    beatless.work_until_idle()
+
+    with pytest.raises(CannotRetry, match="its steps were undone"):
+        beatless.client.retry_run(run.run_id, from_step="deliver")
+    again = beatless.client.retry_run(run.run_id)
+    assert again.deadline_at is not None
+    assert (again.deadline_at - again.created_at).total_seconds() == pytest.approx(60, abs=0.01)
+
+
+def test_a_function_that_has_lost_its_undo_is_not_ended_by_its_deadline(beatless: Kit) -> None:
+    run = beatless.start_run("pays", {"waits": True}, deadline=30)
+    beatless.work_until_idle()
+    known = beatless.app.plans["pays"]
+    beatless.advance(31)
+
+    @plan("pays")
+    def lacks(run: RunContext[Any]) -> Any:
+        return run.step(rest)
+
+    beatless.app.plans["pays"] = lacks
+    try:
+        beatless.work_until_idle()
+        assert beatless.event_types(run.run_id)[-1] == "UndoStarted"
+    finally:
+        beatless.app.plans["pays"] = known
+    finish(beatless)
+    assert undone_steps() == ["charge#2", "charge", "reserve"]
 
 
 def test_a_run_whose_undo_the_plan_lacks_waits_for_a_worker_that_has_it(beatless: Kit) -> None:
