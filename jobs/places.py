@@ -12,6 +12,7 @@ import sqlalchemy
 from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.dry_replay import dry_replay
+from beatless.orchestrator.events import EventType
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan, step_of
@@ -114,8 +115,13 @@ def places(
 def mismatch(
     connection: Caller, journal: Journal, plan: FunctionPlan, run_id: str
 ) -> Mismatch | None:
-    """Why an unfinished run of any namespace cannot go on with this function, which is called."""
+    """Why an unfinished run of any namespace cannot go on with this function, which is called.
+
+    Not of a run that is undone: for that it is not called.
+    """
     events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
+    if any(event.type == EventType.UNDO_STARTED for event in events):
+        return None
     said = dry_replay(
         plan,
         journal.get_of_any_namespace(connection, run_id),

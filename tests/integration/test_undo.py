@@ -20,6 +20,7 @@ from beatless import (
 )
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.outcomes import PlanError
+from beatless.places import places
 from beatless.testing import Kit
 
 CALLS: list[Undone] = []
@@ -307,6 +308,18 @@ def test_an_undo_that_fails_is_tried_again(beatless: Kit) -> None:
     assert undone_steps() == ["ship", "charge", "charge", "reserve"]
     assert "undo" not in run.error
     beatless.verify()
+
+
+@pytest.mark.parametrize("name", ["order", "pays"])
+def test_a_run_that_is_undone_is_not_told_as_one_that_another_version_has_changed(
+    beatless: Kit, name: str
+) -> None:
+    beatless.start_run(name, {"failures": {"charge": 1}})
+    beatless.work_until_idle()
+
+    assert "charge" in undone_steps()
+    (place,) = places(beatless.app.engine, beatless.app.journal, beatless.app.plans)
+    assert (place.waits, place.difference) == (None, None)
 
 
 def test_an_undo_that_fails_for_good_is_told_and_the_others_are_still_called(
