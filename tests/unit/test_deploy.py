@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import kubernetes_validate
@@ -334,8 +335,38 @@ def test_flower_has_a_redis_user_of_its_own_in_a_unit_and_in_a_manifest() -> Non
         if "valueFrom" in each
     }
     assert keys["BEATLESS_REDIS_URL"] == "flower-redis-url"
+
+
+def test_a_workload_that_may_be_behind_a_pooler_is_told_the_direct_connection() -> None:
+    """Else it takes the pooler for Postgres, and sends it session settings and prepared names."""
+    for workload in WORKLOADS:
+        keys = {
+            variable["name"]: variable["valueFrom"]["secretKeyRef"]["key"]
+            for variable in container(workload)["env"]
+            if "valueFrom" in variable
+        }
+        if keys["BEATLESS_DATABASE_URL"] == "database-url":
+            assert keys["BEATLESS_LISTEN_URL"] == "listen-url"
+
+
+def test_each_workload_has_the_redis_user_of_its_role_from_a_secret_that_the_readme_makes() -> None:
     readme = (DEPLOY / "README.md").read_text()
-    assert all(f"--from-literal={key}=" in readme for key in keys.values())
+    made = dict(re.findall(r"--from-literal=(\S+?)=(\S+)", readme))
+    users = {}
+    for workload in WORKLOADS:
+        for variable in container(workload)["env"]:
+            if "valueFrom" in variable:
+                key = variable["valueFrom"]["secretKeyRef"]["key"]
+                assert key in made
+                if variable["name"] == "BEATLESS_REDIS_URL":
+                    users[workload["metadata"]["name"]] = urlsplit(made[key]).username
+    acl = (DEPLOY / "redis" / "users.acl").read_text()
+    assert all(f"user {user} on" in acl for user in users.values())
+    assert users["beatless-api"] == "viewer"
+    assert users["beatless-relay"] == "relay"
+    # Its canary follows a run, which the user of the relay may not.
+    (asked,) = re.findall(r"exec deploy/(\S+) -- beatless doctor", readme)
+    assert users[asked] == "viewer"
 
 
 # Metrics
