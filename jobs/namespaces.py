@@ -3,6 +3,8 @@
 import re
 
 from beatless.errors import BadRequest
+from beatless.outbox.queries import Caller, execute
+from beatless.outbox.statements import statements
 
 NAMESPACE = re.compile(r"[a-z0-9_][a-z0-9_-]{0,30}")
 DEFAULT_NAMESPACE = "default"
@@ -31,3 +33,9 @@ def namespace_of(run_id: str) -> str:
     """The namespace that an id belongs to, as `id_prefix` has marked it."""
     name, mark, _ = run_id.partition("~")
     return name if mark else DEFAULT_NAMESPACE
+
+
+def namespaces_beside(caller: Caller, schema: str, namespace: str) -> list[str]:
+    """Namespaces that have runs, at most two, of those that are not this one."""
+    sql = statements(__file__, schema)
+    return [name for (name,) in execute(caller, sql["beside"], {"namespace": namespace})]

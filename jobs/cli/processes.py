@@ -71,6 +71,16 @@ def check_broker(settings: Settings) -> None:
             )
 
 
+def check_metrics_port(settings: Settings) -> None:
+    """Raises BadSetting for a port in use: Celery would tell of it once its pool has started."""
+    if settings.metrics_port:
+        from beatless.observe.exposition import (
+            check_port,
+        )  # prometheus_client is for who is scraped
+
+        check_port(settings.metrics_host, settings.metrics_port)
+
+
 def check_rights(app: App) -> None:
     """Raises PublishRefused if our user at Redis may not publish: no event would be live."""
     with app.redis() as client:
@@ -119,6 +129,7 @@ def worker(
 
     env.log()
     app = env.app
+    check_metrics_port(app.settings)
     check_servers(app)
 
     def ready(**_: Any) -> None:

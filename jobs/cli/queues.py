@@ -1,5 +1,6 @@
 """Commands about queues and dead letters, for the whole fleet, and about taking runs away."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import FINAL, RunState
 from beatless.outbox.letters import DeadLetter
 
+COUNTS = ("queued", "delayed", "waiting", "active", "completed", "failed", "cancelled")
+"""The counts of a queue: each of its runs is in one of them."""
+
 
 @click.command()
 @click.pass_obj
@@ -32,12 +36,11 @@ def queues(env: Environment) -> None:
                 }
             )
         return
-    numbers = ("queued", "delayed", "waiting", "active", "completed", "failed", "cancelled")
     rows = [
         (
             escape(state.name),
             "[yellow]paused[/]" if state.paused_at else "",
-            *(str(getattr(state, name)) for name in numbers),
+            *(str(getattr(state, name)) for name in COUNTS),
             age(state.oldest),
             str(state.per_minute),
             str(state.workers),
@@ -45,7 +48,7 @@ def queues(env: Environment) -> None:
         for state in found
     ]
     more = ("oldest", "per minute", "workers")
-    for line in table(("queue", "", *numbers, *more), rows, numbers=(*numbers, *more)):
+    for line in table(("queue", "", *COUNTS, *more), rows, numbers=(*COUNTS, *more)):
         env.out.print(line)
 
 
@@ -94,11 +97,19 @@ def drain(env: Environment, queue: str) -> None:
 @click.command()
 @click.argument("queue", metavar="Q")
 @click.option("--force", is_flag=True, help="Also while runs of it are running.")
+@click.option("--yes", is_flag=True, help="Ask nothing; without a terminal nothing is asked.")
 @click.pass_obj
-def obliterate(env: Environment, queue: str, force: bool) -> None:
-    """Take away queue Q with all of its runs; prints how many."""
+def obliterate(env: Environment, queue: str, force: bool, yes: bool) -> None:
+    """Take away queue Q with all of its runs, also those that have ended; prints how many."""
+    if not yes and sys.stdin.isatty():
+        states = [state for state in env.client.queues() if state.name == queue]
+        runs = sum(sum(getattr(state, name) for name in COUNTS) for state in states)
+        if not click.confirm(f"Take away queue {queue}, {runs} runs and their events?", err=True):
+            env.note("nothing is removed")
+            raise click.exceptions.Exit(1)
     removed = env.client.obliterate_queue(queue, force=force)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
+    env.note(f"queue {queue} is removed, and its runs with their events: {removed}")
 
 
 @click.command()
@@ -119,14 +130,19 @@ def remove(env: Environment, run: str) -> None:
 @click.pass_obj
 def clean(env: Environment, state: str, older_than: str, limit: int, dry_run: bool) -> None:
     """Take away runs that ended long ago; prints how many."""
+    if older_than[-1:].isdigit():  # what is taken away does not come back
+        raise BadRequest(
+            "--older-than", f"is {older_than!r}, without a unit: write it like 5m or 7d"
+        )
+    age_s = seconds(older_than)
     if dry_run:
-        runs, events = env.client.count_finished(state, seconds(older_than))
+        runs, events = env.client.count_finished(state, age_s)
         if env.as_json:
             env.document({"runs": runs, "events": events})
         else:
             click.echo(f"{runs} runs with {events} events")
         return
-    removed = env.client.clean(state, seconds(older_than), limit)
+    removed = env.client.clean(state, age_s, limit)
     env.document({"removed": removed}) if env.as_json else click.echo(removed)
 
 
@@ -168,7 +184,8 @@ KIND = click.option(
 def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter | Run:
     """The message of this number, or the failed run with this id.
 
-    Raises BadRequest where it is both, or a run that is no dead letter, and RunNotFound.
+    Raises BadRequest where it is both, a number of neither, or a run that is no dead letter, and
+    RunNotFound.
     """
     client = env.client
     message = run = None
@@ -181,6 +198,9 @@ def find(env: Environment, letter: str, is_message: bool | None) -> DeadLetter |
         try:
             run = env.client_of(letter).get_run(letter)
         except RunNotFound:
+            if message is None and letter.isdigit():
+                problem = f"{letter} is neither the number of a message nor the id of a run"
+                raise BadRequest("dead letter", problem) from None
             if message is None:
                 raise
     if message is not None and run is not None:

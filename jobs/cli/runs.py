@@ -15,6 +15,7 @@ from beatless.cli.environment import Environment, json_input, moment, pairs, sec
 from beatless.cli.options import NAMESPACE
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
+from beatless.namespaces import namespaces_beside
 from beatless.observe.export import export
 from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.errors import RunNotFound
@@ -69,11 +70,19 @@ def _reading(types: Sequence[Any]) -> Callable[[click.Context, click.Parameter, 
     return callback
 
 
+def refuse_more(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> None:
+    """Raises UsageError for arguments after the plan: an input is often among them."""
+    if given:
+        plain = " ".join(given)
+        raise click.UsageError(f"unexpected argument {plain!r}: the input goes in --input JSON")
+
+
 INPUT = click.Option(["--input", "input_"], metavar="JSON|@FILE|-", help="The run's input.")
 
 
 @click.command(params=[INPUT, *start_options()])
 @click.argument("plan")
+@click.argument("more", nargs=-1, expose_value=False, callback=refuse_more, metavar="")
 @NAMESPACE
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
 @TIMEOUT
@@ -246,6 +255,14 @@ def runs(
     else:
         for line in render.run_table(found):
             env.out.print(line)
+    if not found:
+        with env.app.engine.connect() as connection:
+            others = namespaces_beside(connection, env.app.settings.schema, env.namespace)
+        if others:
+            env.note(
+                f"these are the runs of namespace {env.namespace}; there are runs in others, as "
+                f"--namespace {others[0]}"
+            )
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """Serves metrics with prometheus_client, which only a process that is scraped imports."""
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from wsgiref.simple_server import WSGIServer
 
@@ -31,6 +32,16 @@ def registry_of(collect: Callable[[], Iterator[Metric]]) -> CollectorRegistry:
     return registry
 
 
+def check_port(host: str, port: int) -> None:
+    """Raises BadSetting if `listen` could not serve on this port now."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        raise _not_served(host, port, error) from error
+
+
 def listen(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
     """Serve a registry on /metrics from a thread until `shutdown` and `server_close`.
 
@@ -39,10 +50,14 @@ def listen(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        problem = f"is {port}, and {loopback.url(host, port)} cannot be served: {error.strerror}"
-        raise BadSetting("BEATLESS_METRICS_PORT", problem, "9464") from error
+        raise _not_served(host, port, error) from error
     logger.info(
         "metrics are served",
         extra={"action": "metrics", "url": f"{loopback.url(host, server.server_port)}/metrics"},
     )
     return server
+
+
+def _not_served(host: str, port: int, error: OSError) -> BadSetting:
+    problem = f"is {port}, and {loopback.url(host, port)} cannot be served: {error.strerror}"
+    return BadSetting("BEATLESS_METRICS_PORT", problem, "9464")

@@ -1,6 +1,8 @@
 """The command line, in this process: what it prints, and its exit status."""
 
+import io
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,7 @@ import pytest
 
 from beatless import App
 from beatless.cli import run
+from beatless.orchestrator.errors import RunNotFound
 from beatless.testing import Kit
 
 
@@ -25,6 +28,13 @@ class Said(NamedTuple):
 
 
 Beatless = Callable[..., Said]
+
+
+class Terminal(io.StringIO):
+    """The standard input of a person."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -333,6 +343,83 @@ def test_clean_counts_and_then_takes_away(command: Beatless, beatless: Kit) -> N
     assert command(*arguments, "--dry-run").out == "0 runs with 0 events\n"
 
 
+@pytest.mark.parametrize("age", ["5", "0", "1.5"])
+def test_an_age_to_clean_by_has_a_unit(command: Beatless, beatless: Kit, age: str) -> None:
+    run = beatless.start_run("two_steps")
+    beatless.work_until_idle()
+    beatless.advance(10)
+
+    said = command("clean", "--state", "completed", "--older-than", age)
+
+    refused(said, 2, f"--older-than is '{age}', without a unit", "5m or 7d")
+    assert beatless.client.get_run(run.run_id)
+
+
+def test_obliterate_asks_on_a_terminal_and_says_how_much_is_gone(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = beatless.start_run("two_steps", queue="gone").run_id
+    beatless.start_run("two_steps", queue="gone")
+    beatless.work_until_idle()
+    terminal = Terminal("n\n")
+    monkeypatch.setattr("sys.stdin", terminal)
+
+    said = command("obliterate", "gone")
+
+    assert "Take away queue gone, 2 runs and their events?" in said.err
+    assert said.err.endswith("nothing is removed\n")
+    assert (said.status, said.out) == (1, "")
+    assert beatless.client.get_run(run_id)
+    said = command("obliterate", "gone", "--yes")
+    assert said.out == "2\n"
+    assert said.err == "queue gone is removed, and its runs with their events: 2\n"
+    with pytest.raises(RunNotFound):
+        beatless.client.get_run(run_id)
+
+
+def test_obliterate_without_a_terminal_asks_nothing(
+    command: Beatless, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beatless.start_run("two_steps", queue="gone")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert command("--json", "obliterate", "gone").documents == [{"removed": 1}]
+
+
+def test_an_input_without_its_option_is_told_where_it_goes(command: Beatless) -> None:
+    refused(command("start", "agents.run", "{}"), 2, "unexpected argument '{}'", "--input JSON")
+
+
+def test_a_number_that_is_no_dead_letter_is_not_taken_for_a_run(command: Beatless) -> None:
+    for verb in ("discard", "requeue", "show"):
+        said = command("dead-letters", verb, "99999")
+        refused(said, 2, "99999 is neither the number of a message nor the id of a run")
+    refused(command("dead-letters", "discard", "nine"), 2, "no run has id 'nine'")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "async"])
+def test_a_worker_whose_metrics_port_is_taken_does_not_start(command: Beatless, pool: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = command("worker", "--pool", pool, "--metrics-port", port)
+    refused(said, 2, f"BEATLESS_METRICS_PORT is {port}", "cannot be served: Address already in use")
+
+
+def test_a_worker_of_a_queue_that_no_plan_names_says_so(
+    command: Beatless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumed: list[dict[str, int]] = []
+
+    def run_worker(*_: object, queues: dict[str, int], **__: object) -> int:
+        consumed.append(queues)
+        return 0
+
+    monkeypatch.setattr("beatless.worker.run.run_worker", run_worker)
+    said = command("worker", "--queues", "default,fsat=2")
+    assert "no plan names the queue fsat: its runs are those that are started with it" in said.err
+    assert "the queue default" not in said.err
+    assert consumed == [{"default": 1, "fsat": 2}]
+
+
 def test_the_events_of_a_pruned_run_are_refused_in_a_line(
     command: Beatless, beatless: Kit, beatless_app: App
 ) -> None:
@@ -508,7 +595,11 @@ def test_runs_of_a_namespace_are_started_listed_and_cleaned(
 ) -> None:
     run_id = command("start", "agents.run", "--namespace", "acme", "--run-id", "x").out.strip()
     assert run_id == "acme~x"
-    assert command("runs", "--json").documents == []
+    nothing = command("runs", "--json")
+    assert nothing.documents == []
+    assert "runs of namespace default; there are runs in others, as --namespace acme" in nothing.err
+    assert "--namespace acme" in command("runs", "--namespace", "zeta").err
+    assert command("runs", "--namespace", "acme", "--state", "failed").err == ""
     (listed,) = command("runs", "--namespace", "acme", "--json").documents
     assert listed["run_id"] == run_id
     assert command("cancel", run_id).status == 0
