@@ -16,7 +16,7 @@ from beatless.outbox.message import run_of
 from beatless.outbox.observer import Observer, ThreadFailed, ignore
 from beatless.outbox.threads import RESTART_S
 from beatless.streams.history import NO_HEAD, History
-from beatless.streams.messages import parse
+from beatless.streams.messages import parse, why_without_redis
 from beatless.streams.observer import BackfillReason
 
 logger = logging.getLogger("beatless.stream")
@@ -200,7 +200,8 @@ class Hub:
                     # Any error: the streams of this loop wait for this task, each for ever.
                     failures += 1
                     logger.warning(
-                        "Redis is unreachable, streams read the journal",
+                        "%s, streams read the journal",
+                        why_without_redis(error),
                         extra={
                             "action": "stream_without_redis",
                             "reason": str(error) or f"no answer in {self.patience:g} s",

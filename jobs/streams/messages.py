@@ -2,7 +2,12 @@
 
 import logging
 
+from redis.exceptions import AuthenticationError, ResponseError
+
 from beatless.orchestrator.events import EventText
+
+REFUSALS = (ResponseError, AuthenticationError)
+"""Errors by which a Redis that is there refuses us: of its rights, and of the password."""
 
 logger = logging.getLogger("beatless.stream")
 
@@ -20,3 +25,10 @@ def parse(body: bytes, run_id: str | None = None) -> list[EventText]:
             extra={"action": "strange_message", "reason": str(error)},
         )
         return []
+
+
+def why_without_redis(error: Exception) -> str:
+    """Why there is no subscription, as the start of a sentence."""
+    if isinstance(error, REFUSALS):
+        return "Redis refuses this user the subscription"
+    return "Redis is unreachable"

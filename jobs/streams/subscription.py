@@ -7,7 +7,7 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from beatless.orchestrator.events import EventText
@@ -15,7 +15,7 @@ from beatless.outbox import forks
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import run_of
-from beatless.streams.messages import parse
+from beatless.streams.messages import parse, why_without_redis
 
 logger = logging.getLogger("beatless.stream")
 
@@ -36,6 +36,7 @@ class Subscription:
         self._redis: redis.Redis | None = None
         self._backoff = Backoff(initial=0.5, cap=2.0)
         self._failures = 0
+        self._told = ""
         self._retry_at = 0.0
         self._forked = False
         self._inherited: tuple[Any, ...] = ()
@@ -73,16 +74,17 @@ class Subscription:
             pubsub.subscribe(self._channel)
             while (message := pubsub.get_message(timeout=patience)) is not None:
                 if message["type"] == "subscribe":
-                    self._pubsub, self._failures = pubsub, 0
+                    self._pubsub, self._failures, self._told = pubsub, 0, ""
                     return True
         except (RedisError, OSError) as error:
-            refused = isinstance(error, (ResponseError, AuthenticationError))
-            logger.warning(
-                "Redis refuses this user the subscription, stream reads the journal"
-                if refused
-                else "Redis is unreachable, stream reads the journal",
-                extra={"action": "stream_without_redis", "reason": str(error)},
-            )
+            reason = why_without_redis(error)
+            if reason != self._told:  # once for each outage, not with each try
+                logger.warning(
+                    "%s, stream reads the journal",
+                    reason,
+                    extra={"action": "stream_without_redis", "reason": str(error)},
+                )
+                self._told = reason
         self.close()
         self._failures += 1
         self._retry_at = monotonic() + self._backoff.delay(self._failures)

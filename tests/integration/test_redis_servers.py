@@ -1,6 +1,7 @@
 """Redis as it is run elsewhere: Sentinel, TLS, ACL users, Cluster. Real servers, each time."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -377,6 +378,56 @@ def test_a_viewer_without_the_right_to_subscribe_reads_the_journal(
     (record,) = [r for r in caplog.records if getattr(r, "action", "") == "stream_without_redis"]
     assert "subscribe" in record.reason
     assert record.message.startswith("Redis refuses this user the subscription")
+
+
+def test_an_asynchronous_viewer_without_the_right_to_subscribe_is_told_so(
+    kit_on: MakeKit,
+    valkey: EmbeddedValkey,
+    users: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kit = kit_on(users["relay"], valkey.url)
+    run = kit.start_run("agents.run")
+
+    async def follow() -> list[int]:
+        seen = []
+        async for event in kit.client.astream_run(run.run_id, timeout=30):
+            seen.append(event.seq)
+            if event.seq == 1:
+                await asyncio.to_thread(kit.work_until_idle)
+        await kit.app.streams.aclose()
+        return seen
+
+    assert asyncio.run(follow()) == list(range(1, 14))
+    told = [r for r in caplog.records if getattr(r, "action", "") == "stream_without_redis"]
+    assert told
+    for record in told:
+        assert record.message.startswith("Redis refuses this user the subscription")
+
+
+def test_a_subscription_tells_of_each_outage_once(
+    beatless: Kit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0.0, 10.0)  # between two looks more than any wait for a next try
+    monkeypatch.setattr("beatless.streams.subscription.monotonic", lambda: next(clock))
+    clients = [lambda: redis.Redis.from_url("redis://127.0.0.1:1/0"), beatless.app.redis]
+    there = 0
+
+    def client() -> redis.Redis:
+        return clients[there]()
+
+    subscription = Subscription(client, beatless.app.streams.channel("r"))
+    for outage in (1, 2):
+        there = 0
+        subscription.close()
+        assert [subscription.ensure() for _ in range(3)] == [False] * 3
+        told = [r for r in caplog.records if getattr(r, "action", "") == "stream_without_redis"]
+        assert [record.message for record in told] == [
+            "Redis is unreachable, stream reads the journal"
+        ] * outage
+        there = 1
+        assert subscription.ensure()
+    subscription.close()
 
 
 # Cluster
