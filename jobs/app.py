@@ -210,6 +210,17 @@ class App:
         self._celery: RunsCelery | None = None
         forks.watch(self)
 
+    if not TYPE_CHECKING:  # a type checker tells of attributes that are not there
+
+        def __getattr__(self, name: str) -> Any:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name == "user_options":  # the first that Celery's command asks of what -A names
+                text += (
+                    ": -A names an App of beatless, not a Celery app; write `celery = app.celery` "
+                    "in its module, and -A module:celery"
+                )
+            raise AttributeError(text, name=name, obj=self)
+
     @property
     def celery(self) -> "RunsCelery":
         """The Celery app of this app's workers, made at its first use: a task for each plan."""

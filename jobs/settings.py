@@ -240,8 +240,14 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Read BEATLESS_* (default: this process's environment); keyword arguments win.
 
-        Raises BadSetting, with an example, for unknown names, missing ones and bad values.
+        Raises BadSetting, with an example, for unknown names, missing ones and bad values, and
+        TypeError for an `environ` that is no mapping.
         """
+        if environ is not None and not isinstance(environ, Mapping):
+            raise TypeError(
+                f"environ is {type(environ).__name__}: give a mapping of names to texts, as "
+                "os.environ, or nothing for that one"
+            )
         source = os.environ if environ is None else environ
         known = {f"BEATLESS_{entry.name.upper()}": entry for entry in variables(cls)}
         links = service_links(source)

@@ -37,6 +37,9 @@ IGNORED = (
 )
 """Variables that would override the settings of a Celery app."""
 
+ALWAYS_EAGER = ("task_always_eager", "celery_always_eager")
+"""Names of the setting by which tasks are executed where they are sent."""
+
 COMMAND = "CELERY_WORKER_"
 """Starts the variables by which `celery worker` takes options from the environment."""
 
@@ -56,7 +59,20 @@ class ConfiguredElsewhere(JobsError):
 
 
 class Configuration(CelerySettings):  # type: ignore[misc]  # Celery has no types
-    """Celery's configuration without its looks at the environment."""
+    """Celery's configuration without its looks at the environment.
+
+    Raises ConfiguredElsewhere for `task_always_eager`: a relay would execute the runs itself.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        _refuse_eager(key, value)
+        super().__setitem__(key, value)
+
+    def update(self, *given: Any, **named: Any) -> None:
+        changes = dict(*given, **named)
+        for key, value in changes.items():  # Celery's own goes past `__setitem__`
+            _refuse_eager(key, value)
+        super().update(changes)
 
     @property
     def broker_url(self) -> Any:
@@ -73,6 +89,11 @@ class Configuration(CelerySettings):  # type: ignore[misc]  # Celery has no type
     @property
     def result_backend(self) -> Any:
         return self.first("result_backend", "CELERY_RESULT_BACKEND")
+
+
+def _refuse_eager(key: object, value: Any) -> None:
+    if value and str(key).lower() in ALWAYS_EAGER:
+        raise ConfiguredElsewhere(str(key))
 
 
 class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types

@@ -343,7 +343,7 @@ def test_pickle_and_eager_tasks(beatless_app: App, changed: Callable[..., App]) 
     app.celery.conf.accept_content = ["json", "pickle"]
     only(examine(app, "celery"), Status.PROBLEM, "pickle")
     app = changed()
-    app.celery.conf.update(ALWAYS_EAGER)
+    app.celery.add_defaults(ALWAYS_EAGER)
     only(examine(app, "celery"), Status.PROBLEM, "task_always_eager")
 
 

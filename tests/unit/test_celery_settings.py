@@ -2,9 +2,12 @@
 
 import ast
 import logging
+import operator
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import _state
@@ -67,11 +70,45 @@ def test_nobody_else_configures_the_celery_app(call: str) -> None:
         getattr(app().celery, call)("django.conf:settings", namespace="CELERY")
 
 
+ALWAYS_EAGER = {"task_always_eager": True}
+OLD = {"CELERY_ALWAYS_EAGER": True}
+EAGER: dict[str, Callable[[Any], Any]] = {
+    "update": lambda conf: conf.update(ALWAYS_EAGER),
+    "update by name": lambda conf: conf.update(**ALWAYS_EAGER),
+    "update by pairs": lambda conf: conf.update(iter(ALWAYS_EAGER.items())),
+    "item": lambda conf: operator.setitem(conf, *next(iter(ALWAYS_EAGER.items()))),
+    "attribute": lambda conf: setattr(conf, *next(iter(ALWAYS_EAGER.items()))),
+    "old name": lambda conf: conf.update(OLD),
+}
+"""Ways to write what is refused. Nothing is published under it here."""
+
+
+@pytest.mark.parametrize("way", EAGER)
+def test_no_relay_can_be_made_to_execute_runs_itself(way: str) -> None:
+    conf = app().celery.conf
+    with pytest.raises(
+        ConfiguredElsewhere, match=r"(?i)always_eager is for a Celery app of your own"
+    ):
+        EAGER[way](conf)
+    assert not conf.task_always_eager
+    conf.update(dict.fromkeys(ALWAYS_EAGER, False), worker_prefetch_multiplier=7)
+    assert conf.worker_prefetch_multiplier == 7
+
+
+def test_an_app_that_is_named_to_celerys_command_says_what_to_name() -> None:
+    with pytest.raises(AttributeError, match=r"-A names an App .* -A module:celery"):
+        app().user_options  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(AttributeError, match=r"^'App' object has no attribute 'user_option'$"):
+        app().user_option  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(app(), "user_options")
+
+
 def test_the_app_of_a_django_project_stays_that_of_all_its_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Celery's fix-up makes the first app that is made the default one."""
     monkeypatch.setattr(_state, "default_app", None)
+    monkeypatch.setattr(_state._tls, "current_app", None)  # other tests have made apps as well
     found = app().celery
     assert _state.default_app is None
     found.set_default()

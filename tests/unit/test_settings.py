@@ -30,6 +30,12 @@ def test_an_empty_variable_is_as_good_as_none():
     assert Settings.from_env(MINIMAL | {"BEATLESS_LEASE_SECONDS": ""}).lease_seconds == 30
 
 
+@pytest.mark.parametrize("given", ["postgresql://db/app", ["BEATLESS_SCHEMA=x"], Settings])
+def test_an_environment_that_is_no_mapping_is_refused(given):
+    with pytest.raises(TypeError, match=r"environ is (str|list|type): give a mapping of names"):
+        Settings.from_env(given)
+
+
 def test_variables_of_others_are_not_ours():
     assert Settings.from_env(MINIMAL | {"PATH": "/", "BEATLESS_TOKEN": "t"})
 
