@@ -36,6 +36,13 @@ OWN = frozenset({"database_url", "redis_url", "schema", "prefix"})
 SETTING = "beatless_app"
 """The pytest setting that names the App of a project."""
 
+BINDINGS = (
+    "the keys _kombu.binding.* are queues of another Celery app, which has sent a task to the "
+    "Redis of the tests: give that app the broker memory:// in the test and in the processes that "
+    'it starts, as by os.environ["CELERY_BROKER_URL"] = "memory://" at the top of conftest.py'
+)
+"""Advice beside keys that kombu leaves."""
+
 
 @contextmanager
 def beatless_services(config: pytest.Config) -> Iterator[Services]:
@@ -183,6 +190,8 @@ def explanation(problems: Sequence[str], beside: Sequence[str]) -> str:
     whose = "this test, or one that ran beside it," if beside else "this test"
     lines = [f"{whose} left something outside of its own names:", *problems]
     lines += [f"beside it ran {test}" for test in beside]
+    if any("_kombu.binding." in problem for problem in problems):
+        lines.append(BINDINGS)
     return "\n  ".join(lines)
 
 

@@ -154,6 +154,13 @@ def test_a_page_follows_a_run(beatless, db):
     assert browsers["someone"].get(stream).status_code == 401
     token = beatless.client.stream_token(run.run_id)
     assert TestClient(host).get(stream, params={"token": token}).status_code == 200
+
+
+def test_a_celery_of_the_projects_own_sends_to_nobody():
+    from celery import Celery
+
+    old = Celery("shop", broker="redis://127.0.0.1:1/0")
+    assert old.connection_for_write().transport_cls == "memory"
 """
 
 MORE_TESTS = """
@@ -174,6 +181,18 @@ def test_a_live_server_serves_the_tests_schema(beatless, live_server):
 """
 
 
+PROCESSES = """
+import subprocess
+import sys
+
+CODE = "from store.tasks import celery; print(celery.connection_for_write().transport_cls)"
+
+
+def test_a_process_that_a_test_starts_sends_to_nobody():
+    assert subprocess.check_output([sys.executable, "-c", CODE], text=True) == "memory\\n"
+"""
+
+
 def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +201,7 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
     names = [name for name in BLOCKS if name.startswith(("store/", "tests/"))]
     for name in names:
         (pytester.path / name).write_text(BLOCKS[name])
+    (pytester.path / "tests" / "test_processes.py").write_text(PROCESSES)
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
     done = pytester.runpytest_subprocess(
@@ -191,7 +211,7 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
         timeout=600,
     )
     assert len(names) == 7
-    done.assert_outcomes(passed=1)
+    done.assert_outcomes(passed=2)
 
 
 @pytest.mark.parametrize(("plugin", "more"), [("no:django", ""), ("django", MORE_TESTS)])
@@ -220,4 +240,4 @@ def test_the_recipes_for_django_work(
         "--beatless-services=external",
         timeout=600,
     )
-    done.assert_outcomes(passed=5 if more else 3)
+    done.assert_outcomes(passed=6 if more else 4)

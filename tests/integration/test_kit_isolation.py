@@ -17,7 +17,7 @@ from beatless.local.valkey import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
 from beatless.testing import Kit
 from beatless.testing.broker_guard import Guard
-from beatless.testing.fixtures import beatless_app
+from beatless.testing.fixtures import beatless_app, explanation
 from beatless.testing.isolation import Isolation
 from beatless.testing.schemas import search
 from beatless.testing.servers import Services
@@ -300,6 +300,13 @@ def test_a_broker_of_the_tests_own_is_left_empty(
         assert broker.keys() == [f"{prefix}0:x".encode()]
         valkey.stop()
         isolation.stores.clean_own_broker(settings)  # one that is away says nothing
+
+
+def test_queues_of_another_celery_are_told_with_what_keeps_its_messages_in_the_test() -> None:
+    told = explanation(["the Redis key _kombu.binding.old", "the Redis key old"], [])
+    assert "queues of another Celery app" in told
+    assert told.endswith("at the top of conftest.py")
+    assert "CELERY_BROKER_URL" not in explanation(["the Redis key old"], [])
 
 
 def test_keys_that_are_allowed_are_nobodys_fault(private: Services) -> None:
