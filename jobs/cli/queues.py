@@ -100,7 +100,7 @@ def drain(env: Environment, queue: str) -> None:
 @click.option("--yes", is_flag=True, help="Ask nothing; without a terminal nothing is asked.")
 @click.pass_obj
 def obliterate(env: Environment, queue: str, force: bool, yes: bool) -> None:
-    """Take away queue Q with all of its runs, also those that have ended; prints how many."""
+    """Take away queue Q with all of its runs, ended ones too; prints how many."""
     if not yes and sys.stdin.isatty():
         states = [state for state in env.client.queues() if state.name == queue]
         runs = sum(sum(getattr(state, name) for name in COUNTS) for state in states)
