@@ -29,7 +29,11 @@ found = {
     "descriptors": sorted(os.listdir("/proc/self/fd")),
     "input": os.readlink("/proc/self/fd/0"),
     "inheritable": os.get_inheritable(int(sys.argv[2])),
-    "signals": {int(each): str(signal.getsignal(each)) for each in signal.valid_signals()},
+    "signals": {
+        int(each): getattr(found, "__qualname__", str(found))
+        for each in signal.valid_signals()
+        for found in [signal.getsignal(each)]
+    },
     "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "threads": threading.active_count(),
     "main": sorted(set(vars()) - {"beatless"}),
@@ -116,11 +120,11 @@ def test_the_end_of_a_fork_is_told_as_that_of_a_child(server: ForkServer, tmp_pa
 def test_a_process_that_would_inherit_something_else_is_executed(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nohup ignores the one of hang-ups
     try:
         ignoring = Launched(server.launch, tmp_path / "ignoring")
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGUSR1, before)
     variable = Launched(server.launch, tmp_path / "variable", TZ="Asia/Kathmandu")
     monkeypatch.syspath_prepend(tmp_path)
     path = Launched(server.launch, tmp_path / "path")
