@@ -119,7 +119,7 @@ def mismatch(
 
     Not of a run that is undone: for that it is not called.
     """
-    events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
+    events = [*journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)]
     if any(event.type == EventType.UNDO_STARTED for event in events):
         return None
     said = dry_replay(
