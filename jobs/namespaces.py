@@ -1,10 +1,12 @@
 """Tenants: each has runs, keys and tokens of its own, and never learns of another's."""
 
 import re
+from typing import TYPE_CHECKING
 
 from beatless.errors import BadRequest
-from beatless.outbox.queries import Caller, execute
-from beatless.outbox.statements import statements
+
+if TYPE_CHECKING:
+    from beatless.outbox.queries import Caller
 
 NAMESPACE = re.compile(r"[a-z0-9_][a-z0-9_-]{0,30}")
 DEFAULT_NAMESPACE = "default"
@@ -35,7 +37,10 @@ def namespace_of(run_id: str) -> str:
     return name if mark else DEFAULT_NAMESPACE
 
 
-def namespaces_beside(caller: Caller, schema: str, namespace: str) -> list[str]:
+def namespaces_beside(caller: "Caller", schema: str, namespace: str) -> list[str]:
     """Namespaces that have runs, at most two, of those that are not this one."""
+    from beatless.outbox.queries import execute
+    from beatless.outbox.statements import statements
+
     sql = statements(__file__, schema)
     return [name for (name,) in execute(caller, sql["beside"], {"namespace": namespace})]
