@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,14 @@ def import_in_turn(config: pytest.Config) -> None:
     for path in modules[first:] + modules[:first]:
         with suppress(Exception):  # which the collection reports
             importlib.import_module(".".join(path.relative_to(here.parent).with_suffix("").parts))
+
+
+@pytest.fixture(autouse=True)
+def _path_as_it_was() -> Iterator[None]:
+    """A command puts its directory into the path, and has done so to all later processes."""
+    before = [*sys.path]
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(autouse=True)

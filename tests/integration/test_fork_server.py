@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from beatless import App
 from beatless.local.child import Launch, Process, spawn
 from beatless.local.processes import wait_for_end
-from beatless.testing import Kit
+from beatless.testing import Kit, fixtures
+from beatless.testing.broker_guard import Guard
 from beatless.testing.fork_server import ForkServer
 
 CODE = """
@@ -194,14 +196,24 @@ def test_without_a_server_that_can_import_all_processes_are_executed(
     server.close()
 
 
+@pytest.fixture
+def kit(beatless_app: App, _beatless_guard: Guard, tmp_path: Path) -> Iterator[Kit]:
+    """Its server of forks knows the environment as it is now, whatever tests before have left."""
+    with (
+        fixtures.beatless_fork_server() as server,
+        fixtures.beatless(beatless_app, _beatless_guard, server, tmp_path) as kit,
+    ):
+        yield kit
+
+
 def test_processes_of_a_test_are_forks_unless_it_has_set_a_variable(
-    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
-    forked = beatless.relay_process("tests.plans:app")
+    forked = kit.relay_process("tests.plans:app")
     monkeypatch.setenv("SHOP", "of the test")
-    executed = beatless.relay_process("tests.plans:app")
+    executed = kit.relay_process("tests.plans:app")
 
     assert parent(forked.pid) != os.getpid() == parent(executed.pid)
