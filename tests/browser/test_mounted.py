@@ -103,7 +103,7 @@ def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
 ) -> None:
     monkeypatch.setattr(open_streams, "TOKEN_CHECK_S", 0.1)
     text = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
-    (client,) = re.findall(r"```js\n(.*?)```", text, re.DOTALL)
+    client = "".join(re.findall(r"```js\n(.*?)```", text, re.DOTALL))
     run = beatless.start_run("checkout", {"order": 1}).run_id
     host = FastAPI()
     host.mount(AT, create_api(beatless.app))
@@ -116,6 +116,8 @@ def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
             + client
             + """
             window.seen = [];
+            window.texts = texts;
+            window.show = show;
             follow(base, run, (event) => window.seen.push(event), () => { window.seen = []; });
             }""",
             [AT, run],
@@ -129,4 +131,8 @@ def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
         page.wait_for_function("window.seen.at(-1).type === 'RunFinished'")
         last = beatless.client.get_run(run).last_seq
         assert page.evaluate("window.seen.map((event) => event.seq)") == list(range(1, last + 1))
+        for first, pieces in ((0, ["a", "b"]), (0, ["a"]), (1, ["b", "c"])):  # tried twice
+            output = {"first": first, "pieces": pieces}
+            page.evaluate("show", {"type": "StepOutput", "step": "answer", "data": output})
+        assert page.evaluate("texts.get('answer')") == "abc"
         page.close()
