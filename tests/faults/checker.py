@@ -116,7 +116,9 @@ def retries_take_results_over(history: History) -> Iterator[Violation]:
         before = [event for event in before if event["seq"] > begun]
         finished = {event["step"] for event in of_type(before, "StepFinished")}
         again = finished & {event["step"] for event in of_type(events, "StepStarted")}
-        if again and not of_type(before, "CancelRequested"):
+        # What was undone is to be done again.
+        undone = of_type(before, "CancelRequested") or of_type(before, "UndoStarted")
+        if again and not undone:
             yield Violation("I4", run_id, f"repeats {sorted(again)} of the run that it retries")
 
 
