@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -34,11 +35,10 @@ OURS = ("beatless.orchestrator.", "beatless.outbox.")
 """Modules of which one that has the thread has it for itself, and not for a function."""
 
 
-class ThreadWatch:
+class ThreadWatch(ABC):
     """A thread that has another one tick. See the subclasses."""
 
-    what: str
-    """Of the thread's name."""
+    thread_name: str
 
     def __init__(
         self, *, ends_after_s: float, end: Callable[[str], None], observer: Observer = ignore
@@ -53,7 +53,7 @@ class ThreadWatch:
         self._told_s = 0.0
         self._asked = False
         self._stopping = threading.Event()
-        self._thread = LastingThread(self.what, self._run, observer=observer)
+        self._thread = LastingThread(self.thread_name, self._run, observer=observer)
 
     def start(self) -> None:
         self._thread.start()
@@ -88,25 +88,25 @@ class ThreadWatch:
     def _tick(self) -> None:
         self._asked, self._told_s = False, 0.0
 
+    @abstractmethod
     def _ask(self) -> None:
         """Have the thread call `_tick`."""
-        raise NotImplementedError
 
     def _is_blocked(self) -> bool:
         """Whether somebody is to blame if it does not tick."""
         return True
 
+    @abstractmethod
     def _blocking(self) -> str:
         """The name of what has the thread: the id of a run, and what it is in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _frame(self) -> FrameType | None:
         """The innermost frame of the thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tell(self, blocked_s: float) -> None:
         """Log that it is blocked."""
-        raise NotImplementedError
 
     def _lines(self) -> str:
         frame = self._frame()
@@ -124,7 +124,7 @@ class ThreadWatch:
 class LoopWatch(ThreadWatch):
     """Of an event loop in which many bodies run. Begun by whoever executes many runs in it."""
 
-    what = "loop-watch"
+    thread_name = "loop-watch"
 
     def __init__(self, loop: asyncio.AbstractEventLoop, thread: int, **options: Any) -> None:
         super().__init__(**options)
@@ -161,7 +161,7 @@ class PlanWatch(ThreadWatch):
     It blames nobody but a function: the thread may wait for Postgres as well.
     """
 
-    what = "plan-watch"
+    thread_name = "plan-watch"
 
     def __init__(self, runs: SwitchThread, **options: Any) -> None:
         super().__init__(**options)

@@ -148,21 +148,22 @@ def test_runs_survive_the_death_of_the_master_and_streams_stay_exact(
         assert "-secret" not in log.read_text(), log.name
 
 
+async def followed(kit: Kit, run_id: str) -> list[int]:
+    """The seqs that an asynchronous viewer sees who has subscribed before the run is executed."""
+    seen = []
+    async for event in kit.client.astream_run(run_id, timeout=30):
+        seen.append(event.seq)
+        if event.seq == 1:
+            await asyncio.to_thread(kit.work_until_idle)
+    await kit.app.streams.aclose()
+    return seen
+
+
 def test_asynchronous_streams_go_through_sentinels_too(kit_on: MakeKit, sentinels: Watched) -> None:
     kit = kit_on(sentinels.url)
     run = kit.start_run("agents.run")
 
-    async def follow() -> list[int]:
-        seen = []
-        async for event in kit.client.astream_run(run.run_id, timeout=30):
-            seen.append(event.seq)
-            if event.seq == 1:
-                # Subscribed at the master, before anything else happens.
-                await asyncio.to_thread(kit.work_until_idle)
-        await kit.app.streams.aclose()
-        return seen
-
-    assert asyncio.run(follow()) == list(range(1, 14))
+    assert asyncio.run(followed(kit, run.run_id)) == list(range(1, 14))
 
 
 def test_a_sentinel_that_does_not_answer_keeps_no_stream_from_the_others(
@@ -389,16 +390,7 @@ def test_an_asynchronous_viewer_without_the_right_to_subscribe_is_told_so(
     kit = kit_on(users["relay"], valkey.url)
     run = kit.start_run("agents.run")
 
-    async def follow() -> list[int]:
-        seen = []
-        async for event in kit.client.astream_run(run.run_id, timeout=30):
-            seen.append(event.seq)
-            if event.seq == 1:
-                await asyncio.to_thread(kit.work_until_idle)
-        await kit.app.streams.aclose()
-        return seen
-
-    assert asyncio.run(follow()) == list(range(1, 14))
+    assert asyncio.run(followed(kit, run.run_id)) == list(range(1, 14))
     told = [r for r in caplog.records if getattr(r, "action", "") == "stream_without_redis"]
     assert told
     for record in told:
