@@ -67,7 +67,7 @@ class DueSchedules:
         return max(0.0, self._next_at - now)
 
     def fire(self, now: datetime | None = None) -> int:
-        """Fire ticks that are due; how many schedules have moved.
+        """Fire ticks that are due; how many schedules have moved, but for those that replace a run.
 
         Raises psycopg.Error only when the session is lost.
         """
@@ -95,4 +95,5 @@ class DueSchedules:
                 "ticks of schedules were fired",
                 extra={"action": "ticks_fired", "ticks": len(fired)},
             )
-        return len(fired)
+        # One that waits for the end of that run would be due at a later `now` again and again.
+        return sum(tick.outcome != "replacing" for tick in fired)

@@ -366,6 +366,16 @@ def test_overlap_replace_cancels_the_run_and_starts_when_it_has_ended(beatless: 
     assert ticks_of(beatless, "hourly") == [made.next_tick, made.next_tick + timedelta(hours=1)]
 
 
+def test_a_drain_as_of_a_time_waits_for_no_run_that_is_to_be_replaced(beatless: Kit) -> None:
+    beatless.client.create_schedule(Schedule("hourly", report, cron="0 * * * *", overlap="replace"))
+    beatless.advance(3600)
+    [run] = runs_of(beatless, "hourly")
+    with beatless.crash(at="step.before"):  # a worker has it
+        beatless.work_until_idle()
+    beatless.relay.drain_once(now=datetime.now(UTC) + timedelta(hours=2))
+    assert beatless.client.get_run(run.run_id).cancel_requested_at is not None
+
+
 def test_a_tick_that_replaces_a_run_is_not_missed_however_long_that_takes(beatless: Kit) -> None:
     made = beatless.client.create_schedule(
         Schedule("hourly", report, cron="0 * * * *", overlap="replace", catch_up="none")
