@@ -432,10 +432,7 @@ class App:
             events=RedisEventPublisher(client, self.settings.prefix),
             tasks=CeleryTaskPublisher(self.celery, self.settings.prefix),
             redispatch=self.settings.redispatch_seconds,
-            overdue=Deadlines(
-                self.settings.schema,
-                undone=[plan.name for plan in self.plans.values() if plan.undo_steps],
-            ).end,
+            overdue=Deadlines(self.settings.schema).end,
             fire=self.firing().fire,
             wake=Wakes(self.settings.schema, cancels).wake,
             chores=[

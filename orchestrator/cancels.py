@@ -32,9 +32,9 @@ class Cancels:
         """Store a cancel of runs, of any namespace if none is given; those that it has changed.
 
         One that has ended, or was cancelled before, is left as it is. `undo` has the name of each
-        plan's `on_cancel` step, or "" if only its steps are undone; waiting runs of others end at
-        once. `source` is the writer
-        of the events.
+        plan's `on_cancel` step, or None. Waiting runs of a plan that is known to have none end at
+        once, unless they have begun a step that is to be undone. `source` is the writer of the
+        events.
         """
         error = encode(
             cancel_error(reason), where="the reason of the cancel", limit=self._max_event_bytes

@@ -3,9 +3,10 @@
 -- fragment: ends_at_once
 -- Whether a cancel ends the run in the same statement.
 -- A run that waits ends at once; one that runs is told, and ends at its next boundary. One that has
--- begun and waits, of a plan with an `on_cancel` step, is due now for that step.
+-- begun and waits, of a plan with an `on_cancel` step or with a step to undo, is due now for that.
 state = 'queued'
-AND (%(undo)s::jsonb -> plan = 'null' OR attempt = 0 AND retry_of IS NULL)
+AND (attempt = 0 AND retry_of IS NULL
+     OR %(undo)s::jsonb -> plan = 'null' AND NOT {has_undos})
 
 -- name: cancel
 -- Store a cancel of unfinished runs, and end those that wait.
@@ -26,7 +27,7 @@ WITH u AS (
   SELECT u.run_id, u.last_seq - (u.state = 'cancelled')::int, clock_timestamp(),
          'CancelRequested', %(source)s,
          jsonb_strip_nulls(jsonb_build_object('reason', %(reason)s::text, 'on_cancel',
-           CASE WHEN u.state <> 'cancelled' THEN nullif(%(undo)s::jsonb ->> u.plan, '') END))
+           CASE WHEN u.state <> 'cancelled' THEN %(undo)s::jsonb ->> u.plan END))
     FROM u
   UNION ALL
   SELECT u.run_id, u.last_seq, clock_timestamp(), 'RunFinished', %(source)s,

@@ -29,9 +29,7 @@ EASE_S = 0.2
 class Deadlines:
     """Ends overdue runs for a relay. One statement, which waits for no row."""
 
-    def __init__(self, schema: str, *, undone: Sequence[str] = ()) -> None:
-        """`undone` has the names of the plans with steps that are undone: a worker ends these."""
-        self._undone = list(undone)
+    def __init__(self, schema: str) -> None:
         self._sql = _statements(schema)
 
     def end(
@@ -39,11 +37,11 @@ class Deadlines:
     ) -> list[tuple[str, str, str]]:
         """End the runs of these shards that are overdue: of each its id, plan and queue.
 
-        One that has begun, and may have to be undone, is due for a worker instead.
+        One that has begun a step that is to be undone is due for a worker instead.
 
         No more than `BATCH`; those that another transaction holds are for the next time.
         """
-        parameters = {"shards": list(shards), "now": now, "undone": self._undone}
+        parameters = {"shards": list(shards), "now": now}
         return execute(connection, self._sql["end"], parameters)
 
 

@@ -11,7 +11,7 @@ WITH due AS (
    ORDER BY deadline_at LIMIT {batch}
 ), free AS (
   SELECT r.run_id, d.shard,
-         r.plan = ANY(%(undone)s::text[]) AND r.attempt > 0 AS undone,
+         r.attempt > 0 AND {has_undos} AS undone,
          jsonb_build_object('type', 'DeadlineExceeded', 'message',
            'run ' || r.run_id || ' did not end before its deadline') AS error
     FROM due JOIN {schema}.runs r USING (run_id) JOIN {schema}.dispatches d USING (run_id)

@@ -12,6 +12,16 @@ r.parent_id, r.child_no, r.created_at, r.started_at, r.finished_at, r.pruned_seq
 (SELECT n.run_id FROM {schema}.runs n WHERE n.retry_of = r.run_id
   ORDER BY n.created_at DESC LIMIT 1) AS retried_by
 
+-- fragment: has_undos
+-- Whether a run `r` has begun a step that is to be undone, or a boundary that this snapshot misses.
+-- By its journal: the plans of this process may be of another version, or none. A row that waited
+-- for its lock may be newer than the events that are seen. Not EXISTS, which may be hashed: it would
+-- read the events of all runs.
+(coalesce((SELECT true FROM {schema}.run_events e
+            WHERE e.run_id = r.run_id AND e.type = 'StepStarted' AND e.data ? 'undo' LIMIT 1), false)
+ OR (SELECT max(e.seq) FROM {schema}.run_events e WHERE e.run_id = r.run_id)
+    IS DISTINCT FROM r.last_seq)
+
 -- fragment: needed
 -- Whether a run `r` is a child whose parent, or the root of whose tree, has not ended: its result may
 -- be asked for.

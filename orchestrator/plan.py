@@ -194,11 +194,8 @@ def not_a_step(given: object) -> str:
 
 
 def on_cancel_steps(plans: Iterable["Plan"]) -> dict[str, str | None]:
-    """The names of the `on_cancel` steps of plans; "" if there is none, and steps are undone."""
-    return {
-        plan.name: plan.on_cancel.name if plan.on_cancel else "" if plan.undo_steps else None
-        for plan in plans
-    }
+    """The names of the `on_cancel` steps of plans; None if there is none."""
+    return {plan.name: plan.on_cancel.name if plan.on_cancel else None for plan in plans}
 
 
 Element = Step | Wait

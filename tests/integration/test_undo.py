@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from beatless import (
+    App,
     Fatal,
     Plan,
     RunContext,
@@ -159,6 +160,7 @@ PLANS = [
     Plan("cancelled_before", [is_cancelled, charge, deliver]),
     Plan("waits", [rest, reserve, wait("go"), deliver]),
     Plan("late", [rest, deliver, reserve]),
+    Plan("waits_first", [rest, wait("go"), reserve]),
 ]
 
 
@@ -424,6 +426,55 @@ def test_a_run_that_reaches_its_deadline_while_it_waits_is_undone(
     assert (found.state, found.error["type"]) == (RunState.FAILED, "DeadlineExceeded")
     assert undone_steps()[-1] == "reserve"
     beatless.verify()
+
+
+def other_process(kit: Kit, plans: list[Plan]) -> Kit:
+    """A relay and client with other plans than the workers."""
+    return Kit(App(kit.app.settings, plans))
+
+
+@pytest.mark.parametrize("known", ["no plans", "a plan without undo"])
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+@pytest.mark.parametrize(("name", "input"), [("waits", {}), ("pays", {"waits": True})])
+def test_who_knows_of_no_undo_leaves_the_run_to_a_worker_that_does(
+    beatless: Kit, name: str, input: Any, how: str, known: str
+) -> None:
+    run = beatless.start_run(name, input, deadline=30)
+    beatless.work_until_idle()
+    lacks = Plan(name, [step(name="reserve")(rest.function), wait("go")])
+    other = other_process(beatless, [lacks] if known == "a plan without undo" else [])
+    try:
+        if how == "cancel":
+            other.client.cancel_run(run.run_id)
+        else:
+            beatless.advance(31)
+            other.drain_outbox_once()
+        assert not beatless.client.get_run(run.run_id).state.final
+    finally:
+        other.close()
+        other.app.close()
+    finish(beatless)
+
+    found = beatless.client.get_run(run.run_id)
+    assert found.state is (RunState.CANCELLED if how == "cancel" else RunState.FAILED)
+    assert undone_steps()[-1] == "reserve"
+    beatless.verify()
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+def test_a_run_that_waits_before_the_first_step_to_undo_ends_without_a_worker(
+    beatless: Kit, how: str
+) -> None:
+    run = beatless.start_run("waits_first", {}, deadline=30)
+    beatless.work_until_idle()
+    if how == "cancel":
+        beatless.client.cancel_run(run.run_id)
+    else:
+        beatless.advance(31)
+        beatless.drain_outbox_once()
+
+    assert beatless.client.get_run(run.run_id).state.final
+    assert "UndoStarted" not in beatless.event_types(run.run_id)
 
 
 def test_the_back_off_of_an_undo_outlives_the_deadline(beatless: Kit) -> None:
