@@ -1,7 +1,9 @@
 """`beatless dev`."""
 
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,9 +14,11 @@ from click.core import ParameterSource
 from beatless.cli.environment import Environment
 from beatless.cli.migrate import tell_schedules
 from beatless.cli.stopping import stop_on_signals
+from beatless.demo import PLANS
 from beatless.errors import BadRequest
 from beatless.local.ports import is_free
 from beatless.local.stack import Stack
+from beatless.settings import Settings
 
 
 @click.command()
@@ -52,42 +56,65 @@ def dev(
         flower_port=None if no_flower else usable(context, "flower_port", flower_port),
     )
 
+    say = env.note if env.as_json else click.echo
+
     def stop() -> None:
         stack.stopping = True
         stack.alarm.ring()
 
     with stop_on_signals(stop), stack:
         try:
-            stack.start(env.note if env.as_json else click.echo, partial(check_app, env, stack))
+            stack.start(
+                say, load=partial(load_app, env), check=partial(apply_schedules, env, stack)
+            )
         except KeyboardInterrupt:
             return
         if env_file is not None:
             write_env_file(env_file, stack.environ())
+        for line in hints(env, env_file):
+            say(line)
         env.document(stack.facts()) if env.as_json else click.echo("ready")
         stack.watch(env.note)
 
 
-def check_app(env: Environment, stack: Stack) -> None:
-    """Import the named app once, with the variables of the stack, before its processes do.
+def load_app(env: Environment, settings: Settings) -> Settings:
+    """Import the named app once, with the settings of the stack, before its processes do.
 
-    Its schedules are stored. Says if it names other servers than those. Raises BadSetting and
-    AppFailed.
+    Returns the settings with the schema and the prefix that the app has. Says if it names other
+    servers. Raises BadSetting and AppFailed.
     """
     if not env.app_name:
-        return
+        return settings
     for name in [name for name in os.environ if name.startswith("BEATLESS_")]:
         del os.environ[name]
-    os.environ.update(stack.environ())
-    own = env.app.settings.to_env()
-    for name, here in (("BEATLESS_DATABASE_URL", "Postgres"), ("BEATLESS_REDIS_URL", "Redis")):
-        if (named := address(own[name])) != address(os.environ[name]):
+    os.environ.update(settings.to_env())
+    own = env.app.settings
+    for server, setting in (("Postgres", "database_url"), ("Redis", "redis_url")):
+        if (named := address(getattr(own, setting))) != address(getattr(settings, setting)):
             env.note(
-                f"{env.app_name} names a {here} of its own, {named}: the one that was started here "
-                f"is not used; let the App follow {name}"
+                f"{env.app_name} names a {server} of its own, {named}: the one that was started "
+                f"here is not used; let the App follow BEATLESS_{setting.upper()}"
             )
-            if here == "Postgres":
-                return  # which `beatless migrate` sees to
-    tell_schedules(env, env.app.client.apply_schedules(env.app.schedules))
+    return replace(settings, schema=own.schema, prefix=own.prefix)
+
+
+def hints(env: Environment, env_file: Path | None) -> Iterator[str]:
+    """Lines for whoever is new: the plans that can be started, and the way of others to here."""
+    plans = env.app.plans if env.app_name else {plan.name: plan for plan in PLANS}
+    demo = "" if env.app_name else " of the demo; yours: beatless --app MODULE:ATTRIBUTE dev"
+    yield f"plans {', '.join(plans)}{demo}"
+    way = f"set -a; . {shlex.quote(str(env_file))}" if env_file else "beatless dev --env-file FILE"
+    yield f"settings found by `beatless` in this directory; for other processes: {way}"
+
+
+def apply_schedules(env: Environment, stack: Stack) -> None:
+    """Store the schedules of the named app, unless its database is one that `dev` has not started.
+
+    Those of that one are stored by `beatless migrate`.
+    """
+    started = stack.environ()["BEATLESS_DATABASE_URL"]
+    if env.app_name and address(env.app.settings.database_url) == address(started):
+        tell_schedules(env, env.app.client.apply_schedules(env.app.schedules))
 
 
 def address(url: str) -> str:

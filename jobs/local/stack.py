@@ -63,12 +63,14 @@ class Stack:
     def start(
         self,
         say: Callable[[str], None] = lambda _: None,
+        load: Callable[[Settings], Settings] = lambda settings: settings,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Bring everything up; `say` gets a line for each part, without passwords.
 
-        `check` is called when the servers are up and migrated, before the first process starts:
-        its exception ends the start.
+        `load` gets the settings when the servers are up, and returns those to use: an app may have
+        chosen its schema and prefix. `check` is called when that schema is migrated, before the
+        first process starts. An exception of either ends the start.
 
         Raises AlreadyRunning, NotReady, ServicesMissing, ServiceFailed and BadSetting.
         """
@@ -81,17 +83,21 @@ class Stack:
         say(f"postgres {redact(self.postgres.url)}")
         say(f"redis {redact(self.valkey.url)}")
         # The other settings (schema, prefix, lease …) are the user's own.
-        self.settings = Settings.from_env(
-            database_url=self.postgres.url,
-            listen_url="",
-            redis_url=self.valkey.url,
-            broker_url="",
-            app=self._app_name,
-            metrics_port=None,  # one port would be asked for by each of the processes
-            **self._options,
+        self.settings = load(
+            Settings.from_env(
+                database_url=self.postgres.url,
+                listen_url="",
+                redis_url=self.valkey.url,
+                broker_url="",
+                app=self._app_name,
+                metrics_port=None,  # one port would be asked for by each of the processes
+                **self._options,
+            )
         )
+        schema, prefix = self.settings.schema, self.settings.prefix
+        say(f"names schema {schema} (tables), prefix {prefix} (queues, channels, keys)")
         engine = connect_engine(self.settings.database_url, "beatless migrate", direct=True)
-        migrate(engine, self.settings.schema)
+        migrate(engine, schema)
         engine.dispose()
         check()
         self.relay = self._child("relay", ["relay"])
@@ -120,6 +126,7 @@ class Stack:
         for worker in self.workers:
             say(f"worker PID {worker.pid}")
         say(f"relay PID {self.relay.pid}")
+        say(f"logs {self._directory.data}")
         self._directory.announce(self.environ())
 
     def environ(self) -> dict[str, str]:

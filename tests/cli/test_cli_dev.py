@@ -20,10 +20,11 @@ SECONDS = 240.0
 class Dev:
     """One `beatless dev`, started and ready."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, app: str = "") -> None:
         self.directory = directory
+        named = ["--app", app] if app else []
         self.process = subprocess.Popen(
-            beatless("dev", "--port", "0", "--flower-port", "0", *arguments),
+            beatless(*named, "dev", "--port", "0", "--flower-port", "0", *arguments),
             cwd=directory,
             env=environ(),
             stdout=subprocess.PIPE,
@@ -102,8 +103,8 @@ def gone(pids: list[int]) -> None:
 def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
     started: list[Dev] = []
 
-    def start(*arguments: str) -> Dev:
-        started.append(Dev(tmp_path, *arguments))
+    def start(*arguments: str, app: str = "") -> Dev:
+        started.append(Dev(tmp_path, *arguments, app=app))
         return started[-1]
 
     yield start
@@ -116,7 +117,13 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     stack = dev("--ephemeral", "--workers", "2", "--env-file", "beatless.env")
 
     names = [line.split()[0] for line in stack.lines]
-    assert names == ["postgres", "redis", "api", "flower", "worker", "worker", "relay", "ready"]
+    parts = ["api", "flower", "worker", "worker", "relay"]
+    hints = ["logs", "plans", "settings"]
+    assert names == ["postgres", "redis", "names", *parts, *hints, "ready"]
+    assert "schema beatless (tables), prefix beatless (queues" in stack.lines[2]
+    assert stack.lines[-4] == f"logs {tmp_path / '.beatless' / 'ephemeral'}"
+    assert stack.lines[-3].startswith("plans agents.run, code_census of the demo")
+    assert stack.lines[-2].endswith("set -a; . beatless.env")
     lines = (tmp_path / "beatless.env").read_text().splitlines()
     assert all(line.startswith("BEATLESS_") and "=" in line for line in lines)
     assert (tmp_path / "beatless.env").stat().st_mode & 0o077 == 0
@@ -166,6 +173,33 @@ def only(ctx): ...
 settings = Settings.from_env(database_url="postgresql://shop@127.0.0.1:1/orders")
 app = App(settings, plans=[Plan("shop", [only])])
 """
+
+
+OWN_NAMES = """
+from beatless import App, Plan, Settings, step
+
+
+@step
+def only(ctx): ...
+
+
+app = App(Settings.from_env(schema="orders", prefix="shop"), plans=[Plan("checkout", [only])])
+"""
+
+
+@pytest.mark.long
+def test_dev_takes_the_names_that_an_app_has_chosen(
+    dev: Callable[..., Dev], tmp_path: Path
+) -> None:
+    (tmp_path / "shop.py").write_text(OWN_NAMES)
+
+    stack = dev("--ephemeral", "--no-flower", "--env-file", "dev.env", app="shop:app")
+
+    assert "names schema orders (tables), prefix shop (queues, channels, keys)" in stack.lines
+    assert "plans checkout" in stack.lines
+    settings = (tmp_path / "dev.env").read_text().splitlines()
+    assert {"BEATLESS_SCHEMA=orders", "BEATLESS_PREFIX=shop"} <= set(settings)
+    assert call(tmp_path, "start", "checkout", "--follow").returncode == 0
 
 
 @pytest.mark.long
