@@ -11,7 +11,6 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun
 from beatless.orchestrator.schedule import Schedule, ScheduleState, StoredSchedule
 from beatless.orchestrator.ticks import Ticks, jitter_s
-from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 
@@ -64,7 +63,7 @@ class Schedules:
     """The statements of one schema over schedules."""
 
     def __init__(self, schema: str) -> None:
-        self._sql = statements(__file__, schema, last_shard=SHARDS - 1)
+        self._sql = statements(__file__, schema)
 
     def create(self, connection: Caller, new: NewSchedule) -> StoredSchedule:
         """Store a schedule; its first tick is the next one. Raises ScheduleConflict."""

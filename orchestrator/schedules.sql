@@ -13,9 +13,8 @@ s.last_tick, s.last_run_id, s.last_fired_at, s.last_late_s, s.failures, s.create
 %(run)s::jsonb - ARRAY['run_id', 'shard', 'key', 'not_before', 'delay']
 
 -- fragment: ring_all
--- Ring each relay that sleeps: any of them may be the one that fires.
-(SELECT count(CASE WHEN {each_asleep} THEN pg_notify('beatless_{schema}', shard || ' times') END)
-   FROM generate_series(0, {last_shard}) AS bell(shard))
+-- Ring each relay, whether it sleeps or not: any of them may be the one that fires.
+pg_notify('beatless_{schema}', 'schedules')
 
 -- name: clock
 -- Read the clock of Postgres.

@@ -41,6 +41,10 @@ MEMBERS_CHANGED = json.dumps({"relays": "changed"})
 """The message between relays when one came, went or gave shards back."""
 
 
+SCHEDULES_CHANGED = "schedules"
+"""The message of a writer that has stored or changed a schedule, to each relay."""
+
+
 class State(StrEnum):
     AWAKE = "awake"
     DROWSY = "drowsy"
@@ -61,6 +65,8 @@ class Ring(IntEnum):
     def of(cls, message: str) -> "Ring":
         """The meaning of a message on the channel: a shard, and a word if it is not all."""
         _, _, word = message.partition(" ")
+        if message == SCHEDULES_CHANGED:
+            return cls.TIMES
         return {"events": cls.EVENTS, "times": cls.TIMES}.get(word, cls.ALL)
 
 
@@ -87,6 +93,8 @@ class Sessions:
         self.state = State.AWAKE
         self.rung = Ring.NOTHING
         self.members_changed = False
+        self.schedules_changed = False
+        """Heard in any state, for an earlier tick than the known ones may have come."""
         self.watch_granted = False
         self._ping = ""
         self._ponged = False
@@ -182,6 +190,7 @@ class Sessions:
             self._ponged |= payload == self._ping
             self._on_message(payload)
             return
+        self.schedules_changed |= payload == SCHEDULES_CHANGED
         self.rung = max(self.rung, Ring.of(payload))
 
     def doze(self, shards: Sequence[int]) -> None:

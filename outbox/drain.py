@@ -58,7 +58,9 @@ class Drain:
         """Seconds from the last step to the next due time or deadline of a run, or the next tick of
         a schedule, if it looked ahead; None: there is none."""
         self.overdue = OverdueRuns(connection, config.overdue, config.observer)
-        self.schedules = DueSchedules(connection, config.fire, config.observer)
+        self.schedules = DueSchedules(
+            connection, config.fire, config.queries.next_tick_sql, config.observer
+        )
         self.events = EventLane(
             connection,
             config.queries,

@@ -258,6 +258,7 @@ class Queries:
         self.defer_sql = sql["defer"]
         self.postpone_sql = sql["postpone"]
         self.next_due_sql = sql["next_due"]
+        self.next_tick_sql = sql["next_tick"]
         self.resend_unclaimed_sql = sql["resend_unclaimed"]
 
 

@@ -291,6 +291,16 @@ UPDATE {schema}.dispatches d
        reason = CASE reason WHEN 'lease' THEN reason ELSE 'refused' END
  WHERE {unclaimed}
 
+-- fragment: next_tick_s
+-- Seconds until the next tick of a schedule; null if there is none.
+(SELECT extract(epoch FROM least(look_at, clock_timestamp() + interval '1 day')
+                           - clock_timestamp())::float8 FROM {schema}.schedules
+  WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1)
+
+-- name: next_tick
+-- Read in how many seconds a schedule has its next tick: a relay stays awake, and has fired some.
+SELECT {next_tick_s}
+
 -- name: next_due
 -- Read how many seconds the relay may sleep: until a run is due, until one meets its deadline, and
 -- until a schedule has a tick; and whether it has left something of what is due.
@@ -304,9 +314,7 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
                                         clock_timestamp() + interval '1 day')
                                   - clock_timestamp())::float8 FROM {schema}.dispatches
          WHERE deadline_at IS NOT NULL AND shard = ANY(%(shards)s) ORDER BY deadline_at LIMIT 1),
-       (SELECT extract(epoch FROM least(look_at, clock_timestamp() + interval '1 day')
-                                  - clock_timestamp())::float8 FROM {schema}.schedules
-         WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1),
+       {next_tick_s},
        coalesce(bool_or(t.is_left), false)
          OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
   FROM (

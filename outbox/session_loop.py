@@ -7,7 +7,6 @@ from beatless.outbox.clock import monotonic
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import Ring, Sessions, State
 from beatless.outbox.drain import Drain
-from beatless.outbox.due_schedules import SCHEDULES_POLL_S
 from beatless.outbox.observer import (
     RelayAsleep,
     RelayWoke,
@@ -144,14 +143,21 @@ class SessionLoop:
                 nap = min(2 * nap, max(self._config.nap, LONGEST_NAP_S))
             if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
-            schedules = self.drain.schedules
-            if schedules.due or monotonic() - schedules.looked_at > SCHEDULES_POLL_S:
-                schedules.fire()
+            self._look_at_schedules()
             self._run_watchdog()
             if self._stopping.is_set() or self.sessions.members_changed:
                 return
         self._drowsy_moved = 0
         self.sessions.doze(self.shards.owned)
+
+    def _look_at_schedules(self) -> None:
+        schedules = self.drain.schedules
+        if self.sessions.schedules_changed:
+            # Before the look: a change that comes behind it is heard of as well.
+            self.sessions.schedules_changed = False
+            schedules.expect_change()
+        if schedules.due:
+            schedules.look(self.shards.owned)
 
     def _gather(self, moved: int) -> None:
         """Wait for the messages of the next moment, the longer the more there are.

@@ -2,6 +2,7 @@
 
 import sqlalchemy
 
+from beatless.outbox.doorbell import SCHEDULES_CHANGED
 from beatless.outbox.queries import execute
 from beatless.outbox.times import MOST_S, is_number
 
@@ -79,4 +80,6 @@ UPDATE {schema}.run_events
  WHERE type = '{type}' AND jsonb_typeof(data -> '{member}') = 'number'""",
             moved,
         )
-    execute(connection, "SELECT pg_notify(%(c)s, '')", {"c": channel})
+    # A relay that stays awake knows the time of the next tick as it was.
+    for message in ("", SCHEDULES_CHANGED):
+        execute(connection, "SELECT pg_notify(%(c)s, %(m)s)", {"c": channel, "m": message})
