@@ -152,8 +152,7 @@ class Firing:
                 )
                 ticks.append(due.next(self._new_run_id))
             except Exception as error:
-                # Any error: a time zone that this machine lacks, or a rule that a newer version has
-                # stored, must not stop the others.
+                # Any error: a time zone that this machine lacks must not stop the others.
                 failed.append(self._stop(connection, namespace, name, version, error))
         if not ticks:
             return [each for each in failed if each]

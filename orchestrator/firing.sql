@@ -7,7 +7,7 @@ SELECT s.namespace, s.name, s.version, s.cron, s.every, s.tz, s.catch_up, s.jitt
        extract(epoch FROM coalesce(%(now)s, clock_timestamp()) - s.due_at)::float8,
        s.look_at > s.due_at
   FROM {schema}.schedules s
- WHERE s.look_at <= (SELECT coalesce(%(now)s, clock_timestamp()))
+ WHERE s.look_at <= (SELECT coalesce(%(now)s, clock_timestamp())) AND {firable}
  ORDER BY s.look_at LIMIT {batch} FOR NO KEY UPDATE SKIP LOCKED
 
 -- name: fire

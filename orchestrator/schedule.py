@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self
 from zoneinfo import ZoneInfo
 
+from beatless.orchestrator.open_enum import OpenEnum
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.ticks import (
@@ -24,7 +25,7 @@ MAX_JITTER_S = 86_400
 """Seconds by which a tick can be put off at random, at most."""
 
 
-class CatchUp(StrEnum):
+class CatchUp(OpenEnum):
     """The ticks that are fired later of those that were missed by more than a minute."""
 
     ONE = "one"
@@ -32,7 +33,7 @@ class CatchUp(StrEnum):
     NONE = "none"
 
 
-class Overlap(StrEnum):
+class Overlap(OpenEnum):
     """The treatment of a tick while a run of the same schedule has not ended."""
 
     ALLOW = "allow"
@@ -136,7 +137,7 @@ class Schedule:
         return Ticks(cron=self.cron, every_s=self.every, tz=self.tz)
 
 
-class ScheduleState(StrEnum):
+class ScheduleState(OpenEnum):
     """Whether a schedule fires, and if not, why not."""
 
     ACTIVE = "active"
@@ -213,6 +214,19 @@ class StoredSchedule:
         """Its ticks."""
         return Ticks(cron=self.cron, every_s=self.every, tz=self.tz)
 
+    @property
+    def understood(self) -> bool:
+        """Whether its ticks can be computed here.
+
+        Not those of a newer version's rule, nor those in a zone that this machine lacks.
+        """
+        return (
+            (self.cron is None) != (self.every is None)
+            and (self.cron is None or not problem_with_cron(self.cron))
+            and (self.every is None or not problem_with_every(self.every))
+            and not problem_with_zone(self.tz)
+        )
+
     def defines(self, schedule: Schedule) -> bool:
         """Whether it has the ticks and rules of this declaration; its runs are not compared."""
         return (
@@ -223,16 +237,19 @@ class StoredSchedule:
         )
 
     def local(self, tick: datetime) -> datetime:
-        """A tick in the time zone of the schedule."""
-        return tick.astimezone(ZoneInfo(self.tz))
+        """A tick in the time zone of the schedule; in UTC if this machine lacks that."""
+        return tick.astimezone(UTC if problem_with_zone(self.tz) else ZoneInfo(self.tz))
 
     def next_ticks(self, count: int = 5) -> list[datetime]:
-        """The ticks that come next, the first of them `next_tick`."""
+        """The ticks that come next, the first of them `next_tick`.
+
+        That alone if it is not `understood`.
+        """
         found: list[datetime] = []
-        tick = self.next_tick
+        tick, understood = self.next_tick, self.understood
         while tick is not None and len(found) < count:
             found.append(tick)
-            tick = self.ticks.after(tick)
+            tick = self.ticks.after(tick) if understood else None
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -59,6 +59,16 @@ class AppliedSchedules:
     """Of plans that the app has no more."""
 
 
+def check_understood(stored: StoredSchedule) -> None:
+    """Raises ScheduleConflict if its ticks cannot be computed here."""
+    if not stored.understood:
+        raise ScheduleConflict(
+            stored.name,
+            "has ticks that this version or machine cannot compute: take the version that stored "
+            f"it, or a machine with its time zone {stored.tz}",
+        )
+
+
 class Schedules:
     """The statements of one schema over schedules."""
 
@@ -120,7 +130,8 @@ class Schedules:
     def resume(self, connection: Caller, namespace: str, name: str) -> StoredSchedule:
         """Fire from the next tick on; an active one stays as it is.
 
-        Raises ScheduleNotFound, and ScheduleConflict for one that is declared no more.
+        Raises ScheduleNotFound, and ScheduleConflict for one that is declared no more, or whose
+        ticks cannot be computed here.
         """
         stored = self.get(connection, namespace, name)
         if stored.state is ScheduleState.UNDECLARED:
@@ -131,6 +142,7 @@ class Schedules:
             )
         if stored.state is ScheduleState.ACTIVE:
             return stored
+        check_understood(stored)
         following = self._next(connection, name, stored.ticks, stored.jitter)
         return self._set_state(connection, namespace, name, ScheduleState.ACTIVE, following)
 

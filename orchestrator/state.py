@@ -1,10 +1,10 @@
 """The states of a run and which may follow which. Pure."""
 
-from enum import StrEnum
+from beatless.orchestrator.open_enum import OpenEnum
 
 
-class RunState(StrEnum):
-    """The state of a run.
+class RunState(OpenEnum):
+    """The state of a run; one that a newer version has written is shown, and its run left alone.
 
     >>> from beatless import RunState
     >>> RunState("failed") is RunState.FAILED, RunState.FAILED.final
@@ -20,15 +20,6 @@ class RunState(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-    @classmethod
-    def _missing_(cls, value: object) -> "RunState | None":
-        """A state that a newer version has written is shown, and nothing is done to its run."""
-        if not isinstance(value, str):
-            return None
-        unknown = str.__new__(cls, value)
-        unknown._name_, unknown._value_ = value, value
-        return unknown
 
     @property
     def final(self) -> bool:

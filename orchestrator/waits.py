@@ -4,31 +4,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from typing import Any
 
 from beatless.orchestrator.events import storable
 from beatless.orchestrator.forms import Form, form_of
+from beatless.orchestrator.open_enum import OpenEnum
 from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
 from beatless.outbox.times import MOST_S, problem_with_seconds
 
 
-class WaitKind(StrEnum):
-    """The fact that ends a wait, beside its time-out."""
+class WaitKind(OpenEnum):
+    """The fact that ends a wait, beside its time-out.
+
+    A kind that a newer version has written is shown, and its run left to that version.
+    """
 
     SIGNAL = "signal"
     SLEEP = "sleep"
     CHILDREN = "children"
     APPROVAL = "approval"
-
-    @classmethod
-    def _missing_(cls, value: object) -> "WaitKind | None":
-        """A kind that a newer version has written is shown, and its run left to that version."""
-        if not isinstance(value, str):
-            return None
-        unknown = str.__new__(cls, value)
-        unknown._name_, unknown._value_ = value, value
-        return unknown
 
 
 TITLE_CHARACTERS = 200

@@ -65,6 +65,12 @@ CASE WHEN {asleep} THEN pg_notify('beatless_{schema}', (%(shard)s)::text || ' ti
   (SELECT concat_ws('/', xmin, token) FROM {schema}.history LIMIT 1)), 0))
   FROM pg_control_system())
 
+-- fragment: firable
+-- Whether relays look at a schedule, and this version knows how to fire it.
+-- One with a rule of a newer version waits for a relay of that version.
+look_at IS NOT NULL AND state = 'active' AND (cron IS NULL) <> (every IS NULL)
+  AND catch_up IN ('one', 'all', 'none') AND overlap IN ('allow', 'skip', 'replace')
+
 -- fragment: outbox_lag
 -- Three columns: appends that are not published, the oldest's age in seconds, dead letters.
 (SELECT count(*) FROM {schema}.run_outbox),

@@ -293,6 +293,7 @@ UPDATE {schema}.dispatches d
 
 -- fragment: next_tick_s
 -- Seconds until the next tick of a schedule; null if there is none.
+-- Also of one that is not `firable`, for the sake of the index: it counts as held.
 (SELECT extract(epoch FROM least(look_at, clock_timestamp() + interval '1 day')
                            - clock_timestamp())::float8 FROM {schema}.schedules
   WHERE look_at IS NOT NULL ORDER BY look_at LIMIT 1)

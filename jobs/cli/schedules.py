@@ -53,7 +53,7 @@ def _row(stored: StoredSchedule) -> tuple[str, ...]:
         escape(stored.name),
         escape(stored.plan),
         escape(times(stored)),
-        f"[{STYLES[stored.state]}]{stored.state.value}[/]",
+        f"[{STYLES.get(stored.state, 'red')}]{escape(stored.state.value)}[/]",
         local(stored, stored.next_tick),
         f"{age(stored.last_fired_at)} ago" if stored.last_fired_at else "",
         f"{stored.last_late_s:.3f}s" if stored.last_late_s is not None else "",
@@ -64,7 +64,7 @@ def _row(stored: StoredSchedule) -> tuple[str, ...]:
 def times(stored: StoredSchedule) -> str:
     """Its cron expression or interval, in words of the declaration."""
     if stored.cron is None:
-        return f"every {stored.every} s"
+        return f"every {stored.every} s" if stored.every is not None else "by another rule"
     return stored.cron if stored.tz == "UTC" else f"{stored.cron} {stored.tz}"
 
 

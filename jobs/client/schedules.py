@@ -12,7 +12,7 @@ from beatless.namespaces import stored_id
 from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Run, new_run_id
 from beatless.orchestrator.schedule import Backfill, Schedule, StoredSchedule
-from beatless.orchestrator.schedules import AppliedSchedules, NewSchedule
+from beatless.orchestrator.schedules import AppliedSchedules, NewSchedule, check_understood
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.ticks import tick_key
 from beatless.outbox.queries import Caller
@@ -178,7 +178,8 @@ class ScheduleCalls(BaseClient):
 
         The runs have a tag `backfill` with the `id` of the result: `cancel_backfill` takes it. They
         count for no `overlap`. All are stored, or none. Raises ScheduleNotFound, UnknownPlan, and
-        BadRequest for times without a zone or in the future, and for more than 10,000 ticks.
+        BadRequest for times without a zone or in the future, and for more than 10,000 ticks, and
+        ScheduleConflict for a rule or time zone that is not known here.
 
         >>> from datetime import UTC, datetime
         >>> from beatless import Schedule
@@ -195,6 +196,7 @@ class ScheduleCalls(BaseClient):
 
         def fill(caller: Caller) -> Backfill:
             stored = self._schedules.get(caller, self._namespace, name)
+            check_understood(stored)
             _, members, input, now = self._schedules.now(caller, self._namespace, name)
             if end > now:
                 raise BadRequest("to", f"is {end.isoformat()}, which is in the future")

@@ -29,7 +29,8 @@ def schedules(probe: Probe) -> Iterator[Verdict]:
     if late_s > MAX_LATE_S:
         yield problem(
             f"schedule {name} has been due for {late_s:.0f} s, and no relay fires it",
-            "start a relay of this version, or end the transaction that holds the schedule",
+            "start a relay of the newest version in use, for older ones leave alone what they do "
+            "not know; or end the transaction that holds the schedule",
         )
     stored = {each.name: each for each in probe.app.client.declared_schedules() if each.declared}
     declared = {each.name: each for each in probe.app.schedules}

@@ -4,6 +4,7 @@ import sqlalchemy
 
 from beatless.outbox.doorbell import SCHEDULES_CHANGED
 from beatless.outbox.queries import execute
+from beatless.outbox.statements import fragment
 from beatless.outbox.times import MOST_S, is_number
 
 MAX_ADVANCE_S = 100 * MOST_S
@@ -33,7 +34,7 @@ def next_tick_in_s(connection: sqlalchemy.Connection, schema: str) -> float | No
     """
     statement = (
         "SELECT extract(epoch FROM min(look_at) - clock_timestamp())::float8 "
-        f"FROM {schema}.schedules WHERE look_at <= due_at"
+        f"FROM {schema}.schedules WHERE look_at <= due_at AND {fragment('firable', schema)}"
     )
     ((seconds,),) = execute(connection, statement, {})
     return float(seconds) if seconds is not None else None

@@ -11,6 +11,7 @@ from beatless.api.responses import refusals
 router = APIRouter(route_class=GuardedRoute)
 
 UNKNOWN = {404: "no schedule has this name"}
+UNFIT = {409: "this version or machine cannot compute its ticks"}
 TAKEN = {409: "the name belongs to another schedule, or to an app that declares it"}
 
 
@@ -69,7 +70,7 @@ def run_schedule_now(name: str, client: Writer) -> dict[str, Any]:
     return client.run_schedule_now(name).to_dict()
 
 
-@router.post("/v1/schedules/{name}/backfill", status_code=202, responses=refusals(UNKNOWN))
+@router.post("/v1/schedules/{name}/backfill", status_code=202, responses=refusals(UNKNOWN | UNFIT))
 def backfill_schedule(name: str, body: BackfillRequest, client: Writer) -> dict[str, Any]:
     """Start a run for each tick of this time that has none; their number, and their tag."""
     filled = client.backfill_schedule(name, body.from_, body.to)
