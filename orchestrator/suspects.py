@@ -7,7 +7,8 @@ suspect no more, and one that has waited for its turn was none: or hundreds woul
 
 While a suspect waits for those that run to become few, others are held back and let in by turns,
 for 1 s, 2 s, 4 s …: they lose half of the time at most, and the suspect has its turn after at most
-five times as long as the longest of them takes.
+five times as long as the longest of them takes. They are held back for ten minutes at most: if some
+of them take longer, the suspect waits for a gap, and costs the others less and less.
 """
 
 from collections import deque
@@ -22,9 +23,14 @@ from beatless.outbox.clock import monotonic
 MOST_BESIDE = (64, 16, 4)
 """How many bodies a process has at once, after the first deaths with one of them; then one."""
 
-
 HOLD_S = 1.0
 """Seconds for which a suspect that waits holds others back at first, and then lets them pass."""
+
+HOLD_MOST_S = 600.0
+"""Seconds for which it holds others back at most."""
+
+PASS_MOST_S = 3600.0
+"""Seconds for which it lets them pass at most."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -121,9 +127,9 @@ def most_beside(deaths: int) -> float:
 
 def turn_of_others(waited_s: float) -> tuple[bool, float]:
     """Whether others may pass a suspect that has waited for so long, and how long that holds."""
-    turn_s = HOLD_S
-    while waited_s >= 2 * turn_s:
-        waited_s -= 2 * turn_s
-        turn_s *= 2
-    passes = waited_s >= turn_s
-    return passes, (2 * turn_s if passes else turn_s) - waited_s
+    hold_s = pass_s = HOLD_S
+    while waited_s >= hold_s + pass_s:
+        waited_s -= hold_s + pass_s
+        hold_s, pass_s = min(2 * hold_s, HOLD_MOST_S), min(2 * pass_s, PASS_MOST_S)
+    passes = waited_s >= hold_s
+    return passes, (hold_s + pass_s if passes else hold_s) - waited_s

@@ -5,7 +5,14 @@ import pytest
 from beatless.orchestrator import suspects
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.lease import Lease, Leases
-from beatless.orchestrator.suspects import HOLD_S, BodiesInFlight, most_beside, turn_of_others
+from beatless.orchestrator.suspects import (
+    HOLD_MOST_S,
+    HOLD_S,
+    PASS_MOST_S,
+    BodiesInFlight,
+    most_beside,
+    turn_of_others,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +101,7 @@ def test_those_that_were_held_back_pass_when_their_turn_comes(
 
 def test_a_suspect_has_its_turn_after_five_times_the_longest_body(now: list[float]) -> None:
     """Others begin whenever they may: the last of them has ended within a turn of the suspect."""
-    for longest in (0.5, 1, 3, 10, 100, 3600):
+    for longest in (0.5, 1, 3, 10, 100, HOLD_MOST_S):
         waited_s = 0.0
         while True:
             passes, left_s = turn_of_others(waited_s)
@@ -102,6 +109,22 @@ def test_a_suspect_has_its_turn_after_five_times_the_longest_body(now: list[floa
             if not passes and left_s >= longest:
                 break
         assert waited_s - left_s + longest <= max(HOLD_S, 5 * longest)
+
+
+def test_others_are_held_back_for_ten_minutes_at_most_however_long_a_suspect_waits() -> None:
+    """A week, for bodies that take longer than that; it gets a chance each hour or so."""
+    waited_s, held_s, since_hold_s = 0.0, 0.0, 0.0
+    while waited_s < 7 * 86_400:
+        passes, left_s = turn_of_others(waited_s)
+        waited_s += left_s
+        if passes:
+            since_hold_s += left_s
+            assert since_hold_s <= PASS_MOST_S == 3600
+        else:
+            held_s, since_hold_s = held_s + left_s, 0.0
+            assert left_s <= HOLD_MOST_S == 600
+        assert held_s <= waited_s / 2 + HOLD_MOST_S
+    assert held_s < waited_s / 6
 
 
 def test_a_suspect_is_not_passed_by_another_one(bodies: BodiesInFlight, now: list[float]) -> None:
