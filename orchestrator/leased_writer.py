@@ -137,7 +137,7 @@ class LeasedWriter(SureWriter):
                 return self._settle(connection, settlement)
 
         with self._alone():
-            appended = self._write(write, settlement.normal.state, tried=tried)
+            appended = self._write(write, settlement.normal.state, what=settlement, tried=tried)
         self._in_doubt = None
         self._on_commit(settlement, appended)
         self._take_in(appended)
@@ -180,7 +180,7 @@ class LeasedWriter(SureWriter):
                 return appended
 
         with self._alone():
-            appended = self._write(write, settlement.normal.state)
+            appended = self._write(write, settlement.normal.state, what=settlement)
         self._told_seq = told_seq
         if needed is not None:
             return needed
@@ -201,7 +201,7 @@ class LeasedWriter(SureWriter):
                 return appended
 
         with self._alone():
-            appended = self._write(write, settlement.normal.state)
+            appended = self._write(write, settlement.normal.state, what=settlement)
         self._on_commit(settlement, appended)
         self._take_in(appended)
         return appended
@@ -274,23 +274,27 @@ class LeasedWriter(SureWriter):
         return self._output
 
     def close(self) -> None:
-        """Let them write no more, once the one that writes has written."""
+        """Let them write no more, once the one that writes has written. Raises RowHeld."""
         with self._alone():
+            self._forgo_doubt()
             self._speaking = self._output = None
 
     def close_now(self) -> bool:
-        """The same if none writes; else False."""
+        """The same if none writes, and nothing is doubtful; else False."""
         if not self._writing.acquire(blocking=False):
             return False
-        self._speaking = self._output = None
+        sure = self._doubtful is None
+        if sure:
+            self._speaking = self._output = None
         self._writing.release()
-        return True
+        return sure
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
         with self._asking(attempt, event.step):
-            self._write_output()
-            self._append([event])
+            if self._doubtful is None or self._doubtful != event:
+                self._write_output()
+            self._append([event], what=event)
 
     def note_suspect(self, step: str, attempt: int) -> None:
         """Tell whoever notices the death of the whole worker what its board would have told.
@@ -302,16 +306,19 @@ class LeasedWriter(SureWriter):
         )
         note = NewEvent(type=EventType.DEBUG_TRACE, step=step, attempt=attempt, data=data)
         with self._alone():
-            self._append([note])
+            self._append([note], what=note)
 
     def write_output(self, output: StepOutput) -> None:
-        """Commit what an attempt has emitted. Raises LeaseLost, and StepEnded after its end.
+        """Commit what an attempt has emitted.
 
-        Not counted in `asked_s`: it may be another thread's time.
+        Raises RowHeld, LeaseLost, and StepEnded after the attempt's end. Not counted in `asked_s`:
+        it may be another thread's time.
         """
         with self._alone():
             if self._output is not output:
                 raise StepEnded(self._run_id, output.step)
+            if self._doubtful not in (None, output):
+                raise RowHeld(self._run_id)
             self._write_output()
 
     def begin_portion(self, output: StepOutput) -> Portion | None:
@@ -325,6 +332,9 @@ class LeasedWriter(SureWriter):
             raise LeaseLost(self._run_id, self._lease.token)
         output.in_doubt = False
         if not self._writing.acquire(blocking=False):
+            return None
+        if self._doubtful not in (None, output):
+            self._writing.release()
             return None
         is_open = self._output is output
         output.in_doubt = is_open and output.tried
@@ -364,9 +374,10 @@ class LeasedWriter(SureWriter):
             tried, output.tried = output.tried, True
             find = partial(self._find_output, output.first)
             try:
-                self._append(events, tried=tried, find=find)
+                self._append(events, what=output, tried=tried, find=find)
             except RowHeld:
-                output.tried = tried  # nothing was written: the next try need not look for it
+                # Nothing was written: the next try need not look for it.
+                output.tried = tried or self._doubtful is output
                 raise
             output.written()
 
@@ -378,7 +389,12 @@ class LeasedWriter(SureWriter):
         return Appended(last_seq=status.last_seq, cancelled=self._lease.cancelled)
 
     def _append(
-        self, events: Sequence[NewEvent], *, tried: bool = False, find: Find | None = None
+        self,
+        events: Sequence[NewEvent],
+        *,
+        what: object,
+        tried: bool = False,
+        find: Find | None = None,
     ) -> None:
         def write(connection: Connection) -> Appended | None:
             token, after, gives_way = self._lease.token, self._last_seq, GIVES_WAY.get()
@@ -391,7 +407,7 @@ class LeasedWriter(SureWriter):
                     raise RowHeld(self._run_id)
             return appended
 
-        appended = self._write(write, RunState.RUNNING, tried=tried, find=find)
+        appended = self._write(write, RunState.RUNNING, what=what, tried=tried, find=find)
         self._lease.cancelled |= appended.cancelled
 
     def cancel_noticed(self, attempt: Attempt, step: str) -> bool:

@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from itertools import islice
 
 import psycopg
 
 from beatless.orchestrator.errors import LeaseLost, StepEnded
 from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.step_output import INTERVAL_S, Portion, StepOutput
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.outbox.observer import Observer, ignore
@@ -119,7 +121,9 @@ class OutputThread:
     def _write_alone(self, output: StepOutput) -> None:
         """Write what may have been written, or what Postgres has refused together with others."""
         try:
-            output.write()
+            copy_context().run(giving_way, output.write)
+        except RowHeld:
+            self._left[output] = None
         except (LeaseLost, StepEnded):
             return
         except psycopg.Error as error:

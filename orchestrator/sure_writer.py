@@ -59,26 +59,34 @@ class SureWriter:
         self._stopping = stopping
         self._last_seq = lease.run.last_seq
         """Of the last event that is known to be committed."""
+        self._doubtful: object = None
+        """What was to be written when an answer was lost and somebody had the row, until it is
+        known whether it was."""
 
     def _write(
         self,
         write: Callable[[Connection], Appended | None],
         intended: RunState,
         *,
+        what: object,
         tried: bool = False,
         find: Find | None = None,
     ) -> Appended:
-        """Write once, whatever happens to the connection. Raises LeaseLost.
+        """Write once, whatever happens to the connection. Raises LeaseLost, and RowHeld.
 
         A commit whose answer was lost may have happened: `find` looks for it in the journal before
-        the next try; default: for any event of a worker.
+        the next try; default: for any event of a worker. So after a RowHeld the same is to be
+        written next: `what` it is.
         """
+        tried = tried or (self._doubtful is not None and self._doubtful == what)
 
         def act(connection: Connection) -> Appended | None:
             nonlocal tried
             if tried:
+                self._doubtful = what
                 self._renew(connection)
                 found = find(connection) if find else self._find_any(connection, intended)
+                self._doubtful = None
                 if found is not None:
                     return found
             tried = True
@@ -148,8 +156,22 @@ class SureWriter:
                     raise
 
     def _renew(self, connection: Connection) -> None:
-        self._leases.renew_token(connection, self._lease)
+        with self._statement(connection):
+            self._leases.renew_token(connection, self._lease)
         self._heartbeat.hold(self._lease)
+
+    def _forgo_doubt(self) -> None:
+        """Have what is doubtful written or not, for good: nobody will write it again."""
+
+        def act(connection: Connection) -> None:
+            self._renew(connection)
+            status = self._inspect(connection)
+            if status.held:  # else the next write learns of it
+                self._last_seq = status.last_seq
+
+        if self._doubtful is not None:
+            self._patiently(act)
+            self._doubtful = None
 
     def _inspect(self, connection: Connection) -> LeaseStatus:
         return self._leases.inspect(connection, self._lease, self._last_seq)

@@ -77,6 +77,16 @@ async def traces(ctx: AsyncStepContext) -> None:
 
 
 @step
+async def traces_twice(ctx: AsyncStepContext) -> None:
+    """The second one is asked for while the first is being written."""
+    CALLED.append(ctx.run_id)
+    await asyncio.to_thread(LET_GO.wait, 60)
+    first = ctx.trace("waits for the row")
+    await ctx.trace("and then")
+    await first
+
+
+@step
 def speaks(ctx: StepContext) -> None:
     """The same in a thread of its own, which waits for the row."""
     CALLED.append(ctx.run_id)
@@ -102,8 +112,22 @@ def thinks(run: RunContext[Any]) -> str:
     return "thought"
 
 
-STEPS = (quick, leaves_a_trace, in_a_thread, inserts, emits, traces, answers, speaks)
-PLANS = [*(Plan(each.name, [each]) for each in STEPS), thinks]
+STEPS = (
+    quick,
+    leaves_a_trace,
+    in_a_thread,
+    inserts,
+    emits,
+    traces,
+    traces_twice,
+    answers,
+    speaks,
+)
+PLANS = [
+    *(Plan(each.name, [each]) for each in STEPS),
+    Plan("goes_on", [in_a_thread, quick]),
+    thinks,
+]
 
 
 @pytest.fixture
@@ -404,6 +428,95 @@ def test_output_before_a_trace_that_waits_for_its_row_keeps_no_thread_from_other
     beatless.verify()
 
 
+class LostAnswers:
+    """The first write of each of some runs has no answer, and somebody has its row from then on."""
+
+    def __init__(
+        self,
+        kit: Kit,
+        holder: psycopg.Connection[Any],
+        own: psycopg.Connection[Any],
+        runs: Sequence[str],
+        committed: bool,
+    ) -> None:
+        self._holder, self._own = holder, own
+        self._runs, self._committed = set(runs), committed
+        self._lock = (
+            f"SELECT FROM {kit.app.settings.schema}.runs WHERE run_id = %s FOR UPDATE"
+        ).encode()
+        self._mutex = threading.Lock()
+        self.lost: set[str] = set()
+        self.tries: Counter[str] = Counter()
+
+    def of(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, of these runs without an answer."""
+
+        def without(caller: Any, run_id: str, *arguments: Any, **options: Any) -> Any:
+            if run_id not in self._runs - self.lost:
+                return write(caller, run_id, *arguments, **options)
+            with self._mutex:
+                if self._committed:
+                    write(self._own, run_id, *arguments, **options)
+                self._holder.execute(self._lock, (run_id,))
+                self.lost.add(run_id)
+            raise psycopg.OperationalError("the answer is lost")
+
+        return without
+
+    def noting(self, renew: Callable[..., None]) -> Callable[..., None]:
+        """The same, and how often it was tried for each run."""
+
+        def noted(connection: psycopg.Connection[Any], lease: Lease) -> None:
+            self.tries[lease.run.run_id] += 1
+            renew(connection, lease)
+
+        return noted
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize(
+    ("plan", "write", "in_doubt"),
+    [
+        ("goes_on", "settle", concurrent.WAITING_WRITES + 2),
+        ("traces", "append", 6),
+        ("traces_twice", "append", 6),
+    ],
+)
+def test_writes_in_doubt_whose_rows_are_held_leave_the_threads_to_others(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    plan: str,
+    write: str,
+    in_doubt: int,
+    committed: bool,
+) -> None:
+    """An answer is lost, and the row that it has to be looked up under belongs to somebody."""
+    monkeypatch.setattr(shared_commits, "LEFT_OUT_S", 0.0)
+    monkeypatch.setattr(GroupCommit, "settle", lambda *_: {})  # each boundary by itself
+    held = [execute(plan, number) for number in range(in_doubt)]
+    until(lambda: len(CALLED) == in_doubt)
+    journal, leases = beatless.app.journal, beatless.app.leases
+    with beatless.app.executors.connect() as own, connection.transaction():
+        answers = LostAnswers(beatless, connection, own, held, committed)
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, write, answers.of(getattr(journal, write)))
+            patched.setattr(leases, "renew_token", answers.noting(leases.renew_token))
+            LET_GO.set()
+            until(lambda: len(answers.tries) == in_doubt)
+            until(lambda: max(answers.tries.values()) >= 2)
+            others = execute("quick", 7), execute("traces")
+            for other in others:
+                assert beatless.wait_for_run_completion(other).state is RunState.COMPLETED
+    for run_id in held:
+        assert beatless.wait_for_run_completion(run_id).state is RunState.COMPLETED
+        names = [e.data["name"] for e in beatless.client.events(run_id) if e.type == "DebugTrace"]
+        once = {"traces": ["waits for the row"], "traces_twice": ["waits for the row", "and then"]}
+        assert names == once.get(plan, [])
+    beatless.verify()
+
+
 class Statements(GroupCommit):
     """Notes of how many runs the output is in each statement; the first waits."""
 
@@ -411,10 +524,14 @@ class Statements(GroupCommit):
         super().__init__(schema)
         self.sizes: list[int] = []
         self.go_on = threading.Event()
+        self.lost = False
 
     def append(self, connection: Any, portions: Sequence[Portion]) -> dict[int, Appended]:
         self.sizes.append(len(portions))
         assert self.go_on.wait(60)
+        if self.lost:
+            self.lost = False
+            raise psycopg.OperationalError("the answer is lost")
         return super().append(connection, portions)
 
 
@@ -462,6 +579,29 @@ def test_output_whose_row_is_held_is_written_later_and_that_of_others_at_once(
         statements.go_on.set()
         for number in range(3):
             beatless.wait_for_event(execute("emits", number), "StepOutput")
+        assert output(beatless, held) == []
+    beatless.wait_for_event(held, "StepOutput")
+    LET_GO.set()
+
+    beatless.wait_for_run_completion(held)
+    assert output(beatless, held) == [["held"]]
+    beatless.verify()
+
+
+def test_output_in_doubt_whose_row_is_held_is_written_once_and_that_of_others_before(
+    beatless: Kit,
+    execute: Callable[..., str],
+    connection: psycopg.Connection[Any],
+    statements: Statements,
+) -> None:
+    held = execute("emits", "held")
+    until(lambda: len(statements.sizes) == 1)
+    with rows_held(beatless, connection, [held]):
+        statements.lost = True
+        statements.go_on.set()
+        for number in range(3):
+            beatless.wait_for_event(execute("emits", number), "StepOutput")
+        assert not statements.lost
         assert output(beatless, held) == []
     beatless.wait_for_event(held, "StepOutput")
     LET_GO.set()
