@@ -30,12 +30,13 @@ def check_seconds(seconds: float) -> None:
 def next_tick_in_s(connection: sqlalchemy.Connection, schema: str) -> float | None:
     """Seconds until the next tick of a schedule is due, below 0 if it is; None without one.
 
-    Without those that wait for the end of the run that they replace.
+    Without those that wait for the end of a run that they replace: no worker ends it meanwhile.
     """
-    statement = (
-        "SELECT extract(epoch FROM min(look_at) - clock_timestamp())::float8 "
-        f"FROM {schema}.schedules WHERE look_at <= due_at AND {fragment('firable', schema)}"
-    )
+    statement = f"""
+SELECT extract(epoch FROM min(look_at) - clock_timestamp())::float8 FROM {schema}.schedules s
+ WHERE {fragment("firable", schema)}
+   AND (look_at <= due_at
+        OR NOT EXISTS (SELECT FROM {schema}.dispatches d WHERE d.schedule_id = s.id))"""
     ((seconds,),) = execute(connection, statement, {})
     return float(seconds) if seconds is not None else None
 

@@ -30,7 +30,7 @@ from beatless.orchestrator.schedule import ScheduleState
 from beatless.orchestrator.ticks import jitter_s
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import FiredTick, Signal, TicksFired
-from beatless.testing import Kit
+from beatless.testing import Kit, time_calls
 
 
 @step
@@ -364,6 +364,40 @@ def test_overlap_replace_cancels_the_run_and_starts_when_it_has_ended(beatless: 
     beatless.advance(2)
     beatless.drain_outbox_once()
     assert ticks_of(beatless, "hourly") == [made.next_tick, made.next_tick + timedelta(hours=1)]
+
+
+@pytest.mark.parametrize("plan", [report, parked], ids=["queued", "waiting"])
+def test_each_tick_replaces_the_run_of_the_one_before_while_time_passes(
+    beatless: Kit, plan: Plan
+) -> None:
+    made = beatless.client.create_schedule(
+        Schedule("hourly", plan, cron="0 * * * *", overlap="replace")
+    )
+    beatless.advance(to_next_tick(beatless, "hourly"))
+    if plan is parked:
+        beatless.work_until_idle()
+    beatless.advance(4 * 3600)
+    assert ticks_of(beatless, "hourly") == [made.next_tick + timedelta(hours=n) for n in range(5)]
+    *replaced, last = runs_of(beatless, "hourly")
+    assert {run.state.value for run in replaced} == {"cancelled"}
+    assert not last.state.final
+
+
+def test_time_passes_at_once_while_a_tick_waits_for_a_run_that_a_worker_has(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beatless.client.create_schedule(Schedule("hourly", report, cron="0 * * * *", overlap="replace"))
+    beatless.advance(to_next_tick(beatless, "hourly"))
+    with beatless.crash(at="step.before"):  # a worker has it
+        beatless.work_until_idle()
+    passes = []
+    move = time_calls.move_into_past
+    monkeypatch.setattr(
+        time_calls, "move_into_past", lambda *given: (passes.append(given[-1]), move(*given))
+    )
+    beatless.advance(24 * 3600)
+    assert len(passes) == 2
+    assert sum(passes) == pytest.approx(24 * 3600)
 
 
 def test_a_drain_as_of_a_time_waits_for_no_run_that_is_to_be_replaced(beatless: Kit) -> None:
