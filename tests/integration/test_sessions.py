@@ -3,10 +3,12 @@
 import asyncio
 import decimal
 import functools
+import inspect
 import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -21,10 +23,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from beatless import (
     App,
+    ApprovalNotOpen,
+    Client,
     Plan,
     Run,
     RunNotFound,
+    RunRequest,
+    Schedule,
     Settings,
+    SignalRequest,
     StatementTimeout,
     StepContext,
     WrongEncoding,
@@ -61,6 +68,8 @@ HOSTILE = {
     "default_transaction_deferrable": "on",
     "jit": "on",
     "jit_above_cost": "0",
+    "transform_null_equals": "on",
+    "debug_parallel_query": "on",
 }
 
 TEXT = "→ 漢字 € ü"
@@ -232,6 +241,61 @@ def act(app: App, connection: Any) -> None:
     cancelled = client.cancel_run(run.run_id, reason=TEXT, connection=connection)
     assert cancelled.error["message"] == TEXT
     assert client.retry_run(run.run_id, connection=connection).input == content
+    assert client.children(run.run_id, connection=connection) == []
+    signal(client, connection, content)
+    schedule(client, connection, content)
+
+
+def signal(client: Client, connection: Any, content: Any) -> None:
+    """Signals, approvals and links: what one call stores is what another one finds."""
+    wanted = RunRequest(plan="two_steps", input=content, tags={"b": TEXT})
+    (run,) = client.start_runs([wanted], connection=connection)
+    sent = client.signal_run(run.run_id, "paid", content, key="k", connection=connection)
+    assert sent.new
+    again = client.signal_run(run.run_id, "paid", content, key="k", connection=connection)
+    assert not again.new
+    request = SignalRequest(run.run_id, "told", content, key="l")
+    assert [each.new for each in client.signal_runs([request], connection=connection)] == [True]
+    assert client.waits(run.run_id, connection=connection) == []
+    with pytest.raises(ApprovalNotOpen):
+        client.approve_run(run.run_id, "Refund", by=TEXT, connection=connection)
+    link = client.approval_link(run.run_id, "Refund", by=TEXT, connection=connection)
+    assert link.expires_at.utcoffset().total_seconds() == 0
+    client.revoke_approval_link(link.id, connection=connection)
+
+
+def schedule(client: Client, connection: Any, content: Any) -> None:
+    """Schedules: a calendar of another zone than the session's, and a backfill of two ticks."""
+    name = uuid.uuid4().hex
+    given = Schedule(name, "two_steps", cron="30 2 * * *", tz="America/Lima", input=content)
+    made = client.create_schedule(given, connection=connection)
+    assert (made.next_tick.hour, made.next_tick.minute) == (7, 30)
+    found = client.schedule(name, connection=connection)
+    assert (found, found.input) == (made, content)
+    assert found in client.schedules(after="", limit=1000, connection=connection)
+    given = replace(given, cron="30 3 * * *")
+    assert client.update_schedule(given, connection=connection).next_tick.hour == 8
+    assert client.pause_schedule(name, connection=connection).state == "paused"
+    assert client.resume_schedule(name, connection=connection).state == "active"
+    run = client.run_schedule_now(name, connection=connection)
+    assert (run.schedule, run.input, run.tick.utcoffset()) == (name, content, timedelta())
+    first = datetime(2024, 5, 1, tzinfo=UTC)
+    days = client.backfill_schedule(name, first, first + timedelta(2), connection=connection)
+    assert days.runs == 2
+    runs = client.list_runs(tags={"backfill": days.id}, connection=connection)
+    assert {run.tick for run in runs} == {first.replace(day=d, hour=8, minute=30) for d in (1, 2)}
+    assert client.cancel_backfill(days.id, connection=connection) == 2
+    client.delete_schedule(name, connection=connection)
+
+
+def test_every_call_on_a_callers_connection_is_made_by_these_tests() -> None:
+    source = "".join(map(inspect.getsource, (act, signal, schedule)))
+    calls = [
+        name
+        for name, call in inspect.getmembers(Client, inspect.isfunction)
+        if not name.startswith("_") and "connection" in inspect.signature(call).parameters
+    ]
+    assert [name for name in calls if f"client.{name}(" not in source] == []
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
