@@ -383,12 +383,17 @@ def hold(ctx: StepContext) -> str:
 
 
 @step
-def multiply(ctx: StepContext) -> list[list[int]]:
-    """In processes of its own, of both kinds that the standard library has."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        first = pool.map(abs, [-1, -2])
+def multiply(ctx: StepContext) -> dict[str, list[int]]:
+    """In processes of its own, of each kind that the standard library has."""
+    results = {}
+    for method in ("fork", "spawn", "forkserver"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            results[method] = pool.map(abs, [-1, -2])
     with ProcessPoolExecutor(1) as executor:
-        return [first, list(executor.map(abs, [-3, -4]))]
+        results["executor"] = list(executor.map(abs, [-3, -4]))
+    with multiprocessing.Manager() as manager:
+        results["manager"] = list(manager.list([5, 6]))
+    return results
 
 
 multiplies = Plan("multiplies", [multiply])

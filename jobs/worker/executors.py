@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
 import psycopg
@@ -135,8 +136,7 @@ class Executors:
         place = getattr(current_process(), "index", 0)
         self.counts.counts.take(place)
         if pool_child:
-            # Or the bodies could not start processes with multiprocessing.
-            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+            allow_processes()
         slots = slots_of(place) if pool_child else range(SLOTS)
         self._slots = len(slots)
         self._heartbeat = Heartbeat(
@@ -223,3 +223,14 @@ class Executors:
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""
         return postgres.connect(self._settings, f"{WORKER}{self.roster.worker}".rstrip())
+
+
+def allow_processes() -> None:
+    """Let bodies in a child of Celery's pool start processes with multiprocessing, in any way.
+
+    The child is a daemon, and its key for connections is of a type of billiard's, which refuses to
+    go to a process that multiprocessing spawns.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    config["daemon"] = False
+    config["authkey"] = AuthenticationString(bytes(config["authkey"]))
