@@ -38,7 +38,18 @@ END_TRIES_S = 30.0
 """Seconds for which a row that another transaction holds is tried again."""
 
 RENEWAL_S = 60.0
-"""Seconds that one wait lasts: a statement that waits has a snapshot, and holds up VACUUM."""
+"""Seconds that one wait lasts: a statement that waits has a snapshot, and rows that die meanwhile
+stay where each scan meets them."""
+
+BUSY_XIDS_PER_S = 10.0
+"""Transactions per second that write above which a watch looks again and again, and waits for
+nothing."""
+
+BUSY_RECHECK_S = 0.5
+"""Seconds between two looks then."""
+
+LOAD_S = 1.0
+"""Seconds for which much is taken to be written after somebody has said so."""
 
 CLIENT_CHECK_INTERVAL = "200ms"
 """How often Postgres looks whether a keeper whose session waits is still there: the end of one that
@@ -78,7 +89,8 @@ class FleetWatch:
 
     1. a keeper takes the lock of a number above all others, and tells the relays
     2. a keeper awaits the lock of the next number below its own, a relay that of the highest: so
-       each worker is awaited by the one that came after it, and no two await each other
+       each worker is awaited by the one that came after it, and no two await each other. While
+       much is written they look twice a second instead: see `BUSY_XIDS_PER_S`
     3. a lock that is granted means that its session is gone, or was ended: its worker is suspected,
        and so is every other one that was there before and is not any more
     4. a suspect is dead if after `PROOF_S` it has no session at all: neither its keeper, which
@@ -121,6 +133,9 @@ class FleetWatch:
         self._orphans: dict[int, Orphan] = {}
         """By token."""
         self._look_at = 0.0
+        self._load_until = 0.0
+        self._next_xid, self._read_at = 0, NEVER
+        """At the last look: the next transaction id, and the time by the monotonic clock."""
         self._failures = 0
         self._backoff = Backoff(initial=0.05, cap=BACKOFF_CAP_S)
 
@@ -135,6 +150,18 @@ class FleetWatch:
     def look_soon(self) -> None:
         """Have the next `once` look at the workers that are there. Safe from any thread."""
         self._look_at = 0.0
+
+    def note_load(self) -> bool:
+        """Much is being written; whether that is news, and a reason for `once`.
+
+        Safe from any thread.
+        """
+        now = monotonic()
+        is_news = now >= self._load_until
+        self._load_until = now + LOAD_S
+        if is_news:
+            self._look_at = 0.0
+        return is_news
 
     def once(self) -> bool:
         """Do what is due; False if the session was lost, and is opened again a little later."""
@@ -183,7 +210,8 @@ class FleetWatch:
         try:
             idle_s = max(MIN_IDLE_S, 2 * self._leases.seconds)
             connection.execute(self._sql["outlast"].encode(), {"idle_s": f"{idle_s:.0f}"})
-            self._number = max(self._members(connection), default=0) + 1
+            members, _ = self._members(connection)
+            self._number = max(members, default=0) + 1
             while not _granted(connection, self._sql["take_number"], self._number):
                 self._number += 1
             message = {"channel": channel_of(self._schema), "message": WORKERS_CHANGED}
@@ -196,9 +224,12 @@ class FleetWatch:
     def _look(self, connection: DirectConnection) -> float:
         """See who is there, and await the next one; seconds until to look again."""
         self._stop_waiting(connection)
-        members = self._members(connection)
+        members, next_xid = self._members(connection)
         here = set(members.values()) - {self._worker}
         now = monotonic()
+        written, seconds = next_xid - self._next_xid, now - self._read_at
+        is_busy = now < self._load_until or (seconds > 0 and written > BUSY_XIDS_PER_S * seconds)
+        self._next_xid, self._read_at = next_xid, now
         for worker in self._known - here:
             self._suspects.setdefault(worker, now)
         self._known = here
@@ -212,6 +243,8 @@ class FleetWatch:
         if self._suspects or self._orphans:
             return RECHECK_S
         below = max((number for number in members if number < self._number), default=None)
+        if below is not None and is_busy:
+            return BUSY_RECHECK_S
         if below is not None:
             connection.pgconn.send_query(self._await_text(below))
             connection.pgconn.flush()
@@ -278,10 +311,11 @@ class FleetWatch:
         if granted:
             _granted(connection, self._sql["give_number"], number)
 
-    def _members(self, connection: DirectConnection) -> dict[int, str]:
-        """What names the worker of each number."""
+    def _members(self, connection: DirectConnection) -> tuple[dict[int, str], int]:
+        """What names the worker of each number; and the next transaction id."""
         rows = connection.execute(self._sql["members"].encode(), {"keeper": OF_KEEPER}).fetchall()
-        return dict(rows)
+        members = {number: worker for number, worker, _ in rows if number is not None}
+        return members, rows[0][2]
 
     def _await_text(self, number: int) -> bytes:
         return re.sub(r"%\(number\)s", str(number), self._sql["await_number"]).encode()

@@ -5,13 +5,16 @@
 '{schema}.workers'::regclass::oid::int4
 
 -- name: members
--- List the keepers that hold a number, each with what names its worker.
-SELECT l.objid::int8, substring(a.application_name FROM %(keeper)s)
-  FROM pg_locks l JOIN pg_stat_activity a USING (pid)
- WHERE l.locktype = 'advisory' AND l.granted
-   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND l.classid = ({watch_key})::oid AND l.objsubid = 2
-   AND substring(a.application_name FROM %(keeper)s) IS NOT NULL
+-- List the keepers that hold a number, each with what names its worker, and the next transaction id.
+-- If there is none: one row, without a number.
+SELECT m.number, m.worker, pg_snapshot_xmax(pg_current_snapshot())::text::int8
+  FROM (VALUES (1)) AS one LEFT JOIN (
+    SELECT l.objid::int8, substring(a.application_name FROM %(keeper)s)
+      FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+     WHERE l.locktype = 'advisory' AND l.granted
+       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND l.classid = ({watch_key})::oid AND l.objsubid = 2
+       AND substring(a.application_name FROM %(keeper)s) IS NOT NULL) AS m(number, worker) ON true
 
 -- name: sessions
 -- List the workers of which any process has a session.

@@ -32,6 +32,11 @@ class WatchThread:
         if message == WORKERS_CHANGED:
             self._look()
 
+    def note_load(self) -> None:
+        """The relay has much to do."""
+        if self._alarm is not None and self._watch.note_load():
+            self._alarm.ring()
+
     def stop(self) -> None:
         """End the thread. May be called more than once."""
         self._stopping.set()

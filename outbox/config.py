@@ -28,6 +28,9 @@ class Companion(Protocol):
         Any client of the database can send anything.
         """
 
+    def note_load(self) -> None:
+        """The relay has much to do; called again and again while it has. Must be quick."""
+
     def stop(self) -> None:
         """The relay ends. May be called more than once."""
 

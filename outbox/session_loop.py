@@ -133,7 +133,7 @@ class SessionLoop:
             if moved := self.drain.step(self.shards.owned):
                 quiet_since, total = monotonic(), total + moved
                 if total > BURST_MESSAGES:
-                    self._burst_at = quiet_since
+                    self._note_burst(quiet_since)
                 if quiet_since - began > BURST_S:
                     began, total = quiet_since, 0
                 nap = self._config.nap
@@ -168,6 +168,11 @@ class SessionLoop:
         if 1 < moved < FULL_BATCH_MESSAGES:
             self._alarm.quiet()  # of the batch that was just collected
             self._wait(min(moved * PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S))
+
+    def _note_burst(self, now: float) -> None:
+        self._burst_at = now
+        for companion in self._config.companions:
+            companion.note_load()
 
     def _linger(self) -> float:
         """Seconds for which to stay awake after the last message."""

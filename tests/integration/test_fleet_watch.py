@@ -13,8 +13,9 @@ import pytest
 from beatless import App
 from beatless.local.child import Child
 from beatless.local.processes import children_of
+from beatless.orchestrator import fleet_watch
 from beatless.orchestrator.events import EventType, NewEvent
-from beatless.orchestrator.fleet_watch import KEEPER, PROOF_S, WORKER, FleetWatch
+from beatless.orchestrator.fleet_watch import BUSY_RECHECK_S, KEEPER, PROOF_S, WORKER, FleetWatch
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT
@@ -40,12 +41,12 @@ def kill_all(worker: Child) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def awaited(connection: psycopg.Connection[Any], schema: str) -> bool:
-    """Whether anybody watches over a worker."""
+def watched(connection: psycopg.Connection[Any], schema: str) -> bool:
+    """Whether a relay has seen a worker: it waits for its end, or looks again and again."""
     row = connection.execute(
-        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        " AND classid = %s::regclass::oid",
-        [f"{schema}.workers"],
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'beatless watch'"
+        " AND query LIKE %s AND (state = 'idle' OR wait_event = 'advisory')",
+        [f"%'{schema}.workers'%"],
     ).fetchone()
     return row is not None and row[0] > 0
 
@@ -59,7 +60,7 @@ def test_the_run_of_a_worker_of_which_nothing_is_left_goes_on_at_once(
     worker = beatless.worker_process(APP, arguments=POOLS[pool])
     waiting = wait("run")
     waiting.begun(1)
-    until(lambda: awaited(postgres, beatless.app.settings.schema))
+    until(lambda: watched(postgres, beatless.app.settings.schema))
 
     kill_all(worker)
     beatless.worker_process(APP, arguments=POOLS[pool])
@@ -369,6 +370,79 @@ def test_a_relay_has_no_session_for_it_while_there_is_no_worker(fleet: Fleet) ->
     watch.look_soon()
     watch.once()
     assert len(watch.descriptors()) == 1
+
+
+def holds_snapshot(fleet: Fleet, connection: psycopg.Connection[Any]) -> bool:
+    """Whether a session of these watches keeps dead rows from being removed."""
+    pids = [each.info.backend_pid for each in fleet.sessions if not each.closed]
+    row = connection.execute(
+        "SELECT bool_or(backend_xmin IS NOT NULL) FROM pg_stat_activity WHERE pid = ANY(%s)", [pids]
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
+def write(connection: psycopg.Connection[Any]) -> None:
+    """A hundred transactions with an id of their own."""
+    for _ in range(100):
+        connection.execute("SELECT pg_current_xact_id()")
+
+
+def test_a_watch_keeps_no_dead_rows_while_much_is_written(
+    fleet: Fleet, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each scan of a queue would meet them."""
+    fleet.watch(fleet.name())
+    keeper = fleet.watch(fleet.name())
+    until(lambda: holds_snapshot(fleet, connection))
+
+    monkeypatch.setattr(fleet_watch, "BUSY_XIDS_PER_S", 0.01)
+    write(connection)
+    keeper.look_soon()
+    keeper.once()
+    assert not holds_snapshot(fleet, connection)
+    assert 0 < keeper.patience() <= BUSY_RECHECK_S
+
+    monkeypatch.setattr(fleet_watch, "BUSY_XIDS_PER_S", 1e9)
+    keeper.look_soon()
+    keeper.once()
+    until(lambda: holds_snapshot(fleet, connection))
+
+
+def test_a_watch_that_looks_again_and_again_notices_a_death(
+    beatless: Kit,
+    fleet: Fleet,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_watch, "BUSY_XIDS_PER_S", -1.0)
+    name = fleet.name()
+    dying, keeper = fleet.watch(name), fleet.watch(fleet.name())
+    lease = claim(beatless, connection, name)
+    keeper.look_soon()
+    keeper.once()
+    assert keeper.patience() <= BUSY_RECHECK_S
+
+    fleet.watches.remove(dying)
+    dying.close()
+    fleet.run(30)
+
+    assert due(beatless, connection, lease)
+
+
+def test_a_relay_with_much_to_do_has_its_watch_wait_for_nothing(
+    fleet: Fleet, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_watch, "BUSY_XIDS_PER_S", 1e9)
+    monkeypatch.setattr(fleet_watch, "LOAD_S", 3600.0)
+    fleet.watch(fleet.name())
+    watch = fleet.watch()
+    until(lambda: holds_snapshot(fleet, connection))
+    assert watch.note_load()
+    assert not watch.note_load()  # no news: its thread is not woken again
+    watch.once()
+    assert not holds_snapshot(fleet, connection)
+    assert 0 < watch.patience() <= BUSY_RECHECK_S
 
 
 def test_an_idle_watch_sends_nothing_for_a_minute(fleet: Fleet) -> None:
