@@ -23,6 +23,8 @@ SELECT run_id, seq, ts, type, step,
          AS renamed_from,
        CASE WHEN type = 'DebugTrace' AND step IS NOT NULL THEN data ->> 'name' IN
          ('beatless.snoozed', 'beatless.given_back', 'beatless.connection_lost') END AS repeats,
+       CASE WHEN type = 'DebugTrace' AND step IS NOT NULL
+            THEN data ->> 'name' = 'beatless.left_out' END AS left_out,
        CASE WHEN type = 'StepFinished'
             THEN coalesce(data @> '{"on_cancel": true}' OR data ? 'undoes', false) END AS undoes,
        CASE WHEN type = 'StepFailed' THEN data @> '{"final": true}' END AS final
@@ -50,11 +52,11 @@ head AS (
     FROM event WHERE step IS NOT NULL GROUP BY run_id, step
 ), passed AS (
   -- Under the name that it had when it began, if another version of the plan gave it another. A
-  -- plan's function passes a step that has failed for good.
+  -- plan's function passes a step that has failed for good, or that it no longer asks for.
   SELECT run_id, type, step, began_as, lead(step) OVER following AS next_step,
          lead(began_as) OVER following AS next_began_as, lead(seq) OVER following AS next_seq
     FROM (SELECT *, coalesce(renamed_from, step) AS began_as
-            FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final) event
+            FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final OR left_out) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
 ), final AS MATERIALIZED (
   -- Joined once: the planner expects so few runs that it would compare each with each.

@@ -22,6 +22,7 @@ from beatless.orchestrator.history import (
     VERSION,
     VISITS,
     History,
+    StoredCall,
 )
 from beatless.orchestrator.open_waits import wait_started
 from beatless.orchestrator.outcomes import Finish, Goto, Snooze
@@ -32,6 +33,7 @@ from beatless.orchestrator.progress import (
     FINAL,
     FOLLOWING,
     GIVEN,
+    LEFT_OUT,
     TAKEN_OVER,
     VALUE,
     Progress,
@@ -76,6 +78,18 @@ class FunctionBoundaries(Boundaries):
                 data=_text({"name": VALUE, "kind": kind, "value": value}),
             )
             for kind, value in drawn
+        ]
+
+    def left_out(self, calls: Sequence[StoredCall]) -> list[NewEvent]:
+        """The traces of calls that the function goes on without."""
+        return [
+            NewEvent(
+                type=EventType.DEBUG_TRACE,
+                step=call.occurrence,
+                attempt=max(call.starts, 1),
+                data=_text({"name": LEFT_OUT}),
+            )
+            for call in calls
         ]
 
     def joined(

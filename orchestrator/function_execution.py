@@ -223,9 +223,14 @@ class FunctionExecution(Execution):
             case Crashed():
                 yield from self._settle(self._boundaries.plan_crashed())
                 return None
-            case Ended() | Broken() as said:
-                yield from self._settle(self._last(said, before))
+        if left := self._boundaries.left_out(self._replay.left_out()):
+            noted = yield from self._settle(self._boundaries.drawn(progress, left))
+            self._last_seq = noted.last_seq
+            if noted.cancelled:
                 return None
+        if isinstance(self._said, Ended | Broken):
+            yield from self._settle(self._last(self._said, before))
+            return None
         if isinstance(progress.step, ChildCall):
             return (yield from self._begin_children(progress, progress.step))
         if progress.key not in progress.inbox.waits:  # else nothing is written

@@ -19,6 +19,7 @@ from beatless.orchestrator.progress import (
     FINAL,
     FOLLOWING,
     GIVEN_BACK,
+    LEFT_OUT,
     PROCESS_DIED,
     RENAMED_FROM,
     SIGNALS,
@@ -60,6 +61,8 @@ class StoredCall:
     refused: int = 0
     deaths: int = 0
     ended: bool = False
+    left_out: bool = False
+    """The journal says that the function has gone on without its end."""
     result: Any = None
     error: dict[str, Any] | None = None
     """Of a step that has failed for good."""
@@ -209,6 +212,8 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
         case str() if trace == GIVEN_BACK:
             call.uncount()
             call.deaths += bool(data.get(PROCESS_DIED))
+        case str() if trace == LEFT_OUT:
+            call.left_out = True
         case str() if trace == CONNECTION_LOST:
             call.uncount()
             call.refused += bool(data.get("refused"))

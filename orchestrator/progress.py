@@ -36,10 +36,13 @@ PROCESS_DIED = "process_died"
 SUSPECT = "beatless.suspect"
 """The trace of a suspect whose body is to be called. `alone`: no other runs in its process."""
 
+LEFT_OUT = "beatless.left_out"
+"""The trace of a call without an end that `removed=` names: the function goes on without it."""
+
 UNCOUNTED = (SNOOZED, GIVEN_BACK, CONNECTION_LOST)
 """The traces of attempts that do not count."""
 
-FOLDED = (*UNCOUNTED, VALUE, TAKEN_OVER)
+FOLDED = (*UNCOUNTED, VALUE, TAKEN_OVER, LEFT_OUT)
 """The traces that give the place of a run."""
 
 UNKNOWN_STEP = "unknown_step"

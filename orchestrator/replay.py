@@ -146,6 +146,8 @@ class Replay:
     _again: Again | None = None
     _ahead: dict[str, None] = field(default_factory=dict)
     """The stored occurrences that the function has not asked for yet, in order."""
+    _left_out: dict[str, StoredCall] = field(default_factory=dict)
+    """Those without an end that `removed=` names, and that it has not asked for."""
     _waits: set[str] = field(default_factory=set)
     _steps: dict[str, tuple[Step, inspect.Signature]] = field(default_factory=dict)
     _given: Counter[str] = field(default_factory=Counter)
@@ -155,6 +157,18 @@ class Replay:
         self._ahead = dict.fromkeys(
             name for name in self.history.calls if step_of(name) not in self.plan.removed
         )
+        self._left_out = {
+            name: call
+            for name, call in self.history.calls.items()
+            if step_of(name) in self.plan.removed and not (call.ended or call.left_out)
+        }
+
+    def left_out(self) -> list[StoredCall]:
+        """The calls that the function goes on without, of which the journal does not say so yet."""
+        left, self._left_out = list(self._left_out.values()), {}
+        for call in left:
+            call.left_out = True
+        return left
 
     def step(
         self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any], id: str | None
@@ -353,6 +367,7 @@ class Replay:
     ) -> Outcome | Call | Mismatch:
         """The answer to a call of the occurrence `name`; `base` is the name of its element."""
         self._ahead.pop(name, None)
+        self._left_out.pop(name, None)
         stored = self.history.calls.get(name)
         if stored is not None:
             if None not in (arguments, stored.arguments) and arguments != stored.arguments:

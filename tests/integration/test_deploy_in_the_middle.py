@@ -89,6 +89,7 @@ PLACES = {
         "sleep": True,
         "child": True,
         "parcels": True,
+        "note": True,
         "ship": True,
         "pay#2": False,
     },
