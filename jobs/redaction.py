@@ -11,19 +11,22 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from beatless.approval_links import FoundLink
 from beatless.client import Client
 from beatless.client.pages import NumberedRunPage, RunPage
 from beatless.orchestrator.events import Event, EventText
-from beatless.orchestrator.records import Run
+from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.records import Place, Run
 from beatless.orchestrator.schedule import StoredSchedule
 
 logger = logging.getLogger(__name__)
 
 Redact = Callable[[str, Any], Any]
-"""Takes the kind (`input`, `result`, `error`, `trace`, `output`) and a value: the one to show.
+"""Takes the kind (`input`, `result`, `error`, `trace`, `output`, `title`) and a value to show.
 
-The data of a signal is of the kind `input`. Of the kind `output` is the list of the pieces of one
-event: what is to be hidden may be spread over pieces, and over events.
+Returns the value that is shown. The data of a signal is of the kind `input`, the question of an
+approval of the kind `title`. Of the kind `output` is the list of the pieces of one event: what is
+to be hidden may be spread over pieces, and over events.
 """
 
 FAILED = "[redact raised an error]"
@@ -89,6 +92,8 @@ class Redaction:
                 data[name] = self.value(name, data[name])
         if event.type == "SignalReceived":
             data["data"] = self.value("input", data.get("data"))
+        if "title" in data:
+            data["title"] = self.title(data["title"])
         if "given" in data:
             data["given"] = self.value("input", data["given"])
         if isinstance(data.get("on_cancel"), Mapping):
@@ -105,6 +110,14 @@ class Redaction:
                 **({"errors": errors} if errors else {}),
             }
         return replace(event, data=data)
+
+    def title(self, title: str | None) -> str | None:
+        """The title of an approval as it may be shown; None for its name alone."""
+        shown = self.value("title", title)
+        return shown if shown is None else str(shown)
+
+    def wait(self, wait: OpenWait) -> OpenWait:
+        return replace(wait, title=self.title(wait.title))
 
     def text(self, event: EventText) -> EventText:
         """`event` for one as it travels."""
@@ -189,6 +202,19 @@ class ShownClient(Client):
 
     def _told(self, events: Sequence[Event]) -> Sequence[Event]:
         return [self.redaction.event(event) for event in events]
+
+    def waits(self, *args: Any, **options: Any) -> list[OpenWait]:
+        return [self.redaction.wait(wait) for wait in super().waits(*args, **options)]
+
+    def page_of_approvals(self, **options: Any) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
+        found, following = super().page_of_approvals(**options)
+        return [(run, self.redaction.wait(wait)) for run, wait in found], following
+
+    def link_of(self, token: str) -> tuple[FoundLink, OpenWait | None] | None:
+        found = super().link_of(token)
+        if found is None or found[1] is None:
+            return found
+        return found[0], self.redaction.wait(found[1])
 
     def stream_run(self, *args: Any, **options: Any) -> Iterator[Event]:
         events = super().stream_run(*args, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from beatless import App, Fatal, Plan, RunState, StepContext, step
+from beatless import App, Fatal, Plan, RunState, StepContext, approve, step
 from beatless.api import create_api
 from beatless.cli import run as command
 from beatless.observe.logs import Format, configure
@@ -32,6 +32,8 @@ def refuse(ctx: StepContext) -> None:
 
 PLANS = [Plan("charges", [charge]), Plan("refuses", [charge, refuse])]
 
+ASKS = Plan("asks", [approve(f"charge {SECRET}?", name="charging")])
+
 
 def hide(what: str, value: Any) -> Any:
     """As a careful user writes it: the members stay, the secret goes."""
@@ -44,7 +46,7 @@ hidden = App.__new__(App)
 
 @pytest.fixture
 def kit(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
-    app = App(beatless_app.settings, PLANS, redact=hide)
+    app = App(beatless_app.settings, [*PLANS, ASKS], redact=hide)
     kit = Kit(app, directory=tmp_path)
     hidden.__dict__ = app.__dict__
     yield kit
@@ -108,6 +110,40 @@ def test_the_command_line_shows_none_of_it(
     assert SECRET not in told
     assert told.count("hidden result") > 2
     assert "hidden error" in told
+
+
+def test_the_question_of_an_approval_shows_none_of_it(
+    kit: Kit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor once it is decided, to the person who had a link."""
+    monkeypatch.setenv("BEATLESS_APP", f"{__name__}:hidden")
+    monkeypatch.setattr("beatless.cli.environment.load", lambda _name, _given: kit.app)
+    run_id = kit.start_run("asks").run_id
+    kit.work_until_idle()
+    assert SECRET in str(kit.waits(run_id)[0].title)
+    link = kit.client.approval_link(run_id, "charging", by="ann@example.com")
+    with TestClient(create_api(kit.app, is_open=True), base_url="http://localhost") as http:
+        said = [
+            http.get("/v1/approvals").text,
+            http.get(f"/v1/runs/{run_id}/waits").text,
+            http.get(f"/v1/runs/{run_id}/events").text,
+            http.get(path := link.url("http://localhost")).text,
+            http.post(path, data={"f.approved": "true"}).text,
+        ]
+    kit.work_until_idle()
+    for name in ("show", "waits", "events", "explain"):
+        for flags in ((), ("--json",)):
+            assert command([*flags, name, run_id]) == 0
+    said.append(capsys.readouterr().out)
+
+    assert kit.client.get_run(run_id).state is RunState.COMPLETED
+    assert [each for each in said if SECRET in each] == []
+    assert [said.index(each) for each in said if "charge hidden title?" not in each] == []
+
+
+@pytest.mark.parametrize(("shown", "told"), [(None, None), (7, "7"), (["a"], "['a']")])
+def test_the_question_of_an_approval_stays_text_whatever_is_shown(shown: Any, told: Any) -> None:
+    assert Redaction(lambda what, value: shown).title("charge?") == told
 
 
 @pytest.mark.parametrize("form", list(Format))
