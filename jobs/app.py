@@ -416,6 +416,7 @@ class App:
         from beatless.orchestrator.children import CancelsChildren
         from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
         from beatless.orchestrator.ended_runs import CountsEndedRuns
+        from beatless.orchestrator.successors import NotesSuccessors
         from beatless.orchestrator.wakes import Wakes
         from beatless.orchestrator.watch_thread import WatchThread
         from beatless.outbox.config import RelayConfig
@@ -439,6 +440,7 @@ class App:
                 *self.chores(),
                 AdoptsDeadlines(self.settings.schema),
                 CountsEndedRuns(self.settings.schema),
+                NotesSuccessors(self.settings.schema),
             ],
             companions=[WatchThread(watch(observer=seen), observer=seen)] if watch else (),
             failing=self.metrics.relay.failing,

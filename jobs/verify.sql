@@ -8,11 +8,13 @@ SELECT run_id, last_seq::bigint - pruned_seq FROM {schema}.runs
 -- fragment: run_facts
 -- Of a run, what the checks read.
 SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
-       pruned_seq::bigint AS pruned_seq, parent_id, child_no FROM {schema}.runs
+       pruned_seq::bigint AS pruned_seq, parent_id, child_no, plan,
+       namespace || '/' || dedupe_key AS dedupe_key FROM {schema}.runs
 
 -- fragment: dispatch_facts
 -- Of a dispatch, what the checks read.
-SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits, children_left
+SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits, children_left, task, dedupe_key,
+       dedupe_next
   FROM {schema}.dispatches
 
 -- fragment: event_facts
@@ -117,6 +119,21 @@ SELECT 'I7', run_id, 'it waits, its children have ended, and nothing will wake i
    AND (SELECT count(*) FROM (SELECT FROM {schema}.dispatches c WHERE c.parent_id = final.run_id
                                LIMIT d.children_left + 1) c) <= d.children_left
    AND NOT EXISTS (SELECT FROM {schema}.wakes w WHERE w.run_id = final.run_id)
+UNION ALL
+SELECT 'I7', run_id, 'it waits, the run before it with its dedupe key has ended, and nothing says so'
+  FROM final JOIN dispatch d USING (run_id)
+ WHERE NOT ended AND d.dedupe_next
+   AND NOT EXISTS (SELECT FROM {schema}.dispatches p
+                    WHERE p.task = d.task AND p.dedupe_key = d.dedupe_key AND NOT p.dedupe_next)
+   AND NOT EXISTS (SELECT FROM {schema}.wakes w
+                    WHERE w.reason = 'next' AND w.plan = d.task AND w.dedupe_key = d.dedupe_key)
+UNION ALL
+SELECT 'I13', run.run_id, 'its dispatch does not hold its dedupe key: another run may have it, too'
+  FROM run JOIN dispatch d USING (run_id)
+ WHERE (d.dedupe_key, d.task) IS DISTINCT FROM (run.dedupe_key, run.plan)
+UNION ALL
+SELECT 'I13', run.run_id, 'it has begun while a run with its dedupe key was unfinished'
+  FROM run JOIN dispatch d USING (run_id) WHERE d.dedupe_next AND run.attempt > 0
 UNION ALL
 SELECT 'I2', run.run_id, format('it is child %%s of run %%s, which has started none of this number',
        run.child_no, run.parent_id)

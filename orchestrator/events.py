@@ -39,6 +39,7 @@ class EventType(StrEnum):
     CHILDREN_FINISHED = "ChildrenFinished"
     RUN_RESTARTED = "RunRestarted"
     UNDO_STARTED = "UndoStarted"
+    INPUT_REPLACED = "InputReplaced"
     RUN_FINISHED = "RunFinished"
 
 

@@ -134,8 +134,8 @@ trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
 parent_id text, child_no int, detached boolean, deadline_at timestamptz,
 schedule text, schedule_id bigint, tick timestamptz, {option_types}
 
--- fragment: created_runs
--- New runs `u` from `input`, with RunStarted, outbox row and dispatch; none whose id or key is used.
+-- fragment: stored_runs
+-- New runs `u` from `input`, with RunStarted and outbox row; none whose id or key is used.
 u AS (
   INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
                              last_seq, not_before, deadline_at, retry_of, trace_context,
@@ -164,7 +164,11 @@ u AS (
 ), o AS (
   INSERT INTO {schema}.run_outbox (shard, run_id, from_seq, to_seq)
   SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
-), d AS (
+)
+
+-- fragment: created_runs
+-- Such runs with their dispatches.
+{stored_runs}, d AS (
   INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
                                    deadline_at, parent_id, child_no, schedule_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,

@@ -41,6 +41,42 @@ NEAR_RUNS = 10_000
 """Newest runs that are looked through before all runs with a tag, or with a retry, are read."""
 
 
+def _list_of(
+    sql: Mapping[str, str],
+    state: RunState | None,
+    *,
+    plan: bool,
+    queue: bool,
+    tags: bool,
+    retried: bool,
+    step: bool,
+    dedupe_key: bool,
+) -> str:
+    """The statement that finds runs by the index of one of the filters that are given."""
+    match state:
+        case RunState.QUEUED:
+            return sql["list_queued_at_step"] if step else sql["list_queued"]
+        case RunState.WAITING:
+            return sql["list_waiting_at_step"] if step else sql["list_waiting"]
+        case RunState.RUNNING:
+            return sql["list_running_at_step"] if step else sql["list_running"]
+    if step:
+        return sql["list_at_step"]
+    if dedupe_key:
+        return sql["list_of_dedupe_key"]
+    if state in (RunState.FAILED, RunState.CANCELLED):
+        if plan:
+            return sql["list_unsuccessful_of_plan"]
+        return sql["list_unsuccessful_of_queue"] if queue else sql["list_unsuccessful"]
+    if tags:
+        return sql["list_tagged"]
+    if retried:
+        return sql["list_retried"]
+    if plan:
+        return sql["list_of_plan"]
+    return sql["list_of_queue"] if queue else sql["list"]
+
+
 class FailedRuns:
     """The statements of one schema over failed runs without a retry."""
 
@@ -119,16 +155,6 @@ class Journal:
             **OPTION_SQL,
         )
         self.failed = FailedRuns(self.sql)
-        self._lists_by_state: dict[RunState | None, str] = {
-            RunState.QUEUED: self.sql["list_queued"],
-            RunState.WAITING: self.sql["list_waiting"],
-            RunState.RUNNING: self.sql["list_running"],
-        }
-        self._lists_at_step: dict[RunState | None, str] = {
-            RunState.QUEUED: self.sql["list_queued_at_step"],
-            RunState.WAITING: self.sql["list_waiting_at_step"],
-            RunState.RUNNING: self.sql["list_running_at_step"],
-        }
 
     def create_runs(self, connection: Caller, new: Sequence[NewRun]) -> list[Run]:
         """Store runs, their RunStarted, outbox rows and dispatches; the runs in the given order.
@@ -155,11 +181,24 @@ class Journal:
 
     def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
         """The runs, by id, whose id and key are unused."""
+        new = list(new)
         text = f"[{','.join(run.to_json() for run in new)}]"
-        rows = execute(connection, self.sql["create"], {"runs": text})
-        return {row[0]: Run.from_row(row[:-1]) for row in rows}
+        keyed = any(run.dedupe_key is not None for run in new)
+        statement = self.sql["create_keyed"] if keyed else self.sql["create"]
+        rows = execute(connection, statement, {"runs": text})
+        return {row[0]: Run.from_row(row[:-1], "started") for row in rows}
 
     def _existing(self, connection: Caller, new: NewRun) -> Run:
+        found = self.find(connection, new)
+        if found is None:  # it was removed after it had kept the new one away
+            return self._store(connection, [new]).get(new.run_id) or self._existing(connection, new)
+        return found
+
+    def find(self, connection: Caller, new: NewRun) -> Run | None:
+        """The run that was started with this key or id before. Raises RunConflict.
+
+        Its input is not compared if the new one could have replaced it.
+        """
         rows = execute(
             connection,
             self.sql["find"],
@@ -170,14 +209,15 @@ class Journal:
                 "input": new.input,
             },
         )
-        if not rows:  # it was removed after it had kept the new one away
-            return self._store(connection, [new]).get(new.run_id) or self._existing(connection, new)
+        if not rows:
+            return None
         by_key = [
             row for row in rows if new.key is not None and Run.from_row(row[:-3]).key == new.key
         ]
         *row, default_queue, default_input, same_input = (by_key or rows)[0]
-        existing = Run.from_row(row)
+        existing = Run.from_row(row, "found")
         field = "key" if by_key else "run id"
+        same_input = same_input or new.debounce is not None
         differs = new.difference(existing, default_queue, default_input, same_input=same_input)
         if differs is not None:
             raise RunConflict(existing.run_id, field, differs)
@@ -288,6 +328,7 @@ class Journal:
         tags: Mapping[str, str] | None = None,
         retried: bool | None = None,
         step: str | None = None,
+        dedupe_key: str | None = None,
         before: Place | None = None,
         limit: int = 50,
         read: Read = execute,
@@ -298,13 +339,15 @@ class Journal:
 
         With `execute_lazily` few of the runs are in memory at once.
         """
-        statement = self._list(
+        statement = _list_of(
+            self.sql,
             RunState(state) if state else None,
             plan=plan is not None,
             queue=queue is not None,
             tags=bool(tags),
             retried=bool(retried),
             step=step is not None,
+            dedupe_key=dedupe_key is not None,
         )
         rows = read(
             connection,
@@ -317,41 +360,13 @@ class Journal:
                 "tags": json.dumps(dict(tags)) if tags else None,
                 "retried": retried,
                 "step": step,
+                "dedupe_key": dedupe_key,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
                 "limit": limit,
             },
         )
         return (Run.from_row(row) for row in rows)
-
-    def _list(
-        self,
-        state: RunState | None,
-        *,
-        plan: bool,
-        queue: bool,
-        tags: bool,
-        retried: bool,
-        step: bool,
-    ) -> str:
-        """The statement that finds runs by the index of one of the filters that are given."""
-        if step:
-            return self._lists_at_step.get(state, self.sql["list_at_step"])
-        if state in self._lists_by_state:
-            return self._lists_by_state[state]
-        if state in (RunState.FAILED, RunState.CANCELLED):
-            if plan:
-                return self.sql["list_unsuccessful_of_plan"]
-            if queue:
-                return self.sql["list_unsuccessful_of_queue"]
-            return self.sql["list_unsuccessful"]
-        if tags:
-            return self.sql["list_tagged"]
-        if retried:
-            return self.sql["list_retried"]
-        if plan:
-            return self.sql["list_of_plan"]
-        return self.sql["list_of_queue"] if queue else self.sql["list"]
 
     def unfinished(
         self, connection: Caller, *, reasons: Sequence[str] | None = None, read: Read = execute

@@ -9,6 +9,27 @@ WITH input AS (
 SELECT {run_columns}, {each_doorbell}
   FROM u AS r JOIN input i USING (run_id)
 
+-- name: create_keyed
+-- Store new runs as create does, some of which have a dedupe key: the key stands in the dispatch,
+-- behind the name of the namespace, which has no slash. A successor is due in a time that never comes.
+WITH input AS (
+  SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i({new_run_columns}, dedupe_next boolean)
+), {stored_runs}, d AS (
+  INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
+                                   deadline_at, dedupe_key, dedupe_next)
+  SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
+         CASE WHEN i.dedupe_next OR u.not_before > clock_timestamp()
+              THEN 'delayed' ELSE 'waiting' END,
+         CASE WHEN i.dedupe_next THEN timestamptz '9999-01-01Z'
+              ELSE coalesce(u.not_before, u.created_at) END,
+         CASE WHEN i.dedupe_next THEN 'next' WHEN u.not_before IS NULL THEN 'start'
+              ELSE 'delay' END, u.deadline_at,
+         u.namespace || '/' || u.dedupe_key, coalesce(i.dedupe_next, false)
+    FROM u JOIN input i USING (run_id)
+)
+SELECT {run_columns}, {each_doorbell}
+  FROM u AS r JOIN input i USING (run_id)
+
 -- name: find
 -- Read the runs that have this id or key, and whether their input is this one.
 -- Compared here: only Postgres knows which numbers are the same to it.
@@ -87,6 +108,7 @@ SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
    AND (%(plan)s::text IS NULL OR plan = %(plan)s)
    AND (%(queue)s::text IS NULL OR queue = %(queue)s)
    AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
+   AND (%(dedupe_key)s::text IS NULL OR dedupe_key = %(dedupe_key)s)
    AND (%(retried)s::bool IS NULL
         OR %(retried)s = EXISTS (SELECT FROM {schema}.runs n WHERE n.retry_of = r.run_id))
 
@@ -155,6 +177,10 @@ run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waitin
 -- name: list_of_queue
 -- List runs of a queue, newest first.
 {listed} AND queue = %(queue)s {filtered}
+
+-- name: list_of_dedupe_key
+-- List runs with a dedupe key, newest first.
+{listed} AND dedupe_key = %(dedupe_key)s {filtered}
 
 -- fragment: unsuccessful
 -- Runs that failed, or were cancelled: by their error, as the indexes have them.

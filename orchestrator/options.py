@@ -55,6 +55,11 @@ def problem_with_text(given: Any, most: int) -> str:
     return f"must be a string of 1 to {most} characters of valid text, no NUL"
 
 
+def problem_with_key(given: Any) -> str:
+    """The problem with a key."""
+    return problem_with_text(given, 256)
+
+
 def problem_with_tags(given: Any) -> str:
     """The problem with the tags of a run."""
     if not isinstance(given, Mapping):
@@ -72,6 +77,7 @@ class StoredKeywords(TypedDict, total=False):
 
     priority: int
     tags: Mapping[str, str] | None
+    dedupe_key: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,15 @@ class StoredOptions:
             problem=problem_with_tags,
             sql_type="jsonb",
             sql_default="'{}'",
+        ),
+    ] = None
+    dedupe_key: Annotated[
+        str | None,
+        Option(
+            help="At most one run of the plan with this key is unfinished at a time.",
+            example="customer:7",
+            problem=problem_with_key,
+            sql_type="text",
         ),
     ] = None
 

@@ -5,9 +5,9 @@ import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from beatless.orchestrator.errors import EventsPruned
 from beatless.orchestrator.events import Event
@@ -17,6 +17,14 @@ from beatless.outbox.message import shard_of
 
 ENDLESS_YEAR = 9000
 """From this year on a run is due that waits without an end: no other can be due so late."""
+
+StartOutcome = Literal["started", "found", "joined", "skipped", "input_replaced"]
+"""The outcome of a start: a new run; the one that was started with this `key` or `run_id` before;
+or the unfinished one with this `dedupe_key`, which is joined, for which the start was skipped, or
+which has this input in place of an earlier one."""
+
+WhileUnfinished = Literal["join", "skip", "replace"]
+"""The effect of a start while a run with its `dedupe_key` is unfinished."""
 
 RUN_COLUMNS = (
     "run_id",
@@ -92,15 +100,17 @@ class Run(StoredOptions):
     """The tick of that schedule: when it was to start, not when it did."""
     retried_by: str | None = None
     """The id of its newest retry."""
+    start: StartOutcome | None = field(default=None, compare=False)
+    """The outcome of the start that has returned it; None of a run that was read."""
 
     @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Self:
+    def from_row(cls, row: Sequence[Any], start: StartOutcome | None = None) -> Self:
         """From the columns of the table; then what only some statements have looked for.
 
         That is `retried_by`, and whether the run waits for a signal or a time.
         """
         names = (*RUN_COLUMNS, "retried_by", "waits")[: len(row)]
-        members = dict(zip(names, row, strict=True))
+        members = dict(zip(names, row, strict=True)) | {"start": start}
         if not members.pop("waits", False):
             return cls(**members | {"state": RunState(members["state"])})
         due = members["not_before"]
@@ -118,7 +128,7 @@ class Run(StoredOptions):
         """The run as a JSON object; times are ISO 8601."""
         return {
             name: value.isoformat() if isinstance(value, datetime) else value
-            for name in (*RUN_COLUMNS, "retried_by")
+            for name in (*RUN_COLUMNS, "retried_by", "start")
             for value in [getattr(self, name)]
         }
 
@@ -197,6 +207,14 @@ class NewRun(StoredOptions):
     schedule: str | None = None
     schedule_id: int | None = None
     tick: datetime | None = None
+    while_unfinished: WhileUnfinished = "join"
+    """If it has a `dedupe_key`."""
+    debounce: float | None = None
+    """Seconds from the last input to the begin, in place of `while_unfinished`."""
+    max_wait: float | None = None
+    """Seconds from the first input to the begin, at most."""
+    dedupe_next: bool = False
+    """It waits for the end of the unfinished run with its `dedupe_key`."""
 
     def to_json(self) -> str:
         members = {
@@ -229,8 +247,11 @@ class NewRun(StoredOptions):
                 "schedule_id": self.schedule_id,
                 "tick": self.tick.isoformat() if self.tick else None,
             }
+        if self.dedupe_next:
+            members["dedupe_next"] = True
         members |= self.stored_options()
-        text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
+        given = {name: value for name, value in members.items() if value is not None}
+        text = json.dumps(given, default=dict)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
             text += f',"reused":{self.reused}'
         return text + "}"

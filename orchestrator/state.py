@@ -36,6 +36,11 @@ FINAL = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
 WAITS = "wait"
 """The reason of the dispatch of a run that waits."""
 
+SUCCEEDS = "next"
+"""The reason of the dispatch of a run that waits for the end of another one with its dedupe key.
+
+And of the note by which it begins."""
+
 UNDOING = "undo"
 """The reason of the dispatch of a run that has failed, whose steps are undone before it ends."""
 

@@ -94,6 +94,13 @@ runs = Table(
     Index("runs_plan", "namespace", "plan", "created_at"),
     Index("runs_queue", "namespace", "queue", "created_at"),
     Index(
+        "runs_dedupe",
+        "namespace",
+        "dedupe_key",
+        "created_at",
+        postgresql_where=text("dedupe_key IS NOT NULL"),
+    ),
+    Index(
         "runs_tags",
         "tags",
         postgresql_using="gin",

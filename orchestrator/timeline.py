@@ -23,7 +23,7 @@ from beatless.orchestrator.progress import (
     UNKNOWN_STEP,
 )
 from beatless.orchestrator.records import DispatchStatus, Run
-from beatless.orchestrator.state import WAITS
+from beatless.orchestrator.state import SUCCEEDS, WAITS
 from beatless.outbox.times import MOST_S
 
 HANDOVER_S = 0.01
@@ -130,6 +130,10 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 yield Moment(at=event.ts, kind="accepted", text=text)
                 due = max(event.ts, data.get("not_before") or event.ts)
                 waits = Wait(event.ts, due, "for its time")
+            case EventType.INPUT_REPLACED:
+                text = "another start with its dedupe key has replaced its input"
+                yield Moment(at=event.ts, kind="input", text=text)
+                waits = Wait(event.ts, max(event.ts, data.get("not_before") or 0), "for its time")
             case EventType.STEP_STARTED:
                 if open_attempt is not None:
                     yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
@@ -351,6 +355,9 @@ def _now(
         if state == "delayed" and reason == WAITS:
             text = f"waits for {wait}"
             when = when if left < MOST_S + 86_400 else until
+        if reason == SUCCEEDS:
+            text = f"waits for the end of the run before it with the dedupe key {run.dedupe_key}"
+            when = "when it has ended"
         often = "once" if attempts == 1 else f"{attempts} times"
         text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:

@@ -7,6 +7,7 @@ import psycopg
 
 from beatless.orchestrator.children import CancelsChildren
 from beatless.orchestrator.state import WAITS
+from beatless.orchestrator.successors import Successors
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 from beatless.outbox.waking import Woken
@@ -20,15 +21,21 @@ class Wakes:
 
     def __init__(self, schema: str, children: CancelsChildren) -> None:
         self._children = children
+        self._successors = Successors(schema)
         self._sql = statements(__file__, schema, batch=BATCH, reason=WAITS)
 
     def wake(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
-        """Make the runs due that wait and were to be woken; cancel children of those that ended."""
+        """Make the runs due that wait and were to be woken, or whose predecessors have ended.
+
+        And cancel children of those that ended.
+        """
         done = left = 0
         aside: list[str] = []
         while True:
             parameters = {"shards": list(shards), "aside": aside}
-            ((found, gone, held, cancels),) = execute(connection, self._sql["wake"], parameters)
+            ((found, gone, held, cancels, ends),) = execute(
+                connection, self._sql["wake"], parameters
+            )
             done, left = done + gone, left + found - gone
             if not held or found < BATCH:
                 break
@@ -36,4 +43,7 @@ class Wakes:
         if cancels:
             cancelled = self._children.step(connection, shards)
             done, left = done + cancelled.done, left + cancelled.left
+        if ends:
+            begun = self._successors.begin(connection, shards)
+            done, left = done + begun.done, left + begun.left
         return Woken(done=done, left=left)

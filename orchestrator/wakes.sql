@@ -10,7 +10,7 @@
 WITH found AS MATERIALIZED (
   SELECT w.*, d.run_id IS NULL AS ended FROM unnest(%(shards)s::int[]) AS own(shard)
    CROSS JOIN LATERAL (SELECT ctid AS place, run_id, reason, failed FROM {schema}.wakes w
-                        WHERE w.shard = own.shard AND w.reason IS DISTINCT FROM 'cancel'
+                        WHERE w.shard = own.shard AND coalesce(w.reason, '') NOT IN ('cancel', 'next')
                           AND w.run_id <> ALL(%(aside)s::text[])
                         ORDER BY w.id LIMIT {batch}) w
     LEFT JOIN LATERAL (SELECT run_id FROM {schema}.dispatches d WHERE d.run_id = w.run_id
@@ -44,4 +44,5 @@ WITH found AS MATERIALIZED (
 SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone),
        ARRAY(SELECT DISTINCT run_id FROM found
               WHERE NOT ended AND run_id NOT IN (SELECT run_id FROM free)),
-       EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'cancel')
+       EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'cancel'),
+       EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'next')

@@ -73,6 +73,8 @@ dispatches = Table(
     Column("children_left", Integer),
     Column("wakes_on_failure", Boolean),
     Column("schedule_id", BigInteger),
+    Column("dedupe_key", Text),
+    Column("dedupe_next", Boolean, nullable=False, server_default=text("false")),
     Index(
         "dispatches_children",
         "parent_id",
@@ -94,6 +96,15 @@ dispatches = Table(
     ),
     Index("dispatches_out", "due_at", postgresql_where=text("state <> 'waiting'")),
     Index("dispatches_sent", "queue", postgresql_where=text("state = 'sent'")),
+    Index(
+        "dispatches_dedupe",
+        "task",
+        "dedupe_key",
+        "dedupe_next",
+        unique=True,
+        postgresql_where=text("dedupe_key IS NOT NULL"),
+    ),
+    Index("dispatches_next", "run_id", postgresql_where=text("dedupe_next")),
 )
 
 wakes = Table(
@@ -106,6 +117,8 @@ wakes = Table(
     Column("failed", Boolean),
     Column("first_child", Integer),
     Column("last_child", Integer),
+    Column("plan", Text),
+    Column("dedupe_key", Text),
 )
 
 queues = Table(

@@ -85,6 +85,7 @@ EVENT_DATA: dict[EventType, Schema] = {
             }
         },
     ),
+    EventType.INPUT_REPLACED: json_object({"not_before": MILLISECONDS}),
     EventType.STEP_FINISHED: json_object(
         {"result": ANY},
         optional={"next": {"type": ["string", "null"], "description": "the step; null: the end"}},

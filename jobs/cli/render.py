@@ -42,6 +42,7 @@ STYLES = {
     EventType.CHILDREN_FINISHED: "green",
     EventType.RUN_RESTARTED: "bold",
     EventType.UNDO_STARTED: "red",
+    EventType.INPUT_REPLACED: "yellow",
     EventType.RUN_FINISHED: "bold",
 }
 NOTE_CHARS = 60

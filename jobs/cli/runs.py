@@ -20,6 +20,7 @@ from beatless.observe.export import export
 from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.records import StartOutcome
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
 from beatless.orchestrator.waits import WaitKind
@@ -37,6 +38,14 @@ READERS: dict[Any, Callable[[Any], Any]] = {
     Mapping[str, str]: pairs,
 }
 """How the text of an option becomes a value of its type; others are read by click."""
+
+
+NOTES_OF_STARTS: dict[StartOutcome | None, str] = {
+    "joined": "no run was started: this joins",
+    "skipped": "no run was started: with its dedupe key is unfinished",
+    "input_replaced": "no run was started: the input replaces that of",
+}
+"""Before the run that a start has found."""
 
 
 def start_options() -> list[click.Option]:
@@ -100,11 +109,13 @@ def start(
     limit = None if timeout is None else seconds(timeout)
     export("beatless", os.environ)
     run = env.client.start_run(plan, json_input(input_), **options)
+    if run.start in NOTES_OF_STARTS:
+        env.note(f"{NOTES_OF_STARTS[run.start]} run {run.run_id}, which is {run.state}")
     if options["queue"] is not None:
         workers = [each.workers for each in env.client.queues() if each.name == run.queue]
         if not any(workers) and run.queue not in {each.queue for each in env.app.plans.values()}:
             env.note(f"no plan names the queue {run.queue}, and no worker consumes it now")
-    if not follow:
+    if not follow or run.start == "skipped":
         env.document(run.to_dict()) if env.as_json else click.echo(run.run_id)
         return
     if env.as_json:
@@ -226,6 +237,7 @@ def waits(
 @click.option("--queue", metavar="Q")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--step", metavar="S", help="Unfinished runs that are in it, or go on with it.")
+@click.option("--dedupe-key", metavar="K", help="Only runs that were started with it.")
 @click.option("--retried/--not-retried", default=None, help="Whether it has a retry.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @click.pass_obj
@@ -236,6 +248,7 @@ def runs(
     queue: str | None,
     tags: tuple[str, ...],
     step: str | None,
+    dedupe_key: str | None,
     retried: bool | None,
     limit: int,
 ) -> None:
@@ -247,6 +260,7 @@ def runs(
         tags=pairs(tags),
         retried=retried,
         step=step,
+        dedupe_key=dedupe_key,
         limit=limit,
     )
     if env.as_json:

@@ -12,6 +12,7 @@ from beatless.client.requests import RunRequest, check_texts, new_run
 from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace, namespace_of, stored_id
 from beatless.observe.tracing import Tracing
 from beatless.orchestrator.cancels import Cancels
+from beatless.orchestrator.duplicates import Duplicates
 from beatless.orchestrator.errors import RunNotFound
 from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.journal import Journal
@@ -58,6 +59,7 @@ class BaseClient:
         self._inbox = Inbox(journal.schema)
         self._links = ApprovalLinks(journal.schema)
         self._cancels = Cancels(journal.schema, max_event_bytes=journal.max_event_bytes)
+        self._duplicates = Duplicates(journal, self._cancels)
         self._schedules = Schedules(journal.schema)
         self._namespace = check_namespace(namespace)
         self._app_name = app_name

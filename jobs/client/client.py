@@ -34,6 +34,13 @@ from beatless.outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger("beatless.client")
 
+STARTED = {
+    "joined": "run joined",
+    "skipped": "start skipped",
+    "input_replaced": "input replaced",
+}
+"""The log lines of starts that have stored no run."""
+
 
 class Client(
     StreamCalls,
@@ -71,7 +78,11 @@ class Client(
         `connection` is your own SQLAlchemy Connection or Session, or psycopg connection: the run is
         then part of your transaction, and nothing is committed here. `key` names the run's purpose:
         a second start with the same key and content gives back the first run, also if the plan's
-        default queue or input, which it did not name, are others by now. `delay` is seconds or
+        default queue or input, which it did not name, are others by now. Of a plan's runs with one
+        `dedupe_key` one is unfinished at a time: by `while_unfinished` this start joins it (the
+        default), is skipped, or replaces it; with `debounce` (and `max_wait`, both seconds or
+        timedeltas) it starts when no other start has come for so long, with the last input. The
+        run's `start` tells which it was. `delay` is seconds or
         a timedelta; higher `priority` (0 to 9) goes first within a queue. A run that has not ended
         `deadline` (seconds or a timedelta) from now fails then, in the middle of a step if need be.
         `traceparent` (W3C Trace Context) is the trace it joins; default: OpenTelemetry's current
@@ -125,16 +136,19 @@ class Client(
                 connection,
                 lambda caller: self._create(caller, new),
                 # A run alone is stored or not; of many, a conflict takes all back.
-                each_statement=len(new) == 1,
+                each_statement=len(new) == 1 and new[0].dedupe_key is None,
             )
         if connection is None and logger.isEnabledFor(logging.INFO):
             for run in runs:
-                _log_run("run stored", run)
+                _log_run(STARTED.get(run.start or "", "run stored"), run)
         return runs
 
     def _create(self, caller: Caller, new: Sequence[NewRun]) -> list[Run]:
         self._queue_limit.check(caller, self._namespace, {run.queue for run in new})
-        return self._journal.create_runs(caller, new)
+        if all(run.dedupe_key is None for run in new):
+            return self._journal.create_runs(caller, new)
+        undo = on_cancel_steps(self._plans.values())
+        return self._duplicates.start_runs(caller, new, undo=undo)
 
     def list_runs(
         self,
@@ -145,6 +159,7 @@ class Client(
         tags: Mapping[str, str] | None = None,
         retried: bool | None = None,
         step: str | None = None,
+        dedupe_key: str | None = None,
         before: Run | Place | None = None,
         limit: int = 50,
         connection: Caller | None = None,
@@ -152,7 +167,8 @@ class Client(
         """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
         `retried` keeps those with a retry, or those without; `step` those that
-        have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`).
+        have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`);
+        `dedupe_key` those that were started with it.
 
         Raises BadRequest for a state that there is not.
 
@@ -163,7 +179,7 @@ class Client(
         [2, 1]
         """
         check_state(state)
-        check_texts(plan=plan, queue=queue, step=step)
+        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._in_transaction(
             connection,
@@ -177,6 +193,7 @@ class Client(
                     tags=checked_tags(tags) if tags else None,
                     retried=retried,
                     step=step,
+                    dedupe_key=dedupe_key,
                     before=last,
                     limit=limit,
                 )
@@ -192,13 +209,14 @@ class Client(
         tags: Mapping[str, str] | None,
         retried: bool | None,
         step: str | None,
+        dedupe_key: str | None,
         before: Place | None,
         limit: int,
         max_bytes: int,
     ) -> RunPage:
         """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
         check_state(state)
-        check_texts(plan=plan, queue=queue, step=step)
+        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key)
 
         def read(caller: Caller) -> RunPage:
             found = self._journal.list_runs(
@@ -210,6 +228,7 @@ class Client(
                 tags=checked_tags(tags) if tags else None,
                 retried=retried,
                 step=step,
+                dedupe_key=dedupe_key,
                 before=before,
                 limit=limit,
                 read=execute_lazily,

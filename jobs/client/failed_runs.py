@@ -13,7 +13,7 @@ from beatless.orchestrator.events import encode
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of, reusable_calls
 from beatless.orchestrator.progress import reusable
-from beatless.orchestrator.records import FailedRunFilter, Place, Run, new_run_id
+from beatless.orchestrator.records import FailedRunFilter, NewRun, Place, Run, new_run_id
 from beatless.orchestrator.undos import deadline_of
 from beatless.outbox.queries import Caller, execute_lazily
 
@@ -206,12 +206,25 @@ class FailedRunCalls(BaseClient):
                 limit = self._journal.max_event_bytes
                 text = encode(reused, where=f"the results of run {run_id}", limit=limit)
                 new = replace(new, reused=text)
+            self._check_key_is_free(caller, run_id, new)
             follows = ((events[0].data or {}) if events else {}).get("traceparent")
             with self._tracing.starting(new.plan, new.run_id, follows=follows) as carried:
                 new = replace(new, trace_context=carried)
                 return self._journal.create_runs(caller, [new])[0]
 
         return self._in_transaction(connection, start)
+
+    def _check_key_is_free(self, caller: Caller, run_id: str, new: NewRun) -> None:
+        """Raises CannotRetry while another run with its dedupe key is unfinished."""
+        if new.dedupe_key is None:
+            return
+        holder = self._duplicates.lock_unfinished(caller, new)
+        if holder is not None and holder.run_id != new.run_id:
+            raise CannotRetry(
+                run_id,
+                f"run {holder.run_id} with its dedupe key {new.dedupe_key} is {holder.state}: wait "
+                "for its end or cancel it",
+            )
 
 
 def _filter(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from datetime import datetime, timedelta
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
@@ -17,11 +17,11 @@ from beatless.orchestrator.options import (
     StoredKeywords,
     StoredOptions,
     described,
+    problem_with_key,
     problem_with_tags,
-    problem_with_text,
 )
 from beatless.orchestrator.plan import Plan
-from beatless.orchestrator.records import NewRun, new_run_id
+from beatless.orchestrator.records import NewRun, WhileUnfinished, new_run_id
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.typed_input import INPUT
 from beatless.outbox.times import is_number, problem_with_moment, problem_with_seconds
@@ -35,11 +35,6 @@ CELERYS_OWN = frozenset({"celeryev", "control.pidbox"})
 
 EXAMPLE_TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 """Of W3C Trace Context."""
-
-
-def problem_with_key(given: Any) -> str:
-    """The problem with a key."""
-    return problem_with_text(given, 256)
 
 
 def seconds_of(given: float | timedelta | None) -> float | None:
@@ -56,6 +51,17 @@ def problem_with_duration(given: Any) -> str:
     return f"is {given!r:.200}: give seconds, as 90, or a timedelta{also}"
 
 
+def problem_with_while_unfinished(given: Any) -> str:
+    """The problem with the effect of a start while another run with its key is unfinished."""
+    choices = get_args(WhileUnfinished)
+    return "" if given in choices else f"is {given!r:.200}; choose {', '.join(choices)}"
+
+
+def problem_with_period(given: Any) -> str:
+    """The problem with seconds or a timedelta that must not be 0."""
+    return problem_with_duration(given) or ("" if seconds_of(given) else "is 0 seconds: give more")
+
+
 class RunOptions(StoredKeywords, total=False):
     """The keywords of `start_run` in every client; a test compares them with RunRequest."""
 
@@ -65,6 +71,9 @@ class RunOptions(StoredKeywords, total=False):
     delay: float | timedelta | None
     not_before: datetime | None
     deadline: float | timedelta | None
+    while_unfinished: WhileUnfinished | None
+    debounce: float | timedelta | None
+    max_wait: float | timedelta | None
     traceparent: str | None
 
 
@@ -132,6 +141,34 @@ class RunRequest(StoredOptions):
             metavar="1h",
             example=7200,
             problem=problem_with_duration,
+        ),
+    ] = None
+    while_unfinished: Annotated[
+        WhileUnfinished | None,
+        Option(
+            help="While a run with this dedupe key is unfinished: join it, skip the start, or "
+            "replace it. Default: join.",
+            metavar="join|skip|replace",
+            example="replace",
+            problem=problem_with_while_unfinished,
+        ),
+    ] = None
+    debounce: Annotated[
+        float | timedelta | None,
+        Option(
+            help="Start it so long after the last start with this dedupe key, with that input.",
+            metavar="5s",
+            example=5,
+            problem=problem_with_period,
+        ),
+    ] = None
+    max_wait: Annotated[
+        float | timedelta | None,
+        Option(
+            help="Start it so long after the first of these starts, at the latest.",
+            metavar="1m",
+            example=60,
+            problem=problem_with_period,
         ),
     ] = None
     traceparent: Annotated[
@@ -265,7 +302,11 @@ def new_run(
     if request.delay is not None and request.not_before is not None:
         raise BadRequest("delay", "and not_before cannot both be given")
     delay, deadline = seconds_of(request.delay), seconds_of(request.deadline)
-    if deadline is not None and deadline <= (delay or 0):
+    debounce, max_wait = seconds_of(request.debounce), seconds_of(request.max_wait)
+    _check_duplicates(request)
+    if debounce is not None and max_wait is not None and max_wait < debounce:
+        raise BadRequest("max_wait", "is shorter than debounce: give at least as much")
+    if deadline is not None and deadline <= (delay or max_wait or debounce or 0):
         raise BadRequest("deadline", f"is {deadline:g} s from now, before the run may start")
     return NewRun(
         run_id=run_id,
@@ -276,9 +317,33 @@ def new_run(
         input=encode(given_input(plan, request.input), where=INPUT, limit=max_event_bytes),
         key=request.key,
         not_before=request.not_before,
-        delay=delay,
+        delay=delay if debounce is None else debounce,
         deadline=deadline,
+        while_unfinished=request.while_unfinished or "join",
+        debounce=debounce,
+        max_wait=max_wait,
         default_queue=request.queue is None,
         default_input=request.input is None,
         **request.stored_options(),
     )
+
+
+def _check_duplicates(request: RunRequest) -> None:
+    """Raises BadRequest for options about duplicates that do not go together."""
+    if request.dedupe_key is None:
+        for name in ("while_unfinished", "debounce"):
+            if getattr(request, name) is not None:
+                raise BadRequest(name, "needs a dedupe_key, of which it is the duplicates")
+    if request.debounce is None:
+        if request.max_wait is not None:
+            raise BadRequest("max_wait", "needs debounce, whose wait it ends")
+        return
+    for name, why in {
+        "while_unfinished": "debounce replaces the input of a run that has not begun, and has that "
+        "of one that has begun wait for its end",
+        "delay": "debounce says when the run starts",
+        "not_before": "debounce says when the run starts",
+        "key": "an input that replaces another one has no run of its own to be found by it",
+    }.items():
+        if getattr(request, name) is not None:
+            raise BadRequest(name, f"and debounce cannot both be given: {why}")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from beatless.client.base import BaseClient
-from beatless.client.requests import problem_with_key
 from beatless.errors import BadRequest
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.options import problem_with_key
 from beatless.orchestrator.outcomes import STEP_NAME
 from beatless.orchestrator.records import NewSignal, SentSignal
 from beatless.outbox.queries import Caller

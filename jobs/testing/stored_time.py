@@ -12,6 +12,7 @@ MAX_ADVANCE_S = 100 * MOST_S
 TIMES_IN_EVENTS = (
     ("StepFailed", "retry_at"),
     ("RunStarted", "not_before"),
+    ("InputReplaced", "not_before"),
     ("WaitStarted", "until"),
 )
 """Types of events with the member of their data that is a time, in milliseconds."""

@@ -76,7 +76,10 @@ def checker(document: dict[str, Any], name: str) -> jsonschema.Draft202012Valida
 
 
 def ended(beatless: Kit, api: Api, plan: str) -> str:
-    run_id = str(api("POST", "/v1/runs", {"plan": plan}).json["run_id"])
+    asked = {"plan": plan, "dedupe_key": plan, "debounce": 5}
+    run_id = str(api("POST", "/v1/runs", asked).json["run_id"])
+    assert api("POST", "/v1/runs", asked).json["start"] == "input_replaced"
+    beatless.advance(5)
     beatless.work_until_idle()
     for _ in range(2):
         beatless.advance(3600)

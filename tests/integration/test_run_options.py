@@ -27,9 +27,19 @@ COMPUTED: dict[str, tuple[Any, Callable[[Run], Any], Any]] = {
     "queue": ("mail", lambda run: run.queue, "mail"),
     "delay": (90, lambda run: (run.not_before - run.created_at).total_seconds() >= 89, True),
     "not_before": (SOON, lambda run: run.not_before, SOON),
+    "while_unfinished": ("replace", lambda run: run.dedupe_key, "k"),
+    "debounce": (90, lambda run: (run.not_before - run.created_at).total_seconds() >= 89, True),
+    "max_wait": (95, lambda run: (run.not_before - run.created_at).total_seconds() < 95, True),
     "deadline": (7200, lambda run: (run.deadline_at - run.created_at).total_seconds() > 7190, True),
 }
 """What is given, what is read of the run, and what that must be."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "while_unfinished": {"dedupe_key": "k"},
+    "debounce": {"dedupe_key": "k2"},
+    "max_wait": {"dedupe_key": "k3", "debounce": 94},
+}
+"""Options that another one needs."""
 
 KEPT = {
     name: (option.example, lambda run, name=name: getattr(run, name), option.example)
@@ -59,7 +69,7 @@ def test_an_example_is_not_the_default(beatless_app: App, name: str) -> None:
 @pytest.mark.parametrize("option", CASES)
 def test_an_option_is_stored_and_read_back(beatless_app: App, option: str) -> None:
     given, read, expected = CASES[option]
-    request = {"plan": "two_steps", option: given}
+    request = {"plan": "two_steps", option: given, **BESIDE.get(option, {})}
     client = beatless_app.client
     started = client.start_run(**request)
     assert read(started) == read(client.get_run(started.run_id)) == expected
@@ -71,7 +81,8 @@ def test_an_option_is_stored_and_read_back(beatless_app: App, option: str) -> No
 def test_each_option_comes_in_over_http(beatless_app: App) -> None:
     with serving(beatless_app) as api, HttpClient(api.url) as client:
         for option, (given, read, expected) in CASES.items():
-            started = client.start_run(**{"plan": "two_steps", option: given})
+            beside = BESIDE.get(option, {})
+            started = client.start_run(**{"plan": "two_steps", option: given, **beside})
             assert read(started) == read(client.get_run(started.run_id)) == expected, option
 
 

@@ -72,6 +72,7 @@ def list_runs(
     step: Annotated[
         str | None, Query(description="unfinished runs that are in it, or go on with it")
     ] = None,
+    dedupe_key: Annotated[str | None, Query(description="runs that were started with it")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
 ) -> Response:
@@ -83,6 +84,7 @@ def list_runs(
         tags=tags_of(tag) if tag else None,
         retried=retried,
         step=step,
+        dedupe_key=dedupe_key,
         before=place_of(cursor),
         limit=limit,
         max_bytes=responses.RUNS_BYTES,

@@ -9,10 +9,10 @@ import { mayStream, seen, take, watch } from "./places.js";
 import { Story, Timeline } from "./timeline.js";
 
 const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "DebugTrace", "StepOutput", "CancelRequested", "WaitStarted",
-  "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "UndoStarted", "RunFinished"];
+  "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "UndoStarted", "InputReplaced", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
-  "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no"]); // members with a place of their own, or none
+  "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no", "start"]); // members with a place of their own, or none
 const BATCH = 2000; // events in one answer while the past is read
 const CHILDREN = 50; // in one page of the list of children
 const MOST_ROWS = 400; // rows of the log that are in the document
