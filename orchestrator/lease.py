@@ -36,6 +36,10 @@ LOCK_TIMEOUT_S = 1.0
 LOOKED_AT = 256
 """Waiting runs among which the further ones of a claim are: plans of others may stand before."""
 
+LOOKED_BACK = 2000
+"""The last events of a run, among which `held_by` looks for what a suspect has said: one that has
+emitted more since is taken for one of several."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Lease:
@@ -136,6 +140,7 @@ class Leases:
             schema,
             lock_timeout_ms=round(LOCK_TIMEOUT_S * 1000),
             looked_at=LOOKED_AT,
+            looked_back=LOOKED_BACK,
             run_options=OPTION_SQL["run_options"],
         )
 

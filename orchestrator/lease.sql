@@ -202,20 +202,21 @@ SELECT held.lease_token, u.run_id IS NOT NULL, {each_doorbell}
 -- name: held_by
 -- List the leases that the processes of these workers hold.
 -- By the time at which they run out: what is delayed for longer is not read.
--- Of a suspect it is in the journal whether its body was called, and alone: it says so before.
+-- Of a suspect it is in the journal whether its body was called, and alone: it says so before. Not
+-- looked for behind all that a step may have emitted.
 SELECT r.run_id, r.lease_token, substring(r.worker FROM '[^:]*$'),
        coalesce(l.type = 'DebugTrace' AND (l.data ->> 'alone')::bool, false),
        coalesce(l.type = 'StepStarted' AND b.type = 'DebugTrace', false)
   FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
   LEFT JOIN LATERAL (
     SELECT e.type, e.data FROM {schema}.run_events e
-     WHERE e.run_id = r.run_id
+     WHERE e.run_id = r.run_id AND e.seq > r.last_seq - {looked_back}
        AND (e.type IN ('StepStarted', 'StepFinished', 'StepFailed')
             OR e.type = 'DebugTrace' AND e.data ->> 'name' = %(suspect)s)
      ORDER BY e.seq DESC LIMIT 1) l ON true
   LEFT JOIN LATERAL (
     SELECT e.type FROM {schema}.run_events e
-     WHERE e.run_id = r.run_id
+     WHERE e.run_id = r.run_id AND e.seq > r.last_seq - {looked_back}
        AND (e.type IN ('StepFinished', 'StepFailed')
             OR e.type = 'DebugTrace' AND e.data ->> 'name' = %(given_back)s
                AND e.data ->> 'process_died' = 'true')

@@ -58,7 +58,7 @@ class Retention:
         self._keeps_runs = runs_days == 0
         self._since: Any = None
         self._events = self._runs = 0
-        self._sql = statements(__file__, schema)
+        self._sql = statements(__file__, schema, rest_s=REST_S)
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
         """Remove one batch, in one transaction; seconds until the next step is worth while."""

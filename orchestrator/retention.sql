@@ -61,12 +61,14 @@ DELETE FROM {schema}.runs r USING chosen WHERE r.run_id = chosen.run_id RETURNIN
 
 -- name: next_due
 -- Read in how many seconds the oldest events that are not needed, or the run that lost its events
--- first, are due.
+-- first, are due. Events that are not due before the next look are not read: all may be needed.
 SELECT extract(epoch FROM least(
   (SELECT e.ts FROM {schema}.run_events e
     CROSS JOIN LATERAL (SELECT FROM {schema}.runs r
                          WHERE r.run_id = e.run_id AND NOT ({needed}) LIMIT 1) r
-    WHERE e.type = 'RunFinished' ORDER BY e.ts LIMIT 1)
+    WHERE e.type = 'RunFinished'
+      AND e.ts < (SELECT clock_timestamp() - make_interval(secs => %(events)s - {rest_s}))
+    ORDER BY e.ts LIMIT 1)
     + make_interval(secs => %(events)s),
   (SELECT pruned_at FROM {schema}.runs WHERE pruned_at IS NOT NULL AND %(runs)s > 0
     ORDER BY pruned_at LIMIT 1) + make_interval(secs => %(runs)s)

@@ -9,6 +9,7 @@ from sqlalchemy import event
 
 from beatless import App
 from beatless.auth import Tokens
+from beatless.orchestrator import lease
 from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.records import FailedRunFilter
 from beatless.orchestrator.retention import Retention
@@ -31,7 +32,8 @@ class Counting(queries.Cursor):
     def execute(self, query: Any, params: Any = None, **options: Any) -> "Counting":
         with self.connection.transaction(force_rollback=True):
             counted = psycopg.Cursor(self.connection)
-            counted.execute(EXPLAIN + query, params)
+            text = query if isinstance(query, bytes) else query.encode()
+            counted.execute(EXPLAIN + text, params)
             ((plan,),) = counted.fetchall()
         Counting.read += sum(
             (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
@@ -205,3 +207,42 @@ SELECT 's' || n, decode(md5(n::text), 'hex'), 'default', '{{runs:read}}', 'run-'
 
     for statement, parameters in asked:
         history.execute(statement.encode(), parameters)
+
+
+def test_when_the_events_of_runs_are_due_that_are_all_needed(
+    beatless_app: App, history: psycopg.Connection
+) -> None:
+    with psycopg.Cursor(history) as cursor:
+        cursor.execute(
+            "UPDATE runs SET parent_id = 'again', root_id = 'again',"
+            " child_no = substr(run_id, 5)::int WHERE run_id <> 'again'"
+        )
+    days = (HISTORY - 0.5) / 24
+    retention = Retention(beatless_app.settings.schema, events_days=days, runs_days=0)
+
+    assert retention.step(history) == HOUR
+
+
+def test_the_leases_of_workers_whose_steps_have_emitted_much(
+    beatless_app: App, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOKED_BACK", 50)
+    leases = lease.Leases(beatless_app.settings.schema, seconds=60)
+    run_id = beatless_app.client.start_run("sleepy").run_id
+    held = leases.claim(
+        postgres, run_id, plan="sleepy", worker="here:w", first_step="speaks", dispatch=1
+    )
+    assert held is not None
+    emitted = (
+        "INSERT INTO run_events (run_id, seq, ts, type, source, step, attempt)"
+        " SELECT %s, seq, now(), 'StepOutput', 'worker', 'speaks', 1"
+        " FROM generate_series(3, 5000) seq"
+    )
+    postgres.execute(emitted, (run_id,))
+    postgres.execute("UPDATE runs SET last_seq = 5000")
+    postgres.execute("ANALYZE runs, run_events, dispatches")
+    monkeypatch.setattr(Counting, "read", 0)
+    postgres.cursor_factory = Counting
+
+    assert [each.token for each in leases.held_by(postgres, ["w"])] == [held.token]
+    assert 0 < Counting.read < 6 * 50

@@ -51,6 +51,8 @@ VALUES: dict[str, float | str] = {
     "last_shard": SHARDS - 1,
     "lock_timeout_ms": 1000,
     "looked_at": 256,
+    "looked_back": 2000,
+    "rest_s": 3600,
     "names": 5,
     "near_runs": 10_000,
     "never": "9999-01-01Z",
