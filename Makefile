@@ -8,7 +8,11 @@ export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(l
 # The suite starts hundreds of processes: each would compile the packages again.
 unexport PYTHONDONTWRITEBYTECODE
 # By stealing: chunks of even size are not of even length, and two thirds of a minute were lost.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY)
+# Each test empties its tables, which makes dozens of files anew (ADR 0086).
+MEMORY = /dev/shm/beatless-$(shell pwd | cksum | cut -d' ' -f1)
+IN_MEMORY = $(shell awk '/^MemAvailable/ {exit $$2 < 6291456}' /proc/meminfo && mkdir -p $(MEMORY) 2>/dev/null && \
+  [ "$$(df -Pk $(MEMORY) | awk 'END {print $$4}')" -gt 4194304 ] && [ -w $(MEMORY) ] && echo --beatless-directory=$(MEMORY))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
@@ -64,7 +68,7 @@ IN_OLDEST = unit $(addprefix integration/test_,$(addsuffix .py,runs queues races
 test-oldest: ## The heart of the suite with the oldest of everything that pyproject.toml allows (Python 3.11)
 	@$(MAKE) install VENV=$(VENV)-oldest LOCK=requirements-oldest.txt
 	@mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_OLDEST:%=tests/%) \
+	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(IN_OLDEST:%=tests/%) \
 	  --ignore tests/unit/test_lint_rules.py $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
 
 # Nothing downloads a browser: the distribution's is driven.
@@ -161,7 +165,7 @@ bench-%: $(STAMP)
 test-long: $(STAMP) ## The suite with everything that takes long (stress, kills at every point), and its coverage
 	@rm -f .coverage .coverage.* && mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" COVERAGE_FILE="$(CURDIR)/.coverage" \
-	  $(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal -m "long or not long" $(ARGS)
+	  $(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) -m "long or not long" $(ARGS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 check: $(STAMP) ## Format, lint, strict types, import contracts
@@ -209,5 +213,5 @@ lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oba
 
 clean: ## Remove what the other targets made
 	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
-	  build dist *.egg-info census census-report
+	  build dist *.egg-info census census-report $(MEMORY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

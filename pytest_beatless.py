@@ -49,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="for embedded: the initdb and postgres of this folder, as /usr/lib/postgresql/15/bin",
     )
+    group.addoption(
+        "--beatless-directory",
+        metavar="DIR",
+        help="for embedded: the servers make their directories in this folder, as /dev/shm, whose "
+        "files are in memory; default: the system's folder for temporary files",
+    )
     group.addoption("--beatless-postgres-image", default="postgres:18", help="for testcontainers")
     group.addoption("--beatless-redis-image", default="redis:8", help="for testcontainers")
     parser.addini("beatless_app", "module:attribute of the App whose plans the tests run")

@@ -1,7 +1,9 @@
 """Fixtures of the suite. The test kit itself is the installed plugin `pytest_beatless`."""
 
+import functools
 import gc
 import importlib
+import importlib.metadata
 import logging
 import os
 import socket
@@ -23,6 +25,9 @@ pytest_plugins = ["pytester"]
 # The same cases in every run, on every machine: who finds another one writes it down as a test.
 settings.register_profile("beatless", derandomize=True, deadline=None, database=None)
 settings.load_profile("beatless")
+
+# redis-py reads its version from the disk for each connection, of which tests open thousands.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 # They change what pytest, click and rich write, and tests read what their processes wrote.
 for name in ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR"):

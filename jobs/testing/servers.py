@@ -94,9 +94,17 @@ def server_settings(config: pytest.Config) -> dict[str, str]:
 
 
 def start_embedded(config: pytest.Config, stack: ExitStack) -> tuple[str, str]:
-    """(database URL, Redis URL) of servers from wheels. Raises ServicesMissing, ServiceFailed."""
+    """(database URL, Redis URL) of servers from wheels.
+
+    Raises ServicesMissing, ServiceFailed, and UsageError for a folder that cannot be written to.
+    """
     settings = server_settings(config)
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beatless-test-")))
+    folder = config.getoption("--beatless-directory")
+    try:
+        made = tempfile.TemporaryDirectory(prefix="beatless-test-", dir=folder)
+    except OSError as error:
+        raise pytest.UsageError(f"--beatless-directory={folder}: {error.strerror}") from error
+    directory = Path(stack.enter_context(made))
     binaries = config.getoption("--beatless-postgres-bin")
     postgres = stack.enter_context(
         EmbeddedPostgres(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery.worker.request import Request
-from kombu import Connection
+from kombu import Connection, Queue
 from kombu.message import Message
 
 from beatless.app import App
@@ -19,6 +19,8 @@ class TaskInbox:
     def __init__(self, app: App) -> None:
         self._app = app
         self._broker: Connection | None = None
+        self._channel: Any = None
+        self._queues: dict[str, Queue] = {}
         self._alone = threading.Lock()  # a channel is for one thread at a time
 
     def take(self) -> Message | None:
@@ -33,12 +35,23 @@ class TaskInbox:
                     connection, f"SELECT DISTINCT queue FROM {self._app.settings.schema}.runs", {}
                 )
             for name in sorted(queue_names(self._app) | {name for (name,) in names}):
-                queue = worker_queue(self._app.settings.prefix, name)(channel)
-                queue.declare()
-                message = queue.get(accept=celery.conf.accept_content)
+                message = self._queue(name, channel).get(accept=celery.conf.accept_content)
                 if message is not None:
                     return message
             return None
+
+    def _queue(self, name: str, channel: Any) -> Queue:
+        """The queue, declared once by each connection to Redis.
+
+        RabbitMQ refuses the next message of a queue that `obliterate` has deleted.
+        """
+        if channel is not self._channel or self._app.settings.redis_broker is None:
+            self._channel, self._queues = channel, {}
+        if name not in self._queues:
+            queue = worker_queue(self._app.settings.prefix, name)(channel)
+            queue.declare()
+            self._queues[name] = queue
+        return self._queues[name]
 
     def acknowledge(self, message: Message) -> None:
         """Acknowledge the message to the broker."""
@@ -70,7 +83,7 @@ class TaskInbox:
         with self._alone:
             if self._broker is not None:
                 self._broker.release()
-                self._broker = None
+                self._broker = self._channel = None
 
     def _answering(self, answer: Callable[..., Any]) -> Callable[..., None]:
         """Answers the broker while no other thread uses the channel."""

@@ -152,12 +152,19 @@ def test_what_others_have_and_what_a_test_did_to_its_own(
                     "SELECT to_regclass('people')::text"
                 ).scalar() == "people"
                 connection.exec_driver_sql("CREATE TABLE public.strays ()")
+
+        def test_has_servers_in_the_folder_that_was_named(beatless, pytestconfig):
+            with beatless.app.engine.connect() as connection:
+                data = connection.exec_driver_sql("SHOW data_directory").scalar()
+            assert data.startswith(pytestconfig.getoption("--beatless-directory"))
         """
     )
 
-    result = pytester.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider")
+    servers = f"--beatless-directory={pytester.mkdir('servers')}"
+    result = pytester.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider", servers)
 
-    result.assert_outcomes(passed=13, errors=5)
+    result.assert_outcomes(passed=14, errors=5)
+    assert list(pytester.path.glob("servers/*")) == []
     told = [line.strip() for line in result.outlines if line.startswith("  ")]
     assert [line for line in told if line.startswith(("a ", "the "))] == [
         "a write to the runs in the schema beatless",

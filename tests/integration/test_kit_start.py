@@ -113,6 +113,7 @@ WRONG = {
     "testcontainers": "*--beatless-services=testcontainers: *testcontainers*pip install*",
     "line": "*beatless_embedded_settings: 'work_mem' is not name=value, as in work_mem=64MB",
     "unreachable": "*--beatless-services=external: Postgres cannot be reached: *",
+    "directory": "*--beatless-directory=/nobody/has/this: No such file or directory*",
 }
 
 
@@ -133,9 +134,12 @@ def test_a_wrong_set_up_is_told_in_a_sentence(
         PLANS + "import sys; sys.modules['testcontainers'] = None  # as if not installed"
     )
     pytester.makepyfile("def test_it(beatless): ...")
-    services = {"line": "embedded", "unreachable": "external"}.get(wrong, wrong)
+    services = {"line": "embedded", "unreachable": "external", "directory": "embedded"}
+    options = [f"--beatless-services={services.get(wrong, wrong)}"]
+    if wrong == "directory":
+        options.append("--beatless-directory=/nobody/has/this")
 
-    result = run(pytester, "-p", "xdist", "-n", workers, f"--beatless-services={services}")
+    result = run(pytester, "-p", "xdist", "-n", workers, *options)
 
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([WRONG[wrong]])
