@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.events import Event
     from beatless.orchestrator.forms import Verdict
     from beatless.orchestrator.function_plan import plan
+    from beatless.orchestrator.limit import Limit
     from beatless.orchestrator.open_waits import Approval, Signal
     from beatless.orchestrator.outcomes import Finish, Goto, Snooze
     from beatless.orchestrator.plan import Plan, step
@@ -91,6 +92,7 @@ _MODULES = {
     "JobsError": "beatless.errors",
     "JsonLines": "beatless.observe.logs",
     "LeaseLost": "beatless.orchestrator.errors",
+    "Limit": "beatless.orchestrator.limit",
     "Plan": "beatless.orchestrator.plan",
     "Run": "beatless.orchestrator.records",
     "RunCancelled": "beatless.orchestrator.errors",
@@ -164,6 +166,7 @@ __all__ = [
     "JobsError",
     "JsonLines",
     "LeaseLost",
+    "Limit",
     "Plan",
     "Run",
     "RunCancelled",

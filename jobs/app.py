@@ -416,6 +416,7 @@ class App:
         from beatless.orchestrator.children import CancelsChildren
         from beatless.orchestrator.deadlines import AdoptsDeadlines, Deadlines
         from beatless.orchestrator.ended_runs import CountsEndedRuns
+        from beatless.orchestrator.limits import LooksAtLimits
         from beatless.orchestrator.successors import NotesSuccessors
         from beatless.orchestrator.wakes import Wakes
         from beatless.orchestrator.watch_thread import WatchThread
@@ -441,6 +442,7 @@ class App:
                 AdoptsDeadlines(self.settings.schema),
                 CountsEndedRuns(self.settings.schema),
                 NotesSuccessors(self.settings.schema),
+                LooksAtLimits(self.settings.schema),
             ],
             companions=[WatchThread(watch(observer=seen), observer=seen)] if watch else (),
             failing=self.metrics.relay.failing,

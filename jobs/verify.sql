@@ -9,12 +9,13 @@ SELECT run_id, last_seq::bigint - pruned_seq FROM {schema}.runs
 -- Of a run, what the checks read.
 SELECT run_id, state, last_seq::bigint AS last_seq, attempt, finished_at,
        pruned_seq::bigint AS pruned_seq, parent_id, child_no, plan,
-       namespace || '/' || dedupe_key AS dedupe_key FROM {schema}.runs
+       namespace || '/' || dedupe_key AS dedupe_key, limits FROM {schema}.runs
 
 -- fragment: dispatch_facts
 -- Of a dispatch, what the checks read.
 SELECT run_id, state = 'delayed' AND reason = 'wait' AS waits, children_left, task, dedupe_key,
-       dedupe_next
+       dedupe_next,
+       CASE WHEN state = 'delayed' AND reason = 'limit' THEN limit_id END AS awaited
   FROM {schema}.dispatches
 
 -- fragment: event_facts
@@ -135,6 +136,22 @@ UNION ALL
 SELECT 'I13', run.run_id, 'it has begun while a run with its dedupe key was unfinished'
   FROM run JOIN dispatch d USING (run_id) WHERE d.dedupe_next AND run.attempt > 0
 UNION ALL
+SELECT 'I7', run_id, format('it waits for the limit %%s, of which slots are free, and nothing will let '
+       'a run in', d.awaited)
+  FROM run JOIN dispatch d USING (run_id)
+ CROSS JOIN LATERAL {schema}.limits_of(run.limits) l
+ WHERE l.id = d.awaited
+   AND (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = d.awaited) < l.at_once
+   AND NOT EXISTS (SELECT FROM {schema}.dispatches o
+                    WHERE o.limit_id = d.awaited AND o.state IN ('waiting', 'sent'))
+   AND NOT EXISTS (SELECT FROM {schema}.limit_notes n WHERE n.limit_id = d.awaited)
+UNION ALL
+SELECT 'I14', run_id, format('it is %%s and has %%s slots of %%s limits', state, slots, limits)
+  FROM (SELECT run_id, state, coalesce(jsonb_array_length(limits), 0) AS limits,
+               (SELECT count(*) FROM {schema}.limit_slots s WHERE s.run_id = run.run_id) AS slots
+          FROM run) held
+ WHERE slots <> CASE WHEN state = 'running' THEN limits ELSE 0 END
+UNION ALL
 SELECT 'I2', run.run_id, format('it is child %%s of run %%s, which has started none of this number',
        run.child_no, run.parent_id)
   FROM run JOIN {schema}.runs p ON p.run_id = run.parent_id AND p.pruned_seq = 0
@@ -200,6 +217,8 @@ SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string
   FROM (SELECT DISTINCT run_id, 'run_events' FROM {schema}.run_events
          WHERE run_id > %(after)s AND run_id <= %(upto)s
          UNION SELECT run_id, 'run_outbox' FROM {schema}.run_outbox
+                WHERE run_id > %(after)s AND run_id <= %(upto)s
+         UNION SELECT run_id, 'limit_slots' FROM {schema}.limit_slots
                 WHERE run_id > %(after)s AND run_id <= %(upto)s
          UNION SELECT run_id, 'dispatches' FROM dispatch) AS stored(run_id, name)
  WHERE NOT EXISTS (SELECT FROM run WHERE run.run_id = stored.run_id)

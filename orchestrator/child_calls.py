@@ -13,6 +13,7 @@ from beatless.orchestrator.arguments import digest
 from beatless.orchestrator.errors import BadPayload, ChildFailed
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import given_input
+from beatless.orchestrator.limit import limits_of
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run, new_run_id
@@ -240,6 +241,11 @@ class ChildCall(Wait):
                 parent_id=parent.run_id,
                 child_no=number,
                 detached=self.detached,
+                limits=limits_of(
+                    self.plan.limits,
+                    self._input(number - children.first) if self.plan.limits else None,
+                    prefix=f"{prefix}{mark}",
+                ),
             )
             for number in numbers
         ]
@@ -257,7 +263,9 @@ class ChildCall(Wait):
         """Raises BadPayload for an input that a child cannot have: before any was started."""
         for place in range(len(self.inputs)):
             where = f"{INPUT} of plan {self.plan.name}, [{place}]"
-            encode(self._input(place), where=where, limit=limit)
+            input = self._input(place)
+            encode(input, where=where, limit=limit)
+            limits_of(self.plan.limits, input, prefix="")
 
 
 def check_plan(plan: Any) -> None:

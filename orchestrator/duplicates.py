@@ -8,6 +8,7 @@ Claims, cancels and ends do not take that lock: they are met on the run's row. A
 successor is being stored: see `successors`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -96,6 +97,7 @@ class Duplicates:
         parameters = self._of_key(new) | {
             "input": new.input,
             "default_input": new.default_input,
+            "limits": json.dumps(new.stored_limits) if new.limits else None,
             "debounce": new.debounce,
             "max_wait": new.max_wait,
         }

@@ -30,7 +30,8 @@ NOT d.dedupe_next AND (d.state = 'delayed' OR u.not_before > clock_timestamp())
 -- Decided on the locked row: a claim has the one input or the other, and its events say so.
 WITH u AS (
   UPDATE {schema}.runs r
-     SET input = %(input)s::jsonb, default_input = %(default_input)s, last_seq = last_seq + 1,
+     SET input = %(input)s::jsonb, default_input = %(default_input)s,
+         limits = %(limits)s::jsonb, last_seq = last_seq + 1,
          not_before = clock_timestamp() + make_interval(secs => least(%(debounce)s,
            %(max_wait)s - extract(epoch FROM clock_timestamp() - created_at)::float8))
    WHERE run_id = (SELECT d.run_id FROM {schema}.dispatches d
@@ -52,7 +53,8 @@ WITH u AS (
      SET state = CASE WHEN NOT ({moves}) THEN d.state
                       WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          due_at = CASE WHEN {moves} THEN u.not_before ELSE d.due_at END,
-         reason = CASE WHEN {moves} THEN 'delay' ELSE d.reason END
+         reason = CASE WHEN {moves} THEN 'delay' ELSE d.reason END,
+         limit_id = u.limits -> 0 ->> 'id'
     FROM u WHERE d.run_id = u.run_id
   RETURNING d.shard
 )

@@ -80,9 +80,9 @@ NOT (r.cancel_requested_at IS NULL) AS cancelled,
 CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
 
 -- fragment: of_its_worker
--- The reasons of runs that have begun and go on at once: given back, woken by a signal, begun again.
+-- The reasons of runs that go on at once: given back, woken by a signal, begun again, let in by a limit.
 -- They go before those of their priority that have not begun: they are due since they were made.
-('busy', 'shutdown', 'signal', 'again')
+('busy', 'shutdown', 'signal', 'again', 'slot')
 
 -- fragment: each_settled_doorbell
 -- `each_doorbell`, for runs that have come to a boundary: those that wait may be due.
@@ -132,22 +132,22 @@ run_id text, shard smallint, namespace text, plan text, plan_version text, queue
 input jsonb, key text, not_before timestamptz, delay float8, deadline float8, retry_of text,
 trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
 parent_id text, child_no int, detached boolean, deadline_at timestamptz,
-schedule text, schedule_id bigint, tick timestamptz, {option_types}
+schedule text, schedule_id bigint, tick timestamptz, limits jsonb, {option_types}
 
 -- fragment: stored_runs
 -- New runs `u` from `input`, with RunStarted and outbox row; none whose id or key is used.
 u AS (
   INSERT INTO {schema}.runs (run_id, namespace, plan, plan_version, queue, state, input, key,
-                             last_seq, not_before, deadline_at, retry_of, trace_context,
-                             default_queue, default_input, parent_id, child_no, root_id,
-                             schedule, tick, {option_columns})
+    last_seq, not_before, deadline_at, retry_of, trace_context,
+    default_queue, default_input, parent_id, child_no, root_id,
+    schedule, tick, limits, {option_columns})
   SELECT run_id, namespace, plan, plan_version, queue, 'queued', input, key, 1,
          coalesce(not_before, clock_timestamp() + make_interval(secs => delay)),
          least(deadline_at, clock_timestamp() + make_interval(secs => deadline)), retry_of,
          trace_context, default_queue, default_input, parent_id, child_no,
          CASE WHEN NOT detached THEN (SELECT coalesce(p.root_id, p.run_id) FROM {schema}.runs p
-                                       WHERE p.run_id = i.parent_id) END,
-         schedule, tick, {option_values}
+    WHERE p.run_id = i.parent_id) END,
+         schedule, tick, limits, {option_values}
     FROM input i
   ON CONFLICT DO NOTHING
   RETURNING *
@@ -167,14 +167,14 @@ u AS (
 )
 
 -- fragment: created_runs
--- Such runs with their dispatches.
+-- Such runs with their dispatches. A trigger has those wait whose limit has no room (`park_if_full`).
 {stored_runs}, d AS (
   INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                                   deadline_at, parent_id, child_no, schedule_id)
+    deadline_at, parent_id, child_no, schedule_id, limit_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          coalesce(u.not_before, u.created_at),
          CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at,
-         u.parent_id, u.child_no, i.schedule_id
+         u.parent_id, u.child_no, i.schedule_id, u.limits -> 0 ->> 'id'
     FROM u JOIN input i USING (run_id)
 )

@@ -9,6 +9,7 @@ from beatless.orchestrator.celery_task import is_celery_task
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
+from beatless.orchestrator.limit import Limit, checked_limits
 from beatless.orchestrator.outcomes import STEP_NAME, PlanError
 from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
 from beatless.orchestrator.step_body import body_of
@@ -33,6 +34,7 @@ class FunctionPlan(Plan):
         default_input: Any = None,
         renamed: Mapping[str, str] | None = None,
         removed: Iterable[str] = (),
+        limits: Iterable[Limit] | None = None,
     ) -> None:
         """Raises PlanError, naming the plan."""
         if not isinstance(name, str) or not PLAN_NAME.fullmatch(name):
@@ -44,6 +46,7 @@ class FunctionPlan(Plan):
             raise PlanError(f"plan {name}: version is {version!r}; give a number from 1 on")
         self.name = name
         self.queue = queue
+        self.limits = checked_limits(name, limits)
         self.function = function
         self.is_async = _check_function(name, function)
         self.number = version
@@ -148,6 +151,7 @@ def plan(
     default_input: Any = None,
     renamed: Mapping[str, str] | None = None,
     removed: Iterable[str] = (),
+    limits: Iterable[Limit] | None = None,
 ) -> Callable[[Callable[..., Any]], FunctionPlan]:
     """Make a function a plan. It takes one argument, the RunContext, and returns the run's result.
 
@@ -159,7 +163,7 @@ def plan(
     checks it before the run is stored. `version` is a number that a change of the function may
     raise (`run.version`): workers with a lower one leave the run alone from then on. `renamed` maps
     former names of steps to those of now; `removed` names steps that the function no longer asks
-    for. `queue`, `on_cancel` and `default_input` are as those of `Plan`.
+    for. `queue`, `on_cancel`, `default_input` and `limits` are as those of `Plan`.
 
     Raises PlanError, naming the plan, for a function that cannot be a plan.
 
@@ -191,6 +195,7 @@ def plan(
             default_input=default_input,
             renamed=renamed,
             removed=removed,
+            limits=limits,
         )
 
     return decorate

@@ -17,6 +17,7 @@ from beatless.orchestrator.records import (
     CheckpointPage,
     DispatchStatus,
     FailedRunFilter,
+    FullLimit,
     NewRun,
     Place,
     Run,
@@ -475,7 +476,7 @@ class Journal:
         )
         if not rows:
             raise RunNotFound(run_id)
-        now, lease, state, due_at, reason, attempts, paused, unpublished, letters = rows[0]
+        now, lease, state, due_at, reason, attempts, paused, unpublished, letters, limit = rows[0]
         return DispatchStatus(
             now=now,
             lease_expires_at=lease,
@@ -483,6 +484,7 @@ class Journal:
             paused=paused,
             unpublished=unpublished,
             dead_letters=letters,
+            limit=None if limit is None else FullLimit(**limit),
         )
 
     def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ WITH input AS (
   SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i({new_run_columns}, dedupe_next boolean)
 ), {stored_runs}, d AS (
   INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                                   deadline_at, dedupe_key, dedupe_next)
+                                   deadline_at, dedupe_key, dedupe_next, limit_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN i.dedupe_next OR u.not_before > clock_timestamp()
               THEN 'delayed' ELSE 'waiting' END,
@@ -24,7 +24,8 @@ WITH input AS (
               ELSE coalesce(u.not_before, u.created_at) END,
          CASE WHEN i.dedupe_next THEN 'next' WHEN u.not_before IS NULL THEN 'start'
               ELSE 'delay' END, u.deadline_at,
-         u.namespace || '/' || u.dedupe_key, coalesce(i.dedupe_next, false)
+         u.namespace || '/' || u.dedupe_key, coalesce(i.dedupe_next, false),
+         u.limits -> 0 ->> 'id'
     FROM u JOIN input i USING (run_id)
 )
 SELECT {run_columns}, {each_doorbell}
@@ -399,13 +400,20 @@ SELECT EXISTS (SELECT FROM {schema}.run_events e
 SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s
 
 -- name: dispatch_status
--- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters.
+-- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters, and the
+-- limit that it waits for.
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {schema}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
        (SELECT min(from_seq) FROM {schema}.run_outbox o
          WHERE o.shard = %(shard)s AND o.run_id = r.run_id),
        ARRAY(SELECT kind || ': ' || reason FROM {schema}.dead_letters l
-              WHERE l.run_id = r.run_id ORDER BY id)
+              WHERE l.run_id = r.run_id ORDER BY id),
+       CASE WHEN d.state = 'delayed' AND d.reason = 'limit' THEN (
+         SELECT jsonb_build_object('id', l.id, 'at_once', l.at_once,
+                  'held', (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = l.id),
+                  'by', ARRAY(SELECT s.run_id FROM {schema}.limit_slots s
+                               WHERE s.limit_id = l.id ORDER BY s.taken_at LIMIT 3))
+           FROM {schema}.limits_of(r.limits) l WHERE l.id = d.limit_id) END
   FROM {schema}.runs r LEFT JOIN {schema}.dispatches d USING (run_id)
  WHERE r.run_id = %(run_id)s
 

@@ -40,7 +40,8 @@ extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context
 -- Take the lease of a run that waits and is due, or whose lease has run out.
 -- A subquery of RETURNING sees the row as it was: since when the run has waited. The first step of a
 -- fresh run starts in the claim itself: one commit less for each run. A paused queue sends its
--- message back to wait; `pause` makes that exact (`queues`).
+-- message back to wait; `pause` makes that exact (`queues`). A run with limits takes its slots last:
+-- without one it waits, and is not claimed. A takeover has them already.
 WITH u AS (
   UPDATE {schema}.runs r
      SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
@@ -53,7 +54,8 @@ WITH u AS (
      AND (state = 'running' AND lease_expires_at < clock_timestamp()
           OR state = 'queued' AND coalesce(not_before <= clock_timestamp(), true)
              AND NOT EXISTS (SELECT FROM {schema}.queues q
-                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))
+                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
+             AND (limits IS NULL OR {schema}.take_slots(run_id)))
   RETURNING r.*, (SELECT o.not_before FROM {schema}.runs o WHERE o.run_id = r.run_id) AS was_due,
             {begun} AS begun
 ), e AS (
@@ -82,7 +84,8 @@ SELECT {claimed_columns}, begun, {times_doorbell} FROM u AS r
 -- Take the leases of further runs, of the queue of the run that this transaction has claimed.
 -- They wait, are due, were never claimed, and are in the order of the relay. Of those only, for a
 -- run that has ended its process once shall have no neighbours; so none beside such a run either.
--- Those that another transaction holds are left out.
+-- Those that another transaction holds are left out, and those with limits: two claims that take slots
+-- for several runs could wait for each other.
 WITH own AS (
   SELECT queue, lease_token IS DISTINCT FROM %(token)s OR attempt = 1 AS fresh
     FROM {schema}.runs r WHERE run_id = %(run_id)s
@@ -102,6 +105,7 @@ WITH own AS (
      SELECT r.run_id FROM {schema}.runs r
       WHERE r.run_id = d.run_id AND r.plan = d.task AND d.task = ANY(%(plans)s::text[])
         AND r.state = 'queued' AND coalesce(r.not_before <= clock_timestamp(), true) AND {fresh}
+        AND r.limits IS NULL
         AND NOT EXISTS (SELECT FROM {schema}.queues q
                          WHERE q.name = r.queue AND q.paused_at IS NOT NULL)
       LIMIT 1 FOR NO KEY UPDATE OF r SKIP LOCKED) r

@@ -12,6 +12,7 @@ from beatless.orchestrator.celery_task import CeleryTask, call_task, is_celery_t
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
+from beatless.orchestrator.limit import Limit, checked_limits
 from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
 from beatless.orchestrator.retry import Retry
 from beatless.orchestrator.step_body import body_of, check_body, outcomes_of, short_name, step_name
@@ -244,6 +245,7 @@ class Plan:
     whose function is annotated `-> Goto` (or `Finish`, or both) never goes on to the next one.
     `on_cancel` is a step that undoes the work of a cancelled run, before its RunFinished; it is
     not called for a run that had not begun. `default_input` is for runs that are started without.
+    `limits` are those of its runs: each holds a lease only with a slot of every one of them.
     `renamed` maps names that steps had in earlier versions to their names now: runs that stand at
     such a step go on, with the same `ctx.key`; others that stand at a step which the plan does not
     have wait for a worker that has it.
@@ -270,11 +272,13 @@ class Plan:
         on_cancel: Step | None = None,
         default_input: Any = None,
         renamed: Mapping[str, str] | None = None,
+        limits: Iterable[Limit] | None = None,
     ) -> None:
         if not isinstance(name, str) or not PLAN_NAME.fullmatch(name):
             raise PlanError(f"plan name {name!r:.200} must match {PLAN_NAME.pattern}")
         self.name = name
         self.queue = queue
+        self.limits = checked_limits(name, limits)
         self.elements = _elements(name, steps)
         """Its steps and waits, in order."""
         self.steps = tuple(each for each in self.elements if isinstance(each, Step))

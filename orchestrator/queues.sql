@@ -65,9 +65,9 @@ WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
                                       OR d.state = 'sent') AS queued,
          count(*) FILTER (WHERE d.state IN ('waiting', 'delayed') AND d.due_at > clock_timestamp()
-                            AND d.reason <> 'wait') AS delayed,
+                            AND d.reason NOT IN ('wait', 'limit')) AS delayed,
          count(*) FILTER (WHERE d.state = 'delayed' AND d.due_at > clock_timestamp()
-                            AND d.reason = 'wait') AS waiting,
+                            AND d.reason IN ('wait', 'limit')) AS waiting,
          count(*) FILTER (WHERE d.state = 'running') AS active,
          {due_since} AS oldest,
          count(DISTINCT (SELECT worker FROM {schema}.runs r

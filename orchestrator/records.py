@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from beatless.orchestrator.errors import EventsPruned
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.options import STORED, StoredOptions
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
@@ -215,6 +216,12 @@ class NewRun(StoredOptions):
     """Seconds from the first input to the begin, at most."""
     dedupe_next: bool = False
     """It waits for the end of the unfinished run with its `dedupe_key`."""
+    limits: Sequence[RunLimit] = ()
+
+    @property
+    def stored_limits(self) -> list[dict[str, Any]]:
+        """Its limits as JSON."""
+        return [{"id": each.id, "at_once": each.at_once} for each in self.limits]
 
     def to_json(self) -> str:
         members = {
@@ -249,6 +256,8 @@ class NewRun(StoredOptions):
             }
         if self.dedupe_next:
             members["dedupe_next"] = True
+        if self.limits:
+            members["limits"] = self.stored_limits
         members |= self.stored_options()
         given = {name: value for name, value in members.items() if value is not None}
         text = json.dumps(given, default=dict)[:-1] + f',"input":{self.input}'
@@ -399,6 +408,25 @@ class CheckpointPage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FullLimit:
+    """A limit that a run waits for."""
+
+    id: str
+    at_once: int
+    held: int
+    """Slots that are in use."""
+    by: Sequence[str]
+    """The ids of some of the runs that have them, those first that have them the longest."""
+
+    def __str__(self) -> str:
+        name, _, key = self.id.partition(":")
+        limit = f"{name} (key {key})" if key else name
+        more = ", …" if self.held > len(self.by) else ""
+        users = f" by {', '.join(self.by)}{more}" if self.by else ""
+        return f"{limit}: {self.held} of {self.at_once} in use{users}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchStatus:
     """The state of a run in the tables beside `runs`."""
 
@@ -410,3 +438,5 @@ class DispatchStatus:
     unpublished: int | None
     """The first event that is not published."""
     dead_letters: Sequence[str]
+    limit: FullLimit | None = None
+    """The limit that it waits for."""

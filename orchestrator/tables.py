@@ -62,6 +62,7 @@ runs = Table(
     Column("children_started", Integer, nullable=False, server_default=text("0")),
     Column("schedule", Text),
     Column("tick", Time),
+    Column("limits", JSONB),
     *(
         Column(
             name,
@@ -197,6 +198,25 @@ schedules = Table(
     Index("schedules_due", "look_at", postgresql_where=text("look_at IS NOT NULL")),
 )
 """`tick` names the next tick, `due_at` is when it is to start, `look_at` when it is looked at."""
+
+limit_slots = Table(
+    "limit_slots",
+    metadata,
+    Column("limit_id", Id, primary_key=True),
+    Column("n", Integer, primary_key=True, autoincrement=False),
+    Column("run_id", Id, nullable=False),
+    Column("taken_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+    Index("limit_slots_run", "run_id"),
+)
+"""Those that are taken, by runs that have a lease."""
+
+limit_settings = Table(
+    "limit_settings",
+    metadata,
+    Column("name", Id, primary_key=True),
+    Column("at_once", Integer, nullable=False),
+    Column("changed_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
 
 ended_runs = Table(
     "ended_runs",

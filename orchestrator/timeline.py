@@ -358,6 +358,8 @@ def _now(
         if reason == SUCCEEDS:
             text = f"waits for the end of the run before it with the dedupe key {run.dedupe_key}"
             when = "when it has ended"
+        if status.limit is not None:
+            text, when = f"waits for the limit {status.limit}", "when a slot is free"
         often = "once" if attempts == 1 else f"{attempts} times"
         text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:

@@ -27,13 +27,13 @@ class Wakes:
     def wake(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
         """Make the runs due that wait and were to be woken, or whose predecessors have ended.
 
-        And cancel children of those that ended.
+        And cancel children of those that ended, and let in runs that wait for a limit with room.
         """
         done = left = 0
         aside: list[str] = []
         while True:
             parameters = {"shards": list(shards), "aside": aside}
-            ((found, gone, held, cancels, ends),) = execute(
+            ((found, gone, held, cancels, ends, limits),) = execute(
                 connection, self._sql["wake"], parameters
             )
             done, left = done + gone, left + found - gone
@@ -46,4 +46,8 @@ class Wakes:
         if ends:
             begun = self._successors.begin(connection, shards)
             done, left = done + begun.done, left + begun.left
+        if limits:
+            parameters = {"shards": list(shards)}
+            ((found, kept),) = execute(connection, self._sql["look_at_limits"], parameters)
+            done, left = done + found - kept, left + kept
         return Woken(done=done, left=left)

@@ -1,4 +1,4 @@
--- The statement by which a relay wakes runs that wait.
+-- The statements by which a relay wakes runs that wait.
 
 -- name: wake
 -- Look at the runs of these shards that were to be woken, and make those due that wait.
@@ -45,4 +45,9 @@ SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone),
        ARRAY(SELECT DISTINCT run_id FROM found
               WHERE NOT ended AND run_id NOT IN (SELECT run_id FROM free)),
        EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'cancel'),
-       EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'next')
+       EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'next'),
+       EXISTS (SELECT FROM {schema}.limit_notes WHERE shard = ANY(%(shards)s))
+
+-- name: look_at_limits
+-- Look at the limits that were noted for these shards, and let in as many runs as have room.
+SELECT looked_at, kept FROM {schema}.look_at_limits(%(shards)s::int[], {batch})

@@ -189,6 +189,9 @@ SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
        WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))
 UNION ALL
 (SELECT run_id, '', '', 0, '', 'wake', 0 FROM {schema}.wakes WHERE shard = ANY(%(shards)s) LIMIT 1)
+UNION ALL
+(SELECT limit_id, '', '', 0, '', 'wake', 0 FROM {schema}.limit_notes
+  WHERE shard = ANY(%(shards)s) LIMIT 1)
 
 -- name: pick_tasks
 -- Read the runs that are due, and what is to be done about each.
@@ -318,6 +321,7 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
        {next_tick_s},
        coalesce(bool_or(t.is_left), false)
          OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
+         OR EXISTS (SELECT FROM {schema}.limit_notes WHERE shard = ANY(%(shards)s))
   FROM (
   SELECT min(due_at) AS due_at, false AS is_left FROM {schema}.dispatches
    WHERE state <> 'waiting' AND due_at > (SELECT now FROM clock) AND shard = ANY(%(shards)s)

@@ -75,6 +75,20 @@ dispatches = Table(
     Column("schedule_id", BigInteger),
     Column("dedupe_key", Text),
     Column("dedupe_next", Boolean, nullable=False, server_default=text("false")),
+    Column("limit_id", Id),
+    Column("limit_since", Time),
+    Index(
+        "dispatches_limited",
+        "limit_id",
+        text("priority DESC"),
+        "limit_since",
+        postgresql_where=text("state = 'delayed' AND reason = 'limit'"),
+    ),
+    Index(
+        "dispatches_let_in",
+        "limit_id",
+        postgresql_where=text("limit_id IS NOT NULL AND state IN ('waiting', 'sent')"),
+    ),
     Index(
         "dispatches_children",
         "parent_id",
@@ -120,6 +134,15 @@ wakes = Table(
     Column("plan", Text),
     Column("dedupe_key", Text),
 )
+
+limit_notes = Table(
+    "limit_notes",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("limit_id", Id, nullable=False),
+)
+"""Limits that a relay is to look at."""
 
 queues = Table(
     "queues",

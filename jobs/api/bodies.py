@@ -35,6 +35,7 @@ from beatless.client.requests import (
 )
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
+from beatless.orchestrator.limit import MAX_AT_ONCE
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import FailedRunFilter, Place
 from beatless.orchestrator.schedule import CatchUp, Overlap, Schedule, StoredSchedule
@@ -221,6 +222,14 @@ class BackfillRequest(BaseModel):
 
     from_: AwareDatetime = Field(alias="from", examples=["2026-11-01T00:00:00Z"])
     to: AwareDatetime = Field(examples=["2026-11-08T00:00:00Z"])
+
+
+class LimitBody(BaseModel):
+    """How many runs with the same key a limit lets run at once."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    at_once: int = Field(ge=1, le=MAX_AT_ONCE, examples=[5])
 
 
 class RetryRequest(BaseModel):

@@ -66,6 +66,9 @@ COMMANDS = {
         "remove": "Take RUN away with all of its events.",
         "resume": "Let the runs of queue Q start again.",
     },
+    "beatless.cli.limits": {
+        "limits": "Limits: how many runs with the same key hold a lease at once.",
+    },
     "beatless.cli.runs": {
         "cancel": "Ask RUN to stop.",
         "children": "The runs that RUN has started, in the order of their numbers.",

@@ -10,6 +10,7 @@ from beatless.client.approvals import ApprovalCalls
 from beatless.client.children import ChildrenCalls
 from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
+from beatless.client.limits import LimitCalls
 from beatless.client.pages import RunPage, page_of
 from beatless.client.queues import QueueCalls
 from beatless.client.requests import (
@@ -48,6 +49,7 @@ class Client(
     ChildrenCalls,
     FailedRunCalls,
     DeadLetterCalls,
+    LimitCalls,
     QueueCalls,
     ScheduleCalls,
 ):

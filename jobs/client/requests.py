@@ -11,6 +11,7 @@ from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.events import encode, storable
 from beatless.orchestrator.function_plan import given_input
+from beatless.orchestrator.limit import limits_of
 from beatless.orchestrator.options import (
     STORED,
     Option,
@@ -308,13 +309,14 @@ def new_run(
         raise BadRequest("max_wait", "is shorter than debounce: give at least as much")
     if deadline is not None and deadline <= (delay or max_wait or debounce or 0):
         raise BadRequest("deadline", f"is {deadline:g} s from now, before the run may start")
+    input = given_input(plan, request.input)
     return NewRun(
         run_id=run_id,
         namespace=namespace,
         plan=plan.name,
         plan_version=plan.version,
         queue=queue,
-        input=encode(given_input(plan, request.input), where=INPUT, limit=max_event_bytes),
+        input=encode(input, where=INPUT, limit=max_event_bytes),
         key=request.key,
         not_before=request.not_before,
         delay=delay if debounce is None else debounce,
@@ -324,6 +326,7 @@ def new_run(
         max_wait=max_wait,
         default_queue=request.queue is None,
         default_input=request.input is None,
+        limits=limits_of(plan.limits, input, prefix=id_prefix(namespace)),
         **request.stored_options(),
     )
 

@@ -9,6 +9,7 @@ from beatless.client.base import BaseClient
 from beatless.client.requests import RunRequest, check_texts
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import stored_id
+from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Run, new_run_id
 from beatless.orchestrator.schedule import Backfill, Schedule, StoredSchedule
@@ -318,6 +319,7 @@ class ScheduleCalls(BaseClient):
             deadline=members["deadline"],
             default_queue=members["default_queue"],
             default_input=members["default_input"],
+            limits=[RunLimit(**each) for each in members.get("limits") or ()],
             priority=members["priority"],
             tags=members["tags"],
         )

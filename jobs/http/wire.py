@@ -37,6 +37,7 @@ from beatless.orchestrator.errors import (
     SignalConflict,
 )
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.limits import LimitState
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run, SentDecision
 from beatless.orchestrator.schedule import StoredSchedule
@@ -46,7 +47,9 @@ from beatless.outbox.backoff import Backoff
 from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
-R = TypeVar("R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule)
+R = TypeVar(
+    "R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule, LimitState
+)
 
 AGAIN = frozenset({429, 500, 502, 503, 504})
 """Answers of a server, or of a proxy before it, that may be another one in a moment."""
@@ -84,7 +87,15 @@ TIMES = {
         for name, hint in get_type_hints(record).items()
         if hint is datetime or datetime in get_args(hint)
     )
-    for record in (Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule)
+    for record in (
+        Run,
+        QueueState,
+        DeadLetter,
+        SentDecision,
+        ApprovalLink,
+        StoredSchedule,
+        LimitState,
+    )
 }
 
 TRIES = 5

@@ -47,6 +47,8 @@ CREATED = re.compile(
     r"^CREATE (?:UNIQUE )?(?:TABLE|INDEX)(?: CONCURRENTLY)?(?: IF NOT EXISTS)? (\w+)", re.MULTILINE
 )
 
+BODY_OR_END = re.compile(r"(\$\$.*?\$\$|;[ \t]*\n)", re.DOTALL)
+
 TABLE = re.compile(r"CREATE TABLE(?: IF NOT EXISTS)? (?P<name>\w+) \((?P<body>.*)\)", re.DOTALL)
 
 HOLDERS = """
@@ -195,9 +197,17 @@ def apply(revision: str) -> None:
 
 
 def statements(text: str) -> list[str]:
-    """The statements of a file, each with the comments before it. One ends with a line's `;`."""
-    found = [part.strip() for part in re.split(r";[ \t]*\n", text + "\n")]
-    return [part for part in found if re.sub(r"--.*", "", part).strip()]
+    """The statements of a file, each with the comments before it.
+
+    One ends with a line's `;` that is not part of the body of a function, between two `$$`.
+    """
+    found = [""]
+    for part in BODY_OR_END.split(text + "\n"):
+        if BODY_OR_END.fullmatch(part) and not part.startswith("$"):
+            found.append("")
+        else:
+            found[-1] += part
+    return [part.strip() for part in found if re.sub(r"--.*", "", part).strip()]
 
 
 def _online(statement: str, tries: int) -> None:

@@ -167,7 +167,7 @@ BACKFILL = Family(
 RUNS_ACTIVE = Family(
     name="beatless_runs_active",
     text="Unfinished runs by state: queued (due now), paused (due, but their queue is paused), "
-    "delayed (due later), waiting, running.",
+    "delayed (due later), waiting, limited, running.",
     labels=("queue", "state"),
 )
 QUEUE_OLDEST_DUE = Family(

@@ -10,6 +10,7 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usag
        (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
           SELECT queue, CASE WHEN state = 'running' THEN state
                              WHEN state = 'delayed' AND reason = 'wait' THEN 'waiting'
+                             WHEN state = 'delayed' AND reason = 'limit' THEN 'limited'
                              WHEN state <> 'sent' AND due_at > clock_timestamp() THEN 'delayed'
                              WHEN queue IN (SELECT name FROM {schema}.queues
                                              WHERE paused_at IS NOT NULL) THEN 'paused'

@@ -12,7 +12,7 @@ from beatless import Client, RunRequest
 from beatless.api.bodies import StartRequest
 from beatless.cli.runs import start_options
 from beatless.client.requests import OPTIONS, REQUEST_FIELDS, RunOptions, json_members
-from beatless.http import AsyncClient, approval_calls, calls, schedule_calls
+from beatless.http import AsyncClient, approval_calls, calls, limit_calls, schedule_calls
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.options import StoredKeywords, StoredOptions
 
@@ -78,7 +78,7 @@ def test_each_call_has_the_same_options_in_each_client(call: str) -> None:
 def test_every_call_over_http_is_one_of_the_table() -> None:
     table = {
         name: exchange
-        for module in (calls, approval_calls, schedule_calls)
+        for module in (calls, approval_calls, limit_calls, schedule_calls)
         for name, exchange in inspect.getmembers(module, inspect.isfunction)
         if get_origin(inspect.signature(exchange).return_annotation) is Generator
         and not name.startswith("_")

@@ -1,0 +1,31 @@
+"""Limits of how many runs hold a lease at once, for the whole fleet."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from beatless.api.access import GuardedRoute, Operator
+from beatless.api.bodies import LimitBody
+from beatless.api.responses import refusals
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+@router.get("/v1/limits", responses=refusals())
+def list_limits(client: Operator) -> dict[str, Any]:
+    """The limits that are in use, waited for or set, one for each key."""
+    return {"limits": [asdict(state) for state in client.limits()]}
+
+
+@router.put("/v1/limits/{name}", responses=refusals())
+def set_limit(name: str, body: LimitBody, client: Operator) -> dict[str, Any]:
+    """Let so many runs with the same key run at once, whatever plans say."""
+    client.set_limit(name, body.at_once)
+    return {"limit": name, "at_once": body.at_once}
+
+
+@router.delete("/v1/limits/{name}", responses=refusals())
+def release_limit(name: str, client: Operator) -> dict[str, Any]:
+    """Let each run bring the number of its plan again."""
+    return {"limit": name, "was_set": client.release_limit(name)}

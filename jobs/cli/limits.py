@@ -1,0 +1,73 @@
+"""Commands about limits, for the whole fleet."""
+
+from dataclasses import asdict
+from datetime import datetime
+
+import click
+from rich.markup import escape
+
+from beatless.cli.environment import Environment
+from beatless.cli.options import NAMESPACE
+from beatless.cli.render import age, table
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def limits(context: click.Context) -> None:
+    """Limits: how many runs with the same key hold a lease at once."""
+    if context.invoked_subcommand is None:
+        context.invoke(ls)
+
+
+@limits.command()
+@NAMESPACE
+@click.pass_obj
+def ls(env: Environment) -> None:
+    """The limits that are in use, waited for or set, one line for each key."""
+    found = env.client.limits()
+    if env.as_json:
+        for state in found:
+            env.document(
+                {
+                    name: value.isoformat() if isinstance(value, datetime) else value
+                    for name, value in asdict(state).items()
+                }
+            )
+        return
+    rows = [
+        (
+            escape(state.name),
+            escape(state.key or ""),
+            str(state.at_once),
+            "[yellow]set[/]" if state.set_to is not None else "",
+            str(state.running),
+            str(state.waiting),
+            age(state.oldest),
+        )
+        for state in found
+    ]
+    numbers = ("at once", "running", "waiting", "oldest")
+    header = ("limit", "key", "at once", "", "running", "waiting", "oldest")
+    for line in table(header, rows, numbers=numbers):
+        env.out.print(line)
+
+
+@limits.command("set")
+@NAMESPACE
+@click.argument("name", metavar="NAME")
+@click.option("--at-once", type=int, required=True, metavar="N", help="Runs with the same key.")
+@click.pass_obj
+def set_(env: Environment, name: str, at_once: int) -> None:
+    """Let N runs of NAME with the same key run at once, whatever plans say, also after a deploy."""
+    env.client.set_limit(name, at_once)
+    env.note(f"limit {name} lets {at_once} run at once; `beatless limits release {name}` ends that")
+
+
+@limits.command()
+@NAMESPACE
+@click.argument("name", metavar="NAME")
+@click.pass_obj
+def release(env: Environment, name: str) -> None:
+    """Let each run of NAME bring the number of its plan again."""
+    was_set = env.client.release_limit(name)
+    env.note(f"limit {name} is that of its plans" if was_set else f"limit {name} was not set")

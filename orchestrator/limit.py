@@ -1,0 +1,141 @@
+"""The declaration of a limit, and its key for one run. No I/O."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from beatless.orchestrator.errors import BadPayload
+from beatless.orchestrator.events import storable
+from beatless.orchestrator.outcomes import PlanError
+
+LIMIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+MAX_AT_ONCE = 10_000
+"""Slots of one key at most."""
+
+MAX_KEY_CHARS = 256
+
+MAX_LIMITS = 8
+"""Limits of one plan: each is taken by every claim of its runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many runs with the same key may have a lease at once, in the whole fleet.
+
+    `key` is called with the input of each run when it is started, and gives a text or a whole
+    number; a text is the key of all runs, and without one all runs share the limit. Limits of one
+    name are one limit, whatever plan has them. `at_once` is a number of runs, 1 to 10,000, which
+    `beatless limits set` changes while they run.
+
+    Raises PlanError, naming the limit, for a bad name, key or number.
+
+    >>> from beatless import Limit, Plan, step
+    >>> @step
+    ... def charge(ctx): ...
+    >>> stripe = Limit("stripe", key=lambda order: order["account"], at_once=3)
+    >>> Plan("charge", [charge], limits=[stripe]).limits
+    (Limit(name='stripe', at_once=3),)
+    """
+
+    name: str
+    at_once: int
+    key: Callable[[Any], str | int] | str | None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        at_once: int,
+        key: Callable[[Any], str | int] | str | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not LIMIT_NAME.fullmatch(name):
+            raise PlanError(f"limit name {name!r:.200} must match {LIMIT_NAME.pattern}")
+        if problem := problem_with_at_once(at_once):
+            raise PlanError(f"limit {name}: at_once {problem}")
+        if key is not None and not callable(key) and not _is_key(key):
+            raise PlanError(
+                f"limit {name}: key is {key!r:.200}; give a function of the run's input, as in "
+                f'key=lambda order: order["account"], or a text'
+            )
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "at_once", at_once)
+        object.__setattr__(self, "key", key)
+
+    def __repr__(self) -> str:
+        return f"Limit(name={self.name!r}, at_once={self.at_once})"
+
+    def key_of(self, input: Any) -> str:
+        """The key of a run with this input, as JSON. Raises BadPayload, naming the limit."""
+        if not callable(self.key):
+            return self.key or ""
+        try:
+            found = self.key(input)
+        except Exception as error:
+            raise BadPayload(
+                f"the key of limit {self.name}",
+                f"cannot be computed of this input: {type(error).__name__}: {error}",
+            ) from error
+        if not _is_key(found):
+            raise BadPayload(
+                f"the key of limit {self.name}",
+                f"is {found!r:.200}, which is no text of at most {MAX_KEY_CHARS} characters, and "
+                "no whole number",
+            )
+        return str(found)
+
+
+def problem_with_at_once(given: Any) -> str:
+    """The problem with a number of runs, to follow its name; "" if there is none."""
+    if type(given) is int and 1 <= given <= MAX_AT_ONCE:
+        return ""
+    return f"is {given!r:.200}; give a number of runs, 1 to {MAX_AT_ONCE:,}"
+
+
+def _is_key(found: object) -> bool:
+    if isinstance(found, str):
+        return len(found) <= MAX_KEY_CHARS and storable(found)
+    return type(found) is int and abs(found) < 2**63
+
+
+def checked_limits(plan: str, limits: Iterable[Limit] | None) -> tuple[Limit, ...]:
+    """The limits of a plan. Raises PlanError, naming it."""
+    found: Any = () if limits is None else limits
+    if isinstance(found, str | Limit) or not isinstance(found, Iterable):
+        raise PlanError(
+            f'plan {plan}: limits is {found!r:.200}; give a list: limits=[Limit("llm", at_once=10)]'
+        )
+    given = tuple(found)
+    for each in given:
+        if not isinstance(each, Limit):
+            raise PlanError(
+                f'plan {plan}: {each!r:.200} is no limit; give Limit("llm", at_once=10)'
+            )
+    if len({each.name for each in given}) < len(given):
+        raise PlanError(f"plan {plan} has two limits of one name: give one another name")
+    if len(given) > MAX_LIMITS:
+        raise PlanError(f"plan {plan} has {len(given)} limits; {MAX_LIMITS} at most")
+    return given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLimit:
+    """A limit of one run, as it is stored with it."""
+
+    id: str
+    """The name of the limit, behind that of the namespace unless it is the default one, and the
+    run's key: `stripe:acct_7`, `team~stripe:acct_7`."""
+    at_once: int
+
+
+def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunLimit, ...]:
+    """The limits of a run with this input, in the order in which they are taken.
+
+    `prefix` is that of the ids of its namespace. Raises BadPayload for an input without a key.
+    """
+    found = [
+        RunLimit(id=f"{prefix}{each.name}:{each.key_of(input)}", at_once=each.at_once)
+        for each in limits
+    ]
+    return tuple(sorted(found, key=lambda each: each.id.encode()))

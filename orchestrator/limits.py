@@ -1,0 +1,86 @@
+"""Limits as they stand: their slots, the runs that wait, and what a person has set."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from beatless.outbox.queries import Caller, execute
+from beatless.outbox.statements import statements
+
+AWAITED_REST_S, IDLE_REST_S = 10.0, 60.0
+"""Seconds between two looks: while runs wait for limits, and while none does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitState:
+    """One key of a limit.
+
+    >>> app.client.set_limit("stripe", 5)
+    >>> [(each.key, each.at_once, each.waiting) for each in app.client.limits()]
+    [(None, 5, 0)]
+    """
+
+    name: str
+    key: str | None
+    """None if the limit is set, and no run uses it or waits for it."""
+    at_once: int
+    """How many runs may have a lease at once."""
+    set_to: int | None
+    """That number, if a person has set it; None: it is the plan's."""
+    running: int
+    """Slots in use."""
+    waiting: int
+    """Runs that wait for a slot."""
+    oldest: datetime | None
+    """When the one that waits the longest was started."""
+
+
+class LimitStatements:
+    """The statements over limits of one schema."""
+
+    def __init__(self, schema: str) -> None:
+        self._sql = statements(__file__, schema)
+
+    def list(self, connection: Caller, *, prefix: str, limit: int) -> list[LimitState]:
+        """Those that are in use, waited for or set, of the namespace with this prefix of ids."""
+        rows = execute(connection, self._sql["list"], {"prefix": prefix, "limit": limit})
+        return [
+            LimitState(
+                name=name,
+                key=key,
+                at_once=at_once,
+                set_to=set_to,
+                running=running,
+                waiting=waiting,
+                oldest=oldest,
+            )
+            for name, key, at_once, set_to, running, waiting, oldest in rows
+        ]
+
+    def set(self, connection: Caller, name: str, at_once: int) -> None:
+        """Let so many runs run at once; `name` with the prefix of its namespace."""
+        execute(connection, self._sql["set"], {"name": name, "at_once": at_once})
+        execute(connection, self._sql["note"], {"name": name})
+
+    def forget(self, connection: Caller, name: str) -> bool:
+        """Let each plan say it again; False if nothing was set."""
+        forgotten = bool(execute(connection, self._sql["forget"], {"name": name}))
+        execute(connection, self._sql["note"], {"name": name})
+        return forgotten
+
+
+class LooksAtLimits:
+    """A chore: has relays look at limits that runs wait for though slots are free.
+
+    That is so when a run was let in and is not claimed, as its queue is paused, or has no worker.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self._sql = statements(__file__, schema)
+
+    def step(self, connection: psycopg.Connection[Any]) -> float:
+        """Note them, in one statement; seconds until the next look is worth while."""
+        ((awaited, _),) = execute(connection, self._sql["note_free"], {})
+        return AWAITED_REST_S if awaited else IDLE_REST_S

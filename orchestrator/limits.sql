@@ -1,0 +1,79 @@
+-- Statements over limits, for people and for a chore of the relay.
+
+-- fragment: awaited
+-- The limits that runs wait for: each is found by the index, so that many runs cost no more than one.
+RECURSIVE awaited(limit_id) AS (
+  (SELECT limit_id FROM {schema}.dispatches WHERE state = 'delayed' AND reason = 'limit'
+    ORDER BY limit_id LIMIT 1)
+  UNION ALL
+  SELECT n.limit_id FROM awaited CROSS JOIN LATERAL (
+    SELECT limit_id FROM {schema}.dispatches
+     WHERE state = 'delayed' AND reason = 'limit' AND limit_id > awaited.limit_id
+     ORDER BY limit_id LIMIT 1) n
+)
+
+-- fragment: first_waiting
+-- The run that waits the longest for a limit `awaited`, with how many it lets run at once.
+SELECT d.shard, l.at_once FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
+ CROSS JOIN LATERAL {schema}.limits_of(r.limits) l
+ WHERE d.limit_id = awaited.limit_id AND d.state = 'delayed' AND d.reason = 'limit'
+   AND l.id = d.limit_id
+ ORDER BY d.priority DESC, d.limit_since LIMIT 1
+
+-- name: note_free
+-- Have relays look at the limits that runs wait for and of which slots are free; how many runs wait
+-- for are there.
+-- A run that was let in and is not claimed has a turn that nobody else has: not for ever.
+WITH {awaited}, noted AS (
+  INSERT INTO {schema}.limit_notes (shard, limit_id)
+  SELECT w.shard, awaited.limit_id FROM awaited CROSS JOIN LATERAL ({first_waiting}) w
+   WHERE (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = awaited.limit_id) < w.at_once
+  RETURNING shard
+), rung AS (
+  SELECT {each_doorbell} FROM (SELECT DISTINCT shard FROM noted) n
+)
+SELECT (SELECT count(*) FROM awaited), (SELECT count(*) FROM rung)
+
+-- name: note
+-- Have relays look at the keys of a limit that runs wait for.
+WITH {awaited}, noted AS (
+  INSERT INTO {schema}.limit_notes (shard, limit_id)
+  SELECT w.shard, awaited.limit_id FROM awaited CROSS JOIN LATERAL ({first_waiting}) w
+   WHERE split_part(awaited.limit_id, ':', 1) = %(name)s
+  RETURNING shard
+)
+SELECT {each_doorbell} FROM (SELECT DISTINCT shard FROM noted) n
+
+-- name: set
+-- Note how many runs a limit lets run at once from now on.
+INSERT INTO {schema}.limit_settings (name, at_once) VALUES (%(name)s, %(at_once)s)
+ON CONFLICT (name) DO UPDATE SET at_once = excluded.at_once, changed_at = clock_timestamp()
+
+-- name: forget
+-- Forget what was set: each run brings the number of its plan.
+DELETE FROM {schema}.limit_settings WHERE name = %(name)s RETURNING name
+
+-- name: list
+-- List the limits of a namespace that are in use, waited for or set, by name and key.
+-- Reads in whole: dispatches, those that wait for limits. For a person who asks.
+WITH used AS (
+  SELECT limit_id, count(*) AS running, min(run_id) AS one FROM {schema}.limit_slots GROUP BY 1
+), waits AS (
+  SELECT limit_id, count(*) AS waiting, min(limit_since) AS oldest, min(run_id) AS one
+    FROM {schema}.dispatches WHERE state = 'delayed' AND reason = 'limit' GROUP BY 1
+), known AS (
+  SELECT limit_id, split_part(limit_id, ':', 1) AS name FROM used
+  UNION SELECT limit_id, split_part(limit_id, ':', 1) FROM waits
+  UNION SELECT NULL, name FROM {schema}.limit_settings
+)
+SELECT substr(k.name, strpos(k.name, '~') + 1), substr(k.limit_id, length(k.name) + 2),
+       coalesce(s.at_once, (SELECT (l ->> 'at_once')::int FROM {schema}.runs r
+         CROSS JOIN LATERAL jsonb_array_elements(r.limits) l
+         WHERE r.run_id = coalesce(w.one, u.one) AND l ->> 'id' = k.limit_id)),
+       s.at_once, coalesce(u.running, 0), coalesce(w.waiting, 0), w.oldest
+  FROM known k LEFT JOIN used u USING (limit_id) LEFT JOIN waits w USING (limit_id)
+  LEFT JOIN {schema}.limit_settings s ON s.name = k.name
+ WHERE left(k.name, strpos(k.name, '~')) = %(prefix)s
+   AND (k.limit_id IS NOT NULL OR NOT EXISTS (
+     SELECT FROM known o WHERE o.name = k.name AND o.limit_id IS NOT NULL))
+ ORDER BY 1, 2 LIMIT %(limit)s

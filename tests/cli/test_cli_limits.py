@@ -1,0 +1,69 @@
+"""`beatless limits`, and what `explain` says of a run that waits for one."""
+
+import pytest
+
+from beatless import App, Limit, Plan, RunState, StepContext, step
+from beatless.testing import Kit
+from tests.commands import Command
+
+
+@step
+def charge(ctx: StepContext) -> None: ...
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    limit = Limit("stripe", key=lambda order: order["account"], at_once=1)
+    return [Plan("charge", [charge], limits=[limit])]
+
+
+@pytest.fixture
+def command(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    return Command(capsys)
+
+
+def test_limits_are_listed_set_and_released(beatless: Kit, command: Command) -> None:
+    runs = [beatless.start_run("charge", {"account": "acct_7"}).run_id for _ in range(3)]
+
+    [document] = command.documents("limits", "ls")
+    assert (document["name"], document["key"]) == ("stripe", "acct_7")
+    assert (document["at_once"], document["set_to"], document["waiting"]) == (1, None, 2)
+    assert "acct_7" in command("limits")
+
+    command("limits", "set", "stripe", "--at-once", "2")
+    assert "lets 2 run at once" in command.error
+    beatless.drain_outbox_once()
+    [document] = command.documents("limits", "ls")
+    assert (document["at_once"], document["set_to"], document["waiting"]) == (2, 2, 1)
+
+    command("limits", "release", "stripe")
+    assert "is that of its plans" in command.error
+    command("limits", "release", "stripe")
+    assert "was not set" in command.error
+    beatless.work_until_idle()
+    assert {beatless.client.get_run(run_id).state for run_id in runs} == {RunState.COMPLETED}
+    assert command.documents("limits") == []
+
+
+def test_a_bad_number_is_refused(command: Command) -> None:
+    command("limits", "set", "stripe", "--at-once", "0", status=2)
+    assert "at_once is 0; give a number of runs, 1 to 10,000" in command.error
+    command("limits", "set", "a b", "--at-once", "1", status=2)
+    assert "name is 'a b', which does not match" in command.error
+
+
+def test_explain_names_the_limit_that_a_run_waits_for_and_who_has_its_slots(
+    beatless: Kit, command: Command
+) -> None:
+    first, second = (beatless.start_run("charge", {"account": "a"}).run_id for _ in range(2))
+    with beatless.crash("step.effect_done"):
+        beatless.work_until_idle()
+
+    shown = " ".join(command("explain", second).split())
+
+    assert f"waits for the limit stripe (key a): 1 of 1 in use by {first}" in shown
+    assert "looked at when a slot is free" in shown
