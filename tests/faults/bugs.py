@@ -94,9 +94,11 @@ BUGS = {
     "a claim does not look whether its queue is paused": Bug(
         "orchestrator/lease.sql",
         "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL))",
+        "                              WHERE q.name = r.queue AND q.paused_at IS NOT NULL)\n"
+        "             AND (limits IS NULL",
         "AND NOT EXISTS (SELECT FROM {schema}.queues q\n"
-        "                              WHERE q.name = '' AND q.paused_at IS NOT NULL))",
+        "                              WHERE q.name = '' AND q.paused_at IS NOT NULL)\n"
+        "             AND (limits IS NULL",
     ),
     "a run that waits for a retry is forgotten": Bug(
         "orchestrator/fragments.sql",

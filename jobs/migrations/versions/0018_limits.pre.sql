@@ -47,34 +47,36 @@ CREATE OR REPLACE FUNCTION ring_relay(bell integer) RETURNS void LANGUAGE sql SE
               THEN pg_notify('beatless_' || current_schema(), bell::text) END $$;
 
 -- Has a new run wait from the start if one of its limits has no room: with the runs before it of the
--- same statement, which a trigger sees. Read without a lock: who does not wait needs a slot all the
--- same, when it is claimed. Who waits is looked at once more after the commit, for which one note of
--- each transaction is enough: its caller has rung the relay.
+-- same statement, which a trigger sees. Its dispatch is counted to the limit with the least room. Read
+-- without a lock: who does not wait needs a slot all the same, when it is claimed. Who waits is looked
+-- at once more after the commit, for which one note of each transaction is enough: its caller has rung
+-- the relay.
 CREATE OR REPLACE FUNCTION park_if_full() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
-  full_id text;
+  room bigint;
 BEGIN
-  SELECT l.id INTO full_id FROM runs r CROSS JOIN LATERAL limits_of(r.limits) l
-   WHERE r.run_id = NEW.run_id
-     AND (EXISTS (SELECT FROM dispatches d
-                   WHERE d.limit_id = l.id AND d.state = 'delayed' AND d.reason = 'limit')
-          OR (SELECT count(*) FROM (SELECT FROM limit_slots s
-                                     WHERE s.limit_id = l.id LIMIT l.at_once) s)
-             + (SELECT count(*) FROM (SELECT FROM dispatches d
-                                       WHERE d.limit_id = l.id AND d.state IN ('waiting', 'sent')
-                                       LIMIT l.at_once) d) >= l.at_once)
-   ORDER BY l.id LIMIT 1;
-  IF NOT FOUND THEN
+  SELECT l.id, CASE WHEN EXISTS (SELECT FROM dispatches d
+                                  WHERE d.limit_id = l.id AND d.state = 'delayed'
+                                    AND d.reason = 'limit') THEN 0
+                    ELSE l.at_once
+                         - (SELECT count(*) FROM (SELECT FROM limit_slots s
+                                                   WHERE s.limit_id = l.id LIMIT l.at_once) s)
+                         - (SELECT count(*) FROM (SELECT FROM dispatches d
+                                                   WHERE d.limit_id = l.id
+                                                     AND d.state IN ('waiting', 'sent')
+                                                   LIMIT l.at_once) d) END
+    INTO NEW.limit_id, room FROM runs r CROSS JOIN LATERAL limits_of(r.limits) l
+   WHERE r.run_id = NEW.run_id ORDER BY 2, 1 LIMIT 1;
+  IF room > 0 THEN
     RETURN NEW;
   END IF;
   NEW.limit_since = NEW.due_at;
-  NEW.limit_id = full_id;
   NEW.state = 'delayed';
   NEW.reason = 'limit';
   NEW.due_at = '9999-01-01Z';
   IF NOT EXISTS (SELECT FROM limit_notes w
-                  WHERE w.limit_id = full_id AND w.xmin = pg_current_xact_id()::xid) THEN
-    INSERT INTO limit_notes (shard, limit_id) VALUES (NEW.shard, full_id);
+                  WHERE w.limit_id = NEW.limit_id AND w.xmin = pg_current_xact_id()::xid) THEN
+    INSERT INTO limit_notes (shard, limit_id) VALUES (NEW.shard, NEW.limit_id);
   END IF;
   RETURN NEW;
 END $$;

@@ -1,0 +1,23 @@
+"""An app whose runs have limits, for workers in processes of their own."""
+
+import threading
+
+from beatless import App, Limit, Plan, Settings, StepContext, step
+
+AT_ONCE = 10
+
+
+@step
+def hold(ctx: StepContext) -> None:
+    """Takes a twentieth of a second."""
+    threading.Event().wait(0.05)
+
+
+app = App(
+    Settings.from_env(),
+    plans=[
+        Plan("limited", [hold], limits=[Limit("ten", at_once=AT_ONCE)]),
+        Plan("unbound", [hold], limits=[Limit("many", at_once=1000)]),
+        Plan("free", [hold]),
+    ],
+)

@@ -1,0 +1,93 @@
+"""A limit under load, while workers and relays are killed and frozen: by a log of all leases."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+import pytest
+
+from beatless import App, Plan, RunRequest, RunState
+from beatless.testing import Kit
+from tests import limited
+
+APP = "tests.limited:app"
+RUNS = 500
+PROCESSES = 6
+FAULTS = 6
+
+
+@pytest.fixture
+def beatless_settings() -> dict[str, float]:
+    return {"lease_seconds": 3, "redispatch_seconds": 2}
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return list(limited.app.plans.values())
+
+
+LOG = """
+CREATE TABLE lease_log (id bigint GENERATED ALWAYS AS IDENTITY, run_id text, begins boolean);
+CREATE FUNCTION log_lease() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(4711);
+  INSERT INTO lease_log (run_id, begins) VALUES (NEW.run_id, NEW.state = 'running');
+  RETURN NULL;
+END $$;
+CREATE TRIGGER zz_log AFTER UPDATE OF state ON runs FOR EACH ROW
+  WHEN (OLD.state <> NEW.state AND 'running' IN (OLD.state, NEW.state))
+  EXECUTE FUNCTION log_lease();
+"""
+"""Its lock makes the order of the rows that of the commits."""
+
+
+def leases_at_once(log: Sequence[tuple[str, bool]]) -> list[int]:
+    """How many runs had a lease after each change."""
+    held: set[str] = set()
+    counts = []
+    for run_id, begins in log:
+        assert begins != (run_id in held), run_id
+        held ^= {run_id}
+        counts.append(len(held))
+    assert not held
+    return counts
+
+
+@pytest.mark.long
+def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_freeze(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection[Any]
+) -> None:
+    postgres.execute(LOG.encode())
+    rng, pause = random.Random(21), threading.Event()
+    relays = [beatless.relay_process(APP) for _ in range(2)]
+    workers = [beatless.worker_process(APP, concurrency=PROCESSES) for _ in range(2)]
+    requests = [RunRequest(plan="limited")] * RUNS
+    runs = beatless.client.start_runs(requests[: RUNS // 2])
+    runs += [beatless.client.start_run("limited") for _ in requests[RUNS // 2 :]]
+    for number in range(FAULTS):
+        pause.wait(1.0)
+        kind = relays if number % 3 == 2 else workers
+        victim = rng.choice(kind)
+        if number % 3 == 1:
+            os.kill(victim.pid, signal.SIGSTOP)
+            pause.wait(1.0)
+            os.kill(victim.pid, signal.SIGCONT)
+            continue
+        victim.kill()
+        kind[kind.index(victim)] = (
+            beatless.relay_process(APP)
+            if kind is relays
+            else beatless.worker_process(APP, concurrency=PROCESSES)
+        )
+    for run in runs:
+        beatless.wait_for_run_completion(run.run_id, timeout=300)
+
+    log = postgres.execute("SELECT run_id, begins FROM lease_log ORDER BY id").fetchall()
+    assert max(leases_at_once(log)) == limited.AT_ONCE
+    assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
+    assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
+    beatless.verify()
