@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page
 
-from beatless import App, Run, RunRequest, Settings
+from beatless import App, Run, RunRequest, Schedule, Settings
 from beatless.local.stack import Stack
 from tests.browser import chromium
 from tests.browser.plans import checkout, refund
@@ -92,6 +92,27 @@ def shoot(browser: Browser, url: str, shop: Shop, directory: Path) -> None:
     context.close()
 
 
+def shoot_schedules(browser: Browser, url: str, app: App, directory: Path) -> None:
+    """Schedules that fire, one that a person has paused, and one that is stopped."""
+    brussels = {"tz": "Europe/Brussels", "input": {"order": 1}}
+    for schedule in (
+        Schedule("restock", "checkout", cron="0 6 * * 1-5", overlap="skip", **brussels),
+        Schedule("month-end", "refund", cron="0 2 1 * *", catch_up="all", **brussels),
+        Schedule("sync-bruges", "refund", cron="*/15 * * * *", jitter=60),
+        Schedule("sync-ghent", "refund", every=10),
+    ):
+        app.client.create_schedule(schedule)
+    app.client.pause_schedule("sync-bruges")
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme, viewport=WIDE, locale="en-GB")
+        page = context.new_page()
+        page.goto(f"{url}/#/schedules")
+        page.locator("[data-schedule=sync-ghent] [data-label='last run'] a").wait_for()
+        page.get_by_label("The next ticks of restock").click()
+        page.screenshot(path=directory / f"schedules-{scheme}.png", animations="disabled")
+        context.close()
+
+
 def shoot_flower(browser: Browser, stack: Stack, app: App, directory: Path) -> None:
     """Flower with a fleet of three workers and 300 more runs."""
     # What runs before Flower hears the workers is nobody's: all three must be there first.
@@ -142,6 +163,7 @@ def main(directory: Path) -> None:
             try:
                 shoot_flower(browser, stack, app, directory)
                 shoot(browser, stack.api_url, Shop(app, gates), directory)
+                shoot_schedules(browser, stack.api_url, app, directory)
             finally:
                 app.close()
 

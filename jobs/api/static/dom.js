@@ -67,9 +67,9 @@ export function age(ms) { return ms < 1000 ? "now" : ms < 60000 ? `${Math.floor(
 export function problem(error) { return el("p", { class: "problem", role: "alert" }, error.message); }
 
 // A message to those who see the page and to those who hear it, until something else is done.
-export function tell(text) {
+export function tell(...parts) {
   const said = document.getElementById("said");
-  const node = el("p", { class: "told" }, text, " ", el("button", { type: "button", class: "quiet", onclick: () => node.remove() }, "Dismiss"));
+  const node = el("p", { class: "told" }, ...parts, " ", el("button", { type: "button", class: "quiet", onclick: () => node.remove() }, "Dismiss"));
   said.replaceChildren(node);
 }
 
@@ -95,7 +95,7 @@ export function copyable(text, what) {
   return button;
 }
 
-// A menu of rare actions, behind a button. `items` are pairs of a label and its action.
+// A menu of rare actions, behind a button. `items` have a label, its action, and "danger" if it is one.
 export function menu(label, items) {
   const summary = el("summary", { "aria-label": label, title: label }, "⋯");
   const act = (action) => {
@@ -104,7 +104,7 @@ export function menu(label, items) {
     action();
   };
   const node = el("details", { class: "menu" }, summary, el("div", { class: "items" },
-    ...items.map(([words, action]) => el("button", { type: "button", onclick: () => act(action) }, words))));
+    ...items.map(([words, action, kind]) => el("button", { type: "button", class: kind, onclick: () => act(action) }, words))));
   node.addEventListener("focusout", (event) => { if (event.relatedTarget && !node.contains(event.relatedTarget)) node.open = false; });
   node.addEventListener("keydown", (event) => { if (event.key === "Escape" && node.open) { node.open = false; summary.focus(); } });
   const outside = (event) => { if (!node.contains(event.target)) node.open = false; };

@@ -7,6 +7,7 @@ import { seen, watch } from "./places.js";
 import { showQueues } from "./queues.js";
 import { showRun } from "./run.js";
 import { showRuns } from "./runs.js";
+import { showSchedules } from "./schedules.js";
 import { showSystem } from "./system.js";
 import { startRun } from "./start.js";
 
@@ -14,7 +15,7 @@ const main = document.getElementById("main");
 const status = document.getElementById("status");
 const fresh = document.getElementById("new");
 const SHORTCUTS = [
-  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["d", "dead letters"], ["s", "system"],
+  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["h", "schedules"], ["d", "dead letters"], ["s", "system"],
   ["/", "go to the filter"], ["j  k", "next, previous row or step"], ["Enter", "open it"],
   ["a", "decide: go to the question of the run that is shown"], ["w", "send a signal to the run that is shown"], ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
   ["x", "remove the run that is shown"], ["?", "this list"],
@@ -75,6 +76,7 @@ async function route(event) {
   const [name, title, show] = run !== null ? ["runs", run, () => showRun(mine, run)]
     : path === "" || path === "/" ? ["runs", "Runs", () => showRuns(mine, new URLSearchParams(query))]
     : path === "/queues" ? ["queues", "Queues", () => showQueues(mine)]
+    : path === "/schedules" ? ["schedules", "Schedules", () => showSchedules(mine, new URLSearchParams(query))]
     : path === "/dead-letters" ? ["letters", "Dead letters", () => showLetters(mine)]
     : path === "/system" ? ["system", "System", () => showSystem(mine)]
     : ["", "No such page", () => showNothing(mine, path)];
@@ -115,6 +117,7 @@ const KEYS = {
   n: () => fresh.click(),
   r: () => { location.hash = "#/"; },
   q: () => { location.hash = "#/queues"; },
+  h: () => { location.hash = "#/schedules"; },
   d: () => { location.hash = "#/dead-letters"; },
   s: () => { location.hash = "#/system"; },
   "/": () => main.querySelector("[data-filter]")?.focus(),

@@ -79,7 +79,7 @@ export async function showQueues(page) {
     const workers = el("td", { class: "number", "data-label": "workers" });
     let halted = false;
     const toggle = el("button", { type: "button", "data-stop": true, onclick: () => act(queue.name, halted ? "resume" : "pause") });
-    const more = menu(`More for ${queue.name}`, [["Drain…", () => drain(queue.name)], ["Obliterate…", () => obliterate(queue.name)]]);
+    const more = menu(`More for ${queue.name}`, [["Drain…", () => drain(queue.name), "danger"], ["Obliterate…", () => obliterate(queue.name), "danger"]]);
     return {
       node: el("tr", {}, el("td", { class: "title" },
         el("a", { href: `#/?queue=${encodeURIComponent(queue.name)}` }, queue.name), " ", paused),

@@ -12,7 +12,7 @@ const TYPES = ["RunStarted", "StepStarted", "StepFinished", "StepFailed", "Debug
   "SignalReceived", "WaitFinished", "ChildrenStarted", "ChildrenFinished", "RunRestarted", "UndoStarted", "InputReplaced", "RunFinished"];
 const PLACED = new Set(["run_id", "namespace", "plan", "plan_version", "queue", "state", "input", "result", "error", "key",
   "last_seq", "attempt", "worker", "cancel_requested_at", "not_before", "deadline_at", "retry_of", "created_at", "started_at",
-  "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no", "start"]); // members with a place of their own, or none
+  "finished_at", "pruned_seq", "priority", "tags", "retried_by", "parent_id", "child_no", "start", "schedule", "tick"]); // members with a place of their own, or none
 const BATCH = 2000; // events in one answer while the past is read
 const CHILDREN = 50; // in one page of the list of children
 const MOST_ROWS = 400; // rows of the log that are in the document
@@ -243,6 +243,7 @@ export async function showRun(page, runId) {
       if (run.not_before && !story.wait && !story.waitsForChildren) entries.push(["Not before", time(run.not_before)]);
       if (run.deadline_at) entries.push(["Deadline", time(run.deadline_at)]);
       if (run.parent_id) entries.push(["Child of", el("span", { id: "parent" }, runLink(run.parent_id), ` (number ${run.child_no})`)]);
+      if (run.schedule) entries.push(["Schedule", el("a", { href: `#/schedules?${new URLSearchParams({ from: run.schedule })}` }, run.schedule)], ["Tick", time(run.tick)]);
       if (run.retry_of) entries.push(["Retry of", runLink(run.retry_of)]);
       if (run.retried_by) entries.push(["Retried by", runLink(run.retried_by)]);
       if (run.worker && !["queued", "waiting"].includes(run.state)) entries.push(["Worker", el("code", {}, run.worker)]);
