@@ -3,13 +3,26 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from beatless import App, Fatal, Plan, RunState, StepContext, approve, step
+from beatless import (
+    App,
+    ChildFailed,
+    Fatal,
+    Plan,
+    RunContext,
+    RunState,
+    Schedule,
+    StepContext,
+    approve,
+    plan,
+    step,
+)
 from beatless.api import create_api
 from beatless.cli import run as command
 from beatless.observe.logs import Format, configure
@@ -30,7 +43,33 @@ def refuse(ctx: StepContext) -> None:
     raise Fatal(f"no such card: {SECRET}")
 
 
-PLANS = [Plan("charges", [charge]), Plan("refuses", [charge, refuse])]
+@step
+def look_up(ctx: StepContext, card: str) -> str:
+    ctx.trace("asked", card=card)
+    ctx.emit(card)
+    return card
+
+
+@step
+def undo(ctx: StepContext) -> None:
+    raise Fatal(f"not undone: {SECRET}")
+
+
+@plan("looks_up")
+def looks_up(run: RunContext) -> None:
+    raise Fatal(f"no such card: {run.step(look_up, run.input['card'])}")
+
+
+@plan("needs_all", on_cancel=undo)
+def needs_all(run: RunContext) -> None:
+    with suppress(ChildFailed):
+        run.child(looks_up, run.input).result()
+    run.wait("paid")
+    run.approve(f"Refund {SECRET}?", name="Refund")
+    run.wait("never")
+
+
+PLANS = [Plan("charges", [charge]), Plan("refuses", [charge, refuse]), looks_up, needs_all]
 
 ASKS = Plan("asks", [approve(f"charge {SECRET}?", name="charging")])
 
@@ -55,7 +94,7 @@ def kit(beatless_app: App, tmp_path: Path) -> Iterator[Kit]:
 
 @pytest.fixture
 def runs(kit: Kit) -> list[str]:
-    found = [kit.start_run(plan.name, {"card": SECRET}).run_id for plan in PLANS]
+    found = [kit.start_run(plan.name, {"card": SECRET}).run_id for plan in PLANS[:2]]
     kit.work_until_idle()
     return found
 
@@ -88,6 +127,39 @@ def test_http_and_its_streams_show_none_of_it(kit: Kit, runs: list[str]) -> None
     for what in ("hidden input", "hidden result", "hidden error", "hidden trace"):
         assert what in told
     assert json.loads(said[4])["result"] == {"card": "hidden result", "paid": True}
+
+
+def test_no_address_of_the_api_shows_it_of_a_run_that_has_everything(kit: Kit) -> None:
+    daily = Schedule("daily", "looks_up", cron="0 0 * * *", input={"card": SECRET})
+    kit.client.create_schedule(daily)
+    run_id = kit.start_run("needs_all", {"card": SECRET}).run_id
+    kit.work_until_idle()
+    for name in ("paid", "unasked"):
+        kit.client.signal_run(run_id, name, {"card": SECRET})
+    kit.work_until_idle()
+    decision = {"approved": True, "comment": SECRET}
+    kit.client.approve_run(run_id, "Refund", decision, by="ann@example.com")
+    kit.work_until_idle()
+    (child,) = kit.client.children(run_id)
+
+    with TestClient(create_api(kit.app, is_open=True), base_url="http://localhost") as http:
+        paths = [
+            path.format(run_id=run, name="daily", letter_id=1)
+            for path, methods in http.get("/openapi.json").json()["paths"].items()
+            for run in (run_id, child.run_id)
+            if "get" in methods
+        ]
+        waiting = [http.get(path) for path in paths if not path.endswith("/stream")]
+        kit.client.cancel_run(run_id)
+        kit.work_until_idle()
+        ended = [http.get(path) for path in paths]
+
+    stored = str([event.data for event in kit.client.events(run_id)])
+    assert all(event in stored for event in ("unasked", "not undone", "approved"))
+    assert [each.url for each in waiting + ended if SECRET in each.text] == []
+    told = "".join(each.text for each in ended)
+    for what in ("input", "result", "error", "trace", "output"):
+        assert f"hidden {what}" in told
 
 
 def test_the_command_line_shows_none_of_it(
