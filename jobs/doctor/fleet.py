@@ -56,7 +56,8 @@ def workers(probe: Probe) -> Iterator[Verdict]:
             all_know = False
             yield problem(
                 f"{worker} does not know {', '.join(unknown)} and takes its messages",
-                "deploy the version with these plans to it, or give them a queue of their own",
+                "deploy the version with these plans to it, or give them a queue of their own; a "
+                "worker of another fleet needs another BEATLESS_PREFIX",
             )
     all_queues = set().union(*consumed.values())
     lost = sorted({plan.queue for plan in plans} - all_queues)

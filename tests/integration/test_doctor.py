@@ -405,6 +405,7 @@ def test_a_worker_of_an_old_version_and_a_queue_without_workers(
         ("canary", Status.OK),
     ]
     assert "does not know brand.new" in told[1][2]
+    assert "BEATLESS_PREFIX" in found[1].advice
     assert "nobody consumes queue gpu" in told[2][2]
     # A queue that is consumed is no good news while its messages are dropped.
     only(Doctor(changed(plans=plans)).examine(["workers"]), Status.PROBLEM, "brand.new")
