@@ -3,8 +3,8 @@
 import inspect
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -335,10 +335,10 @@ class App:
             broker=self._broker,
         )
 
-    @contextmanager
-    def _scope(self, lease: Lease, step: str | None, attempt: int) -> Iterator[str | None]:
-        with logs.scope(lease, step, attempt), self.tracing.scope(lease, step, attempt) as here:
-            yield here
+    def _scope(
+        self, lease: Lease, step: str | None, attempt: int
+    ) -> AbstractContextManager[str | None]:
+        return logs.LogScope(lease, step, attempt, self.tracing.scope(lease, step, attempt))
 
     @staticmethod
     def _on_worker_process() -> None:

@@ -24,6 +24,9 @@ _HEAD = struct.Struct("=qqdqq??H")
 """pid (0: the slot is free), life, beat, two tokens (-1: none), whether the run has its turn yet
 to come, whether it has one beside others, bytes of the run id behind it."""
 
+_FLAGS = struct.Struct("=??")
+_FLAGS_AT = _NUMBER.size + struct.calcsize("=qqdqq")
+
 
 def slots_of(place: int) -> Sequence[int]:
     """The slots of the process at this place in a pool; the first is for the only run of one."""
@@ -64,6 +67,14 @@ class Board:
         flags = noted.uncalled, noted.beside
         head = _HEAD.pack(noted.pid, noted.life, noted.beat, first, second, *flags, len(run_id))
         self._put(slot, head + run_id)
+
+    def mark(self, slot: int, *, uncalled: bool, beside: bool) -> None:
+        """Change these two of the lease that was written in this slot; as `write`."""
+        place = slot * SLOT_BYTES
+        (number,) = _NUMBER.unpack_from(self._memory, place)
+        _NUMBER.pack_into(self._memory, place, number | 1)
+        _FLAGS.pack_into(self._memory, place + _FLAGS_AT, uncalled, beside)
+        _NUMBER.pack_into(self._memory, place, (number | 1) + 1)
 
     def clear(self, slot: int) -> None:
         """Its lease is held no longer."""

@@ -439,10 +439,12 @@ class Boundaries:
     def _cancelled(self, events: Sequence[NewEvent]) -> Boundary:
         if self._plan.on_cancel is not None or self.undoes:
             return Boundary(events=events, state=RunState.QUEUED)
-        return self._end(RunState.CANCELLED, events, cancel_error(None))
+        return self._end_with(RunState.CANCELLED, events, CANCELLED_TEXT)
 
     def _end(self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]) -> Boundary:
-        text = _failure_text(facts)
+        return self._end_with(state, events, _failure_text(facts))
+
+    def _end_with(self, state: RunState, events: Sequence[NewEvent], text: str) -> Boundary:
         ended = NewEvent(
             type=EventType.RUN_FINISHED, data=f'{{"outcome":"{state.value}","error":{text}}}'
         )
@@ -472,3 +474,7 @@ class Boundaries:
 def _failure_text(facts: dict[str, Any]) -> str:
     """Facts of ours as JSON. The limit on users' data must not keep a failure from being stored."""
     return encode(facts, where="the error", limit=FAILURE_BYTES)
+
+
+CANCELLED_TEXT = _failure_text(cancel_error(None))
+"""The error of a run that is cancelled between two steps, as JSON: each boundary has it ready."""

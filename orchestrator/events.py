@@ -154,6 +154,10 @@ class NewEvent:
     data: str | None = None
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+"""Kept: json.dumps makes one for each call that has options."""
+
+
 def encode(value: Any, *, where: str, limit: int) -> str:
     """A value as JSON text that Postgres can store.
 
@@ -161,7 +165,7 @@ def encode(value: Any, *, where: str, limit: int) -> str:
     characters, deep nesting, and anything above `limit` bytes.
     """
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = _ENCODER.encode(value)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         _check_nesting(value, where)

@@ -144,7 +144,8 @@ class Group:
                 self._act(member, None)
                 if executor.body_s - began >= ROUND_S:
                     break
-        if not self._commit(self._members, executor.connection):
+        written = self._commit(self._members, executor.connection)
+        if not written or any(member.alone for member in self._members):
             self._act_alone()
 
     def _act_alone(self) -> None:
@@ -173,7 +174,8 @@ class Group:
     def _commit(self, members: Sequence[Member], connection: Callable[[], Connection]) -> bool:
         """Commit the boundaries that are ready in one statement; whether one was written.
 
-        Those that it leaves out are in the next one too.
+        Those that it leaves out are in the next one too, but of a cancelled run: it is written
+        alone.
         """
         ready = {
             member.turn.run_id: (member, member.turn)
@@ -193,10 +195,12 @@ class Group:
             self._separate(waiting, error)
             return False
         for run_id, (member, _) in ready.items():
-            if run_id not in written:
-                member.alone = member.in_doubt = False
+            if written.get(run_id) is None:
+                member.alone, member.in_doubt = run_id in written, False
         ends: list[BaseException] = []
         for run_id, appended in written.items():
+            if appended is None:
+                continue
             try:
                 self._advance(ready[run_id][0], appended)
             except SimulatedCrash:
@@ -205,7 +209,7 @@ class Group:
                 ends.append(error)
         if ends:
             raise ends[0]
-        return bool(written)
+        return any(written.values())
 
     def _separate(self, members: Sequence[Member], error: psycopg.Error) -> None:
         """Let each be written alone: so the one whose values are refused fails alone.

@@ -11,12 +11,12 @@ from beatless.outbox.queries import Caller, array, execute
 from beatless.outbox.statements import statements
 
 OF_RUNS = (
-    *("run_ids", "shards", "tokens", "afters", "ns", "ns_cancelled", "states", "states_cancelled"),
-    *("results", "errors", "errors_cancelled", "delays", "delays_cancelled", "reasons"),
+    *("run_ids", "shards", "tokens", "afters", "ns", "states"),
+    *("results", "errors", "delays", "reasons"),
 )
 """The parameters of `settle_many` with a value for each run."""
 
-OF_EVENTS = ("places", "branches", "types", "steps", "attempts", "datas")
+OF_EVENTS = ("places", "types", "steps", "attempts", "datas")
 """Those with a value for each event; the place is the run's, from 1."""
 
 
@@ -26,46 +26,45 @@ class GroupCommit:
     def __init__(self, schema: str) -> None:
         self.sql = statements(__file__, schema)
 
-    def settle(self, connection: Caller, proposals: Sequence[Proposal]) -> dict[str, Appended]:
+    def settle(
+        self, connection: Caller, proposals: Sequence[Proposal]
+    ) -> dict[str, Appended | None]:
         """Commit the boundaries of several runs, all at once; those that were written, by run id.
 
-        A run is missing whose lease is gone, or whose row another transaction holds at this moment:
-        it is waited for by none of the others. Raises psycopg.DataError if any of the values cannot
-        be stored: then nothing was written.
+        None for a run that is cancelled: nothing was written, it is to be settled by itself. So
+        the other way that each boundary could go is not sent. A run is missing whose lease is gone,
+        or whose row another transaction holds at this moment: it is waited for by none of the
+        others. Raises psycopg.DataError if any of the values cannot be stored: then nothing was
+        written.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in (*OF_RUNS, *OF_EVENTS)}
-        for place, proposal in enumerate(proposals, 1):
-            normal, cancelled = proposal.settlement.normal, proposal.settlement.if_cancelled
-            values = (
-                proposal.run_id,
-                shard_of(proposal.run_id),
-                proposal.token,
-                proposal.after,
+        runs = [
+            (
+                each.run_id,
+                shard_of(each.run_id),
+                each.token,
+                each.after,
                 len(normal.events),
-                len(cancelled.events),
                 normal.state.value,
-                cancelled.state.value,
                 normal.result,
                 normal.error,
-                cancelled.error,
                 normal.delay_s,
-                cancelled.delay_s,
-                proposal.settlement.reason,
+                each.settlement.reason,
             )
-            for name, value in zip(OF_RUNS, values, strict=True):
-                columns[name].append(value)
-            for branch, boundary in ((False, normal), (True, cancelled)):
-                for event in boundary.events:
-                    columns["places"].append(place)
-                    columns["branches"].append(branch)
-                    columns["types"].append(event.type.value)
-                    columns["steps"].append(event.step)
-                    columns["attempts"].append(event.attempt)
-                    columns["datas"].append(event.data)
-        literals = {name: array(column) for name, column in columns.items()}
+            for each in proposals
+            for normal in [each.settlement.normal]
+        ]
+        events = [
+            (place, event.type.value, event.step, event.attempt, event.data)
+            for place, each in enumerate(proposals, 1)
+            for event in each.settlement.normal.events
+        ]
+        literals = _columns(OF_RUNS, runs) | _columns(OF_EVENTS, events)
+        literals["branches"] = array([False] * len(events))
         rows = execute(connection, self.sql["settle_many"], literals)
         return {
-            run_id: Appended(last_seq=last_seq, cancelled=cancelled, signalled=signalled)
+            run_id: None
+            if cancelled
+            else Appended(last_seq=last_seq, cancelled=False, signalled=signalled)
             for run_id, last_seq, cancelled, signalled, _ in rows
         }
 
@@ -95,3 +94,9 @@ class GroupCommit:
             token: Appended(last_seq=last_seq, cancelled=cancelled)
             for token, last_seq, cancelled, _ in found
         }
+
+
+def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, str]:
+    """Each column of some rows as an array."""
+    columns = zip(*rows, strict=True) if rows else ((),) * len(names)
+    return {name: array(column) for name, column in zip(names, columns, strict=True)}

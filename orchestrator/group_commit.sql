@@ -3,28 +3,35 @@
 -- name: settle_many
 -- Append a boundary each to several runs under their leases, as `settle` does to one.
 -- Row by row, by LIMIT, and no row is waited for: one that another transaction holds is missing in
--- the result, as is one whose lease is gone.
+-- the result, as is one whose lease is gone. A run that is cancelled is left as it is.
 WITH b AS MATERIALIZED (
-  SELECT x.*
+  SELECT x.*, r.cancelled
     FROM unnest(%(run_ids)s::text[], %(shards)s::smallint[], %(tokens)s::bigint[],
-                %(afters)s::int[], %(ns)s::int[], %(ns_cancelled)s::int[], %(states)s::text[],
-                %(states_cancelled)s::text[], %(results)s::text[], %(errors)s::text[],
-                %(errors_cancelled)s::text[], %(delays)s::float8[], %(delays_cancelled)s::float8[],
-                %(reasons)s::text[])
-         WITH ORDINALITY AS x(run_id, shard, token, after, n, n_cancelled, state, state_cancelled,
-                              result, error, error_cancelled, delay, delay_cancelled, reason, i)
+                %(afters)s::int[], %(ns)s::int[], %(states)s::text[], %(results)s::text[],
+                %(errors)s::text[], %(delays)s::float8[], %(reasons)s::text[])
+         WITH ORDINALITY AS x(run_id, shard, token, after, n, state, result, error, delay, reason, i)
    CROSS JOIN LATERAL (
-     SELECT FROM {schema}.runs r
+     SELECT r.cancel_requested_at IS NOT NULL AS cancelled FROM {schema}.runs r
       WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'
         AND r.last_seq >= x.after
       LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r
 ), u AS (
   UPDATE {schema}.runs r
-     SET {settled}
-    FROM b WHERE r.run_id = b.run_id
-  RETURNING {settled_columns}
+     SET last_seq = r.last_seq + b.n, state = b.state,
+         result = b.result::jsonb, error = b.error::jsonb,
+         lease_expires_at = CASE WHEN b.state = 'running' THEN r.lease_expires_at END,
+         deadline_at = CASE WHEN b.reason <> 'undo' THEN r.deadline_at END,
+         not_before = CASE WHEN b.state = 'queued'
+                           THEN least(r.deadline_at,
+                                      clock_timestamp() + make_interval(secs => b.delay)) END,
+         finished_at = CASE WHEN b.state NOT IN ('running', 'queued') THEN clock_timestamp() END
+    FROM b WHERE r.run_id = b.run_id AND NOT b.cancelled
+  RETURNING b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before, r.created_at,
+            false AS cancelled, b.n
 ), {written_beside}
-SELECT run_id, last_seq, cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell} FROM u
+SELECT l.locked, u.last_seq, l.is_cancelled, u.state = 'running' AND {signalled}, {each_settled_doorbell}
+  FROM (SELECT run_id, cancelled FROM b) AS l(locked, is_cancelled)
+  LEFT JOIN u ON u.run_id = l.locked
 
 -- name: append_many
 -- Append output to several runs under their leases; they stay as they are.

@@ -82,7 +82,9 @@ class Heartbeat:
         with self._changed:
             if (lease.uncalled, lease.beside) != (uncalled, beside):
                 lease.uncalled, lease.beside = uncalled, beside
-                self._note(lease)
+                slot = self._slots.get(id(lease))
+                if self._board is not None and slot is not None:
+                    self._board.mark(slot, uncalled=uncalled, beside=beside)
 
     def release(self, lease: Lease) -> None:
         """Keep it no longer."""

@@ -75,6 +75,35 @@ WITH free AS MATERIALIZED (
    WHERE run_id = %(run_id)s AND EXISTS (SELECT FROM free)
 {appended}
 
+-- fragment: settled_state
+-- The state after a boundary: one if nobody asked to cancel, another if somebody did.
+CASE WHEN r.cancel_requested_at IS NULL THEN b.state ELSE b.state_cancelled END
+
+-- fragment: settled
+-- The row of a run `r` after a boundary `b`.
+-- Which of two outcomes is decided on the locked row: a cancel is before or after, never between.
+last_seq = r.last_seq
+  + CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END,
+state = {settled_state},
+result = CASE WHEN r.cancel_requested_at IS NULL THEN b.result::jsonb END,
+error = CASE WHEN r.cancel_requested_at IS NULL
+             THEN b.error::jsonb ELSE b.error_cancelled::jsonb END,
+lease_expires_at = CASE WHEN {settled_state} = 'running' THEN r.lease_expires_at END,
+deadline_at = CASE WHEN b.reason <> 'undo' THEN r.deadline_at END,
+not_before = CASE WHEN {settled_state} = 'queued'
+                  THEN least(CASE WHEN r.cancel_requested_at IS NULL THEN r.deadline_at END,
+                    clock_timestamp() + make_interval(secs =>
+                      CASE WHEN r.cancel_requested_at IS NULL
+                           THEN b.delay ELSE b.delay_cancelled END)) END,
+finished_at = CASE WHEN {settled_state} NOT IN ('running', 'queued')
+                   THEN clock_timestamp() END
+
+-- fragment: settled_columns
+-- The columns of such a row and its boundary that `written_beside` needs.
+b.i, b.shard, b.reason, r.run_id, r.last_seq, r.state, r.not_before, r.created_at,
+NOT (r.cancel_requested_at IS NULL) AS cancelled,
+CASE WHEN r.cancel_requested_at IS NULL THEN b.n ELSE b.n_cancelled END AS n
+
 -- name: settle
 -- Append the events of a step boundary under a lease, and set where the run stands after it.
 -- The planner makes constants of the row `b`: this is an update of one row by its key.

@@ -93,9 +93,9 @@ class SharedCommits:
                 each.answer.set_result(IN_DOUBT if lost else None)
             return
         for each in batch:
-            appended = written.get(each.proposal.run_id)
-            if appended is not None:
-                each.answer.set_result(appended)
+            run_id = each.proposal.run_id
+            if run_id in written:
+                each.answer.set_result(written[run_id])
             elif monotonic() - each.since >= LEFT_OUT_S:
                 each.answer.set_result(None)
             else:

@@ -292,17 +292,16 @@ def int_array(numbers: Iterable[int]) -> str:
 
 def array(values: Iterable[str | bool | int | float | None]) -> str:
     """As `int_array`, of any values: one that a cast then takes for an array of their type."""
-    return f"{{{','.join(map(_array_element, values))}}}"
-
-
-def _array_element(value: str | bool | float | None) -> str:
-    match value:
-        case None:
-            return "NULL"
-        case str():  # in quotes, within which only these two mean anything
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        case _:
-            return str(value)
+    elements = [
+        "NULL"
+        if value is None
+        # In quotes, within which only these two mean anything.
+        else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        if isinstance(value, str)
+        else str(value)
+        for value in values
+    ]
+    return f"{{{','.join(elements)}}}"
 
 
 ALL_SHARDS = tuple(range(SHARDS))

@@ -6,8 +6,8 @@ A file is a list of blocks. A block has a name, a description and a text:
     -- Set when runs are looked at again whose messages are in the broker still.
     UPDATE {schema}.dispatches …
 
-Comments have lines of their own and are not sent. Values are parameters, `%(name)s`; a variant is
-a statement of its own. A placeholder in braces is one of
+Comments have lines of their own and are not sent, nor is what indents a line. Values are
+parameters, `%(name)s`; a variant is a statement of its own. A placeholder in braces is one of
 
 * `{schema}`, the name of the schema, which the settings have checked;
 * `{event_json}`, a fragment: text that several statements share, `-- fragment: event_json`. It is
@@ -63,7 +63,8 @@ class StatementFile:
         visible = dict(fragments)
         for kind, name, lines in _blocks(text, where):
             comments = [line.strip() for line in lines if line.lstrip().startswith("--")]
-            body = "\n".join(line for line in lines if not line.lstrip().startswith("--")).strip()
+            texts = [line.strip() for line in lines if not line.lstrip().startswith("--")]
+            body = "\n".join(texts).strip()
             if not lines or not lines[0].startswith("-- ") or not body:
                 raise ValueError(f"{where}: {name} lacks a description or a text")
             if "-- " in body:

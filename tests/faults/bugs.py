@@ -117,12 +117,12 @@ BUGS = {
         "WHERE r.run_id = x.run_id AND r.lease_token = x.token AND r.state = 'running'\n"
         "        AND r.last_seq >= x.after\n"
         "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
-        "  UPDATE {schema}.runs r\n     SET {settled}",
+        "  UPDATE {schema}.runs r\n     SET last_seq = r.last_seq + b.n, state",
         "WHERE r.run_id = x.run_id AND x.token = ANY(%(tokens)s::bigint[])\n"
         "        AND r.state = 'running'\n"
         "        AND r.last_seq >= x.after\n"
         "      LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r\n), u AS (\n"
-        "  UPDATE {schema}.runs r\n     SET {settled}",
+        "  UPDATE {schema}.runs r\n     SET last_seq = r.last_seq + b.n, state",
     ),
     "a commit of a group whose answer was lost is made again": Bug(
         "orchestrator/group.py",
@@ -275,7 +275,7 @@ BUGS = {
         "WHERE d.state NOT IN ('waiting', 'sent') AND d.due_at <=",
     ),
     "a cancel is read before the row is locked": Bug(
-        "orchestrator/fragments.sql",
+        "orchestrator/journal.sql",
         SETTLED,
         SETTLED.replace(
             "r.cancel_requested_at IS NULL",
@@ -297,7 +297,7 @@ BUGS = {
         'if data.get("name") == SNOOZED:\n',
     ),
     "a retry does not wait as long as its step says": Bug(
-        "orchestrator/fragments.sql",
+        "orchestrator/journal.sql",
         "THEN b.delay ELSE b.delay_cancelled",
         "THEN b.delay / 10 ELSE b.delay_cancelled",
     ),

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from time import monotonic
 
 import psycopg
@@ -175,5 +176,9 @@ def test_a_slot_that_is_being_written_or_was_left_so_is_skipped() -> None:
     assert list(board.read()) == []
     board.write(SLOTS - 1, noted)
     assert list(board.read()) == [noted]
+    board.mark(SLOTS - 1, uncalled=True, beside=True)
+    assert list(board.read()) == [replace(noted, uncalled=True, beside=True)]
+    board.mark(SLOTS - 1, uncalled=False, beside=False)
+    board.mark(SLOTS - 2, uncalled=True, beside=False)  # a free one stays free
     board.write(0, Noted(pid=1, beat=1.0, run_id="r" * 300, tokens=[1]))
     assert list(board.read()) == [noted]

@@ -5,11 +5,12 @@ import json
 import logging
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from beatless.observe.logs import JsonLines, TextLines, configure, masked, scope
+from beatless.observe.logs import JsonLines, LogScope, TextLines, configure, masked
 from beatless.orchestrator.lease import Lease
 from beatless.testing import Kit
 
@@ -60,7 +61,7 @@ def test_the_users_own_lines_in_a_step_say_whose_they_are(
     run = beatless.start_run("two_steps")
     lease = Lease(run=run, token=1, trace_context={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})
 
-    with scope(lease, None, 1), scope(lease, "first", 2):
+    with LogScope(lease, None, 1, nullcontext()), LogScope(lease, "first", 2, nullcontext()):
         logging.getLogger("my.app").info("charging %s", "Ada", extra={"amount": 3})
     logging.getLogger("my.app").info("outside")
 

@@ -2,14 +2,19 @@
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import beatless
+from beatless.orchestrator.group_commit import GroupCommit
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import RUN_COLUMNS
 from beatless.outbox import statements as reader
+from beatless.outbox.queries import Queries
 from beatless.outbox.statements import Statement, StatementFile, read, statements
 
 PACKAGE = Path(beatless.__file__).parent
@@ -58,6 +63,24 @@ def test_a_statement_names_its_tables_with_the_schema(path: Path) -> None:
         assert not re.search(tables, statement.text), statement.name
 
 
+KEPT_BYTES = 4096
+"""Of a statement, up to which psycopg keeps what it has parsed: it parses others each time."""
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        GroupCommit("beatless").sql,
+        Leases("beatless", seconds=30.0).sql,
+        Journal("beatless", max_event_bytes=1).sql,
+        vars(Queries("beatless")),
+    ],
+)
+def test_no_statement_of_a_run_is_parsed_each_time(found: Mapping[str, object]) -> None:
+    texts = {name: text for name, text in found.items() if isinstance(text, str)}
+    assert {name: len(text) for name, text in texts.items() if len(text) > KEPT_BYTES} == {}
+
+
 def test_the_columns_of_a_run_are_those_that_a_run_is_made_of() -> None:
     columns = read(PACKAGE / "orchestrator" / "fragments.sql").fragments["run_columns"].text
     columns = columns.replace("{run_options}", OPTION_SQL["run_options"])
@@ -90,7 +113,7 @@ def test_comments_are_kept_out_of_the_text_and_fragments_are_put_in() -> None:
         "find": Statement(
             name="find",
             description="Find a run. Why. because",
-            text="SELECT *\n  FROM {schema}.runs\n WHERE id = %(id)s",
+            text="SELECT *\nFROM {schema}.runs\nWHERE id = %(id)s",
         )
     }
 
