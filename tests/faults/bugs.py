@@ -520,5 +520,34 @@ BUGS = {
         "        while self._open:\n",
         "        while self._open and all(call.error is None for call in self._calls.values()):\n",
     ),
+    "a debounce loses the last input": Bug(
+        "orchestrator/duplicates.sql",
+        "SET input = %(input)s::jsonb, default_input",
+        "SET input = coalesce(input, %(input)s::jsonb), default_input",
+    ),
+    "an input is replaced that is executed": Bug(
+        "orchestrator/duplicates.sql",
+        "     AND state = 'queued' AND attempt = 0 AND retry_of IS NULL\n"
+        "     AND cancel_requested_at IS NULL AND last_seq",
+        "     AND state IN ('queued', 'running') AND retry_of IS NULL\n"
+        "     AND cancel_requested_at IS NULL AND last_seq",
+    ),
+    "a run begins beside the one with its dedupe key": Bug(
+        "orchestrator/successors.sql",
+        "      ORDER BY d.dedupe_next LIMIT 1) d\n",
+        "      ORDER BY d.dedupe_next DESC LIMIT 1) d\n",
+        (
+            Bug(
+                "jobs/migrations/versions/0017_dedupe_keys.pre.sql",
+                "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS dispatches_dedupe",
+                "CREATE INDEX CONCURRENTLY IF NOT EXISTS dispatches_dedupe",
+            ),
+        ),
+    ),
+    "nobody notes the end of a run with a dedupe key": Bug(
+        "jobs/migrations/versions/0017_dedupe_keys.pre.sql",
+        "  WHEN (OLD.dedupe_key IS NOT NULL AND NOT OLD.dedupe_next)",
+        "  WHEN (OLD.dedupe_key IS NULL AND NOT OLD.dedupe_next)",
+    ),
 }
 """By what they do wrong."""

@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import families, leases, punctuality, undos, waits
+from tests.faults import duplicates, families, leases, punctuality, undos, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -261,4 +261,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     *waits.RULES,
     *families.RULES,
     *undos.RULES,
+    *duplicates.RULES,
 )

@@ -9,7 +9,8 @@ host. `kind` says what a record is:
 | | `name/outcome`, the start as "", the end as `END`), `cleanup` (may run after a cancel), |
 | | `retries`: of a step that fails, `error`, `attempts` and `delays_s` between them |
 | `call` | `op`, `begin`, `end`, `outcome` (`ok`, `failed`, `unknown`, `rolled_back`), and |
-| | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; of `cancel`: `run_id`; |
+| | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; with a dedupe key the |
+| | `number` of its input and `start`, its outcome as it was told; of `cancel`: `run_id`; |
 | | of `retry`: `run_id`, `new` (the new run); of `pause`, `resume`: `queue`; |
 | | of `signal`: `run_id`, `name`, `key` |
 | `effect` | `run_id`, `step`, `attempt`, `key`, `call` (unique): a body has had its effect |
@@ -34,7 +35,7 @@ host. `kind` says what a record is:
 | `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
 | `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, |
 | | `retry_of`, `attended`: there are workers for its queue; of a child `parent_id`, `child_no`, |
-| | `detached` |
+| | `detached`; with a `dedupe_key` the `number` of its input |
 | `event` | `run_id`, `seq`, `ts`, `type`, `step`, `attempt`, `data`, `text`: as stored |
 | `outbox` | `rows`: what was left when all was over; without it the history is a part of one |
 """
@@ -132,7 +133,10 @@ class History:
             called = max((c["end"] for c in self._calls_of(run_id)), default=0.0)
             for n, event in enumerate(events):
                 after = events[n + 1]["ts"] if n + 1 < len(events) else NEVER
-                if run["attended"] and (due := due_after(event)) is not None and due < after:
+                due = due_after(event)
+                if due is not None and event["type"] in ("RunStarted", "InputReplaced"):
+                    due = max(due, self.end_before(run))
+                if run["attended"] and due is not None and due < after:
                     yield "to go on", run_id, max(due, called if n == 0 else 0), after
                 heard = self.heard.get((run_id, event["seq"]), NEVER)
                 # Of what is not heard, only what the last listener would have heard is missing.
@@ -201,6 +205,21 @@ class History:
         events = self.events.get(run_id, [])
         return events[-1]["ts"] if events and events[-1]["type"] == "RunFinished" else NEVER
 
+    def end_before(self, run: Record) -> float:
+        """When the runs with its dedupe key had ended that were there before; 0: it has none."""
+        if not run.get("dedupe_key"):
+            return 0.0
+        if not hasattr(self, "_with_key"):
+            self._with_key = defaultdict[str, list[Record]](list)
+            for each in self.runs.values():
+                self._with_key[each.get("dedupe_key") or ""].append(each)
+        before = [
+            self.end(each["run_id"])
+            for each in self._with_key[run["dedupe_key"]]
+            if each["created_at"] < run["created_at"]
+        ]
+        return max(before, default=0.0)
+
     def children_end(self, run_id: str, started: Record) -> float:
         """When all children of a ChildrenStarted had ended."""
         first, count = started["data"]["first"], started["data"]["count"]
@@ -216,6 +235,8 @@ class History:
             # It may wait for any of those that it has started.
             return max(self.children_end(run_id, each) for each in begun)
         wait = open_wait(events)
+        if wait is None and events[-1]["type"] in ("RunStarted", "InputReplaced"):
+            return max(due_after(events[-1]) or 0.0, self.end_before(self.runs[run_id]))
         if wait is None:
             return due_after(events[-1]) or float(events[-1]["ts"])
         received = {event["data"]["key"] for event in of_type(events, "SignalReceived")}
@@ -249,7 +270,7 @@ def due_after(event: Record) -> float | None:
     """When the run goes on after this event, if it waits after it."""
     data = event["data"] or {}
     match event["type"]:
-        case "RunStarted":
+        case "RunStarted" | "InputReplaced":
             return max(event["ts"], (data.get("not_before") or 0) / 1000)
         case "StepFailed" if data.get("retry_at"):
             return float(data["retry_at"] / 1000)

@@ -21,6 +21,7 @@ from beatless.orchestrator.errors import OrchestratorError, RunConflict
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import one_line
 from beatless.settings import engine_url
+from tests.faults import duplicates
 from tests.faults.browser import Frame, frames_of
 from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
 from tests.faults.plans import WAITED
@@ -166,6 +167,8 @@ class Load:
         if chance.random() < 0.1:
             queue = chance.choice(["default", "calm"])
             self.start([self.brief(chance, queue) for _ in range(8)], chance)
+        elif chance.random() < 0.03:
+            self.start(duplicates.batch(chance), chance)
         else:
             self.start([self.wish(chance)], chance)
 
@@ -199,7 +202,7 @@ class Load:
                 else:
                     runs = client.start_runs(requests)
                 for record, run in zip(records, runs, strict=True):
-                    record |= {"outcome": "ok", "run_id": run.run_id}
+                    record |= {"outcome": "ok", "run_id": run.run_id, "start": run.start}
             except RolledBack:
                 for record in records:
                     record["outcome"] = "rolled_back"
@@ -221,7 +224,8 @@ class Load:
 
     def _recorded_start(self, wish: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
         facts = {name: wish.get(name) for name in ("run_id", "plan", "key")}
-        return self.recorder.call("start", **facts, delay_s=wish.get("delay"))
+        number = (wish["input"] or {}).get("number")
+        return self.recorder.call("start", **facts, delay_s=wish.get("delay"), number=number)
 
     def brief(self, chance: random.Random, queue: str) -> dict[str, Any]:
         failures = chance.choice([0, 0, 0, 1, 2, 4])
@@ -233,6 +237,8 @@ class Load:
             return chance.choice(self._keyed)
         if chance.random() < 0.2:
             return self.brief(chance, chance.choice(["default", "calm"]))
+        if chance.random() < 0.15:
+            return duplicates.wish(chance)
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
         others += ["piece", "piece", "family", "deadly", "bought", "bought"]
         plan = chance.choice([*others, *WAITED, *WAITED])

@@ -76,6 +76,12 @@ def plain(name: str) -> Any:
     return step(name=name)(body)
 
 
+@step(name="sync")
+def sync(ctx: StepContext) -> dict[str, Any]:
+    work(ctx)
+    return effect(ctx, "sync") | {"number": ctx.input["number"]}
+
+
 @step(name="traced")
 def traced(ctx: StepContext) -> dict[str, str]:
     for number in range((ctx.input or {}).get("traces", 3)):
@@ -357,6 +363,7 @@ PLANS = [
     lasting,
     family,
     Plan("deadly", [deadly]),
+    Plan("synced", [sync]),
     Plan("bought", [pay, book, plain("ship")]),
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]

@@ -107,7 +107,8 @@ def effects_in(ledger: Path) -> Iterator[Record]:
 
 STORED = f"""
 SELECT 'run', jsonb_build_object('run_id', run_id, 'plan', plan, 'state', state,
-  'last_seq', last_seq, 'key', key, 'attended', queue <> '{UNATTENDED}',
+  'last_seq', last_seq, 'key', key, 'dedupe_key', dedupe_key, 'number', input -> 'number',
+  'attended', queue <> '{UNATTENDED}',
   'created_at', extract(epoch FROM created_at), 'parent_id', parent_id, 'child_no', child_no,
   'detached', parent_id IS NOT NULL AND root_id IS NULL,
   'cancel_requested_at', extract(epoch FROM cancel_requested_at),

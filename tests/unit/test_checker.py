@@ -736,3 +736,77 @@ def test_the_order_of_the_records_does_not_matter_where_they_say_their_place() -
     ordered = [r for r in records if r["kind"] in ("frame", "wire")]
     others = [r for r in records if r["kind"] not in ("frame", "wire")]
     assert check([*reversed(others), *ordered]) == []
+
+
+def synced(*numbers: int, begun: int = 3, stored: int | None = None) -> list[dict[str, Any]]:
+    """A run of `customer-1` whose input was given these numbers, one after the other."""
+    facts = {"plan": "synced", "key": None, "delay_s": None, "run_id": "s"}
+    calls = [
+        call("start", n, n + 0.5, number=n, **facts, start="input_replaced" if n > 1 else "started")
+        for n in numbers
+    ]
+    number = numbers[-1] if stored is None else stored
+    keyed = {"dedupe_key": "customer-1", "number": number}
+    return [
+        *calls,
+        {"kind": "plan", "plan": "synced", "steps": ["sync"], "cleanup": [], "retries": {}},
+        run("s", "synced", "completed", 5, **keyed),
+        event("s", 1, "RunStarted"),
+        event("s", 2, "InputReplaced", data={"not_before": (100 + begun) * 1000}, source="api"),
+        event("s", 3, "StepStarted", "sync"),
+        event("s", 4, "StepFinished", "sync", data={"result": {"call": "c", "number": number}}),
+        event("s", 5, "RunFinished", data={"outcome": "completed"}),
+        effect("s", "sync", "c"),
+    ]
+
+
+def behind(at: float) -> list[dict[str, Any]]:
+    """Another run of the same key, which begins then."""
+    facts = {"plan": "synced", "key": None, "delay_s": None, "run_id": "t", "number": 9}
+    done = {"result": {"call": "d", "number": 9}}
+    return [
+        call("start", 9, 9.5, start="started", **facts),
+        run("t", "synced", "completed", 4, dedupe_key="customer-1", number=9, created_at=102.0),
+        event("t", 1, "RunStarted", ts=102.0),
+        event("t", 2, "StepStarted", "sync", ts=at),
+        event("t", 3, "StepFinished", "sync", ts=at + 1, data=done),
+        event("t", 4, "RunFinished", ts=at + 2, data={"outcome": "completed"}),
+        effect("t", "sync", "d"),
+    ]
+
+
+def test_runs_of_one_key_pass_one_after_the_other() -> None:
+    assert check([*synced(1, 2, 3), *behind(105.1)]) == []
+
+
+@pytest.mark.parametrize(
+    ("records", "rule"),
+    [
+        ([*synced(1, 2), *behind(104.5)], "I13 t: began while s had customer-1, too"),
+        (synced(1, 2, 3, stored=2), "input s: has the input 2, and 3 came later"),
+        (synced(1, 2, stored=7), "input s: has the input 7, which nobody gave"),
+        (synced(1, 2, begun=4), "delay s: began before its last input was old enough"),
+        (
+            [
+                *synced(1, 2),
+                call("start", 110.0, 111.0, plan="synced", run_id="s", number=5, start="joined"),
+            ],
+            "I13 s: had ended, and a start has joined it",
+        ),
+    ],
+)
+def test_what_a_dedupe_key_promises_is_checked(records: list[dict[str, Any]], rule: str) -> None:
+    assert [str(violation) for violation in check(records)] == [rule]
+
+
+def test_a_result_of_another_input_and_an_input_for_a_run_that_has_begun_are_found() -> None:
+    records = synced(1, 2)
+    late = [each | {"ts": 103.5, "seq": 4} if each.get("seq") == 2 else each for each in records]
+    late = [each | {"seq": each["seq"] - 1} if each.get("seq") == 3 else each for each in late]
+    assert "input s: got another input after it had begun" in map(str, check(late))
+    other = [
+        each | {"data": {"result": {"call": "c", "number": 1}}} if each.get("seq") == 4 else each
+        for each in records
+    ]
+    found = [str(violation) for violation in check(other)]
+    assert found == ["input s: was executed with another input than it has"]
