@@ -140,8 +140,9 @@ u AS (
 -- fragment: created_runs
 -- Such runs with their dispatches. A trigger has those wait whose limit has no room (`park_if_full`).
 {stored_runs}, d AS (
-  INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-    deadline_at, parent_id, child_no, schedule_id, limit_id)
+  INSERT INTO {schema}.dispatches (
+    run_id, shard, task, queue, priority, state, due_at, reason, deadline_at, parent_id, child_no,
+    schedule_id, limit_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          coalesce(u.not_before, u.created_at),

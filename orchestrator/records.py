@@ -259,8 +259,9 @@ class NewRun(StoredOptions):
         if self.limits:
             members["limits"] = self.stored_limits
         members |= self.stored_options()
-        given = {name: value for name, value in members.items() if value is not None}
-        text = json.dumps(given, default=dict)[:-1] + f',"input":{self.input}'
+        if self.dedupe_key is None:
+            del members["dedupe_key"]
+        text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
             text += f',"reused":{self.reused}'
         return text + "}"
