@@ -13,6 +13,7 @@ from beatless.errors import BadSetting
 from beatless.http import approval_calls, calls, limit_calls, schedule_calls, wire
 from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.tls import trusted
 from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
@@ -68,6 +69,7 @@ class AsyncClient:
             headers=wire.authorization(self._token),
             timeout=self._timeout,
             limits=wire.LIMITS,
+            verify=trusted(),
         )
 
     def after_fork(self) -> None:

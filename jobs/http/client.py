@@ -16,6 +16,7 @@ from beatless.http import approval_calls, calls, limit_calls, schedule_calls, wi
 from beatless.http.aio import AsyncClient
 from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
+from beatless.http.tls import trusted
 from beatless.http.wire import Exchange
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.records import Run
@@ -71,6 +72,7 @@ class Client:
             headers=wire.authorization(self._token),
             timeout=self._timeout,
             limits=wire.LIMITS,
+            verify=trusted(),
         )
 
     def after_fork(self) -> None:
