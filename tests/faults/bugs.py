@@ -81,6 +81,28 @@ BUGS = {
         "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s / 50)\n"
         "    FROM held",
     ),
+    "a tick is lost when the relay dies between insert and move": Bug(
+        "orchestrator/firing.py",
+        '        self._faults.reach("schedule.before")\n',
+        "        self._fire(connection, [tick | {'fires': False} for tick in ticks])\n"
+        "        ticks = [t | {'version': t['version'] + 1, 'move_s': 0.0} for t in ticks]\n"
+        '        self._faults.reach("schedule.before")\n',
+    ),
+    "a tick fires twice": Bug(
+        "orchestrator/firing.py",
+        '        self._faults.reach("schedule.before")\n',
+        "        here = [t | {'next_tick': t['tick'], 'move_s': 0.0} for t in ticks]\n"
+        "        self._fire(connection, here)\n"
+        "        ticks = [t | {'version': t['version'] + 1, 'fires': False} for t in ticks]\n"
+        '        self._faults.reach("schedule.before")\n',
+        (
+            Bug(
+                "orchestrator/firing.py",
+                '"key": tick_key(self.name, tick),',
+                '"key": f"{tick_key(self.name, tick)}/{run_id}",',
+            ),
+        ),
+    ),
     "a cancel of a run that runs is not stored": Bug(
         "orchestrator/cancels.sql",
         "AND state IN ('queued', 'running') AND cancel_requested_at IS NULL",

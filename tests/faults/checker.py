@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import duplicates, families, leases, punctuality, undos, waits
+from tests.faults import duplicates, families, leases, punctuality, ticks, undos, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -189,7 +189,8 @@ def accepted_runs_end(history: History) -> Iterator[Violation]:
         if history.over and run["state"] not in ENDED:
             yield Violation("I7", run_id, f"is {run['state']} after all faults are over")
         own = {run_id, run["key"]} & started or run["retry_of"] in retried
-        if not own and run.get("parent_id") not in history.runs:
+        own = own or run.get("parent_id") in history.runs or run.get("schedule")
+        if not own:
             yield Violation("I12", run_id, "nobody has started it")
 
 
@@ -263,4 +264,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     *families.RULES,
     *undos.RULES,
     *duplicates.RULES,
+    *ticks.RULES,
 )

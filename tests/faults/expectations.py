@@ -17,6 +17,7 @@ KILLS = ("integration/test_kills.py",)
 RACES = ("integration/test_races.py",)
 WORKERS = ("integration/test_workers.py", "integration/test_signals.py")
 RELAY = ("integration/test_relay.py", "integration/test_relay_faults.py")
+SCHEDULES = ("integration/test_schedules.py", "stress/test_schedules.py")
 STREAMS = ("integration/test_stream.py", "stress/test_streams.py")
 CLIENTS = ("integration/test_http_client.py",)
 REDIS = ("integration/test_relay_faults.py", "integration/test_redis_servers.py")
@@ -52,6 +53,8 @@ EXPECTATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "relay_frozen": ("the other leads its shards; late publications are dropped by seq", RELAY),
     "relay_dies_at_relay.after_claim": (REPEATED, RELAY),
     "relay_dies_at_relay.after_publish": (REPEATED, RELAY),
+    "relay_dies_at_schedule.before": ("the other fires the tick 0.1 s later", SCHEDULES),
+    "relay_dies_at_schedule.fired": ("the tick has its run, and no second one", SCHEDULES),
     "api_killed": (FOLLOW_ON, CLIENTS),
     "api_stopped": ("streams are closed and go on at the next process", CLIENTS),
     "bus_emptied": (BACKFILL, REDIS),

@@ -173,7 +173,7 @@ for point in (
 ):
     name = f"worker_dies_at_{point}"
     FAULTS[name] = crash_point(name, point, ("threads", "far", "async"), 12)
-for point in ("relay.after_claim", "relay.after_publish"):
+for point in ("relay.after_claim", "relay.after_publish", "schedule.before", "schedule.fired"):
     name = f"relay_dies_at_{point}"
     FAULTS[name] = crash_point(name, point, RELAYS, 5)
 

@@ -35,8 +35,10 @@ host. `kind` says what a record is:
 | `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
 | `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, |
 | | `retry_of`, `attended`: there are workers for its queue; of a child `parent_id`, `child_no`, |
-| | `detached`; with a `dedupe_key` the `number` of its input |
+| | `detached`; of a tick `schedule`, `tick`; with a `dedupe_key` the `number` of its input |
 | `event` | `run_id`, `seq`, `ts`, `type`, `step`, `attempt`, `data`, `text`: as stored |
+| `scheduled` | `name`, `every_s`, `first` (its first tick): a schedule was stored |
+| `schedule` | `name`, `state`, `reason`, `last_tick`, `until` (from then on it was paused) |
 | `outbox` | `rows`: what was left when all was over; without it the history is a part of one |
 """
 
@@ -81,6 +83,8 @@ class History:
         self.quiets = by_kind["quiet"]
         self.calms = by_kind["calm"]
         self.runs = {run["run_id"]: run for run in by_kind["run"]}
+        made = {each["name"]: each for each in by_kind["scheduled"]}
+        self.schedules = {each["name"]: made[each["name"]] | each for each in by_kind["schedule"]}
         self.over = bool(by_kind["outbox"])
         self.outbox = sum(record["rows"] for record in by_kind["outbox"])
         self.events = self._by_run(by_kind["event"], "seq")

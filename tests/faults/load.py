@@ -13,7 +13,7 @@ import psycopg
 import redis
 from sqlalchemy import create_engine
 
-from beatless import Event, RunState
+from beatless import Event, RunState, Schedule
 from beatless.client import Client, RunRequest
 from beatless.errors import HistoryChanged, JobsError, Unreachable, WaitTimeout
 from beatless.http import Client as HttpClient
@@ -27,6 +27,11 @@ from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
 from tests.faults.plans import WAITED
 from tests.faults.recorder import Recorder, text_of
 from tests.faults.senders import RolledBack, Senders
+
+SCHEDULED_S = (1, 2)
+"""Seconds between two ticks of each schedule."""
+
+SCHEDULED_DEADLINE_S = 2.0
 
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
 SHOWN_S = 300.0
@@ -92,12 +97,31 @@ class Load:
             ("pause", self._called(self._pause), 2.0),
             *((f"view-{n}", self._view, 0.05) for n in range(6)),
         ]
+        self._schedule()
         for name, act, every in work:
             chance = random.Random(f"{self.seed}/{name}")
             self._spawn(
                 name, lambda act=act, chance=chance, every=every: self._repeat(act, chance, every)
             )
         self._spawn("wire", self._listen)
+
+    def _schedule(self) -> None:
+        """Schedules, whose runs no worker takes: they end at their deadline."""
+        for every in SCHEDULED_S:
+            schedule = Schedule(
+                f"each-{every}",
+                "brief",
+                every=every,
+                input={"failures": 0, "seconds": 0},
+                catch_up="all",
+                queue=UNATTENDED,
+                deadline=SCHEDULED_DEADLINE_S,
+            )
+            first = self.fleet.app.client.create_schedule(schedule).next_tick
+            assert first is not None
+            self.recorder.write(
+                "scheduled", name=schedule.name, every_s=every, first=first.timestamp()
+            )
 
     def _spawn(self, name: str, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -152,6 +176,8 @@ class Load:
         for thread in self._threads:
             if thread not in viewers:
                 thread.join(SHOWN_S + 60)
+        for every in SCHEDULED_S:
+            self.fleet.app.client.pause_schedule(f"each-{every}")
         drain()
         for thread in viewers:
             thread.join(SHOWN_S + 60)

@@ -112,7 +112,13 @@ SELECT 'run', jsonb_build_object('run_id', run_id, 'plan', plan, 'state', state,
   'created_at', extract(epoch FROM created_at), 'parent_id', parent_id, 'child_no', child_no,
   'detached', parent_id IS NOT NULL AND root_id IS NULL,
   'cancel_requested_at', extract(epoch FROM cancel_requested_at),
-  'deadline_at', extract(epoch FROM deadline_at), 'retry_of', retry_of) FROM runs
+  'deadline_at', extract(epoch FROM deadline_at), 'retry_of', retry_of, 'schedule', schedule,
+  'tick', extract(epoch FROM tick)) FROM runs
+UNION ALL
+SELECT 'schedule', jsonb_build_object('name', name, 'state', state, 'reason', reason,
+  'last_tick', extract(epoch FROM last_tick),
+  'until', extract(epoch FROM CASE state WHEN 'active' THEN clock_timestamp() ELSE last_tick END))
+  FROM schedules
 UNION ALL
 SELECT 'event', jsonb_build_object('run_id', run_id, 'seq', seq, 'ts', extract(epoch FROM ts),
   'ms', (date_part('epoch', ts) * 1000)::bigint, 'type', type, 'v', v, 'source', source,

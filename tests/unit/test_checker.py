@@ -143,7 +143,36 @@ def honest() -> list[dict[str, Any]]:
         *({**wire(n), "run_id": run_id} for run_id in "cfn" for n in range(1, 12)),
         *waiting(),
         *family(),
+        *scheduled(),
         {"kind": "outbox", "rows": 0},
+    ]
+
+
+def scheduled() -> list[dict[str, Any]]:
+    """A schedule that has fired each two seconds until it was paused, of which one tick late."""
+    found: list[dict[str, Any]] = [
+        {"kind": "scheduled", "name": "s", "every_s": 2, "first": 100.0},
+        {
+            "kind": "schedule",
+            "name": "s",
+            "state": "paused",
+            "reason": None,
+            "last_tick": 106.0,
+            "until": 106.0,
+        },
+    ]
+    for tick, at in ((100.0, 100.01), (102.0, 103.9), (104.0, 104.01), (106.0, 106.01)):
+        found += ticked(f"t{tick:.0f}", tick, at)
+    return found
+
+
+def ticked(run_id: str, tick: float, at: float) -> list[dict[str, Any]]:
+    """The run of a tick, which has reached its deadline."""
+    return [
+        run(run_id, "p", "failed", 2, schedule="s", tick=tick, created_at=at, attended=False),
+        event(run_id, 1, "RunStarted", ts=at),
+        event(run_id, 2, "RunFinished", ts=at + 0.1, data={"outcome": "failed"}),
+        *({**wire(n), "run_id": run_id, "at": at + 0.2} for n in (1, 2)),
     ]
 
 
@@ -299,6 +328,13 @@ def lapses(number: int) -> list[dict[str, Any]]:
 
 
 LIES: dict[str, tuple[str, Lie]] = {
+    "a tick fired twice": ("tick", add(*ticked("again", 104.0, 104.02))),
+    "a tick that was lost": ("tick", drop(kind="run", run_id="t102")),
+    "a tick that was early": ("tick", change({"run_id": "t106"}, created_at=105.99)),
+    "a tick that is none": ("tick", change({"run_id": "t106"}, tick=106.5, created_at=106.6)),
+    "a tick that was late in a calm": ("tick", change({"run_id": "t106"}, created_at=109.5)),
+    "ticks that are fired no more": ("tick", change({"kind": "schedule"}, until=120.0)),
+    "a schedule that was stopped": ("tick", change({"kind": "schedule"}, state="stopped")),
     "a seq is missing": ("I2", drop(kind="event", run_id="r", seq=4)),
     "a seq is there twice": ("I2", add(event("r", 4, "DebugTrace"))),
     "last_seq is ahead": ("I2", change({"kind": "run", "run_id": "r"}, last_seq=8)),
