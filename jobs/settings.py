@@ -123,7 +123,7 @@ class Settings:
     """How long a sent message may stay unclaimed before it is sent again."""
     grace_seconds: float = _setting("20", float, default=20.0)
     """How long a stopping worker lets its steps go on."""
-    worker_group_runs: int = _setting("16", int, default=16)
+    worker_group_runs: int = _setting("64", int, default=64)
     """How many runs of short steps a process of a worker executes at once; 1: one by one."""
     max_event_bytes: int = _setting("262144", int, default=262_144)
     max_queues: int = _setting("1000", int, default=1000)

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 CHILDREN = 1024
 """Processes of a pool that have a slot each."""
 
-FURTHER_SLOTS = 15
+FURTHER_SLOTS = 63
 """Slots that the first of them have besides, for runs that they execute in groups."""
 
-SLOTS = 2048
+SLOTS = 5312
 SLOT_BYTES = 256
 
 _NUMBER = struct.Struct("=Q")
 _HEAD = struct.Struct("=qqdqq??H")
 """pid (0: the slot is free), life, beat, two tokens (-1: none), whether the run has its turn yet
 to come, whether it has one beside others, bytes of the run id behind it."""
+
+_PID_AT = 1
+"""The place of the pid in a slot, by numbers of 8 bytes."""
 
 _FLAGS = struct.Struct("=??")
 _FLAGS_AT = _NUMBER.size + struct.calcsize("=qqdqq")
@@ -82,8 +85,10 @@ class Board:
 
     def read(self) -> Iterator[Noted]:
         """Every lease that is held now."""
-        for slot in range(SLOTS):
-            found = self._read(slot)
+        with memoryview(self._memory) as memory, memory.cast("q") as numbers:
+            pids = numbers[_PID_AT :: SLOT_BYTES // numbers.itemsize].tolist()
+        for slot, pid in enumerate(pids):
+            found = self._read(slot) if pid else None
             if found is not None:
                 yield found
 

@@ -11,7 +11,7 @@ given to other processes. Whose values, row or lease keep it from the statement 
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -35,6 +35,10 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 
 ROUND_S = 0.02
 """Seconds of bodies after which the boundaries of those that have returned are committed."""
+
+GROUP_S = 0.16
+"""Seconds that one body of each run of a group takes at most, as far as is known: the shorter they
+are, the more runs are in it."""
 
 LULL_S = 0.02
 """Seconds after a message after which the next one is taken for one that comes alone."""
@@ -364,7 +368,7 @@ class GroupExecutor:
                 worker=executor.worker,
                 first_steps=first_steps,
                 dispatch=dispatch,
-                places=self._max_runs - 1 if in_backlog else 0,
+                places=self._most_runs(first_steps) - 1 if in_backlog else 0,
             )
         )
         if any(lease.waited is not None and lease.waited > BACKLOG_S for lease in leases):
@@ -391,6 +395,11 @@ class GroupExecutor:
         group = Group(self.executor, self.statement, members)
         with self._guard.watching(group):
             group.work()
+
+    def _most_runs(self, names: Iterable[str]) -> int:
+        """Of a group that may have runs of these plans."""
+        longest_s = max(self.executor.pace.longest_s(self._plans[name]) for name in names)
+        return min(self._max_runs, max(1, int(GROUP_S / max(longest_s, GROUP_S / self._max_runs))))
 
     def _first_steps(self, plan: Plan) -> dict[str, str]:
         """The names of the first steps, by plan, of those that may be in a group now."""

@@ -29,6 +29,10 @@ class Pace:
         """Whether the bodies of this step are short, as far as this process has seen them."""
         return self._averages.get(plan.name, {}).get(step.name, SHORT_S) < SHORT_S
 
+    def longest_s(self, plan: Plan) -> float:
+        """Seconds that the bodies of the longest step of a plan take, of those that were seen."""
+        return max(list(self._averages.get(plan.name, {}).values()), default=SHORT_S)
+
     def suits_groups(self, plan: Plan) -> bool:
         """Whether runs of this plan are begun beside others.
 
@@ -38,6 +42,6 @@ class Pace:
         return (
             isinstance(plan.first, Step)
             and self.is_short(plan, plan.first)
-            and max(list(self._averages[plan.name].values())) < SHORT_S
+            and self.longest_s(plan) < SHORT_S
             and all(step.retry.max_crashes > 1 for step in plan.steps)
         )

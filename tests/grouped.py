@@ -5,4 +5,4 @@ from tests.plans import app
 
 __all__ = ["app"]
 
-pace.SHORT_S = pace.CAP_S = group.BUSY_S = group.ROUND_S = group.LULL_S = 600.0
+pace.SHORT_S = pace.CAP_S = group.GROUP_S = group.BUSY_S = group.ROUND_S = group.LULL_S = 600.0

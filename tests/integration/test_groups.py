@@ -59,11 +59,16 @@ def within(ctx: StepContext) -> Any:
 class Known(Pace):
     """Every step is short but the slow one, whatever the machine does."""
 
+    of_each_s = groups.GROUP_S / 16
+
     def is_short(self, plan: Plan, step: Step) -> bool:
         return step.name != "slow"
 
     def suits_groups(self, plan: Plan) -> bool:
         return plan.name != "other"
+
+    def longest_s(self, plan: Plan) -> float:
+        return self.of_each_s
 
 
 @pytest.fixture
@@ -185,9 +190,27 @@ def test_lines_of_a_body_carry_the_facts_of_its_own_run(together: Together) -> N
     assert CONTEXT.get({}) == {}
 
 
-def test_no_group_has_more_runs_than_the_setting_says(together: Together) -> None:
-    ids = together.execute(*"abcdefghijklmnopqrst")
-    assert together.states(ids) == [RunState.COMPLETED] * 16 + [RunState.QUEUED] * 4
+def test_no_group_has_more_runs_than_the_setting_says(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beatless.app.executors, "max_group_runs", 6)
+    monkeypatch.setattr(Known, "of_each_s", 0.0)
+    together = Together(beatless)
+    ids = together.execute(*"abcdefgh")
+    assert together.states(ids) == [RunState.COMPLETED] * 6 + [RunState.QUEUED] * 2
+    together.finish(ids)
+    together.executor.disconnect()
+
+
+def test_the_longer_bodies_are_the_fewer_runs_are_in_a_group(
+    together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Known, "of_each_s", groups.GROUP_S / 4.5)
+    ids = together.execute(*"abcdef")
+    assert together.states(ids) == [RunState.COMPLETED] * 4 + [RunState.QUEUED] * 2
+    monkeypatch.setattr(Known, "of_each_s", 2 * groups.GROUP_S)
+    assert together.deliver(ids[4])
+    assert together.states(ids[4:]) == [RunState.COMPLETED, RunState.QUEUED]
     together.finish(ids)
 
 
@@ -567,7 +590,7 @@ def test_a_run_that_has_waited_long_tells_of_a_backlog_however_slow_the_worker_i
 def test_where_celery_counts_tasks_each_run_has_its_own(beatless_app: App) -> None:
     """With `--max-tasks-per-child`, which is a number of runs."""
     executors = beatless_app.executors
-    for number, runs in ((None, 16), (2, 1)):
+    for number, runs in ((None, 64), (2, 1)):
         GroupLimit.of(executors)(SimpleNamespace(max_tasks_per_child=number, steps=[]))
         assert executors.max_group_runs == runs
 
@@ -591,4 +614,4 @@ def test_no_two_processes_of_a_pool_write_in_one_slot() -> None:
     slots = [slot for place in range(CHILDREN) for slot in slots_of(place)]
     assert len(set(slots)) == len(slots)
     assert max(slots) < SLOTS
-    assert len(slots_of(0)) == 16
+    assert len(slots_of(0)) == 64
