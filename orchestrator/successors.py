@@ -24,8 +24,15 @@ class Successors:
 
     def begin(self, connection: psycopg.Connection[Any], shards: Sequence[int]) -> Woken:
         """Have the successors begin that the notes of these shards name, and forget the notes."""
-        ((found, gone, _),) = execute(connection, self._sql["begin"], {"shards": list(shards)})
-        return Woken(done=gone, left=found - gone)
+        done = left = 0
+        aside: list[str] = []
+        while True:
+            parameters = {"shards": list(shards), "aside": aside}
+            ((found, gone, held, _),) = execute(connection, self._sql["begin"], parameters)
+            done, left = done + gone, left + found - gone
+            if not held or found < BATCH:
+                return Woken(done=done, left=left)
+            aside += held  # whose notes may have filled the batch: others stand behind them
 
 
 class NotesSuccessors:

@@ -7,8 +7,9 @@
 -- run is noted in its commit, and a successor in the one that stores it: whichever commits last, its
 -- note finds both.
 WITH found AS MATERIALIZED (
-  SELECT w.ctid AS place, w.plan, w.dedupe_key FROM {schema}.wakes w
-   WHERE w.shard = ANY(%(shards)s) AND w.reason = 'next' ORDER BY w.id LIMIT {batch}
+  SELECT w.ctid AS place, w.run_id, w.plan, w.dedupe_key FROM {schema}.wakes w
+   WHERE w.shard = ANY(%(shards)s) AND w.reason = 'next' AND w.run_id <> ALL(%(aside)s::text[])
+   ORDER BY w.id LIMIT {batch}
 ), next AS MATERIALIZED (
   SELECT d.run_id, d.task, d.dedupe_key
     FROM (SELECT DISTINCT plan, dedupe_key FROM found) f
@@ -38,14 +39,17 @@ WITH found AS MATERIALIZED (
   RETURNING d.shard
 ), rung AS MATERIALIZED (
   SELECT {each_doorbell} FROM (SELECT DISTINCT shard FROM due) due
+), held AS (
+  SELECT f.place, f.run_id FROM found f WHERE EXISTS (
+    SELECT FROM next n WHERE n.task = f.plan AND n.dedupe_key = f.dedupe_key
+                         AND n.run_id NOT IN (SELECT run_id FROM free))
 ), gone AS (
   DELETE FROM {schema}.wakes WHERE ctid = ANY(ARRAY(
-    SELECT place FROM found f WHERE NOT EXISTS (
-      SELECT FROM next n WHERE n.task = f.plan AND n.dedupe_key = f.dedupe_key
-                           AND n.run_id NOT IN (SELECT run_id FROM free))))
+    SELECT place FROM found WHERE place NOT IN (SELECT place FROM held)))
   RETURNING 1
 )
-SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone), (SELECT count(*) FROM rung)
+SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone),
+       ARRAY(SELECT DISTINCT run_id FROM held), (SELECT count(*) FROM rung)
 
 -- name: note
 -- Note the successors whose predecessors have ended, and that nothing would make due.

@@ -554,22 +554,5 @@ BUGS = {
         "     AND state IN ('queued', 'running') AND retry_of IS NULL\n"
         "     AND cancel_requested_at IS NULL AND last_seq",
     ),
-    "a run begins beside the one with its dedupe key": Bug(
-        "orchestrator/successors.sql",
-        "      ORDER BY d.dedupe_next LIMIT 1) d\n",
-        "      ORDER BY d.dedupe_next DESC LIMIT 1) d\n",
-        (
-            Bug(
-                "jobs/migrations/versions/0017_dedupe_keys.pre.sql",
-                "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS dispatches_dedupe",
-                "CREATE INDEX CONCURRENTLY IF NOT EXISTS dispatches_dedupe",
-            ),
-        ),
-    ),
-    "nobody notes the end of a run with a dedupe key": Bug(
-        "jobs/migrations/versions/0017_dedupe_keys.pre.sql",
-        "  WHEN (OLD.dedupe_key IS NOT NULL AND NOT OLD.dedupe_next)",
-        "  WHEN (OLD.dedupe_key IS NULL AND NOT OLD.dedupe_next)",
-    ),
 }
 """By what they do wrong."""

@@ -77,7 +77,7 @@ MODES: dict[str, dict[str, Any]] = {
     "join": {"while_unfinished": "join"},
     "skip": {"while_unfinished": "skip"},
     "replace": {"while_unfinished": "replace"},
-    "debounce": {"debounce": 5},
+    "debounce": {"debounce": 600},
 }
 STARTS = {"join": "joined", "skip": "skipped", "replace": "started", "debounce": "input_replaced"}
 
@@ -127,7 +127,7 @@ def test_a_start_beside_a_run_that_has_not_begun_says_what_it_has_done(
     assert (first.start, second.start) == ("started", STARTS[mode])
     assert beatless.client.get_run(second.run_id).start is None
     assert (second.run_id == first.run_id) == (mode != "replace")
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert [1 if mode in ("join", "skip") else 2] == EXECUTED
     assert state(beatless, first) == ("cancelled" if mode == "replace" else "completed")
@@ -142,7 +142,7 @@ def test_a_start_beside_a_run_that_runs_says_what_it_has_done(beatless: Kit, mod
     MEANWHILE.append(lambda: seen.extend([start(beatless, n, mode) for n in (2, 3)]))
     first = start(beatless, 1)
     beatless.work_until_idle()
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
 
     if mode in ("join", "skip"):
@@ -163,7 +163,7 @@ def test_the_run_behind_one_that_runs_is_not_begun_before_its_end(
 ) -> None:
     def look() -> None:
         behind = start(beatless, 2, mode)
-        beatless.advance(60)
+        beatless.advance(600)
         beatless.drain_outbox_once()
         rows = "SELECT state, reason FROM dispatches WHERE run_id = %s"
         assert postgres.execute(rows, (behind.run_id,)).fetchone() == ("delayed", "next")
@@ -181,13 +181,13 @@ def test_the_run_behind_one_that_runs_is_not_begun_before_its_end(
 def test_a_debounced_run_starts_when_no_input_has_come_for_so_long(beatless: Kit) -> None:
     first = start(beatless, 1, "debounce")
     for n in (2, 3):
-        beatless.advance(4)
+        beatless.advance(480)
         beatless.work_until_idle()
         assert EXECUTED == []
         replaced = start(beatless, n, "debounce")
         assert (replaced.run_id, replaced.input) == (first.run_id, n)
-        assert 4 < (replaced.not_before - datetime.now(UTC)).total_seconds() <= 5
-    beatless.advance(5)
+        assert 480 < (replaced.not_before - datetime.now(UTC)).total_seconds() <= 600
+    beatless.advance(600)
     beatless.work_until_idle()
     assert EXECUTED == [3]
     begun, ended = ["StepStarted", "StepFinished"], ["RunFinished"]
@@ -199,13 +199,13 @@ def test_a_debounced_run_starts_when_no_input_has_come_for_so_long(beatless: Kit
 
 
 def test_max_wait_ends_the_wait_of_inputs_that_keep_coming(beatless: Kit) -> None:
-    first = start(beatless, 0, "debounce", max_wait=timedelta(seconds=13))
+    first = start(beatless, 0, "debounce", max_wait=timedelta(seconds=1500))
     for n in range(1, 4):
-        beatless.advance(4)
+        beatless.advance(450)
         beatless.work_until_idle()
-        start(beatless, n, "debounce", max_wait=13)
+        start(beatless, n, "debounce", max_wait=1500)
     assert EXECUTED == []
-    beatless.advance(1)
+    beatless.advance(150)
     beatless.work_until_idle()
     assert EXECUTED == [3]
     assert state(beatless, first) == "completed"
@@ -237,7 +237,7 @@ def test_the_input_replaces_that_of_a_run_whose_message_is_out(beatless: Kit) ->
     start(beatless, 2, "debounce")
     beatless.work_until_idle()
     assert EXECUTED == []
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert (EXECUTED, state(beatless, run)) == ([2], "completed")
 
@@ -281,7 +281,7 @@ def test_however_a_run_ends_the_one_behind_it_begins(beatless: Kit, end: str) ->
     first = start(beatless, given, plan="parked", deadline=1800)
     beatless.work_until_idle()
     behind = start(beatless, 2, "debounce", plan="parked")
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert state(beatless, behind) == "queued"
 
@@ -317,7 +317,7 @@ def test_the_run_behind_another_can_be_cancelled(beatless: Kit) -> None:
     again = start(beatless, 3, "debounce", plan="parked")
     assert again.start == "started"
     ends_by_itself(beatless, first)
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert state(beatless, again) == "waiting"
     beatless.verify()
@@ -332,7 +332,7 @@ def test_of_many_starts_at_once_one_run_is_to_be_executed(beatless: Kit, mode: s
     assert all(isinstance(run, Run) for run in runs), runs
     assert [run.start for run in runs].count("started") == (8 if mode == "replace" else 1)
     [left] = unfinished(beatless)
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert [left.input] == EXECUTED
     beatless.verify()
@@ -350,7 +350,7 @@ def test_a_second_start_waits_for_the_transaction_of_the_first(
             getattr(first, ending)()
         [second] = found
     assert second.start == (STARTS[mode] if ending == "commit" else "started")
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     kept = ending == "commit" and mode in ("join", "skip")
     assert [1 if kept else 2] == EXECUTED
@@ -391,7 +391,7 @@ def test_a_run_is_stored_behind_one_that_is_just_ending(
         for each in (ends, starts) if first_to_commit == "the end" else (starts, ends):
             beatless.work_until_idle()
             each.commit()
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert state(beatless, behind) == "waiting"
     beatless.verify()
@@ -433,7 +433,7 @@ def test_a_claim_has_the_input_or_the_run_behind_it_has(
             until(postgres, blocked_by=claims.info.backend_pid)
             claims.commit()
     assert found[0].start == "started"
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert EXECUTED == [1, 2]
 
@@ -449,7 +449,7 @@ def test_a_claim_finds_the_run_not_due_whose_input_is_just_being_replaced(
             until(postgres, blocked_by=replaces.info.backend_pid)
             replaces.commit()
     assert EXECUTED == []
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert (EXECUTED, state(beatless, run)) == ([2], "completed")
 
@@ -469,9 +469,32 @@ def test_a_run_behind_another_that_is_held_is_looked_at_again(
         holds.commit()
     looked = successors.begin(postgres, ALL_SHARDS)
     assert (looked.done, looked.left) == (2, 0)
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert (state(beatless, behind), unfinished(beatless)[0].input) == ("waiting", 3)
+
+
+def test_runs_that_are_held_do_not_keep_others_from_beginning(
+    beatless: Kit, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beatless.orchestrator.successors.BATCH", 1)
+    keys = ("held", "free")
+    before = [start(beatless, 1, plan="parked", dedupe_key=key) for key in keys]
+    beatless.work_until_idle()
+    behind = [start(beatless, 2, "debounce", plan="parked", dedupe_key=key) for key in keys]
+    successors = Successors(beatless.app.settings.schema)
+    with open_transaction(beatless) as holds:
+        start(beatless, 3, "debounce", plan="parked", dedupe_key="held", connection=holds)
+        for run in before:
+            beatless.client.cancel_run(run.run_id)
+        looked = successors.begin(postgres, ALL_SHARDS)
+        assert (looked.done, looked.left) == (1, 1)
+        waits = "SELECT run_id FROM dispatches WHERE dedupe_next"
+        assert postgres.execute(waits).fetchall() == [(behind[0].run_id,)]
+        holds.rollback()
+    beatless.advance(600)
+    beatless.work_until_idle()
+    assert [state(beatless, run) for run in behind] == ["waiting"] * 2
 
 
 def test_a_note_that_an_older_relay_took_away_is_made_again(
@@ -487,7 +510,7 @@ def test_a_note_that_an_older_relay_took_away_is_made_again(
 
     assert NotesSuccessors(beatless.app.settings.schema).step(postgres) == 60
     beatless.verify()
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert state(beatless, behind) == "waiting"
 
@@ -514,7 +537,7 @@ def test_two_of_one_key_in_one_batch_are_as_two_starts(beatless: Kit, mode: str)
     ]
     runs = beatless.client.start_runs(batch)
     assert [run.start for run in runs] == ["started", "started", STARTS[mode], "started"]
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert sorted(EXECUTED, key=str) == [1 if mode in ("join", "skip") else 2, "plain", "plain"]
 
@@ -615,7 +638,7 @@ def test_an_input_that_is_refused_replaces_none(beatless: Kit) -> None:
     with pytest.raises(BadPayload):
         start(beatless, {"number": "many"}, "debounce", plan="typed")
     start(beatless, Customer(number=2), "debounce", plan="typed")
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert beatless.client.get_run(run.run_id).result == 2
 
@@ -657,7 +680,7 @@ def test_the_examples_of_the_page_are_as_it_says(beatless: Kit) -> None:
     page = (Path(__file__).parents[2] / "docs" / "duplicates.md").read_text()
     [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {"app": beatless.app})
-    beatless.advance(5)
+    beatless.advance(600)
     beatless.work_until_idle()
     assert EXECUTED == [{"customer": 7, "why": "has moved"}, {"customer": 8, "why": "ab"}]
 
