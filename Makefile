@@ -18,7 +18,7 @@ STAMP = $(VENV)/installed
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-heart test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -62,17 +62,13 @@ test-wheel: build ## What `make build` makes, in an empty environment with the n
 
 # On the oldest Postgres as well where Debian has installed it.
 OLDEST_POSTGRES = $(wildcard /usr/lib/postgresql/15/bin)
-HEART = unit $(addprefix integration/test_,$(addsuffix .py,runs queues races workers kills cancel retry_run limits \
+IN_OLDEST = unit $(addprefix integration/test_,$(addsuffix .py,runs queues races workers kills cancel retry_run limits \
   processes environment stream api relay publishers kit kit_calls migrations doctor context sessions changed_plans))
-
-test-heart: $(STAMP) ## The heart of the suite, as on a further Python between two that run all of it
-	@mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" $(PYTEST) $(HEART:%=tests/%) $(ARGS)
 
 test-oldest: ## The heart of the suite with the oldest of everything that pyproject.toml allows (Python 3.11)
 	@$(MAKE) install VENV=$(VENV)-oldest LOCK=requirements-oldest.txt
 	@mkdir -p .tmp
-	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(HEART:%=tests/%) \
+	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(IN_OLDEST:%=tests/%) \
 	  --ignore tests/unit/test_lint_rules.py $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
 
 # Nothing downloads a browser: the distribution's is driven.
