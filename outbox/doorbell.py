@@ -234,6 +234,13 @@ class Sessions:
             )
             self.watch.pgconn.flush()
 
+    def unwatch(self) -> bool:
+        """Await no lock any more, which takes a snapshot; whether one was awaited."""
+        was_watching = self._watching is not None
+        self.watch_shard(None)
+        self.members_changed |= self.watch_granted
+        return was_watching
+
     def renew_watch(self) -> None:
         """Begin the wait for the other relay's lock anew, if it has lasted for WATCH_RENEWAL_S."""
         if self._watching is not None and monotonic() - self._watching_since >= WATCH_RENEWAL_S:

@@ -44,6 +44,9 @@ LONGEST_NAP_S = 0.001
 PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S = 0.0005, 0.005
 """Seconds that a relay waits after a look, for each message that it found, and at most."""
 
+UNWATCHED_RECHECK_S = 0.5
+"""Seconds between two looks of a relay that awaits no lock, whether each shard has a leader."""
+
 FULL_BATCH_MESSAGES = 64
 """Messages in one look that need no company: the next look follows at once."""
 
@@ -85,6 +88,9 @@ class SessionLoop:
         """How many have followed one another within `linger`."""
         self._burst_at = -BURST_S
         self._drowsy_moved = 0
+        self._unwatched = False
+        """No lock of another relay is awaited, as this one is awake: it looks at `_recheck_at`."""
+        self._recheck_at = 0.0
 
     def run(self) -> None:
         """Drain and sleep until the relay stops. Raises when a session is lost."""
@@ -111,6 +117,7 @@ class SessionLoop:
         if self.sessions.state is not State.AWAKE:
             self.sessions.rouse()
         self.shards.rebalance()
+        self._unwatched = False
         if not self.shards.complete:
             self._watchdog_at = min(self._watchdog_at, monotonic() + UNLED_RECHECK_S)
         self.drain.events.floor.reset()
@@ -144,9 +151,14 @@ class SessionLoop:
             if monotonic() - self.drain.overdue.looked_at > OVERDUE_POLL_S:
                 self.drain.overdue.end(self.shards.owned)
             self._look_at_schedules()
+            if self._unwatched and monotonic() >= self._recheck_at:
+                self._find_unled()
             self._run_watchdog()
             if self._stopping.is_set() or self.sessions.members_changed:
                 return
+        if self._unwatched:
+            self._unwatched = False
+            self.shards.watch_next()
         self._drowsy_moved = 0
         self.sessions.doze(self.shards.owned)
 
@@ -170,9 +182,18 @@ class SessionLoop:
             self._wait(min(moved * PAUSE_PER_MESSAGE_S, LONGEST_PAUSE_S))
 
     def _note_burst(self, now: float) -> None:
+        """Have nothing wait for a lock: what dies would stay before each scan (ADR 0086)."""
         self._burst_at = now
         for companion in self._config.companions:
             companion.note_load()
+        self._unwatched |= self.sessions.unwatch()
+
+    def _find_unled(self) -> None:
+        """Look for shards without a leader, and tell the other relays: it may be for them."""
+        self._recheck_at = monotonic() + UNWATCHED_RECHECK_S
+        if not self.shards.all_led():
+            self.sessions.members_changed = True
+            self.sessions.announce()
 
     def _linger(self) -> float:
         """Seconds for which to stay awake after the last message."""
@@ -290,9 +311,7 @@ class SessionLoop:
             )
             self._observer(StalledRelayEnded(pid=pid))
             self.sessions.members_changed = True
-        if not self.shards.all_led():  # the relay that should have noticed has not
-            self.sessions.members_changed = True
-            self.sessions.announce()
+        self._find_unled()  # the relay that should have noticed may not have
         self._note_origin()
         self.sessions.renew_watch()
         self.sessions.show_failing(self._config.failing())

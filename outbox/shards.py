@@ -39,7 +39,7 @@ class Shards:
         if changed:
             sessions.announce()
         self._observer(ShardsAssigned(shards=self.owned))
-        self._watch_next(share)
+        self.watch_next()
 
     def all_led(self) -> bool:
         """Whether each shard has a leader."""
@@ -65,9 +65,10 @@ class Shards:
         self.owned = tuple(sorted(mine))
         return changed
 
-    def _watch_next(self, share: int) -> None:
+    def watch_next(self) -> None:
         """Await a lock of the next relay in the ring of backend pids."""
         sessions, members, me = self._sessions, self.members, self._sessions.pid
+        share = math.ceil(SHARDS / max(1, len(members)))
         ring = [pid for pid in members if pid > me] + [pid for pid in members if pid < me]
         leaders, still = self._leaders()
         # Unwatched: a relay that went since the count, or released a shard that was not free then.

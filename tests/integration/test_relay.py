@@ -897,6 +897,48 @@ def test_a_relay_that_goes_while_its_watcher_counts_leaves_its_shards_to_the_oth
     assert idle.shards.owned == gone.shards.owned
 
 
+def holds_snapshot(loop: SessionLoop, postgres: psycopg.Connection) -> bool:
+    """Whether the session that awaits a lock of another relay keeps dead rows."""
+    row = postgres.execute(
+        "SELECT backend_xmin IS NOT NULL FROM pg_stat_activity WHERE pid = %s",
+        (loop.sessions.watch.info.backend_pid,),
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
+def test_a_relay_in_a_burst_keeps_no_dead_rows_and_finds_that_another_has_gone(
+    five: list[SessionLoop], postgres: psycopg.Connection
+) -> None:
+    busy, *_, idle = five
+    gone = next(loop for loop in five[1:] if busy.sessions._watching in loop.shards.owned)
+    while not holds_snapshot(busy, postgres):
+        pass
+    busy._note_burst(monotonic())
+    assert not holds_snapshot(busy, postgres)
+
+    gone.sessions.__exit__()
+    alive = "SELECT FROM pg_stat_activity WHERE pid = %s"
+    while postgres.execute(alive, (gone.sessions.pid,)).fetchone() is not None:
+        pass
+    busy._stay_awake()
+    assert busy.sessions.members_changed
+    assert rung(idle)
+    idle.rebalance()
+    assert idle.shards.owned == gone.shards.owned
+
+
+def test_a_relay_awaits_the_lock_of_another_again_when_it_falls_asleep(
+    five: list[SessionLoop],
+) -> None:
+    busy, *_ = five
+    watched = busy.sessions._watching
+    busy._note_burst(monotonic())
+    assert busy.sessions._watching is None
+    busy._stay_awake()
+    assert busy.sessions._watching == watched
+
+
 def test_a_shard_that_nobody_leads_is_found_by_those_who_may_not_lead_it(
     five: list[SessionLoop], beatless_app: App
 ) -> None:
