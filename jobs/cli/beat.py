@@ -66,7 +66,8 @@ def arguments_of(entry: Mapping[str, Any], *, tz: str) -> dict[str, Any]:
         raise PlanError(f"{type(when).__name__} is neither a crontab nor an interval")
     args, kwargs = list(entry.get("args") or ()), dict(entry.get("kwargs") or {})
     if args or kwargs:
-        found["input"] = {"args": args, **kwargs} if args else kwargs
+        # As `Plan.task` calls the task with it; with both, the plan has to take it apart.
+        found["input"] = {"args": args, **kwargs} if args and kwargs else args or kwargs
     options = entry.get("options") or {}
     if queue := options.get("queue"):
         found["queue"] = str(queue)

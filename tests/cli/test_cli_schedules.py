@@ -115,7 +115,7 @@ def test_a_beat_schedule_is_printed_as_schedules(
     assert (weekdays.plan, weekdays.input) == ("shop.mail", {"to": "ada"})
     assert (weekdays.queue, weekdays.deadline) == ("mail", 600)
     assert [found[name].every for name in ("often", "minutes", "interval")] == [30, 300, 60]
-    assert found["often"].input == {"args": [1, 2]}
+    assert found["often"].input == [1, 2]
     assert "# too often: schedule too-often: every is 0.5" in printed
     assert "# sunset: Sunset is neither" in printed
     command("schedules", "from-beat", "shop_of_beat:nothing", status=2)

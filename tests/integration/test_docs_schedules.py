@@ -23,6 +23,49 @@ def test_a_customer_has_a_schedule(beatless):
 """
 
 
+OF_BEAT = """
+from celery import Celery
+from celery.schedules import crontab
+
+celery = Celery("shop", broker="memory://")
+celery.conf.timezone = "Europe/Brussels"
+
+
+@celery.task
+def send_report(to):
+    return f"report to {to}"
+
+
+celery.conf.beat_schedule = {
+    "nightly": {
+        "task": "shop.tasks.send_report",
+        "schedule": crontab(hour=2, minute=0),
+        "kwargs": {"to": "ada"},
+        "options": {"queue": "mail"},
+    },
+}
+"""
+
+PRINTED = PAGE.read_text().partition("from-beat shop.tasks:celery\n")[2].partition("```")[0]
+
+MOVED = f"""
+from beatless.cli.beat import celery_app_of, lines_of
+from shop.moved import app, nightly, report
+
+
+def test_what_beat_has_started_is_started_by_a_schedule(beatless):
+    printed = "\\n".join(lines_of(celery_app_of("shop.tasks:celery"))) + "\\n"
+    assert printed == {PRINTED!r}
+    found = {{}}
+    exec(printed, found)
+    [schedule] = found["SCHEDULES"]
+    assert (schedule.cron, schedule.tz) == (nightly.cron, nightly.tz)
+    assert (schedule.input, schedule.queue) == (nightly.input, nightly.queue)
+    assert list(app.schedules) == [nightly]
+    assert report.steps[0].name == "send_report"
+"""
+
+
 def test_the_project_of_the_page_works(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,11 +78,14 @@ def test_the_project_of_the_page_works(
         "shop/app.py",
         "shop/customers.py",
         "tests/test_report.py",
+        "shop/moved.py",
     ]
     for name, text in (
         *blocks,
         ("shop/__init__.py", ""),
         ("tests/test_customers.py", OF_CUSTOMERS),
+        ("shop/tasks.py", OF_BEAT),
+        ("tests/test_moved.py", MOVED),
     ):
         path = pytester.path / name
         path.parent.mkdir(exist_ok=True)
@@ -52,4 +98,4 @@ def test_the_project_of_the_page_works(
         "--beatless-services=external",
     )
 
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=3)
