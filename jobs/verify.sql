@@ -147,7 +147,8 @@ SELECT 'I7', run_id, format('it waits for the limit %%s, of which slots are free
    AND NOT EXISTS (SELECT FROM {schema}.limit_notes n WHERE n.limit_id = d.awaited)
 UNION ALL
 SELECT 'I14', run_id, format('it is %%s and has %%s slots of %%s limits', state, slots, limits)
-  FROM (SELECT run_id, state, coalesce(jsonb_array_length(limits), 0) AS limits,
+  FROM (SELECT run_id, state, CASE WHEN limits IS NULL THEN 0
+               ELSE (SELECT count(*) FROM {schema}.limits_of(run.limits)) END AS limits,
                (SELECT count(*) FROM {schema}.limit_slots s WHERE s.run_id = run.run_id) AS slots
           FROM run) held
  WHERE slots <> CASE WHEN state = 'running' THEN limits ELSE 0 END

@@ -438,11 +438,12 @@ SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.att
        ARRAY(SELECT kind || ': ' || reason FROM {schema}.dead_letters l
               WHERE l.run_id = r.run_id ORDER BY id),
        CASE WHEN d.state = 'delayed' AND d.reason = 'limit' THEN (
-         SELECT jsonb_build_object('id', l.id, 'at_once', l.at_once,
+         SELECT jsonb_build_object('id', l.id, 'at_once', l.at_once, 'starts', l.starts,
+                  'period_s', l.period_s,
                   'held', (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = l.id),
                   'by', ARRAY(SELECT s.run_id FROM {schema}.limit_slots s
                                WHERE s.limit_id = l.id ORDER BY s.taken_at LIMIT 3))
-           FROM {schema}.limits_of(r.limits) l WHERE l.id = d.limit_id) END
+           FROM {schema}.all_limits_of(r.limits) l WHERE l.id = d.limit_id) END
   FROM {schema}.runs r LEFT JOIN {schema}.dispatches d USING (run_id)
  WHERE r.run_id = %(run_id)s
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from beatless.orchestrator.errors import BadPayload
@@ -14,6 +14,14 @@ LIMIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 MAX_AT_ONCE = 10_000
 """Slots of one key at most."""
 
+MAX_STARTS = 1_000_000
+"""Starts of one key in the period of a rate at most."""
+
+RATE = re.compile(r"([0-9]{1,7})/(s|min|h|day)")
+
+PERIODS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86_400.0}
+"""Seconds of the period of a rate, by its name."""
+
 MAX_KEY_CHARS = 256
 
 MAX_LIMITS = 8
@@ -22,38 +30,53 @@ MAX_LIMITS = 8
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many runs with the same key may have a lease at once, in the whole fleet.
+    """How many runs with the same key may have a lease at once, or begin in a time, in the fleet.
 
     `key` is called with the input of each run when it is started, and gives a text or a whole
     number; a text is the key of all runs, and without one all runs share the limit. Limits of one
-    name are one limit, whatever plan has them. `at_once` is a number of runs, 1 to 10,000, which
-    `beatless limits set` changes while they run.
+    name are one limit, whatever plan has them.
 
-    Raises PlanError, naming the limit, for a bad name, key or number.
+    `at_once` is a number of runs, 1 to 10,000. `rate` is how many begin in a second, minute, hour
+    or day, as "100/min": a token bucket, which holds as many as that and fills evenly; a run takes
+    one token at its first claim. A limit has one of the two. `beatless limits set` changes it while
+    runs wait.
+
+    Raises PlanError, naming the limit, for a bad name, key, number or rate.
 
     >>> from beatless import Limit, Plan, step
     >>> @step
     ... def charge(ctx): ...
     >>> stripe = Limit("stripe", key=lambda order: order["account"], at_once=3)
     >>> Plan("charge", [charge], limits=[stripe]).limits
-    (Limit(name='stripe', at_once=3),)
+    (Limit('stripe', at_once=3),)
+    >>> Limit("llm", rate="100/min")
+    Limit('llm', rate='100/min')
     """
 
     name: str
-    at_once: int
+    at_once: int | None
+    rate: str | None
     key: Callable[[Any], str | int] | str | None
 
     def __init__(
         self,
         name: str,
         *,
-        at_once: int,
+        at_once: int | None = None,
+        rate: str | None = None,
         key: Callable[[Any], str | int] | str | None = None,
     ) -> None:
         if not isinstance(name, str) or not LIMIT_NAME.fullmatch(name):
             raise PlanError(f"limit name {name!r:.200} must match {LIMIT_NAME.pattern}")
-        if problem := problem_with_at_once(at_once):
+        if (at_once is None) == (rate is None):
+            raise PlanError(
+                f'limit {name} needs at_once or rate, as in Limit("{name}", at_once=10) or '
+                f'Limit("{name}", rate="100/min"); for both, make two limits'
+            )
+        if at_once is not None and (problem := problem_with_at_once(at_once)):
             raise PlanError(f"limit {name}: at_once {problem}")
+        if rate is not None and (problem := problem_with_rate(rate)):
+            raise PlanError(f"limit {name}: rate {problem}")
         if key is not None and not callable(key) and not _is_key(key):
             raise PlanError(
                 f"limit {name}: key is {key!r:.200}; give a function of the run's input, as in "
@@ -61,10 +84,12 @@ class Limit:
             )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "at_once", at_once)
+        object.__setattr__(self, "rate", rate)
         object.__setattr__(self, "key", key)
 
     def __repr__(self) -> str:
-        return f"Limit(name={self.name!r}, at_once={self.at_once})"
+        how = f"rate={self.rate!r}" if self.rate else f"at_once={self.at_once}"
+        return f"Limit({self.name!r}, {how})"
 
     def key_of(self, input: Any) -> str:
         """The key of a run with this input, as JSON. Raises BadPayload, naming the limit."""
@@ -91,6 +116,29 @@ def problem_with_at_once(given: Any) -> str:
     if type(given) is int and 1 <= given <= MAX_AT_ONCE:
         return ""
     return f"is {given!r:.200}; give a number of runs, 1 to {MAX_AT_ONCE:,}"
+
+
+def problem_with_rate(given: Any) -> str:
+    """The problem with a rate, to follow its name; "" if there is none."""
+    match = RATE.fullmatch(given) if isinstance(given, str) else None
+    if match and 1 <= int(match[1]) <= MAX_STARTS:
+        return ""
+    return f'is {given!r:.200}; give starts in a second, minute, hour or day, as in rate="100/min"'
+
+
+def starts_of(rate: str) -> tuple[int, float]:
+    """How many runs a checked rate lets begin, in how many seconds.
+
+    >>> starts_of("100/min")
+    (100, 60.0)
+    """
+    starts, _, period = rate.partition("/")
+    return int(starts), PERIODS_S[period]
+
+
+def rate_of(starts: int, period_s: float) -> str:
+    """The rate as it is written."""
+    return f"{starts}/{next(name for name, each in PERIODS_S.items() if each == period_s)}"
 
 
 def _is_key(found: object) -> bool:
@@ -126,7 +174,13 @@ class RunLimit:
     id: str
     """The name of the limit, behind that of the namespace unless it is the default one, and the
     run's key: `stripe:acct_7`, `team~stripe:acct_7`."""
-    at_once: int
+    at_once: int | None = None
+    starts: int | None = None
+    period_s: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The members that it has."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunLimit, ...]:
@@ -134,8 +188,12 @@ def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunL
 
     `prefix` is that of the ids of its namespace. Raises BadPayload for an input without a key.
     """
-    found = [
-        RunLimit(id=f"{prefix}{each.name}:{each.key_of(input)}", at_once=each.at_once)
-        for each in limits
-    ]
+    found = [_run_limit(each, f"{prefix}{each.name}:{each.key_of(input)}") for each in limits]
     return tuple(sorted(found, key=lambda each: each.id.encode()))
+
+
+def _run_limit(limit: Limit, id: str) -> RunLimit:
+    if limit.rate is None:
+        return RunLimit(id=id, at_once=limit.at_once)
+    starts, period_s = starts_of(limit.rate)
+    return RunLimit(id=id, starts=starts, period_s=period_s)

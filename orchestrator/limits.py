@@ -6,11 +6,15 @@ from typing import Any
 
 import psycopg
 
+from beatless.orchestrator.limit import rate_of, starts_of
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 
 AWAITED_REST_S, IDLE_REST_S = 10.0, 60.0
 """Seconds between two looks: while runs wait for limits, and while none does."""
+
+SWEEP = 1000
+"""Buckets that one statement forgets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +29,12 @@ class LimitState:
     name: str
     key: str | None
     """None if the limit is set, and no run uses it or waits for it."""
-    at_once: int
-    """How many runs may have a lease at once."""
-    set_to: int | None
-    """That number, if a person has set it; None: it is the plan's."""
+    at_once: int | None
+    """How many runs may have a lease at once; None of a rate."""
+    rate: str | None
+    """How many may begin in a time, as "100/min"."""
+    is_set: bool
+    """Whether a person has set it; else it is the plan's."""
     running: int
     """Slots in use."""
     waiting: int
@@ -41,7 +47,7 @@ class LimitStatements:
     """The statements over limits of one schema."""
 
     def __init__(self, schema: str) -> None:
-        self._sql = statements(__file__, schema)
+        self._sql = statements(__file__, schema, sweep=SWEEP)
 
     def list(self, connection: Caller, *, prefix: str, limit: int) -> list[LimitState]:
         """Those that are in use, waited for or set, of the namespace with this prefix of ids."""
@@ -51,24 +57,30 @@ class LimitStatements:
                 name=name,
                 key=key,
                 at_once=at_once,
-                set_to=set_to,
+                rate=None if starts is None else rate_of(starts, period_s),
+                is_set=is_set,
                 running=running,
                 waiting=waiting,
                 oldest=oldest,
             )
-            for name, key, at_once, set_to, running, waiting, oldest in rows
+            for name, key, at_once, starts, period_s, is_set, running, waiting, oldest in rows
         ]
 
-    def set(self, connection: Caller, name: str, at_once: int) -> None:
-        """Let so many runs run at once; `name` with the prefix of its namespace."""
-        execute(connection, self._sql["set"], {"name": name, "at_once": at_once})
+    def set(self, connection: Caller, name: str, *, at_once: int | None, rate: str | None) -> None:
+        """Let so many runs run at once, or begin; `name` with the prefix of its namespace."""
+        if at_once is not None:
+            execute(connection, self._sql["set"], {"name": name, "at_once": at_once})
+        if rate is not None:
+            starts, period_s = starts_of(rate)
+            values = {"name": name, "starts": starts, "period_s": period_s}
+            execute(connection, self._sql["set_rate"], values)
         execute(connection, self._sql["note"], {"name": name})
 
     def forget(self, connection: Caller, name: str) -> bool:
         """Let each plan say it again; False if nothing was set."""
-        forgotten = bool(execute(connection, self._sql["forget"], {"name": name}))
+        ((forgotten,),) = execute(connection, self._sql["forget"], {"name": name})
         execute(connection, self._sql["note"], {"name": name})
-        return forgotten
+        return bool(forgotten)
 
 
 class LooksAtLimits:
@@ -78,9 +90,10 @@ class LooksAtLimits:
     """
 
     def __init__(self, schema: str) -> None:
-        self._sql = statements(__file__, schema)
+        self._sql = statements(__file__, schema, sweep=SWEEP)
 
     def step(self, connection: psycopg.Connection[Any]) -> float:
-        """Note them, in one statement; seconds until the next look is worth while."""
+        """Note them, and forget buckets; seconds until the next look is worth while."""
+        execute(connection, self._sql["forget_full"], {})
         ((awaited, _),) = execute(connection, self._sql["note_free"], {})
         return AWAITED_REST_S if awaited else IDLE_REST_S

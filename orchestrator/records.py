@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from beatless.orchestrator.errors import EventsPruned
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.limit import RunLimit
+from beatless.orchestrator.limit import RunLimit, rate_of
 from beatless.orchestrator.options import STORED, StoredOptions
 from beatless.orchestrator.state import RunState
 from beatless.outbox.message import shard_of
@@ -221,7 +221,7 @@ class NewRun(StoredOptions):
     @property
     def stored_limits(self) -> list[dict[str, Any]]:
         """Its limits as JSON."""
-        return [{"id": each.id, "at_once": each.at_once} for each in self.limits]
+        return [each.to_dict() for each in self.limits]
 
     def to_json(self) -> str:
         members = {
@@ -413,7 +413,10 @@ class FullLimit:
     """A limit that a run waits for."""
 
     id: str
-    at_once: int
+    at_once: int | None
+    starts: int | None
+    period_s: float | None
+    """Of a rate: so many begin in so many seconds."""
     held: int
     """Slots that are in use."""
     by: Sequence[str]
@@ -422,6 +425,8 @@ class FullLimit:
     def __str__(self) -> str:
         name, _, key = self.id.partition(":")
         limit = f"{name} (key {key})" if key else name
+        if self.starts is not None and self.period_s is not None:
+            return f"{limit}: {rate_of(self.starts, self.period_s)} begin"
         more = ", …" if self.held > len(self.by) else ""
         users = f" by {', '.join(self.by)}{more}" if self.by else ""
         return f"{limit}: {self.held} of {self.at_once} in use{users}"

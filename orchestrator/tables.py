@@ -218,6 +218,23 @@ limit_settings = Table(
     Column("changed_at", Time, nullable=False, server_default=text("clock_timestamp()")),
 )
 
+rate_settings = Table(
+    "rate_settings",
+    metadata,
+    Column("name", Id, primary_key=True),
+    Column("starts", Integer, nullable=False),
+    Column("period_s", Double, nullable=False),
+    Column("changed_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
+
+limit_rates = Table(
+    "limit_rates",
+    metadata,
+    Column("limit_id", Id, primary_key=True),
+    Column("full_at", Time, nullable=False),
+)
+"""When the bucket of a rate is full again; without a row it is."""
+
 ended_runs = Table(
     "ended_runs",
     metadata,

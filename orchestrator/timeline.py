@@ -359,7 +359,7 @@ def _now(
             text = f"waits for the end of the run before it with the dedupe key {run.dedupe_key}"
             when = "when it has ended"
         if status.limit is not None:
-            text, when = f"waits for the limit {status.limit}", "when a slot is free"
+            text, when = f"waits for the limit {status.limit}", "when there is room"
         often = "once" if attempts == 1 else f"{attempts} times"
         text += f"; dispatched {often}, looked at {when} (reason: {reason})"
         if status.paused:

@@ -46,7 +46,8 @@ SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM gone),
               WHERE NOT ended AND run_id NOT IN (SELECT run_id FROM free)),
        EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'cancel'),
        EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s) AND reason = 'next'),
-       EXISTS (SELECT FROM {schema}.limit_notes WHERE shard = ANY(%(shards)s))
+       EXISTS (SELECT FROM {schema}.limit_notes
+                WHERE shard = ANY(%(shards)s) AND coalesce(due_at <= clock_timestamp(), true))
 
 -- name: look_at_limits
 -- Look at the limits that were noted for these shards, and let in as many runs as have room.

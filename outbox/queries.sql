@@ -191,7 +191,7 @@ UNION ALL
 (SELECT run_id, '', '', 0, '', 'wake', 0 FROM {schema}.wakes WHERE shard = ANY(%(shards)s) LIMIT 1)
 UNION ALL
 (SELECT limit_id, '', '', 0, '', 'wake', 0 FROM {schema}.limit_notes
-  WHERE shard = ANY(%(shards)s) LIMIT 1)
+  WHERE shard = ANY(%(shards)s) AND coalesce(due_at <= clock_timestamp(), true) LIMIT 1)
 
 -- name: pick_tasks
 -- Read the runs that are due, and what is to be done about each.
@@ -321,10 +321,13 @@ SELECT extract(epoch FROM CASE WHEN min(t.due_at) > clock_timestamp() + interval
        {next_tick_s},
        coalesce(bool_or(t.is_left), false)
          OR EXISTS (SELECT FROM {schema}.wakes WHERE shard = ANY(%(shards)s))
-         OR EXISTS (SELECT FROM {schema}.limit_notes WHERE shard = ANY(%(shards)s))
+         OR EXISTS (SELECT FROM {schema}.limit_notes
+                     WHERE shard = ANY(%(shards)s) AND coalesce(due_at <= clock_timestamp(), true))
   FROM (
   SELECT min(due_at) AS due_at, false AS is_left FROM {schema}.dispatches
    WHERE state <> 'waiting' AND due_at > (SELECT now FROM clock) AND shard = ANY(%(shards)s)
+  UNION ALL
+  SELECT min(due_at), false FROM {schema}.limit_notes WHERE shard = ANY(%(shards)s)
   UNION ALL
   SELECT NULL, EXISTS (SELECT FROM {schema}.dispatches
                         WHERE state <> 'waiting' AND due_at <= (SELECT now FROM clock)

@@ -141,8 +141,9 @@ limit_notes = Table(
     Column("shard", SmallInteger, primary_key=True, autoincrement=False),
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("limit_id", Id, nullable=False),
+    Column("due_at", Time),
 )
-"""Limits that a relay is to look at."""
+"""Limits that a relay is to look at, now or when they have a token."""
 
 queues = Table(
     "queues",

@@ -225,11 +225,12 @@ class BackfillRequest(BaseModel):
 
 
 class LimitBody(BaseModel):
-    """How many runs with the same key a limit lets run at once."""
+    """How many runs with the same key a limit lets run at once, or begin in a time: one of both."""
 
     model_config = ConfigDict(extra="forbid")
 
-    at_once: int = Field(ge=1, le=MAX_AT_ONCE, examples=[5])
+    at_once: int | None = Field(default=None, ge=1, le=MAX_AT_ONCE, examples=[5])
+    rate: str | None = Field(default=None, max_length=20)
 
 
 class RetryRequest(BaseModel):

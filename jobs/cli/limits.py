@@ -38,16 +38,16 @@ def ls(env: Environment) -> None:
         (
             escape(state.name),
             escape(state.key or ""),
-            str(state.at_once),
-            "[yellow]set[/]" if state.set_to is not None else "",
+            escape(state.rate or f"{state.at_once} at once"),
+            "[yellow]set[/]" if state.is_set else "",
             str(state.running),
             str(state.waiting),
             age(state.oldest),
         )
         for state in found
     ]
-    numbers = ("at once", "running", "waiting", "oldest")
-    header = ("limit", "key", "at once", "", "running", "waiting", "oldest")
+    numbers = ("running", "waiting", "oldest")
+    header = ("limit", "key", "lets", "", "running", "waiting", "oldest")
     for line in table(header, rows, numbers=numbers):
         env.out.print(line)
 
@@ -55,12 +55,14 @@ def ls(env: Environment) -> None:
 @limits.command("set")
 @NAMESPACE
 @click.argument("name", metavar="NAME")
-@click.option("--at-once", type=int, required=True, metavar="N", help="Runs with the same key.")
+@click.option("--at-once", type=int, metavar="N", help="Runs with the same key that run at once.")
+@click.option("--rate", metavar="N/PERIOD", help="How many begin in a s, min, h or day: 100/min.")
 @click.pass_obj
-def set_(env: Environment, name: str, at_once: int) -> None:
-    """Let N runs of NAME with the same key run at once, whatever plans say, also after a deploy."""
-    env.client.set_limit(name, at_once)
-    env.note(f"limit {name} lets {at_once} run at once; `beatless limits release {name}` ends that")
+def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> None:
+    """Set what NAME lets run at once, or begin, whatever plans say, also after a deploy."""
+    env.client.set_limit(name, at_once, rate=rate)
+    how = f"{rate} begin" if at_once is None else f"{at_once} run at once"
+    env.note(f"limit {name} lets {how}; `beatless limits release {name}` ends that")
 
 
 @limits.command()

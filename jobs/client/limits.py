@@ -3,7 +3,7 @@
 from beatless.client.base import BaseClient
 from beatless.errors import BadRequest
 from beatless.namespaces import id_prefix
-from beatless.orchestrator.limit import LIMIT_NAME, problem_with_at_once
+from beatless.orchestrator.limit import LIMIT_NAME, problem_with_at_once, problem_with_rate
 from beatless.orchestrator.limits import LimitState, LimitStatements
 
 MAX_LISTED = 1000
@@ -26,18 +26,24 @@ class LimitCalls(BaseClient):
             None, lambda caller: statements.list(caller, prefix=prefix, limit=MAX_LISTED)
         )
 
-    def set_limit(self, name: str, at_once: int) -> None:
-        """Let so many runs with the same key run at once, whatever plans say.
+    def set_limit(self, name: str, at_once: int | None = None, *, rate: str | None = None) -> None:
+        """Let so many runs with the same key run at once, or begin, whatever plans say.
 
         Until `release_limit`. Runs that wait start at once if there is room; those that run go on.
         Raises BadRequest.
 
-        >>> client.set_limit("openai", 20)
+        >>> client.set_limit("openai", rate="500/min")
         """
-        if problem := problem_with_at_once(at_once):
+        if (at_once is None) == (rate is None):
+            raise BadRequest("at_once", "or rate is needed, and not both")
+        if at_once is not None and (problem := problem_with_at_once(at_once)):
             raise BadRequest("at_once", problem)
+        if rate is not None and (problem := problem_with_rate(rate)):
+            raise BadRequest("rate", problem)
         statements, stored = LimitStatements(self._journal.schema), self._stored_name(name)
-        self._in_transaction(None, lambda caller: statements.set(caller, stored, at_once))
+        self._in_transaction(
+            None, lambda caller: statements.set(caller, stored, at_once=at_once, rate=rate)
+        )
 
     def release_limit(self, name: str) -> bool:
         """Let each run bring the number of its plan again; False if none was set.

@@ -16,15 +16,15 @@ def limits() -> Exchange[list[LimitState]]:
     return ask(Call(method="GET", path=path_of("limits"), read=_states))
 
 
-def set_limit(name: str, at_once: int) -> Exchange[None]:
-    """Let so many runs with the same key run at once, whatever plans say.
+def set_limit(name: str, at_once: int | None = None, *, rate: str | None = None) -> Exchange[None]:
+    """Let so many runs with the same key run at once, or begin, whatever plans say.
 
     Until `release_limit`. Runs that wait start at once if there is room; those that run go on.
     Raises BadRequest.
 
-    >>> client.set_limit("openai", 20)
+    >>> client.set_limit("openai", rate="500/min")
     """
-    path, body = path_of("limits", name), {"at_once": at_once}
+    path, body = path_of("limits", name), {"at_once": at_once, "rate": rate}
     return ask(Call(method="PUT", path=path, body=body, read=_nothing))
 
 

@@ -31,14 +31,14 @@ def test_limits_are_listed_set_and_released(beatless: Kit, command: Command) -> 
 
     [document] = command.documents("limits", "ls")
     assert (document["name"], document["key"]) == ("stripe", "acct_7")
-    assert (document["at_once"], document["set_to"], document["waiting"]) == (1, None, 2)
+    assert (document["at_once"], document["is_set"], document["waiting"]) == (1, False, 2)
     assert "acct_7" in command("limits")
 
     command("limits", "set", "stripe", "--at-once", "2")
     assert "lets 2 run at once" in command.error
     beatless.drain_outbox_once()
     [document] = command.documents("limits", "ls")
-    assert (document["at_once"], document["set_to"], document["waiting"]) == (2, 2, 1)
+    assert (document["at_once"], document["is_set"], document["waiting"]) == (2, True, 1)
 
     command("limits", "release", "stripe")
     assert "is that of its plans" in command.error
@@ -66,4 +66,4 @@ def test_explain_names_the_limit_that_a_run_waits_for_and_who_has_its_slots(
     shown = " ".join(command("explain", second).split())
 
     assert f"waits for the limit stripe (key a): 1 of 1 in use by {first}" in shown
-    assert "looked at when a slot is free" in shown
+    assert "looked at when there is room" in shown

@@ -7,7 +7,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from tests.faults import duplicates, families, leases, punctuality, ticks, undos, waits
+from tests.faults import duplicates, families, leases, limits, punctuality, ticks, undos, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
 
 END = "RunFinished"
@@ -265,4 +265,5 @@ RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     *undos.RULES,
     *duplicates.RULES,
     *ticks.RULES,
+    *limits.RULES,
 )

@@ -266,7 +266,7 @@ class Load:
         if chance.random() < 0.15:
             return duplicates.wish(chance)
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
-        others += ["piece", "piece", "family", "deadly", "bought", "bought"]
+        others += ["piece", "piece", "family", "deadly", "bought", "bought", "limited", "limited"]
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}
         if plan in WAITED:

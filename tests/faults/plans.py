@@ -19,6 +19,7 @@ from beatless import (
     AsyncStepContext,
     ChildFailed,
     Goto,
+    Limit,
     Plan,
     RunContext,
     Settings,
@@ -364,6 +365,7 @@ PLANS = [
     family,
     Plan("deadly", [deadly]),
     Plan("synced", [sync]),
+    Plan("limited", [plain("hold")], limits=[Limit("hold", at_once=2)]),
     Plan("bought", [pay, book, plain("ship")]),
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]

@@ -87,6 +87,7 @@ def plans() -> Iterator[Record]:
                 *(f"{each.undo.name}#undo:{each.name}" for each in plan.steps if each.undo),
             ],
             "retries": retries,
+            **({"at_once": min(each.at_once for each in plan.limits)} if plan.limits else {}),
         }
 
 

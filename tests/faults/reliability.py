@@ -64,7 +64,7 @@ delays, deadlines, priorities, retries, cancels, pauses, lists and functions tha
 that race their time-outs, viewers over HTTP and beside it that go on where they were. Faults come
 at random, by the seed. Every call, every effect of a body in a ledger outside of Postgres, every
 claim (by a trigger) and every frame that a viewer saw is written down; a
-[checker](../tests/faults/checker.py) that imports nothing of beatless tests I1 to I12 over that
+[checker](../tests/faults/checker.py) that imports nothing of beatless tests I1 to I14 over that
 history and over the stored data. A fault counts only if it hit something: a lease that was held, a
 session in a transaction, a stream that was open. `ARGS=--store` adds a run to this page.
 """

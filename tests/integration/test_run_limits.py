@@ -463,7 +463,7 @@ def test_starts_in_a_transaction_that_stays_open_hold_up_nobody(
         ),
         (lambda: Limit("a", at_once=True), "at_once is True"),
         (lambda: Limit("a", at_once=1, key=[]), "limit a: key is []; give a function"),
-        (lambda: Plan("p", [charge], limits=LLM), "limits is Limit(name='llm', at_once=1); give"),
+        (lambda: Plan("p", [charge], limits=LLM), "limits is Limit('llm', at_once=1); give"),
         (lambda: Plan("p", [charge], limits=["x"]), "plan p: 'x' is no limit"),
         (lambda: Plan("p", [charge], limits=[LLM, LLM]), "plan p has two limits of one name"),
     ],
@@ -498,7 +498,7 @@ def test_the_limits_of_a_fleet_are_changed_over_http(beatless: Kit, beatless_app
         client.set_limit("stripe", 3)
         beatless.drain_outbox_once()
         (state,) = client.limits()
-        assert (state.name, state.key, state.at_once, state.set_to) == ("stripe", "a", 3, 3)
+        assert (state.name, state.key, state.at_once, state.is_set) == ("stripe", "a", 3, True)
         assert (state.running, state.waiting) == (0, 1)
         assert state.oldest == beatless.client.get_run(runs[3]).created_at
         assert client.release_limit("stripe") is True

@@ -144,6 +144,9 @@ def honest() -> list[dict[str, Any]]:
         *waiting(),
         *family(),
         *scheduled(),
+        {"kind": "plan", "plan": "lim", "steps": ["a"], "cleanup": [], "retries": {}, "at_once": 1},
+        *held("l1", 91, 120.0, 121.0),
+        *held("l2", 92, 121.1, 122.0),
         {"kind": "outbox", "rows": 0},
     ]
 
@@ -173,6 +176,20 @@ def ticked(run_id: str, tick: float, at: float) -> list[dict[str, Any]]:
         event(run_id, 1, "RunStarted", ts=at),
         event(run_id, 2, "RunFinished", ts=at + 0.1, data={"outcome": "failed"}),
         *({**wire(n), "run_id": run_id, "at": at + 0.2} for n in (1, 2)),
+    ]
+
+
+def held(run_id: str, token: int, begin: float, end: float) -> list[dict[str, Any]]:
+    """A run of a plan with a limit, which had a lease from then to then."""
+    return [
+        call("start", 99, 101, run_id=run_id, plan="lim"),
+        run(run_id, "lim", "completed", 4),
+        event(run_id, 1, "RunStarted", ts=begin),
+        event(run_id, 2, "StepStarted", "a", ts=begin),
+        event(run_id, 3, "StepFinished", "a", ts=end, data={"result": None}),
+        event(run_id, 4, "RunFinished", ts=end, data={"outcome": "completed"}),
+        logged(token, token, run_id, **claim(token, begin)),
+        *({**wire(n), "run_id": run_id, "at": begin if n < 3 else end} for n in (1, 2, 3, 4)),
     ]
 
 
@@ -363,6 +380,7 @@ LIES: dict[str, tuple[str, Lie]] = {
         "I11",
         change({"kind": "event", "run_id": "r", "seq": 4}, data={"result": {"call": "a1"}}),
     ),
+    "two leases where a limit lets have one": ("I14", add(*held("l3", 93, 120.5, 121.05))),
     "a token that was there before": ("I11", change({"kind": "log", "id": 3}, claim={"token": 71})),
     "a lease without token": ("I11", change({"kind": "log", "id": 2}, claim={"token": 0})),
     "a lease that was taken too early": (

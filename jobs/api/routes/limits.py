@@ -20,9 +20,9 @@ def list_limits(client: Operator) -> dict[str, Any]:
 
 @router.put("/v1/limits/{name}", responses=refusals())
 def set_limit(name: str, body: LimitBody, client: Operator) -> dict[str, Any]:
-    """Let so many runs with the same key run at once, whatever plans say."""
-    client.set_limit(name, body.at_once)
-    return {"limit": name, "at_once": body.at_once}
+    """Let so many runs with the same key run at once, or begin, whatever plans say."""
+    client.set_limit(name, body.at_once, rate=body.rate)
+    return {"limit": name, "at_once": body.at_once, "rate": body.rate}
 
 
 @router.delete("/v1/limits/{name}", responses=refusals())

@@ -1,0 +1,12 @@
+"""Limits of how many runs begin in a time."""
+
+from beatless.migrations import apply
+
+revision = "0019"
+down_revision = "0018"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    apply(__file__)

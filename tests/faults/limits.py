@@ -1,0 +1,32 @@
+"""The rule of limits: never more leases at once than a plan lets have one."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from tests.faults.history import History, Violation
+
+OF_A_LEASE = ("StepFinished", "StepFailed", "RunFinished")
+"""The events with which the lease of a run of one step may end."""
+
+
+def leases_are_within_limits(history: History) -> Iterator[Violation]:
+    """A claim is logged when it has its slot, and an end before the slot is free."""
+    changes: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
+    for run_id, run, events in history.each_run():
+        if "at_once" not in history.plan(run):
+            continue
+        claims = [each["claim"]["at"] for each in history.log[run_id] if each["claim"]]
+        for event in events:
+            before = [at for at in claims if at < event["ts"]]
+            if event["type"] in OF_A_LEASE and event["source"] == "worker" and before:
+                changes[run["plan"]] += [(before[-1], 1, run_id), (event["ts"], -1, run_id)]
+                claims = [at for at in claims if at > event["ts"]]
+    for plan, found in changes.items():
+        held, most = 0, history.plans[plan]["at_once"]
+        for at, change, run_id in sorted(found):
+            held += change
+            if held > most:
+                yield Violation("I14", run_id, f"{held} leases of {plan} at {at:.3f}, not {most}")
+
+
+RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (leases_are_within_limits,)
