@@ -24,7 +24,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import exc
 
-from beatless.errors import MigrationBlocked, SchemaTaken
+from beatless.errors import BadRequest, MigrationBlocked, SchemaTaken
 from beatless.outbox.queries import execute
 from beatless.schema import VERSIONS, check_encoding, current, head
 
@@ -265,9 +265,14 @@ def migration_sql(schema: str, since: str | None = None) -> str:
     """The migration as SQL text, for people who run it themselves.
 
     Of a new schema, or from a revision on: then outside of any transaction, as CONCURRENTLY asks.
+    Raises BadRequest for a revision that there is not.
     """
     text = io.StringIO()
     config = _config(schema, None, None, new=since is None)
+    known = [found.revision for found in ScriptDirectory.from_config(config).walk_revisions()]
+    if since is not None and since not in known:
+        names = ", ".join(sorted(known))
+        raise BadRequest("--since", f"is {since!r:.200}, which is none of the revisions: {names}")
     config.output_buffer = text
     command.upgrade(config, f"{since}:{head()}" if since else head(), sql=True)
     return text.getvalue()

@@ -309,6 +309,11 @@ def test_migrate_says_where_the_schema_is(command: Beatless, beatless_app: App) 
     assert f'CREATE SCHEMA IF NOT EXISTS "{schema}"' in command("migrate", "--sql").out
 
 
+@pytest.mark.parametrize("since", ["9999", "head", "1", "0001:0002", "", "-1"])
+def test_sql_since_a_revision_that_there_is_not_is_refused(command: Beatless, since: str) -> None:
+    refused(command("migrate", "--sql", "--since", since), 2, "--since", "0001, 0002")
+
+
 def test_migrate_check_fails_on_an_empty_schema(
     command: Beatless, monkeypatch: pytest.MonkeyPatch
 ) -> None:
