@@ -82,7 +82,10 @@ class SchemaBehind(JobsError):
     """The database lacks migrations that this version needs."""
 
     def __init__(self, schema: str, found: str | None, needed: str, given: bool = False) -> None:
-        """`given`: seen on a connection of the caller's, which may be of another database."""
+        """`found` is the last migration: None if there is none, "" if it was not looked up.
+
+        `given`: seen on a connection of the caller's, which may be of another database.
+        """
         super().__init__(schema, found, needed, given)
         self.schema = schema
         self.found = found
@@ -90,10 +93,11 @@ class SchemaBehind(JobsError):
         self.given = given
 
     def __str__(self) -> str:
-        return (
-            f"schema {self.schema!r} is at migration {self.found or 'none'}, this version needs "
-            f"{self.needed}: run `beatless migrate`"
-            + (", or pass a connection= of the database that has it" if self.given else "")
+        found = f"is at migration {self.found or 'none'}, this version needs {self.needed}"
+        if self.found == "":
+            found = f"lacks what this version needs: migration {self.needed}"
+        return f"schema {self.schema!r} {found}: run `beatless migrate`" + (
+            ", or pass a connection= of the database that has it" if self.given else ""
         )
 
 

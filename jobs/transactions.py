@@ -32,8 +32,12 @@ ENDED = (
 )
 """Errors by which a server that is there ends a statement."""
 
-ABSENT = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
-"""Errors of a database without our tables."""
+ABSENT = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.InvalidSchemaName,
+)
+"""Errors of a database without our tables, or with those of an earlier version."""
 
 NEEDS_TRANSACTIONS = "beatless_needs_transactions"
 """The execution option of an engine on which autocommit is not used."""
@@ -123,7 +127,7 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         raise
     except exc.ProgrammingError as error:
         if isinstance(error.orig, ABSENT):
-            raise SchemaBehind(schema, None, head()) from error
+            raise SchemaBehind(schema, "", head()) from error
         raise
 
 
@@ -135,5 +139,5 @@ def on_a_given_connection(schema: str) -> Iterator[None]:
     except (exc.ProgrammingError, *ABSENT) as error:
         cause = error.orig if isinstance(error, exc.ProgrammingError) else error
         if isinstance(cause, ABSENT):
-            raise SchemaBehind(schema, None, head(), given=True) from error
+            raise SchemaBehind(schema, "", head(), given=True) from error
         raise

@@ -153,6 +153,27 @@ def test_a_connection_to_where_our_tables_are_not_is_refused_with_the_way_out(
             app.client.start_run("two_steps")
 
 
+def test_tables_of_an_earlier_version_are_told_as_such_by_every_call(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    migrate(beatless_app.engine, schema)
+    postgres.execute(f"ALTER TABLE {schema}.runs DROP COLUMN parent_id CASCADE")
+    app = App(replace(beatless_app.settings, schema=schema), list(beatless_app.plans.values()))
+    told = (
+        f"schema '{schema}' lacks what this version needs: migration {head()}: run `beatless migr"
+    )
+    with closing(app), Session(app.engine) as session:
+        for call in (
+            lambda: app.client.start_run("two_steps"),
+            lambda: app.client.start_run("two_steps", connection=session),
+            app.client.list_runs,
+            lambda: app.client.get_run("none"),
+        ):
+            with pytest.raises(SchemaBehind, match=told):
+                call()
+            session.rollback()
+
+
 def test_migrating_again_changes_nothing(
     beatless_app: App, beatless: Kit, postgres: psycopg.Connection
 ) -> None:
