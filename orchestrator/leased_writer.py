@@ -283,8 +283,7 @@ class LeasedWriter(SureWriter):
         """The same if none writes, and nothing is doubtful; else False."""
         if not self._writing.acquire(blocking=False):
             return False
-        sure = self._doubtful is None
-        if sure:
+        if sure := self._doubtful is None:
             self._speaking = self._output = None
         self._writing.release()
         return sure
@@ -311,8 +310,7 @@ class LeasedWriter(SureWriter):
     def write_output(self, output: StepOutput) -> None:
         """Commit what an attempt has emitted.
 
-        Raises RowHeld, LeaseLost, and StepEnded after the attempt's end. Not counted in `asked_s`:
-        it may be another thread's time.
+        Raises RowHeld, LeaseLost, StepEnded. Not in `asked_s`: it may be another thread's time.
         """
         with self._alone():
             if self._output is not output:
@@ -333,12 +331,9 @@ class LeasedWriter(SureWriter):
         output.in_doubt = False
         if not self._writing.acquire(blocking=False):
             return None
-        if self._doubtful not in (None, output):
-            self._writing.release()
-            return None
-        is_open = self._output is output
+        is_open, sure = self._output is output, self._doubtful in (None, output)
         output.in_doubt = is_open and output.tried
-        events = output.pending(output.added) if is_open and not output.tried else ()
+        events = output.pending(output.added) if is_open and sure and not output.tried else ()
         if not events:
             self._writing.release()
             if not is_open:
