@@ -286,7 +286,7 @@ class Boundaries:
         facts = {"type": type(error).__name__, "message": str(error)}
         return self._ended(RunState.FAILED, events, facts)
 
-    def broken(self, error: Exception, events: Sequence[NewEvent]) -> Settlement:
+    def broken(self, error: BaseException, events: Sequence[NewEvent]) -> Settlement:
         """The function of a plan, or for the inputs of children, has raised: the run has failed.
 
         To describe it never raises.

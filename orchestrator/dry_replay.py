@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from beatless.orchestrator.child_calls import ReadEnds
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.function_call import Said, call_function
+from beatless.orchestrator.function_call import Broken, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of
 from beatless.orchestrator.records import Run
@@ -26,6 +26,8 @@ def dry_replay(plan: FunctionPlan, run: Run, events: Iterable[Event], read_ends:
         given = plan.input.load(run.input)
     except BadPayload as error:
         return refused_input(error)
+    except Exception as error:  # of the user's type
+        return Broken(error)
     call = call_function(run, given, Replay(plan=plan, history=history, read_ends=read_ends))
     try:
         return call.resume(None)

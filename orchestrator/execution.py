@@ -229,17 +229,17 @@ class Execution:
         max_event_bytes: int,
         max_steps: int = 0,
         stopping: Callable[[], bool] = lambda: False,
+        leaving: Callable[[], bool] = lambda: False,
         redispatch_s: float = 15.0,
     ) -> None:
         """`max_steps` gives the run back after that many (0: no limit), as `stopping` does, and a
-        step that its plan does not have for at most `redispatch_s`.
+        step that its plan does not have for at most `redispatch_s`. `leaving`: as `Executor`.
         """
-        self._plan = plan
-        self._lease = lease
+        self._plan, self._lease = plan, lease
         self._run_id = lease.run.run_id
         self._boundaries = Boundaries(plan, self._run_id, max_event_bytes=max_event_bytes)
         self._steps_left = max_steps or -1
-        self._stopping = stopping
+        self._stopping, self._leaving = stopping, leaving
         self._redispatch_s = redispatch_s
         self.undoes = False
         """It asks for nothing more: the run is undone, by another execution."""

@@ -278,6 +278,7 @@ class RunDriver:
             max_event_bytes=executor.journal.max_event_bytes,
             max_steps=max_steps,
             stopping=executor.stopping.is_set,
+            leaving=executor.leaving,
             redispatch_s=executor.redispatch_s,
         )
         self._writer = LeasedWriter(

@@ -37,6 +37,12 @@ def describe(error: BaseException, step: str) -> dict[str, Any]:
     }
 
 
+def raise_if_leaving(error: BaseException, leaving: Callable[[], bool]) -> None:
+    """Raises an error that ends this process; another one is that of the user's code."""
+    if not isinstance(error, Exception) and leaving():
+        raise error
+
+
 def line_of(error: BaseException) -> str:
     """The file and line, in the file that was called first, at which it was raised."""
     frame = _of_the_body(error)

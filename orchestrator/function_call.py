@@ -6,14 +6,15 @@ a coroutine that is resumed by hand: it has no event loop, and only calls of `ru
 """
 
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from beatless.orchestrator.child_calls import plain
+from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Again, Call, Mismatch, Outcome, PlanLeft, Replay
@@ -36,7 +37,7 @@ class Ended:
 class Broken:
     """The function has raised."""
 
-    error: Exception
+    error: BaseException
 
 
 Said = Call | Mismatch | Ended | Broken
@@ -49,24 +50,30 @@ class FunctionCall(Protocol):
     def resume(self, outcome: Outcome | None) -> Said:
         """Go on with the answer to its last call; None at first.
 
-        Raises what ends this process: any exception of the function that is no Exception.
+        Raises what ends this process: an exception that is no Exception, if it is `leaving`.
         """
 
     def close(self) -> None:
         """Leave the function where it stands, with its `finally` blocks."""
 
 
-def call_function(run: Run, input: Any, replay: Replay) -> FunctionCall:
+Leaving = Callable[[], bool]
+"""Whether an exception that is no Exception is there to end this process; else it is the user's."""
+
+
+def call_function(
+    run: Run, input: Any, replay: Replay, *, leaving: Leaving = lambda: False
+) -> FunctionCall:
     """The call of the function of a run's plan, not begun yet."""
     kind = CoroutineCall if replay.plan.is_async else GreenletCall
-    return kind(run, input, replay)
+    return kind(run, input, replay, leaving)
 
 
 class GreenletCall:
     """A function that is not async."""
 
-    def __init__(self, run: Run, input: Any, replay: Replay) -> None:
-        self._replay = replay
+    def __init__(self, run: Run, input: Any, replay: Replay, leaving: Leaving) -> None:
+        self._replay, self._leaving = replay, leaving
         self._left = False
         self._swallowed = 0
         context = RunContext(
@@ -82,7 +89,10 @@ class GreenletCall:
     def _call(self, context: RunContext[Any]) -> Said:
         try:
             return _ended(self._replay.plan.function(context), self._replay)
-        except Exception as error:
+        except (PlanLeft, GreenletExit):
+            raise
+        except BaseException as error:
+            raise_if_leaving(error, self._leaving)
             return self._replay.end(error) or Broken(error)
 
     def _ask(self, asked: Asked) -> Outcome:
@@ -114,8 +124,8 @@ class GreenletCall:
 class CoroutineCall:
     """A function that is `async def`."""
 
-    def __init__(self, run: Run, input: Any, replay: Replay) -> None:
-        self._replay = replay
+    def __init__(self, run: Run, input: Any, replay: Replay, leaving: Leaving) -> None:
+        self._replay, self._leaving = replay, leaving
         self._context = context = AsyncRunContext(
             run=run,
             input=input,
@@ -130,7 +140,10 @@ class CoroutineCall:
             asked = self._coroutine.send(outcome)
         except StopIteration as end:
             return self._ended(end.value)
-        except Exception as error:
+        except PlanLeft:
+            raise
+        except BaseException as error:
+            raise_if_leaving(error, self._leaving)
             if isinstance(error, RuntimeError) and "event loop" in str(error):
                 return Broken(self._refused("a task or timer of asyncio", error))
             return self._broken(error)
@@ -146,7 +159,7 @@ class CoroutineCall:
         except Exception as error:  # also of a child whose result is read only now
             return self._replay.end(error) or Broken(error)
 
-    def _broken(self, error: Exception) -> Said:
+    def _broken(self, error: BaseException) -> Said:
         """It has raised: perhaps because it took a call that it did not await for the result."""
         if not isinstance(error, PlanError):
             try:
@@ -164,7 +177,8 @@ class CoroutineCall:
     def close(self) -> None:
         try:
             self._coroutine.close()
-        except RuntimeError:  # it has ignored GeneratorExit
+        except BaseException as error:  # RuntimeError if it has ignored GeneratorExit
+            raise_if_leaving(error, self._leaving)
             _swallowed(self._replay)
 
 

@@ -10,7 +10,6 @@ called again on what the journal has.
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from beatless.orchestrator.execution import (
     Requests,
     Signalled,
 )
+from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
@@ -170,8 +170,10 @@ class FunctionExecution(Execution):
         self._last_seq, self._last_ts_ms = events[-1].seq, events[-1].ts
         run = replace(self._lease.run, input=self._stored_input)
         self._lease.run = history_of(self._function, events).as_given(run)
-        with suppress(BadPayload):  # of an earlier version of the type: as it was stored
+        try:
             self._load_input()
+        except BaseException as error:  # of an earlier version of the type: as it was stored
+            raise_if_leaving(error, self._leaving)
         progress = fold(self._plan, events)
         progress.results = with_results(progress.results, self._read_ends)
         return progress
@@ -181,7 +183,10 @@ class FunctionExecution(Execution):
             given = self._load_input()
         except BadPayload as error:
             return refused_input(error)
-        self._call = call_function(self._lease.run, given, self._replay)
+        except BaseException as error:
+            raise_if_leaving(error, self._leaving)
+            return Broken(error)
+        self._call = call_function(self._lease.run, given, self._replay, leaving=self._leaving)
         return self._resumed(None)
 
     def _load_input(self) -> Any:
@@ -397,7 +402,8 @@ class FunctionExecution(Execution):
                     said.value, replay.history, replay.visits, self._told_seq, events
                 )
             return self._boundaries.completed(said.value, events)
-        except BadPayload as error:
+        except BaseException as error:  # of what the value is made of, too
+            raise_if_leaving(error, self._leaving)
             return self._boundaries.broken(error, events)
 
     def _values(self) -> list[NewEvent]:

@@ -28,6 +28,7 @@ from beatless.orchestrator.execution import (
     Request,
     Signalled,
 )
+from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.list_boundaries import ListBoundaries
 from beatless.orchestrator.plan import Element, Plan
@@ -132,8 +133,9 @@ class ListExecution(Execution):
             found = call.numbered(progress.children_started + 1)
             children, runs = self._starts.first(call, found)
             asked = _digest(call)
-        except Exception as error:  # also of the user's function
+        except BaseException as error:  # also of the user's function
             self._raise_unread()
+            raise_if_leaving(error, self._leaving)
             yield from self._settle(self._boundaries.broken(error, []))
             return None
         settlement = self._boundaries.children_started(progress, children, asked)
@@ -184,8 +186,9 @@ class ListExecution(Execution):
         try:
             call = self._asked(progress, element)
             changed = not call.is_open(children) and _digest(call) != progress.arguments
-        except Exception as error:  # of the user's function
+        except BaseException as error:  # of the user's function
             self._raise_unread()
+            raise_if_leaving(error, self._leaving)
             return None, f"an exception for its inputs: {type(error).__name__}"
         return call, OTHER_INPUTS if changed else ""
 

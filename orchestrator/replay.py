@@ -260,7 +260,7 @@ class Replay:
                 f"plan {self.plan.name} calls run.again(…) and goes on: write return run.again(…)"
             )
 
-    def end(self, error: Exception | None = None) -> Mismatch | None:
+    def end(self, error: BaseException | None = None) -> Mismatch | None:
         """The stored call that a function has passed over which ends now; None if there is none.
 
         Also of one that has raised: before it was where the run is, by code that may be mended.
@@ -391,7 +391,7 @@ class Replay:
         return call
 
     def _passed_over(
-        self, *, asked: str | None = None, error: Exception | None = None
+        self, *, asked: str | None = None, error: BaseException | None = None
     ) -> Mismatch | None:
         """The first stored call that is still ahead; the function asks for another, or ends."""
         if not self._ahead:  # first: to look into a dict that was emptied takes as long as it was

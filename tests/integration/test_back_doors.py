@@ -8,10 +8,24 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
+from pydantic import BaseModel, field_validator
 
-from beatless import LeaseLost, Plan, RunCancelled, RunState, WorkerStops, retry, step
+from beatless import (
+    LeaseLost,
+    Plan,
+    RunCancelled,
+    RunContext,
+    RunState,
+    WorkerStops,
+    child,
+    map_,
+    plan,
+    retry,
+    step,
+)
 from beatless.cli.demo import without_handbacks
 from beatless.doctor import Doctor, Status
+from beatless.orchestrator.child_elements import ElementContext
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.outcomes import Finish
 from beatless.orchestrator.progress import GIVEN_BACK
@@ -131,6 +145,60 @@ def sly_finish(ctx: StepContext) -> Any:
     return Finish(Sly(ctx.input["nth"]))
 
 
+def inputs(ctx: ElementContext) -> Any:
+    DOORS[ctx.input["door"]][0]()
+
+
+class Checked(BaseModel):
+    """Its check leaves once it is called in a worker."""
+
+    door: str
+
+    @field_validator("door")
+    @classmethod
+    def leaves(cls, door: str) -> str:
+        if in_worker:
+            DOORS[door][0]()
+        return door
+
+
+in_worker: list[bool] = []
+
+
+@plan("at_once")
+def at_once(run: RunContext[Any]) -> None:
+    DOORS[run.input["door"]][0]()
+
+
+@plan("in_function")
+def in_function(run: RunContext[Any]) -> None:
+    run.step(fine)
+    DOORS[run.input["door"]][0]()
+
+
+@plan("in_async_function")
+async def in_async_function(run: RunContext[Any]) -> None:
+    await run.step(fine)
+    DOORS[run.input["door"]][0]()
+
+
+@plan("in_input", input=Checked)
+def in_input(run: RunContext[Checked]) -> None: ...
+
+
+@plan("in_value")
+def in_value(run: RunContext[Any]) -> Any:
+    return Sly(1)
+
+
+@plan("in_cleanup")
+def in_cleanup(run: RunContext[Any]) -> None:
+    try:
+        run.wait("go")
+    finally:
+        DOORS[run.input["door"]][0]()
+
+
 plain = step(name="plain")(leave)
 transactional = step(name="transactional", transactional=True)(leave)
 again = step(name="again", retry=retry(max_attempts=2, initial=1))(leave)
@@ -145,6 +213,8 @@ def fine(ctx: StepContext) -> str:
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     calls.clear()
+    in_worker.clear()
+    fine_plan = Plan("fine", [fine])
     return [
         Plan("plain", [plain]),
         Plan("transactional", [transactional]),
@@ -153,7 +223,15 @@ def beatless_plans() -> list[Plan]:
         Plan("sly", [sly, fine]),
         Plan("sly_finish", [sly_finish]),
         Plan("committed", [step(name="committed", transactional=True)(lambda ctx: 1)]),
-        Plan("fine", [fine]),
+        fine_plan,
+        Plan("in_child", [child("fines", fine_plan, input=inputs)]),
+        Plan("in_map", [fine, map_("fines", fine_plan, inputs=inputs)]),
+        at_once,
+        in_function,
+        in_async_function,
+        in_input,
+        in_value,
+        in_cleanup,
         exits,
         two_steps,
         keeps_its_place,
@@ -179,6 +257,65 @@ def test_whatever_a_body_raises_is_a_failure_with_type_message_and_traceback(
     assert error["step"] == plan
     assert "in leave" in error["traceback"]
     assert calls == [plan]
+    beatless.verify()
+
+
+CODE_OF_PLANS = ("in_child", "in_map", "at_once", "in_function", "in_async_function", "in_input")
+
+
+@pytest.mark.parametrize("name", CODE_OF_PLANS)
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "stop iteration"])
+def test_whatever_the_code_of_a_plan_raises_fails_its_run_with_type_message_and_traceback(
+    beatless: Kit, door: str, name: str
+) -> None:
+    """Of its function, of its input's type, and of what gives its children their inputs."""
+    run = beatless.start_run(name, {"door": door})
+    in_worker.append(True)
+
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run.run_id)
+    with pytest.raises(BaseException) as raised:
+        DOORS[door][0]()
+    assert ended.state is RunState.FAILED
+    assert ended.error["type"] == type(raised.value).__name__
+    assert ended.error["message"].startswith(DOORS[door][1])
+    assert "in leave" in ended.error["traceback"]
+    beatless.verify()
+
+
+def test_a_result_of_a_function_that_leaves_while_it_is_written_fails_its_run(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("in_value")
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).error["message"] == "in the encoder"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_function_that_leaves_so_while_it_is_left_at_a_wait_waits_on(
+    beatless: Kit, door: str
+) -> None:
+    run = beatless.start_run("in_cleanup", {"door": door})
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run.run_id).state is RunState.WAITING
+
+
+@pytest.mark.parametrize("name", CODE_OF_PLANS)
+def test_who_ends_the_process_in_the_code_of_a_plan_fails_no_run(beatless: Kit, name: str) -> None:
+    run = beatless.start_run(name, {"door": "exit"})
+    in_worker.append(True)
+    beatless.drain_outbox_once()
+    executor = beatless.app.executors.new()
+    executor.leaving = lambda: True
+
+    with pytest.raises(SystemExit):
+        executor.execute(beatless.app.plans[name], run.run_id, 1)
+    executor.disconnect()
+
+    assert not beatless.client.get_run(run.run_id).state.final
     beatless.verify()
 
 

@@ -442,7 +442,7 @@ def test_a_function_that_ends_its_process_fails_its_run_after_a_few_claims() -> 
     journal = Journal(kills)
     for _ in range(MAX_TAKEOVERS):
         with pytest.raises(SystemExit):
-            Worker(journal).work()
+            Worker(journal, leaving=lambda: True).work()
         journal.state = RunState.RUNNING
     work(journal)
     assert outcome(journal)["type"] == "PlanCrashed"
