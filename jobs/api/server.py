@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from beatless.api import problems
@@ -54,12 +54,17 @@ ROUTERS = [
     )
 ]
 
+bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
+
+ROUTES = APIRouter(route_class=GuardedRoute, dependencies=[Depends(bearer)])
+"""The routes of every API of this process. FastAPI takes 40 ms of processor time to make them."""
+for router in ROUTERS:
+    ROUTES.include_router(router)
+
 LOCK_TIMEOUT_S = 2.0
 """Seconds that a statement waits for a row lock."""
 STATEMENT_TIMEOUT_S = 20.0
 POOL_TIMEOUT_S = 5.0
-
-bearer = HTTPBearer(auto_error=False, description="`beatless token create`")
 
 
 class DocumentedApi(FastAPI):
@@ -118,8 +123,7 @@ def create_api(
     )
     api.state.services = services
     api.router.route_class = GuardedRoute  # also for routes that others add
-    for router in ROUTERS:
-        api.include_router(router)
+    api.router.routes.extend(ROUTES.routes)
     api.add_middleware(BodyLimit)
     problems.install(api)
     return api
