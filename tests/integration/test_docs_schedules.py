@@ -27,7 +27,7 @@ OF_BEAT = """
 from celery import Celery
 from celery.schedules import crontab
 
-celery = Celery("shop", broker="memory://")
+celery = Celery("shop")
 celery.conf.timezone = "Europe/Brussels"
 
 
