@@ -10,6 +10,7 @@ AND (attempt = 0 AND retry_of IS NULL
 
 -- name: cancel
 -- Store a cancel of unfinished runs, and end those that wait.
+-- A run that has no number left must not keep the others.
 WITH u AS (
   UPDATE {schema}.runs r
      SET cancel_requested_at = clock_timestamp(),
@@ -21,6 +22,7 @@ WITH u AS (
     FROM unnest(%(run_ids)s::text[], %(shards)s::smallint[]) AS w(id, shard)
    WHERE run_id = w.id AND namespace = coalesce(%(namespace)s, namespace)
      AND state IN ('queued', 'running') AND cancel_requested_at IS NULL
+     AND last_seq < 2147483646
   RETURNING r.*, w.shard
 ), e AS (
   INSERT INTO {schema}.run_events (run_id, seq, ts, type, source, data)

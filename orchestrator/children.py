@@ -225,11 +225,10 @@ class CancelsChildren:
         with connection.transaction():
             rows = execute(connection, self._sql["lock_to_cancel"], {"shards": list(shards)})
             run_ids = list(dict.fromkeys(run_id for run_id, _ in rows))
-            if run_ids:
-                self._cancels.cancel(
-                    connection, run_ids, reason=PARENT_ENDED, undo=self._undo, source="relay"
-                )
+            cancelled = run_ids and self._cancels.cancel(
+                connection, run_ids, reason=PARENT_ENDED, undo=self._undo, source="relay"
+            )
         ((found, gone),) = execute(
             connection, self._sql["forget_cancels"], {"shards": list(shards)}
         )
-        return Woken(done=gone + len(run_ids), left=found - gone)
+        return Woken(done=gone + len(cancelled), left=found - gone)

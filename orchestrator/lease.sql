@@ -173,7 +173,8 @@ WITH held AS (
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
    WHERE r.lease_expires_at > clock_timestamp()
 ), free AS (
-  SELECT held.run_id, d.shard, s.step, s.attempt, s.run_id IS NOT NULL AS given_back, held.beside
+  SELECT held.run_id, d.shard, s.step, s.attempt, held.beside,
+         s.run_id IS NOT NULL AND r.last_seq < 2147483647 AS given_back
     FROM held
     JOIN {schema}.runs r ON r.run_id = held.run_id AND r.lease_token = held.lease_token
      AND r.state = 'running'

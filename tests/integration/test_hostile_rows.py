@@ -9,6 +9,8 @@ from beatless import App
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.http import Client as HttpClient
+from beatless.orchestrator.cancels import Cancels
+from beatless.orchestrator.state import RunState
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
@@ -353,3 +355,39 @@ def test_an_overdue_run_without_a_number_left_keeps_no_other_from_its_end(
     beatless.drain_outbox_once()
     assert beatless.client.get_run(other.run_id).state.final
     assert not beatless.client.get_run(culprit.run_id).state.final
+
+
+FULL = "UPDATE runs SET last_seq = 2147483647 WHERE run_id = %s"
+
+
+def test_a_run_without_a_number_left_keeps_no_other_from_its_cancel(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    """Those of several runs are one statement: of children, and of runs that are replaced."""
+    schema, limit = beatless.app.settings.schema, beatless.app.settings.max_event_bytes
+    culprit, other = (beatless.start_run("two_steps").run_id for _ in range(2))
+    postgres.execute(FULL, (culprit,))
+
+    cancelled = Cancels(schema, max_event_bytes=limit).cancel(
+        postgres, [culprit, other], reason=None, undo={"two_steps": None}, source="relay"
+    )
+
+    assert [(run.run_id, run.state) for run in cancelled] == [(other, RunState.CANCELLED)]
+
+
+def test_a_run_without_a_number_left_keeps_no_other_lease_of_a_dead_worker(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    leases = beatless.app.leases
+    held = []
+    for _ in range(2):
+        run_id = beatless.start_run("two_steps").run_id
+        lease = leases.claim(
+            postgres, run_id, plan="two_steps", worker="w", first_step="first", dispatch=1
+        )
+        assert lease is not None
+        held.append((run_id, lease.token))
+    postgres.execute(FULL, (held[0][0],))
+
+    tokens = {token for _, token in held}
+    assert leases.end(postgres, held, uncalled=tokens) == dict.fromkeys(tokens, True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psycopg
 import pytest
 
 from beatless import (
@@ -232,6 +233,22 @@ def test_a_cancel_goes_down_and_the_run_is_undone(beatless: Kit) -> None:
     (trace,) = [e.data for e in beatless.client.events(run.run_id) if e.type == "DebugTrace"]
     assert (trace or {})["results"] == ["reserve"]
     beatless.verify()
+
+
+def test_a_child_without_a_number_left_keeps_no_other_from_its_cancel(
+    beatless: Kit, postgres: psycopg.Connection[Any]
+) -> None:
+    run = beatless.start_run("undone", {"lines": [1, 2, 3]})
+    beatless.work_until_idle()
+    full, *others = (child.run_id for child in beatless.children(run.run_id))
+    postgres.execute("UPDATE runs SET last_seq = 2147483647 WHERE run_id = %s", (full,))
+
+    beatless.client.cancel_run(run.run_id)
+    beatless.work_until_idle()
+
+    states = {beatless.client.get_run(run_id).state for run_id in others}
+    assert states == {RunState.CANCELLED}
+    assert not beatless.client.get_run(full).state.final
 
 
 @pytest.mark.parametrize("from_step", [None, "ship", "parcels"])
