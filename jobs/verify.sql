@@ -30,7 +30,8 @@ SELECT run_id, seq, ts, type, step,
             THEN data ->> 'name' = 'beatless.left_out' END AS left_out,
        CASE WHEN type = 'StepFinished'
             THEN coalesce(data @> '{"on_cancel": true}' OR data ? 'undoes', false) END AS undoes,
-       CASE WHEN type = 'StepFailed' THEN data @> '{"final": true}' END AS final
+       CASE WHEN type = 'StepFailed' THEN data @> '{"final": true}' END AS final,
+       type = 'StepStarted' AND coalesce(data -> 'version' >= '1073741824', false) AS beside
   FROM {schema}.run_events
 
 -- fragment: violations
@@ -59,8 +60,14 @@ head AS (
   SELECT run_id, type, step, began_as, lead(step) OVER following AS next_step,
          lead(began_as) OVER following AS next_began_as, lead(seq) OVER following AS next_seq
     FROM (SELECT *, coalesce(renamed_from, step) AS began_as
-            FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final OR left_out) event
+            FROM event
+           WHERE (type IN ('StepStarted', 'StepFinished') OR final OR left_out) AND NOT beside) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
+), beside AS (
+  -- Steps that were begun beside others of their run: what comes between is of those.
+  SELECT run_id, coalesce(renamed_from, step) AS step, bool_or(beside) AS begun,
+         bool_or(type = 'StepFinished' OR coalesce(final, false)) AS ended
+    FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final GROUP BY 1, 2
 ), final AS MATERIALIZED (
   -- Joined once: the planner expects so few runs that it would compare each with each.
   SELECT run_id, run.state, run.last_seq, run.attempt, run.finished_at, run.pruned_seq,
@@ -92,6 +99,10 @@ SELECT 'I4', run_id, format('step %%s was begun and passed without a result', st
    AND (next_step <> step AND next_began_as <> began_as
         AND (undo_seq IS NULL OR next_seq < undo_seq)
         OR next_step IS NULL AND cancel_seq IS NULL AND outcome = 'completed')
+UNION ALL
+SELECT 'I4', run_id, format('step %%s was begun beside others and passed without a result', step)
+  FROM beside JOIN final USING (run_id)
+ WHERE begun AND NOT beside.ended AND cancel_seq IS NULL AND outcome = 'completed'
 UNION ALL
 SELECT 'I5', run_id, format('it is %%s and has %%s RunFinished', state, coalesce(finished, 0))
   FROM final

@@ -154,12 +154,15 @@ class ChildRuns:
         ended = look.started - look.unfinished
         return ChildrenWait(occurrence=started.step or "", ended=ended, count=children.count)
 
-    def wait(self, connection: Caller, run_id: str, tended: Tended) -> None:
-        """Note when the parent, which was parked, is to be woken."""
+    def wait(self, connection: Caller, run_id: str, tended: Sequence[Tended]) -> None:
+        """Note when the parent, which was parked, is to be woken: for the first that may need it.
+
+        In the order in which they were tended: only the first may have started further ones.
+        """
         parameters = {
             "run_id": run_id,
-            "left": tended.others + tended.turn.left,
-            "on_failure": tended.wakes_on_failure,
+            "left": max(each.others + each.turn.left for each in tended),
+            "on_failure": any(each.wakes_on_failure for each in tended),
         }
         execute(connection, self._sql["await"], parameters)
 

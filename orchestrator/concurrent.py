@@ -12,16 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from beatless.orchestrator.bodies import Beside, CallBody
 from beatless.orchestrator.body import call_body
 from beatless.orchestrator.connections import ConnectionOfThread
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.loop_watch import PlanWatch
 from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.requests import BodyEnded, RunBody, Stopped
 from beatless.orchestrator.shared_commits import SharedCommits
 from beatless.orchestrator.suspects import BodiesInFlight
 from beatless.orchestrator.switch_thread import SwitchThread
@@ -64,6 +65,35 @@ class Places:
         while self._free and self._waiting:
             self._free -= 1
             self._waiting.popleft().set_result(None)
+
+
+class GreenletsBeside:
+    """Bodies of one run in greenlets of their own, in the thread that has the run."""
+
+    def __init__(
+        self, thread: SwitchThread, call: Callable[[Lease, RunBody, CallBody], BodyEnded]
+    ) -> None:
+        """`call` calls one, when it may."""
+        self._thread = thread
+        self._call = call
+
+    def begin(self, lease: Lease, body: RunBody, call: CallBody) -> Future[BodyEnded]:
+        ended: Future[BodyEnded] = Future()
+
+        def work() -> None:
+            try:
+                ended.set_result(self._call(lease, body, call))
+            except BaseException as error:  # of whoever waits for it
+                ended.set_exception(error)
+
+        self._thread.spawn(work)
+        return ended
+
+    def wait(self, ended: Future[None], timeout_s: float | None) -> None:
+        self._thread.wait_for(ended, timeout_s)
+
+    def close(self) -> None:
+        return None
 
 
 class ConcurrentExecutor(Executor):
@@ -156,12 +186,37 @@ class ConcurrentExecutor(Executor):
 
     def _call_beside_others(self, lease: Lease, turns: Turns, body: RunBody) -> Turn:
         """Let a run call its body when it may; its next turn."""
+        entered = self._in_flight.enter(lease, body.deaths)
         try:
-            self._thread.wait(self._in_flight.enter(lease, body.deaths))
-            late = lease.late and not body.compensating  # it may have waited for hours
-            return turns.send(HAND_BACK if late or self.stopping.is_set() else None)
+            self._thread.wait(entered.may_run)
+            return turns.send(HAND_BACK if self._is_too_late(lease, body) else None)
         finally:
-            self._in_flight.leave(lease)
+            self._in_flight.leave(entered)
+
+    def _is_too_late(self, lease: Lease, body: RunBody) -> bool:
+        """Whether a body is not to be called: it may have waited for its turn for hours."""
+        return (lease.late and not body.compensating) or self.stopping.is_set()
+
+    def beside(self) -> Beside:
+        return GreenletsBeside(self._thread, self._call_one)
+
+    def _call_one(self, lease: Lease, body: RunBody, call: CallBody) -> BodyEnded:
+        """Call a body of a run beside others of that run."""
+        place = None if body.step.is_async else self._places.take()
+        entered = None
+        try:
+            if place is not None:
+                self._thread.wait(place)
+            entered = self._in_flight.enter(lease, body.deaths)
+            self._thread.wait(entered.may_run)
+            if self._is_too_late(lease, body):
+                return BodyEnded(occurrence=body.occurrence, outcome=Stopped())
+            return call(body)
+        finally:
+            if entered is not None:
+                self._in_flight.leave(entered)
+            if place is not None:
+                self._places.leave()
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         def body() -> Any:

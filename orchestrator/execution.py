@@ -1,16 +1,6 @@
 """The work on one claimed run, from its claim to its end or to giving it back. Does no I/O.
 
-An `Execution` yields requests and is sent their replies:
-
-    ReadJournal   → a CheckpointPage
-    RunBody       → Returned, Raised, Cancelled, Stopped, HandedBack or TransactionLost
-    Commit        → Committed, or Unstorable;
-                    after Returned also Raised, TransactionLost or CommitFailed
-    CommitIfQuiet → Committed, or Signalled
-    Recover       → Recovered
-
-So a driver decides in which thread, on which connection and beside which other runs the work is
-done: see `Executor`. A driver that loses the lease, or dies, sends no reply.
+It yields requests and is sent their replies: see `requests`.
 
 1. fold the journal: finished steps are not executed again
 2. start the next step's attempt (counted in Postgres before the body runs)
@@ -23,20 +13,39 @@ goes on after a time-out; both are written only if no signal has come meanwhile.
 """
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from beatless.orchestrator import long_history
-from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion, StepFailure
-from beatless.orchestrator.child_calls import ChildrenTurn, Tends
+from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress, UnknownStep, fold
-from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
+from beatless.orchestrator.records import CheckpointPage
+from beatless.orchestrator.requests import (
+    Cancelled,
+    Commit,
+    CommitFailed,
+    CommitIfQuiet,
+    Committed,
+    HandedBack,
+    Part,
+    Raised,
+    ReadJournal,
+    Recover,
+    Recovered,
+    Request,
+    Requests,
+    Returned,
+    RunBody,
+    Signalled,
+    Stopped,
+    TransactionLost,
+    Unstorable,
+)
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
@@ -46,176 +55,6 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 UNKNOWN_STEP_S = 1.0
 """Seconds that a run waits at first whose step this worker does not have: most workers of a
 rolling deploy have it, or none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadJournal:
-    """Read a page of the events that give the run's place, behind another page."""
-
-    behind: CheckpointPage | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """Commit a boundary under the lease, with `children` unless the run was cancelled."""
-
-    settlement: Settlement
-    failure: StepFailure | None = None
-    """The failed attempt that it ends, to be logged."""
-    children: Sequence[NewRun] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitIfQuiet:
-    """Commit a boundary unless the run has a signal that was not told, or children that need it."""
-
-    settlement: Settlement
-    waits: Sequence[int] = ()
-    """The seqs of the open waits, when the run leaves the worker: it is due at the end of one."""
-    tends: Tends | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunBody:
-    """Call the body of a step; its result is committed next, in the transaction of the step.
-
-    `conclude` is part of the call: an exception that it raises is the failure of the body.
-    `interrupted` gives the commit for an attempt that must end before its body does, by the reason:
-    a StepTimeout, DeadlineExceeded, RunCancelled or WorkerStops. Both read the progress of the run,
-    which does not change while the body runs.
-    """
-
-    step: Step
-    occurrence: str
-    key: str
-    """Of this occurrence, the same in each attempt."""
-    attempt: int
-    results: Mapping[str, Any]
-    compensating: bool
-    """The step undoes a cancelled run: it knows no cancel and no deadline."""
-    deaths: int
-    """Of processes that executed it beside others: see `suspects`."""
-    conclude: Callable[[Any], Conclusion]
-    interrupted: Callable[[Exception], Commit]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recover:
-    """Find out whether a commit in doubt happened, and keep it from happening later."""
-
-
-Request = ReadJournal | Commit | CommitIfQuiet | RunBody | Recover
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The boundary is in the journal."""
-
-    cancelled: bool
-    """It is the one for a cancelled run."""
-    last_seq: int = 0
-    """The seq of its last event."""
-
-    @classmethod
-    def of(cls, appended: Appended) -> Self:
-        """From the answer of the journal."""
-        return cls(cancelled=appended.cancelled, last_seq=appended.last_seq)
-
-
-@dataclass(frozen=True, slots=True)
-class Signalled:
-    """Nothing was committed: the run has received signals, or its children need it."""
-
-    events: Sequence[Event]
-    """Their SignalReceived."""
-    turn: ChildrenTurn | None = None
-
-
-class Unstorable(Exception):
-    """The reply to a Commit that Postgres refuses for its values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """The body has returned, and `conclude` accepted the result."""
-
-    conclusion: Conclusion
-
-
-@dataclass(frozen=True, slots=True)
-class Raised:
-    """The body has failed."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The body noticed the cancel, or was ended by it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """The worker stops, and the body has not returned."""
-
-    error: BaseException | None = None
-    """The exception that ends the process: raised again once the run is released."""
-
-
-@dataclass(frozen=True, slots=True)
-class HandedBack:
-    """The body was not called: another process shall go on with the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class TransactionLost:
-    """The connection of the step's transaction broke, or none was to be had."""
-
-    reason: str
-    refused: bool = False
-    """There was none to begin it on: the body was not called."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitFailed:
-    """Something else was raised after the body had returned: it may have been committed or not.
-
-    By Postgres, which cannot store the step's result; by a listener on commits of SQLAlchemy; by a
-    signal that ends this process.
-    """
-
-    error: BaseException
-    leaving: bool
-    """It ends the process."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """The fate of the commit in doubt; the lease is still held unless the run has ended."""
-
-    committed: bool
-    ended: bool
-
-
-Reply = (
-    CheckpointPage
-    | Committed
-    | Signalled
-    | Unstorable
-    | Returned
-    | Raised
-    | Cancelled
-    | Stopped
-    | HandedBack
-    | TransactionLost
-    | CommitFailed
-    | Recovered
-)
-
-Requests = Generator[Request, Reply | None, None]
-
-Part = Generator[Request, Any, Progress | None]
-"""Goes on with the progress that it returns; with None the run leaves this worker."""
 
 
 class Execution:
@@ -415,27 +254,7 @@ class Execution:
 
     def _take_step(self, progress: Progress, step: Step) -> Part:
         """Run one attempt."""
-
-        def conclude(value: Any) -> Conclusion:
-            return self._boundaries.concluded(
-                progress,
-                step,
-                value,
-                late=self._lease.late,
-                gives_back=self._stopping() or self._steps_left == 1,
-            )
-
-        end = yield RunBody(
-            step=step,
-            occurrence=progress.occurrence,
-            key=f"{self._run_id}:{progress.key}",
-            attempt=progress.starts,
-            results=progress.shown_results(self._plan),
-            compensating=progress.compensating,
-            deaths=progress.deaths,
-            conclude=conclude,
-            interrupted=lambda reason: self._interrupted(progress, step, reason),
-        )
+        end = yield self._body(progress, step)
         if isinstance(end, Returned):
             conclusion = self._gone_on(progress, end.conclusion)
             end = yield Commit(settlement=conclusion.settlement)
@@ -457,6 +276,30 @@ class Execution:
                 if error is not None:
                     raise error from None
         return None
+
+    def _body(self, progress: Progress, step: Step) -> RunBody:
+        """The call of the body of an attempt that has begun."""
+
+        def conclude(value: Any) -> Conclusion:
+            return self._boundaries.concluded(
+                progress,
+                step,
+                value,
+                late=self._lease.late,
+                gives_back=self._stopping() or self._steps_left == 1,
+            )
+
+        return RunBody(
+            step=step,
+            occurrence=progress.occurrence,
+            key=f"{self._run_id}:{progress.key}",
+            attempt=progress.starts,
+            results=progress.shown_results(self._plan),
+            compensating=progress.compensating,
+            deaths=progress.deaths,
+            conclude=conclude,
+            interrupted=lambda reason: self._interrupted(progress, step, reason),
+        )
 
     def _gone_on(self, progress: Progress, conclusion: Conclusion) -> Conclusion:
         """The commit for a body that has returned, with all that follows from it."""

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from beatless.orchestrator.execution import Execution, Requests
-from beatless.orchestrator.function_execution import FunctionExecution
+from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.list_execution import ListExecution
+from beatless.orchestrator.parallel_execution import ParallelExecution
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.requests import Requests
 from beatless.orchestrator.undo_execution import UndoExecution
 
 
@@ -16,7 +17,7 @@ def requests_of(plan: Plan, lease: Lease, *, plans: Mapping[str, Plan], **option
     """All that is to be done. Children of the run are runs of `plans`; see `Execution`."""
     execution: Execution
     if isinstance(plan, FunctionPlan):
-        execution = FunctionExecution(plan, lease, plans=plans, **options)
+        execution = ParallelExecution(plan, lease, plans=plans, **options)
     else:
         execution = ListExecution(plan, lease, plans=plans, **options)
     yield from execution.requests()

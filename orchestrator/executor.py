@@ -14,32 +14,44 @@ import sqlalchemy
 from sqlalchemy import exc
 
 from beatless.orchestrator.async_context import AsyncStepContext
-from beatless.orchestrator.attempt_end import AttemptEnded, may_have_struck
+from beatless.orchestrator.attempt_end import AttemptEnded, end_of_body, may_have_struck
+from beatless.orchestrator.bodies import Beside, Bodies, ThreadsBeside
 from beatless.orchestrator.body import (
     NoConnection,
     call_body,
     check_transaction,
     step_transaction,
-    transaction_lost,
 )
 from beatless.orchestrator.boundaries import Conclusion
-from beatless.orchestrator.child_calls import ChildEnd, without_reads
+from beatless.orchestrator.child_calls import without_reads
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.errors import (
     DeadlineExceeded,
     LeaseLost,
-    RunCancelled,
     StepTimeout,
-    WorkerStops,
 )
-from beatless.orchestrator.execution import (
-    Cancelled,
+from beatless.orchestrator.executions import requests_of
+from beatless.orchestrator.heartbeat import Heartbeat
+from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.lease import Connection, Lease, Leases
+from beatless.orchestrator.leased_writer import LeasedWriter
+from beatless.orchestrator.loop_thread import LoopThread
+from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
+from beatless.orchestrator.output_thread import OutputThread
+from beatless.orchestrator.pace import Pace
+from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.records import Appended, NewRun
+from beatless.orchestrator.requests import (
+    AwaitBody,
+    BeginBody,
+    BodyEnded,
     Commit,
     CommitFailed,
     CommitIfQuiet,
     Committed,
+    EndBody,
     HandedBack,
     Raised,
     ReadJournal,
@@ -55,18 +67,6 @@ from beatless.orchestrator.execution import (
     TransactionLost,
     Unstorable,
 )
-from beatless.orchestrator.executions import requests_of
-from beatless.orchestrator.failure import is_a, text_of
-from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.journal import Journal
-from beatless.orchestrator.lease import Connection, Lease, Leases
-from beatless.orchestrator.leased_writer import LeasedWriter
-from beatless.orchestrator.loop_thread import LoopThread
-from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
-from beatless.orchestrator.output_thread import OutputThread
-from beatless.orchestrator.pace import Pace
-from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.settlement import Settlement
@@ -164,6 +164,10 @@ class Executor:
         """The same for the transaction of a step, which cannot be done again."""
         return act()
 
+    def beside(self) -> Beside:
+        """Has bodies of one run called at the same time."""
+        return ThreadsBeside()
+
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         """The result of a body, within its limits of time."""
         return self.limit(
@@ -209,10 +213,7 @@ class Executor:
         )
 
     def turns(self, plan: Plan, lease: Lease, max_steps: int = 0) -> Turns:
-        """All work on a claimed run, with pauses at which the work on others may come first.
-
-        Holds the lease meanwhile. See `Turns`.
-        """
+        """All work on a claimed run under its lease, with pauses for others: see `Turns`."""
         try:
             self.heartbeat.hold(lease)
             with self.scope(lease, None, lease.run.attempt):
@@ -270,17 +271,6 @@ class RunDriver:
         self._report = RunReport(
             plan, lease, observer=executor.observer, shown_error=executor.shown_error
         )
-        self._requests = requests_of(
-            plan,
-            lease,
-            plans=executor.plans,
-            read_ends=self._read_ends,
-            max_event_bytes=executor.journal.max_event_bytes,
-            max_steps=max_steps,
-            stopping=executor.stopping.is_set,
-            leaving=executor.leaving,
-            redispatch_s=executor.redispatch_s,
-        )
         self._writer = LeasedWriter(
             lease,
             journal=executor.journal,
@@ -293,12 +283,28 @@ class RunDriver:
             on_commit=self._report.committed,
             announce=executor.outputs.announce,
         )
+        self._requests = requests_of(
+            plan,
+            lease,
+            plans=executor.plans,
+            read_ends=self._writer.read_ends,
+            max_event_bytes=executor.journal.max_event_bytes,
+            max_steps=max_steps,
+            stopping=executor.stopping.is_set,
+            leaving=executor.leaving,
+            redispatch_s=executor.redispatch_s,
+        )
+        self._bodies = Bodies(lease, executor.beside, executor.leaving)
 
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
-        with closing(self._requests) as requests:
+        with closing(self._bodies), closing(self._requests) as requests:
             request = yield from self._until_body(requests, None)
             while request is not None:
+                if isinstance(request, BeginBody):
+                    self._bodies.begin(request.body, self._call_beside)
+                    request = yield from self._until_body(requests, None)
+                    continue
                 with self._executor.scope(
                     self._lease, request.occurrence, request.attempt
                 ) as traceparent:
@@ -307,17 +313,17 @@ class RunDriver:
 
     def _until_body(
         self, requests: Requests, reply: Reply | None
-    ) -> Generator[Turn, Answer, RunBody | None]:
+    ) -> Generator[Turn, Answer, RunBody | BeginBody | None]:
         """Do all that comes before the next body; None if there is none."""
         try:
             request = requests.send(reply)
-            while not isinstance(request, RunBody):
+            while not isinstance(request, RunBody | BeginBody):
                 request = requests.send((yield from self._perform(request)))
         except StopIteration:
             return None
         return request
 
-    def _perform(self, request: Request) -> Generator[Turn, Answer, Reply]:
+    def _perform(self, request: Request) -> Generator[Turn, Answer, Reply | None]:
         match request:
             case ReadJournal(behind=behind):
                 page = self._writer.read(behind)
@@ -330,7 +336,12 @@ class RunDriver:
                 return (yield from self._commit(request))
             case CommitIfQuiet():
                 return self._executor.aside(lambda: self._commit_if_quiet(request))
-            case RunBody():
+            case AwaitBody(timeout_s=timeout_s):
+                return self._bodies.await_one(timeout_s)
+            case EndBody(occurrence=occurrence):
+                self._bodies.end(occurrence)
+                return None
+            case RunBody() | BeginBody():
                 raise TypeError("a body is called within the scope of its attempt")
 
     def _commit(self, commit: Commit) -> Generator[Turn, Answer, Committed | Unstorable]:
@@ -353,7 +364,7 @@ class RunDriver:
         self._executor.faults.reach("wait.committed" if parked else "wait.signalled")
         if isinstance(found, Appended):
             return Committed.of(found)
-        return Signalled(found.events, found.turn)
+        return Signalled(found.events, found.turns)
 
     def _start_children(self, settlement: Settlement, runs: Sequence[NewRun]) -> Appended:
         self._executor.faults.reach("children.before")
@@ -362,16 +373,19 @@ class RunDriver:
         return appended
 
     def _settle(self, settlement: Settlement) -> Generator[Turn, Answer, Appended]:
-        answer = yield self._writer.proposal(settlement)
+        executor, writer, beside = self._executor, self._writer, self._bodies.used
+        if beside:
+            executor.faults.reach("beside.before")
+        # While bodies run they write too, and each write must know of the one before: no proposal.
+        answer = None if self._bodies.running else (yield writer.proposal(settlement))
         if isinstance(answer, Appended):
-            self._writer.confirm(settlement, answer)
-            return answer
-        return self._executor.aside(
-            lambda: self._writer.settle(settlement, tried=answer is IN_DOUBT)
-        )
-
-    def _read_ends(self, first: int, last: int) -> Sequence[ChildEnd]:
-        return self._writer.read_ends(first, last)
+            writer.confirm(settlement, answer)
+            appended = answer
+        else:
+            appended = executor.aside(lambda: writer.settle(settlement, tried=answer is IN_DOUBT))
+        if beside:
+            executor.faults.reach("beside.committed")
+        return appended
 
     def _attempt(
         self, requests: Requests, request: RunBody, traceparent: str | None
@@ -380,11 +394,7 @@ class RunDriver:
         executor, step = self._executor, request.step
         if (yield request) is HAND_BACK:
             return Stopped() if executor.stopping.is_set() else HandedBack()
-        if request.deaths:
-            note = partial(self._writer.note_suspect, request.occurrence, request.attempt)
-            executor.aside(note)
-        self._report.begin()
-        executor.faults.reach("step.before")
+        self._begin(request)
         try:
             with step_transaction(step, executor.engine, executor.within) as transaction:
                 conclusion = self._call(request, traceparent, transaction)
@@ -424,11 +434,31 @@ class RunDriver:
         executor.observer(StepCommitted(run_id=self._run_id, step=request.occurrence))
         return Committed.of(appended)
 
+    def _begin(self, request: RunBody) -> None:
+        if request.deaths:
+            note = partial(self._writer.note_suspect, request.occurrence, request.attempt)
+            self._executor.aside(note)
+        self._report.begin(request.occurrence)
+        self._executor.faults.reach("step.before")
+
+    def _call_beside(self, request: RunBody) -> BodyEnded:
+        """Call a body beside others of the run, in a thread or greenlet of its own."""
+        name = request.occurrence
+        with self._executor.scope(self._lease, name, request.attempt) as traceparent:
+            self._begin(request)
+            try:
+                conclusion = self._call(request, traceparent, None)
+            except AttemptEnded as ended:
+                return BodyEnded(occurrence=name, outcome=ended.reply)
+            self._executor.faults.reach("step.effect_done")
+            return BodyEnded(occurrence=name, outcome=Returned(conclusion))
+
     def _call(
         self, request: RunBody, traceparent: str | None, transaction: sqlalchemy.Connection | None
     ) -> Conclusion:
         """Call the body and conclude from its value. Raises AttemptEnded."""
         attempt = self._limited(request)
+        self._bodies.note_attempt(request.occurrence, attempt)
         output = self._writer.open(attempt, request.occurrence, request.attempt)
         context = self._context(request, traceparent, transaction, attempt, output)
         began = monotonic() - self._writer.asked_s
@@ -440,14 +470,20 @@ class RunDriver:
         except SimulatedCrash:
             raise
         except BaseException as error:
-            reply = self._end_of_body(attempt, error, transaction)
-            if may_have_struck(request.step, reply):
+            reply = end_of_body(
+                attempt,
+                error,
+                transaction,
+                leaving=self._executor.leaving,
+                cancel_requested=self._writer.cancel_requested,
+            )
+            if attempt.interruptible and may_have_struck(request.step, reply):
                 self._executor.disconnect()
             self._stored(output, output.abandon)
             raise AttemptEnded(reply) from error
         finally:
-            if not self._writer.close_now():
-                self._executor.aside(self._writer.close)
+            if not self._writer.close_now(attempt):
+                self._executor.aside(partial(self._writer.close, attempt))
             taken_s = monotonic() - self._writer.asked_s - began
             self._executor.body_s += taken_s
             self._executor.pace.note(self._plan, request.step, taken_s)
@@ -457,32 +493,6 @@ class RunDriver:
         output.close()
         if output.added:
             self._executor.aside(store)
-
-    def _end_of_body(
-        self,
-        attempt: Attempt,
-        error: BaseException,
-        transaction: sqlalchemy.Connection | None,
-    ) -> Raised | Cancelled | Stopped | TransactionLost:
-        """Interpret an exception of a body. Raises LeaseLost.
-
-        It is the failure of the body, even a SystemExit, with two exceptions: an interrupt or a
-        lost lease that the body passes on and has not made up, and an exception that ends this
-        process.
-        """
-        if is_a(error, LeaseLost) and self._lease.lost:
-            raise error
-        if is_a(error, WorkerStops) and error is attempt.reason:
-            return Stopped()
-        if is_a(error, RunCancelled) and (
-            error is attempt.reason or self._lease.cancelled or self._writer.cancel_requested()
-        ):
-            return Cancelled()
-        if not isinstance(error, Exception) and self._executor.leaving():
-            return Stopped(error)
-        if transaction_lost(error, transaction):
-            return TransactionLost(text_of(error))
-        return Raised(error)
 
     def _limited(self, request: RunBody) -> Attempt:
         """The attempt as the watchdog sees it."""

@@ -29,19 +29,25 @@ from beatless.orchestrator.outcomes import Finish, Goto, Snooze
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import (
     ARGUMENTS,
+    BESIDE_OTHERS,
     CHILDREN,
     FINAL,
     FOLLOWING,
     GIVEN,
+    GIVEN_BACK,
     LEFT_OUT,
+    PROCESS_DIED,
+    RETRY_IN,
     TAKEN_OVER,
     VALUE,
     Progress,
 )
 from beatless.orchestrator.replay import Again, Call
 from beatless.orchestrator.settlement import Boundary, Settlement
-from beatless.orchestrator.state import RunState
+from beatless.orchestrator.state import WAITS, RunState
 from beatless.orchestrator.waits import Wait
+
+ABANDONED = "the function of the plan went on without it: its branch or task was ended"
 
 MAX_TAKEOVERS = 5
 """Claims in a row that die without a new event until the run fails."""
@@ -55,6 +61,7 @@ class FunctionBoundaries(Boundaries):
     ) -> None:
         """`version` is the one that the run was started with."""
         super().__init__(plan, run_id, max_event_bytes=max_event_bytes)
+        self._number = plan.number
         self._begun_as = {} if version == plan.number else {VERSION: plan.number}
 
     # The function is called, and says how it goes on
@@ -111,14 +118,18 @@ class FunctionBoundaries(Boundaries):
         values: Sequence[NewEvent],
     ) -> Settlement:
         """The start of the children of a call; they are stored in the same transaction."""
+        started = self.children_event(progress, call, children)
+        going_on = Boundary(events=[*values, started], state=RunState.RUNNING)
+        return self._unless_cancelled(progress, going_on, values)
+
+    def children_event(self, progress: Call, call: ChildCall, children: Children) -> NewEvent:
+        """The event by which the children of a call are started."""
         data: dict[str, Any] = dict(self._begun_as)
         if call.detached:
             data["detached"] = True
         if progress.arguments is not None:
             data[ARGUMENTS] = progress.arguments
-        started = children.started(progress.named, **data)
-        going_on = Boundary(events=[*values, started], state=RunState.RUNNING)
-        return self._unless_cancelled(progress, going_on, values)
+        return children.started(progress.named, **data)
 
     def drawn(self, progress: Progress, values: Sequence[NewEvent]) -> Settlement:
         """The values that the function was given before a wait that begins with no event."""
@@ -141,6 +152,70 @@ class FunctionBoundaries(Boundaries):
         With the values that the function was given: which call it has asked for may hang on them.
         """
         return self._given_back(progress, "shutdown", [_followed(outcome, call), *values])
+
+    # Steps that are executed at the same time
+
+    def going_on(self, events: Sequence[NewEvent], begun: Sequence[NewEvent] = ()) -> Settlement:
+        """These events, and unless the run is cancelled also those with which it goes on.
+
+        Either way the run stays in its worker: steps are in flight, or other events follow.
+        """
+        return Settlement(
+            normal=Boundary(events=[*events, *begun], state=RunState.RUNNING),
+            if_cancelled=Boundary(events=events, state=RunState.RUNNING),
+        )
+
+    def begun_beside(self, call: Call) -> NewEvent:
+        """The start of a step, or wait, that is begun beside others of the run."""
+        if isinstance(call.step, Wait):
+            return self._wait_start(call.named, call.step)
+        return self._start(call, **{VERSION: BESIDE_OTHERS + self._number})
+
+    def note_begun(self) -> None:
+        """What the last boundary was to begin has begun: the run was not cancelled before."""
+        self.undoes |= self._begins_undone
+
+    def left_beside(self, settlement: Settlement, calls: Sequence[Call]) -> Settlement:
+        """A boundary that ends an attempt by force, with those that are in flight beside it.
+
+        They are given back, as the run is, at once.
+        """
+        notes = [self.given_back(call) for call in calls]
+
+        def with_others(boundary: Boundary) -> Boundary:
+            return replace(boundary, events=[*notes, *boundary.events], delay_s=0.0)
+
+        return replace(
+            settlement,
+            normal=with_others(settlement.normal),
+            if_cancelled=with_others(settlement.if_cancelled),
+        )
+
+    def given_back(self, call: Call, *, died: bool = False) -> NewEvent:
+        """The trace of an attempt that is made again, uncounted.
+
+        `died`: its process has died, with others beside it.
+        """
+        data = {"name": GIVEN_BACK} | ({PROCESS_DIED: True} if died else {})
+        return self._event(EventType.DEBUG_TRACE, call, **data)
+
+    def abandoned(self, call: Call, facts: dict[str, Any] | None = None) -> NewEvent:
+        """The end of a step whose task or branch has ended before; the facts of its own error."""
+        ended = {"type": "StepAbandoned", "message": ABANDONED, "step": call.named}
+        return self._failure(call, facts or ended, final=True)
+
+    def retried(self, failed: NewEvent, retry_in: float) -> NewEvent:
+        """A failure after which the run stays, and the step is tried again in so many seconds."""
+        data = json.loads(failed.data or "{}") | {RETRY_IN: retry_in}
+        return replace(failed, data=_text(data))
+
+    def cancelled(self) -> Settlement:
+        """The end of a cancelled run, or of its way to be undone, when nothing is in flight."""
+        return Settlement.ignoring_cancel(self._cancelled([]), "cancel")
+
+    def parked_until(self, progress: Progress, delay_s: float, *, waits: bool) -> Settlement:
+        """The run leaves its worker until the next attempt of a step is due, or a wait ends."""
+        return self._given_back(progress, WAITS if waits else "retry", [], delay_s)
 
     def restarted(
         self,
@@ -172,7 +247,7 @@ class FunctionBoundaries(Boundaries):
 
     def _start(self, progress: Progress, **data: Any) -> NewEvent:
         if isinstance(progress, Call):
-            data |= self._begun_as
+            data = self._begun_as | data
             if progress.arguments is not None:
                 data[ARGUMENTS] = progress.arguments
         started = super()._start(progress, **data)

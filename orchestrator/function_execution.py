@@ -19,16 +19,7 @@ from beatless.orchestrator.child_calls import ChildCall, Children, ReadEnds, wit
 from beatless.orchestrator.child_starts import ChildStarts
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import Event, EventType, NewEvent, as_stored
-from beatless.orchestrator.execution import (
-    Commit,
-    CommitIfQuiet,
-    Committed,
-    Execution,
-    Part,
-    Request,
-    Requests,
-    Signalled,
-)
+from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS, FunctionBoundaries
 from beatless.orchestrator.function_call import Broken, Ended, FunctionCall, Said, call_function
@@ -47,8 +38,18 @@ from beatless.orchestrator.replay import (
     Outcome,
     PlanLeft,
     Replay,
+    Several,
     departure,
     refused_input,
+)
+from beatless.orchestrator.requests import (
+    Commit,
+    CommitIfQuiet,
+    Committed,
+    Part,
+    Request,
+    Requests,
+    Signalled,
 )
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
@@ -196,17 +197,17 @@ class FunctionExecution(Execution):
         self._lease.run = replace(run, input=self._function.input.filled(run.input, given))
         return given
 
-    def _resumed(self, outcome: Outcome | None) -> Said:
-        """What the function says to an outcome."""
+    def _resumed(self, outcome: Outcome | None, named: str | None = None) -> Said:
+        """What the function says to an outcome of a call, or of the only one."""
         assert self._call is not None  # noqa: S101 - it waits for one
         try:
-            said = self._call.resume(outcome)
+            said = self._call.resume(outcome, named)
         except PlanLeft:
             if self._replay.unread is None:
                 raise
         if self._replay.unread is not None:
             raise self._replay.unread
-        if isinstance(said, Call) and self._events >= long_history.MAX_EVENTS:
+        if isinstance(said, Call | Several) and self._events >= long_history.MAX_EVENTS:
             return Broken(HistoryTooLong(of_function=True))
         return said
 
@@ -217,7 +218,7 @@ class FunctionExecution(Execution):
 
     def _place(self) -> Progress:
         said = self._said
-        return said if isinstance(said, Call) else Progress(step=None)
+        return said if isinstance(said, Call | Several) else Progress(step=None)
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
         match self._said:
@@ -322,20 +323,20 @@ class FunctionExecution(Execution):
         stored.children, stored.arguments = children, progress.arguments
         if not call.alone:
             return progress
-        self._said = self._resumed(self._replay.ended(progress, children))
+        self._said = self._resumed(self._replay.ended(progress, children), progress.named)
         return (yield from self._begin_attempt(self._place()))
 
     def _tend(self, progress: Call, call: ChildCall, children: Children) -> Part:
         """Start further ones as places become free; leave the worker until that, or their end."""
         reply: Committed | Signalled = yield CommitIfQuiet(
             settlement=self._boundaries.parked(progress),
-            tends=self._starts.tends(call, children),
+            tends=[self._starts.tends(call, children)],
         )
         if isinstance(reply, Committed):
             return None
         for event in reply.events:
             progress.inbox.note(event)
-        turn = reply.turn
+        turn = next(iter(reply.turns), None)
         if turn is None:
             return progress
         if turn.changed or (
@@ -357,11 +358,16 @@ class FunctionExecution(Execution):
         """Tell the function, unless the step is tried again, or it has gone on with a result."""
         commit = self._failed(progress, step, error)
         final = commit.failure is not None and commit.failure.retry_in is None
-        if self._said is not progress or not final or self._lease.late:
+        if (
+            not isinstance(progress, Call)
+            or self._said is not progress
+            or not final
+            or self._lease.late
+        ):
             yield from self._commit(commit)
             return None
         outcome = commit.settlement.normal.events[0]
-        answer = self._replay.failed(self._said, as_stored(outcome)["error"])
+        answer = self._replay.failed(progress, as_stored(outcome)["error"])
         settlement = self._joined(progress, outcome, answer)
         committed = yield from self._commit(replace(commit, settlement=settlement))
         self._steps_left -= 1
@@ -371,8 +377,16 @@ class FunctionExecution(Execution):
         self, progress: Progress, outcome: NewEvent, answer: Outcome, *, is_step: bool = True
     ) -> Settlement:
         """The outcome of a step or wait, with all that the function makes of it."""
-        self._said = said = self._resumed(answer)
-        match said:
+        self._said = self._resumed(answer, progress.occurrence)
+        return self._followed(progress, outcome, is_step=is_step)
+
+    def _followed(
+        self, progress: Progress, outcome: NewEvent, *, is_step: bool = True
+    ) -> Settlement:
+        """The outcome of a step or wait, with what the function has said to it."""
+        match said := self._said:
+            case Several():
+                return self._boundaries.alone(progress, outcome, self._values(), said.calls[0])
             case Call() if self._stopping() or (is_step and self._steps_left == 1):
                 return self._boundaries.promised(progress, outcome, self._values(), said)
             case Call() if isinstance(said.step, ChildCall):
@@ -387,8 +401,8 @@ class FunctionExecution(Execution):
                 return self._boundaries.joined(progress, outcome, values, said)
             case Ended() | Broken():
                 return self._last(said, [outcome])
-            case Mismatch():
-                raise AssertionError(f"a mismatch after the last stored call: {said.message}")
+            case _:
+                raise AssertionError(f"the function said this after its last stored call: {said}")
 
     def _last(self, said: Ended | Broken, events: Sequence[NewEvent]) -> Settlement:
         """The end of the run, after these events."""

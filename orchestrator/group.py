@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.requests import RunBody
 from beatless.orchestrator.settlement import Proposal
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns

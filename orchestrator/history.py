@@ -14,6 +14,7 @@ from beatless.orchestrator.open_waits import OpenWaits, Received, received_of
 from beatless.orchestrator.plan import step_of
 from beatless.orchestrator.progress import (
     ARGUMENTS,
+    BESIDE_OTHERS,
     CHILDREN,
     CONNECTION_LOST,
     FINAL,
@@ -22,9 +23,11 @@ from beatless.orchestrator.progress import (
     LEFT_OUT,
     PROCESS_DIED,
     RENAMED_FROM,
+    RETRY_IN,
     SIGNALS,
     SNOOZED,
     TAKEN_OVER,
+    UNCOUNTED,
     UNDO,
     VALUE,
     WAS_UNDONE,
@@ -43,6 +46,9 @@ CLAIM = "claim"
 
 CALLS, RESULTS, ERRORS, VALUES = "calls", "results", "errors", "values"
 """In the `reused` of RunStarted: the calls in order, their outcomes, and the values of a retry."""
+
+ENDS = "ends"
+"""In it, if it is another one than that of the calls: the order in which they have ended."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +74,16 @@ class StoredCall:
     """Of a step that has failed for good."""
     children: Children | None = None
     """Those that the call has started, or waits for."""
+    asked_seq: int = 0
+    """Of the event by which it is known."""
+    ended_seq: int = 0
+    """Of the event with its outcome; below 0 of those that a retry has taken over."""
+    beside: bool = False
+    """Its last attempt was begun beside other steps of the run."""
+    in_flight: bool = False
+    """Its last attempt has no outcome."""
+    due_ms: float = 0.0
+    """When its next attempt is due, if the last one was begun beside others."""
 
     def uncount(self) -> None:
         self.starts -= 1
@@ -102,6 +118,8 @@ class History:
     """The highest version of the plan that a step was begun with; 0 if only the run's own was."""
     undoes: bool = False
     """A step that is to be undone was begun."""
+    given_back_beside: bool = False
+    """The last attempt that was given back had begun beside others, and none has begun since."""
     last_ts_ms: int = 0
     children: int = 0
     """The highest number of a child, of all generations."""
@@ -136,11 +154,16 @@ class History:
         for name, visits in stored.get(VISITS, {}).items():
             self.visits[plan.current(name)] += visits
 
-    def call(self, occurrence: str, key: str | None = None) -> StoredCall:
-        """The call of this occurrence, which it makes if there is none."""
+    def call(self, occurrence: str, key: str | None = None, *, seq: int = 0) -> StoredCall:
+        """The call of this occurrence, which it makes by the event of this seq if there is none."""
         return self.calls.setdefault(
-            occurrence, StoredCall(occurrence=occurrence, key=key or occurrence)
+            occurrence, StoredCall(occurrence=occurrence, key=key or occurrence, asked_seq=seq)
         )
+
+    def in_flight(self) -> list[StoredCall]:
+        """The calls whose attempts have no outcome, if there were several: none was alone."""
+        found = [call for call in self.calls.values() if call.in_flight]
+        return found if len(found) > 1 or self.given_back_beside else []
 
 
 def history_of(plan: FunctionPlan, events: Iterable[Event]) -> History:
@@ -168,21 +191,30 @@ def fold_calls(plan: FunctionPlan, history: History, events: Iterable[Event]) ->
             history.inbox.note(event)
         elif event.step is not None:
             key = data.get(RENAMED_FROM, event.step)
-            call = history.call(plan.current(event.step), key)
+            call = history.call(plan.current(event.step), key, seq=event.seq)
             note_outcome(call, event.type, name, data)
+            _note_flight(call, event, name)
+            if event.type == EventType.STEP_STARTED or name == GIVEN_BACK:
+                history.given_back_beside = name == GIVEN_BACK and call.beside
             _note_wait(history.inbox, call, event)
             _note_children(history, call, event)
+            if call.ended and not call.ended_seq:
+                call.ended_seq = event.seq
             history.undoes |= event.type == EventType.STEP_STARTED and UNDO in data
-            history.version = max(history.version, data.get(VERSION, 0))
+            history.version = max(history.version, data.get(VERSION, 0) % BESIDE_OTHERS)
             if FOLLOWING in data:
-                history.call(plan.current(data[FOLLOWING]))
+                history.call(plan.current(data[FOLLOWING]), seq=event.seq)
 
 
 def _take_over(plan: FunctionPlan, history: History, reused: dict[str, Any]) -> None:
     """The calls of the run that this one is a retry of."""
-    for name, arguments in reused.get(CALLS, ()):
+    calls = reused.get(CALLS, ())
+    ends = reused.get(ENDS) or [name for name, _ in calls]
+    order = {name: place for place, name in enumerate(ends)}
+    for name, arguments in calls:
         call = history.call(plan.current(name), name)
         call.arguments, call.ended = arguments, True
+        call.ended_seq = order[name] - len(calls)
         call.result = reused.get(RESULTS, {}).get(name)
         if name in reused.get(SIGNALS, ()):
             call.result = received_of(call.result)
@@ -220,6 +252,24 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
             call.lost += not data.get("refused")
 
 
+def _note_flight(call: StoredCall, event: Event, trace: str | None) -> None:
+    """An event that begins or ends an attempt of this call."""
+    data = event.data or {}
+    match event.type:
+        case EventType.STEP_STARTED:
+            call.in_flight, call.due_ms = True, 0.0
+            call.beside = data.get(VERSION, 0) >= BESIDE_OTHERS
+        case EventType.STEP_FAILED:
+            call.in_flight = False
+            call.due_ms = event.ts + 1000 * data.get(RETRY_IN, 0.0)
+        case EventType.STEP_FINISHED:
+            call.in_flight = False
+        case EventType.DEBUG_TRACE if trace in UNCOUNTED:
+            call.in_flight = False
+            if call.beside and trace == SNOOZED:
+                call.due_ms = event.ts + 1000 * data.get("seconds", 0.0)
+
+
 def _note_wait(inbox: OpenWaits, call: StoredCall, event: Event) -> None:
     """An event of the wait of this call."""
     data = event.data or {}
@@ -252,8 +302,10 @@ def _note_children(history: History, call: StoredCall, event: Event) -> None:
         case EventType.CHILDREN_FINISHED if call.children is not None:
             history.inbox.note(event)
             children = replace(call.children, error=(event.data or {}).get("error"))
-            ended = history.call(result_of(call.occurrence)) if children.run_id else call
-            ended.ended, ended.children = True, children
+            ended = call
+            if children.run_id:
+                ended = history.call(result_of(call.occurrence), seq=event.seq)
+            ended.ended, ended.children, ended.ended_seq = True, children, event.seq
 
 
 def reusable_calls(
@@ -283,8 +335,9 @@ def reusable_calls(
         if not places:
             raise CannotRetry(events[0].run_id, f"it never began a step {from_step}")
         calls = calls[: places[-1]]
-    elif calls and calls[-1].error is not None:
-        calls.pop()
+    else:  # those that nothing followed: the function may have gone on after others
+        last = max((call.asked_seq for call in calls), default=0)
+        calls = [call for call in calls if call.error is None or call.ended_seq < last]
     # Children belong to the run that has started them: they are started again.
     of_children = [place for place, call in enumerate(calls) if call.children is not None]
     ended = [call for call in calls[: min(of_children, default=len(calls))] if call.ended]
@@ -302,6 +355,9 @@ def reusable_calls(
         ERRORS: {call.occurrence: call.error for call in ended if call.error is not None},
         VALUES: history.values,
     }
+    order = [call.occurrence for call in sorted(ended, key=lambda call: call.ended_seq)]
+    if order != [call.occurrence for call in ended]:
+        reused[ENDS] = order
     if signals:
         reused[SIGNALS] = list(signals)
     if history.generation > 1:

@@ -13,7 +13,7 @@ from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.errors import LeaseLost, RunNotFound, StepEnded
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.heartbeat import Heartbeat
-from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
+from beatless.orchestrator.held_rows import GIVES_WAY, RowHeld
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import (
     LOCK_TIMEOUT_S,
@@ -43,7 +43,7 @@ class Needed:
 
     events: Sequence[Event]
     """The SignalReceived that were not told."""
-    turn: ChildrenTurn | None = None
+    turns: Sequence[ChildrenTurn] = ()
 
 
 class LeasedWriter(SureWriter):
@@ -84,12 +84,6 @@ class LeasedWriter(SureWriter):
         """The seq up to which the signals of the run were told to its execution."""
         self._in_doubt: Settlement | None = None
         """The boundary in a step's own transaction, until its commit is sure."""
-        self._writing = threading.RLock()
-        """Held by the one thread that writes: a step may have many."""
-        self._speaking: Attempt | None = None
-        """The attempt whose threads may write now."""
-        self._output: StepOutput | None = None
-        """Of that attempt: what it has emitted is written before its next event."""
         self.asked_s = 0.0
         """Seconds that the threads of steps have spent here."""
 
@@ -136,7 +130,8 @@ class LeasedWriter(SureWriter):
             with self._statement(connection):
                 return self._settle(connection, settlement)
 
-        with self._alone():
+        with self._alone(settlement):
+            self._write_tried(settlement)
             appended = self._write(write, settlement.normal.state, what=settlement, tried=tried)
         self._in_doubt = None
         self._on_commit(settlement, appended)
@@ -144,14 +139,14 @@ class LeasedWriter(SureWriter):
         return appended
 
     def settle_if_quiet(
-        self, settlement: Settlement, waits: Sequence[int], tends: Tends | None = None
+        self, settlement: Settlement, waits: Sequence[int], tends: Sequence[Tends] = ()
     ) -> Appended | Needed:
         """Commit a boundary unless the run has received signals that were not told; or those.
 
         They are looked for once the run's row is locked, in statements that begin after that: a
         signal that is committed later finds the boundary, and so does the end of a child. With
         `waits`, the seqs of open waits, the run is due when the first of them ends. With `tends`
-        children of a call are started as there are places, and the run is parked until they need
+        children of calls are started as there are places, and the run is parked until some need
         it. Raises LeaseLost.
         """
         needed: Needed | None = None
@@ -166,20 +161,19 @@ class LeasedWriter(SureWriter):
                 if look is None:
                     return None
                 told_seq, needed = look.last_seq, None
-                tended = self._children.tend(connection, self._run_id, tends) if tends else None
-                if look.events or (tended is not None and tended.needs_parent):
-                    needed = Needed(
-                        events=look.events, turn=None if tended is None else tended.turn
-                    )
+                tended = [self._children.tend(connection, self._run_id, each) for each in tends]
+                if look.events or any(each.needs_parent for each in tended):
+                    needed = Needed(events=look.events, turns=[each.turn for each in tended])
                     return Appended(last_seq=look.last_seq, cancelled=False)
                 if waits or tends:
                     chosen = settlement.due_in(look.delay_s)
                 appended = self._settle(connection, chosen)
-                if tended is not None:
+                if tended:
                     self._children.wait(connection, self._run_id, tended)
                 return appended
 
-        with self._alone():
+        with self._alone(settlement):
+            self._write_tried(settlement)
             appended = self._write(write, settlement.normal.state, what=settlement)
         self._told_seq = told_seq
         if needed is not None:
@@ -200,7 +194,8 @@ class LeasedWriter(SureWriter):
                     self._children.start(connection, self._run_id, runs)
                 return appended
 
-        with self._alone():
+        with self._alone(settlement):
+            self._write_tried(settlement)
             appended = self._write(write, settlement.normal.state, what=settlement)
         self._on_commit(settlement, appended)
         self._take_in(appended)
@@ -262,8 +257,7 @@ class LeasedWriter(SureWriter):
 
     def open(self, attempt: Attempt, step: str, number: int) -> StepOutput:
         """Let the threads of this attempt write; returns its output."""
-        self._speaking = attempt
-        self._output = StepOutput(
+        output = self._outputs[id(attempt)] = StepOutput(
             run_id=self._run_id,
             step=step,
             attempt=number,
@@ -271,28 +265,35 @@ class LeasedWriter(SureWriter):
             writer=self,
             announce=self._announce,
         )
-        return self._output
+        return output
 
-    def close(self) -> None:
+    def close(self, attempt: Attempt) -> None:
         """Let them write no more, once the one that writes has written. Raises RowHeld."""
-        with self._alone():
-            self._forgo_doubt()
-            self._speaking = self._output = None
+        output = self._outputs.get(id(attempt))
+        if output is None:
+            return
+        with self._locked():
+            if self._is_doubtful(output):
+                self._forgo_doubt()
+            del self._outputs[id(attempt)]
 
-    def close_now(self) -> bool:
-        """The same if none writes, and nothing is doubtful; else False."""
+    def close_now(self, attempt: Attempt) -> bool:
+        """The same if none writes, and nothing of theirs is doubtful; else False."""
         if not self._writing.acquire(blocking=False):
             return False
-        if sure := self._doubtful is None:
-            self._speaking = self._output = None
+        output = self._outputs.get(id(attempt))
+        sure = output is None or not self._is_doubtful(output)
+        if sure:
+            self._outputs.pop(id(attempt), None)
         self._writing.release()
         return sure
 
     def append(self, attempt: Attempt, event: NewEvent) -> None:
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
-        with self._asking(attempt, event.step):
+        with self._asking(attempt, event.step, event):
             if self._doubtful is None or self._doubtful != event:
-                self._write_output()
+                self._write_output(self._outputs[id(attempt)])
+                self._write_tried(event)
             self._append([event], what=event)
 
     def note_suspect(self, step: str, attempt: int) -> None:
@@ -304,7 +305,7 @@ class LeasedWriter(SureWriter):
             {"name": SUSPECT, "alone": self._lease.alone}, where=SUSPECT, limit=DATA_BYTES
         )
         note = NewEvent(type=EventType.DEBUG_TRACE, step=step, attempt=attempt, data=data)
-        with self._alone():
+        with self._alone(note):
             self._append([note], what=note)
 
     def write_output(self, output: StepOutput) -> None:
@@ -312,12 +313,10 @@ class LeasedWriter(SureWriter):
 
         Raises RowHeld, LeaseLost, StepEnded. Not in `asked_s`: it may be another thread's time.
         """
-        with self._alone():
-            if self._output is not output:
+        with self._alone(output):
+            if not self._is_open(output):
                 raise StepEnded(self._run_id, output.step)
-            if self._doubtful not in (None, output):
-                raise RowHeld(self._run_id)
-            self._write_output()
+            self._write_output(output)
 
     def begin_portion(self, output: StepOutput) -> Portion | None:
         """What an attempt has emitted, for a statement that commits it with that of others.
@@ -331,7 +330,7 @@ class LeasedWriter(SureWriter):
         output.in_doubt = False
         if not self._writing.acquire(blocking=False):
             return None
-        is_open, sure = self._output is output, self._doubtful in (None, output)
+        is_open, sure = self._is_open(output), self._doubtful in (None, output)
         output.in_doubt = is_open and output.tried
         events = output.pending(output.added) if is_open and sure and not output.tried else ()
         if not events:
@@ -359,10 +358,18 @@ class LeasedWriter(SureWriter):
             output.tried = False
         self._writing.release()
 
-    def _write_output(self) -> None:
-        output = self._output
-        if output is None:
+    def _write_tried(self, what: object) -> None:
+        """Write the output that may have been written, before this: or it would pass for it.
+
+        Not if this itself is in doubt.
+        """
+        if self._doubtful is not None and self._doubtful == what:
             return
+        for output in list(self._outputs.values()):
+            if output.tried or self._doubtful is output:
+                self._write_output(output)
+
+    def _write_output(self, output: StepOutput) -> None:
         added = output.added
         while events := output.pending(added):
             # Another write of the step's threads may be in doubt too: this one is looked for.
@@ -410,32 +417,14 @@ class LeasedWriter(SureWriter):
         with self._asking(attempt, step):
             return self.cancel_requested()
 
-    def cancel_requested(self) -> bool:
-        """Whether a cancel was accepted, by the row and not by the last heartbeat."""
-        self._patiently(self._inspect)
-        return self._lease.cancelled
-
-    def reconnect(self) -> None:
-        """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
-        self._disconnect()
-        self._last_seq = self._patiently(self._inspect).last_seq
-
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The turn of this thread. Raises RowHeld if another writes, and others need this one."""
-        if not self._writing.acquire(timeout=HELD_ROW_WAIT_S if GIVES_WAY.get() else -1):
-            raise RowHeld(self._run_id)
-        try:
-            yield
-        finally:
-            self._writing.release()
-
-    @contextmanager
-    def _asking(self, attempt: Attempt, step: str | None) -> Iterator[None]:
+    def _asking(
+        self, attempt: Attempt, step: str | None, what: NewEvent | None = None
+    ) -> Iterator[None]:
         began = monotonic()
         try:
-            with self._alone():
-                if self._speaking is not attempt:
+            with self._locked() if what is None else self._alone(what):
+                if id(attempt) not in self._outputs:
                     raise StepEnded(self._run_id, step or "")
                 yield
         finally:

@@ -19,20 +19,20 @@ from beatless.orchestrator.child_calls import (
 )
 from beatless.orchestrator.child_elements import ChildElement, ElementContext
 from beatless.orchestrator.child_starts import ChildStarts
-from beatless.orchestrator.execution import (
-    Commit,
-    CommitIfQuiet,
-    Committed,
-    Execution,
-    Part,
-    Request,
-    Signalled,
-)
+from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.list_boundaries import ListBoundaries
 from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import CHANGED_CALL, Progress
+from beatless.orchestrator.requests import (
+    Commit,
+    CommitIfQuiet,
+    Committed,
+    Part,
+    Request,
+    Signalled,
+)
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
 
@@ -156,13 +156,13 @@ class ListExecution(Execution):
             self._call = call
         reply: Committed | Signalled = yield CommitIfQuiet(
             settlement=self._boundaries.parked(progress),
-            tends=self._starts.tends(call, children),
+            tends=[self._starts.tends(call, children)],
         )
         if isinstance(reply, Committed):
             return None
         for event in reply.events:
             progress.inbox.note(event)
-        turn = reply.turn
+        turn = next(iter(reply.turns), None)
         if turn is None or not (turn.done or turn.changed):
             return progress
         if turn.changed or (

@@ -63,6 +63,17 @@ FOLLOWING = "following"
 A process that knows no waits finds one there that it does not have, and leaves it alone.
 """
 
+BESIDE_OTHERS = 2**30
+"""Added to `version` in the StepStarted of a step that is begun beside others of its run.
+
+A process that knows no such steps takes it for a version that is higher than its own, and leaves
+the run alone.
+"""
+
+RETRY_IN = "retry_in"
+"""In StepFailed, of a step that is tried again while others of its run are in flight: in how many
+seconds."""
+
 UNDO, GIVEN = "undo", "given"
 """In StepStarted: the name of the step that undoes this one, and the arguments that a function has
 given it: `args` and `kwargs`."""

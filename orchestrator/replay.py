@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from beatless.orchestrator.arguments import as_json, digest, digest_of_wait
+from beatless.orchestrator.branches import BRANCH, Branch
 from beatless.orchestrator.child_calls import ChildCall, ChildEnd, Children, ReadEnds, failure_of
 from beatless.orchestrator.errors import BadPayload, ChildFailed, StepFailed
 from beatless.orchestrator.failure import describe, line_of, text_of
@@ -20,7 +21,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall, result_of
 from beatless.orchestrator.open_waits import Approval, Received, Signal
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Step, not_a_step, occurrence, step_of
+from beatless.orchestrator.plan import Step, not_a_step, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
 from beatless.orchestrator.waits import Wait
 
@@ -46,11 +47,21 @@ class Call(Progress):
     arguments: str | None
     given: dict[str, Any] | None = None
     """The arguments as JSON, for the step that undoes this one."""
+    due_ms: float = 0.0
+    """When its next attempt is due, of a step that was begun beside others."""
 
     @property
     def occurrence(self) -> str:
         """As the function has named it."""
         return self.named
+
+
+@dataclass(slots=True, kw_only=True)
+class Several(Progress):
+    """The steps and waits at which the branches of the function are, as the place of its run."""
+
+    calls: Sequence[Call]
+    """In the order in which they were asked for; the `step` is that of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +119,8 @@ class Outcome:
 
     result: Any = None
     failure: StepFailed | ChildFailed | None = None
+    seq: int = 0
+    """Of the event that has it, if it was in the history: the function is told in their order."""
 
     def give(self) -> Any:
         """The result. Raises StepFailed and ChildFailed."""
@@ -137,8 +150,8 @@ class Replay:
     """Those of all finished steps, by occurrence and by name, for the bodies of steps."""
     drawn: list[tuple[str, Any]] = field(default_factory=list)
     """The values that are not stored yet, with their kinds."""
-    visits: Counter[str] = field(init=False)
-    """How often each name was called, in earlier generations too."""
+    branch: Branch = field(init=False)
+    """The function itself."""
     ended_children: set[int] = field(default_factory=set)
     """The numbers of those whose end the function knows of by a call for the first of several."""
     last_name: str = ""
@@ -153,7 +166,7 @@ class Replay:
     _given: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.visits = Counter(self.history.visits)
+        self.branch = Branch(visits=Counter(self.history.visits))
         self._ahead = dict.fromkeys(
             name for name in self.history.calls if step_of(name) not in self.plan.removed
         )
@@ -169,6 +182,11 @@ class Replay:
         for call in left:
             call.left_out = True
         return left
+
+    @property
+    def visits(self) -> Counter[str]:
+        """How often each name was called outside of branches, in earlier generations too."""
+        return self.branch.visits
 
     def step(
         self, step: Step, args: Sequence[Any], kwargs: Mapping[str, Any], id: str | None
@@ -265,7 +283,7 @@ class Replay:
 
         Also of one that has raised: before it was where the run is, by code that may be mended.
         """
-        return self._passed_over(error=error)
+        return self.passed_over(error=error)
 
     def finished(self, call: Call, result: Any) -> Outcome:
         """The step of a call has this result."""
@@ -328,15 +346,18 @@ class Replay:
         if stored.children is not None:
             error = stored.children.error
             self.ended_children.update(stored.children.rivals)
-            return Outcome(result=stored.children, failure=failure_of(error) if error else None)
+            return Outcome(
+                result=stored.children,
+                failure=failure_of(error) if error else None,
+                seq=stored.ended_seq,
+            )
         if stored.error is None:
             self.results[stored.occurrence] = self.results[name] = stored.result
             # A copy: what the function does to it is seen by no step, as when it is called again.
-            return Outcome(result=_copy(stored.result))
+            return Outcome(result=_copy(stored.result), seq=stored.ended_seq)
         error = stored.error
-        return Outcome(
-            failure=StepFailed(stored.occurrence, str(error.get("type")), str(error.get("message")))
-        )
+        failure = StepFailed(stored.occurrence, str(error.get("type")), str(error.get("message")))
+        return Outcome(failure=failure, seq=stored.ended_seq)
 
     def _ambiguous(self, name: str) -> PlanError:
         return PlanError(
@@ -351,8 +372,7 @@ class Replay:
 
     def _name(self, name: str, id: str | None) -> str:
         if id is None:
-            self.visits[name] += 1
-            return occurrence(name, self.visits[name])
+            return BRANCH.get(self.branch).occurrence(name, self.history.generation)
         if not isinstance(id, str) or not CALL_ID.fullmatch(id):
             raise PlanError(
                 f"plan {self.plan.name}: the id {id!r:.200} of {name} must be a str of letters, "
@@ -374,8 +394,6 @@ class Replay:
                 return self.changed(name)
             if stored.ended:
                 return self._outcome(base, stored)
-        if found := self._passed_over(asked=name):
-            return found
         call = Call(
             step=element(),
             named=name,
@@ -387,13 +405,16 @@ class Replay:
             call.begun = stored.key
             call.starts, call.failures = stored.starts, stored.failures
             call.lost, call.refused = stored.lost, stored.refused
-            call.deaths = stored.deaths
+            call.deaths, call.due_ms = stored.deaths, stored.due_ms
         return call
 
-    def _passed_over(
+    def passed_over(
         self, *, asked: str | None = None, error: BaseException | None = None
     ) -> Mismatch | None:
-        """The first stored call that is still ahead; the function asks for another, or ends."""
+        """The first stored call that is still ahead; the function asks for another, or ends.
+
+        Once it has been told all that is stored.
+        """
         if not self._ahead:  # first: to look into a dict that was emptied takes as long as it was
             return None
         name = next(iter(self._ahead))

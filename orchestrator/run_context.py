@@ -1,11 +1,12 @@
 """The argument of a plan's function: the run's input, its steps, and values that are stored."""
 
+import asyncio
 import random
 import uuid
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
@@ -24,14 +25,15 @@ from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
 
 Input = TypeVar("Input")
 
-ONE_AT_A_TIME = (
-    "the function of a plan can await only run.step(…), run.wait(…), run.approve(…), run.sleep(…), "
-    "run.child(…), run.map(…) and the result() of a child, one at a time; do the rest in a step"
+NOT_AWAITED = (
+    "a call of run was not awaited, or not before the use of its result: write await run.step(…), "
+    "also for run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and the result() "
+    "of a child, or give the calls to asyncio.gather"
 )
 
 NO_PARALLEL = (
-    "run.parallel is not there: the steps of one run are executed one after the other; run.child "
-    "and run.map start runs of another plan, which are executed at the same time"
+    "run.parallel is for plans that are not async: in this one give the calls to asyncio.gather, "
+    "or make tasks of them in an asyncio.TaskGroup"
 )
 
 Asked = Call | Mismatch
@@ -65,6 +67,7 @@ class RunContext(Generic[Input]):
         version: int,
         replay: Replay,
         ask: Callable[[Asked], Outcome],
+        fork: Callable[[Sequence[Callable[[], Any]]], list[Any]],
     ) -> None:
         self.id = run.run_id
         """The run's id."""
@@ -77,6 +80,7 @@ class RunContext(Generic[Input]):
         """The version of the plan that the run was started with: `if run.version >= 2: …`."""
         self._replay = replay
         self._ask = ask
+        self._fork = fork
         self._gave_results = False
 
     def step(self, step: Step, /, *args: Any, id: str | None = None, **kwargs: Any) -> Any:
@@ -336,12 +340,36 @@ class RunContext(Generic[Input]):
         """A random UUID, stored."""
         return uuid.UUID(self._replay.value("uuid", lambda: str(uuid.uuid4())))
 
-    if not TYPE_CHECKING:  # a type checker knows the members
+    def parallel(self, branches: Iterable[Callable[[], Any]], /) -> list[Any]:
+        """Call functions at the same time, and wait for all: their results, in order.
 
-        def __getattr__(self, name: str) -> Any:
-            """Raises AttributeError, for `parallel` with what there is instead."""
-            text = f"{type(self).__name__!r} has no attribute {name!r}"
-            raise AttributeError(NO_PARALLEL if name == "parallel" else text)
+        Each is called without arguments, and asks this RunContext for steps, waits and children of
+        its own. The steps of different branches are executed at the same time: those that are not
+        async in threads of the worker. A branch that raises ends the others: they ask for nothing
+        more, steps that are in flight end, and the exception is raised here. Occurrences are
+        counted within each branch: `ask#2:1` is the first call of `ask` in the second one.
+
+        Not in an `async def` plan, which has `asyncio.gather` and `asyncio.TaskGroup` for it.
+        Raises PlanError for a branch that is no function.
+
+        >>> from beatless import RunContext, plan, step
+        >>> @step
+        ... def quote(ctx, carrier): ...
+        >>> @plan("quotes")
+        ... def quotes(run: RunContext):
+        ...     return run.parallel([
+        ...         lambda: run.step(quote, "road"),
+        ...         lambda: run.step(quote, "rail"),
+        ...     ])
+        """
+        calls = list(branches)
+        for each in calls:
+            if not callable(each):
+                raise PlanError(
+                    f"run.parallel calls functions, and {each!r:.200} is none: give it a list as "
+                    "[lambda: run.step(…), lambda: run.step(…)]"
+                )
+        return self._fork(calls)
 
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
         outcome = found if isinstance(found, Outcome) else self._ask(found)
@@ -387,40 +415,61 @@ class Child:
 class AsyncRunContext(RunContext[Input]):
     """The RunContext of a function that is `async def`: its steps and waits are awaited."""
 
-    _last: "Awaited | None" = None
+    def __init__(
+        self, *, answered: "Callable[[Outcome | Asked], Answered]", **options: Any
+    ) -> None:
+        super().__init__(ask=_not_awaited, fork=_not_awaited, **options)
+        self._answered = answered
+        self._unawaited = 0
+        self.forgotten = False
+        """Whether a call is gone that was not awaited."""
+
+    def parallel(self, branches: Iterable[Callable[[], Any]], /) -> NoReturn:
+        """Raises PlanError: this is for plans that are not async."""
+        del branches
+        raise PlanError(NO_PARALLEL)
 
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
-        self.check_awaited()
-        self._last = Awaited(found, made)
-        return self._last
+        self._unawaited += 1
+        return Awaited(self, found, made)
+
+    def begin(self, found: Outcome | Asked) -> "Answered":
+        """A call is awaited: its answer, or the future that will have it."""
+        self._unawaited -= 1
+        return self._answered(found)
 
     def check_awaited(self) -> None:
-        """Raises PlanError if the last call was not awaited: it would have done nothing."""
-        if self._last is not None and not self._last.begun:
-            raise PlanError(
-                "a call of run was not awaited, or not before the next one or the use of its "
-                f"result: write await run.step(…); {ONE_AT_A_TIME}"
-            )
+        """Raises PlanError if a call was not awaited: it has done nothing."""
+        if self._unawaited:
+            raise PlanError(NOT_AWAITED)
+
+
+Answered = Outcome | asyncio.Future[Outcome]
+"""The answer to a call, at once or later."""
 
 
 class Awaited:
-    """A call that an `async def` plan awaits."""
+    """A call that an `async def` plan awaits, or hands to `asyncio.gather` and the like."""
 
-    def __init__(self, found: Outcome | Asked, made: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, context: AsyncRunContext[Any], found: Outcome | Asked, made: Callable[[Any], Any]
+    ) -> None:
+        self._context = context
         self._found = found
         self._made = made
-        self.begun = False
-        """Whether it is, or was, awaited."""
+        self._answer: Answered | None = None
 
-    @property
-    def _asyncio_future_blocking(self) -> bool:
-        """Asked for by `asyncio.gather` and the like, see `asyncio.isfuture`. Raises PlanError.
-
-        They would make an event loop, which nobody runs and nobody closes.
-        """
-        raise PlanError(f"a call of run is handed to asyncio: {ONE_AT_A_TIME}")
-
-    def __await__(self) -> Generator[Asked, Outcome, Any]:
-        found, self.begun = self._found, True
-        outcome = found if isinstance(found, Outcome) else (yield found)
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if self._answer is None:
+            self._answer = self._context.begin(self._found)
+        answer = self._answer
+        outcome = answer if isinstance(answer, Outcome) else (yield from answer)
         return self._made(outcome.give())
+
+    def __del__(self) -> None:
+        if self._answer is None:
+            self._context.forgotten = True
+
+
+def _not_awaited(asked: object) -> NoReturn:
+    raise TypeError(f"{asked!r:.200} is awaited in an async plan")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from beatless.orchestrator.boundaries import StepFailure
+from beatless.orchestrator.events import EventType
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS
 from beatless.orchestrator.observer import LongHistoryRead, Settled
@@ -30,8 +31,8 @@ class RunReport:
         self._lease = lease
         self._observer = observer
         self._shown_error = shown_error
-        self._began: float | None = None
-        """When the attempt in flight was begun, by the monotonic clock."""
+        self._began: dict[str, float] = {}
+        """When the attempts in flight were begun, by the monotonic clock, by occurrence."""
         self._exception: BaseException | None = None
         """The failure of the body, until it is announced."""
         self._events = 0
@@ -55,9 +56,9 @@ class RunReport:
             },
         )
 
-    def begin(self) -> None:
-        """An attempt is begun."""
-        self._began = monotonic()
+    def begin(self, occurrence: str) -> None:
+        """An attempt of this step is begun."""
+        self._began[occurrence] = monotonic()
 
     def failed(self, failure: StepFailure | None) -> None:
         """Log the failure of an attempt."""
@@ -87,7 +88,8 @@ class RunReport:
     def committed(self, settlement: Settlement, appended: Appended) -> None:
         """Report a committed boundary to observers and the log."""
         boundary = settlement.chosen(cancelled=appended.cancelled)
-        began = self._began
+        ended = (event.step for event in boundary.events if event.type != EventType.STEP_STARTED)
+        began = next((self._began.pop(step) for step in ended if step in self._began), None)
         self._observer(
             Settled(
                 lease=self._lease,
@@ -99,7 +101,7 @@ class RunReport:
                 exception=self._exception,
             )
         )
-        self._began = self._exception = None
+        self._exception = None
         facts = {
             "run_id": self._lease.run.run_id,
             "plan": self._plan.name,

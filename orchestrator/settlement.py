@@ -41,7 +41,8 @@ class Settlement:
         return cls(normal=boundary, if_cancelled=boundary, reason=reason)
 
     def due_in(self, delay_s: float) -> Self:
-        """The same, of a run that waits so many seconds: also if its cancel is ignored."""
+        """The same, of a run that waits so many seconds at most, also if its cancel is ignored."""
+        delay_s = min(delay_s, self.normal.delay_s or delay_s)
         later = replace(self.normal, delay_s=delay_s)
         ignores = self.if_cancelled is self.normal
         return replace(self, normal=later, if_cancelled=later if ignores else self.if_cancelled)

@@ -13,11 +13,13 @@ from typing import TypeVar
 import psycopg
 
 from beatless.orchestrator.errors import LeaseLost
+from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
 from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.records import Appended
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.step_output import StepOutput
 from beatless.outbox.backoff import Backoff
 
 logger = logging.getLogger("beatless.orchestrator.executor")
@@ -59,6 +61,13 @@ class SureWriter:
         self._stopping = stopping
         self._last_seq = lease.run.last_seq
         """Of the last event that is known to be committed."""
+        self._writing = threading.RLock()
+        """Held by the one thread that writes: the steps of a run may have many."""
+        self._outputs: dict[int, StepOutput] = {}
+        """Of the attempts whose threads may write now, by their identities: what one has emitted is
+        written before its next event."""
+        self._never = threading.Event()
+        """Not set: threads wait at it for the doubt of others to end."""
         self._doubtful: object = None
         """What was to be written when an answer was lost and somebody had the row, until it is
         known whether it was."""
@@ -104,6 +113,53 @@ class SureWriter:
         if not status.committed_since:
             return None
         return Appended(last_seq=status.last_seq, cancelled=status.state is not intended)
+
+    def cancel_requested(self) -> bool:
+        """Whether a cancel was accepted, by the row and not by the last heartbeat."""
+        self._patiently(self._inspect)
+        return self._lease.cancelled
+
+    def reconnect(self) -> None:
+        """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
+        self._disconnect()
+        self._last_seq = self._patiently(self._inspect).last_seq
+
+    def _is_open(self, output: StepOutput) -> bool:
+        return any(each is output for each in self._outputs.values())
+
+    def _is_doubtful(self, output: StepOutput) -> bool:
+        """Whether a write of this attempt is in doubt."""
+        doubtful = self._doubtful
+        if isinstance(doubtful, NewEvent):
+            return doubtful.step == output.step
+        return doubtful is output
+
+    @contextmanager
+    def _alone(self, what: object) -> Iterator[None]:
+        """The turn of this thread to write this. Raises RowHeld as `_locked`.
+
+        What another thread has written, perhaps, is written by that one first; output by any.
+        """
+        while True:
+            with self._locked():
+                doubtful = self._doubtful
+                open_output = any(each is doubtful for each in self._outputs.values())
+                if doubtful is None or open_output or doubtful == what:
+                    yield
+                    return
+            if GIVES_WAY.get():
+                raise RowHeld(self._run_id)
+            self._never.wait(HELD_ROW_WAIT_S)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The turn of this thread. Raises RowHeld if another writes, and others need this one."""
+        if not self._writing.acquire(timeout=HELD_ROW_WAIT_S if GIVES_WAY.get() else -1):
+            raise RowHeld(self._run_id)
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     @contextmanager
     def _transaction(self, connection: Connection) -> Iterator[None]:

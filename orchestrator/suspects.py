@@ -63,17 +63,18 @@ class BodiesInFlight:
             self._admit()
         return None if self._change_at is None else max(0.0, self._change_at - monotonic())
 
-    def enter(self, lease: Lease, deaths: int) -> Future[None]:
-        """A body is to run whose process has died so often; the future is done when it may."""
+    def enter(self, lease: Lease, deaths: int) -> Body:
+        """A body is to run whose process has died so often: when it `may_run`."""
         body = Body(lease=lease, most=most_beside(deaths), since=monotonic())
         self._waiting.append(body)
         self._admit()
-        return body.may_run
+        return body
 
-    def leave(self, lease: Lease) -> None:
+    def leave(self, body: Body) -> None:
         """It has ended."""
-        self._running.pop(id(lease), None)
-        self._heartbeat.note_uncalled(lease, uncalled=True)
+        self._running.pop(id(body), None)
+        if not any(each.lease is body.lease for each in self._running.values()):
+            self._heartbeat.note_uncalled(body.lease, uncalled=True)
         self._admit()
         self._note_alone()
 
@@ -101,7 +102,7 @@ class BodiesInFlight:
                     return
                 continue
             self._waiting.remove(body)
-            self._running[id(body.lease)] = body
+            self._running[id(body)] = body
             body.lease.alone = body.most == 1
             self._heartbeat.note_uncalled(body.lease, uncalled=True, beside=True)
             self._note_alone()

@@ -7,7 +7,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from contextvars import copy_context
 from heapq import heappop, heappush
 from itertools import count
@@ -73,6 +74,21 @@ class SwitchThread:
             self._hub.switch()
         self._acting = current
         return future.result()
+
+    def wait_for(self, future: Future[Any], seconds: float | None) -> None:
+        """Return when a future is done, or after so many seconds. Other calls go on meanwhile."""
+        either: Future[None] = Future()
+
+        def ring(_done: Future[Any]) -> None:
+            with suppress(InvalidStateError):  # the other one was first
+                either.set_result(None)
+
+        future.add_done_callback(ring)
+        if seconds is not None:
+            alarm: Future[None] = Future()
+            alarm.add_done_callback(ring)
+            heappush(self._pauses, (monotonic() + seconds, next(self._numbers), alarm))
+        self.wait(either)
 
     def pause(self, seconds: float) -> None:
         """Wait for so long. Other calls go on meanwhile."""

@@ -12,12 +12,14 @@ from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.long_history import MANY_EVENTS, MAX_EVENTS, length
 from beatless.orchestrator.open_waits import WaitOutcome
 from beatless.orchestrator.progress import (
+    BESIDE_OTHERS,
     CHANGED_CALL,
     CONNECTION_LOST,
     FINAL,
     FOLLOWING,
     GIVEN_BACK,
     ON_CANCEL,
+    RETRY_IN,
     SNOOZED,
     TAKEN_OVER,
     UNKNOWN_STEP,
@@ -28,6 +30,8 @@ from beatless.outbox.times import MOST_S
 
 HANDOVER_S = 0.01
 """Seconds between two steps above which another worker has taken the run over."""
+
+NO_OUTCOME = "no outcome: its process or lease died"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +87,8 @@ def timeline(
     An attempt without an outcome is one whose process died or lost its lease. `children` are those
     of `waits_for_children`.
     """
-    waits = open_wait(events)
-    wait = "nothing that is known here" if waits is None else named_waits(waits)
+    waits = open_waits(events)
+    wait = " and for ".join(map(named_waits, waits)) or "nothing that is known here"
     if children is not None:
         wait = f"its children: {children.occurrence}, {children}"
     # An attempt is known at its end, and stands at its beginning. None is before the start.
@@ -111,8 +115,10 @@ def _length(run: Run, status: DispatchStatus, events: Sequence[Event]) -> Iterat
 
 
 def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
-    open_attempt: Event | None = None
-    wait: Event | None = None
+    attempts: dict[str | None, Event] = {}
+    """Those that are open, by their steps: several, of a run with branches."""
+    begun: dict[str | None, Event] = {}
+    """The waits that are open."""
     waits: Wait | None = None
     for event in events:
         data = event.data or {}
@@ -135,11 +141,13 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 yield Moment(at=event.ts, kind="input", text=text)
                 waits = Wait(event.ts, max(event.ts, data.get("not_before") or 0), "for its time")
             case EventType.STEP_STARTED:
-                if open_attempt is not None:
-                    yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
-                elif waits is not None:
+                beside = data.get("version", 0) >= BESIDE_OTHERS
+                dead = [each for each in attempts if not beside or each == event.step]
+                for step in dead:
+                    yield _attempt(attempts.pop(step), event.ts, NO_OUTCOME)
+                if not dead and waits is not None:
                     yield from waits.moments(event.ts)
-                open_attempt, waits = event, None
+                attempts[event.step], waits = event, None
             case EventType.STEP_FINISHED:
                 outcome, waits = "finished", Wait(event.ts, event.ts, then="for another worker")
                 if "next" in data:
@@ -148,6 +156,8 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 error = data.get("error") or {}
                 outcome = f"failed: {error.get('type')}: {error.get('message')}"
                 due = None if data.get(FINAL) else data.get("retry_at")
+                if RETRY_IN in data:
+                    due = event.ts + round(1000 * data[RETRY_IN])
                 waits = Wait(event.ts, due or event.ts, "for the back-off of its next attempt")
             case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
                 seconds = float(data.get("seconds") or 0.0)
@@ -165,15 +175,15 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 text = "its worker died or lost the lease; the plan's function was called again"
                 yield Moment(at=event.ts, kind="attempt", text=text)
             case EventType.WAIT_STARTED:
-                wait, waits = event, None
+                begun[event.step], waits = event, None
             case EventType.SIGNAL_RECEIVED:
                 text = f"signal {data.get('name')} was received"
                 if decision := data.get("decision"):
                     text = f"approval {data.get('name')} was decided by {decision.get('by')}"
                 yield Moment(at=event.ts, kind="signal", text=text)
             case EventType.WAIT_FINISHED:
-                yield _waited(wait or event, event)
-                wait, waits = None, Wait(event.ts, event.ts, then="for another worker")
+                yield _waited(begun.pop(event.step, event), event)
+                waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.CHILDREN_STARTED:
                 text = f"started {_children(data)}"
                 yield Moment(at=event.ts, kind="children", text=text, step=event.step)
@@ -201,22 +211,23 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 text = "a cancel was accepted" + (f": {reason}" if reason else "")
                 yield Moment(at=event.ts, kind="cancel", text=text)
             case EventType.RUN_FINISHED:
-                if open_attempt is not None:
-                    yield _attempt(open_attempt, event.ts, "no outcome: its process or lease died")
-                    open_attempt = None
+                for started in attempts.values():
+                    yield _attempt(started, event.ts, NO_OUTCOME)
+                attempts.clear()
                 passed = (event.ts - events[0].ts) / 1000
                 text = str(data.get("outcome"))
                 yield Moment(at=event.ts, kind="finished", text=text, seconds=passed)
-        if outcome and open_attempt is not None:
-            yield _attempt(open_attempt, event.ts, outcome)
-            open_attempt = None
-    if open_attempt is not None:
+        if outcome and event.step in attempts:
+            yield _attempt(attempts.pop(event.step), event.ts, outcome)
+            if attempts:
+                waits = None  # others are in flight
+    for started in attempts.values():
         yield Moment(
-            at=open_attempt.ts,
+            at=started.ts,
             kind="attempt",
             text="runs, or its process has died",
-            step=open_attempt.step,
-            attempt=open_attempt.attempt,
+            step=started.step,
+            attempt=started.attempt,
         )
 
 
@@ -260,18 +271,21 @@ def _children(data: Mapping[str, Any]) -> str:
     return f"{numbers}, {count} runs of plan {data.get('plan')}"
 
 
-def open_wait(events: Sequence[Event]) -> Event | None:
-    """The beginning of the wait at which a run is, by its events."""
-    begins = (EventType.WAIT_STARTED, EventType.CHILDREN_STARTED)
-    ends = (EventType.WAIT_FINISHED, EventType.CHILDREN_FINISHED)
-    bounds = [event for event in events if event.type in (*begins, *ends)]
-    return bounds[-1] if bounds and bounds[-1].type in begins else None
+def open_waits(events: Sequence[Event]) -> list[Event]:
+    """The beginnings of the waits at which a run is, by its events: several in branches."""
+    found: dict[str | None, Event] = {}
+    for event in events:
+        match event.type:
+            case EventType.WAIT_STARTED | EventType.CHILDREN_STARTED:
+                found[event.step] = event
+            case EventType.WAIT_FINISHED | EventType.CHILDREN_FINISHED:
+                found.pop(event.step, None)
+    return list(found.values())
 
 
 def waits_for_children(events: Sequence[Event]) -> Event | None:
     """The last ChildrenStarted of a run that waits, and waits for no signal or time."""
-    begun = open_wait(events)
-    if begun is not None and begun.type == EventType.WAIT_STARTED:
+    if any(event.type == EventType.WAIT_STARTED for event in open_waits(events)):
         return None
     started = [event for event in events if event.type == EventType.CHILDREN_STARTED]
     return started[-1] if started else None

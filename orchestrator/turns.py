@@ -3,8 +3,8 @@
 from collections.abc import Generator
 from enum import Enum, auto
 
-from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.records import Appended
+from beatless.orchestrator.requests import RunBody
 from beatless.orchestrator.settlement import Proposal
 
 

@@ -17,18 +17,18 @@ from typing import Any
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.child_calls import ReadEnds, Tends, with_results
 from beatless.orchestrator.events import Event, NewEvent
-from beatless.orchestrator.execution import (
+from beatless.orchestrator.execution import Execution
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.progress import Progress, fold
+from beatless.orchestrator.requests import (
     CommitIfQuiet,
     Committed,
-    Execution,
     Part,
     Request,
     Requests,
     Signalled,
 )
-from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.progress import Progress, fold
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.undo_boundaries import UndoBoundaries
 from beatless.orchestrator.undos import Undoing, Undos, undos_of
@@ -97,11 +97,11 @@ class UndoExecution(Execution):
         while True:
             reply = yield CommitIfQuiet(
                 settlement=self._boundaries.parked(progress),
-                tends=Tends(children=None, runs=lambda _: []),
+                tends=[Tends(children=None, runs=lambda _: [])],
             )
             if isinstance(reply, Committed):
                 return False
-            if reply.turn is not None and reply.turn.done:
+            if any(turn.done for turn in reply.turns):
                 return True
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections import Counter
 
 POINTS = frozenset(
@@ -10,6 +11,8 @@ POINTS = frozenset(
         "step.before",
         "step.effect_done",
         "step.committed",
+        "beside.before",
+        "beside.committed",
         "wait.before",
         "wait.signalled",
         "children.before",
@@ -50,6 +53,7 @@ class CrashPoints:
     def __init__(self, specification: str = "") -> None:
         self._armed: dict[str, tuple[int, str]] = {}
         self._passes: Counter[str] = Counter()
+        self._mutex = threading.Lock()
         for part in filter(None, specification.split(",")):
             name, _, action = part.partition(":")
             point, _, nth = name.partition("@")
@@ -72,11 +76,12 @@ class CrashPoints:
         """Report that this point was passed."""
         if not self._armed:
             return
-        self._passes[point] += 1
-        nth, action = self._armed.get(point, (0, ""))
-        if self._passes[point] != nth:
-            return
-        del self._armed[point]
+        with self._mutex:  # bodies of one run may pass a point at the same time
+            self._passes[point] += 1
+            nth, action = self._armed.get(point, (0, ""))
+            if self._passes[point] != nth:
+                return
+            del self._armed[point]
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "raise":

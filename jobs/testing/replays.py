@@ -7,7 +7,7 @@ from beatless.orchestrator.dry_replay import dry_replay
 from beatless.orchestrator.function_call import Ended
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import Plan
-from beatless.orchestrator.replay import Call, Mismatch
+from beatless.orchestrator.replay import Call, Mismatch, Several
 from beatless.orchestrator.state import RunState
 
 
@@ -29,7 +29,7 @@ def check_replay(client: Client, plan: Plan, run_id: str) -> None:
             return
         case Ended(value):
             found = f"it returns {value!r:.500}, and returned {run.result!r:.500} before"
-        case Call():
+        case Call() | Several():
             found = f"it asks for step {said.occurrence}, which it did not before"
         case Mismatch():
             found = said.message

@@ -380,8 +380,8 @@ BUGS = {
     ),
     "a run is parked in spite of a signal": Bug(
         "orchestrator/leased_writer.py",
-        "                if look.events or (",
-        "                if (look.events and not waits) or (",
+        "                if look.events or any(",
+        "                if (look.events and not waits) or any(",
     ),
     "a signal to a run whose row is held wakes nobody": Bug(
         "orchestrator/wakes.sql",
@@ -510,11 +510,8 @@ BUGS = {
     ),
     "a suspect is one for ever": Bug(
         "orchestrator/suspects.py",
-        "        self._running.pop(id(lease), None)\n",
-        "        if self._running.get(id(lease), lease) is not lease and (\n"
-        "            self._running[id(lease)].most == inf\n"
-        "        ):\n"
-        "            self._running.pop(id(lease), None)\n",
+        "        self._running.pop(id(body), None)\n",
+        "        if body.most == inf:\n            self._running.pop(id(body), None)\n",
     ),
     "a run that fails is not undone": Bug(
         "orchestrator/boundaries.py",

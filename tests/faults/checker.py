@@ -6,6 +6,7 @@ records are described in `history.py`, the invariants in docs/guarantees.md.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from tests.faults import duplicates, families, leases, limits, punctuality, ticks, undos, waits
 from tests.faults.history import ENDED, History, Record, Violation, due_after, of_type
@@ -72,40 +73,48 @@ def transactional_rows_are_exact(history: History) -> Iterator[Violation]:
                 yield Violation("I4", run_id, f"{step} stored {count} rows, see its result")
 
 
+@dataclass
+class Tries:
+    """The attempts of a step so far."""
+
+    expected: int = 1
+    failures: int = 0
+    due: float = 0.0
+
+
 def attempts_are_counted(history: History) -> Iterator[Violation]:
     for run_id, run, events in history.each_run():
         retries = history.plan(run).get("retries", {})
-        step, expected, failures, due = None, 1, 0, 0.0
+        tries: dict[str, Tries] = defaultdict(Tries)  # of steps that may be in flight at once
         for event in events:
-            number, data = event["attempt"], event["data"] or {}
+            step, number, data = event["step"], event["attempt"], event["data"] or {}
             if event["type"] == "StepStarted":
-                if event["step"] != step:
-                    step, expected, failures, due = event["step"], 1, 0, 0.0
-                if number != expected:
-                    yield Violation("I10", run_id, f"{step} began as {number}, not {expected}")
-                if event["ts"] < due:
+                if number != tries[step].expected:
+                    text = f"{step} began as {number}, not {tries[step].expected}"
+                    yield Violation("I10", run_id, text)
+                if event["ts"] < tries[step].due:
                     yield Violation("delay", run_id, f"attempt {number} of {step} came too early")
-                expected = number + 1
+                tries[step].expected = number + 1
             elif event["type"] == "DebugTrace" and data.get("name") in leases.UNCOUNTED:
-                expected = number
-            elif event["type"] == "StepFailed" and event["step"] == step:
-                failures += 1
+                tries[step].expected = number
+            elif event["type"] == "StepFailed" and step in tries:
+                tried = tries[step]
+                tried.failures += 1
                 policy = retries.get(waits.base(step), {})
                 again = None if data.get("final") else due_after(event)
                 most = policy.get("attempts", 1)
                 mine = (data.get("error") or {}).get("type") == policy.get("error")
-                if again and failures >= most:
-                    yield Violation("I10", run_id, f"{step} is tried again after {failures}")
-                elif mine and not again and failures < most and run["state"] == "failed":
-                    yield Violation("I10", run_id, f"{step} is given up after {failures}")
+                if again and tried.failures >= most:
+                    yield Violation("I10", run_id, f"{step} is tried again after {tried.failures}")
+                elif mine and not again and tried.failures < most and run["state"] == "failed":
+                    yield Violation("I10", run_id, f"{step} is given up after {tried.failures}")
                 elif again and mine and not run["deadline_at"]:
-                    due = again - 0.01
+                    tried.due = again - 0.01
                     # The event is later: a statement may be held up between two looks.
                     wrote = history.written.get((run_id, event["seq"]), 0.0)
-                    if again < wrote + policy["delays_s"][failures - 1] - CLOCK_S:
-                        yield Violation(
-                            "delay", run_id, f"{step} is due too early after {failures}"
-                        )
+                    if again < wrote + policy["delays_s"][tried.failures - 1] - CLOCK_S:
+                        text = f"{step} is due too early after {tried.failures}"
+                        yield Violation("delay", run_id, text)
 
 
 def retries_take_results_over(history: History) -> Iterator[Violation]:

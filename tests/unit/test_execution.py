@@ -17,13 +17,21 @@ from beatless import BadPayload, Fatal, Finish, Goto, Plan, Snooze, retry, step
 from beatless.orchestrator.boundaries import MAX_LOSSES
 from beatless.orchestrator.errors import RunCancelled, StepTimeout, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent
-from beatless.orchestrator.execution import (
+from beatless.orchestrator.execution import Execution
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.parallel_execution import ParallelExecution
+from beatless.orchestrator.records import CheckpointPage, Run
+from beatless.orchestrator.requests import (
+    AwaitBody,
+    BeginBody,
+    BodyEnded,
     Cancelled,
     Commit,
     CommitFailed,
     CommitIfQuiet,
     Committed,
-    Execution,
+    EndBody,
     Raised,
     ReadJournal,
     Recover,
@@ -38,10 +46,6 @@ from beatless.orchestrator.execution import (
     TransactionLost,
     Unstorable,
 )
-from beatless.orchestrator.function_execution import FunctionExecution
-from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.records import CheckpointPage, Run
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.undo_execution import UndoExecution
@@ -181,16 +185,21 @@ class Worker:
         dies_after: int | None = None,
         commit: Callable[[Commit], Reply | None] = lambda _commit: None,
         looks: Callable[[], object] = lambda: None,
+        picks: Callable[[list[str]], str] = lambda names: names[0],
         page_events: int = 1000,
         **options: Any,
     ) -> None:
         """`commit` may answer a commit in the journal's place, with or without writing it.
 
-        `looks` is called before each look for signals.
+        `looks` is called before each look for signals, and `picks` says which of the bodies that
+        are in flight ends next.
         """
         self.journal = journal
         self.body = body
-        self.commit, self.looks = commit, looks
+        self.commit, self.looks, self.picks = commit, looks, picks
+        self.in_flight: dict[str, RunBody] = {}
+        """The bodies that were begun beside one another."""
+        self.told_to_end: list[str] = []
         self.page_events = page_events
         self.told = 0
         """The seq up to which the execution knows the signals."""
@@ -205,7 +214,7 @@ class Worker:
         plan = self.journal.plan
         options = {"max_event_bytes": MAX_EVENT_BYTES, **self.options}
         execution = (
-            FunctionExecution(plan, lease, read_ends=lambda _first, _last: [], plans={}, **options)
+            ParallelExecution(plan, lease, read_ends=lambda _first, _last: [], plans={}, **options)
             if isinstance(plan, FunctionPlan)
             else Execution(plan, lease, **options)
         )
@@ -229,7 +238,7 @@ class Worker:
             if len(self.requests) == self.dies_after:
                 raise WorkerDied
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request) -> Reply | None:
         match request:
             case ReadJournal(behind=behind):
                 return self.page(0 if behind is None else behind.events[-1].seq)
@@ -245,6 +254,16 @@ class Worker:
                 return self.commit(request) or self.journal.write(request.settlement)
             case RunBody():
                 return self.call(request)
+            case BeginBody(body=body):
+                assert body.occurrence not in self.in_flight
+                self.in_flight[body.occurrence] = body
+                return None
+            case AwaitBody():
+                name = self.picks(list(self.in_flight))
+                return BodyEnded(occurrence=name, outcome=self.call(self.in_flight.pop(name)))
+            case EndBody(occurrence=occurrence):
+                self.told_to_end.append(occurrence)
+                return None
 
     def page(self, after: int) -> CheckpointPage:
         """What is behind this seq, a page of a few events at a time."""

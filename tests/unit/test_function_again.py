@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from beatless import RunContext, plan
-from beatless.orchestrator.execution import RunBody, Stopped
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import reusable_calls
+from beatless.orchestrator.requests import RunBody, Stopped
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal
 from tests.unit.test_function_execution import (

@@ -11,7 +11,7 @@ import pytest
 from beatless import RunContext, plan
 from beatless.orchestrator import child_calls
 from beatless.orchestrator.child_calls import PAGE_DIGEST, child_call
-from beatless.orchestrator.execution import RunBody
+from beatless.orchestrator.requests import RunBody
 from tests.unit.test_execution import Journal
 from tests.unit.test_function_execution import call, double, outcome, work
 

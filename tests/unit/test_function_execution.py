@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from beatless import Fatal, Finish, RunContext, Snooze, StepFailed, plan, retry, step
 from beatless.orchestrator import long_history
-from beatless.orchestrator.execution import (
+from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
+from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.requests import (
     Cancelled,
     Commit,
     CommitFailed,
@@ -21,8 +23,6 @@ from beatless.orchestrator.execution import (
     Stopped,
     TransactionLost,
 )
-from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
-from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal, Worker, WorkerDied
 
@@ -135,7 +135,7 @@ def test_an_async_plan_that_awaits_anything_else_fails_with_what_to_do() -> None
         await Other()
 
     error = outcome(finish(Journal(waits)))
-    assert (error["type"], "only run.step" in error["message"]) == ("PlanError", True)
+    assert (error["type"], "only calls of run" in error["message"]) == ("PlanError", True)
 
 
 def test_the_function_gets_what_a_replay_would_decode() -> None:
@@ -270,8 +270,8 @@ def test_arguments_that_are_not_json_are_refused_by_name() -> None:
         (lambda run: run.step(double, 1, id=7), "the id 7 of double must be a str of letters"),
         (lambda run: run.first([1]), "run.first waits for children, and 1 is none"),
         (lambda run: run.first([]), "run.first waits for one of 1 to 1000 children, not of 0"),
-        (lambda run: run.parallel([]), "run.parallel is not there: the steps of one run are"),
-        (lambda run: run.stop(), "'RunContext' has no attribute 'stop'"),
+        (lambda run: run.parallel([1]), "run.parallel calls functions, and 1 is none"),
+        (lambda run: run.stop(), "'RunContext' object has no attribute 'stop'"),
         (lambda run: run.step(undo), "on_cancel"),
     ],
 )

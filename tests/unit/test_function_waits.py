@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from beatless import Plan, RunContext, Signal, days, plan, step
-from beatless.orchestrator.execution import RunBody
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.outcomes import PlanError
+from beatless.orchestrator.requests import RunBody
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal, Worker
 from tests.unit.test_function_execution import double, finish, note, outcome, stands, undo, work
@@ -384,20 +384,18 @@ def test_an_error_behind_a_call_that_was_not_awaited_is_shown_as_its_cause() -> 
     assert traceback.rindex("return run.child") > traceback.index("direct cause")
 
 
-def test_waits_at_the_same_time_as_steps_are_refused_with_what_to_do() -> None:
+def test_what_needs_a_clock_or_a_thread_is_refused_with_what_to_do() -> None:
     @plan("p")
-    async def gathers(run: RunContext) -> Any:
-        return await asyncio.gather(run.step(double, 1), run.wait("paid"))
+    async def has_a_clock(run: RunContext) -> Any:
+        async with asyncio.timeout(1):
+            await run.wait("paid")
 
     @plan("p")
     async def times(run: RunContext) -> Any:
         await asyncio.to_thread(print)
 
-    @plan("p")
-    async def gathers_one(run: RunContext) -> Any:
-        return await asyncio.gather(run.wait("paid"))
-
-    for refused in (gathers, gathers_one, times):
+    for refused, use in ((has_a_clock, "run.sleep(…)"), (times, "a thread")):
         error = outcome(finish(Journal(refused)))
         assert error["type"] == PlanError.__name__
-        assert "one at a time" in error["message"]
+        assert use in error["message"]
+        assert "do the rest in a step" in error["message"]

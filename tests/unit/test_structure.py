@@ -24,6 +24,7 @@ FOREIGN = {
     "_make": "a named tuple",
     "_name_": "an enumeration",
     "_value_": "an enumeration",
+    "_set_running_loop": "asyncio: what event loops are made with, in its __all__",
 }
 """Names with an underscore that the standard library documents, and where they are."""
 

@@ -33,7 +33,7 @@ def lease() -> Lease:
 
 
 def test_bodies_that_were_at_no_death_run_at_once(bodies: BodiesInFlight) -> None:
-    assert all(bodies.enter(lease(), 0).done() for _ in range(1000))
+    assert all(bodies.enter(lease(), 0).may_run.done() for _ in range(1000))
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 3, 4, 5])
@@ -45,22 +45,23 @@ def test_with_each_death_fewer_run_at_once_and_each_has_its_turn(
 
     most = most_beside(deaths)
     assert most == {1: 64, 2: 16, 3: 4}.get(deaths, 1)
-    for number, each in enumerate(leases):
-        assert sum(may_run.done() for may_run in entered) == min(200, number + most)
+    for number, each in enumerate(entered):
+        assert sum(body.may_run.done() for body in entered) == min(200, number + most)
         bodies.leave(each)
 
 
 def test_a_suspect_waits_for_those_that_run_and_is_not_passed_by(bodies: BodiesInFlight) -> None:
     before, suspect, after = lease(), lease(), lease()
-    assert bodies.enter(before, 0).done()
+    first = bodies.enter(before, 0)
+    assert first.may_run.done()
     alone = bodies.enter(suspect, 9)
     late = bodies.enter(after, 0)
 
-    assert not alone.done()
-    bodies.leave(before)
-    assert (alone.done(), late.done()) == (True, False)
-    bodies.leave(suspect)
-    assert late.done()
+    assert not alone.may_run.done()
+    bodies.leave(first)
+    assert (alone.may_run.done(), late.may_run.done()) == (True, False)
+    bodies.leave(alone)
+    assert late.may_run.done()
 
 
 def test_a_suspect_that_waits_for_a_long_body_lets_others_pass_half_of_the_time(
@@ -73,14 +74,14 @@ def test_a_suspect_that_waits_for_a_long_body_lets_others_pass_half_of_the_time(
     for _ in range(1000):
         now[0] += HOLD_S / 8
         bodies.tick()
-        other = lease()
-        if bodies.enter(other, 0).done():
+        other = bodies.enter(lease(), 0)
+        if other.may_run.done():
             passed += 1
             bodies.leave(other)
         else:
             held += 1
     # Those that were held have passed with the next turn, and are in the way of the suspect.
-    assert not alone.done()
+    assert not alone.may_run.done()
     assert passed > 300
     assert held > 300
 
@@ -91,12 +92,12 @@ def test_those_that_were_held_back_pass_when_their_turn_comes(
     bodies.enter(lease(), 0)
     bodies.enter(lease(), 9)
     late = bodies.enter(lease(), 0)
-    assert not late.done()
+    assert not late.may_run.done()
     assert bodies.tick() == HOLD_S
     now[0] += HOLD_S
     bodies.tick()
 
-    assert late.done()
+    assert late.may_run.done()
 
 
 def test_a_suspect_has_its_turn_after_five_times_the_longest_body(now: list[float]) -> None:
@@ -133,36 +134,46 @@ def test_a_suspect_is_not_passed_by_another_one(bodies: BodiesInFlight, now: lis
     now[0] += HOLD_S
     bodies.tick()
 
-    assert (first.done(), second.done()) == (False, False)
+    assert (first.may_run.done(), second.may_run.done()) == (False, False)
 
 
 def test_a_suspect_knows_whether_it_is_alone(bodies: BodiesInFlight) -> None:
     first, second = lease(), lease()
-    bodies.enter(first, 1)
+    body = bodies.enter(first, 1)
     assert not first.alone  # another may come
-    bodies.leave(first)
+    bodies.leave(body)
     bodies.enter(second, 9)
     assert second.alone
 
 
 def test_a_body_is_beside_others_only_while_it_runs(bodies: BodiesInFlight) -> None:
     first, second, waits = lease(), lease(), lease()
-    bodies.enter(first, 3)
+    body = bodies.enter(first, 3)
     bodies.enter(second, 3)
     bodies.enter(waits, 9)
 
     assert [each.beside for each in (first, second, waits)] == [True, True, False]
-    bodies.leave(first)
+    bodies.leave(body)
     assert [each.beside for each in (first, second, waits)] == [False, False, False]
 
 
 def test_only_a_body_that_is_alone_may_be_what_its_process_dies_of(bodies: BodiesInFlight) -> None:
     one, other = lease(), lease()
-    bodies.enter(one, 0)
+    first = bodies.enter(one, 0)
     assert not one.uncalled
-    bodies.enter(other, 0)
+    second = bodies.enter(other, 0)
     assert (one.uncalled, other.uncalled) == (True, True)
-    bodies.leave(one)
+    bodies.leave(first)
     assert (one.uncalled, other.uncalled) == (True, False)
-    bodies.leave(other)
+    bodies.leave(second)
     assert other.uncalled
+
+
+def test_bodies_of_one_run_are_suspects_until_one_is_left(bodies: BodiesInFlight) -> None:
+    run = lease()
+    first, second = bodies.enter(run, 0), bodies.enter(run, 0)
+    assert (run.uncalled, run.beside) == (True, True)
+    bodies.leave(first)
+    assert (run.uncalled, run.beside) == (False, False)
+    bodies.leave(second)
+    assert run.uncalled

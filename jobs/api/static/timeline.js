@@ -21,7 +21,7 @@ export class Story {
     this.reused = {};
     this.place = null; // the step it is in, or goes on with, where the journal tells
     this.undo = null; // the step that the cancel has promised
-    this.wait = null; // the WaitStarted of the wait that is open
+    this.waits = new Map(); // the WaitStarted of each wait that is open
     this.undone = null; // the error of a run that is undone before it ends
     this.children = 0; // the highest number of a child
     this.waitsForChildren = false;
@@ -43,14 +43,17 @@ export class Story {
     }
     if (event.type === "ChildrenStarted" || event.type === "ChildrenFinished") this.waitsForChildren = event.type === "ChildrenStarted";
     if (event.type === "ChildrenFinished") this.place = this.undo ?? data.next ?? data.following ?? event.step;
-    if (event.type === "WaitStarted") [this.wait, this.place] = [event, event.step];
-    if (event.type === "WaitFinished") [this.wait, this.place] = [null, this.undo ?? data.next ?? data.following ?? null];
+    if (event.type === "WaitStarted") this.place = (this.waits.set(event.step, event), event.step);
+    if (event.type === "WaitFinished") {
+      this.waits.delete(event.step);
+      this.place = this.undo ?? data.next ?? data.following ?? null;
+    }
     if (event.type === "CancelRequested") {
       this.cancel = event;
       this.undo = data.on_cancel ?? null;
       this.place = this.undo ?? this.place;
     }
-    if (event.type === "UndoStarted") [this.undone, this.wait, this.waitsForChildren] = [data.error ?? null, null, false];
+    if (event.type === "UndoStarted") [this.undone, this.waits, this.waitsForChildren] = [data.error ?? null, new Map(), false];
     if (event.type === "RunFinished") this.finish(event);
     if (!event.step) return;
     const lane = this.lane(event.step);
@@ -82,7 +85,8 @@ export class Story {
       lane.finished = true;
     } else if (event.type === "StepFailed") {
       if (running) Object.assign(open, { end: event.ts, kind: "bad", error: data.error ?? null });
-      if (data.retry_at && !data.final) lane.waits.push({ start: event.ts, end: null, until: data.retry_at });
+      const until = data.retry_at ?? (data.retry_in === undefined ? null : event.ts + 1000 * data.retry_in);
+      if (until && !data.final) lane.waits.push({ start: event.ts, end: null, until });
     } else if (event.type === "DebugTrace") {
       if (data.name === "progress") lane.progress = data;
       else if (data.name === SNOOZED) {
@@ -121,9 +125,20 @@ export class Story {
     return lane;
   }
 
+  // The steps whose attempts have begun and not ended: several, of a run with branches.
+  get inFlight() {
+    return [...this.lanes.values()].filter((lane) => lane.attempts.at(-1)?.end === null);
+  }
+
+  // The wait that was begun last, of those that are open.
+  get wait() {
+    return [...this.waits.values()].at(-1) ?? null;
+  }
+
   get state() {
     if (this.end) return this.end.data.outcome;
-    if (this.wait) return "waiting";
+    if (this.inFlight.length) return "running";
+    if (this.waits.size) return "waiting";
     const open = [...this.lanes.values()].at(-1);
     const waits = open?.waits.at(-1)?.end === null;
     return this.begun !== null && !waits ? "running" : "queued";

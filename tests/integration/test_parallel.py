@@ -1,0 +1,175 @@
+"""Several steps of one run at the same time, with the kit and in real workers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beatless import Plan, RunState
+from beatless.testing import Kit
+from tests.parallel_plans import ALL, WIDTH
+
+APP = "tests.parallel_plans:app"
+LEASE_S = 60
+RESULTS: dict[str, Any] = {
+    "fans_out": 281,
+    "in_branches": [1, 11, 21],
+    "threads": list(range(1, WIDTH + 1)),
+    "waits_in_a_branch": [10, 8, 2],
+    "children_in_branches": [4, [1, 4, 9, 16, 25], 9, 2],
+}
+IN_FLIGHT = [
+    *(("beside.before", nth) for nth in (1, 2, 4)),
+    *(("beside.committed", nth) for nth in (1, 2, 4)),
+    *(("step.before", nth) for nth in (1, 3)),
+    *(("step.effect_done", nth) for nth in (1, 3)),
+]
+WAITS = [
+    *(("beside.before", 1), ("beside.committed", 1), ("step.before", 1), ("step.effect_done", 1)),
+    *(("wait.before", 1), ("wait.committed", 1)),
+]
+CRASHES = {
+    "fans_out": [*IN_FLIGHT, ("step.committed", 1), ("task.before_ack", 1)],
+    "in_branches": IN_FLIGHT,
+    "threads": IN_FLIGHT,
+    "waits_in_a_branch": WAITS,
+    "children_in_branches": [*WAITS, ("children.before", 2), ("children.started", 2)],
+}
+
+
+@pytest.fixture
+def beatless_plans() -> list[Plan]:
+    return ALL
+
+
+def finish(beatless: Kit, run_id: str) -> None:
+    """Until the run has ended, as time passes."""
+    for _ in range(12):
+        beatless.work_until_idle()
+        if beatless.client.get_run(run_id).state.final:
+            return
+        if any(wait.names == ["go"] for wait in beatless.waits(run_id)):
+            beatless.signal(run_id, "go", 7, key="once")
+        beatless.advance(LEASE_S + 1)
+    raise AssertionError(beatless.client.explain(run_id))
+
+
+def bodies(ledger: Path) -> list[tuple[str, str]]:
+    """The run and the step of each body that has begun."""
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return [tuple(json.loads(line)[:2]) for line in lines]
+
+
+def check_once(beatless: Kit, run_id: str) -> None:
+    """No step was begun after its result."""
+    finished: set[str | None] = set()
+    for event in beatless.client.events(run_id):
+        if event.type in ("StepStarted", "StepFinished"):
+            assert event.step not in finished, event
+        if event.type == "StepFinished":
+            finished.add(event.step)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_branches_go_on_beside_one_another(beatless: Kit, name: str) -> None:
+    run = beatless.start_run(name, {})
+    finish(beatless, run.run_id)
+
+    ended = beatless.client.get_run(run.run_id)
+    assert (ended.state, ended.result) == (RunState.COMPLETED, RESULTS[name])
+    check_once(beatless, run.run_id)
+    beatless.verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "nth"), [(name, *each) for name, found in CRASHES.items() for each in found]
+)
+def test_no_crash_begins_a_body_again_after_its_commit(
+    beatless: Kit, tmp_path: Path, name: str, point: str, nth: int
+) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run(name, {"ledger": str(ledger)})
+    with beatless.crash(at=point, nth=nth):
+        beatless.work_until_idle()
+    events = beatless.client.events(run.run_id)
+    finished = {event.step for event in events if event.type == "StepFinished"}
+    before = len(bodies(ledger))
+    finish(beatless, run.run_id)
+
+    assert beatless.client.get_run(run.run_id).result == RESULTS[name]
+    assert not {step for _, step in bodies(ledger)[before:]} & finished
+    check_once(beatless, run.run_id)
+    beatless.verify()
+
+
+@pytest.mark.parametrize("name", ["fans_out", "threads", "in_branches"])
+def test_a_failure_is_told_and_the_others_end_before_the_run(beatless: Kit, name: str) -> None:
+    run = beatless.start_run(name, {"fails": 1})
+    finish(beatless, run.run_id)
+
+    ended = beatless.client.get_run(run.run_id)
+    assert ended.state is RunState.FAILED
+    assert ended.error is not None
+    events = beatless.client.events(run.run_id)
+    begun = {event.step for event in events if event.type == "StepStarted"}
+    over = {event.step for event in events if event.type in ("StepFinished", "StepFailed")}
+    assert begun == over
+    assert events[-1].type == "RunFinished"
+    beatless.verify()
+
+
+def test_the_timeline_tells_each_attempt_of_steps_that_were_in_flight_at_once(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("threads", {})
+    beatless.work_until_idle()
+
+    found = beatless.client.explain(run.run_id)
+    attempts = [moment for moment in found if moment.kind == "attempt"]
+    assert sorted(str(moment.step) for moment in attempts) == sorted(
+        f"store#{number}:1" for number in range(1, WIDTH + 1)
+    )
+    assert {moment.text for moment in attempts} == {"finished"}
+
+
+def test_a_retry_goes_on_with_the_results_of_the_branches_that_have_ended(
+    beatless: Kit, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("threads", {"fails": 1, "ledger": str(ledger)})
+    beatless.work_until_idle()
+    events = beatless.client.events(run.run_id)
+    finished = {event.step for event in events if event.type == "StepFinished"}
+    assert finished
+    again = beatless.client.retry_run(run.run_id)
+    beatless.work_until_idle()
+
+    repeated = {step for run_id, step in bodies(ledger) if run_id == again.run_id}
+    assert "store#2:1" in repeated
+    assert not repeated & finished
+
+
+@pytest.fixture
+def pools() -> dict[str, list[str]]:
+    return {
+        "prefork": [],
+        "threads": ["--", "--pool", "threads"],
+        "solo": ["--", "--pool", "solo"],
+        "async": ["--pool", "async"],
+    }
+
+
+@pytest.mark.parametrize("pool", ["prefork", "async"])
+def test_real_workers_execute_branches(
+    beatless: Kit, pools: dict[str, list[str]], pool: str
+) -> None:
+    beatless.relay.start()
+    beatless.worker_process(APP, concurrency=4, arguments=pools[pool])
+    runs = {name: beatless.start_run(name, {}) for name in RESULTS}
+    beatless.signal(runs["waits_in_a_branch"].run_id, "go", 7)
+
+    for name, run in runs.items():
+        assert beatless.wait_for_run_completion(run.run_id).result == RESULTS[name]
+        check_once(beatless, run.run_id)
+    beatless.verify()

@@ -1,0 +1,105 @@
+"""An App whose plans execute several steps of one run at the same time, for worker processes."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from beatless import (
+    App,
+    AsyncStepContext,
+    Fatal,
+    Plan,
+    RunContext,
+    Settings,
+    StepContext,
+    minutes,
+    plan,
+    retry,
+    step,
+)
+
+WIDTH = 8
+
+
+def note(ledger: str | None, *facts: Any) -> None:
+    """Append a line to the ledger of a test: a body has begun."""
+    if ledger is not None:
+        with Path(ledger).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+
+
+@step(retry=retry(max_attempts=20, initial=0.01, max_crashes=20))
+async def fetch(ctx: AsyncStepContext, number: int) -> int:
+    note(ctx.input.get("ledger"), ctx.run_id, ctx.step, ctx.attempt, ctx.worker)
+    await ctx.trace("inside", number=number)
+    if number == ctx.input.get("fails"):
+        raise Fatal("no")
+    return number * 10
+
+
+@step(retry=retry(max_attempts=20, initial=0.01, max_crashes=20))
+def store(ctx: StepContext, number: int) -> int:
+    note(ctx.input.get("ledger"), ctx.run_id, ctx.step, ctx.attempt, ctx.worker)
+    ctx.trace("inside", number=number)
+    ctx.emit(f"piece {number}")
+    if number == ctx.input.get("fails"):
+        raise Fatal("no")
+    return number + 1
+
+
+@plan("fans_out")
+async def fans_out(run: RunContext) -> int:
+    numbers = await asyncio.gather(*(run.step(fetch, number) for number in range(WIDTH)))
+    return sum(numbers) + int(await run.step(store, 0))
+
+
+@plan("in_branches")
+async def in_branches(run: RunContext) -> list[int]:
+    async def branch(number: int) -> int:
+        fetched = await run.step(fetch, number)
+        return int(await run.step(store, fetched))
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(branch(number)) for number in range(3)]
+    return [task.result() for task in tasks]
+
+
+@plan("threads")
+def threads(run: RunContext) -> list[int]:
+    return run.parallel([lambda number=number: run.step(store, number) for number in range(WIDTH)])
+
+
+@plan("waits_in_a_branch")
+def waits_in_a_branch(run: RunContext) -> list[Any]:
+    def approved() -> Any:
+        signal = run.wait("go", timeout=minutes(10))
+        return run.step(store, signal.data)
+
+    def slept() -> Any:
+        run.sleep(0.2)
+        return run.step(store, 1)
+
+    return run.parallel([lambda: run.step(fetch, 1), approved, slept])
+
+
+square = Plan("square", [step(name="square")(lambda ctx: ctx.input**2)])
+
+
+@plan("children_in_branches")
+async def children_in_branches(run: RunContext) -> Any:
+    async def branch(number: int) -> Any:
+        child = await run.child(square, number)
+        await run.step(fetch, number)
+        return await child.result()
+
+    async def many() -> Any:
+        return list(await run.map(square, [1, 2, 3, 4, 5], at_once=2))
+
+    return await asyncio.gather(branch(2), many(), branch(3), run.step(store, 1))
+
+
+ALL = [fans_out, in_branches, threads, waits_in_a_branch, square, children_in_branches]
+
+app = App(Settings.from_env(os.environ), plans=ALL)
