@@ -551,22 +551,5 @@ BUGS = {
         "     AND state IN ('queued', 'running') AND retry_of IS NULL\n"
         "     AND cancel_requested_at IS NULL AND last_seq",
     ),
-    "a claim takes a slot beyond the limit": Bug(
-        "jobs/migrations/versions/0019_rates.pre.sql",
-        "        SELECT c.n INTO place FROM generate_series(1, each.at_once) c(n)\n",
-        "        SELECT c.n INTO place FROM generate_series(1, each.at_once + 1) c(n)\n",
-    ),
-    "a slot is not freed": Bug(
-        "jobs/migrations/versions/0019_rates.pre.sql",
-        "    DELETE FROM limit_slots s WHERE s.run_id = OLD.run_id RETURNING s.limit_id, s.n\n",
-        "    DELETE FROM limit_slots s WHERE s.run_id = OLD.run_id AND s.n > 1\n"
-        "    RETURNING s.limit_id, s.n\n",
-    ),
-    "the slots of all runs are freed with one": Bug(
-        "jobs/migrations/versions/0019_rates.pre.sql",
-        "    DELETE FROM limit_slots s WHERE s.run_id = OLD.run_id RETURNING s.limit_id, s.n\n",
-        "    DELETE FROM limit_slots s WHERE s.limit_id = OLD.limits -> 0 ->> 'id'\n"
-        "    RETURNING s.limit_id, s.n\n",
-    ),
 }
 """By what they do wrong."""

@@ -277,11 +277,12 @@ def test_a_claim_and_an_end_that_do_not_see_each_other_strand_no_run(
     lease = leases[0]
     assert lease is not None
     run_id = start(beatless)
+    relay = beatless_app.relay()
+    relay.drain_once()  # what its start has noted
     postgres.execute(
         "UPDATE dispatches SET state = 'sent', reason = 'start', due_at = now() WHERE run_id = %s",
         (run_id,),
     )
-    relay = beatless_app.relay()
     with closing(beatless_app.executors.connect()) as other:
         if first == "claim":
             with patient.transaction():
