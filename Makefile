@@ -9,7 +9,7 @@ export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(l
 unexport PYTHONDONTWRITEBYTECODE
 # By stealing: chunks of even size are not of even length, and two thirds of a minute were lost.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY)
-# Each test empties its tables, which makes dozens of files anew (ADR 0086).
+# Each test empties its tables, which makes dozens of files anew (ADR 0090).
 MEMORY = /dev/shm/beatless-$(shell pwd | cksum | cut -d' ' -f1)
 IN_MEMORY = $(shell awk '/^MemAvailable/ {exit $$2 < 6291456}' /proc/meminfo && mkdir -p $(MEMORY) 2>/dev/null && \
   [ "$$(df -Pk $(MEMORY) | awk 'END {print $$4}')" -gt 4194304 ] && [ -w $(MEMORY) ] && echo --beatless-directory=$(MEMORY))
