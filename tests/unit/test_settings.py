@@ -62,7 +62,7 @@ def test_variables_of_others_are_not_ours():
         ("BEATLESS_MAX_EVENT_BYTES", "199", "is 199, below 200: our own events need that"),
         ("BEATLESS_RETENTION_DAYS", "-1", "which is not a number of days; 0 is for ever"),
         ("BEATLESS_RUN_RETENTION_DAYS", "nan", "which is not a number of days; 0 is for ever"),
-        ("BEATLESS_FAULT", "nowhere", "no crash point 'nowhere': choose one of children.before"),
+        ("BEATLESS_FAULT", "nowhere", "no crash point 'nowhere': choose one of beside.before"),
         ("BEATLESS_FAULT", "step.before:explode", "no crash action 'explode'"),
         ("BEATLESS_FAULT", "step.before@often", "is wrong"),
     ],
