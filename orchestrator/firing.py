@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
+from psycopg.errors import LockNotAvailable
 
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.options import OPTION_SQL
@@ -30,6 +31,9 @@ GRACE_S = 60.0
 
 REPLACING_S = 1.0
 """Seconds between two looks whether the run that is to be replaced has ended."""
+
+HELD_KEY_WAIT_S = 0.05
+"""Seconds for which a tick waits for a transaction that has stored a run with its key."""
 
 REPLACED = "a later tick of its schedule replaces it"
 """The reason of the cancel of a run."""
@@ -105,7 +109,8 @@ class Firing:
     1. read the schedules that are due, by index
     2. for each, decide which tick is fired, and which comes next
     3. start their runs and move the schedules, in one statement
-    4. if that fails, do each alone: one that cannot be written is stopped, the others go on
+    4. if that fails, do each alone: one that cannot be written is stopped, one whose key another
+       transaction may have waits for the next look, the others go on
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class Firing:
             schema,
             batch=BATCH,
             replacing_s=REPLACING_S,
+            held_key_wait_ms=round(HELD_KEY_WAIT_S * 1000),
             **{name: text for name, text in OPTION_SQL.items() if name != "run_options"},
         )
         self._cancels = cancels
@@ -160,7 +166,9 @@ class Firing:
         try:
             fired = self._fire(connection, ticks)
         except psycopg.Error as error:
-            if connection.closed or not is_row_fault(error):
+            if connection.closed or not (
+                is_row_fault(error) or isinstance(error, LockNotAvailable)
+            ):
                 raise
             fired = self._fire_each(connection, ticks)
         self._faults.reach("schedule.fired")
@@ -173,6 +181,8 @@ class Firing:
         for tick in ticks:
             try:
                 fired += self._fire(connection, [tick])
+            except LockNotAvailable:
+                continue
             except psycopg.Error as error:
                 if connection.closed or not is_row_fault(error):
                     raise
@@ -208,8 +218,13 @@ class Firing:
 
     def _cancel_runs(self, connection: psycopg.Connection[Any], id: int) -> None:
         """Cancel what is to be replaced. Repeated with each look: a cancel is stored once."""
-        run_ids = [row[0] for row in execute(connection, self._sql["unfinished"], {"id": id})]
-        self._cancels.cancel(connection, run_ids, reason=REPLACED, undo=self._undo, source="relay")
+        with connection.transaction():
+            rows = execute(connection, self._sql["lock_unfinished"], {"id": id})
+            if rows:
+                run_ids = [run_id for (run_id,) in rows]
+                self._cancels.cancel(
+                    connection, run_ids, reason=REPLACED, undo=self._undo, source="relay"
+                )
 
     def _stop(
         self,

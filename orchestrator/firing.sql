@@ -14,10 +14,12 @@ SELECT s.namespace, s.name, s.version, s.cron, s.every, s.tz, s.catch_up, s.jitt
 -- Start the runs of ticks and move their schedules to the next ones: both or neither, in one
 -- statement, so that a relay that dies or freezes leaves nothing half done, and holds no lock. Only
 -- for schedules that still are as they were read: of two relays one fires.
--- The session does not wait for the disk at its commits, but for this one, as the server has it.
+-- The session does not wait for the disk at its commits, but for this one, as the server has it. An
+-- open transaction may have stored a run with the key of a tick: it is not waited for.
 WITH durable AS MATERIALIZED (
-  SELECT set_config('synchronous_commit', reset_val, true) FROM pg_settings
-   WHERE name = 'synchronous_commit'
+  SELECT set_config('synchronous_commit', reset_val, true),
+         set_config('lock_timeout', '{held_key_wait_ms}', true)
+    FROM pg_settings WHERE name = 'synchronous_commit'
 ), held AS MATERIALIZED (
   SELECT g.*, s.id, s.run, s.overlap,
          g.fires AND s.overlap <> 'allow'
@@ -82,6 +84,12 @@ UPDATE {schema}.schedules
                 FOR NO KEY UPDATE SKIP LOCKED)
 RETURNING id
 
--- name: unfinished
--- List the unfinished runs of a schedule.
-SELECT run_id FROM {schema}.dispatches WHERE schedule_id = %(id)s LIMIT {batch}
+-- name: lock_unfinished
+-- Lock the unfinished runs of a schedule that are to be cancelled.
+-- Those that another transaction holds are left for the next look.
+SELECT r.run_id FROM {schema}.dispatches d
+ CROSS JOIN LATERAL (
+   SELECT run_id FROM {schema}.runs r
+    WHERE r.run_id = d.run_id AND r.cancel_requested_at IS NULL
+    LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) r
+ WHERE d.schedule_id = %(id)s LIMIT {batch}

@@ -27,7 +27,7 @@ from beatless import (
 from beatless.orchestrator.firing import GRACE_S, Firing
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import ScheduleState
-from beatless.orchestrator.ticks import jitter_s
+from beatless.orchestrator.ticks import jitter_s, tick_key
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import FiredTick, Signal, TicksFired
 from beatless.testing import Kit, time_calls
@@ -400,6 +400,25 @@ def test_time_passes_at_once_while_a_tick_waits_for_a_run_that_a_worker_has(
     assert sum(passes) == pytest.approx(24 * 3600)
 
 
+def test_a_tick_waits_for_nobody_who_holds_the_run_that_it_replaces(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    beatless.client.create_schedule(Schedule("hourly", parked, cron="0 * * * *", overlap="replace"))
+    beatless.advance(3600)
+    [run] = runs_of(beatless, "hourly")
+    late(beatless, to_next_tick(beatless, "hourly"))
+    with beatless.app.direct_connection() as relay:
+        relay.execute("SET lock_timeout = '1s'")
+        with postgres.transaction():
+            postgres.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (run.run_id,))
+            [tick] = beatless.app.firing().fire(relay, None)
+        assert tick.outcome == "replacing"
+        assert beatless.client.get_run(run.run_id).cancel_requested_at is None
+        late(beatless, 2)
+        beatless.app.firing().fire(relay, None)
+    assert beatless.client.get_run(run.run_id).state.value == "cancelled"
+
+
 def test_a_drain_as_of_a_time_waits_for_no_run_that_is_to_be_replaced(beatless: Kit) -> None:
     beatless.client.create_schedule(Schedule("hourly", report, cron="0 * * * *", overlap="replace"))
     beatless.advance(3600)
@@ -557,6 +576,24 @@ def test_of_relays_that_fire_at_the_same_time_one_starts_the_run(
     for number in range(20):
         assert len(ticks_of(beatless, f"hourly-{number}")) == 4
     assert len([each for each in fired if each.outcome == "started"]) <= 80
+
+
+def test_a_tick_whose_key_an_open_transaction_may_have_waits_alone(
+    beatless: Kit, beatless_app: App
+) -> None:
+    held = beatless.client.create_schedule(Schedule("held", report, cron="0 * * * *"))
+    beatless.client.create_schedule(Schedule("free", report, cron="0 * * * *"))
+    late(beatless, to_next_tick(beatless, "held"))
+    with beatless_app.direct_connection() as relay:
+        relay.execute("SET statement_timeout = '5s'")
+        with beatless_app.engine.begin() as caller:
+            key = tick_key("held", held.next_tick)
+            beatless.client.start_run("dated", key=key, connection=caller)
+            [tick] = beatless_app.firing().fire(relay, None)
+            assert (tick.schedule, tick.outcome) == ("free", "started")
+            caller.rollback()
+        [tick] = beatless_app.firing().fire(relay, None)
+    assert (tick.schedule, tick.outcome) == ("held", "started")
 
 
 def test_a_relay_that_has_read_a_tick_and_is_late_fires_nothing(

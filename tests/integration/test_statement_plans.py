@@ -48,6 +48,7 @@ VALUES: dict[str, float | str] = {
     "batch_bytes": 8 * 1024 * 1024,
     "defer_s": 2,
     "few_per_shard": 8,
+    "held_key_wait_ms": 50,
     "last_shard": SHARDS - 1,
     "lock_timeout_ms": 1000,
     "looked_at": 256,
