@@ -19,6 +19,7 @@ from beatless import (
     RunState,
     Schedule,
     StepContext,
+    Undone,
     approve,
     plan,
     step,
@@ -44,6 +45,11 @@ def refuse(ctx: StepContext) -> None:
 
 
 @step
+def forget(ctx: StepContext, undone: Undone) -> None:
+    return None
+
+
+@step(undo=forget)
 def look_up(ctx: StepContext, card: str) -> str:
     ctx.trace("asked", card=card)
     ctx.emit(card)
@@ -154,6 +160,8 @@ def test_no_address_of_the_api_shows_it_of_a_run_that_has_everything(kit: Kit) -
         kit.work_until_idle()
         ended = [http.get(path) for path in paths]
 
+    given = [(event.data or {}).get("given") for event in kit.client.events(child.run_id)]
+    assert SECRET in str(given)
     stored = str([event.data for event in kit.client.events(run_id)])
     assert all(event in stored for event in ("unasked", "not undone", "approved"))
     assert [each.url for each in waiting + ended if SECRET in each.text] == []
