@@ -118,16 +118,18 @@ def create(
     unless_any: bool,
 ) -> None:
     """Make a token. Its secret is printed once and never stored."""
-    tokens = Tokens(env.app.engine, env.app.settings.schema)
-    if unless_any and tokens.any():
-        env.note("there is a token already")
-        return
-    token_id, secret = tokens.create(
-        scopes,
-        namespace=namespace,
-        seconds=None if expires is None else seconds(expires),
-        note=note,
-    )
+    schema = env.app.settings.schema
+    tokens = Tokens(env.app.engine, schema)
+    with reaching_postgres(schema):
+        if unless_any and tokens.any():
+            env.note("there is a token already")
+            return
+        token_id, secret = tokens.create(
+            scopes,
+            namespace=namespace,
+            seconds=None if expires is None else seconds(expires),
+            note=note,
+        )
     if env.as_json:
         env.document({"id": token_id, "token": secret, "scopes": scopes, "namespace": namespace})
     else:
@@ -139,7 +141,9 @@ def create(
 @click.pass_obj
 def ls(env: Environment) -> None:
     """The tokens, without their secrets."""
-    tokens = Tokens(env.app.engine, env.app.settings.schema).list()
+    schema = env.app.settings.schema
+    with reaching_postgres(schema):
+        tokens = Tokens(env.app.engine, schema).list()
     if not tokens:
         env.note("there is no token: callers on this machine may do everything, others nothing")
     for found in tokens:
@@ -168,5 +172,7 @@ def ls(env: Environment) -> None:
 @click.pass_obj
 def revoke(env: Environment, token_id: str) -> None:
     """Revoke a token, at once."""
-    Tokens(env.app.engine, env.app.settings.schema).revoke(token_id)
+    schema = env.app.settings.schema
+    with reaching_postgres(schema):
+        Tokens(env.app.engine, schema).revoke(token_id)
     env.note(f"token {token_id} is revoked")

@@ -13,6 +13,7 @@ from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.waits import Wait, WaitKind
 from beatless.places import Place, places
+from beatless.transactions import reaching_postgres
 from beatless.worker import canary
 
 NAMED = 10
@@ -58,7 +59,8 @@ def check(env: Environment) -> None:
     A plan that is a function is called on the stored results of each of its runs; no step is.
     """
     known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
-    found = places(env.app.engine, env.app.journal, known)
+    with reaching_postgres(env.app.settings.schema):
+        found = places(env.app.engine, env.app.journal, known)
     waiting = sum(place.runs for place in found if place.waits)
     if env.as_json:
         env.document(

@@ -25,6 +25,7 @@ from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment
 from beatless.orchestrator.waits import WaitKind
 from beatless.places import children_waited_for, difference, why_it_waits
+from beatless.transactions import reaching_postgres
 from beatless.unfit_rows import Violation
 from beatless.verify import verify as find_violations
 from beatless.verify import verify_all
@@ -189,7 +190,10 @@ def show(env: Environment, run: str) -> None:
 
 def children_of(env: Environment, run: str) -> ChildrenWait | None:
     """The children for which a run waits."""
-    return children_waited_for(env.app.engine, env.app.journal, env.client_of(run).stored_id(run))
+    with reaching_postgres(env.app.settings.schema):
+        return children_waited_for(
+            env.app.engine, env.app.journal, env.client_of(run).stored_id(run)
+        )
 
 
 @click.command()
@@ -270,8 +274,9 @@ def runs(
         for line in render.run_table(found):
             env.out.print(line)
     if not found:
-        with env.app.engine.connect() as connection:
-            others = namespaces_beside(connection, env.app.settings.schema, env.namespace)
+        schema = env.app.settings.schema
+        with reaching_postgres(schema), env.app.engine.connect() as connection:
+            others = namespaces_beside(connection, schema, env.namespace)
         if others:
             env.note(
                 f"these are the runs of namespace {env.namespace}; there are runs in others, as "
@@ -363,7 +368,8 @@ def explain(env: Environment, run: str) -> None:
     """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""
     client = env.client_of(run)
     found = client.explain(run)
-    told = why_it_waits(env.app.engine, env.app.journal, env.app.plans, client.stored_id(run))
+    with reaching_postgres(env.app.settings.schema):
+        told = why_it_waits(env.app.engine, env.app.journal, env.app.plans, client.stored_id(run))
     if told is not None:
         text = f"with the code of this app: {difference(told)}; {told.advice}"
         found.append(Moment(at=found[-1].at, kind="difference", text=text))
@@ -409,10 +415,10 @@ def _violations(env: Environment, run_ids: Sequence[str]) -> Iterator[Violation]
     """Those of these runs; without an id, of all that are stored, with progress for a person."""
     schema = env.app.settings.schema
     if run_ids:
-        with env.app.engine.connect() as connection:
+        with reaching_postgres(schema), env.app.engine.connect() as connection:
             yield from find_violations(connection, schema, run_ids)
         return
-    with env.err.status("0 runs checked") as status:
+    with reaching_postgres(schema), env.err.status("0 runs checked") as status:
 
         def progress(runs: int, events: int) -> None:
             status.update(f"{runs:,} runs with {events:,} events checked")

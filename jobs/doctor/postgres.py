@@ -112,7 +112,7 @@ def schema(probe: Probe) -> Verdict:
     found, needed = probe.revision, head()
     if found is None:
         return problem(
-            f"schema {probe.schema} does not exist here",
+            f"schema {probe.schema} was never migrated here",
             "run `beatless migrate`, or see what BEATLESS_SCHEMA says",
         )
     if found < needed:

@@ -323,6 +323,27 @@ def test_migrate_check_fails_on_an_empty_schema(
     refused(command("start", "agents.run"), 1, "nothing_here", "beatless migrate")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["token", "ls"],
+        ["token", "create", "--scope", "admin"],
+        ["token", "create", "--scope", "admin", "--unless-any"],
+        ["token", "revoke", "none"],
+        ["verify", "--all"],
+        ["plan", "check"],
+        ["explain", "none"],
+    ],
+    ids=" ".join,
+)
+def test_commands_on_a_schema_that_is_not_migrated_ask_for_that(
+    command: Beatless, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("BEATLESS_SCHEMA", "nothing_here")
+
+    refused(command(*arguments), 1, "nothing_here", "run `beatless migrate`")
+
+
 def test_what_a_run_carries_cannot_command_the_terminal(command: Beatless, beatless: Kit) -> None:
     command(
         "start", "agents.run", "--run-id", "r", "--input", '{"device": "\\u001b[31m[red]:key:"}'

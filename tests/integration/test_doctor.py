@@ -198,6 +198,8 @@ def test_a_schema_behind_ahead_or_missing(beatless_app: App, changed: Callable[.
         only(examine(beatless_app, "schema"), Status.WARNING, "9999", "ahead")
     app = changed(schema="nowhere")
     only(examine(app, "schema"), Status.PROBLEM, "nowhere")
+    app = changed(schema="public")  # which is there, without a table of ours
+    only(examine(app, "schema"), Status.PROBLEM, "public was never migrated")
 
 
 def test_a_pooler_that_swallows_notifications(
