@@ -218,7 +218,7 @@ class Schedules:
             elif stored.state is ScheduleState.ACTIVE:
                 reason = f"the app {app} has no plan {stored.plan}"
                 self._set_state(
-                    connection, namespace, stored.name, ScheduleState.STOPPED, reason=reason
+                    connection, stored.namespace, stored.name, ScheduleState.STOPPED, reason=reason
                 )
                 stopped.append(stored.name)
         execute(

@@ -79,12 +79,14 @@ SELECT {schedule_columns} FROM {schema}.schedules s
  WHERE namespace = %(namespace)s AND name > %(after)s ORDER BY name LIMIT %(limit)s
 
 -- name: of_app
--- List the schedules of an app that are declared, or have been, and those of its plans that are gone.
+-- List the schedules of an app that are declared, or have been, and those of its plans that are gone,
+-- which are of any namespace.
 -- Reads in whole: schedules. Only a deploy asks.
 SELECT {schedule_columns} FROM {schema}.schedules s
- WHERE namespace = %(namespace)s AND app = %(app)s
-   AND (declared OR NOT s.run ->> 'plan' = ANY(%(plans)s))
- ORDER BY name
+ WHERE app = %(app)s
+   AND (declared AND namespace = %(namespace)s
+        OR NOT declared AND NOT s.run ->> 'plan' = ANY(%(plans)s))
+ ORDER BY name, namespace
 
 -- name: alone
 -- Wait for another deploy that applies schedules, and keep others waiting until the commit.

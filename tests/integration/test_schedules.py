@@ -711,13 +711,16 @@ def test_a_deploy_tells_schedules_of_run_time_of_new_versions_and_lost_plans(
 ) -> None:
     for plan_, name in ((report, "kept"), (parked, "lost")):
         beatless.client.create_schedule(Schedule(name, plan_, every=60))
+    tenant = beatless_app.client_for("acme")
+    tenant.create_schedule(Schedule("theirs", parked, every=60))
 
     @step
     def another(ctx: StepContext) -> None: ...
 
     changed = Plan("report", [note_tick, another], queue="mail")
-    assert applied(App(beatless_app.settings, [changed])) == ([], [], [], ["lost"])
-    assert beatless.schedules["lost"].reason == "the app default has no plan parked"
+    assert applied(App(beatless_app.settings, [changed])) == ([], [], [], ["lost", "theirs"])
+    for stored in (beatless.schedules["lost"], tenant.schedule("theirs")):
+        assert stored.reason == "the app default has no plan parked"
     ((run,),) = rows(beatless, "SELECT run FROM {schema}.schedules WHERE name = 'kept'")
     run = run if isinstance(run, dict) else json.loads(run)
     assert (run["plan_version"], run["queue"]) == (changed.version, "mail")
