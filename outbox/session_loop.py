@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from beatless.outbox.clock import monotonic
+from beatless.outbox.clock import monotonic, since_boot
 from beatless.outbox.config import RelayConfig
 from beatless.outbox.doorbell import Ring, Sessions, State
 from beatless.outbox.drain import Drain
@@ -63,6 +63,9 @@ and still counts as a member, for a backend releases its locks one by one. Then 
 PING_TIMEOUT_S = 5.0
 """Seconds in which a NOTIFY to ourselves must have come back."""
 
+SUSPEND_S = 1.0
+"""Seconds of a suspend of the machine, at least: the clock of waits stands still meanwhile."""
+
 CLOCK_SLACK_S = 0.0005
 """Due times are the server's: look a moment after them, not a moment before."""
 
@@ -83,6 +86,7 @@ class SessionLoop:
         self._observer = config.observer
         self._next_due: float | None = None
         self._watchdog_at = monotonic() + config.watchdog
+        self._suspended_s = since_boot() - monotonic()
         self._last_wake = 0.0
         self._wakes = 0
         """How many have followed one another within `linger`."""
@@ -164,7 +168,7 @@ class SessionLoop:
 
     def _look_at_schedules(self) -> None:
         schedules = self.drain.schedules
-        if self.sessions.schedules_changed:
+        if self.sessions.schedules_changed or self._was_suspended():
             # Before the look: a change that comes behind it is heard of as well.
             self.sessions.schedules_changed = False
             schedules.expect_change()
@@ -228,6 +232,9 @@ class SessionLoop:
             return
         rung, self.sessions.rung = self.sessions.rung, Ring.NOTHING
         due = self._next_due is not None and monotonic() >= self._next_due
+        if self._was_suspended():
+            self.drain.overdue.next_at, due = 0.0, True
+            self.drain.schedules.expect_change()
         if rung or due or self.drain.tasks.has_result:
             woke, before = monotonic(), self._last_wake
             self._last_wake = woke
@@ -282,6 +289,11 @@ class SessionLoop:
                 self._note_next_step()
                 break
         return total
+
+    def _was_suspended(self) -> bool:
+        """Whether the machine was, since the last look: what was to come later may be due."""
+        before, self._suspended_s = self._suspended_s, since_boot() - monotonic()
+        return self._suspended_s - before > SUSPEND_S
 
     def _note_next_step(self) -> None:
         wait = self.drain.next_step_in()

@@ -1,7 +1,7 @@
 """Schedules under a relay that stays awake: it looks when a tick is due, and polls for none."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,11 +11,13 @@ import psycopg
 import pytest
 
 from beatless import App, Plan, Schedule, StepContext, step
+from beatless.outbox import session_loop
+from beatless.outbox.clock import since_boot
 from beatless.outbox.due_schedules import HELD_POLL_S, STANDBY_S, DueSchedules
 from beatless.outbox.observer import FiredTick, ignore
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
-from tests.integration.test_relay import noting
+from tests.integration.test_relay import noting, running
 
 RARE_S = 300 * 86_400
 """Seconds between two ticks of which none comes during a test."""
@@ -140,6 +142,38 @@ def test_a_tick_costs_a_busy_relay_one_look_and_one_question_for_the_next(
         assert relay.forecasts() - forecasts == 3
     ticks = sorted(run.tick for run in beatless.client.list_runs())
     assert ticks == [made.next_tick + timedelta(seconds=number * RARE_S) for number in range(3)]
+
+
+@pytest.fixture
+def suspend(postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Suspend the machine until the next tick: only the clock of a relay's waits stands still."""
+    suspended_s = [0.0]
+    monkeypatch.setattr(session_loop, "since_boot", lambda: since_boot() + suspended_s[0])
+
+    def suspend() -> None:
+        postgres.execute("UPDATE schedules SET due_at = now(), look_at = now()")
+        suspended_s[0] = RARE_S
+
+    return suspend
+
+
+def test_a_busy_relay_looks_again_after_a_suspend_of_the_machine(
+    beatless: Kit, beatless_app: App, suspend: Callable[[], None]
+) -> None:
+    beatless.client.create_schedule(Schedule("rare", "report", every=RARE_S))
+    with busy(beatless_app) as relay:
+        suspend()
+        relay.looks.wait(ticks=1)
+
+
+def test_a_relay_that_sleeps_looks_again_after_a_suspend_of_the_machine(
+    beatless: Kit, beatless_app: App, suspend: Callable[[], None]
+) -> None:
+    beatless.client.create_schedule(Schedule("rare", "report", every=RARE_S))
+    looks = Looks(beatless_app)
+    with running(beatless_app, fire=looks.fire, watchdog=0.3):
+        suspend()
+        looks.wait(ticks=1)
 
 
 def test_a_look_that_finds_nothing_is_followed_by_one_when_the_next_tick_is_due(
