@@ -24,7 +24,7 @@ from beatless import (
     step,
     wait,
 )
-from beatless.orchestrator.firing import GRACE_S, Firing
+from beatless.orchestrator.firing import GRACE_S, REPLACING_S, Firing
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import ScheduleState
 from beatless.orchestrator.ticks import jitter_s, tick_key
@@ -376,7 +376,7 @@ def test_each_tick_replaces_the_run_of_the_one_before_while_time_passes(
     beatless.advance(to_next_tick(beatless, "hourly"))
     if plan is parked:
         beatless.work_until_idle()
-    beatless.advance(4 * 3600)
+    beatless.advance(4 * 3600 + 2 * REPLACING_S)
     assert ticks_of(beatless, "hourly") == [made.next_tick + timedelta(hours=n) for n in range(5)]
     *replaced, last = runs_of(beatless, "hourly")
     assert {run.state.value for run in replaced} == {"cancelled"}
