@@ -39,7 +39,8 @@ class Duplicates:
         plain = [run for run in new if run.dedupe_key is None]
         stored = iter(self._journal.create_runs(connection, plain) if plain else [])
         keyed = [run for run in new if run.dedupe_key is not None]
-        if len(keyed) > 1:
+        if len(keyed) > 1 or any(_replaces(run) for run in keyed):
+            # First: a start that is repeated may still be in its transaction, and is not replaced.
             self._lock(connection, keyed)
         used = self._used(connection, keyed)
         runs = []
@@ -62,10 +63,8 @@ class Duplicates:
 
     def _start(self, connection: Caller, new: NewRun, undo: Mapping[str, str | None]) -> Run:
         if new.debounce is not None:
-            self._lock(connection, [new])
             return self._debounce(connection, new)
         if new.while_unfinished == "replace":
-            self._lock(connection, [new])
             return self._replace(connection, new, undo)
         aside = self._stand_aside(connection, new)
         if aside is None:
@@ -138,3 +137,8 @@ class Duplicates:
             # Sorted: two batches with the same keys do not wait for each other.
             keys = sorted({f"{run.namespace}/{run.plan}/{run.dedupe_key}" for run in new})
             execute(connection, self._sql["lock"], {"keys": array(keys)})
+
+
+def _replaces(new: NewRun) -> bool:
+    """Whether the start changes an unfinished run that it finds."""
+    return new.debounce is not None or new.while_unfinished == "replace"

@@ -585,6 +585,22 @@ def test_a_start_whose_answer_was_lost_is_the_same_start(beatless: Kit) -> None:
             assert start(beatless, 1, mode, **given).start == "found"
 
 
+@pytest.mark.parametrize("same", ["run_id", "key"])
+def test_a_start_that_is_repeated_before_its_commit_does_not_replace_itself(
+    beatless: Kit, postgres: psycopg.Connection, same: str
+) -> None:
+    """Its answer was lost, or is late: the first start is still in its transaction."""
+    given = {same: "mine"}
+    with open_transaction(beatless) as slow:
+        first = start(beatless, 1, "replace", connection=slow, **given)
+        with meanwhile(partial(start, beatless, 1, "replace", **given)) as found:
+            until(postgres, blocked_by=slow.info.backend_pid)
+            slow.commit()
+    assert (found[0].run_id, found[0].start) == (first.run_id, "found")
+    beatless.work_until_idle()
+    assert EXECUTED == [1]
+
+
 def test_a_retry_takes_over_the_dedupe_key_if_it_is_free(beatless: Kit) -> None:
     failed = start(beatless, "fails")
     beatless.work_until_idle()
