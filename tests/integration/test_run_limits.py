@@ -1,6 +1,7 @@
 """Limits of how many runs hold a lease at once: never more, and no turn is lost."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -30,7 +31,7 @@ from beatless.orchestrator.plan import PlanError
 from beatless.orchestrator.settlement import Boundary, Proposal, Settlement
 from beatless.testing import Kit
 from beatless.verify import verify
-from tests.integration.test_races import at_once
+from tests.integration.test_races import at_once, until
 from tests.serving import serving
 
 BODIES: list[str] = []
@@ -563,6 +564,50 @@ def test_a_run_that_nobody_claims_keeps_its_turn_for_a_minute(
     assert not set(away) & set(slots(postgres))
 
 
+def test_a_start_does_not_read_the_runs_that_wait_for_other_keys(
+    beatless: Kit, beatless_app: App
+) -> None:
+    keys = 100
+    requests = [RunRequest(plan="charge", input={"account": n}) for n in range(keys)] * 3
+    with closing(beatless_app.executors.connect()) as caller, caller.transaction():
+        beatless.client.start_runs(requests, connection=caller)
+        caller.execute(f"SET LOCAL search_path TO {beatless_app.settings.schema}")
+        assert len(parked(caller)) == keys
+        read = caller.execute(
+            "SELECT relname::text, coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) "
+            "FROM pg_stat_xact_user_tables WHERE schemaname = current_schema() "
+            "AND relname IN ('dispatches', 'limit_notes')"
+        )
+        assert [row for row in read.fetchall() if row[1] > 10 * keys] == []
+
+
+def test_a_limit_whose_runs_are_held_does_not_keep_others_from_their_turn(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, patient: psycopg.Connection
+) -> None:
+    """Each end of a run may note it once more, for as long as the transaction is open."""
+    held, other = start(beatless, account="a"), start(beatless, account="b")
+    postgres.execute(
+        "UPDATE dispatches SET state = 'delayed', reason = 'limit', limit_since = now(), "
+        "due_at = '9999-01-01Z'"
+    )
+    relay = beatless_app.relay()
+    with closing(beatless_app.executors.connect()) as caller:
+        with caller.transaction():
+            beatless.client.cancel_run(held, connection=caller)
+            postgres.execute(
+                "INSERT INTO limit_notes (shard, limit_id) SELECT 0, 'stripe:' || key "
+                "FROM unnest(array_fill('a'::text, '{500}') || '{b}') key"
+            )
+            relay.drain_once()
+            assert parked(postgres) == [held]
+        assert other not in parked(postgres)
+    relay.drain_once()
+    relay.stop()
+    beatless.work_until_idle()
+    assert [other] == BODIES
+    assert_idle(postgres)
+
+
 def test_verify_tells_of_slots_and_leases_that_do_not_agree(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, patient: psycopg.Connection
 ) -> None:
@@ -602,6 +647,23 @@ def test_a_debounced_run_has_the_limit_of_its_last_input(
     beatless.work_until_idle()
     assert len(BODIES) == len(runs) + 1
     assert_idle(postgres)
+
+
+def test_a_claim_of_a_run_whose_time_has_just_moved_takes_no_slot(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection, patient: psycopg.Connection
+) -> None:
+    """It waits for the row of a run that is due, and finds one that is not."""
+    moved = {"dedupe_key": "one", "debounce": 60}
+    run_id = start(beatless, **moved)
+    beatless.advance(60)
+    with closing(beatless_app.executors.connect()) as caller:
+        with ThreadPoolExecutor(1) as pool, caller.transaction():
+            assert start(beatless, **moved, connection=caller) == run_id
+            claimed = pool.submit(claim, beatless_app, patient, run_id)
+            until(postgres, blocked_by=caller.info.backend_pid)
+        assert claimed.result() is None
+    assert slots(postgres) == []
+    assert parked(postgres) == []
 
 
 def test_a_successor_with_a_limit_waits_for_both(

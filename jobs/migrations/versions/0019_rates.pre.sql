@@ -10,6 +10,8 @@ CREATE TABLE IF NOT EXISTS rate_settings (
 -- A note with a time is for a look then, when the limit has a token.
 ALTER TABLE limit_notes ADD COLUMN IF NOT EXISTS due_at timestamptz;
 
+CREATE INDEX CONCURRENTLY IF NOT EXISTS limit_notes_limit ON limit_notes (limit_id);
+
 -- The bucket of a limit: when it is full again. A token fills `period_s / starts` seconds of it.
 CREATE TABLE IF NOT EXISTS limit_rates (
   limit_id text COLLATE "C" PRIMARY KEY,
@@ -40,14 +42,14 @@ CREATE OR REPLACE FUNCTION tokens_of(limited text, starts integer, period_s doub
 -- same statement, which a trigger sees. Its dispatch is counted to the limit with the least room. Read
 -- without a lock: who does not wait needs a slot all the same, when it is claimed. Who waits is looked
 -- at once more after the commit, for which one note of each transaction is enough: its caller has rung
--- the relay.
+-- the relay. Not EXISTS, which may be hashed: it would read the runs that wait for any limit.
 CREATE OR REPLACE FUNCTION park_if_full() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
   room bigint;
 BEGIN
-  SELECT l.id, CASE WHEN EXISTS (SELECT FROM dispatches d
-                                  WHERE d.limit_id = l.id AND d.state = 'delayed'
-                                    AND d.reason = 'limit') THEN 0
+  SELECT l.id, CASE WHEN (SELECT true FROM dispatches d
+                           WHERE d.limit_id = l.id AND d.state = 'delayed' AND d.reason = 'limit'
+                           LIMIT 1) THEN 0
                     ELSE l.free - (SELECT count(*) FROM (
                            SELECT FROM dispatches d
                             WHERE d.limit_id = l.id AND d.state IN ('waiting', 'sent')
@@ -79,8 +81,10 @@ END $$;
 -- Takes a slot, or at the first claim of a run a token, of each limit of a run that is being claimed;
 -- or has the run wait and takes none.
 -- The run's row is locked first, and what is read after that is read anew: each query of this
--- function sees what was committed before it. In the order of ids, so that no two claims wait for
--- each other. Of many numbers some are tried at random: to read all of them would cost more.
+-- function sees what was committed before it. The claim may have seen an older row: a run that is
+-- not due any more takes nothing, for the claim will not have it. In the order of ids, so that no two
+-- claims wait for each other. Of many numbers some are tried at random: to read all of them would
+-- cost more.
 CREATE OR REPLACE FUNCTION take_slots(claimed text) RETURNS boolean LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
   wanted jsonb;
@@ -92,7 +96,8 @@ DECLARE
   each record;
 BEGIN
   SELECT r.limits, r.created_at, r.attempt = 0 INTO wanted, since, begins FROM runs r
-   WHERE r.run_id = claimed AND r.state = 'queued' FOR NO KEY UPDATE;
+   WHERE r.run_id = claimed AND r.state = 'queued'
+     AND coalesce(r.not_before <= clock_timestamp(), true) FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     RETURN false;
   END IF;
@@ -193,6 +198,18 @@ BEGIN
   RETURN NULL;
 END $$;
 
+-- Keeps the notes of a limit for a later look; how many. If a batch was full of notes there may be
+-- others behind them: then one stands for all, as the last.
+CREATE OR REPLACE FUNCTION keep_notes(own integer[], limited text, ids bigint[], crowded boolean) RETURNS integer LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+  IF NOT crowded THEN
+    RETURN cardinality(ids);
+  END IF;
+  DELETE FROM limit_notes w WHERE w.shard = ANY(own) AND w.id = ANY(ids);
+  INSERT INTO limit_notes (shard, limit_id) VALUES (own[1], limited);
+  RETURN 1;
+END $$;
+
 -- Looks at the limits that were noted for some shards, and lets in as many runs as have room; how
 -- many notes there were, and how many are left for a later look. A run that was let in a minute ago
 -- and has no slot is not counted: its queue may be paused, or have no worker. While runs wait for a
@@ -209,7 +226,7 @@ BEGIN
   looked_at = 0;
   kept = 0;
   FOR each IN
-    SELECT w.limit_id, array_agg(w.id) AS ids
+    SELECT w.limit_id, array_agg(w.id) AS ids, sum(count(*)) OVER () >= batch AS crowded
       FROM (SELECT limit_id, id FROM limit_notes
              WHERE shard = ANY(own) AND coalesce(due_at <= clock_timestamp(), true)
              ORDER BY id LIMIT batch) w
@@ -218,7 +235,7 @@ BEGIN
     looked_at = looked_at + cardinality(each.ids);
     IF NOT pg_try_advisory_xact_lock('limit_slots'::regclass::oid::int4,
                                      hashtext(each.limit_id)) THEN
-      kept = kept + cardinality(each.ids);
+      kept = kept + keep_notes(own, each.limit_id, each.ids, each.crowded);
       CONTINUE;
     END IF;
     SELECT d.shard, r.limits INTO waits FROM dispatches d JOIN runs r USING (run_id)
@@ -243,7 +260,7 @@ BEGIN
                   WHERE d.limit_id = each.limit_id AND d.state = 'delayed'
                     AND d.reason = 'limit') THEN
         IF room > 0 THEN
-          kept = kept + cardinality(each.ids);
+          kept = kept + keep_notes(own, each.limit_id, each.ids, each.crowded);
           CONTINUE;
         END IF;
         IF most IS NULL THEN
