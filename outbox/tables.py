@@ -142,6 +142,7 @@ limit_notes = Table(
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("limit_id", Id, nullable=False),
     Column("due_at", Time),
+    Index("limit_notes_limit", "limit_id"),
 )
 """Limits that a relay is to look at, now or when they have a token."""
 

@@ -42,14 +42,15 @@ CREATE OR REPLACE FUNCTION tokens_of(limited text, starts integer, period_s doub
 -- same statement, which a trigger sees. Its dispatch is counted to the limit with the least room. Read
 -- without a lock: who does not wait needs a slot all the same, when it is claimed. Who waits is looked
 -- at once more after the commit, for which one note of each transaction is enough: its caller has rung
--- the relay. Not EXISTS, which may be hashed: it would read the runs that wait for any limit.
+-- the relay. Not EXISTS, which may be hashed: it would read the runs that wait for any limit; and
+-- in the order of the index: if all wait for one limit, the first run of the table seemed enough.
 CREATE OR REPLACE FUNCTION park_if_full() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
   room bigint;
 BEGIN
   SELECT l.id, CASE WHEN (SELECT true FROM dispatches d
                            WHERE d.limit_id = l.id AND d.state = 'delayed' AND d.reason = 'limit'
-                           LIMIT 1) THEN 0
+                           ORDER BY d.priority DESC, d.limit_since LIMIT 1) THEN 0
                     ELSE l.free - (SELECT count(*) FROM (
                            SELECT FROM dispatches d
                             WHERE d.limit_id = l.id AND d.state IN ('waiting', 'sent')
@@ -198,33 +199,26 @@ BEGIN
   RETURN NULL;
 END $$;
 
--- Keeps the notes of a limit for a later look; how many. If a batch was full of notes there may be
--- others behind them: then one stands for all, as the last.
-CREATE OR REPLACE FUNCTION keep_notes(own integer[], limited text, ids bigint[], crowded boolean) RETURNS integer LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
-BEGIN
-  IF NOT crowded THEN
-    RETURN cardinality(ids);
-  END IF;
-  DELETE FROM limit_notes w WHERE w.shard = ANY(own) AND w.id = ANY(ids);
-  INSERT INTO limit_notes (shard, limit_id) VALUES (own[1], limited);
-  RETURN 1;
-END $$;
-
 -- Looks at the limits that were noted for some shards, and lets in as many runs as have room; how
 -- many notes there were, and how many are left for a later look. A run that was let in a minute ago
 -- and has no slot is not counted: its queue may be paused, or have no worker. While runs wait for a
 -- rate, there is a note for the time of the next token: of many a second, for those of a twentieth.
+-- One look lets in a thousand runs: it has seconds, and a bucket may hold a million tokens. Runs that
+-- others hold keep their note; of a batch that is full of notes one for all, behind those of others.
 CREATE OR REPLACE FUNCTION look_at_limits(own integer[], batch integer) RETURNS TABLE (looked_at integer, kept integer) LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
   most bigint;
   rate record;
   waits record;
   room bigint;
+  places bigint;
+  entered integer;
   next_look timestamptz;
   each record;
 BEGIN
   looked_at = 0;
   kept = 0;
+  places = 1000;
   FOR each IN
     SELECT w.limit_id, array_agg(w.id) AS ids, sum(count(*)) OVER () >= batch AS crowded
       FROM (SELECT limit_id, id FROM limit_notes
@@ -232,10 +226,11 @@ BEGIN
              ORDER BY id LIMIT batch) w
      GROUP BY w.limit_id ORDER BY w.limit_id
   LOOP
+    EXIT WHEN places = 0;
     looked_at = looked_at + cardinality(each.ids);
     IF NOT pg_try_advisory_xact_lock('limit_slots'::regclass::oid::int4,
                                      hashtext(each.limit_id)) THEN
-      kept = kept + keep_notes(own, each.limit_id, each.ids, each.crowded);
+      kept = kept + cardinality(each.ids);
       CONTINUE;
     END IF;
     SELECT d.shard, r.limits INTO waits FROM dispatches d JOIN runs r USING (run_id)
@@ -252,15 +247,23 @@ BEGIN
                        AND coalesce(r.not_before, r.created_at)
                            > clock_timestamp() - interval '1 minute');
       IF room > 0 THEN
-        room = room - let_in(each.limit_id, room);
+        entered = let_in(each.limit_id, least(room, places));
+        room = room - entered;
+        places = places - entered;
       ELSE
         room = 0;
       END IF;
       IF EXISTS (SELECT FROM dispatches d
                   WHERE d.limit_id = each.limit_id AND d.state = 'delayed'
                     AND d.reason = 'limit') THEN
-        IF room > 0 THEN
-          kept = kept + keep_notes(own, each.limit_id, each.ids, each.crowded);
+        CONTINUE WHEN room > 0 AND places = 0;
+        IF room > 0 AND each.crowded THEN
+          DELETE FROM limit_notes w WHERE w.shard = ANY(own) AND w.id = ANY(each.ids);
+          INSERT INTO limit_notes (shard, limit_id) VALUES (own[1], each.limit_id);
+          kept = kept + 1;
+          CONTINUE;
+        ELSIF room > 0 THEN
+          kept = kept + cardinality(each.ids);
           CONTINUE;
         END IF;
         IF most IS NULL THEN
