@@ -257,9 +257,11 @@ class Journal:
         )
         return Appended(last_seq=rows[0][0], cancelled=rows[0][1]) if rows else None
 
-    def has_output(self, connection: Caller, run_id: str, after: int, first: int) -> bool:
-        """Whether output was committed after a seq whose first piece has this number."""
-        parameters = {"run_id": run_id, "after": after, "first": first}
+    def has_output(
+        self, connection: Caller, run_id: str, after: int, step: str, first: int
+    ) -> bool:
+        """Whether output of a step was committed after a seq whose first piece has this number."""
+        parameters = {"run_id": run_id, "after": after, "step": step, "first": first}
         return bool(execute(connection, self.sql["has_output"], parameters)[0][0])
 
     def settle(

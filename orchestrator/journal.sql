@@ -419,10 +419,10 @@ SELECT {event_json}, (SELECT last_seq FROM head), (SELECT restarted FROM head) F
  WHERE e.before < {page_bytes} ORDER BY e.seq
 
 -- name: has_output
--- Read whether an event of output that begins with this piece stands after a seq.
+-- Read whether an event of output of a step that begins with this piece stands after a seq.
 SELECT EXISTS (SELECT FROM {schema}.run_events e
                 WHERE e.run_id = %(run_id)s AND e.seq > %(after)s AND e.type = 'StepOutput'
-                  AND (e.data ->> 'first')::bigint = %(first)s)
+                  AND e.step = %(step)s AND (e.data ->> 'first')::bigint = %(first)s)
 
 -- name: kept_events
 -- Read which events of a run are kept.

@@ -292,8 +292,8 @@ class LeasedWriter(SureWriter):
         """Commit one event in the middle of a step. Raises LeaseLost, and StepEnded after it."""
         with self._asking(attempt, event.step, event):
             if self._doubtful is None or self._doubtful != event:
-                self._write_output(self._outputs[id(attempt)])
                 self._write_tried(event)
+                self._write_output(self._outputs[id(attempt)])
             self._append([event], what=event)
 
     def note_suspect(self, step: str, attempt: int) -> None:
@@ -316,21 +316,26 @@ class LeasedWriter(SureWriter):
         with self._alone(output):
             if not self._is_open(output):
                 raise StepEnded(self._run_id, output.step)
+            self._write_tried(output)
             self._write_output(output)
 
     def begin_portion(self, output: StepOutput) -> Portion | None:
         """What an attempt has emitted, for a statement that commits it with that of others.
 
-        None if there is nothing, if it is `in_doubt`, and if a thread of the step writes just now,
-        for which this one does not wait. Raises LeaseLost, and StepEnded after the attempt's end.
-        See `OutputWriter`.
+        None if there is nothing, if it is `in_doubt` or that of another step of the run is, and if
+        a thread writes just now, for which this one does not wait. Raises LeaseLost, and StepEnded
+        after the attempt's end. See `OutputWriter`.
         """
         if self._lease.lost:
             raise LeaseLost(self._run_id, self._lease.token)
         output.in_doubt = False
         if not self._writing.acquire(blocking=False):
             return None
-        is_open, sure = self._is_open(output), self._doubtful in (None, output)
+        outputs = list(self._outputs.values())
+        is_open = self._is_open(output)
+        sure = self._doubtful in (None, output) and not any(
+            each.tried for each in outputs if each is not output
+        )
         output.in_doubt = is_open and output.tried
         events = output.pending(output.added) if is_open and sure and not output.tried else ()
         if not events:
@@ -374,7 +379,7 @@ class LeasedWriter(SureWriter):
         while events := output.pending(added):
             # Another write of the step's threads may be in doubt too: this one is looked for.
             tried, output.tried = output.tried, True
-            find = partial(self._find_output, output.first)
+            find = partial(self._find_output, output.step, output.first)
             try:
                 self._append(events, what=output, tried=tried, find=find)
             except RowHeld:
@@ -383,10 +388,12 @@ class LeasedWriter(SureWriter):
                 raise
             output.written()
 
-    def _find_output(self, first: int, connection: Connection) -> Appended | None:
+    def _find_output(self, step: str, first: int, connection: Connection) -> Appended | None:
         status = self._inspect(connection)
         after = self._last_seq
-        if not (status.held and self._journal.has_output(connection, self._run_id, after, first)):
+        if not status.held or not self._journal.has_output(
+            connection, self._run_id, after, step, first
+        ):
             return None
         return Appended(last_seq=status.last_seq, cancelled=self._lease.cancelled)
 

@@ -1,6 +1,7 @@
 """Writes the output of all steps of a process, so that none of them needs a timer."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 from itertools import islice
@@ -29,7 +30,8 @@ class OutputThread:
 
     1. sleep until a step emits
     2. wait 25 ms, or until an event is full
-    3. write all that has been emitted meanwhile, of all steps in one statement
+    3. write all that has been emitted meanwhile: of one step of each run in one statement, then of
+       another one
     4. what that leaves out, for its row is held or its step writes just now, waits for the next one
 
     The connection is that of one of the steps, whose body is elsewhere. A step is told at its next
@@ -144,6 +146,16 @@ class OutputThread:
 
 
 def _batches(outputs: Sequence[StepOutput]) -> Iterator[list[StepOutput]]:
-    rest = iter(outputs)
-    while batch := list(islice(rest, MOST_STEPS)):
-        yield batch
+    """Each of different runs: a statement appends to a row once."""
+    places: Counter[str] = Counter()
+    rounds: list[list[StepOutput]] = []
+    for output in outputs:
+        place = places[output.run_id]
+        places[output.run_id] += 1
+        if place == len(rounds):
+            rounds.append([])
+        rounds[place].append(output)
+    for each in rounds:
+        rest = iter(each)
+        while batch := list(islice(rest, MOST_STEPS)):
+            yield batch

@@ -125,7 +125,8 @@ class SureWriter:
         self._last_seq = self._patiently(self._inspect).last_seq
 
     def _is_open(self, output: StepOutput) -> bool:
-        return any(each is output for each in self._outputs.values())
+        # A list at once: other bodies of the run may begin meanwhile.
+        return any(each is output for each in list(self._outputs.values()))
 
     def _is_doubtful(self, output: StepOutput) -> bool:
         """Whether a write of this attempt is in doubt."""
@@ -143,7 +144,7 @@ class SureWriter:
         while True:
             with self._locked():
                 doubtful = self._doubtful
-                open_output = any(each is doubtful for each in self._outputs.values())
+                open_output = any(each is doubtful for each in list(self._outputs.values()))
                 if doubtful is None or open_output or doubtful == what:
                     yield
                     return
