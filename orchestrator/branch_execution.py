@@ -219,7 +219,7 @@ class BranchExecution(FunctionExecution):
                     call.uncounted()
                     yield from self._postpone(call, pending, event, as_stored(event)["seconds"])
                     return
-                self._steps_left -= 1
+                self._count_step()
                 if pending is None or self._begins_nothing:
                     self._begun_beside.pop(call.named, None)
                     yield from self._write_storable(call, event)
@@ -259,9 +259,14 @@ class BranchExecution(FunctionExecution):
             settlement = self._boundaries.going_on([event])
             yield from self._write_all(replace(commit, settlement=settlement))
         else:
-            self._steps_left -= 1
+            self._count_step()
             answer = self._replay.failed(pending, as_stored(event)["error"])
             yield from self._tell(pending, event, answer, commit)
+
+    def _count_step(self) -> None:
+        """Several may end after the last one that was to be executed here."""
+        if self._steps_left > 0:
+            self._steps_left -= 1
 
     def _postpone(
         self,
@@ -316,11 +321,11 @@ class BranchExecution(FunctionExecution):
             elif (
                 self._in_flight
                 or isinstance(said, Several)
-                or (isinstance(said, Call) and self._is_begun(said))
+                or (isinstance(said, Call) and (self._steps_left == 0 or self._is_begun(said)))
             ):
                 yield from self._begin([event], commit)
             else:
-                settlement = self._followed(call, event, is_step=isinstance(call.step, Step))
+                settlement = self._followed(call, event, is_step=False)  # it was counted
                 end = yield from self._commit(replace(commit or EMPTY, settlement=settlement))
                 self._left = (self._begun(settlement, end),)
         except Unstorable as error:
@@ -372,4 +377,9 @@ class BranchExecution(FunctionExecution):
         others = [call for call in list(self._in_flight.values()) if call is not progress]
         if not others:
             return commit
-        return replace(commit, settlement=self._boundaries.left_beside(commit.settlement, others))
+        settlement, failure = commit.settlement, commit.failure
+        if failure is not None and failure.retry_in is not None:
+            event = self._boundaries.retried(settlement.normal.events[0], failure.retry_in)
+            normal = replace(settlement.normal, events=[event])
+            settlement = replace(settlement, normal=normal)
+        return replace(commit, settlement=self._boundaries.left_beside(settlement, others))

@@ -247,6 +247,8 @@ class FunctionBoundaries(Boundaries):
 
     def _start(self, progress: Progress, **data: Any) -> NewEvent:
         if isinstance(progress, Call):
+            if progress.beside:
+                data = {VERSION: BESIDE_OTHERS + self._number} | data
             data = self._begun_as | data
             if progress.arguments is not None:
                 data[ARGUMENTS] = progress.arguments

@@ -15,6 +15,9 @@ from beatless.orchestrator.plan import INPUT_BYTES, PLAN_NAME, Plan, Step
 from beatless.orchestrator.step_body import body_of
 from beatless.orchestrator.typed_input import typed_input
 
+VERSIONS = 2**30
+"""All versions are below it."""
+
 UNDEFINED = ("class-not-fully-defined", "undefined-annotation")
 """The codes of pydantic's errors for a type that it does not find by its name."""
 
@@ -42,8 +45,10 @@ class FunctionPlan(Plan):
                 f"plan name {name!r:.200} must match {PLAN_NAME.pattern}: "
                 'give one, as in @plan("checkout")'
             )
-        if type(version) is not int or version < 1:
-            raise PlanError(f"plan {name}: version is {version!r}; give a number from 1 on")
+        if type(version) is not int or not 1 <= version < VERSIONS:
+            raise PlanError(
+                f"plan {name}: version is {version!r}; give a number from 1 on, below 2**30"
+            )
         self.name = name
         self.queue = queue
         self.limits = checked_limits(name, limits)

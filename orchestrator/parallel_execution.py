@@ -63,7 +63,11 @@ class ParallelExecution(BranchExecution):
             if call.beside and not call.ended
         }
         if isinstance(place, Several):
-            return next((each for each in place.calls if each.named == self._alone), place)
+            alone = next((each for each in place.calls if each.named == self._alone), None)
+            if alone is None:
+                return place
+            alone.beside = True
+            return alone
         if isinstance(place, Call) and not self._is_due(place):
             self._said = place = _several([place])
         return place
@@ -71,6 +75,7 @@ class ParallelExecution(BranchExecution):
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
         if not isinstance(progress, Several):
             return (yield from super()._begin_attempt(progress, before))
+        before = [*before, *self._boundaries.left_out(self._replay.left_out())]
         if before:
             yield from self._write(before)
         return progress
@@ -96,6 +101,17 @@ class ParallelExecution(BranchExecution):
     def _take_several(self) -> Part:
         """Until one call is left at most, or the run leaves this worker."""
         self._begin_several()
+        return (yield from self._until_left())
+
+    def _fail(self, progress: Progress, step: Step, error: BaseException) -> Part:
+        """As there; others go on while a step that was executed alone is in its back-off."""
+        if not isinstance(progress, Call) or progress.named != self._alone:
+            return (yield from super()._fail(progress, step, error))
+        self._begin_several()
+        yield from self._take_failure(progress, progress, error)
+        return (yield from self._until_left())
+
+    def _until_left(self) -> Part:
         while self._left is None:
             if not self._begins_nothing:
                 if (yield from self._advance()):
@@ -209,7 +225,8 @@ class ParallelExecution(BranchExecution):
             self._said = due[0]
             self._left = ((yield from super()._begin_attempt(due[0])),)
         elif steps:
-            self._alone = steps[0].named
+            self._alone, steps[0].beside = steps[0].named, True
+            self._begun_beside[steps[0].named] = steps[0]
             self._left = ((yield from super()._begin_attempt(steps[0])),)
         else:
             yield from self._park()

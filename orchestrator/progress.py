@@ -8,6 +8,7 @@ from typing import Any
 from beatless.orchestrator.child_calls import Children
 from beatless.orchestrator.errors import BadPayload, CannotRetry, RunCancelled
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.function_plan import VERSIONS
 from beatless.orchestrator.open_waits import Approval, OpenWaits, Received, received_of
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
 from beatless.orchestrator.waits import Wait, WaitKind
@@ -63,7 +64,7 @@ FOLLOWING = "following"
 A process that knows no waits finds one there that it does not have, and leaves it alone.
 """
 
-BESIDE_OTHERS = 2**30
+BESIDE_OTHERS = VERSIONS
 """Added to `version` in the StepStarted of a step that is begun beside others of its run.
 
 A process that knows no such steps takes it for a version that is higher than its own, and leaves

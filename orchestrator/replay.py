@@ -49,6 +49,8 @@ class Call(Progress):
     """The arguments as JSON, for the step that undoes this one."""
     due_ms: float = 0.0
     """When its next attempt is due, of a step that was begun beside others."""
+    beside: bool = False
+    """It is executed alone, while other calls of the run are in hand."""
 
     @property
     def occurrence(self) -> str:

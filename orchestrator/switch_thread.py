@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from contextvars import copy_context
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any, TypeVar
 
@@ -84,11 +84,17 @@ class SwitchThread:
                 either.set_result(None)
 
         future.add_done_callback(ring)
-        if seconds is not None:
-            alarm: Future[None] = Future()
-            alarm.add_done_callback(ring)
-            heappush(self._pauses, (monotonic() + seconds, next(self._numbers), alarm))
+        if seconds is None:
+            self.wait(either)
+            return
+        alarm: Future[None] = Future()
+        alarm.add_done_callback(ring)
+        pause = (monotonic() + seconds, next(self._numbers), alarm)
+        heappush(self._pauses, pause)
         self.wait(either)
+        if not alarm.done():  # else it would be kept for as long: for days, perhaps
+            self._pauses.remove(pause)
+            heapify(self._pauses)
 
     def pause(self, seconds: float) -> None:
         """Wait for so long. Other calls go on meanwhile."""

@@ -150,6 +150,18 @@ def test_a_retry_goes_on_with_the_results_of_the_branches_that_have_ended(
     assert not repeated & finished
 
 
+def test_a_transactional_step_that_is_tried_again_after_others_is_no_violation(
+    beatless: Kit,
+) -> None:
+    run = beatless.start_run("in_turn", {"fails_first": 0})
+    finish(beatless, run.run_id)
+
+    assert beatless.client.get_run(run.run_id).result == [0, 1, 2]
+    begun = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
+    assert begun == ["books", "books#2", "books#3", "books"]
+    beatless.verify()
+
+
 @pytest.fixture
 def pools() -> dict[str, list[str]]:
     return {

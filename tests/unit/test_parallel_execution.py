@@ -1,6 +1,7 @@
 """Several steps of one run at the same time, without Postgres: see `test_execution`."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 import beatless.verify as verify
 from beatless import Fatal, RunContext, Snooze, StepFailed, plan, retry, step
+from beatless.orchestrator.errors import StepTimeout
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.progress import BESIDE_OTHERS
@@ -550,3 +552,138 @@ def test_a_retry_takes_over_the_results_of_branches_in_the_order_of_their_ends()
 
 def test_the_execution_of_a_list_asks_for_no_body_beside_others() -> None:
     assert not hasattr(Execution, "_take_several")
+
+
+def test_a_run_is_given_back_after_so_many_steps_however_many_are_in_flight(
+    together: FunctionPlan,
+) -> None:
+    journal = Journal(together)
+    worker = work(journal, max_steps=1)
+    assert (journal.state, journal.reasons[-1]) == (RunState.QUEUED, "shutdown")
+    assert journal.types.count("StepFinished") == 4, "those that were in flight"
+    assert not worker.in_flight
+    finish(journal, max_steps=1)
+    assert outcome(journal) == [100, 2, 4, 6]
+    check(journal)
+
+
+def test_a_step_that_fails_after_the_last_one_of_its_worker_is_not_begun_again() -> None:
+    journal = Journal(fails_beside)
+    work(journal, max_steps=1, picks=min)
+    finish(journal, picks=min)
+    assert journal.calls.count("StepStarted fails") == 1
+
+
+def test_others_go_on_while_a_step_that_was_executed_alone_is_in_its_back_off() -> None:
+    @step(transactional=True, retry=retry(max_attempts=2, initial=600, jitter=0))
+    def stores_later(ctx: Any) -> str: ...
+
+    @plan("p")
+    async def three(run: RunContext) -> Any:
+        async def waits() -> Any:
+            return await run.step(first, (await run.wait("paid")).data)
+
+        return await asyncio.gather(run.step(stores_later), waits(), run.step(stores, 2))
+
+    def body(request: RunBody) -> Any:
+        if request.occurrence == "stores_later":
+            return Raised(ValueError("no")) if request.attempt == 1 else "stored"
+        return call(request)
+
+    journal = Journal(three)
+    work(journal, body)
+    assert "StepFinished stores" in journal.calls
+    assert (journal.state, journal.reasons[-1]) == (RunState.QUEUED, "wait")
+    journal.inbox.append(("paid", 7))
+    work(journal, body)
+    assert "StepFinished first#2:1" in journal.calls
+    assert journal.calls.count("StepStarted stores_later") == 1
+    journal.passed_s += 601
+    work(journal, body)
+    assert outcome(journal) == ["stored", 8, 2]
+    check(journal)
+
+
+def test_a_failure_of_a_step_that_was_executed_alone_is_told_at_once() -> None:
+    @plan("p")
+    async def two(run: RunContext) -> Any:
+        return await asyncio.gather(
+            run.step(stores, 1), run.step(double, 2), return_exceptions=True
+        )
+
+    def body(request: RunBody) -> Any:
+        return Raised(Fatal("no")) if request.occurrence == "stores" else call(request)
+
+    journal = Journal(two)
+    work(journal, body)
+    assert journal.claims == 1
+    assert journal.state.final
+    check(journal)
+
+
+def test_an_attempt_that_is_ended_by_force_beside_others_keeps_its_back_off() -> None:
+    journal = Journal(plan("p")(two_flaky))
+    worker = work(journal, dies_before=3)
+    (begun,) = [each for each in worker.in_flight.values() if each.occurrence == "flaky_slow"]
+    commit = begun.interrupted(StepTimeout("flaky_slow", 1.0))
+    *notes, failed = commit.settlement.normal.events
+    assert [json.loads(each.data or "")["name"] for each in notes] == ["beatless.given_back"]
+    assert json.loads(failed.data or "")["retry_in"] == 60
+    assert commit.settlement.normal.delay_s == 0
+
+
+@step(retry=retry(max_attempts=3, initial=60, jitter=0))
+def flaky_slow(ctx: Any) -> None: ...
+
+
+async def two_flaky(run: RunContext) -> Any:
+    return await asyncio.gather(run.step(flaky_slow), run.step(note))
+
+
+def test_a_step_that_the_plan_has_removed_is_left_out_before_others_begin() -> None:
+    @plan("p")
+    async def before(run: RunContext) -> Any:
+        return await run.step(first, 1)
+
+    @plan("p", removed=["first"])
+    async def after(run: RunContext) -> Any:
+        return await asyncio.gather(run.step(double, 1), run.step(note))
+
+    journal = Journal(before)
+    work(journal, dies_after=1)
+    assert journal.calls == ["StepStarted first"]
+    journal.plan = after
+    finish(journal)
+    assert journal.state is RunState.COMPLETED
+    [left] = [e for e in journal.events if e.type == "DebugTrace" and e.step == "first"]
+    assert left.data == {"name": "beatless.left_out"}
+
+
+def test_a_step_in_its_back_off_after_it_was_executed_alone_is_closed_when_its_branch_ends() -> (
+    None
+):
+    @step(transactional=True, retry=retry(max_attempts=2, initial=600, jitter=0))
+    def stores_later(ctx: Any) -> str: ...
+
+    @plan("p")
+    async def two(run: RunContext) -> Any:
+        async def raises() -> None:
+            await run.step(stores, 1)
+            raise LookupError
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(run.step(stores_later))
+                group.create_task(raises())
+        except ExceptionGroup:
+            return "over"
+
+    def body(request: RunBody) -> Any:
+        failed = request.occurrence == "stores_later"
+        return Raised(ValueError("no")) if failed else call(request)
+
+    journal = Journal(two)
+    work(journal, body)
+    assert outcome(journal) == "over"
+    ends = [e for e in journal.events if e.type == "StepFailed" and e.step == "stores_later"]
+    assert [e.data.get("final", False) for e in ends] == [False, True]

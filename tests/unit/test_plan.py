@@ -140,6 +140,7 @@ def renamed(names: dict) -> Plan:
         (lambda: plan(one), 'needs the name of the plan: @plan\\("checkout"\\)'),
         (lambda: plan("of order")(one), "plan name 'of order' must match"),
         (lambda: plan("p", version=0)(one), "version is 0; give a number from 1 on"),
+        (lambda: plan("p", version=2**30)(one), "version is 1073741824; give .* below 2..30"),
         (lambda: plan("p")(Callable.method), "plan p must take exactly one argument"),
         (lambda: plan("p")(lambda: 1), "plan p must take exactly one argument"),
         (lambda: plan("p")(Callable), "which is no function"),
