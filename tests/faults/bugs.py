@@ -505,8 +505,8 @@ BUGS = {
     ),
     "output whose answer was lost is written again": Bug(
         "orchestrator/leased_writer.py",
-        "find = partial(self._find_output, output.first)",
-        "find = partial(self._find_output, -1)",
+        "find = partial(self._find_output, output.step, output.first)",
+        "find = partial(self._find_output, output.step, -1)",
     ),
     "a suspect is one for ever": Bug(
         "orchestrator/suspects.py",
