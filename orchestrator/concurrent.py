@@ -195,7 +195,8 @@ class ConcurrentExecutor(Executor):
 
     def _is_too_late(self, lease: Lease, body: RunBody) -> bool:
         """Whether a body is not to be called: it may have waited for its turn for hours."""
-        return (lease.late and not body.compensating) or self.stopping.is_set()
+        too_late = lease.late and not body.compensating
+        return too_late or lease.lost or self.stopping.is_set()
 
     def beside(self) -> Beside:
         return GreenletsBeside(self._thread, self._call_one)

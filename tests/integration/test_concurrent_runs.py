@@ -315,6 +315,38 @@ def test_a_body_whose_turn_comes_after_the_deadline_is_not_called(
     beatless.verify()
 
 
+def test_a_body_whose_turn_comes_after_its_run_was_taken_over_is_not_called(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concurrent, "SYNC_BODIES", 1)
+    executor = beatless.app.executors.begin_concurrent()
+    executor.start()
+    plan = beatless.app.plans["in_a_thread"]
+    first = beatless.start_run("in_a_thread", 0).run_id
+    executor.spawn(partial(executor.execute, plan, first, 1))
+    assert INSIDE.wait(60)
+    taken = beatless.start_run("in_a_thread", 1).run_id
+    executor.spawn(partial(executor.execute, plan, taken, 1))
+    held = executor.heartbeat._by_id
+    until(lambda: any(each.run.run_id == taken for each in list(held.values())))
+    [lease] = [each for each in list(held.values()) if each.run.run_id == taken]
+    with beatless.app.executors.connect() as connection:
+        connection.execute(
+            f"UPDATE {beatless.app.settings.schema}.runs SET lease_expires_at = now()"
+            " WHERE run_id = %s".encode(),
+            [taken],
+        )
+        assert beatless.app.leases.claim(
+            connection, taken, plan=plan.name, worker="w", first_step=None, dispatch=1
+        )
+        executor.heartbeat.once(connection)
+    assert lease.lost
+    LET_GO.set()
+    executor.stop()
+
+    assert CALLED == [0]
+
+
 def test_threads_of_steps_that_have_ended_keep_no_connection(beatless: Kit) -> None:
     opened: list[psycopg.Connection[Any]] = []
 
