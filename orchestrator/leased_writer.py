@@ -132,7 +132,8 @@ class LeasedWriter(SureWriter):
 
         with self._alone(settlement):
             self._write_tried(settlement)
-            appended = self._write(write, settlement.normal.state, what=settlement, tried=tried)
+            state, find = settlement.normal.state, partial(self._find_settled, settlement)
+            appended = self._write(write, state, what=settlement, tried=tried, find=find)
         self._in_doubt = None
         self._on_commit(settlement, appended)
         self._take_in(appended)

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import psycopg
@@ -18,6 +19,7 @@ from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.held_rows import GIVES_WAY, HELD_ROW_WAIT_S, RowHeld
 from beatless.orchestrator.lease import Connection, Lease, Leases, LeaseStatus
 from beatless.orchestrator.records import Appended
+from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import StepOutput
 from beatless.outbox.backoff import Backoff
@@ -113,6 +115,17 @@ class SureWriter:
         if not status.committed_since:
             return None
         return Appended(last_seq=status.last_seq, cancelled=status.state is not intended)
+
+    def _find_settled(self, settlement: Settlement, connection: Connection) -> Appended | None:
+        """As `_find_any`; the state of a run that goes on either way does not tell of a cancel.
+
+        Then what may not have begun is not gone on with.
+        """
+        found = self._find_any(connection, settlement.normal.state)
+        goes_on = settlement.if_cancelled.state is settlement.normal.state
+        if found is None or not (goes_on and self._lease.cancelled):
+            return found
+        return replace(found, cancelled=True)
 
     def cancel_requested(self) -> bool:
         """Whether a cancel was accepted, by the row and not by the last heartbeat."""

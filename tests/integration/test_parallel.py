@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from beatless import Plan, RunState
@@ -159,6 +160,37 @@ def test_a_transactional_step_that_is_tried_again_after_others_is_no_violation(
     assert beatless.client.get_run(run.run_id).result == [0, 1, 2]
     begun = [e.step for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
     assert begun == ["books", "books#2", "books#3", "books"]
+    beatless.verify()
+
+
+def test_a_cancel_before_a_commit_whose_answer_was_lost_begins_no_body(
+    beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tmp_path / "ledger"
+    run = beatless.start_run("in_branches", {"ledger": str(ledger)})
+    settle, lost = beatless.app.journal.settle, []
+
+    def cancel_and_lose(
+        connection: Any, run_id: str, token: int, settlement: Any, *rest: Any
+    ) -> Any:
+        types = [event.type for event in settlement.normal.events]
+        goes_on = not lost and {"StepFinished", "StepStarted"} <= set(types)
+        if goes_on:
+            beatless.client.cancel_run(run_id)
+        appended = settle(connection, run_id, token, settlement, *rest)
+        if goes_on:
+            lost.append(run_id)
+            raise psycopg.OperationalError("the answer is lost")
+        return appended
+
+    monkeypatch.setattr(beatless.app.journal, "settle", cancel_and_lose)
+    beatless.work_until_idle()
+
+    assert lost
+    events = beatless.client.events(run.run_id)
+    begun = {event.step for event in events if event.type == "StepStarted"}
+    assert {step for _, step in bodies(ledger)} <= begun
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
     beatless.verify()
 
 
