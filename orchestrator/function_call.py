@@ -335,9 +335,14 @@ class CoroutineCall:
         future.set_result(outcome)
 
     def _end(self) -> Said:
-        if self._main.cancelled():
-            return self._broken(asyncio.CancelledError("the function has cancelled itself"))
-        error = self._main.exception()
+        try:
+            error = self._main.exception()
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args:
+                return self._broken(cancelled)
+            told = asyncio.CancelledError("the function has cancelled itself")
+            told.__cause__ = cancelled
+            return self._broken(told)
         if isinstance(error, RuntimeError) and any(each in str(error) for each in FOREIGN):
             refused = self._refused()
             refused.__cause__ = error
