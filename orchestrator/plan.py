@@ -35,6 +35,10 @@ def step_of(occurrence: str) -> str:
     return occurrence.partition("#")[0]
 
 
+class PlanContext:
+    """A base of RunContext: it asks for steps, and is no context of theirs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """A function that is checkpointed: once it has returned it never runs again."""
@@ -58,7 +62,12 @@ class Step:
         return not self.outcomes
 
     def __call__(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the function itself, as a unit test would."""
+        """Call the function itself, as a unit test would. Raises PlanError in a plan's function."""
+        if isinstance(context, PlanContext):
+            raise PlanError(
+                f"{self.name}(run, …) would be no step, and would run at each replay: write "
+                f"run.step({self.name}, …)"
+            )
         return self.function(context, *args, **kwargs)
 
     def check_arguments(self, where: str) -> None:

@@ -18,7 +18,7 @@ from beatless.orchestrator.child_calls import (
     plain,
 )
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.plan import Plan, PlanContext, Step
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Call, Mismatch, Outcome, Replay
 from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
@@ -44,7 +44,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-class RunContext(Generic[Input]):
+class RunContext(PlanContext, Generic[Input]):
     """One run, in the function of its plan.
 
     The executor makes it. A unit test of a function gives anything that has the methods.

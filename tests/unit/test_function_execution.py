@@ -125,6 +125,32 @@ def test_an_async_plan_awaits_its_steps() -> None:
     assert outcome(finish(journal)) == 4
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_step_that_is_called_with_the_run_is_refused(is_async: bool) -> None:
+    @plan("p")
+    def called(run: RunContext) -> Any:
+        return double(run, 5)
+
+    @plan("p")
+    async def awaited(run: RunContext) -> Any:
+        return await double(run, 5)
+
+    error = outcome(finish(Journal(awaited if is_async else called)))
+    assert (error["type"], "write run.step(double, …)" in error["message"]) == ("PlanError", True)
+
+
+def test_a_step_may_call_another_as_a_function() -> None:
+    @step
+    def twice(ctx: Any) -> int:
+        return int(double(ctx, double(ctx, 1)))
+
+    @plan("p")
+    def calls(run: RunContext) -> Any:
+        return run.step(twice)
+
+    assert outcome(finish(Journal(calls))) == 4
+
+
 def test_an_async_plan_that_awaits_anything_else_fails_with_what_to_do() -> None:
     class Other:
         def __await__(self) -> Any:
