@@ -103,7 +103,11 @@ def hints(env: Environment, env_file: Path | None) -> Iterator[str]:
     plans = env.app.plans if env.app_name else {plan.name: plan for plan in PLANS}
     demo = "" if env.app_name else " of the demo; yours: beatless --app MODULE:ATTRIBUTE dev"
     yield f"plans {', '.join(plans)}{demo}"
-    way = f"set -a; . {shlex.quote(str(env_file))}" if env_file else "beatless dev --env-file FILE"
+    way = "beatless dev --env-file FILE"
+    if env_file:
+        # Without a slash, sh and zsh would look for the file in PATH.
+        path = env_file if env_file.is_absolute() else f"./{env_file}"
+        way = f"set -a; . {shlex.quote(str(path))}; set +a"
     yield f"settings found by `beatless` in this directory; for other processes: {way}"
 
 

@@ -123,7 +123,7 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     assert "schema beatless (tables), prefix beatless (queues" in stack.lines[2]
     assert stack.lines[-4] == f"logs {tmp_path / '.beatless' / 'ephemeral'}"
     assert stack.lines[-3].startswith("plans agents.run, code_census of the demo")
-    assert stack.lines[-2].endswith("set -a; . beatless.env")
+    assert stack.lines[-2].endswith("set -a; . ./beatless.env; set +a")
     lines = (tmp_path / "beatless.env").read_text().splitlines()
     assert all(line.startswith("BEATLESS_") and "=" in line for line in lines)
     assert (tmp_path / "beatless.env").stat().st_mode & 0o077 == 0
