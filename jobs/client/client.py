@@ -97,7 +97,7 @@ class Client(
         >>> again.run_id == run.run_id
         True
         """
-        request = request_of(plan, input, options)
+        request = request_of(plan, input, options, takes_connection=True)
         return self.start_runs([request], connection=connection)[0]
 
     def start_runs(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from beatless.errors import BadRequest, UnknownPlan
@@ -205,15 +206,21 @@ OPTIONAL = frozenset(each.name for each in REQUEST_FIELDS if each.default is Non
 """Those that may be None."""
 
 
-def request_of(plan: str, input: Any, options: RunOptions) -> RunRequest:
+def request_of(
+    plan: str, input: Any, options: RunOptions, *, takes_connection: bool = False
+) -> RunRequest:
     """The request of a call of `start_run`. Raises TypeError for an option that it does not have.
 
-    And BadRequest for a plan that is not named.
+    And BadRequest for a plan that is not named. `takes_connection` is of clients in the database.
     """
     if unknown := sorted(options.keys() - OPTIONS.keys()):
+        names = [*OPTIONS, "connection"] if takes_connection else [*OPTIONS]
+        near = get_close_matches(unknown[0], names, n=1, cutoff=0.8)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        session = "; connection takes a session too" if takes_connection else ""
         raise TypeError(
-            f"start_run has no option {', '.join(unknown)}; it has: {', '.join(OPTIONS)} "
-            "(key makes a start idempotent)"
+            f"start_run has no option {', '.join(unknown)}{meant}; it has: {', '.join(names)} "
+            f"(key makes a start idempotent{session})"
         )
     return RunRequest(plan=plan, input=input, **options)
 

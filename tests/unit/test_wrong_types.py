@@ -193,6 +193,16 @@ def test_an_option_that_start_run_does_not_have_is_named_with_those_it_has(app: 
             client.start_run("checkout", idempotency_key="order:1")
 
 
+def test_a_session_is_for_connection_where_start_run_has_it(app: App) -> None:
+    with pytest.raises(TypeError, match=r"session; it has: .*, connection \(.*takes a session too"):
+        app.client.start_run("checkout", session=None)
+    with pytest.raises(TypeError, match=r"conection \(did you mean connection\?\); it has: run_id"):
+        app.client.start_run("checkout", conection=None)
+    with pytest.raises(TypeError) as raised:
+        HttpClient("http://127.0.0.1:9").start_run("checkout", session=None)
+    assert "connection" not in str(raised.value)
+
+
 @pytest.mark.parametrize("given", ["checkout", checkout, [checkout], ["checkout"], 7])
 def test_many_runs_are_started_by_requests(app: App, given: Any) -> None:
     with pytest.raises(TypeError, match="start_runs takes a list of RunRequest"):
