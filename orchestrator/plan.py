@@ -105,6 +105,7 @@ def step(
     transactional: bool = False,
     terminate_on_cancel: bool = False,
     undo: Step | None = None,
+    **others: Any,
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a function a step of plans. Its first argument is the StepContext.
 
@@ -117,7 +118,7 @@ def step(
     the run then fails or is cancelled; those of a run are called one by one, the last step first.
     A function that is `async def` gets an AsyncStepContext; it runs in an event loop that the
     process keeps, and is ended by a cancel of its task. It cannot be transactional. Raises
-    PlanError for a bad name, timeout or signature.
+    PlanError for a bad name, timeout or signature, and TypeError for another option.
 
     >>> from beatless import retry, step
     >>> @step
@@ -129,6 +130,12 @@ def step(
     >>> charge.name, charge.timeout
     ('charge', 30)
     """
+    if others:
+        raise TypeError(
+            f"step has no option {', '.join(others)}: retry=retry(max_attempts=3) tries it again, "
+            "the first attempt counts; it has: name, timeout, retry, transactional, "
+            "terminate_on_cancel, undo"
+        )
 
     def decorate(function: Callable[..., Any]) -> Step:
         label = step_name(function) if name is None else name

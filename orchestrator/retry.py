@@ -1,6 +1,7 @@
 """The retry policy of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Never
 
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.times import is_number
@@ -39,18 +40,24 @@ def retry(
     cap: float = 60.0,
     jitter: float = 0.2,
     max_crashes: int = 5,
+    **others: Never,
 ) -> Retry:
     """A retry policy: wait `initial` seconds, times `backoff` after each failure, at most `cap`.
 
     `max_attempts` counts the first attempt too; `jitter` is the share of a wait that is random;
     after `max_crashes` deaths of its process in the step the run fails. Raises ValueError for
-    numbers that make no policy.
+    numbers that make no policy, and TypeError for other options, as those of other libraries.
 
     >>> from beatless import retry
     >>> policy = retry(max_attempts=3, initial=1, backoff=4, jitter=0)
     >>> policy.delay(1), policy.delay(2), policy.delay(3)
     (1.0, 4.0, None)
     """
+    if others:
+        raise TypeError(
+            f"retry has no option {', '.join(others)}: how often a step is tried is max_attempts, "
+            f"with the first attempt; it has: {', '.join(each.name for each in fields(Retry))}"
+        )
     return Retry(
         max_attempts=max_attempts,
         backoff=backoff,

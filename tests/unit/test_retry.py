@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beatless import retry
+from beatless import retry, step
 from beatless.orchestrator.retry import Retry
 from beatless.outbox.backoff import Backoff
 
@@ -23,6 +23,21 @@ def test_a_retry_gives_up_after_its_last_attempt():
 
 def test_a_step_is_tried_once_unless_told_otherwise():
     assert Retry().delay(1) is None
+
+
+@pytest.mark.parametrize("name", ["max_retries", "attempts"])
+def test_an_option_that_a_policy_does_not_have_is_told_its_name_here(name):
+    with pytest.raises(
+        TypeError, match=rf"retry has no option {name}: .* is max_attempts, .*jitter"
+    ):
+        retry(**{name: 3})
+
+
+@pytest.mark.parametrize("name", ["retries", "max_retries", "max_attempts"])
+def test_a_step_is_told_that_its_attempts_are_a_policy(name):
+    told = rf"step has no option {name}: .*retry=retry\(max_attempts=3\)"
+    with pytest.raises(TypeError, match=told):
+        step(**{name: 3})
 
 
 @pytest.mark.parametrize(
