@@ -212,7 +212,9 @@ class Settings:
             self._refuse(name, "is not a URL" if value else "is empty")
         drivername = value.partition("://")[0]
         if drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
-            self._refuse(name, f"starts with {drivername}://, not with postgresql://")
+            driver = drivername.partition("+")[2]
+            also = f": the driver is psycopg 3, not {driver}" if driver else ""
+            self._refuse(name, f"starts with {drivername}://, not with postgresql://{also}")
         target = url.query.get("target_session_attrs", "any")
         if target not in TARGETS:
             problem = f"has target_session_attrs={target}, where nothing can be written: choose "
@@ -241,8 +243,13 @@ class Settings:
         """Read BEATLESS_* (default: this process's environment); keyword arguments win.
 
         Raises BadSetting, with an example, for unknown names, missing ones and bad values, and
-        TypeError for an `environ` that is no mapping.
+        TypeError for an `environ` that is no mapping and for a keyword that is no setting.
         """
+        keywords = [entry.name for entry in fields(cls)]
+        for name in sorted(overrides.keys() - set(keywords)):
+            near = get_close_matches(name, keywords, n=1)
+            meant = f": did you mean {near[0]}?" if near else ""
+            raise TypeError(f"Settings have no {name}{meant}")
         if environ is not None and not isinstance(environ, Mapping):
             raise TypeError(
                 f"environ is {type(environ).__name__}: give a mapping of names to texts, as "

@@ -46,6 +46,7 @@ def test_variables_of_others_are_not_ours():
         ("BEATLESS_DATABASE_URL", "", "is not set; for example BEATLESS_DATABASE_URL=postgresql:"),
         ("BEATLESS_REDIS_URL", "", "is not set; for example BEATLESS_REDIS_URL=redis:"),
         ("BEATLESS_DATABASE_URL", "mysql://db/app", "starts with mysql://, not with postgresql://"),
+        ("BEATLESS_DATABASE_URL", "postgresql+psycopg2://db/app", "is psycopg 3, not psycopg2"),
         ("BEATLESS_DATABASE_URL", "nonsense", "is not a URL"),
         ("BEATLESS_LISTEN_URL", "postgresql+asyncpg://db/app", "not with postgresql://"),
         ("BEATLESS_REDIS_URL", "http://cache", "is not a redis://"),
@@ -88,6 +89,19 @@ def test_an_unknown_setting_is_refused_with_the_name_that_was_meant(name, advice
     with pytest.raises(BadSetting) as raised:
         Settings.from_env(MINIMAL | {name: "x"})
     assert str(raised.value) == f"{name} is not a setting of beatless; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("databse_url", "Settings have no databse_url: did you mean database_url?"),
+        ("colour", "Settings have no colour"),
+    ],
+)
+def test_an_unknown_keyword_is_refused_with_the_one_that_was_meant(name, told):
+    with pytest.raises(TypeError) as raised:
+        Settings.from_env({}, **{name: "x"})
+    assert str(raised.value) == told
 
 
 def test_what_goes_to_another_process_comes_back_the_same():
