@@ -262,7 +262,8 @@ class Kit(TimeCalls):
             if not at.startswith(("relay.", "retention.", "schedule.")):
                 self.forget_worker()
         else:
-            raise AssertionError(f"the crash point {at} was not reached {nth} times")
+            times = "" if nth == 1 else f" {nth} times"
+            raise AssertionError(f"the crash point {at} was not reached{times}")
         finally:
             self.app.faults.disarm(at)
 

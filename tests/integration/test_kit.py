@@ -391,11 +391,18 @@ def test_step_executes_exactly_one_step_and_gives_the_run_back(beatless: Kit):
     beatless.verify()
 
 
-def test_crash_says_when_its_point_was_never_reached(beatless: Kit):
+@pytest.mark.parametrize(
+    ("at", "nth", "told"),
+    [
+        ("step.before", 2, "step.before was not reached 2 times"),
+        ("schedule.fired", 1, "schedule.fired was not reached"),
+    ],
+)
+def test_crash_says_when_its_point_was_never_reached(beatless: Kit, at: str, nth: int, told: str):
     beatless.start_run("fatally")
     with (
-        pytest.raises(AssertionError, match=r"crash point step\.before was not reached 2 times"),
-        beatless.crash(at="step.before", nth=2),
+        pytest.raises(AssertionError, match=f"crash point {told}$"),
+        beatless.crash(at=at, nth=nth),
     ):
         beatless.work_until_idle()
 
