@@ -168,9 +168,10 @@ class Boundaries:
 
     def completed(self, result: Any, events: Sequence[NewEvent] = ()) -> Settlement:
         """The end of a run whose steps have all finished. Raises BadPayload."""
-        text = encode(
-            result, where=f"the result of run {self._run_id}", limit=self._max_event_bytes
-        )
+        try:
+            text = encode(result, where="result", limit=self._max_event_bytes)
+        except BadPayload as error:
+            raise BadPayload(f"{error.where} of run {self._run_id}", error.reason) from error
         ended = NewEvent(
             type=EventType.RUN_FINISHED, data=f'{{"outcome":"completed","result":{text}}}'
         )

@@ -272,6 +272,16 @@ def test_a_result_that_is_not_json_fails_the_run_and_not_the_step() -> None:
     assert (outcome(journal)["type"], journal.types[1]) == ("BadPayload", "StepFinished")
 
 
+def test_the_path_in_a_result_that_is_not_json_is_not_taken_for_a_run_id() -> None:
+    @plan("p")
+    def odd(run: RunContext) -> Any:
+        return {"a": {1}}
+
+    message = outcome(finish(Journal(odd)))["message"]
+    assert message.startswith("result.a of run ")
+    assert message.endswith(" is a set, which is not JSON: use sorted(…)")
+
+
 def test_arguments_that_are_not_json_are_refused_by_name() -> None:
     @plan("p")
     def odd(run: RunContext) -> Any:
