@@ -168,6 +168,21 @@ def test_a_failed_run_tells_why(beatless: Kit, url: str, open_page: Opener) -> N
     expect(page.locator("#runs .why")).to_have_text("Fatal: no such street")
 
 
+def test_the_card_of_a_result_has_its_heading_at_its_top(
+    beatless: Kit, url: str, open_page: Opener
+) -> None:
+    run = beatless.start_run("checkout", {})
+    beatless.work_until_idle()
+    page = open_page()
+    page.goto(f"{url}/#/run/{run.run_id}")
+    expect(page.locator("#outcome h3")).to_have_text("Result")
+    gap = page.locator("#outcome .card").evaluate(
+        "card => card.querySelector('h3').getBoundingClientRect().top"
+        " - card.getBoundingClientRect().top - parseFloat(getComputedStyle(card).paddingTop)"
+    )
+    assert gap < 3  # the border of the card
+
+
 def test_what_people_send_is_shown_as_text(beatless: Kit, url: str, open_page: Opener) -> None:
     for input in ({"label": HTML}, {"label": HTML, "lost": HTML}):
         run = beatless.start_run("checkout", input, tags={"shop": HTML})
