@@ -95,6 +95,30 @@ def test_who_is_signed_out_of_the_host_is_told_so_and_goes_on_when_back(
         page.close()
 
 
+CLIENT = "".join(
+    re.findall(
+        r"```js\n(.*?)```",
+        (Path(__file__).parents[2] / "docs" / "http.md").read_text(),
+        re.DOTALL,
+    )
+)
+"""The client in a browser of docs/http.md."""
+
+
+def test_the_client_of_the_page_about_http_says_that_a_run_is_refused(
+    beatless: Kit, open_page: Opener
+) -> None:
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app))
+    host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    with hosting(host) as api:
+        page = open_page(expected="404")
+        page.goto(f"{api.url}/")
+        with page.expect_console_message(lambda said: "not yet is not followed" in said.text):
+            page.evaluate("(base) => {" + CLIENT + "follow(base, 'not yet', show, forget); }", AT)
+        page.close()
+
+
 def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
     beatless: Kit,
     open_page: Opener,
@@ -102,8 +126,6 @@ def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(open_streams, "TOKEN_CHECK_S", 0.1)
-    text = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
-    client = "".join(re.findall(r"```js\n(.*?)```", text, re.DOTALL))
     run = beatless.start_run("checkout", {"order": 1}).run_id
     host = FastAPI()
     host.mount(AT, create_api(beatless.app))
@@ -113,7 +135,7 @@ def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
         page.goto(f"{api.url}/")
         page.evaluate(
             "([base, run]) => {"
-            + client
+            + CLIENT
             + """
             window.seen = [];
             window.texts = texts;
