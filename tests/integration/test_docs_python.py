@@ -1,11 +1,15 @@
 """docs/python.md: it names everything, and its recipes work as they stand there."""
 
 import inspect
+import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -84,6 +88,36 @@ class TestOrm:
         assert beatless.client.get_run(run.run_id).state == ended
         with Session(beatless.app.engine) as session:
             assert session.scalars(select(Order.state)).all() == [state]
+
+
+class TestFastAPI:
+    """The recipe for a route that commits before it answers."""
+
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        return [Plan("checkout", [step(name="reserve")(lambda _: None)])]
+
+    def test_a_run_is_there_when_its_answer_is_sent(
+        self, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shop = ModuleType("shop")
+        shop.app = beatless.app  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "shop", shop)
+        names: dict[str, Any] = {"__name__": "routes"}
+        exec(BLOCKS["routes.py"], names)
+        states = []
+
+        async def told(scope: Any, receive: Any, send: Any) -> None:
+            async def see(message: Any) -> None:
+                if message.get("body"):
+                    run_id = json.loads(message["body"])["run_id"]
+                    states.append(beatless.client.get_run(run_id).state)
+                await send(message)
+
+            await names["host"](scope, receive, see)
+
+        assert TestClient(told).post("/orders/7").status_code == 200
+        assert states == [RunState.QUEUED]
 
 
 MODELS = """
