@@ -1,18 +1,25 @@
 """Stores, changes and lists schedules. Each function takes a connection and never commits."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from beatless.orchestrator.errors import ScheduleConflict, ScheduleNotFound
+from beatless.orchestrator.errors import BadPayload, ScheduleConflict, ScheduleNotFound
+from beatless.orchestrator.limit import limits_of
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun
 from beatless.orchestrator.schedule import Schedule, ScheduleState, StoredSchedule
 from beatless.orchestrator.ticks import Ticks, jitter_s
-from beatless.outbox.queries import Caller, execute
+from beatless.outbox.queries import Caller, array, execute, int_array
 from beatless.outbox.statements import statements
+
+logger = logging.getLogger("beatless.schedules")
+
+PAGE = 100
+"""Schedules whose limits are computed at once: each has an input."""
 
 PAUSED_BEFORE = "a person had paused it"
 """The reason of one that is declared no more: declared again, it is paused."""
@@ -56,7 +63,7 @@ class AppliedSchedules:
     undeclared: Sequence[str]
     """Paused: the app declares them no more."""
     stopped: Sequence[str]
-    """Of plans that the app has no more."""
+    """Of plans that the app has no more, or with a limit that has no key for their input."""
 
 
 def check_understood(stored: StoredSchedule) -> None:
@@ -73,7 +80,7 @@ class Schedules:
     """The statements of one schema over schedules."""
 
     def __init__(self, schema: str) -> None:
-        self._sql = statements(__file__, schema)
+        self._sql = statements(__file__, schema, page=PAGE)
 
     def create(self, connection: Caller, new: NewSchedule) -> StoredSchedule:
         """Store a schedule; its first tick is the next one. Raises ScheduleConflict."""
@@ -168,13 +175,15 @@ class Schedules:
         namespace: str,
         app: str,
         plans: Mapping[str, Plan],
+        id_prefix: Callable[[str], str],
     ) -> AppliedSchedules:
         """Make the stored schedules of an app those that it declares.
 
         A name that another app, or a call at run time, has taken raises ScheduleConflict. One that
         is declared no more is paused, and told from those that a person paused. Runs of those that
-        were made at run time get the versions and queues of the plans as they are now; one whose
-        plan is gone is stopped.
+        were made at run time get the versions, queues and limits of the plans as they are now; one
+        whose plan is gone, or has a limit without a key for its input, is stopped. `id_prefix`
+        gives the prefix of the ids of a namespace.
         """
         execute(connection, self._sql["alone"], {})
         created, changed = [], []
@@ -231,9 +240,67 @@ class Schedules:
                 "queues": [plan.queue for plan in plans.values()],
             },
         )
+        stopped += self._refresh_limits(connection, app, plans, id_prefix)
         return AppliedSchedules(
             created=created, changed=changed, undeclared=undeclared, stopped=stopped
         )
+
+    def _refresh_limits(
+        self,
+        connection: Caller,
+        app: str,
+        plans: Mapping[str, Plan],
+        id_prefix: Callable[[str], str],
+    ) -> list[str]:
+        """Compute the limits of schedules that were made at run time; the names of the stopped."""
+        stopped = []
+        limited = [name for name, plan in plans.items() if plan.limits]
+        parameters: dict[str, Any] = {
+            "app": app,
+            "plans": list(plans),
+            "limited": limited,
+            "after_id": 0,
+        }
+        while rows := execute(connection, self._sql["of_limited_plans"], parameters):
+            changed = []
+            for id, namespace, name, state, plan, input, noted, digest in rows:
+                try:
+                    found = limits_of(
+                        plans[plan].limits, json.loads(input), prefix=id_prefix(namespace)
+                    )
+                except BadPayload as error:
+                    logger.error(
+                        "a limit has no key for the input of a schedule, whose runs keep the "
+                        "limits they had: it is stopped, others go on",
+                        extra={
+                            "action": "schedule_stopped",
+                            "schedule": name,
+                            "namespace": namespace,
+                            "reason": str(error),
+                        },
+                    )
+                    if state == ScheduleState.ACTIVE.value:
+                        self._set_state(
+                            connection,
+                            namespace,
+                            name,
+                            ScheduleState.STOPPED,
+                            reason=str(error)[:1000].replace("\0", ""),
+                        )
+                        stopped.append(name)
+                    continue
+                limits = [each.to_dict() for each in found]
+                if limits != json.loads(noted or "[]"):
+                    changed.append((id, digest, json.dumps(limits)))
+            if changed:
+                ids, digests, texts = zip(*changed, strict=True)
+                execute(
+                    connection,
+                    self._sql["note_limits"],
+                    {"ids": int_array(ids), "digests": array(digests), "limits": array(texts)},
+                )
+            parameters["after_id"] = rows[-1][0]
+        return stopped
 
     def declared(
         self, connection: Caller, *, namespace: str, app: str, plans: Mapping[str, Plan]

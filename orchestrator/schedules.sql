@@ -106,6 +106,26 @@ UPDATE {schema}.schedules s
                                        THEN s.run ->> 'queue' ELSE p.queue END)
        IS DISTINCT FROM (p.version, p.queue)
 
+-- name: of_limited_plans
+-- List schedules that were made at run time, from an id on: those of plans with limits, and those
+-- whose runs have some. Only a deploy asks.
+SELECT s.id, s.namespace, s.name, s.state, s.run ->> 'plan', (s.run -> 'input')::text,
+       (s.run -> 'limits')::text, md5(s.run::text)
+  FROM {schema}.schedules s
+ WHERE s.app = %(app)s AND NOT s.declared AND s.id > %(after_id)s
+   AND (s.run ->> 'plan' = ANY(%(limited)s)
+        OR s.run ? 'limits' AND s.run ->> 'plan' = ANY(%(plans)s))
+ ORDER BY s.id LIMIT {page}
+
+-- name: note_limits
+-- Note the limits of the runs of schedules, but for those that have changed since they were read.
+UPDATE {schema}.schedules s
+   SET version = s.version + 1,
+       run = CASE w.limits WHEN '[]' THEN s.run - 'limits'
+                  ELSE s.run || jsonb_build_object('limits', w.limits::jsonb) END
+  FROM unnest(%(ids)s::bigint[], %(digests)s::text[], %(limits)s::text[]) AS w(id, digest, limits)
+ WHERE s.id = w.id AND md5(s.run::text) = w.digest
+
 -- name: run_now
 -- Read the members of a run of a schedule, for a start out of turn.
 SELECT s.id, (s.run - 'input')::text, (s.run -> 'input')::text, clock_timestamp()

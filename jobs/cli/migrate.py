@@ -78,7 +78,10 @@ def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:
     for name in applied.undeclared:
         env.note(f"schedule {name} is paused: the app {env.app.name} declares it no more")
     for name in applied.stopped:
-        env.note(f"schedule {name} is stopped: the app {env.app.name} has no such plan any more")
+        env.note(
+            f"schedule {name} is stopped: the app {env.app.name} has no such plan any more, or the "
+            "plan has a limit without a key for its input"
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from beatless.client.base import BaseClient
 from beatless.client.requests import RunRequest, check_texts
 from beatless.errors import BadRequest, UnknownPlan
-from beatless.namespaces import stored_id
+from beatless.namespaces import id_prefix, stored_id
 from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Run, new_run_id
@@ -266,7 +266,12 @@ class ScheduleCalls(BaseClient):
         return self._in_transaction(
             None,
             lambda caller: self._schedules.apply(
-                caller, new, namespace=self._namespace, app=self._app_name, plans=self._plans
+                caller,
+                new,
+                namespace=self._namespace,
+                app=self._app_name,
+                plans=self._plans,
+                id_prefix=id_prefix,
             ),
         )
 

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from beatless import (
     App,
     BadRequest,
+    Limit,
     Plan,
     Run,
     RunContext,
@@ -24,9 +26,11 @@ from beatless import (
     step,
     wait,
 )
+from beatless.namespaces import stored_id
 from beatless.orchestrator.firing import GRACE_S, REPLACING_S, Firing
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import ScheduleState
+from beatless.orchestrator.schedules import PAGE
 from beatless.orchestrator.ticks import jitter_s, tick_key
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import FiredTick, Signal, TicksFired
@@ -724,6 +728,86 @@ def test_a_deploy_tells_schedules_of_run_time_of_new_versions_and_lost_plans(
     ((run,),) = rows(beatless, "SELECT run FROM {schema}.schedules WHERE name = 'kept'")
     run = run if isinstance(run, dict) else json.loads(run)
     assert (run["plan_version"], run["queue"]) == (changed.version, "mail")
+
+
+def account_of(input: dict[str, str]) -> str:
+    return input["account"]
+
+
+BY_ACCOUNT = Limit("stripe", key=account_of, at_once=3)
+
+
+def limits_of_now(app: App, namespace: str, name: str) -> list[dict[str, Any]] | None:
+    """The limits of a run that is started out of turn."""
+    client = app.client_for(namespace)
+    run = client.run_schedule_now(name)
+    with app.engine.connect() as connection:
+        return connection.exec_driver_sql(
+            f"SELECT limits FROM {app.settings.schema}.runs WHERE run_id = %s",
+            (stored_id(namespace, run.run_id),),
+        ).scalar()
+
+
+def test_a_deploy_gives_schedules_of_run_time_the_limits_of_their_plans(
+    beatless: Kit, beatless_app: App
+) -> None:
+    for namespace in ("default", "acme"):
+        beatless_app.client_for(namespace).create_schedule(
+            Schedule("sync", report, every=60, input={"account": "ada"})
+        )
+    with_limit = App(beatless_app.settings, [Plan("report", [note_tick], limits=[BY_ACCOUNT])])
+    assert applied(with_limit) == ([], [], [], [])
+    slots = {"at_once": 3}
+    assert limits_of_now(beatless_app, "default", "sync") == [{"id": "stripe:ada"} | slots]
+    assert limits_of_now(beatless_app, "acme", "sync") == [{"id": "acme~stripe:ada"} | slots]
+
+    assert applied(App(beatless_app.settings, [report])) == ([], [], [], [])
+    for namespace in ("default", "acme"):
+        assert not limits_of_now(beatless_app, namespace, "sync")
+
+
+def test_limits_of_more_schedules_than_a_page_are_noted_once(
+    beatless: Kit, beatless_app: App
+) -> None:
+    beatless.client.create_schedule(Schedule("s-", report, every=60, input={"account": "ada"}))
+    with beatless_app.engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"""
+INSERT INTO {beatless_app.settings.schema}.schedules
+  (namespace, name, app, declared, run, every, tz, catch_up, overlap, jitter, state)
+SELECT namespace, name || n, app, declared,
+       jsonb_set(run, '{{input,account}}', to_jsonb('a' || n)), every, tz, catch_up, overlap,
+       jitter, 'paused'
+  FROM {beatless_app.settings.schema}.schedules, generate_series(1, {2 * PAGE}) n"""
+        )
+    with_limit = Plan("report", [note_tick], limits=[BY_ACCOUNT])
+    wrong = """SELECT name FROM {schema}.schedules
+                WHERE run #>> '{{limits,0,id}}'
+                      IS DISTINCT FROM 'stripe:' || (run #>> '{{input,account}}')"""
+    assert len(rows(beatless, wrong)) == 2 * PAGE + 1
+    applied(App(beatless_app.settings, [with_limit]))
+    assert rows(beatless, wrong) == []
+    before = rows(beatless, "SELECT name, version FROM {schema}.schedules ORDER BY name")
+    applied(App(beatless_app.settings, [with_limit]))
+    assert rows(beatless, "SELECT name, version FROM {schema}.schedules ORDER BY name") == before
+
+
+def test_a_schedule_whose_input_has_no_key_for_a_new_limit_is_stopped_alone(
+    beatless: Kit, beatless_app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, input in (("a", {"account": "ada"}), ("b", {"of": "all"}), ("c", {"account": "cy"})):
+        beatless.client.create_schedule(Schedule(name, report, every=60, input=input))
+    with_limit = App(beatless_app.settings, [Plan("report", [note_tick], limits=[BY_ACCOUNT])])
+    assert applied(with_limit) == ([], [], [], ["b"])
+    stopped = beatless.schedules["b"]
+    assert stopped.state is ScheduleState.STOPPED
+    assert stopped.reason is not None
+    assert "the key of limit stripe cannot be computed of this input: KeyError" in stopped.reason
+    assert [each.schedule for each in caplog.records if each.name == "beatless.schedules"] == ["b"]
+    for name, key in (("a", "ada"), ("c", "cy")):
+        assert beatless.schedules[name].state is ScheduleState.ACTIVE
+        [limit] = limits_of_now(beatless_app, "default", name) or [{}]
+        assert limit["id"] == f"stripe:{key}"
 
 
 # The relay

@@ -59,6 +59,7 @@ VALUES: dict[str, float | str] = {
     "never": "9999-01-01Z",
     "claims_poll_s": 0.02,
     "oldest_runs": 10_000,
+    "page": 100,
     "page_bytes": 262_144,
     "page_events": 5000,
     "page_runs": 1000,
