@@ -1,6 +1,7 @@
 """Access to a route: the gate before the request is read, the scope before it is answered."""
 
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -13,6 +14,16 @@ from beatless.api.problems import Problem
 from beatless.api.services import services_of
 from beatless.auth import Grant, Scope
 from beatless.client import Client
+
+_overrides: ContextVar[dict[Callable[..., Any], Callable[..., Any]]] = ContextVar("_overrides")
+
+
+class OverridesOfRequest:
+    """The `dependency_overrides` of the API that answers: others share its routes."""
+
+    @property
+    def dependency_overrides(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        return _overrides.get()
 
 
 class GuardedRoute(APIRoute):
@@ -27,10 +38,14 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             services = services_of(request)
             await services.gate.enter(request, self.path)
-            if self.path in HEALTH:
-                return await handle(request)
-            async with services.lanes.here().lane(request, self.path):
-                return await handle(request)
+            token = _overrides.set(request.app.dependency_overrides)
+            try:
+                if self.path in HEALTH:
+                    return await handle(request)
+                async with services.lanes.here().lane(request, self.path):
+                    return await handle(request)
+            finally:
+                _overrides.reset(token)
 
         return guarded
 

@@ -2,9 +2,11 @@
 
 import pytest
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from beatless import App, Settings
 from beatless.api import create_api
+from beatless.api.server import bearer
 
 
 @pytest.fixture
@@ -27,3 +29,20 @@ def test_a_route_that_a_host_adds_to_one_is_in_no_other(apis: list[FastAPI]) -> 
     one, other = apis
     one.add_api_route("/of-the-host", lambda: "hello")
     assert len(one.routes) == len(other.routes) + 1
+
+
+def test_a_dependency_is_overridden_in_the_api_that_says_so_alone(apis: list[FastAPI]) -> None:
+    one, other = apis
+    asked = []
+    one.dependency_overrides[bearer] = lambda: asked.append("one")
+    with (
+        TestClient(one, client=("127.0.0.1", 1)) as of_one,
+        TestClient(other, client=("127.0.0.1", 1)) as of_other,
+    ):
+        assert of_other.get("/livez").status_code == 200
+        assert asked == []
+        assert of_one.get("/livez").status_code == 200
+        assert asked == ["one"]
+        one.dependency_overrides.clear()
+        assert of_one.get("/livez").status_code == 200
+    assert asked == ["one"]
