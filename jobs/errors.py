@@ -6,7 +6,7 @@ JobsError
 ├── BadRequest          an argument is not usable
 ├── QueueBusy           runs of the queue are running
 ├── WrongEncoding       the database cannot hold every text
-├── SchemaBehind        the database lacks migrations that this version needs
+├── SchemaBehind        the database lacks what this version needs
 ├── SchemaTaken         the schema has tables of others under names of ours
 ├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
@@ -79,7 +79,7 @@ class QueueBusy(JobsError):
 
 
 class SchemaBehind(JobsError):
-    """The database lacks migrations that this version needs."""
+    """The database lacks what this version needs: migrations, or what newer ones have removed."""
 
     def __init__(self, schema: str, found: str | None, needed: str, given: bool = False) -> None:
         """`found` is the last migration: None if there is none, "" if it was not looked up.
@@ -94,9 +94,16 @@ class SchemaBehind(JobsError):
 
     def __str__(self) -> str:
         found = f"is at migration {self.found or 'none'}, this version needs {self.needed}"
+        advice = "run `beatless migrate`"
         if self.found == "":
             found = f"lacks what this version needs: migration {self.needed}"
-        return f"schema {self.schema!r} {found}: run `beatless migrate`" + (
+        elif self.found is not None and self.found > self.needed:
+            found = (
+                f"is at migration {self.found} and no longer has what this version, of migration "
+                f"{self.needed}, needs"
+            )
+            advice = "update this process"
+        return f"schema {self.schema!r} {found}: {advice}" + (
             ", or pass a connection= of the database that has it" if self.given else ""
         )
 

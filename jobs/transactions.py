@@ -13,7 +13,7 @@ from sqlalchemy import exc
 
 from beatless.errors import SchemaBehind, StatementTimeout, Unreachable, WrongEncoding
 from beatless.outbox.backoff import Backoff
-from beatless.schema import head
+from beatless.schema import current, head
 
 T = TypeVar("T")
 
@@ -104,8 +104,11 @@ def _begun(
 
 
 @contextmanager
-def reaching_postgres(schema: str) -> Iterator[None]:
-    """Turn the errors of an absent server or schema into ours, which have advice."""
+def reaching_postgres(schema: str, engine: sqlalchemy.Engine | None = None) -> Iterator[None]:
+    """Turn the errors of an absent server or schema into ours, which have advice.
+
+    With an `engine` a schema that is ahead is told from one that is behind.
+    """
     try:
         yield
     except (exc.OperationalError, psycopg.OperationalError) as error:
@@ -127,17 +130,32 @@ def reaching_postgres(schema: str) -> Iterator[None]:
         raise
     except exc.ProgrammingError as error:
         if isinstance(error.orig, ABSENT):
-            raise SchemaBehind(schema, "", head()) from error
+            raise SchemaBehind(schema, _found(schema, engine), head()) from error
         raise
 
 
 @contextmanager
-def on_a_given_connection(schema: str) -> Iterator[None]:
-    """Turn the error of an absent schema into ours; others stay as the caller's driver has them."""
+def on_a_given_connection(schema: str, engine: sqlalchemy.Engine) -> Iterator[None]:
+    """Turn the error of an absent schema into ours; others stay as the caller's driver has them.
+
+    The transaction of the connection has failed: the `engine` is asked for the schema's revision.
+    """
     try:
         yield
     except (exc.ProgrammingError, *ABSENT) as error:
         cause = error.orig if isinstance(error, exc.ProgrammingError) else error
         if isinstance(cause, ABSENT):
-            raise SchemaBehind(schema, "", head(), given=True) from error
+            raise SchemaBehind(schema, _found(schema, engine), head(), given=True) from error
         raise
+
+
+def _found(schema: str, engine: sqlalchemy.Engine | None) -> str:
+    """The revision of a schema that is ahead of this code, else ""."""
+    if engine is None:
+        return ""
+    try:
+        with engine.connect() as connection:
+            found = current(connection, schema) or ""
+    except exc.SQLAlchemyError:
+        return ""  # the error that was seen first is told
+    return found if found > head() else ""

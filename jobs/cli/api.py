@@ -56,7 +56,7 @@ def serve(
     api = the_api()
     app = env.app
     export("beatless-api", os.environ)
-    with reaching_postgres(app.settings.schema):
+    with reaching_postgres(app.settings.schema, app.engine):
         check(app.engine, app.settings.schema)
         guarded = Tokens(app.engine, app.settings.schema).any()
     if not guarded and not is_open and not loopback.is_host(host):
@@ -120,7 +120,7 @@ def create(
     """Make a token. Its secret is printed once and never stored."""
     schema = env.app.settings.schema
     tokens = Tokens(env.app.engine, schema)
-    with reaching_postgres(schema):
+    with reaching_postgres(schema, env.app.engine):
         if unless_any and tokens.any():
             env.note("there is a token already")
             return
@@ -142,7 +142,7 @@ def create(
 def ls(env: Environment) -> None:
     """The tokens, without their secrets."""
     schema = env.app.settings.schema
-    with reaching_postgres(schema):
+    with reaching_postgres(schema, env.app.engine):
         tokens = Tokens(env.app.engine, schema).list()
     if not tokens:
         env.note("there is no token: callers on this machine may do everything, others nothing")
@@ -173,6 +173,6 @@ def ls(env: Environment) -> None:
 def revoke(env: Environment, token_id: str) -> None:
     """Revoke a token, at once."""
     schema = env.app.settings.schema
-    with reaching_postgres(schema):
+    with reaching_postgres(schema, env.app.engine):
         Tokens(env.app.engine, schema).revoke(token_id)
     env.note(f"token {token_id} is revoked")

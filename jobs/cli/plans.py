@@ -59,7 +59,7 @@ def check(env: Environment) -> None:
     A plan that is a function is called on the stored results of each of its runs; no step is.
     """
     known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
-    with reaching_postgres(env.app.settings.schema):
+    with reaching_postgres(env.app.settings.schema, env.app.engine):
         found = places(env.app.engine, env.app.journal, known)
     waiting = sum(place.runs for place in found if place.waits)
     if env.as_json:

@@ -40,7 +40,7 @@ def check_servers(app: App) -> None:
 
     Raises Unreachable, SchemaBehind, and BadSetting for a broker on a Redis Cluster.
     """
-    with reaching_postgres(app.settings.schema):
+    with reaching_postgres(app.settings.schema, app.engine):
         check(app.engine, app.settings.schema)
     app.engine.dispose()  # a worker's children must not inherit it
     client = app.redis()

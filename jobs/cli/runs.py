@@ -190,7 +190,7 @@ def show(env: Environment, run: str) -> None:
 
 def children_of(env: Environment, run: str) -> ChildrenWait | None:
     """The children for which a run waits."""
-    with reaching_postgres(env.app.settings.schema):
+    with reaching_postgres(env.app.settings.schema, env.app.engine):
         return children_waited_for(
             env.app.engine, env.app.journal, env.client_of(run).stored_id(run)
         )
@@ -275,7 +275,7 @@ def runs(
             env.out.print(line)
     if not found:
         schema = env.app.settings.schema
-        with reaching_postgres(schema), env.app.engine.connect() as connection:
+        with reaching_postgres(schema, env.app.engine), env.app.engine.connect() as connection:
             others = namespaces_beside(connection, schema, env.namespace)
         if others:
             env.note(
@@ -368,7 +368,7 @@ def explain(env: Environment, run: str) -> None:
     """Show the timeline of RUN: attempts, waits, leases, dispatches and publishes."""
     client = env.client_of(run)
     found = client.explain(run)
-    with reaching_postgres(env.app.settings.schema):
+    with reaching_postgres(env.app.settings.schema, env.app.engine):
         told = why_it_waits(env.app.engine, env.app.journal, env.app.plans, client.stored_id(run))
     if told is not None:
         text = f"with the code of this app: {difference(told)}; {told.advice}"
@@ -415,10 +415,10 @@ def _violations(env: Environment, run_ids: Sequence[str]) -> Iterator[Violation]
     """Those of these runs; without an id, of all that are stored, with progress for a person."""
     schema = env.app.settings.schema
     if run_ids:
-        with reaching_postgres(schema), env.app.engine.connect() as connection:
+        with reaching_postgres(schema, env.app.engine), env.app.engine.connect() as connection:
             yield from find_violations(connection, schema, run_ids)
         return
-    with reaching_postgres(schema), env.err.status("0 runs checked") as status:
+    with reaching_postgres(schema, env.app.engine), env.err.status("0 runs checked") as status:
 
         def progress(runs: int, events: int) -> None:
             status.update(f"{runs:,} runs with {events:,} events checked")

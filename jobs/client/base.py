@@ -127,7 +127,7 @@ class BaseClient:
         if given is not None:
             refuse_two_phase(given)
             refuse_autocommit(given)
-            with on_a_given_connection(self._journal.schema):
+            with on_a_given_connection(self._journal.schema, self._engine):
                 return act(given)
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return transact(self._engine, act, twice=True, each_statement=each_statement)

@@ -19,7 +19,7 @@ class QueueCalls(BaseClient):
         >>> [queue.queued for queue in client.queues() if queue.name == "mail"]
         [1]
         """
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.states()
 
     def pause_queue(self, queue: str) -> None:
@@ -29,7 +29,7 @@ class QueueCalls(BaseClient):
         >>> [queue.paused_at is not None for queue in client.queues() if queue.name == "mail"]
         [True]
         """
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             self._queues.pause(queue_name(queue))
 
     def resume_queue(self, queue: str) -> None:
@@ -38,7 +38,7 @@ class QueueCalls(BaseClient):
         >>> client.pause_queue("mail")
         >>> client.resume_queue("mail")
         """
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             self._queues.resume(queue_name(queue))
 
     def drain_queue(self, queue: str) -> int:
@@ -50,7 +50,7 @@ class QueueCalls(BaseClient):
         >>> client.drain_queue("letters")
         1
         """
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.drain(self._known(queue))
 
     def obliterate_queue(self, queue: str, *, force: bool = False) -> int:
@@ -62,7 +62,7 @@ class QueueCalls(BaseClient):
         >>> client.obliterate_queue("parcels", force=True)
         1
         """
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.obliterate(self._known(queue), force=force)
 
     def _known(self, queue: str) -> str:
@@ -87,7 +87,7 @@ class QueueCalls(BaseClient):
         >>> client.remove_run(run.run_id)
         """
         run_id = self.get_run(run_id).run_id
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             self._queues.remove_run(run_id, namespace=self._namespace)
 
     def clean(self, state: str, older_than: float | timedelta, limit: int = 1000) -> int:
@@ -99,7 +99,7 @@ class QueueCalls(BaseClient):
         True
         """
         age = _age(older_than)
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.clean(state, seconds=age, limit=limit, namespace=self._namespace)
 
     def count_finished(self, state: str, older_than: float | timedelta) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class QueueCalls(BaseClient):
         True
         """
         age = _age(older_than)
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return self._queues.count_finished(state, seconds=age, namespace=self._namespace)
 
 

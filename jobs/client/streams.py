@@ -102,7 +102,7 @@ class StreamCalls(BaseClient):
         >>> url = f"/v1/runs/{run.run_id}/stream?token={client.stream_token(run.run_id)}"
         """
         run = self.get_run(run_id)
-        with reaching_postgres(self._journal.schema):
+        with reaching_postgres(self._journal.schema, self._engine):
             return Tokens(self._engine, self._journal.schema).create_for_stream(
                 run.run_id, namespace=self._namespace, maker=None
             )

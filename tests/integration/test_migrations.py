@@ -174,6 +174,26 @@ def test_tables_of_an_earlier_version_are_told_as_such_by_every_call(
             session.rollback()
 
 
+def test_a_process_that_is_older_than_the_schema_is_told_to_be_updated(
+    beatless_app: App, postgres: psycopg.Connection, schema: str
+) -> None:
+    migrate(beatless_app.engine, schema)
+    postgres.execute(f"UPDATE {schema}.{VERSION_TABLE} SET version_num = '9999'")
+    postgres.execute(f"ALTER TABLE {schema}.runs DROP COLUMN parent_id CASCADE")
+    app = App(replace(beatless_app.settings, schema=schema), list(beatless_app.plans.values()))
+    with closing(app), Session(app.engine) as session:
+        for call in (
+            lambda: app.client.start_run("two_steps"),
+            lambda: app.client.start_run("two_steps", connection=session),
+            app.client.list_runs,
+        ):
+            with pytest.raises(
+                SchemaBehind, match=r"9999 and no longer has .*: update this process"
+            ):
+                call()
+            session.rollback()
+
+
 def test_migrating_again_changes_nothing(
     beatless_app: App, beatless: Kit, postgres: psycopg.Connection
 ) -> None:

@@ -176,7 +176,7 @@ def _base_url(request: Request) -> str:
 
 def _found(token: str, request: Request) -> tuple[FoundLink | None, OpenWait | None]:
     services = services_of(request)
-    with reaching_postgres(services.app.settings.schema):
+    with reaching_postgres(services.app.settings.schema, services.engine):
         found = services.clients.of(DEFAULT_NAMESPACE).link_of(token)
     return (None, None) if found is None else found
 

@@ -50,7 +50,7 @@ def show_system(client: Reader, request: Request) -> dict[str, Any]:
             HTTPStatus.FORBIDDEN, f"a token of the namespace {DEFAULT_NAMESPACE} is needed"
         )
     services = services_of(request)
-    with reaching_postgres(services.app.settings.schema):
+    with reaching_postgres(services.app.settings.schema, services.engine):
         return asdict(look(services.app, services.engine))
 
 
