@@ -175,7 +175,8 @@ class LeasedWriter(SureWriter):
 
         with self._alone(settlement):
             self._write_tried(settlement)
-            appended = self._write(write, settlement.normal.state, what=settlement)
+            state, find = settlement.normal.state, partial(self._find_settled, settlement)
+            appended = self._write(write, state, what=settlement, find=find)
         self._told_seq = told_seq
         if needed is not None:
             return needed
@@ -197,7 +198,8 @@ class LeasedWriter(SureWriter):
 
         with self._alone(settlement):
             self._write_tried(settlement)
-            appended = self._write(write, settlement.normal.state, what=settlement)
+            state, find = settlement.normal.state, partial(self._find_settled, settlement)
+            appended = self._write(write, state, what=settlement, find=find)
         self._on_commit(settlement, appended)
         self._take_in(appended)
         return appended

@@ -100,6 +100,15 @@ async def children_in_branches(run: RunContext) -> Any:
     return await asyncio.gather(branch(2), many(), branch(3), run.step(store, 1))
 
 
+@plan("child_of_a_value")
+async def child_of_a_value(run: RunContext) -> Any:
+    async def branch() -> Any:
+        child = await run.child(square, run.random())
+        return await child.result()
+
+    return await asyncio.gather(branch(), run.step(store, 1))
+
+
 @step(transactional=True, retry=retry(max_attempts=3, initial=5, jitter=0))
 def books(ctx: StepContext, number: int) -> int:
     if number == ctx.input.get("fails_first") and ctx.attempt == 1:
@@ -112,6 +121,15 @@ async def in_turn(run: RunContext) -> list[int]:
     return list(await asyncio.gather(*(run.step(books, number) for number in range(3))))
 
 
-ALL = [in_turn, fans_out, in_branches, threads, waits_in_a_branch, square, children_in_branches]
+ALL = [
+    in_turn,
+    fans_out,
+    in_branches,
+    threads,
+    waits_in_a_branch,
+    square,
+    children_in_branches,
+    child_of_a_value,
+]
 
 app = App(Settings.from_env(os.environ), plans=ALL)

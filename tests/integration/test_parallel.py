@@ -1,6 +1,8 @@
 """Several steps of one run at the same time, with the kit and in real workers."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import psycopg
 import pytest
 
 from beatless import Plan, RunState
+from beatless.orchestrator.leased_writer import LeasedWriter
+from beatless.orchestrator.settlement import Settlement
 from beatless.testing import Kit
 from tests.parallel_plans import ALL, WIDTH
 
@@ -190,6 +194,49 @@ def test_a_cancel_before_a_commit_whose_answer_was_lost_begins_no_body(
     events = beatless.client.events(run.run_id)
     begun = {event.step for event in events if event.type == "StepStarted"}
     assert {step for _, step in bodies(ledger)} <= begun
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+    beatless.verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("child_of_a_value", "settle_with_children"),
+        ("waits_in_a_branch", "settle_if_quiet"),
+    ],
+)
+def test_a_cancel_is_seen_though_the_answer_to_a_transaction_was_lost(
+    beatless: Kit, monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    run = beatless.start_run(name, {})
+    settle, transaction = getattr(LeasedWriter, method), psycopg.Connection.transaction
+    losing, answers = [False], []
+
+    @contextmanager
+    def committed_and_lost(connection: Any, *arguments: Any) -> Iterator[Any]:
+        with transaction(connection, *arguments) as begun:
+            yield begun
+        if losing[0]:
+            losing[0] = False
+            raise psycopg.OperationalError("the answer is lost")
+
+    def cancelled(writer: LeasedWriter, settlement: Settlement, *rest: Any) -> Any:
+        stays = settlement.normal.state is settlement.if_cancelled.state
+        if answers or not (stays and settlement.normal.events):
+            return settle(writer, settlement, *rest)
+        beatless.client.cancel_run(run.run_id)
+        losing[0] = True
+        answers.append(settle(writer, settlement, *rest))
+        return answers[0]
+
+    monkeypatch.setattr(psycopg.Connection, "transaction", committed_and_lost)
+    monkeypatch.setattr(LeasedWriter, method, cancelled)
+    beatless.work_until_idle()
+    beatless.advance(1)
+    beatless.work_until_idle()
+
+    assert not losing[0]
+    assert [answer.cancelled for answer in answers] == [True]
     assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
     beatless.verify()
 
