@@ -64,10 +64,14 @@ head AS (
            WHERE (type IN ('StepStarted', 'StepFinished') OR final OR left_out) AND NOT beside) event
   WINDOW following AS (PARTITION BY run_id ORDER BY seq)
 ), beside AS (
-  -- Steps that were begun beside others of their run: what comes between is of those.
-  SELECT run_id, coalesce(renamed_from, step) AS step, bool_or(beside) AS begun,
-         bool_or(type = 'StepFinished' OR coalesce(final, false)) AS ended
-    FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final GROUP BY 1, 2
+  -- Steps that were begun beside others of their run: what comes between is of those. Only the starts
+  -- of a step that was renamed meanwhile have its former name.
+  SELECT run_id, step, bool_or(begun) OVER one AS begun, bool_or(ended) OVER one AS ended
+    FROM (SELECT run_id, step, coalesce(max(renamed_from), step) AS began_as,
+                 bool_or(beside) AS begun,
+                 bool_or(type = 'StepFinished' OR coalesce(final, false)) AS ended
+            FROM event WHERE type IN ('StepStarted', 'StepFinished') OR final GROUP BY 1, 2) event
+  WINDOW one AS (PARTITION BY run_id, began_as)
 ), final AS MATERIALIZED (
   -- Joined once: the planner expects so few runs that it would compare each with each.
   SELECT run_id, run.state, run.last_seq, run.attempt, run.finished_at, run.pruned_seq,

@@ -1,19 +1,20 @@
 """Several steps of one run at the same time, with the kit and in real workers."""
 
+import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from beatless import Plan, RunState
+from beatless import App, Plan, RunContext, RunState, plan, step
 from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.settlement import Settlement
 from beatless.testing import Kit
-from tests.parallel_plans import ALL, WIDTH
+from tests.parallel_plans import ALL, WIDTH, store
 
 APP = "tests.parallel_plans:app"
 LEASE_S = 60
@@ -239,6 +240,30 @@ def test_a_cancel_is_seen_though_the_answer_to_a_transaction_was_lost(
     assert [answer.cancelled for answer in answers] == [True]
     assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
     beatless.verify()
+
+
+def test_a_step_that_is_renamed_while_others_are_beside_it_is_no_violation(
+    beatless: Kit, beatless_app: App
+) -> None:
+    run = beatless.start_run("in_branches", {})
+    with beatless.crash(at="step.before", nth=2):
+        beatless.work_until_idle()
+    get = step(name="get")(lambda ctx, number: number * 10)
+
+    @plan("in_branches", renamed={"fetch": "get"})
+    async def renamed(run: RunContext) -> list[int]:
+        async def branch(number: int) -> int:
+            return int(await run.step(store, await run.step(get, number)))
+
+        return list(await asyncio.gather(*(branch(number) for number in range(3))))
+
+    with closing(App(beatless_app.settings, [renamed])) as app, closing(Kit(app)) as kit:
+        kit.advance(LEASE_S + 1)
+        kit.work_until_idle()
+        assert kit.client.get_run(run.run_id).result == RESULTS["in_branches"]
+        begun = [(e.step, e.data) for e in kit.client.events(run.run_id) if e.type == "StepStarted"]
+        assert any("renamed_from" in (data or {}) for _, data in begun)
+        kit.verify()
 
 
 @pytest.fixture
