@@ -25,6 +25,7 @@ from beatless.orchestrator.requests import (
     Commit,
     CommitIfQuiet,
     Committed,
+    EndBody,
     Raised,
     Request,
     Returned,
@@ -206,9 +207,7 @@ class BranchExecution(FunctionExecution):
         """Write the outcome of a body that has ended, and tell the function."""
         if not end.occurrence:
             assert isinstance(end.outcome, Stopped)  # noqa: S101 - as `BodyEnded` has it
-            self._stopped = end.outcome
-            calls, self._in_flight = list(self._in_flight.values()), {}
-            yield from self._write([self._boundaries.given_back(call) for call in calls])
+            yield from self._end_process(end.outcome)
             return
         call = self._in_flight.pop(end.occurrence)
         pending = next((each for each in self._calls if each.named == call.named), None)
@@ -226,6 +225,8 @@ class BranchExecution(FunctionExecution):
                 else:
                     answer = self._replay.finished(pending, as_stored(event)["result"])
                     yield from self._tell(pending, event, answer)
+            case Raised(CancelledError()) if pending is not None and self._stopped is not None:
+                yield from self._write([self._boundaries.given_back(call)])
             case Raised(error):
                 yield from self._take_failure(call, pending, error)
             case Cancelled():
@@ -234,8 +235,21 @@ class BranchExecution(FunctionExecution):
             case TransactionLost():
                 raise TypeError("a step in a transaction is executed alone")
             case Stopped() as stopped:
-                self._stopped = stopped
+                self._stopped = self._stopped or stopped
                 yield from self._write([self._boundaries.given_back(call)])
+
+    def _end_process(self, stopped: Stopped) -> Generator[Request, Any, None]:
+        """This process is to end: once no body runs, or another worker would call it meanwhile.
+
+        Told a second time it leaves the run to its lease.
+        """
+        if self._stopped is not None and self._stopped.error is not None:
+            assert stopped.error is not None  # noqa: S101 - as `BodyEnded` has it
+            raise stopped.error
+        self._stopped = stopped
+        for name in list(self._in_flight):
+            self._told_to_end.add(name)
+            yield EndBody(occurrence=name)
 
     def _take_failure(
         self, call: Call, pending: Call | None, error: BaseException

@@ -17,7 +17,7 @@ from beatless.orchestrator.errors import StepTimeout
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.progress import BESIDE_OTHERS
-from beatless.orchestrator.requests import AwaitBody, Cancelled, Raised, RunBody, Stopped
+from beatless.orchestrator.requests import AwaitBody, BodyEnded, Cancelled, Raised, RunBody, Stopped
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal, Worker, WorkerDied
 from tests.unit.test_function_execution import call, double, note, outcome, shaky
@@ -420,6 +420,59 @@ def test_a_worker_that_stops_gives_back_each_attempt_uncounted(together: Functio
     finish(journal)
     assert outcome(journal) == [100, 2, 4, 6]
     assert max(e.attempt or 0 for e in journal.events) == 1
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_process_that_is_to_end_has_the_run_until_its_bodies_have_ended(
+    together: FunctionPlan, *, cancels: bool
+) -> None:
+    """Those that are tasks are cancelled, which is no failure of theirs; others return."""
+    journal, states = Journal(together), []
+
+    class Ends(Worker):
+        told = False
+
+        def answer(self, request: Any) -> Any:
+            if isinstance(request, AwaitBody) and not self.told:
+                self.told = True
+                return BodyEnded(occurrence="", outcome=Stopped(SystemExit()))
+            if self.in_flight:
+                states.append(journal.state)
+            return super().answer(request)
+
+    def body(request: RunBody) -> Any:
+        return Raised(asyncio.CancelledError()) if cancels else call(request)
+
+    worker = Ends(journal, body)
+    with pytest.raises(SystemExit):
+        worker.work()
+    assert worker.in_flight == {}
+    assert set(states) == {RunState.RUNNING}
+    assert len(worker.told_to_end) == 4
+    assert (journal.state, journal.reasons[-1]) == (RunState.QUEUED, "shutdown")
+    assert journal.types.count("StepFinished") == (0 if cancels else 4)
+    finish(journal)
+    assert outcome(journal) == [100, 2, 4, 6]
+    assert max(e.attempt or 0 for e in journal.events) == 1
+    assert "StepFailed" not in journal.types
+
+
+def test_a_process_that_is_told_twice_to_end_leaves_the_run_to_its_lease(
+    together: FunctionPlan,
+) -> None:
+    journal = Journal(together)
+
+    class Ends(Worker):
+        def answer(self, request: Any) -> Any:
+            if isinstance(request, AwaitBody):
+                return BodyEnded(occurrence="", outcome=Stopped(SystemExit()))
+            return super().answer(request)
+
+    worker = Ends(journal, call)
+    with pytest.raises(SystemExit):
+        worker.work()
+    assert len(worker.in_flight) == 4
+    assert journal.state is RunState.RUNNING
 
 
 def test_a_transactional_step_is_executed_while_no_other_is_in_flight() -> None:
