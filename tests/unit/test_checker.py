@@ -743,6 +743,28 @@ def test_a_signal_may_come_when_the_run_has_ended_by_itself() -> None:
     assert check([*honest(), sent("w", "k9", 114.0), sent("w", "k8", 114.0, "failed")]) == []
 
 
+def beside(*ended: str) -> list[dict[str, Any]]:
+    """A run that was cancelled with the steps a, b and c in flight, of which these ended then."""
+    return [
+        call("start", 99, 101, run_id="g", plan="q"),
+        call("cancel", 102, 103, run_id="g"),
+        run("g", "q", "cancelled", 6 + len(ended)),
+        event("g", 1, "RunStarted"),
+        *(event("g", seq, "StepStarted", step) for seq, step in enumerate("abc", 2)),
+        event("g", 5, "CancelRequested"),
+        *(
+            event("g", seq, "StepFinished", step, data={"result": None})
+            for seq, step in enumerate(ended, 6)
+        ),
+        event("g", 6 + len(ended), "RunFinished", data={"outcome": "cancelled"}),
+    ]
+
+
+def test_all_that_is_in_flight_at_a_cancel_may_end_after_it() -> None:
+    assert check(beside("a", "b", "c")) == []
+    assert [violation.invariant for violation in check(beside("a", "b", "c", "d"))] == ["I9"]
+
+
 def test_an_honest_history_has_no_violation() -> None:
     assert check(honest()) == []
 
