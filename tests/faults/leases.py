@@ -7,7 +7,7 @@ from the log, and explains one new attempt.
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from tests.faults.history import History, Violation, of_type
+from tests.faults.history import History, Record, Violation, of_type
 
 UNCOUNTED = ("beatless.snoozed", "beatless.given_back", "beatless.connection_lost")
 """Names of the traces after which an attempt is made again with the same number."""
@@ -29,6 +29,9 @@ FLIGHT_S = 2.0
 LONG_AFTER_S = 20.0
 """So long after its grace a process has ended, also on a slow machine, and if it was frozen."""
 
+BESIDE = 2**30
+"""Versions from here on are of steps that were begun beside others."""
+
 MANY_LAPSES = 6
 """So many leases do not run out where workers renew them, however rarely they come to it."""
 
@@ -36,7 +39,8 @@ MANY_LAPSES = 6
 def leases_exclude(history: History) -> Iterator[Violation]:
     for run_id, log in history.log.items():
         tokens: set[int] = set()
-        started: tuple[str, int] | None = None
+        stored = {event["seq"]: event["data"] or {} for event in history.events.get(run_id, ())}
+        started: set[tuple[str, int]] = set()
         # In one transaction the claim comes first, in whichever order the triggers fired.
         first = {record["txid"]: n for n, record in reversed(list(enumerate(log)))}
         for record in sorted(log, key=lambda r: (first[r["txid"]], r["event"] is not None)):
@@ -46,19 +50,26 @@ def leases_exclude(history: History) -> Iterator[Violation]:
                 if claim["was_running"] and claim["lease_until"] > claim["at"]:
                     yield Violation("I11", run_id, "a lease was taken from a worker that holds it")
                 tokens.add(claim["token"])
-                started = None
+                started = set()
             elif (event := record["event"]) is not None:
-                step = event["step"], event["attempt"]
+                step, data = (event["step"], event["attempt"]), stored.get(event.get("seq"), {})
                 if event["type"] == "StepStarted":
-                    started = step
+                    started = {step} | (started if data.get("version", 0) >= BESIDE else set())
                 # The relay fails a run whose worker has ended too often, outside of any lease.
                 elif (
                     event["type"] in ("StepFinished", "StepFailed", "DebugTrace", "StepOutput")
                     and event["source"] == "worker"
                     and event["step"] is not None
-                    and started != step
+                    and step not in started
+                    and not of_another_lease(data)
                 ):
                     yield Violation("I11", run_id, f"{event['type']} {step} in {started}'s lease")
+
+
+def of_another_lease(data: Record) -> bool:
+    """Whether this event of a step is about its attempt in a lease before, beside others."""
+    error = data.get("error") or {}
+    return "process_died" in data or error.get("type") == "StepAbandoned"
 
 
 def leases_last(history: History) -> Iterator[Violation]:

@@ -295,6 +295,35 @@ def family(run: RunContext[Any]) -> dict[str, Any]:
     return {"ends": seen, "counted": counted["ends"], "alone": alone, "below": len(below)}
 
 
+# Plans whose steps are in flight at the same time.
+
+
+@step(name="part")
+def part(ctx: StepContext) -> dict[str, str]:
+    work(ctx)
+    return effect(ctx)
+
+
+@step(name="ask")
+async def ask(ctx: AsyncStepContext) -> dict[str, str]:
+    await asyncio.to_thread(work, ctx)
+    return effect(ctx)
+
+
+@plan("split")
+def split(run: RunContext[Any]) -> int:
+    return len(run.parallel([lambda: run.step(part) for _ in range(3)]))
+
+
+@plan("gathered")
+async def gathered(run: RunContext[Any]) -> int:
+    async def branch() -> None:
+        await run.step(ask)
+        await run.step(part)
+
+    return len(await asyncio.gather(*(branch() for _ in range(3))))
+
+
 WAITED: dict[str, tuple[str, ...]] = {
     "paid": ("paid", "refused"),
     "race": ("paid",),
@@ -345,6 +374,8 @@ ROUTES: dict[str, dict[str, list[str]]] = {
         "risk": ["tick", "END"],
     },
     "lasting": {"": [UNSENT]},
+    "split": {"": ["part"], "part": ["part", "END"]},
+    "gathered": {"": ["ask"], "ask": ["ask", "part"], "part": ["ask", "part", "END"]},
     "family": {"": ["total"], "total": ["END"]},
 }
 
@@ -363,6 +394,8 @@ PLANS = [
     piece,
     lasting,
     family,
+    split,
+    gathered,
     Plan("deadly", [deadly]),
     Plan("synced", [sync]),
     Plan("limited", [plain("hold")], limits=[Limit("hold", at_once=2)]),

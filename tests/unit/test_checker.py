@@ -765,6 +765,24 @@ def test_all_that_is_in_flight_at_a_cancel_may_end_after_it() -> None:
     assert [violation.invariant for violation in check(beside("a", "b", "c", "d"))] == ["I9"]
 
 
+@pytest.mark.parametrize(("version", "found"), [(2**30 + 1, []), (1, ["I11", "I11"])])
+def test_steps_that_were_begun_beside_others_end_in_their_lease(
+    version: int, found: list[str]
+) -> None:
+    records = beside("a", "b", "c")
+    log = [("StepStarted", step) for step in "abc"] + [("StepFinished", step) for step in "abc"]
+    seqs = (2, 3, 4, 6, 7, 8)
+    for record in records:
+        if record.get("type") == "StepStarted":
+            record["data"] = {"version": version}
+    records += [logged(1, 1, "g", **claim(75, 101.5))]
+    for seq, (type, step) in zip(seqs, log, strict=True):
+        wrote_one = wrote(type, step)
+        wrote_one["event"] |= {"seq": seq, "statement_at": 101.6}
+        records.append(logged(seq, seq, "g", **wrote_one))
+    assert [violation.invariant for violation in check(records)] == found
+
+
 def test_an_honest_history_has_no_violation() -> None:
     assert check(honest()) == []
 
