@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic
 from typing import Any
 from urllib.parse import quote
 
@@ -48,6 +49,9 @@ HISTORY = 500
 
 KNOWN = 50_000
 """Runs whose place is remembered."""
+
+LOOK_S = 15.0
+"""Seconds between looks at the history of the database, and at a connection that is silent."""
 
 DELIVERY = re.compile(r"(.+)\.[0-9]+")
 """The id of a Celery task: of ours, the run's id and the number of the dispatch."""
@@ -192,8 +196,10 @@ def reason(error: dict[str, Any] | None) -> str | None:
 class Listener:
     """Brings every event of every run to `tell`, in order and once, as long as Flower lives."""
 
-    def __init__(self, app: App, tell: Callable[[Event], None]) -> None:
+    def __init__(self, app: App, tell: Callable[[Event], None], *, look_s: float = LOOK_S) -> None:
         self._app = app
+        self._look_s = look_s
+        self._epoch = ""
         self._sql = statements(__file__, app.settings.schema)
         self._tell = tell
         self._seqs: OrderedDict[str, int] = OrderedDict()
@@ -227,7 +233,7 @@ class Listener:
         # A connection that comes back silently would have missed published events.
         client.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
         with client, client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis-py's gap
-            self._app.client.epoch()  # the database may be another since the last time
+            self._follow_history()
             ours = self._app.streams.channel("").encode()
             pubsub.psubscribe(every_channel(self._app.settings.prefix))
             while (message := pubsub.get_message(timeout=5.0)) is None:
@@ -236,13 +242,30 @@ class Listener:
             # Only now, or events published in between would be missed.
             self._catch_up()
             self._failures = 0
+            looked = monotonic()
             while not self._stopping.is_set():
-                message = pubsub.get_message(ignore_subscribe_messages=True, timeout=15.0)
+                if monotonic() - looked >= self._look_s:
+                    if self._follow_history():
+                        return  # its channels have other names
+                    looked = monotonic()
+                message = pubsub.get_message(ignore_subscribe_messages=True, timeout=self._look_s)
                 if message is None:
                     pubsub.ping()  # a connection that is dead would be silent as well
                 elif message["type"] == "pmessage" and message["channel"].startswith(ours):
                     for text in parse(message["data"], run_of(message["channel"].decode())):
                         self._hear(text.event())
+
+    def _follow_history(self) -> bool:
+        """Whether the database has another history than at the last look, whose events are new."""
+        before, self._epoch = self._epoch, self._app.client.epoch()
+        changed = before not in ("", self._epoch)
+        if changed:
+            logger.warning(
+                "the database has another history: its newest runs are read again",
+                extra={"action": "flower_history_changed", "epoch": self._epoch},
+            )
+            self._seqs.clear()
+        return changed
 
     def _hear(self, event: Event) -> None:
         before = self._seqs.get(event.run_id, 0)

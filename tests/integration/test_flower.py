@@ -418,3 +418,24 @@ def test_the_listener_survives_strange_messages_and_a_pool_that_has_nothing(
     client.publish(channel, b"")  # it waits for some message
     listener._thread.join(60)
     client.close()
+
+
+def test_a_flower_that_lives_through_a_restore_hears_the_runs_after_it(
+    beatless: Kit, beatless_app: App
+) -> None:
+    heard: list[int] = []
+    run_id = beatless.start_run("two_steps").run_id
+    listener = Listener(beatless_app, lambda event: heard.append(event.seq), look_s=0.01)
+    listener.start()
+    until(lambda: heard == [1])
+    other = App(beatless_app.settings, plans=list(beatless_app.plans.values()))
+    with other.engine.begin() as connection:
+        other.journal.renew(connection)
+
+    until(lambda: heard == [1, 1])  # of the new history everything is new
+    beatless.work_until_idle()  # published in the new history
+    until(lambda: heard == [1, 1, 2, 3, 4, 5, 6])
+    assert beatless.client.get_run(run_id).state.final
+    listener.stop()
+    listener._thread.join(60)
+    other.close()
