@@ -1,5 +1,6 @@
 """Commands about plans: their graph, as text and as a picture."""
 
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import click
@@ -12,7 +13,7 @@ from beatless.orchestrator.outcomes import Goto
 from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.orchestrator.waits import Wait, WaitKind
-from beatless.places import Place, places
+from beatless.places import UNKNOWN_PLAN, Place, places
 from beatless.transactions import reaching_postgres
 from beatless.worker import canary
 
@@ -24,6 +25,12 @@ KEEP = (
     'Plan(…, renamed={"charge": "pay"})'
 )
 """The advice about a plan that is a list."""
+
+DEPLOY = (
+    "the app of this command lacks the plan: deploy code that has it, or cancel its runs "
+    "(`beatless cancel RUN`)"
+)
+"""The advice about a plan that this app does not have."""
 
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
@@ -76,15 +83,30 @@ def check(env: Environment) -> None:
         if not found:
             click.echo("no run is unfinished")
     if waiting:
-        advice = dict.fromkeys(place.advice or KEEP for place in found if place.waits)
-        env.note(f"{count(waiting, 'run')} would wait: {'. '.join(advice)}")
+        for text in advised([place for place in found if place.waits]):
+            env.note(text)
         raise click.exceptions.Exit(1)
+
+
+def advised(waiting: Sequence[Place]) -> Iterator[str]:
+    """One line for each advice, which names its places where there are several."""
+    alike: dict[str, list[Place]] = {}
+    for place in waiting:
+        advice = place.advice or (DEPLOY if place.waits == UNKNOWN_PLAN else KEEP)
+        alike.setdefault(advice, []).append(place)
+    for advice, found in alike.items():
+        of = ", ".join(dict.fromkeys(f"{place.plan} {_where(place)}" for place in found))
+        runs = count(sum(place.runs for place in found), "run")
+        yield f"{runs}{f' ({of})' if len(alike) > 1 else ''} would wait: {advice}"
+
+
+def _where(place: Place) -> str:
+    return "not begun" if place.step is None else f"in {place.step}"
 
 
 def place_line(place: Place) -> str:
     """Count the unfinished runs at each step of each plan; list those that cannot continue."""
-    where = "not begun" if place.step is None else f"in {place.step}"
-    text = f"{place.plan}  {count(place.runs, 'run')} {where}"
+    text = f"{place.plan}  {count(place.runs, 'run')} {_where(place)}"
     if place.waits is None:
         return f"{text}: can go on"
     lacks = "has no such step" if place.waits == UNKNOWN_STEP else "is not in this app"

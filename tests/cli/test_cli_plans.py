@@ -232,6 +232,29 @@ def test_plan_check_tells_who_would_wait_for_a_step_that_this_code_does_not_have
     ]
 
 
+def test_plan_check_advises_for_each_difference_what_helps_there(
+    command: Command, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = beatless.app.plans["half"]
+    beatless.start_run("half", run_id="lost")
+    beatless.step("lost")
+    module = importlib.import_module("tests.plans")
+    monkeypatch.delitem(module.app.plans, "half")
+    assert kept.name not in module.app.plans
+
+    def advice() -> str:
+        return command.error.replace("\n", " ")
+
+    assert "is not in this app: lost" in command("plan", "check", status=1)
+    deploy = "the app of this command lacks the plan: deploy code that has it, or cancel its runs"
+    assert f"1 run would wait: {deploy}" in advice()
+    assert "keep the step" not in advice()
+    standing_in_charge(beatless, runs=2)
+    command("plan", "check", status=1)
+    assert f"1 run (half in half_second) would wait: {deploy}" in advice()
+    assert "2 runs (two_steps in charge) would wait: keep the step" in advice()
+
+
 def test_plan_check_knows_renames_cancels_other_plans_and_the_step_that_undoes(
     command: Command, beatless: Kit, beatless_app: App
 ) -> None:
