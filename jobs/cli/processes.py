@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def worker(
     """Run a Celery worker for the app's plans."""
     from beatless.worker.run import Pool, run_worker  # Celery's commands: not for a relay
 
+    refuse_celery_queues(celery_arguments)
     env.log()
     app = env.app
     check_metrics_port(app.settings)
@@ -151,6 +152,16 @@ def worker(
         arguments=celery_arguments,
     )
     raise click.exceptions.Exit(status)
+
+
+def refuse_celery_queues(arguments: Sequence[str]) -> None:
+    """Raises BadRequest for Celery's option of queues, which knows no names without our prefix."""
+    for place, argument in enumerate(arguments):
+        found = re.fullmatch(r"(-Q|--queues)(?:=?(.+))?", argument)
+        if found:
+            names = found[2] or "".join(arguments[place + 1 : place + 2]) or "A,B"
+            problem = f"is Celery's: use --queues {names}, before any --"
+            raise BadRequest(found[1], problem)
 
 
 def weights(queues: str) -> dict[str, int]:

@@ -451,6 +451,15 @@ def test_a_worker_of_a_queue_that_no_plan_names_says_so(
     assert consumed == [{"default": 1, "fsat": 2}]
 
 
+@pytest.mark.parametrize(
+    "given", [["-Q", "slow"], ["-Qslow"], ["--", "-Q", "slow"], ["--", "--queues=slow"]]
+)
+def test_the_queues_option_of_celery_is_refused_for_ours(
+    command: Beatless, given: list[str]
+) -> None:
+    refused(command("worker", *given), 2, "is Celery's: use --queues slow")
+
+
 def test_the_events_of_a_pruned_run_are_refused_in_a_line(
     command: Beatless, beatless: Kit, beatless_app: App
 ) -> None:
