@@ -325,6 +325,19 @@ def requeue(
         env.note(str(reason))
     if refused:
         raise click.exceptions.Exit(1)
+    if not started:
+        note_none(env, filtered=bool(filtered), limit=limit)
+
+
+def note_none(env: Environment, *, filtered: bool, limit: int) -> None:
+    """Say that no run was retried, and that messages are another list."""
+    if filtered:
+        env.note("no failed runs that the options choose")
+        return
+    messages = len(env.client.dead_letters(limit))
+    more = " or more" if messages == limit else ""
+    also = f"; {messages}{more} message{'' if messages == 1 else 's'}: --messages"
+    env.note(f"no failed runs{also if messages else ''}")
 
 
 @dead_letters.command()

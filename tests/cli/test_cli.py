@@ -532,6 +532,21 @@ def test_failed_runs_are_dead_letters_until_they_are_retried_or_removed(
     assert command("dead-letters", "requeue", runs[1], "--queue", "slow").status == 2
 
 
+def test_requeue_all_says_that_no_run_failed_and_how_many_messages_there_are(
+    command: Beatless, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    requeue = ["dead-letters", "requeue", "--all"]
+    assert command(*requeue).err == "no failed runs\n"
+    run = beatless_app.client.start_run("agents.run")
+    postgres.execute(
+        "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES"
+        """ ('event', %s, 'NOPERM', '{"shard": 1, "from_seq": 1, "to_seq": 1}')""",
+        [run.run_id],
+    )
+    assert command(*requeue).err == "no failed runs; 1 message: --messages\n"
+    assert command(*requeue, "--queue", "slow").err == "no failed runs that the options choose\n"
+
+
 def test_many_messages_are_requeued(
     command: Beatless, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
