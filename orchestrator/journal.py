@@ -478,7 +478,9 @@ class Journal:
         )
         if not rows:
             raise RunNotFound(run_id)
-        now, lease, state, due_at, reason, attempts, paused, unpublished, letters, limit = rows[0]
+        now, lease, state, due_at, reason, attempts, paused, unpublished, letters, limit, led = (
+            rows[0]
+        )
         return DispatchStatus(
             now=now,
             lease_expires_at=lease,
@@ -487,6 +489,7 @@ class Journal:
             unpublished=unpublished,
             dead_letters=letters,
             limit=None if limit is None else FullLimit(**limit),
+            led=led,
         )
 
     def heads(self, connection: Caller, run_ids: Sequence[str]) -> dict[str, int]:

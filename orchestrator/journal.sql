@@ -429,8 +429,8 @@ SELECT EXISTS (SELECT FROM {schema}.run_events e
 SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s
 
 -- name: dispatch_status
--- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters, and the
--- limit that it waits for.
+-- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters, the
+-- limit that it waits for, and whether a relay leads its shard.
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {schema}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
        (SELECT min(from_seq) FROM {schema}.run_outbox o
@@ -443,7 +443,11 @@ SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.att
                   'held', (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = l.id),
                   'by', ARRAY(SELECT s.run_id FROM {schema}.limit_slots s
                                WHERE s.limit_id = l.id ORDER BY s.taken_at LIMIT 3))
-           FROM {schema}.all_limits_of(r.limits) l WHERE l.id = d.limit_id) END
+           FROM {schema}.all_limits_of(r.limits) l WHERE l.id = d.limit_id) END,
+       EXISTS (SELECT FROM pg_locks k
+                WHERE k.locktype = 'advisory' AND k.granted AND k.objsubid = 2
+                  AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND k.classid = ({leader_key})::oid AND k.objid::int8 = %(shard)s)
   FROM {schema}.runs r LEFT JOIN {schema}.dispatches d USING (run_id)
  WHERE r.run_id = %(run_id)s
 

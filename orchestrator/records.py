@@ -446,3 +446,5 @@ class DispatchStatus:
     dead_letters: Sequence[str]
     limit: FullLimit | None = None
     """The limit that it waits for."""
+    led: bool
+    """Whether a relay leads the shard of the run."""

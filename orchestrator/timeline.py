@@ -26,6 +26,7 @@ from beatless.orchestrator.progress import (
 )
 from beatless.orchestrator.records import DispatchStatus, Run
 from beatless.orchestrator.state import SUCCEEDS, WAITS
+from beatless.outbox.message import shard_of
 from beatless.outbox.times import MOST_S
 
 HANDOVER_S = 0.01
@@ -42,7 +43,7 @@ class Moment:
     """Milliseconds since 1970, by the clock of Postgres."""
     kind: str
     """accepted, wait, attempt, signal, cancel, undo, finished, pruned, history, lease, dispatch,
-    publish, dead letter, or difference."""
+    relay, publish, dead letter, or difference."""
     text: str
     step: str | None = None
     attempt: int | None = None
@@ -350,6 +351,11 @@ def _now(
             left = (status.lease_expires_at - status.now).total_seconds()
             text += f"; the lease ends in {left:.1f} s" if left > 0 else "; the lease has run out"
         yield Moment(at=now, kind="lease", text=text)
+    undone = [] if status.led else [*_left_undone(status)]
+    if undone:
+        text = f"no relay leads shard {shard_of(run.run_id)}, in which the run is: "
+        text += f"{' and '.join(undone)} (`beatless doctor --check relays`)"
+        yield Moment(at=now, kind="relay", text=text)
     if status.dispatch is not None:
         state, due_at, reason, attempts = status.dispatch
         left = (due_at - status.now).total_seconds()
@@ -361,7 +367,7 @@ def _now(
             "delayed": waits,
             "sent": "was sent to the broker, and no worker has claimed it yet: none consumes the "
             f"queue {run.queue}, none was free, or the one that took it does not know the plan "
-            "(`beatless doctor --check workers`) or is of another database "
+            "(`beatless doctor --check workers --check plans`) or is of another database "
             '(`--check "shared broker"`)',
             "running": "is executed",
         }.get(state, state)
@@ -392,6 +398,16 @@ def _now(
     yield Moment(at=now, kind="publish", text=f"{published} of {run.last_seq} events are published")
     for reason in status.dead_letters:
         yield Moment(at=now, kind="dead letter", text=reason)
+
+
+def _left_undone(status: DispatchStatus) -> Iterator[str]:
+    """The work on the run that waits for a relay."""
+    if status.dispatch is not None:
+        state, due_at, _, _ = status.dispatch
+        if state in ("waiting", "delayed") and due_at <= status.now:
+            yield "it is handed to no worker"
+    if status.unpublished is not None:
+        yield "its events are not published"
 
 
 def _ms(when: datetime) -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from beatless import CannotRetry, RunNotFound, RunState
 from beatless.orchestrator.records import FailedRunFilter
+from beatless.outbox.message import SHARDS, shard_of
 from beatless.testing import Kit
 
 
@@ -178,6 +179,29 @@ def test_explain_tells_a_back_off_from_the_wait_for_a_free_worker(
         "waited for a worker to take it",
     )
     assert seconds > 500
+
+
+def test_explain_tells_that_no_relay_leads_the_shard_of_a_run_that_needs_one(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    shard = shard_of(run_id)
+
+    def of_relays() -> list[str]:
+        return [moment.text for moment in beatless.client.explain(run_id) if moment.kind == "relay"]
+
+    (text,) = of_relays()
+    assert text.startswith(f"no relay leads shard {shard}, in which the run is: it is handed to no")
+    assert "`beatless doctor --check relays`" in text
+    leader = "'dispatches'::regclass::oid::int4"
+    postgres.execute(f"SELECT pg_advisory_lock({leader}, {(shard + 1) % SHARDS})".encode())
+    assert of_relays() == [text]
+    postgres.execute(f"SELECT pg_advisory_lock({leader}, {shard})".encode())
+    assert of_relays() == []
+    postgres.execute("SELECT pg_advisory_unlock_all()")
+    assert of_relays() == [text]
+    beatless.work_until_idle()
+    assert of_relays() == []  # it has ended, and all of it is published
 
 
 def test_explain_tells_of_an_attempt_whose_process_died(beatless: Kit) -> None:
