@@ -282,7 +282,9 @@ def _offence(value: Any, path: str) -> tuple[str, str]:
                     )
             members = [(f"{path}.{key}", item) for key, item in value.items()]
         case _:
-            return path, f"is a {type(value).__name__}, which is not JSON{_advice(value)}"
+            name = type(value).__name__
+            article = "an" if name[0] in "AEIOaeio" else "a"
+            return path, f"is {article} {name}, which is not JSON{_advice(value)}"
     for member_path, item in members:
         found = _offence(item, member_path)
         if found[1]:

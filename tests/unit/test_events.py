@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "dataclass": (Line(1), "use dataclasses.asdict("),
     "pydantic": (Model(number=1), "use .model_dump(mode="),
     "msgspec": (Struct(), "use msgspec.to_builtins("),
-    "any object": (object(), "is a object, which is not JSON"),
+    "any object": (object(), "is an object, which is not JSON"),
     "a class": (Line, "is a type, which is not JSON"),
     "not a number": (math.nan, "use None or a string"),
 }
