@@ -42,23 +42,36 @@ def test_the_dialog_has_a_field_for_each_option_of_a_run(
         "Deadline": "7200.5",
         "Priority": "7",
         "Tags": "shop=berlin team=a=b",
+        "Dedupe key": "customer:7",
     }
+    labels = [
+        *list(typed)[:4],
+        "Not before",
+        "Deadline",
+        "While unfinished",
+        "Debounce",
+        "Max wait",
+    ]
+    labels += list(typed)[5:]
     page = open_page()
     page.goto(server.url)
     page.get_by_role("button", name="New run").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Plan").select_option("checkout")
     dialog.get_by_text("More").click()
-    expect(dialog.locator("details label")).to_have_text(
-        [*list(typed)[:4], "Not before", *list(typed)[4:]]
+    shown = dialog.locator("details label").evaluate_all(
+        "all => all.map(one => one.firstChild.data)"
     )
+    assert shown == labels
     for name, text in typed.items():
         dialog.get_by_label(name, exact=True).fill(text)
+    dialog.get_by_label("While unfinished").select_option("replace")
     dialog.get_by_role("button", name="Start").click()
     page.wait_for_url("**/#/run/order-1")
 
     run = beatless.client.get_run("order-1")
     assert (run.key, run.queue, run.priority) == ("order:1", "mail", 7)
+    assert run.dedupe_key == "customer:7"
     assert run.tags == {"shop": "berlin", "team": "a=b"}
     assert 89 <= (run.not_before - run.created_at).total_seconds() <= 91
     assert 7200 <= (run.deadline_at - run.created_at).total_seconds() <= 7201

@@ -38,7 +38,7 @@ export async function startRun() {
 
 // A field for an option of a run, as the API describes it, and how its text becomes JSON.
 function option([name, about]) {
-  const { type, format } = [about, ...(about.anyOf ?? [])].find((each) => each.type && each.type !== "null");
+  const { type, format, enum: choices } = [about, ...(about.anyOf ?? [])].find((each) => each.type && each.type !== "null");
   const input = { name, autocomplete: "off", title: about.description, placeholder: about.description };
   let read = (text) => text;
   if (type === "integer" || type === "number") {
@@ -51,7 +51,10 @@ function option([name, about]) {
     input.placeholder = "team=blue order=7";
     read = (text) => pairs(name, text);
   }
-  return { name, read, node: el("label", {}, worded(name), el("input", input)) };
+  const field = choices
+    ? el("select", { name, title: about.description }, el("option", {}), ...choices.map((one) => el("option", {}, one)))
+    : el("input", input);
+  return { name, read, node: el("label", {}, worded(name), field) };
 }
 
 function pairs(name, text) {
