@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic
 from typing import Any
 from urllib.parse import quote
 
@@ -34,6 +33,7 @@ from beatless.errors import BadRequest
 from beatless.orchestrator.errors import EventsPruned, RunNotFound
 from beatless.orchestrator.events import Event, EventType
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.clock import monotonic
 from beatless.outbox.message import every_channel, run_of
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements

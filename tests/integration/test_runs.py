@@ -268,7 +268,7 @@ def test_bulk_start_gives_the_runs_in_order_and_is_one_transaction(
         ({"input": {"a": [1, float("nan")]}}, BadPayload, r"input.a\[1\] is nan"),
         ({"input": {"a": "x\0y"}}, BadPayload, "input.a holds a NUL"),
         ({"input": {(1, 2): 2}}, BadPayload, r"input has the key \(1, 2\)"),
-        ({"input": {"a": object()}}, BadPayload, "input.a is a object"),
+        ({"input": {"a": object()}}, BadPayload, "input.a is an object"),
         ({"input": "\ud800"}, BadPayload, "surrogate"),
         ({"input": "x" * 300_000}, BadPayload, "the limit is 262144"),
     ],
