@@ -1,4 +1,4 @@
-"""Limits of how many runs hold a lease at once, their slots, and the runs that wait for one."""
+"""Limits of how many runs hold a lease at once or begin in a time, and who waits for one."""
 
 from beatless.migrations import apply
 
