@@ -36,7 +36,7 @@ def approve(
         decision = {"approved": approved} | ({} if comment is None else {"comment": comment})
     sent = env.client_of(run).approve_run(run, name, decision, by=by)
     if env.as_json:
-        env.document(asdict(sent) | {"at": sent.at.isoformat()})
+        env.document(asdict(sent))
     else:
         before = "" if sent.new else " before"
         click.echo(f"{sent.occurrence} of {run} was decided{before} by {sent.by}")

@@ -138,8 +138,8 @@ class Environment:
             self._restore_logs()
 
     def document(self, value: Any) -> None:
-        """One JSON document on stdout."""
-        click.echo(json.dumps(value, ensure_ascii=False))
+        """One JSON document on stdout, with times as ISO 8601."""
+        click.echo(json.dumps(value, ensure_ascii=False, default=datetime.isoformat))
 
     def note(self, text: str) -> None:
         """Something for the person, never part of the output."""

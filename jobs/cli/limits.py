@@ -1,7 +1,6 @@
 """Commands about limits, for the whole fleet."""
 
 from dataclasses import asdict
-from datetime import datetime
 
 import click
 from rich.markup import escape
@@ -27,12 +26,7 @@ def ls(env: Environment) -> None:
     found = env.client.limits()
     if env.as_json:
         for state in found:
-            env.document(
-                {
-                    name: value.isoformat() if isinstance(value, datetime) else value
-                    for name, value in asdict(state).items()
-                }
-            )
+            env.document(asdict(state))
         return
     rows = [
         (

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime
 
 import click
 from rich.markup import escape
@@ -29,12 +28,7 @@ def queues(env: Environment) -> None:
     found = env.client.queues()
     if env.as_json:
         for state in found:
-            env.document(
-                {
-                    name: value.isoformat() if isinstance(value, datetime) else value
-                    for name, value in asdict(state).items()
-                }
-            )
+            env.document(asdict(state))
         return
     rows = [
         (
@@ -242,9 +236,7 @@ def ls(
         return
     for letter in env.client.dead_letters(limit):
         if env.as_json:
-            env.document(
-                {"kind": "message", **asdict(letter), "created_at": letter.created_at.isoformat()}
-            )
+            env.document({"kind": "message", **asdict(letter)})
         else:
             click.echo(
                 f"{letter.id}  events {letter.from_seq} to {letter.to_seq} of {letter.run_id}  "
@@ -266,9 +258,7 @@ def show(env: Environment, letter: str, is_message: bool | None) -> None:
         else:
             click.echo(error.get("traceback") or f"{error.get('type')}: {error.get('message')}")
     elif env.as_json:
-        env.document(
-            {"kind": "message", **asdict(found), "created_at": found.created_at.isoformat()}
-        )
+        env.document({"kind": "message", **asdict(found)})
     else:
         click.echo(found.reason)
 
