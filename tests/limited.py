@@ -1,16 +1,21 @@
 """An app whose runs have limits, for workers in processes of their own."""
 
 import threading
+from pathlib import Path
 
-from beatless import App, Limit, Plan, Settings, StepContext, step
+from beatless import App, Limit, Plan, Settings, StepContext, retry, step
 
 AT_ONCE = 10
 
 
-@step
+@step(retry=retry(max_crashes=1000))
 def hold(ctx: StepContext) -> None:
-    """Takes a twentieth of a second."""
-    threading.Event().wait(0.05)
+    """Takes a twentieth of a second, after the file that the input may name is there."""
+    pause = threading.Event()
+    while ctx.input is not None and not Path(ctx.input["go"]).exists():
+        ctx.raise_if_cancelled()  # also leaves the place to another when the lease is lost
+        pause.wait(0.05)
+    pause.wait(0.05)
 
 
 app = App(

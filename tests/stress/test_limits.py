@@ -5,14 +5,16 @@ import random
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from beatless import App, Plan, RunRequest, RunState
+from beatless import Plan, RunRequest, RunState
 from beatless.testing import Kit
 from tests import limited
+from tests.valkeys import until
 
 APP = "tests.limited:app"
 RUNS = 500
@@ -57,19 +59,30 @@ def leases_at_once(log: Sequence[tuple[str, bool]]) -> list[int]:
     return counts
 
 
+LEASES_NOW = (
+    "SELECT count(*) FILTER (WHERE begins) - count(*) FILTER (WHERE NOT begins) FROM lease_log"
+)
+
+
 @pytest.mark.long
 def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_freeze(
-    beatless: Kit, beatless_app: App, postgres: psycopg.Connection[Any]
+    beatless: Kit, postgres: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     postgres.execute(LOG.encode())
     rng, pause = random.Random(21), threading.Event()
     relays = [beatless.relay_process(APP) for _ in range(2)]
     workers = [beatless.worker_process(APP, concurrency=PROCESSES) for _ in range(2)]
-    requests = [RunRequest(plan="limited")] * RUNS
+    go = tmp_path / "go"
+    requests = [RunRequest(plan="limited", input={"go": str(go)})] * RUNS
     runs = beatless.client.start_runs(requests[: RUNS // 2])
-    runs += [beatless.client.start_run("limited") for _ in requests[RUNS // 2 :]]
+    runs += [beatless.client.start_run(each.plan, each.input) for each in requests[RUNS // 2 :]]
+
+    # No body returns before the limit is reached, by a fleet that has room for more.
+    until(lambda: postgres.execute(LEASES_NOW).fetchone() >= (limited.AT_ONCE,), 300)
+    go.touch()
     for number in range(FAULTS):
-        pause.wait(1.0)
+        mark = runs[RUNS * (number + 1) // (FAULTS + 1)]  # spreads the faults over the work
+        beatless.wait_for_run_completion(mark.run_id, timeout=300)
         kind = relays if number % 3 == 2 else workers
         victim = rng.choice(kind)
         if number % 3 == 1:
