@@ -88,7 +88,7 @@ class ServerCursor(psycopg.ServerCursor[tuple[Any, ...]]):
 
 
 class AsyncCursor(psycopg.AsyncCursor[tuple[Any, ...]]):
-    """A `Cursor` below SQLAlchemy's `run_sync`."""
+    """A `Cursor` of an asynchronous connection."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], **_: Any) -> None:
         super().__init__(connection, row_factory=tuple_row)

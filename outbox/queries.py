@@ -17,6 +17,7 @@ import sqlalchemy
 from psycopg import pq
 
 from beatless.outbox.adapters import Cursor, our_cursors
+from beatless.outbox.awaited import Awaited, is_asynchronous
 from beatless.outbox.message import SHARDS, TaskMessage
 from beatless.outbox.statements import fragment, statements
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Caller = Union[
     psycopg.Connection[Any],
+    Awaited,
     sqlalchemy.Connection,
     "orm.Session",
     "orm.scoped_session[orm.Session]",
@@ -48,6 +50,9 @@ BATCH_BYTES = 8 * 1024 * 1024
 LAST_ATTEMPT = 2**31 - 1
 """The number of a run's messages stops there: the column is an integer."""
 
+FAILED = (pq.TransactionStatus.INERROR, pq.TransactionStatus.UNKNOWN)
+"""States of a session in which no statement is of any use."""
+
 FEW_ROWS_DIVISOR = 16
 """How many times fewer rows are looked at while events are large: what is left out was built."""
 
@@ -63,6 +68,9 @@ def execute(connection: Caller, statement: str, parameters: Mapping[str, Any]) -
     if isinstance(connection, psycopg.Connection):
         with _speaking_utf8(connection.pgconn, partial(_run, connection)):
             return _run(connection, statement, parameters)
+    if isinstance(connection, Awaited):
+        with _speaking_utf8(connection.connection.pgconn, connection.run):
+            return connection.run(statement, parameters)
     given = _sqlalchemy_connection(connection)
     driver = given.connection.driver_connection
     pgconn = getattr(driver, "pgconn", None)
@@ -93,15 +101,11 @@ def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
     """The SQLAlchemy connection of the caller's object. Raises TypeError."""
     kind = type(connection)
     connection = _connection_of_session(connection)
-    if kind.__module__.startswith("sqlalchemy.ext.asyncio"):
+    if is_asynchronous(connection):
         raise TypeError(
-            f"connection= takes no {kind.__name__}: call from its run_sync, as in await "
-            "session.run_sync(lambda session: client.start_run(…, connection=session))"
-        )
-    if isinstance(connection, psycopg.AsyncConnection):
-        raise TypeError(
-            "connection= takes no psycopg AsyncConnection: use a psycopg Connection, or an "
-            "SQLAlchemy AsyncSession or AsyncConnection and its run_sync"
+            f"connection= of this call takes no {kind.__module__.partition('.')[0]} "
+            f"{kind.__name__}: await the call whose name has an a before it, as in await "
+            "client.astart_run(…, connection=session)"
         )
     if not isinstance(connection, sqlalchemy.Connection):
         raise TypeError(
@@ -119,7 +123,7 @@ def _sqlalchemy_connection(connection: Any) -> sqlalchemy.Connection:
     ):
         raise TypeError(
             "connection= must reach PostgreSQL through psycopg (postgresql+psycopg://…), not "
-            f"{dialect.name}+{dialect.driver}"
+            f"{dialect.name}+{dialect.driver}: make the engine of app.engine.url"
         )
     return connection
 
@@ -149,8 +153,8 @@ def _speaking_utf8(
     try:
         yield
     finally:
-        # A transaction that has failed takes it back when it ends.
-        if pgconn.transaction_status != pq.TransactionStatus.INERROR:
+        # A transaction that has failed takes it back when it ends; a lost connection has ended.
+        if pgconn.transaction_status not in FAILED:
             run(change, {"name": before.decode() if before else ""})
 
 
@@ -183,7 +187,8 @@ def refuse_two_phase(connection: Caller) -> None:
     if isinstance(connection, sqlalchemy.Connection):
         refused = isinstance(connection.get_transaction(), sqlalchemy.TwoPhaseTransaction)
     else:
-        refused = getattr(connection, "_tpc", None) is not None  # psycopg has no public name for it
+        driver = connection.connection if isinstance(connection, Awaited) else connection
+        refused = getattr(driver, "_tpc", None) is not None  # psycopg has no public name for it
     if refused:
         raise ValueError(
             "connection= is in a two-phase transaction, and Postgres cannot prepare one that wakes "
@@ -196,6 +201,8 @@ def refuse_autocommit(connection: Caller) -> None:
     driver = _connection_of_session(connection)
     if isinstance(driver, sqlalchemy.Connection):
         driver = driver.connection.driver_connection
+    elif isinstance(driver, Awaited):
+        driver = driver.connection
     info = getattr(driver, "info", None)
     is_idle = getattr(info, "transaction_status", None) == pq.TransactionStatus.IDLE
     if is_idle and getattr(driver, "autocommit", False):

@@ -19,6 +19,7 @@ from beatless.orchestrator.plan import occurrence, step_of
 from beatless.orchestrator.records import NewDecision, Place, Run, SentDecision
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import WaitKind
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller
 
 logger = logging.getLogger("beatless.client")
@@ -58,6 +59,20 @@ class ApprovalCalls(SignalCalls):
         True
         """
         return self._decide(run_id, name, data, by=by, link=None, connection=connection)
+
+    async def aapprove_run(
+        self,
+        run_id: str,
+        name: str,
+        data: Any = None,
+        *,
+        by: str,
+        connection: AsyncCaller | None = None,
+    ) -> SentDecision:
+        """`approve_run` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.approve_run(run_id, name, data, by=by, connection=given)
+        )
 
     def approval_link(
         self,
@@ -99,6 +114,23 @@ class ApprovalCalls(SignalCalls):
 
         return self._in_transaction(connection, create)
 
+    async def aapproval_link(
+        self,
+        run_id: str,
+        name: str,
+        *,
+        by: str,
+        expires_in: float | timedelta = LINK_S,
+        connection: AsyncCaller | None = None,
+    ) -> ApprovalLink:
+        """`approval_link` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection,
+            lambda given: self.approval_link(
+                run_id, name, by=by, expires_in=expires_in, connection=given
+            ),
+        )
+
     def revoke_approval_link(self, link_id: str, *, connection: Caller | None = None) -> None:
         """Let a link decide nothing any more. Raises BadRequest if there is no such link.
 
@@ -114,6 +146,14 @@ class ApprovalCalls(SignalCalls):
             lambda caller: self._links.revoke(caller, link_id, namespace=self._namespace),
         ):
             raise BadRequest("link", f"{link_id!r:.200} does not exist")
+
+    async def arevoke_approval_link(
+        self, link_id: str, *, connection: AsyncCaller | None = None
+    ) -> None:
+        """`revoke_approval_link` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.revoke_approval_link(link_id, connection=given)
+        )
 
     def page_of_approvals(
         self, *, plan: str | None, queue: str | None, before: Place | None, limit: int

@@ -1,5 +1,6 @@
 """The collaborators of a client, its namespace and its transactions."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,6 +20,7 @@ from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run
 from beatless.orchestrator.schedules import Schedules
+from beatless.outbox.awaited import AsyncCaller, awaiting
 from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_autocommit, refuse_two_phase
 from beatless.queues import Queues
@@ -81,6 +83,10 @@ class BaseClient:
         """
         return self._in_transaction(connection, lambda caller: self._get(caller, run_id))
 
+    async def aget_run(self, run_id: str, *, connection: AsyncCaller | None = None) -> Run:
+        """`get_run` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(connection, lambda given: self.get_run(run_id, connection=given))
+
     def _get(self, caller: Caller, run_id: str) -> Run:
         with self._naming(run_id):
             return self._journal.get(caller, self.stored_id(run_id), namespace=self._namespace)
@@ -115,6 +121,15 @@ class BaseClient:
         True
         """
         return self._in_transaction(None, self._streams.epoch)
+
+    async def _awaited(self, given: AsyncCaller | None, call: Callable[[Caller | None], T]) -> T:
+        """Call on the caller's asynchronous connection, or without one in a thread.
+
+        The call in a thread goes on if its caller is cancelled; one on a connection is cancelled.
+        """
+        if given is None:
+            return await asyncio.to_thread(call, None)
+        return await awaiting(given, call)
 
     def _in_transaction(
         self, given: Caller | None, act: Callable[[Caller], T], *, each_statement: bool = False

@@ -8,6 +8,7 @@ from beatless.client.requests import check_state
 from beatless.orchestrator.child_calls import ChildEnd
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.records import Run
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller, execute_lazily
 
 
@@ -40,6 +41,23 @@ class ChildrenCalls(BaseClient):
             return list(children.page(caller, stored, state=state, after=after, limit=limit))
 
         return self._in_transaction(connection, look)
+
+    async def achildren(
+        self,
+        run_id: str,
+        *,
+        state: str | None = None,
+        after: int = 0,
+        limit: int = 50,
+        connection: AsyncCaller | None = None,
+    ) -> list[Run]:
+        """`children` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection,
+            lambda given: self.children(
+                run_id, state=state, after=after, limit=limit, connection=given
+            ),
+        )
 
     def page_of_children(
         self, run_id: str, *, state: str | None, after: int, limit: int, max_bytes: int

@@ -31,6 +31,7 @@ from beatless.orchestrator.plan import on_cancel_steps
 from beatless.orchestrator.records import NewRun, Place, Run
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.timeline import Moment, timeline, waits_for_children
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger("beatless.client")
@@ -100,6 +101,43 @@ class Client(
         request = request_of(plan, input, options, takes_connection=True)
         return self.start_runs([request], connection=connection)[0]
 
+    @shows_run_options
+    async def astart_run(
+        self,
+        plan: str,
+        input: Any = None,
+        *,
+        connection: AsyncCaller | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """`start_run` in your asynchronous transaction.
+
+        Every call with `connection=` has such a twin: `acancel_run`, `asignal_run`, `aget_run` ….
+        `connection` is your own SQLAlchemy AsyncConnection or AsyncSession (on the psycopg driver),
+        or psycopg AsyncConnection. The run is part of your transaction, as with `start_run`, and
+        nothing blocks the event loop; a cancel of the task ends the statement and with it your
+        transaction. Without `connection` the call is a transaction itself, in a thread: it goes on
+        if the task is cancelled.
+
+        Raises what `start_run` raises.
+
+        >>> import asyncio
+        >>> from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+        >>> async def order(number):
+        ...     engine = create_async_engine(app.engine.url)
+        ...     async with AsyncSession(engine) as session, session.begin():
+        ...         run = await app.client.astart_run(
+        ...             "checkout", {"order": number}, connection=session
+        ...         )
+        ...     await engine.dispose()
+        ...     return await app.client.aget_run(run.run_id)
+        >>> asyncio.run(order(1)).input
+        {'order': 1}
+        """
+        return await self._awaited(
+            connection, lambda given: self.start_run(plan, input, connection=given, **options)
+        )
+
     def start_runs(
         self, requests: Sequence[RunRequest], *, connection: Caller | None = None
     ) -> list[Run]:
@@ -144,6 +182,14 @@ class Client(
             for run in runs:
                 _log_run(STARTED.get(run.start or "", "run stored"), run)
         return runs
+
+    async def astart_runs(
+        self, requests: Sequence[RunRequest], *, connection: AsyncCaller | None = None
+    ) -> list[Run]:
+        """`start_runs` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.start_runs(requests, connection=given)
+        )
 
     def _create(self, caller: Caller, new: Sequence[NewRun]) -> list[Run]:
         self._queue_limit.check(caller, self._namespace, {run.queue for run in new})
@@ -199,6 +245,37 @@ class Client(
                     before=last,
                     limit=limit,
                 )
+            ),
+        )
+
+    async def alist_runs(
+        self,
+        *,
+        state: str | None = None,
+        plan: str | None = None,
+        queue: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        retried: bool | None = None,
+        step: str | None = None,
+        dedupe_key: str | None = None,
+        before: Run | Place | None = None,
+        limit: int = 50,
+        connection: AsyncCaller | None = None,
+    ) -> list[Run]:
+        """`list_runs` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection,
+            lambda given: self.list_runs(
+                state=state,
+                plan=plan,
+                queue=queue,
+                tags=tags,
+                retried=retried,
+                step=step,
+                dedupe_key=dedupe_key,
+                before=before,
+                limit=limit,
+                connection=given,
             ),
         )
 
@@ -262,6 +339,19 @@ class Client(
 
         return self._in_transaction(connection, read)
 
+    async def aevents(
+        self,
+        run_id: str,
+        from_seq: int = 0,
+        limit: int | None = None,
+        *,
+        connection: AsyncCaller | None = None,
+    ) -> list[Event]:
+        """`events` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.events(run_id, from_seq, limit, connection=given)
+        )
+
     def event_page(self, run: Run, from_seq: int, limit: int) -> tuple[list[EventText], bool]:
         """`events` for a server: as text, few at once, and whether there may be more."""
         return self._in_transaction(
@@ -287,6 +377,10 @@ class Client(
             return timeline(run, self._told(events), status, children)
 
         return self._in_transaction(connection, look)
+
+    async def aexplain(self, run_id: str, *, connection: AsyncCaller | None = None) -> list[Moment]:
+        """`explain` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(connection, lambda given: self.explain(run_id, connection=given))
 
     def _told(self, events: Sequence[Event]) -> Sequence[Event]:
         """The events that `explain` may show: all."""
@@ -315,6 +409,14 @@ class Client(
         if connection is None:
             _log_run("cancel stored", run)
         return run
+
+    async def acancel_run(
+        self, run_id: str, *, reason: str | None = None, connection: AsyncCaller | None = None
+    ) -> Run:
+        """`cancel_run` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.cancel_run(run_id, reason=reason, connection=given)
+        )
 
     def _cancel(
         self, caller: Caller, run_id: str, reason: str | None, undo: Mapping[str, str | None]

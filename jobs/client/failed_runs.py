@@ -15,6 +15,7 @@ from beatless.orchestrator.history import history_of, reusable_calls
 from beatless.orchestrator.progress import reusable
 from beatless.orchestrator.records import FailedRunFilter, NewRun, Place, Run, new_run_id
 from beatless.orchestrator.undos import deadline_of
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller, execute_lazily
 
 
@@ -93,6 +94,14 @@ class FailedRunCalls(BaseClient):
         """
         check_texts(from_step=from_step)
         return self._retry(run_id, from_step, connection, once=False)
+
+    async def aretry_run(
+        self, run_id: str, from_step: str | None = None, *, connection: AsyncCaller | None = None
+    ) -> Run:
+        """`retry_run` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.retry_run(run_id, from_step, connection=given)
+        )
 
     def retry_failed(
         self,

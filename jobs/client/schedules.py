@@ -16,6 +16,7 @@ from beatless.orchestrator.schedule import Backfill, Schedule, StoredSchedule
 from beatless.orchestrator.schedules import AppliedSchedules, NewSchedule, check_understood
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.ticks import tick_key
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller
 from beatless.outbox.times import problem_with_moment
 
@@ -54,6 +55,14 @@ class ScheduleCalls(BaseClient):
 
         return self._in_transaction(connection, store)
 
+    async def acreate_schedule(
+        self, schedule: Schedule, *, connection: AsyncCaller | None = None
+    ) -> StoredSchedule:
+        """`create_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.create_schedule(schedule, connection=given)
+        )
+
     def update_schedule(
         self, schedule: Schedule, *, connection: Caller | None = None
     ) -> StoredSchedule:
@@ -76,6 +85,14 @@ class ScheduleCalls(BaseClient):
 
         return self._in_transaction(connection, store)
 
+    async def aupdate_schedule(
+        self, schedule: Schedule, *, connection: AsyncCaller | None = None
+    ) -> StoredSchedule:
+        """`update_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.update_schedule(schedule, connection=given)
+        )
+
     def delete_schedule(self, name: str, *, connection: Caller | None = None) -> None:
         """Take a schedule away; its runs stay.
 
@@ -88,6 +105,12 @@ class ScheduleCalls(BaseClient):
         check_texts(name=name)
         self._in_transaction(
             connection, lambda caller: self._schedules.delete(caller, self._namespace, name)
+        )
+
+    async def adelete_schedule(self, name: str, *, connection: AsyncCaller | None = None) -> None:
+        """`delete_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.delete_schedule(name, connection=given)
         )
 
     def schedules(
@@ -106,6 +129,14 @@ class ScheduleCalls(BaseClient):
             lambda caller: self._schedules.page(caller, self._namespace, after=after, limit=limit),
         )
 
+    async def aschedules(
+        self, *, after: str = "", limit: int = 100, connection: AsyncCaller | None = None
+    ) -> list[StoredSchedule]:
+        """`schedules` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.schedules(after=after, limit=limit, connection=given)
+        )
+
     def schedule(self, name: str, *, connection: Caller | None = None) -> StoredSchedule:
         """One schedule as it is stored now. Raises ScheduleNotFound.
 
@@ -118,6 +149,12 @@ class ScheduleCalls(BaseClient):
         return self._in_transaction(
             connection, lambda caller: self._schedules.get(caller, self._namespace, name)
         )
+
+    async def aschedule(
+        self, name: str, *, connection: AsyncCaller | None = None
+    ) -> StoredSchedule:
+        """`schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(connection, lambda given: self.schedule(name, connection=given))
 
     def pause_schedule(self, name: str, *, connection: Caller | None = None) -> StoredSchedule:
         """Fire no tick until it is resumed; ticks of that time are passed over.
@@ -134,6 +171,14 @@ class ScheduleCalls(BaseClient):
             connection, lambda caller: self._schedules.pause(caller, self._namespace, name)
         )
 
+    async def apause_schedule(
+        self, name: str, *, connection: AsyncCaller | None = None
+    ) -> StoredSchedule:
+        """`pause_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.pause_schedule(name, connection=given)
+        )
+
     def resume_schedule(self, name: str, *, connection: Caller | None = None) -> StoredSchedule:
         """Fire from the next tick on, after a pause or after a tick that could not be written.
 
@@ -148,6 +193,14 @@ class ScheduleCalls(BaseClient):
         check_texts(name=name)
         return self._in_transaction(
             connection, lambda caller: self._schedules.resume(caller, self._namespace, name)
+        )
+
+    async def aresume_schedule(
+        self, name: str, *, connection: AsyncCaller | None = None
+    ) -> StoredSchedule:
+        """`resume_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.resume_schedule(name, connection=given)
         )
 
     def run_schedule_now(self, name: str, *, connection: Caller | None = None) -> Run:
@@ -171,6 +224,12 @@ class ScheduleCalls(BaseClient):
             return self._journal.create_runs(caller, [new])[0]
 
         return self._in_transaction(connection, start)
+
+    async def arun_schedule_now(self, name: str, *, connection: AsyncCaller | None = None) -> Run:
+        """`run_schedule_now` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.run_schedule_now(name, connection=given)
+        )
 
     def backfill_schedule(
         self, name: str, start: datetime, end: datetime, *, connection: Caller | None = None
@@ -222,6 +281,14 @@ class ScheduleCalls(BaseClient):
 
         return self._in_transaction(connection, fill)
 
+    async def abackfill_schedule(
+        self, name: str, start: datetime, end: datetime, *, connection: AsyncCaller | None = None
+    ) -> Backfill:
+        """`backfill_schedule` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.backfill_schedule(name, start, end, connection=given)
+        )
+
     def cancel_backfill(
         self, backfill_id: str, *, reason: str | None = None, connection: Caller | None = None
     ) -> int:
@@ -251,6 +318,15 @@ class ScheduleCalls(BaseClient):
             return len(cancelled)
 
         return self._in_transaction(connection, cancel)
+
+    async def acancel_backfill(
+        self, backfill_id: str, *, reason: str | None = None, connection: AsyncCaller | None = None
+    ) -> int:
+        """`cancel_backfill` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection,
+            lambda given: self.cancel_backfill(backfill_id, reason=reason, connection=given),
+        )
 
     def apply_schedules(self, schedules: Sequence[Schedule]) -> AppliedSchedules:
         """Make the stored schedules of this app those that it declares: a part of the deploy.

@@ -13,6 +13,7 @@ from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.options import problem_with_key
 from beatless.orchestrator.outcomes import STEP_NAME
 from beatless.orchestrator.records import NewSignal, SentSignal
+from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller
 
 logger = logging.getLogger("beatless.client")
@@ -71,6 +72,26 @@ class SignalCalls(BaseClient):
         with self._naming(run_id):
             return self.signal_runs([request], connection=connection)[0]
 
+    async def asignal_run(
+        self,
+        run_id: str,
+        name: str,
+        data: Any = None,
+        *,
+        key: str | None = None,
+        connection: AsyncCaller | None = None,
+    ) -> SentSignal:
+        """`signal_run` in your asynchronous transaction; `connection` is as for `astart_run`.
+
+        >>> import asyncio
+        >>> run = client.start_run("checkout", {"order": 1})
+        >>> asyncio.run(client.asignal_run(run.run_id, "paid", {"amount": 12})).new
+        True
+        """
+        return await self._awaited(
+            connection, lambda given: self.signal_run(run_id, name, data, key=key, connection=given)
+        )
+
     def signal_runs(
         self, requests: Sequence[SignalRequest], *, connection: Caller | None = None
     ) -> list[SentSignal]:
@@ -102,6 +123,14 @@ class SignalCalls(BaseClient):
                 )
         return sent
 
+    async def asignal_runs(
+        self, requests: Sequence[SignalRequest], *, connection: AsyncCaller | None = None
+    ) -> list[SentSignal]:
+        """`signal_runs` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(
+            connection, lambda given: self.signal_runs(requests, connection=given)
+        )
+
     def waits(self, run_id: str, *, connection: Caller | None = None) -> list[OpenWait]:
         """The waits of a run that have begun and not ended. Raises RunNotFound.
 
@@ -117,6 +146,10 @@ class SignalCalls(BaseClient):
             return self._inbox.open_waits(caller, run.run_id)
 
         return self._in_transaction(connection, look)
+
+    async def awaits(self, run_id: str, *, connection: AsyncCaller | None = None) -> list[OpenWait]:
+        """`waits` in your asynchronous transaction: see `astart_run`."""
+        return await self._awaited(connection, lambda given: self.waits(run_id, connection=given))
 
     def _checked_signal(self, request: SignalRequest) -> NewSignal:
         """Raises BadRequest and BadPayload."""

@@ -97,14 +97,15 @@ class TestFastAPI:
     def beatless_plans(self) -> list[Plan]:
         return [Plan("checkout", [step(name="reserve")(lambda _: None)])]
 
+    @pytest.mark.parametrize("recipe", ["routes.py", "async_routes.py"])
     def test_a_run_is_there_when_its_answer_is_sent(
-        self, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+        self, recipe: str, beatless: Kit, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shop = ModuleType("shop")
         shop.app = beatless.app  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "shop", shop)
-        names: dict[str, Any] = {"__name__": "routes"}
-        exec(BLOCKS["routes.py"], names)
+        names: dict[str, Any] = {"__name__": recipe.removesuffix(".py")}
+        exec(BLOCKS[recipe], names)
         states = []
 
         async def told(scope: Any, receive: Any, send: Any) -> None:
@@ -116,7 +117,8 @@ class TestFastAPI:
 
             await names["host"](scope, receive, see)
 
-        assert TestClient(told).post("/orders/7").status_code == 200
+        with TestClient(told) as browser:
+            assert browser.post("/orders/7").status_code == 200
         assert states == [RunState.QUEUED]
 
 

@@ -27,6 +27,10 @@ WITHOUT = {"Kit.close", "Client.stored_id", "Client.page_of_runs", "Client.event
 }
 """What the fixture and the API call, and users have no need of."""
 
+TWINS = {name for name in dir(Client) if name[0] == "a" and hasattr(Client, name[1:])}
+"""Asynchronous calls: the first one shows how, the others are as their calls."""
+WITHOUT |= {f"Client.{name}" for name in TWINS - {"astart_run", "asignal_run"}}
+
 
 @step
 def reserve(ctx: StepContext) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def test_each_call_of_the_client_has_an_example() -> None:
 
 
 def test_the_examples_of_the_client_give_what_they_show(beatless: Kit) -> None:
-    check(calls(Client), {"client": beatless.client, "beatless": beatless})
+    check(calls(Client), {"client": beatless.client, "app": beatless.app, "beatless": beatless})
 
 
 def over_http() -> Iterator[tuple[str, Any]]:

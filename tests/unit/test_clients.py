@@ -43,6 +43,12 @@ WITH_STREAMS = {"stream_run", "astream_run", "wait_for_run"}
 """Not in the table: their I/O is their own."""
 
 
+TWINS = {name for name in dir(Client) if name[0] == "a" and hasattr(Client, name[1:])} - {
+    "astream_run"
+}
+"""Asynchronous calls of an app's client: AsyncClient has them without the a."""
+
+
 def offers(kind: type) -> dict[str, tuple[list[tuple[str, Any, Any, Any]], Any]]:
     """(name, kind, default and type) of each option of each call, and its result.
 
@@ -62,7 +68,7 @@ def offers(kind: type) -> dict[str, tuple[list[tuple[str, Any, Any, Any]], Any]]
 
 
 def test_the_clients_over_http_have_the_calls_of_an_apps_client() -> None:
-    names = offers(Client).keys() - NEED_THE_DATABASE - OF_THE_SERVER
+    names = offers(Client).keys() - NEED_THE_DATABASE - OF_THE_SERVER - TWINS
     assert offers(HttpClient).keys() == names
     assert offers(AsyncClient).keys() == names - {"stream_run"}
     assert {"from_env", "after_fork"} <= set(dir(HttpClient)) & set(dir(AsyncClient))
@@ -73,6 +79,20 @@ def test_each_call_has_the_same_options_in_each_client(call: str) -> None:
     assert offers(HttpClient)[call] == offers(Client)[call]
     if call in offers(AsyncClient):
         assert offers(AsyncClient)[call] == offers(Client)[call]
+
+
+def test_each_call_on_a_connection_has_an_asynchronous_twin_with_the_same_options() -> None:
+    on_a_connection = {
+        name
+        for name, call in inspect.getmembers(Client, inspect.isfunction)
+        if not name.startswith("_") and "connection" in inspect.signature(call).parameters
+    }
+    assert on_a_connection == TWINS | {name[1:] for name in TWINS}
+    for name in TWINS:
+        twin = getattr(Client, name)
+        assert inspect.iscoroutinefunction(twin)
+        assert offers(Client)[name] == offers(Client)[name[1:]]
+        assert twin.__doc__.startswith(f"`{name[1:]}` in your asynchronous transaction")
 
 
 def test_every_call_over_http_is_one_of_the_table() -> None:
