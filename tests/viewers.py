@@ -31,7 +31,7 @@ class Viewers:
 
     async def _follow(self, client: AsyncClient, run_id: str) -> list[Event]:
         events = []
-        async for event in client.astream_run(run_id, timeout=120):
+        async for event in client.astream_run(run_id, timeout=300):
             events.append(event)
             with self._news:
                 self.seen += 1
@@ -42,9 +42,9 @@ class Viewers:
     def wait_for(self, condition: Callable[["Viewers"], bool]) -> None:
         """Wait for a condition on `seen` and `finished`."""
         with self._news:
-            assert self._news.wait_for(lambda: condition(self), timeout=120)
+            assert self._news.wait_for(lambda: condition(self), timeout=300)
 
     def end(self) -> list[list[Event]]:
-        self._thread.join(150)
+        self._thread.join(330)
         assert not self._thread.is_alive()
         return self._results

@@ -11,10 +11,13 @@ from beatless.cli.demo import without_handbacks
 from beatless.client import RunRequest
 from beatless.testing import Kit
 from tests.plans import TWO_STEPS
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 WORKERS = 4
 CYCLES = 50
+RUNS, ADDED = 800, 4
+"""Runs that wait before the first pause ends, and those that come within each."""
 
 
 @pytest.fixture
@@ -43,13 +46,15 @@ def test_no_run_starts_within_a_pause_and_none_is_lost_or_doubled(
         beatless.relay_process(APP)
     for _ in range(WORKERS):
         beatless.worker_process(APP, arguments=["--queues", "busy,calm"])
-    runs = client.start_runs(requests(1000, "busy"))
+    client.pause_queue("busy")
+    runs = client.start_runs(requests(RUNS, "busy"))
     # Each cycle lets at least one more of these end, so that the pauses spread over all the work.
-    marks = sorted(chance.sample(range(len(runs)), CYCLES))
+    marks = sorted(chance.sample(range(RUNS), CYCLES))
     pauses = []
     for mark in marks:
         client.pause_queue("busy")
         since = clock(postgres)
+        runs += client.start_runs(requests(ADDED, "busy"))  # that no pause is without work
         # A pause lasts as long as this: another queue is served meanwhile, by the same workers.
         elsewhere = client.start_runs(requests(chance.randint(1, 3), "calm"))
         for run in elsewhere:
@@ -66,8 +71,6 @@ def test_no_run_starts_within_a_pause_and_none_is_lost_or_doubled(
     assert not [at for at in started if any(since <= at <= until for since, until in pauses)], (
         "runs started while their queue was paused"
     )
-    within = sum(pauses[0][0] < at < pauses[-1][1] for at in started)
-    assert within > len(runs) / 2, "the work was not there while it was paused"
     for run in runs:
         events = without_handbacks(client.events(run.run_id))
         assert [event.type for event in events] == TWO_STEPS
@@ -103,8 +106,8 @@ def test_obliterating_a_busy_queue_leaves_nothing_of_it_and_everything_of_the_ot
     assert not postgres.execute("SELECT FROM queues WHERE name = 'doomed'").fetchall()
     assert [queue.name for queue in client.queues()] == ["spared"]
     with beatless_app.redis() as bus:
-        kept = [key for key in bus.scan_iter() if b"doomed" in key]
-        assert not kept
+        # Messages that were on their way to the broker come after it: a worker drops them.
+        until(lambda: not [key for key in bus.scan_iter() if b"doomed" in key], 60)
     beatless.verify()
 
 

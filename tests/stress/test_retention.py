@@ -26,8 +26,9 @@ def test_retention_takes_nothing_that_is_alive_and_leaves_nothing_that_is_not(
 ) -> None:
     beatless.relay_process("tests.plans:app")
     beatless.worker_process("tests.plans:app", concurrency=2)
-    # Events go a second after the end of their run, its row a moment later.
-    options = {"events_days": 1 / 86_400, "runs_days": 0.2 / 86_400, "batch": 50}
+    # Events go an hour after the end of their run, its row a moment later. A run ends an hour ago
+    # when it was followed to its end, however slowly.
+    options = {"events_days": 1 / 24, "runs_days": 0.2 / 86_400, "batch": 50}
     stopping = threading.Event()
 
     def prune() -> None:
@@ -42,6 +43,11 @@ def test_retention_takes_nothing_that_is_alive_and_leaves_nothing_that_is_not(
             run = beatless.client.start_run("agents.run", run_id=f"follow-{number}-{n}")
             stream = beatless.client.stream_run(run.run_id, timeout=60)
             assert types(list(stream)) == GOLDEN
+            with beatless_app.engine.begin() as connection:
+                connection.exec_driver_sql(
+                    f"UPDATE {beatless_app.settings.schema}.run_events"
+                    f" SET ts = ts - interval '1 hour' WHERE run_id = '{run.run_id}'"
+                )
             # All of it, a part that is named as such, or nothing: never a silent gap.
             oldest = oldest or run.run_id
             with suppress(EventsPruned):
@@ -69,7 +75,7 @@ def test_retention_takes_nothing_that_is_alive_and_leaves_nothing_that_is_not(
     finally:
         stopping.set()
 
-    beatless.advance(10)
+    beatless.advance(3601)
     with beatless_app.direct_connection() as session:
         retention = Retention(beatless_app.settings.schema, **options)
         while beatless.client.list_runs(limit=1):

@@ -87,14 +87,13 @@ def test_subscriptions_that_are_killed_every_50_ms(
     beatless: Kit, tmp_path: Path, count: int
 ) -> None:
     run_ids = [beatless.start_run("traces", {"traces": 20}).run_id for _ in range(count)]
-    done = threading.Event()
-    kills = 0
+    done, killed = threading.Event(), threading.Event()
 
     def kill() -> None:
-        nonlocal kills
         control = app.redis()
         while not done.wait(0.05):
-            kills += control.client_kill_filter(_type="pubsub")
+            if control.client_kill_filter(_type="pubsub"):
+                killed.set()
         control.close()
 
     with (
@@ -106,11 +105,13 @@ def test_subscriptions_that_are_killed_every_50_ms(
         viewers.wait_for(lambda found: found.seen >= count)
         killer = threading.Thread(target=kill)
         killer.start()
-        work(beatless, run_ids)
-        exactly(beatless, run_ids, viewers)
-        done.set()
-        killer.join()
-    assert kills > 0
+        try:
+            assert killed.wait(60)
+            work(beatless, run_ids)
+            exactly(beatless, run_ids, viewers)
+        finally:
+            done.set()
+            killer.join()
 
 
 @pytest.mark.parametrize("count", RUNS)

@@ -70,7 +70,7 @@ class Load:
     def more(self, runs: int) -> None:
         """Wait until so many more have ended."""
         wanted = len(self.finished) + runs
-        until(lambda: len(self.finished) >= wanted or self._process.poll() is not None, 60)
+        until(lambda: len(self.finished) >= wanted or self._process.poll() is not None, 300)
         assert len(self.finished) >= wanted, "the program of the old release has ended"
 
     def stop(self) -> None:
@@ -90,7 +90,7 @@ def servers(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedValkey]]
     settings = {
         "fsync": "off",
         "log_lock_waits": "on",
-        "deadlock_timeout": "1s",
+        "deadlock_timeout": "10s",  # which a process that stands still may hold a lock for
         "log_line_prefix": "%a: ",
     }
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ class Fleet:
         """As an orchestrator does it: SIGTERM, and wait for the end."""
         for child in self.children:
             child.terminate()
-            child.reap(monotonic() + 30)
+            child.reap(monotonic() + 300)
 
     def close(self) -> None:
         for child in self.children:
@@ -161,7 +161,7 @@ def test_a_fleet_of_the_first_release_is_upgraded_under_load(
     servers: tuple[EmbeddedPostgres, EmbeddedValkey], tmp_path: Path
 ) -> None:
     postgres, valkey = servers
-    settings = Settings(database_url=postgres.url, redis_url=valkey.url, lease_seconds=5)
+    settings = Settings(database_url=postgres.url, redis_url=valkey.url, lease_seconds=300)
     for name in ("packages", "old", "new"):
         (tmp_path / name).mkdir()
     with tarfile.open(RELEASE) as archive:

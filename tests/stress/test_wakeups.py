@@ -36,8 +36,9 @@ QUICK = Backoff(initial=0.005, cap=0.02)
 ROUNDS = 5
 """How often a relay's process is killed."""
 
-GRACE = 5.0
-"""Seconds after the last commit; one that no one rang for would lie there till the watchdog."""
+GRACE = 60.0
+"""Seconds after the last commit; one that no one rang for would lie there till the watchdog, which
+looks after ten minutes."""
 
 
 class Door:
