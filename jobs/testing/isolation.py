@@ -14,7 +14,7 @@ from beatless.testing.redis_stores import RedisStores
 from beatless.testing.schemas import SchemaPool, Tables
 from beatless.testing.servers import Services
 
-LOCK_TIMEOUT_S = 3
+LOCK_TIMEOUT_S = 15
 """The wait for the locks of a schema that is emptied, while sessions of its test end."""
 
 

@@ -26,6 +26,9 @@ ANYWHERE = (
 )
 """Every channel but those of tests, on which other workers publish all the time."""
 
+HEAR_TIMEOUT_S = 60
+"""The wait for what Redis has still to tell. What came later would be told of the next test."""
+
 WRITE = re.compile(r'INSERT INTO "?(\w+)"?\.run_outbox\b')
 """Part of every statement that writes an event."""
 
@@ -179,7 +182,7 @@ class LeakDetector:
         end, number = f"{self._name.prefix(0)}:end", str(next(self._ends)).encode()
         self._stores.events.publish(end, number)
         channels = set()
-        while message := self._ear.get_message(timeout=5):
+        while message := self._ear.get_message(timeout=HEAR_TIMEOUT_S):
             if message["type"] != "pmessage":
                 continue
             channel = message["channel"].decode()

@@ -45,8 +45,12 @@ def test_a_test_that_leaves_something_outside_of_its_names_fails(project):
     project.makeconftest(
         PROJECT
         + """
-@pytest.fixture(scope="session", autouse=True)
-def impatient(_beatless_isolation):
+@pytest.fixture(autouse=True)
+def patient(_beatless_isolation):
+    _beatless_isolation.connection.execute("SET lock_timeout TO '60s'")
+
+@pytest.fixture
+def impatient(_beatless_isolation, patient):
     _beatless_isolation.connection.execute("SET lock_timeout TO '200ms'")
 """
     )
@@ -88,13 +92,13 @@ def impatient(_beatless_isolation):
 
         leaked = []
 
-        def test_leaves_a_transaction_open(beatless):
+        def test_leaves_a_transaction_open(impatient, beatless):
             connection = beatless.app.executors.connect()
             connection.autocommit = False
             beatless.start_run("greet", connection=connection)
             leaked.append(connection)
 
-        def test_leaves_a_relay_running(beatless):
+        def test_leaves_a_relay_running(impatient, beatless):
             import threading
             from beatless.outbox.observer import RelayAsleep
             asleep = threading.Event()
