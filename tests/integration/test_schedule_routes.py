@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -27,6 +28,7 @@ from beatless.observe.families import (
     SCHEDULES_STOPPED,
 )
 from beatless.testing import Kit
+from tests.hourly import each_hour
 from tests.serving import serving
 
 
@@ -35,7 +37,13 @@ def note(ctx: StepContext) -> None: ...
 
 
 report = Plan("report", [note])
-HOURLY = Schedule("hourly", report, cron="0 * * * *", input={"of": "all"}, tags={"kind": "r"})
+HOURLY = Schedule("hourly", report, cron=each_hour(), input={"of": "all"}, tags={"kind": "r"})
+
+
+@pytest.fixture(autouse=True)
+def _minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour that ended in a test would bring a tick more."""
+    monkeypatch.setitem(globals(), "HOURLY", replace(HOURLY, cron=each_hour()))
 
 
 @pytest.fixture
