@@ -167,7 +167,7 @@ class TestBrokerThatHangs:
             announcements.wait(RelayAsleep)
             before = beatless.start_run("two_steps")
             beatless.wait_for_outbox_flush(before.run_id)
-            announcements.wait_until(lambda seen: tasks_in(seen) == 1)
+            announcements.wait_until(lambda seen: tasks_in(seen) >= 1)
             os.kill(broker.pid, signal.SIGSTOP)
             try:
                 for _ in range(3):
@@ -176,7 +176,7 @@ class TestBrokerThatHangs:
                 assert tasks_in(announcements.seen) == 1
             finally:
                 os.kill(broker.pid, signal.SIGCONT)
-            announcements.wait_until(lambda seen: tasks_in(seen) == 4)
+            announcements.wait_until(lambda seen: tasks_in(seen) >= 4)
         assert beatless.work_until_idle() >= 4
         beatless.verify()
 
@@ -200,12 +200,12 @@ def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
     with standby(app, redispatch=3600) as (_, announcements):
         announcements.wait(RelayAsleep)
         first = beatless.start_run("two_steps")
-        announcements.wait_until(lambda seen: tasks_in(seen) == 1 and events_in(seen) == 1)
+        announcements.wait_until(lambda seen: tasks_in(seen) >= 1 and events_in(seen) >= 1)
         bus.stop()
 
         runs = [beatless.start_run("two_steps") for _ in range(3)]
         announcements.wait(BatchFailed, 2)
-        announcements.wait_until(lambda seen: tasks_in(seen) == 4)
+        announcements.wait_until(lambda seen: tasks_in(seen) >= 4)
         for run in runs:
             while beatless.step(run.run_id):
                 pass
@@ -213,7 +213,7 @@ def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
         assert waiting > 3
 
         bus.start()
-        announcements.wait_until(lambda seen: events_in(seen) == 1 + waiting)
+        announcements.wait_until(lambda seen: events_in(seen) >= 1 + waiting)
     app.close()
     assert beatless.client.get_run(first.run_id).state is RunState.QUEUED
     for run in runs:
