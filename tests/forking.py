@@ -36,7 +36,7 @@ class ForkedChild:
         os.waitpid(self.pid, 0)
         os.close(self._answers)
 
-    def told(self, seconds: float = 30.0) -> dict[str, Any]:
+    def told(self, seconds: float = 60.0) -> dict[str, Any]:
         ready = readable([self._answers], seconds)
         assert ready, f"the child says nothing for {seconds} s"
         text = b""

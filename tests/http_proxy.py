@@ -49,7 +49,7 @@ class Proxy:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition on `accepted` and `cuts` holds."""
         with self.news:
-            assert self.news.wait_for(condition, timeout=30)
+            assert self.news.wait_for(condition, timeout=60)
 
     def turn_to(self, upstream: int) -> int:
         """Pass new connections to another server; how many there were before."""
@@ -62,7 +62,7 @@ class Proxy:
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result(20)
+        return future.result(60)
 
     async def _close(self) -> None:
         self._server.close()

@@ -45,7 +45,7 @@ class Proxy:
 
     def hold(self) -> None:
         """From now on the connections that exist carry nothing, in no direction; new ones do."""
-        asyncio.run_coroutine_threadsafe(self._hold(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._hold(), self._loop).result(60)
 
     async def _hold(self) -> None:
         for flow in self._flows:
@@ -53,7 +53,7 @@ class Proxy:
 
     def release(self) -> None:
         """What was held flows again."""
-        asyncio.run_coroutine_threadsafe(self._release(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._release(), self._loop).result(60)
 
     async def _release(self) -> None:
         for flow in self._flows:
@@ -61,7 +61,7 @@ class Proxy:
 
     def cut(self) -> int:
         """End all connections with a reset; how many."""
-        return asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result(60)
 
     async def _cut(self) -> int:
         open_ = [writer for writer in self._writers if not writer.is_closing()]

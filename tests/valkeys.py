@@ -38,7 +38,8 @@ class SentinelServer(EmbeddedValkey):
             f"sentinel sentinel-pass {self.password}",
             f"sentinel monitor main 127.0.0.1 {self.master.port} 2",
             f"sentinel auth-pass main {self.master.password}",
-            "sentinel down-after-milliseconds main 400",
+            # However slow the machine is: before it is killed, the master is not taken for dead.
+            "sentinel down-after-milliseconds main 600000",
             "sentinel failover-timeout main 2000",
         ]
         (self.directory / "valkey.conf").write_text("\n".join(lines) + "\n")
@@ -66,14 +67,17 @@ class Watched:
 
     def kill_master(self) -> None:
         """Kill it, and wait until the Sentinels say that the replica has its place."""
+        for each in self.sentinels:
+            with redis.Redis.from_url(each.url) as client:
+                client.execute_command("SENTINEL", "SET", "main", "down-after-milliseconds", "400")
         sentinel = redis.Redis.from_url(self.sentinels[0].url)
         with sentinel, sentinel.pubsub() as ear:
             ear.subscribe("+switch-master")
             ear.get_message(timeout=60)
             self.master.crash()
-            message = ear.get_message(ignore_subscribe_messages=True, timeout=30)
+            message = ear.get_message(ignore_subscribe_messages=True, timeout=60)
             while message is None or message["type"] != "message":
-                message = ear.get_message(ignore_subscribe_messages=True, timeout=30)
+                message = ear.get_message(ignore_subscribe_messages=True, timeout=60)
         assert message["data"].split()[-1] == str(self.replica.port).encode()
 
 
@@ -108,7 +112,7 @@ def knows_all(sentinel: redis.Redis) -> bool:
     return facts["num-slaves"] == 1 and facts["num-other-sentinels"] == 2
 
 
-def until(condition, seconds: float = 30) -> None:
+def until(condition, seconds: float = 60) -> None:
     """Ask again and again: some facts of these servers are announced nowhere."""
     ticking, deadline = threading.Event(), monotonic() + seconds
     while not condition():
@@ -178,7 +182,7 @@ class TlsFront:
 
     def _carry(self, plain: socket.socket) -> None:
         with suppress(OSError), plain:
-            plain.settimeout(20)
+            plain.settimeout(60)
             with (
                 self._context.wrap_socket(plain, server_side=True) as outside,
                 socket.create_connection(("127.0.0.1", self._target)) as inside,

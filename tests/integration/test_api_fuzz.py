@@ -120,7 +120,7 @@ async def tell(api: Any, ask: Ask) -> Told:
         "server": ("127.0.0.1", 2),
         "state": {},
     }
-    await asyncio.wait_for(api(scope, receive, send), 30)
+    await asyncio.wait_for(api(scope, receive, send), 60)
     return Told(**told)
 
 

@@ -118,4 +118,4 @@ def test_an_open_stream_does_not_keep_a_server_from_stopping(
             next(stream), next(stream)
             server.terminate()
             assert list(stream) == []  # whole: an answer that breaks off raises IncompleteRead
-        server.wait(20)
+        server.wait(60)

@@ -655,7 +655,7 @@ def test_the_body_of_a_decision_by_a_link_is_a_form(beatless: Kit, api: Api) -> 
 
 
 def test_who_has_no_link_is_refused_before_the_body_has_come(beatless: Kit, api: Api) -> None:
-    connection = HTTPConnection("127.0.0.1", api.port, timeout=20)
+    connection = HTTPConnection("127.0.0.1", api.port, timeout=60)
     with closing(connection):
         connection.putrequest("POST", "/approve/ba_nothing")
         connection.putheader("Content-Type", FORM["Content_Type"])

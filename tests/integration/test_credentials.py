@@ -113,7 +113,7 @@ def test_everything_goes_on_when_the_passwords_have_changed(
         for password in ("second", "third", "fourth"):
             run = kit.client.start_run("two_steps")
             while kit.client.get_run(run.run_id).attempt == 0:
-                assert drained.wait(30)
+                assert drained.wait(60)
                 drained.clear()
                 message = kit._inbox.take()  # what a worker does
                 if message is not None:

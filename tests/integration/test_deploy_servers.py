@@ -190,7 +190,7 @@ def test_redis_takes_the_file_of_users(roles: Roles, tmp_path: Path) -> None:
 
         def client(user: str) -> "redis.Redis":
             return redis.Redis(
-                port=server.port, username=user, password=f"change-me-{user}", socket_timeout=5
+                port=server.port, username=user, password=f"change-me-{user}", socket_timeout=60
             )
 
         with client("relay") as relay, client("viewer") as viewer:

@@ -464,7 +464,7 @@ def test_runs_of_a_plan_that_nobody_has(
 def test_runs_that_wait_and_events_that_are_not_published(beatless: Kit, beatless_app: App) -> None:
     beatless.start_run("two_steps")
     beatless.client.pause_queue("slow")
-    beatless.advance(120)
+    beatless.advance(1200)
 
     only(examine(beatless_app, "outbox"), Status.PROBLEM, "1 appends", "oldest for 12")
     waiting, paused = examine(beatless_app, "queues")
@@ -528,7 +528,7 @@ def test_a_relay_in_which_a_thread_has_failed(beatless_app: App) -> None:
         beatless_app.metrics.relay(signal)
         looked.queue.clear()
         for _ in range(2):  # the first look may have begun before
-            looked.get(timeout=30)
+            looked.get(timeout=60)
         return examine(beatless_app, "threads")
 
     relay = beatless_app.relay(watchdog=0.05, observer=observe)

@@ -92,7 +92,7 @@ def test_celerys_own_command_takes_nothing_of_our_worker_from_the_environment(
             run = beatless.wait_for_run_completion(run_id)
         finally:
             worker.terminate()
-            worker.wait(30)
+            worker.wait(60)
 
     assert run.state == RunState.COMPLETED, log.read_text()
     assert "CELERY_WORKER_QUEUES" in log.read_text()

@@ -85,7 +85,7 @@ def test_an_async_stream_whose_events_are_gone_ends_with_an_error(beatless: Kit)
         await asyncio.to_thread(beatless.work_until_idle)
         assert [event.seq async for event in untouched] == [2, 3, 4, 5, 6]
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_wait_ends_with_the_run_in_whichever_history(beatless: Kit) -> None:
@@ -100,10 +100,10 @@ def test_a_wait_ends_with_the_run_in_whichever_history(beatless: Kit) -> None:
     client = beatless.app.client_for("default")
     client._streams = following(beatless.app, observer=observe)
     with ThreadPoolExecutor(1) as waiting:
-        result = waiting.submit(client.wait_for_run, run.run_id, 30)
-        assert isinstance(opened.get(timeout=30), Backfilled)
+        result = waiting.submit(client.wait_for_run, run.run_id, 60)
+        assert isinstance(opened.get(timeout=60), Backfilled)
         go_back(beatless, run.run_id, 1)
-        while opened.get(timeout=30) != StreamClosed():
+        while opened.get(timeout=60) != StreamClosed():
             pass
         beatless.work_until_idle()
         assert result.result(60).result == "one two"

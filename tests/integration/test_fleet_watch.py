@@ -172,7 +172,7 @@ def test_a_worker_without_any_session_is_dead(
     fleet.watches.remove(keeper)
     keeper.close()
     process.close()
-    fleet.run(30)
+    fleet.run(60)
 
     assert due(beatless, connection, dead)
     assert not due(beatless, connection, other)
@@ -193,7 +193,7 @@ def test_a_worker_whose_keeper_alone_is_gone_lives(
     assert not due(beatless, connection, lease)
 
     process.close()
-    fleet.run(30)
+    fleet.run(60)
     assert due(beatless, connection, lease)
 
 
@@ -253,7 +253,7 @@ def test_workers_that_die_at_once_are_noticed_though_one_was_to_notice_the_other
     for keeper in (keepers[0], keepers[2]):
         fleet.watches.remove(keeper)
         keeper.close()
-    fleet.run(30, leases=2)
+    fleet.run(60, leases=2)
 
     assert [due(beatless, connection, lease) for lease in leases] == [True, True]
     assert not due(beatless, connection, survivor)
@@ -266,7 +266,7 @@ def died(fleet: Fleet, name: str, leases: int) -> None:
     fleet.watch()
     fleet.watches.remove(keeper)
     keeper.close()
-    fleet.run(30, leases=leases)
+    fleet.run(60, leases=leases)
 
 
 def noted(beatless: Kit, lease: Lease) -> list[object]:
@@ -347,7 +347,7 @@ def test_the_next_keeper_notices_without_a_relay(
 
     fleet.watches.remove(first)
     first.close()
-    fleet.run(30)
+    fleet.run(60)
 
     assert due(beatless, connection, lease)
 
@@ -425,7 +425,7 @@ def test_a_watch_that_looks_again_and_again_notices_a_death(
 
     fleet.watches.remove(dying)
     dying.close()
-    fleet.run(30)
+    fleet.run(60)
 
     assert due(beatless, connection, lease)
 

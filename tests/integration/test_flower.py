@@ -38,7 +38,7 @@ class FlowerClient:
         self.port = port
 
     def get(self, path: str, *, password: str = PASSWORD, method: str = "GET") -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             secret = base64.b64encode(password.encode()).decode()
             connection.request(method, path, headers={"Authorization": f"Basic {secret}"})
@@ -49,7 +49,7 @@ class FlowerClient:
 
     def tasks_when(self, enough: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Flower's tasks once they are what the test waits for."""
-        deadline = monotonic() + 30
+        deadline = monotonic() + 60
         while not enough(found := json.loads(self.get("/api/tasks?limit=1000")[1])):
             assert monotonic() < deadline, found
         return found

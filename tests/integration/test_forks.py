@@ -96,7 +96,7 @@ def test_a_transaction_that_was_open_is_the_parents_alone(beatless: Kit) -> None
 def test_a_stream_that_was_open_goes_on_in_parent_and_child(beatless: Kit) -> None:
     run = beatless.start_run("two_steps")
     beatless.drain_outbox_once()
-    stream: Iterator = beatless.client.stream_run(run.run_id, timeout=30)
+    stream: Iterator = beatless.client.stream_run(run.run_id, timeout=60)
     first = next(stream)
 
     with ForkedChild(lambda: [event.seq for event in stream]) as child:
@@ -162,7 +162,7 @@ def test_an_http_client_and_its_streams_go_on_in_parent_and_child(beatless: Kit)
     run = beatless.start_run("two_steps")
     at_once = Backoff(initial=0.001, cap=0.01)
     with serving(beatless.app) as api, HttpClient(api.url, backoff=at_once) as client:
-        stream = client.stream_run(run.run_id, timeout=30)
+        stream = client.stream_run(run.run_id, timeout=60)
         first = next(stream)
 
         def act() -> tuple[list[str], list[int]]:

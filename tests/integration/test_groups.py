@@ -337,7 +337,7 @@ def test_a_run_whose_row_is_held_delays_no_other(
 
     ACTS["b"] = hold
     # A statement that waits for the row ends so, and the assertions tell; nothing else waits.
-    together.executor.connection().execute("SET lock_timeout TO '2s'")
+    together.executor.connection().execute("SET lock_timeout TO '20s'")
     ids = [together.kit.start_run("short", name).run_id for name in "abc"]
     together.executor.journal.settle = alone  # type: ignore[method-assign]
     try:
@@ -394,9 +394,13 @@ def test_a_body_that_turns_out_long_hands_its_neighbours_to_others(
     together: Together, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, and without an attempt that counts; those that had returned are committed."""
-    monkeypatch.setattr(groups, "BUSY_S", 0.05)
     handed_back = threading.Event()
     seen: list[list[RunState]] = []
+
+    def shorten(_: StepContext) -> str:
+        """No turn lasts until now, and the next one does: however slow the machine is."""
+        monkeypatch.setattr(groups, "BUSY_S", 0.05)
+        return "a"
 
     def hold_up(_: StepContext) -> str:
         assert handed_back.wait(60)
@@ -412,7 +416,7 @@ def test_a_body_that_turns_out_long_hands_its_neighbours_to_others(
                 handed_back.set()
 
     together.executor.observer = observe
-    ACTS["b"] = hold_up
+    ACTS.update(a=shorten, b=hold_up)
     ids = [together.kit.start_run("short", name).run_id for name in "abcd"]
     together.deliver(ids[0])
 

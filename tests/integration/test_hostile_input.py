@@ -273,7 +273,7 @@ def test_text_that_is_only_odd_is_stored_as_it_is_and_breaks_no_stream(
         far.cancel_run(cancelled.run_id, reason=text)
         beatless.work_until_idle()
         found = far.list_runs(tags={text: text})
-        events = list(far.stream_run(cancelled.run_id, timeout=30))
+        events = list(far.stream_run(cancelled.run_id, timeout=60))
     assert [each.run_id for each in found] == [run.run_id]
     assert (found[0].input, found[0].key) == ({text: text}, text[:256])
     assert [event.seq for event in events] == list(range(1, len(events) + 1))

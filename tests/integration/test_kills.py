@@ -68,7 +68,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     runs = [beatless.start_run("six", input) for _ in range(RUNS)]
     if who == "worker":
         for _ in range(RUNS if point == "inside" else 1):
-            worker.reap(monotonic() + 30)  # it ends by itself
+            worker.reap(monotonic() + 60)  # it ends by itself
             worker = beatless.worker_process(APP, arguments=pool)
 
     for run in runs:

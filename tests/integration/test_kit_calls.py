@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import closing
 
 import pytest
 
@@ -11,6 +12,7 @@ from beatless.orchestrator.errors import RunNotFound
 from beatless.outbox.faults import POINTS
 from beatless.outbox.publishers import worker_queue
 from beatless.outbox.relay import Relay
+from beatless.streams.streams import Streams
 from beatless.testing import Kit
 
 APP = "tests.plans:app"
@@ -151,12 +153,16 @@ class TestWaits:
         with pytest.raises(AssertionError, match=r"has ended, without an event .* seq=9\n.*run "):
             beatless.wait_for_event(run.run_id, "StepFailed", seq=9)
 
-    def test_a_worker_without_a_relay_is_heard_of_all_the_same(self, beatless: Kit):
-        """Nobody announces what it does; a stream looks by itself only each 15 s."""
+    def test_a_worker_without_a_relay_is_heard_of_all_the_same(
+        self, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Nobody announces what it does; a stream looks by itself only each 15 s: here, never."""
+        monkeypatch.setitem(Streams.__init__.__kwdefaults__, "head_check", 3600.0)
         beatless.worker_process(APP)
         run = beatless.start_run("two_steps")
         beatless.drain_outbox_once()
-        assert beatless.wait_for_run_completion(run.run_id, timeout=10).result == "one two"
+        with closing(Kit(App(beatless.app.settings, []))) as kit:
+            assert kit.wait_for_run_completion(run.run_id).result == "one two"
 
     def test_where_everything_stands_is_said_without_what_is_in_it(self, beatless: Kit):
         secret = "s3cret" * 10_000

@@ -24,7 +24,9 @@ from beatless import (
 )
 from beatless.local.child import Child
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.observer import Claimed
 from beatless.orchestrator.watchdog import Attempt, Watchdog
+from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from tests.plans import ALL, UNLIMITED
 
@@ -36,20 +38,16 @@ def failures(events: list[Event]) -> list[dict[str, Any]]:
 
 
 HELD, LET_GO = threading.Event(), threading.Event()
-HOLD: list[Callable[[str], object]] = []
 
 
-@step(name="late", timeout=1)
-def wait_to_be_let_go(ctx: StepContext) -> None:
-    if (ctx.input or {}).get("hold"):
-        HOLD[0](ctx.run_id)
-        HELD.set()
+@step(name="late", timeout=0.2)
+def wait_to_be_let_go(_ctx: StepContext) -> None:
     LET_GO.wait(60)
 
 
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    HELD.clear(), LET_GO.clear(), HOLD.clear()
+    HELD.clear(), LET_GO.clear()
     return [*ALL, Plan("two_late", [wait_to_be_let_go])]
 
 
@@ -177,7 +175,7 @@ class TestInWorkerProcesses:
         beatless.relay.start()
         beatless.worker_process(APP)
         run = beatless.start_run("terminable", {"started": str(started), "how": how})
-        stream = beatless.client.stream_run(run.run_id, timeout=30)
+        stream = beatless.client.stream_run(run.run_id, timeout=60)
         while next(stream).type != "StepStarted":
             pass
 
@@ -194,7 +192,7 @@ class TestInWorkerProcesses:
         beatless.relay_process(APP)
         beatless.worker_process(APP)
         run = beatless.start_run("undeaf", {"started": str(started), "how": "swallow"})
-        stream = beatless.client.stream_run(run.run_id, timeout=30)
+        stream = beatless.client.stream_run(run.run_id, timeout=60)
         while next(stream).step != "deaf":
             pass
 
@@ -290,18 +288,21 @@ def test_a_row_that_somebody_holds_keeps_the_watchdog_from_no_other_run(
 ) -> None:
     """Of two runs in one process one is held: the other ends at its limit, and this one later."""
     plan = beatless_app.plans["two_late"]
-    held = beatless.start_run("two_late", {"hold": True})
-    free = beatless.start_run("two_late")
-    runs = held, free
+    runs = held, free = beatless.start_run("two_late"), beatless.start_run("two_late")
     beatless.drain_outbox_once()
-    executors = [beatless_app.executors.new() for _ in runs]
+
+    def hold(signal: Signal) -> None:  # before its body begins, and with it the time that it has
+        if isinstance(signal, Claimed):
+            beatless.client.cancel_run(held.run_id, connection=somebody)
+            HELD.set()
+
+    executors = [beatless_app.executors.new(observer=hold), beatless_app.executors.new()]
     threads = [
         threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
         for executor, run in zip(executors, runs, strict=True)
     ]
     with beatless_app.executors.connect() as somebody:
         somebody.autocommit = False
-        HOLD.append(lambda run_id: beatless.client.cancel_run(run_id, connection=somebody))
         threads[0].start()
         assert HELD.wait(60)
         threads[1].start()

@@ -212,7 +212,7 @@ def test_a_table_that_is_read_holds_up_the_migration_and_nobody_else(
     reader, worker = session("report"), session("beatless worker")
     reader.execute("SELECT count(*) FROM runs")  # and thinks about it
     upgrade = thread.submit(migrate, engine, old)
-    assert heard.held_up.wait(30)
+    assert heard.held_up.wait(60)
     assert "report" in heard.holders[0]
 
     worker.execute("SET lock_timeout TO '20s'")
@@ -222,7 +222,7 @@ def test_a_table_that_is_read_holds_up_the_migration_and_nobody_else(
     assert version(engine, old) < head()
 
     reader.rollback()
-    assert upgrade.result(30) == head()
+    assert upgrade.result(60) == head()
 
 
 def test_a_table_that_is_never_free_is_told_with_who_holds_it(
@@ -288,7 +288,7 @@ def test_everybody_works_while_an_index_is_built(
 
     assert not upgrade.done()
     keeper.execute("SELECT pg_advisory_unlock(4711)")
-    assert upgrade.result(30) == "0900"
+    assert upgrade.result(60) == "0900"
     check(engine, old)  # ahead of this code, which may start on it
 
 
@@ -313,12 +313,12 @@ def test_an_index_whose_build_a_deadlock_has_ended_is_built_anew(
     waits = thread.submit(person.execute, "LOCK TABLE runs IN SHARE UPDATE EXCLUSIVE MODE")
     until(lambda: waiting(keeper, "person"))
     keeper.execute("SELECT pg_advisory_unlock(4711)")
-    waits.result(30)
-    assert heard.held_up.wait(30)
+    waits.result(60)
+    assert heard.held_up.wait(60)
     assert not upgrade.done()
     person.commit()
 
-    assert upgrade.result(30) == "0900"
+    assert upgrade.result(60) == "0900"
     found = keeper.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = 'gated'::regclass")
     assert found.fetchall() == [(True,)]
 
@@ -345,9 +345,9 @@ def test_an_index_that_is_not_built_concurrently_makes_others_wait_and_the_log_t
 
     assert not appending.done()
     keeper.execute("SELECT pg_advisory_unlock(4711)")
-    build.result(30)
+    build.result(60)
     person.commit()
-    appending.result(30)
+    appending.result(60)
     assert not waited(server, "beatless worker")
 
 

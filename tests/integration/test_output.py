@@ -1,8 +1,9 @@
 """What steps emit: many small pieces, in few events of the journal, in order, each once."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -91,12 +92,23 @@ def finish(beatless: Kit, plan: str = "asked") -> str:
     return run.run_id
 
 
+@contextmanager
+def row_held(beatless: Kit, run_id: str) -> Iterator[psycopg.Connection]:
+    """Another transaction has the run's row in this block."""
+    schema = sql.Identifier(beatless.app.settings.schema)
+    query = sql.SQL("SELECT FROM {}.runs WHERE run_id = %s FOR UPDATE").format(schema)
+    with beatless.app.executors.connect() as holder, holder.transaction():
+        holder.execute(query, (run_id,))
+        yield holder
+
+
 def test_pieces_share_events_and_stay_before_what_the_step_writes_later(
     beatless: Kit, during: list[Any]
 ) -> None:
     def body(ctx: StepContext) -> None:
-        for number in range(200):
-            ctx.emit(f"{number} ")
+        with row_held(beatless, ctx.run_id):  # nobody writes them before all are there
+            for number in range(200):
+                ctx.emit(f"{number} ")
         ctx.trace("between")
         ctx.emit({"tool": "ls", "argv": ["-l", None, 1.5]})
         ctx.emit('quotes " and \\ and \n, é 🙂')
@@ -282,11 +294,7 @@ def test_a_step_that_emits_faster_than_postgres_stores_waits(
     def body(ctx: StepContext) -> None:
         ctx.emit("first")
         beatless.wait_for_event(ctx.run_id, "StepOutput")
-        holder = beatless.app.executors.connect()
-        with holder.transaction():
-            schema = sql.Identifier(beatless.app.settings.schema)
-            query = sql.SQL("SELECT FROM {}.runs WHERE run_id = %s FOR UPDATE").format(schema)
-            holder.execute(query, (ctx.run_id,))
+        with row_held(beatless, ctx.run_id) as holder:
             thread = threading.Thread(target=floods, args=(ctx,))
             thread.start()
             deadline = monotonic() + 60
@@ -296,7 +304,6 @@ def test_a_step_that_emits_faster_than_postgres_stores_waits(
                 holder.execute("SELECT 1")
             held = emitted[0]
         thread.join(60)
-        holder.close()
         assert held <= 2 * MOST_PIECES
 
     def floods(ctx: StepContext) -> None:

@@ -73,7 +73,7 @@ def test_kill_9_of_the_whole_worker_lets_another_finish(
     worker = beatless.worker_process(APP)
     started, go = tmp_path / "started", tmp_path / "go"
     run = beatless.start_run("patient", {"started": str(started), "go": str(go)})
-    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    stream = beatless.client.stream_run(run.run_id, timeout=60)
     while next(stream).type != "StepStarted":
         pass
 
@@ -124,7 +124,7 @@ def test_a_cancel_reaches_a_step_that_looks_for_it(beatless: Kit, tmp_path: Path
     run = beatless.start_run(
         "patient", {"started": str(tmp_path / "started"), "go": str(tmp_path / "never")}
     )
-    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    stream = beatless.client.stream_run(run.run_id, timeout=60)
     while next(stream).type != "StepStarted":
         pass
 
@@ -142,7 +142,7 @@ def test_a_worker_told_to_stop_gives_its_run_back_at_the_boundary(
     worker = beatless.worker_process(APP)
     started, go = tmp_path / "started", tmp_path / "go"
     run = beatless.start_run("patient", {"started": str(started), "go": str(go)})
-    stream = beatless.client.stream_run(run.run_id, timeout=30)
+    stream = beatless.client.stream_run(run.run_id, timeout=60)
     while next(stream).type != "StepStarted":
         pass
 

@@ -43,7 +43,8 @@ def at_once(*acts: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
+        assert not thread.is_alive()
     return results
 
 
@@ -344,7 +345,9 @@ def test_a_worker_that_is_frozen_in_a_claim_holds_up_no_other_claim(
     with beatless_app.executors.connect() as frozen, beatless_app.executors.connect() as waiting:
         frozen.execute("BEGIN")
         frozen.execute(beatless_app.leases.sql["fence"])
-        pause = threading.Thread(target=statements.await_claims, args=(waiting,))
+        pause = threading.Thread(
+            target=statements.await_claims, args=(waiting,), kwargs={"patience": 3600}
+        )
         pause.start()
         waits = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
         pid = waiting.info.backend_pid
@@ -352,11 +355,11 @@ def test_a_worker_that_is_frozen_in_a_claim_holds_up_no_other_claim(
             pass
         worker = threading.Thread(target=beatless.work_until_idle)
         worker.start()
-        worker.join(30)
+        worker.join(60)
         held_up, paused = worker.is_alive(), not pause.is_alive()
         frozen.execute("ROLLBACK")
-        worker.join(30)
-        pause.join(30)
+        worker.join(60)
+        pause.join(60)
         assert (held_up, paused) == (False, False)
         assert not pause.is_alive()
     assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
@@ -466,7 +469,7 @@ def test_a_heartbeat_keeps_the_leases_of_free_runs_and_waits_for_no_row(
     beatless.advance(29)
     lock = f"SELECT FROM {table} WHERE run_id <> %s FOR UPDATE"
     with holding(beatless_app, lock, free.run.run_id) as somebody:
-        connection.execute("SET statement_timeout = '500ms'")  # it waits for nobody
+        connection.execute("SET statement_timeout = '20s'")  # it waits for nobody
         assert heartbeat.once(connection) is False
         assert leases.extend(connection, claimed) == held
         somebody.rollback()

@@ -151,7 +151,7 @@ def test_runs_survive_the_death_of_the_master_and_streams_stay_exact(
 async def followed(kit: Kit, run_id: str) -> list[int]:
     """The seqs that an asynchronous viewer sees who has subscribed before the run is executed."""
     seen = []
-    async for event in kit.client.astream_run(run_id, timeout=30):
+    async for event in kit.client.astream_run(run_id, timeout=60):
         seen.append(event.seq)
         if event.seq == 1:
             await asyncio.to_thread(kit.work_until_idle)
@@ -178,7 +178,7 @@ def test_a_sentinel_that_does_not_answer_keeps_no_stream_from_the_others(
 
         async def follow() -> list[int]:
             seen = []
-            async for event in following.afollow(run, 0, timeout=20):
+            async for event in following.afollow(run, 0, timeout=60):
                 seen.append(event.seq)
                 if event.seq == 1:
                     await asyncio.to_thread(kit.work_until_idle)

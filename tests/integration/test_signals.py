@@ -97,7 +97,7 @@ def test_a_child_that_celery_ends_gives_its_run_back(beatless: Kit, tmp_path: Pa
     run = beatless.start_run("gated", {"go": str(go)})
     beatless.wait_for_event(run.run_id, "StepStarted")
     control = beatless.app.celery.control
-    (active,) = control.inspect(timeout=5).active().values()
+    (active,) = control.inspect(timeout=60, limit=1).active().values()
 
     control.revoke(active[0]["id"], terminate=True)
 

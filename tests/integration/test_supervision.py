@@ -25,7 +25,7 @@ def hear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door,
     ):
         door.bind(f"{short}/notify")
-        door.settimeout(30)
+        door.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", f"{short}/notify")
         monkeypatch.setenv("WATCHDOG_USEC", "150000")
         monkeypatch.delenv("WATCHDOG_PID", raising=False)

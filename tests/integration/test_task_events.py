@@ -29,7 +29,7 @@ class Monitor:
         """The ids of the tasks that it hears of, up to this one."""
         ids: list[str] = []
         while last not in ids:
-            message = self._pubsub.get_message(timeout=10.0)
+            message = self._pubsub.get_message(timeout=60.0)
             assert message is not None, f"{last} is not heard, only {ids}"
             # As kombu packs its messages; a prefork worker puts several events into one.
             found = json.loads(base64.b64decode(json.loads(message["data"])["body"]))
@@ -164,6 +164,6 @@ def test_a_broker_that_does_not_tell_of_listeners_gets_every_event(
         events = connection.SimpleQueue(Queue("heard", exchange, routing_key="#"))
         for uuid in ("1", "2", "3"):
             dispatcher.send("task-started", uuid=uuid)
-        found = [events.get(timeout=10).payload["uuid"] for _ in range(3)]
+        found = [events.get(timeout=60).payload["uuid"] for _ in range(3)]
         assert sorted(found) == ["1", "2", "3"]
         events.close()

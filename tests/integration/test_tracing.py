@@ -268,7 +268,7 @@ class Collector:
     def wait_for(self, *names: str) -> list[tuple[str, str, Any]]:
         with self.came:
             assert self.came.wait_for(
-                lambda: set(names) <= {name for _, name, _ in self.spans}, timeout=30
+                lambda: set(names) <= {name for _, name, _ in self.spans}, timeout=60
             ), [name for _, name, _ in self.spans]
             return list(self.spans)
 

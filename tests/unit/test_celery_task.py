@@ -102,9 +102,9 @@ def test_each_thread_has_the_request_of_its_own_step():
 
     @celery.task(shared=False, bind=True, name="shop.tasks.meets")
     def meets(self):
-        both.wait(10)
+        both.wait(60)
         seen[self.request.id] = (self.request.retries, current_task.request.id)
-        both.wait(10)
+        both.wait(60)
 
     found = Plan.task(meets)
     given = [Given(run_id="a", attempt=1), Given(run_id="b", attempt=2)]
@@ -112,7 +112,7 @@ def test_each_thread_has_the_request_of_its_own_step():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert seen == {"a:mail": (0, "a:mail"), "b:mail": (1, "b:mail")}
 
 

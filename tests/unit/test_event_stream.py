@@ -124,7 +124,7 @@ def test_after_a_wait_chunks_are_taken_at_once_again() -> None:
             assert stream.response.offer(b"first")
             stream.server.open.set()
             stream.more.put_nowait(b"second")
-            await within(10, stream.server.asked[b"second"].wait())
+            await within(60, stream.server.asked[b"second"].wait())
             assert stream.response.offer(b"third")
             assert stream.server.sent[-1] == b"third"
 
@@ -141,9 +141,9 @@ def test_a_viewer_that_does_not_read_what_was_offered_is_dropped(
         stream = await Stream().__aenter__()
         stream.server.open.clear()
         assert stream.response.offer(b"first")
-        await within(10, stream.server.asked[b""].wait())
+        await within(60, stream.server.asked[b""].wait())
         stream.server.open.set()
-        await within(10, stream.task)
+        await within(60, stream.task)
         assert stream.server.sent == [b"head", b""]
 
     asyncio.run(main())
@@ -157,7 +157,7 @@ def test_a_viewer_that_goes_while_it_is_offered_something_ends_its_stream_alone(
         stream.server.gone = True
         assert not stream.response.offer(b"first")
         with pytest.raises(OSError, match="connection lost"):
-            await within(10, stream.task)
+            await within(60, stream.task)
 
     asyncio.run(main())
 
@@ -204,8 +204,8 @@ def test_a_mailbox_passes_on_only_while_its_reader_waits() -> None:
         passed: list[EventText] = []
         mailbox.accept = lambda events: passed.extend(events) is None
         mailbox.put(EVENTS[:1], 1, EVENTS[:1])
-        assert await mailbox.next(10) == EVENTS[:1]
-        reading = asyncio.create_task(mailbox.next(10))
+        assert await mailbox.next(60) == EVENTS[:1]
+        reading = asyncio.create_task(mailbox.next(60))
         begun = asyncio.Event()
         asyncio.get_running_loop().call_soon(begun.set)  # after the task's first step
         await begun.wait()

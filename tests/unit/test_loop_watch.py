@@ -51,6 +51,7 @@ def test_a_body_that_blocks_the_loop_is_named(
     body: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
     monkeypatch.setattr(loop_watch, "BLOCKED_S", 0.0)
+    monkeypatch.setattr(loop_watch, "FROZEN_S", 3600.0)  # nor if this test stands still
     watch = watch_of(loop, [], 3600)
     loop.begin(body, name="run-7 charge", leave_copy=leave_copy)
     assert INSIDE.wait(60)

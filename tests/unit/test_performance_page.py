@@ -162,4 +162,4 @@ def test_the_processor_time_of_a_tree_has_all_that_descend_and_all_that_have_end
         (child,) = children_of(process.pid)
         kill([process])
     assert process.returncode == -signal.SIGKILL
-    assert wait_for_end(child, timeout_s=30)
+    assert wait_for_end(child, timeout_s=60)

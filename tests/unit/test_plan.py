@@ -1,7 +1,7 @@
 """Plans and steps: what is refused, and that the refusal says where."""
 
 from functools import partial
-from time import monotonic
+from time import thread_time
 
 import pytest
 
@@ -197,7 +197,7 @@ def test_renames_are_followed_to_the_name_that_a_step_has_now():
 
 def test_a_plan_of_ten_thousand_steps_is_built_walked_and_drawn_in_no_time():
     steps = [step(name=f"s{number}")(one) for number in range(10_000)]
-    began = monotonic()
+    began = thread_time()
     plan = Plan("many", steps)
     names, current = 0, plan.first
     while current is not None:
@@ -206,7 +206,7 @@ def test_a_plan_of_ten_thousand_steps_is_built_walked_and_drawn_in_no_time():
     assert as_text(plan).count("s9999") == 1
     assert as_svg(plan)
     assert len(as_dict(plan)["steps"]) == 10_000
-    assert monotonic() - began < 30  # one second on an idle machine; two minutes if it is n²
+    assert thread_time() - began < 30  # one second; two minutes if it is n²
 
 
 def test_a_step_is_named_after_its_function_unless_told_otherwise():
