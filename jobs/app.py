@@ -272,15 +272,16 @@ class App:
         canary: bool = False,
         shown: bool = False,
         engine: sqlalchemy.Engine | None = None,
+        kind: type[Client] = Client,
     ) -> Client:
         """A client that sees the runs of one namespace, and no others.
 
         `canary` gives it the plan of `beatless doctor` instead of yours; `engine` is one of
-        `bounded_engine`. `shown` is for processes that display its results: see `redact`.
+        `bounded_engine`. `shown` is for processes that display its results: see `redact`. `kind`
+        is the class that is made.
         """
-        kind: type[Client] = Client
         if shown and self.redaction.active:
-            kind = type("ShownClient", (ShownClient,), {"redaction": self.redaction})
+            kind = type("ShownClient", (ShownClient, kind), {"redaction": self.redaction})
         return kind(
             plans={self._canary.name: self._canary} if canary else self.plans,
             journal=self.journal,

@@ -15,6 +15,7 @@ from sqlalchemy import exc
 
 from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.context import StepContext
+from beatless.orchestrator.django_connections import around_body, before_async_body
 from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal, StepTimeout
 from beatless.orchestrator.failure import is_a
 from beatless.orchestrator.loop_thread import LoopThread
@@ -77,6 +78,7 @@ def call_body(
         return value
 
     async def body() -> Any:
+        await before_async_body()
         try:
             return await step.function(context)
         finally:
@@ -94,11 +96,12 @@ def call_body(
 def in_one_process(step: Step, context: StepContext) -> Any:
     """Call a body. A copy of the process that it forks ends with it: the run is not the copy's."""
     pid = os.getpid()
-    try:
-        return step.function(context)
-    finally:
-        if os.getpid() != pid:
-            leave_copy(sys.exception())
+    with around_body():
+        try:
+            return step.function(context)
+        finally:
+            if os.getpid() != pid:
+                leave_copy(sys.exception())
 
 
 def leave_copy(error: BaseException | None) -> NoReturn:

@@ -3,42 +3,54 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from psycopg.conninfo import conninfo_to_dict
+from typing import Any
 
 from beatless.app import App
-from beatless.settings import libpq_url
-
-PARAMETERS = {
-    "NAME": "dbname",
-    "USER": "user",
-    "PASSWORD": "password",
-    "HOST": "host",
-    "PORT": "port",
-}
-"""Django's settings of a database, and the parameters of libpq that they become."""
+from beatless.django.databases import PARAMETERS, database
 
 
 @contextmanager
 def in_schema_of(app: App) -> Iterator[None]:
     """In this block, Django's default database is the app's, with empty, migrated tables.
 
-    Its code may be in any thread: they share the settings of a database.
+    So are its other aliases of the same database. Its code may be in any thread: they share the
+    settings of a database.
     """
-    django_setup = importlib.import_module("django").setup
-    connection = importlib.import_module("django.db").connection
+    importlib.import_module("django").setup()
+    connections = importlib.import_module("django.db").connections
     call_command = importlib.import_module("django.core.management").call_command
-    django_setup()
-    found = conninfo_to_dict(libpq_url(app.settings.database_url))
-    before = connection.settings_dict.copy()
-    connection.close()
-    connection.settings_dict.update(
-        {ours: found.get(theirs, "") for ours, theirs in PARAMETERS.items()}
-    )
-    connection.settings_dict["OPTIONS"] = {"options": found.get("options", "")}
+    post_migrate = importlib.import_module("django.db.models.signals").post_migrate
+    apps = importlib.import_module("django.apps").apps
+    default = _place(connections["default"])
+    wrappers = [each for each in connections.all() if _place(each) == default]
+    before = [each.settings_dict.copy() for each in wrappers]
+    own = database(app.settings.database_url)
+    for each in wrappers:
+        each.close()
+        # Its engine stays, which may be one that extends Django's.
+        each.settings_dict.update({name: own[name] for name in (*PARAMETERS, "OPTIONS")})
     try:
-        call_command("migrate", run_syncdb=True, verbosity=0)
+        # The schema has our tables: those of `beatless.django` would be others.
+        with _without_ours(apps, post_migrate):
+            call_command("migrate", run_syncdb=True, verbosity=0)
         yield
     finally:
-        connection.close()
-        connection.settings_dict.update(before)
+        for each, settings in zip(wrappers, before, strict=True):
+            each.close()
+            each.settings_dict.update(settings)
+
+
+def _place(wrapper: Any) -> tuple[Any, ...]:
+    return tuple(wrapper.settings_dict.get(name) for name in ("ENGINE", "HOST", "PORT", "NAME"))
+
+
+@contextmanager
+def _without_ours(apps: Any, post_migrate: Any) -> Iterator[None]:
+    configs = [each for each in apps.get_app_configs() if each.name == "beatless.django"]
+    for config in configs:
+        config.disconnect(post_migrate)
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.connect(post_migrate)

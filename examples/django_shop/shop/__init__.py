@@ -1,0 +1,1 @@
+"""A shop: each order is followed by a run."""

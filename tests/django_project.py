@@ -1,0 +1,284 @@
+"""Tests of beatless.django in a copy of examples/django_shop, by tests/integration/test_django.py.
+
+A process has one Django: they are executed in one of their own, by pytest and Django's runner.
+"""
+
+import io
+import json
+import os
+import urllib.request
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from django.core import checks
+from django.core.management import call_command
+from django.db import connection, connections, transaction
+from django.test import TestCase, override_settings
+from django.test.utils import get_runner
+from shop.models import Order
+from shop.orders import place_order
+
+from beatless import RunRequest, RunState
+from beatless.django import app, client, database, signal_run, start_run, start_runs
+from beatless.errors import BadSetting
+
+REDIS_URL = "redis://localhost:6379/0"
+
+
+def command(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        call_command("beatless", *arguments)
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+def test_the_client_reads_what_the_block_has_written_and_others_do_not(beatless, db):
+    with transaction.atomic():
+        run = start_run("fulfil", {"order": 0})
+        assert client().get_run(run.run_id).state == RunState.QUEUED
+        assert beatless.client.list_runs() == []
+        signal_run(run.run_id, "paid", {"amount": 5})
+        client().cancel_run(run.run_id)
+    assert beatless.client.get_run(run.run_id).state == RunState.CANCELLED
+
+
+def test_outside_of_a_block_a_start_is_a_transaction_of_its_own(beatless, db):
+    (run,) = start_runs([RunRequest(plan="fulfil", input={"order": 0})])
+    assert beatless.client.get_run(run.run_id).state == RunState.QUEUED
+
+
+def test_a_savepoint_that_is_rolled_back_takes_its_run_along(beatless, db):
+    with transaction.atomic():
+        kept = start_run("fulfil", {"order": 0})
+        with pytest.raises(ZeroDivisionError), transaction.atomic():
+            start_run("fulfil", {"order": 0})
+            1 / 0
+    assert [run.run_id for run in beatless.client.list_runs()] == [kept.run_id]
+
+
+def test_a_block_of_another_alias_is_named(beatless, db):
+    with pytest.raises(ZeroDivisionError), transaction.atomic(using="reports"):
+        start_run("fulfil", {"order": 0}, using="reports")
+        1 / 0
+    assert beatless.client.list_runs() == []
+    with pytest.raises(ZeroDivisionError), transaction.atomic(using="reports"):
+        start_run("fulfil", {"order": 0})
+        1 / 0
+    assert len(beatless.client.list_runs()) == 1
+
+
+def test_without_autocommit_the_callers_commit_decides(beatless, db):
+    transaction.set_autocommit(False)
+    start_run("fulfil", {"order": 0})
+    transaction.rollback()
+    start_run("fulfil", {"order": 0})
+    transaction.commit()
+    transaction.set_autocommit(True)
+    assert len(beatless.client.list_runs()) == 1
+
+
+def test_a_block_whose_transaction_has_failed_is_named_by_django(beatless, db):
+    with (
+        pytest.raises(transaction.TransactionManagementError, match="atomic"),
+        transaction.atomic(),
+    ):
+        transaction.set_rollback(True)
+        start_run("fulfil", {"order": 0})
+
+
+def test_bodies_have_fresh_connections_and_leave_none_and_no_log_of_queries(
+    beatless, db, monkeypatch
+):
+    """With CONN_MAX_AGE = 0, the default, a connection lasts as long as a body."""
+    seen = []
+
+    def note(execute, sql, params, many, context):
+        seen.append((connection.connection.info.backend_pid, len(connection.queries)))
+        return execute(sql, params, many, context)
+
+    for _ in range(2):
+        place_order("book")
+    connection.close()
+    connection.force_debug_cursor = True
+    with connection.execute_wrapper(note):
+        beatless.work_until_idle()
+    connection.force_debug_cursor = False
+    # Each `ship` has two statements, each `reserve` one.
+    assert sorted(queries for _, queries in seen) == [0, 0, 0, 0, 1, 1]
+    assert len({pid for pid, _ in seen}) == 4
+    assert connection.connection is None
+
+
+def test_the_command_has_the_plans_of_all_apps(beatless, db):
+    order = place_order("book")
+    assert command("plan", "check")[0] == 0
+    status, out, _ = command("show", order.run_id, "--json")
+    assert (status, json.loads(out)["plan"]) == (0, "fulfil")
+    status, _, err = command("start", "fulfill")
+    assert (status, "this app has: fulfil" in err) == (2, True)
+
+
+def test_django_makes_no_migration_of_our_tables(beatless, db):
+    call_command("makemigrations", "--check", "--dry-run", verbosity=0)
+
+
+def messages():
+    return [(each.id, str(each.msg)) for each in checks.run_checks() if "beatless" in each.id]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"REDIS": "x"}, "BEATLESS['REDIS'] is no setting; there are: BROKER_PASSWORD, "),
+        ({"DATABASE_URL": "x"}, "whose alias is DATABASE in BEATLESS"),
+        ({"DATABASE": "orders"}, "'orders', and DATABASES has: default, reports"),
+        ({"REDIS_URL": "http://x"}, "BEATLESS_REDIS_URL"),
+        ({}, "BEATLESS_REDIS_URL is not set, and BEATLESS of Django's settings has no REDIS_URL"),
+        ([], "BEATLESS is list, and must be a dict"),
+    ],
+)
+def test_a_check_names_what_is_wrong_with_the_settings(given, said, fresh_app, monkeypatch):
+    monkeypatch.delenv("BEATLESS_REDIS_URL", raising=False)
+    with override_settings(BEATLESS=given):
+        ((number, text),) = messages()
+    assert (number, said in text) == ("beatless.E001", True), text
+
+
+def test_a_check_tells_of_two_databases(fresh_app, monkeypatch):
+    monkeypatch.setenv("BEATLESS_REDIS_URL", REDIS_URL)
+    monkeypatch.delenv("BEATLESS_DATABASE_URL", raising=False)
+    assert messages() == []
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://db.example/other")
+    assert [number for number, _ in messages()] == ["beatless.W001"]
+
+
+def test_an_engine_that_is_not_postgres_is_refused(fresh_app, settings_of_alias):
+    with pytest.raises(BadSetting, match=r"has the engine django\.db.backends.sqlite3"):
+        settings_of_alias({"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"})
+
+
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("postgresql://a%40b:p%20w%2F@db.example:5433/shop?sslmode=require", {"PORT": "5433"}),
+        ("postgresql:///shop?host=/var/run/postgresql&port=5433", {"HOST": "/var/run/postgresql"}),
+        ("postgresql:///?service=shop", {"NAME": "", "OPTIONS": {"service": "shop"}}),
+        ("postgresql+psycopg://db.example/shop", {"HOST": "db.example"}),
+    ],
+)
+def test_a_url_becomes_an_entry_of_databases_and_the_same_url_again(url, given, settings_of_alias):
+    entry = database(url)
+    assert given.items() <= entry.items()
+    again = database(settings_of_alias(entry))
+    assert again.items() <= entry.items()  # Django adds defaults to its own
+
+
+def test_a_text_that_is_no_url_is_refused():
+    with pytest.raises(BadSetting, match="the database's URL cannot be read"):
+        database("shop")
+
+
+@pytest.fixture
+def settings_of_alias():
+    """Gives the URL that an alias with these settings has."""
+    from django.db import ConnectionHandler
+
+    from beatless.django.databases import url_of
+
+    return lambda entry: url_of(ConnectionHandler({"default": entry})["default"])
+
+
+@pytest.fixture
+def fresh_app():
+    """The next use of the App makes it."""
+    from django.apps import apps
+
+    config = apps.get_app_config("beatless")
+    before, config._app = vars(config).copy(), None
+    yield
+    vars(config).update(before)
+
+
+def test_a_page_follows_a_run(beatless, db):
+    from django.contrib.auth.models import User
+    from django.test import Client
+    from shop.asgi import host
+    from starlette.testclient import TestClient
+
+    browsers = {}
+    for user in (User.objects.create_user("someone"), User.objects.create_superuser("admin")):
+        browser = Client()
+        browser.force_login(user)
+        cookies = {"sessionid": browser.cookies["sessionid"].value}
+        browsers[user.username] = TestClient(host, cookies=cookies)
+    order = place_order("book")
+    beatless.work_until_idle()
+
+    stream = f"/jobs/v1/runs/{order.run_id}/stream"
+    assert browsers["admin"].get(f"/orders/{order.pk}").json()["run"] == "completed"
+    assert browsers["admin"].get(stream).text.count("event: RunFinished") == 1
+    assert browsers["someone"].get(stream).status_code == 401
+    token = client().stream_token(order.run_id)
+    assert TestClient(host).get(stream, params={"token": token}).status_code == 200
+
+
+def test_the_fixtures_of_pytest_django_work_in_the_tests_schema(
+    beatless, admin_client, live_server
+):
+    order = place_order("book")
+    assert admin_client.get(f"/orders/{order.pk}").json()["state"] == "new"
+    with urllib.request.urlopen(f"{live_server.url}/orders/{order.pk}") as answer:
+        assert json.load(answer)["run"] == "queued"
+
+
+class OrderTests(TestCase):
+    """Executed by Django's own runner, in a test database."""
+
+    __test__ = False  # for pytest
+
+    def test_the_run_of_an_order_is_in_the_transaction_of_the_test(self):
+        answer = self.client.post("/orders", {"title": "book"}).json()
+        assert self.client.get(f"/orders/{answer['order']}").json()["run"] == "queued"
+        NAMES.append(connection.settings_dict["NAME"])
+
+    def test_nothing_is_left_for_another_test(self):
+        assert client().list_runs() == []
+        assert app.settings.database_url.endswith(connection.settings_dict["NAME"])
+
+
+NAMES = []
+
+
+def test_djangos_own_test_databases_have_our_schema(
+    beatless_services, monkeypatch, django_db_blocker
+):
+    django_db_blocker.unblock()
+    monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    given = database(beatless_services.database_url)
+    name = f"shop_of_{beatless_services.database_url[-4:]}_{os.getpid()}"
+    for alias in connections:
+        monkeypatch.setattr(
+            connections[alias], "settings_dict", {**connections[alias].settings_dict, **given}
+        )
+        connections[alias].settings_dict["TEST"] = {
+            **connections[alias].settings_dict["TEST"],
+            "NAME": name,
+        }
+    suite = get_runner(None, "django.test.runner.DiscoverRunner")(verbosity=0)
+    databases = suite.setup_databases()
+    try:
+        failed = suite.run_suite(suite.test_loader.loadTestsFromTestCase(OrderTests))
+        with connection.cursor() as cursor:
+            tables = connection.introspection.table_names(cursor)
+        Order.objects.create(title="kept by a flush? no")
+        place_order("book")
+        call_command("flush", interactive=False, verbosity=0)
+        runs = client().list_runs()
+    finally:
+        suite.teardown_databases(databases)
+        django_db_blocker.restore()
+    assert (failed.testsRun, failed.errors, failed.failures) == (2, [], [])
+    assert [name] == NAMES
+    assert "shop_order" in tables
+    assert "runs" not in tables  # inspectdb, which asks the same, sees none of ours
+    assert [run.plan for run in runs] == ["fulfil"]
