@@ -41,6 +41,7 @@ from beatless.orchestrator.progress import (
     FINAL,
     GIVEN_BACK,
     ON_CANCEL,
+    RAN_OUT,
     RENAMED_FROM,
     SNOOZED,
     UNDO,
@@ -256,13 +257,26 @@ class Boundaries:
         )
 
     def crashed(self, progress: Progress) -> Settlement:
-        """The step has ended its process too often: it is not tried again."""
+        """The step has ended its process, or lost its lease, too often: it is not tried again."""
         text = f"step {progress.occurrence} ended its process {progress.crashes} times"
+        if progress.ran_out and not progress.crashes:
+            return self._failed_with(progress, "LeaseRanOut", _ran_out(progress))
         if progress.deaths:
             text += (
                 f", and was one of several in a process or worker that died {progress.deaths} times"
             )
+        if progress.ran_out:
+            text += f"; {_ran_out(progress)}"
         return self._failed_with(progress, "StepCrashed", text)
+
+    def ran_out(self, progress: Progress) -> NewEvent:
+        """The trace of the last attempt: its lease ran out, and nobody knows how it ended."""
+        return NewEvent(
+            type=EventType.DEBUG_TRACE,
+            step=progress.occurrence or progress.begun,
+            attempt=progress.starts,
+            data=json.dumps({"name": GIVEN_BACK, RAN_OUT: True}),
+        )
 
     def too_long(self) -> Settlement:
         """The history of the run has too many events: it fails between two steps."""
@@ -325,9 +339,15 @@ class Boundaries:
         """The attempt has begun and its body has not: its process is busy with another run."""
         return self._uncounted(progress, "busy")
 
-    def unknown(self, progress: Progress, delay_s: float, reason: str = UNKNOWN_STEP) -> Settlement:
+    def unknown(
+        self,
+        progress: Progress,
+        delay_s: float,
+        reason: str = UNKNOWN_STEP,
+        before: Sequence[NewEvent] = (),
+    ) -> Settlement:
         """The run stands at a step that this version of the plan lacks, or calls differently."""
-        return self._given_back(progress, reason, [], delay_s)
+        return self._given_back(progress, reason, before, delay_s)
 
     # The transaction broke
 
@@ -470,6 +490,14 @@ class Boundaries:
                 data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
             )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
+
+
+def _ran_out(progress: Progress) -> str:
+    often = "once" if progress.ran_out == 1 else f"{progress.ran_out} times in a row"
+    return (
+        f"the lease of step {progress.occurrence} ran out {often} while it was executed: its "
+        "worker stood still, was cut off, or died where nobody notices it"
+    )
 
 
 def _failure_text(facts: dict[str, Any]) -> str:

@@ -45,7 +45,8 @@ EARLY_MS = 50.0
 """A run that is claimed when it is due may be so much early by our clock."""
 
 ALONE_AFTER = 3
-"""Deaths of its process, with others beside it, after which a step is executed alone."""
+"""Deaths of its process, with others beside it, after which a step is executed alone; a lease that
+ran out may be one."""
 
 
 EMPTY = Commit(settlement=Settlement.ignoring_cancel(Boundary(state=RunState.RUNNING)))
@@ -116,7 +117,9 @@ class BranchExecution(FunctionExecution):
 
     def _goes_alone(self, call: Call) -> bool:
         step = call.step
-        return isinstance(step, Step) and (step.transactional or call.deaths >= ALONE_AFTER)
+        return isinstance(step, Step) and (
+            step.transactional or call.deaths + call.ran_out >= ALONE_AFTER
+        )
 
     # Calls begin
 
@@ -296,6 +299,7 @@ class BranchExecution(FunctionExecution):
         if pending is not None:
             pending.starts, pending.failures = call.starts, call.failures
             pending.lost, pending.refused, pending.deaths = call.lost, call.refused, call.deaths
+            pending.ran_out = call.ran_out
             pending.due_ms = self._lease.now_ms + 1000 * seconds
 
     def _end_wait(self, call: Call, wait: Wait, opened: OpenWait) -> Generator[Request, Any, bool]:

@@ -114,7 +114,16 @@ class Execution:
         if self._read_events >= long_history.MAX_EVENTS and not progress.compensating:
             yield from self._settle(self._boundaries.too_long())
             return None
-        return (yield from self._begin_attempt(progress))
+        return (yield from self._begin_attempt(progress, self._ran_out(progress)))
+
+    def _ran_out(self, progress: Progress) -> list[NewEvent]:
+        """The event about the attempt in flight if its lease ran out: it does not count."""
+        if not (self._lease.ran_out and progress.in_flight):
+            return []
+        trace = self._boundaries.ran_out(progress)
+        progress.uncounted()
+        progress.ran_out += 1
+        return [trace]
 
     def _fold(self) -> Generator[Request, Any, Progress]:
         """The progress of the run, folded from the journal."""
@@ -134,7 +143,8 @@ class Execution:
         """Start and count the next attempt of where the run is; None if there is none to start."""
         if (lacking := progress.unknown) is not None:  # a worker with another version goes on
             reason = str(UnknownStep(self._plan.name, lacking))
-            yield from self._settle(self._released(progress, lacking, UNKNOWN_STEP, reason))
+            released = self._released(progress, lacking, UNKNOWN_STEP, reason, before)
+            yield from self._settle(released)
             return None
         if progress.step is None:
             yield from self._settle(self._boundaries.completed(progress.result))
@@ -219,7 +229,14 @@ class Execution:
         else:
             progress.starts = 1
 
-    def _released(self, progress: Progress, step: str, action: str, reason: str) -> Settlement:
+    def _released(
+        self,
+        progress: Progress,
+        step: str,
+        action: str,
+        reason: str,
+        before: Sequence[NewEvent] = (),
+    ) -> Settlement:
         """The run is left to a worker with another version: at once, then less and less often."""
         waited = (self._lease.now_ms - self._last_ts_ms) / 1000
         delay = min(max(waited / 2, UNKNOWN_STEP_S), self._redispatch_s)
@@ -233,7 +250,7 @@ class Execution:
                 "reason": reason,
             },
         )
-        return self._boundaries.unknown(progress, delay, action)
+        return self._boundaries.unknown(progress, delay, action, before)
 
     def _take_storable_step(self, progress: Progress, step: Step) -> Part:
         """`_take_step`, for any outcome or failure."""

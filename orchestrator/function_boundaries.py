@@ -36,7 +36,7 @@ from beatless.orchestrator.progress import (
     GIVEN,
     GIVEN_BACK,
     LEFT_OUT,
-    PROCESS_DIED,
+    RAN_OUT,
     RETRY_IN,
     TAKEN_OVER,
     VALUE,
@@ -66,15 +66,27 @@ class FunctionBoundaries(Boundaries):
 
     # The function is called, and says how it goes on
 
-    def taken_over(self, claim: int) -> Settlement:
-        """The last claim ended without a word: counted before the function is called."""
-        facts = {"name": TAKEN_OVER, CLAIM: claim}
+    def taken_over(self, claim: int, *, ran_out: bool) -> Settlement:
+        """The last claim ended without a word: counted before the function is called.
+
+        `ran_out`: nobody knows that its process has died.
+        """
+        facts: dict[str, Any] = {"name": TAKEN_OVER, CLAIM: claim}
+        if ran_out:
+            facts[RAN_OUT] = True
         note = NewEvent(type=EventType.DEBUG_TRACE, data=_text(facts))
         return Settlement.ignoring_cancel(Boundary(events=[note], state=RunState.RUNNING))
 
-    def plan_crashed(self) -> Settlement:
-        """The function has ended its process too often."""
-        message = f"the function of the plan ended its process {MAX_TAKEOVERS} times in a row"
+    def plan_crashed(self, takeovers: int, ran_out: int) -> Settlement:
+        """The function has ended its process, or lost its lease, too often."""
+        message = f"the function of the plan ended its process {takeovers - ran_out} times in a row"
+        if ran_out:
+            message = (
+                f"the function of the plan was called {takeovers} times in a row without a word "
+                f"from it: it ended its process {takeovers - ran_out} times, and {ran_out} times "
+                "its lease ran out, for its worker stood still, was cut off, or died where nobody "
+                "notices it"
+            )
         return self._ended(RunState.FAILED, [], {"type": "PlanCrashed", "message": message})
 
     def values(self, drawn: Sequence[tuple[str, Any]]) -> list[NewEvent]:
@@ -191,12 +203,12 @@ class FunctionBoundaries(Boundaries):
             if_cancelled=with_others(settlement.if_cancelled),
         )
 
-    def given_back(self, call: Call, *, died: bool = False) -> NewEvent:
+    def given_back(self, call: Call, *, why: str | None = None) -> NewEvent:
         """The trace of an attempt that is made again, uncounted.
 
-        `died`: its process has died, with others beside it.
+        `why`: its process has died with others beside it (`PROCESS_DIED`), or may have (`RAN_OUT`).
         """
-        data = {"name": GIVEN_BACK} | ({PROCESS_DIED: True} if died else {})
+        data = {"name": GIVEN_BACK} | ({} if why is None else {why: True})
         return self._event(EventType.DEBUG_TRACE, call, **data)
 
     def abandoned(self, call: Call, facts: dict[str, Any] | None = None) -> NewEvent:

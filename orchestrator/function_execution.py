@@ -30,7 +30,7 @@ from beatless.orchestrator.long_history import HistoryTooLong
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
-from beatless.orchestrator.progress import ARGUMENTS, Progress, fold
+from beatless.orchestrator.progress import ARGUMENTS, MAX_RAN_OUT, Progress, fold
 from beatless.orchestrator.replay import (
     Again,
     Call,
@@ -126,7 +126,9 @@ class FunctionExecution(Execution):
     def _resume(self) -> Part:
         lease = self._lease
         if lease.waited is None and lease.run.attempt > 1 and not lease.cancelled:
-            yield from self._settle(self._boundaries.taken_over(lease.run.attempt))
+            yield from self._settle(
+                self._boundaries.taken_over(lease.run.attempt, ran_out=lease.ran_out)
+            )
             self._last_seq += 1
         if lease.late and not lease.cancelled:
             if self._last_seq > 1:  # by the journal: the plan may have lost an undo since
@@ -158,7 +160,8 @@ class FunctionExecution(Execution):
         self._lease.run = history.as_given(replace(self._lease.run, input=self._stored_input))
         self._boundaries.undoes |= history.undoes
         self._replay = Replay(plan=self._function, history=history, read_ends=self._read_ends)
-        if history.takeovers >= MAX_TAKEOVERS:
+        crashes = history.takeovers - history.ran_out
+        if crashes >= MAX_TAKEOVERS or history.ran_out >= MAX_RAN_OUT:
             self._said = Crashed()
         else:
             stored = self._lease.run.plan_version
@@ -227,7 +230,10 @@ class FunctionExecution(Execution):
                 yield from self._settle(self._released(progress, step, reason, text))
                 return None
             case Crashed():
-                yield from self._settle(self._boundaries.plan_crashed())
+                history = self._replay.history
+                yield from self._settle(
+                    self._boundaries.plan_crashed(history.takeovers, history.ran_out)
+                )
                 return None
         if left := self._boundaries.left_out(self._replay.left_out()):
             noted = yield from self._settle(self._boundaries.drawn(progress, left))

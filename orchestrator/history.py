@@ -22,6 +22,7 @@ from beatless.orchestrator.progress import (
     GIVEN_BACK,
     LEFT_OUT,
     PROCESS_DIED,
+    RAN_OUT,
     RENAMED_FROM,
     RETRY_IN,
     SIGNALS,
@@ -66,6 +67,7 @@ class StoredCall:
     lost: int = 0
     refused: int = 0
     deaths: int = 0
+    ran_out: int = 0
     ended: bool = False
     left_out: bool = False
     """The journal says that the function has gone on without its end."""
@@ -89,7 +91,7 @@ class StoredCall:
         self.starts -= 1
 
     def judge(self) -> None:
-        self.lost = self.refused = self.deaths = 0
+        self.lost = self.refused = self.deaths = self.ran_out = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +104,8 @@ class History:
     """The times, random numbers and UUIDs that it was given, by their kind."""
     takeovers: int = 0
     """Claims in a row, up to the last, whose worker died without another event."""
+    ran_out: int = 0
+    """Those of them of whose workers nobody knows that they have died."""
     last_takeover: int | None = None
     """The number of the claim that has written the last one of these, if it is known."""
     generation: int = 1
@@ -128,17 +132,18 @@ class History:
         """The run with the input of the generation."""
         return replace(run, input=self.input) if self.restarted_seq else run
 
-    def count_takeover(self, taken_over: bool, claim: int | None) -> None:
+    def count_takeover(self, taken_over: bool, claim: int | None, *, ran_out: bool) -> None:
         """Count an event, of a claim that found the one before it dead or of another one.
 
         Claims that have left no event may be between two: of a run that waits for its children.
         """
         if not taken_over:
-            self.takeovers, self.last_takeover = 0, None
+            self.takeovers, self.ran_out, self.last_takeover = 0, 0, None
             return
         before, self.last_takeover = self.last_takeover, claim
         in_a_row = before is None or claim is None or claim == before + 1
         self.takeovers = self.takeovers + 1 if in_a_row else 1
+        self.ran_out = (self.ran_out if in_a_row else 0) + ran_out
 
     def restart(self, plan: FunctionPlan, event: Event) -> None:
         """Begin a generation: only the signals that no wait has taken stay."""
@@ -160,10 +165,13 @@ class History:
             occurrence, StoredCall(occurrence=occurrence, key=key or occurrence, asked_seq=seq)
         )
 
-    def in_flight(self) -> list[StoredCall]:
-        """The calls whose attempts have no outcome, if there were several: none was alone."""
+    def in_flight(self, *, also_one: bool = False) -> list[StoredCall]:
+        """The calls whose attempts have no outcome, if there were several: none was alone.
+
+        `also_one`: if there is only one, too.
+        """
         found = [call for call in self.calls.values() if call.in_flight]
-        return found if len(found) > 1 or self.given_back_beside else []
+        return found if also_one or len(found) > 1 or self.given_back_beside else []
 
 
 def history_of(plan: FunctionPlan, events: Iterable[Event]) -> History:
@@ -180,7 +188,8 @@ def fold_calls(plan: FunctionPlan, history: History, events: Iterable[Event]) ->
         history.events += 1
         data = event.data or {}
         name = data.get("name") if event.type == EventType.DEBUG_TRACE else None
-        history.count_takeover(name == TAKEN_OVER, data.get(CLAIM))
+        ran_out = bool(data.get(RAN_OUT))
+        history.count_takeover(name == TAKEN_OVER, data.get(CLAIM), ran_out=ran_out)
         if event.type == EventType.RUN_STARTED:
             _take_over(plan, history, data.get("reused") or {})
         elif name == VALUE:
@@ -229,6 +238,7 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
     match type:
         case EventType.STEP_STARTED:
             call.starts += 1
+            call.in_flight = True
             call.arguments = call.arguments or data.get(ARGUMENTS)
         case EventType.STEP_FAILED if data.get(FINAL):
             call.ended, call.error = True, data.get("error") or {}
@@ -237,6 +247,8 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
             call.judge()
         case EventType.STEP_FINISHED:
             call.ended, call.result = True, data.get("result")
+    if trace in UNCOUNTED or type in (EventType.STEP_FAILED, EventType.STEP_FINISHED):
+        call.in_flight = False
     match trace:
         case str() if trace == SNOOZED:
             call.uncount()
@@ -244,6 +256,7 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
         case str() if trace == GIVEN_BACK:
             call.uncount()
             call.deaths += bool(data.get(PROCESS_DIED))
+            call.ran_out += bool(data.get(RAN_OUT))
         case str() if trace == LEFT_OUT:
             call.left_out = True
         case str() if trace == CONNECTION_LOST:
@@ -253,21 +266,16 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
 
 
 def _note_flight(call: StoredCall, event: Event, trace: str | None) -> None:
-    """An event that begins or ends an attempt of this call."""
+    """An event that begins or ends an attempt of this call: whether it is one of several."""
     data = event.data or {}
     match event.type:
         case EventType.STEP_STARTED:
-            call.in_flight, call.due_ms = True, 0.0
+            call.due_ms = 0.0
             call.beside = data.get(VERSION, 0) >= BESIDE_OTHERS
         case EventType.STEP_FAILED:
-            call.in_flight = False
             call.due_ms = event.ts + 1000 * data.get(RETRY_IN, 0.0)
-        case EventType.STEP_FINISHED:
-            call.in_flight = False
-        case EventType.DEBUG_TRACE if trace in UNCOUNTED:
-            call.in_flight = False
-            if call.beside and trace == SNOOZED:
-                call.due_ms = event.ts + 1000 * data.get("seconds", 0.0)
+        case EventType.DEBUG_TRACE if call.beside and trace == SNOOZED:
+            call.due_ms = event.ts + 1000 * data.get("seconds", 0.0)
 
 
 def _note_wait(inbox: OpenWaits, call: StoredCall, event: Event) -> None:

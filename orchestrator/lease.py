@@ -68,6 +68,8 @@ class Lease:
     """Whether it is one of several that run: after a death it is a suspect."""
     alone: bool = False
     """Whether no other runs in its process while its body does, nor will: of a suspect."""
+    ran_out: bool = False
+    """Whether it was taken from a holder of whom nobody knows that it has died."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None
@@ -320,6 +322,10 @@ class Leases:
             for run_id, token, who, alone, uncalled in rows
         ]
 
+    def note_death(self, connection: Connection, worker: str) -> None:
+        """Note that this process has died, and leave its leases to their time."""
+        connection.execute(self.sql["note_death"], {"worker": worker})
+
     @contextmanager
     def with_lock_timeout(self, connection: Connection, seconds: float) -> Iterator[None]:
         """A transaction that waits so long for a lock: else psycopg.errors.LockNotAvailable."""
@@ -374,7 +380,7 @@ def new_token() -> int:
 
 def _lease(claimed: Sequence[Any]) -> Lease:
     """Of a row of a claim."""
-    *row, token, left, waited, age, trace_context, begun, _ = claimed
+    *row, ran_out, token, left, waited, age, trace_context, begun, _ = claimed
     run = Run.from_row(row)
     return Lease(
         run=run,
@@ -384,6 +390,7 @@ def _lease(claimed: Sequence[Any]) -> Lease:
         waited=waited,
         age=age,
         trace_context=_carrier(trace_context),
+        ran_out=ran_out,
         begun=begun,
     )
 

@@ -30,7 +30,7 @@ AND (deadline_at IS NULL OR deadline_at > clock_timestamp())
 
 -- fragment: claimed_columns
 -- The columns of a run `r` that was claimed, and those of its lease.
-{run_columns}, r.lease_token,
+{run_columns}, coalesce(r.dead_token = -1, false), r.lease_token,
 extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
 extract(epoch FROM clock_timestamp()
   - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
@@ -41,10 +41,13 @@ extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context
 -- A subquery of RETURNING sees the row as it was: since when the run has waited. The first step of a
 -- fresh run starts in the claim itself: one commit less for each run. A paused queue sends its
 -- message back to wait; `pause` makes that exact (`queues`). A run with limits takes its slots last:
--- without one it waits, and is not claimed. A takeover has them already.
+-- without one it waits, and is not claimed. A takeover has them already. The row as it is now, and not
+-- as the snapshot has it, says whether the holder is known to be dead: `end` may be just before this.
 WITH u AS (
   UPDATE {schema}.runs r
      SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
+         dead_token = CASE WHEN state = 'running' AND dead_token IS DISTINCT FROM lease_token
+                           THEN -1 END,
          lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
          worker = %(worker)s, started_at = coalesce(started_at, clock_timestamp()),
          not_before = NULL,
@@ -186,7 +189,8 @@ WITH held AS (
      FOR NO KEY UPDATE OF r, d SKIP LOCKED
 ), u AS (
   UPDATE {schema}.runs r
-     SET lease_expires_at = clock_timestamp(), last_seq = r.last_seq + free.given_back::int
+     SET lease_expires_at = clock_timestamp(), last_seq = r.last_seq + free.given_back::int,
+         dead_token = r.lease_token
     FROM free WHERE r.run_id = free.run_id
   RETURNING r.run_id, r.last_seq, free.shard, free.step, free.attempt AS begun, free.given_back,
             free.beside
@@ -203,6 +207,13 @@ WITH held AS (
 )
 SELECT held.lease_token, u.run_id IS NOT NULL, {each_doorbell}
   FROM held LEFT JOIN u USING (run_id)
+
+-- name: note_death
+-- Note that a process has died, as the kit has it: its leases still run out by their time.
+UPDATE {schema}.runs r SET dead_token = lease_token
+  FROM {schema}.dispatches d
+ WHERE d.run_id = r.run_id AND d.state = 'running' AND r.state = 'running'
+   AND r.worker = %(worker)s
 
 -- name: held_by
 -- List the leases that the processes of these workers hold.

@@ -22,7 +22,13 @@ from beatless.orchestrator.function_call import Broken, Ended
 from beatless.orchestrator.history import StoredCall
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.plan import Step
-from beatless.orchestrator.progress import ARGUMENTS, CHANGED_CALL, Progress
+from beatless.orchestrator.progress import (
+    ARGUMENTS,
+    CHANGED_CALL,
+    PROCESS_DIED,
+    RAN_OUT,
+    Progress,
+)
 from beatless.orchestrator.replay import Call, Mismatch, Several
 from beatless.orchestrator.requests import (
     AwaitBody,
@@ -45,15 +51,21 @@ class ParallelExecution(BranchExecution):
     """One worker's decisions about one run of a plan that is a function."""
 
     def _fold(self) -> Generator[Request, Any, Progress]:
-        """As there; attempts that have died beside one another are given back."""
+        """As there; attempts that have died beside one another are given back.
+
+        So are those whose lease ran out.
+        """
         place = yield from super()._fold()
+        ran_out = self._lease.ran_out and self._said is not None  # the function was called
         died = [
             call
-            for call in self._replay.history.in_flight()
+            for call in self._replay.history.in_flight(also_one=ran_out)
             if call.occurrence not in self._in_flight
         ]
+        self._lease.ran_out &= not ran_out
         if died and not self._lease.cancelled:
-            notes = [self._boundaries.given_back(_as_call(call), died=True) for call in died]
+            why = RAN_OUT if ran_out else PROCESS_DIED
+            notes = [self._boundaries.given_back(_as_call(call), why=why) for call in died]
             noted = yield from self._write(notes)
             self._lease.cancelled |= noted.cancelled
             return (yield from self._fold())

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from beatless.orchestrator.child_calls import Children
-from beatless.orchestrator.errors import BadPayload, CannotRetry, RunCancelled
+from beatless.orchestrator.errors import BadPayload, RunCancelled
 from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import VERSIONS
-from beatless.orchestrator.open_waits import Approval, OpenWaits, Received, received_of
+from beatless.orchestrator.open_waits import Approval, OpenWaits, received_of
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
-from beatless.orchestrator.waits import Wait, WaitKind
+from beatless.orchestrator.waits import Wait
 
 SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
@@ -33,6 +33,9 @@ TAKEN_OVER = "beatless.taken_over"
 
 PROCESS_DIED = "process_died"
 """In a GIVEN_BACK: it was written for a process that has died with others' bodies in hand."""
+
+RAN_OUT = "lease_ran_out"
+"""In a GIVEN_BACK and a TAKEN_OVER: nobody knows that its process has died. Its lease ran out."""
 
 SUSPECT = "beatless.suspect"
 """The trace of a suspect whose body is to be called. `alone`: no other runs in its process."""
@@ -100,6 +103,12 @@ Of a plan's function, which is told; or of a cancelled run, whose `on_cancel` st
 ARGUMENTS = "arguments"
 """In StepStarted and ChildrenStarted: the digest of the arguments, or inputs, that were given."""
 
+WAS_UNDONE = "its steps were undone: name no step to begin with, for it begins at the beginning"
+
+MAX_RAN_OUT = 20
+"""Leases in a row that may run out while a step has no outcome: a step that kills each worker where
+nobody notices it, as behind a pooler, would else do so for ever."""
+
 MAX_DEATHS = 20
 """Deaths of workers in one step, with others beside it, after which it is taken for their cause all
 the same. Where it can be executed alone, as in `--pool async`, it is so before."""
@@ -143,6 +152,10 @@ class Progress:
     """Those that it did not let begin."""
     deaths: int = 0
     """Of the processes that executed this step beside others, since it last had an outcome."""
+    ran_out: int = 0
+    """Leases that ran out while it was executed, since it last had an outcome."""
+    in_flight: bool = False
+    """Its last attempt has no outcome."""
     promised: str | None = None
     """The `on_cancel` step of the plan that the cancel was accepted by."""
     compensating: bool = False
@@ -183,7 +196,11 @@ class Progress:
 
     def is_deadly(self, max_crashes: int) -> bool:
         """Whether the step has ended its process, or is taken for that, too often."""
-        return self.crashes >= max_crashes or self.deaths >= MAX_DEATHS
+        return (
+            self.crashes >= max_crashes
+            or self.deaths >= MAX_DEATHS
+            or self.ran_out >= most_ran_out(max_crashes)
+        )
 
     def after(self, plan: Plan, name: str) -> Element | None:
         """The step or wait that follows this one by default, or None at the end.
@@ -238,6 +255,7 @@ class Progress:
         """This step comes next; nothing of it is counted yet."""
         self.step, self.unknown, self.begun, self.children = step, None, begun, None
         self.starts = self.failures = 0
+        self.in_flight = False
         self.judged()
 
     def begin_wait(self, wait: Wait, seq: int) -> None:
@@ -278,16 +296,23 @@ class Progress:
     def uncounted(self) -> None:
         """The attempt was ended by no fault of the step's."""
         self.starts -= 1
+        self.in_flight = False
 
     def judged(self) -> None:
         """The attempt ended by the step's own outcome: earlier losses no longer count."""
-        self.lost = self.refused = self.deaths = 0
+        self.lost = self.refused = self.deaths = self.ran_out = 0
+        self.in_flight = False
 
     def lose(self, *, refused: bool) -> None:
         """Its transaction is gone, or never was."""
         self.uncounted()
         self.lost += not refused
         self.refused += refused
+
+
+def most_ran_out(max_crashes: int) -> int:
+    """How many leases may run out in a row: of a step that shall not be begun twice, none."""
+    return 1 if max_crashes == 1 else max(max_crashes, MAX_RAN_OUT)
 
 
 def fold(plan: Plan, events: Sequence[Event]) -> Progress:
@@ -315,13 +340,14 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                     progress.last = plan.current(reused[LAST])
                     progress.result = progress.results.get(progress.last)
             case EventType.STEP_STARTED:
-                place, begun = event, _key(event)
+                place, begun = event, first_name(event)
                 progress.begun_undos |= UNDO in data
                 if begun != progress.begun:
                     progress.go_on(None, begun=begun)
                     # No other step begins after a cancel.
                     progress.compensating = stopping
                 progress.starts += 1
+                progress.in_flight = True
             case EventType.STEP_FAILED:
                 progress.failures += 1
                 progress.judged()
@@ -340,6 +366,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
             case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
                 progress.uncounted()
                 progress.deaths += bool(data.get(PROCESS_DIED))
+                progress.ran_out += bool(data.get(RAN_OUT))
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 progress.lose(refused=data.get("refused", False))
             case EventType.STEP_FINISHED:
@@ -437,97 +464,10 @@ def _next_step(
             return plan.first if chosen is None else known_step(plan, chosen)
 
 
-WAS_UNDONE = "its steps were undone: name no step to begin with, for it begins at the beginning"
-
-
-def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict[str, Any] | None:
-    """The results that a retry of an ended run takes over, and the step to begin with.
-
-    None if it begins at the beginning, as it does for a run that was undone, and only there.
-    `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
-    before. Raises CannotRetry.
-    """
-    run_id = events[0].run_id
-    progress, first = fold(plan, events), None
-    if progress.undoing or (progress.begun_undos and any(map(_is_cancel, events))):
-        if from_step is not None:
-            raise CannotRetry(run_id, WAS_UNDONE)
-        return None
-    if from_step is not None:
-        begun = [
-            event
-            for event in events
-            if event.type
-            in (EventType.STEP_STARTED, EventType.WAIT_STARTED, EventType.CHILDREN_STARTED)
-            and from_step in _names(plan, event.step or "")
-        ]
-        if not begun:
-            raise CannotRetry(run_id, f"it never began a step {from_step}")
-        # The last occurrence, from its first attempt on.
-        first = next(event for event in begun if _key(event) == _key(begun[-1]))
-    # Children belong to the run that has started them: they are started again.
-    children = next((event for event in events if event.type == EventType.CHILDREN_STARTED), None)
-    if children is not None and (
-        first.seq > children.seq
-        if first is not None
-        else not progress.compensating and (progress.step or progress.unknown)
-    ):
-        first = children
-    if first is not None:
-        name = step_of(first.step or "")
-        step = plan.get(name)
-        if step is None or step is not plan.on_cancel:
-            progress = fold(plan, [event for event in events if event.seq < first.seq])
-            progress.step, progress.unknown = step, None if step else name
-    if progress.compensating:
-        return None
-    if progress.unknown is not None:
-        raise CannotRetry(
-            run_id,
-            f"plan {plan.name} has no step {progress.unknown} any more; if it was renamed, say so "
-            f'in the plan: renamed={{"{progress.unknown}": …}}',
-        )
-    if progress.step is None:
-        raise CannotRetry(run_id, "all of its steps have finished; name the step to begin with")
-    if not progress.visits and progress.step is plan.first:
-        return None
-    received = {
-        name: result for name, result in progress.results.items() if isinstance(result, Received)
-    }
-    reused = {
-        "results": progress.results | {name: each.to_dict() for name, each in received.items()},
-        "visits": dict(progress.visits),
-        "next": progress.step.name,
-    }
-    if received:
-        reused[SIGNALS] = list(received)
-    starts_children = any(
-        isinstance(each, Wait) and each.kind is WaitKind.CHILDREN for each in plan.elements
-    )
-    if progress.last is not None and starts_children:
-        reused[LAST] = progress.last  # the children may get its result
-    ahead, passed = plan.after(progress.step.name), []
-    while ahead is not None:
-        if ahead.name in progress.straight:
-            passed.append(ahead.name)
-        ahead = plan.after(ahead.name)
-    return reused | {"passed": passed} if passed else reused
-
-
-def _is_cancel(event: Event) -> bool:
-    return event.type == EventType.CANCEL_REQUESTED
-
-
-def _key(started: Event) -> str | None:
+def first_name(started: Event) -> str | None:
     """The name that the first attempt of this occurrence had."""
     name: str | None = (started.data or {}).get(RENAMED_FROM, started.step)
     return name
-
-
-def _names(plan: Plan, occurrence: str) -> set[str]:
-    """All names by which a caller may mean it."""
-    now = plan.current(occurrence)
-    return {occurrence, step_of(occurrence), now, step_of(now)}
 
 
 def known_step(plan: Plan, name: str) -> Element:

@@ -408,6 +408,7 @@ class Replay:
             call.starts, call.failures = stored.starts, stored.failures
             call.lost, call.refused = stored.lost, stored.refused
             call.deaths, call.due_ms = stored.deaths, stored.due_ms
+            call.ran_out, call.in_flight = stored.ran_out, stored.in_flight
         return call
 
     def passed_over(

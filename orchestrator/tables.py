@@ -63,6 +63,7 @@ runs = Table(
     Column("schedule", Text),
     Column("tick", Time),
     Column("limits", JSONB),
+    Column("dead_token", BigInteger),
     *(
         Column(
             name,
@@ -163,6 +164,7 @@ approval_links = Table(
     Column("created_at", Time, nullable=False, server_default=text("clock_timestamp()")),
     Column("expires_at", Time, nullable=False),
     Column("revoked_at", Time),
+    Column("maker", Id),
     Index("approval_links_run", "run_id"),
 )
 

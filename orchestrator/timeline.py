@@ -19,6 +19,8 @@ from beatless.orchestrator.progress import (
     FOLLOWING,
     GIVEN_BACK,
     ON_CANCEL,
+    PROCESS_DIED,
+    RAN_OUT,
     RETRY_IN,
     SNOOZED,
     TAKEN_OVER,
@@ -166,6 +168,10 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                 outcome, waits = "snoozed", Wait(event.ts, due, f"a snooze of {seconds:g} s")
             case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
                 outcome = "given back: its worker stopped or was busy, another one makes it again"
+                if data.get(RAN_OUT):
+                    outcome = "no outcome: its lease ran out, which does not count as a failure"
+                elif data.get(PROCESS_DIED):
+                    outcome = "no outcome: its process died, and others ran beside it"
                 waits = Wait(event.ts, event.ts, then="for another worker")
             case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
                 outcome = "its transaction was taken back: the connection broke"
@@ -173,7 +179,8 @@ def _history(run: Run, events: Sequence[Event]) -> Iterator[Moment]:
                     outcome = "no connection was to be had for its transaction"
                 waits = Wait(event.ts, None, "for a connection and a worker")
             case EventType.DEBUG_TRACE if data.get("name") == TAKEN_OVER:
-                text = "its worker died or lost the lease; the plan's function was called again"
+                how = "its lease ran out" if data.get(RAN_OUT) else "its worker died"
+                text = f"{how}; the plan's function was called again"
                 yield Moment(at=event.ts, kind="attempt", text=text)
             case EventType.WAIT_STARTED:
                 begun[event.step], waits = event, None

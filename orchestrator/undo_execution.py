@@ -61,7 +61,7 @@ class UndoExecution(Execution):
         progress = yield from self._fold()
         if self._has_children and not (yield from self._end_children(progress)):
             return
-        place = yield from self._begin_attempt(progress)
+        place = yield from self._begin_attempt(progress, self._ran_out(progress))
         while place is not None and place.step is not None:
             assert isinstance(place.step, Step)  # noqa: S101 - no wait undoes anything
             place = yield from self._take_storable_step(place, place.step)

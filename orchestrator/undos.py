@@ -165,6 +165,8 @@ class Undos:
             lost=call.lost,
             refused=call.refused,
             deaths=call.deaths,
+            ran_out=call.ran_out,
+            in_flight=call.in_flight,
             compensating=True,
         )
 

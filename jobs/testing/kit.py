@@ -297,6 +297,8 @@ class Kit(TimeCalls):
         """
         if self._executor is not None:
             self._executor.disconnect()
+            with self.app.executors.connect() as connection:
+                self.app.leases.note_death(connection, self._executor.worker)
             self._executor = None
         self._inbox.release()
 

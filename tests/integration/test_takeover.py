@@ -21,6 +21,7 @@ from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
 from beatless.orchestrator.progress import fold
 from beatless.orchestrator.roster import Roster
+from beatless.outbox.faults import SimulatedCrash
 from beatless.testing import Kit
 from tests.child_logs import await_line
 from tests.integration.test_processes import await_death
@@ -464,4 +465,57 @@ def test_a_run_that_ends_its_process_costs_its_neighbours_nothing(
     assert keys == (97, 97)
     postgres.execute("DROP TABLE effects")
     assert worker.alive
+    beatless.verify()
+
+
+def test_only_a_lease_whose_holder_is_not_known_to_be_dead_is_taken_as_one_that_ran_out(
+    beatless: Kit, watched: Watched, connection: psycopg.Connection[Any]
+) -> None:
+    first = claim(beatless, connection)
+    assert not first.ran_out
+
+    def again() -> Lease:
+        beatless.advance(LEASE_S + 1)
+        lease = beatless.app.leases.claim(
+            connection,
+            first.run.run_id,
+            plan="two_steps",
+            worker="w",
+            first_step="first",
+            dispatch=1,
+        )
+        assert lease is not None
+        return lease
+
+    second = again()
+    assert second.ran_out
+    pid, life = watched.process()
+    watched.note(0, second, pid, life)
+    watched.watch.once()
+    die(pid)
+    watched.watch.once()
+    assert watched.ended() == 1
+
+    assert not again().ran_out
+    assert again().ran_out  # what is known of one holder says nothing of the next
+
+
+def test_a_frozen_worker_costs_its_run_no_attempt_and_a_dead_one_does(beatless: Kit) -> None:
+    run_id = beatless.start_run("two_steps").run_id
+    for _ in range(6):
+        beatless.app.faults.arm("step.before", action="raise")
+        with pytest.raises(SimulatedCrash):  # it says nothing more, and nobody saw it die
+            beatless.work_once()
+        beatless.advance(LEASE_S + 1)
+    with beatless.crash(at="step.before"):
+        beatless.work_once()
+    beatless.advance(LEASE_S + 1)
+    beatless.work_until_idle()
+
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+    first = [e for e in beatless.client.events(run_id) if e.step == "first"]
+    started = [event.attempt for event in first if event.type == "StepStarted"]
+    assert started == [1] * 7 + [2]
+    told = [moment.text for moment in beatless.client.explain(run_id)]
+    assert sum("its lease ran out" in text for text in told) == 6
     beatless.verify()

@@ -80,6 +80,8 @@ class Journal:
     """Signals that are not events yet."""
     passed_s: float = 0.0
     """Time that a test has let pass."""
+    unseen: bool = False
+    """Nobody knows whether a worker that says nothing more has died: its lease runs out."""
 
     def __post_init__(self) -> None:
         self.append("RunStarted", data={"plan": self.plan.name})
@@ -116,6 +118,7 @@ class Journal:
 
     def claim(self, *, begun: bool = False, late: bool = False) -> Lease:
         # A cancel makes the run due, and leaves no time since when.
+        ran_out = self.unseen and self.state is RunState.RUNNING
         waited = 0.0 if self.state is RunState.QUEUED and not self.cancelled else None
         self.state = RunState.RUNNING
         self.claims += 1
@@ -155,6 +158,7 @@ class Journal:
             cancelled=self.cancelled,
             deadline=deadline,
             waited=waited,
+            ran_out=ran_out,
             age=self.passed_s,
         )
 
