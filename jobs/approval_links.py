@@ -26,6 +26,7 @@ class LinkState(StrEnum):
     """The run has ended, or does not wait for this approval any more."""
     EXPIRED = "expired"
     REVOKED = "revoked"
+    """Also with the token that made it, when that is revoked or expires."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,16 @@ class ApprovalLinks:
         self._sql = statements(__file__, schema)
 
     def create(
-        self, connection: Caller, run_id: str, occurrence: str, *, by: str, seconds: float
+        self,
+        connection: Caller,
+        run_id: str,
+        occurrence: str,
+        *,
+        by: str,
+        seconds: float,
+        maker: str | None,
     ) -> ApprovalLink:
-        """Store a link that is good for so long."""
+        """Store a link that is good for so long, and no longer than the token that makes it."""
         link_id, token = secrets.token_hex(16), f"ba_{secrets.token_urlsafe(32)}"
         row = {
             "id": link_id,
@@ -95,6 +103,7 @@ class ApprovalLinks:
             "run_id": run_id,
             "occurrence": occurrence,
             "by": by,
+            "maker": maker,
             "seconds": seconds,
         }
         ((expires_at,),) = execute(connection, self._sql["create"], row)

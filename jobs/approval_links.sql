@@ -2,23 +2,24 @@
 
 -- name: create
 -- Store a link.
-INSERT INTO {schema}.approval_links (id, hash, run_id, occurrence, decided_by, expires_at)
-VALUES (%(id)s, %(hash)s, %(run_id)s, %(occurrence)s, %(by)s,
+INSERT INTO {schema}.approval_links (id, hash, run_id, occurrence, decided_by, maker,
+                                     expires_at)
+VALUES (%(id)s, %(hash)s, %(run_id)s, %(occurrence)s, %(by)s, %(maker)s,
         clock_timestamp() + make_interval(secs => %(seconds)s))
 RETURNING expires_at
 
 -- name: find
 -- Read a link and its state, by the hash of its token.
-SELECT l.id, l.run_id, r.namespace, r.plan, l.occurrence, l.decided_by, l.expires_at,
-       l.revoked_at IS NOT NULL, l.expires_at <= clock_timestamp(),
+SELECT t.id, t.run_id, r.namespace, r.plan, t.occurrence, t.decided_by, t.expires_at,
+       t.revoked_at IS NOT NULL OR NOT {maker_is_good}, t.expires_at <= clock_timestamp(),
        r.state IN ('completed', 'failed', 'cancelled') OR r.cancel_requested_at IS NOT NULL,
-       d.decided_by, d.decided_at, d.link = l.id,
-       EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = l.run_id
-                  AND e.type = 'WaitStarted' AND e.step = l.occurrence)
-  FROM {schema}.approval_links l
-  JOIN {schema}.runs r ON r.run_id = l.run_id
-  LEFT JOIN {schema}.decisions d ON d.run_id = l.run_id AND d.occurrence = l.occurrence
- WHERE l.hash = %(hash)s
+       d.decided_by, d.decided_at, d.link = t.id,
+       EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = t.run_id
+                  AND e.type = 'WaitStarted' AND e.step = t.occurrence)
+  FROM {schema}.approval_links t
+  JOIN {schema}.runs r ON r.run_id = t.run_id
+  LEFT JOIN {schema}.decisions d ON d.run_id = t.run_id AND d.occurrence = t.occurrence
+ WHERE t.hash = %(hash)s
 
 -- name: revoke
 -- Revoke a link of a run of this namespace.

@@ -1,17 +1,8 @@
 -- Statements over the tokens of the HTTP API.
 
--- fragment: any_token
--- Whether there is a token that is not for a single stream, so that everybody needs one.
-EXISTS (SELECT FROM {schema}.api_tokens WHERE run_id IS NULL)
-
 -- fragment: grants
 -- Whether a token `t` is good now: it has not expired, and neither has the one that made it.
--- The maker '' is whoever made one while there was none.
-(t.expires_at IS NULL OR t.expires_at > clock_timestamp()) AND CASE
-  WHEN t.maker IS NULL THEN true
-  WHEN t.maker = '' THEN NOT {any_token}
-  ELSE EXISTS (SELECT FROM {schema}.api_tokens m WHERE m.id = t.maker
-                  AND (m.expires_at IS NULL OR m.expires_at > clock_timestamp())) END
+(t.expires_at IS NULL OR t.expires_at > clock_timestamp()) AND {maker_is_good}
 
 -- name: create
 -- Store a token, and delete some that expired long ago.

@@ -1,5 +1,17 @@
 -- Text that statements of several files of this package share.
 
+-- fragment: any_token
+-- Whether there is a token that is not for a single stream, so that everybody needs one.
+EXISTS (SELECT FROM {schema}.api_tokens WHERE run_id IS NULL)
+
+-- fragment: maker_is_good
+-- Whether the token that has made `t` has neither expired nor been revoked. Also if none has.
+-- The maker '' is whoever made one while there was none.
+CASE WHEN t.maker IS NULL THEN true
+     WHEN t.maker = '' THEN NOT {any_token}
+     ELSE EXISTS (SELECT FROM {schema}.api_tokens m WHERE m.id = t.maker
+                     AND (m.expires_at IS NULL OR m.expires_at > clock_timestamp())) END
+
 -- fragment: unfit
 -- Rows of unfinished runs, and of the outbox, that the columns can hold and the product never
 -- writes: no relay can act on them.

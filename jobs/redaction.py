@@ -13,10 +13,10 @@ from typing import Any
 
 from beatless.approval_links import FoundLink
 from beatless.client import Client
-from beatless.client.pages import NumberedRunPage, RunPage
+from beatless.client.pages import ApprovalPage, NumberedRunPage, RunPage, SchedulePage, line_of
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.open_waits import OpenWait
-from beatless.orchestrator.records import Place, Run
+from beatless.orchestrator.records import Run
 from beatless.orchestrator.schedule import StoredSchedule
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,23 @@ class Redaction:
             return page
         return replace(page, lines=[self._line(line) for line in page.lines])
 
+    def schedules(self, page: SchedulePage) -> SchedulePage:
+        if self._redact is None:
+            return page
+        return replace(page, lines=[self._line(line) for line in page.lines])
+
+    def approvals(self, page: ApprovalPage) -> ApprovalPage:
+        if self._redact is None:
+            return page
+        shown = [json.loads(line) for line in page.lines]
+        return replace(
+            page, lines=[line_of(each | {"title": self.title(each["title"])}) for each in shown]
+        )
+
     def _line(self, line: str) -> str:
         run = json.loads(line)
         run |= {name: self.value(name, run[name]) for name in MEMBERS if name in run}
-        return json.dumps(run, ensure_ascii=False)
+        return line_of(run)
 
 
 class ShownClient(Client):
@@ -168,6 +181,9 @@ class ShownClient(Client):
 
     def schedules(self, *args: Any, **options: Any) -> list[StoredSchedule]:
         return [self._shown(each) for each in super().schedules(*args, **options)]
+
+    def page_of_schedules(self, **options: Any) -> SchedulePage:
+        return self.redaction.schedules(super().page_of_schedules(**options))
 
     def schedule(self, *args: Any, **options: Any) -> StoredSchedule:
         return self._shown(super().schedule(*args, **options))
@@ -206,9 +222,8 @@ class ShownClient(Client):
     def waits(self, *args: Any, **options: Any) -> list[OpenWait]:
         return [self.redaction.wait(wait) for wait in super().waits(*args, **options)]
 
-    def page_of_approvals(self, **options: Any) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
-        found, following = super().page_of_approvals(**options)
-        return [(run, self.redaction.wait(wait)) for run, wait in found], following
+    def page_of_approvals(self, **options: Any) -> ApprovalPage:
+        return self.redaction.approvals(super().page_of_approvals(**options))
 
     def link_of(self, token: str) -> tuple[FoundLink, OpenWait | None] | None:
         found = super().link_of(token)

@@ -4,7 +4,7 @@ Whoever sends one only inserts. Whoever holds the run's lease takes them in, as 
 the journal of a run has one writer, and no open transaction of a sender holds the run's row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.records import NewDecision, NewSignal, SentDecision, SentSignal
 from beatless.outbox.message import shard_of
-from beatless.outbox.queries import Caller, execute
+from beatless.outbox.queries import Caller, execute, execute_lazily
 from beatless.outbox.statements import statements
 
 NEVER = "9999-01-01Z"
@@ -99,10 +99,13 @@ class Inbox:
 
     def open_approvals(
         self, connection: Caller, run_ids: Sequence[str]
-    ) -> list[tuple[str, OpenWait]]:
-        """The approvals of these runs that are open, and not decided, each with its run."""
-        rows = execute(connection, self._sql["open_approvals"], {"run_ids": list(run_ids)})
-        return [(run, OpenWait.from_started(step, data, seq=seq)) for run, step, data, seq in rows]
+    ) -> Iterator[tuple[str, OpenWait]]:
+        """The approvals of these runs that are open, and not decided, each with its run.
+
+        In the order of the runs; few are in memory at once.
+        """
+        rows = execute_lazily(connection, self._sql["open_approvals"], {"run_ids": list(run_ids)})
+        return ((run, OpenWait.from_started(step, data, seq=seq)) for run, step, data, seq in rows)
 
     def take_in(
         self,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,7 +13,7 @@ from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun
 from beatless.orchestrator.schedule import Schedule, ScheduleState, StoredSchedule
 from beatless.orchestrator.ticks import Ticks, jitter_s
-from beatless.outbox.queries import Caller, array, execute, int_array
+from beatless.outbox.queries import Caller, Read, array, execute, int_array
 from beatless.outbox.statements import statements
 
 logger = logging.getLogger("beatless.schedules")
@@ -116,12 +116,18 @@ class Schedules:
         return StoredSchedule.from_row(rows[0])
 
     def page(
-        self, connection: Caller, namespace: str, *, after: str, limit: int
-    ) -> list[StoredSchedule]:
-        """By name, from the one after."""
+        self,
+        connection: Caller,
+        namespace: str,
+        *,
+        after: str,
+        limit: int,
+        read: Read = execute,
+    ) -> Iterator[StoredSchedule]:
+        """By name, from the one after. With `execute_lazily` few are in memory at once."""
         parameters = {"namespace": namespace, "after": after, "limit": limit}
-        rows = execute(connection, self._sql["page"], parameters)
-        return [StoredSchedule.from_row(row) for row in rows]
+        rows = read(connection, self._sql["page"], parameters)
+        return (StoredSchedule.from_row(row) for row in rows)
 
     def pause(self, connection: Caller, namespace: str, name: str) -> StoredSchedule:
         """Fire no tick until it is resumed, also if its app declares it again.

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from beatless.client.pages import NumberedRunPage, RunPage
+from beatless.client.pages import ApprovalPage, NumberedRunPage, RunPage, SchedulePage
 from beatless.cursors import encode_page
 from beatless.orchestrator.records import Run
 
@@ -59,6 +59,19 @@ def run_page(page: RunPage, status: HTTPStatus = HTTPStatus.OK, **others: Any) -
     tail = json.dumps({"next": following} | others)[1:]
     content = f'{{"runs":[{",".join(page.lines)}],{tail}'
     return Response(content, status, media_type="application/json")
+
+
+def schedule_page(page: SchedulePage) -> Response:
+    """The same of schedules."""
+    content = f'{{"schedules":[{",".join(page.lines)}],"next":{json.dumps(page.next)}}}'
+    return Response(content, media_type="application/json")
+
+
+def approval_page(page: ApprovalPage) -> Response:
+    """The same of approvals."""
+    following = None if page.next is None else encode_page(*page.next)
+    content = f'{{"approvals":[{",".join(page.lines)}],"next":{json.dumps(following)}}}'
+    return Response(content, media_type="application/json")
 
 
 def numbered_run_page(page: NumberedRunPage) -> Response:

@@ -1,11 +1,13 @@
 """Calls by which people decide the approvals of runs."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from beatless.approval_links import ApprovalLink, FoundLink, LinkState
+from beatless.client.pages import ApprovalPage, line_of
 from beatless.client.requests import check_texts, seconds
 from beatless.client.signals import SignalCalls, new_signal_key
 from beatless.errors import BadRequest
@@ -20,7 +22,7 @@ from beatless.orchestrator.records import NewDecision, Place, Run, SentDecision
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import WaitKind
 from beatless.outbox.awaited import AsyncCaller
-from beatless.outbox.queries import Caller
+from beatless.outbox.queries import Caller, execute_lazily
 
 logger = logging.getLogger("beatless.client")
 
@@ -98,6 +100,34 @@ class ApprovalCalls(SignalCalls):
         >>> link.occurrence
         'Refund'
         """
+        return self._make_link(
+            run_id, name, by=by, expires_in=expires_in, maker=None, connection=connection
+        )
+
+    def approval_link_of(
+        self,
+        maker: str | None,
+        run_id: str,
+        name: str,
+        *,
+        by: str,
+        expires_in: float | timedelta,
+    ) -> ApprovalLink:
+        """For a server: `approval_link` by this token, no longer than which it is good."""
+        return self._make_link(
+            run_id, name, by=by, expires_in=expires_in, maker=maker, connection=None
+        )
+
+    def _make_link(
+        self,
+        run_id: str,
+        name: str,
+        *,
+        by: str,
+        expires_in: float | timedelta,
+        maker: str | None,
+        connection: Caller | None,
+    ) -> ApprovalLink:
         _check_name(name)
         _check_person(by)
         good_for = seconds("expires_in", expires_in)
@@ -110,7 +140,9 @@ class ApprovalCalls(SignalCalls):
             bound = name if found is None else found.occurrence
             if found is None and bound == step_of(bound):
                 bound = occurrence(name, self._inbox.begun(caller, run.run_id, name) + 1)
-            return self._links.create(caller, run.run_id, bound, by=by, seconds=good_for or 0.0)
+            return self._links.create(
+                caller, run.run_id, bound, by=by, seconds=good_for or 0.0, maker=maker
+            )
 
         return self._in_transaction(connection, create)
 
@@ -156,31 +188,42 @@ class ApprovalCalls(SignalCalls):
         )
 
     def page_of_approvals(
-        self, *, plan: str | None, queue: str | None, before: Place | None, limit: int
-    ) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
+        self,
+        *,
+        plan: str | None,
+        queue: str | None,
+        before: Place | None,
+        limit: int,
+        max_bytes: int,
+    ) -> ApprovalPage:
         """For a server: the open approvals among so many runs that wait, newest first.
 
-        And the place of the last of these runs, if there may be more.
+        Ends after so many bytes, of the runs that were read or of their approvals.
         """
         check_texts(plan=plan, queue=queue)
 
-        def read(caller: Caller) -> tuple[list[tuple[Run, OpenWait]], Place | None]:
-            found = {
-                run.run_id: run
-                for run in self._journal.list_runs(
-                    caller,
-                    namespace=self._namespace,
-                    state=RunState.WAITING.value,
-                    plan=plan,
-                    queue=queue,
-                    before=before,
-                    limit=limit,
-                )
-            }
-            opened = self._inbox.open_approvals(caller, list(found))
-            last = [*found.values()][-1:] if len(found) == limit else []
-            following = (last[0].created_at, last[0].run_id) if last else None
-            return [(found[run_id], each) for run_id, each in opened], following
+        def read(caller: Caller) -> ApprovalPage:
+            runs = self._journal.list_runs(
+                caller,
+                namespace=self._namespace,
+                state=RunState.WAITING.value,
+                plan=plan,
+                queue=queue,
+                before=before,
+                limit=limit,
+                read=execute_lazily,
+            )
+            found, following = _waiting_of(runs, limit, max_bytes)
+            lines: list[str] = []
+            size, last = 0, ""
+            for run_id, opened in self._inbox.open_approvals(caller, list(found)):
+                if size >= max_bytes and run_id != last:
+                    return ApprovalPage(lines=lines, next=found[last].place)
+                waiting, last = found[run_id], run_id
+                of_run = {"run_id": run_id, "plan": waiting.plan, "queue": waiting.queue}
+                lines.append(line_of(of_run | opened.to_dict()))
+                size += len(lines[-1].encode())
+            return ApprovalPage(lines=lines, next=following)
 
         return self._in_transaction(None, read)
 
@@ -293,6 +336,30 @@ class ApprovalCalls(SignalCalls):
 
     def _json_of(self, data: Any) -> str:
         return encode(data, where=DECISION, limit=self._journal.max_event_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiting:
+    """A run that waits, without what it has been given."""
+
+    plan: str
+    queue: str
+    place: Place
+
+
+def _waiting_of(
+    runs: Iterable[Run], limit: int, max_bytes: int
+) -> tuple[dict[str, _Waiting], Place | None]:
+    """The first `limit` runs, or as many as reach `max_bytes`; the last place if there are more."""
+    found: dict[str, _Waiting] = {}
+    size = 0
+    for run in runs:
+        place = (run.created_at, run.run_id)
+        found[run.run_id] = _Waiting(plan=run.plan, queue=run.queue, place=place)
+        size += len(line_of(run.to_dict()).encode())
+        if size >= max_bytes or len(found) == limit:
+            return found, place
+    return found, None
 
 
 def _check_name(name: str) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from beatless.client.base import BaseClient
+from beatless.client.pages import SchedulePage, schedule_page_of
 from beatless.client.requests import RunRequest, check_texts
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.namespaces import id_prefix, stored_id
@@ -17,7 +18,7 @@ from beatless.orchestrator.schedules import AppliedSchedules, NewSchedule, check
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.ticks import tick_key
 from beatless.outbox.awaited import AsyncCaller
-from beatless.outbox.queries import Caller
+from beatless.outbox.queries import Caller, execute_lazily
 from beatless.outbox.times import problem_with_moment
 
 MOST_BACKFILLED = 10_000
@@ -126,7 +127,9 @@ class ScheduleCalls(BaseClient):
         check_texts(after=after)
         return self._in_transaction(
             connection,
-            lambda caller: self._schedules.page(caller, self._namespace, after=after, limit=limit),
+            lambda caller: list(
+                self._schedules.page(caller, self._namespace, after=after, limit=limit)
+            ),
         )
 
     async def aschedules(
@@ -136,6 +139,18 @@ class ScheduleCalls(BaseClient):
         return await self._awaited(
             connection, lambda given: self.schedules(after=after, limit=limit, connection=given)
         )
+
+    def page_of_schedules(self, *, after: str, limit: int, max_bytes: int) -> SchedulePage:
+        """`schedules` for a server: ends after so many bytes and has few in memory at once."""
+        check_texts(after=after)
+
+        def read(caller: Caller) -> SchedulePage:
+            found = self._schedules.page(
+                caller, self._namespace, after=after, limit=limit, read=execute_lazily
+            )
+            return schedule_page_of(found, limit, max_bytes)
+
+        return self._in_transaction(None, read)
 
     def schedule(self, name: str, *, connection: Caller | None = None) -> StoredSchedule:
         """One schedule as it is stored now. Raises ScheduleNotFound.

@@ -1,5 +1,6 @@
 """Runs that wait for a person: decided once, checked by the form, and by whom is in the journal."""
 
+import asyncio
 import re
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from urllib.parse import urlencode
 import psycopg
 import pytest
 import sqlalchemy
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
 from beatless import (
@@ -38,6 +39,7 @@ from beatless import (
     plan,
     step,
 )
+from beatless.api import responses
 from beatless.auth import Scope, Tokens
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
@@ -138,10 +140,23 @@ PARCELS = Plan(
 )
 
 
+ESSAY = "why? " * 2000
+"""More than all that a run of `essays` is."""
+
+
+class Essay(BaseModel):
+    text: str = Field(description=ESSAY)
+
+
+@plan("essays")
+async def essays(run: RunContext[Any]) -> Any:
+    await asyncio.gather(*(run.approve(title, form=Essay) for title in ("one?", "two?")))
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     BODIES.clear()
-    return [asks, asks_async, ships, graded, REFUNDED, PARCEL, PARCELS]
+    return [asks, asks_async, essays, ships, graded, REFUNDED, PARCEL, PARCELS]
 
 
 EACH = pytest.mark.parametrize("name", ["asks", "refunded"])
@@ -521,6 +536,36 @@ def test_open_approvals_are_listed_with_their_runs_in_pages(beatless: Kit, api: 
     assert api("GET", "/v1/approvals?cursor=x").status == 400
 
 
+def approvals_by_page(api: Api, pages: int) -> list[list[str]]:
+    """The runs of the approvals on each page of the list; there must be so many at most."""
+    listed, cursor = [], ""
+    for _ in range(pages):
+        page = api("GET", f"/v1/approvals?limit=500{cursor}").json
+        listed.append([each["run_id"] for each in page["approvals"]])
+        if page["next"] is None:
+            return listed
+        cursor = f"&cursor={page['next']}"
+    raise AssertionError(listed)
+
+
+def test_a_list_of_approvals_ends_after_so_many_bytes_of_runs(
+    beatless: Kit, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it has the inputs of 500 runs in memory."""
+    runs = [waiting(beatless, "asks") for _ in range(3)]
+    monkeypatch.setattr(responses, "RUNS_BYTES", 1)
+    assert approvals_by_page(api, 4) == [[run] for run in reversed(runs)] + [[]]
+
+
+def test_a_list_of_approvals_ends_after_so_many_bytes_of_them(
+    beatless: Kit, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one run are on one page."""
+    runs = [waiting(beatless, "essays") for _ in range(3)]
+    monkeypatch.setattr(responses, "RUNS_BYTES", len(ESSAY))
+    assert approvals_by_page(api, 4) == [[run] * 2 for run in reversed(runs)]
+
+
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
 
 
@@ -626,6 +671,38 @@ def test_a_link_that_was_made_before_the_approval_is_of_its_next_occurrence(
     assert post(api, second.path, approved="false", comment="no").status == 200
     beatless.work_until_idle()
     assert beatless.client.get_run(run).result == [True, False, "no", "Ship_it#2"]
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired"])
+def test_a_link_ends_with_the_token_that_made_it(beatless: Kit, api: Api, how: str) -> None:
+    run = waiting(beatless, "asks")
+    tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    token_id, secret = tokens.create([Scope.RUNS_WRITE], seconds=3600)
+    tokens.create([Scope.RUNS_WRITE])
+    path = f"/v1/runs/{run}/approvals/refund/links"
+    made = api("POST", path, {"by": ANN}, Authorization=f"Bearer {secret}").json
+    ours = beatless.client.approval_link(run, "refund", by=ANN)
+    assert api("GET", f"/approve/{made['token']}").status == 200
+
+    if how == "revoked":
+        tokens.revoke(token_id)
+    else:
+        beatless.advance(3601)
+    shown = api("GET", f"/approve/{made['token']}")
+    assert (shown.status, "revoked" in shown.text) == (410, True)
+    assert post(api, f"approve/{made['token']}", amount="1").status == 410
+    assert beatless.client.get_run(run).state == "waiting"
+    assert post(api, ours.path, amount="7").status == 200
+
+
+def test_a_link_that_was_made_while_there_was_no_token_ends_with_the_first(
+    beatless: Kit, api: Api
+) -> None:
+    run = waiting(beatless, "asks")
+    made = api("POST", f"/v1/runs/{run}/approvals/refund/links", {"by": ANN}).json
+    assert api("GET", f"/approve/{made['token']}").status == 200
+    Tokens(beatless.app.engine, beatless.app.settings.schema).create([Scope.RUNS_READ])
+    assert api("GET", f"/approve/{made['token']}").status == 410
 
 
 def test_a_link_needs_no_token_and_lets_into_nothing_else(beatless: Kit, api: Api) -> None:

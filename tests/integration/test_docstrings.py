@@ -17,8 +17,10 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITHOUT = {"Kit.close", "Client.stored_id", "Client.page_of_runs", "Client.event_page"} | {
     "Client.decide_by_link",
+    "Client.approval_link_of",
     "Client.link_of",
     "Client.page_of_approvals",
+    "Client.page_of_schedules",
     "Client.count_failed_runs",
     "Client.ends_of_children",
     "Client.page_of_children",

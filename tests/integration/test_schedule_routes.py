@@ -18,6 +18,7 @@ from beatless import (
     UnknownPlan,
     step,
 )
+from beatless.api import responses
 from beatless.doctor.doctor import Doctor
 from beatless.doctor.finding import Finding, Status
 from beatless.http import Client
@@ -87,6 +88,19 @@ def test_many_schedules_come_page_by_page(beatless: Kit, client: Client) -> None
         beatless.client.create_schedule(Schedule(f"s{number}", report, every=60))
     assert [each.name for each in client.schedules(after="s1", limit=2)] == ["s2", "s3"]
     assert client.schedules(limit=1000) == beatless.client.schedules()
+
+
+def test_a_page_of_schedules_ends_after_so_many_bytes(
+    beatless: Kit, client: Client, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "RUNS_BYTES", 3000)
+    for number in range(5):
+        beatless.client.create_schedule(Schedule(f"s{number}", report, every=60, input="x" * 1400))
+    with serving(beatless_app, is_open=True) as api:
+        page = api("GET", "/v1/schedules?limit=1000").json
+    assert ([each["name"] for each in page["schedules"]], page["next"]) == (["s0", "s1"], "s1")
+    assert client.schedules(limit=1000) == beatless.client.schedules()
+    assert [each.name for each in client.schedules(limit=3)] == ["s0", "s1", "s2"]
 
 
 def test_errors_over_http_are_those_of_the_app(client: Client) -> None:

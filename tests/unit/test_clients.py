@@ -27,9 +27,11 @@ NEED_THE_DATABASE = {
     "declared_schedules",
 }
 OF_THE_SERVER = {
+    "approval_link_of",
     "decide_by_link",
     "link_of",
     "page_of_approvals",
+    "page_of_schedules",
     "ends_of_children",
     "event_page",
     "page_of_children",

@@ -8,8 +8,8 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from beatless.api import approval_page
-from beatless.api.access import GuardedRoute, Reader, Writer
+from beatless.api import approval_page, responses
+from beatless.api.access import GuardedRoute, Reader, Writer, granted_for
 from beatless.api.bodies import ApprovalBody, ApprovalLinkBody, place_of
 from beatless.api.form_fields import decision_of, fields_of
 from beatless.api.gate import LINK_ROUTE
@@ -18,7 +18,7 @@ from beatless.api.responses import refusals
 from beatless.api.schemas import APPROVAL_LINK, DECISION, answers
 from beatless.api.services import services_of
 from beatless.approval_links import FoundLink, LinkState
-from beatless.cursors import encode_page
+from beatless.auth import Scope
 from beatless.errors import BadRequest
 from beatless.namespaces import DEFAULT_NAMESPACE
 from beatless.orchestrator.errors import (
@@ -45,18 +45,16 @@ def list_approvals(
     queue: str | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """Open approvals: those of `limit` runs that wait, newest first; `cursor` as for runs."""
-    found, following = client.page_of_approvals(
-        plan=plan, queue=queue, before=place_of(cursor), limit=limit
+    found = client.page_of_approvals(
+        plan=plan,
+        queue=queue,
+        before=place_of(cursor),
+        limit=limit,
+        max_bytes=responses.RUNS_BYTES,
     )
-    return {
-        "approvals": [
-            {"run_id": run.run_id, "plan": run.plan, "queue": run.queue} | opened.to_dict()
-            for run, opened in found
-        ],
-        "next": None if following is None else encode_page(*following),
-    }
+    return responses.approval_page(found)
 
 
 @router.post(
@@ -92,9 +90,13 @@ def approve_run(
 def approval_link(
     run_id: str, name: str, body: ApprovalLinkBody, client: Writer, request: Request
 ) -> dict[str, Any]:
-    """Make a link by which one person decides one approval, once."""
-    link = client.approval_link(
-        run_id, name, by=body.by, expires_in=timedelta(seconds=body.expires_in)
+    """Make a link by which one person decides one approval, once.
+
+    It is good no longer than the token that makes it.
+    """
+    maker = granted_for(request, Scope.RUNS_WRITE).token_id
+    link = client.approval_link_of(
+        maker, run_id, name, by=body.by, expires_in=timedelta(seconds=body.expires_in)
     )
     return {
         "id": link.id,

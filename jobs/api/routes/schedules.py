@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
+from beatless.api import responses
 from beatless.api.access import GuardedRoute, Reader, Writer
 from beatless.api.bodies import BackfillRequest, CancelRequest, ScheduleChange, ScheduleRequest
 from beatless.api.responses import refusals
@@ -20,11 +21,10 @@ def list_schedules(
     client: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=200)] = "",
-) -> dict[str, Any]:
-    """The schedules by name; `after` is the `next` of the page before."""
-    found = client.schedules(after=after, limit=limit)
-    following = found[-1].name if len(found) == limit else None
-    return {"schedules": [each.to_dict() for each in found], "next": following}
+) -> Response:
+    """The schedules by name, as many as fit into some MiB; `after` is the `next` before."""
+    found = client.page_of_schedules(after=after, limit=limit, max_bytes=responses.RUNS_BYTES)
+    return responses.schedule_page(found)
 
 
 @router.post("/v1/schedules", status_code=201, responses=refusals(TAKEN))
