@@ -35,7 +35,7 @@ from beatless.outbox.faults import CrashPoints
 from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.queries import Queries
 from beatless.outbox.sessions import OWN
-from beatless.postgres import connect_directly, dispose, engine
+from beatless.postgres import async_engine, connect_directly, dispose, engine
 from beatless.queues import Queues
 from beatless.redaction import Redact, Redaction, ShownClient
 from beatless.settings import Settings
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import redis
     from kombu import Connection
     from redis import asyncio as aioredis
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from beatless.orchestrator.firing import Firing
     from beatless.orchestrator.fleet_watch import FleetWatch
@@ -250,6 +251,7 @@ class App:
                     journal=self.journal,
                     leases=self.leases,
                     engine=self._steps_engine,
+                    new_async_engine=self._new_async_engine,
                     faults=self.faults,
                     counts=self.metrics.worker,
                     scope=self._scope,
@@ -259,6 +261,16 @@ class App:
                     plans=self.plans,
                 )
             return self._executors
+
+    def _new_async_engine(self) -> "AsyncEngine":
+        """For transactional steps that are `async def`."""
+        return async_engine(
+            self.settings.database_url,
+            session_name(),
+            direct=not self.settings.pooled,
+            password=self.settings.password("database"),
+            pool_size=0,  # as for the others
+        )
 
     def after_fork(self) -> None:
         self._making = threading.RLock()

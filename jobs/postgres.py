@@ -1,7 +1,8 @@
 """Connections to Postgres: every session of this package is opened here."""
 
+import asyncio
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -11,8 +12,18 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from beatless.credentials import Password, ask
 from beatless.outbox import forks
 from beatless.outbox.adapters import ADAPTERS, Cursor
-from beatless.outbox.sessions import CLIENT_CHECK_INTERVAL, KEEPALIVE, OWN, SHARED, prepare_session
+from beatless.outbox.sessions import (
+    CLIENT_CHECK_INTERVAL,
+    KEEPALIVE,
+    OWN,
+    SHARED,
+    prepare_async_session,
+    prepare_session,
+)
 from beatless.settings import Settings, engine_url, libpq_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 
@@ -29,22 +40,24 @@ def _open(
     **options: Any,
 ) -> AnyConnection:
     """An autocommit connection in UTF8. `name` is its application name in Postgres."""
-    given = libpq_url(url)
-    # The encoding does not depend on PGCLIENTENCODING, the role or the database: poolers
-    # pass this parameter on.
-    dsn = make_conninfo(given, application_name=name, client_encoding="UTF8", **KEEPALIVE)
-    if password is not None:
-        dsn = make_conninfo(dsn, password=ask(password, psycopg.OperationalError))
-    connection = kind.connect(dsn, autocommit=True, **options)
+    connection = kind.connect(_address(url, name, password), autocommit=True, **options)
     forks.own(connection)
     if direct:  # a pooler's sessions are not ours to set
-        prepare_session(
-            connection,
-            session,
-            options=str(conninfo_to_dict(given).get("options") or ""),
-            client_check=client_check,
-        )
+        prepare_session(connection, session, options=_options(url), client_check=client_check)
     return connection
+
+
+def _address(url: str, name: str, password: Password | None) -> str:
+    # The encoding does not depend on PGCLIENTENCODING, the role or the database: poolers
+    # pass this parameter on.
+    dsn = make_conninfo(libpq_url(url), application_name=name, client_encoding="UTF8", **KEEPALIVE)
+    if password is not None:
+        dsn = make_conninfo(dsn, password=ask(password, psycopg.OperationalError))
+    return dsn
+
+
+def _options(url: str) -> str:
+    return str(conninfo_to_dict(libpq_url(url)).get("options") or "")
 
 
 def connect(settings: Settings, name: str) -> psycopg.Connection[Any]:
@@ -102,6 +115,26 @@ def engine(
         return connection
 
     return sqlalchemy.create_engine(engine_url(url), creator=create, **options)
+
+
+def async_engine(
+    url: str, name: str, *, direct: bool, password: Password | None = None, **options: Any
+) -> "AsyncEngine":
+    """An `engine` for one event loop, in which it is to be disposed of."""
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    async def create() -> psycopg.AsyncConnection[Any]:
+        address = await asyncio.to_thread(_address, url, name, password)  # it may ask for that
+        connection = await psycopg.AsyncConnection.connect(
+            address, autocommit=True, prepare_threshold=5 if direct else None
+        )
+        forks.own(connection)
+        if direct:
+            await prepare_async_session(connection, SHARED, options=_options(url))
+        await connection.set_autocommit(False)
+        return connection
+
+    return create_async_engine(engine_url(url), async_creator=create, **options)
 
 
 def dispose(engine: sqlalchemy.Engine) -> None:

@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Generator
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beatless.orchestrator.context import StepContext, in_percent
 from beatless.orchestrator.errors import LeaseLost
 from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.loop_thread import WriteLane
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 BLOCKS_AT = 8
 """How often the output of a step is full that does not await, until it blocks the loop."""
@@ -44,6 +47,15 @@ class AsyncStepContext(StepContext):
         self._nothing = Write(_written())
         self._emptied = _written()
         """The write of output that was handed over last."""
+
+    @property
+    def connection(self) -> "AsyncConnection":  # type: ignore[override]  # asynchronous, as the step
+        """The transaction that also commits this step's StepFinished: transactional steps only.
+
+        An SQLAlchemy AsyncConnection. Raises RuntimeError in other steps.
+        """
+        found: AsyncConnection = self._given_connection()
+        return found
 
     def trace(self, name: str, /, **data: Any) -> Awaitable[None]:  # type: ignore[override]  # awaitable
         """Hand over a DebugTrace event. `await` it to know that it is committed.

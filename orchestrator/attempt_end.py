@@ -2,9 +2,6 @@
 
 from collections.abc import Callable
 
-import sqlalchemy
-
-from beatless.orchestrator.body import transaction_lost
 from beatless.orchestrator.errors import (
     DeadlineExceeded,
     LeaseLost,
@@ -15,6 +12,7 @@ from beatless.orchestrator.errors import (
 from beatless.orchestrator.failure import is_a, text_of
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.requests import Cancelled, Raised, Stopped, TransactionLost
+from beatless.orchestrator.step_transaction import StepTransaction, transaction_lost
 from beatless.orchestrator.watchdog import Attempt
 
 
@@ -29,7 +27,7 @@ class AttemptEnded(Exception):
 def end_of_body(
     attempt: Attempt,
     error: BaseException,
-    transaction: sqlalchemy.Connection | None,
+    transaction: StepTransaction | None,
     *,
     leaving: Callable[[], bool],
     cancel_requested: Callable[[], bool],

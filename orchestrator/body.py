@@ -1,62 +1,21 @@
-"""Calls the body of a step, in its transaction and in this process alone."""
+"""Calls the body of a step, in this process alone."""
 
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NoReturn
-
-import psycopg
-import sqlalchemy
-from sqlalchemy import exc
 
 from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.context import StepContext
 from beatless.orchestrator.django_connections import around_body, before_async_body
-from beatless.orchestrator.errors import BadPayload, DeadlineExceeded, Fatal, StepTimeout
-from beatless.orchestrator.failure import is_a
+from beatless.orchestrator.errors import Fatal
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.plan import Step
-from beatless.orchestrator.sure_writer import AWAY
 from beatless.orchestrator.watchdog import Attempt
-
-TOO_SLOW = (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)
-"""How Postgres ends the connection of a transaction that took too long: a failure of the step."""
-
-
-class NoConnection(Exception):
-    """There is none for a transactional step now: its body was not called."""
-
-
-@contextmanager
-def step_transaction(
-    step: Step,
-    engine: sqlalchemy.Engine,
-    within: Callable[[Callable[[], Any]], Any],
-) -> Iterator[sqlalchemy.Connection | None]:
-    """The transaction of a transactional step, committed at the end; None for other steps.
-
-    `within` makes the connection, and commits: either may have to be waited for.
-    Raises NoConnection.
-    """
-    if not step.transactional:
-        yield None
-        return
-    try:
-        connection = within(engine.connect)
-    except (exc.DBAPIError, exc.TimeoutError, *AWAY) as error:
-        raise NoConnection(str(error)) from error
-    with connection, connection.begin() as transaction:
-        yield connection
-        try:
-            within(transaction.commit)
-        except BaseException:
-            # Else its connection is given back as it is, with what it holds.
-            transaction.rollback()
-            raise
 
 
 def call_body(
@@ -116,29 +75,3 @@ def leave_copy(error: BaseException | None) -> NoReturn:
         with suppress(Exception):
             stream.flush()
     os._exit(status if isinstance(status, int) else 1)
-
-
-def check_transaction(step: Step, transaction: sqlalchemy.Connection | None) -> None:
-    """Raises the error that the step's own handling of its connection may have hidden."""
-    if transaction is None or (transaction.in_transaction() and not transaction.invalidated):
-        return
-    if transaction.invalidated:
-        reason = ConnectionError("the connection was lost, and the step went on")
-        raise exc.DBAPIError(None, None, reason, connection_invalidated=True)
-    raise Fatal(
-        f"step {step.name} ended the transaction of ctx.connection: leave commit and rollback to "
-        "beatless, so that they include StepFinished"
-    )
-
-
-def transaction_lost(error: BaseException, transaction: sqlalchemy.Connection | None) -> bool:
-    """Whether a body raised because the connection of its transaction broke.
-
-    An error of a statement is the step's: a lock that was not available, a
-    deadlock, a limit. So are errors of the step's own connections.
-    """
-    if transaction is None or not transaction.invalidated:
-        return False
-    if is_a(error, exc.DBAPIError) and isinstance(getattr(error, "orig", None), TOO_SLOW):
-        return False
-    return not is_a(error, (Fatal, BadPayload, StepTimeout, DeadlineExceeded))

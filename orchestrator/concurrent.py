@@ -33,7 +33,7 @@ from beatless.outbox.backoff import Backoff
 T = TypeVar("T")
 
 SYNC_BODIES = 64
-"""Bodies that are not async, at once: each has a thread."""
+"""Bodies that are not async, or are transactional, at once: each has a thread or a connection."""
 
 WAITING_WRITES = 8
 """Statements that may wait for a row, at once: each has a thread and a connection. None waits for
@@ -175,8 +175,11 @@ class ConcurrentExecutor(Executor):
             turns.close()
 
     def _call(self, lease: Lease, turns: Turns, body: RunBody) -> Turn:
-        """Let a run call its body, in a thread if it is not async: before its time begins."""
-        if body.step.is_async:
+        """Let a run call its body when it has a place: before its time begins.
+
+        For its thread, if it is not async; for its connection to Postgres, if it is transactional.
+        """
+        if body.step.is_async and not body.step.transactional:
             return self._call_beside_others(lease, turns, body)
         self._thread.wait(self._places.take())
         try:
@@ -221,12 +224,16 @@ class ConcurrentExecutor(Executor):
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         def body() -> Any:
-            return call_body(step, context, attempt, self.loop, self._thread.wait)
+            return call_body(step, context, attempt, self.loop, self.wait)
 
         if step.is_async:
             return self.limit(attempt, body)
         own_context = copy_context()
         return self._thread.wait(self._bodies.submit(own_context.run, self.limit, attempt, body))
+
+    def wait(self, future: Future[T]) -> T:
+        found: T = self._thread.wait(future)
+        return found
 
     def aside(self, act: Callable[[], T]) -> T:
         failures = 0

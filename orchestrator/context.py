@@ -44,7 +44,7 @@ class StepContext:
         append: Callable[[NewEvent], None],
         output: StepOutput,
         check_cancel: Callable[[], bool],
-        connection: sqlalchemy.Connection | None,
+        connection: Any,
         cancellable: bool = True,
         traceparent: str | None = None,
         key: str | None = None,
@@ -84,6 +84,10 @@ class StepContext:
 
         Raises RuntimeError in other steps.
         """
+        found: sqlalchemy.Connection = self._given_connection()
+        return found
+
+    def _given_connection(self) -> Any:
         if self._connection is None:
             raise RuntimeError(
                 f"step {self.step} has no connection: declare it @step(transactional=True)"

@@ -10,28 +10,18 @@ from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypeVar
 
 import psycopg
-import sqlalchemy
 from sqlalchemy import exc
 
 from beatless.orchestrator.async_context import AsyncStepContext
 from beatless.orchestrator.attempt_end import AttemptEnded, end_of_body, may_have_struck
 from beatless.orchestrator.bodies import Beside, Bodies, ThreadsBeside
-from beatless.orchestrator.body import (
-    NoConnection,
-    call_body,
-    check_transaction,
-    step_transaction,
-)
+from beatless.orchestrator.body import call_body
 from beatless.orchestrator.boundaries import Conclusion
 from beatless.orchestrator.child_calls import without_reads
 from beatless.orchestrator.children import ChildRuns
 from beatless.orchestrator.connections import Connections, OneConnection
 from beatless.orchestrator.context import StepContext
-from beatless.orchestrator.errors import (
-    DeadlineExceeded,
-    LeaseLost,
-    StepTimeout,
-)
+from beatless.orchestrator.errors import DeadlineExceeded, LeaseLost, StepTimeout
 from beatless.orchestrator.executions import requests_of
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
@@ -71,6 +61,12 @@ from beatless.orchestrator.run_report import RunReport, ShownError
 from beatless.orchestrator.scope import Scope, no_scope
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.step_output import StepOutput
+from beatless.orchestrator.step_transaction import (
+    NoConnection,
+    StepTransaction,
+    Transactions,
+    check_transaction,
+)
 from beatless.orchestrator.sure_writer import AWAY, NEVER
 from beatless.orchestrator.turns import HAND_BACK, IN_DOUBT, Answer, Turn, Turns
 from beatless.orchestrator.watchdog import Attempt, no_limit
@@ -92,7 +88,7 @@ class Executor:
         journal: Journal,
         leases: Leases,
         connect: Callable[[], Connection],
-        engine: sqlalchemy.Engine,
+        transactions: Transactions,
         heartbeat: Heartbeat,
         outputs: OutputThread,
         worker: str,
@@ -118,7 +114,7 @@ class Executor:
         self.journal = journal
         self.children = ChildRuns(journal)
         self.leases = leases
-        self.engine = engine
+        self.transactions = transactions
         self.heartbeat = heartbeat
         self.outputs = outputs
         self.worker = worker
@@ -170,9 +166,11 @@ class Executor:
 
     def call(self, step: Step, context: StepContext, attempt: Attempt) -> Any:
         """The result of a body, within its limits of time."""
-        return self.limit(
-            attempt, lambda: call_body(step, context, attempt, self.loop, Future.result)
-        )
+        return self.limit(attempt, lambda: call_body(step, context, attempt, self.loop, self.wait))
+
+    def wait(self, future: Future[T]) -> T:
+        """The result of a future, while other runs go on if there are any."""
+        return future.result()
 
     def execute(self, plan: Plan, run_id: str, dispatch: int, *, max_steps: int = 0) -> bool:
         """Execute the remaining steps of a run; False if it was not ours to execute.
@@ -396,7 +394,7 @@ class RunDriver:
             return Stopped() if executor.stopping.is_set() else HandedBack()
         self._begin(request)
         try:
-            with step_transaction(step, executor.engine, executor.within) as transaction:
+            with executor.transactions.of(step, executor) as transaction:
                 conclusion = self._call(request, traceparent, transaction)
                 executor.faults.reach("step.effect_done")
                 commit = requests.send(Returned(conclusion))
@@ -404,9 +402,8 @@ class RunDriver:
                 if transaction is None:
                     appended = yield from self._settle(commit.settlement)
                 else:
-                    appended = executor.within(
-                        partial(self._writer.settle_within, transaction, commit.settlement)
-                    )
+                    settle = partial(self._writer.settle_within, settlement=commit.settlement)
+                    appended = transaction.act(settle)
         except AttemptEnded as ended:
             if may_have_struck(step, ended.reply):
                 self._writer.reconnect()
@@ -454,7 +451,7 @@ class RunDriver:
             return BodyEnded(occurrence=name, outcome=Returned(conclusion))
 
     def _call(
-        self, request: RunBody, traceparent: str | None, transaction: sqlalchemy.Connection | None
+        self, request: RunBody, traceparent: str | None, transaction: StepTransaction | None
     ) -> Conclusion:
         """Call the body and conclude from its value. Raises AttemptEnded."""
         attempt = self._limited(request)
@@ -524,7 +521,7 @@ class RunDriver:
         self,
         request: RunBody,
         traceparent: str | None,
-        transaction: sqlalchemy.Connection | None,
+        transaction: StepTransaction | None,
         attempt: Attempt,
         output: StepOutput,
     ) -> StepContext:
@@ -544,7 +541,7 @@ class RunDriver:
             append=lambda event: self._writer.append(attempt, event),
             output=output,
             check_cancel=lambda: self._writer.cancel_noticed(attempt, request.occurrence),
-            connection=transaction,
+            connection=None if transaction is None else transaction.connection,
             cancellable=not request.compensating,
             traceparent=traceparent,
         )

@@ -15,13 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from beatless.orchestrator.held_rows import RowHeld, giving_way
 from beatless.orchestrator.loop_watch import LoopWatch
 from beatless.outbox import forks
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.threads import LastingThread
+
+T = TypeVar("T")
 
 WRITERS = 4
 """Threads, each with one write of a step in hand."""
@@ -133,6 +135,10 @@ class LoopThread:
         `leave_copy` ends a copy of the process in which the body returns a second time.
         """
         return BodyTask(self._running(), body, name=name, leave_copy=leave_copy)
+
+    def submit(self, act: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Call one of ours in the loop, in a copy of the context of this thread."""
+        return asyncio.run_coroutine_threadsafe(act(), self._running())
 
     def lane(self) -> "WriteLane":
         """A lane for the writes of one body."""

@@ -117,8 +117,9 @@ def step(
     `undo` is a step that is called, with the context and an `Undone`, if this one was begun and
     the run then fails or is cancelled; those of a run are called one by one, the last step first.
     A function that is `async def` gets an AsyncStepContext; it runs in an event loop that the
-    process keeps, and is ended by a cancel of its task. It cannot be transactional. Raises
-    PlanError for a bad name, timeout or signature, and TypeError for another option.
+    process keeps, and is ended by a cancel of its task; if it is transactional, `ctx.connection` is
+    an AsyncConnection. Raises PlanError for a bad name, timeout or signature, and TypeError for
+    another option.
 
     >>> from beatless import retry, step
     >>> @step
@@ -157,11 +158,6 @@ def step(
         if undo is not None:
             _check_undo(label, undo)
         is_async = inspect.iscoroutinefunction(body_of(function))
-        if is_async and transactional:
-            raise PlanError(
-                f"step {label} is async and transactional: ctx.connection is a connection that "
-                "would block the event loop; make it an ordinary function, which has a thread"
-            )
         return Step(
             name=label,
             function=function,

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import psycopg
 
+AnyConnection = psycopg.Connection[object] | psycopg.AsyncConnection[object]
+
 FORK_PATIENCE_S = 1.0
 """Seconds for which a fork waits for threads that are inside `without_forks`."""
 
@@ -28,11 +30,11 @@ class Forkable(Protocol):
 
 
 # Handlers of a fork cannot be unregistered, so there is one for all, and it keeps nothing alive.
-_connections: weakref.WeakSet[psycopg.Connection[object]] = weakref.WeakSet()
+_connections: weakref.WeakSet[AnyConnection] = weakref.WeakSet()
 _forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
-def own(connection: psycopg.Connection[object]) -> None:
+def own(connection: AnyConnection) -> None:
     """This connection is of no use to children of this process: there it is closed."""
     _connections.add(connection)
 

@@ -24,6 +24,15 @@ and it may be said at any time."""
 CLIENT_CHECK_INTERVAL = "5s"
 """How often Postgres looks, during a statement, whether its client is still there."""
 
+FIRST = "SET statement_timeout TO 0"
+
+SET_ALL = """
+SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS s(name, value)
+ WHERE current_setting(name, true) IS NOT NULL
+"""
+
+CHECK_CLIENT = f"SET client_connection_check_interval TO '{CLIENT_CHECK_INTERVAL}'"
+
 KEEPALIVE = {
     "keepalives": 1,
     "keepalives_idle": 5,
@@ -77,19 +86,13 @@ def prepare_session(
     meant for us and stays. Settings that this server lacks are left out. `client_check`
     has effect from here on: another one that is set later waits for the first to come round.
     """
-    kept = {name.lower() for name in re.findall(r"(?:-c\s*|--)([\w.]+)\s*=", options)}
-    wanted = {name: value for name, value in settings.items() if name.lower() not in kept}
+    kept, wanted = _of_url(options), _wanted(settings, options)
     try:
         with connection.pipeline():
             if "statement_timeout" in wanted:
                 # First, and by itself: the other statement could be too long already.
-                connection.execute("SET statement_timeout TO 0")
-            connection.execute(
-                "SELECT set_config(name, value, false) "
-                "FROM unnest(%s::text[], %s::text[]) AS s(name, value) "
-                "WHERE current_setting(name, true) IS NOT NULL",
-                (list(wanted), list(wanted.values())),
-            )
+                connection.execute(FIRST)
+            connection.execute(SET_ALL, (list(wanted), list(wanted.values())))
         read_only = connection.pgconn.parameter_status(b"default_transaction_read_only")
         if read_only == b"on" and "default_transaction_read_only" not in kept:
             connection.execute(FOR_WRITING)
@@ -100,6 +103,36 @@ def prepare_session(
     except BaseException:
         connection.close()
         raise
+
+
+async def prepare_async_session(
+    connection: psycopg.AsyncConnection[Any], settings: Mapping[str, str], *, options: str
+) -> None:
+    """`prepare_session` of an asynchronous one."""
+    kept, wanted = _of_url(options), _wanted(settings, options)
+    try:
+        async with connection.pipeline():
+            if "statement_timeout" in wanted:
+                await connection.execute(FIRST)
+            await connection.execute(SET_ALL, (list(wanted), list(wanted.values())))
+        read_only = connection.pgconn.parameter_status(b"default_transaction_read_only")
+        if read_only == b"on" and "default_transaction_read_only" not in kept:
+            await connection.execute(FOR_WRITING)
+        with suppress(psycopg.errors.InvalidParameterValue):
+            await connection.execute(CHECK_CLIENT)
+    except BaseException:
+        await connection.close()
+        raise
+
+
+def _of_url(options: str) -> set[str]:
+    """The names of the settings that these options of a URL set."""
+    return {name.lower() for name in re.findall(r"(?:-c\s*|--)([\w.]+)\s*=", options)}
+
+
+def _wanted(settings: Mapping[str, str], options: str) -> dict[str, str]:
+    kept = _of_url(options)
+    return {name: value for name, value in settings.items() if name.lower() not in kept}
 
 
 def prepare_to_drain(connection: psycopg.Connection[Any]) -> None:

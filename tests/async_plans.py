@@ -51,6 +51,11 @@ def with_connection(ctx: StepContext) -> int:
     return int(ctx.connection.execute(sqlalchemy.text("SELECT 7")).scalar_one())
 
 
+@step(transactional=True)
+async def with_async_connection(ctx: AsyncStepContext) -> int:
+    return int((await ctx.connection.execute(sqlalchemy.text("SELECT 7"))).scalar_one())
+
+
 @step
 async def adds(ctx: AsyncStepContext, one: int, other: int) -> int:
     return one + other
@@ -115,7 +120,7 @@ async def quick(ctx: AsyncStepContext) -> Any:
 
 
 ALL = [
-    Plan("together", [together, in_thread, with_connection]),
+    Plan("together", [together, in_thread, with_connection, with_async_connection]),
     sums,
     *(Plan(each.name, [each]) for each in (survives, late, endless, blocks, deadly, hungry, quick)),
 ]

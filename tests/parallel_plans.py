@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy
+
 from beatless import (
     App,
     AsyncStepContext,
@@ -121,8 +123,20 @@ async def in_turn(run: RunContext) -> list[int]:
     return list(await asyncio.gather(*(run.step(books, number) for number in range(3))))
 
 
+@step(transactional=True)
+async def books_async(ctx: AsyncStepContext, number: int) -> int:
+    found = await ctx.connection.execute(sqlalchemy.text("SELECT :n"), {"n": number})
+    return int(found.scalar_one())
+
+
+@plan("in_turn_async")
+async def in_turn_async(run: RunContext) -> list[int]:
+    return list(await asyncio.gather(*(run.step(books_async, number) for number in range(3))))
+
+
 ALL = [
     in_turn,
+    in_turn_async,
     fans_out,
     in_branches,
     threads,

@@ -6,9 +6,10 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -25,13 +26,14 @@ from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
-from beatless.orchestrator.loop_thread import LoopThread
+from beatless.orchestrator.loop_thread import END_S, LoopThread
 from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.roster import Roster
 from beatless.orchestrator.run_report import ShownError
 from beatless.orchestrator.scope import Scope, no_scope
+from beatless.orchestrator.step_transaction import Transactions
 from beatless.orchestrator.watchdog import Watchdog
 from beatless.outbox import forks
 from beatless.outbox.faults import CrashPoints
@@ -39,6 +41,9 @@ from beatless.outbox.observer import Observer, fan_out
 from beatless.outbox.threads import LastingThread
 from beatless.settings import Settings
 from beatless.worker.shutdown import Draining, is_exiting
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 E = TypeVar("E", bound=Executor)
 
@@ -53,6 +58,7 @@ class Executors:
         journal: Journal,
         leases: Leases,
         engine: sqlalchemy.Engine,
+        new_async_engine: Callable[[], "AsyncEngine"],
         faults: CrashPoints,
         counts: WorkerCounters,
         scope: Scope = no_scope,
@@ -61,7 +67,9 @@ class Executors:
         shown_error: ShownError | None = None,
         plans: Mapping[str, Plan],
     ) -> None:
-        """`engine` is for transactional steps; runs of `plans` may be children, and in groups.
+        """`engine` is for transactional steps; `new_async_engine` makes one for async ones.
+
+        Runs of `plans` may be children, and in groups.
 
         `on_process` is called in each process that Celery executes runs in, before the first.
         """
@@ -74,6 +82,8 @@ class Executors:
         self._journal = journal
         self._leases = leases
         self._engine = engine
+        self._new_async_engine = new_async_engine
+        self._async_engine: AsyncEngine | None = None
         self._faults = faults
         self._plans = plans
         self.max_group_runs = settings.worker_group_runs
@@ -102,6 +112,7 @@ class Executors:
         self._closed = threading.Event()
         self._outputs = self._new_outputs()
         self._heartbeat = self._watchdog = self._guard = self._concurrent = None
+        self._async_engine = None
         self._pid = 0
 
     def _new_outputs(self) -> OutputThread:
@@ -178,7 +189,7 @@ class Executors:
             journal=self._journal,
             leases=self._leases,
             connect=self.connect,
-            engine=self._engine,
+            transactions=Transactions(self._engine, self._engine_of_loop, self._loop),
             heartbeat=self._heartbeat,
             outputs=self._outputs,
             worker=self._worker,
@@ -216,9 +227,24 @@ class Executors:
             self._watchdog.stop()
         if self._guard is not None and self._pid == os.getpid():
             self._guard.stop()
-        self._loop.stop()
+        self._leave_loop()
         if self._pid == os.getpid():
             self._outputs.stop()
+
+    def _engine_of_loop(self) -> "AsyncEngine":
+        with self._mutex:
+            if self._async_engine is None:
+                self._async_engine = self._new_async_engine()
+            return self._async_engine
+
+    def _leave_loop(self) -> None:
+        """Stop the loop, whose connections are closed in it."""
+        with self._mutex:
+            engine, self._async_engine = self._async_engine, None
+        if engine is not None:
+            with suppress(TimeoutError):  # a body may block it
+                self._loop.submit(engine.dispose).result(END_S)
+        self._loop.stop()
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection of a worker."""

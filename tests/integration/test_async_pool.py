@@ -39,7 +39,7 @@ def test_one_process_executes_many_runs_at_once(beatless: Kit, worker: Child) ->
     for run in runs:
         assert beatless.wait_for_run_completion(run.run_id).result == 7
         events = beatless.client.events(run.run_id)
-        met, thread, _ = [e.data["result"] for e in events if e.type == "StepFinished"]
+        met, thread, *_ = [e.data["result"] for e in events if e.type == "StepFinished"]
         assert met == RUNS
         assert thread.startswith("beatless-body")
         assert traces(beatless, run.run_id) == ["inside", "here"]

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from beatless import Plan, RunContext, RunState, StepContext, step
+from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, step
 from beatless.client import Client
 from beatless.testing import Kit
 from beatless.testing.servers import Services
@@ -56,9 +56,14 @@ class Order(Base):
 class TestOrm:
     @pytest.fixture
     def beatless_plans(self) -> list[Plan]:
-        names: dict[str, Any] = {"step": step, "StepContext": StepContext, "Order": Order}
-        (block,) = re.findall(r"```python\n(from sqlalchemy.orm.*?)```", TEXT, re.DOTALL)
-        exec(block, names)
+        names: dict[str, Any] = {"step": step, "Order": Order}
+        names |= {"StepContext": StepContext, "AsyncStepContext": AsyncStepContext}
+        recipes = []
+        for module in ("orm", "ext.asyncio"):
+            pattern = rf"```python\n(from sqlalchemy.{module} import \w+\n\n\n@step.*?)```"
+            (block,) = re.findall(pattern, TEXT, re.DOTALL)
+            exec(block, names)
+            recipes.append(names["reserve"])
 
         @step(transactional=True)
         def fail(ctx: StepContext) -> None:
@@ -67,7 +72,8 @@ class TestOrm:
                 session.commit()
             raise ValueError("the step fails after its commit")
 
-        return [Plan("reserve", [names["reserve"]]), Plan("fails", [fail])]
+        ordinary, asynchronous = recipes
+        return [Plan("reserve", [ordinary]), Plan("async", [asynchronous]), Plan("fails", [fail])]
 
     @pytest.fixture
     def beatless_tables(self) -> Any:
@@ -75,7 +81,11 @@ class TestOrm:
 
     @pytest.mark.parametrize(
         ("plan", "ended", "state"),
-        [("reserve", RunState.COMPLETED, "reserved"), ("fails", RunState.FAILED, "new")],
+        [
+            ("reserve", RunState.COMPLETED, "reserved"),
+            ("async", RunState.COMPLETED, "reserved"),
+            ("fails", RunState.FAILED, "new"),
+        ],
     )
     def test_a_session_commits_with_the_step(
         self, plan: str, ended: RunState, state: str, beatless: Kit

@@ -122,8 +122,8 @@ def test_a_step_that_gets_no_connection_waits_and_counts_nothing(
     kit = make(lambda ctx: 1)
     run = kit.start_run("one")
     executor = kit.executor()
-    engine = executor.engine
-    with poor(engine.url) as executor.engine:
+    engine = executor.transactions.engine
+    with poor(engine.url) as executor.transactions.engine:
         kit.work_until_idle()
         assert journal(kit, run.run_id) == [("StepStarted", 1), ("DebugTrace", 1)] * 2
         for _ in range(MAX_LOSSES):
@@ -132,7 +132,7 @@ def test_a_step_that_gets_no_connection_waits_and_counts_nothing(
         assert kit.client.get_run(run.run_id).state is RunState.QUEUED
         assert "no connection was to be had" in str(kit.client.explain(run.run_id))
 
-    executor.engine = engine
+    executor.transactions.engine = engine
     kit.advance(61)
     kit.work_until_idle()
 
@@ -209,7 +209,9 @@ def test_a_transaction_that_idles_too_long_for_postgres_has_failed(
 def test_a_cancel_while_there_is_no_connection_is_heard(make: Make) -> None:
     kit = make(lambda ctx: 1)
     run = kit.start_run("one")
-    kit.executor().engine = sqlalchemy.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    kit.executor().transactions.engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://nobody@127.0.0.1:1/none"
+    )
     kit.work_until_idle()
     kit.client.cancel_run(run.run_id)
     assert kit.client.get_run(run.run_id).state is RunState.CANCELLED
@@ -221,4 +223,4 @@ def test_as_many_transactional_steps_run_at_once_as_a_worker_has_places(make: Ma
     kit = make(lambda ctx: 1)
     with ExitStack() as steps:
         for _ in range(17):
-            steps.enter_context(kit.executor().engine.connect())
+            steps.enter_context(kit.executor().transactions.engine.connect())

@@ -23,6 +23,7 @@ RESULTS: dict[str, Any] = {
     "in_branches": [1, 11, 21],
     "threads": list(range(1, WIDTH + 1)),
     "waits_in_a_branch": [10, 8, 2],
+    "in_turn_async": [0, 1, 2],
     "children_in_branches": [4, [1, 4, 9, 16, 25], 9, 2],
 }
 IN_FLIGHT = [

@@ -29,7 +29,7 @@ def costs(beatless: Kit, beatless_app: App, tmp_path: Path) -> Iterator[Costs]:
 
     trace(executor.connection())
 
-    @sqlalchemy.event.listens_for(executor.engine, "connect")
+    @sqlalchemy.event.listens_for(executor.transactions.engine, "connect")
     def connected(driver: psycopg.Connection, _record: object) -> None:
         trace(driver)
 
@@ -51,7 +51,7 @@ def costs(beatless: Kit, beatless_app: App, tmp_path: Path) -> Iterator[Costs]:
         if connection.status == psycopg.pq.ConnStatus.OK:
             connection.untrace()
         file.close()
-    sqlalchemy.event.remove(executor.engine, "connect", connected)
+    sqlalchemy.event.remove(executor.transactions.engine, "connect", connected)
 
 
 def cost(kit: Kit, costs: Costs, plan: str, input: object = None) -> Counter[str]:
