@@ -25,7 +25,7 @@ from beatless.local.ports import free_port
 SCRIPTS = "/usr/lib/rabbitmq/bin"
 """Where Debian keeps the scripts that ask for no user of their own."""
 
-PATIENCE = 90.0
+PATIENCE = 300.0
 
 
 class NoRabbitMQ(Exception):

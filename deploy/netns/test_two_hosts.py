@@ -91,7 +91,7 @@ class Hosts:
         assert self._holder.stdout
         self._holder.stdin.close()
         self._holder.stdout.close()
-        self._holder.wait(10)
+        self._holder.wait(60)
 
 
 @pytest.fixture
@@ -185,8 +185,8 @@ def test_everything_is_exact_after_the_link_was_cut(
         go.touch()
 
         for run_id in ids:
-            assert kit.wait_for_run_completion(run_id, timeout=120).state == "completed"
-        out, _ = viewer.communicate(timeout=120)
+            assert kit.wait_for_run_completion(run_id, timeout=300).state == "completed"
+        out, _ = viewer.communicate(timeout=300)
         seen = json.loads(out)
         for run_id in ids:
             seqs, _ = seen[run_id]

@@ -15,6 +15,7 @@ import pytest
 
 from beatless.demo import agents_run
 from beatless.local.ports import free_port
+from tests.valkeys import until
 
 DEPLOY = Path(__file__).parents[1]
 RUNS = 200
@@ -53,7 +54,7 @@ class Fleet:
         return self.compose("ps", "-q", service).split()
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.api_port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.api_port, timeout=60)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         try:
             data = None if body is None else json.dumps(body)
@@ -109,6 +110,7 @@ class Viewer(threading.Thread):
 
     def __init__(self, fleet: Fleet, run_id: str) -> None:
         super().__init__(daemon=True)
+        self.run_id = run_id
         self.events: list[dict] = []
         self.reconnects = 0
         self._fleet = fleet
@@ -124,7 +126,7 @@ class Viewer(threading.Thread):
             self._pause.wait(0.5)
 
     def _follow(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._fleet.api_port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._fleet.api_port, timeout=60)
         headers = {"Authorization": f"Bearer {self._fleet.token}"}
         if self._last_id:
             headers["Last-Event-ID"] = self._last_id
@@ -183,7 +185,10 @@ def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet
             viewers.append(Viewer(fleet, json.loads(answer)["run_id"]))
             viewers[-1].start()
 
-    start(RUNS // 5, delay=45)  # their viewers live through everything below
+    start(1, delay=3600)
+    lasting = viewers.pop()  # lives through everything below
+    until(lambda: lasting.events, PATIENCE)
+    start(RUNS // 5, delay=45)
     start(RUNS // 5)
     subprocess.run(["docker", "kill", fleet.containers("worker")[0]], check=True)
     start(RUNS // 5)
@@ -194,20 +199,24 @@ def test_every_run_is_exact_while_the_fleet_is_restarted_and_killed(fleet: Fleet
     for service in ("postgres", "api", "flower"):
         fleet.compose("restart", "--timeout", "10", service)
     fleet.wait_ready()
+    assert fleet.request("POST", f"/v1/runs/{lasting.run_id}/cancel", {})[0] == 202
+    lasting.join(PATIENCE)
+    types = [event["type"] for event in lasting.events]
+    assert types == ["RunStarted", "CancelRequested", "RunFinished"]
+    assert lasting.reconnects > 1
     start(RUNS - started)
 
     for viewer in viewers:
         viewer.join(PATIENCE)
         assert [event["seq"] for event in viewer.events] == list(range(1, len(viewer.events) + 1))
         is_whole(viewer.events)
-    assert any(viewer.reconnects > 1 for viewer in viewers)
     fleet.compose("exec", "-T", "relay", "beatless", "verify", "--all")
     fleet.wait_healthy()
     fleet.compose("exec", "-T", "relay", "beatless", "doctor")
 
 
 def test_flower_asks_for_a_password(fleet: Fleet) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", fleet.flower_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", fleet.flower_port, timeout=60)
     connection.request("GET", "/")
     assert connection.getresponse().status == 401
     connection.close()

@@ -63,7 +63,7 @@ def admin(port: int) -> Iterator["redis.Redis"]:
 def answers(client: "redis.Redis") -> None:
     """Wait until the server is there."""
     ticking = threading.Event()
-    for _ in range(300):
+    for _ in range(1200):
         try:
             client.ping()
             return

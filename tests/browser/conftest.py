@@ -15,7 +15,7 @@ from tests.browser import chromium
 from tests.browser.plans import checkout, payment, refund
 from tests.serving import serving
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 PLANS = "tests.browser.app:app"
 
@@ -42,7 +42,7 @@ def open_page(chrome: Browser) -> Iterator[Callable[..., Page]]:
 
         def make(expected: str = "nothing is expected", **options: object) -> Page:
             context = stack.enter_context(chrome.new_context(**options))
-            context.set_default_timeout(20_000)
+            context.set_default_timeout(60_000)
             page = context.new_page()
 
             def hear(message: ConsoleMessage) -> None:

@@ -1,5 +1,6 @@
 """The page of schedules, in a real Chromium."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -52,7 +53,7 @@ def test_a_schedule_has_its_plan_rule_ticks_last_run_and_lateness(
     beatless.advance(25 * 3600)
     [run] = beatless.client.list_runs()
     expect(cell(page, "nightly", "last run")).to_contain_text(f"{run.run_id[-8:]} ")
-    expect(cell(page, "nightly", "late")).to_contain_text("ms")
+    expect(cell(page, "nightly", "late")).to_have_text(re.compile(r"\d m?s$"))
     expect(ticks).to_have_count(5)
     row.get_by_role("link", name="checkout").click()
     expect(page.locator("#runs tr")).to_have_attribute("data-run", run.run_id)
@@ -170,7 +171,7 @@ def test_a_tick_that_nobody_fires_is_told(
     postgres.execute("UPDATE schedules SET tick = clock_timestamp() - interval '90 s'")
     page = open_page()
     page.goto(f"{url}/#/schedules")
-    expect(cell(page, "late", "late")).to_contain_text("due for 1 m")
+    expect(cell(page, "late", "late")).to_have_text(re.compile(r"due for \d+ m$"))
     expect(cell(page, "late", "next tick").locator("summary")).to_have_text("now")
     expect(cell(page, "spread", "late")).to_have_text(NONE)
 
