@@ -113,7 +113,7 @@ class Chaos:
         release = self.load.senders.release
         self.load.stop(lambda: drain(self._fleet, UNFINISHED, HEALED_S, release))
         self._note_ends()
-        with self._fleet.connect() as session:
+        with self._fleet.connect_patiently() as session:
             self._recorder.write_stored(session, self._fleet.ledger)
 
     def _storm(self, seconds: float) -> None:
@@ -166,7 +166,7 @@ class Chaos:
     def _violated(self) -> bool:
         with self.load.hushed():
             self._note_ends()
-            with self._fleet.connect() as session:
+            with self._fleet.connect_patiently() as session:
                 part = self._recorder.part(session, self._fleet.ledger)
         return bool(check(part))
 
@@ -218,7 +218,7 @@ def main() -> int:
                 records = recorder.records()
             else:
                 print(f"  found after {found_s:.0f} s")
-                with chaos.load.hushed(), fleet.connect() as session:
+                with chaos.load.hushed(), fleet.connect_patiently() as session:
                     records = recorder.part(session, fleet.ledger)
         finally:
             chaos.load.leave()

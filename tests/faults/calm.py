@@ -36,9 +36,13 @@ FORGOTTEN_S = 12.0
 """The next round comes after this time even if nothing moves: it would wake what was forgotten."""
 
 LAG_FACTOR = 10.0
-"""The bound is longer by so many times the longest delay of a thread that only waits."""
+"""The bound is longer by so many times the longest delay of a thread that only waits, and commits.
+"""
 
 TICK_S = 0.05
+
+LOOK_S = 1.0
+"""Two looks are no longer apart, or this machine stood still: such time is not counted."""
 
 WORK = 100_000
 """Numbers to add, of a thread whose delays are measured: a millisecond or two, else they would only
@@ -68,7 +72,7 @@ def heal(fleet: Fleet) -> None:
         way.cut()
     with contextlib.suppress(redis.RedisError), fleet.redis(fleet.bus) as client:
         client.execute_command("ACL", "SETUSER", "default", "+publish")
-    with fleet.connect() as session:
+    with fleet.connect_patiently() as session:
         session.execute("SET default_transaction_read_only = off")
         session.execute("ALTER SYSTEM RESET default_transaction_read_only")
         session.execute("ALTER DATABASE postgres RESET ALL")
@@ -83,12 +87,15 @@ UNFINISHED = "SELECT count(*) FROM runs WHERE state IN ('queued', 'running')"
 def quiet(fleet: Fleet, load: Load, recorder: Recorder) -> Iterator[float | None]:
     """Nobody calls in this block, after all was healed; when all had drained, or None."""
     fleet.wait_ready()
-    with load.hushed():
+    with load.hushed(), slowness(fleet) as longest:
         load.hears.wait(QUIET_S)
         begin = time()
         drained = None if (rows := drain(fleet, DUE, QUIET_S)) is not None else time()
         yield drained
-        recorder.write("quiet", begin=begin, end=time(), drained=drained, rows=rows)
+        slack_s = LAG_FACTOR * longest[0]
+        recorder.write(
+            "quiet", begin=begin, end=time(), drained=drained, rows=rows, slack_s=slack_s
+        )
 
 
 def drain(
@@ -102,10 +109,18 @@ def drain(
     No longer than so many seconds in which nothing moves: a slow machine is waited for. Meanwhile
     `act` is called, again and again.
     """
-    until, rows, before = monotonic() + seconds, 0, ()
-    while monotonic() < until:
+    looked, left_s, rows, before = monotonic(), seconds, 0, ()
+
+    def look() -> bool:
+        """Whether there is time left."""
+        nonlocal looked, left_s
+        left_s -= min(monotonic() - looked, LOOK_S)
+        looked = monotonic()
+        return left_s > 0
+
+    while look():
         with contextlib.suppress(psycopg.Error), fleet.connect() as session:
-            while monotonic() < until:
+            while look():
                 now = session.execute(
                     f"SELECT ({left}), (SELECT count(*) FROM run_outbox),"
                     " (SELECT sum(last_seq) FROM runs)"
@@ -115,7 +130,7 @@ def drain(
                 if not due and not rows:
                     return None
                 if now != before:
-                    until, before = monotonic() + seconds, now
+                    left_s, before = seconds, now
                 threading.Event().wait(0.02)
     return rows
 
@@ -128,7 +143,7 @@ def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s:
 
     rounds = Rounds(load, wait_until_drained)
     begin, until = time(), monotonic() + s
-    with slowness() as longest:
+    with slowness(fleet) as longest:
         while monotonic() < until:
             rounds.round(chance)
             threading.Event().wait(chance.choice([0, 0, 0.005, 0.05, 0.2]))
@@ -136,16 +151,23 @@ def calm(fleet: Fleet, load: Load, recorder: Recorder, chance: random.Random, s:
 
 
 @contextmanager
-def slowness() -> Iterator[list[float]]:
-    """The longest delay in seconds, in this block, of a thread that waits and does a little."""
+def slowness(fleet: Fleet) -> Iterator[list[float]]:
+    """The longest delay in seconds, in this block, of a thread that waits and does a little.
+
+    It commits, too: where the disk is slow, all wait for it.
+    """
     longest, ending = [0.0], threading.Event()
 
     def tick() -> None:
-        begin = monotonic()
-        while not ending.wait(TICK_S):
-            sum(range(WORK))
-            longest[0] = max(longest[0], monotonic() - begin - TICK_S)
-            begin = monotonic()
+        while not ending.is_set():
+            with contextlib.suppress(psycopg.Error), fleet.connect() as session:
+                begin = monotonic()
+                while not ending.wait(TICK_S):
+                    sum(range(WORK))
+                    session.execute("UPDATE chaos_pulse SET beats = beats + 1")
+                    longest[0] = max(longest[0], monotonic() - begin - TICK_S)
+                    begin = monotonic()
+            ending.wait(TICK_S)
 
     ticker = threading.Thread(target=tick, name="ticker")
     ticker.start()

@@ -86,7 +86,8 @@ def ends_go_down(history: History) -> Iterator[Violation]:
     for run_id, run, _ in history.each_run():
         ended = min([history.end(run_id), run.get("cancel_requested_at") or NEVER])
         for quiet in history.quiets:
-            if quiet["drained"] is None or max(ended, quiet["begin"]) > quiet["end"] - QUIET_S:
+            bound_s = QUIET_S + quiet.get("slack_s", 0.0)
+            if quiet["drained"] is None or max(ended, quiet["begin"]) > quiet["end"] - bound_s:
                 continue
             for child in history.children(run_id):
                 asked = child.get("cancel_requested_at") or NEVER

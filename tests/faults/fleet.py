@@ -34,10 +34,12 @@ FAR_S = 0.03
 REDISPATCH_S = 2.0
 GRACE_S = 5.0
 QUEUES = ("default", "calm")
+PATIENCE_S = 120.0
 UNATTENDED = "nobody"
 """A queue that no worker consumes."""
 
 LOG = f"""
+CREATE TABLE chaos_pulse AS SELECT 0 AS beats;
 CREATE TABLE chaos_rows (run_id text NOT NULL, step text NOT NULL);
 CREATE TABLE chaos_log (id bigserial PRIMARY KEY, txid bigint NOT NULL DEFAULT txid_current(),
                         run_id text NOT NULL, claim jsonb, event jsonb, lease jsonb);
@@ -153,10 +155,15 @@ class Slot:
     def _await(self, child: Child) -> None:
         """Beside the keeper, which starts other processes meanwhile."""
         # If it was killed, or what it needs is away, the keeper tries again.
-        with suppress(NotReady, OSError):
-            child.wait_ready()
-            if self.child is child:
-                self.born = monotonic()
+        with suppress(OSError, RuntimeError):
+            while self.child is child:
+                with suppress(NotReady):  # a slow machine takes longer than its time for it
+                    child.wait_ready()
+                    if self.child is child:
+                        self.born = monotonic()
+                    return
+                if not child.alive:
+                    return
 
 
 @dataclass
@@ -220,6 +227,17 @@ class Fleet:
         url = libpq_url(self.postgres.url)
         options = f"-c search_path={self.settings.schema}"
         return psycopg.connect(url, autocommit=True, options=options, application_name="chaos")
+
+    def connect_patiently(self) -> psycopg.Connection:
+        """The same, of a server that may still recover, or part from sessions that were closed."""
+        until = monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.connect()
+            except psycopg.OperationalError:
+                if monotonic() > until:
+                    raise
+            self._ending.wait(0.1)
 
     def redis(self, server: EmbeddedValkey) -> redis.Redis:
         return redis.Redis.from_url(server.url, socket_timeout=10)
@@ -299,7 +317,7 @@ class Fleet:
         os.kill(slot.pid, signal.SIGTERM)
         self.stops.append((pids, time()))
 
-    def wait_ready(self, seconds: float = 120) -> None:
+    def wait_ready(self, seconds: float = 600) -> None:
         """Return when all processes are there."""
         until = monotonic() + seconds
         while not all(slot.ready for slot in self.slots.values() if slot.kept):

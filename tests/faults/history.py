@@ -32,7 +32,8 @@ host. `kind` says what a record is:
 | `fault` | `name`, `begin`, `end` |
 | `stop` | `pids`, `at`, `grace_s`: a worker and its children were asked to stop |
 | `quiet` | `begin`, `end`: no fault, no call, all processes there; `drained`: when all that was |
-| | due had ended, or null; `rows`: of the outbox, at the end of one that did not drain |
+| | due had ended, or null; `rows`: of the outbox, at the end of one that did not drain; |
+| | `slack_s`: so much more than on an idle machine may take |
 | `calm` | `begin`, `end`: the same, drained, with few calls; `bound_s`: what nothing takes then |
 | `run` | `run_id`, `plan`, `state`, `last_seq`, `key`, `created_at`, `deadline_at`, |
 | | `retry_of`, `attended`: there are workers for its queue; of a child `parent_id`, `child_no`, |

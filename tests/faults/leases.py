@@ -23,8 +23,11 @@ while it lives, as a frozen one is taken for gone when its lease runs out."""
 PROOF_S = 10.0
 """So long after such a fault."""
 
-FLIGHT_S = 2.0
-"""So long after its death what a process has sent may still arrive."""
+LATE_S = 2.0
+"""So long after it such a fault may be noted."""
+
+FLIGHT_S = 10.0
+"""So long after its death what a process has sent may still arrive, where Postgres is slow."""
 
 LONG_AFTER_S = 20.0
 """So long after its grace a process has ended, also on a slow machine, and if it was frozen."""
@@ -104,7 +107,7 @@ def only_the_dead_are_taken_for_dead(history: History) -> Iterator[Violation]:
                 ended[lease["worker"]] = min(first, (lease["at"], run_id))
     cuts = [fault for fault in history.faults if fault["name"].startswith(OF_SESSIONS)]
     for worker, (at, run_id) in ended.items():
-        excused = any(cut["begin"] <= at + FLIGHT_S and cut["end"] >= at - PROOF_S for cut in cuts)
+        excused = any(cut["begin"] <= at + LATE_S and cut["end"] >= at - PROOF_S for cut in cuts)
         if not excused and last.get(worker, 0.0) > at + FLIGHT_S:
             yield Violation("I11", run_id, f"{worker} was taken for dead, and lives")
 

@@ -45,7 +45,9 @@ class Recorder:
 
     def records(self) -> list[Record]:
         """What has been written down until now."""
-        return list(map(json.loads, self.path.read_text().splitlines()))
+        with self._lock:  # a long line is written in parts
+            lines = self.path.read_text().splitlines()
+        return list(map(json.loads, lines))
 
     def part(self, session: psycopg.Connection, ledger: Path) -> list[Record]:
         """The history until now, while nobody calls.

@@ -402,7 +402,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "a worker that was taken for dead and lives": (
         "I11",
-        add(logged(10, 7, "r", **claim(73, 106, worker="dead"))),
+        add(logged(10, 7, "r", **claim(73, 122, worker="dead"))),
     ),
     "a worker that claims long after it was asked to stop": (
         "I11",
@@ -527,11 +527,11 @@ LIES: dict[str, tuple[str, Lie]] = {
     ),
     "a step began after the deadline": (
         "deadline",
-        change({"kind": "event", "run_id": "r", "seq": 5}, ts=203.5),
+        change({"kind": "event", "run_id": "r", "seq": 5}, ts=208.5),
     ),
     "a run outlived its deadline": (
         "deadline",
-        change({"kind": "run", "run_id": "r"}, deadline_at=107.0 - 61),
+        change({"kind": "run", "run_id": "r"}, deadline_at=107.0 - 181),
     ),
     "a child that was started twice": ("child", add(*child("again", 2, 103.2))),
     "a child that no call has started": ("child", add(*child("more", 9, 103.2))),
@@ -811,7 +811,7 @@ def test_where_all_are_slow_nothing_is_late() -> None:
 def test_a_worker_may_be_taken_for_dead_whose_sessions_were_cut() -> None:
     records = honest()
     add(
-        logged(10, 7, "r", **claim(73, 106, worker="dead")),
+        logged(10, 7, "r", **claim(73, 122, worker="dead")),
         {"kind": "fault", "name": "every_session_ended", "begin": 102.0, "end": 102.1},
     )(records)
     assert check(records) == []
