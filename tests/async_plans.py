@@ -105,11 +105,12 @@ async def deadly(ctx: AsyncStepContext) -> str:
 
 @step(retry=retry(max_attempts=1, max_crashes=1))
 async def hungry(ctx: AsyncStepContext) -> str:
-    """Takes all memory there is, if the input says so; else a moment."""
+    """Takes 640 MB and goes on for ever, if the input says so; else it takes a moment."""
     held = []
     while ctx.input["poison"]:
-        held.append(bytearray(os.urandom(1)) * 2**22)
-        await asyncio.to_thread(threading.get_ident)
+        if len(held) < 160:
+            held.append(bytearray(os.urandom(1)) * 2**22)
+        await asyncio.to_thread(threading.Event().wait, 0.001)
     await asyncio.wait([asyncio.get_running_loop().create_future()], timeout=0.2)
     return "well"
 

@@ -3,12 +3,12 @@
 import threading
 from pathlib import Path
 
-from beatless import App, Limit, Plan, Settings, StepContext, retry, step
+from beatless import App, Limit, Plan, Settings, StepContext, step
 
 AT_ONCE = 10
 
 
-@step(retry=retry(max_crashes=1000))
+@step
 def hold(ctx: StepContext) -> None:
     """Takes a twentieth of a second, after the file that the input may name is there."""
     pause = threading.Event()

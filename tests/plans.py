@@ -230,6 +230,8 @@ def hangs(ctx: StepContext) -> str:
 
 
 limited = Plan("limited", [hangs, first])
+stuck = Plan("stuck", [replace(hangs, timeout=5), first])
+"""Its second attempt has time, on a machine that has none."""
 
 
 @step(timeout=0.5, transactional=True, retry=retry(max_attempts=2, initial=10, jitter=0))
@@ -377,8 +379,9 @@ exits = Plan("exits", [exit_for_want])
 
 @step
 def hold(ctx: StepContext) -> str:
-    """Works in C, with the interpreter's lock."""
-    ctypes.PyDLL(None).usleep(int(ctx.input["seconds"] * 1_000_000))
+    """Waits in C, with the interpreter's lock, until somebody writes to the FIFO of the input."""
+    while ctypes.PyDLL(None).open(ctx.input["fifo"].encode(), os.O_RDONLY) < 0:  # by a signal
+        pass
     return "held"
 
 
@@ -435,6 +438,7 @@ ALL = [
     late,
     limited,
     limited_transaction,
+    stuck,
     terminable,
     endless,
     six,

@@ -18,6 +18,9 @@ from beatless.outbox.sockets import readable
 CERTIFICATES = Path(__file__).parent / "certificates"
 """A test authority's certificate, and one for 127.0.0.1 and localhost. Good until 2126."""
 
+PATIENT_MS = 600_000
+"""So long Sentinels take no server for dead that is only slow; a test kills the one that is."""
+
 
 def secret(directory: Path, password: str) -> Path:
     """A directory for a server that has this password."""
@@ -38,8 +41,7 @@ class SentinelServer(EmbeddedValkey):
             f"sentinel sentinel-pass {self.password}",
             f"sentinel monitor main 127.0.0.1 {self.master.port} 2",
             f"sentinel auth-pass main {self.master.password}",
-            # However slow the machine is: before it is killed, the master is not taken for dead.
-            "sentinel down-after-milliseconds main 600000",
+            f"sentinel down-after-milliseconds main {PATIENT_MS}",
             "sentinel failover-timeout main 2000",
         ]
         (self.directory / "valkey.conf").write_text("\n".join(lines) + "\n")
@@ -65,20 +67,24 @@ class Watched:
         hosts += [f"sentinel://127.0.0.1:{other.port}" for other in sentinels[1:]]
         return f"{';'.join(hosts)}?master_name=main&sentinel_password={sentinels[0].password}"
 
+    def _take_for_dead_after(self, milliseconds: int) -> None:
+        for server in self.sentinels:
+            with redis.Redis.from_url(server.url) as client:
+                client.sentinel_set("main", "down-after-milliseconds", milliseconds)
+
     def kill_master(self) -> None:
         """Kill it, and wait until the Sentinels say that the replica has its place."""
-        for each in self.sentinels:
-            with redis.Redis.from_url(each.url) as client:
-                client.execute_command("SENTINEL", "SET", "main", "down-after-milliseconds", "400")
         sentinel = redis.Redis.from_url(self.sentinels[0].url)
         with sentinel, sentinel.pubsub() as ear:
             ear.subscribe("+switch-master")
             ear.get_message(timeout=60)
             self.master.crash()
+            self._take_for_dead_after(400)
             message = ear.get_message(ignore_subscribe_messages=True, timeout=60)
             while message is None or message["type"] != "message":
                 message = ear.get_message(ignore_subscribe_messages=True, timeout=60)
         assert message["data"].split()[-1] == str(self.replica.port).encode()
+        self._take_for_dead_after(PATIENT_MS)
 
 
 @contextmanager

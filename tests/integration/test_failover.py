@@ -100,7 +100,7 @@ def test_a_wait_ends_with_the_run_in_whichever_history(beatless: Kit) -> None:
     client = beatless.app.client_for("default")
     client._streams = following(beatless.app, observer=observe)
     with ThreadPoolExecutor(1) as waiting:
-        result = waiting.submit(client.wait_for_run, run.run_id, 60)
+        result = waiting.submit(client.wait_for_run, run.run_id, 300)
         assert isinstance(opened.get(timeout=60), Backfilled)
         go_back(beatless, run.run_id, 1)
         while opened.get(timeout=60) != StreamClosed():
@@ -125,16 +125,18 @@ def test_a_cursor_of_events_that_are_gone_gets_a_reset(beatless: Kit) -> None:
 def primary_and_standby(
     folder: Path, through: Callable[[int], AbstractContextManager[int]] = nullcontext
 ) -> Iterator[tuple[EmbeddedPostgres, EmbeddedPostgres]]:
-    """A primary, and a standby that follows it, by the port that `through` makes of its own."""
-    primary = EmbeddedPostgres(folder / "one", settings={"fsync": "off"})
+    """A primary, and a standby that follows it, by the port that `through` makes of its own.
+
+    A connection between them that carries nothing is never replaced by another.
+    """
+    settings = {"fsync": "off", "wal_sender_timeout": "0", "wal_receiver_timeout": "0"}
+    primary = EmbeddedPostgres(folder / "one", settings=settings)
     with primary:
         pass
     shutil.copytree(primary.directory, folder / "two")
     with primary, through(primary.port) as port:
         way = f"host=127.0.0.1 port={port} user=postgres password={primary.password}"
-        standby = EmbeddedPostgres(
-            folder / "two", settings={"fsync": "off", "primary_conninfo": way}
-        )
+        standby = EmbeddedPostgres(folder / "two", settings=settings | {"primary_conninfo": way})
         (standby.cluster / "standby.signal").touch()
         if (owner := server_user().owner) is not None:
             for path in (standby.cluster, *standby.cluster.rglob("*")):
@@ -200,8 +202,8 @@ def test_a_standby_that_takes_over_is_another_epoch_from_its_first_moment(
             await anext(astream)
 
     with ThreadPoolExecutor(1) as waiting, serving(kit.app) as api:
-        result = waiting.submit(kit.client.wait_for_run, run.run_id, 60)
-        asyncio.run(asyncio.wait_for(main(), 60))
+        result = waiting.submit(kit.client.wait_for_run, run.run_id, 300)
+        asyncio.run(asyncio.wait_for(main(), 300))
         after = kit.client.epoch()
         assert after.rpartition("t") == (before.rpartition("t")[0], "t", "2")
         with pytest.raises(HistoryChanged, match="since event 1"):

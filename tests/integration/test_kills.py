@@ -68,7 +68,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     runs = [beatless.start_run("six", input) for _ in range(RUNS)]
     if who == "worker":
         for _ in range(RUNS if point == "inside" else 1):
-            worker.reap(monotonic() + 60)  # it ends by itself
+            worker.reap(monotonic() + 300)  # it ends by itself
             worker = beatless.worker_process(APP, arguments=pool)
 
     for run in runs:
@@ -128,12 +128,12 @@ def test_a_body_that_lets_no_other_thread_run_ends_its_process_all_the_same(
     """Neither heartbeat nor watchdog can run; a timer in C ends it, which its worker sees."""
     beatless.relay_process(APP)
     beatless.worker_process(APP)
-    run = beatless.start_run("limited", {"started": str(tmp_path / "started"), "how": "stuck"})
+    run = beatless.start_run("stuck", {"started": str(tmp_path / "started"), "how": "stuck"})
     beatless.wait_for_event(run.run_id, "StepStarted")
     await_death(int((beatless.client.get_run(run.run_id).worker or "").split(":")[-2]))
     other = beatless.start_run("two_steps")
     assert beatless.wait_for_run_completion(other.run_id).result == "one two"  # by another child
-    assert beatless.wait_for_run_completion(run.run_id, timeout=60).result == "one"
+    assert beatless.wait_for_run_completion(run.run_id).result == "one"
 
     starts = [e for e in beatless.client.events(run.run_id) if e.type == "StepStarted"]
     assert [(e.step, e.attempt) for e in starts] == [("hangs", 1), ("hangs", 2), ("first", 1)]
@@ -151,7 +151,7 @@ def test_of_a_thousand_delayed_runs_none_starts_early_with_two_relays(beatless: 
     )
 
     for run in runs:
-        ended = beatless.wait_for_run_completion(run.run_id, timeout=60)
+        ended = beatless.wait_for_run_completion(run.run_id)
         assert ended.started_at >= run.not_before
         events = without_handbacks(beatless.client.events(run.run_id))
         assert [event.type for event in events] == TWO_STEPS

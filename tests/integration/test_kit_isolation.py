@@ -342,14 +342,14 @@ def test_workers_tell_a_leak_once_and_name_the_tests_that_ran_beside(
             with redis.Redis.from_url(beatless.app.settings.redis_url, socket_timeout=None) as met:
                 met.set("stray", "x")
                 met.rpush("t_met_1:go", "x")
-                assert met.blpop("t_met_1:told", 60)
+                assert met.blpop("t_met_1:told", 300)
         """,
         test_other="""
         import redis
 
         def test_innocent(beatless):
             with redis.Redis.from_url(beatless.app.settings.redis_url, socket_timeout=None) as met:
-                assert met.blpop("t_met_1:go", 60)
+                assert met.blpop("t_met_1:go", 300)
 
         def test_after_it(beatless):
             beatless.app.redis().rpush("t_met_1:told", "x")

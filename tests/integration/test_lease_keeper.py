@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 
 import psycopg
@@ -14,6 +15,7 @@ from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.keeper import Keeper, works
 from beatless.orchestrator.lease import Lease
 from beatless.testing import Kit
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 LEASE_S = 300
@@ -26,14 +28,22 @@ def beatless_settings() -> dict[str, float]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 4, "redispatch_seconds": 1}])
-def test_a_step_that_holds_the_interpreters_lock_for_many_leases_completes_in_its_first_attempt(
-    beatless: Kit, pool: str
+@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 15, "redispatch_seconds": 1}])
+def test_a_step_that_holds_the_interpreters_lock_for_longer_than_its_lease_keeps_it(
+    beatless: Kit, postgres: psycopg.Connection, tmp_path: Path, pool: str
 ) -> None:
+    """Until its first lease would have run out: a third of it is the time that its keeper has."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     beatless.relay_process(APP)
     for _ in range(2):
         beatless.worker_process(APP, arguments=("--", "--pool", pool))
-    run = beatless.start_run("holds_the_lock", {"seconds": 14})
+    run = beatless.start_run("holds_the_lock", {"fifo": str(fifo)})
+    beatless.wait_for_event(run.run_id, "StepStarted")
+    lapsed = "SELECT %s < clock_timestamp()"
+    (first,) = postgres.execute("SELECT lease_expires_at FROM runs").fetchone()
+    until(lambda: postgres.execute(lapsed, [first]).fetchone() == (True,))
+    fifo.write_text("go")
 
     ended = beatless.wait_for_run_completion(run.run_id)
 

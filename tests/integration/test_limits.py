@@ -101,7 +101,8 @@ class TestInWorkerProcesses:
         (error,) = failures(beatless.client.events(run.run_id))
         assert error["type"] == "StepTimeout"
         assert error["message"] == "step hangs took longer than its timeout of 0.5 s"
-        assert "in hang" in error["traceback"]  # where it was
+        # Where it was; a machine may let its time pass before it is there.
+        assert "in hang" in error["traceback"] or not started.exists()
         assert beatless.client.events(run.run_id)[-1].data["result"] == "one"
         beatless.verify()
 
@@ -156,7 +157,7 @@ class TestInWorkerProcesses:
     ) -> None:
         beatless.relay_process(APP)
         beatless.worker_process(APP)
-        for seconds in (1, 5, 25):  # more for a machine that takes longer to begin
+        for seconds in (1, 5, 25, 125):  # more for a machine that takes longer to begin
             run = beatless.start_run("endless", {"started": str(started)}, deadline=seconds)
             failed = beatless.wait_for_run_completion(run.run_id)
             assert failed.state is RunState.FAILED
@@ -175,7 +176,7 @@ class TestInWorkerProcesses:
         beatless.relay.start()
         beatless.worker_process(APP)
         run = beatless.start_run("terminable", {"started": str(started), "how": how})
-        stream = beatless.client.stream_run(run.run_id, timeout=60)
+        stream = beatless.client.stream_run(run.run_id, timeout=300)
         while next(stream).type != "StepStarted":
             pass
 
@@ -192,7 +193,7 @@ class TestInWorkerProcesses:
         beatless.relay_process(APP)
         beatless.worker_process(APP)
         run = beatless.start_run("undeaf", {"started": str(started), "how": "swallow"})
-        stream = beatless.client.stream_run(run.run_id, timeout=60)
+        stream = beatless.client.stream_run(run.run_id, timeout=300)
         while next(stream).step != "deaf":
             pass
 

@@ -268,7 +268,7 @@ def test_a_crash_of_postgres_in_the_middle_of_a_step_loses_nothing(
         plan = kit.app.plans["gated"]
         worker = threading.Thread(target=executor.execute, args=(plan, run.run_id, 1))
         worker.start()
-        stream = kit.client.stream_run(run.run_id, timeout=90)
+        stream = kit.client.stream_run(run.run_id, timeout=300)
         while next(stream).type != "StepStarted":
             pass
 
@@ -318,7 +318,7 @@ def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
                 target=executor.execute, args=(kit.app.plans["gated"], run.run_id, 1)
             )
             worker.start()
-            stream = kit.client.stream_run(run.run_id, timeout=60)
+            stream = kit.client.stream_run(run.run_id, timeout=300)
             while next(stream).type != "StepStarted":
                 pass
             later = kit.start_run("two_steps", delay=3600)

@@ -35,7 +35,9 @@ def beatless_plans() -> list[Plan]:
     return [*ALL, Plan("forks", [forks])]
 
 
-@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300}])
+@pytest.mark.parametrize(
+    "beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300, "grace_seconds": 300}]
+)
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
 )
@@ -61,7 +63,9 @@ def test_a_signal_to_the_whole_group_of_a_worker_lets_its_step_end(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300}])
+@pytest.mark.parametrize(
+    "beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 300, "grace_seconds": 300}]
+)
 def test_a_hangup_of_the_whole_group_lets_its_step_end_and_starts_the_worker_again(
     beatless: Kit, tmp_path: Path
 ) -> None:

@@ -68,9 +68,10 @@ class TestStop:
         worker = beatless.worker_process(APP, arguments=POOLS[pool])
         given = {"started": str(tmp_path / "s"), "pids": str(tmp_path / "pids"), "how": how}
         run = beatless.start_run("obstinate", given)
-        stream = beatless.client.stream_run(run.run_id, timeout=60)
+        stream = beatless.client.stream_run(run.run_id, timeout=300)
         while next(stream).type != "StepStarted":
             pass
+        until((tmp_path / "s").exists)  # a body that was not called has no first process
 
         os.kill(worker.pid, signal.SIGTERM)
         await_end(worker.pid)
@@ -92,7 +93,7 @@ class TestStop:
         worker = beatless.worker_process(APP)
         given = {"started": str(tmp_path / "s"), "pids": str(tmp_path / "pids"), "how": "swallow"}
         run = beatless.start_run("obstinate", given)
-        beatless.wait_for_event(run.run_id, "StepStarted")
+        until((tmp_path / "s").exists)
 
         beatless.app.celery.control.shutdown()
         await_end(worker.pid)

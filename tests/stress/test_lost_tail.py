@@ -80,7 +80,7 @@ def test_a_failover_that_loses_the_last_commits_costs_nothing_else(
         again = client.start_runs([RunRequest(plan="two_steps", key=str(n)) for n in range(RUNS)])
         for run in [*kept, *again]:
             assert kit.wait_for_run_completion(run.run_id).result == "one two"
-            events = without_handbacks(list(client.stream_run(run.run_id, timeout=30)))
+            events = without_handbacks(list(client.stream_run(run.run_id, timeout=60)))
             assert [event.type for event in events] == TWO_STEPS
         kit.verify()
         assert relay.alive
