@@ -15,10 +15,11 @@ IN_MEMORY = $(shell awk '/^MemAvailable/ {exit $$2 < 6291456}' /proc/meminfo && 
   [ "$$(df -Pk $(MEMORY) | awk 'END {print $$4}')" -gt 4194304 ] && [ -w $(MEMORY) ] && echo --beatless-directory=$(MEMORY))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
+DOCS_STAMP = $(VENV)/installed-docs
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
+.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -174,6 +175,17 @@ check: $(STAMP) ## Format, lint, strict types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+docs: $(DOCS_STAMP) ## The documents as a site, in site/: every link, docstring and menu checked, no network needed
+	@mkdir -p .tmp
+	$(BIN)/python .ci/site/sources.py .tmp/site
+	@rm -rf site
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto -c .ci/site -b html .tmp/site site
+	@echo "site/index.html"
+
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-docs.txt
+	@touch $(DOCS_STAMP)
+
 architecture: $(STAMP) ## Write the tables of modules in docs/architecture.md
 	$(BIN)/python -m tests.architecture docs/architecture.md
 
@@ -188,7 +200,7 @@ COMPILE = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
   --no-header --no-annotate --all-build-deps
 
-lock: ## Pin what is installed, with hashes: requirements.txt, requirements-oldest.txt (needs Python 3.11)
+lock: ## Pin what is installed, with hashes: requirements.txt, requirements-oldest.txt, requirements-docs.txt (needs Python 3.11)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "the lock is made with Python 3.11; try: make PYTHON=python3.11 lock" >&2; exit 2; }
 	$(PYTHON) -m venv --clear .venv-lock
@@ -196,8 +208,9 @@ lock: ## Pin what is installed, with hashes: requirements.txt, requirements-olde
 	$(COMPILE) $(EXTRAS) --output-file requirements.txt pyproject.toml
 	.venv-lock/bin/python .ci/floors.py > .venv-lock/floors.txt
 	$(COMPILE) $(EXTRAS_OLDEST) --constraint .venv-lock/floors.txt --output-file requirements-oldest.txt pyproject.toml
+	$(COMPILE) --extra docs --constraint requirements.txt --output-file requirements-docs.txt pyproject.toml
 	@rm -rf .venv-lock
-	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt requirements-oldest.txt
+	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt requirements-oldest.txt requirements-docs.txt
 
 PEER_LOCKS = benchmarks/peers/locks
 lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oban, npm)
@@ -213,5 +226,5 @@ lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oba
 
 clean: ## Remove what the other targets made
 	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
-	  build dist *.egg-info census census-report $(MEMORY)
+	  build dist site *.egg-info census census-report $(MEMORY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

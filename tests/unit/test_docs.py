@@ -41,6 +41,18 @@ def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
     assert missing == []
 
 
+def test_each_decision_has_a_number_of_its_own() -> None:
+    numbers = [path.name[:4] for path in (ROOT / "docs" / "adr").glob("*.md")]
+    assert sorted(numbers) == sorted(set(numbers))
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    """Of which the menu of the site is made."""
+    listed = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert sorted(page for page in pages if f"]({page})" not in listed) == []
+
+
 FOLDERS = "jobs|orchestrator|outbox|tests|deploy|docs|benchmarks|examples"
 
 IMAGINED = {"tests/outbox"}
