@@ -1,7 +1,7 @@
 """Sphinx: the documents as a site that needs no network to be built or read (`make docs`)."""
 
 project = "beatless"
-copyright = "the authors of beatless"
+
 html_theme = "furo"
 html_title = "beatless"
 html_copy_source = False

@@ -1,8 +1,9 @@
 """Writes what Sphinx reads: the documents, and a page for each file that one of them links to.
 
 `python .ci/site/sources.py FOLDER`. A link is written as it works in the repository
-(`../deploy/README.md`, `../tests/unit/test_plan.py`). In the site, documents outside of docs/ stand
-below project/, any other file below source/, as a page with its text; a folder is a list of its files.
+(`../deploy/README.md`, `../tests/unit/test_plan.py`). In the site, documents outside of docs/
+stand below project/, any other file below source/, as a page with its text; a folder is a list of
+its files.
 The tables of docs/README.md are the navigation, and the exports of `beatless` are the reference.
 """
 
@@ -79,7 +80,7 @@ def text_of(source: str) -> str:
         return path.read_text()
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir() if child.name[0] not in "._")
-        rows = [f"* [{title(path / name)}]({name})" if name.endswith(".md") else f"* `{name}`" for name in names]
+        rows = [f"* [{title(path / n)}]({n})" if n.endswith(".md") else f"* `{n}`" for n in names]
         return f"# {source}\n\n" + "\n".join(rows) + "\n"
     language = LANGUAGES.get(path.suffix, "text")
     return f"# {path.name}\n\n`{source}`\n\n~~~~~~{language}\n{path.read_text()}\n~~~~~~\n"
@@ -96,7 +97,9 @@ def content_of(source: str, page: str = "") -> str:
 
     def led(match: re.Match[str]) -> str:
         target = resolved(base, match[2])
-        return match[1] + posixpath.relpath(page_of(target), here) + match[3] if target else match[0]
+        if target is None:
+            return match[0]
+        return match[1] + posixpath.relpath(page_of(target), here) + match[3]
 
     parts = FENCE.split(text_of(source))
     return "".join(part if number % 2 else LINK.sub(led, part) for number, part in enumerate(parts))
@@ -108,7 +111,7 @@ def navigation() -> dict[str, list[str]]:
     menu: dict[str, list[str]] = {}
     for part in re.split(r"^\| (?=to )", text, flags=re.MULTILINE)[1:]:
         entries = menu[part.partition("|")[0].strip().capitalize()] = []
-        for _, link, anchor in LINK.findall(part):
+        for _, link, _ in LINK.findall(part):
             target = resolved("docs/README.md", link)
             if target and page_of(target) not in entries and target != "README.md":
                 entries.append(page_of(target))
@@ -116,7 +119,8 @@ def navigation() -> dict[str, list[str]]:
 
 
 def toctree(caption: str, entries: list[str]) -> str:
-    return "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```", ""])
+    head = ["", "```{toctree}", ":hidden:", f":caption: {caption}", ""]
+    return "\n".join([*head, *entries, "```", ""])
 
 
 def reference() -> str:

@@ -1,4 +1,4 @@
-"""The projects of docs/start.md and docs/tutorial.md are written as they are printed, and tested."""
+"""The projects of docs/start.md and docs/tutorial.md are made as they are printed, and tested."""
 
 import re
 from pathlib import Path
