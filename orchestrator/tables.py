@@ -168,6 +168,21 @@ approval_links = Table(
     Index("approval_links_run", "run_id"),
 )
 
+declared_plans = Table(
+    "declared_plans",
+    metadata,
+    Column("name", Id, primary_key=True),
+    Column("app", Id, primary_key=True),
+    Column("declared", Boolean, nullable=False, server_default=text("true")),
+    Column("version", Text, nullable=False),
+    Column("queue", Id, nullable=False),
+    Column("default_input", JSONB),
+    Column("limits", JSONB),
+    Column("refused", Text),
+    Column("max_event_bytes", Integer, nullable=False),
+    Column("declared_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
+
 schedules = Table(
     "schedules",
     metadata,

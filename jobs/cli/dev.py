@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
-from beatless.cli.migrate import tell_schedules
+from beatless.cli.migrate import tell_plans, tell_schedules
 from beatless.cli.stopping import stop_on_signals
 from beatless.demo import PLANS
 from beatless.errors import BadRequest
@@ -64,9 +64,7 @@ def dev(
 
     with stop_on_signals(stop), stack:
         try:
-            stack.start(
-                say, load=partial(load_app, env), check=partial(apply_schedules, env, stack)
-            )
+            stack.start(say, load=partial(load_app, env), check=partial(apply_declared, env, stack))
         except KeyboardInterrupt:
             return
         if env_file is not None:
@@ -111,14 +109,15 @@ def hints(env: Environment, env_file: Path | None) -> Iterator[str]:
     yield f"settings found by `beatless` in this directory; for other processes: {way}"
 
 
-def apply_schedules(env: Environment, stack: Stack) -> None:
-    """Store the schedules of the named app, unless its database is one that `dev` has not started.
+def apply_declared(env: Environment, stack: Stack) -> None:
+    """Store the schedules and plans of the named app, as `beatless migrate` does.
 
-    Those of that one are stored by `beatless migrate`.
+    Unless its database is one that `dev` has not started.
     """
     started = stack.environ()["BEATLESS_DATABASE_URL"]
     if env.app_name and address(env.app.settings.database_url) == address(started):
         tell_schedules(env, env.app.client.apply_schedules(env.app.schedules))
+        tell_plans(env, env.app.client.apply_plans())
 
 
 def address(url: str) -> str:

@@ -1,6 +1,6 @@
 """`beatless migrate`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
@@ -60,6 +60,7 @@ def migrate(
         with engine.connect() as connection:
             found = current(connection, schema)
     applied = None if check else env.app.client.apply_schedules(env.app.schedules)
+    undeclared = env.app.client.apply_plans() if env.app_name and not check else []
     if env.as_json:
         env.document({"schema": schema, "migration": found})
     else:
@@ -67,6 +68,7 @@ def migrate(
         click.echo(f"schema {schema} is at migration {found}{history}")
     if applied:
         tell_schedules(env, applied)
+    tell_plans(env, undeclared)
 
 
 def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:
@@ -81,6 +83,15 @@ def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:
         env.note(
             f"schedule {name} is stopped: the app {env.app.name} has no such plan any more, or the "
             "plan has a limit without a key for its input"
+        )
+
+
+def tell_plans(env: Environment, undeclared: Sequence[str]) -> None:
+    """A line for each plan that SQL can start no more."""
+    for name in undeclared:
+        env.note(
+            f"plan {name} cannot be started from SQL any more: the app {env.app.name} declares it "
+            "no more"
         )
 
 

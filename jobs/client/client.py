@@ -12,6 +12,7 @@ from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
 from beatless.client.limits import LimitCalls
 from beatless.client.pages import RunPage, page_of
+from beatless.client.plans import PlanCalls
 from beatless.client.queues import QueueCalls
 from beatless.client.requests import (
     RunOptions,
@@ -51,6 +52,7 @@ class Client(
     FailedRunCalls,
     DeadLetterCalls,
     LimitCalls,
+    PlanCalls,
     QueueCalls,
     ScheduleCalls,
 ):

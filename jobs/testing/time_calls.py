@@ -26,6 +26,16 @@ class TimeCalls(WaitCalls):
         """
         return self.client.apply_schedules(self.app.schedules)
 
+    def apply_plans(self) -> list[str]:
+        """Register the plans for starts from SQL, as `beatless migrate` does.
+
+        A test that starts runs by `SELECT beatless.start_run(…)` calls it first.
+
+        >>> beatless.apply_plans()
+        []
+        """
+        return self.client.apply_plans()
+
     @property
     def schedules(self) -> dict[str, StoredSchedule]:
         """The schedules of the test by name, as they are stored now.

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import ProgrammingError
 
-from beatless import App, Schedule
+from beatless import App, Plan, Schedule, step
+from beatless.cli import run
 from beatless.testing import Kit
 from tests.commands import Command
 
@@ -67,6 +69,28 @@ def test_migrate_stores_the_schedules_of_the_app_and_tells_of_those_that_it_lack
     assert "undeclared" in command("schedules", "ls")
     command("schedules", "resume", "gone", status=1)
     assert "declare it and migrate, or delete it" in command.error
+
+
+def test_migrate_registers_the_plans_of_the_app_and_tells_of_those_that_it_lacks(
+    beatless: Kit, command: Command
+) -> None:
+    former = App(beatless.app.settings, [Plan("gone", [step(name="one")(lambda ctx: None)])])
+    former.client.apply_plans()
+    former.close()
+    start = f"SELECT {beatless.app.settings.schema}.start_run('%s')"
+
+    def starts(plan: str) -> str:
+        with beatless.app.engine.begin() as connection:
+            return connection.exec_driver_sql(start % plan).scalar_one()
+
+    command("migrate", "--check")
+    assert starts("gone")
+    command("migrate")
+    assert "plan gone cannot be started from SQL any more: the app default" in command.error
+    assert run(["migrate"]) == 0  # without an app: it registers nothing, and takes nothing away
+    assert beatless.client.get_run(starts("two_steps")).plan == "two_steps"
+    with pytest.raises(ProgrammingError, match="declared no more by the app default"):
+        starts("gone")
 
 
 BEAT = """

@@ -23,6 +23,7 @@ NEED_THE_DATABASE = {
     "epoch",
     "stored_id",
     "count_failed_runs",
+    "apply_plans",
     "apply_schedules",
     "declared_schedules",
 }
