@@ -88,6 +88,23 @@ def check(env: Environment) -> None:
         raise click.exceptions.Exit(1)
 
 
+@plan.command("from-celery")
+@click.argument("celery_app", metavar="MODULE:APP")
+@click.pass_obj
+def from_celery(env: Environment, celery_app: str) -> None:
+    """Print a plan for each task of a Celery app, as Python source.
+
+    Its modules are imported; no task is called, nothing is stored. A comment above a plan names
+    what a step does otherwise.
+    """
+    from beatless.cli.beat import celery_app_of  # Celery is half of the time to start
+    from beatless.cli.celery_plans import lines_of
+
+    env.needs_servers = False
+    for line in lines_of(celery_app_of(celery_app), celery_app):
+        click.echo(line)
+
+
 def advised(waiting: Sequence[Place]) -> Iterator[str]:
     """One line for each advice, which names its places where there are several."""
     alike: dict[str, list[Place]] = {}
