@@ -3,13 +3,16 @@
 A process has one Django: they are executed in one of their own, by pytest and Django's runner.
 """
 
+import html
 import io
 import json
 import os
+import re
 import urllib.request
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+from django.contrib.admin.models import LogEntry
 from django.core import checks
 from django.core.management import call_command
 from django.db import connection, connections, transaction
@@ -229,6 +232,60 @@ def test_the_fixtures_of_pytest_django_work_in_the_tests_schema(
     assert admin_client.get(f"/orders/{order.pk}").json()["state"] == "new"
     with urllib.request.urlopen(f"{live_server.url}/orders/{order.pk}") as answer:
         assert json.load(answer)["run"] == "queued"
+
+
+RUNS = "/admin/beatless/run/"
+
+
+def test_the_admin_shows_runs_and_acts_on_them(beatless, admin_client, monkeypatch):
+    monkeypatch.setattr("beatless.django.admin.PAGE_RUNS", 1)
+    old, order = place_order("<b>book"), place_order("book")
+    page = f"{RUNS}{order.run_id}/change/"
+    listed = admin_client.get(RUNS, {"plan": "fulfil"}).content.decode()
+    assert page in listed
+    assert old.run_id not in listed.partition("paginator")[0]
+    (older,) = re.findall(r'href="(\?[^"]*before=[^"]*)"', listed)
+    assert old.run_id in admin_client.get(RUNS + html.unescape(older)).content.decode()
+    assert b"beatless/run/" in admin_client.get("/admin/").content
+    assert 'class="error"' in admin_client.get(RUNS, {"state": "lost"}).content.decode()
+    shown = admin_client.get(page).content.decode()
+    assert "RunStarted" in shown
+    assert f"http://localhost:8400/#/run/{order.run_id}" in shown
+    assert 'value="cancel"' in shown
+    assert 'value="retry"' not in shown
+
+    cancelled = admin_client.post(page, {"action": "cancel"}, follow=True).content.decode()
+    assert "Its cancel is stored." in cancelled
+    assert 'value="retry"' in cancelled
+    retried = admin_client.post(page, {"action": "retry"}, follow=True)
+    assert order.run_id not in retried.redirect_chain[0][0]
+    assert [run.retry_of for run in client().list_runs(limit=1)] == [order.run_id]
+    again = admin_client.post(page, {"action": "cancel"}, follow=True)
+    assert 'class="success"' in again.content.decode()  # what has ended stays as it is
+    (entry,) = LogEntry.objects.filter(change_message="retry")
+    assert (entry.object_id, entry.get_admin_url()) == (order.run_id, page)
+    assert admin_client.get(f"{RUNS}no-such-run/change/").status_code == 404
+    beatless.work_until_idle()
+    assert "&lt;b&gt;book" in admin_client.get(f"{RUNS}{old.run_id}/change/").content.decode()
+
+
+def test_permissions_decide_what_the_admin_shows_and_does(beatless, db):
+    from django.contrib.auth.models import Permission, User
+    from django.test import Client
+
+    run_id = place_order("book").run_id
+    page = f"{RUNS}{run_id}/change/"
+    staff = User.objects.create_user("clerk", is_staff=True)
+    browser = Client()
+    browser.force_login(staff)
+    assert browser.get(page).status_code == browser.get(RUNS).status_code == 403
+    staff.user_permissions.add(Permission.objects.get(codename="view_run"))
+    assert 'name="action"' not in browser.get(page).content.decode()
+    assert browser.post(page, {"action": "cancel"}).status_code == 403
+    assert browser.post(page, {"action": "view"}).status_code == 403
+    staff.user_permissions.add(Permission.objects.get(codename="cancel_run"))
+    assert browser.post(page, {"action": "cancel"}).status_code == 302
+    assert client().get_run(run_id).state == RunState.CANCELLED
 
 
 class OrderTests(TestCase):

@@ -8,6 +8,9 @@ class Run(models.Model):  # type: ignore[misc]  # Django has no types
 
     run_id = models.TextField(primary_key=True)
 
+    def __str__(self) -> str:
+        return str(self.run_id)
+
     class Meta:
         """Never migrated: our schema has migrations of its own."""
 

@@ -30,7 +30,7 @@ SETTING = "BEATLESS"
 MODULE = "plans"
 """The module of a Django app whose plans and schedules are found."""
 
-OURS = {"DATABASE", "MIGRATE", "NAME", "ON_FAILURE", "REDACT"}
+OURS = {"DATABASE", "MIGRATE", "NAME", "ON_FAILURE", "PAGE_URL", "REDACT"}
 """Members of BEATLESS beside the settings of an App."""
 
 PASSWORDS = {"DATABASE_PASSWORD", "REDIS_PASSWORD", "BROKER_PASSWORD"}

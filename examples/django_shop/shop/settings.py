@@ -20,6 +20,7 @@ BEATLESS = {  # what the environment leaves open
     "REDIS_URL": "redis://localhost:6379/0",
     "SCHEMA": "beatless",
     "ON_FAILURE": "shop.orders.note_failure",
+    "PAGE_URL": "http://localhost:8400",  # links from the admin to the run page
 }
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
