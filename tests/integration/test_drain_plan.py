@@ -13,6 +13,7 @@ from beatless import App
 from beatless.outbox.message import SHARDS
 from beatless.outbox.queries import Queries
 from beatless.outbox.sessions import prepare_to_drain
+from tests import column_statistics
 
 BACKLOG = 16_000
 
@@ -27,6 +28,7 @@ STATISTICS = {
 def backlogged(postgres: psycopg.Connection, statistics: str) -> psycopg.Connection:
     """A session of a drain, before a long backlog."""
     before, after = STATISTICS[statistics]
+    column_statistics.forget(postgres)
     fill(postgres)
     postgres.execute("DELETE FROM run_outbox")
     postgres.execute("DELETE FROM dispatches")

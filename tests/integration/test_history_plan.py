@@ -14,6 +14,7 @@ from beatless.orchestrator.queues import QueueStatements
 from beatless.orchestrator.records import FailedRunFilter
 from beatless.orchestrator.retention import Retention
 from beatless.outbox import queries
+from tests import column_statistics
 from tests.integration.test_drain_plan import scans
 
 HISTORY = 10_000
@@ -43,6 +44,15 @@ class Counting(queries.Cursor):
         return self
 
 
+LEARNT = ["with statistics", "of columns only"]
+"""For statements that read a table in whole until it was analysed for the first time."""
+
+SIZES_FORGOTTEN = """
+UPDATE pg_class SET reltuples = -1, relpages = 0
+ WHERE oid = ANY('{runs,run_events,dispatches}'::regclass[])"""
+"""As TRUNCATE forgets them, which lets the statistics of columns stay."""
+
+
 @pytest.fixture(params=["with statistics", "without"])
 def history(
     beatless_app: App,
@@ -55,12 +65,15 @@ def history(
         # Against autovacuum, which would give some of the tables statistics at a time of its own.
         lock = "LOCK TABLE runs, run_events, dispatches IN SHARE UPDATE EXCLUSIVE MODE"
         guard.execute(f"SET search_path TO {beatless_app.settings.schema}".encode())
+        column_statistics.forget(postgres)
         if request.param == "without":
             guard.execute(lock)
         fill(postgres)
-        if request.param == "with statistics":
+        if request.param != "without":
             postgres.execute("ANALYZE runs, run_events, dispatches")
             guard.execute(lock)
+        if request.param == "of columns only":
+            postgres.execute(SIZES_FORGOTTEN)
         monkeypatch.setattr(Counting, "read", 0)
         monkeypatch.setattr(queries, "Cursor", Counting)
         postgres.cursor_factory = Counting
@@ -98,6 +111,7 @@ def queues(beatless_app: App) -> QueueStatements:
     return QueueStatements(beatless_app.settings.schema)
 
 
+@pytest.mark.parametrize("history", LEARNT, indirect=True)
 def test_failed_runs(beatless_app: App, history: psycopg.Connection) -> None:
     found = beatless_app.journal.failed.page(
         history,
@@ -138,6 +152,7 @@ def test_the_newest_runs(beatless_app: App, history: psycopg.Connection) -> None
     assert [run.run_id for run in found] == ["again", "run-1", "run-2"]
 
 
+@pytest.mark.parametrize("history", LEARNT, indirect=True)
 def test_clean(queues: QueueStatements, history: psycopg.Connection) -> None:
     asked = {"state": "completed", "seconds": 9000.5 * HOUR, "namespace": "default"}
 
@@ -146,6 +161,7 @@ def test_clean(queues: QueueStatements, history: psycopg.Connection) -> None:
     assert sorted(removed) == ["run-9997", "run-9998", "run-9999"]
 
 
+@pytest.mark.parametrize("history", LEARNT, indirect=True)
 def test_what_clean_would_take(queues: QueueStatements, history: psycopg.Connection) -> None:
     found = queues.count_finished(
         history, state="completed", seconds=9990.5 * HOUR, namespace="default"
@@ -162,6 +178,7 @@ def test_the_queues_without_what_ended(
     assert (state.name, state.queued, state.completed) == ("q", 1, 0)
 
 
+@pytest.mark.parametrize("history", LEARNT, indirect=True)
 def test_retention(beatless_app: App, history: psycopg.Connection) -> None:
     retention = Retention(beatless_app.settings.schema, events_days=9998.5 / 24, runs_days=0.5)
 

@@ -32,6 +32,7 @@ from beatless.orchestrator.settlement import Boundary, Proposal, Settlement
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.testing import Kit
 from beatless.verify import verify
+from tests import column_statistics
 from tests.integration.test_races import at_once, until
 from tests.serving import serving
 
@@ -585,6 +586,7 @@ def test_a_start_does_not_read_the_runs_that_wait_for_other_keys(
     """Nor if a table was empty when its statistics were taken."""
     with closing(beatless_app.executors.connect()) as caller, caller.transaction():
         caller.execute(f"SET LOCAL search_path TO {beatless_app.settings.schema}")
+        column_statistics.forget(caller)
         if analyzed:
             caller.execute(f"ANALYZE {analyzed}".encode())
         requests = [RunRequest(plan="charge", input={"account": n}) for n in range(100)] * 3
@@ -598,6 +600,7 @@ def test_a_start_reads_no_runs_when_all_others_wait_for_one_limit(
 ) -> None:
     with closing(beatless_app.executors.connect()) as caller, caller.transaction():
         caller.execute(f"SET LOCAL search_path TO {beatless_app.settings.schema}")
+        column_statistics.forget(caller)
         requests = [RunRequest(plan="charge", input={"account": "a"})] * 1000
         beatless.client.start_runs(requests, connection=caller)
         caller.execute("ANALYZE dispatches")

@@ -18,6 +18,7 @@ from beatless.orchestrator.options import OPTION_SQL
 from beatless.outbox.doorbell import prepare_to_drain
 from beatless.outbox.message import SHARDS
 from beatless.outbox.statements import read, statements
+from tests import column_statistics
 from tests.unit.test_statements import OF_MODULES, named
 
 ENDED, UNFINISHED = 100_000, 10_000
@@ -174,6 +175,7 @@ OTHER_TYPES = {
 @pytest.fixture
 def long_tables(beatless_app: App, postgres: psycopg.Connection) -> psycopg.Connection:
     """A session before many runs of all states, as ANALYZE has seen them."""
+    column_statistics.forget(postgres)
     postgres.execute(
         f"""
 INSERT INTO runs (run_id, plan, plan_version, queue, state, last_seq, lease_token, key, tags,
