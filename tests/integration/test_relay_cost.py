@@ -350,6 +350,10 @@ class TestGathering:
         assert waits[-1] == LONGEST_PAUSE_S
 
 
+SAMPLES = 5
+"""Of which the least counts: an answer that comes in two parts, or the collector, costs calls."""
+
+
 def calls_of(act: Callable[[], object]) -> int:
     """Python functions that are called within, by this thread."""
     calls = 0
@@ -372,7 +376,7 @@ def test_a_look_that_finds_nothing_costs_few_calls(beatless_app: App) -> None:
     drain = relay._once[1]
     for _ in range(10):
         drain.step(ALL_SHARDS)  # its statements are prepared
-    calls = calls_of(lambda: drain.step(ALL_SHARDS))
+    calls = min(calls_of(lambda: drain.step(ALL_SHARDS)) for _ in range(SAMPLES))
     relay.stop()
     assert calls <= 240
 
@@ -383,7 +387,7 @@ def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
         TaskMessage(run_id=f"run-{n}", task="job", queue="default", attempt=1) for n in range(64)
     ]
     publisher.publish(messages)  # what is made once: the connection, the queue
-    calls = calls_of(lambda: publisher.publish(messages))
+    calls = min(calls_of(lambda: publisher.publish(messages)) for _ in range(SAMPLES))
     with beatless_app.celery.producer_or_acquire() as producer:
         batches = getattr(producer, "supports_batch_publish", False)
     # By kombu 5.7, in batches; each message of its own before.

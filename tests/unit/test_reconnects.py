@@ -81,8 +81,9 @@ def test_closed_executors_wait_for_no_grace() -> None:
         [],
     )
     app.executors.draining.prepare()
+    before = set(threading.enumerate())  # those of tests before may be ending still
     app.executors._begin()
-    (waiting,) = [t for t in threading.enumerate() if t.name == "beatless-grace"]
+    (waiting,) = [t for t in set(threading.enumerate()) - before if t.name == "beatless-grace"]
     app.executors.draining.set()
     app.executors.close()
     waiting.join(60)
