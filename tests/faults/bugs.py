@@ -324,7 +324,7 @@ BUGS = {
         "THEN b.delay / 10 ELSE b.delay_cancelled",
     ),
     "a retried run begins at its beginning": Bug(
-        "orchestrator/progress.py",
+        "orchestrator/reuse.py",
         "    if progress.compensating:\n        return None\n    if progress.unknown",
         "    if progress.step is not None:\n        return None\n    if progress.unknown",
     ),
@@ -335,8 +335,8 @@ BUGS = {
     ),
     "rows of a step are committed before its result": Bug(
         "orchestrator/executor.py",
-        "partial(self._writer.settle_within, transaction, commit.settlement)",
-        "lambda: (transaction.commit(), self._writer.settle(commit.settlement))[1]",
+        "partial(self._writer.settle_within, settlement=commit.settlement)",
+        "lambda within: (within.commit(), self._writer.settle(commit.settlement))[1]",
     ),
     "a commit whose answer was lost is taken for done": Bug(
         "orchestrator/sure_writer.py",

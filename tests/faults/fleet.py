@@ -77,7 +77,8 @@ SET search_path FROM CURRENT AS $$ BEGIN
   INSERT INTO chaos_log (run_id, event) VALUES (NEW.run_id, jsonb_build_object(
     'type', NEW.type, 'seq', NEW.seq, 'step', NEW.step, 'attempt', NEW.attempt,
     'statement_at', extract(epoch FROM statement_timestamp()),
-    'source', CASE WHEN NEW.data #>> '{{error,type}}' = 'StepCrashed' THEN 'takeover'
+    'source', CASE WHEN NEW.data #>> '{{error,type}}' IN ('StepCrashed', 'LeaseRanOut')
+                   THEN 'takeover'
                    ELSE NEW.source END));
   RETURN NULL;
 END $$;

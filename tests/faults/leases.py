@@ -72,7 +72,13 @@ def leases_exclude(history: History) -> Iterator[Violation]:
 def of_another_lease(data: Record) -> bool:
     """Whether this event of a step is about its attempt in a lease before, beside others."""
     error = data.get("error") or {}
-    return "process_died" in data or error.get("type") == "StepAbandoned"
+    return lost_attempt(data) or error.get("type") == "StepAbandoned"
+
+
+def lost_attempt(data: Record) -> bool:
+    """Of a process that died beside others, or whose lease ran out: it is made again under its
+    number."""
+    return "process_died" in data or "lease_ran_out" in data
 
 
 def leases_last(history: History) -> Iterator[Violation]:
@@ -156,9 +162,8 @@ def attempts_are_explained(history: History) -> Iterator[Violation]:
                     "I10", run_id, f"{step} began {count} times, {taken_over} takeovers"
                 )
         effects = Counter((e["step"], e["attempt"]) for e in history.effects[run_id])
-        # Of a process that died beside others: it is made again under the same number.
         given_back = Counter(
-            (e["step"], e["attempt"]) for e in traces if "process_died" in (e["data"] or {})
+            (e["step"], e["attempt"]) for e in traces if lost_attempt(e["data"] or {})
         )
         for (step, attempt), count in effects.items():
             if count > 1 + given_back[step, attempt]:
