@@ -11,7 +11,9 @@ import re
 import urllib.request
 from contextlib import redirect_stderr, redirect_stdout
 
+import psycopg
 import pytest
+from asgiref.sync import sync_to_async
 from django.contrib.admin.models import LogEntry
 from django.core import checks
 from django.core.management import call_command
@@ -20,8 +22,9 @@ from django.test import TestCase, override_settings
 from django.test.utils import get_runner
 from shop.models import Order
 from shop.orders import place_order
+from sqlalchemy import event
 
-from beatless import RunRequest, RunState
+from beatless import Plan, RunRequest, RunState, step
 from beatless.django import app, client, database, signal_run, start_run, start_runs
 from beatless.errors import BadSetting
 
@@ -110,6 +113,27 @@ def test_bodies_have_fresh_connections_and_leave_none_and_no_log_of_queries(
     assert sorted(queries for _, queries in seen) == [0, 0, 0, 0, 1, 1]
     assert len({pid for pid, _ in seen}) == 4
     assert connection.connection is None
+
+
+class TestAsync:
+    @pytest.fixture
+    def beatless_plans(self):
+        def ask():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                return cursor.fetchone()[0]
+
+        @step
+        async def session(_):
+            return await sync_to_async(ask)()
+
+        return [Plan("session", [session])]
+
+    def test_async_bodies_have_fresh_connections_too(self, beatless, db):
+        runs = start_runs([RunRequest(plan="session") for _ in range(2)])
+        beatless.work_until_idle()
+        sessions = {beatless.client.get_run(run.run_id).result for run in runs}
+        assert len(sessions - {None}) == 2
 
 
 def test_the_command_has_the_plans_of_all_apps(beatless, db):
@@ -320,9 +344,13 @@ def test_djangos_own_test_databases_have_our_schema(
         connections[alias].settings_dict["TEST"] = {
             **connections[alias].settings_dict["TEST"],
             "NAME": name,
+            "TEMPLATE": "template0",
         }
     suite = get_runner(None, "django.test.runner.DiscoverRunner")(verbosity=0)
     databases = suite.setup_databases()
+    opened, closed = [], []
+    event.listen(app.engine, "connect", lambda *_: opened.append(1))
+    event.listen(app.engine, "close", lambda *_: closed.append(1))
     try:
         failed = suite.run_suite(suite.test_loader.loadTestsFromTestCase(OrderTests))
         with connection.cursor() as cursor:
@@ -332,6 +360,13 @@ def test_djangos_own_test_databases_have_our_schema(
         call_command("flush", interactive=False, verbosity=0)
         runs = client().list_runs()
     finally:
+        connection.close()
+        with psycopg.connect(beatless_services.database_url) as server:
+            # Sessions whose client has gone may still end, and Postgres drops no database before.
+            server.execute(
+                "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = %s",
+                [name],
+            )
         suite.teardown_databases(databases)
         django_db_blocker.restore()
     assert (failed.testsRun, failed.errors, failed.failures) == (2, [], [])
@@ -339,3 +374,4 @@ def test_djangos_own_test_databases_have_our_schema(
     assert "shop_order" in tables
     assert "runs" not in tables  # inspectdb, which asks the same, sees none of ours
     assert [run.plan for run in runs] == ["fulfil"]
+    assert len(opened) == len(closed) > 0

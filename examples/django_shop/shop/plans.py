@@ -11,7 +11,7 @@ def reserve(ctx: StepContext) -> str:
     return "reserved"
 
 
-@step(retry=retry(max_attempts=5), timeout=30)
+@step(retry=retry(max_attempts=5))
 def ship(ctx: StepContext) -> str:
     order = Order.objects.get(pk=ctx.input["order"])
     order.state = "shipped"
