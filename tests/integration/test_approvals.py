@@ -43,7 +43,7 @@ from beatless.api import responses
 from beatless.auth import Scope, Tokens
 from beatless.outbox.faults import CrashPoints
 from beatless.testing import Kit
-from tests.integration.test_relay import until
+from tests.integration.test_races import until as until_blocked
 from tests.serving import Api, serving
 
 ANN, BOB = "ann@example.com", "bob@example.com"
@@ -329,9 +329,9 @@ def test_a_decision_beside_an_open_transaction_waits_for_it_and_is_told(
     deciding = threading.Thread(target=second)
     with sqlalchemy.Connection(beatless.app.engine) as connection, connection.begin():
         beatless.approve(run, "refund", {"amount": 1}, by=ANN, connection=connection)
+        holder = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         deciding.start()
-        blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
-        until(lambda: (postgres.execute(blocked).fetchone() or (0,))[0] == 1)
+        until_blocked(postgres, blocked_by=holder)
         beatless.work_until_idle()  # the run's row is held by nobody
         assert beatless.client.get_run(run).state == "waiting"
     deciding.join(timeout=60)

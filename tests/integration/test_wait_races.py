@@ -26,7 +26,7 @@ from beatless.orchestrator.wakes import BATCH
 from beatless.outbox.faults import CrashPoints, SimulatedCrash
 from beatless.outbox.message import shard_of
 from beatless.testing import Kit
-from tests.integration.test_relay import until
+from tests.integration.test_queues import blocking
 
 CALLS: list[str] = []
 
@@ -200,8 +200,7 @@ def test_a_signal_that_is_committed_while_the_run_is_being_locked_is_seen(
         postgres.execute("SELECT FROM runs WHERE run_id = %s FOR UPDATE", (run.run_id,))
         parking = threading.Thread(target=look)
         parking.start()
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
-        until(lambda: (postgres.execute(waiting).fetchone() or (0,))[0] == 1)
+        blocking(postgres)
         beatless.signal(run.run_id, "paid", 12)
     parking.join(timeout=60)
 
