@@ -27,8 +27,8 @@ from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.process_tree import kill, machine_s, processor_s, start
 
 APPEND_ONLY = {"appendonly": "yes", "appendfsync": "everysec"}
-READY_TIMEOUT_S = 60.0
-STALLED_AFTER_S = 45.0
+READY_TIMEOUT_S = 180.0
+STALLED_AFTER_S = 120.0
 PRODUCED_WITHIN_S = 300.0
 LOOK_EVERY_S = 0.01
 RECORD = struct.Struct("<dd")

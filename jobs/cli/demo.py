@@ -135,7 +135,7 @@ def golden_run(env: Environment, app: App, api_url: str) -> str:
     seen: list[Event] = []
 
     def remember() -> Iterator[Event]:
-        for event in app.client.stream_run(run.run_id, timeout=120):
+        for event in app.client.stream_run(run.run_id, timeout=600):
             seen.append(event)
             yield event
 
@@ -144,9 +144,9 @@ def golden_run(env: Environment, app: App, api_url: str) -> str:
     if types != GOLDEN or [event.seq for event in seen] != list(range(1, len(GOLDEN) + 1)):
         raise DemoFailed(f"agents.run gave {types}")
     path = f"{api_url}/v1/runs/{run.run_id}/stream"
-    with urllib.request.urlopen(f"{path}?from_seq=5", timeout=20) as stream:  # noqa: S310 - ours
+    with urllib.request.urlopen(f"{path}?from_seq=5", timeout=60) as stream:  # noqa: S310 - ours
         data = [json.loads(line[6:]) for line in stream if line.startswith(b"data: {")]
-    with urllib.request.urlopen(f"{path}?from_seq=13", timeout=20) as stream:  # noqa: S310 - ours
+    with urllib.request.urlopen(f"{path}?from_seq=13", timeout=60) as stream:  # noqa: S310 - ours
         ended = stream.status
     if [Event.from_dict(members) for members in data] != seen[5:] or ended != 204:
         raise DemoFailed(f"over HTTP, after seq 5, agents.run gave {data}")
@@ -165,7 +165,7 @@ def census(env: Environment, app: App, stack: Stack, out: Path, root: Path | Non
     killed: list[int] = []
 
     def kill_once() -> Iterator[Event]:
-        for event in app.client.stream_run(run.run_id, timeout=300):
+        for event in app.client.stream_run(run.run_id, timeout=600):
             data = event.data or {}
             if data.get("name") != "census.chunk":
                 # The chunk traces are for the proof, the progress bar is for the person.
@@ -244,7 +244,7 @@ def many_runs(env: Environment, app: App, count: int) -> str:
         task = progress.add_task("runs", total=count)
 
         async def watch(run_id: str) -> list[Event]:
-            seen = [event async for event in app.client.astream_run(run_id, timeout=120)]
+            seen = [event async for event in app.client.astream_run(run_id, timeout=600)]
             progress.advance(task)
             return seen
 

@@ -15,7 +15,8 @@ from beatless.local.processes import die_with_parent
 from beatless.outbox.clock import monotonic
 from beatless.outbox.sockets import Alarm, readable
 
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 180.0
+"""A machine at its limits takes longer than a minute for all processes of a stack."""
 
 
 class Process(Protocol):
