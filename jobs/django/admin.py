@@ -24,6 +24,9 @@ from beatless.orchestrator.errors import EventsPruned, OrchestratorError, RunNot
 from beatless.orchestrator.state import RunState
 
 PAGE_RUNS = 50
+RETRIED = (RunState.FAILED, RunState.CANCELLED)
+"""The states of a run that a retry goes on with."""
+
 MOST_EVENTS = 500
 """Of a run with more, the page shows the first ones; the run page has them all."""
 
@@ -99,7 +102,7 @@ class RunAdmin(admin.ModelAdmin):  # type: ignore[misc]  # Django has no types
             ],
             page_url=f"{url.rstrip('/')}/#/run/{quote(run.run_id, safe='')}" if url else None,
             may_cancel=not run.state.final and request.user.has_perm("beatless.cancel_run"),
-            may_retry=run.state.final and request.user.has_perm("beatless.retry_run"),
+            may_retry=run.state in RETRIED and request.user.has_perm("beatless.retry_run"),
         )
 
     def _act(self, request: HttpRequest, client: Client, run_id: str) -> HttpResponse:
