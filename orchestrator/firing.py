@@ -12,8 +12,8 @@ from psycopg.errors import LockNotAvailable
 
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.options import OPTION_SQL
-from beatless.orchestrator.schedule import CatchUp
-from beatless.orchestrator.ticks import Ticks, jitter_s, tick_key
+from beatless.orchestrator.schedule import CatchUp, problem_with_jitter
+from beatless.orchestrator.ticks import Ticks, jitter_s, problem_with_every, tick_key
 from beatless.outbox.faults import CrashPoints
 from beatless.outbox.message import shard_of
 from beatless.outbox.observer import FiredTick
@@ -145,6 +145,7 @@ class Firing:
         for namespace, name, version, *members in rows:
             cron, every, tz, catch_up, jitter, tick, late_s, replacing = members
             try:
+                _check_row(every, jitter)
                 due = _Due(
                     namespace=namespace,
                     name=name,
@@ -248,6 +249,18 @@ class Firing:
             plan=None,
             queue=None,
         )
+
+
+def _check_row(every: Any, jitter: Any) -> None:
+    """Raises ValueError for numbers by which ticks would be counted without end.
+
+    A cron expression or a zone that is none raises by itself.
+    """
+    problem = problem_with_every(every) if every is not None else ""
+    if problem:
+        raise ValueError(f"every {problem}")
+    if jitter and (problem := problem_with_jitter(jitter, every)):
+        raise ValueError(f"jitter {problem}")
 
 
 def _log_stopped(namespace: str, name: str, reason: str) -> None:

@@ -108,7 +108,7 @@ class Schedule:
             ("tz", problem_with_zone(tz)),
             ("catch_up", _problem_with_choice(catch_up, CatchUp)),
             ("overlap", _problem_with_choice(overlap, Overlap)),
-            ("jitter", _problem_with_jitter(jitter_s, every_s)),
+            ("jitter", problem_with_jitter(jitter_s, every_s)),
         )
         for member, problem in checks:
             if problem:
@@ -296,7 +296,7 @@ def _problem_with_choice(given: object, choices: type[StrEnum]) -> str:
     return "" if given in names else f"is {given!r:.200}; choose {', '.join(names)}"
 
 
-def _problem_with_jitter(given: Any, every_s: float | None) -> str:
+def problem_with_jitter(given: Any, every_s: float | None) -> str:
     if not (is_number(given) and 0 <= given <= MAX_JITTER_S):
         return f"is {given!r:.200}, which is not 0 to {MAX_JITTER_S} seconds"
     if every_s is not None and is_number(every_s) and given > every_s:

@@ -2,10 +2,17 @@
 
 -- fragment: schedule_columns
 -- The columns of a schedule `s`, in the order in which a `StoredSchedule` is made of them.
+-- A number that none of ours is must not keep the others from being listed.
 s.name, s.namespace, s.app, s.declared, s.run ->> 'plan', s.run -> 'input', s.cron, s.every, s.tz,
 s.catch_up, s.overlap, s.jitter,
 CASE WHEN s.run -> 'default_queue' = 'false' THEN s.run ->> 'queue' END,
-(s.run ->> 'priority')::int, s.run -> 'tags', (s.run ->> 'deadline')::float8, s.state, s.reason, CASE WHEN s.state = 'active' THEN s.tick END,
+CASE WHEN jsonb_typeof(s.run -> 'priority') = 'number'
+      AND (s.run -> 'priority')::numeric BETWEEN -32768 AND 32767
+     THEN (s.run -> 'priority')::numeric::int END,
+s.run -> 'tags',
+CASE WHEN jsonb_typeof(s.run -> 'deadline') = 'number'
+      AND (s.run -> 'deadline')::numeric BETWEEN 0 AND 1e12
+     THEN (s.run -> 'deadline')::numeric::float8 END, s.state, s.reason, CASE WHEN s.state = 'active' THEN s.tick END,
 s.last_tick, s.last_run_id, s.last_fired_at, s.last_late_s, s.failures, s.created_at
 
 -- fragment: common

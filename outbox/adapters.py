@@ -48,13 +48,28 @@ class UtcLoader(Loader):
         return EARLIEST if microseconds < FIRST else LATEST
 
 
+TOO_DEEP = {"beatless.unreadable": "nested more deeply than this process can read"}
+"""Stands for JSON that only SQL can have written so: it must not have the lists fail."""
+
+_DECODER = json.JSONDecoder()
+
+
+def _load_json(data: bytes | str) -> Any:
+    try:
+        return _DECODER.decode(
+            data if isinstance(data, str) else data.decode("utf-8", "surrogatepass")
+        )
+    except RecursionError:
+        return dict(TOO_DEEP)
+
+
 def _adapters() -> AdaptersMap:
     own = AdaptersMap()
     postgres.register_default_types(own.types)
     postgres.register_default_adapters(own)
     array.register_all_arrays(own)
     # Without a context psycopg changes the reader of all maps, ours too.
-    set_json_loads(json.loads, own)
+    set_json_loads(_load_json, own)
     own.register_loader("timestamptz", UtcLoader)
     return own
 

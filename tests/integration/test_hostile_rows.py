@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from beatless import App
+from beatless import App, Schedule
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.state import RunState
+from beatless.outbox.adapters import TOO_DEEP
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
@@ -194,6 +195,50 @@ def test_a_time_that_python_does_not_have_fails_no_list(
     assert len(look(beatless_app, beatless_app.engine).workers) == 1
     assert len(beatless.client.dead_letters()) == 1
     assert len(tokens.list()) == 1
+
+
+SCHEDULES = {
+    "an interval of nothing": "every = 0",
+    "an interval that goes back": "every = -5",
+    "jitter without end": "jitter = 'infinity'",
+    "jitter that is no number": "jitter = 'NaN'",
+    "jitter of years": "jitter = 1e9",
+    "a cron that never comes": "cron = '0 0 30 2 *', every = NULL",
+    "a tick at minus infinity": "tick = '-infinity'",
+    "a priority that is none": "run = jsonb_set(run, '{priority}', '1e30')",
+    "a priority that is no number": "run = jsonb_set(run, '{priority}', '[]')",
+    "a deadline that is none": "run = jsonb_set(run, '{deadline}', '1e400')",
+}
+
+
+@pytest.mark.parametrize("change", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_hostile_schedule_keeps_no_other_from_being_fired_and_listed(
+    beatless: Kit, postgres: psycopg.Connection, change: str
+) -> None:
+    for name in ("good", "hostile"):
+        beatless.client.create_schedule(Schedule(name, "two_steps", every=60))
+    postgres.execute(f"UPDATE schedules SET {change} WHERE name = 'hostile'".encode())
+    beatless.advance(61)
+    beatless.advance(61)
+
+    fired = [run for run in beatless.client.list_runs() if run.schedule == "good"]
+    assert len(fired) >= 2
+    assert [each.name for each in beatless.client.schedules()] == ["good", "hostile"]
+
+
+def test_json_that_is_nested_too_deeply_fails_no_list_and_no_other_run(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    deep, other = (beatless.start_run("two_steps").run_id for _ in range(2))
+    for column in ("input", "trace_context"):
+        text = "[" * 3000 + "]" * 3000
+        postgres.execute(f"UPDATE runs SET {column} = %s WHERE run_id = %s".encode(), (text, deep))
+
+    beatless.work_until_idle()
+
+    assert {run.run_id: run.state for run in beatless.client.list_runs()}[other] == "completed"
+    assert beatless.client.get_run(deep).input == TOO_DEEP
+    assert beatless.client.explain(deep)
 
 
 LETTER = "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', 'a', 'b', %s)"
