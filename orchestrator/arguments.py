@@ -23,8 +23,8 @@ GIVEN_BYTES = 65_536
 def digest(step: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The digest of the arguments. Raises BadPayload for one that is not JSON.
 
-    Besides JSON: dataclasses, models of pydantic, times, durations, Decimal, UUID, Enum and bytes.
-    The order of keys does not matter.
+    Besides JSON: dataclasses, models of pydantic, Structs of msgspec, times, durations, Decimal,
+    UUID, Enum and bytes. The order of keys does not matter.
     """
     try:
         text = json.dumps([list(args), dict(kwargs)], sort_keys=True, default=_as_json)
@@ -71,4 +71,6 @@ def _as_json(value: Any) -> Any:
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(mode="json")
+    if (names := getattr(value, "__struct_fields__", None)) is not None:
+        return {name: getattr(value, name) for name in names}
     raise TypeError(f"a {type(value).__name__} is not JSON")

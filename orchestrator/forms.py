@@ -9,7 +9,7 @@ from typing import Any
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.outcomes import PlanError
-from beatless.orchestrator.typed_input import PydanticInput, TypedInput
+from beatless.orchestrator.typed_input import TypedInput, typed
 
 DECISION = "the decision"
 """Its name in errors."""
@@ -81,9 +81,9 @@ class Form:
 
 
 def form_of(kind: Any) -> Form:
-    """The form of a dataclass, TypedDict or model of pydantic; of None, that of a Verdict.
+    """The form of a dataclass, TypedDict, model of pydantic or Struct; of None, that of a Verdict.
 
-    Raises PlanError for a type that pydantic cannot check, or without pydantic.
+    Raises PlanError for a type that these cannot check, or without pydantic.
     """
     if kind is None:
         kind = Verdict
@@ -91,7 +91,8 @@ def form_of(kind: Any) -> Form:
         # Those who send decisions find the type by its name, and `list[int]` has that of list.
         raise PlanError(
             f"form={kind!r} is no type of JSON with a name of its own: give it a dataclass, a "
-            "TypedDict or a model of pydantic; other types may be those of its members"
+            "TypedDict, a model of pydantic or a Struct of msgspec; other types may be those of "
+            "its members"
         )
     try:
         return _form_of(kind)
@@ -111,7 +112,7 @@ def _form_of(kind: Any) -> Form:
     """Kept: the function of a plan asks for it each time that it is called."""
     type: TypedInput = VerdictInput()
     if kind is not Verdict:
-        type = PydanticInput(kind, where=DECISION, no_member=NO_MEMBER)
+        type = typed(kind, where=DECISION, no_member=NO_MEMBER)
     schema = type.schema()
     named = (schema.get("$defs") or {}).get(str(schema.get("$ref")).rpartition("/")[2]) or schema
     schema[ORDER] = list(named.get("properties") or ())

@@ -164,11 +164,12 @@ def plan(
     stored results of the steps that have finished. It may be `async def`, and then awaits
     `run.step`.
 
-    `input` is the type of the run's input: a dataclass, a TypedDict or a model of pydantic, which
-    checks it before the run is stored. `version` is a number that a change of the function may
-    raise (`run.version`): workers with a lower one leave the run alone from then on. `renamed` maps
-    former names of steps to those of now; `removed` names steps that the function no longer asks
-    for. `queue`, `on_cancel`, `default_input` and `limits` are as those of `Plan`.
+    `input` is the type of the run's input: a dataclass, a TypedDict, a model of pydantic or a
+    Struct of msgspec. It is checked before the run is stored. `version` is a number that a change
+    of the function may raise (`run.version`): workers with a lower one leave the run alone from
+    then on. `renamed` maps former names of steps to those of now; `removed` names steps that the
+    function no longer asks for. `queue`, `on_cancel`, `default_input` and `limits` are as those of
+    `Plan`.
 
     Raises PlanError, naming the plan, for a function that cannot be a plan.
 

@@ -1,5 +1,8 @@
-"""The declared type of a plan's input: checks, conversion, JSON Schema. By pydantic."""
+"""The declared type of a plan's input: checks, conversion, JSON Schema. By pydantic or msgspec."""
 
+import dataclasses
+import sys
+import typing
 from typing import Any, NewType, Protocol
 
 from beatless.orchestrator.errors import BadPayload
@@ -14,7 +17,7 @@ NO_MEMBER = "the plan's type of input has no such member"
 
 
 class TypedInput(Protocol):
-    """A type of input: a dataclass, a TypedDict, a model of pydantic, or anything that it knows."""
+    """A type of input: a dataclass, a TypedDict, a model of pydantic, a Struct of msgspec."""
 
     def load(self, value: Any) -> Any:
         """The value of this type that stored JSON stands for. Raises BadPayload, naming the member.
@@ -116,6 +119,114 @@ class PydanticInput:
             raise BadPayload(f"{self._where}{path}", f"is refused: {reason}") from error
 
 
+class MsgspecInput:
+    """A Struct of msgspec, or a list, dict or union of them."""
+
+    def __init__(self, type: Any, *, where: str = INPUT, no_member: str = NO_MEMBER) -> None:
+        """As PydanticInput. Raises TypeError for a type that msgspec cannot check."""
+        import msgspec
+
+        self._msgspec = msgspec
+        self._type, self._where, self._no_member = type, where, no_member
+        self.schema()
+
+    def load(self, value: Any) -> Any:
+        try:
+            return self._msgspec.convert(value, self._type, str_keys=True)
+        except self._msgspec.ValidationError as error:
+            reason, _, path = str(error).partition(" - at `$")
+            raise BadPayload(
+                f"{self._where}{path.removesuffix('`')}", f"is refused: {reason}"
+            ) from error
+
+    def dump(self, value: Any) -> Any:
+        if not isinstance(value, dict | list | str | int | float | None):
+            try:
+                value = self._msgspec.to_builtins(value, str_keys=True)
+            except (TypeError, ValueError) as error:  # msgspec's name the type, and no member
+                raise BadPayload(self._where, f"is refused: {error}") from error
+        path = _unknown(value, self.load(value))
+        if path:
+            raise BadPayload(f"{self._where}{path}", f"is refused: {self._no_member}")
+        return value
+
+    def filled(self, stored: Any, loaded: Any) -> Any:
+        return _with_members(stored, self._whole(loaded), loaded)
+
+    def schema(self) -> dict[str, Any]:
+        schema: dict[str, Any] = self._msgspec.json.schema(self._type)
+        kinds = schema.get("$defs", {})
+        for kind in kinds.values():
+            if kind.get("type") == "object" and "additionalProperties" not in kind:
+                kind["additionalProperties"] = False
+        if "$ref" in schema and (name := schema["$ref"].rpartition("/")[2]) in kinds:
+            schema = {**kinds[name], **schema}  # its members in view, as pydantic has them
+            del schema["$ref"]
+            if not _refers(schema, name):
+                del kinds[name]
+            if not kinds:
+                del schema["$defs"]
+        return schema
+
+    def _whole(self, loaded: Any) -> Any:
+        """The JSON of a value with all members, also those that it omits as defaults."""
+        if isinstance(loaded, self._msgspec.Struct) and not loaded.__struct_config__.array_like:
+            names = zip(loaded.__struct_encode_fields__, loaded.__struct_fields__, strict=True)
+            return {encoded: self._whole(getattr(loaded, name)) for encoded, name in names}
+        if isinstance(loaded, list | tuple):
+            return [self._whole(each) for each in loaded]
+        if isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded):
+            return {name: self._whole(value) for name, value in loaded.items()}
+        try:
+            return self._msgspec.to_builtins(loaded, str_keys=True)
+        except (TypeError, ValueError):  # a default that is no JSON: there is nothing to add
+            return None
+
+
+def _refers(schema: Any, name: str) -> bool:
+    """Whether a JSON Schema refers to this one of its definitions."""
+    match schema:
+        case dict():
+            return schema.get("$ref") == f"#/$defs/{name}" or any(
+                _refers(value, name) for value in schema.values()
+            )
+        case list():
+            return any(_refers(each, name) for each in schema)
+    return False
+
+
+def _unknown(value: Any, loaded: Any) -> str:
+    """The path of a member of JSON that the type of its loaded value does not have, or ""."""
+    match value:
+        case dict():
+            known = _members_of(loaded)
+            for name, each in value.items():
+                if known is not None and name not in known:
+                    return f".{name}"
+                member = known[name] if known is not None else None
+                if found := _unknown(each, member):
+                    return f".{name}{found}"
+        case list() if isinstance(loaded, list | tuple) and len(loaded) == len(value):
+            for index, (each, member) in enumerate(zip(value, loaded, strict=True)):
+                if found := _unknown(each, member):
+                    return f"[{index}]{found}"
+    return ""
+
+
+def _members_of(loaded: Any) -> dict[str, Any] | None:
+    """The members of an object by their names in JSON; None if it may have others."""
+    if hasattr(loaded, "__struct_fields__"):
+        names = zip(loaded.__struct_encode_fields__, loaded.__struct_fields__, strict=True)
+        members = {encoded: getattr(loaded, name) for encoded, name in names}
+        tag = loaded.__struct_config__.tag_field
+        return members if tag is None else {**members, tag: None}
+    if dataclasses.is_dataclass(loaded):
+        return {each.name: getattr(loaded, each.name) for each in dataclasses.fields(loaded)}
+    if isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded):
+        return loaded
+    return None
+
+
 def _with_members(stored: Any, whole: Any, loaded: Any) -> Any:
     """JSON with the members of its whole that it lacks. Values that are there stay as they are.
 
@@ -134,9 +245,27 @@ def _with_members(stored: Any, whole: Any, loaded: Any) -> Any:
 
 
 def _member(loaded: Any, name: str) -> Any:
+    if hasattr(loaded, "__struct_fields__"):
+        return (_members_of(loaded) or {}).get(name)
     return loaded.get(name) if isinstance(loaded, dict) else getattr(loaded, name, None)
 
 
+def _has_struct(type: Any) -> bool:
+    """Whether it is a Struct of msgspec, or a list, dict or union of them."""
+    msgspec = sys.modules.get("msgspec")  # who has made one has imported it
+    if msgspec is None:
+        return False
+    if isinstance(type, msgspec.StructMeta):
+        return True
+    return any(_has_struct(each) for each in typing.get_args(type))
+
+
+def typed(type: Any, *, where: str = INPUT, no_member: str = NO_MEMBER) -> InputOfPlan:
+    """Of this type, by the package that knows it. Raises ImportError, and its errors."""
+    kind = MsgspecInput if _has_struct(type) else PydanticInput
+    return kind(type, where=where, no_member=no_member)
+
+
 def typed_input(type: Any) -> InputOfPlan:
-    """Of this type; None: any JSON. Raises ImportError, and pydantic's errors."""
-    return Untyped() if type is None else PydanticInput(type)
+    """Of this type; None: any JSON. Raises ImportError, and the errors of pydantic or msgspec."""
+    return Untyped() if type is None else typed(type)

@@ -5,11 +5,13 @@ from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from typing_extensions import TypedDict
 
 from beatless import BadPayload, Fatal, Plan, RunContext, StepContext, StepFailed, plan, retry, step
 from beatless.testing import Kit
+from tests.serving import serving
 
 
 class Size(StrEnum):
@@ -117,9 +119,39 @@ def again(run: RunContext[Any]) -> Any:
     return run.again({"deep": [VALUES["now"]]}) if run.input is None else run.input
 
 
+class Order(msgspec.Struct):
+    due: datetime
+    lines: list[int] = []
+
+
+@step
+def packs(ctx: StepContext, order: Order) -> Any:
+    return [ctx.input, order.due.year]
+
+
+@plan("ordered", input=Order)
+def ordered(run: RunContext[Order]) -> Any:
+    return run.step(packs, run.input)
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [listed, emitting, tracing, asks, tells, returns, starts, maps, parent, again]
+    return [ordered, listed, emitting, tracing, asks, tells, returns, starts, maps, parent, again]
+
+
+def test_a_struct_is_an_input_which_is_checked_before_it_is_stored(beatless: Kit) -> None:
+    with pytest.raises(BadPayload, match=r"the run's input.due is refused: Invalid RFC3339"):
+        beatless.start_run("ordered", {"due": "soon"})
+    assert beatless.client.list_runs() == []
+    run = beatless.start_run("ordered", Order(datetime(2026, 1, 1, tzinfo=UTC)))
+    beatless.work_until_idle()
+
+    stored = {"due": "2026-01-01T00:00:00Z", "lines": []}
+    assert beatless.client.get_run(run.run_id).result == [stored, 2026]
+    with serving(beatless.app) as api:
+        (shown,) = [p for p in api("GET", "/v1/plans").json["plans"] if p["name"] == "ordered"]
+    assert shown["input"]["properties"]["due"]["type"] == "string"
+    assert shown["input"]["additionalProperties"] is False
 
 
 def ended(kit: Kit, name: str) -> Any:
