@@ -252,12 +252,12 @@ def test_a_relay_that_sleeps_is_rung(beatless: Kit, postgres: psycopg.Connection
         postgres.execute("SELECT pg_advisory_lock('run_outbox'::regclass::oid::int4, %s)", [shard])
     with psycopg.connect(libpq_url(app.settings.database_url)) as session:
         run_id = start(session, app, "checkout")
-    for notice in postgres.notifies(stop_after=1):
-        assert notice.payload == str(shard_of(run_id))
+    [notice] = postgres.notifies(timeout=60, stop_after=1)
+    assert notice.payload == str(shard_of(run_id))
     with psycopg.connect(libpq_url(app.settings.database_url)) as session:
         session.execute(call(app, "signal_run", run_id, "paid"))
-    for notice in postgres.notifies(stop_after=1):
-        assert notice.payload == str(shard_of(run_id))
+    [notice] = postgres.notifies(timeout=60, stop_after=1)
+    assert notice.payload == str(shard_of(run_id))
 
 
 FOUND = [
@@ -329,8 +329,9 @@ def test_two_starts_with_one_dedupe_key_are_one_after_the_other(
     run_id = start(session, app, "checkout", dedupe_key="d")
     url = libpq_url(app.settings.database_url)
     with psycopg.connect(url, options="-c lock_timeout=1") as second:
-        with pytest.raises(errors.LockNotAvailable):  # it waits for the first one's transaction
+        with pytest.raises(errors.LockNotAvailable) as waited:  # for the first one's transaction
             start(second, app, "checkout", dedupe_key="d")
+        assert "pg_advisory_xact_lock" in waited.value.diag.context
         second.rollback()
         session.commit()
         assert start(second, app, "checkout", dedupe_key="d") == run_id
