@@ -2,7 +2,7 @@
 
 A new session knows no table yet: its first statements take ten times the processor time of those of
 one that has worked. What a test leaves in a session goes with DISCARD ALL, as behind a pooler
-(ADR 0097).
+(ADR 0096).
 """
 
 import os
