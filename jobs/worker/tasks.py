@@ -1,4 +1,8 @@
-"""One Celery task for each plan, named after it: its message is the order to execute a run."""
+"""One Celery task for each plan, named after it: its message is the order to execute a run.
+
+Celery copies the tasks of a project's own app into each app of the process. One that is named as a
+plan is not copied: a message for a run would call it, with the run's id as its argument.
+"""
 
 import logging
 from collections.abc import Callable
@@ -65,7 +69,8 @@ class RunTask(Task):  # type: ignore[misc]  # Celery has no types
         """Raises TypeError: a message without a stored run would execute nothing."""
         raise not_to_be_called(self.name)
 
-    delay = apply_async = apply = retry = refuse
+    # `push_request`: a step that calls a `shared_task` of this name; workers push by the stack.
+    delay = apply_async = apply = retry = push_request = refuse
     signature = subtask = s = si = map = starmap = chunks = refuse
 
 
@@ -74,6 +79,12 @@ class RunsCelery(FleetCelery):
 
     async_pool: type[BasePool]
     """The pool by which one process executes many runs."""
+
+    def _task_from_fun(self, fun: Any, name: str | None = None, **options: Any) -> Any:
+        """Celery's, which warns of a second function for a name: a plan keeps its own."""
+        name = name or self.gen_task_name(fun.__name__, fun.__module__)
+        found = self._tasks.get(name)
+        return found if isinstance(found, RunTask) else super()._task_from_fun(fun, name, **options)
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Raises TypeError for a plan: the messages of runs are made by a relay."""
@@ -111,4 +122,11 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], RunExecutor]) ->
             # Celery's pools lose a place, or a process, by a BaseException.
             raise RuntimeError(f"run {run_id} was left by {type(error).__name__}") from error
 
-    celery.task(execute_run, base=RunTask, name=plan.name, shared=False, ignore_result=True)
+    celery.task(
+        execute_run,
+        base=RunTask,
+        name=plan.name,
+        shared=False,
+        lazy=False,  # before the tasks of other apps are copied
+        ignore_result=True,
+    )

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import celery as library
 import pytest
-from celery import chain, group, signature
+from celery import Celery, _state, chain, group, signature
+from celery.app.task import Context
 from celery.worker import control
 
 from beatless import App, Plan, Settings, step
-from beatless.worker.tasks import register
+from beatless.worker.tasks import RunTask, register
 
 
 @step
@@ -70,10 +72,59 @@ def test_a_worker_executes_what_was_sent_to_it_and_no_call_within():
     plan = Plan("within", [one])
     register(app.celery, plan, Recorder)  # type: ignore[arg-type]  # as much as the task needs
     within = app.celery.tasks["within"]
-    within.push_request(id="r1.1", args=("r1", 1), called_directly=False)
+    within.request_stack.push(Context(id="r1.1", args=("r1", 1), called_directly=False))
     within("r1", 1)
-    within.pop_request()
+    within.request_stack.pop()
     assert executed == [("within", "r1", 1)]
+
+
+@pytest.fixture
+def of_project(monkeypatch):
+    """What tasks of this test leave in Celery goes with it."""
+    monkeypatch.setattr(_state, "_on_app_finalizers", set())
+
+
+def test_a_plan_may_have_the_name_of_a_task(of_project):
+    """As those that `plan from-celery` proposes: the task is copied into each app otherwise."""
+    project = Celery("shop", set_as_current=False)
+
+    @project.task(name="shop.pack", bind=True)
+    def pack(self, line):
+        return self.name, line
+
+    fleet = App(app.settings, plans=[Plan("shop.pack", [one])]).celery
+    fleet.finalize()
+
+    assert isinstance(fleet.tasks["shop.pack"], RunTask)
+    assert pack("tea") == ("shop.pack", "tea")
+    assert not isinstance(project.tasks["shop.pack"], RunTask)
+
+
+def test_a_plan_keeps_its_name_when_the_tasks_come_later(of_project):
+    fleet = App(app.settings, plans=[Plan("shop.wrap", [one])]).celery
+    fleet.finalize()
+
+    @library.shared_task(name="shop.wrap")  # noqa: TID251 - as users have them
+    def wrap(line):
+        return line
+
+    assert isinstance(fleet.tasks["shop.wrap"], RunTask)
+
+
+def test_a_step_never_takes_a_run_for_a_shared_task_of_the_name(of_project, monkeypatch):
+    """Without an app of the project's own, that of the fleet is the current one."""
+
+    @library.shared_task(name="shop.share")  # noqa: TID251 - as users have them
+    def share(to):
+        return to
+
+    fleet = App(app.settings, plans=[Plan("shop.share", [Plan.task(share, name="share")])])
+    monkeypatch.setattr(_state._tls, "current_app", fleet.celery)
+    context = SimpleNamespace(
+        key="k", attempt=1, run_id="r", worker="w", queue="q", priority=0, input="tea"
+    )
+    with pytest.raises(TypeError, match=r"shop\.share is a plan of beatless"):
+        fleet.plans["shop.share"].steps[0](context)
 
 
 def test_a_rate_limit_of_a_plan_is_refused_with_an_answer():
