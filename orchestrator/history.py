@@ -247,20 +247,20 @@ def note_outcome(call: StoredCall, type: str, trace: str | None, data: dict[str,
             call.judge()
         case EventType.STEP_FINISHED:
             call.ended, call.result = True, data.get("result")
+    was_in_flight = call.in_flight
+    if trace in UNCOUNTED and was_in_flight:  # several may have written one about the same attempt
+        call.uncount()
     if trace in UNCOUNTED or type in (EventType.STEP_FAILED, EventType.STEP_FINISHED):
         call.in_flight = False
     match trace:
         case str() if trace == SNOOZED:
-            call.uncount()
             call.judge()
-        case str() if trace == GIVEN_BACK:
-            call.uncount()
+        case str() if trace == GIVEN_BACK and was_in_flight:
             call.deaths += bool(data.get(PROCESS_DIED))
             call.ran_out += bool(data.get(RAN_OUT))
         case str() if trace == LEFT_OUT:
             call.left_out = True
         case str() if trace == CONNECTION_LOST:
-            call.uncount()
             call.refused += bool(data.get("refused"))
             call.lost += not data.get("refused")
 

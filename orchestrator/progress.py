@@ -298,6 +298,22 @@ class Progress:
         self.starts -= 1
         self.in_flight = False
 
+    def traced(self, name: str, data: dict[str, Any]) -> None:
+        """Take up a trace after which an attempt does not count.
+
+        Only one that is in flight: several may have written one about the same attempt.
+        """
+        was_in_flight = self.in_flight
+        if was_in_flight:
+            self.uncounted()
+        if name == SNOOZED:
+            self.judged()
+        elif name == CONNECTION_LOST:
+            self.note_loss(refused=data.get("refused", False))
+        elif was_in_flight:
+            self.deaths += bool(data.get(PROCESS_DIED))
+            self.ran_out += bool(data.get(RAN_OUT))
+
     def judged(self) -> None:
         """The attempt ended by the step's own outcome: earlier losses no longer count."""
         self.lost = self.refused = self.deaths = self.ran_out = 0
@@ -306,6 +322,10 @@ class Progress:
     def lose(self, *, refused: bool) -> None:
         """Its transaction is gone, or never was."""
         self.uncounted()
+        self.note_loss(refused=refused)
+
+    def note_loss(self, *, refused: bool) -> None:
+        """One more transaction in a row; its attempt is uncounted elsewhere."""
         self.lost += not refused
         self.refused += refused
 
@@ -360,15 +380,8 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
                 progress.undoing = True
             case EventType.CANCEL_REQUESTED:
                 stopping, progress.promised = True, data.get(ON_CANCEL)
-            case EventType.DEBUG_TRACE if data.get("name") == SNOOZED:
-                progress.uncounted()
-                progress.judged()
-            case EventType.DEBUG_TRACE if data.get("name") == GIVEN_BACK:
-                progress.uncounted()
-                progress.deaths += bool(data.get(PROCESS_DIED))
-                progress.ran_out += bool(data.get(RAN_OUT))
-            case EventType.DEBUG_TRACE if data.get("name") == CONNECTION_LOST:
-                progress.lose(refused=data.get("refused", False))
+            case EventType.DEBUG_TRACE if (name := data.get("name")) in UNCOUNTED:
+                progress.traced(name, data)
             case EventType.STEP_FINISHED:
                 place = event
                 name = plan.current(step_of(event.step or ""))

@@ -165,8 +165,8 @@ BUGS = {
     ),
     "an attempt that was handed back counts": Bug(
         "orchestrator/progress.py",
-        'if data.get("name") == GIVEN_BACK:\n                progress.uncounted()\n',
-        'if data.get("name") == GIVEN_BACK:\n                progress.judged()\n',
+        "if was_in_flight:\n            self.uncounted()\n",
+        "if was_in_flight and name != GIVEN_BACK:\n            self.uncounted()\n",
     ),
     "a delay is shorter than asked for": Bug(
         "orchestrator/fragments.sql",
@@ -315,8 +315,8 @@ BUGS = {
     ),
     "a snooze counts as an attempt": Bug(
         "orchestrator/progress.py",
-        'if data.get("name") == SNOOZED:\n                progress.uncounted()\n',
-        'if data.get("name") == SNOOZED:\n',
+        "if was_in_flight:\n            self.uncounted()\n",
+        "if was_in_flight and name != SNOOZED:\n            self.uncounted()\n",
     ),
     "a retry does not wait as long as its step says": Bug(
         "orchestrator/journal.sql",

@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 
 import beatless
-from beatless import Plan, step
+from beatless import Plan, RunContext, step
+from beatless import plan as function_plan
 from beatless.orchestrator.events import Event
-from beatless.orchestrator.progress import CONNECTION_LOST, SNOOZED, UNCOUNTED, fold
+from beatless.orchestrator.history import history_of
+from beatless.orchestrator.progress import CONNECTION_LOST, GIVEN_BACK, SNOOZED, UNCOUNTED, fold
 
 plan = Plan(
     "p",
     [step(name=name)(lambda ctx: None) for name in ("a", "b", "c")],
     routes={"b": ["a", "b"]},
 )
+
+
+@function_plan("p")
+def function(run: RunContext) -> None:
+    """Its calls are those of the journal."""
 
 
 def events(*members: tuple) -> list[Event]:
@@ -71,6 +78,23 @@ def test_a_lost_transaction_is_neither_a_failure_nor_a_crash():
     progress = fold(plan, events(STARTED, begun, LOST, begun, REFUSED, begun, LOST, begun))
     assert (progress.starts, progress.failures, progress.crashes) == (1, 0, 1)
     assert (progress.lost, progress.refused) == (2, 1)
+
+
+TWICE = {
+    **{name: ({"name": GIVEN_BACK}, {"name": name}) for name in UNCOUNTED},
+    "died": ({"name": GIVEN_BACK}, {"name": GIVEN_BACK, "process_died": True}),
+    "lapsed": ({"name": GIVEN_BACK}, {"name": GIVEN_BACK, "lease_ran_out": True}),
+    "died before": ({"name": GIVEN_BACK, "process_died": False}, {"name": GIVEN_BACK}),
+}
+
+
+@pytest.mark.parametrize("traces", TWICE.values(), ids=TWICE)
+def test_an_attempt_is_uncounted_once_however_often_it_was_given_back(traces: tuple):
+    journal = events(STARTED, ("StepStarted", "a", None), *(("DebugTrace", "a", t) for t in traces))
+    progress = fold(plan, journal)
+    assert (progress.starts, progress.deaths, progress.ran_out) == (0, 0, 0)
+    call = history_of(function, journal).calls["a"]
+    assert (call.starts, call.deaths, call.ran_out) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
