@@ -17,7 +17,7 @@ import psycopg
 
 from beatless.orchestrator.inbox import Inbox
 from beatless.orchestrator.options import OPTION_SQL
-from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT
+from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
@@ -290,7 +290,8 @@ class Leases:
         """End these leases, by run id and token, whose process is known to be dead.
 
         Their runs are dispatched at once. The attempts under the tokens in `uncalled` do not count:
-        their bodies were not called, or ran `beside` others. For each token that still has a lease:
+        their bodies were not called, or ran `beside` others: they are given back, unless they were,
+        and nothing more is written under their tokens. For each token that still has a lease:
         whether it was ended; False if another transaction holds the row at this moment. The rest
         were gone.
         """
@@ -299,9 +300,11 @@ class Leases:
             {
                 "run_ids": [run_id for run_id, _ in held],
                 "tokens": [token for _, token in held],
+                "renewed": [new_token() for _ in held],
                 "uncalled": [token in uncalled for _, token in held],
                 "beside": [token in beside for _, token in held],
                 "trace": GIVEN_BACK,
+                "uncounted": list(UNCOUNTED),
             },
         ).fetchall()
         return {token: ended for token, ended, _ in rows}

@@ -165,32 +165,42 @@ SELECT lease_token, cancelled, {signalled} FROM u
 
 -- name: end
 -- End the leases of processes that have died, and ring for their runs; say which are left.
--- A lease that a transaction still writes under is left for the next try: its row is not waited for.
+-- A lease that a transaction still writes under, or has since this began, is left for the next try:
+-- its row is not waited for.
 -- The token stays: what the dead process had sent before may still be written, until the next claim.
 -- An attempt whose body was not called is given back: it was not what the process has died of. So is
--- one whose body ran beside others: it may have been, which its trace says.
+-- one whose body ran beside others: it may have been, which its trace says. That is its outcome: the
+-- token is another one then, or a process that lives after all would write one too, and it would be
+-- given back twice. So would one that has a trace already, of a claim that has begun no other.
 WITH held AS (
-  SELECT r.run_id, r.lease_token, l.uncalled, l.beside
-    FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[], %(uncalled)s::bool[], %(beside)s::bool[])
-         AS l(run_id, token, uncalled, beside)
+  SELECT r.run_id, r.lease_token, r.last_seq, l.renewed, l.uncalled, l.beside
+    FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[], %(renewed)s::bigint[],
+                %(uncalled)s::bool[], %(beside)s::bool[])
+         AS l(run_id, token, renewed, uncalled, beside)
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
    WHERE r.lease_expires_at > clock_timestamp()
 ), free AS (
-  SELECT held.run_id, d.shard, s.step, s.attempt, held.beside,
+  SELECT held.run_id, held.renewed, d.shard, s.step, s.attempt, held.beside,
          s.run_id IS NOT NULL AND r.last_seq < 2147483647 AS given_back
     FROM held
     JOIN {schema}.runs r ON r.run_id = held.run_id AND r.lease_token = held.lease_token
-     AND r.state = 'running'
+     AND r.state = 'running' AND r.last_seq = held.last_seq
+     AND r.lease_expires_at > clock_timestamp()
     JOIN {schema}.dispatches d ON d.run_id = held.run_id
     LEFT JOIN LATERAL (
       SELECT * FROM {schema}.run_events e
        WHERE e.run_id = held.run_id AND e.type IN ('StepStarted', 'StepFinished', 'StepFailed')
-       ORDER BY e.seq DESC LIMIT 1) s ON held.uncalled AND s.type = 'StepStarted'
+       ORDER BY e.seq DESC LIMIT 1) s
+      ON held.uncalled AND s.type = 'StepStarted'
+     AND NOT EXISTS (SELECT FROM {schema}.run_events t
+                      WHERE t.run_id = held.run_id AND t.seq > s.seq AND t.step = s.step
+                        AND t.type = 'DebugTrace' AND t.data ->> 'name' = ANY(%(uncounted)s::text[]))
      FOR NO KEY UPDATE OF r, d SKIP LOCKED
 ), u AS (
   UPDATE {schema}.runs r
      SET lease_expires_at = clock_timestamp(), last_seq = r.last_seq + free.given_back::int,
-         dead_token = r.lease_token
+         lease_token = CASE WHEN free.given_back THEN free.renewed ELSE r.lease_token END,
+         dead_token = CASE WHEN free.given_back THEN free.renewed ELSE r.lease_token END
     FROM free WHERE r.run_id = free.run_id
   RETURNING r.run_id, r.last_seq, free.shard, free.step, free.attempt AS begun, free.given_back,
             free.beside

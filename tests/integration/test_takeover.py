@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from beatless.client import RunRequest
 from beatless.local.child import Child
 from beatless.orchestrator.board import Board, Noted
 from beatless.orchestrator.death_watch import DeathWatch
+from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.keeper import Keeper
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import LeasesEnded
-from beatless.orchestrator.progress import fold
+from beatless.orchestrator.progress import GIVEN_BACK, fold
 from beatless.orchestrator.roster import Roster
 from beatless.outbox.faults import SimulatedCrash
 from beatless.testing import Kit
@@ -425,6 +427,104 @@ def test_a_body_is_a_suspect_if_it_was_beside_others_and_not_if_it_waited_for_it
         ).deaths
 
     assert (deaths(ran), deaths(waited)) == (1, 0)
+
+
+def given_back(beatless: Kit, run_id: str) -> int:
+    """How often attempts were given back, of a run of which each was begun as the first."""
+    beatless.work_until_idle()
+    events = beatless.client.events(run_id)
+    assert {event.attempt for event in events if event.type == "StepStarted"} == {1}
+    beatless.verify()
+    return sum((event.data or {}).get("name") == GIVEN_BACK for event in events)
+
+
+def end(beatless: Kit, connection: psycopg.Connection[Any], lease: Lease) -> dict[int, bool]:
+    """End the lease of a process that has died before it called the body."""
+    held = [(lease.run.run_id, lease.token)]
+    return beatless.app.leases.end(connection, held, uncalled={lease.token})
+
+
+def test_an_attempt_is_given_back_once_though_the_next_claim_dies_before_it_begins_one(
+    beatless: Kit, connection: psycopg.Connection[Any]
+) -> None:
+    lease = claim(beatless, connection)
+    for dispatch in 2, 3:
+        assert end(beatless, connection, lease) == {lease.token: True}
+        again = beatless.app.leases.claim(
+            connection,
+            lease.run.run_id,
+            plan="two_steps",
+            worker="w",
+            first_step=None,
+            dispatch=dispatch,
+        )
+        assert again is not None
+        assert not again.ran_out
+        lease = again
+    assert end(beatless, connection, lease) == {lease.token: True}
+
+    assert given_back(beatless, lease.run.run_id) == 1
+
+
+def test_a_process_that_lives_writes_nothing_of_an_attempt_that_was_given_back_for_it(
+    beatless: Kit, connection: psycopg.Connection[Any]
+) -> None:
+    """It was taken for dead: it would give it back too, and keep the lease for the next one to."""
+    lease = claim(beatless, connection)
+    assert end(beatless, connection, lease) == {lease.token: True}
+
+    assert beatless.app.leases.extend(connection, [lease]) == [lease]
+    assert not beatless.app.leases.inspect(connection, lease, after=2).committed_since
+    journal = beatless.app.journal
+    trace = journal.new_event(
+        EventType.DEBUG_TRACE, step="first", attempt=1, where="here", data={"name": GIVEN_BACK}
+    )
+    assert journal.append(connection, lease.run.run_id, lease.token, [trace]) is None
+    assert end(beatless, connection, lease) == {}
+
+    assert given_back(beatless, lease.run.run_id) == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["ended", "gone on"])
+def test_a_lease_under_which_somebody_has_written_meanwhile_is_left_for_the_next_try(
+    beatless: Kit,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    meanwhile: str,
+) -> None:
+    """By the other one of two who notice the death, or by what the dead process had sent."""
+    lease = claim(beatless, connection)
+    leases, run_id = beatless.app.leases, lease.run.run_id
+    seen = "WHERE r.lease_expires_at > clock_timestamp()\n)"
+    assert seen in leases.sql["end"]
+    gate = seen.replace("\n", "\n AND pg_advisory_xact_lock_shared(4712)::text IS NOT NULL\n")
+    gated = leases.sql | {"end": leases.sql["end"].replace(seen, gate)}
+    with (
+        ThreadPoolExecutor(1) as beside,
+        beatless.app.executors.connect() as late,
+        beatless.app.executors.connect() as holder,
+    ):
+        with holder.transaction(), monkeypatch.context() as patched:
+            holder.execute("SELECT pg_advisory_xact_lock(4712)")
+            patched.setattr(leases, "sql", gated)
+            found = beside.submit(end, beatless, late, lease)
+            waits = "SELECT 1 FROM pg_locks WHERE pid = %s AND objid = 4712 AND NOT granted"
+            until(lambda: connection.execute(waits, [late.info.backend_pid]).fetchone())
+            patched.undo()
+            if meanwhile == "ended":
+                assert end(beatless, connection, lease) == {lease.token: True}
+            else:
+                finished = NewEvent(
+                    type=EventType.STEP_FINISHED, step="first", attempt=1, data='{"result": null}'
+                )
+                started = NewEvent(type=EventType.STEP_STARTED, step="second", attempt=1)
+                events = [finished, started]
+                assert beatless.app.journal.append(connection, run_id, lease.token, events)
+        assert found.result(60) == {lease.token: False}
+
+    again = end(beatless, connection, lease)
+    assert again == ({} if meanwhile == "ended" else {lease.token: True})
+    assert given_back(beatless, run_id) == 1
 
 
 @pytest.mark.long
