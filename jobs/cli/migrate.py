@@ -59,8 +59,9 @@ def migrate(
                 env.app.journal.renew(connection)
         with engine.connect() as connection:
             found = current(connection, schema)
-    applied = None if check else env.app.client.apply_schedules(env.app.schedules)
-    undeclared = env.app.client.apply_plans() if env.app_name and not check else []
+    declares = bool(env.app_name) and not check
+    applied = env.app.client.apply_schedules(env.app.schedules) if declares else None
+    undeclared = env.app.client.apply_plans() if declares else []
     if env.as_json:
         env.document({"schema": schema, "migration": found})
     else:
@@ -69,6 +70,11 @@ def migrate(
     if applied:
         tell_schedules(env, applied)
     tell_plans(env, undeclared)
+    if not check and not declares:
+        env.note(
+            "no App is named, so stored schedules and plans stay as they are; those of yours: "
+            "beatless --app MODULE:ATTRIBUTE migrate, or BEATLESS_APP"
+        )
 
 
 def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:

@@ -71,6 +71,15 @@ def test_migrate_stores_the_schedules_of_the_app_and_tells_of_those_that_it_lack
     assert "declare it and migrate, or delete it" in command.error
 
 
+def test_migrate_without_an_app_leaves_the_stored_schedules_as_they_are(
+    beatless: Kit, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beatless.client.apply_schedules([Schedule("nightly", "two_steps", cron="0 2 * * *")])
+    assert run(["migrate"]) == 0  # its plans are those of the demo, and its name is "default"
+    assert "stay as they are; those of yours: beatless --app" in capsys.readouterr().err
+    assert beatless.schedules["nightly"].state.value == "active"
+
+
 def test_migrate_registers_the_plans_of_the_app_and_tells_of_those_that_it_lacks(
     beatless: Kit, command: Command
 ) -> None:
