@@ -328,6 +328,12 @@ class OrderTests(TestCase):
         assert client().list_runs() == []
         assert app.settings.database_url.endswith(connection.settings_dict["NAME"])
 
+    def test_a_plan_is_started_from_sql(self):
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT {app.settings.schema}.start_run('fulfil')")
+            (run_id,) = cursor.fetchone()
+        assert client().get_run(run_id).plan == "fulfil"
+
 
 NAMES = []
 
@@ -371,7 +377,7 @@ def test_djangos_own_test_databases_have_our_schema(
             )
         suite.teardown_databases(databases)
         django_db_blocker.restore()
-    assert (failed.testsRun, failed.errors, failed.failures) == (2, [], [])
+    assert (failed.testsRun, failed.errors, failed.failures) == (3, [], [])
     assert [name] == NAMES
     assert "shop_order" in tables
     assert "runs" not in tables  # inspectdb, which asks the same, sees none of ours

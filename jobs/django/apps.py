@@ -86,5 +86,6 @@ class BeatlessConfig(AppConfig):  # type: ignore[misc]  # Django has no types
         finally:
             connecting.dispose()
         app.client.apply_schedules(app.schedules)
+        app.client.apply_plans()
         if verbosity > 1:
             print(f"  schema {settings.schema} is at migration {found}")  # noqa: T201 - as Django's
