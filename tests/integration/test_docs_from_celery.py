@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery import _state
+from celery.app import builtins
 
 from beatless import Limit, Plan
 from beatless.cli import run
@@ -92,7 +93,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         path = place / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    kept = {*_state._on_app_finalizers}
+    shared = _state._on_app_finalizers  # tasks of other tests, which each app would have
+    kept = {*shared}
+    shared.intersection_update({each for each in kept if each.__module__ == builtins.__name__})
     default, current = _state.default_app, _state._tls.current_app
     sys.path.insert(0, str(place))
     try:
@@ -101,7 +104,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         sys.path.remove(str(place))
         for name in [each for each in sys.modules if each.partition(".")[0] in ("store", "odd")]:
             del sys.modules[name]
-        _state._on_app_finalizers &= kept
+        shared.clear()
+        shared.update(kept)
         _state.default_app, _state._tls.current_app = default, current
 
 

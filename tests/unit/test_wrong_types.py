@@ -24,7 +24,7 @@ PACKAGE = Path(beatless.__file__).resolve().parents[1]
 celery = Celery("shop")
 
 
-@celery.task
+@celery.task(shared=False)
 def send_mail(order: int) -> None: ...
 
 
