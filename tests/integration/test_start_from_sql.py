@@ -337,6 +337,27 @@ def test_two_starts_with_one_dedupe_key_are_one_after_the_other(
         assert start(second, app, "checkout", dedupe_key="d") == run_id
 
 
+def test_the_locks_of_a_start_are_those_of_the_python_client(
+    beatless: Kit, session: psycopg.Connection
+) -> None:
+    app, run_id, found = beatless.app, new_run_id(), []
+    held = (
+        "SELECT classid, objid, objsubid, mode FROM pg_locks"
+        " WHERE pid = pg_backend_pid() AND locktype = 'advisory' ORDER BY 1, 2"
+    )
+    for namespace in ("default", "acme"):
+        given: dict[str, Any] = {"run_id": run_id, "dedupe_key": "d/é"}
+        client = app.client_for(namespace)
+        client.start_run("checkout", connection=session, **given)
+        found.append(session.execute(held).fetchall())
+        session.rollback()
+        start(session, app, "checkout", namespace=namespace, **given)
+        assert session.execute(held).fetchall() == found[-1]
+        session.rollback()
+    assert [len(locks) for locks in found] == [2, 2]  # that of the key, and that of the doorbell
+    assert found[0] != found[1]
+
+
 REFUSED = [
     ("typed", errors.FeatureNotSupported, "its input has a type"),
     ("keyed", errors.FeatureNotSupported, "the key of its limit stripe is a function of Python"),
