@@ -3,6 +3,7 @@
 A process has one Django: they are executed in one of their own, by pytest and Django's runner.
 """
 
+import asyncio
 import html
 import io
 import json
@@ -16,6 +17,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.admin.models import LogEntry
 from django.core import checks
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.management import call_command
 from django.db import connection, connections, transaction
 from django.test import TestCase, override_settings
@@ -49,8 +51,21 @@ def test_the_client_reads_what_the_block_has_written_and_others_do_not(beatless,
 
 
 def test_outside_of_a_block_a_start_is_a_transaction_of_its_own(beatless, db):
+    connection.close()
     (run,) = start_runs([RunRequest(plan="fulfil", input={"order": 0})])
     assert beatless.client.get_run(run.run_id).state == RunState.QUEUED
+    assert connection.connection is None  # in a thread without requests nobody would close it
+
+
+def test_in_a_coroutine_a_start_is_refused_as_djangos_own_queries_are(beatless, db):
+    async def view():
+        with pytest.raises(SynchronousOnlyOperation, match="sync_to_async"):
+            start_run("fulfil", {"order": 0})
+        await client().astart_run("fulfil", {"order": 0})
+
+    connection.close()
+    asyncio.run(view())
+    assert len(beatless.client.list_runs()) == 1
 
 
 def test_a_savepoint_that_is_rolled_back_takes_its_run_along(beatless, db):

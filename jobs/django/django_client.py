@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, Unpack
 
 from django.db import connections
+from django.utils.asyncio import async_unsafe
 
 from beatless.client import Client
 from beatless.client.requests import RunOptions, RunRequest
@@ -16,14 +17,19 @@ from beatless.outbox.queries import Caller
 T = TypeVar("T")
 
 
+@async_unsafe  # type: ignore[untyped-decorator]  # Django has no types
 def open_transaction(using: str) -> Caller | None:
     """The psycopg connection of Django's transaction on this alias; None outside of one.
 
-    Raises TransactionManagementError in a block whose transaction has failed.
+    None is opened to find that out: nobody would close it in a thread that serves no request.
+    Raises TransactionManagementError in a block whose transaction has failed, and
+    SynchronousOnlyOperation in a coroutine.
     """
     wrapper = connections[using]
-    if not wrapper.in_atomic_block and wrapper.get_autocommit():
-        return None
+    if not wrapper.in_atomic_block:
+        closed = wrapper.connection is None
+        if wrapper.settings_dict["AUTOCOMMIT"] if closed else wrapper.get_autocommit():
+            return None
     wrapper.ensure_connection()
     wrapper.validate_no_broken_transaction()
     connection: Caller = wrapper.connection
