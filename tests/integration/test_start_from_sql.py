@@ -102,7 +102,7 @@ def stored(
         if isinstance(value, int) and value > 10**12:  # milliseconds
             value = datetime.fromtimestamp(value / 1000, UTC) + timedelta(milliseconds=1)
         for name, offset in (("now", timedelta()), ("delay", DELAY), ("deadline", DEADLINE)):
-            latest = until + offset + timedelta(milliseconds=1)
+            latest = until + offset + timedelta(milliseconds=2)  # one that Postgres rounded up
             if isinstance(value, datetime) and since + offset <= value <= latest:
                 return name
         return value
