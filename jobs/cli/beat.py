@@ -28,6 +28,9 @@ def celery_app_of(name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute or "app")
     except (ImportError, AttributeError, ValueError) as error:
         raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
+    except Exception as error:  # of the module, as a variable that is not set
+        problem = f"{name} cannot be loaded: {type(error).__name__}: {error}"
+        raise BadRequest("celery app", problem) from error
     if not hasattr(getattr(found, "conf", None), "beat_schedule"):
         raise BadRequest("celery app", f"{name} is no Celery app; give MODULE:ATTRIBUTE of one")
     return found

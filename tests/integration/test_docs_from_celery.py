@@ -36,6 +36,16 @@ from celery import Celery
 
 app = Celery("lost", include=["odd.nowhere"])
 """,
+    "odd/unset.py": """
+import os
+
+os.environ["NO_SUCH_VARIABLE"]
+""",
+    "odd/unready.py": """
+from celery import Celery
+
+app = Celery("unready", include=["odd.unset"])
+""",
     "odd/unrouted.py": """
 from celery import Celery
 
@@ -176,6 +186,8 @@ def test_odd_tasks_become_plans_and_what_a_step_lacks_is_named(
 def test_what_cannot_be_read_is_said(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in (
         ("odd.lost:app", "its tasks cannot be loaded: No module named 'odd.nowhere'"),
+        ("odd.unready:app", "its tasks cannot be loaded: KeyError: 'NO_SUCH_VARIABLE'"),
+        ("odd.unset:app", "odd.unset:app cannot be loaded: KeyError: 'NO_SUCH_VARIABLE'"),
         ("odd.unrouted:app", "task odd.unrouted.one has no route"),
         ("odd.tasks:Told", "is no Celery app; give MODULE:ATTRIBUTE of one"),
     ):
