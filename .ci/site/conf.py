@@ -1,5 +1,10 @@
 """Sphinx: the documents as a site that needs no network to be built or read (`make docs`)."""
 
+import builtins
+from typing import Any
+
+from sphinx.addnodes import pending_xref
+
 project = "beatless"
 
 html_theme = "furo"
@@ -17,3 +22,15 @@ python_maximum_signature_line_length = 88
 add_module_names = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def unlink_builtins(_app: Any, document: Any) -> None:
+    """Sphinx takes `type` in a signature for an attribute of that name, as StepFailed.type."""
+    for reference in list(document.findall(pending_xref)):
+        if hasattr(builtins, reference["reftarget"]):
+            reference.replace_self(reference.children)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("doctree-read", unlink_builtins)
