@@ -14,6 +14,7 @@ A wait ends with WaitFinished, and the run goes on as after a step; or it leaves
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,15 +260,17 @@ class Boundaries:
     def crashed(self, progress: Progress) -> Settlement:
         """The step has ended its process, or lost its lease, too often: it is not tried again."""
         text = f"step {progress.occurrence} ended its process {progress.crashes} times"
+        last = copy(progress)
+        last.starts += not progress.in_flight  # it was given back, and it is the one that failed
         if progress.ran_out and not progress.crashes:
-            return self._failed_with(progress, "LeaseRanOut", _ran_out(progress))
+            return self._failed_with(last, "LeaseRanOut", _ran_out(progress))
         if progress.deaths:
             text += (
                 f", and was one of several in a process or worker that died {progress.deaths} times"
             )
         if progress.ran_out:
             text += f"; {_ran_out(progress)}"
-        return self._failed_with(progress, "StepCrashed", text)
+        return self._failed_with(last, "StepCrashed", text)
 
     def ran_out(self, progress: Progress) -> NewEvent:
         """The trace of the last attempt: its lease ran out, and nobody knows how it ended."""

@@ -33,6 +33,10 @@ def attempts(journal: Journal) -> list[int | None]:
     return [event.attempt for event in journal.events if event.type == "StepStarted"]
 
 
+def failed(journal: Journal) -> list[int | None]:
+    return [event.attempt for event in journal.events if event.type == "StepFailed"]
+
+
 def list_of_one(**options: Any) -> Plan:
     return Plan("p", steps("a", **options))
 
@@ -71,12 +75,14 @@ def test_a_step_whose_lease_runs_out_again_and_again_fails_with_the_true_reason(
     assert error["type"] in ("LeaseRanOut", "StepFailed")
     assert "the lease of step a ran out 20 times in a row" in str(error)
     assert "ended its process" not in str(error)
+    assert failed(journal) == [1]
 
 
 def test_a_step_that_shall_not_begin_twice_does_not_after_its_lease_ran_out(make: Any) -> None:
     journal = finish(left(Journal(make(retry=retry(max_crashes=1))), 1))
     assert attempts(journal) == [1]
     assert "the lease of step a ran out once" in str(outcome(journal))
+    assert failed(journal) == [1]
 
 
 def test_a_death_that_is_known_is_a_crash_after_leases_that_ran_out(make: Any) -> None:
@@ -86,6 +92,7 @@ def test_a_death_that_is_known_is_a_crash_after_leases_that_ran_out(make: Any) -
     error = str(outcome(journal))
     assert "step a ended its process 2 times" in error
     assert "ran out 3 times in a row" in error
+    assert failed(journal) == [2]
 
 
 @pytest.mark.parametrize("said", [Raised(FAILS), Snooze(1)], ids=["fails", "snoozes"])
