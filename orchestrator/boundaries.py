@@ -298,6 +298,11 @@ class Boundaries:
         message = text[:MESSAGE_LIMIT].encode("ascii", "backslashreplace").decode()
         return self._failed_with(progress, "BadPayload", message)
 
+    def unreadable(self) -> Settlement:
+        """No step shall get what stands for the run's input."""
+        message = "the run's input is nested too deeply to be read, or a number of it is too long"
+        return self._ended(RunState.FAILED, [], {"type": "BadPayload", "message": message})
+
     def overdue(self, events: Sequence[NewEvent] = ()) -> Settlement:
         """The run has reached its deadline."""
         error = DeadlineExceeded(self._run_id)

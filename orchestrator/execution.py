@@ -99,7 +99,7 @@ class Execution:
                 progress = yield from self._take_storable_step(progress, progress.step)
 
     def _resume(self) -> Part:
-        if self._lease.begun:
+        if self._lease.begun and not self._lease.unreadable:
             return Progress(step=self._plan.first, starts=1)
         progress = yield from self._fold()
         self._boundaries.undoes |= progress.begun_undos
@@ -110,6 +110,9 @@ class Execution:
             progress.cancel(self._plan.on_cancel)
         if self._lease.late and not progress.compensating:
             yield from self._settle(self._boundaries.overdue())
+            return None
+        if self._lease.unreadable and not progress.compensating:
+            yield from self._settle(self._boundaries.unreadable())
             return None
         if self._read_events >= long_history.MAX_EVENTS and not progress.compensating:
             yield from self._settle(self._boundaries.too_long())

@@ -130,10 +130,11 @@ class FunctionExecution(Execution):
                 self._boundaries.taken_over(lease.run.attempt, ran_out=lease.ran_out)
             )
             self._last_seq += 1
-        if lease.late and not lease.cancelled:
+        if (lease.late or lease.unreadable) and not lease.cancelled:
             if self._last_seq > 1:  # by the journal: the plan may have lost an undo since
                 self._boundaries.undoes = (yield from self._fold_cancelled()).begun_undos
-            yield from self._settle(self._boundaries.overdue())
+            ended = self._boundaries.overdue if lease.late else self._boundaries.unreadable
+            yield from self._settle(ended())
             return None
         return (yield from super()._resume())
 

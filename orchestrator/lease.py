@@ -20,6 +20,7 @@ from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
+from beatless.outbox.adapters import UNREADABLE
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import shard_of
 from beatless.outbox.pending import prepare_anew
@@ -70,6 +71,8 @@ class Lease:
     """Whether no other runs in its process while its body does, nor will: of a suspect."""
     ran_out: bool = False
     """Whether it was taken from a holder of whom nobody knows that it has died."""
+    unreadable: bool = False
+    """Whether the input of the run is JSON that was written with SQL, and that nobody can read."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
     trace_context: Mapping[str, str] | None = None
@@ -394,6 +397,7 @@ def _lease(claimed: Sequence[Any]) -> Lease:
         age=age,
         trace_context=_carrier(trace_context),
         ran_out=ran_out,
+        unreadable=run.input == UNREADABLE,
         begun=begun,
     )
 

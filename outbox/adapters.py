@@ -48,7 +48,7 @@ class UtcLoader(Loader):
         return EARLIEST if microseconds < FIRST else LATEST
 
 
-TOO_DEEP = {"beatless.unreadable": "nested more deeply than this process can read"}
+UNREADABLE = {"beatless.unreadable": "nested too deeply, or a number of it has too many digits"}
 """Stands for JSON that only SQL can have written so: it must not have the lists fail."""
 
 _DECODER = json.JSONDecoder()
@@ -59,8 +59,8 @@ def _load_json(data: bytes | str) -> Any:
         return _DECODER.decode(
             data if isinstance(data, str) else data.decode("utf-8", "surrogatepass")
         )
-    except RecursionError:
-        return dict(TOO_DEEP)
+    except (RecursionError, ValueError):  # of more digits than Python makes a number of
+        return dict(UNREADABLE)
 
 
 def _adapters() -> AdaptersMap:

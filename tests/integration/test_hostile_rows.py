@@ -1,17 +1,20 @@
 """Rows that SQL permits and the product never writes: each costs its own run, and no other."""
 
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
-from beatless import App, Schedule
+from beatless import App, Plan, RunContext, Schedule, StepContext, plan, step
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.state import RunState
-from beatless.outbox.adapters import TOO_DEEP
+from beatless.outbox.adapters import UNREADABLE as UNREAD_JSON
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
@@ -226,19 +229,50 @@ def test_a_hostile_schedule_keeps_no_other_from_being_fired_and_listed(
     assert [each.name for each in beatless.client.schedules()] == ["good", "hostile"]
 
 
-def test_json_that_is_nested_too_deeply_fails_no_list_and_no_other_run(
-    beatless: Kit, postgres: psycopg.Connection
+UNREAD = {"deep": "[" * 3000 + "]" * 3000, "long": "1" * 5000}
+
+
+@pytest.mark.parametrize("text", UNREAD.values(), ids=UNREAD)
+def test_json_that_python_does_not_read_fails_no_list_and_no_other_run(
+    beatless: Kit, postgres: psycopg.Connection, text: str
 ) -> None:
     deep, other = (beatless.start_run("two_steps").run_id for _ in range(2))
     for column in ("input", "trace_context"):
-        text = "[" * 3000 + "]" * 3000
         postgres.execute(f"UPDATE runs SET {column} = %s WHERE run_id = %s".encode(), (text, deep))
 
     beatless.work_until_idle()
 
     assert {run.run_id: run.state for run in beatless.client.list_runs()}[other] == "completed"
-    assert beatless.client.get_run(deep).input == TOO_DEEP
+    shown = beatless.client.get_run(deep)
+    assert (shown.input, shown.state) == (UNREAD_JSON, RunState.FAILED)
+    assert "nested too deeply" in shown.error["message"]
     assert beatless.client.explain(deep)
+
+
+@step
+def echo(ctx: StepContext) -> Any:
+    return ctx.input
+
+
+@plan("function")
+def function(run: RunContext) -> Any:
+    return run.step(echo)
+
+
+@pytest.mark.parametrize("kind", [Plan("list", [echo]), function], ids=["list", "function"])
+def test_no_step_gets_what_stands_for_an_input_that_cannot_be_read(
+    beatless_app: App, postgres: psycopg.Connection, tmp_path: Path, kind: Plan
+) -> None:
+    with closing(Kit(App(beatless_app.settings, [kind]), directory=tmp_path)) as kit:
+        run_id = kit.start_run(kind.name).run_id
+        unread = "UPDATE runs SET input = %s WHERE run_id = %s"
+        postgres.execute(unread, (UNREAD["deep"], run_id))
+        kit.work_until_idle()
+
+        run = kit.client.get_run(run_id)
+        assert (run.state, run.error["type"]) == (RunState.FAILED, "BadPayload")
+        assert "StepFinished" not in [event.type for event in kit.client.events(run_id)]
+        kit.verify()
 
 
 LETTER = "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', 'a', 'b', %s)"
