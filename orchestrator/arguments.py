@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -72,5 +73,9 @@ def _as_json(value: Any) -> Any:
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(mode="json")
     if (names := getattr(value, "__struct_fields__", None)) is not None:
-        return {name: getattr(value, name) for name in names}
+        config = value.__struct_config__
+        tag = {} if config.tag_field is None else {config.tag_field: config.tag}
+        members = {name: getattr(value, name) for name in names}
+        unset = sys.modules["msgspec"].UNSET
+        return tag | {name: each for name, each in members.items() if each is not unset}
     raise TypeError(f"a {type(value).__name__} is not JSON")

@@ -172,7 +172,14 @@ class MsgspecInput:
         """The JSON of a value with all members, also those that it omits as defaults."""
         if isinstance(loaded, self._msgspec.Struct) and not loaded.__struct_config__.array_like:
             names = zip(loaded.__struct_encode_fields__, loaded.__struct_fields__, strict=True)
-            return {encoded: self._whole(getattr(loaded, name)) for encoded, name in names}
+            members = {encoded: getattr(loaded, name) for encoded, name in names}
+            config = loaded.__struct_config__
+            tag = {} if config.tag_field is None else {config.tag_field: config.tag}
+            return tag | {
+                name: self._whole(value)
+                for name, value in members.items()
+                if value is not self._msgspec.UNSET
+            }
         if isinstance(loaded, list | tuple):
             return [self._whole(each) for each in loaded]
         if isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded):

@@ -109,6 +109,18 @@ def test_steps_find_the_defaults_also_those_that_the_struct_omits() -> None:
     }
 
 
+class Paid(msgspec.Struct):
+    by: Card | Cash = msgspec.field(default_factory=lambda: Cash(0))
+    note: str | msgspec.UnsetType = msgspec.UNSET
+
+
+def test_defaults_are_members_that_the_type_takes_again() -> None:
+    kind = typed_input(Paid)
+    filled = kind.filled({}, kind.load({}))
+    assert filled == {"by": {"type": "cash", "amount": 0}}
+    assert kind.load(filled) == Paid()
+
+
 def test_the_schema_has_the_members_in_view_and_says_that_there_are_no_others() -> None:
     schema = typed_input(Order).schema()
     assert list(schema["properties"]) == ["orderId", "lines", "dueAt", "price", "byDay"]
@@ -140,6 +152,15 @@ class Refund(msgspec.Struct):
 def test_a_struct_is_compared_as_an_argument_of_a_step() -> None:
     assert digest("s", [Line(1)], {}) == digest("s", [{"number": 1, "gift": False}], {})
     assert digest("s", [Line(1)], {}) != digest("s", [Line(2)], {})
+
+
+class Coins(msgspec.Struct, tag="coins"):
+    amount: int
+
+
+def test_structs_of_other_tags_and_with_members_that_are_not_set_are_compared() -> None:
+    assert digest("s", [Cash(1)], {}) != digest("s", [Coins(1)], {})
+    assert digest("s", [Paid(Cash(1))], {}) != digest("s", [Paid(Cash(1), note="x")], {})
 
 
 def test_a_struct_is_a_form() -> None:
