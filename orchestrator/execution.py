@@ -316,7 +316,7 @@ class Execution:
             attempt=progress.starts,
             results=progress.shown_results(self._plan),
             compensating=progress.compensating,
-            deaths=progress.deaths,
+            deaths=progress.suspicions,
             conclude=conclude,
             interrupted=lambda reason: self._interrupted(progress, step, reason),
         )

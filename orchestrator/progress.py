@@ -109,6 +109,9 @@ MAX_RAN_OUT = 20
 """Leases in a row that may run out while a step has no outcome: a step that kills each worker where
 nobody notices it, as behind a pooler, would else do so for ever."""
 
+CALM = 2
+"""Leases in a row that run out without making a step a suspect."""
+
 MAX_DEATHS = 20
 """Deaths of workers in one step, with others beside it, after which it is taken for their cause all
 the same. Where it can be executed alone, as in `--pool async`, it is so before."""
@@ -193,6 +196,14 @@ class Progress:
     def crashes(self) -> int:
         """Attempts that ended without a word: their process died."""
         return self.starts - self.failures
+
+    @property
+    def suspicions(self) -> int:
+        """How often it may have been what a process died of that executed it beside others.
+
+        Leases run out by themselves too: the first ones are none.
+        """
+        return self.deaths + max(0, self.ran_out - CALM)
 
     def is_deadly(self, max_crashes: int) -> bool:
         """Whether the step has ended its process, or is taken for that, too often."""

@@ -75,7 +75,7 @@ class RunBody:
     compensating: bool
     """The step undoes a cancelled run: it knows no cancel and no deadline."""
     deaths: int
-    """Of processes that executed it beside others: see `suspects`."""
+    """Of processes that executed it beside others, and leases that ran out: see `suspects`."""
     conclude: Callable[[Any], Conclusion]
     interrupted: Callable[[Exception], Commit]
 

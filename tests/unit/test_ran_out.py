@@ -68,6 +68,21 @@ def test_leases_that_run_out_are_no_crash_and_cost_no_attempt(make: Any) -> None
     assert traces == [{"name": GIVEN_BACK, RAN_OUT: True}] * (MAX_RAN_OUT - 1)
 
 
+def test_from_the_third_lease_on_it_is_a_suspect_which_has_ever_fewer_beside_it(make: Any) -> None:
+    """Else a step that kills its worker unseen has those beside it given up, too."""
+    told = []
+
+    def tells(request: RunBody) -> Any:
+        told.append(request.deaths)
+        raise WorkerDied
+
+    journal = Journal(make())
+    for _ in range(5):
+        work(journal, tells)
+        journal.unseen = True
+    assert told == [0, 0, 0, 1, 2]
+
+
 def test_a_step_whose_lease_runs_out_again_and_again_fails_with_the_true_reason(make: Any) -> None:
     journal = finish(left(Journal(make()), MAX_RAN_OUT))
     assert attempts(journal) == [1] * MAX_RAN_OUT
