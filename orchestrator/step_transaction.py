@@ -7,7 +7,7 @@ step belongs to the loop: there it is begun, used by the body, settled and commi
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -33,6 +33,13 @@ UNREACHABLE = (exc.DBAPIError, exc.TimeoutError, *AWAY)
 """Errors for which a connection cannot be made."""
 
 
+ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+"""A statement is in flight."""
+
+CANCEL_S = 5.0
+"""Seconds for asking Postgres to end a statement."""
+
+
 class NoConnection(Exception):
     """There is none for a transactional step now: its body was not called."""
 
@@ -52,6 +59,10 @@ class StepTransaction(Protocol):
     def lost(self) -> bool:
         """Whether its connection is lost, by no doing of the step."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a statement of the step is in flight: all would wait for its end."""
+
     def act(self, act: Callable[[sqlalchemy.Connection], T]) -> T:
         """Execute statements in it."""
 
@@ -67,6 +78,10 @@ class _Ordinary:
     def lost(self) -> bool:
         return self.connection.invalidated
 
+    @property
+    def busy(self) -> bool:
+        return False  # a body waits for its threads
+
     def act(self, act: Callable[[sqlalchemy.Connection], T]) -> T:
         found: T = self._within(partial(act, self.connection))
         return found
@@ -79,7 +94,7 @@ class _Asynchronous:
         assert connection.sync_connection is not None  # noqa: S101 - it has begun
         self.connection = connection
         self.ordinary = connection.sync_connection
-        self._driver = self.ordinary.connection.driver_connection
+        self._driver: Any = self.ordinary.connection.driver_connection
         self._loop = loop
         self._wait = wait
         self._turn = asyncio.Lock()
@@ -92,6 +107,20 @@ class _Asynchronous:
     def act(self, act: Callable[[sqlalchemy.Connection], T]) -> T:
         found: T = self.perform(lambda: self.connection.run_sync(act))
         return found
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._driver.pgconn.transaction_status == ACTIVE)
+
+    async def close(self) -> None:
+        """Take back what is not committed.
+
+        A statement of a task that the body has left behind is ended: it may wait for ever.
+        """
+        if self.busy:
+            with suppress(psycopg.Error):
+                await self._driver.cancel_safe(timeout=CANCEL_S)
+        await self.connection.close()
 
     def perform(self, act: Callable[[], Awaitable[Any]]) -> Any:
         """Do this in the loop, after what was begun before: a signal may end the wait for that."""
@@ -176,13 +205,18 @@ def _asynchronous(
         yield transaction
         transaction.perform(connection.commit)
     finally:
-        transaction.perform(connection.close)  # takes back what is not committed
+        transaction.perform(transaction.close)
 
 
 def check_transaction(step: Step, transaction: StepTransaction | None) -> None:
     """Raises the error that the step's own handling of its connection may have hidden."""
     if transaction is None:
         return
+    if transaction.busy:
+        raise RuntimeError(
+            f"step {step.name} returned while a statement of ctx.connection was in flight: await "
+            "the tasks that it begins, or cancel and then await them"
+        )
     connection = transaction.ordinary
     if connection.in_transaction() and not connection.invalidated:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
+from psycopg.pq import TransactionStatus
 from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -44,6 +45,10 @@ def make(beatless_app: App, postgres: psycopg.Connection, tmp_path: Path) -> Ite
             return kit
 
         yield made
+
+
+LEFT: list[asyncio.Future[Any]] = []
+"""Kept from the garbage collector."""
 
 
 def written(postgres: psycopg.Connection) -> list[str]:
@@ -246,6 +251,32 @@ def test_a_time_out_or_cancel_ends_the_statement_and_takes_back_what_was_written
     else:
         assert ended.state is RunState.CANCELLED
     assert written(postgres) == []
+    kit.verify()
+
+
+@pytest.mark.parametrize("message", ["not this", "in flight: await the tasks"])
+def test_a_statement_that_a_step_leaves_behind_does_not_hold_up_its_end(
+    make: Make, postgres: psycopg.Connection, message: str
+) -> None:
+    """As a gather of which one fails. Here it waits for a lock that is never had."""
+
+    async def leaves(ctx: AsyncStepContext) -> None:
+        lock = ctx.connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4712)")
+        LEFT.append(asyncio.ensure_future(lock))
+        LEFT[-1].add_done_callback(lambda task: task.exception())
+        raw = await ctx.connection.get_raw_connection()
+        while raw.driver_connection.info.transaction_status != TransactionStatus.ACTIVE:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0)
+        if message == "not this":
+            raise ValueError(message)
+
+    kit = make(leaves)
+    run = kit.start_run("one")
+    with postgres.transaction():
+        postgres.execute("SELECT pg_advisory_xact_lock(4712)")
+        kit.work_until_idle()
+
+    assert message in kit.client.get_run(run.run_id).error["message"]
     kit.verify()
 
 
