@@ -237,6 +237,7 @@ class ChildCall(Wait):
                 deadline=self.deadline_s,
                 deadline_at=parent.deadline_at,
                 priority=parent.priority,
+                group=parent.group,
                 trace_context=trace_context,
                 parent_id=parent.run_id,
                 child_no=number,

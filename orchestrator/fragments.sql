@@ -137,16 +137,20 @@ u AS (
   SELECT i.shard, u.run_id, 1, 1 FROM u JOIN input i USING (run_id)
 )
 
+-- fragment: group_id
+-- The group of a new run `u` as its dispatch has it: behind its namespace, whose name has no slash.
+coalesce(u.namespace || '/' || u."group", '')
+
 -- fragment: created_runs
 -- Such runs with their dispatches. A trigger has those wait whose limit has no room (`park_if_full`).
 {stored_runs}, d AS (
   INSERT INTO {schema}.dispatches (
     run_id, shard, task, queue, priority, state, due_at, reason, deadline_at, parent_id, child_no,
-    schedule_id, limit_id)
+    schedule_id, limit_id, group_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN u.not_before > clock_timestamp() THEN 'delayed' ELSE 'waiting' END,
          coalesce(u.not_before, u.created_at),
          CASE WHEN u.not_before IS NULL THEN 'start' ELSE 'delay' END, u.deadline_at,
-         u.parent_id, u.child_no, i.schedule_id, u.limits -> 0 ->> 'id'
+         u.parent_id, u.child_no, i.schedule_id, u.limits -> 0 ->> 'id', {group_id}
     FROM u JOIN input i USING (run_id)
 )

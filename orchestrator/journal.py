@@ -52,6 +52,7 @@ def _list_of(
     retried: bool,
     step: bool,
     dedupe_key: bool,
+    group: bool,
 ) -> str:
     """The statement that finds runs by the index of one of the filters that are given."""
     match state:
@@ -65,6 +66,8 @@ def _list_of(
         return sql["list_at_step"]
     if dedupe_key:
         return sql["list_of_dedupe_key"]
+    if group:
+        return sql["list_of_group"]
     if state in (RunState.FAILED, RunState.CANCELLED):
         if plan:
             return sql["list_unsuccessful_of_plan"]
@@ -332,6 +335,7 @@ class Journal:
         retried: bool | None = None,
         step: str | None = None,
         dedupe_key: str | None = None,
+        group: str | None = None,
         before: Place | None = None,
         limit: int = 50,
         read: Read = execute,
@@ -351,6 +355,7 @@ class Journal:
             retried=bool(retried),
             step=step is not None,
             dedupe_key=dedupe_key is not None,
+            group=group is not None,
         )
         rows = read(
             connection,
@@ -364,6 +369,7 @@ class Journal:
                 "retried": retried,
                 "step": step,
                 "dedupe_key": dedupe_key,
+                "group": group,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
                 "limit": limit,

@@ -16,7 +16,7 @@ WITH input AS (
   SELECT * FROM jsonb_to_recordset(%(runs)s::jsonb) AS i({new_run_columns}, dedupe_next boolean)
 ), {stored_runs}, d AS (
   INSERT INTO {schema}.dispatches (run_id, shard, task, queue, priority, state, due_at, reason,
-                                   deadline_at, dedupe_key, dedupe_next, limit_id)
+                                   deadline_at, dedupe_key, dedupe_next, limit_id, group_id)
   SELECT u.run_id, i.shard, u.plan, u.queue, u.priority,
          CASE WHEN i.dedupe_next OR u.not_before > clock_timestamp()
               THEN 'delayed' ELSE 'waiting' END,
@@ -25,7 +25,7 @@ WITH input AS (
          CASE WHEN i.dedupe_next THEN 'next' WHEN u.not_before IS NULL THEN 'start'
               ELSE 'delay' END, u.deadline_at,
          u.namespace || '/' || u.dedupe_key, coalesce(i.dedupe_next, false),
-         u.limits -> 0 ->> 'id'
+         u.limits -> 0 ->> 'id', {group_id}
     FROM u JOIN input i USING (run_id)
 )
 SELECT {run_columns}, {each_doorbell}
@@ -139,6 +139,7 @@ SELECT {run_columns}, {retried_by}, {waiting} FROM {schema}.runs r
    AND (%(queue)s::text IS NULL OR queue = %(queue)s)
    AND (%(tags)s::jsonb IS NULL OR tags @> %(tags)s::jsonb)
    AND (%(dedupe_key)s::text IS NULL OR dedupe_key = %(dedupe_key)s)
+   AND (%(group)s::text IS NULL OR r."group" = %(group)s)
    AND (%(retried)s::bool IS NULL
         OR %(retried)s = EXISTS (SELECT FROM {schema}.runs n WHERE n.retry_of = r.run_id))
 
@@ -211,6 +212,10 @@ run_id = ANY(ARRAY(SELECT run_id FROM {schema}.dispatches WHERE state <> 'waitin
 -- name: list_of_dedupe_key
 -- List runs with a dedupe key, newest first.
 {listed} AND dedupe_key = %(dedupe_key)s {filtered}
+
+-- name: list_of_group
+-- List runs of a group, newest first.
+{listed} AND r."group" = %(group)s {filtered}
 
 -- fragment: unsuccessful
 -- Runs that failed, or were cancelled: by their error, as the indexes have them.

@@ -78,6 +78,7 @@ class StoredKeywords(TypedDict, total=False):
     priority: int
     tags: Mapping[str, str] | None
     dedupe_key: str | None
+    group: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,15 @@ class StoredOptions:
             sql_type="text",
         ),
     ] = None
+    group: Annotated[
+        str | None,
+        Option(
+            help="Whom it belongs to: the groups of a queue take turns.",
+            example="tenant-7",
+            problem=problem_with_key,
+            sql_type="text",
+        ),
+    ] = None
 
     def stored_options(self) -> dict[str, Any]:
         """The options by name."""
@@ -140,13 +150,13 @@ STORED: Mapping[str, Option] = described(StoredOptions)
 """The descriptions of `StoredOptions`."""
 
 OPTION_SQL = {
-    "option_types": ", ".join(f"{name} {each.sql_type}" for name, each in STORED.items()),
-    "option_columns": ", ".join(STORED),
+    "option_types": ", ".join(f'"{name}" {each.sql_type}' for name, each in STORED.items()),
+    "option_columns": ", ".join(f'"{name}"' for name in STORED),
     "option_values": ", ".join(
-        name if each.sql_default is None else f"coalesce({name}, {each.sql_default})"
+        f'"{name}"' if each.sql_default is None else f'coalesce("{name}", {each.sql_default})'
         for name, each in STORED.items()
     ),
     "run_options": ", ".join(f"r.{name}" for name in STORED),
 }
-"""Text of statements by its placeholder: `priority smallint, …`, `priority, …`,
-`coalesce(priority, 0), …`, and `r.priority, …` of a run `r`."""
+"""Text of statements by its placeholder: `"priority" smallint, …`, `"priority", …`,
+`coalesce("priority", 0), …`, and `r.priority, …` of a run `r`. A name may be a word of SQL."""

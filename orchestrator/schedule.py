@@ -51,8 +51,8 @@ class Schedule:
     a minute: the last of them ("one"), "all", or "none". `overlap` says what is done with a tick
     while a run of the schedule has not ended: start another ("allow"), "skip" the tick, or
     "replace": cancel the run, and start when it has ended. `jitter` puts each tick off by up to
-    so many seconds, always the same for one tick. `queue`, `priority`, `tags` and `deadline` are
-    those of the runs.
+    so many seconds, always the same for one tick. `queue`, `priority`, `tags`, `deadline` and
+    `group` are those of the runs.
 
     Raises PlanError for what cannot work.
 
@@ -77,6 +77,7 @@ class Schedule:
     priority: int
     tags: Mapping[str, str] | None
     deadline: float | None
+    group: str | None
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class Schedule:
         priority: int = 0,
         tags: Mapping[str, str] | None = None,
         deadline: float | timedelta | None = None,
+        group: str | None = None,
     ) -> None:
         every_s, jitter_s, deadline_s = _seconds(every), _seconds(jitter), _seconds(deadline)
         if not isinstance(name, str) or not SCHEDULE_NAME.fullmatch(name):
@@ -127,6 +129,7 @@ class Schedule:
             "priority": priority,
             "tags": tags,
             "deadline": deadline_s,
+            "group": group,
         }
         for member, value in members.items():
             object.__setattr__(self, member, value)
@@ -181,6 +184,8 @@ class StoredSchedule:
     tags: dict[str, str] | None
     deadline: float | None
     """Seconds from the start of a run."""
+    group: str | None
+    """Of its runs."""
     state: ScheduleState
     reason: str | None
     """Why it is stopped."""

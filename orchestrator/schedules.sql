@@ -12,7 +12,8 @@ CASE WHEN jsonb_typeof(s.run -> 'priority') = 'number'
 s.run -> 'tags',
 CASE WHEN jsonb_typeof(s.run -> 'deadline') = 'number'
       AND (s.run -> 'deadline')::numeric BETWEEN 0 AND 1e12
-     THEN (s.run -> 'deadline')::numeric::float8 END, s.state, s.reason, CASE WHEN s.state = 'active' THEN s.tick END,
+     THEN (s.run -> 'deadline')::numeric::float8 END,
+s.run ->> 'group', s.state, s.reason, CASE WHEN s.state = 'active' THEN s.tick END,
 s.last_tick, s.last_run_id, s.last_fired_at, s.last_late_s, s.failures, s.created_at
 
 -- fragment: common

@@ -103,6 +103,13 @@ runs = Table(
         postgresql_where=text("dedupe_key IS NOT NULL"),
     ),
     Index(
+        "runs_group",
+        "namespace",
+        "group",
+        "created_at",
+        postgresql_where=text('"group" IS NOT NULL'),
+    ),
+    Index(
         "runs_tags",
         "tags",
         postgresql_using="gin",

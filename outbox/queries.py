@@ -6,6 +6,7 @@ have the fragment `doorbell` in their own statement, so that fact, outbox row an
 round trip.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,9 @@ LAST_ATTEMPT = 2**31 - 1
 
 FAILED = (pq.TransactionStatus.INERROR, pq.TransactionStatus.UNKNOWN)
 """States of a session in which no statement is of any use."""
+
+GROUPS_LOOKED_AT = 128
+"""Groups of a queue among which one look shares out the turns."""
 
 FEW_ROWS_DIVISOR = 16
 """How many times fewer rows are looked at while events are large: what is left out was built."""
@@ -228,7 +232,14 @@ def channel_of(schema: str) -> str:
 class Queries:
     """The relay's statements for one schema."""
 
-    def __init__(self, schema: str, *, per_shard: int = 128, window: int = 64) -> None:
+    def __init__(
+        self,
+        schema: str,
+        *,
+        per_shard: int = 128,
+        window: int = 64,
+        groups_looked_at: int | None = None,
+    ) -> None:
         few_per_shard = max(1, per_shard // FEW_ROWS_DIVISOR)
         sql = statements(
             __file__,
@@ -236,6 +247,7 @@ class Queries:
             per_shard=per_shard,
             few_per_shard=few_per_shard,
             window=window,
+            groups_looked_at=groups_looked_at or max(GROUPS_LOOKED_AT, window),
             batch_bytes=BATCH_BYTES,
             recheck_factor=RECHECK_FACTOR,
             defer_s=DEFER_S,
@@ -259,6 +271,7 @@ class Queries:
         self.pick_tasks_sql = sql["pick_tasks"]
         self.pick_free_tasks_sql = sql["pick_free_tasks"]
         self.still_held_sql = sql["still_held"]
+        self.count_turns_sql = sql["count_turns"]
         self.mark_sent_sql = sql["mark_sent"]
         self.mark_kept_sql = sql["mark_kept"]
         self.mark_lost_sql = sql["mark_lost"]
@@ -267,6 +280,22 @@ class Queries:
         self.next_due_sql = sql["next_due"]
         self.next_tick_sql = sql["next_tick"]
         self.resend_unclaimed_sql = sql["resend_unclaimed"]
+
+
+class Turn(NamedTuple):
+    """A turn of a group of a queue, which its run has when it is sent."""
+
+    queue: str
+    group: str
+    """With the name of its namespace; empty for runs without a group."""
+    start: float
+    """Where it begins: of the turns of a queue the least is the next."""
+    finish: float
+    """Where the next one of its group can begin."""
+    cursor: str | None
+    """The last group that was looked at, if there are more."""
+    is_short: bool
+    """Places of the queue stay free though runs wait: another pick finds these."""
 
 
 class PickedTask(NamedTuple):
@@ -278,17 +307,22 @@ class PickedTask(NamedTuple):
     it, and all others that are to be woken."""
     sent: int
     """How many messages of its queue are out as far as Postgres knows, of all relays."""
+    turn: Turn | None
+    """None in a queue without groups."""
 
 
-def picked_tasks(rows: Iterable[tuple[str, str, str, int, str, str, int]]) -> list[PickedTask]:
+def picked_tasks(
+    rows: Iterable[tuple[str, str, str, int, str, str, int, str | None]],
+) -> list[PickedTask]:
     """The rows of `pick_tasks_sql`."""
     return [
         PickedTask(
             TaskMessage(run_id=run_id, task=task, queue=queue, attempt=attempt, reason=reason),
             act,
             sent,
+            None if note is None else Turn(queue, *json.loads(note)),
         )
-        for run_id, task, queue, attempt, reason, act, sent in rows
+        for run_id, task, queue, attempt, reason, act, sent, note in rows
     ]
 
 

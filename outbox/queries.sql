@@ -103,7 +103,8 @@ least(d.attempts, 2147483646) + 1
 -- fragment: lanes
 -- The pairs of queue and priority in which runs wait, and those of queues that are not paused.
 -- Lanes are walked by index, so a long queue costs nothing to the others, and neither does one
--- whose runs are all for later: they are `delayed`, and found by their time.
+-- whose runs are all for later: they are `delayed`, and found by their time. A queue is `grouped` if
+-- some of its waiting runs have a group: those without one are a group as well then.
 RECURSIVE lane(queue, priority) AS (
   (SELECT queue, priority FROM {schema}.dispatches WHERE state = 'waiting'
     ORDER BY queue, priority LIMIT 1)
@@ -113,32 +114,39 @@ RECURSIVE lane(queue, priority) AS (
      WHERE state = 'waiting' AND (queue, priority) > (lane.queue, lane.priority)
      ORDER BY queue, priority LIMIT 1) n
 ), open AS (
-  SELECT lane.* FROM lane LEFT JOIN {schema}.queues q ON q.name = lane.queue
+  SELECT lane.*, (SELECT group_id FROM {schema}.dispatches
+                   WHERE state = 'waiting' AND queue = lane.queue
+                   ORDER BY group_id DESC LIMIT 1) <> '' AS grouped
+    FROM lane LEFT JOIN {schema}.queues q ON q.name = lane.queue
    WHERE q.paused_at IS NULL
 )
 
 -- fragment: windows
 -- The content of the broker: the free places of each queue, and the plans that lost a message.
+-- Each is read more than once, and so made once.
 -- While a message of a plan is out that was lost once, no other of the plan is sent in that queue:
 -- the workers may not have it, and drop them all.
-out AS MATERIALIZED (
+out AS (
   SELECT queue, task, shard, reason FROM {schema}.dispatches WHERE state = 'sent'
-), messages AS MATERIALIZED (
+), messages AS (
   SELECT queue, count(*) AS sent,
          least({window} - count(*),
                %(places)s - count(*) FILTER (WHERE shard = ANY(%(shards)s))) AS free
     FROM out GROUP BY queue
-), doubted AS MATERIALIZED (
+), doubted AS (
   SELECT DISTINCT queue, task FROM out WHERE reason = 'unclaimed' AND shard = ANY(%(shards)s)
 )
 
 -- fragment: due_runs
 -- Runs outside the lanes whose time has come: delayed ones, lost messages and dead workers.
 -- They are rows of `dispatches_out` that are due; a run that a dead worker had begun goes on even
--- if its queue was paused meanwhile. The time is a subquery: compared with a volatile function,
+-- if its queue was paused meanwhile. A delayed run `defers` if it is not to be sent from here: it waits
+-- in its lane for the end of the pause, or for the turn of its group. The time is a subquery: compared with a volatile function,
 -- every delayed run would be read.
-SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.state,
-       q.paused_at IS NOT NULL AS paused
+SELECT NULL::float8 AS turn, NULL AS note,
+       q.paused_at IS NOT NULL OR d.group_id <> ''
+       OR d.queue IN (SELECT queue FROM open WHERE grouped) AS defers,
+       d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.state
   FROM {schema}.dispatches d LEFT JOIN {schema}.queues q ON q.name = d.queue
  WHERE d.state <> 'waiting' AND d.due_at <= (SELECT coalesce(%(now)s, clock_timestamp()))
    AND d.shard = ANY(%(shards)s)
@@ -149,7 +157,8 @@ SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.
 
 -- fragment: waiting_runs
 -- The runs of one lane, those that wait the longest first. A paused queue is not looked at.
-SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.state
+SELECT NULL::float8, NULL, false, d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason,
+       d.state
   FROM {schema}.dispatches d
  WHERE d.state = 'waiting' AND d.queue = open.queue AND d.priority = open.priority
    AND d.due_at <= (SELECT coalesce(%(now)s, clock_timestamp())) AND d.shard = ANY(%(shards)s)
@@ -165,68 +174,108 @@ SELECT d.run_id, d.task, d.queue, d.priority, d.due_at, d.attempts, d.reason, d.
 greatest(coalesce(messages.free, %(places)s), 0)
 
 -- fragment: ready_order
--- The order of the runs of a queue: those that a dead worker had begun, then priority and time.
+-- The order of the runs of a queue: those that a dead worker had begun; then, in a queue with groups,
+-- their turns; then priority and time.
 row_number() OVER (
   PARTITION BY d.queue
-  ORDER BY d.state = 'running' DESC, d.priority DESC, d.due_at) AS place
+  ORDER BY d.state = 'running' DESC, d.turn, d.priority DESC, d.due_at) AS place
 
 -- fragment: acts
 -- The action: `send` while there are places, `look` whether a message is lost, `defer`; and `wake`
 -- if any run is to be woken.
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0)
+SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0), d.note
   FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
 (SELECT d.run_id, d.task, d.queue, {next_attempt},
         CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
-        'look', coalesce(sent, 0)
+        'look', coalesce(sent, 0), NULL
    FROM due d LEFT JOIN messages USING (queue) WHERE d.state = 'sent' ORDER BY d.due_at)
 UNION ALL
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0
+SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0, NULL
   FROM due d
- WHERE d.state = 'delayed' AND d.paused
+ WHERE d.state = 'delayed' AND d.defers
     OR d.state <> 'sent' AND d.run_id IN (
       SELECT run_id FROM ready r
        WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))
 UNION ALL
-(SELECT run_id, '', '', 0, '', 'wake', 0 FROM {schema}.wakes WHERE shard = ANY(%(shards)s) LIMIT 1)
+(SELECT run_id, '', '', 0, '', 'wake', 0, NULL FROM {schema}.wakes WHERE shard = ANY(%(shards)s) LIMIT 1)
 UNION ALL
-(SELECT limit_id, '', '', 0, '', 'wake', 0 FROM {schema}.limit_notes
+(SELECT limit_id, '', '', 0, '', 'wake', 0, NULL FROM {schema}.limit_notes
   WHERE shard = ANY(%(shards)s) AND coalesce(due_at <= clock_timestamp(), true) LIMIT 1)
+
+-- fragment: runs_in_turn
+-- The runs of queues with groups, in the order of their turns, with a note of each turn.
+-- None is locked: those that another transaction holds are known to the relay, and left out.
+SELECT sent, free, d.* FROM (SELECT DISTINCT queue FROM open WHERE grouped) o
+  LEFT JOIN messages USING (queue) CROSS JOIN LATERAL {schema}.runs_in_turn(
+    o.queue, {room}, {groups_looked_at}, %(shards)s::int[], %(now)s, %(run_id)s,
+    %(aside)s || %(held)s::text[],
+    ARRAY(SELECT task FROM doubted d WHERE d.queue = o.queue)) d
 
 -- name: pick_tasks
 -- Read the runs that are due, and what is to be done about each.
-WITH {lanes}, {windows}, due AS MATERIALIZED (
+WITH {lanes}, {windows}, due AS (
   {due_runs}
 ), ready AS (
   SELECT d.*, {ready_order}
     FROM (
-      SELECT d.*, false AS paused, sent, free
-        FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
-          SELECT * FROM (
-            {waiting_runs}) w LIMIT {room}) d
+      SELECT sent, free, d.* FROM due d LEFT JOIN messages m ON m.queue = d.queue
+       WHERE state = 'running' OR state = 'delayed' AND NOT defers
       UNION ALL
-      SELECT due.*, sent, free FROM due LEFT JOIN messages ON messages.queue = due.queue
-       WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
+      SELECT sent, free, d.* FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
+        SELECT * FROM (
+          {waiting_runs}) w LIMIT {room}) d
+       WHERE NOT grouped
+      UNION ALL
+      {runs_in_turn}) d
 )
 {acts}
 
 -- name: pick_free_tasks
 -- Read as pick_tasks does, but for runs that another transaction holds.
 -- Locks are written: it is used only while there are such runs.
-WITH {lanes}, {windows}, due AS MATERIALIZED (
+WITH {lanes}, {windows}, due AS (
   {due_runs} FOR NO KEY UPDATE OF d SKIP LOCKED
 ), ready AS (
   SELECT d.*, {ready_order}
     FROM (
-      SELECT d.*, false AS paused, sent, free
-        FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
-          SELECT * FROM (
-            {waiting_runs} FOR NO KEY UPDATE OF d SKIP LOCKED) w LIMIT {room}) d
+      SELECT sent, free, d.* FROM due d LEFT JOIN messages m ON m.queue = d.queue
+       WHERE state = 'running' OR state = 'delayed' AND NOT defers
       UNION ALL
-      SELECT due.*, sent, free FROM due LEFT JOIN messages ON messages.queue = due.queue
-       WHERE state = 'running' OR state = 'delayed' AND NOT paused) d
+      SELECT sent, free, d.* FROM open LEFT JOIN messages USING (queue) CROSS JOIN LATERAL (
+        SELECT * FROM (
+          {waiting_runs} FOR NO KEY UPDATE OF d SKIP LOCKED) w LIMIT {room}) d
+       WHERE NOT grouped
+      UNION ALL
+      {runs_in_turn}) d
 )
 {acts}
+
+-- name: count_turns
+-- Note the turns that groups have had: where their next ones begin, and how far their queues have come.
+-- A group whose turn is behind its queue is forgotten, as one that had none. The rows are this relay's
+-- own. A turn is noted once its message is sent, not before: what a relay leaves undone counts nothing.
+WITH had AS MATERIALIZED (
+  SELECT queue, group_id, max(turn) AS turn, max(finish) AS finish, max(cursor) AS cursor
+    FROM unnest(%(queues)s::text[], %(groups)s::text[], %(turns)s::float8[], %(finishes)s::float8[],
+                %(cursors)s::text[]) AS h(queue, group_id, turn, finish, cursor)
+   GROUP BY queue, group_id
+), come AS (
+  INSERT INTO {schema}.queue_turns AS q (shard, queue, served, cursor)
+  SELECT %(lead)s, queue, max(turn), coalesce(max(cursor), '') FROM had GROUP BY queue
+  ON CONFLICT (shard, queue) DO UPDATE
+     SET served = greatest(q.served, excluded.served), cursor = excluded.cursor
+  RETURNING queue, served
+), kept AS (
+  INSERT INTO {schema}.group_turns (shard, queue, group_id, finish)
+  SELECT %(lead)s, had.queue, had.group_id, had.finish FROM had JOIN come USING (queue)
+   WHERE had.finish >= come.served
+  ON CONFLICT (shard, queue, group_id) DO UPDATE SET finish = excluded.finish
+)
+DELETE FROM {schema}.group_turns t USING come
+ WHERE t.shard = %(lead)s AND t.queue = come.queue AND t.finish < come.served
+   AND NOT EXISTS (SELECT FROM had WHERE had.queue = t.queue AND had.group_id = t.group_id
+                                     AND had.finish >= come.served)
 
 -- name: still_held
 -- List those of these messages whose runs another transaction holds.

@@ -8,6 +8,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Double,
     Identity,
     Index,
     Integer,
@@ -77,6 +78,15 @@ dispatches = Table(
     Column("dedupe_next", Boolean, nullable=False, server_default=text("false")),
     Column("limit_id", Id),
     Column("limit_since", Time),
+    Column("group_id", Id, nullable=False, server_default=text("''")),
+    Index(
+        "dispatches_turns",
+        "queue",
+        "group_id",
+        text("priority DESC"),
+        "due_at",
+        postgresql_where=text("state = 'waiting'"),
+    ),
     Index(
         "dispatches_limited",
         "limit_id",
@@ -145,6 +155,36 @@ limit_notes = Table(
     Index("limit_notes_limit", "limit_id"),
 )
 """Limits that a relay is to look at, now or when they have a token."""
+
+group_weights = Table(
+    "group_weights",
+    metadata,
+    Column("group_id", Id, primary_key=True),
+    Column("weight", Integer, nullable=False),
+    Column("changed_at", Time, nullable=False, server_default=text("clock_timestamp()")),
+)
+"""What a person has set; a group without a row has the weight 1."""
+
+group_turns = Table(
+    "group_turns",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("queue", Id, primary_key=True),
+    Column("group_id", Id, primary_key=True),
+    Column("finish", Double, nullable=False),
+    Index("group_turns_finish", "shard", "queue", "finish"),
+)
+"""Groups that had turns lately, and where the next one of each begins."""
+
+queue_turns = Table(
+    "queue_turns",
+    metadata,
+    Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+    Column("queue", Id, primary_key=True),
+    Column("served", Double, nullable=False),
+    Column("cursor", Id, nullable=False),
+)
+"""How far the turns of a queue have come; of many groups, the last one that was looked at."""
 
 queues = Table(
     "queues",

@@ -17,7 +17,7 @@ from beatless.outbox.message import SHARDS, TaskMessage
 from beatless.outbox.observer import Observer, QueueRefused
 from beatless.outbox.publishers import TaskPublisher
 from beatless.outbox.quarantine import Quarantine, is_row_fault
-from beatless.outbox.queries import PickedTask, Queries, int_array, picked_tasks
+from beatless.outbox.queries import PickedTask, Queries, Turn, array, int_array, picked_tasks
 from beatless.outbox.waking import Wake
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,12 @@ class TaskLane:
         """Marks for the messages whose fate is known, by statement."""
         self._marked: set[tuple[str, str]] = set()
         """Id and act of the messages that the last step marked."""
+        self._turns: dict[str, Turn] = {}
+        """The turns of the messages in flight, by id: those of queues with groups."""
+        self._had: list[Turn] = []
+        """Turns that groups have had, and that are not written yet."""
+        self._lead = 0
+        """The first of the shards of the last pick, under which turns are written."""
         self._held: dict[str, TaskMessage] = {}
         """Messages that were not marked because another transaction holds their rows, by id."""
         self._quiet_until: dict[str, float] = {}
@@ -140,6 +146,10 @@ class TaskLane:
         elif result.error is not None:
             raise result.error
         queries = self._queries
+        turns, self._turns = self._turns, {}
+        self._had += [
+            turns[message.task_id] for message in result.accepted if message.task_id in turns
+        ]
         self._marks += [
             (statement, messages)
             for statement, messages in (
@@ -183,6 +193,7 @@ class TaskLane:
 
     def forget(self, now: datetime | None) -> Sequence[psycopg.Cursor[Any]]:
         """Mark the messages whose fate is known, without rows that another transaction holds."""
+        self._count_turns()
         return [self._send_mark(statement, messages, now) for statement, messages in self._marks]
 
     def note_forgotten(
@@ -193,6 +204,7 @@ class TaskLane:
         If no pick came behind them, all are due once more unless all were written: only a pick
         behind its own marks knows a run that another transaction holds from one to be sent.
         """
+        self._had = []
         self.all_marked = sum(len(messages) for _, messages in self._marks) == sum(
             cursor.rowcount for cursor in marked
         )
@@ -209,6 +221,7 @@ class TaskLane:
     def forget_each(self, now: datetime | None) -> None:
         """`forget`, row by row where it fails: the run of a row for which it does is set aside."""
         marks, self._marks = self._marks, []
+        self._had = []  # one turn more for these groups
         for statement, messages in marks:
             self._mark_each(statement, messages, now)
 
@@ -233,6 +246,7 @@ class TaskLane:
                 "run_id": run_id,
                 "now": now,
                 "aside": self._quarantine.array,
+                "held": array(message.run_id for message in self._held.values()),
                 # All relays together have no more places than one alone.
                 "places": math.ceil(self._queries.window * len(shards) / SHARDS),
             },
@@ -258,8 +272,13 @@ class TaskLane:
         if rows is not None:
             self._wakes_left = len(found) > len(picked) and self._wake_noted(shards)
         unclaimed = [each for each in due if each.act == "look"]
+        sent = [each for each in due if each.act == "send"]
+        if rows is not None:  # else a batch is in flight, with its turns
+            self._lead = min(shards, default=0)
+            self._turns = {each.message.task_id: each.turn for each in sent if each.turn}
+        self.crowded |= any(each.turn.is_short for each in sent if each.turn)
         return Batch(
-            messages=[each.message for each in due if each.act == "send"],
+            messages=[each.message for each in sent],
             unclaimed=[each.message for each in unclaimed],
             out={each.message.queue: each.sent for each in unclaimed},
         )
@@ -268,6 +287,23 @@ class TaskLane:
         """Hand a batch over, unless it is empty."""
         if batch:
             self._publisher.send(batch)
+
+    def _count_turns(self) -> None:
+        """Write the turns that groups have had: nothing in queues without groups."""
+        if not self._had:
+            return
+        queues, groups, starts, finishes, cursors, _ = zip(*self._had, strict=True)
+        self._connection.execute(
+            self._queries.count_turns_sql,
+            {
+                "lead": self._lead,
+                "queues": array(queues),
+                "groups": array(groups),
+                "turns": array(starts),
+                "finishes": array(finishes),
+                "cursors": array(cursors),
+            },
+        )
 
     def _without_held(self, picked: list[PickedTask]) -> list[PickedTask]:
         """Leave out rows that are due again right after they were marked: another holds them.

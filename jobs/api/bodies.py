@@ -35,6 +35,7 @@ from beatless.client.requests import (
 )
 from beatless.cursors import decode_page
 from beatless.errors import BadRequest
+from beatless.orchestrator.groups import WEIGHTS
 from beatless.orchestrator.limit import MAX_AT_ONCE
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.records import FailedRunFilter, Place
@@ -175,6 +176,7 @@ class ScheduleMembers(BaseModel):
     priority: int = 0
     tags: dict[str, str] | None = None
     deadline: float | None = Field(default=None, allow_inf_nan=False, description="In seconds.")
+    group: str | None = None
 
 
 def _schedule(name: str, plan: str, members: Mapping[str, Any]) -> Schedule:
@@ -231,6 +233,15 @@ class LimitBody(BaseModel):
 
     at_once: int | None = Field(default=None, ge=1, le=MAX_AT_ONCE, examples=[5])
     rate: str | None = Field(default=None, max_length=20)
+
+
+class GroupWeight(BaseModel):
+    """The turns of a group for one of a group with the weight 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    group: str = Field(max_length=256, examples=["tenant-7"])
+    weight: int = Field(ge=WEIGHTS[0], le=WEIGHTS[-1], strict=True, examples=[3])
 
 
 class RetryRequest(BaseModel):

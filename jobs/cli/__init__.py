@@ -66,6 +66,9 @@ COMMANDS = {
         "remove": "Take RUN away with all of its events.",
         "resume": "Let the runs of queue Q start again.",
     },
+    "beatless.cli.groups": {
+        "groups": "Groups of runs, as tenants: those of a queue take turns.",
+    },
     "beatless.cli.limits": {
         "limits": "Limits: how many runs with the same key hold a lease at once.",
     },

@@ -242,6 +242,7 @@ def waits(
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--step", metavar="S", help="Unfinished runs that are in it, or go on with it.")
 @click.option("--dedupe-key", metavar="K", help="Only runs that were started with it.")
+@click.option("--group", metavar="G", help="Only runs that were started with it.")
 @click.option("--retried/--not-retried", default=None, help="Whether it has a retry.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @click.pass_obj
@@ -253,6 +254,7 @@ def runs(
     tags: tuple[str, ...],
     step: str | None,
     dedupe_key: str | None,
+    group: str | None,
     retried: bool | None,
     limit: int,
 ) -> None:
@@ -265,6 +267,7 @@ def runs(
         retried=retried,
         step=step,
         dedupe_key=dedupe_key,
+        group=group,
         limit=limit,
     )
     if env.as_json:

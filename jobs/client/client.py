@@ -10,6 +10,7 @@ from beatless.client.approvals import ApprovalCalls
 from beatless.client.children import ChildrenCalls
 from beatless.client.dead_letters import DeadLetterCalls
 from beatless.client.failed_runs import FailedRunCalls
+from beatless.client.groups import GroupCalls
 from beatless.client.limits import LimitCalls
 from beatless.client.pages import RunPage, page_of
 from beatless.client.plans import PlanCalls
@@ -51,6 +52,7 @@ class Client(
     ChildrenCalls,
     FailedRunCalls,
     DeadLetterCalls,
+    GroupCalls,
     LimitCalls,
     PlanCalls,
     QueueCalls,
@@ -210,6 +212,7 @@ class Client(
         retried: bool | None = None,
         step: str | None = None,
         dedupe_key: str | None = None,
+        group: str | None = None,
         before: Run | Place | None = None,
         limit: int = 50,
         connection: Caller | None = None,
@@ -218,7 +221,7 @@ class Client(
 
         `retried` keeps those with a retry, or those without; `step` those that
         have not ended and are in this step, or go on with it (a name, or an occurrence `name#2`);
-        `dedupe_key` those that were started with it.
+        `dedupe_key` and `group` those that were started with it.
 
         Raises BadRequest for a state that there is not.
 
@@ -229,7 +232,7 @@ class Client(
         [2, 1]
         """
         check_state(state)
-        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key)
+        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key, group=group)
         last = (before.created_at, before.run_id) if isinstance(before, Run) else before
         return self._in_transaction(
             connection,
@@ -244,6 +247,7 @@ class Client(
                     retried=retried,
                     step=step,
                     dedupe_key=dedupe_key,
+                    group=group,
                     before=last,
                     limit=limit,
                 )
@@ -260,6 +264,7 @@ class Client(
         retried: bool | None = None,
         step: str | None = None,
         dedupe_key: str | None = None,
+        group: str | None = None,
         before: Run | Place | None = None,
         limit: int = 50,
         connection: AsyncCaller | None = None,
@@ -275,6 +280,7 @@ class Client(
                 retried=retried,
                 step=step,
                 dedupe_key=dedupe_key,
+                group=group,
                 before=before,
                 limit=limit,
                 connection=given,
@@ -291,13 +297,14 @@ class Client(
         retried: bool | None,
         step: str | None,
         dedupe_key: str | None,
+        group: str | None,
         before: Place | None,
         limit: int,
         max_bytes: int,
     ) -> RunPage:
         """`list_runs` for a server: ends after so many bytes and has few runs in memory at once."""
         check_state(state)
-        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key)
+        check_texts(plan=plan, queue=queue, step=step, dedupe_key=dedupe_key, group=group)
 
         def read(caller: Caller) -> RunPage:
             found = self._journal.list_runs(
@@ -310,6 +317,7 @@ class Client(
                 retried=retried,
                 step=step,
                 dedupe_key=dedupe_key,
+                group=group,
                 before=before,
                 limit=limit,
                 read=execute_lazily,

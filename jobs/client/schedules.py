@@ -389,6 +389,7 @@ class ScheduleCalls(BaseClient):
             priority=schedule.priority,
             tags=schedule.tags,
             deadline=schedule.deadline,
+            group=schedule.group,
         )
         return NewSchedule(
             schedule=schedule,
@@ -418,4 +419,5 @@ class ScheduleCalls(BaseClient):
             limits=[RunLimit(**each) for each in members.get("limits") or ()],
             priority=members["priority"],
             tags=members["tags"],
+            group=members.get("group"),
         )

@@ -10,7 +10,7 @@ import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import approval_calls, calls, limit_calls, schedule_calls, wire
+from beatless.http import approval_calls, calls, group_calls, limit_calls, schedule_calls, wire
 from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
 from beatless.http.tls import trusted
@@ -118,6 +118,8 @@ class AsyncClient:
     discard_dead_letter = in_loop(calls.discard_dead_letter)
     queues = in_loop(calls.queues)
     pause_queue = in_loop(calls.pause_queue)
+    groups = in_loop(group_calls.groups)
+    set_group_weight = in_loop(group_calls.set_group_weight)
     limits = in_loop(limit_calls.limits)
     set_limit = in_loop(limit_calls.set_limit)
     release_limit = in_loop(limit_calls.release_limit)

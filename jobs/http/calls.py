@@ -95,13 +95,14 @@ def list_runs(
     retried: bool | None = None,
     step: str | None = None,
     dedupe_key: str | None = None,
+    group: str | None = None,
     before: Run | tuple[datetime, str] | None = None,
     limit: int = 50,
 ) -> Exchange[list[Run]]:
     """Runs, newest first. `before` is the last run of the page before, or its time and id.
 
     `retried` keeps those with a retry, or those without; `step` those that
-    have not ended and are in this step, or go on with it; `dedupe_key` those with it.
+    have not ended and are in this step, or go on with it; `dedupe_key` and `group` those with it.
 
     >>> run = client.start_run("checkout", {"order": 1}, tags={"customer": "ada"})
     >>> [found.input for found in client.list_runs(state="queued", tags={"customer": "ada"})]
@@ -118,6 +119,7 @@ def list_runs(
             "retried": None if retried is None else str(retried).lower(),
             "step": step,
             "dedupe_key": dedupe_key,
+            "group": group,
             "cursor": encode_page(*last) if last else None,
             "limit": min(limit - len(found), PAGE),
         }

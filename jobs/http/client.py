@@ -12,7 +12,7 @@ import httpx2
 
 from beatless.client.streams import check_cursor
 from beatless.errors import BadSetting
-from beatless.http import approval_calls, calls, limit_calls, schedule_calls, wire
+from beatless.http import approval_calls, calls, group_calls, limit_calls, schedule_calls, wire
 from beatless.http.aio import AsyncClient
 from beatless.http.calls import named_as
 from beatless.http.follower import FRAME_LIMIT, RETRY, STALL_S, Follower, Interrupted
@@ -133,6 +133,8 @@ class Client:
     discard_dead_letter = in_thread(calls.discard_dead_letter)
     queues = in_thread(calls.queues)
     pause_queue = in_thread(calls.pause_queue)
+    groups = in_thread(group_calls.groups)
+    set_group_weight = in_thread(group_calls.set_group_weight)
     limits = in_thread(limit_calls.limits)
     set_limit = in_thread(limit_calls.set_limit)
     release_limit = in_thread(limit_calls.release_limit)

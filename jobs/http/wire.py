@@ -37,6 +37,7 @@ from beatless.orchestrator.errors import (
     SignalConflict,
 )
 from beatless.orchestrator.events import encode
+from beatless.orchestrator.groups import GroupState
 from beatless.orchestrator.limits import LimitState
 from beatless.orchestrator.queues import QueueState
 from beatless.orchestrator.records import Run, SentDecision
@@ -48,7 +49,15 @@ from beatless.outbox.letters import DeadLetter
 
 T = TypeVar("T")
 R = TypeVar(
-    "R", Run, QueueState, DeadLetter, SentDecision, ApprovalLink, StoredSchedule, LimitState
+    "R",
+    Run,
+    QueueState,
+    DeadLetter,
+    SentDecision,
+    ApprovalLink,
+    StoredSchedule,
+    GroupState,
+    LimitState,
 )
 
 AGAIN = frozenset({429, 500, 502, 503, 504})
@@ -94,6 +103,7 @@ TIMES = {
         SentDecision,
         ApprovalLink,
         StoredSchedule,
+        GroupState,
         LimitState,
     )
 }

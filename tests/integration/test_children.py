@@ -623,15 +623,16 @@ def test_an_ended_run_cancels_its_unfinished_children_unless_they_are_detached(
     assert child.state.value == state
 
 
-def test_a_child_ends_by_the_deadline_of_its_parent(beatless: Kit) -> None:
+def test_a_child_has_the_deadline_priority_and_group_of_its_parent(beatless: Kit) -> None:
     by_its_own = parked(beatless, "leaves", "attached")
-    by_its_parents = parked(beatless, "leaves", "attached", deadline=60, priority=7)
+    by_its_parents = parked(beatless, "leaves", "attached", deadline=60, priority=7, group="ada")
 
     (child,) = beatless.client.children(by_its_own)
     assert child.deadline_at is not None
     (child,) = beatless.client.children(by_its_parents)
     parent = beatless.client.get_run(by_its_parents)
     assert (child.deadline_at, child.priority) == (parent.deadline_at, 7)
+    assert child.group == "ada"
 
 
 def test_a_cancelled_child_fails_its_parent(beatless: Kit) -> None:

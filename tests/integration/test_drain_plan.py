@@ -96,6 +96,7 @@ def a_look_for_due_runs_reads_no_delayed_one(
         "run_id": None,
         "now": None,
         "aside": [],
+        "held": [],
         "places": 64,
     }
 
@@ -116,6 +117,7 @@ def a_look_reads_as_many_waiting_runs_as_there_are_places(
         "run_id": None,
         "now": None,
         "aside": [],
+        "held": [],
         "places": 64,
     }
 

@@ -54,7 +54,14 @@ def dated(run: RunContext) -> str | None:
 
 
 EACH_HOUR = each_hour()
-HOURLY = Schedule("hourly", report, cron=EACH_HOUR, input={"of": "all"}, tags={"kind": "report"})
+HOURLY = Schedule(
+    "hourly",
+    report,
+    cron=EACH_HOUR,
+    input={"of": "all"},
+    tags={"kind": "report"},
+    group="ada",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +111,7 @@ def test_each_tick_starts_one_run_that_knows_it(beatless: Kit) -> None:
     assert [run.result for run in runs] == [run.tick.isoformat() for run in runs]
     assert runs[0].key == f"schedule/hourly/{first:%Y-%m-%dT%H:%MZ}"
     assert (runs[0].input, runs[0].tags) == ({"of": "all"}, {"kind": "report"})
+    assert (stored.group, runs[0].group) == ("ada", "ada")
     assert beatless.schedules["hourly"].last_run_id == runs[1].run_id
     beatless.verify()
 

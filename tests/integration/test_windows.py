@@ -222,6 +222,7 @@ def test_a_look_reads_nothing_of_queues_whose_runs_are_all_for_later(
         "run_id": None,
         "now": None,
         "aside": [],
+        "held": [],
         "places": WINDOW,
     }
     assert read(postgres, getattr(beatless_app.queries, statement), parameters) < 100

@@ -12,7 +12,14 @@ from beatless import Client, RunRequest
 from beatless.api.bodies import StartRequest
 from beatless.cli.runs import start_options
 from beatless.client.requests import OPTIONS, REQUEST_FIELDS, RunOptions, json_members
-from beatless.http import AsyncClient, approval_calls, calls, limit_calls, schedule_calls
+from beatless.http import (
+    AsyncClient,
+    approval_calls,
+    calls,
+    group_calls,
+    limit_calls,
+    schedule_calls,
+)
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.options import StoredKeywords, StoredOptions
 
@@ -101,7 +108,7 @@ def test_each_call_on_a_connection_has_an_asynchronous_twin_with_the_same_option
 def test_every_call_over_http_is_one_of_the_table() -> None:
     table = {
         name: exchange
-        for module in (calls, approval_calls, limit_calls, schedule_calls)
+        for module in (calls, approval_calls, group_calls, limit_calls, schedule_calls)
         for name, exchange in inspect.getmembers(module, inspect.isfunction)
         if get_origin(inspect.signature(exchange).return_annotation) is Generator
         and not name.startswith("_")

@@ -73,6 +73,7 @@ def list_runs(
         str | None, Query(description="unfinished runs that are in it, or go on with it")
     ] = None,
     dedupe_key: Annotated[str | None, Query(description="runs that were started with it")] = None,
+    group: Annotated[str | None, Query(description="runs that were started with it")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
 ) -> Response:
@@ -85,6 +86,7 @@ def list_runs(
         retried=retried,
         step=step,
         dedupe_key=dedupe_key,
+        group=group,
         before=place_of(cursor),
         limit=limit,
         max_bytes=responses.RUNS_BYTES,

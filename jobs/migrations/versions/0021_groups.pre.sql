@@ -1,0 +1,119 @@
+-- The group of a run, as a tenant: the groups of a queue take turns. In its dispatch the name stands
+-- behind that of its namespace; empty: it has none. Older relays send all in the order of their times.
+ALTER TABLE runs ADD COLUMN IF NOT EXISTS "group" text;
+ALTER TABLE dispatches ADD COLUMN IF NOT EXISTS group_id text COLLATE "C" NOT NULL DEFAULT '';
+
+-- Finds the groups of a queue, and the first runs of each.
+CREATE INDEX CONCURRENTLY IF NOT EXISTS dispatches_turns ON dispatches (queue, group_id, priority DESC, due_at) WHERE state = 'waiting';
+
+CREATE INDEX CONCURRENTLY IF NOT EXISTS runs_group ON runs (namespace, "group", created_at) WHERE "group" IS NOT NULL;
+
+-- What a person has set; a group without a row has the weight 1.
+CREATE TABLE IF NOT EXISTS group_weights (
+  group_id text COLLATE "C" PRIMARY KEY,
+  weight integer NOT NULL,
+  changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- Groups that had turns lately, and where the next one of each begins; each relay has its own, under
+-- the first of its shards.
+CREATE TABLE IF NOT EXISTS group_turns (
+  shard smallint NOT NULL,
+  queue text COLLATE "C" NOT NULL,
+  group_id text COLLATE "C" NOT NULL,
+  finish double precision NOT NULL,
+  PRIMARY KEY (shard, queue, group_id)
+);
+
+CREATE INDEX CONCURRENTLY IF NOT EXISTS group_turns_finish ON group_turns (shard, queue, finish);
+
+-- How far the turns of a queue have come; of many groups, the last one that was looked at.
+CREATE TABLE IF NOT EXISTS queue_turns (
+  shard smallint NOT NULL,
+  queue text COLLATE "C" NOT NULL,
+  served double precision NOT NULL,
+  cursor text COLLATE "C" NOT NULL,
+  PRIMARY KEY (shard, queue)
+);
+
+-- The runs of a queue with groups that have the next turns, so many as there is room for. By start-time
+-- fair queuing: the next turn of a group begins where its last one ended, or, if it had none lately,
+-- where the queue has come to; a group owes one turn at most. Of equal turns that one is first of whose
+-- group fewer are before it here, then that of a group that had none lately; runs without a group last.
+-- The note of a turn: the group, where the turn begins and ends, the cursor, and whether there is room
+-- left though runs wait. Groups are found by the index, and of each twice its share of the room is read.
+-- The groups behind the cursor come first; of those that are in doubt no run is sent.
+CREATE OR REPLACE FUNCTION runs_in_turn(wanted text, room bigint, looked_at integer, own integer[], at_time timestamptz, only_run text, aside text[], doubted text[]) RETURNS TABLE (turn double precision, note text, defers boolean, run_id text, task text, queue text, priority smallint, due_at timestamptz, attempts integer, reason text, state text) LANGUAGE plpgsql STABLE ROWS 64 SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+#variable_conflict use_column
+DECLARE
+  lead integer = (SELECT min(s) FROM unnest(own) s);
+  look_time timestamptz = coalesce(at_time, clock_timestamp());
+  served double precision;
+  behind text;
+BEGIN
+  IF room <= 0 THEN
+    RETURN;
+  END IF;
+  SELECT q.served, q.cursor INTO served, behind FROM queue_turns q
+   WHERE q.shard = lead AND q.queue = wanted;
+  served = coalesce(served, 0);
+  behind = coalesce(behind, '');
+  RETURN QUERY
+  WITH RECURSIVE walk(group_id, lap, n) AS (
+    (SELECT * FROM (
+      (SELECT d.group_id, 0 AS lap, 1 AS n FROM dispatches d
+        WHERE d.state = 'waiting' AND d.queue = wanted AND d.group_id > behind
+        ORDER BY d.group_id LIMIT 1)
+      UNION ALL
+      (SELECT d.group_id, 1, 1 FROM dispatches d
+        WHERE d.state = 'waiting' AND d.queue = wanted AND d.group_id <= behind
+        ORDER BY d.group_id LIMIT 1)) f LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM walk w CROSS JOIN LATERAL (
+      SELECT * FROM (
+        (SELECT d.group_id, w.lap, w.n + 1 FROM dispatches d
+          WHERE d.state = 'waiting' AND d.queue = wanted AND d.group_id > w.group_id
+            AND (w.lap = 0 OR d.group_id <= behind)
+          ORDER BY d.group_id LIMIT 1)
+        UNION ALL
+        (SELECT d.group_id, 1, w.n + 1 FROM dispatches d
+          WHERE d.state = 'waiting' AND d.queue = wanted AND w.lap = 0 AND d.group_id <= behind
+          ORDER BY d.group_id LIMIT 1)) f LIMIT 1) next
+     WHERE w.n < looked_at
+  ), weighed AS (
+    SELECT w.group_id, w.n,
+           coalesce((SELECT g.weight FROM group_weights g WHERE g.group_id = w.group_id), 1) AS weight,
+           (SELECT t.finish FROM group_turns t
+             WHERE t.shard = lead AND t.queue = wanted AND t.group_id = w.group_id) AS finish
+      FROM walk w
+  ), lane AS (
+    SELECT w.group_id, w.weight, w.finish,
+           least(greatest(w.finish, served), served + 1.0::float8 / w.weight) AS base,
+           max(w.group_id) FILTER (WHERE w.n = looked_at) OVER () AS cursor,
+           least(room, 1 + ceil(2.0 * room * w.weight / sum(w.weight) OVER ()))::integer AS most
+      FROM weighed w
+  ), found AS (
+    SELECT l.*, r.*,
+           row_number() OVER (PARTITION BY l.group_id
+                              ORDER BY r.priority DESC, r.due_at, r.run_id) - 1 AS ahead,
+           l.most < room AND count(*) OVER (PARTITION BY l.group_id) >= l.most AS is_cut
+      FROM lane l CROSS JOIN LATERAL (
+        SELECT d.run_id, d.task, d.priority, d.due_at, d.attempts, d.reason FROM dispatches d
+         WHERE d.state = 'waiting' AND d.queue = wanted AND d.group_id = l.group_id
+           AND d.due_at <= look_time AND d.shard = ANY(own)
+           AND (only_run IS NULL OR d.run_id = only_run)
+           AND d.run_id <> ALL(aside) AND d.task <> ALL(doubted)
+         ORDER BY d.priority DESC, d.due_at LIMIT l.most) r
+  ), placed AS (
+    SELECT f.*, f.base + f.ahead / f.weight::float8 AS start,
+           row_number() OVER (ORDER BY f.base + f.ahead / f.weight::float8, f.ahead,
+                              f.finish NULLS FIRST, f.group_id = '', f.due_at, f.run_id) AS place,
+           bool_or(f.is_cut) OVER () AND count(*) OVER () < room AS is_short
+      FROM found f
+  )
+  SELECT p.place::float8,
+         jsonb_build_array(p.group_id, p.start, p.start + 1.0::float8 / p.weight, p.cursor,
+                           p.is_short)::text,
+         false, p.run_id, p.task, wanted, p.priority, p.due_at, p.attempts, p.reason, 'waiting'
+    FROM placed p WHERE p.place <= room;
+END $$;

@@ -1,0 +1,33 @@
+"""`beatless groups`, and the group of a run on the command line."""
+
+import pytest
+
+from beatless import App
+from beatless.testing import Kit
+from tests.commands import Command
+
+
+@pytest.fixture
+def command(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    return Command(capsys)
+
+
+def test_groups_are_listed_and_get_weights(beatless: Kit, command: Command) -> None:
+    run_id = command("start", "two_steps", "--group", "tenant-7").strip()
+    command("start", "two_steps", "--group", "tenant-8")
+
+    command("groups", "set", "tenant-7", "--weight", "3")
+    assert "tenant-7 has the weight 3" in command.error
+    first, second = command.documents("groups", "ls", "--queue", "default")
+    assert (first["group"], first["weight"], first["waiting"]) == ("tenant-7", 3, 1)
+    assert (second["group"], second["weight"], second["waiting"]) == ("tenant-8", 1, 1)
+    assert "tenant-8" in command("groups")
+    assert [run["run_id"] for run in command.documents("runs", "--group", "tenant-7")] == [run_id]
+    assert "tenant-7" in command("show", run_id)
+
+    command("groups", "set", "tenant-7", "--weight", "0", status=2)
+    assert "1<=x<=100" in command.error
