@@ -57,6 +57,9 @@ FAILED = (pq.TransactionStatus.INERROR, pq.TransactionStatus.UNKNOWN)
 GROUPS_LOOKED_AT = 128
 """Groups of a queue among which one look shares out the turns."""
 
+TURNS_FORGOTTEN = 256
+"""Past turns of a queue that one statement forgets: more than one look adds."""
+
 FEW_ROWS_DIVISOR = 16
 """How many times fewer rows are looked at while events are large: what is left out was built."""
 
@@ -248,6 +251,7 @@ class Queries:
             few_per_shard=few_per_shard,
             window=window,
             groups_looked_at=groups_looked_at or max(GROUPS_LOOKED_AT, window),
+            turns_forgotten=max(TURNS_FORGOTTEN, 2 * window),
             batch_bytes=BATCH_BYTES,
             recheck_factor=RECHECK_FACTOR,
             defer_s=DEFER_S,
@@ -286,16 +290,16 @@ class Turn(NamedTuple):
     """A turn of a group of a queue, which its run has when it is sent."""
 
     queue: str
-    group: str
-    """With the name of its namespace; empty for runs without a group."""
+    group: str | None
+    """With the name of its namespace; empty for runs without a group. None: none has the turn."""
     start: float
     """Where it begins: of the turns of a queue the least is the next."""
-    finish: float
+    finish: float | None
     """Where the next one of its group can begin."""
     cursor: str | None
     """The last group that was looked at, if there are more."""
     is_short: bool
-    """Places of the queue stay free though runs wait: another pick finds these."""
+    """Places of the queue stay free though runs may wait: another pick finds these."""
 
 
 class PickedTask(NamedTuple):
@@ -304,7 +308,7 @@ class PickedTask(NamedTuple):
     message: TaskMessage
     act: str
     """`send` it; `look` whether its last message is lost; `defer` it, for its queue is full; `wake`
-    it, and all others that are to be woken."""
+    it, and all others that are to be woken; `pass` by groups of which no run can be sent."""
     sent: int
     """How many messages of its queue are out as far as Postgres knows, of all relays."""
     turn: Turn | None

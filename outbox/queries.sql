@@ -182,8 +182,9 @@ row_number() OVER (
 
 -- fragment: acts
 -- The action: `send` while there are places, `look` whether a message is lost, `defer`; and `wake`
--- if any run is to be woken.
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'send' AS act, coalesce(sent, 0), d.note
+-- if any run is to be woken. `pass`: no run, but a note of groups that none can be sent of.
+SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason,
+       CASE d.run_id WHEN '' THEN 'pass' ELSE 'send' END AS act, coalesce(sent, 0), d.note
   FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
 (SELECT d.run_id, d.task, d.queue, {next_attempt},
@@ -253,8 +254,8 @@ WITH {lanes}, {windows}, due AS (
 
 -- name: count_turns
 -- Note the turns that groups have had: where their next ones begin, and how far their queues have come.
--- A group whose turn is behind its queue is forgotten, as one that had none. The rows are this relay's
--- own. A turn is noted once its message is sent, not before: what a relay leaves undone counts nothing.
+-- A group whose turn is behind its queue is forgotten, as one that had none: so many at a time, for
+-- thousands can fall behind at once. The rows are this relay's own. A turn is noted once its message is sent, not before: what a relay leaves undone counts nothing.
 WITH had AS MATERIALIZED (
   SELECT queue, group_id, max(turn) AS turn, max(finish) AS finish, max(cursor) AS cursor
     FROM unnest(%(queues)s::text[], %(groups)s::text[], %(turns)s::float8[], %(finishes)s::float8[],
@@ -272,10 +273,13 @@ WITH had AS MATERIALIZED (
    WHERE had.finish >= come.served
   ON CONFLICT (shard, queue, group_id) DO UPDATE SET finish = excluded.finish
 )
-DELETE FROM {schema}.group_turns t USING come
- WHERE t.shard = %(lead)s AND t.queue = come.queue AND t.finish < come.served
-   AND NOT EXISTS (SELECT FROM had WHERE had.queue = t.queue AND had.group_id = t.group_id
-                                     AND had.finish >= come.served)
+DELETE FROM {schema}.group_turns WHERE ctid = ANY(ARRAY(
+  SELECT past.ctid FROM come CROSS JOIN LATERAL (
+    SELECT t.ctid FROM {schema}.group_turns t
+     WHERE t.shard = %(lead)s AND t.queue = come.queue AND t.finish < come.served
+       AND NOT EXISTS (SELECT FROM had WHERE had.queue = t.queue AND had.group_id = t.group_id
+                                         AND had.finish >= come.served)
+     ORDER BY t.finish LIMIT {turns_forgotten}) past))
 
 -- name: still_held
 -- List those of these messages whose runs another transaction holds.

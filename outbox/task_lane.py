@@ -276,6 +276,7 @@ class TaskLane:
         if rows is not None:  # else a batch is in flight, with its turns
             self._lead = min(shards, default=0)
             self._turns = {each.message.task_id: each.turn for each in sent if each.turn}
+            self._had += [each.turn for each in picked if each.act == "pass" and each.turn]
         self.crowded |= any(each.turn.is_short for each in sent if each.turn)
         return Batch(
             messages=[each.message for each in sent],

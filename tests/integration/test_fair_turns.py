@@ -30,7 +30,11 @@ def only(ctx: StepContext) -> int:
 
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [Plan("known", [only]), Plan("limited", [only], limits=[Limit("one", at_once=1)])]
+    return [
+        Plan("known", [only]),
+        Plan("doubted", [only]),
+        Plan("limited", [only], limits=[Limit("one", at_once=1)]),
+    ]
 
 
 class Line:
@@ -244,6 +248,65 @@ def test_of_many_groups_each_has_its_turn(
     for turns in range(1, 12):
         shares = Counter(sent[: 30 * turns])
         assert max(shares.values()) - min(shares[group] for group in groups) <= 4
+
+
+def test_groups_of_which_no_run_can_be_sent_hold_up_no_other(
+    beatless: Kit,
+    beatless_app: App,
+    line: Line,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They fill whole looks: of their plan a message was lost, so that it is in doubt."""
+    few = Queries(beatless_app.settings.schema, window=2, groups_looked_at=2)
+    monkeypatch.setattr(beatless_app, "queries", few)
+    line.hire(1)
+    (lost,) = start(beatless, 1, "doubted")
+    postgres.execute(
+        "UPDATE dispatches SET state = 'sent', reason = 'unclaimed',"
+        " due_at = now() + interval '1 day' WHERE run_id = %s",
+        (lost,),
+    )
+    for n in range(9):
+        start(beatless, 1, "doubted", group=f"a-{n}")
+    (free,) = start(beatless, 1, group="b")
+    for _ in range(9):
+        line.fill()
+
+    assert [message.run_id for message in line.door.messages] == [free]
+
+
+@pytest.mark.parametrize("weight", [0, -3, 2**31 - 1])
+def test_no_weight_that_a_row_holds_stops_the_relay(
+    beatless: Kit, line: Line, postgres: psycopg.Connection, weight: int
+) -> None:
+    postgres.execute(
+        "INSERT INTO group_weights (group_id, weight) VALUES ('default/a', %s)", (weight,)
+    )
+    for group in ("a", "b"):
+        start(beatless, 3, group=group)
+    line.fill()
+
+    assert Counter(line.groups(postgres)) == {"a": 3, "b": 3}
+
+
+def test_thousands_of_past_turns_are_forgotten_some_at_a_time(
+    beatless: Kit, line: Line, postgres: psycopg.Connection
+) -> None:
+    postgres.execute(
+        "INSERT INTO group_turns (shard, queue, group_id, finish)"
+        " SELECT 0, 'default', 'default/past-' || n, -1 FROM generate_series(1, 1000) n"
+    )
+    left = []
+    for n in range(5):
+        start(beatless, 1, group=f"new-{n}")
+        line.fill()
+        ((rows,),) = postgres.execute(
+            "SELECT count(*) FROM group_turns WHERE group_id LIKE 'default/past-%'"
+        ).fetchall()
+        left.append(rows)
+
+    assert left == [744, 488, 232, 0, 0]
 
 
 def test_all_places_are_used_when_few_groups_have_runs_left(

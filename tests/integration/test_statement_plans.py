@@ -72,6 +72,7 @@ VALUES: dict[str, float | str] = {
     "recheck_factor": 4,
     "replacing_s": 1.0,
     "sweep": 100,
+    "turns_forgotten": 256,
     "window": 64,
 } | OPTION_SQL
 

@@ -42,7 +42,9 @@ CREATE TABLE IF NOT EXISTS queue_turns (
 -- group fewer are before it here, then that of a group that had none lately; runs without a group last.
 -- The note of a turn: the group, where the turn begins and ends, the cursor, and whether there is room
 -- left though runs wait. Groups are found by the index, and of each twice its share of the room is read.
--- The groups behind the cursor come first; of those that are in doubt no run is sent.
+-- The groups behind the cursor come first. If none of them has a run that can be sent, and there are
+-- more, a row without a run says how far this look came: the next one goes on there. Of plans that are
+-- in doubt no run is sent. Whatever a weight is, it counts as one of 1 to 100.
 CREATE OR REPLACE FUNCTION runs_in_turn(wanted text, room bigint, looked_at integer, own integer[], at_time timestamptz, only_run text, aside text[], doubted text[]) RETURNS TABLE (turn double precision, note text, defers boolean, run_id text, task text, queue text, priority smallint, due_at timestamptz, attempts integer, reason text, state text) LANGUAGE plpgsql STABLE ROWS 64 SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
 #variable_conflict use_column
 DECLARE
@@ -82,7 +84,7 @@ BEGIN
      WHERE w.n < looked_at
   ), weighed AS (
     SELECT w.group_id, w.n,
-           coalesce((SELECT g.weight FROM group_weights g WHERE g.group_id = w.group_id), 1) AS weight,
+           least(greatest((SELECT g.weight FROM group_weights g WHERE g.group_id = w.group_id), 1), 100) AS weight,
            (SELECT t.finish FROM group_turns t
              WHERE t.shard = lead AND t.queue = wanted AND t.group_id = w.group_id) AS finish
       FROM walk w
@@ -108,12 +110,17 @@ BEGIN
     SELECT f.*, f.base + f.ahead / f.weight::float8 AS start,
            row_number() OVER (ORDER BY f.base + f.ahead / f.weight::float8, f.ahead,
                               f.finish NULLS FIRST, f.group_id = '', f.due_at, f.run_id) AS place,
-           bool_or(f.is_cut) OVER () AND count(*) OVER () < room AS is_short
+           (bool_or(f.is_cut) OVER () OR f.cursor IS NOT NULL) AND count(*) OVER () < room AS is_short
       FROM found f
   )
   SELECT p.place::float8,
          jsonb_build_array(p.group_id, p.start, p.start + 1.0::float8 / p.weight, p.cursor,
                            p.is_short)::text,
          false, p.run_id, p.task, wanted, p.priority, p.due_at, p.attempts, p.reason, 'waiting'
-    FROM placed p WHERE p.place <= room;
+    FROM placed p WHERE p.place <= room
+  UNION ALL
+  SELECT NULL, jsonb_build_array(NULL, served, NULL, l.cursor, false)::text,
+         false, '', '', wanted, 0::smallint, NULL, 0, '', 'waiting'
+    FROM (SELECT cursor FROM lane WHERE cursor IS NOT NULL LIMIT 1) l
+   WHERE NOT EXISTS (SELECT FROM found);
 END $$;
