@@ -416,28 +416,37 @@ def test_a_run_with_a_group_and_a_limit_takes_its_turn_when_it_is_let_in(
 
 
 def rows_read(postgres: psycopg.Connection) -> int:
-    """Of dispatches, in this transaction: also within functions, of which EXPLAIN tells nothing."""
+    """Of dispatches and turns, in this transaction: also within functions, which EXPLAIN omits."""
     ((rows,),) = postgres.execute(
-        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables"
-        " WHERE relid = 'dispatches'::regclass"
+        "SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_xact_user_tables"
+        " WHERE relid IN ('dispatches'::regclass, 'group_turns'::regclass)"
     ).fetchall()
     return int(rows)
 
 
-@pytest.mark.parametrize("statistics", ["none", "of an empty table that was full"])
+@pytest.mark.parametrize(
+    ("statistics", "small"),
+    [("none", 500), ("of an empty table that was full", 500), ("of its rows", 0)],
+)
 def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
-    beatless_app: App, postgres: psycopg.Connection, statistics: str
+    beatless_app: App, postgres: psycopg.Connection, statistics: str, small: int
 ) -> None:
-    before, after = STATISTICS[statistics]
+    before, after = {"of its rows": ("", "ANALYZE dispatches"), **STATISTICS}[statistics]
     if before:
         postgres.execute(before.encode())
     postgres.execute(
         "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason,"
         " group_id)"
-        " SELECT 'run-' || n, n %% 16, 'task', 'default', 0, 'waiting', now(), 'start',"
-        " CASE WHEN n <= 100000 THEN 'default/big' ELSE 'default/small-' || n END"
+        " SELECT 'run-' || n, n %% 16, 'task', 'default', 0, 'waiting',"
+        # The larger the index by groups is, the more does the planner like that by priorities.
+        " now() - n * interval '1 ms', 'start',"
+        " 'default/' || CASE WHEN n <= 100000 THEN repeat('big', 80) ELSE 'small-' || n END"
         " FROM generate_series(1, %s) n",
-        (100_500,),
+        (100_000 + small,),
+    )
+    postgres.execute(
+        "INSERT INTO group_turns (shard, queue, group_id, finish)"
+        " SELECT 0, 'default', 'default/small-' || (90000 + n), 1 FROM generate_series(1, 20000) n"
     )
     if after:
         postgres.execute(after.encode())

@@ -44,8 +44,10 @@ CREATE TABLE IF NOT EXISTS queue_turns (
 -- left though runs wait. Groups are found by the index, and of each twice its share of the room is read.
 -- The groups behind the cursor come first. If none of them has a run that can be sent, and there are
 -- more, a row without a run says how far this look came: the next one goes on there. Of plans that are
--- in doubt no run is sent. Whatever a weight is, it counts as one of 1 to 100.
-CREATE OR REPLACE FUNCTION runs_in_turn(wanted text, room bigint, looked_at integer, own integer[], at_time timestamptz, only_run text, aside text[], doubted text[]) RETURNS TABLE (turn double precision, note text, defers boolean, run_id text, task text, queue text, priority smallint, due_at timestamptz, attempts integer, reason text, state text) LANGUAGE plpgsql STABLE ROWS 64 SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+-- in doubt no run is sent. Without sorts only the indexes by group give the orders that are asked for:
+-- the planner would read all runs of a queue, or all turns, whose numbers it does not know. Whatever a
+-- weight is, it counts as one of 1 to 100.
+CREATE OR REPLACE FUNCTION runs_in_turn(wanted text, room bigint, looked_at integer, own integer[], at_time timestamptz, only_run text, aside text[], doubted text[]) RETURNS TABLE (turn double precision, note text, defers boolean, run_id text, task text, queue text, priority smallint, due_at timestamptz, attempts integer, reason text, state text) LANGUAGE plpgsql STABLE ROWS 64 SET search_path FROM CURRENT SET enable_seqscan TO off SET enable_sort TO off SET enable_incremental_sort TO off AS $$
 #variable_conflict use_column
 DECLARE
   lead integer = (SELECT min(s) FROM unnest(own) s);
@@ -82,11 +84,14 @@ BEGIN
           WHERE d.state = 'waiting' AND d.queue = wanted AND w.lap = 0 AND d.group_id <= behind
           ORDER BY d.group_id LIMIT 1)) f LIMIT 1) next
      WHERE w.n < looked_at
-  ), weighed AS (
+  ), weighed AS MATERIALIZED (
     SELECT w.group_id, w.n,
            least(greatest((SELECT g.weight FROM group_weights g WHERE g.group_id = w.group_id), 1), 100) AS weight,
-           (SELECT t.finish FROM group_turns t
-             WHERE t.shard = lead AND t.queue = wanted AND t.group_id = w.group_id) AS finish
+           (SELECT t.finish FROM (
+              SELECT * FROM group_turns t
+               WHERE t.shard = lead AND t.queue = wanted AND t.group_id >= w.group_id
+               ORDER BY t.shard, t.queue, t.group_id LIMIT 1) t
+             WHERE t.group_id = w.group_id) AS finish
       FROM walk w
   ), lane AS (
     SELECT w.group_id, w.weight, w.finish,
