@@ -66,6 +66,11 @@ A statement that crashes its server would else do so each minute for ever. Those
 have done nothing, and do not count.
 """
 
+UNREADABLE_INPUT = {
+    "type": "BadPayload",
+    "message": "the run's input is nested too deeply to be read, or a number of it is too long",
+}
+
 FAILURE_BYTES = 262_144
 """Above the needs of any failure, see `orchestrator.failure`."""
 
@@ -260,8 +265,7 @@ class Boundaries:
     def crashed(self, progress: Progress) -> Settlement:
         """The step has ended its process, or lost its lease, too often: it is not tried again."""
         text = f"step {progress.occurrence} ended its process {progress.crashes} times"
-        last = copy(progress)
-        last.starts += not progress.in_flight  # it was given back, and it is the one that failed
+        last = _last_attempt(progress)
         if progress.ran_out and not progress.crashes:
             return self._failed_with(last, "LeaseRanOut", _ran_out(progress))
         if progress.deaths:
@@ -283,9 +287,7 @@ class Boundaries:
 
     def too_long(self) -> Settlement:
         """The history of the run has too many events: it fails between two steps."""
-        error = HistoryTooLong(of_function=False)
-        facts = {"type": type(error).__name__, "message": str(error)}
-        return self._ended(RunState.FAILED, [], facts)
+        return self._ended(RunState.FAILED, [], _facts_of(HistoryTooLong(of_function=False)))
 
     def unstorable(self, progress: Progress, reason: str) -> Settlement:
         """Postgres refuses the step's result or error: no other attempt will do better.
@@ -300,14 +302,11 @@ class Boundaries:
 
     def unreadable(self) -> Settlement:
         """No step shall get what stands for the run's input."""
-        message = "the run's input is nested too deeply to be read, or a number of it is too long"
-        return self._ended(RunState.FAILED, [], {"type": "BadPayload", "message": message})
+        return self._ended(RunState.FAILED, [], UNREADABLE_INPUT)
 
     def overdue(self, events: Sequence[NewEvent] = ()) -> Settlement:
         """The run has reached its deadline."""
-        error = DeadlineExceeded(self._run_id)
-        facts = {"type": type(error).__name__, "message": str(error)}
-        return self._ended(RunState.FAILED, events, facts)
+        return self._ended(RunState.FAILED, events, _facts_of(DeadlineExceeded(self._run_id)))
 
     def broken(self, error: BaseException, events: Sequence[NewEvent]) -> Settlement:
         """The function of a plan, or for the inputs of children, has raised: the run has failed.
@@ -498,6 +497,17 @@ class Boundaries:
                 data, where=f"step {progress.occurrence}: its data", limit=self._max_event_bytes
             )
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
+
+
+def _facts_of(error: Exception) -> dict[str, Any]:
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def _last_attempt(progress: Progress) -> Progress:
+    """The place at the attempt that began last: if it was given back it is the one that failed."""
+    last = copy(progress)
+    last.starts += not progress.in_flight
+    return last
 
 
 def _ran_out(progress: Progress) -> str:

@@ -138,6 +138,8 @@ class MsgspecInput:
             raise BadPayload(
                 f"{self._where}{path.removesuffix('`')}", f"is refused: {reason}"
             ) from error
+        except RecursionError as error:
+            raise BadPayload(self._where, "is refused: it is nested too deeply") from error
 
     def dump(self, value: Any) -> Any:
         if not isinstance(value, dict | list | str | int | float | None):

@@ -180,7 +180,7 @@ BUGS = {
     ),
     "a run that was taken over begins anew": Bug(
         "orchestrator/execution.py",
-        "        if self._lease.begun:\n",
+        "        if self._lease.begun and not self._lease.unreadable:\n",
         "        if self._lease.begun or self._lease.run.attempt > 1:\n",
     ),
     "a commit whose answer was lost is made again": Bug(

@@ -11,7 +11,6 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
-from psycopg.pq import TransactionStatus
 from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -264,9 +263,11 @@ def test_a_statement_that_a_step_leaves_behind_does_not_hold_up_its_end(
         lock = ctx.connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4712)")
         LEFT.append(asyncio.ensure_future(lock))
         LEFT[-1].add_done_callback(lambda task: task.exception())
-        raw = await ctx.connection.get_raw_connection()
-        while raw.driver_connection.info.transaction_status != TransactionStatus.ACTIVE:  # noqa: ASYNC110 - no event tells
-            await asyncio.sleep(0)
+        ended = asyncio.ensure_future(ends())  # the statement has been sent in the turn before
+        await asyncio.wait([LEFT[-1], ended], return_when=asyncio.FIRST_COMPLETED)
+        ended.result()
+
+    async def ends() -> None:
         if message == "not this":
             raise ValueError(message)
 

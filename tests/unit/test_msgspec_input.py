@@ -86,6 +86,14 @@ def test_what_is_none_of_the_type_is_refused_with_its_path(
         typed_input(kind).dump(given)
 
 
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"below": [deep]}
+    with pytest.raises(BadPayload, match="input is refused: it is nested too deeply"):
+        typed_input(Tree).dump(deep)
+
+
 def test_unions_of_structs_are_told_by_their_tags() -> None:
     kind = typed_input(Card | Cash)
     assert kind.dump(Cash(3)) == {"type": "cash", "amount": 3}
