@@ -177,25 +177,25 @@ greatest(coalesce(messages.free, %(places)s), 0)
 -- The order of the runs of a queue: those that a dead worker had begun; then, in a queue with groups,
 -- their turns; then priority and time.
 row_number() OVER (
-  PARTITION BY d.queue
-  ORDER BY d.state = 'running' DESC, d.turn, d.priority DESC, d.due_at) AS place
+  PARTITION BY queue
+  ORDER BY state = 'running' DESC, turn, priority DESC, due_at) AS place
 
 -- fragment: acts
 -- The action: `send` while there are places, `look` whether a message is lost, `defer`; and `wake`
 -- if any run is to be woken. `pass`: no run, but a note of groups that none can be sent of.
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason,
-       CASE d.run_id WHEN '' THEN 'pass' ELSE 'send' END AS act, coalesce(sent, 0), d.note
+SELECT run_id, task, queue, {next_attempt}, reason,
+       CASE run_id WHEN '' THEN 'pass' ELSE 'send' END AS act, coalesce(sent, 0), note
   FROM ready d WHERE place <= coalesce(free, %(places)s)
 UNION ALL
-(SELECT d.run_id, d.task, d.queue, {next_attempt},
-        CASE WHEN d.reason IN ('lease', 'broker_lost') THEN d.reason ELSE 'unclaimed' END,
+(SELECT run_id, task, queue, {next_attempt},
+        CASE WHEN reason IN ('lease', 'broker_lost') THEN reason ELSE 'unclaimed' END,
         'look', coalesce(sent, 0), NULL
-   FROM due d LEFT JOIN messages USING (queue) WHERE d.state = 'sent' ORDER BY d.due_at)
+   FROM due d LEFT JOIN messages USING (queue) WHERE state = 'sent' ORDER BY due_at)
 UNION ALL
-SELECT d.run_id, d.task, d.queue, {next_attempt}, d.reason, 'defer', 0, NULL
+SELECT run_id, task, queue, {next_attempt}, reason, 'defer', 0, NULL
   FROM due d
- WHERE d.state = 'delayed' AND d.defers
-    OR d.state <> 'sent' AND d.run_id IN (
+ WHERE state = 'delayed' AND defers
+    OR state <> 'sent' AND run_id IN (
       SELECT run_id FROM ready r
        WHERE r.state <> 'waiting' AND place > coalesce(free, %(places)s))
 UNION ALL
@@ -255,11 +255,14 @@ WITH {lanes}, {windows}, due AS (
 -- name: count_turns
 -- Note the turns that groups have had: where their next ones begin, and how far their queues have come.
 -- A group whose turn is behind its queue is forgotten, as one that had none: so many at a time, for
--- thousands can fall behind at once. The rows are this relay's own. A turn is noted once its message is sent, not before: what a relay leaves undone counts nothing.
+-- thousands can fall behind at once. A turn is noted once its message is sent, not before: what a
+-- relay leaves undone counts nothing. The rows are this relay's own, unless it has given the shard
+-- away in between: who finds another one at them notes nothing, and does not wait.
 WITH had AS MATERIALIZED (
   SELECT queue, group_id, max(turn) AS turn, max(finish) AS finish, max(cursor) AS cursor
     FROM unnest(%(queues)s::text[], %(groups)s::text[], %(turns)s::float8[], %(finishes)s::float8[],
                 %(cursors)s::text[]) AS h(queue, group_id, turn, finish, cursor)
+   WHERE (SELECT pg_try_advisory_xact_lock(hashtextextended('{schema}/turns/' || %(lead)s::int, 0)))
    GROUP BY queue, group_id
 ), come AS (
   INSERT INTO {schema}.queue_turns AS q (shard, queue, served, cursor)

@@ -13,6 +13,7 @@ from beatless.outbox.drain import Drain
 from beatless.outbox.queries import ALL_SHARDS, Queries
 from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
+from tests import column_statistics
 from tests.integration.test_drain_plan import STATISTICS
 from tests.integration.test_relay import Door, doors, recording
 from tests.integration.test_windows import settle, start
@@ -227,6 +228,26 @@ def test_turns_outlive_their_relay(beatless: Kit, line: Line, postgres: psycopg.
     assert len(set(sent[:100])) == 100
 
 
+def test_turns_wait_for_no_relay_that_has_been_given_the_shard(
+    beatless: Kit, beatless_app: App, line: Line, postgres: psycopg.Connection
+) -> None:
+    """One that is frozen in the middle of its transaction, say."""
+    start(beatless, 1, group="a")
+    line.fill()
+    turn = {"turns": [1.0], "finishes": [2.0], "cursors": [None]}
+    with psycopg.connect(postgres.info.dsn, password=postgres.info.password) as other:
+        # Ends who waits for it, so that the test does.
+        other.execute("SET idle_in_transaction_session_timeout = '20s'")
+        other.execute(
+            beatless_app.queries.count_turns_sql.encode(),
+            {"lead": 0, "queues": ["default"], "groups": ["default/a"], **turn},
+        )
+        start(beatless, 1, group="b")
+        line.fill()
+        assert line.groups(postgres) == ["a", "b"]
+        other.execute("SELECT")
+
+
 def test_of_many_groups_each_has_its_turn(
     beatless: Kit,
     beatless_app: App,
@@ -431,6 +452,7 @@ def rows_read(postgres: psycopg.Connection) -> int:
 def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
     beatless_app: App, postgres: psycopg.Connection, statistics: str, small: int
 ) -> None:
+    column_statistics.forget(postgres)
     before, after = {"of its rows": ("", "ANALYZE dispatches"), **STATISTICS}[statistics]
     if before:
         postgres.execute(before.encode())

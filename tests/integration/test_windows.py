@@ -12,6 +12,7 @@ from beatless.outbox.publishers import CeleryTaskPublisher, worker_queue
 from beatless.outbox.queries import ALL_SHARDS
 from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
+from tests import column_statistics
 from tests.integration.test_drain_plan import read
 from tests.integration.test_relay import Door, doors, lose_messages, recording
 
@@ -209,6 +210,7 @@ def test_priority_decides_among_runs_that_have_become_due(
 def test_a_look_reads_nothing_of_queues_whose_runs_are_all_for_later(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, statement: str
 ) -> None:
+    column_statistics.forget(postgres)
     postgres.execute(
         "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason)"
         " SELECT 'later-' || n, n %% %s, 'known', 'q' || n, 0, 'delayed',"
