@@ -9,11 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, step
+import beatless as package
+from beatless import AsyncStepContext, Plan, RunContext, RunState, StepContext, Unreachable, step
+from beatless.api import create_api
+from beatless.api.problems import STATUSES
 from beatless.client import Client
 from beatless.testing import Kit
 from beatless.testing.servers import Services
@@ -130,6 +134,54 @@ class TestFastAPI:
         with TestClient(told) as browser:
             assert browser.post("/orders/7").status_code == 200
         assert states == [RunState.QUEUED]
+
+
+class TestErrorsInRoutes:
+    @pytest.fixture
+    def beatless_plans(self) -> list[Plan]:
+        return [Plan("checkout", [step(name="reserve")(lambda _: None)])]
+
+    @pytest.fixture
+    def recipe(self) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": "errors"}
+        exec(BLOCKS["errors.py"], names)
+        return names
+
+    def test_the_statuses_are_those_of_the_mounted_api(self, recipe: dict[str, Any]) -> None:
+        public = {getattr(package, name) for name in package.__all__}
+        ours = {error: status for error, status in STATUSES.items() if error in public}
+        assert recipe["STATUSES"] == ours
+
+    def test_the_answers_are_those_of_the_mounted_api(
+        self, beatless: Kit, recipe: dict[str, Any]
+    ) -> None:
+        host = FastAPI()
+        host.mount("/jobs", create_api(beatless.app, is_open=True))
+        recipe["install"](host)
+
+        @host.get("/runs/{run_id}")
+        def show(run_id: str) -> None:
+            beatless.client.get_run(run_id)
+
+        @host.post("/runs")
+        def start() -> None:
+            beatless.client.start_run("lost")
+
+        @host.get("/away")
+        def away() -> None:
+            raise Unreachable("Postgres", "10.0.0.7 refuses")
+
+        with TestClient(host) as browser:
+            for ours, theirs in (
+                (browser.get("/runs/none"), browser.get("/jobs/v1/runs/none")),
+                (browser.post("/runs"), browser.post("/jobs/v1/runs", json={"plan": "lost"})),
+            ):
+                assert ours.status_code == theirs.status_code == 404
+                assert ours.headers["content-type"] == theirs.headers["content-type"]
+                assert ours.json().items() <= theirs.json().items()
+            lost = browser.get("/away")
+        assert (lost.status_code, lost.headers["retry-after"]) == (503, "2")
+        assert "10.0.0.7" not in lost.text
 
 
 PROCESSES = """
