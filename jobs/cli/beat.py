@@ -1,9 +1,10 @@
 """Celery's `beat_schedule`, written as schedules of beatless."""
 
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from celery.schedules import crontab
 from celery.schedules import schedule as interval
 
-from beatless.errors import BadRequest
+from beatless.cli.environment import AppFailed
+from beatless.errors import BadRequest, JobsError
+from beatless.orchestrator.errors import OrchestratorError
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import Schedule
 
@@ -20,17 +23,25 @@ UNFIT = re.compile(r"[^A-Za-z0-9._:-]+")
 
 
 def celery_app_of(name: str) -> Any:
-    """The Celery app at `module:attribute`. Raises BadRequest."""
-    module, _, attribute = name.partition(":")
+    """The Celery app at `module:attribute`. Raises BadRequest and AppFailed."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name:
+        raise BadRequest("celery app", f"is {name!r}; give MODULE:ATTRIBUTE of one")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute or "app")
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(module_name)
+    except (JobsError, OrchestratorError, PlanError):
+        raise  # each has its advice
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
+        raise AppFailed(module_name, f"{type(error).__name__}: {error}") from error
+    try:
+        found = getattr(module, attribute or "app")
+    except AttributeError as error:
         raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
-    except Exception as error:  # of the module, as a variable that is not set
-        problem = f"{name} cannot be loaded: {type(error).__name__}: {error}"
-        raise BadRequest("celery app", problem) from error
     if not hasattr(getattr(found, "conf", None), "beat_schedule"):
         raise BadRequest("celery app", f"{name} is no Celery app; give MODULE:ATTRIBUTE of one")
     return found
@@ -43,7 +54,7 @@ def lines_of(app: Any) -> Iterator[str]:
     yield "SCHEDULES = ["
     for name, entry in sorted(app.conf.beat_schedule.items()):
         try:
-            arguments = arguments_of(entry, tz=str(app.conf.timezone or "UTC"))
+            arguments = arguments_of(app, entry)
             plan, label = str(entry["task"]), UNFIT.sub("-", str(name)).strip("-._:")
             Schedule(label, plan, **arguments)
             shown = "".join(f", {member}={value!r}" for member, value in arguments.items())
@@ -53,9 +64,10 @@ def lines_of(app: Any) -> Iterator[str]:
     yield "]"
 
 
-def arguments_of(entry: Mapping[str, Any], *, tz: str) -> dict[str, Any]:
+def arguments_of(app: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a Schedule. Raises PlanError for an entry that has no equivalent."""
     found: dict[str, Any] = {}
+    tz = str(app.conf.timezone or "UTC")
     when = entry["schedule"]
     if isinstance(when, crontab):
         minute, hour, weekday, day, month = when.__reduce__()[1]
@@ -69,13 +81,35 @@ def arguments_of(entry: Mapping[str, Any], *, tz: str) -> dict[str, Any]:
         raise PlanError(f"{type(when).__name__} is neither a crontab nor an interval")
     args, kwargs = list(entry.get("args") or ()), dict(entry.get("kwargs") or {})
     if args or kwargs:
-        # As `Plan.task` calls the task with it; with both, the plan has to take it apart.
-        found["input"] = {"args": args, **kwargs} if args and kwargs else args or kwargs
+        # As `Plan.task` calls the task with it.
+        both = args and kwargs
+        found["input"] = _by_name(app, str(entry["task"]), args, kwargs) if both else args or kwargs
     options = entry.get("options") or {}
     if queue := options.get("queue"):
         found["queue"] = str(queue)
     if isinstance(expires := options.get("expires"), int | float | timedelta):
         found["deadline"] = expires.total_seconds() if isinstance(expires, timedelta) else expires
+    return found
+
+
+def _by_name(app: Any, task: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a task by name. Raises PlanError for those that have none."""
+    advice = "give Plan.task an `arguments` that makes them of one input"
+    try:
+        app.loader.import_default_modules()
+        signature = inspect.signature(app.tasks[task].run)  # that of a bound task lacks `self`
+        bound = signature.bind(*args, **kwargs).arguments
+    except Exception as error:  # a module of the project raises it, or the call does not fit
+        reason = f"{type(error).__name__}: {error}"
+        raise PlanError(
+            f"its args and kwargs cannot be bound to {task} ({reason}): {advice}"
+        ) from error
+    found: dict[str, Any] = {}
+    for name, value in bound.items():
+        parameter = signature.parameters[name]
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise PlanError(f"{task} takes {parameter} by position alone, not by name: {advice}")
+        found |= value if parameter.kind is parameter.VAR_KEYWORD else {name: value}
     return found
 
 

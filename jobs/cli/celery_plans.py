@@ -79,9 +79,9 @@ def _tasks(app: Any) -> list[Any]:
         app.loader.import_default_modules()
     except ImportError as error:
         raise BadRequest("celery app", f"its tasks cannot be loaded: {error}") from error
-    except Exception as error:  # of a module, as a variable that is not set
-        problem = f"its tasks cannot be loaded: {type(error).__name__}: {error}"
-        raise BadRequest("celery app", problem) from error
+    except Exception as error:  # of a module of the project
+        reason = f"{type(error).__name__}: {error}"
+        raise BadRequest("celery app", f"its tasks cannot be loaded: {reason}") from error
     app.finalize()
     return [app.tasks[name] for name in sorted(app.tasks) if not name.startswith("celery.")]
 

@@ -110,6 +110,23 @@ from celery.schedules import BaseSchedule, crontab, schedule
 class Sunset(BaseSchedule): ...
 
 app = Celery("shop")
+
+@app.task(shared=False, name="shop.sync")
+def sync(name, page=1, *, limit): ...
+
+@app.task(shared=False, name="shop.bound", bind=True, autoretry_for=(OSError,))
+def bound(self, name, limit): ...
+
+@app.task(shared=False, name="shop.rest")
+def rest(*names, limit): ...
+
+@app.task(shared=False, name="shop.options")
+def options(name, **options): ...
+
+@app.task(shared=False, name="shop.place")
+def place(name, /, limit): ...
+
+BOTH = {"schedule": 60, "args": ["x"], "kwargs": {"limit": 1}}
 app.conf.timezone = "Europe/Brussels"
 app.conf.beat_schedule = {
     "nightly report": {"task": "shop.report", "schedule": crontab(minute=0, hour=2)},
@@ -124,6 +141,9 @@ app.conf.beat_schedule = {
     "interval": {"task": "shop.ping", "schedule": schedule(run_every=60)},
     "too often": {"task": "shop.ping", "schedule": 0.5},
     "sunset": {"task": "shop.ping", "schedule": Sunset()},
+    **{name: {"task": f"shop.{name}", **BOTH}
+       for name in ("sync", "bound", "rest", "options", "place", "elsewhere")},
+    "unfit": {"task": "shop.sync", **BOTH, "args": ["x", 2, 3]},
 }
 """
 
@@ -138,7 +158,10 @@ def test_a_beat_schedule_is_printed_as_schedules(
     names: dict[str, list[Schedule]] = {}
     exec(printed, names)
     found = {each.name: each for each in names["SCHEDULES"]}
-    assert found.keys() == {"nightly-report", "weekdays", "often", "minutes", "interval"}
+    assert found.keys() == {
+        *("nightly-report", "weekdays", "often", "minutes", "interval"),
+        *("sync", "bound", "options"),
+    }
     assert (found["nightly-report"].cron, found["nightly-report"].tz) == (
         "0 2 * * *",
         "Europe/Brussels",
@@ -149,6 +172,13 @@ def test_a_beat_schedule_is_printed_as_schedules(
     assert (weekdays.queue, weekdays.deadline) == ("mail", 600)
     assert [found[name].every for name in ("often", "minutes", "interval")] == [30, 300, 60]
     assert found["often"].input == [1, 2]
+    assert all(
+        found[name].input == {"name": "x", "limit": 1} for name in ("sync", "bound", "options")
+    )
+    assert "# rest: shop.rest takes *names by position alone, not by name: give Plan" in printed
+    assert "# place: shop.place takes name by position" in printed
+    assert "# elsewhere: its args and kwargs cannot be bound to shop.elsewhere (NotReg" in printed
+    assert "# unfit: its args and kwargs cannot be bound to shop.sync (TypeError: too" in printed
     assert "# too often: schedule too-often: every is 0.5" in printed
     assert "# sunset: Sunset is neither" in printed
     command("schedules", "from-beat", "shop_of_beat:nothing", status=2)

@@ -39,12 +39,12 @@ app = Celery("lost", include=["odd.nowhere"])
     "odd/unset.py": """
 import os
 
-os.environ["NO_SUCH_VARIABLE"]
+os.environ["ODD_URL_THAT_IS_UNSET"]
 """,
-    "odd/unready.py": """
+    "odd/unset_tasks.py": """
 from celery import Celery
 
-app = Celery("unready", include=["odd.unset"])
+app = Celery("unset", include=["odd.unset"])
 """,
     "odd/unrouted.py": """
 from celery import Celery
@@ -184,12 +184,14 @@ def test_odd_tasks_become_plans_and_what_a_step_lacks_is_named(
 
 
 def test_what_cannot_be_read_is_said(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, message in (
-        ("odd.lost:app", "its tasks cannot be loaded: No module named 'odd.nowhere'"),
-        ("odd.unready:app", "its tasks cannot be loaded: KeyError: 'NO_SUCH_VARIABLE'"),
-        ("odd.unset:app", "odd.unset:app cannot be loaded: KeyError: 'NO_SUCH_VARIABLE'"),
-        ("odd.unrouted:app", "task odd.unrouted.one has no route"),
-        ("odd.tasks:Told", "is no Celery app; give MODULE:ATTRIBUTE of one"),
+    for name, status, message in (
+        ("odd.unset:app", 1, "odd.unset cannot be imported: KeyError: 'ODD_URL_THAT_IS_UNSET'"),
+        ("odd.unset_tasks:app", 2, "cannot be loaded: KeyError: 'ODD_URL_THAT_IS_UNSET'"),
+        ("odd.nowhere:app", 2, "odd.nowhere:app cannot be loaded: No module named 'odd.nowhere'"),
+        (":app", 2, "is ':app'; give MODULE:ATTRIBUTE of one"),
+        ("odd.lost:app", 2, "its tasks cannot be loaded: No module named 'odd.nowhere'"),
+        ("odd.unrouted:app", 2, "task odd.unrouted.one has no route"),
+        ("odd.tasks:Told", 2, "is no Celery app; give MODULE:ATTRIBUTE of one"),
     ):
-        assert run(["plan", "from-celery", name]) == 2
+        assert run(["plan", "from-celery", name]) == status
         assert message in capsys.readouterr().err

@@ -1,10 +1,14 @@
 """The examples of docs/schedules.md are executed as they are printed."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from celery.schedules import crontab
 
+from beatless.cli.beat import arguments_of
 from beatless.testing.servers import Services
 
 PAGE = Path(__file__).parents[2] / "docs" / "schedules.md"
@@ -20,6 +24,28 @@ def test_a_customer_has_a_schedule(beatless):
     with beatless.app.engine.begin() as session:
         remove_customer(session, "ada")
     assert beatless.schedules == {}
+"""
+
+
+OF_DEADLINES = """
+from datetime import timedelta
+
+from beatless import Schedule
+
+
+def test_a_run_with_a_deadline_ends_in_time_if_it_is_started_now(beatless):
+    client = beatless.client
+    daily = Schedule("daily", "report", every=86400, input={"to": "ada"}, deadline=600)
+    client.create_schedule(daily)
+    run = client.run_schedule_now("daily")
+    beatless.work_until_idle()
+    assert client.get_run(run.run_id).state == "completed"
+    beatless.advance(24 * 3600)
+    of_tick = client.schedule("daily").last_run_id
+    assert of_tick != run.run_id
+    beatless.advance(600, ticks=False)  # the tick may have been a moment ago
+    beatless.work_until_idle()
+    assert client.get_run(of_tick).error["type"] == "DeadlineExceeded"
 """
 
 
@@ -66,6 +92,17 @@ def test_what_beat_has_started_is_started_by_a_schedule(beatless):
 """
 
 
+def test_expressions_of_the_table_are_those_that_the_command_prints() -> None:
+    rows = re.findall(
+        r"^\| `[^`]*(crontab\([^`]*?\))` \| `cron=(\".*?\")` \|$", PAGE.read_text(), re.MULTILINE
+    )
+    app = Celery()
+    assert len(rows) == 2
+    for theirs, ours in rows:
+        entry = {"schedule": eval(theirs, {"crontab": crontab})}
+        assert arguments_of(app, entry) == {"cron": ast.literal_eval(ours)}
+
+
 def test_the_project_of_the_page_works(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +121,7 @@ def test_the_project_of_the_page_works(
         *blocks,
         ("shop/__init__.py", ""),
         ("tests/test_customers.py", OF_CUSTOMERS),
+        ("tests/test_deadlines.py", OF_DEADLINES),
         ("shop/tasks.py", OF_BEAT),
         ("tests/test_moved.py", MOVED),
     ):
@@ -98,4 +136,4 @@ def test_the_project_of_the_page_works(
         "--beatless-services=external",
     )
 
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
