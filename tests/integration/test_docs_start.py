@@ -36,7 +36,12 @@ def test_the_project_of_the_page_works(
         path = pytester.path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    pytester.makeini(f"[pytest]\nbeatless_app = {app}\npythonpath = .")
+    (settings,) = re.findall(
+        r"^```toml\n# pyproject.toml\n(.*?)^```",
+        (DOCS / "start.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    pytester.makepyprojecttoml(settings.replace("shop.runs:app", app))
 
     result = pytester.runpytest_subprocess(
         "-p", "no:cacheprovider", "-p", "no:randomly", "--beatless-services=external"
