@@ -95,6 +95,23 @@ def test_who_is_signed_out_of_the_host_is_told_so_and_goes_on_when_back(
         page.close()
 
 
+def test_the_list_of_runs_asks_for_nothing_that_its_grant_lacks(
+    beatless: Kit, open_page: Opener
+) -> None:
+    beatless.start_run("checkout", {"order": 1})
+    host = FastAPI()
+    reader = Grant(scopes=[Right.RUNS_READ])
+    host.mount(AT, create_api(beatless.app, authenticate=lambda _: reader))
+    with hosting(host) as api:
+        page = open_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{api.url}{AT}/")
+        expect(page.locator("#runs tr")).to_have_count(1)  # counts are asked for with the rows
+        page.close()
+    assert not [url for url in asked if "/v1/queues" in url]
+
+
 CLIENT = "".join(
     re.findall(
         r"```js\n(.*?)```",

@@ -88,6 +88,7 @@ export async function showRuns(page, query) {
   async function count() {
     let queues;
     // Without the right to see queues there are no counts, and nothing else is missing.
+    if (await lacks("queues")) return;
     try { queues = (await call("/v1/queues")).queues; } catch { return; }
     const sums = { queued: 0, waiting: 0, running: 0, completed: 0, failed: 0, cancelled: 0 };
     for (const queue of queues) {
