@@ -19,6 +19,8 @@ LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"(^ *```.*?^ *```$)", flags=re.DOTALL | re.MULTILINE)
 ORPHAN = "---\norphan: true\n---\n"
 """Sphinx does not ask for it in a menu."""
+FOLDERS = {"docs/adr": "Decisions"}
+"""Titles of the lists of folders."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sql": "sql", ".json": "json"}
 CLASSES = {"The test kit": ["beatless.testing.Kit"]}
 
@@ -81,7 +83,7 @@ def text_of(source: str) -> str:
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir() if child.name[0] not in "._")
         rows = [f"* [{title(path / n)}]({n})" if n.endswith(".md") else f"* `{n}`" for n in names]
-        return f"# {source}\n\n" + "\n".join(rows) + "\n"
+        return f"# {FOLDERS.get(source, source)}\n\n" + "\n".join(rows) + "\n"
     language = LANGUAGES.get(path.suffix, "text")
     return f"# {path.name}\n\n`{source}`\n\n~~~~~~{language}\n{path.read_text()}\n~~~~~~\n"
 
