@@ -1,5 +1,6 @@
 """beatless.django: examples/django_shop, and tests/django_project.py in a copy of it."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +26,25 @@ MIGRATION_MODULES = dict.fromkeys(("admin", "auth", "contenttypes", "sessions"))
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 """
 """Django's own tables are made at once: their migrations are most of the time of each test."""
+
+OF_LATER_PARTS = {
+    "shop/migrations/0002_trigger.py",
+    "shop/settings_for_tests.py",
+    "test_models.py",
+}
+"""Files of the page that go beyond its first project."""
+
+OF_A_TRIGGER = """
+from shop.models import Order
+
+
+def test_a_row_has_its_run(beatless, db):
+    beatless.apply_plans()
+    order = Order.objects.create(title="book")
+    beatless.work_until_idle()
+    order.refresh_from_db()
+    assert order.state == "shipped"
+"""
 
 MODELS = """
 from django.db import models
@@ -75,9 +95,34 @@ def test_the_page_of_the_docs_is_a_project_that_works_without_pytest_django(
 ) -> None:
     package = pytester.mkpydir("shop")
     (package / "models.py").write_text(MODELS)
-    for name in set(BLOCKS) - {"shop/asgi.py"}:
+    for name in set(BLOCKS) - {"shop/asgi.py", *OF_LATER_PARTS}:
         (shop / name).write_text(BLOCKS[name])
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
     found = outcomes(pytester, "-p", "no:django")
     assert found.pop("passed") == 1
     assert found.keys() <= {"warnings"}, found  # an option of pytest-django is unknown
+
+
+def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
+    shop: Path,
+    pytester: pytest.Pytester,
+    beatless_services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the page, and one of its trigger, which starts the runs that the view starts too."""
+    shutil.copytree(ROOT / "examples" / "django_shop" / "shop", shop / "shop")
+    for name in set(BLOCKS) - {"shop/asgi.py", "test_shop.py"}:
+        (shop / name).write_text(BLOCKS[name])
+    (shop / "test_trigger.py").write_text(OF_A_TRIGGER)
+    test_database = {
+        "NAME": f"marked_of_{beatless_services.database_url[-4:]}_{os.getpid()}",
+        "TEMPLATE": "template0",
+    }
+    with (shop / "shop" / "settings_for_tests.py").open("a") as settings:
+        settings.write(f'DATABASES["default"]["TEST"] = {test_database}\n')
+        settings.write(QUICK.partition("\n\n")[2])
+    monkeypatch.setenv("DATABASE_URL", beatless_services.database_url)
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings_for_tests")
+    found = outcomes(pytester, "--ds=shop.settings_for_tests")
+    assert found.pop("passed") == 3
+    assert found.keys() <= {"warnings"}, found
