@@ -1,9 +1,8 @@
 """Connections to Postgres: every session of this package is opened here."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -29,35 +28,6 @@ if TYPE_CHECKING:
 AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 
 
-class Connect(Protocol):
-    """Opens a connection of this class, as its `connect` does."""
-
-    def __call__(self, kind: type[AnyConnection], dsn: str, **options: Any) -> AnyConnection: ...
-
-
-def connect_anew(kind: type[AnyConnection], dsn: str, **options: Any) -> AnyConnection:
-    """A connection with a session of its own. Raises psycopg.Error."""
-    return kind.connect(dsn, **options)
-
-
-_ways: list[Connect] = [connect_anew]
-
-
-def open_session(kind: type[AnyConnection], dsn: str, **options: Any) -> AnyConnection:
-    """`kind.connect`, in the way that `opened_by` asks for. Raises psycopg.Error."""
-    return _ways[-1](kind, dsn, **options)
-
-
-@contextmanager
-def opened_by(connect: Connect) -> Iterator[None]:
-    """In this block, in every thread of this process, `connect` opens the sessions."""
-    _ways.append(connect)
-    try:
-        yield
-    finally:
-        _ways.remove(connect)
-
-
 def _open(
     kind: type[AnyConnection],
     url: str,
@@ -70,8 +40,7 @@ def _open(
     **options: Any,
 ) -> AnyConnection:
     """An autocommit connection in UTF8. `name` is its application name in Postgres."""
-    address = _address(url, name, password)
-    connection = open_session(kind, address, autocommit=True, **options)
+    connection = kind.connect(_address(url, name, password), autocommit=True, **options)
     forks.own(connection)
     if direct:  # a pooler's sessions are not ours to set
         prepare_session(connection, session, options=_options(url), client_check=client_check)

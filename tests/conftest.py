@@ -18,7 +18,6 @@ from _pytest.logging import LogCaptureHandler
 from hypothesis import settings
 
 from beatless import App
-from beatless.postgres import open_session
 from beatless.settings import libpq_url
 
 pytest_plugins = ["pytester"]
@@ -102,7 +101,6 @@ def shut_port() -> Iterator[int]:
 @pytest.fixture
 def postgres(beatless_app: App) -> Iterator[psycopg.Connection]:
     """A session of the test's own, in its schema, committing each statement."""
-    url = libpq_url(beatless_app.settings.database_url)
-    with open_session(psycopg.Connection, url, autocommit=True) as found:
+    with psycopg.connect(libpq_url(beatless_app.settings.database_url), autocommit=True) as found:
         found.execute(f"SET search_path TO {beatless_app.settings.schema}")
         yield found

@@ -19,12 +19,10 @@ from beatless.errors import BadSetting, JobsError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.schedule import Schedule
 from beatless.outbox.publishers import worker_queue
-from beatless.postgres import opened_by
 from beatless.settings import Settings
 from beatless.testing.broker_guard import Fence, Guard, servers, watching
 from beatless.testing.fork_server import ForkServer
 from beatless.testing.isolation import Isolation
-from beatless.testing.kept_sessions import KeptSessions
 from beatless.testing.kit import Kit
 from beatless.testing.lending import acting_as
 from beatless.testing.processes import FENCED
@@ -67,11 +65,7 @@ def beatless_isolation(services: Services, config: pytest.Config) -> Iterator[Is
         session=given.get("testrunuid", ""),
         allowed=config.getini("beatless_allowed_keys"),
     )
-    kept = KeptSessions(services.database_url)
-    # Nobody knows how many sessions another program's server has left.
-    with opened_by(kept.connect) if services.ours else nullcontext():
-        yield isolation
-    kept.close()
+    yield isolation
     isolation.close()
 
 
