@@ -389,7 +389,7 @@ def test_a_result_that_leaves_while_it_is_written_fails_or_is_stored(
 def test_what_is_hung_on_a_commit_and_leaves_fails_the_attempt_or_changes_nothing(
     beatless: Kit, when: str
 ) -> None:
-    engine = beatless.executor().engine
+    engine = beatless.executor().transactions.engine
     run = beatless.start_run("committed")
 
     def hook(connection: sqlalchemy.Connection) -> None:
