@@ -43,6 +43,7 @@ def test_the_dialog_has_a_field_for_each_option_of_a_run(
         "Priority": "7",
         "Tags": "shop=berlin team=a=b",
         "Dedupe key": "customer:7",
+        "Group": "tenant-7",
     }
     labels = [
         *list(typed)[:4],
@@ -71,7 +72,7 @@ def test_the_dialog_has_a_field_for_each_option_of_a_run(
 
     run = beatless.client.get_run("order-1")
     assert (run.key, run.queue, run.priority) == ("order:1", "mail", 7)
-    assert run.dedupe_key == "customer:7"
+    assert (run.dedupe_key, run.group) == ("customer:7", "tenant-7")
     assert run.tags == {"shop": "berlin", "team": "a=b"}
     # Of the time of the call, which is a moment after the begin of its transaction.
     assert 89 <= (run.not_before - run.created_at).total_seconds() < 150

@@ -171,7 +171,7 @@ def test_a_tick_that_nobody_fires_is_told(
     postgres.execute("UPDATE schedules SET tick = clock_timestamp() - interval '90 s'")
     page = open_page()
     page.goto(f"{url}/#/schedules")
-    expect(cell(page, "late", "late")).to_have_text(re.compile(r"due for \d+ m$"))
+    expect(cell(page, "late", "late")).to_have_text(re.compile(r"due for \d+ m( \d+ s)?$"))
     expect(cell(page, "late", "next tick").locator("summary")).to_have_text("now")
     expect(cell(page, "spread", "late")).to_have_text(NONE)
 
