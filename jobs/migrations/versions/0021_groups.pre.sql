@@ -45,8 +45,9 @@ CREATE TABLE IF NOT EXISTS queue_turns (
 -- The groups behind the cursor come first. If none of them has a run that can be sent, and there are
 -- more, a row without a run says how far this look came: the next one goes on there. Of plans that are
 -- in doubt no run is sent. Without sorts only the indexes by group give the orders that are asked for:
--- the planner would read all runs of a queue, or all turns, whose numbers it does not know. Whatever a
--- weight is, it counts as one of 1 to 100.
+-- the planner would read all runs of a queue, or all turns, whose numbers it does not know. For the same
+-- reason the runs of one group are asked for as a range: of one value any index has the order. Whatever
+-- a weight is, it counts as one of 1 to 100.
 CREATE OR REPLACE FUNCTION runs_in_turn(wanted text, room bigint, looked_at integer, own integer[], at_time timestamptz, only_run text, aside text[], doubted text[]) RETURNS TABLE (turn double precision, note text, defers boolean, run_id text, task text, queue text, priority smallint, due_at timestamptz, attempts integer, reason text, state text) LANGUAGE plpgsql STABLE ROWS 64 SET search_path FROM CURRENT SET enable_seqscan TO off SET enable_sort TO off SET enable_incremental_sort TO off AS $$
 #variable_conflict use_column
 DECLARE
@@ -106,11 +107,12 @@ BEGIN
            l.most < room AND count(*) OVER (PARTITION BY l.group_id) >= l.most AS is_cut
       FROM lane l CROSS JOIN LATERAL (
         SELECT d.run_id, d.task, d.priority, d.due_at, d.attempts, d.reason FROM dispatches d
-         WHERE d.state = 'waiting' AND d.queue = wanted AND d.group_id = l.group_id
+         WHERE d.state = 'waiting' AND d.queue = wanted
+           AND d.group_id >= l.group_id AND d.group_id <= l.group_id
            AND d.due_at <= look_time AND d.shard = ANY(own)
            AND (only_run IS NULL OR d.run_id = only_run)
            AND d.run_id <> ALL(aside) AND d.task <> ALL(doubted)
-         ORDER BY d.priority DESC, d.due_at LIMIT l.most) r
+         ORDER BY d.group_id, d.priority DESC, d.due_at LIMIT l.most) r
   ), placed AS (
     SELECT f.*, f.base + f.ahead / f.weight::float8 AS start,
            row_number() OVER (ORDER BY f.base + f.ahead / f.weight::float8, f.ahead,
