@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import psycopg
 import pytest
 from asgiref.sync import sync_to_async
+from django.apps import apps
 from django.contrib.admin.models import LogEntry
 from django.core import checks
 from django.core.exceptions import SynchronousOnlyOperation
@@ -26,7 +27,7 @@ from shop.models import Order
 from shop.orders import place_order
 from sqlalchemy import event
 
-from beatless import Plan, RunRequest, RunState, step
+from beatless import Plan, RunRequest, RunState, Schedule, step
 from beatless.django import app, client, database, signal_run, start_run, start_runs
 from beatless.errors import BadSetting
 
@@ -162,6 +163,18 @@ def test_the_command_has_the_plans_of_all_apps(beatless, db):
 
 def test_django_makes_no_migration_of_our_tables(beatless, db):
     call_command("makemigrations", "--check", "--dry-run", verbosity=0)
+
+
+def test_a_migrate_tells_what_the_project_declares_no_more(beatless, db, capsys):
+    removed = Schedule("removed", beatless.app.plans["fulfil"], every=60, input={"order": 1})
+    beatless.client.apply_schedules([removed])
+    our = apps.get_app_config("beatless")
+
+    our.migrate(using="default", verbosity=0)
+    assert capsys.readouterr().out == ""
+    beatless.client.apply_schedules([removed])
+    our.migrate(using="default", verbosity=1)
+    assert "  schedule removed is paused: the app " in capsys.readouterr().out
 
 
 def messages():

@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
-from beatless.cli.migrate import tell_plans, tell_schedules
 from beatless.cli.stopping import stop_on_signals
+from beatless.declared import store_declared
 from beatless.demo import PLANS
 from beatless.errors import BadRequest
 from beatless.local.ports import is_free
@@ -116,8 +116,8 @@ def apply_declared(env: Environment, stack: Stack) -> None:
     """
     started = stack.environ()["BEATLESS_DATABASE_URL"]
     if env.app_name and address(env.app.settings.database_url) == address(started):
-        tell_schedules(env, env.app.client.apply_schedules(env.app.schedules))
-        tell_plans(env, env.app.client.apply_plans())
+        for change in store_declared(env.app):
+            env.note(change)
 
 
 def address(url: str) -> str:

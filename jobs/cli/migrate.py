@@ -1,6 +1,6 @@
 """`beatless migrate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
@@ -8,8 +8,8 @@ import sqlalchemy
 
 from beatless import migrations
 from beatless.cli.environment import Environment
+from beatless.declared import store_declared
 from beatless.errors import BadRequest
-from beatless.orchestrator.schedules import AppliedSchedules
 from beatless.outbox.sessions import OWN
 from beatless.postgres import engine as connect_engine
 from beatless.schema import check as check_schema
@@ -60,44 +60,18 @@ def migrate(
         with engine.connect() as connection:
             found = current(connection, schema)
     declares = bool(env.app_name) and not check
-    applied = env.app.client.apply_schedules(env.app.schedules) if declares else None
-    undeclared = env.app.client.apply_plans() if declares else []
+    changes = store_declared(env.app) if declares else []
     if env.as_json:
         env.document({"schema": schema, "migration": found})
     else:
         history = ", and a new history has begun" if restored else ""
         click.echo(f"schema {schema} is at migration {found}{history}")
-    if applied:
-        tell_schedules(env, applied)
-    tell_plans(env, undeclared)
+    for change in changes:
+        env.note(change)
     if not check and not declares:
         env.note(
             "no App is named, so stored schedules and plans stay as they are; those of yours: "
             "beatless --app MODULE:ATTRIBUTE migrate, or BEATLESS_APP"
-        )
-
-
-def tell_schedules(env: Environment, applied: AppliedSchedules) -> None:
-    """A line for each schedule that a deploy has changed."""
-    for name in applied.created:
-        env.note(f"schedule {name} is new")
-    for name in applied.changed:
-        env.note(f"schedule {name} is changed")
-    for name in applied.undeclared:
-        env.note(f"schedule {name} is paused: the app {env.app.name} declares it no more")
-    for name in applied.stopped:
-        env.note(
-            f"schedule {name} is stopped: the app {env.app.name} has no such plan any more, or the "
-            "plan has a limit without a key for its input"
-        )
-
-
-def tell_plans(env: Environment, undeclared: Sequence[str]) -> None:
-    """A line for each plan that SQL can start no more."""
-    for name in undeclared:
-        env.note(
-            f"plan {name} cannot be started from SQL any more: the app {env.app.name} declares it "
-            "no more"
         )
 
 

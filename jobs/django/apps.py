@@ -10,6 +10,7 @@ from django.db.models.signals import post_migrate
 
 from beatless import migrations
 from beatless.app import App
+from beatless.declared import store_declared
 from beatless.django.checks import check_project
 from beatless.django.databases import url_of
 from beatless.django.project import alias, given, new_app
@@ -85,7 +86,9 @@ class BeatlessConfig(AppConfig):  # type: ignore[misc]  # Django has no types
             found = migrations.migrate(connecting, settings.schema)
         finally:
             connecting.dispose()
-        app.client.apply_schedules(app.schedules)
-        app.client.apply_plans()
+        changes = store_declared(app)
+        if verbosity > 0:
+            for change in changes:
+                print(f"  {change}")  # noqa: T201 - as Django's
         if verbosity > 1:
             print(f"  schema {settings.schema} is at migration {found}")  # noqa: T201 - as Django's
