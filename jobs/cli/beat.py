@@ -1,20 +1,16 @@
 """Celery's `beat_schedule`, written as schedules of beatless."""
 
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from celery.schedules import crontab
 from celery.schedules import schedule as interval
 
-from beatless.cli.environment import AppFailed
-from beatless.errors import BadRequest, JobsError
-from beatless.orchestrator.errors import OrchestratorError
+from beatless.cli.environment import project_module
+from beatless.errors import BadRequest
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.schedule import Schedule
 
@@ -27,20 +23,9 @@ def celery_app_of(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name:
         raise BadRequest("celery app", f"is {name!r}; give MODULE:ATTRIBUTE of one")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
-    except (JobsError, OrchestratorError, PlanError):
-        raise  # each has its advice
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
-        raise AppFailed(module_name, f"{type(error).__name__}: {error}") from error
-    try:
-        found = getattr(module, attribute or "app")
-    except AttributeError as error:
+        found = getattr(project_module(module_name), attribute or "app")
+    except (ModuleNotFoundError, AttributeError) as error:
         raise BadRequest("celery app", f"{name} cannot be loaded: {error}") from error
     if not hasattr(getattr(found, "conf", None), "beat_schedule"):
         raise BadRequest("celery app", f"{name} is no Celery app; give MODULE:ATTRIBUTE of one")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -181,6 +182,25 @@ def explained(error: BadSetting) -> BadSetting:
     return BadSetting(error.name, problem, error.example)
 
 
+def project_module(name: str) -> ModuleType:
+    """A module of the project in the current directory, or of an installed package.
+
+    Raises ModuleNotFoundError if it is not there, AppFailed if it fails, and those errors of
+    beatless that it raises itself, each of which has its advice.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except (JobsError, OrchestratorError, PlanError):
+        raise
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise
+        raise AppFailed(name, f"{type(error).__name__}: {error}") from error
+
+
 def load(name: str, given: str) -> "App":
     """The app at `module:attribute`. Raises BadSetting, of the setting `given`, and AppFailed."""
     from beatless.app import App
@@ -189,19 +209,11 @@ def load(name: str, given: str) -> "App":
     example = "myproject.app:app"
     if not module_name or not attribute:
         raise BadSetting(given, f"is {name!r}, which is not module:attribute", example)
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
-    except (JobsError, OrchestratorError, PlanError):
-        raise  # each has its advice
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            problem = f"names the module {module_name}, which cannot be found from {here}"
-            raise BadSetting(given, problem, example) from error
-        raise AppFailed(module_name, f"{type(error).__name__}: {error}") from error
-    found: Any = module
+        found: Any = project_module(module_name)
+    except ModuleNotFoundError as error:
+        problem = f"names the module {module_name}, which cannot be found from {Path.cwd()}"
+        raise BadSetting(given, problem, example) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             problem = f"names {name}, but {module_name} has no {attribute}"

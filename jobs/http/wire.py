@@ -96,16 +96,7 @@ TIMES = {
         for name, hint in get_type_hints(record).items()
         if hint is datetime or datetime in get_args(hint)
     )
-    for record in (
-        Run,
-        QueueState,
-        DeadLetter,
-        SentDecision,
-        ApprovalLink,
-        StoredSchedule,
-        GroupState,
-        LimitState,
-    )
+    for record in R.__constraints__
 }
 
 TRIES = 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from beatless import App, Plan, RunContext, StepContext, approve, days, plan, step
+from beatless import Plan, RunContext, StepContext, approve, days, plan, step
 from beatless.testing import Kit
 from tests.commands import Command
 from tests.serving import serving
@@ -24,15 +24,6 @@ def refund(ctx: StepContext) -> int:
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
     return [release, Plan("amounts", [approve("How much?", form=int, name="amount"), refund])]
-
-
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
 
 
 def waiting(beatless: Kit, name: str) -> str:

@@ -1,20 +1,7 @@
 """`beatless start` and `runs` with dedupe keys."""
 
-import pytest
-
-from beatless import App
 from beatless.testing import Kit
 from tests.commands import Command
-
-
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
-
 
 KEYED = ("start", "two_steps", "--dedupe-key", "customer:7")
 

@@ -1,19 +1,7 @@
 """`beatless groups`, and the group of a run on the command line."""
 
-import pytest
-
-from beatless import App
 from beatless.testing import Kit
 from tests.commands import Command
-
-
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
 
 
 def test_groups_are_listed_and_get_weights(beatless: Kit, command: Command) -> None:

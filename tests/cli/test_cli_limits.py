@@ -2,7 +2,7 @@
 
 import pytest
 
-from beatless import App, Limit, Plan, RunState, StepContext, step
+from beatless import Limit, Plan, RunState, StepContext, step
 from beatless.testing import Kit
 from tests.commands import Command
 
@@ -15,15 +15,6 @@ def charge(ctx: StepContext) -> None: ...
 def beatless_plans() -> list[Plan]:
     limit = Limit("stripe", key=lambda order: order["account"], at_once=1)
     return [Plan("charge", [charge], limits=[limit])]
-
-
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
 
 
 def test_limits_are_listed_set_and_released(beatless: Kit, command: Command) -> None:

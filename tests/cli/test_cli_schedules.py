@@ -11,15 +11,6 @@ from beatless.testing import Kit
 from tests.commands import Command
 
 
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
-
-
 def test_schedules_are_listed_shown_paused_resumed_and_deleted(
     beatless: Kit, command: Command
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from beatless import App, Plan, RunContext, RunState, StepContext, days, plan, sleep, step, wait
+from beatless import Plan, RunContext, RunState, StepContext, days, plan, sleep, step, wait
 from beatless.http import Client
 from beatless.testing import Kit
 from tests.commands import Command
@@ -65,15 +65,6 @@ def beatless_plans() -> list[Plan]:
         parcel,
         packs,
     ]
-
-
-@pytest.fixture
-def command(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    for name, value in beatless_app.settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    return Command(capsys)
 
 
 def test_runs_that_wait_have_a_column_of_their_own(beatless: Kit, command: Command) -> None:

@@ -1,0 +1,16 @@
+"""Fixtures of the tests of the command line."""
+
+import pytest
+
+from beatless import App
+from tests.commands import Command
+
+
+@pytest.fixture
+def command(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Calls `beatless` in this process, with the settings of the test's app."""
+    for name, value in beatless_app.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    return Command(capsys)
