@@ -10,10 +10,11 @@ from fastapi import Request
 
 from beatless.api.problems import Problem
 
-READS = 16
-WRITES = 6
-"""Both together have at most the connections of the API's pool and the threads of its server."""
-METRICS = 2
+READS = 10
+WRITES = 4
+METRICS = 1
+PLACES = READS + WRITES + METRICS
+"""Requests at work at once: fewer than the connections of the API and the threads of its server."""
 WAIT_S = 5.0
 
 

@@ -12,7 +12,7 @@ from beatless.api import problems
 from beatless.api.access import GuardedRoute, OverridesOfRequest
 from beatless.api.body_limit import BodyLimit
 from beatless.api.gate import Authenticate, Gate
-from beatless.api.lanes import LanesOfLoops
+from beatless.api.lanes import PLACES, LanesOfLoops
 from beatless.api.open_streams import OpenStreams
 from beatless.api.readiness import Readiness
 from beatless.api.routes import (
@@ -71,6 +71,12 @@ LOCK_TIMEOUT_S = 2.0
 """Seconds that a statement waits for a row lock."""
 STATEMENT_TIMEOUT_S = 20.0
 POOL_TIMEOUT_S = 5.0
+
+KEPT_CONNECTIONS = 5
+CONNECTIONS = PLACES + 2
+"""At most: of each request in a lane, and of streams, which are in none while they read."""
+GATE_CONNECTIONS = 2
+"""Of their own: who a caller is must be known before it waits for its turn in a lane."""
 
 
 class DocumentedApi(FastAPI):
@@ -141,10 +147,15 @@ def _services(
     app.metrics.streams.active = True
     # From every server of the API, because it is the relays that may be gone: take the maximum.
     app.metrics.postgres.wanted = lambda: True
-    engine = app.bounded_engine(
-        lock_s=LOCK_TIMEOUT_S, statement_s=STATEMENT_TIMEOUT_S, pool_timeout=POOL_TIMEOUT_S
+    bounded = partial(
+        app.bounded_engine,
+        lock_s=LOCK_TIMEOUT_S,
+        statement_s=STATEMENT_TIMEOUT_S,
+        pool_timeout=POOL_TIMEOUT_S,
     )
-    tokens = Tokens(engine, app.settings.schema)
+    engine = bounded(pool_size=KEPT_CONNECTIONS, max_overflow=CONNECTIONS - KEPT_CONNECTIONS)
+    at_the_gate = bounded(pool_size=1, max_overflow=GATE_CONNECTIONS - 1)
+    tokens = Tokens(at_the_gate, app.settings.schema)
     return Services(
         app=app,
         engine=engine,

@@ -42,12 +42,12 @@ class Crowd:
         return self.answers
 
 
-def waits_for_a_lock(postgres: psycopg.Connection) -> None:
-    """Until some request does, for one that this session holds."""
+def wait_for_a_lock(postgres: psycopg.Connection, sessions: int = 1) -> None:
+    """Until so many do, for one that this session holds."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
     holder = postgres.info.backend_pid
     with psycopg.connect(postgres.info.dsn, password=postgres.info.password) as watch:
-        while not watch.execute(waiting, (holder,)).fetchone()[0]:
+        while watch.execute(waiting, (holder,)).fetchone()[0] < sessions:
             watch.rollback()
 
 
@@ -59,7 +59,7 @@ def test_one_held_row_and_many_who_want_it_leave_the_others_alone(
     with postgres.transaction():
         beatless.client.cancel_run(held, connection=postgres)
         crowd = Crowd(api, [("POST", f"/v1/runs/{held}/cancel", {})] * 45)
-        waits_for_a_lock(postgres)
+        wait_for_a_lock(postgres)
         for path in (
             "/livez",
             "/readyz",
@@ -130,6 +130,7 @@ def test_health_is_told_while_every_connection_and_lane_is_taken(
         with postgres.transaction():
             postgres.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
             crowd = Crowd(api, [("GET", f"/v1/runs/{n}", None) for n in range(30)])
+            wait_for_a_lock(postgres, sessions=lanes.READS)  # nobody waits for a connection
             until(lambda: len(crowd.answers) >= 30 - lanes.READS)
             for answer in crowd.answers:
                 assert answer.status == 503
