@@ -3,6 +3,7 @@
 import { lacks } from "./api.js";
 import { ask, el, forbid, problem } from "./dom.js";
 import { showLetters } from "./letters.js";
+import { showLimits } from "./limits.js";
 import { seen, watch } from "./places.js";
 import { showQueues } from "./queues.js";
 import { showRun } from "./run.js";
@@ -15,7 +16,7 @@ const main = document.getElementById("main");
 const status = document.getElementById("status");
 const fresh = document.getElementById("new");
 const SHORTCUTS = [
-  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["h", "schedules"], ["d", "dead letters"], ["s", "system"],
+  ["n", "start a run"], ["r", "runs"], ["q", "queues"], ["h", "schedules"], ["l", "limits and groups"], ["d", "dead letters"], ["s", "system"],
   ["/", "go to the filter"], ["j  k", "next, previous row or step"], ["Enter", "open it"],
   ["a", "decide: go to the question of the run that is shown"], ["w", "send a signal to the run that is shown"], ["c", "cancel the run that is shown"], ["t", "retry the run that is shown"],
   ["x", "remove the run that is shown"], ["?", "this list"],
@@ -77,6 +78,7 @@ async function route(event) {
     : path === "" || path === "/" ? ["runs", "Runs", () => showRuns(mine, new URLSearchParams(query))]
     : path === "/queues" ? ["queues", "Queues", () => showQueues(mine)]
     : path === "/schedules" ? ["schedules", "Schedules", () => showSchedules(mine, new URLSearchParams(query))]
+    : path === "/limits" ? ["limits", "Limits", () => showLimits(mine, new URLSearchParams(query))]
     : path === "/dead-letters" ? ["letters", "Dead letters", () => showLetters(mine)]
     : path === "/system" ? ["system", "System", () => showSystem(mine)]
     : ["", "No such page", () => showNothing(mine, path)];
@@ -118,6 +120,7 @@ const KEYS = {
   r: () => { location.hash = "#/"; },
   q: () => { location.hash = "#/queues"; },
   h: () => { location.hash = "#/schedules"; },
+  l: () => { location.hash = "#/limits"; },
   d: () => { location.hash = "#/dead-letters"; },
   s: () => { location.hash = "#/system"; },
   "/": () => main.querySelector("[data-filter]")?.focus(),
