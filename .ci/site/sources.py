@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+PICTURE = re.compile(r'<picture>.*?<img alt="(.*?)" src="(.*?)">.*?</picture>', flags=re.DOTALL)
+"""A light and a dark image, of which the site has the light one."""
 FENCE = re.compile(r"(^ *```.*?^ *```$)", flags=re.DOTALL | re.MULTILINE)
 ORPHAN = "---\norphan: true\n---\n"
 """Sphinx does not ask for it in a menu."""
@@ -79,7 +81,7 @@ def text_of(source: str) -> str:
     """The Markdown of a document, a folder or another file."""
     path = ROOT / source
     if path.suffix == ".md":
-        return path.read_text()
+        return PICTURE.sub(r"![\1](\2)", path.read_text())
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir() if child.name[0] not in "._")
         rows = [f"* [{title(path / n)}]({n})" if n.endswith(".md") else f"* `{n}`" for n in names]

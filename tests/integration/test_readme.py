@@ -1,4 +1,4 @@
-"""The example of the README does what it says."""
+"""The example of the README does what it says, and its test, on the page about tests."""
 
 import re
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from beatless.testing import Kit
 from beatless.testing.servers import Services
 
 README = Path(__file__).parents[2] / "README.md"
+TESTING = README.parent / "docs" / "testing.md"
 
 
 TESTS = """
@@ -61,7 +62,7 @@ def test_the_natural_tests_of_the_example_pass(
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
     source = re.search(r"```python\n(# shop.py\n.*?)```", README.read_text(), re.DOTALL)
-    test = re.search(r"```python\n(# test_shop.py, .*?)```", README.read_text(), re.DOTALL)
+    test = re.search(r"```python\n(# test_shop.py, .*?)```", TESTING.read_text(), re.DOTALL)
     pytester.makeini("[pytest]\nbeatless_app = shop:app")
     pytester.makepyfile(shop=source[1], test_shop=test[1], test_more=TESTS)
 

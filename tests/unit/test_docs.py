@@ -31,7 +31,9 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
     missing = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+    text = prose(path)
+    images = re.findall(r'\b(?:src|srcset)="([^"]+)"', text)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + images:
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
         if "://" not in link and (
@@ -79,6 +81,10 @@ def test_the_page_about_http_names_every_type_of_event_to_readers_and_to_browser
     listed = re.findall(r"^\| `([A-Z]\w+)` \|", section, flags=re.MULTILINE)
     (types,) = re.findall(r"const TYPES = \[(.*?)\]", section, flags=re.DOTALL)
     assert sorted(listed) == sorted(re.findall(r'"(\w+)"', types)) == sorted(EventType)
+
+
+def test_the_first_page_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_every_setting_is_documented() -> None:
