@@ -6,9 +6,10 @@ plan is not copied: a message for a run would call it, with the run's id as its 
 
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from functools import cached_property
+from typing import Any, NoReturn, Protocol, cast
 
-from celery import Celery, Task
+from celery import Task
 from celery.concurrency.base import BasePool
 
 from beatless.orchestrator.events import storable
@@ -80,6 +81,22 @@ class RunsCelery(FleetCelery):
     async_pool: type[BasePool]
     """The pool by which one process executes many runs."""
 
+    @cached_property
+    def run_task(self) -> type[RunTask]:
+        """The base of this app's plans, which finds settings for the tasks of them all.
+
+        Without it each plan would read a dozen of them anew: most of the making of an app.
+        """
+        base: Any = type("RunTask", (RunTask,), {"__module__": __name__})
+        base.bind(self)
+        return cast("type[RunTask]", base)  # Celery has no types
+
+    def type_checker(self, fun: Any, bound: bool = False) -> Any:
+        """Celery's, made once for all plans: their tasks take the same, and nobody calls them."""
+        if fun.__module__ == __name__:
+            return staticmethod(anything)
+        return super().type_checker(fun, bound)
+
     def _task_from_fun(self, fun: Any, name: str | None = None, **options: Any) -> Any:
         """Celery's, which warns of a second function for a name: a plan keeps its own."""
         name = name or self.gen_task_name(fun.__name__, fun.__module__)
@@ -93,6 +110,10 @@ class RunsCelery(FleetCelery):
         return super().send_task(name, *args, **options)
 
 
+def anything(*_: Any, **__: Any) -> None:
+    """Takes whatever a message for a run may have as its arguments."""
+
+
 def not_to_be_called(plan: str) -> TypeError:
     return TypeError(
         f"{plan} is a plan of beatless and not a task to call: start a run of it, as in "
@@ -101,7 +122,7 @@ def not_to_be_called(plan: str) -> TypeError:
     )
 
 
-def register(celery: Celery, plan: Plan, executor: Callable[[], RunExecutor]) -> None:
+def register(celery: RunsCelery, plan: Plan, executor: Callable[[], RunExecutor]) -> None:
     """Let workers of this app execute runs of the plan."""
 
     def execute_run(run_id: Any = None, dispatch: Any = None, *_: Any, **__: Any) -> None:
@@ -124,8 +145,9 @@ def register(celery: Celery, plan: Plan, executor: Callable[[], RunExecutor]) ->
 
     celery.task(
         execute_run,
-        base=RunTask,
+        base=celery.run_task,
         name=plan.name,
+        __bound__=False,  # unlike its base: each has a stack of requests of its own
         shared=False,
         lazy=False,  # before the tasks of other apps are copied
         ignore_result=True,

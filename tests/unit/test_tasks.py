@@ -9,6 +9,7 @@ from celery.app.task import Context
 from celery.worker import control
 
 from beatless import App, Plan, Settings, step
+from beatless.worker.celery_app import Configuration
 from beatless.worker.tasks import RunTask, register
 
 
@@ -76,6 +77,25 @@ def test_a_worker_executes_what_was_sent_to_it_and_no_call_within():
     within("r1", 1)
     within.request_stack.pop()
     assert executed == [("within", "r1", 1)]
+
+
+def test_the_settings_of_celery_are_read_once_for_all_plans(monkeypatch):
+    read = Configuration.__getitem__
+    names = []
+
+    def noted(settings, name):
+        names.append(name)
+        return read(settings, name)
+
+    monkeypatch.setattr(Configuration, "__getitem__", noted)
+    plans = [Plan(f"plan-{number}", [one]) for number in range(9)]
+    fleet = App(app.settings, plans=plans).celery
+    assert names.count("task_acks_late") == 1
+
+    first, second = (fleet.tasks[plan.name] for plan in plans[:2])
+    assert first.acks_late is second.acks_late is fleet.conf.task_acks_late
+    assert type(first).__header__ is type(second).__header__
+    assert first.request_stack is not second.request_stack
 
 
 @pytest.fixture
