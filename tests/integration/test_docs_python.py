@@ -207,8 +207,10 @@ def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
     (pytester.path / "tests" / "test_processes.py").write_text(PROCESSES)
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    # What else is installed here would take the inner session seconds.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     done = pytester.runpytest_subprocess(
-        *("-p", "no:django", "-p", "no:randomly", "-p", "no:celery", "-p", "no:schemathesis"),
+        *("-p", "beatless"),
         *("-o", "beatless_app=store.durable:app", "-o", "pythonpath=."),
         "--beatless-services=external",
         timeout=600,

@@ -108,6 +108,8 @@ def test_the_project_of_the_page_works(
 ) -> None:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    # What else is installed here would take the inner session seconds.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     blocks = re.findall(
         r"^```python\n# (\S+)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -131,9 +133,7 @@ def test_the_project_of_the_page_works(
     pytester.makeini("[pytest]\nbeatless_app = shop.app:app\npythonpath = .\n")
 
     result = pytester.runpytest_subprocess(
-        *("-p", "no:cacheprovider", "-p", "no:docker_tools", "-p", "no:valkey", "-p", "no:celery"),
-        *("-p", "no:randomly", "-p", "no:schemathesis"),
-        "--beatless-services=external",
+        "-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"
     )
 
     result.assert_outcomes(passed=4)

@@ -27,6 +27,8 @@ def test_the_project_of_the_page_works(
 ) -> None:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    # What else is installed here would take the inner session seconds.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     blocks = re.findall(
         r"^```python\n# (\S+)\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
     )
@@ -44,7 +46,7 @@ def test_the_project_of_the_page_works(
     pytester.makepyprojecttoml(settings.replace("shop.runs:app", app))
 
     result = pytester.runpytest_subprocess(
-        "-p", "no:cacheprovider", "-p", "no:randomly", "--beatless-services=external"
+        "-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"
     )
 
     result.assert_outcomes(passed=tests[1].count("def test_"))
