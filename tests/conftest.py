@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from beatless import App
 from beatless.settings import libpq_url
+from tests.order import longest_first
 
 pytest_plugins = ["pytester"]
 
@@ -68,6 +69,16 @@ def import_in_turn(config: pytest.Config) -> None:
     for path in modules[first:] + modules[:first]:
         with suppress(Exception):  # which the collection reports
             importlib.import_module(".".join(path.relative_to(here.parent).with_suffix("").parts))
+
+
+@pytest.hookimpl(trylast=True)  # of those that -m has left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let xdist workers begin with the tests that take minutes."""
+    given = getattr(config, "workerinput", None)
+    marks = ((item, item.get_closest_marker("long")) for item in items)
+    minutes = {item: mark.kwargs["minutes"] for item, mark in marks if mark and mark.kwargs}
+    if given is not None and minutes:
+        items[:] = longest_first(items, minutes, given["workercount"])
 
 
 @pytest.fixture(autouse=True)
