@@ -66,7 +66,7 @@ class RunContext(PlanContext, Generic[Input]):
         input: Input,
         version: int,
         replay: Replay,
-        ask: Callable[[Asked], Outcome],
+        ask: Callable[[Asked | Outcome], Outcome],
         fork: Callable[[Sequence[Callable[[], Any]]], list[Any]],
     ) -> None:
         self.id = run.run_id
@@ -372,7 +372,7 @@ class RunContext(PlanContext, Generic[Input]):
         return self._fork(calls)
 
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
-        outcome = found if isinstance(found, Outcome) else self._ask(found)
+        outcome = self._ask(found)
         return made(outcome.give())
 
 

@@ -143,6 +143,58 @@ def test_a_worker_that_dies_all_the_time_ends_the_run_all_the_same(
         check(journal)
 
 
+@plan("p")
+def tells_ends(run: RunContext) -> list[int]:
+    ended: list[int] = []
+
+    def branch(number: int) -> None:
+        ended.append(run.step(first, number))
+
+    run.parallel([lambda number=number: branch(number) for number in range(3)])
+    return ended
+
+
+@plan("p")
+async def tells_ends_async(run: RunContext) -> list[int]:
+    ended: list[int] = []
+
+    async def branch(number: int) -> None:
+        ended.append(await run.step(first, number))
+
+    await asyncio.gather(*(branch(number) for number in range(3)))
+    return ended
+
+
+@pytest.mark.parametrize("made", [tells_ends, tells_ends_async])
+def test_a_function_that_is_called_again_is_told_of_ends_in_the_order_of_the_journal(
+    made: FunctionPlan,
+) -> None:
+    """Whoever is last in the list ends first: before a death, and after it."""
+    dies = 1
+    while True:
+        journal = Journal(made)
+        worker = work(journal, dies_before=dies, picks=max)
+        finish(journal, picks=max)
+        assert outcome(journal) == [3, 2, 1]
+        if len(worker.requests) < dies:
+            break
+        dies += 1
+    assert dies > 10
+
+
+@plan("p")
+def fails_twice(run: RunContext) -> Any:
+    return run.parallel([lambda: run.step(fails), lambda: run.step(fails)])
+
+
+def test_a_branch_that_failed_first_is_the_failure_of_the_run_after_a_death_too() -> None:
+    for dies in range(2, 12):
+        journal = Journal(fails_twice)
+        work(journal, dies_before=dies, picks=max)
+        finish(journal, picks=max)
+        assert outcome(journal)["step"] == "fails#2:1"
+
+
 def check(journal: Journal) -> None:
     """Each occurrence has one result, and is not begun after it."""
     finished: set[str | None] = set()
