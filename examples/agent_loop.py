@@ -1,7 +1,8 @@
 """An agent that explores an app on a device, turn by turn, as one durable run.
 
-    beatless --app examples.agent_loop:app plan show agent_loop
-    beatless --app examples.agent_loop:app start agent_loop --input '{"device": "/tmp/device.json"}'
+    beatless --app agent_loop:app dev     # then, in a second terminal in the same directory:
+    beatless plan show agent_loop
+    beatless start agent_loop --input '{"device": "'$PWD'/device.json"}' --follow
 
 The device is a stand-in: a file that holds its state. Like any device or service worth using in a
 durable run it takes an idempotency key with each action, so an action whose answer was lost with

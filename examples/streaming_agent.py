@@ -1,7 +1,8 @@
 """An agent whose answer is streamed token by token, and paid out only after a person's word.
 
-    beatless --app examples.streaming_agent:app start refunds --input '{"order": 7}' --follow
-    beatless --app examples.streaming_agent:app signal RUN approved --data '{"by": "ann"}'
+    beatless --app streaming_agent:app dev     # then, in a second terminal in the same directory:
+    beatless start refunds --input '{"order": 7}'     # prints the RUN
+    beatless signal RUN approved --data '{"by": "ann"}'; beatless events RUN --follow
 
 Viewers see the text as it grows, in the terminal and on the run page. The model is a stand-in. The
 run holds no worker while it waits, for days if need be; who decided is in its journal.
