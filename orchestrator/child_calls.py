@@ -14,6 +14,7 @@ from beatless.orchestrator.errors import BadPayload, ChildFailed
 from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.function_plan import given_input
 from beatless.orchestrator.limit import limits_of
+from beatless.orchestrator.options import problem_with_key
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import NewRun, Run, new_run_id
@@ -143,6 +144,8 @@ class ChildCall(Wait):
     """One child is started, and its end is waited for by another call, if at all."""
     detached: bool = False
     deadline_s: float | None = None
+    group: str | None = None
+    """That of the children; None: their parent's."""
     children: Children | None = None
     """Those that were started by another call."""
     started_by: str = ""
@@ -237,7 +240,7 @@ class ChildCall(Wait):
                 deadline=self.deadline_s,
                 deadline_at=parent.deadline_at,
                 priority=parent.priority,
-                group=parent.group,
+                group=self.group or parent.group,
                 trace_context=trace_context,
                 parent_id=parent.run_id,
                 child_no=number,
@@ -306,6 +309,12 @@ def first_call(calls: Sequence[ChildCall], name: str) -> ChildCall:
             plan=calls[0].plan.name, first=numbers[0], count=len(numbers), rivals=numbers
         ),
     )
+
+
+def check_group(where: str, group: Any) -> None:
+    """Raises PlanError, naming the call, for a group that a run cannot have."""
+    if group is not None and (problem := problem_with_key(group)):
+        raise PlanError(f"{where}: group {problem}; without group= a child has that of its parent")
 
 
 def check_map(where: str, at_once: Any, failure: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from beatless.orchestrator.child_calls import (
     ChildCall,
+    check_group,
     check_map,
     check_plan,
     child_call,
@@ -48,6 +49,8 @@ class ChildElement(Wait):
     at_once: int | None = None
     collects: bool = False
     deadline_s: float | None = None
+    group: str | None = None
+    """That of the children; None: their parent's."""
     on_failure: Goto | None = None
     """The element that follows when a child has failed; None: the run fails."""
 
@@ -76,6 +79,7 @@ class ChildElement(Wait):
             at_once=self.at_once,
             collects=self.collects,
             deadline_s=self.deadline_s,
+            group=self.group,
         )
 
 
@@ -85,6 +89,7 @@ def child(
     *,
     input: Inputs | None = None,
     deadline: float | timedelta | None = None,
+    group: str | None = None,
     on_failure: Goto | None = None,
 ) -> ChildElement:
     """An element of a plan that starts a run of another plan, and waits for its end.
@@ -94,9 +99,10 @@ def child(
     the input of the run if that is None. Its result is that of the element. If it fails or is
     cancelled, the run goes on with `on_failure`, which finds the `type`, `message` and `run_id` of
     the failure as the result of the element; without it the run fails. The child ends by the
-    deadline of the run; `deadline` (seconds or a timedelta) may be earlier.
+    deadline of the run; `deadline` (seconds or a timedelta) may be earlier. It has the group of the
+    run without `group`.
 
-    Raises PlanError for a bad name or duration, and for anything but a plan.
+    Raises PlanError for a bad name, duration or group, and for anything but a plan.
 
     >>> from beatless import Plan, child, step
     >>> @step
@@ -110,7 +116,9 @@ def child(
     """
     where = f"child {name}"
     seconds = None if deadline is None else seconds_of_wait(f"{where}: deadline", deadline)
-    return _element(where, name, plan, input, on_failure, alone=True, deadline_s=seconds)
+    return _element(
+        where, name, plan, input, on_failure, alone=True, deadline_s=seconds, group=group
+    )
 
 
 def map_(
@@ -120,6 +128,7 @@ def map_(
     inputs: Inputs | None = None,
     at_once: int | None = None,
     failure: str = "fail",
+    group: str | None = None,
     on_failure: Goto | None = None,
 ) -> ChildElement:
     """An element of a plan that starts a run of another plan for each of several inputs.
@@ -128,7 +137,8 @@ def map_(
     list of their results in order, which is read in pages when it is looked at. At most `at_once`
     are unfinished at a time. With `failure="fail"` the first child that fails has the others
     cancelled, and the run goes on with `on_failure`, or fails, once these have ended; with
-    "collect" the list has a ChildFailed in its place.
+    "collect" the list has a ChildFailed in its place. The children have the group of the run
+    without `group`.
 
     Raises PlanError for a bad name and bad options, and for anything but a plan.
 
@@ -144,7 +154,14 @@ def map_(
     if on_failure is not None and failure != "fail":
         raise PlanError(f"{where} collects failures and has an on_failure: it would never come")
     return _element(
-        where, name, plan, inputs, on_failure, at_once=at_once, collects=failure == "collect"
+        where,
+        name,
+        plan,
+        inputs,
+        on_failure,
+        at_once=at_once,
+        collects=failure == "collect",
+        group=group,
     )
 
 
@@ -160,6 +177,7 @@ def _element(
 ) -> ChildElement:
     check_name(name)
     check_plan(plan)
+    check_group(where, options.get("group"))
     if inputs is not None and not callable(inputs):
         raise PlanError(
             f"{where}: its input is {inputs!r:.200}; give it a function of the run so far, as in "

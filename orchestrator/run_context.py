@@ -12,6 +12,7 @@ from beatless.orchestrator.child_calls import (
     ChildCall,
     Children,
     ChildResults,
+    check_group,
     check_map,
     child_call,
     first_call,
@@ -188,16 +189,17 @@ class RunContext(PlanContext, Generic[Input]):
         id: str | None = None,
         detach: bool = False,
         deadline: float | timedelta | None = None,
+        group: str | None = None,
     ) -> Any:
         """Start a run of another plan, and go on: a `Child`, whose `.result()` waits for its end.
 
-        It has the namespace, priority and trace of this run, and ends by its deadline; `deadline`
-        (seconds or a timedelta) may be earlier. A run that ends cancels its unfinished children,
-        apart from those with `detach=True`. The calls are named like the plan, and counted as those
-        of steps. In an `async def` plan this is awaited.
+        It has the namespace, priority and trace of this run, and its group without `group`. It ends
+        by its deadline; `deadline` (seconds or a timedelta) may be earlier. A run that ends cancels
+        its unfinished children, apart from those with `detach=True`. The calls are named like the
+        plan, and counted as those of steps. In an `async def` plan this is awaited.
 
-        Raises PlanError for anything but a plan and for a bad duration, and BadPayload for an input
-        that the plan does not take.
+        Raises PlanError for anything but a plan and for a bad duration or group, and BadPayload for
+        an input that the plan does not take.
 
         >>> from beatless import Plan, RunContext, plan, step
         >>> @step
@@ -210,7 +212,10 @@ class RunContext(PlanContext, Generic[Input]):
         ...     return [first.result(), second.result()]
         """
         seconds = None if deadline is None else seconds_of_wait("run.child: deadline", deadline)
-        call = child_call(plan, [plain(input)], alone=True, detached=detach, deadline_s=seconds)
+        check_group("run.child", group)
+        call = child_call(
+            plan, [plain(input)], alone=True, detached=detach, deadline_s=seconds, group=group
+        )
         found = self._replay.children(call, id)
         occurrence = self._replay.last_name
 
@@ -227,6 +232,7 @@ class RunContext(PlanContext, Generic[Input]):
         *,
         at_once: int | None = None,
         failure: str = "fail",
+        group: str | None = None,
         id: str | None = None,
     ) -> Any:
         """Start a run of a plan for each input, and wait until all have ended: their results.
@@ -249,9 +255,10 @@ class RunContext(PlanContext, Generic[Input]):
         ...     return {"files": run.map(thumbnail, run.input["photos"], at_once=20)}
         """
         check_map("run.map", at_once, failure)
+        check_group("run.map", group)
         # Walked through each time it starts further ones: only if it can have such results in it.
         given = plain(list(inputs)) if self._gave_results else list(inputs)
-        call = child_call(plan, given, at_once=at_once, collects=failure == "collect")
+        call = child_call(plan, given, at_once=at_once, collects=failure == "collect", group=group)
         return self._answer(self._replay.children(call, id), self._results)
 
     def first(

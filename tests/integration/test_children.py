@@ -16,11 +16,13 @@ from beatless import (
     RunNotFound,
     RunState,
     StepContext,
+    child,
+    map_,
     plan,
     step,
 )
 from beatless.orchestrator import children
-from beatless.orchestrator.child_calls import check_map, child_call
+from beatless.orchestrator.child_calls import check_group, check_map, child_call
 from beatless.orchestrator.children import CancelsChildren, ChildRuns
 from beatless.orchestrator.function_boundaries import MAX_TAKEOVERS
 from beatless.orchestrator.journal import Journal
@@ -84,6 +86,22 @@ def grows(run: RunContext[Any]) -> Any:
 def turns(run: RunContext[Any]) -> Any:
     parcels = run.map(parcel, [run.input, run.input])
     return run.again(run.input - 1) if run.input else parcels
+
+
+@plan("grouped")
+def grouped(run: RunContext[Any]) -> Any:
+    run.map(parcel, run.input, group="bulk")
+    return [run.child(parcel, 3, group="alone").result(), run.child(parcel, 4).result()]
+
+
+grouped_list = Plan(
+    "grouped_list",
+    [
+        map_("many", parcel, group="bulk"),
+        child("alone", parcel, input=lambda ctx: 3, group="alone"),
+        child("own", parcel, input=lambda ctx: 4),
+    ],
+)
 
 
 @plan("told")
@@ -194,6 +212,8 @@ def beatless_plans() -> list[Plan]:
         asks_async,
         asks_first,
         rivals,
+        grouped,
+        grouped_list,
         grows,
         leaves,
         nested,
@@ -633,6 +653,29 @@ def test_a_child_has_the_deadline_priority_and_group_of_its_parent(beatless: Kit
     parent = beatless.client.get_run(by_its_parents)
     assert (child.deadline_at, child.priority) == (parent.deadline_at, 7)
     assert child.group == "ada"
+
+
+@pytest.mark.parametrize("way", ["grouped", "grouped_list"])
+def test_children_have_the_group_that_their_call_gives(beatless: Kit, way: str) -> None:
+    run_id = beatless.start_run(way, [1, 2], group="ada").run_id
+    beatless.work_until_idle()
+
+    assert state_of(beatless, run_id) == "completed"
+    found = [child.group for child in beatless.client.children(run_id)]
+    assert found == ["bulk", "bulk", "alone", "ada"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: child("one", parcel, group=""),
+        lambda: map_("one", parcel, group="x" * 257),
+        lambda: check_group("one", 7),
+    ],
+)
+def test_a_bad_group_of_children_is_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(PlanError, match=r"one: group must be .*; without group= a child"):
+        call()
 
 
 def test_a_cancelled_child_fails_its_parent(beatless: Kit) -> None:
