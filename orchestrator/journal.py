@@ -13,11 +13,13 @@ from beatless.orchestrator.errors import EventsPruned, RunConflict, RunNotFound
 from beatless.orchestrator.events import Event, EventText, EventType, NewEvent, encode
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.records import (
+    MOST_COUNTED,
     Appended,
     CheckpointPage,
     DispatchStatus,
     FailedRunFilter,
     FullLimit,
+    GroupPlace,
     NewRun,
     Place,
     Run,
@@ -156,6 +158,7 @@ class Journal:
             page_bytes=PAGE_BYTES,
             page_events=PAGE_EVENTS,
             near_runs=NEAR_RUNS,
+            most_counted=MOST_COUNTED,
             **OPTION_SQL,
         )
         self.failed = FailedRuns(self.sql)
@@ -484,9 +487,8 @@ class Journal:
         )
         if not rows:
             raise RunNotFound(run_id)
-        now, lease, state, due_at, reason, attempts, paused, unpublished, letters, limit, led = (
-            rows[0]
-        )
+        now, lease, state, due_at, reason, attempts, *rest = rows[0]
+        paused, unpublished, letters, limit, group, led = rest
         return DispatchStatus(
             now=now,
             lease_expires_at=lease,
@@ -495,6 +497,7 @@ class Journal:
             unpublished=unpublished,
             dead_letters=letters,
             limit=None if limit is None else FullLimit(**limit),
+            group=None if group is None else GroupPlace(**group),
             led=led,
         )
 

@@ -435,7 +435,7 @@ SELECT pruned_seq, last_seq FROM {schema}.runs WHERE run_id = %(run_id)s
 
 -- name: dispatch_status
 -- Read where a run stands beside its own row: lease, dispatch, queue, outbox, dead letters, the
--- limit that it waits for, and whether a relay leads its shard.
+-- limit that it waits for, its place in its group, and whether a relay leads its shard.
 SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.attempts,
        EXISTS (SELECT FROM {schema}.queues q WHERE q.name = r.queue AND q.paused_at IS NOT NULL),
        (SELECT min(from_seq) FROM {schema}.run_outbox o
@@ -447,8 +447,31 @@ SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.att
                   'period_s', l.period_s,
                   'held', (SELECT count(*) FROM {schema}.limit_slots s WHERE s.limit_id = l.id),
                   'by', ARRAY(SELECT s.run_id FROM {schema}.limit_slots s
-                               WHERE s.limit_id = l.id ORDER BY s.taken_at LIMIT 3))
+                               WHERE s.limit_id = l.id ORDER BY s.taken_at LIMIT 3),
+                  'before', (SELECT count(*) FROM (
+                    (SELECT 1 FROM {schema}.dispatches o
+                      WHERE o.limit_id = d.limit_id AND o.state = 'delayed' AND o.reason = 'limit'
+                        AND o.priority > d.priority LIMIT {most_counted})
+                    UNION ALL
+                    (SELECT 1 FROM {schema}.dispatches o
+                      WHERE o.limit_id = d.limit_id AND o.state = 'delayed' AND o.reason = 'limit'
+                        AND o.priority = d.priority AND o.limit_since < d.limit_since
+                      LIMIT {most_counted})) o))
            FROM {schema}.all_limits_of(r.limits) l WHERE l.id = d.limit_id) END,
+       CASE WHEN d.state = 'waiting' AND d.group_id <> '' AND d.due_at <= clock_timestamp() THEN
+         jsonb_build_object(
+           'weight', coalesce((SELECT w.weight FROM {schema}.group_weights w
+                                WHERE w.group_id = d.group_id), 1),
+           'before', (SELECT count(*) FROM (
+             (SELECT 1 FROM {schema}.dispatches o
+               WHERE o.queue = d.queue AND o.group_id = d.group_id AND o.state = 'waiting'
+                 AND o.priority > d.priority AND o.due_at <= clock_timestamp()
+               LIMIT {most_counted})
+             UNION ALL
+             (SELECT 1 FROM {schema}.dispatches o
+               WHERE o.queue = d.queue AND o.group_id = d.group_id AND o.state = 'waiting'
+                 AND o.priority = d.priority AND o.due_at < d.due_at
+               LIMIT {most_counted})) o)) END,
        EXISTS (SELECT FROM pg_locks k
                 WHERE k.locktype = 'advisory' AND k.granted AND k.objsubid = 2
                   AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database())

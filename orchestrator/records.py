@@ -408,6 +408,17 @@ class CheckpointPage:
     """Its last event is that of the run."""
 
 
+MOST_COUNTED = 1000
+"""Runs before another one that are counted, where thousands may wait."""
+
+
+def runs_before(count: int) -> str:
+    """How many runs those are, in words."""
+    if count >= MOST_COUNTED:
+        return f"{MOST_COUNTED:,} runs or more"
+    return "1 run" if count == 1 else f"{count} runs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullLimit:
     """A limit that a run waits for."""
@@ -421,15 +432,27 @@ class FullLimit:
     """Slots that are in use."""
     by: Sequence[str]
     """The ids of some of the runs that have them, those first that have them the longest."""
+    before: int
+    """Runs that are let in before this one; `MOST_COUNTED` stands for that many or more."""
 
     def __str__(self) -> str:
         name, _, key = self.id.partition(":")
         limit = f"{name} (key {key})" if key else name
+        line = f"{runs_before(self.before)} before it"
         if self.starts is not None and self.period_s is not None:
-            return f"{limit}: {rate_of(self.starts, self.period_s)} begin"
+            return f"{limit}: {rate_of(self.starts, self.period_s)} begin; {line}"
         more = ", …" if self.held > len(self.by) else ""
         users = f" by {', '.join(self.by)}{more}" if self.by else ""
-        return f"{limit}: {self.held} of {self.at_once} in use{users}"
+        return f"{limit}: {self.held} of {self.at_once} in use{users}; {line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlace:
+    """The place of a run that waits for the turns of its group."""
+
+    weight: int
+    before: int
+    """Runs of the group in the queue that are sent before this one; `MOST_COUNTED` as above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,5 +469,7 @@ class DispatchStatus:
     dead_letters: Sequence[str]
     limit: FullLimit | None = None
     """The limit that it waits for."""
+    group: GroupPlace | None = None
+    """Where it stands in its group, if it is due and waits to be sent."""
     led: bool
     """Whether a relay leads the shard of the run."""

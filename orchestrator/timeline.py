@@ -26,7 +26,7 @@ from beatless.orchestrator.progress import (
     TAKEN_OVER,
     UNKNOWN_STEP,
 )
-from beatless.orchestrator.records import DispatchStatus, Run
+from beatless.orchestrator.records import DispatchStatus, Run, runs_before
 from beatless.orchestrator.state import SUCCEEDS, WAITS
 from beatless.outbox.message import shard_of
 from beatless.outbox.times import MOST_S
@@ -367,6 +367,10 @@ def _now(
         state, due_at, reason, attempts = status.dispatch
         left = (due_at - status.now).total_seconds()
         waits = "waits to be dispatched"
+        if status.group is not None:
+            before = runs_before(status.group.before)
+            waits += f": its group {run.group}, of the weight {status.group.weight}, has {before} "
+            waits += f"before it in the queue {run.queue}"
         if left > 0:
             waits = f"is not due yet ({reason})"
         text = {

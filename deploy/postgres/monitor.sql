@@ -1,10 +1,12 @@
 -- The rights of the role beatless_monitor; run as beatless_owner, after the first `beatless migrate`.
--- No input, result, error, tag, key or event of any run, and no token.
+-- No input, result, error, tag, key or event of any run, and no token; but the keys of limits and the
+-- names of groups, whose runs are counted.
 GRANT SELECT ON "beatless".beatless_version, "beatless".run_outbox, "beatless".queues,
-  "beatless".workers TO beatless_monitor;
+  "beatless".workers, "beatless".limit_slots, "beatless".limit_settings,
+  "beatless".rate_settings TO beatless_monitor;
 GRANT SELECT (run_id, shard, task, queue, priority, state, due_at, reason, attempts, deadline_at,
   parent_id, child_no, children_left, wakes_on_failure, schedule_id, dedupe_next,
-  limit_since)
+  limit_id, limit_since, group_id)
   ON "beatless".dispatches TO beatless_monitor;
 GRANT SELECT (run_id, namespace, plan, plan_version, queue, priority, state, last_seq, attempt,
   lease_expires_at, worker, cancel_requested_at, not_before, created_at, started_at, finished_at)

@@ -17,6 +17,7 @@ from beatless.doctor import (
     configuration,
     exposure,
     fleet,
+    limits,
     postgres,
     schedules,
 )
@@ -34,6 +35,7 @@ MODULES = (
     fleet,
     backlog,
     schedules,
+    limits,
     exposure,
     canary,
 )

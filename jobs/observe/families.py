@@ -12,6 +12,9 @@ Labels = tuple[str, ...]
 MAX_QUEUE_SERIES = 100
 """Queues that get a series of their own; the others share `other`: a start may name any."""
 
+MAX_LIMIT_SERIES = 100
+"""Limits that get a series of their own; the others share `other`."""
+
 SAMPLES_PER_BATCH = 4
 """Rows of one batch whose latency is measured, evenly spread from the first to the last."""
 
@@ -174,6 +177,26 @@ QUEUE_OLDEST_DUE = Family(
     name="beatless_queue_oldest_due_seconds",
     text="Seconds that the oldest due run of a queue has waited for a worker; none if paused.",
     labels=("queue",),
+)
+QUEUE_GROUPS = Family(
+    name="beatless_queue_groups",
+    text="Groups of a queue whose runs are due or in the broker, and share out its turns.",
+    labels=("queue",),
+)
+QUEUE_LARGEST_GROUP = Family(
+    name="beatless_queue_largest_group_runs",
+    text="Runs that the group of a queue has which has the most that are due or in the broker.",
+    labels=("queue",),
+)
+LIMIT_RUNS = Family(
+    name="beatless_limit_runs",
+    text="Runs of a limit, of all of its keys: running (they have a slot), waiting.",
+    labels=("limit", "state"),
+)
+LIMIT_OLDEST = Family(
+    name="beatless_limit_oldest_waiting_seconds",
+    text="Seconds that the run has waited for a limit that waits the longest; 0 if none does.",
+    labels=("limit",),
 )
 QUEUE_WORKERS = Family(
     name="beatless_queue_workers",

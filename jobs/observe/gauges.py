@@ -10,10 +10,15 @@ import sqlalchemy
 
 from beatless.observe.families import (
     DEAD_LETTERS,
+    LIMIT_OLDEST,
+    LIMIT_RUNS,
+    MAX_LIMIT_SERIES,
     MAX_QUEUE_SERIES,
     NOTIFY_QUEUE,
     OLDEST_AGE,
     PENDING,
+    QUEUE_GROUPS,
+    QUEUE_LARGEST_GROUP,
     QUEUE_OLDEST_DUE,
     QUEUE_WORKERS,
     RUNS_ACTIVE,
@@ -55,12 +60,14 @@ class PostgresGauges:
         *,
         plans: Iterable[str] = (),
         schedules: Iterable[str] = (),
+        limits: Iterable[str] = (),
         wanted: Callable[[], bool],
     ) -> None:
         """`wanted` returns whether this process shall expose them now."""
         self.wanted = wanted
         self._plans = list(plans)
         self._schedules = list(schedules)
+        self._limits = list(limits)
         self._engine = engine
         self._mutex = threading.Lock()
         self._asked_at = float("-inf")
@@ -86,9 +93,8 @@ class PostgresGauges:
             answer = self._answer
         if answer is None:
             return
-        _, usage, pending, age, letters, active, unknown, workers, late, stopped, fired, ages = (
-            answer
-        )
+        _, usage, pending, age, letters, active, groups, limits, unknown, *rest = answer
+        workers, late, stopped, fired, ages = rest
         yield NOTIFY_QUEUE.metric({(): [usage]})
         yield PENDING.metric({(): [pending]})
         yield OLDEST_AGE.metric({(): [age or 0.0]})
@@ -98,7 +104,9 @@ class PostgresGauges:
         yield SCHEDULE_LAST_FIRED.metric({(name,): [at] for name, at in (fired or {}).items()})
         named = _named(active or [])
         yield RUNS_ACTIVE.metric(found := _counts(active or [], named))
-        yield QUEUE_OLDEST_DUE.metric(_oldest(ages, named))
+        yield QUEUE_OLDEST_DUE.metric(_greatest(ages, named))
+        yield from _grouped(groups or [], named)
+        yield from _limited([*((name, 0, 0, 0.0) for name in self._limits), *(limits or [])])
         consumed = {queue: (workers or {}).get(queue, 0) for queue, _ in found if queue != "other"}
         yield QUEUE_WORKERS.metric({(queue,): [count] for queue, count in consumed.items()})
         counts = dict.fromkeys(self._plans, 0) | (unknown or {})
@@ -135,12 +143,12 @@ class PostgresGauges:
         return [*snapshot, ages]
 
 
-def _named(active: Sequence[tuple[str, str, int]]) -> frozenset[str]:
-    """The queues that get a series of their own: those with the most runs."""
+def _named(active: Sequence[tuple[str, str, int]], most: int = MAX_QUEUE_SERIES) -> frozenset[str]:
+    """The queues, or limits, that get a series of their own: those with the most runs."""
     sizes: dict[str, int] = {}
     for queue, _, runs in active:
         sizes[queue] = sizes.get(queue, 0) + runs
-    return frozenset(sorted(sizes, key=lambda queue: (-sizes[queue], queue))[:MAX_QUEUE_SERIES])
+    return frozenset(sorted(sizes, key=lambda queue: (-sizes[queue], queue))[:most])
 
 
 def _counts(
@@ -153,12 +161,30 @@ def _counts(
     return found
 
 
-def _oldest(
+def _greatest(
     seconds: Sequence[tuple[str, float]], named: frozenset[str]
 ) -> dict[Labels, list[float]]:
-    """Ages by queue, the greatest of the queues without a series as `other`."""
+    """Numbers by queue, the greatest of the queues without a series as `other`."""
     found: dict[Labels, list[float]] = {}
     for queue, age in seconds:
         oldest = found.setdefault((queue if queue in named else "other",), [0.0])
         oldest[0] = max(oldest[0], age)
     return found
+
+
+def _grouped(groups: Sequence[tuple[str, int, int]], named: frozenset[str]) -> Iterator["Metric"]:
+    """The groups of each queue by their number, and the largest: no group has a series."""
+    counts: dict[Labels, list[float]] = {}
+    for queue, count, _ in groups:
+        counts.setdefault((queue if queue in named else "other",), [0.0])[0] += count
+    yield QUEUE_GROUPS.metric(counts)
+    yield QUEUE_LARGEST_GROUP.metric(_greatest([(queue, most) for queue, _, most in groups], named))
+
+
+def _limited(limits: Sequence[tuple[str, int, int, float]]) -> Iterator["Metric"]:
+    """The runs of each limit by its name: no key has a series."""
+    states = [(name, "running", running) for name, running, _, _ in limits]
+    states += [(name, "waiting", waiting) for name, _, waiting, _ in limits]
+    named = _named(states, MAX_LIMIT_SERIES)
+    yield LIMIT_RUNS.metric(_counts(states, named))
+    yield LIMIT_OLDEST.metric(_greatest([(name, age) for name, _, _, age in limits], named))

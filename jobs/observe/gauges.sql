@@ -2,20 +2,36 @@
 
 -- name: snapshot
 -- The time, the usage of the notification queue, the outbox's lag, and unfinished runs: counted by
--- queue and state, and by task those at an unknown step; the workers that consume each queue; for how
+-- queue and state, and by task those at an unknown step; the workers that consume each queue; the runs
+-- of each limit by its name, and since when they wait; the groups of each queue, and the largest; for how
 -- long a tick of a schedule has been due, schedules that are stopped, and when some have last fired.
 -- Reads in whole: dispatches, run_outbox, to count them.
-SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
-       {outbox_lag},
-       (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
-          SELECT queue, CASE WHEN state = 'running' THEN state
+WITH active AS MATERIALIZED (
+          SELECT queue, group_id, CASE WHEN state = 'running' THEN state
                              WHEN state = 'delayed' AND reason = 'wait' THEN 'waiting'
                              WHEN state = 'delayed' AND reason = 'limit' THEN 'limited'
                              WHEN state <> 'sent' AND due_at > clock_timestamp() THEN 'delayed'
                              WHEN queue IN (SELECT name FROM {schema}.queues
                                              WHERE paused_at IS NOT NULL) THEN 'paused'
                              ELSE 'queued' END AS state, count(*) AS runs
-            FROM {schema}.dispatches GROUP BY 1, 2) t),
+            FROM {schema}.dispatches GROUP BY 1, 2, 3)
+SELECT extract(epoch FROM clock_timestamp())::float8, pg_notification_queue_usage(),
+       {outbox_lag},
+       (SELECT jsonb_agg(jsonb_build_array(queue, state, runs)) FROM (
+          SELECT queue, state, sum(runs) AS runs FROM active GROUP BY 1, 2) t),
+       (SELECT jsonb_agg(jsonb_build_array(queue, groups, most)) FROM (
+          SELECT queue, count(*) AS groups, max(runs) AS most FROM active
+           WHERE state IN ('queued', 'paused') AND group_id <> '' GROUP BY 1) t),
+       (SELECT jsonb_agg(jsonb_build_array(name, running, waiting, oldest_s)) FROM (
+          SELECT substr(name, strpos(name, '~') + 1) AS name, count(*) - count(since) AS running,
+                 count(since) AS waiting,
+                 coalesce(extract(epoch FROM clock_timestamp() - min(since)), 0)::float8 AS oldest_s
+            FROM (SELECT split_part(limit_id, ':', 1) AS name, NULL::timestamptz AS since
+                    FROM {schema}.limit_slots
+                  UNION ALL
+                  SELECT split_part(limit_id, ':', 1), limit_since
+                    FROM {schema}.dispatches WHERE state = 'delayed' AND reason = 'limit') l
+           GROUP BY 1) t),
        (SELECT jsonb_object_agg(task, runs) FROM (
           SELECT task, count(*) AS runs FROM {schema}.dispatches
            WHERE reason = ANY(%(unknown)s::text[]) GROUP BY 1) t),

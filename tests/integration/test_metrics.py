@@ -266,7 +266,7 @@ def test_every_metric_is_documented(beatless_app: App) -> None:
     documented = set(re.findall(r"`(beatless_[a-z_]+)", DOCUMENT.read_text()))
 
     assert {name.removesuffix("_total").removesuffix("_info") for name in documented} == names
-    assert len(names) == 34
+    assert len(names) == 38
 
 
 def test_every_source_of_a_waking_is_documented(beatless_app: App) -> None:

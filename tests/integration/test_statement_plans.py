@@ -57,6 +57,7 @@ VALUES: dict[str, float | str] = {
     "looked_back": 2000,
     "rest_s": 3600,
     "names": 5,
+    "most_counted": 1000,
     "near_runs": 10_000,
     "never": "9999-01-01Z",
     "claims_poll_s": 0.02,
