@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from beatless import Fatal, Plan, StepContext, hours, retry, step, wait
+from beatless import Fatal, Limit, Plan, StepContext, hours, retry, step, wait
 
 
 def wait_at(ctx: StepContext, gate: str) -> None:
@@ -70,6 +70,17 @@ def answer(ctx: StepContext) -> None:
 answers = Plan("answers", [answer])
 
 refund = Plan("refund", [settle], queue="payments")
+
+
+billing = Plan(
+    "billing",
+    [charge],
+    queue="payments",
+    limits=[
+        Limit("stripe", key=lambda order: order["account"], at_once=1),
+        Limit("statements", rate="100/h"),
+    ],
+)
 
 
 @step

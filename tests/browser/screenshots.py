@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 from beatless import App, Run, RunRequest, Schedule, Settings
 from beatless.local.stack import Stack
 from tests.browser import chromium
-from tests.browser.plans import checkout, refund
+from tests.browser.plans import billing, checkout, refund
 
 FLOWER = {"width": 1400, "height": 640}
 WIDE = {"width": 1180, "height": 640}
@@ -113,6 +113,25 @@ def shoot_schedules(browser: Browser, url: str, app: App, directory: Path) -> No
         context.close()
 
 
+def shoot_limits(browser: Browser, url: str, app: App, gates: Path, directory: Path) -> None:
+    """Limits of which one binds, and groups of which one has more weight; two runs hold slots."""
+    app.client.set_limit("statements", rate="500/h")
+    app.client.set_group_weight("ghent", 3)
+    runs = [("acct_7", "ghent", 4), ("acct_12", "bruges", 2), ("acct_7", "bruges", 3)]
+    for account, group, count in runs:
+        input = {"account": account, "gates": str(gates)}
+        app.client.start_runs([RunRequest(plan="billing", input=input, group=group)] * count)
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme, viewport=WIDE, locale="en-GB")
+        page = context.new_page()
+        page.goto(f"{url}/#/limits")
+        for key in ("acct_7", "acct_12"):
+            row = page.locator(f"[data-limit=stripe][data-key={key}]")
+            row.locator("[data-label=running]:text-is('1')").wait_for()
+        page.screenshot(path=directory / f"limits-{scheme}.png", animations="disabled")
+        context.close()
+
+
 def shoot_flower(browser: Browser, stack: Stack, app: App, directory: Path) -> None:
     """Flower with a fleet of three workers and 300 more runs."""
     # What runs before Flower hears the workers is nobody's: all three must be there first.
@@ -157,13 +176,14 @@ def main(directory: Path) -> None:
         )
         with stack, chromium.launched() as browser:
             stack.start()
-            app = App(Settings.from_env(stack.environ()), [checkout, refund])
+            app = App(Settings.from_env(stack.environ()), [billing, checkout, refund])
             gates = Path(temporary) / "gates"
             gates.mkdir()
             try:
                 shoot_flower(browser, stack, app, directory)
                 shoot(browser, stack.api_url, Shop(app, gates), directory)
                 shoot_schedules(browser, stack.api_url, app, directory)
+                shoot_limits(browser, stack.api_url, app, Path(temporary) / "closed", directory)
             finally:
                 app.close()
 
