@@ -180,3 +180,23 @@ def test_a_task_is_a_step_and_another_is_called_by_delay(
     result = beatless.client.get_run(run.run_id).result
     assert result == f"receipt {run.run_id}:send_receipt for order 7"
     assert "a visit of home" in caplog.text
+
+
+@of("flask_shop")
+def test_an_order_of_flask_and_its_run_are_both_stored_or_neither(
+    example: ModuleType, beatless: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, host = example.db, example.host
+    with host.app_context():
+        monkeypatch.setitem(db.engines, None, beatless.app.engine)
+        db.create_all()
+    answer = host.test_client().post("/orders/book").json
+    beatless.work_until_idle()
+    assert beatless.client.get_run(answer["run"]).result == "book is shipped"
+    with host.app_context():
+        assert db.session.get(example.Order, answer["order"]).state == "shipped"
+        db.session.commit()
+        run = example.app.client.start_run("fulfil", {"order": 2}, connection=db.session)
+        db.session.rollback()
+    assert run.run_id != answer["run"]
+    assert [each.run_id for each in beatless.client.list_runs()] == [answer["run"]]
