@@ -14,7 +14,6 @@ from beatless.outbox.queries import ALL_SHARDS, Queries
 from beatless.outbox.sessions import prepare_to_drain
 from beatless.testing import Kit
 from tests import column_statistics
-from tests.integration.test_drain_plan import STATISTICS
 from tests.integration.test_relay import Door, doors, recording
 from tests.integration.test_windows import settle, start
 from tests.serving import serving
@@ -445,10 +444,37 @@ def rows_read(postgres: psycopg.Connection) -> int:
     return int(rows)
 
 
+@pytest.fixture
+def unseen(postgres: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """New files for the tables of turns, whose statistics autovacuum leaves as they are."""
+    for table in ("dispatches", "group_turns"):
+        postgres.execute(f"TRUNCATE {table}")
+        postgres.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
+    column_statistics.forget(postgres)
+    yield postgres
+    for table in ("dispatches", "group_turns"):
+        postgres.execute(f"DELETE FROM {table}")
+        postgres.execute(f"ALTER TABLE {table} RESET (autovacuum_enabled)")
+
+
+def fill(postgres: psycopg.Connection, first: int, last: int) -> None:
+    postgres.execute(
+        "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason,"
+        " group_id)"
+        " SELECT 'run-' || n, n %% 16, 'task', 'default', 0, 'waiting',"
+        # The larger the index by groups is, the more does the planner like that by priorities.
+        " now() - n * interval '1 ms', 'start',"
+        " 'default/' || CASE WHEN n <= 100000 THEN repeat('big', 80) ELSE 'small-' || n END"
+        " FROM generate_series(%s::int, %s::int) n",
+        (first, last),
+    )
+
+
 @pytest.mark.parametrize(
     ("statistics", "small"),
     [
         ("none", 500),
+        ("of an empty table", 500),
         ("of an empty table that was full", 500),
         ("of its rows", 0),
         ("of its rows", 500),
@@ -456,32 +482,24 @@ def rows_read(postgres: psycopg.Connection) -> int:
     ],
 )
 def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
-    beatless_app: App, postgres: psycopg.Connection, statistics: str, small: int
+    beatless_app: App, unseen: psycopg.Connection, statistics: str, small: int
 ) -> None:
-    column_statistics.forget(postgres)
-    analyzed = {"of its rows": ("", "ANALYZE dispatches"), "of the large group": ("", "")}
-    before, after = (analyzed | STATISTICS)[statistics]
-    if before:
-        postgres.execute(before.encode())
-    for first, last in ((1, 100_000), (100_001, 100_000 + small)):
-        postgres.execute(
-            "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason,"
-            " group_id)"
-            " SELECT 'run-' || n, n %% 16, 'task', 'default', 0, 'waiting',"
-            # The larger the index by groups is, the more does the planner like that by priorities.
-            " now() - n * interval '1 ms', 'start',"
-            " 'default/' || CASE WHEN n <= 100000 THEN repeat('big', 80) ELSE 'small-' || n END"
-            " FROM generate_series(%s, %s) n",
-            (first, last),
-        )
-        if statistics == "of the large group" and first == 1:
-            postgres.execute("ANALYZE dispatches")
+    postgres = unseen
+    if statistics == "of an empty table that was full":
+        fill(postgres, 1, 10_000)
+        postgres.execute("DELETE FROM dispatches")
+    if statistics.startswith("of an empty table"):
+        postgres.execute("ANALYZE dispatches")
+    fill(postgres, 1, 100_000)
+    if statistics == "of the large group":
+        postgres.execute("ANALYZE dispatches")
+    fill(postgres, 100_001, 100_000 + small)
     postgres.execute(
         "INSERT INTO group_turns (shard, queue, group_id, finish)"
         " SELECT 0, 'default', 'default/small-' || (90000 + n), 1 FROM generate_series(1, 20000) n"
     )
-    if after:
-        postgres.execute(after.encode())
+    if statistics == "of its rows":
+        postgres.execute("ANALYZE dispatches")
     prepare_to_drain(postgres)
     queries = Queries(beatless_app.settings.schema)
     parameters = {
@@ -498,4 +516,3 @@ def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
             found = postgres.execute(statement.encode(), parameters).fetchall()
             assert len({row[0] for row in found}) == len(found) == WINDOW
             assert WINDOW <= rows_read(postgres) - before_it < 3000
-    postgres.execute("DELETE FROM dispatches")
