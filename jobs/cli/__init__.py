@@ -85,6 +85,9 @@ COMMANDS = {
         "verify": "Check the guarantees on the stored data of RUN…: one line for each violation.",
         "waits": "The open waits of RUN; without RUN, of the runs that wait, newest first.",
     },
+    "beatless.cli.tail": {
+        "tail": "The events of all runs, as they come; Ctrl-C ends it.",
+    },
     "beatless.cli.schedules": {
         "schedules": "Schedules: each starts a run at the ticks of a cron expression or interval.",
     },

@@ -101,12 +101,24 @@ def facts(event: Event) -> str:
 
 def line(event: Event, since: int) -> str:
     """One event as one line: seq, seconds since the start, type, step, facts."""
-    attempt = f" (attempt {event.attempt})" if (event.attempt or 1) > 1 else ""
     elapsed = (event.ts - since) / 1000
+    return f"[dim]{event.seq:>4}  {elapsed:>8.3f}s[/]  {what(event)}".rstrip()
+
+
+def tail_line(event: Event, plan: str) -> str:
+    """One event of many runs as one line: local time, run, plan, type, step, facts."""
+    at = datetime.fromtimestamp(event.ts / 1000).astimezone()
+    time = f"{at:%H:%M:%S}.{event.ts % 1000:03}"
+    return f"[dim]{time}[/]  {escape(event.run_id)}  [dim]{escape(plan)}[/]  {what(event)}".rstrip()
+
+
+def what(event: Event) -> str:
+    """The type of an event, its step and its facts."""
+    attempt = f" (attempt {event.attempt})" if (event.attempt or 1) > 1 else ""
     style = STYLES.get(EventType(event.type), "") if event.type in list(EventType) else ""
     kind = f"[{style}]{event.type:<15}[/]" if style else f"{event.type:<15}"
     text = escape(plain(f"{event.step or ''}{attempt}  {facts(event)}".strip()))
-    return f"[dim]{event.seq:>4}  {elapsed:>8.3f}s[/]  {kind}  {text}".rstrip()
+    return f"{kind}  {text}"
 
 
 def moment(found: Moment, since: int) -> str:

@@ -19,36 +19,34 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy
-from sqlalchemy import exc
 
 from beatless.orchestrator.events import Event, EventText
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.records import Run
 from beatless.outbox import forks
 from beatless.outbox.clock import monotonic
-from beatless.outbox.message import channel_for
+from beatless.outbox.message import channel_for, every_channel
 from beatless.outbox.observer import Observer, ignore
 from beatless.outbox.queries import Caller
 from beatless.streams.cursor import Cursor
 from beatless.streams.history import NO_HEAD, History, Origin, origin_of
 from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 from beatless.streams.pager import Pager
-from beatless.streams.waiting import JournalRetry, Timeout
+from beatless.streams.waiting import POSTGRES_AWAY, JournalRetry, Timeout
 
 if TYPE_CHECKING:
     import redis
     from redis import asyncio as aioredis
 
     from beatless.streams.hub import Hub
+    from beatless.streams.tail import Choice, TailedEvent
 
 T = TypeVar("T")
-
-POSTGRES_AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
-"""The journal cannot be read now: Postgres is gone or full, or the pool has no connection left."""
 
 GAP_PAUSE_S = 1.0
 """How long the journal is not read again for an event that it did not have: whoever may publish on
@@ -186,6 +184,36 @@ class Streams:
         finally:
             self._observer(StreamClosed())
             subscription.close()
+
+    def tail(
+        self,
+        choice: "Choice",
+        *,
+        since: datetime | None = None,
+        on_reset: Callable[[], None] = lambda: None,
+    ) -> Iterator[list["TailedEvent"]]:
+        """Events of all runs that are chosen, from now or `since` on, as they are published.
+
+        Without an end, for a thread that may block; see `streams.tail`. An empty list: all is given
+        that there was until now.
+        """
+        from beatless.streams.subscription import Subscription
+        from beatless.streams.tail import Tail
+
+        return Tail(
+            choice,
+            journal=self._journal,
+            engine=self._engine,
+            origin=self._origin,
+            subscription=Subscription(
+                self._redis_client, every_channel(self._prefix), of_all_runs=True
+            ),
+            own_channel=self._known_channel,
+            head_check=self._head_check,
+            without_redis=self._without_redis,
+            since=since,
+            on_reset=on_reset,
+        ).follow()
 
     def _backfill(
         self, cursor: Cursor, history: History, reason: BackfillReason, limit: Timeout

@@ -1,4 +1,4 @@
-"""A blocking subscription to one run's Redis channel."""
+"""A blocking subscription to one run's Redis channel, or to those of all runs."""
 
 import logging
 import threading
@@ -22,6 +22,9 @@ logger = logging.getLogger("beatless.stream")
 SUBSCRIBE_TIMEOUT_S = 5.0
 """How long a stream waits for Redis to acknowledge its subscription."""
 
+MESSAGES_AT_ONCE = 500
+"""Messages that are taken together if they are there."""
+
 MIN_REDIS_TIMEOUT_S = 0.05
 """How long even a stream whose time is over waits for Redis to answer."""
 
@@ -29,9 +32,13 @@ MIN_REDIS_TIMEOUT_S = 0.05
 class Subscription:
     """One blocking subscription to one run. Knows when it may have missed something."""
 
-    def __init__(self, client: Callable[[], "redis.Redis"], channel: str) -> None:
+    def __init__(
+        self, client: Callable[[], "redis.Redis"], channel: str, *, of_all_runs: bool = False
+    ) -> None:
+        """`of_all_runs`: the channel is the pattern of all channels, for `messages`."""
         self._client = client
         self._channel = channel
+        self._of_all_runs = of_all_runs
         self._pubsub: Any = None
         self._redis: redis.Redis | None = None
         self._backoff = Backoff(initial=0.5, cap=2.0)
@@ -71,9 +78,9 @@ class Subscription:
                 if options.get(name):  # 0 would not mean soon, but without waiting at all
                     options[name] = min(options[name], max(MIN_REDIS_TIMEOUT_S, patience))
             pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's gap
-            pubsub.subscribe(self._channel)
+            (pubsub.psubscribe if self._of_all_runs else pubsub.subscribe)(self._channel)
             while (message := pubsub.get_message(timeout=patience)) is not None:
-                if message["type"] == "subscribe":
+                if message["type"] in ("subscribe", "psubscribe"):
                     self._pubsub, self._failures, self._told = pubsub, 0, ""
                     return True
         except (RedisError, OSError) as error:
@@ -100,6 +107,25 @@ class Subscription:
 
     def next(self, timeout: float) -> list[EventText] | None:
         """The next message's events; [] after `timeout` seconds; None if one may be lost."""
+        message = self._receive(timeout)
+        if message is None:
+            return None
+        return parse(message["data"], run_of(self._channel)) if message else []
+
+    def messages(self, timeout: float) -> list[tuple[str, bytes]] | None:
+        """The channel and body of each message that is there, [] and None as of `next`."""
+        found: list[tuple[str, bytes]] = []
+        while len(found) < MESSAGES_AT_ONCE:
+            message = self._receive(0 if found else timeout)
+            if message is None:
+                return None
+            if not message:
+                break
+            found.append((message["channel"].decode(errors="replace"), message["data"]))
+        return found
+
+    def _receive(self, timeout: float) -> dict[str, Any] | None:
+        """The next message; an empty one after `timeout` seconds; None if one may be lost."""
         if self._pubsub is None:
             if not self._forked:
                 threading.Event().wait(max(0.0, timeout))
@@ -109,7 +135,7 @@ class Subscription:
         except (RedisError, OSError):
             self.close()
             return None
-        return parse(message["data"], run_of(self._channel)) if message else []
+        return message or {}
 
     def close(self) -> None:
         if self._pubsub is not None:

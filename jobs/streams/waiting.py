@@ -2,11 +2,16 @@
 
 import logging
 
+from sqlalchemy import exc
+
 from beatless.errors import WaitTimeout
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.clock import monotonic
 
 logger = logging.getLogger("beatless.stream")
+
+POSTGRES_AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+"""The journal cannot be read now: Postgres is gone or full, or the pool has no connection left."""
 
 
 class Timeout:

@@ -178,6 +178,7 @@ def test_the_command_line_shows_none_of_it(
 ) -> None:
     monkeypatch.setenv("BEATLESS_APP", f"{__name__}:hidden")
     monkeypatch.setattr("beatless.cli.environment.load", lambda _name, _given: kit.app)
+    events = sum(len(kit.client.events(run_id)) for run_id in runs)
     for run_id in runs:
         for name in ("show", "events", "explain"):
             for flags in ((), ("--json",)):
@@ -186,6 +187,7 @@ def test_the_command_line_shows_none_of_it(
         assert command([*flags, "runs"]) == 0
         assert command([*flags, "dead-letters"]) == 0
         assert command([*flags, "dead-letters", "show", runs[1]]) == 0
+        assert command([*flags, "tail", "--from", runs[0], "--limit", str(events)]) == 0
     told = capsys.readouterr().out
     assert SECRET not in told
     assert told.count("hidden result") > 2

@@ -62,7 +62,7 @@ def uses(source: str, last: set[str]) -> Iterator[str]:
 
 PAUSES = {
     *("jobs/local/server.py", "jobs/local/stack_file.py"),
-    *("jobs/streams/streams.py", "jobs/streams/subscription.py"),
+    *("jobs/streams/streams.py", "jobs/streams/subscription.py", "jobs/streams/tail.py"),
 }
 """In calls that end by a deadline or with the thread of their caller, and that no `stop()` ends."""
 

@@ -1,0 +1,33 @@
+-- Statements of the tail of a namespace.
+
+-- name: clock
+-- Read the time.
+SELECT clock_timestamp()
+
+-- name: look_up
+-- Read of these runs whether a tail shows them, the last event, and the last that it does not show.
+-- A run that was started since the tail began is shown from its first event.
+SELECT r.run_id, r.plan, r.last_seq,
+       r.namespace = %(namespace)s
+       AND (%(plans)s::text[] IS NULL OR r.plan = ANY(%(plans)s::text[]))
+       AND (%(queue)s::text IS NULL OR r.queue = %(queue)s::text)
+       AND (%(tags)s::jsonb IS NULL OR r.tags @> %(tags)s::jsonb),
+       greatest(r.pruned_seq, CASE WHEN r.created_at >= %(began)s::timestamptz THEN 0 ELSE (
+         SELECT e.seq FROM {schema}.run_events e
+          WHERE e.run_id = r.run_id AND e.ts < %(began)s::timestamptz
+          ORDER BY e.seq DESC LIMIT 1) END)
+  FROM {schema}.runs r WHERE r.run_id = ANY(%(run_ids)s)
+
+-- name: started
+-- List the runs of a namespace that were started after another, in the order of their starts.
+SELECT created_at, run_id FROM {schema}.runs
+ WHERE namespace = %(namespace)s
+   AND (created_at, run_id) > (%(after_at)s::timestamptz, %(after_id)s::text)
+ ORDER BY created_at, run_id LIMIT {page_runs}
+
+-- name: ended
+-- List the runs that ended after another, in the order of their ends.
+SELECT ts, run_id FROM {schema}.run_events
+ WHERE type = 'RunFinished' AND ts >= %(after_at)s::timestamptz
+   AND (ts, run_id) > (%(after_at)s::timestamptz, %(after_id)s::text)
+ ORDER BY ts, run_id LIMIT {page_runs}
