@@ -745,6 +745,50 @@ async def two_flaky(run: RunContext) -> Any:
     return await asyncio.gather(run.step(flaky_slow), run.step(note))
 
 
+@step(retry=retry(max_attempts=3, initial=1, jitter=0))
+def timed(ctx: Any, number: int) -> int:
+    return number
+
+
+@plan("p")
+async def all_timed(run: RunContext) -> Any:
+    async def branch(number: int) -> int:
+        return int(await run.step(timed, await run.step(timed, number)))
+
+    return await asyncio.gather(*(branch(number) for number in range(3)))
+
+
+def ended_by_force(after: int) -> Journal:
+    """A run that leaves its worker as one of its attempts is ended, after so many bodies."""
+    journal, worker = Journal(all_timed), None
+
+    def pick(names: list[str]) -> str:
+        if sum(event.type == "StepFinished" for event in journal.events) < after:
+            return names[0]
+        late = worker.in_flight[names[-1]]
+        journal.write(late.interrupted(StepTimeout(late.occurrence, 1.0)).settlement)
+        raise WorkerDied  # another worker has the run from now on
+
+    worker = Worker(journal, call, picks=pick)
+    with suppress(WorkerDied):
+        worker.work()
+    journal.passed_s += 2
+    return journal
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_an_attempt_that_is_ended_by_force_counts_and_those_beside_it_do_not(after: int) -> None:
+    journal = ended_by_force(after)
+    finish(journal)
+
+    assert outcome(journal) == [0, 1, 2]
+    check(journal)
+    failed = [event.step for event in journal.events if event.type == "StepFailed"]
+    starts = [event for event in journal.events if event.type == "StepStarted"]
+    assert len(failed) == 1
+    assert {event.step for event in starts if event.attempt != 1} == set(failed)
+
+
 def test_a_step_that_the_plan_has_removed_is_left_out_before_others_begin() -> None:
     @plan("p")
     async def before(run: RunContext) -> Any:

@@ -1,5 +1,6 @@
 """The undoing of a run without Postgres: whatever dies, each step that was begun is undone once."""
 
+import asyncio
 from contextlib import suppress
 from typing import Any
 
@@ -27,8 +28,15 @@ def function(run: RunContext) -> None:
     run.step(three)
 
 
+@plan("branches", on_cancel=notify)
+async def branches(run: RunContext) -> None:
+    await asyncio.gather(run.step(one), run.step(two, 1), run.step(two, 2))
+    await run.step(three)
+
+
 UNDONE = {
     "list": ["undo_two#undo:two", "undo_one#undo:one"],
+    "branches": ["undo_two#undo:two#2", "undo_two#undo:two", "undo_one#undo:one"],
     "function": ["undo_two#undo:two#2", "undo_two#undo:two", "undo_one#undo:one"],
 }
 
@@ -49,7 +57,7 @@ def finished(journal: Journal) -> list[str | None]:
     return [event.step for event in journal.events if event.type == "StepFinished"]
 
 
-@pytest.mark.parametrize("made", [LIST, function])
+@pytest.mark.parametrize("made", [LIST, function, branches])
 @pytest.mark.parametrize("dies", ["dies_before", "dies_after"])
 def test_a_run_that_dies_anywhere_is_undone_as_if_it_had_not(made: Plan, dies: str) -> None:
     requests = Worker(journal := Journal(made), body)
@@ -65,7 +73,7 @@ def test_a_run_that_dies_anywhere_is_undone_as_if_it_had_not(made: Plan, dies: s
         assert [event.seq for event in journal.events] == list(range(1, len(journal.events) + 1))
 
 
-@pytest.mark.parametrize("made", [LIST, function])
+@pytest.mark.parametrize("made", [LIST, function, branches])
 def test_a_cancel_at_any_moment_undoes_what_was_begun_and_calls_on_cancel_last(made: Plan) -> None:
     for number in range(1, 12):
         journal = Journal(made)
