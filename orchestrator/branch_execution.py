@@ -66,6 +66,8 @@ class BranchExecution(FunctionExecution):
         super().__init__(*args, **options)
         self._in_flight: dict[str, Call] = {}
         """The calls whose bodies run, by occurrence."""
+        self._beginning: Sequence[Call] = ()
+        """Those whose start is being committed: it may be in the journal already."""
         self._begun_beside: dict[str, Call] = {}
         """Those that were begun beside others, and have no end."""
         self._told_to_end: set[str] = set()
@@ -152,8 +154,10 @@ class BranchExecution(FunctionExecution):
             return
         starts = [self._boundaries.begun_beside(call) for call in begun]
         settlement = self._boundaries.going_on(events, starts)
+        self._beginning = [call for call in begun if isinstance(call.step, Step)]
         committed = yield from self._write_all(replace(commit or EMPTY, settlement=settlement))
         if committed.cancelled:
+            self._beginning = ()
             return
         self._boundaries.note_begun()
         for place, call in enumerate(begun):
@@ -162,6 +166,7 @@ class BranchExecution(FunctionExecution):
             elif isinstance(call.step, Step):
                 self._in_flight[call.named] = self._begun_beside[call.named] = call
                 yield BeginBody(body=self._body(call, call.step))
+        self._beginning = ()
 
     def _note_begun_wait(self, call: Call, wait: Wait, seq: int) -> None:
         call.begin_wait(wait, seq)
@@ -392,7 +397,8 @@ class BranchExecution(FunctionExecution):
     def _interrupted(self, progress: Progress, step: Step, reason: Exception) -> Commit:
         """As there. Called in the thread of the watchdog."""
         commit = super()._interrupted(progress, step, reason)
-        others = [call for call in list(self._in_flight.values()) if call is not progress]
+        begun = {call.named: call for call in [*self._beginning, *list(self._in_flight.values())]}
+        others = [call for call in begun.values() if call is not progress]
         if not others:
             return commit
         settlement, failure = commit.settlement, commit.failure

@@ -17,7 +17,15 @@ from beatless.orchestrator.errors import StepTimeout
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.progress import BESIDE_OTHERS
-from beatless.orchestrator.requests import AwaitBody, BodyEnded, Cancelled, Raised, RunBody, Stopped
+from beatless.orchestrator.requests import (
+    AwaitBody,
+    BodyEnded,
+    Cancelled,
+    Commit,
+    Raised,
+    RunBody,
+    Stopped,
+)
 from beatless.orchestrator.state import RunState
 from tests.unit.test_execution import Journal, Worker, WorkerDied
 from tests.unit.test_function_execution import call, double, note, outcome, shaky
@@ -787,6 +795,35 @@ def test_an_attempt_that_is_ended_by_force_counts_and_those_beside_it_do_not(aft
     starts = [event for event in journal.events if event.type == "StepStarted"]
     assert len(failed) == 1
     assert {event.step for event in starts if event.attempt != 1} == set(failed)
+
+
+def test_an_attempt_that_begins_as_one_beside_it_is_ended_by_force_does_not_count() -> None:
+    """Its start is committed, but the worker does not know it yet."""
+    journal = Journal(all_timed)
+    worker: Worker
+
+    def commits(request: Commit) -> None:
+        types = [event.type.value for event in request.settlement.normal.events]
+        if types == ["StepFinished", "StepStarted"] and len(worker.in_flight) == 1:
+            (late,) = worker.in_flight.values()
+            journal.write(request.settlement)
+            journal.write(late.interrupted(StepTimeout(late.occurrence, 1.0)).settlement)
+            raise WorkerDied
+
+    worker = Worker(journal, call, commit=commits, picks=short_first)
+    with suppress(WorkerDied):
+        worker.work()
+    journal.passed_s += 2
+    finish(journal)
+
+    assert outcome(journal) == [0, 1, 2]
+    again = {e.step for e in journal.events if e.type == "StepStarted" and e.attempt != 1}
+    assert again == {"timed#3:1"}
+
+
+def short_first(names: list[str]) -> str:
+    """The third branch is the last one."""
+    return min(names, key=lambda name: (name.startswith("timed#3"), name))
 
 
 def test_a_step_that_the_plan_has_removed_is_left_out_before_others_begin() -> None:
