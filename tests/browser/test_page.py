@@ -312,7 +312,7 @@ def test_the_keyboard_is_enough(beatless: Kit, url: str, open_page: Opener) -> N
     expect(page.get_by_text("No runs yet")).to_be_visible()
     keys.press("Tab")
     expect(page.locator("#skip")).to_be_focused()
-    for name in ("beatless", "Runs", "Queues", "Schedules", "Dead letters", "System"):
+    for name in ("beatless", "Runs", "Queues", "Schedules", "Limits", "Dead letters", "System"):
         keys.press("Tab")
         expect(page.get_by_role("link", name=name, exact=True)).to_be_focused()
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
