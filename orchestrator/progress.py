@@ -11,7 +11,7 @@ from beatless.orchestrator.events import Event, EventType
 from beatless.orchestrator.function_plan import VERSIONS
 from beatless.orchestrator.open_waits import Approval, OpenWaits, received_of
 from beatless.orchestrator.plan import Element, Plan, Step, occurrence, step_of
-from beatless.orchestrator.waits import Wait
+from beatless.orchestrator.waits import Wait, WaitKind
 
 SNOOZED = "beatless.snoozed"
 """The trace that a Snooze leaves: the attempt before it was not a failure."""
@@ -473,8 +473,12 @@ def _next_step(
 ) -> Element | None:
     data = place.data or {}
     match place.type:
-        case EventType.STEP_STARTED | EventType.WAIT_STARTED | EventType.CHILDREN_STARTED:
-            return known_step(plan, step_of(place.step or ""))
+        case EventType.STEP_STARTED:
+            return _begun(plan, place, None)
+        case EventType.WAIT_STARTED:
+            return _begun(plan, place, data.get("kind"))
+        case EventType.CHILDREN_STARTED:
+            return _begun(plan, place, WaitKind.CHILDREN)
         case EventType.STEP_FINISHED | EventType.WAIT_FINISHED | EventType.CHILDREN_FINISHED:
             if "next" in data:
                 return None if data["next"] is None else known_step(plan, data["next"])
@@ -486,6 +490,17 @@ def _next_step(
         case _:
             chosen = data.get("reused", {}).get("next")
             return plan.first if chosen is None else known_step(plan, chosen)
+
+
+def _begun(plan: Plan, place: Event, kind: str | None) -> Element:
+    """The step, or wait of this kind, that has begun. Raises UnknownStep.
+
+    Also if something else has its name in this version: what has begun would never end.
+    """
+    found = known_step(plan, step_of(place.step or ""))
+    if kind != (found.kind if isinstance(found, Wait) else None):
+        raise UnknownStep(plan.name, found.name)
+    return found
 
 
 def first_name(started: Event) -> str | None:

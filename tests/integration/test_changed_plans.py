@@ -6,10 +6,25 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import App, CannotRetry, Fatal, Goto, Plan, RunState, Snooze, StepContext, retry, step
+from beatless import (
+    App,
+    CannotRetry,
+    Fatal,
+    Goto,
+    Plan,
+    RunState,
+    Snooze,
+    StepContext,
+    approve,
+    child,
+    retry,
+    sleep,
+    step,
+    wait,
+)
 from beatless.api import create_api
 from beatless.doctor import Doctor, Status
-from beatless.orchestrator.plan import Step
+from beatless.orchestrator.plan import Element, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP
 from beatless.places import places
 from beatless.testing import Kit
@@ -487,3 +502,48 @@ def test_the_results_of_a_renamed_step_have_the_name_that_each_version_gives_it(
     plan = Plan("order", [*told.plan.steps[:2], reads], renamed={"pay": "charge"})
     assert told.kit.executor().execute(plan, run_id, 0)
     assert beatless.client.get_run(run_id).result == "pay"
+
+
+SUBSTITUTES: dict[str, Callable[[list[str]], Element]] = {
+    "step": lambda ledger: make("charge", ledger),
+    "wait": lambda _: wait("charge"),
+    "sleep": lambda _: sleep(days=1, name="charge"),
+    "approval": lambda _: approve("charge"),
+    "child": lambda _: child("charge", OTHER),
+}
+OTHER = Plan("other", [make("other", [])])
+
+
+@pytest.mark.parametrize("kind", SUBSTITUTES)
+def test_what_has_begun_is_not_passed_by_as_something_else_of_its_name(
+    beatless: Kit, version: Make, kind: str
+) -> None:
+    """It has begun as each of them in turn; only a version with the same goes on there."""
+    ledger: list[str] = []
+
+    def plan(kind: str) -> Plan:
+        steps = (make("one", ledger), SUBSTITUTES[kind](ledger), make("mail", ledger))
+        return Plan("order", steps)
+
+    app = App(beatless.app.settings, [OTHER])
+    kit, begun_as = Kit(app), plan(kind)
+    run_id = beatless.start_run("order").run_id
+    if kind == "step":
+        with kit.crash("step.before", nth=2):
+            kit.executor().execute(begun_as, run_id, 0)
+        beatless.advance(LEASE_S + 1)
+    else:
+        kit.executor().execute(begun_as, run_id, 0)
+    seq = beatless.client.get_run(run_id).last_seq
+    ledger.clear()
+    for other in SUBSTITUTES.keys() - {kind}:
+        beatless.client.signal_run(run_id, other)  # which makes a run that waits due
+        beatless.drain_outbox_once()
+        beatless.advance(16)
+        assert kit.executor().execute(plan(other), run_id, 0), other
+        begun = {"StepStarted", "WaitStarted", "ChildrenStarted", "StepFinished", "RunFinished"}
+        later = beatless.client.events(run_id, from_seq=seq)
+        assert [event.type for event in later if event.type in begun] == [], other
+    assert ledger == []
+    app.close()
+    kit.close()
