@@ -25,7 +25,7 @@ from beatless.orchestrator.errors import (
     Fatal,
     StepFailed,
 )
-from beatless.orchestrator.events import EventType, NewEvent, encode
+from beatless.orchestrator.events import Event, EventType, NewEvent, encode
 from beatless.orchestrator.failure import (
     MESSAGE_LIMIT,
     cancel_error,
@@ -303,6 +303,19 @@ class Boundaries:
     def unreadable(self) -> Settlement:
         """No step shall get what stands for the run's input."""
         return self._ended(RunState.FAILED, [], UNREADABLE_INPUT)
+
+    def unreadable_event(self, event: Event) -> Settlement:
+        """The run cannot be folded: what it has done is unknown, and nothing more is done."""
+        facts = {
+            "type": "BadPayload",
+            "message": f"the data of event {event.seq} ({event.type}) of the run's journal is no "
+            "object, is nested too deeply, or has a number that is too long, as SQL can write it: "
+            "what the run has done is unknown",
+        }
+        return Settlement(
+            normal=self._end(RunState.FAILED, [], facts),
+            if_cancelled=self._end(RunState.CANCELLED, [], facts),
+        )
 
     def overdue(self, events: Sequence[NewEvent] = ()) -> Settlement:
         """The run has reached its deadline."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 from uuid import UUID
 
 from beatless.orchestrator.errors import BadPayload
-from beatless.outbox.message import one_line
+from beatless.outbox.message import UNREADABLE, one_line
 
 NESTING = 100
 """Levels of lists and objects in a value: every reader must get it back, on any Python's stack."""
@@ -72,11 +72,22 @@ class Event:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read an event from Postgres or Redis. Unknown members are ignored."""
-        return cls.from_dict(json.loads(text))
+        """Read an event from Postgres or Redis. Unknown members are ignored.
+
+        Its data, the last member, may be what only SQL can have written: see `is_unreadable`.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except (RecursionError, ValueError):
+            whole = text if isinstance(text, str) else text.decode()
+            head, found, _ = whole.partition(',"data":')
+            if not found:
+                raise
+            return cls.from_dict(json.loads(head + "}") | {"data": UNREADABLE})
 
     @classmethod
     def from_dict(cls, members: Mapping[str, Any]) -> Self:
+        data = members.get("data")
         return cls(
             run_id=members["run_id"],
             seq=members["seq"],
@@ -85,7 +96,7 @@ class Event:
             source=members["source"],
             step=members.get("step"),
             attempt=members.get("attempt"),
-            data=members.get("data"),
+            data=data if data is None or isinstance(data, dict) else dict(UNREADABLE),
             v=members.get("v", 1),
         )
 
@@ -103,6 +114,14 @@ class Event:
             if (value := getattr(self, name)) is not None:
                 members[name] = value
         return members
+
+
+def is_unreadable(event: Event) -> bool:
+    """Whether something else stands for its data, as for such an input.
+
+    It is nested too deeply, has a number of too many digits, or no members.
+    """
+    return event.data == UNREADABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 from beatless.orchestrator import long_history
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
-from beatless.orchestrator.events import Event, NewEvent, as_stored
+from beatless.orchestrator.events import Event, NewEvent, as_stored, is_unreadable
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
@@ -57,6 +57,14 @@ UNKNOWN_STEP_S = 1.0
 rolling deploy have it, or none."""
 
 
+class UnreadableEvent(Exception):
+    """Nobody can read this event of the run."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__(event)
+        self.event = event
+
+
 class Execution:
     """One worker's decisions about one run."""
 
@@ -91,6 +99,12 @@ class Execution:
 
         Raises Unstorable, and the error of a Stopped.
         """
+        try:
+            yield from self._work()
+        except UnreadableEvent as error:
+            yield from self._settle(self._boundaries.unreadable_event(error.event))
+
+    def _work(self) -> Requests:
         progress = yield from self._resume()
         while progress is not None and progress.step is not None:
             if isinstance(progress.step, Wait):
@@ -136,10 +150,13 @@ class Execution:
         return fold(self._plan, events)
 
     def _read_pages(self, take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
-        """Read the journal, a page at a time."""
+        """Read the journal, a page at a time. Raises UnreadableEvent."""
         page: CheckpointPage | None = None
         while page is None or not page.last:
             page = yield ReadJournal(behind=page)
+            for event in page.events:
+                if is_unreadable(event):
+                    raise UnreadableEvent(event)
             take(page.events)
 
     def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:

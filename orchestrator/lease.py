@@ -20,9 +20,8 @@ from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.state import RunState
-from beatless.outbox.adapters import UNREADABLE
 from beatless.outbox.clock import monotonic
-from beatless.outbox.message import shard_of
+from beatless.outbox.message import UNREADABLE, shard_of
 from beatless.outbox.pending import prepare_anew
 from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements

@@ -56,8 +56,7 @@ class UndoExecution(Execution):
         self._read_ends = read_ends
         self._has_children = False
 
-    def requests(self) -> Requests:
-        """As those of `Execution`."""
+    def _work(self) -> Requests:
         progress = yield from self._fold()
         if self._has_children and not (yield from self._end_children(progress)):
             return

@@ -21,6 +21,7 @@ from psycopg.rows import tuple_row
 from psycopg.types import array
 from psycopg.types.json import set_json_loads
 
+from beatless.outbox.message import UNREADABLE
 from beatless.outbox.times import FIRST_YEAR, LAST_YEAR
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -47,9 +48,6 @@ class UtcLoader(Loader):
             return EPOCH + timedelta(microseconds=microseconds)
         return EARLIEST if microseconds < FIRST else LATEST
 
-
-UNREADABLE = {"beatless.unreadable": "nested too deeply, or a number of it has too many digits"}
-"""Stands for JSON that only SQL can have written so: it must not have the lists fail."""
 
 _DECODER = json.JSONDecoder()
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 SHARDS = 16
 
+UNREADABLE = {"beatless.unreadable": "nested too deeply, or a number of it has too many digits"}
+"""Stands for JSON that only SQL can have written so: it must not have the lists fail."""
+
 
 def shard_of(run_id: str) -> int:
     """The shard whose relay carries this run's messages. The same for ever: it is stored."""

@@ -8,14 +8,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import App, Plan, RunContext, Schedule, StepContext, plan, step
+from beatless import App, Plan, RunContext, Schedule, StepContext, Undone, plan, step
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.cancels import Cancels
 from beatless.orchestrator.state import RunState
-from beatless.outbox.adapters import UNREADABLE as UNREAD_JSON
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.message import UNREADABLE as UNREAD_JSON
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
 from beatless.system import look
 from beatless.testing import Kit
@@ -470,3 +470,64 @@ def test_a_run_without_a_number_left_keeps_no_other_lease_of_a_dead_worker(
 
     tokens = {token for _, token in held}
     assert leases.end(postgres, held, uncalled=tokens) == dict.fromkeys(tokens, True)
+
+
+class TestEventsThatNobodyCanFold:
+    """What the run has done is unknown: it ends, and says which event it is."""
+
+    @pytest.fixture
+    def begun(self) -> list[str]:
+        return []
+
+    @pytest.fixture
+    def beatless_plans(self, begun: list[str]) -> list[Plan]:
+        @step
+        def release(ctx: StepContext, undone: Undone) -> None:
+            begun.append("release")
+
+        @step(undo=release)
+        def first(ctx: StepContext) -> str:
+            return "first"
+
+        @step
+        def second(ctx: StepContext) -> None:
+            begun.append("second")
+
+        @plan("function")
+        def function(run: RunContext) -> None:
+            run.step(first)
+            run.step(second)
+
+        return [Plan("list", [first, second]), function]
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            "(repeat('[', 3000) || repeat(']', 3000))::jsonb",
+            """jsonb_build_object('result', repeat('9', 5000)::jsonb, 'name', '","data":')""",
+            "'[1]'",
+            "'7'",
+        ],
+        ids=["deep", "long", "a list", "a number"],
+    )
+    def test_they_end_their_own_run_with_a_word(
+        self, beatless: Kit, postgres: psycopg.Connection, begun: list[str], data: str
+    ) -> None:
+        runs = [beatless.start_run(name).run_id for name in ("list", "function") * 2]
+        for run_id in runs:
+            beatless.step(run_id)
+        update = f"UPDATE run_events SET data = {data} WHERE type = 'StepFinished'"
+        postgres.execute(update.encode())
+        other = beatless.start_run("list")
+        for run_id in runs[2:]:
+            beatless.client.cancel_run(run_id)
+
+        beatless.work_until_idle()
+
+        assert beatless.client.get_run(other.run_id).state is RunState.COMPLETED
+        assert begun == ["second"]
+        for run_id, state in zip(runs, ["failed"] * 2 + ["cancelled"] * 2, strict=True):
+            run = beatless.client.get_run(run_id)
+            assert (run.state, run.error["type"]) == (state, "BadPayload")
+            assert "data of event 3 (StepFinished)" in run.error["message"]
+            assert beatless.client.events(run_id)[2].data == UNREAD_JSON
