@@ -151,7 +151,8 @@ RETURNING lease_token
 
 -- name: extend
 -- Keep these leases for their full time from now, but for those whose rows somebody holds.
--- A row that somebody holds is not waited for: the other leases must not run out meanwhile.
+-- A row that somebody holds is not waited for: the other leases must not run out meanwhile. Who keeps a
+-- lease is not dead, whatever was noted of the token.
 WITH held AS (
   SELECT r.run_id FROM unnest(%(run_ids)s::text[], %(tokens)s::bigint[]) AS l(run_id, token)
     JOIN {schema}.runs r ON r.run_id = l.run_id AND r.lease_token = l.token AND r.state = 'running'
@@ -159,7 +160,8 @@ WITH held AS (
      FOR NO KEY UPDATE OF r, d SKIP LOCKED
 ), u AS (
   UPDATE {schema}.runs r
-     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
+     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
+         dead_token = NULL
     FROM held WHERE r.run_id = held.run_id
   RETURNING r.run_id, lease_token, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
 ), d AS (

@@ -466,6 +466,23 @@ def test_an_attempt_is_given_back_once_though_the_next_claim_dies_before_it_begi
     assert given_back(beatless, lease.run.run_id) == 1
 
 
+def test_a_process_that_keeps_its_lease_is_not_dead_when_the_lease_runs_out_later(
+    beatless: Kit, connection: psycopg.Connection[Any]
+) -> None:
+    """It was taken for dead once."""
+    lease = claim(beatless, connection)
+    beatless.app.leases.note_death(connection, "w")
+    assert beatless.app.leases.extend(connection, [lease]) == []  # kept
+    beatless.advance(beatless.app.settings.lease_seconds + 1)
+
+    again = beatless.app.leases.claim(
+        connection, lease.run.run_id, plan="two_steps", worker="v", first_step=None, dispatch=2
+    )
+
+    assert again is not None
+    assert again.ran_out
+
+
 def test_a_process_that_lives_writes_nothing_of_an_attempt_that_was_given_back_for_it(
     beatless: Kit, connection: psycopg.Connection[Any]
 ) -> None:
