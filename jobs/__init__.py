@@ -12,11 +12,16 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.approval_links import ApprovalLink
     from beatless.client import Client, RunRequest, SignalRequest
     from beatless.errors import (
+        AccessDenied,
         BadRequest,
         BadSetting,
+        ExtraMissing,
         HistoryChanged,
         JobsError,
+        MigrationBlocked,
+        QueueBusy,
         SchemaBehind,
+        SchemaTaken,
         StatementTimeout,
         UnknownPlan,
         Unreachable,
@@ -41,6 +46,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
         RunCancelled,
         RunConflict,
         RunEnded,
+        RunIsActive,
         RunNotFound,
         ScheduleConflict,
         ScheduleNotFound,
@@ -55,7 +61,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.orchestrator.function_plan import plan
     from beatless.orchestrator.limit import Limit
     from beatless.orchestrator.open_waits import Approval, Signal
-    from beatless.orchestrator.outcomes import Finish, Goto, Snooze
+    from beatless.orchestrator.outcomes import Finish, Goto, PlanError, Snooze
     from beatless.orchestrator.plan import Plan, step
     from beatless.orchestrator.records import Run, SentDecision, SentSignal
     from beatless.orchestrator.retry import retry
@@ -67,6 +73,7 @@ if TYPE_CHECKING:  # read by type checkers and editors; `_MODULES` is the same a
     from beatless.settings import Settings
 
 _MODULES = {
+    "AccessDenied": "beatless.errors",
     "AlreadyDecided": "beatless.orchestrator.errors",
     "App": "beatless.app",
     "Approval": "beatless.orchestrator.open_waits",
@@ -84,6 +91,7 @@ _MODULES = {
     "ElementContext": "beatless.orchestrator.child_elements",
     "Event": "beatless.orchestrator.events",
     "EventsPruned": "beatless.orchestrator.errors",
+    "ExtraMissing": "beatless.errors",
     "Failure": "beatless.failures",
     "Fatal": "beatless.orchestrator.errors",
     "Finish": "beatless.orchestrator.outcomes",
@@ -93,12 +101,16 @@ _MODULES = {
     "JsonLines": "beatless.observe.logs",
     "LeaseLost": "beatless.orchestrator.errors",
     "Limit": "beatless.orchestrator.limit",
+    "MigrationBlocked": "beatless.errors",
     "Plan": "beatless.orchestrator.plan",
+    "PlanError": "beatless.orchestrator.outcomes",
+    "QueueBusy": "beatless.errors",
     "Run": "beatless.orchestrator.records",
     "RunCancelled": "beatless.orchestrator.errors",
     "RunConflict": "beatless.orchestrator.errors",
     "RunContext": "beatless.orchestrator.run_context",
     "RunEnded": "beatless.orchestrator.errors",
+    "RunIsActive": "beatless.orchestrator.errors",
     "RunNotFound": "beatless.orchestrator.errors",
     "RunRequest": "beatless.client",
     "RunState": "beatless.orchestrator.state",
@@ -106,6 +118,7 @@ _MODULES = {
     "ScheduleConflict": "beatless.orchestrator.errors",
     "ScheduleNotFound": "beatless.orchestrator.errors",
     "SchemaBehind": "beatless.errors",
+    "SchemaTaken": "beatless.errors",
     "SentDecision": "beatless.orchestrator.records",
     "SentSignal": "beatless.orchestrator.records",
     "Settings": "beatless.settings",
@@ -141,6 +154,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AccessDenied",
     "AlreadyDecided",
     "App",
     "Approval",
@@ -158,6 +172,7 @@ __all__ = [
     "ElementContext",
     "Event",
     "EventsPruned",
+    "ExtraMissing",
     "Failure",
     "Fatal",
     "Finish",
@@ -167,12 +182,16 @@ __all__ = [
     "JsonLines",
     "LeaseLost",
     "Limit",
+    "MigrationBlocked",
     "Plan",
+    "PlanError",
+    "QueueBusy",
     "Run",
     "RunCancelled",
     "RunConflict",
     "RunContext",
     "RunEnded",
+    "RunIsActive",
     "RunNotFound",
     "RunRequest",
     "RunState",
@@ -180,6 +199,7 @@ __all__ = [
     "ScheduleConflict",
     "ScheduleNotFound",
     "SchemaBehind",
+    "SchemaTaken",
     "SentDecision",
     "SentSignal",
     "Settings",

@@ -4,10 +4,13 @@ import ast
 import inspect
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import beatless
+from beatless import errors
+from beatless.orchestrator import errors as orchestrator_errors
 
 
 def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
@@ -53,3 +56,17 @@ def test_plans_and_steps_cost_neither_sqlalchemy_nor_celery() -> None:
         f"sys.exit(bool({heavy} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
+
+
+@pytest.mark.parametrize("module", [errors, orchestrator_errors], ids=["errors", "of runs"])
+def test_every_error_can_be_caught_by_a_name_of_the_package(module: ModuleType) -> None:
+    named = {name for name, value in vars(module).items() if _is_error_of(module, value)}
+    assert named - {"OrchestratorError"} <= set(beatless.__all__)
+
+
+def _is_error_of(module: ModuleType, value: object) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, BaseException)
+        and value.__module__ == module.__name__
+    )
