@@ -11,7 +11,12 @@ schema: str = context.config.attributes["schema"]
 connection = context.config.attributes["connection"]
 new: bool = context.config.attributes["new"]
 
-CREATE = f'CREATE SCHEMA IF NOT EXISTS "{schema}"'
+# Asked first: even IF NOT EXISTS wants the right to create one, which the owner of one may lack.
+CREATE = f"""DO $$ BEGIN
+  IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = '{schema}') THEN
+    CREATE SCHEMA IF NOT EXISTS "{schema}";
+  END IF;
+END $$"""
 PREPARE = (
     f'SET search_path TO "{schema}"',
     f"SET lock_timeout TO {LOCK_TIMEOUT_MS}",
@@ -36,11 +41,7 @@ if connection is None:
         with context.begin_transaction():
             context.run_migrations()
 else:
-    # Asked first: even IF NOT EXISTS wants the right to create one.
-    exists = "SELECT 1 FROM pg_namespace WHERE nspname = %(schema)s"
-    if not connection.exec_driver_sql(exists, {"schema": schema}).scalar():
-        connection.exec_driver_sql(CREATE)
-    for statement in PREPARE:
+    for statement in (CREATE, *PREPARE):
         connection.exec_driver_sql(statement)
     connection.commit()
     context.configure(connection=connection, **options)

@@ -122,6 +122,18 @@ def test_the_sql_for_people_makes_the_same_schema(
     check(beatless_app.engine, schema)
 
 
+def test_the_owner_of_a_schema_who_may_create_none_runs_the_sql_as_it_is(
+    postgres: psycopg.Connection, schema: str
+) -> None:
+    with psycopg.connect(postgres.info.dsn, password=postgres.info.password) as own:
+        own.execute(f"CREATE ROLE {schema}")
+        own.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {schema}")
+        own.execute(f"SET LOCAL ROLE {schema}")
+        own.execute(migration_sql(schema).replace("BEGIN;\n", "").replace("COMMIT;\n", ""))
+        assert own.execute("SELECT version_num FROM beatless_version").fetchall() == [(head(),)]
+        own.rollback()
+
+
 def test_a_schema_that_is_behind_is_told_from_one_that_is_not(
     beatless_app: App, postgres: psycopg.Connection, schema: str
 ) -> None:
