@@ -54,7 +54,14 @@ def ls(env: Environment) -> None:
 @click.pass_obj
 def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> None:
     """Set what NAME lets run at once, or begin, whatever plans say, also after a deploy."""
+    known = {state.name for state in env.client.limits()}
+    known.update(limit.name for plan in env.app.plans.values() for limit in plan.limits)
     env.client.set_limit(name, at_once, rate=rate)
+    if name not in known:
+        env.note(
+            f"no plan of the App has a limit {name}, and no run that runs or waits: it is set for "
+            f"those that will; known are: {', '.join(sorted(known)) or 'none'}"
+        )
     how = f"{rate} begin" if at_once is None else f"{at_once} run at once"
     env.note(f"limit {name} lets {how}; `beatless limits release {name}` ends that")
 

@@ -58,3 +58,16 @@ def test_explain_names_the_limit_that_a_run_waits_for_and_who_has_its_slots(
 
     assert f"waits for the limit stripe (key a): 1 of 1 in use by {first}" in shown
     assert "looked at when there is room" in shown
+
+
+@pytest.mark.parametrize(("name", "said"), [("stripe", False), ("strpe", True)])
+def test_a_limit_that_nothing_has_is_set_and_the_known_ones_are_told(
+    beatless: Kit, command: Command, name: str, said: bool
+) -> None:
+    for _ in range(2):
+        beatless.start_run("charge", {"account": "acct_7"})
+    command("limits", "set", name, "--at-once", "2")
+    assert ("known are: stripe" in command.error) == said
+    assert name in {state.name for state in beatless.client.limits() if state.is_set}
+    command("limits", "set", name, "--at-once", "3")
+    assert "known are" not in command.error  # it is set
