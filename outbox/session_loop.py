@@ -318,7 +318,8 @@ class SessionLoop:
             self.sessions.prove_listening(PING_TIMEOUT_S)
         for pid in self.sessions.end_silent(self._config.watchdog * FROZEN_AFTER_WATCHDOGS):
             logger.warning(
-                "a relay was silent for too long: its sessions were ended, its shards are free",
+                "a relay was killed, is frozen or is cut off: its sessions, which have sent no "
+                "statement for too long, were ended, and its shards are free",
                 extra={"action": "relay_silenced", "pid": pid},
             )
             self._observer(StalledRelayEnded(pid=pid))
