@@ -36,6 +36,8 @@ TLS_OPTIONS = (*FILES, "ssl_cert_reqs", "ssl_check_hostname")
 SENTINEL_TIMEOUT_S = 1.0
 """Seconds for each Sentinel: they are asked in turn, and the first may be the one that is gone."""
 
+UNQUOTED = "has a /, ? or # in its user or password: write them as %2F, %3F and %23"
+
 SENTINEL_OPTIONS = ("master_name", "sentinel_username", "sentinel_password", "ssl")
 
 
@@ -70,6 +72,8 @@ class RedisUrl:
         (scheme,) = schemes
         if len(parts) > 1 and scheme != "sentinel":
             raise ValueError("names several servers, which only a sentinel:// URL may")
+        if scheme != "unix" and any("@" in part.path + part.fragment for part in parts):
+            raise ValueError(UNQUOTED)
         options = dict(pair for part in parts for pair in parse_qsl(part.query))
         known = {*TLS_OPTIONS, *(SENTINEL_OPTIONS if scheme == "sentinel" else ()), "db"}
         if unknown := sorted(options.keys() - known):
@@ -91,6 +95,8 @@ class RedisUrl:
         try:
             hosts = [(part.hostname or "localhost", part.port or port) for part in parts]
         except ValueError as error:
+            if any("@" in part.query for part in parts):
+                raise ValueError(UNQUOTED) from None
             raise ValueError(f"has a bad port: {error}") from None
         return cls(
             scheme=scheme,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn, Self
+from urllib.parse import unquote
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -208,13 +209,19 @@ class Settings:
     def _check_postgres(self, name: str, value: str) -> None:
         try:
             url = engine_url(value)
-        except (ArgumentError, ValueError):
+        except ArgumentError:
             self._refuse(name, "is not a URL" if value else "is empty")
+        except ValueError:
+            self._refuse(name, "has a port that is not a number")
         drivername = value.partition("://")[0]
         if drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
             driver = drivername.partition("+")[2]
             also = f": the driver is psycopg 3, not {driver}" if driver else ""
             self._refuse(name, f"starts with {drivername}://, not with postgresql://{also}")
+        if "@" in (url.host or ""):
+            self._refuse(name, "has more than one @: write that of a user or password as %40")
+        if url.query and (problem := _problem_with_options(value)):
+            self._refuse(name, problem)
         target = url.query.get("target_session_attrs", "any")
         if target not in TARGETS:
             problem = f"has target_session_attrs={target}, where nothing can be written: choose "
@@ -349,10 +356,11 @@ def variables(cls: type[Settings]) -> list[Field[Any]]:
 
 
 def redact(value: Any) -> Any:
-    """A URL without its password; anything else unchanged."""
+    """A URL without its passwords; anything else unchanged."""
     if isinstance(value, str) and "://" in value:
-        value = re.sub(r"(://[^:/@;]*):[^@;]*@", r"\1:***@", value)
-        return re.sub(r"(sentinel_password=)[^&;]*", r"\1***", value)
+        # To the last @ of each: a password may have one. Rather too much than too little.
+        value = re.sub(r"(://[^:/@;]*):[^;]*@", r"\1:***@", value)
+        return re.sub(r"(password=)[^&;]*", r"\1***", value)
     return value
 
 
@@ -360,9 +368,24 @@ def engine_url(url: str) -> URL:
     """The URL for SQLAlchemy, on the psycopg driver. It names several hosts in a way of its own."""
     found = SEVERAL_HOSTS.fullmatch(url)
     if found is None:
-        return make_url(url).set(drivername="postgresql+psycopg")
+        one = make_url(url).set(drivername="postgresql+psycopg")
+        if one.host and one.host[:3].lower() == "%2f":  # a directory of sockets, as libpq has it
+            one = one.set(host="").update_query_dict({"host": unquote(one.host)})
+        return one
     plain = make_url(f"{found['start']}{found['rest']}").set(drivername="postgresql+psycopg")
     return plain.update_query_dict({"host": found["hosts"].split(",")})
+
+
+def _problem_with_options(url: str) -> str:
+    """What libpq says of the options of a URL; "" if it takes them."""
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        conninfo_to_dict(libpq_url(url))
+    except ProgrammingError as error:
+        return f"has options that libpq does not take: {str(error).strip()}"
+    return ""
 
 
 def libpq_url(url: str | URL) -> str:

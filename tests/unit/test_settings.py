@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import sqlalchemy
 from psycopg.conninfo import conninfo_to_dict
 
 from beatless import BadSetting, Settings
@@ -63,6 +64,12 @@ def test_variables_of_others_are_not_ours():
         ("BEATLESS_MAX_EVENT_BYTES", "199", "is 199, below 200: our own events need that"),
         ("BEATLESS_RETENTION_DAYS", "-1", "which is not a number of days; 0 is for ever"),
         ("BEATLESS_RUN_RETENTION_DAYS", "nan", "which is not a number of days; 0 is for ever"),
+        ("BEATLESS_DATABASE_URL", "postgresql://u:p@ss@h/db", "that of a user or password as %40"),
+        ("BEATLESS_DATABASE_URL", "postgresql://u:p@h:x/db", "has a port that is not a number"),
+        ("BEATLESS_DATABASE_URL", "postgresql://h/db?prepare=0", 'query parameter: "prepare"'),
+        ("BEATLESS_REDIS_URL", "redis://:se#cret@h/0", "write them as %2F, %3F and %23"),
+        ("BEATLESS_REDIS_URL", "redis://:se/cret@h/0", "write them as %2F, %3F and %23"),
+        ("BEATLESS_REDIS_URL", "redis://:se?cret@h/0", "write them as %2F, %3F and %23"),
         ("BEATLESS_FAULT", "nowhere", "no crash point 'nowhere': choose one of beside.before"),
         ("BEATLESS_FAULT", "step.before:explode", "no crash action 'explode'"),
         ("BEATLESS_FAULT", "step.before@often", "is wrong"),
@@ -123,7 +130,20 @@ def test_passwords_are_never_shown():
     settings = Settings.from_env(MINIMAL)
     assert "secret" not in repr(settings)
     assert redact("amqp://me:secret@rabbit//") == "amqp://me:***@rabbit//"
+    assert redact("redis://:se@cret@redis/0") == "redis://:***@redis/0"
+    query = "postgresql://db/app?user=me&password=secret&sslpassword=secret&connect_timeout=5"
+    assert redact(query) == query.replace("secret", "***")
     assert redact(5) == 5
+
+
+def test_a_directory_of_sockets_is_one_in_either_spelling():
+    for directory in ("%2Frun%2Fpostgresql", "%2frun%2fpostgresql"):
+        url = f"postgresql://me:s%40cret@{directory}:5433/app?sslmode=disable"
+        assert Settings.from_env(MINIMAL | {"BEATLESS_DATABASE_URL": url}).database_url == url
+        dialect = sqlalchemy.create_engine(engine_url(url)).dialect
+        _, options = dialect.create_connect_args(engine_url(url))
+        assert options.pop("context", None) is not None
+        assert options == conninfo_to_dict(libpq_url(url)) | {"port": 5433}
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
