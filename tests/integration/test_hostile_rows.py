@@ -17,6 +17,7 @@ from beatless.orchestrator.state import RunState
 from beatless.outbox.backoff import Backoff
 from beatless.outbox.message import UNREADABLE as UNREAD_JSON
 from beatless.outbox.observer import RelayAsleep, RelayFailed, RunSetAside
+from beatless.places import places
 from beatless.system import look
 from beatless.testing import Kit
 from beatless.verify import verify
@@ -521,6 +522,8 @@ class TestEventsThatNobodyCanFold:
         other = beatless.start_run("list")
         for run_id in runs[2:]:
             beatless.client.cancel_run(run_id)
+        found = places(beatless.app.engine, beatless.app.journal, beatless.app.plans)
+        assert sum(place.runs for place in found) == 5
 
         beatless.work_until_idle()
 
