@@ -19,11 +19,11 @@ DOCS_STAMP = $(VENV)/installed-docs
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
+.PHONY: help install build demo test test-oldest test-django6 test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(STAMP) ## Create the virtual environment with everything the other targets need
 
@@ -71,6 +71,13 @@ test-oldest: ## The heart of the suite with the oldest of everything that pyproj
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(IN_OLDEST:%=tests/%) \
 	  --ignore tests/unit/test_lint_rules.py $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
+
+test-django6: ## django.tasks on Django 6; exit 3 unless PYTHON is 3.12 or newer
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "Django 6 needs Python 3.12 or newer; try: make PYTHON=python3.12 test-django6" >&2; exit 3; }
+	@$(MAKE) install VENV=$(VENV)-django6 LOCK=requirements-django6.txt
+	@mkdir -p .tmp
+	TMPDIR="$(CURDIR)/.tmp" $(VENV)-django6/bin/python -m pytest deploy/django6 -n 0 $(ARGS)
 
 # Nothing downloads a browser: the distribution's is driven.
 BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys; sys.exit(not find())' || \
@@ -200,7 +207,10 @@ COMPILE = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null
   --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
   --no-header --no-annotate --all-build-deps
 
-lock: ## Pin what is installed, with hashes: requirements.txt, requirements-oldest.txt, requirements-docs.txt (needs Python 3.11)
+# Django 6 needs a newer one.
+DJANGO6_PYTHON ?= python3.12
+
+lock: ## Pin what is installed, with hashes: the requirements files (needs Python 3.11, and 3.12 for DJANGO6_PYTHON)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "the lock is made with Python 3.11; try: make PYTHON=python3.11 lock" >&2; exit 2; }
 	$(PYTHON) -m venv --clear .venv-lock
@@ -209,8 +219,11 @@ lock: ## Pin what is installed, with hashes: requirements.txt, requirements-olde
 	.venv-lock/bin/python .ci/floors.py > .venv-lock/floors.txt
 	$(COMPILE) $(EXTRAS_OLDEST) --constraint .venv-lock/floors.txt --output-file requirements-oldest.txt pyproject.toml
 	$(COMPILE) --extra docs --constraint requirements.txt --output-file requirements-docs.txt pyproject.toml
+	$(DJANGO6_PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools
+	$(COMPILE) --extra dev --extra test --extra django --output-file requirements-django6.txt pyproject.toml
 	@rm -rf .venv-lock
-	@! grep -nE '://|^beatless|^-|WARNING' requirements.txt requirements-oldest.txt requirements-docs.txt
+	@! grep -nE '://|^beatless|^-|WARNING' requirements*.txt
 
 PEER_LOCKS = benchmarks/peers/locks
 lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oban, npm)

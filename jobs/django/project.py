@@ -17,6 +17,7 @@ from sqlalchemy import event
 from beatless.app import App
 from beatless.client.base import DEFAULT_APP
 from beatless.django.databases import url_of
+from beatless.django.task_plans import TASKS_MODULE, plans_of_tasks, run_backends
 from beatless.errors import BadSetting
 from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.schedule import Schedule
@@ -98,12 +99,14 @@ def settings_of_project(*, test: bool = False) -> Settings:
         raise BadSetting(error.name, problem, error.example) from error
 
 
-def modules_of_plans() -> list[ModuleType]:
-    """The module `plans` of each installed app that has one, imported."""
+def modules_of_apps(name: str) -> list[ModuleType]:
+    """The modules of this name of the installed apps that have one, but for ours, imported."""
     return [
-        importlib.import_module(f"{config.name}.{MODULE}")
+        importlib.import_module(f"{config.name}.{name}")
         for config in apps.get_app_configs()
-        if config.module is not None and module_has_submodule(config.module, MODULE)
+        if config.label != "beatless"
+        and config.module is not None
+        and module_has_submodule(config.module, name)
     ]
 
 
@@ -119,7 +122,8 @@ def new_app(*, test: bool = False) -> App:
     `test` is for a test database: Postgres drops none to which a connection is open, so that each
     is closed after its use.
     """
-    found, modules = given(), modules_of_plans()
+    found, modules = given(), modules_of_apps(MODULE)
+    tasks = plans_of_tasks(modules_of_apps(TASKS_MODULE)) if run_backends() else []
     hooks = {
         name.lower(): import_string(hook) if isinstance(hook := found[name], str) else hook
         for name in ("ON_FAILURE", "REDACT")
@@ -127,7 +131,7 @@ def new_app(*, test: bool = False) -> App:
     }
     app = App(
         settings_of_project(test=test),
-        plans=found_in(modules, Plan),
+        plans=[*found_in(modules, Plan), *tasks],
         schedules=found_in(modules, Schedule),
         name=found.get("NAME", DEFAULT_APP),
         **hooks,

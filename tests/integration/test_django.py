@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,9 @@ OF_LATER_PARTS = {
     "test_models.py",
 }
 """Files of the page that go beyond its first project."""
+
+OF_DJANGO_6 = {"shop/tasks.py", "test_tasks.py"}
+"""Files of the page that `make test-django6` executes."""
 
 OF_A_TRIGGER = """
 from shop.models import Order
@@ -95,12 +100,19 @@ def test_the_page_of_the_docs_is_a_project_that_works_without_pytest_django(
 ) -> None:
     package = pytester.mkpydir("shop")
     (package / "models.py").write_text(MODELS)
-    for name in set(BLOCKS) - {"shop/asgi.py", *OF_LATER_PARTS}:
+    for name in set(BLOCKS) - {"shop/asgi.py", *OF_LATER_PARTS, *OF_DJANGO_6}:
         (shop / name).write_text(BLOCKS[name])
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "shop.settings")
     found = outcomes(pytester, "-p", "no:django")
     assert found.pop("passed") == 1
     assert found.keys() <= {"warnings"}, found  # an option of pytest-django is unknown
+
+
+def test_the_backend_of_tasks_names_the_django_that_it_needs() -> None:
+    code = "import beatless.django.tasks"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    needs = "beatless.django.tasks needs django.tasks, which Django has from 6.0 on, and this is 5."
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {needs}"), done.stderr
 
 
 def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
@@ -111,7 +123,7 @@ def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
 ) -> None:
     """Those of the page, and one of its trigger, which starts the runs that the view starts too."""
     shutil.copytree(ROOT / "examples" / "django_shop" / "shop", shop / "shop")
-    for name in set(BLOCKS) - {"shop/asgi.py", "test_shop.py"}:
+    for name in set(BLOCKS) - {"shop/asgi.py", "test_shop.py", *OF_DJANGO_6}:
         (shop / name).write_text(BLOCKS[name])
     (shop / "test_trigger.py").write_text(OF_A_TRIGGER)
     test_database = {
