@@ -52,7 +52,7 @@ def test_on_a_phone_the_list_has_plan_queue_tags_and_the_chosen_filter(
     for words in ("refund", "payments", "order=7", run[-8:], "cancelled"):
         expect(row.get_by_text(words, exact=True)).to_be_in_viewport(ratio=1)
     expect(page.get_by_role("button", name="cancelled", pressed=True)).to_be_in_viewport(ratio=1)
-    for name in ("Runs", "Queues", "Schedules", "Dead letters", "System"):
+    for name in ("Runs", "Queues", "Schedules", "Limits", "Dead letters", "System"):
         expect(page.get_by_role("link", name=name)).to_be_in_viewport(ratio=1)
 
 
