@@ -160,8 +160,8 @@ WITH held AS (
      FOR NO KEY UPDATE OF r, d SKIP LOCKED
 ), u AS (
   UPDATE {schema}.runs r
-     SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),
-         dead_token = NULL
+     SET dead_token = NULL,
+         lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
     FROM held WHERE r.run_id = held.run_id
   RETURNING r.run_id, lease_token, lease_expires_at, cancel_requested_at IS NOT NULL AS cancelled
 ), d AS (

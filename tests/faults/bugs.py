@@ -76,9 +76,8 @@ BUGS = {
     ),
     "a heartbeat keeps no lease": Bug(
         "orchestrator/lease.sql",
-        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)\n"
-        "    FROM held",
-        "SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s / 50)\n"
+        "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)\n    FROM held",
+        "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s / 50)\n"
         "    FROM held",
     ),
     "a tick is lost when the relay dies between insert and move": Bug(
