@@ -78,6 +78,8 @@ class Event:
         """
         try:
             return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError:  # cut off, or no event at all
+            raise
         except (RecursionError, ValueError):
             whole = text if isinstance(text, str) else text.decode()
             head, found, _ = whole.partition(',"data":')
