@@ -61,7 +61,7 @@ class BeatlessConfig(AppConfig):  # type: ignore[misc]  # Django has no types
                 # Not one that the kit has lent its test's. Modules hold the object itself.
                 fresh = new_app(test=test)
                 self._app.close()
-                self._app.__dict__ = fresh.__dict__
+                self._app.__dict__ = dict(vars(fresh))
                 self._settings, self._made = fresh.settings, url
             return self._app
 
