@@ -311,6 +311,7 @@ def test_each_kind_of_call_refuses_the_connections_of_the_other(
             await refused(
                 functools.partial(client.aget_run, "any", connection=given), "not Connection"
             )
+        engine.dispose()
 
     asyncio.run(main())
 

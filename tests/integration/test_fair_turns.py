@@ -54,7 +54,8 @@ class Line:
         """Replace the relays by so many new ones, each with its part of the shards."""
         self.dismiss()
         for place in range(relays):
-            relay = recording(self._app, self._doors)
+            # However slow the machine: messages that are not claimed yet are no lost ones.
+            relay = recording(self._app, self._doors, redispatch=3600.0)
             relay.drain_once("no such run")
             self._made.append(relay)
             self.relays.append((relay._once[1], ALL_SHARDS[place::relays]))

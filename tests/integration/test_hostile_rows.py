@@ -230,7 +230,7 @@ def test_a_hostile_schedule_keeps_no_other_from_being_fired_and_listed(
     assert [each.name for each in beatless.client.schedules()] == ["good", "hostile"]
 
 
-UNREAD = {"deep": "[" * 3000 + "]" * 3000, "long": "1" * 5000}
+UNREAD = {"deep": "[" * 12_000 + "]" * 12_000, "long": "1" * 5000}
 
 
 @pytest.mark.parametrize("text", UNREAD.values(), ids=UNREAD)
