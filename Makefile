@@ -72,7 +72,7 @@ test-oldest: ## The heart of the suite with the oldest of everything that pyproj
 	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(IN_OLDEST:%=tests/%) \
 	  --ignore tests/unit/test_lint_rules.py $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
 
-test-django6: ## django.tasks on Django 6; exit 3 unless PYTHON is 3.12 or newer
+test-django6: ## django.tasks on Django 6, with Django's own tests of it; exit 3 unless PYTHON is 3.12 or newer
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "Django 6 needs Python 3.12 or newer; try: make PYTHON=python3.12 test-django6" >&2; exit 3; }
 	@$(MAKE) install VENV=$(VENV)-django6 LOCK=requirements-django6.txt

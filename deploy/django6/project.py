@@ -25,6 +25,10 @@ def no_calls():
     tasks.calls.clear()
 
 
+async def at_once(result):
+    return read(result)
+
+
 def read(result):
     return task_backends[result.backend].get_result(result.id)
 
@@ -52,6 +56,7 @@ def test_a_task_is_a_plan_by_its_path_with_its_queue_and_priority(beatless, db):
     assert result.task.priority == read(result).task.priority == -100
     beatless.work_until_idle()
     result = asyncio.run(tasks.send.aget_result(result.id))
+    assert asyncio.run(at_once(result)) == result
     assert (result.return_value, result.kwargs) == ("sent to ann", {"to": "ann"})
     assert result.enqueued_at <= result.started_at <= result.finished_at
     assert {app.plans["shop.tasks.send"].queue, app.plans["shop.tasks.note"].queue} == {

@@ -6,6 +6,7 @@
 A task is a plan of one step, called by the path of its function.
 """
 
+import asyncio
 import builtins
 import re
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from django.core import checks
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
+from beatless.client import Client
 from beatless.client.requests import queue_name
 from beatless.django.django_client import client
+from beatless.django.project import app_of_project
 from beatless.django.task_plans import FIRST_WITH_TASKS, TASKS_MODULE
 from beatless.errors import BadRequest, UnknownPlan
 from beatless.orchestrator import errors as our_errors
@@ -131,10 +134,13 @@ class BeatlessBackend(BaseTaskBackend):  # type: ignore[misc]  # Django has no t
     def get_result(self, result_id: Any) -> Any:
         """The result of a run, in the caller's `transaction.atomic()` if there is one.
 
+        In a coroutine, where no block can be, it is read on a connection of ours: the event loop
+        waits for it, as it does not for `aget_result`.
+
         Raises TaskResultDoesNotExist: there is no such run, it is of another backend, or of a plan
         that is no task (any more).
         """
-        reader = client()
+        reader = _reader()
         try:
             run = reader.get_run(str(result_id))
             events = reader.events(run.run_id) if run.started_at else []
@@ -219,6 +225,14 @@ class BeatlessBackend(BaseTaskBackend):  # type: ignore[misc]  # Django has no t
         if run.state is RunState.COMPLETED:
             object.__setattr__(found, "_return_value", run.result)
         return found
+
+
+def _reader() -> Client:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return client()
+    return app_of_project().client
 
 
 def _errors(run: Run, events: Sequence[Event]) -> list[dict[str, Any]]:
