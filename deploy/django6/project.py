@@ -15,6 +15,7 @@ from shop.orders import place_order
 
 from beatless import RunState, retry
 from beatless.django import app, client
+from beatless.django.task_plans import plan_of
 from beatless.django.tasks import class_path
 
 BACKEND = "beatless.django.tasks.BeatlessBackend"
@@ -91,6 +92,14 @@ def test_a_task_is_tried_again_and_its_errors_are_kept(beatless, db):
     assert (result.attempts, result.worker_ids[:2]) == (3, ["unknown", "unknown"])
     assert result.errors[0].exception_class_path == "shop.tasks.Card.Declined"
     assert result.started_at < result.last_attempted_at < result.finished_at
+
+
+def test_options_of_the_backend_are_for_tasks_that_say_nothing():
+    options = {"RETRY": retry(max_attempts=2), "TIMEOUT": 5}
+    (silent,) = plan_of(tasks.note, options).steps
+    (own,) = plan_of(tasks.pack, options).steps
+    assert (silent.retry.max_attempts, silent.timeout) == (2, 5)
+    assert (own.retry.max_attempts, own.timeout) == (5, 30)
 
 
 def test_a_task_whose_attempts_are_used_up_has_failed(beatless, db):
@@ -196,6 +205,7 @@ def test_signals_tell_of_the_start_and_the_end_and_repeat_no_work(beatless, db):
     for each in (signals.task_enqueued, signals.task_started, signals.task_finished):
         each.disconnect(hear)
     assert tasks.calls == ["once"]
+    assert read(result).status == TaskResultStatus.SUCCESSFUL
     for one, end in ((result, TaskResultStatus.SUCCESSFUL), (failed, TaskResultStatus.FAILED)):
         assert [(signal, status) for signal, about, status in told if about == one.id] == [
             (signals.task_enqueued, TaskResultStatus.READY),
