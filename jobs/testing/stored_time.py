@@ -55,21 +55,15 @@ def move_into_past(
         "seconds": seconds,
         "milliseconds": round(seconds * 1000),
         "names": list(NAMES_OF_TICKS),
-        "types": [type for type, _ in TIMES_IN_EVENTS],
-        "members": [member for _, member in TIMES_IN_EVENTS],
     }
-    # In the order in which writers lock: a run, its events, its dispatch. Those without a page have
-    # no rows: to plan an UPDATE of each of them took most of the time of a call.
+    # In the order in which writers lock: a run, its events, its dispatch.
     tables = execute(
         connection,
         """
-WITH tables AS MATERIALIZED (  -- the size of another test's table would wait for its locks
-  SELECT c.oid, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-   WHERE n.nspname = %(schema)s AND c.relkind = 'r'
-)
 SELECT c.relname, array_agg(a.attname::text)
-  FROM tables c JOIN pg_attribute a ON a.attrelid = c.oid
- WHERE pg_relation_size(c.oid) > 0 AND a.attnum > 0 AND NOT a.attisdropped
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid
+ WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
    AND a.atttypid = 'timestamptz'::regtype AND NOT a.attname = ANY(%(names)s)
  GROUP BY c.relname ORDER BY c.relname = 'dispatches', c.relname DESC""",
         moved,
@@ -79,19 +73,16 @@ SELECT c.relname, array_agg(a.attname::text)
             f"{column} = {column} - make_interval(secs => %(seconds)s)" for column in columns
         )
         execute(connection, f"UPDATE {schema}.{table} SET {changes}", moved)
-    execute(
-        connection,
-        f"""
-UPDATE {schema}.run_events e
-   SET data = jsonb_set(data, ARRAY[member], to_jsonb(
-         (data ->> member)::bigint - %(milliseconds)s))
-  FROM unnest(%(types)s::text[], %(members)s::text[]) AS t(type, member)
- WHERE e.type = t.type AND jsonb_typeof(data -> member) = 'number'""",
-        moved,
-    )
+    for type, member in TIMES_IN_EVENTS:
+        execute(
+            connection,
+            f"""
+UPDATE {schema}.run_events
+   SET data = jsonb_set(data, '{{{member}}}', to_jsonb(
+         (data ->> '{member}')::bigint - %(milliseconds)s))
+ WHERE type = '{type}' AND jsonb_typeof(data -> '{member}') = 'number'""",
+            moved,
+        )
     # A relay that stays awake knows the time of the next tick as it was.
-    execute(
-        connection,
-        "SELECT pg_notify(%(channel)s, message) FROM unnest(%(messages)s::text[]) message",
-        {"channel": channel, "messages": ["", SCHEDULES_CHANGED]},
-    )
+    for message in ("", SCHEDULES_CHANGED):
+        execute(connection, "SELECT pg_notify(%(c)s, %(m)s)", {"c": channel, "m": message})

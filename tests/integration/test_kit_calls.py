@@ -5,7 +5,6 @@ import re
 from contextlib import closing
 
 import pytest
-import sqlalchemy
 
 from beatless import App, Plan, RunState, step
 from beatless.auth import Scope, Tokens
@@ -95,20 +94,6 @@ class TestTime:
         assert failed.data["retry_at"] == retry_at - 40 * 86_400_000
         assert abs(failed.data["retry_at"] / 1000 - waits.not_before.timestamp()) < 0.002
         beatless.verify()
-
-    def test_it_passes_in_few_statements_where_something_is_stored(self, beatless: Kit):
-        beatless.start_run("two_steps")
-        said: list[str] = []
-
-        def note(_connection, _cursor, statement, *_given):
-            said.append(statement)
-
-        sqlalchemy.event.listen(beatless.app.engine, "before_cursor_execute", note)
-        beatless.advance(1)
-        moved = re.findall(r"UPDATE \w+\.(\w+)", "\n".join(said))
-        assert {"runs", "dispatches", "run_events"} <= set(moved)
-        assert not {"schedules", "signals", "api_tokens", "limit_slots"} & set(moved)
-        assert moved.count("run_events") <= 2
 
     def test_a_token_grows_old_too(self, beatless: Kit):
         tokens = Tokens(beatless.app.engine, beatless.app.settings.schema)
