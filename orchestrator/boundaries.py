@@ -71,6 +71,11 @@ UNREADABLE_INPUT = {
     "message": "the run's input is nested too deeply to be read, or a number of it is too long",
 }
 
+Facts = dict[str, Any]
+"""The members of an error."""
+
+ENDED_UNREAD = (RunState.FAILED, RunState.CANCELLED)
+
 FAILURE_BYTES = 262_144
 """Above the needs of any failure, see `orchestrator.failure`."""
 
@@ -305,17 +310,10 @@ class Boundaries:
         return self._ended(RunState.FAILED, [], UNREADABLE_INPUT)
 
     def unreadable_event(self, event: Event) -> Settlement:
-        """The run cannot be folded: what it has done is unknown, and nothing more is done."""
-        facts = {
-            "type": "BadPayload",
-            "message": f"the data of event {event.seq} ({event.type}) of the run's journal is no "
-            "object, is nested too deeply, or has a number that is too long, as SQL can write it: "
-            "what the run has done is unknown",
-        }
-        return Settlement(
-            normal=self._end(RunState.FAILED, [], facts),
-            if_cancelled=self._end(RunState.CANCELLED, [], facts),
-        )
+        """What the run has done is unknown: nothing more is done, also for a cancel."""
+        text = _failure_text(_facts_of_unreadable(event))
+        failed, cancelled = (self._end_with(s, [], text) for s in ENDED_UNREAD)
+        return Settlement(normal=failed, if_cancelled=cancelled)
 
     def overdue(self, events: Sequence[NewEvent] = ()) -> Settlement:
         """The run has reached its deadline."""
@@ -464,25 +462,22 @@ class Boundaries:
         error = cancel_error(None) | {"on_cancel": facts}
         return Settlement.ignoring_cancel(self._end(RunState.CANCELLED, [failed], error))
 
-    def _ended(
-        self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]
-    ) -> Settlement:
+    def _ended(self, state: RunState, events: Sequence[NewEvent], facts: Facts) -> Settlement:
         if self.undoes and state is RunState.FAILED:
             started = NewEvent(
                 type=EventType.UNDO_STARTED, data=f'{{"error":{_failure_text(facts)}}}'
             )
             undone = Boundary(events=[*events, started], state=RunState.QUEUED)
             return Settlement(normal=undone, if_cancelled=self._cancelled(events), reason=UNDOING)
-        return Settlement(
-            normal=self._end(state, events, facts), if_cancelled=self._cancelled(events)
-        )
+        normal = self._end(state, events, facts)
+        return Settlement(normal=normal, if_cancelled=self._cancelled(events))
 
     def _cancelled(self, events: Sequence[NewEvent]) -> Boundary:
         if self._plan.on_cancel is not None or self.undoes:
             return Boundary(events=events, state=RunState.QUEUED)
         return self._end_with(RunState.CANCELLED, events, CANCELLED_TEXT)
 
-    def _end(self, state: RunState, events: Sequence[NewEvent], facts: dict[str, Any]) -> Boundary:
+    def _end(self, state: RunState, events: Sequence[NewEvent], facts: Facts) -> Boundary:
         return self._end_with(state, events, _failure_text(facts))
 
     def _end_with(self, state: RunState, events: Sequence[NewEvent], text: str) -> Boundary:
@@ -491,9 +486,7 @@ class Boundaries:
         )
         return Boundary(events=[*events, ended], state=state, error=text)
 
-    def _failure(
-        self, progress: Progress, facts: dict[str, Any], *, final: bool = False
-    ) -> NewEvent:
+    def _failure(self, progress: Progress, facts: Facts, *, final: bool = False) -> NewEvent:
         last = f',"{FINAL}":true' if final else ""
         return NewEvent(
             type=EventType.STEP_FAILED,
@@ -512,8 +505,17 @@ class Boundaries:
         return NewEvent(type=type, step=progress.occurrence, attempt=progress.starts, data=text)
 
 
-def _facts_of(error: Exception) -> dict[str, Any]:
+def _facts_of(error: Exception) -> Facts:
     return {"type": type(error).__name__, "message": str(error)}
+
+
+def _facts_of_unreadable(event: Event) -> Facts:
+    return {
+        "type": "BadPayload",
+        "message": f"the data of event {event.seq} ({event.type}) of the run's journal is no "
+        "object, is nested too deeply, or has a number that is too long, as SQL can write it: "
+        "what the run has done is unknown",
+    }
 
 
 def _last_attempt(progress: Progress) -> Progress:

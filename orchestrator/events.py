@@ -43,6 +43,10 @@ class EventType(StrEnum):
     RUN_FINISHED = "RunFinished"
 
 
+KNOWN_TYPES = frozenset(EventType)
+"""Of these the data is an object; an event of a newer version may have any."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One committed fact. `seq` is its place in the run: 1, 2, 3 … without a gap.
@@ -89,16 +93,18 @@ class Event:
 
     @classmethod
     def from_dict(cls, members: Mapping[str, Any]) -> Self:
-        data = members.get("data")
+        run_id, data = members["run_id"], members.get("data")
+        if members["type"] in KNOWN_TYPES and not isinstance(data, dict | None):
+            data = dict(UNREADABLE)
         return cls(
-            run_id=members["run_id"],
+            run_id=run_id,
             seq=members["seq"],
             ts=members["ts"],
             type=members["type"],
             source=members["source"],
             step=members.get("step"),
             attempt=members.get("attempt"),
-            data=data if data is None or isinstance(data, dict) else dict(UNREADABLE),
+            data=data,
             v=members.get("v", 1),
         )
 
