@@ -81,6 +81,9 @@ def _commands() -> Iterator[tuple[int, str, list[str]]]:
 
 def _holds_no_lock(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        descriptors = Path(f"/proc/{pid}/fd").iterdir()
-        return not any(descriptor.readlink().name == LOCK for descriptor in descriptors)
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if descriptor.readlink().name == LOCK:
+                    return False
+        return True
     return False
