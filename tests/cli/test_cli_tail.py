@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -60,6 +61,15 @@ def test_a_tail_notes_a_plan_that_is_not_there(beatless: Kit, command: Command) 
     assert "no plan of this app is called two_step\n" in command.error
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C, also where the tests run in the background of a shell, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_tail_follows_what_comes_until_ctrl_c(beatless: Kit, beatless_app: App) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "beatless", "tail", "--json"],
