@@ -37,7 +37,7 @@ from beatless.streams.cursor import Cursor
 from beatless.streams.history import NO_HEAD, History, Origin, origin_of
 from beatless.streams.observer import Backfilled, BackfillReason, StreamClosed, StreamOpened
 from beatless.streams.pager import Pager
-from beatless.streams.waiting import POSTGRES_AWAY, JournalRetry, Timeout
+from beatless.streams.waiting import GAP_PAUSE_S, POSTGRES_AWAY, JournalRetry, Timeout
 
 if TYPE_CHECKING:
     import redis
@@ -47,10 +47,6 @@ if TYPE_CHECKING:
     from beatless.streams.tail import Choice, TailedEvent
 
 T = TypeVar("T")
-
-GAP_PAUSE_S = 1.0
-"""How long the journal is not read again for an event that it did not have: whoever may publish on
-the channel can invent any number of them."""
 
 
 class Streams:

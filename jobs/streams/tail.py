@@ -35,7 +35,7 @@ from beatless.streams.history import Origin
 from beatless.streams.messages import parse
 from beatless.streams.pager import Pager
 from beatless.streams.subscription import Subscription
-from beatless.streams.waiting import POSTGRES_AWAY
+from beatless.streams.waiting import GAP_PAUSE_S, POSTGRES_AWAY
 
 logger = logging.getLogger("beatless.stream")
 
@@ -47,10 +47,6 @@ PAGE_RUNS = 1000
 
 LATE_S = 60.0
 """Seconds by which a start or an end may be committed, or published, after its time."""
-
-GAP_PAUSE_S = 1.0
-"""How long a hole is not looked for again that the journal did not have: anyone who can reach Redis
-may invent events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,10 @@ logger = logging.getLogger("beatless.stream")
 POSTGRES_AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
 """The journal cannot be read now: Postgres is gone or full, or the pool has no connection left."""
 
+GAP_PAUSE_S = 1.0
+"""How long the journal is not read again for an event that it did not have: whoever may publish on
+the channel can invent any number of them."""
+
 
 class Timeout:
     """The time that the caller of a stream gives it, from now on; None is without end."""
