@@ -162,13 +162,13 @@ def _counts(
 
 
 def _greatest(
-    seconds: Sequence[tuple[str, float]], named: frozenset[str]
+    numbers: Sequence[tuple[str, float]], named: frozenset[str]
 ) -> dict[Labels, list[float]]:
-    """Numbers by queue, the greatest of the queues without a series as `other`."""
+    """By queue, or limit, the greatest number of those without a series as `other`."""
     found: dict[Labels, list[float]] = {}
-    for queue, age in seconds:
-        oldest = found.setdefault((queue if queue in named else "other",), [0.0])
-        oldest[0] = max(oldest[0], age)
+    for name, number in numbers:
+        greatest = found.setdefault((name if name in named else "other",), [0.0])
+        greatest[0] = max(greatest[0], number)
     return found
 
 
