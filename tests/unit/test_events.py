@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beatless.orchestrator.errors import BadPayload
-from beatless.orchestrator.events import Event, EventType, encode
+from beatless.orchestrator.events import Event, EventType, encode, is_unreadable
 
 LIMIT = 1000
 
@@ -121,6 +121,23 @@ def test_an_event_survives_the_wire(event):
 @given(events)
 def test_members_that_a_newer_version_adds_are_ignored(event):
     assert Event.from_dict(event.to_dict() | {"colour": "blue"}) == event
+
+
+def wire(data: str) -> str:
+    return f'{{"run_id":"r","seq":1,"ts":0,"type":"DebugTrace","source":"w","data":{data}}}'
+
+
+@pytest.mark.parametrize("text", [wire("[" * 12_000 + "]" * 12_000), wire("1" * 5000), wire("[1]")])
+def test_data_that_only_sql_can_have_written_is_an_unreadable_event(text):
+    assert is_unreadable(Event.from_json(text))
+
+
+@pytest.mark.parametrize("data", ['{"a":1}', "[[1]]"])
+def test_an_event_that_is_cut_off_is_none(data):
+    text = wire(data)
+    for end in range(len(text)):
+        with pytest.raises(ValueError):
+            Event.from_json(text[:end])
 
 
 @given(events)
