@@ -15,6 +15,7 @@ def test_the_project_of_the_page_works(
 ) -> None:
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     blocks = re.findall(
         r"^```(?:python|toml)\n# ([\w.]+)(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -24,9 +25,7 @@ def test_the_project_of_the_page_works(
         (pytester.path / name).write_text(f"# {name}{text}")
 
     result = pytester.runpytest_subprocess(
-        *("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:celery", "-p", "no:django"),
-        *("-p", "no:schemathesis", "--beatless-services=external"),
-        timeout=600,
+        *("-p", "beatless", "-p", "no:cacheprovider", "--beatless-services=external"), timeout=600
     )
 
     result.assert_outcomes(passed=files["test_shop.py"].count("def test_"))
