@@ -15,9 +15,11 @@ from psycopg import errors, sql
 
 from beatless import App, BadPayload, BadRequest, Limit, Plan, RunConflict, plan, step, wait
 from beatless.client.requests import EXAMPLE_TRACE
+from beatless.migrations import statements
 from beatless.orchestrator.records import new_run_id
 from beatless.orchestrator.tables import runs
 from beatless.outbox.message import SHARDS, shard_of
+from beatless.schema import VERSIONS
 from beatless.settings import libpq_url
 from beatless.testing import Kit
 
@@ -144,6 +146,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"delay": DELAY, "deadline": DEADLINE},
     {"not_before": LATER, "queue": "mail"},
     {"dedupe_key": "customer:7", "while_unfinished": "skip", "deadline": DEADLINE},
+    {"group": "tenant/7", "priority": 3},
     {"traceparent": EXAMPLE_TRACE},
     {"traceparent": "unreadable"},
 ]
@@ -191,18 +194,18 @@ def test_a_run_of_another_namespace_has_its_prefix(
     beatless: Kit, session: psycopg.Connection
 ) -> None:
     app = beatless.app
+    options = {"run_id": "order-1", "key": "k", "dedupe_key": "d", "group": "tenant-7"}
     python, sql_ = both(
         app,
         session,
         lambda connection: app.client_for("acme").start_run(
-            "limited", run_id="order-1", key="k", dedupe_key="d", connection=connection
+            "limited", **options, connection=connection
         ),
-        lambda connection: start(
-            connection, app, "limited", run_id="order-1", key="k", dedupe_key="d", namespace="acme"
-        ),
+        lambda connection: start(connection, app, "limited", **options, namespace="acme"),
     )
     assert sql_ == python
     assert python["runs"][0]["run_id"] == "acme~order-1"
+    assert python["dispatches"][0]["group_id"] == "acme/tenant-7"
 
 
 def test_a_run_is_executed_when_its_transaction_has_committed(
@@ -218,6 +221,114 @@ def test_a_run_is_executed_when_its_transaction_has_committed(
     assert beatless.client.get_run(other).result == {"order": 3}
     assert {run.run_id for run in beatless.client.list_runs()} == {run_id, other} - {lost}
     assert beatless.verify() is None
+
+
+def statements_of(revision: str) -> list[str]:
+    return [
+        each for file in VERSIONS.glob(f"{revision}_*.sql") for each in statements(file.read_text())
+    ]
+
+
+@pytest.fixture
+def before_groups(beatless: Kit, session: psycopg.Connection) -> psycopg.Connection:
+    """The session, in a schema as before runs from SQL had groups."""
+    session.execute(
+        sql.SQL("SET search_path TO {}").format(sql.Identifier(beatless.app.settings.schema))
+    )
+    session.execute("DROP FUNCTION start_run")
+    session.commit()
+    for statement in statements_of("0020"):
+        session.execute(statement)
+    session.commit()
+    return session
+
+
+def test_what_calls_the_function_of_before_goes_on_after_an_upgrade(
+    beatless: Kit, before_groups: psycopg.Connection
+) -> None:
+    """A function that depends on it, one that names it, and a statement that is under way."""
+    app, session = beatless.app, before_groups
+    schema = app.settings.schema
+    session.execute(
+        "CREATE FUNCTION bound(k text) RETURNS text LANGUAGE sql "
+        "RETURN start_run('checkout', key => k, namespace => 'acme');"
+        "CREATE FUNCTION named(k text) RETURNS text LANGUAGE plpgsql AS "
+        "$$ BEGIN RETURN start_run('checkout', key => k); END $$"
+    )
+    session.execute("SELECT named('a'), bound('b')")
+    session.commit()
+    url = libpq_url(app.settings.database_url)
+    with psycopg.connect(url, options=f"-c search_path={schema}") as other:
+        under_way = "SELECT start_run('checkout', key => n::text) FROM generate_series(1, 2) n"
+        other.execute(f"DECLARE c CURSOR FOR {under_way}")
+        assert len(other.execute("FETCH 1 FROM c").fetchall()) == 1
+        for _ in range(2):  # as one that was interrupted
+            for statement in statements_of("0022"):
+                session.execute(statement)
+            session.commit()
+        assert len(other.execute("FETCH 1 FROM c").fetchall()) == 1
+    session.execute("SELECT named('c'), bound('d')")
+    grouped = start(session, app, "checkout", group="tenant-7")
+    session.commit()
+    keys = "SELECT key FROM runs ORDER BY key"
+    assert [k for (k,) in session.execute(keys)] == ["1", "2", "a", "b", "c", "d", None]
+    assert beatless.client.get_run(grouped).group == "tenant-7"
+    assert [run.key for run in app.client_for("acme").list_runs()] == ["d", "b"]
+    beatless.work_until_idle()
+    assert beatless.verify() is None
+
+
+@pytest.fixture
+def roles(beatless: Kit, before_groups: psycopg.Connection) -> Iterator[list[str]]:
+    found = [
+        f"{beatless.app.settings.schema}_{name}" for name in ("owner", "caller", "giver", "any")
+    ]
+    for role in found:
+        before_groups.execute(f"CREATE ROLE {role}")
+    before_groups.commit()
+    yield found
+    before_groups.rollback()
+    for role in found:
+        before_groups.execute(f"DROP OWNED BY {role} CASCADE")
+        before_groups.execute(f"DROP ROLE {role}")
+    before_groups.commit()
+
+
+def test_the_function_has_the_owner_and_the_grants_of_the_one_before(
+    beatless: Kit, before_groups: psycopg.Connection, roles: list[str]
+) -> None:
+    session, schema = before_groups, beatless.app.settings.schema
+    owner, caller, giver, anyone = roles
+    session.execute(
+        f"REVOKE EXECUTE ON FUNCTION start_run FROM PUBLIC;"
+        f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {owner};"
+        f"GRANT EXECUTE ON FUNCTION start_run TO {caller};"
+        f"GRANT EXECUTE ON FUNCTION start_run TO {giver} WITH GRANT OPTION;"
+        f"ALTER FUNCTION start_run OWNER TO {owner};"
+        f"ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT EXECUTE ON FUNCTIONS TO {anyone}"
+    )
+    facts = (
+        "SELECT proname, pronargs, proowner::regrole::text, proconfig,"
+        " ARRAY(SELECT unnest(proacl)::text ORDER BY 1) FROM pg_proc"
+        " WHERE pronamespace = current_schema()::regnamespace AND proname LIKE 'start_run%'"
+        " ORDER BY 1"
+    )
+    [(_, _, *before)] = session.execute(facts).fetchall()
+    session.commit()
+    for statement in statements_of("0022"):
+        session.execute(statement)
+    session.commit()
+    [new, old] = session.execute(facts).fetchall()
+    assert new == ("start_run", 15, *before)
+    assert old[:3] == ("start_run_0020", 14, owner)
+    assert old[4] == before[2]
+
+
+def test_a_new_schema_has_one_function_alone(beatless: Kit, postgres: psycopg.Connection) -> None:
+    assert postgres.execute(
+        "SELECT proname::text, pronargs FROM pg_proc WHERE proname LIKE 'start_run%'"
+        " AND pronamespace = current_schema()::regnamespace"
+    ).fetchall() == [("start_run", 15)]
 
 
 def test_ids_are_ordered_by_time_as_those_of_python(
@@ -425,6 +536,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"key": ""}, "key must have 1 to 256"),
     ({"key": "k" * 257}, "key must have 1 to 256"),
     ({"dedupe_key": ""}, "dedupe_key must"),
+    ({"group": ""}, "group must have 1 to 256"),
+    ({"group": "g" * 257}, "group must have 1 to 256"),
     ({"priority": 10}, "priority must be 0 to 9"),
     ({"priority": -1}, "priority must be 0 to 9"),
     ({"tags": {"a": 1}}, "tags must be an object"),
