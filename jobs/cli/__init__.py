@@ -88,6 +88,9 @@ COMMANDS = {
     "beatless.cli.tail": {
         "tail": "The events of all runs, as they come; Ctrl-C ends it.",
     },
+    "beatless.cli.top": {
+        "top": "Queues, workers, relays, plans and failures, live; q or Ctrl-C ends it.",
+    },
     "beatless.cli.schedules": {
         "schedules": "Schedules: each starts a run at the ticks of a cron expression or interval.",
     },

@@ -1,5 +1,8 @@
 """Fixtures of the tests of the command line."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 
 from beatless import App
@@ -14,3 +17,11 @@ def command(
     for name, value in beatless_app.settings.to_env().items():
         monkeypatch.setenv(name, value)
     return Command(capsys)
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C, also where the tests run in the background of a shell, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -59,14 +58,6 @@ def test_a_tail_notes_a_plan_that_is_not_there(beatless: Kit, command: Command) 
         "tail", "--from", run.run_id, "--plan", "two_step", "--plan", "two_steps", "--limit", "1"
     )
     assert "no plan of this app is called two_step\n" in command.error
-
-
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """Ctrl-C, also where the tests run in the background of a shell, whose jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeded")

@@ -48,6 +48,7 @@ VALUES: dict[str, float | str] = {
     "batch": 100,
     "batch_bytes": 8 * 1024 * 1024,
     "defer_s": 2,
+    "failures": 5,
     "few_per_shard": 8,
     "groups_looked_at": 128,
     "held_key_wait_ms": 50,
