@@ -56,6 +56,10 @@ class Queues:
         """Let its runs start again."""
         self._do(lambda caller: self._statements.resume(caller, name))
 
+    def set_age(self, name: str, age_after_s: float | None) -> None:
+        """Let runs that have waited for so many seconds come first; None: none does."""
+        self._do(lambda caller: self._statements.set_age(caller, name, age_after_s))
+
     def drain(self, name: str) -> int:
         """Take away the runs that wait and leave those that run; how many were taken away."""
         removed = self._do(lambda caller: self._statements.remove_waiting(caller, name))

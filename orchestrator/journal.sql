@@ -459,25 +459,39 @@ SELECT clock_timestamp(), r.lease_expires_at, d.state, d.due_at, d.reason, d.att
                         AND o.priority = d.priority AND o.limit_since < d.limit_since
                       LIMIT {most_counted})) o))
            FROM {schema}.all_limits_of(r.limits) l WHERE l.id = d.limit_id) END,
-       CASE WHEN d.state = 'waiting' AND d.group_id <> '' AND d.due_at <= clock_timestamp() THEN
+       CASE WHEN d.state = 'waiting' AND d.due_at <= clock_timestamp()
+             AND (d.group_id <> '' OR a.age_after_s IS NOT NULL) THEN
          jsonb_build_object(
            'weight', coalesce((SELECT w.weight FROM {schema}.group_weights w
                                 WHERE w.group_id = d.group_id), 1),
+           'age_after', a.age_after_s, 'is_aged', coalesce(d.due_at <= a.since, false),
            'before', (SELECT count(*) FROM (
              (SELECT 1 FROM {schema}.dispatches o
                WHERE o.queue = d.queue AND o.group_id = d.group_id AND o.state = 'waiting'
-                 AND o.priority > d.priority AND o.due_at <= clock_timestamp()
+                 AND o.priority > d.priority
+                 AND o.due_at <= CASE WHEN d.due_at <= a.since THEN d.due_at
+                                      ELSE clock_timestamp() END
                LIMIT {most_counted})
              UNION ALL
              (SELECT 1 FROM {schema}.dispatches o
                WHERE o.queue = d.queue AND o.group_id = d.group_id AND o.state = 'waiting'
                  AND o.priority = d.priority AND o.due_at < d.due_at
+               LIMIT {most_counted})
+             UNION ALL
+             (SELECT 1 FROM {schema}.dispatches o
+               WHERE o.queue = d.queue AND o.group_id = d.group_id AND o.state = 'waiting'
+                 AND o.priority < d.priority AND o.due_at <= least(d.due_at, a.since)
+                 AND a.since IS NOT NULL
                LIMIT {most_counted})) o)) END,
        EXISTS (SELECT FROM pg_locks k
                 WHERE k.locktype = 'advisory' AND k.granted AND k.objsubid = 2
                   AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database())
                   AND k.classid = ({leader_key})::oid AND k.objid::int8 = %(shard)s)
   FROM {schema}.runs r LEFT JOIN {schema}.dispatches d USING (run_id)
+  LEFT JOIN (SELECT name, age_after_s,
+                    clock_timestamp() - make_interval(
+                      secs => least(greatest(age_after_s, 0), 315360000)) AS since
+               FROM {schema}.queues) a ON a.name = d.queue
  WHERE r.run_id = %(run_id)s
 
 -- fragment: epoch_now

@@ -88,8 +88,8 @@ SELECT {claimed_columns}, begun, {times_doorbell} FROM u AS r
 -- They wait, are due, were never claimed, and are in the order of the relay. Of those only, for a
 -- run that has ended its process once shall have no neighbours; so none beside such a run either.
 -- Those that another transaction holds are left out, and those with limits: two claims that take slots
--- for several runs could wait for each other. In a queue with groups the relay shares out the turns:
--- none are taken there.
+-- for several runs could wait for each other. In a queue with groups the relay shares out the turns, and
+-- in one with `age_after_s` it knows which runs come first: none are taken there.
 WITH own AS (
   SELECT queue, lease_token IS DISTINCT FROM %(token)s OR attempt = 1 AS fresh
     FROM {schema}.runs r WHERE run_id = %(run_id)s
@@ -99,6 +99,8 @@ WITH own AS (
      AND (SELECT g.group_id FROM {schema}.dispatches g
            WHERE g.state = 'waiting' AND g.queue = (SELECT queue FROM own)
            ORDER BY g.group_id DESC LIMIT 1) = ''
+     AND NOT EXISTS (SELECT FROM {schema}.queues q
+                      WHERE q.name = d.queue AND q.age_after_s IS NOT NULL)
    ORDER BY d.priority DESC LIMIT 1
 ), found AS MATERIALIZED (
   SELECT c.*, row_number() OVER () AS i FROM (

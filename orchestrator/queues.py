@@ -64,6 +64,8 @@ class QueueState:
     """Runs that ended within the last minute."""
     workers: int
     """Workers that consume it now, busy or not."""
+    age_after: float | None = None
+    """Seconds after which a run that waits comes before those of a higher priority."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,15 @@ class QueueStatements:
         execute(connection, self._sql["resume"], {"name": name})
         execute(connection, self._sql["wake_relays"], {"c": self._channel})
 
+    def set_age(self, connection: Caller, name: str, age_after_s: float | None) -> None:
+        """From the next look of the relays on; None: priority alone orders its runs."""
+        if age_after_s is None:
+            execute(connection, self._sql["forget_age"], {"name": name})
+            execute(connection, self._sql["forget_default"], {"name": name})
+        else:
+            values = {"name": name, "age_after_s": age_after_s}
+            execute(connection, self._sql["set_age"], values)
+
     def is_known(self, connection: Caller, name: str) -> bool:
         """Whether the queue is paused, is consumed, or has runs, be it such that ended."""
         return bool(execute(connection, self._sql["is_known"], {"name": name})[0][0])
@@ -191,6 +202,7 @@ class QueueStatements:
             "failed",
             "cancelled",
             "per_minute",
+            "age_after",
         )
         return [
             QueueState(**dict(zip(names, row, strict=True)))
@@ -226,6 +238,7 @@ class QueueStatements:
     def forget(self, connection: Caller, queue: str) -> None:
         """Take away the queue itself; a run of it that was started meanwhile is dispatched."""
         execute(connection, self._sql["forget_count"], {"queue": queue})
+        execute(connection, self._sql["forget_age"], {"name": queue})
         self.resume(connection, queue)
 
     def remove_finished(

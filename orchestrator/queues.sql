@@ -21,8 +21,21 @@ INSERT INTO {schema}.queues (name, paused_at) VALUES (%(name)s, clock_timestamp(
 ON CONFLICT (name) DO UPDATE SET paused_at = excluded.paused_at WHERE queues.paused_at IS NULL
 
 -- name: resume
--- Note that a queue is not paused.
+-- Note that a queue is not paused. A trigger keeps its row if that says more.
 DELETE FROM {schema}.queues WHERE name = %(name)s
+
+-- name: set_age
+-- Note after how many seconds a run of a queue comes before those of a higher priority.
+INSERT INTO {schema}.queues (name, age_after_s) VALUES (%(name)s, %(age_after_s)s)
+ON CONFLICT (name) DO UPDATE SET age_after_s = excluded.age_after_s
+
+-- name: forget_age
+-- Note that priority alone orders the runs of a queue.
+UPDATE {schema}.queues SET age_after_s = NULL WHERE name = %(name)s
+
+-- name: forget_default
+-- Delete the row of a queue that says nothing.
+DELETE FROM {schema}.queues WHERE name = %(name)s AND paused_at IS NULL AND age_after_s IS NULL
 
 -- name: wake_relays
 -- Wake the relays of all shards.
@@ -59,7 +72,7 @@ SELECT d.queue,
  GROUP BY d.queue
 
 -- name: states
--- Read every queue that has runs or was paused; without those that ended, all but them.
+-- Read every queue that has runs or a row of its own; without those that ended, all but them.
 -- Reads in whole: dispatches, and runs as long as no relay has counted those that ended.
 WITH unfinished AS (
   SELECT d.queue, count(*) FILTER (WHERE d.state <> 'running' AND d.due_at <= clock_timestamp()
@@ -102,7 +115,8 @@ SELECT name, q.paused_at, coalesce(queued, 0), coalesce(delayed, 0), coalesce(wa
        coalesce(active, 0),
        -- Those of older versions do not tell: then the processes that execute count.
        oldest, coalesce(workers, executing, 0),
-       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0)
+       coalesce(completed, 0), coalesce(failed, 0), coalesce(cancelled, 0), coalesce(per_minute, 0),
+       q.age_after_s
   FROM (SELECT name FROM {schema}.queues UNION SELECT queue FROM unfinished
         UNION SELECT queue FROM ended UNION SELECT queue FROM rate) AS known(name)
   LEFT JOIN consumed c ON c.queue = name

@@ -448,11 +448,16 @@ class FullLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlace:
-    """The place of a run that waits for the turns of its group."""
+    """The place of a run that waits for the turns of its group, or in a queue whose runs age."""
 
     weight: int
+    age_after: float | None
+    """Seconds after which a run of the queue comes before those of a higher priority."""
+    is_aged: bool
+    """Whether it has waited for so long."""
     before: int
-    """Runs of the group in the queue that are sent before this one; `MOST_COUNTED` as above."""
+    """Runs of its group, or of those without one, that are sent before this one; `MOST_COUNTED` as
+    above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

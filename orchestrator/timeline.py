@@ -26,7 +26,7 @@ from beatless.orchestrator.progress import (
     TAKEN_OVER,
     UNKNOWN_STEP,
 )
-from beatless.orchestrator.records import DispatchStatus, Run, runs_before
+from beatless.orchestrator.records import DispatchStatus, GroupPlace, Run, runs_before
 from beatless.orchestrator.state import SUCCEEDS, WAITS
 from beatless.outbox.message import shard_of
 from beatless.outbox.times import MOST_S
@@ -347,6 +347,18 @@ def _in_words(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def _before(run: Run, place: GroupPlace) -> str:
+    """Which runs come before one that waits to be sent."""
+    group = f"its group {run.group}, of the weight {place.weight}, has " if run.group else ""
+    text = f"{group}{runs_before(place.before)} before it in the queue {run.queue}"
+    if place.age_after is None:
+        return text
+    after = _in_words(place.age_after)
+    if place.is_aged:
+        return f"{text}; it waits for longer than {after}, and so comes before higher priorities"
+    return f"{text}; after {after} it comes before higher priorities"
+
+
 def _now(
     run: Run, status: DispatchStatus, place: str | None, wait: str, until: str
 ) -> Iterator[Moment]:
@@ -368,9 +380,7 @@ def _now(
         left = (due_at - status.now).total_seconds()
         waits = "waits to be dispatched"
         if status.group is not None:
-            before = runs_before(status.group.before)
-            waits += f": its group {run.group}, of the weight {status.group.weight}, has {before} "
-            waits += f"before it in the queue {run.queue}"
+            waits += f": {_before(run, status.group)}"
         if left > 0:
             waits = f"is not due yet ({reason})"
         text = {

@@ -104,19 +104,21 @@ least(d.attempts, 2147483646) + 1
 -- The pairs of queue and priority in which runs wait, and those of queues that are not paused.
 -- Lanes are walked by index, so a long queue costs nothing to the others, and neither does one
 -- whose runs are all for later: they are `delayed`, and found by their time. A queue is `grouped` if
--- some of its waiting runs have a group: those without one are a group as well then.
+-- some of its waiting runs have a group: those without one are a group as well then; or if runs that
+-- have waited for long come first in it.
 RECURSIVE lane(queue, priority) AS (
   (SELECT queue, priority FROM {schema}.dispatches WHERE state = 'waiting'
     ORDER BY queue, priority LIMIT 1)
   UNION ALL
-  SELECT n.queue, n.priority FROM lane CROSS JOIN LATERAL (
+  SELECT n.* FROM lane, LATERAL (
     SELECT queue, priority FROM {schema}.dispatches
      WHERE state = 'waiting' AND (queue, priority) > (lane.queue, lane.priority)
      ORDER BY queue, priority LIMIT 1) n
 ), open AS (
   SELECT lane.*, (SELECT group_id FROM {schema}.dispatches
                    WHERE state = 'waiting' AND queue = lane.queue
-                   ORDER BY group_id DESC LIMIT 1) <> '' AS grouped
+                   ORDER BY group_id DESC LIMIT 1) <> ''
+                 OR q.age_after_s IS NOT NULL AS grouped
     FROM lane LEFT JOIN {schema}.queues q ON q.name = lane.queue
    WHERE q.paused_at IS NULL
 )

@@ -191,6 +191,7 @@ queues = Table(
     metadata,
     Column("name", Id, primary_key=True),
     Column("paused_at", Time),
+    Column("age_after_s", Double),
 )
 
 dead_letters = Table(

@@ -244,6 +244,14 @@ class GroupWeight(BaseModel):
     weight: int = Field(ge=WEIGHTS[0], le=WEIGHTS[-1], strict=True, examples=[3])
 
 
+class QueueBody(BaseModel):
+    """The setting of a queue: seconds after which a run that waits comes first; null: never."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    age_after: float | None = Field(gt=0, le=315_360_000, examples=[600])
+
+
 class RetryRequest(BaseModel):
     """The body of a retry; without `from_step` it begins where the run failed."""
 

@@ -21,9 +21,17 @@ COUNTS = ("queued", "delayed", "waiting", "active", "completed", "failed", "canc
 """The counts of a queue: each of its runs is in one of them."""
 
 
-@click.command()
+@click.group(invoke_without_command=True)
+@click.pass_context
+def queues(context: click.Context) -> None:
+    """Every queue with its counts."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_queues)
+
+
+@queues.command("ls")
 @click.pass_obj
-def queues(env: Environment) -> None:
+def list_queues(env: Environment) -> None:
     """Every queue with its counts."""
     found = env.client.queues()
     if env.as_json:
@@ -34,6 +42,7 @@ def queues(env: Environment) -> None:
         (
             escape(state.name),
             "[yellow]paused[/]" if state.paused_at else "",
+            "" if state.age_after is None else f"{state.age_after:g} s",
             *(str(getattr(state, name)) for name in COUNTS),
             age(state.oldest),
             str(state.per_minute),
@@ -42,8 +51,33 @@ def queues(env: Environment) -> None:
         for state in found
     ]
     more = ("oldest", "per minute", "workers")
-    for line in table(("queue", "", *COUNTS, *more), rows, numbers=(*COUNTS, *more)):
+    numbers = ("age after", *COUNTS, *more)
+    for line in table(("queue", "", *numbers), rows, numbers=numbers):
         env.out.print(line)
+
+
+@queues.command("set")
+@click.argument("queue", metavar="Q")
+@click.option(
+    "--age-after",
+    metavar="10m",
+    required=True,
+    help="A run that waits for longer comes before those of a higher priority; `never`: none does.",
+)
+@click.pass_obj
+def set_(env: Environment, queue: str, age_after: str) -> None:
+    """Set after which time runs of queue Q that wait come first."""
+    after = None if age_after == "never" else seconds(age_after)
+    env.client.set_age_after(queue, after)
+    if after is None:
+        env.note(f"in queue {queue} priority alone decides which run comes first")
+    else:
+        env.note(f"in queue {queue} runs that wait for {after:g} s come first")
+    if is_unused(env, queue):
+        env.note(
+            f"no plan names the queue {queue}, no worker consumes it and no run is in it: if "
+            f"another was meant, `beatless queues set {queue} --age-after never`"
+        )
 
 
 @click.command()
@@ -64,7 +98,10 @@ def is_unused(env: Environment, queue: str) -> bool:
     """Whether nothing but its pause speaks for this queue."""
     if queue in {plan.queue for plan in env.app.plans.values()}:
         return False
-    (state,) = (state for state in env.client.queues() if state.name == queue)
+    states = [state for state in env.client.queues() if state.name == queue]
+    if not states:
+        return False
+    (state,) = states
     counts = (state.queued, state.delayed, state.waiting, state.active, state.workers)
     return not any((*counts, state.completed, state.failed, state.cancelled))
 

@@ -41,6 +41,24 @@ class QueueCalls(BaseClient):
         with reaching_postgres(self._journal.schema, self._engine):
             self._queues.resume(queue_name(queue))
 
+    def set_age_after(self, queue: str, age_after: float | timedelta | None) -> None:
+        """Let runs that wait for longer than this come before those of a higher priority.
+
+        Seconds, or a timedelta; None: priority alone orders them, as at first. Those that wait the
+        longest come first; in a queue with groups, in their groups. From the next look of the
+        relays on, and a deploy keeps it. Raises BadRequest.
+
+        >>> client.set_age_after("mail", 600)
+        >>> [queue.age_after for queue in client.queues() if queue.name == "mail"]
+        [600.0]
+        >>> client.set_age_after("mail", None)
+        """
+        age_after_s = seconds("age_after", age_after)
+        if age_after_s == 0:
+            raise BadRequest("age_after", "is 0 seconds: give more, or None for no ageing")
+        with reaching_postgres(self._journal.schema, self._engine):
+            self._queues.set_age(queue_name(queue), age_after_s)
+
     def drain_queue(self, queue: str) -> int:
         """Take away the runs that wait, leave those that run; how many were taken away.
 

@@ -120,6 +120,7 @@ class AsyncClient:
     pause_queue = in_loop(calls.pause_queue)
     groups = in_loop(group_calls.groups)
     set_group_weight = in_loop(group_calls.set_group_weight)
+    set_age_after = in_loop(group_calls.set_age_after)
     limits = in_loop(limit_calls.limits)
     set_limit = in_loop(limit_calls.set_limit)
     release_limit = in_loop(limit_calls.release_limit)

@@ -135,6 +135,7 @@ class Client:
     pause_queue = in_thread(calls.pause_queue)
     groups = in_thread(group_calls.groups)
     set_group_weight = in_thread(group_calls.set_group_weight)
+    set_age_after = in_thread(group_calls.set_age_after)
     limits = in_thread(limit_calls.limits)
     set_limit = in_thread(limit_calls.set_limit)
     release_limit = in_thread(limit_calls.release_limit)

@@ -4,6 +4,21 @@ from beatless.testing import Kit
 from tests.commands import Command
 
 
+def test_the_runs_of_a_queue_age(beatless: Kit, command: Command) -> None:
+    run_id = command("start", "two_steps", "--priority", "3").strip()
+    command("queues", "set", "default", "--age-after", "90m")
+    assert command.error == "in queue default runs that wait for 5400 s come first\n"
+    assert "5400 s" in command("queues")
+    assert [queue["age_after"] for queue in command.documents("queues", "ls")] == [5400.0]
+    assert "after 90.0 minutes it comes before higher priorities" in command("explain", run_id)
+    command("queues", "set", "default", "--age-after", "never")
+    assert [queue["age_after"] for queue in command.documents("queues")] == [None]
+    command("queues", "set", "mial", "--age-after", "5")
+    assert "if another was meant, `beatless queues set mial --age-after never`" in command.error
+    command("queues", "set", "default", "--age-after", "soon", status=2)
+    assert "write it like 30s" in command.error
+
+
 def test_groups_are_listed_and_get_weights(beatless: Kit, command: Command) -> None:
     run_id = command("start", "two_steps", "--group", "tenant-7").strip()
     command("start", "two_steps", "--group", "tenant-8")

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import groupby
+from typing import Any
 
 import psycopg
 import pytest
 
 from beatless import App, BadRequest, Limit, Plan, StepContext, step
+from beatless.client.client import Client
 from beatless.http import Client as HttpClient
 from beatless.outbox.drain import Drain
 from beatless.outbox.queries import ALL_SHARDS, Queries
@@ -199,6 +202,104 @@ def test_priority_orders_the_runs_of_a_group_and_no_others(
     assert [each in other for each in sent[:8]] == [False, True] * 4
 
 
+def age(postgres: psycopg.Connection, runs: list[str], hours: int) -> list[str]:
+    postgres.execute(
+        "UPDATE dispatches SET due_at = due_at - %s * interval '1 hour' WHERE run_id = ANY(%s)",
+        (hours, runs),
+    )
+    return runs
+
+
+@pytest.mark.parametrize("group", [None, "a"])
+def test_runs_that_have_waited_for_long_come_before_those_of_a_higher_priority(
+    beatless: Kit, line: Line, postgres: psycopg.Connection, group: str | None
+) -> None:
+    """However many of those there are: more than a look sends."""
+    beatless.client.set_age_after("default", 1800)
+    high = start(beatless, 100, group=group, priority=9)
+    old = age(postgres, start(beatless, 3, group=group), 1)
+    older = age(postgres, start(beatless, 2, group=group, priority=5), 2)
+    start(beatless, 2, group=group)
+    line.fill()
+
+    assert [message.run_id for message in line.door.messages] == [*older, *old, *high[:59]]
+
+
+def test_a_run_that_has_waited_for_long_waits_for_the_turn_of_its_group(
+    beatless: Kit, line: Line, postgres: psycopg.Connection
+) -> None:
+    beatless.client.set_age_after("default", 1800)
+    old = age(postgres, start(beatless, 3, group="a"), 1)
+    new = start(beatless, 3, group="b", priority=9)
+    more = start(beatless, 1, group="a", priority=9)
+    line.fill()
+
+    sent = [message.run_id for message in line.door.messages]
+    assert [each for each in sent if each not in new] == [*old, *more]
+    assert sorted(each in new for each in sent[:6]) == [False] * 3 + [True] * 3
+
+
+def test_of_a_queue_without_the_setting_priority_alone_decides(
+    beatless: Kit, line: Line, postgres: psycopg.Connection
+) -> None:
+    beatless.client.set_age_after("other", 1)
+    beatless.client.set_age_after("default", 1)
+    beatless.client.set_age_after("default", None)
+    old = age(postgres, start(beatless, 1), 100)
+    high = start(beatless, 2, priority=1)
+    line.fill()
+
+    assert [message.run_id for message in line.door.messages] == [*high, *old]
+    assert postgres.execute("SELECT name FROM queues").fetchall() == [("other",)]
+
+
+@pytest.mark.parametrize("seconds", ["-1", "NaN", "Infinity", "-Infinity", "1e300"])
+def test_no_age_that_a_row_holds_stops_the_relay(
+    beatless: Kit, line: Line, postgres: psycopg.Connection, seconds: str
+) -> None:
+    postgres.execute("INSERT INTO queues (name, age_after_s) VALUES ('default', %s)", (seconds,))
+    start(beatless, 3)
+    line.fill()
+
+    assert len(line.door.messages) == 3
+
+
+def test_a_pause_and_its_end_leave_the_setting(
+    beatless: Kit, beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    """Also an end by an older process, which deletes the row of the queue."""
+    client = beatless.client
+
+    def found(reader: Client | HttpClient = client) -> list[tuple[bool, float | None]]:
+        return [(each.paused_at is not None, each.age_after) for each in reader.queues()]
+
+    client.set_age_after("default", timedelta(minutes=10))
+    for resume in ("resume", "older"):
+        client.pause_queue("default")
+        assert found() == [(True, 600.0)]
+        if resume == "older":
+            postgres.execute("DELETE FROM queues WHERE name = 'default'")
+        else:
+            client.resume_queue("default")
+        assert found() == [(False, 600.0)]
+    client.pause_queue("default")
+    client.set_age_after("default", None)
+    assert found() == [(True, None)]
+    with serving(beatless_app) as api, HttpClient(api.url) as far:
+        far.set_age_after("default", timedelta(hours=1))
+        assert found(far) == [(True, 3600.0)]
+        with pytest.raises(BadRequest, match="age_after"):
+            far.set_age_after("default", 0)
+        far.obliterate_queue("default")
+        assert found(far) == []
+
+
+@pytest.mark.parametrize("age_after", [0, -1, 1e12, True, "10m", float("nan")])
+def test_an_age_that_is_none_is_refused(beatless: Kit, age_after: Any) -> None:
+    with pytest.raises(BadRequest, match="age_after"):
+        beatless.client.set_age_after("default", age_after)
+
+
 def test_a_group_without_runs_saves_up_nothing(
     beatless: Kit, line: Line, postgres: psycopg.Connection
 ) -> None:
@@ -362,7 +463,7 @@ def test_turns_that_are_past_are_forgotten(
     assert noted == [("default/stays",)]
 
 
-def test_a_claim_of_further_runs_passes_no_group_by(
+def test_a_claim_of_further_runs_passes_no_group_and_no_age_by(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
     def claimed(run_id: str) -> list[str]:
@@ -382,6 +483,12 @@ def test_a_claim_of_further_runs_passes_no_group_by(
     free = start(beatless, 3)
     start(beatless, 1, group="a")
     assert claimed(free[0]) == free[:1]
+    beatless.client.drain_queue("default")
+    aging = start(beatless, 3)
+    beatless.client.set_age_after("default", 60)
+    assert claimed(aging[0]) == aging[:1]
+    beatless.client.set_age_after("default", None)
+    assert claimed(aging[1]) == aging[1:]
 
 
 def test_a_group_is_listed_with_its_weight_by_its_namespace(
@@ -462,7 +569,7 @@ def fill(postgres: psycopg.Connection, first: int, last: int) -> None:
     postgres.execute(
         "INSERT INTO dispatches (run_id, shard, task, queue, priority, state, due_at, reason,"
         " group_id)"
-        " SELECT 'run-' || n, n %% 16, 'task', 'default', 0, 'waiting',"
+        " SELECT 'run-' || n, n %% 16, 'task', 'default', n %% 2, 'waiting',"
         # The larger the index by groups is, the more does the planner like that by priorities.
         " now() - n * interval '1 ms', 'start',"
         " 'default/' || CASE WHEN n <= 100000 THEN repeat('big', 80) ELSE 'small-' || n END"
@@ -485,6 +592,7 @@ def fill(postgres: psycopg.Connection, first: int, last: int) -> None:
 def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
     beatless_app: App, unseen: psycopg.Connection, statistics: str, small: int
 ) -> None:
+    """With an age that all have reached, and with one that none has, as well."""
     postgres = unseen
     if statistics == "of an empty table that was full":
         fill(postgres, 1, 10_000)
@@ -511,9 +619,11 @@ def test_a_look_reads_the_head_of_each_group_however_many_runs_it_has(
         "held": [],
         "places": WINDOW,
     }
-    for statement in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
-        with postgres.transaction():
-            before_it = rows_read(postgres)
-            found = postgres.execute(statement.encode(), parameters).fetchall()
-            assert len({row[0] for row in found}) == len(found) == WINDOW
-            assert WINDOW <= rows_read(postgres) - before_it < 3000
+    for age_after in (None, 1e-6, 3600):
+        beatless_app.client.set_age_after("default", age_after)
+        for statement in (queries.pick_tasks_sql, queries.pick_free_tasks_sql):
+            with postgres.transaction():
+                before_it = rows_read(postgres)
+                found = postgres.execute(statement.encode(), parameters).fetchall()
+                assert len({row[0] for row in found}) == len(found) == WINDOW
+                assert WINDOW <= rows_read(postgres) - before_it < 3000

@@ -200,6 +200,25 @@ def test_explain_counts_the_runs_of_the_group_that_are_sent_before_one(beatless:
     assert "its group" not in explain(beatless, alone)
 
 
+def test_explain_says_what_comes_before_a_run_that_has_waited_for_long(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    beatless.client.set_age_after("default", 600)
+    lower, old, new, higher = (
+        beatless.start_run("free", priority=priority).run_id for priority in (1, 5, 5, 9)
+    )
+    postgres.execute(
+        "UPDATE dispatches SET due_at = due_at - interval '1 hour' WHERE run_id = ANY(%s)",
+        ([lower, old],),
+    )
+    aged = "before it in the queue default; it waits for longer than 10.0 minutes, and so"
+    assert f"1 run {aged}" in explain(beatless, old)
+    assert f"0 runs {aged}" in explain(beatless, lower)
+    told = "before it in the queue default; after 10.0 minutes it comes before higher priorities"
+    assert f"2 runs {told}" in explain(beatless, higher)
+    assert f"3 runs {told}" in explain(beatless, new)
+
+
 def test_many_runs_are_not_counted_to_the_end() -> None:
     assert records.runs_before(999) == "999 runs"
     assert records.runs_before(records.MOST_COUNTED) == "1,000 runs or more"

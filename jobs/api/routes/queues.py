@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from beatless.api.access import GuardedRoute, Operator
+from beatless.api.bodies import QueueBody
 from beatless.api.responses import refusals
 
 router = APIRouter(route_class=GuardedRoute)
@@ -29,6 +30,13 @@ def resume_queue(queue: str, client: Operator) -> dict[str, Any]:
     """Let its runs start again."""
     client.resume_queue(queue)
     return {"queue": queue, "paused": False}
+
+
+@router.put("/v1/queues/{queue}", responses=refusals())
+def set_age_after(queue: str, body: QueueBody, client: Operator) -> dict[str, Any]:
+    """Let runs that wait for longer than this come before those of a higher priority."""
+    client.set_age_after(queue, body.age_after)
+    return {"queue": queue, "age_after": body.age_after}
 
 
 @router.post("/v1/queues/{queue}/drain", status_code=202, responses=refusals())
