@@ -19,7 +19,7 @@ DOCS_STAMP = $(VENV)/installed-docs
 EXTRAS = --extra dev --extra test --extra suite --extra browser --extra docker --extra otel --extra check
 EXTRAS_OLDEST = --extra dev --extra test --extra suite --extra otel
 
-.PHONY: help install build demo test test-oldest test-django6 test-wheel test-random test-long test-browser screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
+.PHONY: help install build demo test test-oldest test-django6 test-wheel test-random test-long test-browser install-readers test-readers screenshots test-netns chaos chaos-scenarios soak reliability planted check-deploy test-docker test-rabbitmq test-pgbouncer bench bench-table check lock clean format architecture test-one dev docs bench-retention bench-fanout bench-capacity bench-takeover bench-peers lock-peers performance
 .DEFAULT_GOAL := help
 
 help: ## Show what there is to make
@@ -86,6 +86,20 @@ BROWSER = $(BIN)/python -c 'from tests.browser.chromium import find; import sys;
 test-browser: $(STAMP) ## The run page and Flower in a real Chromium; exit 3 without one
 	@$(BROWSER)
 	$(PYTEST) tests/browser $(ARGS)
+
+READERS = tests/readers/node_modules/.package-lock.json
+NODE = node -e 'process.exit(Number(parseInt(process.versions.node) < 20))' 2>/dev/null && command -v npm >/dev/null || \
+	  { echo "node 20 or newer and npm are not there: install them, or run make test" >&2; exit 3; }
+
+install-readers: ## What test-readers needs, from the registry that npm is set up for; exit 3 without node, npm or that registry
+	@$(NODE)
+	@$(MAKE) --no-print-directory $(READERS) || { echo "npm cannot install what tests/readers/package-lock.json names" >&2; exit 3; }
+
+$(READERS): tests/readers/package-lock.json
+	npm ci --prefix tests/readers --no-audit --no-fund --no-update-notifier
+
+test-readers: $(STAMP) install-readers ## Readers of npm find in our streams, cut anywhere, what the journal has
+	$(PYTEST) tests/readers -n 0 $(ARGS)
 
 screenshots: $(STAMP) ## Make the pictures of docs/images anew; exit 3 without a Chromium
 	@$(BROWSER)
@@ -226,18 +240,20 @@ lock: ## Pin what is installed, with hashes: the requirements files (needs Pytho
 	@! grep -nE '://|^beatless|^-|WARNING' requirements*.txt
 
 PEER_LOCKS = benchmarks/peers/locks
-lock-peers: ## Pin what the peers of bench-peers need (Python 3.11, 3.12 for Oban, npm)
+lock-peers: ## Pin what the peers of bench-peers and the readers of test-readers need (Python 3.11, 3.12 for Oban, npm)
 	@for lock in $(PEER_LOCKS)/*.in; do \
 	  python=python3.11; [ "$${lock##*/}" = oban.in ] && python=python3.12; \
 	  $$python -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install -q --disable-pip-version-check pip-tools && \
 	  $(COMPILE) --output-file "$${lock%.in}.txt" "$$lock" || exit 1; \
 	done
 	@rm -rf .venv-lock
-	cd $(PEER_LOCKS)/bullmq && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
+	for at in $(PEER_LOCKS)/bullmq tests/readers; do \
+	  (cd $$at && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund) || exit 1; \
+	done
 	@! grep -nE '://|^-|WARNING' $(PEER_LOCKS)/*.txt
-	@! grep -n resolved $(PEER_LOCKS)/bullmq/package-lock.json
+	@! grep -n resolved $(PEER_LOCKS)/bullmq/package-lock.json tests/readers/package-lock.json
 
 clean: ## Remove what the other targets made
 	rm -rf .venv* .tmp .coverage* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis \
-	  build dist site *.egg-info census census-report $(MEMORY)
+	  build dist site *.egg-info census census-report tests/readers/node_modules $(MEMORY)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -125,8 +125,11 @@ def test_each_package_of_a_peer_is_pinned_by_its_hash_and_by_no_address(lock: Pa
     assert "://" not in text
 
 
-def test_the_lock_of_node_packages_has_hashes_and_no_address_of_a_registry() -> None:
-    text = (LOCKS / "bullmq" / "package-lock.json").read_text()
+@pytest.mark.parametrize("directory", [LOCKS / "bullmq", Path(__file__).parents[1] / "readers"])
+def test_the_lock_of_node_packages_has_hashes_and_no_address_of_a_registry(
+    directory: Path,
+) -> None:
+    text = (directory / "package-lock.json").read_text()
     assert text.count('"integrity"') == text.count('"node_modules/')
     assert '"resolved"' not in text
 
