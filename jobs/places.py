@@ -16,16 +16,19 @@ from beatless.orchestrator.events import EventType
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.plan import Plan, step_of
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.progress import (
     CHANGED_CALL,
     FOLDED,
     SNOOZED,
     UNKNOWN_STEP,
     UnknownStep,
+    fold,
     next_step,
 )
 from beatless.orchestrator.records import Unfinished
 from beatless.orchestrator.replay import Mismatch
+from beatless.orchestrator.step_order import changed_places, passed_by
 from beatless.orchestrator.timeline import stands_at, waits_for_children
 from beatless.outbox.queries import Caller, execute_lazily
 
@@ -76,7 +79,7 @@ def places(
     is called, and all of its runs are taken as they are noted.
     """
     found: dict[tuple[object, ...], Place] = {}
-    called: list[tuple[FunctionPlan, Unfinished]] = []
+    called: list[tuple[Plan, Unfinished]] = []
 
     def note(
         run: Unfinished, step: str | None, waits: str | None, told: Mismatch | None = None
@@ -90,6 +93,7 @@ def places(
             place.run_ids.append(run.place.run_id)
 
     with engine.begin() as connection:
+        reordered = _reordered(plans, PlanVersions(journal.schema).known(connection))
         for run in journal.unfinished(connection, reasons=reasons, read=execute_lazily):
             undoes = run.undo is not None and not run.undoing
             at = run.undo if undoes else stands_at([run.place])
@@ -100,15 +104,52 @@ def places(
                     called.append((plan, run))
                 else:
                     note(run, step, UNKNOWN_STEP)
+            elif plan and step and plan.name in reordered and not run.cancelled:
+                called.append((plan, run))
             else:
                 note(run, step, _waits(plan, run))
         for plan, run in called:
             stands = stands_at([run.place])
-            told = mismatch(connection, journal, plan, run.place.run_id)
             at = None if stands is None else step_of(stands)
-            note(run, at, None if told is None else told.reason, told)
+            if isinstance(plan, FunctionPlan):
+                told = mismatch(connection, journal, plan, run.place.run_id)
+            else:
+                told = other_order(connection, journal, plan, run.place.run_id, run.plan_version)
+            note(run, at, _waits(plan, run) if told is None else told.reason, told)
     return sorted(
         found.values(), key=lambda place: (place.waits is None, place.plan, place.step or "")
+    )
+
+
+def _reordered(
+    plans: Mapping[str, Plan], known: Mapping[str, Mapping[str, Sequence[str]]]
+) -> set[str]:
+    """The plans of which another version has steps in another order."""
+    return {
+        name
+        for name, plan in plans.items()
+        if any(changed_places(plan, steps) for steps in known.get(name, {}).values())
+    }
+
+
+def other_order(
+    connection: Caller, journal: Journal, plan: Plan, run_id: str, version: str
+) -> Mismatch | None:
+    """Why an unfinished run, started with this version of a list, cannot go on in this order."""
+    events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
+    progress, versions = fold(plan, [*events]), PlanVersions(journal.schema)
+    step = passed_by(plan, progress, lambda: versions.steps(connection, plan, version))
+    if step is None or progress.place is None:
+        return None
+    return Mismatch(
+        step=progress.place.step or "",
+        reason=UNKNOWN_STEP,
+        message=f"the plan has {step} before it, which came later and was never executed",
+        advice=(
+            "deploy the former order until they have ended, or say in the plan that they go on "
+            f'without it: moved=["{step}"]'
+        ),
+        instead=step,
     )
 
 
@@ -143,9 +184,11 @@ def why_it_waits(
         plan = plans.get(run.plan)
         dispatch = journal.dispatch_status(connection, run_id).dispatch
         noted = dispatch is not None and dispatch[2] in (UNKNOWN_STEP, CHANGED_CALL)
-        if not noted or run.cancel_requested_at is not None or not isinstance(plan, FunctionPlan):
+        if not noted or run.cancel_requested_at is not None or plan is None:
             return None
-        return mismatch(connection, journal, plan, run_id)
+        if isinstance(plan, FunctionPlan):
+            return mismatch(connection, journal, plan, run_id)
+        return other_order(connection, journal, plan, run_id, run.plan_version)
 
 
 def children_waited_for(

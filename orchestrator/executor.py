@@ -32,6 +32,7 @@ from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, T
 from beatless.orchestrator.output_thread import OutputThread
 from beatless.orchestrator.pace import Pace
 from beatless.orchestrator.plan import Plan, Step
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.records import Appended, NewRun
 from beatless.orchestrator.requests import (
     AwaitBody,
@@ -113,6 +114,7 @@ class Executor:
         """
         self.journal = journal
         self.children = ChildRuns(journal)
+        self.versions = PlanVersions(journal.schema)
         self.leases = leases
         self.transactions = transactions
         self.heartbeat = heartbeat
@@ -286,6 +288,7 @@ class RunDriver:
             lease,
             plans=executor.plans,
             read_ends=self._writer.read_ends,
+            read_steps=partial(self._writer.read_steps, executor.versions, plan),
             max_event_bytes=executor.journal.max_event_bytes,
             max_steps=max_steps,
             stopping=executor.stopping.is_set,

@@ -384,12 +384,17 @@ class Journal:
         self, connection: Caller, *, reasons: Sequence[str] | None = None, read: Read = execute
     ) -> Iterator[Unfinished]:
         """The places of all unfinished runs, or of those that wait for these reasons."""
-        for run_id, plan, cancelled, undo, undoing, seq, type, step, data in read(
+        for run_id, plan, version, cancelled, undo, undoing, seq, type, step, data in read(
             connection, self.sql["unfinished"], {"reasons": list(reasons) if reasons else None}
         ):
             place = Event(run_id=run_id, seq=seq, ts=0, type=type, source="", step=step, data=data)
             yield Unfinished(
-                plan=plan, place=place, cancelled=cancelled, undo=undo, undoing=undoing
+                plan=plan,
+                plan_version=version,
+                place=place,
+                cancelled=cancelled,
+                undo=undo,
+                undoing=undoing,
             )
 
     def retried(self, connection: Caller, run_id: str, *, by_other_than: str) -> bool:

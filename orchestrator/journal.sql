@@ -306,8 +306,8 @@ UNION ALL
 -- List where all unfinished runs are, or those that wait for these reasons.
 -- An attempt that was begun after the cancel is one of the step that undoes the run.
 -- Reads in whole: dispatches, and runs if about as many are unfinished.
-SELECT r.run_id, r.plan, r.cancel_requested_at IS NOT NULL, c.undo, coalesce(c.seq < e.seq, false),
-       e.seq, e.type, e.step, CASE WHEN jsonb_typeof(e.data) = 'object'
+SELECT r.run_id, r.plan, r.plan_version, r.cancel_requested_at IS NOT NULL, c.undo,
+       coalesce(c.seq < e.seq, false), e.seq, e.type, e.step, CASE WHEN jsonb_typeof(e.data) = 'object'
          THEN (e.data - 'result') #- '{reused,results}' #- '{reused,errors}' END
   FROM {schema}.dispatches d JOIN {schema}.runs r USING (run_id)
  CROSS JOIN LATERAL ({place}) e

@@ -23,6 +23,8 @@ from beatless.orchestrator.lease import (
     LeaseStatus,
 )
 from beatless.orchestrator.open_waits import DATA_BYTES
+from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Proposal, Settlement
@@ -108,6 +110,11 @@ class LeasedWriter(SureWriter):
         return self._patiently(
             lambda connection: self._children.ends(connection, self._run_id, first, last)
         )
+
+    def read_steps(self, versions: PlanVersions, plan: Plan) -> Sequence[str] | None:
+        """The steps of the version that the run was started with, in order; None: unknown."""
+        version = self._lease.run.plan_version
+        return self._patiently(lambda connection: versions.steps(connection, plan, version))
 
     # Settlements
 

@@ -4,7 +4,7 @@ At an element that starts children, their ChildrenStarted is committed with the 
 the run leaves the worker until it can start further ones, or all have ended.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from beatless.orchestrator.arguments import digest
@@ -19,12 +19,13 @@ from beatless.orchestrator.child_calls import (
 )
 from beatless.orchestrator.child_elements import ChildElement, ElementContext
 from beatless.orchestrator.child_starts import ChildStarts
+from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.failure import raise_if_leaving
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.list_boundaries import ListBoundaries
 from beatless.orchestrator.plan import Element, Plan
-from beatless.orchestrator.progress import CHANGED_CALL, Progress
+from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
 from beatless.orchestrator.requests import (
     Commit,
     CommitIfQuiet,
@@ -34,9 +35,13 @@ from beatless.orchestrator.requests import (
     Signalled,
 )
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.step_order import OtherOrder, passed_by
 from beatless.orchestrator.waits import Wait
 
 OTHER_INPUTS = "other inputs than are stored"
+
+ReadSteps = Callable[[], Sequence[str] | None]
+"""The names of the steps of the version that a run was started with; None: unknown."""
 
 
 class ListExecution(Execution):
@@ -51,16 +56,18 @@ class ListExecution(Execution):
         *,
         max_event_bytes: int,
         read_ends: ReadEnds,
+        read_steps: ReadSteps,
         plans: Mapping[str, Plan],
         **options: Any,
     ) -> None:
         """`read_ends` reads children of the run, also in the bodies of its steps.
 
-        Its children are runs of `plans`.
+        `read_steps` reads those of the version of the plan that it was started with. Its children
+        are runs of `plans`.
         """
         super().__init__(plan, lease, max_event_bytes=max_event_bytes, **options)
         self._boundaries = ListBoundaries(plan, self._run_id, max_event_bytes=max_event_bytes)
-        self._read_ends = read_ends
+        self._read_ends, self._read_steps = read_ends, read_steps
         self._call: ChildCall | None = None
         """That of the element at which the run is, if this claim has made it."""
         self._unread: BaseException | None = None
@@ -77,6 +84,16 @@ class ListExecution(Execution):
         progress = yield from super()._fold()
         progress.results = with_results(progress.results, self._read)
         return progress
+
+    def _begin_attempt(self, progress: Progress, before: Sequence[NewEvent] = ()) -> Part:
+        """As there, unless this version would leave out a step that the run has to come to."""
+        left_out = passed_by(self._plan, progress, self._read_steps)
+        if left_out is None:
+            return (yield from super()._begin_attempt(progress, before))
+        reason = str(OtherOrder(self._plan.name, left_out))
+        released = self._released(progress, left_out, UNKNOWN_STEP, reason, before)
+        yield from self._settle(released)
+        return None
 
     def _begin_wait(self, progress: Progress, wait: Wait, before: Any) -> Part:
         """As there; children are started by `_wait`, in a commit of their own."""

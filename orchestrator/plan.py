@@ -14,6 +14,7 @@ from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
 from beatless.orchestrator.limit import Limit, checked_limits
 from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
+from beatless.orchestrator.plan_options import checked_moved, checked_routes
 from beatless.orchestrator.retry import Retry
 from beatless.orchestrator.step_body import body_of, check_body, outcomes_of, short_name, step_name
 from beatless.orchestrator.waits import Wait
@@ -232,21 +233,6 @@ def _elements(plan: str, steps: object) -> tuple[Element, ...]:
     return found
 
 
-def _routes(plan: str, routes: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
-    """The routes as they are kept. Raises PlanError for another type."""
-    form = 'routes={"verify": ["perceive", "stop"]}'
-    if routes is not None and not isinstance(routes, Mapping):
-        raise PlanError(f"plan {plan}: routes are {routes!r:.200}; map names of steps: {form}")
-    for label, targets in (routes or {}).items():
-        names = targets if isinstance(targets, list | tuple | set | frozenset) else [None]
-        if not all(isinstance(each, str) for each in (label, *names)):
-            raise PlanError(
-                f"plan {plan}: routes of {label!r:.200} are {targets!r:.200}; give a list of names "
-                f"of steps: {form}"
-            )
-    return {label: tuple(targets) for label, targets in (routes or {}).items()}
-
-
 class Plan:
     """An ordered list of steps. The default route is the next step; the last one completes the run.
 
@@ -260,7 +246,9 @@ class Plan:
     `limits` are those of its runs: each holds a lease only with a slot of every one of them.
     `renamed` maps names that steps had in earlier versions to their names now: runs that stand at
     such a step go on, with the same `ctx.key`; others that stand at a step which the plan does not
-    have wait for a worker that has it.
+    have wait for a worker that has it. `moved` names steps that now stand before others: runs that
+    are behind their new places, and have not executed them, go on without them; without it they
+    wait for a worker with the former order.
 
     Raises PlanError, naming the plan and the step, for a plan that cannot work: two steps of one
     name, a route to nowhere, a step that nothing leads to, a default input that is not JSON.
@@ -284,6 +272,7 @@ class Plan:
         on_cancel: Step | None = None,
         default_input: Any = None,
         renamed: Mapping[str, str] | None = None,
+        moved: Iterable[str] = (),
         limits: Iterable[Limit] | None = None,
     ) -> None:
         if not isinstance(name, str) or not PLAN_NAME.fullmatch(name):
@@ -296,16 +285,16 @@ class Plan:
         self.steps = tuple(each for each in self.elements if isinstance(each, Step))
         self._by_name = {candidate.name: candidate for candidate in self.elements}
         self._after = dict(
-            zip(self._names(), (*self.elements[1:], None), strict=True),
+            zip(self.names, (*self.elements[1:], None), strict=True),
         )
         if len(self._by_name) < len(self.elements):
-            twice = sorted(label for label, times in Counter(self._names()).items() if times > 1)
+            twice = sorted(label for label, times in Counter(self.names).items() if times > 1)
             raise PlanError(
                 f"plan {name} has two steps called {', '.join(twice)}; give one another name: "
                 'step(name="…")(function), Plan.task(task, name="…"), wait("paid", name="…"), '
                 'sleep(days=14, name="…")'
             )
-        self.routes = _routes(name, routes)
+        self.routes = checked_routes(name, routes)
         self._add_routes_of_waits()
         for label, targets in self.routes.items():
             for unknown in {label, *targets} - self._by_name.keys():
@@ -319,13 +308,16 @@ class Plan:
         self.undo_steps = self._undo_steps()
         """Those that undo others, by name."""
         self.renamed = self._resolve(renamed or {})
+        self.moved = checked_moved(name, moved, self.names)
         try:
             encode(default_input, where=f"plan {name}: default_input", limit=INPUT_BYTES)
         except BadPayload as error:
             raise PlanError(str(error)) from error
         self.version = self._hash()
 
-    def _names(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
+        """The names of its steps and waits, in order."""
         return [each.name for each in self.elements]
 
     def _add_routes_of_waits(self) -> None:
@@ -477,7 +469,7 @@ class Plan:
         return replace(found, outcomes=outcomes_of(task.run))
 
     def __repr__(self) -> str:
-        return f"Plan({self.name!r}, [{', '.join(self._names())}])"
+        return f"Plan({self.name!r}, [{', '.join(self.names)}])"
 
     def form(self, occurrence: str, reference: str) -> Form | None:
         """The form of an approval that has begun, with the form of this name then.
@@ -542,4 +534,6 @@ class Plan:
             graph += self.on_cancel.name
         if self.renamed:
             graph += repr(sorted(self.renamed.items()))
+        if self.moved:
+            graph += repr(sorted(self.moved))
         return hashlib.sha256(graph.encode()).hexdigest()[:12]

@@ -135,6 +135,8 @@ class Progress:
 
     step: Element | None
     """The next step or wait; None when all have finished."""
+    place: Event | None = None
+    """The last event that says where the run is."""
     unknown: str | None = None
     """The next step's name, if this version of the plan does not have it: then `step` is None."""
     begun: str | None = None
@@ -427,6 +429,7 @@ def fold(plan: Plan, events: Sequence[Event]) -> Progress:
             case EventType.RUN_RESTARTED:
                 progress.results.clear()
                 progress.children_started = data.get(CHILDREN, 0)
+    progress.place = place
     if progress.undoing:
         return progress
     if progress.compensating and progress.begun is None:

@@ -143,6 +143,7 @@ class Unfinished:
     """The place of an unfinished run."""
 
     plan: str
+    plan_version: str
     place: Event
     """Its last RunStarted, StepStarted or StepFinished; results are left out."""
     cancelled: bool

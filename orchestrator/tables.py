@@ -190,6 +190,14 @@ declared_plans = Table(
     Column("declared_at", Time, nullable=False, server_default=text("clock_timestamp()")),
 )
 
+plan_versions = Table(
+    "plan_versions",
+    metadata,
+    Column("plan", Id, primary_key=True),
+    Column("version", Id, primary_key=True),
+    Column("steps", JSONB, nullable=False),
+)
+
 schedules = Table(
     "schedules",
     metadata,

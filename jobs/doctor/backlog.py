@@ -51,11 +51,14 @@ def plans(probe: Probe) -> Iterator[Verdict]:
         lists += 'Plan(…, renamed={"before": "now"}); `beatless plan check` names all'
         functions = "`beatless plan check` with the workers' code tells what a function does "
         functions += "instead, and what helps"
-        called = [isinstance(app.plans.get(place.plan), FunctionPlan) for place in waiting]
-        advice = [lists] * (not all(called)) + [functions] * any(called)
+        called = {
+            place.plan for place in waiting if isinstance(app.plans.get(place.plan), FunctionPlan)
+        }
+        advice = [functions] * bool(called)
+        advice += dict.fromkeys(each.advice or lists for each in waiting if each.plan not in called)
         yield warn(
             f"runs wait in a step that the workers' version of the plan lacks, or calls "
-            f"differently: {names}",
+            f"differently, or that has another before it: {names}",
             "; ".join(advice),
         )
     if not unknown and not waiting:

@@ -85,7 +85,7 @@ class Executors:
         self._new_async_engine = new_async_engine
         self._async_engine: AsyncEngine | None = None
         self._faults = faults
-        self._plans = plans
+        self.plans = plans
         self.max_group_runs = settings.worker_group_runs
         self._mutex = threading.Lock()
         self._pid = 0
@@ -193,7 +193,7 @@ class Executors:
             heartbeat=self._heartbeat,
             outputs=self._outputs,
             worker=self._worker,
-            plans=self._plans,
+            plans=self.plans,
             stopping=self.draining,
             leaving=is_exiting,
             limit=self._watchdog.call,
@@ -213,7 +213,7 @@ class Executors:
         assert self._guard is not None  # noqa: S101 - set by _begin
         return GroupExecutor(
             executor,
-            self._plans,
+            self.plans,
             max_runs=min(self.max_group_runs, self._slots),
             guard=self._guard,
         )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import psycopg
 from celery import bootsteps
 
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.queues import PRESENCE_INTERVAL_S, Presence, QueueStatements
 from beatless.outbox import forks
 from beatless.outbox.threads import LastingThread
@@ -20,10 +21,14 @@ logger = logging.getLogger("beatless.worker")
 
 
 class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Announces the queues that this worker consumes, as long as it does."""
+    """Announces the queues that this worker consumes, as long as it does.
+
+    The first time it stores the versions of its plans, for workers with others.
+    """
 
     requires = frozenset({"celery.worker.components:Pool"})
     statements: ClassVar[QueueStatements]
+    versions: ClassVar[PlanVersions]
     settings: ClassVar[Settings]
     executors: ClassVar[Executors]
 
@@ -35,6 +40,7 @@ class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
             (cls,),
             {
                 "statements": QueueStatements(settings.schema),
+                "versions": PlanVersions(settings.schema),
                 "settings": settings,
                 "executors": executors,
             },
@@ -45,6 +51,7 @@ class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
         self._worker = worker
         self._name = f"{worker.hostname}:{secrets.token_hex(4)}"
         self._version = metadata.version("beatless")
+        self._stored_versions = False
         self._stopping = threading.Event()
         self._thread: LastingThread | None = None
 
@@ -61,9 +68,15 @@ class PresenceReport(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
 
     def _run(self, thread: LastingThread) -> None:
         while not self._stopping.is_set():
-            self._tell(self.statements.announce, thread)
+            self._tell(self._announce, thread)
             self._stopping.wait(PRESENCE_INTERVAL_S)
         self._tell(self.statements.withdraw, thread)
+
+    def _announce(self, connection: psycopg.Connection[Any], presence: Presence) -> None:
+        if not self._stored_versions:
+            self.versions.store(connection, self.executors.plans.values())
+            self._stored_versions = True
+        self.statements.announce(connection, presence)
 
     def _tell(
         self, tell: Callable[[psycopg.Connection[Any], Presence], None], thread: LastingThread

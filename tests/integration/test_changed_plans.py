@@ -26,7 +26,7 @@ from beatless.api import create_api
 from beatless.doctor import Doctor, Status
 from beatless.orchestrator.plan import Element, Step
 from beatless.orchestrator.progress import UNKNOWN_STEP
-from beatless.places import places
+from beatless.places import places, why_it_waits
 from beatless.testing import Kit
 
 LEASE_S = 60
@@ -65,7 +65,14 @@ class Version:
     """A worker with one version of the plan, and what its bodies did."""
 
     def __init__(
-        self, app: App, names: str, *, undo: str = "", obeys: bool = False, **options: Any
+        self,
+        app: App,
+        names: str,
+        *,
+        undo: str = "",
+        obeys: bool = False,
+        deployed: bool = True,
+        **options: Any,
     ) -> None:
         self.ledger: list[str] = []
         self.plan = Plan(
@@ -76,6 +83,8 @@ class Version:
         )
         self.app = App(app.settings, [self.plan])
         self.kit = Kit(self.app)
+        if deployed:
+            self.kit.apply_plans()
 
     def take(self, run_id: str, *, max_steps: int = 0) -> bool:
         """Execute the run as far as it goes, if it is due."""
@@ -178,20 +187,133 @@ def test_a_run_goes_on_where_it_stands_or_waits_for_a_version_that_knows_the_pla
     beatless.verify()
 
 
-@pytest.mark.parametrize("where", STATES)
-def test_a_step_that_has_finished_is_not_done_again_where_the_new_order_has_it(
-    beatless: Kit, version: Make, where: str
+def stands(kit: Kit, old: Version, name: str, how: str) -> str:
+    """A run that the old version has brought to this step, in this way."""
+    number = old.plan.names.index(name) + 1
+    run_id = old.kit.start_run("order", {name: how}).run_id
+    if how == "killed":
+        with old.kit.crash("step.before", nth=number):
+            old.take(run_id)
+    else:
+        old.take(run_id, max_steps=number if how == "finished" else 0)
+    old.ledger.clear()
+    kit.advance(LEASE_S + 1)
+    return run_id
+
+
+@pytest.mark.parametrize("how", ["killed", "fails", "snoozes", "finished"])
+def test_a_run_waits_for_the_former_order_if_the_new_one_would_leave_out_a_step_of_its(
+    beatless: Kit, version: Make, how: str
 ) -> None:
-    old, new = version("one charge mail", obeys=True), version("mail charge one")
-    run_id = bring(beatless, old, where)
-    assert new.take(run_id)
-    todo = {"not begun": ["mail mail 1", "charge charge 1", "one one 1"], "finished": []}
-    todo |= {place: [f"charge charge {attempt}"] for place, attempt in CHARGE.items()}
-    assert new.ledger == (todo | {"mail begun": ["mail mail 2"]})[where]
-    run = beatless.client.get_run(run_id)
-    last = {"not begun": "one", "mail begun": "mail"}.get(where, "charge")
-    assert (run.state, run.result) == (RunState.COMPLETED, last)
+    """All other orders and places: `tests/unit/test_step_order.py`."""
+    old = version("a b c", obeys=True)
+    run_id = stands(beatless, old, "a", how)
+    new = version("b a c")
+    for _ in range(2):
+        assert new.take(run_id)
+        assert (beatless.client.get_run(run_id).state, new.ledger) == (RunState.QUEUED, [])
+        beatless.advance(16)
+    assert old.take(run_id)
+    done = [line.split()[0] for line in old.ledger]
+    assert done == (["b", "c"] if how == "finished" else ["a", "b", "c"])
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
     beatless.verify()
+
+
+def test_runs_go_on_without_a_step_that_the_plan_says_has_moved(
+    beatless: Kit, version: Make
+) -> None:
+    run_id = stands(beatless, version("a b c d", obeys=True), "a", "killed")
+    new = version("b a c d", moved=["b"])
+    assert new.take(run_id)
+    assert [line.split()[0] for line in new.ledger] == ["a", "c", "d"]
+    unbegun = new.app.client.start_run("order").run_id
+    new.ledger.clear()
+    assert new.take(unbegun)
+    assert [line.split()[0] for line in new.ledger] == ["b", "a", "c", "d"]
+    beatless.verify()
+
+
+def test_an_old_worker_does_not_leave_out_what_the_new_order_has_behind_the_place(
+    beatless: Kit, version: Make
+) -> None:
+    """A run of the old version, which a new worker has taken on from its first step."""
+    old, new = version("a b c d", obeys=True), version("a c b d", obeys=True)
+    run_id = stands(beatless, old, "a", "finished")
+    with new.kit.crash("step.before"):
+        new.take(run_id)  # `c` has begun
+    beatless.advance(LEASE_S + 1)
+    assert old.take(run_id)
+    assert old.ledger == []
+    beatless.advance(16)
+    new.ledger.clear()
+    assert new.take(run_id)
+    assert [line.split()[0] for line in new.ledger] == ["c", "b", "d"]
+    beatless.verify()
+
+
+def test_a_wait_that_has_moved_is_not_left_out(beatless: Kit, version: Make) -> None:
+    old = version("a b", obeys=True)
+    begun, asks = old.plan.steps[0], wait("paid")
+    first, then = (
+        App(old.app.settings, [Plan("order", [begun, asks])]),
+        Plan("order", [asks, begun]),
+    )
+    first.client.apply_plans()
+    run_id = first.client.start_run("order", {"a": "fails"}).run_id
+    old.kit.executor().execute(first.plans["order"], run_id, 0)
+    beatless.advance(LEASE_S)
+    assert old.kit.executor().execute(then, run_id, 0)
+    assert beatless.client.get_run(run_id).state is RunState.QUEUED
+    assert old.ledger == ["a a 1"]
+    first.close()
+
+
+def test_a_run_of_a_version_that_nobody_has_stored_goes_on_as_if_its_steps_were_new(
+    beatless: Kit, version: Make
+) -> None:
+    old = version("a b c", obeys=True, deployed=False)
+    run_id = old.app.client.start_run("order").run_id
+    old.take(run_id, max_steps=1)
+    new = version("b a c")
+    assert new.take(run_id)
+    assert new.ledger == ["c c 1"]
+    assert beatless.client.get_run(run_id).state is RunState.COMPLETED
+
+
+def test_a_run_that_waits_for_the_former_order_is_told_with_the_step_and_what_helps(
+    beatless: Kit, version: Make
+) -> None:
+    old = version("a b c", obeys=True)
+    run_id = stands(beatless, old, "a", "fails")
+    unbegun = old.kit.start_run("order").run_id
+    new = version("b a c")
+
+    def found() -> list[tuple[str | None, str | None, str | None, list[str]]]:
+        app = new.app
+        return [
+            (place.step, place.waits, place.advice, place.run_ids)
+            for place in places(app.engine, app.journal, app.plans)
+        ]
+
+    before = found()  # as `beatless plan check` has it before the deploy
+    assert new.take(run_id)
+    assert found() == before
+    (waits_there, goes_on) = before
+    assert waits_there[:2] + tuple(waits_there[3]) == ("a", UNKNOWN_STEP, run_id)
+    assert 'moved=["b"]' in str(waits_there[2])
+    assert goes_on == (None, None, None, [unbegun])
+    (finding,) = Doctor(new.app).examine(("plans",))
+    assert finding.status is Status.WARNING
+    assert f"order.a (1: {run_id})" in finding.text
+    assert 'moved=["b"]' in finding.advice
+    assert "has step a, and before it no step that came later" in (
+        beatless.client.explain(run_id)[-2].text
+    )
+    app = new.app
+    told = why_it_waits(app.engine, app.journal, app.plans, run_id)
+    assert told is not None
+    assert told.message == "the plan has b before it, which came later and was never executed"
 
 
 @pytest.mark.parametrize("where", [*CHARGE, "finished", "mail begun"])

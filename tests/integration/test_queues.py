@@ -17,6 +17,7 @@ from beatless.client import RunRequest
 from beatless.errors import QueueBusy, Unreachable
 from beatless.orchestrator.ended_runs import SHORTEST_REST_S, CountsEndedRuns
 from beatless.orchestrator.errors import RunIsActive
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.queues import PRESENCE_EXPIRES_S, Presence, QueueStatements
 from beatless.outbox.errors import PublishFailed, PublishRefused
 from beatless.outbox.message import TaskMessage
@@ -206,12 +207,18 @@ def test_workers_are_counted_by_what_they_consume(beatless: Kit, beatless_app: A
 @pytest.mark.long
 def test_workers_that_consume_a_queue_are_counted_while_they_are_idle(beatless: Kit) -> None:
     workers = [beatless.worker_process("tests.plans:app") for _ in range(2)]
-    beatless.start_run("two_steps")
+    run = beatless.start_run("two_steps")
 
     def counted(number: int) -> None:
         until(lambda: [queue.workers for queue in beatless.client.queues()] == [number])
 
     counted(2)
+    # The first announcement comes behind the versions of the worker's plans.
+    plan = beatless.app.plans["two_steps"]
+    with beatless.app.engine.begin() as connection:
+        known = PlanVersions(beatless.app.settings.schema).known(connection)
+    assert known["two_steps"] == {plan.version: plan.names}
+    assert beatless.client.get_run(run.run_id).plan_version == plan.version
     workers[0].terminate()
     counted(1)
 

@@ -55,6 +55,10 @@ BOTH = step(name="both")(lambda a, b: 1)
 BOTH_TOO = step(name="both")(lambda a, b: 2)
 
 
+def moved(names: object) -> Plan:
+    return Plan("p", [step(one), step(two)], moved=names)
+
+
 def renamed(names: dict) -> Plan:
     return Plan("p", [step(one), step(two)], on_cancel=step(name="undo")(one), renamed=names)
 
@@ -131,6 +135,10 @@ def renamed(names: dict) -> Plan:
         (lambda: renamed({"old": "old"}), "renamed goes round in a circle at 'old'"),
         (lambda: renamed({"old#2": "two"}), "renamed names 'old#2', which is no step name"),
         (lambda: renamed({"old": None}), "renamed names None, which is no step name"),
+        (lambda: moved("one"), "moved is 'one'; give a list of names of its steps and waits"),
+        (lambda: moved(["three"]), "moved is .'three'.; give a list of names of its steps"),
+        (lambda: moved([None]), "moved is .None.; give a list of names of its steps"),
+        (lambda: moved(5), "moved is 5; give a list of names of its steps"),
         (lambda: step(name="none")(lambda: 1), "step none must take the context"),
         (lambda: Plan("p", [BOTH]), "plan p: step both must take exactly one argument"),
         (lambda: Plan("p", [step(one)], on_cancel=BOTH), "step both must take exactly one"),
