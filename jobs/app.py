@@ -26,6 +26,7 @@ from beatless.orchestrator.child_elements import check_child_elements
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease, Leases
+from beatless.orchestrator.limit import check_kinds
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step, on_cancel_steps
 from beatless.orchestrator.records import new_run_id
@@ -138,8 +139,9 @@ class App:
         `redact` decides how inputs, results, errors and traces are shown: on the page, over
         HTTP, on the command line, in logs, spans and Flower. Stored values stay.
 
-        Raises PlanError when two plans, or two schedules, share a name, and when a schedule or the
-        function of a plan names a plan that is not among them: nobody would execute its runs.
+        Raises PlanError when two plans, or two schedules, share a name, when limits of one name are
+        of two kinds, and when a schedule or the function of a plan names a plan that is not among
+        them: nobody would execute its runs.
         Raises TypeError for an argument of another type.
         """
         logs.enable_own_loggers()
@@ -158,6 +160,7 @@ class App:
             names = [plan.name for plan in plans]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
+        check_kinds((plan.name, limit) for plan in plans for limit in plan.limits)
         for plan in plans:
             if isinstance(plan, FunctionPlan):
                 plan.check_children(self.plans)

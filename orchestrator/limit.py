@@ -167,6 +167,25 @@ def checked_limits(plan: str, limits: Iterable[Limit] | None) -> tuple[Limit, ..
     return given
 
 
+def check_kinds(limits: Iterable[tuple[str, Limit]]) -> None:
+    """Check that limits of one name are of one kind; given with the names of their plans.
+
+    Raises PlanError: they are one limit, of which runs have a slot or a token.
+    """
+    known: dict[str, tuple[str, Limit]] = {}
+    for plan, limit in limits:
+        other, first = known.setdefault(limit.name, (plan, limit))
+        if (first.rate is None) != (limit.rate is None):
+            raise PlanError(
+                f"limit {limit.name} has {_kind(first)} in plan {other}, and {_kind(limit)} in "
+                f"plan {plan}: limits of one name are one limit; give one of them another name"
+            )
+
+
+def _kind(limit: Limit) -> str:
+    return "at_once" if limit.rate is None else "a rate"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLimit:
     """A limit of one run, as it is stored with it."""

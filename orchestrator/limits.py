@@ -76,6 +76,11 @@ class LimitStatements:
             execute(connection, self._sql["set_rate"], values)
         execute(connection, self._sql["note"], {"name": name})
 
+    def kinds(self, connection: Caller, name: str) -> frozenset[bool]:
+        """Whether it is a rate for the runs that have it now: both while plans of it differ."""
+        rows = execute(connection, self._sql["kinds"], {"name": name})
+        return frozenset(is_rate for (is_rate,) in rows)
+
     def forget(self, connection: Caller, name: str) -> bool:
         """Let each plan say it again; False if nothing was set."""
         ((forgotten,),) = execute(connection, self._sql["forget"], {"name": name})

@@ -52,6 +52,25 @@ WITH {awaited}, noted AS (
 )
 SELECT {each_doorbell} FROM (SELECT DISTINCT shard FROM noted) n
 
+-- name: kinds
+-- Read of which kinds a limit is for runs that have slots of it or wait for it: whether it is a rate.
+-- Reads in whole: limit_slots. For a person who changes a limit.
+WITH {awaited}, one AS (
+  SELECT limit_id, min(run_id) AS run_id FROM {schema}.limit_slots
+   WHERE split_part(limit_id, ':', 1) = %(name)s GROUP BY limit_id
+  UNION ALL
+  SELECT awaited.limit_id, d.run_id FROM awaited CROSS JOIN LATERAL (
+    SELECT run_id FROM {schema}.dispatches d
+     WHERE d.limit_id = awaited.limit_id AND d.state = 'delayed' AND d.reason = 'limit'
+     ORDER BY d.priority DESC, d.limit_since LIMIT 1) d
+   WHERE split_part(awaited.limit_id, ':', 1) = %(name)s
+)
+SELECT DISTINCT l.at_once IS NULL
+  FROM one CROSS JOIN LATERAL (
+    SELECT r.limits FROM {schema}.runs r WHERE r.run_id = one.run_id LIMIT 1) r
+ CROSS JOIN LATERAL {schema}.all_limits_of(r.limits) l
+ WHERE l.id = one.limit_id
+
 -- name: set
 -- Note how many runs a limit lets run at once from now on.
 INSERT INTO {schema}.limit_settings (name, at_once) VALUES (%(name)s, %(at_once)s)

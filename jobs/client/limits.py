@@ -5,6 +5,7 @@ from beatless.errors import BadRequest
 from beatless.namespaces import id_prefix
 from beatless.orchestrator.limit import LIMIT_NAME, problem_with_at_once, problem_with_rate
 from beatless.orchestrator.limits import LimitState, LimitStatements
+from beatless.outbox.queries import Caller
 
 MAX_LISTED = 1000
 """Keys of limits that one call lists."""
@@ -30,7 +31,8 @@ class LimitCalls(BaseClient):
         """Let so many runs with the same key run at once, or begin, whatever plans say.
 
         Until `release_limit`. Runs that wait start at once if there is room; those that run go on.
-        Raises BadRequest.
+        A name that no plan has is set for plans to come. Raises BadRequest, also for a rate of a
+        limit with `at_once`, and the other way round: that would change nothing.
 
         >>> client.set_limit("openai", rate="500/min")
         """
@@ -41,9 +43,22 @@ class LimitCalls(BaseClient):
         if rate is not None and (problem := problem_with_rate(rate)):
             raise BadRequest("rate", problem)
         statements, stored = LimitStatements(self._journal.schema), self._stored_name(name)
-        self._in_transaction(
-            None, lambda caller: statements.set(caller, stored, at_once=at_once, rate=rate)
-        )
+
+        def act(caller: Caller) -> None:
+            found = [
+                each.rate
+                for plan in self._plans.values()
+                for each in plan.limits
+                if each.name == name
+            ]
+            kinds = {each is not None for each in found} | statements.kinds(caller, stored)
+            if kinds == {rate is None}:
+                raise BadRequest(
+                    "rate" if rate else "at_once", _changes_nothing(name, rate is None)
+                )
+            statements.set(caller, stored, at_once=at_once, rate=rate)
+
+        self._in_transaction(None, act)
 
     def release_limit(self, name: str) -> bool:
         """Let each run bring the number of its plan again; False if none was set.
@@ -62,3 +77,17 @@ class LimitCalls(BaseClient):
                 "name", f"is {name!r:.200}, which does not match ^{LIMIT_NAME.pattern}$"
             )
         return id_prefix(self._namespace) + name
+
+
+def _changes_nothing(name: str, is_rate: bool) -> str:
+    """Why a limit that is a rate, or is none, cannot be set as if it were the other."""
+    kind, option = (
+        ("how many runs begin in a time", "--rate 100/min")
+        if is_rate
+        else ("how many runs run at once", "--at-once 5")
+    )
+    member = "rate" if is_rate else "at_once"
+    return (
+        f"changes nothing: {name} is a limit of {kind}. Give {member}, as in "
+        f"`beatless limits set {name} {option}`; for both, give the plan two limits"
+    )

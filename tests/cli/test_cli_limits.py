@@ -43,6 +43,8 @@ def test_limits_are_listed_set_and_released(beatless: Kit, command: Command) -> 
 def test_a_bad_number_is_refused(command: Command) -> None:
     command("limits", "set", "stripe", "--at-once", "0", status=2)
     assert "at_once is 0; give a number of runs, 1 to 10,000" in command.error
+    command("limits", "set", "stripe", "--rate", "5/min", status=2)
+    assert "Give at_once, as in `beatless limits set stripe --at-once 5`" in command.error
     command("limits", "set", "a b", "--at-once", "1", status=2)
     assert "name is 'a b', which does not match" in command.error
 

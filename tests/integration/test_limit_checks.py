@@ -67,14 +67,17 @@ def explain(kit: Kit, run_id: str) -> str:
 
 
 def test_what_is_set_without_effect_is_named(beatless: Kit, beatless_app: App) -> None:
+    """As by another app, whose plans have limits of these names."""
+    other = App(beatless_app.settings, [])
     [fine] = examine(beatless_app)
     assert (fine.status, fine.text[:20]) == (Status.OK, "2 limits of this app")
     beatless.client.set_limit("stripe", 3)
     beatless_app.client_for("team").set_limit("llm", rate="5/min")
     [fine] = examine(beatless_app)
     assert fine.status is Status.OK
-    beatless.client.set_limit("stripe", rate="5/min")
-    beatless.client.set_limit("llm", 7)
+    other.client.set_limit("stripe", rate="5/min")
+    other.client.set_limit("llm", 7)
+    other.close()
     beatless_app.client_for("team").set_limit("former", 7)
     [useless] = examine(beatless_app)
     assert useless.status is Status.WARNING

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import App, Limit, Plan, RunRequest, RunState, StepContext, retry, step
+from beatless import App, BadRequest, Limit, Plan, RunRequest, RunState, StepContext, retry, step
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.limits import LooksAtLimits
 from beatless.orchestrator.outcomes import PlanError
@@ -191,6 +191,25 @@ def test_a_rate_is_changed_while_runs_wait(beatless: Kit, postgres: psycopg.Conn
     (state,) = beatless.client.limits()
     assert (state.name, state.key, state.rate, state.at_once) == ("llm", "a", "6/h", None)
     assert beatless.client.release_limit("llm") is True
+
+
+def test_a_rate_of_a_limit_of_another_kind_is_refused(beatless: Kit, beatless_app: App) -> None:
+    """By the plans of the App, and by the runs of plans that it does not have."""
+    client, foreign = beatless.client, App(beatless_app.settings, [])
+    for _ in range(4):
+        start(beatless)
+    for caller in (client, foreign.client):
+        with pytest.raises(BadRequest) as refused:
+            caller.set_limit("llm", 5)
+        assert (
+            "at_once changes nothing: llm is a limit of how many runs begin in a time. Give "
+            in (str(refused.value))
+        )
+        caller.set_limit("llm", rate="3/h")
+        caller.set_limit("unknown", rate="3/h")
+        caller.set_limit("unknown", 3)
+    foreign.close()
+    assert client.release_limit("llm") is True
 
 
 def test_a_cancelled_run_leaves_its_token_to_the_next(

@@ -478,6 +478,13 @@ def test_a_limit_that_cannot_work_is_refused(make: Callable[[], object], told: s
     assert told in str(refused.value)
 
 
+def test_limits_of_one_name_and_two_kinds_are_refused(beatless_app: App) -> None:
+    rated = Plan("rated", [charge], limits=[Limit("llm", rate="5/min")])
+    told = "limit llm has at_once in plan slow, and a rate in plan rated: limits of one name"
+    with pytest.raises(PlanError, match=told):
+        App(beatless_app.settings, [Plan("slow", [charge], limits=[LLM]), rated])
+
+
 @pytest.mark.parametrize(
     ("input", "told"),
     [
