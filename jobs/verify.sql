@@ -164,9 +164,17 @@ UNION ALL
 SELECT 'I14', run_id, format('it is %%s and has %%s slots of %%s limits', state, slots, limits)
   FROM (SELECT run_id, state, CASE WHEN limits IS NULL THEN 0
                ELSE (SELECT count(*) FROM {schema}.limits_of(run.limits)) END AS limits,
-               (SELECT count(*) FROM {schema}.limit_slots s WHERE s.run_id = run.run_id) AS slots
+               (SELECT count(*) FROM {schema}.limit_slots s
+                 WHERE s.run_id = run.run_id
+                   AND (run.state <> 'queued' OR NOT {schema}.keeps_slot(run.limits, s.limit_id)))
+               + (SELECT count(*) FROM {schema}.limit_loans o WHERE o.run_id = run.run_id) AS slots
           FROM run) held
  WHERE slots <> CASE WHEN state = 'running' THEN limits ELSE 0 END
+UNION ALL
+SELECT 'I14', run.run_id, format('it has a lease by slot %%s of the limit %%s, which nobody holds',
+       o.n, o.limit_id)
+  FROM run JOIN {schema}.limit_loans o USING (run_id)
+ WHERE NOT EXISTS (SELECT FROM {schema}.limit_slots s WHERE s.limit_id = o.limit_id AND s.n = o.n)
 UNION ALL
 SELECT 'I2', run.run_id, format('it is child %%s of run %%s, which has started none of this number',
        run.child_no, run.parent_id)
@@ -235,6 +243,8 @@ SELECT 'I12', run_id, format('it does not exist, yet it has rows in %%s', string
          UNION SELECT run_id, 'run_outbox' FROM {schema}.run_outbox
                 WHERE run_id > %(after)s AND run_id <= %(upto)s
          UNION SELECT run_id, 'limit_slots' FROM {schema}.limit_slots
+                WHERE run_id > %(after)s AND run_id <= %(upto)s
+         UNION SELECT run_id, 'limit_loans' FROM {schema}.limit_loans
                 WHERE run_id > %(after)s AND run_id <= %(upto)s
          UNION SELECT run_id, 'dispatches' FROM dispatch) AS stored(run_id, name)
  WHERE NOT EXISTS (SELECT FROM run WHERE run.run_id = stored.run_id)

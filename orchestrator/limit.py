@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import storable
@@ -41,7 +41,11 @@ class Limit:
     one token at its first claim. A limit has one of the two. `beatless limits set` changes it while
     runs wait.
 
-    Raises PlanError, naming the limit, for a bad name, key, number or rate.
+    A run that waits holds no slot, and takes one again when it goes on. With `hold="run"` it keeps
+    its slot from its first claim until it has ended, also while it waits, and lends it to its
+    children: those with the same limit and key take none of their own.
+
+    Raises PlanError, naming the limit, for a bad name, key, number, rate or hold.
 
     >>> from beatless import Limit, Plan, step
     >>> @step
@@ -51,12 +55,15 @@ class Limit:
     (Limit('stripe', at_once=3),)
     >>> Limit("llm", rate="100/min")
     Limit('llm', rate='100/min')
+    >>> Limit("gpu", at_once=2, hold="run")
+    Limit('gpu', at_once=2, hold='run')
     """
 
     name: str
     at_once: int | None
     rate: str | None
     key: Callable[[Any], str | int] | str | None
+    hold: Literal["run"] | None
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class Limit:
         at_once: int | None = None,
         rate: str | None = None,
         key: Callable[[Any], str | int] | str | None = None,
+        hold: Literal["run"] | None = None,
     ) -> None:
         if not isinstance(name, str) or not LIMIT_NAME.fullmatch(name):
             raise PlanError(f"limit name {name!r:.200} must match {LIMIT_NAME.pattern}")
@@ -82,14 +90,25 @@ class Limit:
                 f"limit {name}: key is {key!r:.200}; give a function of the run's input, as in "
                 f'key=lambda order: order["account"], or a text'
             )
+        if hold not in (None, "run"):
+            raise PlanError(
+                f'limit {name}: hold is {hold!r:.200}; give hold="run", by which a run keeps its '
+                "slot until it has ended, or leave it out"
+            )
+        if hold is not None and at_once is None:
+            raise PlanError(
+                f"limit {name}: a rate has no slots to hold; leave hold out, or give at_once"
+            )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "at_once", at_once)
         object.__setattr__(self, "rate", rate)
         object.__setattr__(self, "key", key)
+        object.__setattr__(self, "hold", hold)
 
     def __repr__(self) -> str:
         how = f"rate={self.rate!r}" if self.rate else f"at_once={self.at_once}"
-        return f"Limit({self.name!r}, {how})"
+        held = f", hold={self.hold!r}" if self.hold else ""
+        return f"Limit({self.name!r}, {how}{held})"
 
     def key_of(self, input: Any) -> str:
         """The key of a run with this input, as JSON. Raises BadPayload, naming the limit."""
@@ -194,6 +213,7 @@ class RunLimit:
     """The name of the limit, behind that of the namespace unless it is the default one, and the
     run's key: `stripe:acct_7`, `team~stripe:acct_7`."""
     at_once: int | None = None
+    hold: str | None = None
     starts: int | None = None
     period_s: float | None = None
 
@@ -213,6 +233,6 @@ def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunL
 
 def _run_limit(limit: Limit, id: str) -> RunLimit:
     if limit.rate is None:
-        return RunLimit(id=id, at_once=limit.at_once)
+        return RunLimit(id=id, at_once=limit.at_once, hold=limit.hold)
     starts, period_s = starts_of(limit.rate)
     return RunLimit(id=id, starts=starts, period_s=period_s)

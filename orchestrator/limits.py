@@ -36,11 +36,13 @@ class LimitState:
     is_set: bool
     """Whether a person has set it; else it is the plan's."""
     running: int
-    """Slots in use."""
+    """Slots in use, also those that runs keep while they wait."""
     waiting: int
     """Runs that wait for a slot."""
     oldest: datetime | None
     """When the one that waits the longest was started."""
+    hold: str | None = None
+    """"run" if runs keep their slots until they have ended."""
 
 
 class LimitStatements:
@@ -62,8 +64,9 @@ class LimitStatements:
                 running=running,
                 waiting=waiting,
                 oldest=oldest,
+                hold=hold,
             )
-            for name, key, at_once, starts, period_s, is_set, running, waiting, oldest in rows
+            for name, key, at_once, starts, period_s, is_set, running, waiting, oldest, hold in rows
         ]
 
     def set(self, connection: Caller, name: str, *, at_once: int | None, rate: str | None) -> None:

@@ -108,12 +108,13 @@ SELECT substr(k.name, strpos(k.name, '~') + 1), substr(k.limit_id, length(k.name
        CASE WHEN k.limit_id IS NULL THEN t.starts ELSE l.starts END,
        CASE WHEN k.limit_id IS NULL THEN t.period_s ELSE l.period_s END,
        s.name IS NOT NULL OR t.name IS NOT NULL, coalesce(u.running, 0),
-       coalesce(w.waiting, 0), w.oldest
+       coalesce(w.waiting, 0), w.oldest, l.hold
   FROM known k LEFT JOIN used u USING (limit_id) LEFT JOIN waits w USING (limit_id)
   LEFT JOIN {schema}.limit_settings s ON s.name = k.name
   LEFT JOIN {schema}.rate_settings t ON t.name = k.name
   LEFT JOIN LATERAL (
-    SELECT l.* FROM {schema}.runs r CROSS JOIN LATERAL {schema}.all_limits_of(r.limits) l
+    SELECT l.*, CASE WHEN {schema}.keeps_slot(r.limits, l.id) THEN 'run' END AS hold
+      FROM {schema}.runs r CROSS JOIN LATERAL {schema}.all_limits_of(r.limits) l
      WHERE r.run_id = coalesce(w.one, u.one) AND l.id = k.limit_id LIMIT 1) l ON true
  WHERE left(k.name, strpos(k.name, '~')) = %(prefix)s
    AND (k.limit_id IS NOT NULL OR NOT EXISTS (

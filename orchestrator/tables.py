@@ -240,7 +240,18 @@ limit_slots = Table(
     Column("taken_at", Time, nullable=False, server_default=text("clock_timestamp()")),
     Index("limit_slots_run", "run_id"),
 )
-"""Those that are taken, by runs that have a lease."""
+"""Those that are taken: by runs that have a lease, or keep them until their end."""
+
+limit_loans = Table(
+    "limit_loans",
+    metadata,
+    Column("limit_id", Id, primary_key=True),
+    Column("run_id", Id, primary_key=True),
+    Column("n", Integer, nullable=False),
+    Index("limit_loans_slot", "limit_id", "n"),
+    Index("limit_loans_run", "run_id"),
+)
+"""By which children have a lease whose ancestors keep a slot of the limit; and which that is."""
 
 limit_settings = Table(
     "limit_settings",

@@ -3,9 +3,11 @@
 import threading
 from pathlib import Path
 
-from beatless import App, Limit, Plan, Settings, StepContext, step
+from beatless import App, Limit, Plan, Settings, StepContext, child, sleep, step
 
 AT_ONCE = 10
+
+KEPT = Limit("kept", at_once=3, hold="run")
 
 
 @step
@@ -18,11 +20,15 @@ def hold(ctx: StepContext) -> None:
     pause.wait(0.05)
 
 
+leaf = Plan("leaf", [hold], limits=[KEPT])
+
 app = App(
     Settings.from_env(),
     plans=[
         Plan("limited", [hold], limits=[Limit("ten", at_once=AT_ONCE)]),
         Plan("unbound", [hold], limits=[Limit("many", at_once=1000)]),
         Plan("free", [hold]),
+        Plan("kept", [hold, sleep(seconds=0.1), child("one", leaf)], limits=[KEPT]),
+        leaf,
     ],
 )

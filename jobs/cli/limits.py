@@ -8,6 +8,7 @@ from rich.markup import escape
 from beatless.cli.environment import Environment
 from beatless.cli.options import NAMESPACE
 from beatless.cli.render import age, table
+from beatless.orchestrator.limits import LimitState
 
 
 @click.group(invoke_without_command=True)
@@ -32,7 +33,7 @@ def ls(env: Environment) -> None:
         (
             escape(state.name),
             escape(state.key or ""),
-            escape(state.rate or f"{state.at_once} at once"),
+            escape(_rule_of(state)),
             "[yellow]set[/]" if state.is_set else "",
             str(state.running),
             str(state.waiting),
@@ -74,3 +75,10 @@ def release(env: Environment, name: str) -> None:
     """Let each run of NAME bring the number of its plan again."""
     was_set = env.client.release_limit(name)
     env.note(f"limit {name} is that of its plans" if was_set else f"limit {name} was not set")
+
+
+def _rule_of(state: LimitState) -> str:
+    if state.rate is not None:
+        return state.rate
+    held = ", held to the end" if state.hold else ""
+    return f"{state.at_once} at once{held}"

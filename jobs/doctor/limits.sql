@@ -8,9 +8,11 @@ SELECT DISTINCT substr(name, strpos(name, '~') + 1), is_rate
  ORDER BY 1, 2
 
 -- name: left
--- List some of the slots whose run has no lease.
+-- List some of the slots whose run has no lease, and does not keep them until its end.
 SELECT s.run_id, s.limit_id FROM {schema}.limit_slots s LEFT JOIN {schema}.runs r USING (run_id)
- WHERE r.state IS DISTINCT FROM 'running' ORDER BY s.taken_at LIMIT {names}
+ WHERE r.state IS DISTINCT FROM 'running'
+   AND NOT coalesce(r.state = 'queued' AND {schema}.keeps_slot(r.limits, s.limit_id), false)
+ ORDER BY s.taken_at LIMIT {names}
 
 -- name: late
 -- List the limits whose runs have waited the longest, if longer than that.

@@ -8,7 +8,8 @@ host. `kind` says what a record is:
 | `plan` | `plan`, `steps` in order or `routes` (the names that may follow each name, a wait as |
 | | `name/outcome`, the start as "", the end as `END`), `cleanup` (may run after a cancel), |
 | | `retries`: of a step that fails, `error`, `attempts` and `delays_s` between them; |
-| | `at_once`: how many runs may have a lease at once, of a plan with a limit |
+| | `at_once`: how many runs may have a lease at once, of a plan with a limit; `kept`: it is how |
+| | many may have begun and not ended |
 | `call` | `op`, `begin`, `end`, `outcome` (`ok`, `failed`, `unknown`, `rolled_back`), and |
 | | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; with a dedupe key the |
 | | `number` of its input and `start`, its outcome as it was told; of `cancel`: `run_id`; |

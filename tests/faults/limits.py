@@ -10,12 +10,20 @@ OF_A_LEASE = ("StepFinished", "StepFailed", "RunFinished")
 
 
 def leases_are_within_limits(history: History) -> Iterator[Violation]:
-    """A claim is logged when it has its slot, and an end before the slot is free."""
+    """A claim is logged when it has its slot, and an end before the slot is free.
+
+    A slot that is kept is that of the run from its first claim until its end.
+    """
     changes: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for run_id, run, events in history.each_run():
         if "at_once" not in history.plan(run):
             continue
         claims = [each["claim"]["at"] for each in history.log[run_id] if each["claim"]]
+        if history.plan(run).get("kept"):
+            ends = [event["ts"] for event in events if event["type"] == "RunFinished"]
+            changes[run["plan"]] += [(at, 1, run_id) for at in claims[:1]]
+            changes[run["plan"]] += [(at, -1, run_id) for at in ends if claims]
+            continue
         for event in events:
             before = [at for at in claims if at < event["ts"]]
             if event["type"] in OF_A_LEASE and event["source"] == "worker" and before:
@@ -26,7 +34,7 @@ def leases_are_within_limits(history: History) -> Iterator[Violation]:
         for at, change, run_id in sorted(found):
             held += change
             if held > most:
-                yield Violation("I14", run_id, f"{held} leases of {plan} at {at:.3f}, not {most}")
+                yield Violation("I14", run_id, f"{held} slots of {plan} at {at:.3f}, not {most}")
 
 
 RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (leases_are_within_limits,)

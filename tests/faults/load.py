@@ -267,6 +267,7 @@ class Load:
             return duplicates.wish(chance)
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
         others += ["piece", "piece", "family", "deadly", "bought", "bought", "limited", "limited"]
+        others += ["kept"]
         others += ["split", "gathered"] * 4
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}

@@ -399,6 +399,11 @@ PLANS = [
     Plan("deadly", [deadly]),
     Plan("synced", [sync]),
     Plan("limited", [plain("hold")], limits=[Limit("hold", at_once=2)]),
+    Plan(
+        "kept",
+        [plain("one"), sleep(seconds=0.3), plain("two")],
+        limits=[Limit("kept", at_once=3, hold="run")],
+    ),
     Plan("bought", [pay, book, plain("ship")]),
     Plan("cancelled", [plain("reserve"), plain("charge"), plain("ship")], on_cancel=refund),
 ]

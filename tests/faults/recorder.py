@@ -90,6 +90,7 @@ def plans() -> Iterator[Record]:
             ],
             "retries": retries,
             **({"at_once": min(each.at_once for each in plan.limits)} if plan.limits else {}),
+            "kept": any(each.hold for each in plan.limits),
         }
 
 

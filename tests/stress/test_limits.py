@@ -104,3 +104,38 @@ def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_fr
     assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
     assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
     beatless.verify()
+
+
+def trees_at_once(log: Sequence[tuple[str, bool]]) -> int:
+    """How many runs have begun and not ended at most."""
+    first = {run_id: n for n, (run_id, _) in reversed([*enumerate(log)])}
+    last = {run_id: n for n, (run_id, _) in enumerate(log)}
+    return max(sum(first[run] <= n <= last[run] for run in first) for n in range(len(log)))
+
+
+@pytest.mark.long
+def test_runs_that_keep_their_slots_are_never_too_many_while_workers_die(
+    beatless: Kit, postgres: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    """Each waits for a time and for a child, which is executed by the slot of its parent."""
+    postgres.execute(LOG.encode())
+    beatless.relay_process(APP)
+    workers = [beatless.worker_process(APP, concurrency=PROCESSES) for _ in range(2)]
+    go = tmp_path / "go"
+    runs = beatless.client.start_runs([RunRequest(plan="kept", input={"go": str(go)})] * 30)
+    until(lambda: postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (3,), 300)
+    go.touch()
+    for number in range(2):
+        beatless.wait_for_run_completion(runs[10 * number].run_id, timeout=300)
+        workers[number].kill()
+        workers[number] = beatless.worker_process(APP, concurrency=PROCESSES)
+    for run in runs:
+        beatless.wait_for_run_completion(run.run_id, timeout=300)
+
+    log = postgres.execute("SELECT run_id, begins FROM lease_log ORDER BY id").fetchall()
+    roots = {run.run_id for run in runs}
+    assert trees_at_once([each for each in log if each[0] in roots]) == 3
+    assert len({run_id for run_id, _ in log} - roots) == len(runs)
+    assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
+    assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
+    beatless.verify()

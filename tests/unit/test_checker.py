@@ -147,6 +147,10 @@ def honest() -> list[dict[str, Any]]:
         {"kind": "plan", "plan": "lim", "steps": ["a"], "cleanup": [], "retries": {}, "at_once": 1},
         *held("l1", 91, 120.0, 121.0),
         *held("l2", 92, 121.1, 122.0),
+        {"kind": "plan", "plan": "kept", "steps": ["a"], "at_once": 1, "kept": True}
+        | {"cleanup": [], "retries": {}},
+        *held("z1", 94, 130.0, 131.0, plan="kept"),
+        *held("z2", 95, 131.1, 132.0, plan="kept"),
         {"kind": "outbox", "rows": 0},
     ]
 
@@ -179,11 +183,13 @@ def ticked(run_id: str, tick: float, at: float) -> list[dict[str, Any]]:
     ]
 
 
-def held(run_id: str, token: int, begin: float, end: float) -> list[dict[str, Any]]:
+def held(
+    run_id: str, token: int, begin: float, end: float, plan: str = "lim"
+) -> list[dict[str, Any]]:
     """A run of a plan with a limit, which had a lease from then to then."""
     return [
-        call("start", 99, 101, run_id=run_id, plan="lim"),
-        run(run_id, "lim", "completed", 4),
+        call("start", 99, 101, run_id=run_id, plan=plan),
+        run(run_id, plan, "completed", 4),
         event(run_id, 1, "RunStarted", ts=begin),
         event(run_id, 2, "StepStarted", "a", ts=begin),
         event(run_id, 3, "StepFinished", "a", ts=end, data={"result": None}),
@@ -381,6 +387,10 @@ LIES: dict[str, tuple[str, Lie]] = {
         change({"kind": "event", "run_id": "r", "seq": 4}, data={"result": {"call": "a1"}}),
     ),
     "two leases where a limit lets have one": ("I14", add(*held("l3", 93, 120.5, 121.05))),
+    "two runs where one keeps its slot": (
+        "I14",
+        add(*held("z3", 96, 130.5, 131.05, plan="kept")),
+    ),
     "a token that was there before": ("I11", change({"kind": "log", "id": 3}, claim={"token": 71})),
     "a lease without token": ("I11", change({"kind": "log", "id": 2}, claim={"token": 0})),
     "a lease that was taken too early": (

@@ -158,7 +158,7 @@ function numbersOf() {
   };
 }
 
-function rulesOf({ at_once: atOnce, rate }) { return rate ?? `${atOnce} at once`; }
+function rulesOf({ at_once: atOnce, rate, hold }) { return rate ?? `${atOnce} at once${hold ? ", held to the end" : ""}`; }
 
 function put(path, body) { return call(path, { method: "PUT", body: JSON.stringify(body) }); }
 
