@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from beatless.cli.environment import Environment, importing
 
@@ -22,6 +23,9 @@ COMMANDS = {
         "approve": "Decide approval NAME of RUN, by --yes or --no, or by --data if it has a form.",
         "approve-link": "Make a link by which one person decides approval NAME of RUN; prints it.",
         "revoke-link": "Let the link with this id decide nothing any more.",
+    },
+    "beatless.cli.completion": {
+        "completion": "Print a script by which SHELL completes commands, options and plans.",
     },
     "beatless.cli.demo": {
         "demo": (
@@ -125,6 +129,15 @@ class Commands(click.Group):
         ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As Click does it, with the commands' help from the table."""
+        known = dict(itertools.chain.from_iterable(map(dict.items, COMMANDS.values())))
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=known[name]) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -1,8 +1,11 @@
 """Options of several commands."""
 
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout
 
 import click
+from click.shell_completion import CompletionItem
 
 from beatless.cli.environment import Environment
 from beatless.errors import BadRequest
@@ -61,6 +64,24 @@ NAMESPACE = click.option(
     expose_value=False,
     help="Whose runs; default: those of the namespace default.",
 )
+
+
+def plan_names(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of the app's plans, for a shell; none where the app cannot be loaded.
+
+    Whatever its modules print and raise: the shell shows the user's line, and no place is on it.
+    """
+    env = context.ensure_object(Environment)
+    env.named = env.named or context.find_root().params.get("app")
+    env.needs_servers = False
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            plans = env.app.plans.values()
+    except Exception:
+        return []
+    return [CompletionItem(plan.name) for plan in plans if plan.name.startswith(incomplete)]
 
 
 def check_url(option: str, url: str) -> None:

@@ -6,6 +6,7 @@ from html import escape
 import click
 
 from beatless.cli.environment import Environment
+from beatless.cli.options import plan_names
 from beatless.errors import UnknownPlan
 from beatless.orchestrator.child_elements import ChildElement
 from beatless.orchestrator.function_plan import FunctionPlan
@@ -41,7 +42,7 @@ def plan() -> None:
 
 
 @plan.command()
-@click.argument("name")
+@click.argument("name", shell_complete=plan_names)
 @click.option("--svg", is_flag=True, help="A picture, on stdout.")
 @click.pass_obj
 def show(env: Environment, name: str, svg: bool) -> None:

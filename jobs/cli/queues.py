@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from beatless.cli.environment import Environment, pairs, seconds
-from beatless.cli.options import NAMESPACE
+from beatless.cli.options import NAMESPACE, plan_names
 from beatless.cli.render import age, plain, table
 from beatless.errors import BadRequest
 from beatless.orchestrator.errors import RunNotFound
@@ -190,7 +190,7 @@ def of_runs(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             NAMESPACE,
-            click.option("--plan", help="Only runs of this plan."),
+            click.option("--plan", shell_complete=plan_names, help="Only runs of this plan."),
             click.option("--queue", help="Only runs of this queue."),
             click.option("--tag", "tags", metavar="K=V", multiple=True, help="Only with this tag."),
             click.option("--error", metavar="TEXT", help="Only if TEXT is in the error's message."),

@@ -12,7 +12,7 @@ import click
 
 from beatless.cli import render
 from beatless.cli.environment import Environment, json_input, moment, pairs, seconds
-from beatless.cli.options import NAMESPACE
+from beatless.cli.options import NAMESPACE, plan_names
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
 from beatless.namespaces import namespaces_beside
@@ -91,7 +91,7 @@ INPUT = click.Option(["--input", "input_"], metavar="JSON|@FILE|-", help="The ru
 
 
 @click.command(params=[INPUT, *start_options()])
-@click.argument("plan")
+@click.argument("plan", shell_complete=plan_names)
 @click.argument("more", nargs=-1, expose_value=False, callback=refuse_more, metavar="")
 @NAMESPACE
 @click.option("--follow", is_flag=True, help="Show its events until RunFinished.")
@@ -199,7 +199,7 @@ def children_of(env: Environment, run: str) -> ChildrenWait | None:
 @click.command()
 @click.argument("run", required=False)
 @NAMESPACE
-@click.option("--plan", help="Only runs of this plan.")
+@click.option("--plan", shell_complete=plan_names, help="Only runs of this plan.")
 @click.option("--queue", metavar="Q", help="Only runs of this queue.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @click.pass_obj
@@ -237,7 +237,7 @@ def waits(
 @click.command()
 @NAMESPACE
 @click.option("--state", type=click.Choice([state.value for state in RunState]))
-@click.option("--plan")
+@click.option("--plan", shell_complete=plan_names)
 @click.option("--queue", metavar="Q")
 @click.option("--tag", "tags", metavar="K=V", multiple=True)
 @click.option("--step", metavar="S", help="Unfinished runs that are in it, or go on with it.")

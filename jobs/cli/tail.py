@@ -4,7 +4,7 @@ import click
 
 from beatless.cli import render
 from beatless.cli.environment import Environment, pairs
-from beatless.cli.options import NAMESPACE
+from beatless.cli.options import NAMESPACE, plan_names
 from beatless.namespaces import namespace_of
 from beatless.orchestrator.events import EventType
 from beatless.streams.tail import Choice
@@ -12,7 +12,14 @@ from beatless.streams.tail import Choice
 
 @click.command()
 @NAMESPACE
-@click.option("--plan", "plans", metavar="P", multiple=True, help="Only runs of these plans.")
+@click.option(
+    "--plan",
+    "plans",
+    metavar="P",
+    multiple=True,
+    shell_complete=plan_names,
+    help="Only runs of these plans.",
+)
 @click.option("--queue", metavar="Q", help="Only runs of this queue.")
 @click.option("--tag", "tags", metavar="K=V", multiple=True, help="Only runs with these tags.")
 @click.option(
