@@ -596,7 +596,16 @@ def test_tables_and_advice_are_never_cut_off(
 
         head, row, *_ = command("queues").out.splitlines()
         counts = ["queued", "delayed", "waiting", "active", "completed", "failed", "cancelled"]
-        assert head.split() == ["queue", *counts, "oldest", "per", "minute", "workers"]
+        assert head.split() == [
+            "queue",
+            "age",
+            "after",
+            *counts,
+            "oldest",
+            "per",
+            "minute",
+            "workers",
+        ]
         assert row.startswith(f"{queue}  paused")
         assert row.endswith("0")
         assert "…" not in row
