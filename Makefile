@@ -70,7 +70,7 @@ test-oldest: ## The heart of the suite with the oldest of everything that pyproj
 	@$(MAKE) install VENV=$(VENV)-oldest LOCK=requirements-oldest.txt
 	@mkdir -p .tmp
 	TMPDIR="$(CURDIR)/.tmp" $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(IN_MEMORY) $(IN_OLDEST:%=tests/%) \
-	  --ignore tests/unit/test_lint_rules.py $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
+	  --ignore tests/unit/test_lint_rules.py -m "not long" $(OLDEST_POSTGRES:%=--beatless-postgres-bin=%) $(ARGS)
 
 test-django6: ## django.tasks on Django 6, with Django's own tests of it; exit 3 unless PYTHON is 3.12 or newer
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
@@ -112,7 +112,7 @@ test-docker: $(STAMP) ## The suite on containers, a worker in one, the compose d
 	docker build -q --network host $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CERT,$(if $($(name)),--build-arg $(name))) \
 	  -t beatless:local -f deploy/Dockerfile .
 	$(BIN)/python -m pytest deploy/tests -n 0 -p docker_tools -p celery
-	$(PYTEST) tests/integration tests/cli --beatless-services=testcontainers
+	$(PYTEST) tests/integration tests/cli -m "not long" --beatless-services=testcontainers
 
 ON_RABBITMQ = runs durability queues cancel races retry_run compensation limits processes kills agent_loop kit_calls
 

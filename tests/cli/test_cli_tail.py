@@ -60,6 +60,7 @@ def test_a_tail_notes_a_plan_that_is_not_there(beatless: Kit, command: Command) 
     assert "no plan of this app is called two_step\n" in command.error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heeded")
 def test_a_tail_follows_what_comes_until_ctrl_c(beatless: Kit, beatless_app: App) -> None:
     with subprocess.Popen(

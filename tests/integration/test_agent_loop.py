@@ -22,6 +22,7 @@ def beatless_plans(monkeypatch: pytest.MonkeyPatch) -> Sequence[Plan]:
     return list(load("examples.agent_loop:app", "app").plans.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("turns", "kills"), [(200, 5), pytest.param(200, 20, marks=pytest.mark.long)]
 )

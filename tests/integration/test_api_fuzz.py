@@ -34,6 +34,7 @@ CONFORMS = [
 SECRET = "only-acme-knows"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.long(minutes=3))])
 def test_answers_are_those_of_the_document(beatless: Kit, examples: int) -> None:
     beatless.start_run("two_steps", run_id="0")
@@ -247,6 +248,7 @@ def tenants(beatless: Kit, beatless_app: App) -> Iterator[list[str]]:
     assert not any(run.cancel_requested_at for run in stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [30, pytest.param(600, marks=pytest.mark.long(minutes=5))])
 def test_no_input_breaks_it_or_shows_what_is_anothers(
     beatless: Kit, beatless_app: App, tenants: list[str], examples: int

@@ -116,6 +116,7 @@ FROM_ELSEWHERE = [
 ]
 
 
+@pytest.mark.slow
 def test_every_route_asks_the_gate_before_it_reads_a_body(api: Api, tokens: Tokens) -> None:
     tokens.create([Scope.ADMIN])
     calls = [

@@ -82,6 +82,7 @@ def test_one_held_row_and_many_who_want_it_leave_the_others_alone(
     assert api("GET", f"/v1/runs/{third}").json["state"] == "queued"
 
 
+@pytest.mark.slow
 def test_every_write_is_told_that_what_it_needs_is_held(
     beatless: Kit, api: Api, postgres: psycopg.Connection
 ) -> None:

@@ -200,6 +200,7 @@ def test_large_events_come_in_answers_that_are_not(beatless: Kit, api: Api, monk
         assert client.events(run.run_id) == beatless.client.events(run.run_id)
 
 
+@pytest.mark.slow
 def test_large_runs_come_in_answers_that_are_not(beatless: Kit, api: Api, monkeypatch) -> None:
     monkeypatch.setattr(responses, "RUNS_BYTES", 5000)
     requests = [RunRequest(plan="fatally", input="x" * 1000) for _ in range(12)]
@@ -258,6 +259,7 @@ def test_the_async_client_reads_large_runs_page_by_page(
     asyncio.run(read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/runs", "/v1/failed-runs"])
 def test_a_list_has_few_large_runs_in_memory_at_once(
     beatless: Kit, api: Api, monkeypatch, path: str
@@ -327,6 +329,7 @@ def traces_of_many_objects(postgres: psycopg.Connection, run_id: str, count: int
     postgres.execute("UPDATE runs SET last_seq = %s WHERE run_id = %s", [count + 1, run_id])
 
 
+@pytest.mark.slow
 def test_stored_events_are_passed_on_as_text(
     beatless: Kit, api: Api, postgres: psycopg.Connection
 ) -> None:
@@ -342,6 +345,7 @@ def test_stored_events_are_passed_on_as_text(
     assert peak < 6 * responses.EVENTS_BYTES
 
 
+@pytest.mark.slow
 def test_viewers_that_do_not_read_take_little_memory(
     beatless: Kit, api: Api, postgres: psycopg.Connection
 ) -> None:

@@ -103,6 +103,7 @@ def test_an_api_that_a_module_has_mounted_answers_from_each_tests_schema(
     assert beatless.client.get_run(run_id).state == "completed"
 
 
+@pytest.mark.slow
 def test_an_open_stream_does_not_keep_a_server_from_stopping(
     beatless: Kit, beatless_app: App
 ) -> None:

@@ -94,6 +94,7 @@ def ended(beatless: Kit, api: Api, plan: str) -> str:
     return run_id
 
 
+@pytest.mark.slow
 def test_every_type_of_event_and_each_run_is_as_the_document_says(beatless: Kit) -> None:
     seen: set[str] = set()
     with serving(beatless.app) as api:

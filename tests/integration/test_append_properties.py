@@ -211,6 +211,7 @@ def judge(postgres: psycopg.Connection, run_id: str, writers: list[Writer]) -> N
     assert ends == ([last] if state == "completed" else [])
 
 
+@pytest.mark.slow
 def test_the_journal_keeps_its_promises_whoever_writes_when(check: Check) -> None:
     @settings(max_examples=40)
     @given(scripts)

@@ -32,6 +32,7 @@ def traces(beatless: Kit, run_id: str) -> list[str]:
     return [event.data["name"] for event in events if event.type == "DebugTrace"]
 
 
+@pytest.mark.slow
 def test_one_process_executes_many_runs_at_once(beatless: Kit, worker: Child) -> None:
     given = {"gate": "all", "runs": RUNS}
     runs = beatless.client.start_runs([RunRequest(plan="together", input=given)] * RUNS)

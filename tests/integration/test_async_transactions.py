@@ -197,6 +197,7 @@ async def held_elsewhere(ctx: AsyncStepContext) -> None:
         await engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [held, held_in_a_session, held_elsewhere])
 def test_a_lock_that_is_not_had_in_time_is_a_failure_that_the_retry_policy_decides(
     make: Make, postgres: psycopg.Connection, body: Body

@@ -296,6 +296,7 @@ def test_a_map_starts_a_run_for_each_input_and_gives_results_in_order(
     assert [child.child_no for child in children] == list(range(1, 13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changer", "change", "started"),
     [
@@ -588,6 +589,7 @@ def test_no_crash_starts_a_child_twice_or_loses_one(beatless: Kit, point: str, n
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_a_parent_whose_workers_die_now_and_then_has_not_crashed(beatless: Kit) -> None:
     deaths = MAX_TAKEOVERS
     run = beatless.start_run("fan_out", {"lines": [*range(deaths)], "options": {"at_once": 1}})
@@ -895,6 +897,7 @@ def test_a_map_is_told_by_explain(beatless: Kit) -> None:
     assert "its children" in told
 
 
+@pytest.mark.slow
 def test_the_waits_of_a_run_have_those_for_its_children(beatless: Kit) -> None:
     waits: dict[str, list[tuple[str, str]]] = {}
     for name, input in [("asks_all", [1, 2]), ("one_child", 7), ("leaves", "attached")]:
@@ -948,6 +951,7 @@ def test_a_retry_starts_the_children_again(beatless: Kit) -> None:
     assert len(beatless.client.children(run.run_id)) == 1
 
 
+@pytest.mark.slow
 def test_a_function_that_begins_again_numbers_its_children_on(beatless: Kit) -> None:
     run = beatless.start_run("turns", 3)
     beatless.work_until_idle()

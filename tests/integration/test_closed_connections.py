@@ -128,6 +128,7 @@ def examine(app: App, name: str) -> Finding:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["proto-max-bulk-len", "client-query-buffer-limit"])
 def test_an_event_over_which_redis_closes_the_connection_is_a_dead_letter_that_names_its_size(
     name: str,
@@ -181,6 +182,7 @@ def test_events_that_are_too_large_together_only_are_published_one_by_one(
     assert beatless.client.dead_letters() == []
 
 
+@pytest.mark.slow
 def test_a_redis_that_is_killed_in_the_middle_of_every_batch_makes_no_dead_letter(
     beatless: Kit, bus: EmbeddedValkey, hatch: Hatch, relay: Relay, postgres: psycopg.Connection
 ) -> None:
@@ -222,6 +224,7 @@ def test_connections_that_are_cut_now_and_then_make_no_dead_letter(
     assert beatless.client.dead_letters() == []
 
 
+@pytest.mark.slow
 def test_an_outage_in_between_begins_the_count_of_closed_connections_anew(
     beatless: Kit, bus: EmbeddedValkey, relay: Relay, announcements: Announcements
 ) -> None:

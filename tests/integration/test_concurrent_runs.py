@@ -226,6 +226,7 @@ def waiters(postgres: psycopg.Connection[Any], holder: int) -> int:
     return int(found[0])
 
 
+@pytest.mark.slow
 def test_a_trace_that_waits_for_its_row_stops_no_other_run(
     beatless: Kit,
     execute: Callable[..., str],
@@ -580,6 +581,7 @@ def output(beatless: Kit, run_id: str) -> list[Any]:
     return [e.data["pieces"] for e in events if e.type == "StepOutput"]
 
 
+@pytest.mark.slow
 def test_what_many_steps_emit_is_one_statement(
     beatless: Kit, execute: Callable[..., str], statements: Statements
 ) -> None:
@@ -599,6 +601,7 @@ def test_what_many_steps_emit_is_one_statement(
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_output_whose_row_is_held_is_written_later_and_that_of_others_at_once(
     beatless: Kit,
     execute: Callable[..., str],
@@ -620,6 +623,7 @@ def test_output_whose_row_is_held_is_written_later_and_that_of_others_at_once(
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_output_in_doubt_whose_row_is_held_is_written_once_and_that_of_others_before(
     beatless: Kit,
     execute: Callable[..., str],
@@ -643,6 +647,7 @@ def test_output_in_doubt_whose_row_is_held_is_written_once_and_that_of_others_be
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_output_of_others_does_not_wait_for_a_step_that_waits_for_its_row(
     beatless: Kit,
     execute: Callable[..., str],

@@ -88,6 +88,7 @@ async def ping(app: App) -> None:
         await client.ping()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["function", "command"])
 def test_everything_goes_on_when_the_passwords_have_changed(
     beatless_app: App, vault: Vault, tmp_path: Path, how: str

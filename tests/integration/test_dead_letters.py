@@ -51,6 +51,7 @@ def cli(beatless: Kit, monkeypatch, capsys) -> Cli:
     return call
 
 
+@pytest.mark.slow
 def test_all_clients_read_any_number_of_them_in_pages(
     beatless: Kit, postgres: psycopg.Connection, monkeypatch
 ) -> None:

@@ -81,6 +81,7 @@ def outcomes(pytester: pytest.Pytester, *more: str) -> dict[str, int]:
     return done.parseoutcomes()
 
 
+@pytest.mark.slow
 def test_the_example_and_all_of_its_module_work(
     shop: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_the_example_and_all_of_its_module_work(
     assert found["passed"] > 20
 
 
+@pytest.mark.slow
 def test_the_page_of_the_docs_is_a_project_that_works_without_pytest_django(
     shop: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_page_of_the_docs_is_a_project_that_works_without_pytest_django(
     assert found.keys() <= {"warnings"}, found  # an option of pytest-django is unknown
 
 
+@pytest.mark.slow
 def test_the_backend_of_tasks_names_the_django_that_it_needs() -> None:
     code = "import beatless.django.tasks"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -115,6 +118,7 @@ def test_the_backend_of_tasks_names_the_django_that_it_needs() -> None:
     assert done.stderr.splitlines()[-1].startswith(f"ImportError: {needs}"), done.stderr
 
 
+@pytest.mark.slow
 def test_tests_in_djangos_own_database_and_with_the_kit_are_in_one_session(
     shop: Path,
     pytester: pytest.Pytester,

@@ -10,6 +10,7 @@ from beatless.testing.servers import Services
 PAGE = Path(__file__).parents[2] / "docs" / "flask.md"
 
 
+@pytest.mark.slow
 def test_the_project_of_the_page_works(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_process_that_a_test_starts_sends_to_nobody():
 """
 
 
+@pytest.mark.slow
 def test_the_recipes_for_a_service_with_an_engine_of_its_own_work(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_expressions_of_the_table_are_those_that_the_command_prints() -> None:
         assert arguments_of(app, entry) == {"cron": ast.literal_eval(ours)}
 
 
+@pytest.mark.slow
 def test_the_project_of_the_page_works(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

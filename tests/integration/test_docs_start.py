@@ -10,6 +10,7 @@ from beatless.testing.servers import Services
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "app", "files"),
     [

@@ -12,6 +12,7 @@ from beatless.testing.servers import Services
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 
 
+@pytest.mark.slow
 def test_every_example_of_the_page_passes(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,6 +31,7 @@ def test_every_example_of_the_page_passes(
     result.assert_outcomes(passed=source.count("def test_"))
 
 
+@pytest.mark.slow
 def test_the_host_of_the_page_about_http_is_tested_as_the_page_says(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

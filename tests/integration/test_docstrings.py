@@ -121,6 +121,7 @@ def test_each_call_of_the_client_has_an_example() -> None:
     assert without_example(calls(Client)) == []
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_client_give_what_they_show(beatless: Kit) -> None:
     check(calls(Client), {"client": beatless.client, "app": beatless.app, "beatless": beatless})
 
@@ -135,6 +136,7 @@ def test_each_call_over_http_has_an_example() -> None:
     assert without_example(over_http()) == ["Client.after_fork"]
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_calls_over_http_give_what_they_show(
     beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +161,7 @@ app = App(Settings.from_env(), plans=[Plan("checkout", [charge])])
 """The project whose worker and relay the examples start."""
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_kit_give_what_they_show(
     beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def altered(app: App, *statements: str, undo: Sequence[str]) -> Iterator[None]:
 # Postgres
 
 
+@pytest.mark.slow
 def test_a_replica(beatless_app: App, tmp_path: Path, changed: Callable[..., App]) -> None:
     server = EmbeddedPostgres(tmp_path / "postgres", settings={"fsync": "off"})
     with server:
@@ -126,6 +127,7 @@ def test_a_replica(beatless_app: App, tmp_path: Path, changed: Callable[..., App
         only(examine(app, "primary"), Status.PROBLEM, "replica")
 
 
+@pytest.mark.slow
 def test_a_replica_is_told_once_and_with_what_cannot_be_made_on_it(
     tmp_path: Path, changed: Callable[..., App]
 ) -> None:
@@ -151,6 +153,7 @@ def test_a_replica_is_told_once_and_with_what_cannot_be_made_on_it(
     ]
 
 
+@pytest.mark.slow
 def test_a_listen_url_that_reaches_a_replica(tmp_path: Path, changed: Callable[..., App]) -> None:
     primary = EmbeddedPostgres(tmp_path / "primary", settings={"fsync": "off"})
     replica = EmbeddedPostgres(tmp_path / "replica", settings={"fsync": "off"})
@@ -202,6 +205,7 @@ def test_a_schema_behind_ahead_or_missing(beatless_app: App, changed: Callable[.
     only(examine(app, "schema"), Status.PROBLEM, "public was never migrated")
 
 
+@pytest.mark.slow
 def test_a_pooler_that_swallows_notifications(
     beatless_app: App, changed: Callable[..., App]
 ) -> None:
@@ -219,6 +223,7 @@ def test_a_listen_url_of_another_database(beatless_app: App, changed: Callable[.
     only(examine(app, "listen"), Status.PROBLEM, "template1")
 
 
+@pytest.mark.slow
 def test_a_full_notify_queue_and_a_forgotten_prepared_transaction(
     beatless_app: App, tmp_path: Path, changed: Callable[..., App]
 ) -> None:
@@ -385,6 +390,7 @@ def test_a_relay_without_workers(beatless: Kit, beatless_app: App) -> None:
         relay.stop()
 
 
+@pytest.mark.slow
 def test_a_worker_of_an_old_version_and_a_queue_without_workers(
     beatless: Kit, beatless_app: App, changed: Callable[..., App]
 ) -> None:
@@ -420,6 +426,7 @@ def test_a_worker_of_an_old_version_and_a_queue_without_workers(
         assert execute(connection, left, {}) == [(0,)]
 
 
+@pytest.mark.slow
 def test_events_that_go_to_another_redis(beatless: Kit, beatless_app: App, tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path / "other") as other:
         broker = beatless_app.settings.redis_url
@@ -433,6 +440,7 @@ def test_events_that_go_to_another_redis(beatless: Kit, beatless_app: App, tmp_p
         )
 
 
+@pytest.mark.slow
 def test_a_user_of_redis_who_may_not_subscribe(
     beatless: Kit, beatless_app: App, changed: Callable[..., App]
 ) -> None:

@@ -369,6 +369,7 @@ def test_a_standby_does_not_keep_vacuum_from_its_work(
         sessions.wait(60)
 
 
+@pytest.mark.slow
 def test_a_session_that_waits_ends_when_its_relay_is_gone(
     beatless_app: App,
     sessions: Sessions,

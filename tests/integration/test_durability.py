@@ -98,6 +98,7 @@ def test_a_failed_transactional_step_leaves_no_row(
     postgres.execute("DROP TABLE effects")
 
 
+@pytest.mark.slow
 def test_a_poison_step_ends_as_a_failed_run_with_its_reason(beatless: Kit) -> None:
     run = beatless.start_run("two_steps")
     for _ in range(5):

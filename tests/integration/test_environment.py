@@ -53,6 +53,7 @@ def beatless_settings() -> dict[str, float]:
     return {"grace_seconds": 0.2}
 
 
+@pytest.mark.slow
 def test_worker_and_relay_use_their_own_broker_whatever_another_celery_has_set(
     beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_worker_and_relay_use_their_own_broker_whatever_another_celery_has_set(
         assert " CELERY_BROKER_URL " in said
 
 
+@pytest.mark.slow
 def test_celerys_own_command_takes_nothing_of_our_worker_from_the_environment(
     beatless: Kit, beatless_app: App, tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def test_celerys_own_command_takes_nothing_of_our_worker_from_the_environment(
     assert "CELERY_WORKER_QUEUES" in log.read_text()
 
 
+@pytest.mark.slow
 def test_logging_that_the_apps_module_configures_silences_no_process(
     beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +152,7 @@ app = App(Settings.from_env(), plans=[Plan("two_steps", [first, second])])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", ["worker_init", "setup_logging", "worker_process_init"])
 def test_logging_that_a_project_configures_while_a_worker_starts_silences_no_step(
     sent: str, beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,6 +195,7 @@ app = App(Settings.from_env(), plans=[Plan("two_steps", [first, second])])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_shared_tasks_of_the_project_are_its_own_in_a_step_too(
     pool: str, beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,6 +142,7 @@ def test_a_night_has_a_report_of_each_customer(example: ModuleType, beatless: Ki
     assert reports == [f"{name} on {run.tick:%Y-%m-%d}" for name in example.CUSTOMERS]
 
 
+@pytest.mark.slow
 @of("tenants")
 def test_tenants_see_their_own_runs_and_wait_for_their_own(
     example: ModuleType, beatless: Kit

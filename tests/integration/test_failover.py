@@ -172,6 +172,7 @@ def fail_over(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
         assert session.execute("SELECT pg_promote()").fetchone() == (True,)
 
 
+@pytest.mark.slow
 def test_a_standby_that_takes_over_is_another_epoch_from_its_first_moment(
     beatless_app: App, tmp_path: Path, pair: tuple[EmbeddedPostgres, EmbeddedPostgres]
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_cancelled_run_and_one_that_is_tried_again_have_not_failed(
     assert told == []
 
 
+@pytest.mark.slow
 def test_a_step_that_ends_its_process_is_told_without_an_exception(
     kit: Kit, told: list[Failure]
 ) -> None:

@@ -130,6 +130,7 @@ def test_small_tenants_are_done_within_twice_their_time_alone(
     assert last - WINDOW < 2 * 8 * len(small)
 
 
+@pytest.mark.slow
 def test_a_new_group_waits_for_the_messages_that_are_in_the_broker(
     beatless: Kit, line: Line, postgres: psycopg.Connection
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_new_group_waits_for_the_messages_that_are_in_the_broker(
         assert sent[WINDOW + 1 + n] == f"new-{n}"
 
 
+@pytest.mark.slow
 def test_turns_are_by_weight(beatless: Kit, line: Line, postgres: psycopg.Connection) -> None:
     beatless.client.set_group_weight("heavy", 3)
     start(beatless, 300, group="heavy")
@@ -349,6 +351,7 @@ def test_turns_wait_for_no_relay_that_has_been_given_the_shard(
         other.execute("SELECT")
 
 
+@pytest.mark.slow
 def test_of_many_groups_each_has_its_turn(
     beatless: Kit,
     beatless_app: App,
@@ -452,6 +455,7 @@ def test_a_queue_without_groups_has_no_turns_noted(
         assert postgres.execute(f"SELECT * FROM {table}".encode()).fetchall() == []
 
 
+@pytest.mark.slow
 def test_turns_that_are_past_are_forgotten(
     beatless: Kit, line: Line, postgres: psycopg.Connection
 ) -> None:
@@ -533,6 +537,7 @@ def test_a_weight_that_is_none_is_refused(beatless: Kit, weight: object) -> None
         beatless.client.set_group_weight("ada", weight)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_group_and_a_limit_takes_its_turn_when_it_is_let_in(
     beatless: Kit, line: Line, postgres: psycopg.Connection
 ) -> None:
@@ -578,6 +583,7 @@ def fill(postgres: psycopg.Connection, first: int, last: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statistics", "small"),
     [

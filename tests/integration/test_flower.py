@@ -149,6 +149,7 @@ def test_beyond_this_machine_it_asks_for_a_password_or_oauth(
     child.reap(monotonic() + 5)
 
 
+@pytest.mark.slow
 def test_runs_are_tasks_and_steps_their_children(
     beatless: Kit, flower: Callable[..., FlowerClient], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_tasks_show_of_an_error_what_redact_lets_through(
     assert "with one" not in json.dumps(tasks)
 
 
+@pytest.mark.slow
 def test_without_steps_flower_shows_what_celery_tells(
     beatless: Kit, flower: Callable[..., FlowerClient]
 ) -> None:

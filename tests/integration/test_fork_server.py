@@ -101,6 +101,7 @@ def test_a_fork_finds_what_an_executed_process_finds(server: ForkServer, tmp_pat
     assert forked.parent() != executed.parent() == os.getpid()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_fork_is_told_as_that_of_a_child(server: ForkServer, tmp_path: Path) -> None:
     waiting = [Launched(server.launch, tmp_path / str(number), "waits") for number in range(3)]
     assert all(each.ready() for each in waiting)
@@ -139,6 +140,7 @@ def test_a_process_that_would_inherit_something_else_is_executed(
         assert each.parent() == os.getpid()
 
 
+@pytest.mark.slow
 def test_without_the_server_its_forks_end_and_the_next_launch_starts_another(
     server: ForkServer, tmp_path: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_without_the_server_its_forks_end_and_the_next_launch_starts_another(
     Launched(server.launch, tmp_path / "next").found()
 
 
+@pytest.mark.slow
 def test_the_end_of_the_session_ends_the_server_and_its_forks(
     server: ForkServer, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_the_end_of_the_session_ends_the_server_and_its_forks(
     assert left.process.wait(60) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_the_server_ends_also_if_a_process_that_a_test_has_forked_has_its_descriptors(
     server: ForkServer, tmp_path: Path
 ) -> None:
@@ -183,6 +187,7 @@ def test_the_server_ends_also_if_a_process_that_a_test_has_forked_has_its_descri
     assert left.process.wait(60) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_without_a_server_that_can_import_all_processes_are_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +211,7 @@ def kit(beatless_app: App, _beatless_guard: Guard, tmp_path: Path) -> Iterator[K
         yield kit
 
 
+@pytest.mark.slow
 def test_processes_of_a_test_are_forks_unless_it_has_set_a_variable(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -387,6 +387,7 @@ def test_the_kit_notices_a_function_that_does_not_do_the_same_twice(beatless: Ki
         beatless.work_until_idle()
 
 
+@pytest.mark.slow
 def test_a_function_lives_through_a_killed_process_and_a_body_that_hangs(
     beatless: Kit, tmp_path: Path
 ) -> None:
@@ -494,6 +495,7 @@ def read(kit: Kit, run_id: str) -> list[str]:
         return [event.type for event in events]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [None, "step.committed", "wait.committed", "claim.committed"])
 def test_a_function_that_begins_again_reads_no_more_than_its_generation(
     beatless: Kit, point: str | None

@@ -57,6 +57,7 @@ DISPATCHES = {
 STATES = ("waiting", "sent", "running")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 def test_hostile_dispatches_cost_their_own_runs_only(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, state: str

@@ -51,6 +51,7 @@ def client(api: Api) -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_it_gives_what_the_client_of_the_app_gives(beatless: Kit, client: Client) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     run = client.start_run("agents.run", {"device": "ü"}, key="k", priority=3, tags={"a": "b"})
@@ -116,6 +117,7 @@ def test_runs_that_ended_are_cleaned_over_http(beatless: Kit, client: Client) ->
     assert beatless.client.count_finished("completed", 0) == (1, 6)
 
 
+@pytest.mark.slow
 def test_failed_runs_over_http(beatless: Kit, client: Client, postgres: Connection) -> None:
     for queue in ("a", "b", "a"):
         client.start_run("fatally", queue=queue, tags={"in": queue, "all": "=="})
@@ -218,6 +220,7 @@ WRONG: list[tuple[type[Exception], Callable[[Any], Any]]] = [
 ]
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_client_of_the_app(beatless: Kit, client: Client) -> None:
     beatless.start_run("agents.run", run_id="old")
     beatless.work_until_idle()
@@ -284,6 +287,7 @@ def test_who_waits_between_two_tries_ends_when_the_client_is_closed(shut_port: i
     assert len(ended) == 1
 
 
+@pytest.mark.slow
 def test_streams_from_any_seq(beatless: Kit, client: Client) -> None:
     run = beatless.start_run("agents.run")
     beatless.work_until_idle()
@@ -342,6 +346,7 @@ def test_a_connection_cut_at_random_bytes_costs_nothing(
     assert found == beatless.client.events(run.run_id)
 
 
+@pytest.mark.slow
 def test_a_cut_async_viewer_misses_nothing_either(beatless: Kit, api: Api) -> None:
     run = beatless.start_run("traces", {"traces": 50})
     beatless.work_until_idle()

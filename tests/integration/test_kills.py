@@ -199,6 +199,7 @@ class TestBrokerThatForgets:
         beatless.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beatless_settings", [{"lease_seconds": 300, "redispatch_seconds": 1}])
 def test_a_message_of_a_dead_workers_run_that_is_lost_is_sent_again(
     beatless: Kit, tmp_path: Path, postgres: psycopg.Connection

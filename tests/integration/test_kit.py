@@ -41,6 +41,7 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return project.runpytest_subprocess("-p", "beatless", "-p", "no:cacheprovider", *arguments)
 
 
+@pytest.mark.slow
 def test_a_test_that_leaves_something_outside_of_its_names_fails(project):
     project.makeconftest(
         PROJECT
@@ -204,6 +205,7 @@ print("imported", file=told)
 """An app in whose process every start of a thread or a process is noted, from its import on."""
 
 
+@pytest.mark.slow
 def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(
     beatless: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -224,6 +226,7 @@ def test_neither_an_import_nor_the_api_starts_a_worker_or_a_relay(
     assert beatless.work_once()  # the message is still there
 
 
+@pytest.mark.slow
 def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, monkeypatch):
     monkeypatch.setenv("BEATLESS_DATABASE_URL", beatless_services.database_url)
     monkeypatch.setenv("BEATLESS_REDIS_URL", beatless_services.redis_url)
@@ -236,6 +239,7 @@ def test_without_plans_the_error_says_what_to_do(pytester, beatless_services, mo
     result.stdout.fnmatch_lines(["*set beatless_app = module:attribute*override the fixture*"])
 
 
+@pytest.mark.slow
 def test_settings_that_isolate_a_test_are_refused_in_a_sentence(
     pytester, beatless_services, monkeypatch
 ):
@@ -257,6 +261,7 @@ def beatless_settings():
     result.stdout.fnmatch_lines(["*beatless_settings sets database_url, schema, which the kit*"])
 
 
+@pytest.mark.slow
 def test_a_test_that_times_out_tells_where_everything_stands(
     pytester, beatless_services, monkeypatch
 ):

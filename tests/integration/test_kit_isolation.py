@@ -69,6 +69,7 @@ def beatless_plans():
 """
 
 
+@pytest.mark.slow
 def test_what_others_have_and_what_a_test_did_to_its_own(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +239,7 @@ def test_one_redis_under_two_names_is_claimed_once(private: Services) -> None:
         assert (one.name.worker, two.name.worker) == ("names", "namesx2")
 
 
+@pytest.mark.slow
 def test_a_set_up_that_fails_gives_back_what_it_took(beatless_services: Services) -> None:
     shared = replace(beatless_services, ours=False)
     with (

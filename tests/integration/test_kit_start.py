@@ -91,6 +91,7 @@ def test_workers_share_servers_that_are_gone_with_the_session(
     assert list(temporary.glob("beatless-test-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_no_server_is_started_before_a_test_asks(
     pytester: pytest.Pytester, temporary: Path, workers: str
@@ -117,6 +118,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrong", "workers"), [(name, str(int(name == "line"))) for name in WRONG])
 def test_a_wrong_set_up_is_told_in_a_sentence(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, wrong: str, workers: str
@@ -150,6 +152,7 @@ def test_a_wrong_set_up_is_told_in_a_sentence(
     assert "secret" not in said
 
 
+@pytest.mark.slow
 def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_it(
     pytester: pytest.Pytester,
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_folder_that_stands_in_for_ours_is_named_by_the_first_test_that_needs_
     )
 
 
+@pytest.mark.slow
 def test_an_installation_of_links_is_not_taken_for_a_stand_in(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +212,7 @@ def shop(
     return pytester
 
 
+@pytest.mark.slow
 def test_the_app_of_the_project_acts_as_that_of_each_test_and_of_nobody_otherwise(
     shop: pytest.Pytester,
 ) -> None:
@@ -244,6 +249,7 @@ def test_the_app_of_the_project_acts_as_that_of_each_test_and_of_nobody_otherwis
     run(shop).assert_outcomes(passed=4)
 
 
+@pytest.mark.slow
 def test_ordinary_tasks_of_the_project_are_sent_and_executed_in_each_test(
     shop: pytest.Pytester,
 ) -> None:
@@ -296,6 +302,7 @@ def test_the_environment_is_nobodys_only_while_tests_are_imported(shop: pytest.P
     run(shop).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_servers_that_a_conftest_names_are_those_of_the_tests(
     shop: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +325,7 @@ def test_servers_that_a_conftest_names_are_those_of_the_tests(
     run(shop).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_without_the_setting_the_error_of_an_import_says_so(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +338,7 @@ def test_without_the_setting_the_error_of_an_import_says_so(
     result.stdout.fnmatch_lines(["*BEATLESS_DATABASE_URL is not set*", "Set beatless_app = *"])
 
 
+@pytest.mark.slow
 def test_an_app_that_cannot_be_imported_is_told_in_a_sentence_and_no_test_costs_a_schema(
     shop: pytest.Pytester,
 ) -> None:

@@ -79,6 +79,7 @@ class TestInWorkerProcesses:
 
         return go_on
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "how",
         [

@@ -75,6 +75,7 @@ def wanted(runs: list[Run], given: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_each_combination_of_filters_gives_its_runs_newest_first_page_by_page(
     client: Client,
 ) -> None:

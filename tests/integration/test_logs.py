@@ -132,6 +132,7 @@ def test_text_is_one_line_with_its_facts() -> None:
     assert TextLines().format(record).endswith("INFO    jobs  run finished  seq=13  seconds=0.25")
 
 
+@pytest.mark.slow
 def test_a_whole_fleet_writes_json_and_nothing_else(beatless: Kit) -> None:
     children = [
         beatless.relay_process(APP, log_format="json"),

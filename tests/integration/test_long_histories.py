@@ -63,6 +63,7 @@ def take_turns(kit: Kit, number: int) -> None:
         kit.advance(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
@@ -99,6 +100,7 @@ def test_a_history_that_is_long_is_told_and_one_that_is_too_long_fails_its_run(
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_polls_in_a_row_make_no_history_long(beatless: Kit) -> None:
     run_id = beatless.start_run("polls").run_id
     take_turns(beatless, 15)

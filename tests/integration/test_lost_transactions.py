@@ -115,6 +115,7 @@ def exhausted(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Engine]:
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poor", [refused, exhausted])
 def test_a_step_that_gets_no_connection_waits_and_counts_nothing(
     make: Make, poor: Callable[[sqlalchemy.URL], AbstractContextManager[sqlalchemy.Engine]]
@@ -158,6 +159,7 @@ def breaks_and_renames_it(ctx: StepContext) -> None:
         raise RuntimeError("no database") from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [breaks, breaks_and_hides_it, breaks_and_renames_it])
 def test_a_step_that_breaks_its_connection_each_time_fails_at_last(
     make: Make, body: Callable[[StepContext], None]

@@ -361,6 +361,7 @@ def metrics_url(log: Path) -> str:
     return found[0]
 
 
+@pytest.mark.slow
 def test_relay_and_prefork_worker_serve_what_their_processes_did(beatless: Kit) -> None:
     relay = beatless.relay_process(APP, metrics_port=0)
     worker = beatless.worker_process(APP, concurrency=2, metrics_port=0, lease_seconds=300)

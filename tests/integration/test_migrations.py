@@ -216,6 +216,7 @@ def test_migrating_again_changes_nothing(
     assert beatless.client.get_run(run.run_id) == run
 
 
+@pytest.mark.slow
 def test_two_deployments_at_once_wait_for_each_other(beatless_app: App, schema: str) -> None:
     environ = os.environ | beatless_app.settings.to_env() | {"BEATLESS_SCHEMA": schema}
     deployments = [
@@ -316,6 +317,7 @@ def test_a_table_of_others_under_a_name_that_is_still_to_be_made_is_refused(
     assert shape(postgres, schema) == before
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_migration_has_made_is_ours(
     beatless_app: App, postgres: psycopg.Connection, schema: str
 ) -> None:

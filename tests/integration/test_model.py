@@ -132,7 +132,9 @@ class Walk:
         raise AssertionError("the end was not heard")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))]
+)
 def test_whatever_happens_every_run_ends_once_and_everybody_hears_of_it(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, tmp_path: Path, seed: int
 ) -> None:

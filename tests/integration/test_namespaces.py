@@ -114,6 +114,7 @@ def ask_everything(api: Api, run_id: str) -> list[Answer]:
     return [api(method, path, body) for method, path, body in asked]
 
 
+@pytest.mark.slow
 def test_whatever_is_asked_for_the_answer_is_that_of_no_run(
     beatless: Kit, api: Api, tokens: dict[str, str]
 ) -> None:

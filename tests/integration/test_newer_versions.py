@@ -79,6 +79,7 @@ def look_everywhere(beatless: Kit, run_id: str, monkeypatch: pytest.MonkeyPatch)
         assert run_command(arguments) == 0, arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [{"n": 1}, None, [1, 2], "text", 7])
 def test_a_run_with_an_event_that_is_not_known_is_shown_executed_and_followed(
     beatless: Kit,
@@ -103,6 +104,7 @@ def test_a_run_with_an_event_that_is_not_known_is_shown_executed_and_followed(
     assert asyncio.run(follow()) == types
 
 
+@pytest.mark.slow
 def test_a_run_in_a_state_that_is_not_known_is_shown_and_left_alone(
     beatless: Kit, newer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_run_in_a_state_that_is_not_known_is_shown_and_left_alone(
     assert not any(allowed(RunState("suspended"), state) for state in FINAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["parked", "waiting"])
 def test_a_dispatch_that_is_not_understood_stops_no_other(
     beatless: Kit, newer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, state: str
@@ -135,6 +138,7 @@ def test_a_dispatch_that_is_not_understood_stops_no_other(
     assert beatless.client.get_run(other.run_id).state is RunState.COMPLETED
 
 
+@pytest.mark.slow
 def test_an_end_that_is_not_known_is_shown(
     beatless: Kit, newer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

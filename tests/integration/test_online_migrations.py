@@ -225,6 +225,7 @@ def test_a_table_that_is_read_holds_up_the_migration_and_nobody_else(
     assert upgrade.result(60) == head()
 
 
+@pytest.mark.slow
 def test_a_table_that_is_never_free_is_told_with_who_holds_it(
     engine: sqlalchemy.Engine, old: str, session: Any
 ) -> None:
@@ -292,6 +293,7 @@ def test_everybody_works_while_an_index_is_built(
     check(engine, old)  # ahead of this code, which may start on it
 
 
+@pytest.mark.slow
 def test_an_index_whose_build_a_deadlock_has_ended_is_built_anew(
     engine: sqlalchemy.Engine,
     old: str,
@@ -351,6 +353,7 @@ def test_an_index_that_is_not_built_concurrently_makes_others_wait_and_the_log_t
     assert not waited(server, "beatless worker")
 
 
+@pytest.mark.slow
 def test_what_older_code_needs_stays_until_somebody_says_that_none_runs(
     engine: sqlalchemy.Engine, old: str, session: Any, revision: Revision, tmp_path: Path
 ) -> None:

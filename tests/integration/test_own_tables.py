@@ -70,6 +70,7 @@ class TestTablesOfTheProject:
             connection.exec_driver_sql(change)
 
 
+@pytest.mark.slow
 def test_they_are_made_once_and_only_for_those_who_ask(beatless_services: Services) -> None:
     made = []
 

@@ -297,6 +297,7 @@ class Waits(Backoff):
         return super().delay(failures)
 
 
+@pytest.mark.slow
 def test_a_primary_that_becomes_read_only_fails_no_run_and_is_not_flooded(
     beatless_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +369,7 @@ def failures(announcements: Announcements) -> list[int]:
     return [place for place, each in enumerate(announcements.seen) if type(each) is RelayFailed]
 
 
+@pytest.mark.slow
 def test_without_a_connection_left_a_relay_waits_and_leaves_none_open(
     beatless_app: App, tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_run_that_was_given_back_waits_since_then(beatless: Kit) -> None:
     assert found.oldest == beatless.client.get_run(run_id).not_before
 
 
+@pytest.mark.slow
 def test_the_oldest_run_is_told_whether_it_was_sent_or_not(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:
@@ -326,6 +327,7 @@ def test_a_queue_that_nothing_knows_is_refused(
         act(known)
 
 
+@pytest.mark.slow
 def test_obliterate_leaves_nothing_of_the_queue_and_all_of_the_others(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:

@@ -288,6 +288,7 @@ def test_many_cancels_at_once_are_one(beatless: Kit) -> None:
     beatless.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False], ids=["at_once", "in_turn"])
 def test_drains_of_several_relays_publish_everything_and_leave_nothing(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, together: bool

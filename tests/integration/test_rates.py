@@ -223,6 +223,7 @@ def test_a_cancelled_run_leaves_its_token_to_the_next(
     assert runs[1:] == BODIES
 
 
+@pytest.mark.slow
 def test_high_rates_are_looked_at_twenty_times_a_second_at_most(
     beatless: Kit, postgres: psycopg.Connection
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_function_that_commits_by_itself_starts_its_run_in_the_test(beatless):
 """
 
 
+@pytest.mark.slow
 def test_the_natural_tests_of_the_example_pass(
     pytester: pytest.Pytester, beatless_services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_http_and_its_streams_show_none_of_it(kit: Kit, runs: list[str]) -> None
     assert json.loads(said[4])["result"] == {"card": "hidden result", "paid": True}
 
 
+@pytest.mark.slow
 def test_no_address_of_the_api_shows_it_of_a_run_that_has_everything(kit: Kit) -> None:
     daily = Schedule("daily", "looks_up", cron="0 0 * * *", input={"card": SECRET})
     kit.client.create_schedule(daily)
@@ -170,6 +171,7 @@ def test_no_address_of_the_api_shows_it_of_a_run_that_has_everything(kit: Kit) -
         assert f"hidden {what}" in told
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_none_of_it(
     kit: Kit,
     runs: list[str],

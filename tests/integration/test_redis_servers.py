@@ -159,6 +159,7 @@ async def followed(kit: Kit, run_id: str) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_asynchronous_streams_go_through_sentinels_too(kit_on: MakeKit, sentinels: Watched) -> None:
     kit = kit_on(sentinels.url)
     run = kit.start_run("agents.run")
@@ -166,6 +167,7 @@ def test_asynchronous_streams_go_through_sentinels_too(kit_on: MakeKit, sentinel
     assert asyncio.run(followed(kit, run.run_id)) == list(range(1, 14))
 
 
+@pytest.mark.slow
 def test_a_sentinel_that_does_not_answer_keeps_no_stream_from_the_others(
     kit_on: MakeKit, sentinels: Watched
 ) -> None:
@@ -283,6 +285,7 @@ def users(beatless_app: App, valkey: EmbeddedValkey) -> dict[str, str]:
     return {name: f"redis://{name}:p@127.0.0.1:{valkey.port}/0" for name in rights("")}
 
 
+@pytest.mark.slow
 def test_the_documented_rights_are_enough_for_processes_and_viewers(
     kit_on: MakeKit, valkey: EmbeddedValkey, users: dict[str, str]
 ) -> None:
@@ -431,6 +434,7 @@ def nodes(tmp_path: Path) -> Iterator[list[EmbeddedValkey]]:
         yield found
 
 
+@pytest.mark.slow
 def test_events_reach_the_viewers_at_every_node_of_a_cluster(
     beatless: Kit, kit_on: MakeKit, nodes: list[EmbeddedValkey]
 ) -> None:
@@ -451,6 +455,7 @@ def test_events_reach_the_viewers_at_every_node_of_a_cluster(
         subscription.close()
 
 
+@pytest.mark.slow
 def test_a_broker_on_a_cluster_is_refused_with_the_name_of_the_setting(
     kit_on: MakeKit, nodes: list[EmbeddedValkey], caplog: pytest.LogCaptureFixture
 ) -> None:

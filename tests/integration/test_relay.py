@@ -172,6 +172,7 @@ def pending(postgres: psycopg.Connection) -> int:
     return postgres.execute("SELECT count(*) FROM run_outbox").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_outbox_publishes_in_order_with_seeded_rows_and_no_worker(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection, doors
 ) -> None:
@@ -741,6 +742,7 @@ def test_a_relay_refuses_a_schema_without_tables(beatless_app: App) -> None:
     relay.stop()
 
 
+@pytest.mark.slow
 def test_a_relay_refuses_a_connection_that_hears_nothing(beatless_app: App) -> None:
     settings = beatless_app.settings
     relay = beatless_app.relay(

@@ -191,6 +191,7 @@ def bus(tmp_path: Path) -> Iterator[EmbeddedValkey]:
         yield server
 
 
+@pytest.mark.slow
 def test_redis_refused_then_back_loses_no_event_and_stops_no_dispatch(
     beatless: Kit, beatless_app: App, bus: EmbeddedValkey, postgres: psycopg.Connection
 ) -> None:

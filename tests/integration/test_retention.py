@@ -306,6 +306,7 @@ def test_a_batch_whose_commit_fails_is_done_again_and_counted_once(
     assert [record.events for record in caplog.records] == [12]
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_batch_takes_it_back(
     beatless: Kit, postgres: psycopg.Connection, session, retention
 ) -> None:
@@ -363,6 +364,7 @@ def test_a_stream_that_is_overtaken_by_retention_says_so(
     assert is_a_part(seen, raised.value)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_stream_that_is_overtaken_says_so_too(
     beatless: Kit, watched: str, session, retention
 ) -> None:
@@ -383,6 +385,7 @@ def test_an_asynchronous_stream_that_is_overtaken_says_so_too(
     assert is_a_part(seen, raised.value)
 
 
+@pytest.mark.slow
 def test_a_stream_over_http_ends_there_and_coming_again_tells_why(
     beatless: Kit, watched: str, session, retention
 ) -> None:

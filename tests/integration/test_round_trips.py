@@ -109,6 +109,7 @@ def arbitrary(draw: Random, depth: int = 3) -> Any:
     return draw.choice(kinds)
 
 
+@pytest.mark.slow
 def test_whatever_is_json_survives_every_kind_of_retry(beatless: Kit) -> None:
     given = [AWKWARD, *(arbitrary(Random(seed)) for seed in range(300))]
     use_everywhere(beatless, given)

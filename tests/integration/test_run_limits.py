@@ -236,6 +236,7 @@ def test_an_end_lets_in_the_run_of_the_highest_priority_that_has_waited_longest(
     assert parked(postgres) == [waiting[0]]
 
 
+@pytest.mark.slow
 def test_of_two_claims_of_the_last_slot_one_has_it(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:
@@ -616,6 +617,7 @@ def test_a_start_reads_no_runs_when_all_others_wait_for_one_limit(
         assert rows_read(caller) - before < 10
 
 
+@pytest.mark.slow
 def test_one_look_lets_in_a_thousand_runs_and_the_next_one_the_rest(
     beatless: Kit, beatless_app: App, postgres: psycopg.Connection
 ) -> None:

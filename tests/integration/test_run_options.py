@@ -78,6 +78,7 @@ def test_an_option_is_stored_and_read_back(beatless_app: App, option: str) -> No
         assert option == "run_id" or read(client.get_run(many.run_id)) == expected
 
 
+@pytest.mark.slow
 def test_each_option_comes_in_over_http(beatless_app: App) -> None:
     with serving(beatless_app) as api, HttpClient(api.url) as client:
         for option, (given, read, expected) in CASES.items():

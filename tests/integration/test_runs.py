@@ -81,6 +81,7 @@ def test_debug_stream_prints_every_field(beatless: Kit) -> None:
     assert abs(trace.ts / 1000 - datetime.now(UTC).timestamp()) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 50])
 def test_concurrent_runs_each_have_their_own_dense_seq(beatless: Kit, count: int) -> None:
     runs = beatless.client.start_runs([RunRequest(plan="agents.run") for _ in range(count)])

@@ -831,6 +831,7 @@ def test_a_schedule_whose_input_has_no_key_for_a_new_limit_is_stopped_alone(
 # The relay
 
 
+@pytest.mark.slow
 def test_a_relay_that_sleeps_wakes_for_a_new_schedule_and_for_each_of_its_ticks(
     beatless: Kit, beatless_app: App
 ) -> None:

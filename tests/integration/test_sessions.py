@@ -194,6 +194,7 @@ def test_settings_of_role_and_database_change_nothing(
     walk(settings, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_environment_of_libpq_changes_nothing(
     settings: Settings, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

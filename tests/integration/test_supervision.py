@@ -37,6 +37,7 @@ def hear(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hear]:
         yield wait
 
 
+@pytest.mark.slow
 def test_a_relay_says_that_it_listens_and_that_it_moves(
     beatless: Kit, hear: Hear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_relay_says_that_it_listens_and_that_it_moves(
     hear(b"WATCHDOG=1")
 
 
+@pytest.mark.slow
 def test_a_worker_says_so_too_while_it_has_nothing_to_do(beatless: Kit, hear: Hear) -> None:
     beatless.worker_process("tests.plans:app")
     hear(b"READY=1")
@@ -54,6 +56,7 @@ def test_a_worker_says_so_too_while_it_has_nothing_to_do(beatless: Kit, hear: He
         hear(b"WATCHDOG=1")
 
 
+@pytest.mark.slow
 def test_the_api_says_so_too(beatless: Kit, beatless_app: App, hear: Hear, tmp_path: Path) -> None:
     environ = os.environ | beatless_app.settings.to_env() | {"BEATLESS_APP": "tests.plans:app"}
     api = Child("api", ["serve", "--port", "0"], environ=environ, log=tmp_path / "log")

@@ -30,6 +30,7 @@ def test_an_empty_fleet_says_what_waits(beatless: Kit, api: Api) -> None:
     assert found["redis"].split()[0] in ("Redis", "Valkey")
 
 
+@pytest.mark.slow
 def test_a_relay_and_a_worker_are_named_with_their_versions(beatless: Kit, api: Api) -> None:
     beatless.relay_process(PLANS)
     beatless.worker_process(PLANS, concurrency=2)

@@ -125,6 +125,7 @@ def test_the_run_of_a_worker_that_dies_goes_on_at_once_in_another(
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_the_run_of_a_process_that_stands_still_is_left_to_its_lease(
     beatless: Kit, wait: Callable[[str], Waiting]
 ) -> None:

@@ -283,6 +283,7 @@ def collector() -> Iterator[Collector]:
     found.server.server_close()
 
 
+@pytest.mark.slow
 def test_a_fleet_exports_one_trace(
     beatless: Kit, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +301,7 @@ def test_a_fleet_exports_one_trace(
     assert {service for service, name, _ in came if name == "run two_steps"} == {"beatless-worker"}
 
 
+@pytest.mark.slow
 def test_without_a_collector_nothing_waits_and_one_line_tells(
     beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +326,7 @@ def test_without_a_collector_nothing_waits_and_one_line_tells(
     assert FAILURE_PAUSE_S > 10
 
 
+@pytest.mark.slow
 def test_without_the_packages_a_trace_is_passed_on(beatless: Kit) -> None:
     """In a process that cannot import them: the start, the run and its step."""
     code = """

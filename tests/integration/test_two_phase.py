@@ -43,6 +43,7 @@ def test_sqlalchemys_two_phase_transactions_are_refused(beatless: Kit, beatless_
         session.rollback()
 
 
+@pytest.mark.slow
 def test_what_plain_sql_prepares_is_refused_by_postgres_or_a_run_like_any_other(
     beatless_app: App, tmp_path: Path
 ) -> None:

@@ -504,6 +504,7 @@ def test_a_cancel_while_a_run_is_undone_undoes_nothing_twice(beatless: Kit) -> N
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_a_retry_of_a_run_that_was_undone_begins_at_the_beginning(beatless: Kit) -> None:
     for name in ("order", "pays"):
         run = ended(beatless, name)
@@ -593,6 +594,7 @@ def test_no_crash_keeps_a_step_from_being_undone(
     beatless.verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["wait.before", "wait.committed"])
 def test_no_crash_while_children_end_keeps_a_step_from_being_undone(
     beatless: Kit, point: str

@@ -64,6 +64,7 @@ def states(postgres: psycopg.Connection, plan: str) -> dict[str, int]:
     return dict(rows.fetchall())
 
 
+@pytest.mark.slow
 def test_a_queue_without_a_worker_has_a_windows_messages_for_ever(
     beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
 ) -> None:
@@ -98,6 +99,7 @@ def test_two_relays_have_one_window(beatless: Kit, beatless_app: App, doors) -> 
         relay.stop()
 
 
+@pytest.mark.slow
 def test_a_relay_that_takes_over_shards_adds_nothing_to_a_full_window(
     beatless: Kit, beatless_app: App, drain: Drain
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_relay_that_takes_over_shards_adds_nothing_to_a_full_window(
     assert beatless.work_until_idle() == 150
 
 
+@pytest.mark.slow
 def test_many_runs_whose_workers_died_at_once_come_through_the_window(
     beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
 ) -> None:
@@ -134,6 +137,7 @@ def work_without(kit: Kit, *plans: str) -> None:
             assert kit._execute(message)
 
 
+@pytest.mark.slow
 def test_a_plan_that_no_worker_has_takes_no_places_for_long(
     beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_plan_that_no_worker_has_takes_no_places_for_long(
     beatless.verify()
 
 
+@pytest.mark.slow
 def test_what_the_broker_lost_without_a_word_is_sent_again(
     beatless: Kit, beatless_app: App, drain: Drain
 ) -> None:
@@ -193,6 +198,7 @@ def test_a_paused_queue_with_many_runs_that_become_due_hides_no_other(
     assert in_broker(beatless_app, "stuck") == WINDOW
 
 
+@pytest.mark.slow
 def test_priority_decides_among_runs_that_have_become_due(
     beatless: Kit, beatless_app: App, drain: Drain, postgres: psycopg.Connection
 ) -> None:

@@ -58,6 +58,7 @@ def beatless_plans() -> list[Plan]:
     return [Plan("echo", [echo, seen])]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

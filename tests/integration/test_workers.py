@@ -102,6 +102,7 @@ class TestStop:
         assert beatless.wait_for_run_completion(run.run_id).result == 1
         beatless.verify()
 
+    @pytest.mark.slow
     def test_the_process_of_a_worker_that_has_ended_goes_on(self, beatless: Kit) -> None:
         """What would end a worker that hangs ends nobody else."""
         said = subprocess.run(
@@ -113,6 +114,7 @@ class TestStop:
         ).stdout
         assert said.endswith("goes on\n")
 
+    @pytest.mark.slow
     def test_a_worker_that_runs_nothing_ends_at_once(self, beatless: Kit) -> None:
         worker = beatless.worker_process(APP, grace_seconds=3000)
         os.kill(worker.pid, signal.SIGTERM)
@@ -120,6 +122,7 @@ class TestStop:
 
 
 class TestReadyFile:
+    @pytest.mark.slow
     def test_is_there_while_the_worker_takes_runs(self, beatless: Kit, tmp_path: Path) -> None:
         ready = tmp_path / "ready"
         worker = beatless.worker_process(APP, arguments=["--ready-file", str(ready)])
@@ -155,6 +158,7 @@ class TestWeights:
         assert take(400, {"fast"}) == {"fast": 400}
         assert take(400, {"fast", "slow"})["slow"] in (100, 101)
 
+    @pytest.mark.slow
     def test_a_worker_takes_runs_by_weight(self, beatless: Kit) -> None:
         runs = {
             run.run_id: queue
@@ -211,6 +215,7 @@ def test_children_are_replaced_after_so_many_runs(beatless: Kit, tmp_path: Path)
     assert sorted(workers.values()) == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
     beatless: Kit, postgres: psycopg.Connection, pool: str
@@ -231,6 +236,7 @@ def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
     assert 1 <= found[0] <= 3
 
 
+@pytest.mark.slow
 def test_priorities_order_a_backlog_that_is_larger_than_what_the_broker_holds(
     beatless: Kit,
 ) -> None:

@@ -82,6 +82,7 @@ def served(app: App, directory: Path) -> Iterator[tuple[Child, int]]:
         child.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", RUNS)
 def test_subscriptions_that_are_killed_every_50_ms(
     beatless: Kit, tmp_path: Path, count: int

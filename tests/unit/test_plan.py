@@ -200,6 +200,7 @@ def test_renames_are_followed_to_the_name_that_a_step_has_now():
     assert plan.version != renamed({}).version
 
 
+@pytest.mark.slow
 def test_a_plan_of_ten_thousand_steps_is_built_walked_and_drawn_in_no_time():
     steps = [step(name=f"s{number}")(one) for number in range(10_000)]
     began = thread_time()
