@@ -11,6 +11,7 @@ JobsError
 ├── MigrationBlocked    a table is held by others for so long that it cannot be changed
 ├── Unreachable         Postgres, Redis, the broker or the API does not answer
 ├── StatementTimeout    Postgres ended a statement that waited or worked for too long
+├── TransactionConflict another transaction was faster, which the caller's cannot see
 ├── AccessDenied        the API does not know the token, or the token lacks a scope
 ├── ExtraMissing        packages of an extra are not installed
 ├── HistoryChanged      the database was restored or failed over: events seen may be gone
@@ -176,6 +177,27 @@ class StatementTimeout(JobsError):
         return (
             f"Postgres ended the statement, nothing was changed: {self.reason}; another "
             "transaction holds a lock that it needs, or the limit is too short: try again"
+        )
+
+
+class TransactionConflict(JobsError):
+    """The caller's transaction lost a race, and Postgres ended it; none of its work is stored.
+
+    Only one that is REPEATABLE READ or SERIALIZABLE: it does not see what others commit after its
+    first statement. `sqlstate` is that of a serialization failure, by which callers try again; the
+    error of the caller's driver is the `__cause__`.
+    """
+
+    sqlstate = "40001"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"another transaction has meanwhile committed what this one cannot see: {self.reason}; "
+            "roll back, and try the whole transaction again, or make it READ COMMITTED"
         )
 
 

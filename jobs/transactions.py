@@ -11,7 +11,13 @@ import psycopg
 import sqlalchemy
 from sqlalchemy import exc
 
-from beatless.errors import SchemaBehind, StatementTimeout, Unreachable, WrongEncoding
+from beatless.errors import (
+    SchemaBehind,
+    StatementTimeout,
+    TransactionConflict,
+    Unreachable,
+    WrongEncoding,
+)
 from beatless.outbox.backoff import Backoff
 from beatless.schema import current, head
 
@@ -65,6 +71,10 @@ def transact(
                 result = act(connection)
                 acted = True
             return result
+        except TransactionConflict:
+            if tried == TRIES:
+                raise
+            pause.wait(backoff.delay(tried))
         except exc.DBAPIError as error:
             conflict = isinstance(error.orig, CONFLICTS)
             lost = error.connection_invalidated and tried == 1 and (twice or not acted)
@@ -136,17 +146,25 @@ def reaching_postgres(schema: str, engine: sqlalchemy.Engine | None = None) -> I
 
 @contextmanager
 def on_a_given_connection(schema: str, engine: sqlalchemy.Engine) -> Iterator[None]:
-    """Turn the error of an absent schema into ours; others stay as the caller's driver has them.
+    """Turn the errors of an absent schema, and of a lost race, into ours.
 
-    The transaction of the connection has failed: the `engine` is asked for the schema's revision.
+    Others stay as the caller's driver has them. The transaction of the connection has failed: the
+    `engine` is asked for the schema's revision.
     """
     try:
         yield
-    except (exc.ProgrammingError, *ABSENT) as error:
-        cause = error.orig if isinstance(error, exc.ProgrammingError) else error
+    except (exc.DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, exc.DBAPIError) else error
         if isinstance(cause, ABSENT):
             raise SchemaBehind(schema, _found(schema, engine), head(), given=True) from error
+        if isinstance(cause, psycopg.errors.SerializationFailure) or _is_unseen(cause, schema):
+            raise TransactionConflict(str(cause).strip().splitlines()[0]) from error
         raise
+
+
+def _is_unseen(error: BaseException | None, schema: str) -> bool:
+    """Whether a row of ours is there of which the transaction has seen that it is not."""
+    return isinstance(error, psycopg.errors.UniqueViolation) and error.diag.schema_name == schema
 
 
 def _found(schema: str, engine: sqlalchemy.Engine | None) -> str:

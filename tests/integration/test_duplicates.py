@@ -1,9 +1,10 @@
 """Runs with a dedupe key: one is unfinished at a time, whoever starts, claims and ends it."""
 
+import asyncio
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy
 
 from beatless import (
     App,
@@ -24,13 +26,15 @@ from beatless import (
     RunContext,
     RunRequest,
     StepContext,
+    TransactionConflict,
     plan,
     step,
     wait,
 )
 from beatless.http import Client as HttpClient
 from beatless.orchestrator.successors import NotesSuccessors, Successors
-from beatless.outbox.queries import ALL_SHARDS
+from beatless.outbox.queries import ALL_SHARDS, execute
+from beatless.settings import libpq_url
 from beatless.testing import Kit
 from tests.integration.test_races import at_once, until
 from tests.serving import serving
@@ -730,3 +734,75 @@ def test_verify_names_a_run_without_its_key_and_one_that_has_begun_too_early(
     postgres.execute("UPDATE dispatches SET dedupe_key = NULL WHERE run_id = %s", (first.run_id,))
     with pytest.raises(AssertionError, match=r"I13.*does not hold its dedupe key"):
         beatless.verify()
+
+
+# Transactions that do not see what others commit meanwhile
+
+
+@contextmanager
+def by_psycopg(kit: Kit, isolation: str) -> Iterator[psycopg.Connection[Any]]:
+    with open_transaction(kit) as connection:
+        connection.isolation_level = psycopg.IsolationLevel[isolation.replace(" ", "_")]
+        yield connection
+
+
+@contextmanager
+def by_sqlalchemy(kit: Kit, isolation: str) -> Iterator[sqlalchemy.Connection]:
+    engine = kit.app.engine.execution_options(isolation_level=isolation)
+    with engine.connect() as connection:
+        yield connection
+
+
+Lose = Callable[[Kit, Any, str], object]
+
+LOSERS: dict[str, Lose] = {
+    **{
+        mode: lambda kit, given, key, mode=mode: start(
+            kit, 2, mode, connection=given, dedupe_key=key
+        )
+        for mode in MODES
+    },
+    "key": lambda kit, given, key: kit.client.start_run("sync", 2, key=key, connection=given),
+    "batch": lambda kit, given, key: kit.client.start_runs(
+        [RunRequest(plan="sync", input=2, dedupe_key=each) for each in ("a", key)],
+        connection=given,
+    ),
+    "batch of keys": lambda kit, given, key: kit.client.start_runs(
+        [RunRequest(plan="sync", input=2, key=each) for each in ("a", key)], connection=given
+    ),
+}
+"""Starts beside a run with this key, and dedupe key."""
+
+
+@pytest.mark.parametrize("begin", [by_psycopg, by_sqlalchemy])
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_start_that_cannot_see_the_run_that_was_first_says_that_its_transaction_is_to_be_retried(
+    beatless: Kit, begin: Callable[[Kit, str], AbstractContextManager[Any]], isolation: str
+) -> None:
+    for how, lose in LOSERS.items():
+        with begin(beatless, isolation) as connection:
+            execute(connection, "SELECT count(*) FROM pg_class", {})  # it sees what is there now
+            start(beatless, 1, key=how, dedupe_key=how)
+            with pytest.raises(
+                TransactionConflict, match="try the whole transaction again"
+            ) as lost:
+                lose(beatless, connection, how)
+            assert lost.value.sqlstate == "40001"
+            connection.rollback()
+            if how in MODES:
+                lose(beatless, connection, how)  # it sees the first one now
+                connection.rollback()
+
+
+def test_an_asynchronous_start_that_cannot_see_the_first_run_is_told_so_too(beatless: Kit) -> None:
+    async def main() -> None:
+        url = libpq_url(beatless.app.settings.database_url)
+        async with await psycopg.AsyncConnection.connect(url) as connection:
+            await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+            await connection.execute("SELECT count(*) FROM pg_class")
+            start(beatless, 1)
+            with pytest.raises(TransactionConflict):
+                await beatless.client.astart_run("sync", 2, dedupe_key=KEY, connection=connection)
+            await connection.rollback()
+
+    asyncio.run(main())

@@ -30,8 +30,8 @@ from beatless import (
     Schedule,
     Settings,
     SignalRequest,
-    StatementTimeout,
     StepContext,
+    TransactionConflict,
     WrongEncoding,
     step,
 )
@@ -481,7 +481,7 @@ def test_a_serialization_failure_is_tried_again_and_is_no_absent_server(
             postgres.execute("UPDATE runs SET tags = tags")
         return beatless.client.cancel_run(run.run_id, connection=connection)
 
-    with pytest.raises(StatementTimeout), reaching_postgres("here"):
+    with pytest.raises(TransactionConflict), reaching_postgres("here"):
         transact(engine, lambda connection: cancel(connection, 100), twice=True)
     tries = 0
     assert transact(engine, lambda connection: cancel(connection, 1), twice=True).state.final
