@@ -288,7 +288,7 @@ class RunDriver:
             lease,
             plans=executor.plans,
             read_ends=self._writer.read_ends,
-            read_steps=partial(self._writer.read_steps, executor.versions, plan),
+            read_steps=partial(self._writer.patiently, executor.versions.reader(plan, lease.run)),
             max_event_bytes=executor.journal.max_event_bytes,
             max_steps=max_steps,
             stopping=executor.stopping.is_set,

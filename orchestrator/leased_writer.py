@@ -23,8 +23,6 @@ from beatless.orchestrator.lease import (
     LeaseStatus,
 )
 from beatless.orchestrator.open_waits import DATA_BYTES
-from beatless.orchestrator.plan import Plan
-from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
 from beatless.orchestrator.settlement import Proposal, Settlement
@@ -95,7 +93,7 @@ class LeasedWriter(SureWriter):
         Behind this one; None: the first.
         """
         try:
-            page = self._patiently(
+            page = self.patiently(
                 lambda connection: self._journal.checkpoint_page(
                     connection, self._run_id, names=FOLDED, rest=SNOOZED, behind=behind
                 )
@@ -107,14 +105,9 @@ class LeasedWriter(SureWriter):
 
     def read_ends(self, first: int, last: int) -> Sequence[ChildEnd]:
         """The children of the run with these numbers that have ended."""
-        return self._patiently(
+        return self.patiently(
             lambda connection: self._children.ends(connection, self._run_id, first, last)
         )
-
-    def read_steps(self, versions: PlanVersions, plan: Plan) -> Sequence[str] | None:
-        """The steps of the version that the run was started with, in order; None: unknown."""
-        version = self._lease.run.plan_version
-        return self._patiently(lambda connection: versions.steps(connection, plan, version))
 
     # Settlements
 
@@ -232,7 +225,7 @@ class LeasedWriter(SureWriter):
     def _take_in(self, settled: Appended) -> None:
         """Take signals into the journal that have come before a boundary."""
         if settled.signalled:
-            self._patiently(
+            self.patiently(
                 lambda connection: self._leases.take_in(connection, self._lease, LOCK_TIMEOUT_S)
             )
 
@@ -253,8 +246,8 @@ class LeasedWriter(SureWriter):
 
         The lease is still held unless the run has ended with that commit.
         """
-        self._patiently(self._renew)
-        status = self._patiently(self._inspect)
+        self.patiently(self._renew)
+        status = self.patiently(self._inspect)
         if status.committed_since and self._in_doubt is not None:
             cancelled = status.state is not self._in_doubt.normal.state
             self._on_commit(self._in_doubt, Appended(last_seq=status.last_seq, cancelled=cancelled))

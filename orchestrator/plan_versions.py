@@ -5,11 +5,12 @@ behind that name; it never changes. Of a plan that is a function there is nothin
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.records import Run
 from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 
@@ -41,6 +42,10 @@ class PlanVersions:
             for (steps,) in execute(connection, self._sql["steps"], named):
                 found = self._known[plan.name, version] = _names(steps)
         return found
+
+    def reader(self, plan: Plan, run: Run) -> Callable[[Caller], Sequence[str] | None]:
+        """Reads `steps` of the version that this run was started with."""
+        return lambda connection: self.steps(connection, plan, run.plan_version)
 
     def known(self, connection: Caller) -> Mapping[str, Mapping[str, Sequence[str]]]:
         """All that is stored: the names of the steps by plan and version."""

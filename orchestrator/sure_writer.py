@@ -103,7 +103,7 @@ class SureWriter:
             tried = True
             return write(connection)
 
-        appended = self._patiently(act)
+        appended = self.patiently(act)
         if appended is None:
             self._lease.lost = True
             raise LeaseLost(self._run_id, self._lease.token)
@@ -129,13 +129,13 @@ class SureWriter:
 
     def cancel_requested(self) -> bool:
         """Whether a cancel was accepted, by the row and not by the last heartbeat."""
-        self._patiently(self._inspect)
+        self.patiently(self._inspect)
         return self._lease.cancelled
 
     def reconnect(self) -> None:
         """An exception struck anywhere in the body: in the middle of a trace's commit, perhaps."""
         self._disconnect()
-        self._last_seq = self._patiently(self._inspect).last_seq
+        self._last_seq = self.patiently(self._inspect).last_seq
 
     def _is_open(self, output: StepOutput) -> bool:
         # A list at once: other bodies of the run may begin meanwhile.
@@ -201,7 +201,7 @@ class SureWriter:
         else:
             yield
 
-    def _patiently(self, act: Callable[[Connection], T]) -> T:
+    def patiently(self, act: Callable[[Connection], T]) -> T:
         """Do it as soon as Postgres can be reached, unless the worker stops first."""
         failures = 0
         while True:
@@ -240,7 +240,7 @@ class SureWriter:
                 self._last_seq = status.last_seq
 
         if self._doubtful is not None:
-            self._patiently(act)
+            self.patiently(act)
             self._doubtful = None
 
     def _inspect(self, connection: Connection) -> LeaseStatus:
