@@ -266,6 +266,7 @@ class Load:
         if chance.random() < 0.15:
             return duplicates.wish(chance)
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
+        others += ["stored_async"] * 2
         others += ["piece", "piece", "family", "deadly", "bought", "bought", "limited", "limited"]
         others += ["kept"]
         others += ["split", "gathered"] * 4
@@ -275,7 +276,7 @@ class Load:
             given["timeout"] = chance.choice([0.2, 0.5, 1.0, None, None])
             given |= {"turns": chance.choice([0, 1, 3]), "failures": chance.choice([0, 0, 1, 2])}
             given["seconds"] = min(0.3, given["seconds"])
-        if plan == "stored":
+        if plan in ("stored", "stored_async"):
             given["seconds"] = chance.choice([0, 0.02, 0.3, 1.0])
         if plan == "flaky":
             given["failures"] = chance.choice([0, 1, 2, 5])

@@ -110,6 +110,16 @@ def stored(ctx: StepContext) -> None:
     work(ctx)
 
 
+@step(name="stored_async", transactional=True)
+async def stored_async(ctx: AsyncStepContext) -> None:
+    """The same, in a loop that other steps have meanwhile."""
+    await ctx.connection.exec_driver_sql(
+        "INSERT INTO beatless.chaos_rows (run_id, step) VALUES (%(run)s, 'stored_async')",
+        {"run": ctx.run_id},
+    )
+    await asyncio.to_thread(work, ctx)
+
+
 @step(name="snooze")
 def snooze(ctx: StepContext) -> Any:
     """Gives the worker back until the time that the input says."""
@@ -385,6 +395,7 @@ PLANS = [
     Plan("traced", [traced, plain("after")]),
     Plan("flaky", [plain("before"), flaky, plain("after")]),
     Plan("stored", [plain("before"), stored, plain("after")]),
+    Plan("stored_async", [plain("before"), stored_async, plain("after")]),
     Plan("snoozed", [plain("before"), snooze, plain("after")]),
     Plan("paid", [reserve, wait("paid", "refused"), ship]),
     Plan("race", [reserve, races, ship, release]),
