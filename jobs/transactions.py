@@ -5,7 +5,8 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -19,9 +20,11 @@ from beatless.errors import (
     WrongEncoding,
 )
 from beatless.outbox.backoff import Backoff
+from beatless.outbox.queries import Caller
 from beatless.schema import current, head
 
 T = TypeVar("T")
+Connection = TypeVar("Connection")
 
 TRIES = 5
 """How often a call is tried that Postgres ends for the sake of another."""
@@ -54,20 +57,45 @@ def transact(
     act: Callable[[sqlalchemy.Connection], T],
     *,
     twice: bool,
+) -> T:
+    """Act in a transaction of its own.
+
+    A pooled connection may have died since its last use, and another transaction that locks the
+    same rows in another order may deadlock. With `twice` it is also repeated when the answer to its
+    commit was lost, although it may be stored.
+    """
+    return _repeated(engine.begin, act, twice=twice)
+
+
+def transact_by_driver(
+    engine: sqlalchemy.Engine,
+    act: Callable[[Caller], T],
+    *,
+    twice: bool,
     each_statement: bool = False,
 ) -> T:
-    """Act in a transaction of its own, or with `each_statement` in one for each.
+    """`transact` on the driver's connection, for an act that does nothing but `execute`.
 
-    Postgres begins and commits the latter itself, in the round trip of the statement, unless the
-    engine `needs_transactions`. A pooled connection may have died since its last use, and another
-    transaction that locks the same rows in another order may deadlock. With `twice` it is also
-    repeated when the answer to its commit was lost, although it may be stored.
+    Without SQLAlchemy's own work for each connection, statement and row (ADR 0101). With
+    `each_statement` Postgres begins and commits each itself, in the round trip of the statement.
+    An engine that `needs_transactions` has none of both.
     """
+    if needs_transactions(engine):
+        return transact(engine, act, twice=twice)
+    return _repeated(partial(_driver, engine, autocommit=each_statement), act, twice=twice)
+
+
+def _repeated(
+    begin: Callable[[], AbstractContextManager[Connection]],
+    act: Callable[[Connection], T],
+    *,
+    twice: bool,
+) -> T:
     backoff, pause = Backoff(initial=0.02, cap=0.5), threading.Event()
     for tried in itertools.count(1):
         acted = False
         try:
-            with _begun(engine, each_statement=each_statement) as connection:
+            with begin() as connection:
                 result = act(connection)
                 acted = True
             return result
@@ -105,12 +133,34 @@ def needs_transactions(engine: sqlalchemy.Engine) -> bool:
     return NEEDS_TRANSACTIONS in engine.get_execution_options()
 
 
-def _begun(
-    engine: sqlalchemy.Engine, *, each_statement: bool
-) -> AbstractContextManager[sqlalchemy.Connection]:
-    if each_statement and not needs_transactions(engine):
-        return engine.execution_options(isolation_level="AUTOCOMMIT").connect()
-    return engine.begin()
+@contextmanager
+def _driver(engine: sqlalchemy.Engine, *, autocommit: bool) -> Iterator[psycopg.Connection[Any]]:
+    """A pooled connection of the driver, in a transaction or in autocommit; SQLAlchemy's errors.
+
+    The pool takes back what is left of a transaction.
+    """
+    pooled = engine.raw_connection()
+    connection: Any = pooled.driver_connection
+    try:
+        connection.autocommit = autocommit
+        yield connection
+        if not autocommit:
+            connection.commit()
+    except psycopg.Error as error:
+        lost = connection.closed
+        if lost:
+            pooled.invalidate(error)
+            engine.dispose()  # the others in the pool have died with it, or are as old
+        raise exc.DBAPIError.instance(
+            None, None, error, psycopg.Error, connection_invalidated=lost, dialect=engine.dialect
+        ) from error
+    finally:
+        if autocommit and not connection.closed:
+            try:
+                connection.autocommit = False
+            except psycopg.Error as error:  # an interrupted statement goes on
+                pooled.invalidate(error)
+        pooled.close()
 
 
 @contextmanager

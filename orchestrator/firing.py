@@ -129,7 +129,11 @@ class Firing:
             batch=BATCH,
             replacing_s=REPLACING_S,
             held_key_wait_ms=round(HELD_KEY_WAIT_S * 1000),
-            **{name: text for name, text in OPTION_SQL.items() if name != "run_options"},
+            **{
+                name: text
+                for name, text in OPTION_SQL.items()
+                if name not in ("option_parameters", "run_options")
+            },
         )
         self._cancels = cancels
         self._undo = undo

@@ -105,6 +105,19 @@ trace_context jsonb, reused jsonb, default_queue boolean, default_input boolean,
 parent_id text, child_no int, detached boolean, deadline_at timestamptz,
 schedule text, schedule_id bigint, tick timestamptz, limits jsonb, {option_types}
 
+-- fragment: new_run_parameters
+-- The same of one run, each as a parameter.
+%(run_id)s::text run_id, %(shard)s::smallint shard, %(namespace)s::text namespace,
+%(plan)s::text plan, %(plan_version)s::text plan_version, %(queue)s::text queue,
+%(input)s::jsonb input, %(key)s::text "key", %(not_before)s::timestamptz not_before,
+%(delay)s::float8 delay, %(deadline)s::float8 deadline, %(retry_of)s::text retry_of,
+%(trace_context)s::jsonb trace_context, %(reused)s::jsonb reused,
+%(default_queue)s::boolean default_queue, %(default_input)s::boolean default_input,
+%(parent_id)s::text parent_id, %(child_no)s::int child_no, %(detached)s::boolean detached,
+%(deadline_at)s::timestamptz deadline_at, %(schedule)s::text schedule,
+%(schedule_id)s::bigint schedule_id, %(tick)s::timestamptz tick, %(limits)s::jsonb limits,
+{option_parameters}
+
 -- fragment: stored_runs
 -- New runs `u` from `input`, with RunStarted and outbox row; none whose id or key is used.
 u AS (

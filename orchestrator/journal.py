@@ -189,10 +189,13 @@ class Journal:
     def _store(self, connection: Caller, new: Iterable[NewRun]) -> dict[str, Run]:
         """The runs, by id, whose id and key are unused."""
         new = list(new)
-        text = f"[{','.join(run.to_json() for run in new)}]"
         keyed = any(run.dedupe_key is not None for run in new)
-        statement = self.sql["create_keyed"] if keyed else self.sql["create"]
-        rows = execute(connection, statement, {"runs": text})
+        if len(new) == 1 and not keyed:
+            rows = execute(connection, self.sql["create_one"], new[0].parameters)
+        else:
+            text = f"[{','.join(run.to_json(whole=False) for run in new)}]"
+            statement = self.sql["create_keyed"] if keyed else self.sql["create"]
+            rows = execute(connection, statement, {"runs": text})
         return {row[0]: Run.from_row(row[:-1], "started") for row in rows}
 
     def _existing(self, connection: Caller, new: NewRun) -> Run:

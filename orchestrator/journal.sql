@@ -9,6 +9,13 @@ WITH input AS (
 SELECT {run_columns}, {each_doorbell}
   FROM u AS r JOIN input i USING (run_id)
 
+-- name: create_one
+-- Store a new run as create does: its members are parameters, which is cheaper for one than JSON.
+-- Not materialized: the planner puts them in the place of each use, and joins nothing.
+WITH input AS NOT MATERIALIZED (SELECT {new_run_parameters}), {created_runs}
+SELECT {run_columns}, {each_doorbell}
+  FROM u AS r JOIN input i USING (run_id)
+
 -- name: create_keyed
 -- Store new runs as create does, some of which have a dedupe key: the key stands in the dispatch,
 -- behind the name of the namespace, which has no slash. A successor is due in a time that never comes.

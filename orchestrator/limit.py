@@ -227,6 +227,8 @@ def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunL
 
     `prefix` is that of the ids of its namespace. Raises BadPayload for an input without a key.
     """
+    if not limits:
+        return ()
     found = [_run_limit(each, f"{prefix}{each.name}:{each.key_of(input)}") for each in limits]
     return tuple(sorted(found, key=lambda each: each.id.encode()))
 

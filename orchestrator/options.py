@@ -151,6 +151,9 @@ STORED: Mapping[str, Option] = described(StoredOptions)
 
 OPTION_SQL = {
     "option_types": ", ".join(f'"{name}" {each.sql_type}' for name, each in STORED.items()),
+    "option_parameters": ", ".join(
+        f'%({name})s::{each.sql_type} "{name}"' for name, each in STORED.items()
+    ),
     "option_columns": ", ".join(f'"{name}"' for name in STORED),
     "option_values": ", ".join(
         f'"{name}"' if each.sql_default is None else f'coalesce("{name}", {each.sql_default})'
@@ -158,5 +161,6 @@ OPTION_SQL = {
     ),
     "run_options": ", ".join(f"r.{name}" for name in STORED),
 }
-"""Text of statements by its placeholder: `"priority" smallint, …`, `"priority", …`,
+"""Text of statements by its placeholder: `"priority" smallint, …`,
+`%(priority)s::smallint "priority", …`, `"priority", …`,
 `coalesce("priority", 0), …`, and `r.priority, …` of a run `r`. A name may be a word of SQL."""

@@ -3,7 +3,6 @@
 import json
 import secrets
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -55,6 +54,8 @@ RUN_COLUMNS = (
     "tick",
     *STORED,
 )
+
+_ROW = (*RUN_COLUMNS, "retried_by", "waits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +111,15 @@ class Run(StoredOptions):
 
         That is `retried_by`, and whether the run waits for a signal or a time.
         """
-        names = (*RUN_COLUMNS, "retried_by", "waits")[: len(row)]
-        members = dict(zip(names, row, strict=True)) | {"start": start}
+        members = dict(zip(_ROW, row, strict=False))  # it may be shorter
         if not members.pop("waits", False):
-            return cls(**members | {"state": RunState(members["state"])})
+            members["state"] = RunState(members["state"])
+            return cls(**members, start=start)
         due = members["not_before"]
         if due is not None and due.year >= ENDLESS_YEAR:
             members["not_before"] = None
-        return cls(**members | {"state": RunState.WAITING})
+        members["state"] = RunState.WAITING
+        return cls(**members, start=start)
 
     def require_events(self, after: int) -> None:
         """Raises EventsPruned unless every event after this seq is kept."""
@@ -168,13 +170,23 @@ class FailedRunFilter:
     """The place of the last run of the page before."""
 
 
+def _in_utc(moment: datetime | None) -> str | None:
+    """As text: Postgres takes no time zone that is 16 hours or more away from UTC."""
+    return None if moment is None else moment.astimezone(UTC).isoformat()
+
+
+def _json_text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, default=dict)
+
+
 def new_run_id() -> str:
     """A UUID of version 7 (RFC 9562): its order is the order of creation, within a millisecond."""
     stamp = time.time_ns() // 1_000_000
     number = (stamp << 80) | secrets.randbits(80)
     number = number & ~(0xF << 76) | 0x7 << 76
     number = number & ~(0x3 << 62) | 0x2 << 62
-    return str(uuid.UUID(int=number))
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +236,42 @@ class NewRun(StoredOptions):
         """Its limits as JSON."""
         return [each.to_dict() for each in self.limits]
 
-    def to_json(self) -> str:
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of the statement that stores this run alone."""
+        return {
+            "run_id": self.run_id,
+            "shard": shard_of(self.run_id),
+            "namespace": self.namespace,
+            "plan": self.plan,
+            "plan_version": self.plan_version,
+            "queue": self.queue,
+            "input": self.input,
+            "key": self.key,
+            "not_before": _in_utc(self.not_before),
+            "delay": self.delay,
+            "deadline": self.deadline,
+            "retry_of": self.retry_of,
+            "trace_context": _json_text(self.trace_context or None),
+            "reused": self.reused,
+            "default_queue": self.default_queue,
+            "default_input": self.default_input,
+            "parent_id": self.parent_id,
+            "child_no": self.child_no,
+            "detached": None if self.parent_id is None else self.detached,
+            "deadline_at": self.deadline_at.isoformat() if self.deadline_at else None,
+            "schedule": self.schedule,
+            "schedule_id": self.schedule_id,
+            "tick": self.tick.isoformat() if self.tick else None,
+            "limits": _json_text(self.stored_limits) if self.limits else None,
+            **{
+                name: _json_text(value) if STORED[name].sql_type == "jsonb" else value
+                for name, value in self.stored_options().items()
+            },
+        }
+
+    def to_json(self, *, whole: bool = True) -> str:
+        """The members as the statement reads them; `whole`: also those that it has not."""
         members = {
             "run_id": self.run_id,
             "shard": shard_of(self.run_id),
@@ -233,8 +280,7 @@ class NewRun(StoredOptions):
             "plan_version": self.plan_version,
             "queue": self.queue,
             "key": self.key,
-            # In UTC: Postgres takes no time zone that is 16 hours or more away from it.
-            "not_before": self.not_before.astimezone(UTC).isoformat() if self.not_before else None,
+            "not_before": _in_utc(self.not_before),
             "delay": self.delay,
             "deadline": self.deadline,
             "retry_of": self.retry_of,
@@ -262,6 +308,8 @@ class NewRun(StoredOptions):
         members |= self.stored_options()
         if self.dedupe_key is None:
             del members["dedupe_key"]
+        if not whole:
+            members = {name: value for name, value in members.items() if value is not None}
         text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
             text += f',"reused":{self.reused}'

@@ -47,7 +47,7 @@ class Awaited:
             else:
                 async with connection.pipeline():  # at its end the answers have come
                     await cursor.execute(statement.encode(), parameters)
-            return await cursor.fetchall() if cursor.description else []
+            return [] if cursor.rownumber is None else await cursor.fetchall()
 
 
 def is_asynchronous(connection: Any) -> bool:

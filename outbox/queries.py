@@ -94,7 +94,8 @@ def _run(
         else:
             with connection.pipeline():  # at its end the answers have come, also within another
                 cursor.execute(statement.encode(), parameters)
-        return cursor.fetchall() if cursor.description else []
+        # Without rows there is no number; `description` would describe each column.
+        return [] if cursor.rownumber is None else cursor.fetchall()
 
 
 def _run_in_sqlalchemy(

@@ -25,7 +25,12 @@ from beatless.outbox.letters import LetterStatements
 from beatless.outbox.queries import Caller, refuse_autocommit, refuse_two_phase
 from beatless.queues import Queues
 from beatless.streams.streams import Streams
-from beatless.transactions import on_a_given_connection, reaching_postgres, transact
+from beatless.transactions import (
+    on_a_given_connection,
+    reaching_postgres,
+    transact,
+    transact_by_driver,
+)
 
 T = TypeVar("T")
 
@@ -132,11 +137,17 @@ class BaseClient:
         return await awaiting(given, call)
 
     def _in_transaction(
-        self, given: Caller | None, act: Callable[[Caller], T], *, each_statement: bool = False
+        self,
+        given: Caller | None,
+        act: Callable[[Caller], T],
+        *,
+        by_driver: bool = False,
+        each_statement: bool = False,
     ) -> T:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
-        `each_statement` commits each on one of ours, for an act that writes in one statement.
+        `by_driver` is for an act that does nothing but `execute`, which is faster so. Of such an
+        act `each_statement` commits each on one of ours, if it writes in one statement.
         Everything here can be repeated: a start has its run id, a cancel is stored once.
         """
         if given is not None:
@@ -145,4 +156,8 @@ class BaseClient:
             with on_a_given_connection(self._journal.schema, self._engine):
                 return act(given)
         with reaching_postgres(self._journal.schema, self._engine):
-            return transact(self._engine, act, twice=True, each_statement=each_statement)
+            if by_driver or each_statement:
+                return transact_by_driver(
+                    self._engine, act, twice=True, each_statement=each_statement
+                )
+            return transact(self._engine, act, twice=True)

@@ -166,7 +166,11 @@ class Client(
             return []
         new = []
         with ExitStack() as spans:
+            idle = self._tracing.idle()
             for wanted, request in [(self._checked(each), each) for each in requests]:
+                if idle and request.traceparent is None:
+                    new.append(wanted)
+                    continue
                 span = self._tracing.starting(
                     wanted.plan, wanted.run_id, traceparent=request.traceparent
                 )
@@ -179,6 +183,7 @@ class Client(
             runs = self._in_transaction(
                 connection,
                 lambda caller: self._create(caller, new),
+                by_driver=True,
                 # A run alone is stored or not; of many, a conflict takes all back.
                 each_statement=len(new) == 1 and new[0].dedupe_key is None,
             )

@@ -202,8 +202,12 @@ OPTIONS: Mapping[str, Option] = {
 }
 """The descriptions of all options, in this order."""
 
-OPTIONAL = frozenset(each.name for each in REQUEST_FIELDS if each.default is None)
-"""Those that may be None."""
+CHECKED = tuple(
+    (each.name, DESCRIBED[each.name], each.default)
+    for each in REQUEST_FIELDS
+    if each.name in DESCRIBED
+)
+"""The options with their descriptions and defaults, which need no check."""
 
 
 def request_of(
@@ -295,15 +299,12 @@ def new_run(
     plan = plans.get(request.plan)
     if plan is None:
         raise UnknownPlan(request.plan, list(plans))
-    for name, option in OPTIONS.items():
+    for name, option, default in CHECKED:
         value = getattr(request, name)
-        if (value is not None or name not in OPTIONAL) and (problem := option.problem_with(value)):
+        if value is not default and (problem := option.problem_with(value)):
             raise BadRequest(name, problem)
-    given = new_run_id() if request.run_id is None else request.run_id
-    run_id = stored_id(namespace, given) if isinstance(given, str) else ""
-    chosen = run_id.removeprefix(id_prefix(namespace))
-    if not RUN_ID.fullmatch(chosen) or chosen in (".", ".."):
-        raise BadRequest("run_id", f"is {given!r:.200}, which does not match ^{RUN_ID.pattern}$")
+    prefix = id_prefix(namespace)
+    run_id = prefix + new_run_id() if request.run_id is None else _checked_id(request, namespace)
     queue = queue_name(plan.queue if request.queue is None else request.queue)
     if queue in CELERYS_OWN:
         raise BadRequest("queue", f"is {queue!r}, a name of Celery's own: choose another")
@@ -333,9 +334,19 @@ def new_run(
         max_wait=max_wait,
         default_queue=request.queue is None,
         default_input=request.input is None,
-        limits=limits_of(plan.limits, input, prefix=id_prefix(namespace)),
+        limits=limits_of(plan.limits, input, prefix=prefix),
         **request.stored_options(),
     )
+
+
+def _checked_id(request: RunRequest, namespace: str) -> str:
+    """The id that the request names, as it is stored. Raises BadRequest."""
+    given: object = request.run_id
+    run_id = stored_id(namespace, given) if isinstance(given, str) else ""
+    chosen = run_id.removeprefix(id_prefix(namespace))
+    if not RUN_ID.fullmatch(chosen) or chosen in (".", ".."):
+        raise BadRequest("run_id", f"is {given!r:.200}, which does not match ^{RUN_ID.pattern}$")
+    return run_id
 
 
 def _check_duplicates(request: RunRequest) -> None:

@@ -70,11 +70,8 @@ class DjangoClient(Client):
         given = connection or open_transaction(self.using)
         return super().cancel_run(run_id, reason=reason, connection=given)
 
-    def _in_transaction(
-        self, given: Caller | None, act: Callable[[Caller], T], *, each_statement: bool = False
-    ) -> T:
-        given = given or open_transaction(self.using)
-        return super()._in_transaction(given, act, each_statement=each_statement)
+    def _in_transaction(self, given: Caller | None, act: Callable[[Caller], T], **how: bool) -> T:
+        return super()._in_transaction(given or open_transaction(self.using), act, **how)
 
 
 def client(using: str | None = None, *, namespace: str = DEFAULT_NAMESPACE) -> DjangoClient:

@@ -39,6 +39,8 @@ else:
 
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
+_NOTHING: AbstractContextManager[None] = nullcontext(None)
+
 MAX_TRACES = 10_000
 """Runs whose trace a relay remembers at the same time. It learns them from their RunStarted."""
 
@@ -67,18 +69,22 @@ class Tracing:
         `traceparent` is the trace to join, instead of the caller's current one. `follows` is that
         of a run that this one retries: a link.
         """
+        if traceparent is None and self.idle():
+            return _NOTHING
         given = traceparent if TRACEPARENT.fullmatch(traceparent or "") else None
         if self._tracer is None:
             return nullcontext({"traceparent": given} if given else None)
         here = trace.get_current_span().get_span_context()
         if given is not None and here.is_valid and f"{here.trace_id:032x}" in given:
             given = None  # the server is instrumented itself, and nearer
-        if given is None and self._idle():
-            return nullcontext(None)
+        if given is None and self.idle():
+            return _NOTHING
         return _start_span(self._tracer, plan, run_id, given, follows)
 
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
         """Whether spans are not recorded here, and there is no trace to pass on."""
+        if self._tracer is None:
+            return True
         return not _recording() and not trace.get_current_span().get_span_context().is_valid
 
     # Executing
@@ -88,7 +94,7 @@ class Tracing:
     ) -> AbstractContextManager[str | None]:
         """Around the work on a run, and around each attempt; gives the traceparent of the span."""
         carried = (lease.trace_context or {}).get("traceparent")
-        if self._tracer is None or (carried is None and self._idle()):
+        if self._tracer is None or (carried is None and self.idle()):
             return nullcontext(carried)
         if step is None:
             return _run_span(self._tracer, lease)

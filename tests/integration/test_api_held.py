@@ -9,9 +9,10 @@ import pytest
 from beatless import App
 from beatless.api import lanes, server
 from beatless.auth import Scope, Tokens
+from beatless.outbox.queries import execute
 from beatless.settings import libpq_url
 from beatless.testing import Kit
-from beatless.transactions import transact
+from beatless.transactions import transact_by_driver
 from tests.serving import Answer, Api, serving
 from tests.valkeys import until
 
@@ -157,7 +158,7 @@ def test_limits_hold_for_direct_sessions_and_through_a_pooler(
     try:
         with engine.begin() as connection:
             assert shown(connection) == ("1500ms", "7s")
-        one = transact(engine, shown, twice=False, each_statement=True)
+        one = transact_by_driver(engine, shown_to_driver, twice=False, each_statement=True)
         assert one == ("1500ms", "7s")
         raw = engine.raw_connection()
         cursor = raw.cursor()
@@ -172,6 +173,12 @@ def shown(connection) -> tuple[str, str]:
     return tuple(
         connection.exec_driver_sql(f"SHOW {name}").scalar()
         for name in ("lock_timeout", "statement_timeout")
+    )
+
+
+def shown_to_driver(caller) -> tuple[str, str]:
+    return tuple(
+        execute(caller, f"SHOW {name}", {})[0][0] for name in ("lock_timeout", "statement_timeout")
     )
 
 

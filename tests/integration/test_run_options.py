@@ -74,7 +74,9 @@ def test_an_option_is_stored_and_read_back(beatless_app: App, option: str) -> No
     started = client.start_run(**request)
     assert read(started) == read(client.get_run(started.run_id)) == expected
     if option != "key":  # which names the first run
-        [many] = client.start_runs([RunRequest(**request | {"run_id": f"{option}-many"})])
+        # Of a run alone each member is a parameter, of several they are JSON.
+        again = RunRequest(**request | {"run_id": f"{option}-many"})
+        [many, _] = client.start_runs([again, RunRequest(plan="two_steps")])
         assert option == "run_id" or read(client.get_run(many.run_id)) == expected
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -226,6 +227,39 @@ def test_assert_started_says_what_was_started_instead(beatless: Kit) -> None:
 
     with pytest.raises(AssertionError, match=r"0 runs of agents.run .*two_steps \{'n': 1\}"):
         beatless.assert_started("agents.run")
+
+
+def test_a_start_survives_that_all_connections_of_the_pool_have_died(
+    beatless_app: App, postgres: psycopg.Connection
+) -> None:
+    client = beatless_app.client
+    for name, start in {
+        "alone": lambda: client.start_run("two_steps"),
+        "many": lambda: client.start_runs([RunRequest(plan="two_steps")] * 2),
+        "keyed": lambda: client.start_run("two_steps", dedupe_key="customer:7"),
+    }.items():
+        for pid in pooled_backends(beatless_app, 3):
+            postgres.execute("SELECT pg_terminate_backend(%s, 60000)", (pid,))
+        assert start(), name
+
+
+def pooled_backends(app: App, count: int) -> list[int]:
+    """The processes of so many connections, which are back in the pool."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(app.engine.connect()) for _ in range(count)]
+        return [each.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() for each in opened]
+
+
+def test_a_start_leaves_no_connection_in_autocommit(beatless_app: App) -> None:
+    """Whatever becomes of it: else the next transaction on its connection would be none."""
+    beatless_app.engine.dispose()  # so that there is one connection, for all that follows
+    client = beatless_app.client
+    client.start_run("two_steps", {"order": 1}, key="order:1")
+    with pytest.raises(RunConflict):
+        client.start_run("two_steps", {"order": 2}, key="order:1")
+    with beatless_app.engine.connect() as connection:
+        connection.exec_driver_sql(f"DELETE FROM {beatless_app.settings.schema}.runs")
+    assert len(client.list_runs()) == 1
 
 
 def test_bulk_start_gives_the_runs_in_order_and_is_one_transaction(

@@ -12,7 +12,7 @@ from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Leases
 from beatless.orchestrator.options import OPTION_SQL
-from beatless.orchestrator.records import RUN_COLUMNS
+from beatless.orchestrator.records import RUN_COLUMNS, NewRun
 from beatless.outbox import statements as reader
 from beatless.outbox.queries import Queries
 from beatless.outbox.statements import Statement, StatementFile, read, statements
@@ -85,6 +85,22 @@ def test_the_columns_of_a_run_are_those_that_a_run_is_made_of() -> None:
     columns = read(PACKAGE / "orchestrator" / "fragments.sql").fragments["run_columns"].text
     columns = columns.replace("{run_options}", OPTION_SQL["run_options"])
     assert columns.replace(",", "").split() == [f"r.{name}" for name in RUN_COLUMNS]
+
+
+def test_a_new_run_has_the_same_members_as_json_and_as_parameters() -> None:
+    found = read(PACKAGE / "orchestrator" / "fragments.sql").fragments
+    columns = found["new_run_columns"].text.replace("{option_types}", OPTION_SQL["option_types"])
+    parameters = found["new_run_parameters"].text.replace(
+        "{option_parameters}", OPTION_SQL["option_parameters"]
+    )
+    as_json = re.findall(r'"?(\w+)"? (\w+)(?:,|$)', columns)
+    as_parameters = re.findall(r'%\((\w+)\)s::(\w+) "?(\w+)"?(?:,|$)', parameters)
+    assert [(name, kind) for name, kind, named in as_parameters if name == named] == as_json
+    new = NewRun(
+        **dict.fromkeys(("run_id", "namespace", "plan", "plan_version", "queue", "input"), ""),
+        **dict.fromkeys(("key", "not_before", "delay", "deadline")),
+    )
+    assert [*new.parameters] == [name for name, _ in as_json]
 
 
 TABLES = r"(?:runs|run_events|run_outbox|dispatches|queues|workers|dead_letters|api_tokens)\b"
