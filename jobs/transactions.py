@@ -76,7 +76,7 @@ def transact_by_driver(
 ) -> T:
     """`transact` on the driver's connection, for an act that does nothing but `execute`.
 
-    Without SQLAlchemy's own work for each connection, statement and row (ADR 0101). With
+    Without SQLAlchemy's own work for each connection, statement and row (ADR 0107). With
     `each_statement` Postgres begins and commits each itself, in the round trip of the statement.
     An engine that `needs_transactions` has none of both.
     """

@@ -175,8 +175,11 @@ def _in_utc(moment: datetime | None) -> str | None:
     return None if moment is None else moment.astimezone(UTC).isoformat()
 
 
+_ENCODER = json.JSONEncoder(default=dict)
+
+
 def _json_text(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, default=dict)
+    return None if value is None else _ENCODER.encode(value)
 
 
 def new_run_id() -> str:
@@ -310,7 +313,7 @@ class NewRun(StoredOptions):
             del members["dedupe_key"]
         if not whole:
             members = {name: value for name, value in members.items() if value is not None}
-        text = json.dumps(members, default=dict)[:-1] + f',"input":{self.input}'
+        text = _ENCODER.encode(members)[:-1] + f',"input":{self.input}'
         if self.reused is not None:
             text += f',"reused":{self.reused}'
         return text + "}"
