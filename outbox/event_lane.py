@@ -69,6 +69,11 @@ class EventLane:
         return self._published
 
     @property
+    def is_all_forgotten(self) -> bool:
+        """Whether nothing that was published is left to be deleted."""
+        return not self._undeleted and not self._published
+
+    @property
     def rows_held(self) -> bool:
         """Whether another transaction held rows that were to be deleted in the last step."""
         return bool(self._undeleted)

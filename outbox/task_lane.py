@@ -106,6 +106,11 @@ class TaskLane:
         return bool(self._marks)
 
     @property
+    def is_all_forgotten(self) -> bool:
+        """Whether no fate of a message and no turn is left to be written, and no row is held."""
+        return not (self._marks or self._had or self._held)
+
+    @property
     def rows_held(self) -> bool:
         """Whether another transaction held rows that were to be marked, or woken, before."""
         return bool(self._held) or self._wakes_left

@@ -381,6 +381,31 @@ def test_a_look_that_finds_nothing_costs_few_calls(beatless_app: App) -> None:
     assert calls <= 240
 
 
+def test_the_events_of_one_commit_cost_few_calls(beatless_app: App) -> None:
+    """Neither their look nor their deletion is a pipeline."""
+    run = beatless_app.client.start_run("job")
+    relay = beatless_app.relay()
+    relay.drain_once()
+    drain = relay._once[1]
+    lease = claimed(beatless_app, run.run_id)
+    while drain.step(ALL_SHARDS) or not drain.conclude(ALL_SHARDS, look_ahead=False):
+        pass
+
+    def answer() -> None:
+        assert drain.step(ALL_SHARDS, only_events=True) == 1
+        assert drain.conclude(ALL_SHARDS, look_ahead=False)
+
+    def cost() -> int:
+        traced(beatless_app, lease)
+        return calls_of(answer)
+
+    for _ in range(6):
+        cost()  # its statements are prepared
+    calls = min(cost() for _ in range(SAMPLES))
+    relay.stop()
+    assert calls <= 305
+
+
 def test_a_message_to_the_broker_costs_few_calls(beatless_app: App) -> None:
     publisher = CeleryTaskPublisher(beatless_app.celery, beatless_app.settings.prefix)
     messages = [
