@@ -79,6 +79,10 @@ class Bodies:
         """The body of this step is called with this attempt."""
         self._attempts[occurrence] = attempt
 
+    def forget_attempt(self, occurrence: str) -> None:
+        """It has returned: what the attempt refers to refers to this, and goes with it."""
+        self._attempts.pop(occurrence, None)
+
     def end(self, occurrence: str) -> None:
         """Cancel the task of a body, if it is one."""
         attempt = self._attempts.get(occurrence)
@@ -98,7 +102,6 @@ class Bodies:
         future = self._ended.popleft()
         name = next(name for name, each in self.running.items() if each is future)
         del self.running[name]
-        self._attempts.pop(name, None)
         return future.result()
 
     def close(self) -> None:

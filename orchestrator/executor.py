@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from functools import cache, partial
+from functools import partial
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypeVar
 
@@ -132,8 +132,7 @@ class Executor:
         self.redispatch_s = redispatch_s
         self.pace = pace or Pace()
         self.body_s = 0.0
-        """Seconds that bodies have taken here, without their traces and looks for a cancel: these
-        take as long in a group as alone."""
+        """Seconds of bodies, without their traces and looks for a cancel, which no group spares."""
         self.loop = loop or LoopThread(observer=observer)
         self.connections: Connections = OneConnection(connect)
 
@@ -299,6 +298,7 @@ class RunDriver:
 
     def turns(self) -> Turns:
         """Until the run has ended, waits, or is given back. Raises LeaseLost."""
+        scope = self._executor.scope
         with closing(self._bodies), closing(self._requests) as requests:
             request = yield from self._until_body(requests, None)
             while request is not None:
@@ -306,9 +306,7 @@ class RunDriver:
                     self._bodies.begin(request.body, self._call_beside)
                     request = yield from self._until_body(requests, None)
                     continue
-                with self._executor.scope(
-                    self._lease, request.occurrence, request.attempt
-                ) as traceparent:
+                with scope(self._lease, request.occurrence, request.attempt) as traceparent:
                     reply = yield from self._attempt(requests, request, traceparent)
                     request = yield from self._until_body(requests, reply)
 
@@ -458,11 +456,11 @@ class RunDriver:
     ) -> Conclusion:
         """Call the body and conclude from its value. Raises AttemptEnded."""
         attempt = self._limited(request)
-        self._bodies.note_attempt(request.occurrence, attempt)
         output = self._writer.open(attempt, request.occurrence, request.attempt)
         context = self._context(request, traceparent, transaction, attempt, output)
         began = monotonic() - self._writer.asked_s
         try:
+            self._bodies.note_attempt(request.occurrence, attempt)
             value = self._executor.call(request.step, context, attempt)
             check_transaction(request.step, transaction)
             self._stored(output, output.finish)
@@ -482,6 +480,7 @@ class RunDriver:
             self._stored(output, output.abandon)
             raise AttemptEnded(reply) from error
         finally:
+            self._bodies.forget_attempt(request.occurrence)
             if not self._writer.close_now(attempt):
                 self._executor.aside(partial(self._writer.close, attempt))
             taken_s = monotonic() - self._writer.asked_s - began
@@ -503,22 +502,24 @@ class RunDriver:
         if deadline is not None and (ends_at is None or deadline < ends_at):
             ends_at, late = deadline, DeadlineExceeded(self._run_id)
 
-        @cache  # it may take the watchdog more than one try
-        def settlement_of(reason: Exception) -> Settlement:
-            commit = request.interrupted(reason)
-            self._report.failed(commit.failure)
-            return commit.settlement
-
         return Attempt(
             lease=self._lease,
             ends_at=ends_at,
             late=late,
             terminate_on_cancel=step.terminate_on_cancel,
             interruptible=not step.transactional,
-            settle=lambda connection, reason: self._writer.settle_once(
-                connection, settlement_of(reason)
-            ),
+            settle=partial(self._settle_interrupted, request, {}),
         )
+
+    def _settle_interrupted(
+        self, request: RunBody, made: dict[Exception, Settlement], on: Connection, why: Exception
+    ) -> bool:
+        """As `Attempt.settle`. It is made once: it may take the watchdog more than one try."""
+        if why not in made:
+            commit = request.interrupted(why)
+            self._report.failed(commit.failure)
+            made[why] = commit.settlement
+        return self._writer.settle_once(on, made[why])
 
     def _context(
         self,
@@ -529,11 +530,10 @@ class RunDriver:
         output: StepOutput,
     ) -> StepContext:
         executor, step, results = self._executor, request.step, request.results
+        kind: Callable[..., StepContext] = StepContext
         if step.is_async:  # which must not wait for Postgres in the loop
             results = executor.aside(partial(without_reads, results))
-        kind = (
-            partial(AsyncStepContext, lane=executor.loop.lane()) if step.is_async else StepContext
-        )
+            kind = partial(AsyncStepContext, lane=executor.loop.lane())
         return kind(
             lease=self._lease,
             step=request.occurrence,

@@ -8,11 +8,12 @@ No run is worse off than alone. Whose step turns out to be long goes on alone, a
 given to other processes. Whose values, row or lease keep it from the statement writes by itself.
 """
 
+import gc
 import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
@@ -82,6 +83,23 @@ class Member:
         self.context.run(self.turns.close)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No collection of garbage in this block, if there is any outside.
+
+    What is made for all runs of a group in their turns is used until they end: to look through it
+    finds nothing. Not around bodies, whose garbage is their own.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Group:
     """The runs that one thread executes together.
 
@@ -90,11 +108,18 @@ class Group:
     """
 
     def __init__(
-        self, executor: Executor, statement: GroupCommit, members: Sequence[Member]
+        self,
+        executor: Executor,
+        statement: GroupCommit,
+        members: Sequence[Member],
+        *,
+        own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`own_work` is around what is done for all runs without calling a body."""
         self._executor = executor
         self._statement = statement
         self._members = list(members)
+        self._own_work = own_work
         self._lock = threading.Lock()
         self._acting: Member | None = None
         self._relieve_at = 0.0
@@ -106,8 +131,9 @@ class Group:
         """Until every run has ended, waits, or is given back. Raises the first error of a run."""
         with self._lock:
             try:
-                for member in list(self._members):
-                    self._advance(member, None)
+                with self._own_work():
+                    for member in list(self._members):
+                        self._advance(member, None)
                 while self._members:
                     self._round()
             except BaseException as error:
@@ -202,15 +228,16 @@ class Group:
             if written.get(run_id) is None:
                 member.alone, member.in_doubt = run_id in written, False
         ends: list[BaseException] = []
-        for run_id, appended in written.items():
-            if appended is None:
-                continue
-            try:
-                self._advance(ready[run_id][0], appended)
-            except SimulatedCrash:
-                raise
-            except BaseException as error:  # ends the process: once all know their answers
-                ends.append(error)
+        with self._own_work():
+            for run_id, appended in written.items():
+                if appended is None:
+                    continue
+                try:
+                    self._advance(ready[run_id][0], appended)
+                except SimulatedCrash:
+                    raise
+                except BaseException as error:  # ends the process: once all know their answers
+                    ends.append(error)
         if ends:
             raise ends[0]
         return any(written.values())
@@ -247,9 +274,11 @@ class Group:
         """Let a run go on to its next turn."""
         note_uncalled = self._executor.heartbeat.note_uncalled
         try:
-            note_uncalled(member.lease, uncalled=False)
+            if member.lease.uncalled:
+                note_uncalled(member.lease, uncalled=False)
             member.take(answer)
-            note_uncalled(member.lease, uncalled=isinstance(member.turn, RunBody))
+            if isinstance(member.turn, RunBody):
+                note_uncalled(member.lease, uncalled=True)
         except StopIteration:
             self._members.remove(member)
         except Exception as error:
@@ -333,13 +362,18 @@ class GroupExecutor:
         *,
         max_runs: int,
         guard: GroupGuard,
+        own_work: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`max_runs` is how many runs a group has at most, and `plans` may be in one."""
+        """`max_runs` is how many runs a group has at most, and `plans` may be in one.
+
+        `own_work` is as of `Group`.
+        """
         self.executor = executor
         self.statement = GroupCommit(executor.journal.schema)
         self._plans = plans
         self._max_runs = max_runs
         self._guard = guard
+        self._own_work = own_work
         self._lull_at = 0.0
         """When a message is taken for one that comes alone, by the monotonic clock."""
 
@@ -392,7 +426,7 @@ class GroupExecutor:
             for _ in members[0].turns:
                 pass
             return
-        group = Group(self.executor, self.statement, members)
+        group = Group(self.executor, self.statement, members, own_work=self._own_work)
         with self._guard.watching(group):
             group.work()
 

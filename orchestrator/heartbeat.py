@@ -54,6 +54,7 @@ class Heartbeat:
         self._board = board
         self._free = list(slots)
         self._life = life
+        self._pid = os.getpid()
         self._slots: dict[int, int] = {}
         self._by_id: dict[int, Lease] = {}
         self._changed = threading.Condition()
@@ -105,7 +106,7 @@ class Heartbeat:
         self._board.write(
             self._slots[id(lease)],
             Noted(
-                pid=os.getpid(),
+                pid=self._pid,
                 life=self._life,
                 beat=monotonic(),
                 run_id=lease.run.run_id,

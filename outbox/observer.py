@@ -28,15 +28,31 @@ def ignore(_signal: Signal) -> None:
     """The observer that ignores all signals."""
 
 
-def fan_out(*observers: Observer | None) -> Observer:
-    """One observer that passes each signal to all of these, in order. None is left out."""
-    targets = tuple(observer for observer in observers if observer is not None)
+class FanOut:
+    """An observer that passes each signal to several, in order."""
 
-    def pass_on(signal: Signal) -> None:
-        for observer in targets:
+    __slots__ = ("targets",)
+
+    def __init__(self, targets: Sequence[Observer]) -> None:
+        self.targets = targets
+
+    def __call__(self, signal: Signal) -> None:
+        for observer in self.targets:
             observer(signal)
 
-    return pass_on
+
+def fan_out(*observers: Observer | None) -> Observer:
+    """One observer that passes each signal to all of these, in order. None is left out.
+
+    Of observers that are made so themselves it has the targets: each signal goes one way.
+    """
+    targets: list[Observer] = []
+    for observer in observers:
+        if isinstance(observer, FanOut):
+            targets += observer.targets
+        elif observer is not None and observer is not ignore:
+            targets.append(observer)
+    return targets[0] if len(targets) == 1 else FanOut(tuple(targets))
 
 
 # Threads

@@ -168,7 +168,11 @@ def facts_of(record: logging.LogRecord) -> dict[str, Any]:
 
 def masked(text: str) -> str:
     """Without the passwords of URLs, connection strings and dicts."""
-    return PASSWORD.sub(r"\1***", URL_PASSWORD.sub(r"\1***@", text))
+    if "://" in text:
+        text = URL_PASSWORD.sub(r"\1***@", text)
+    if "passw" in text.casefold():  # in all that the expression could find, and a little more
+        text = PASSWORD.sub(r"\1***", text)
+    return text
 
 
 class JsonLines(logging.Formatter):

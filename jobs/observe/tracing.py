@@ -94,11 +94,15 @@ class Tracing:
     ) -> AbstractContextManager[str | None]:
         """Around the work on a run, and around each attempt; gives the traceparent of the span."""
         carried = (lease.trace_context or {}).get("traceparent")
-        if self._tracer is None or (carried is None and self.idle()):
+        if self._tracer is None:
             return nullcontext(carried)
-        if step is None:
-            return _run_span(self._tracer, lease)
-        return _step_span(self._tracer, step, attempt)
+        if step is not None:  # a child of the run's span, if there is one
+            if RUN.get() is None:
+                return nullcontext(carried)
+            return _step_span(self._tracer, step, attempt)
+        if carried is None and self.idle():
+            return nullcontext(None)
+        return _run_span(self._tracer, lease)
 
     def observe(self, signal: Signal) -> None:
         """The observer of executors: committed events become events of the span, with their seq."""

@@ -1,12 +1,13 @@
 """The executors inside of a worker's processes, with their heartbeat and watchdog."""
 
+import gc
 import multiprocessing
 import os
 import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from multiprocessing.process import AuthenticationString  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ from beatless.orchestrator.board import SLOTS, Board, slots_of
 from beatless.orchestrator.concurrent import ConcurrentExecutor
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.fleet_watch import WORKER
-from beatless.orchestrator.group import GroupExecutor, GroupGuard
+from beatless.orchestrator.group import GroupExecutor, GroupGuard, uncollected
 from beatless.orchestrator.group_commit import GroupCommit
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
@@ -91,6 +92,7 @@ class Executors:
         self._pid = 0
         self._worker = ""
         self._slots = 1
+        self._pool_child = False
         self._threads = threading.local()
         self._heartbeat: Heartbeat | None = None
         self._watchdog: Watchdog | None = None
@@ -143,11 +145,12 @@ class Executors:
     def _begin(self) -> None:
         self._threads = threading.local()
         # Only a child of the prefork pool has nothing but its run to lose.
-        pool_child = current_process().name != "MainProcess"
+        pool_child = self._pool_child = current_process().name != "MainProcess"
         place = getattr(current_process(), "index", 0)
         self.counts.counts.take(place)
         if pool_child:
             allow_processes()
+            gc.freeze()  # what was imported stays: no collection looks at it again
         slots = slots_of(place) if pool_child else range(SLOTS)
         self._slots = len(slots)
         self._heartbeat = Heartbeat(
@@ -216,6 +219,8 @@ class Executors:
             self.plans,
             max_runs=min(self.max_group_runs, self._slots),
             guard=self._guard,
+            # Where other threads have bodies meanwhile, the collector works for them.
+            own_work=uncollected if self._pool_child else nullcontext,
         )
 
     def close(self) -> None:

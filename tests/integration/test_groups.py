@@ -1,9 +1,11 @@
 """Several runs are executed in one thread, with one commit for all: each is as it is alone."""
 
+import gc
 import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +190,26 @@ def test_lines_of_a_body_carry_the_facts_of_its_own_run(together: Together) -> N
     ids = together.execute("a", "b")
     assert found == [(run_id, run_id) for run_id in ids]
     assert CONTEXT.get({}) == {}
+
+
+def test_bodies_leave_their_garbage_to_the_collector_which_rests_beside_them(
+    together: Together,
+) -> None:
+    """Not in work that a collector which somebody has switched off would be switched on by."""
+    bodies: list[bool] = []
+    ours: list[bool] = []
+    ACTS["a"] = ACTS["b"] = lambda _: bodies.append(gc.isenabled())
+    together.worker._own_work = groups.uncollected
+    together.executor.observer = lambda _: ours.append(gc.isenabled())
+    assert gc.isenabled()
+    together.execute("a", "b")
+    assert gc.isenabled()
+    assert bodies == [True, True]
+    assert ours.count(False) >= len(bodies)
+    with groups.uncollected():
+        with groups.uncollected():
+            pass
+        assert not gc.isenabled()
 
 
 def test_no_group_has_more_runs_than_the_setting_says(
@@ -597,6 +619,13 @@ def test_where_celery_counts_tasks_each_run_has_its_own(beatless_app: App) -> No
     for number, runs in ((None, 64), (2, 1)):
         GroupLimit.of(executors)(SimpleNamespace(max_tasks_per_child=number, steps=[]))
         assert executors.max_group_runs == runs
+
+
+def test_the_collector_does_not_rest_where_other_threads_have_bodies(beatless_app: App) -> None:
+    executors = beatless_app.executors
+    assert executors.new_group_executor()._own_work is nullcontext
+    executors._pool_child = True
+    assert executors.new_group_executor()._own_work is groups.uncollected
 
 
 def test_one_body_that_was_held_up_makes_no_step_a_long_one() -> None:

@@ -223,7 +223,10 @@ def test_a_worker_has_one_connection_for_each_place_and_none_before_the_fork(
     """Those of the main process would be one more, and so would a connection for each run."""
     beatless.relay.start()
     beatless.worker_process(APP, concurrency=3, arguments=POOLS[pool])
+    told = beatless.start_run("looks_for_its_process")
     runs = beatless.client.start_runs([RunRequest(plan="two_steps") for _ in range(60)])
+    # What a child has begun with is never looked through again.
+    assert pool == "threads" or beatless.wait_for_run_completion(told.run_id).result is False
     assert {beatless.wait_for_run_completion(run.run_id).state for run in runs} == {
         RunState.COMPLETED
     }

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 
 from beatless.outbox.observer import (
+    FanOut,
     Observer,
     RelayStarted,
     RelayWoke,
@@ -75,6 +76,15 @@ def test_each_signal_is_passed_to_all_observers_in_their_order() -> None:
     for signal in signals:
         observer(signal)
     assert seen == [(name, signal) for signal in signals for name in ("first", "second")]
+
+
+def test_an_observer_of_several_passes_a_signal_on_in_one_call() -> None:
+    """Each boundary of a run has one."""
+    seen: list[Signal] = []
+    assert fan_out(None, seen.append, ignore) == seen.append
+    several = fan_out(fan_out(seen.append, seen.remove), ignore, seen.append)
+    assert isinstance(several, FanOut)
+    assert several.targets == (seen.append, seen.remove, seen.append)
 
 
 def test_what_an_observer_raises_reaches_the_thread_that_emits() -> None:
