@@ -11,24 +11,33 @@ from beatless.errors import BadRequest
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 SUFFIX = ".template"
-NAME = "beatless[dev,test]"
+EVERY = "every"
+"""The folder of what each project has; beside it one folder for each template."""
+
+EXTRAS = {"celery": "dev,test", "fastapi": "dev,test", "django": "dev,django,test"}
+"""What each template needs of this package."""
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--template",
+    type=click.Choice(tuple(EXTRAS)),
+    default="celery",
+    show_default=True,
+    help="What the project is: Celery with SQLAlchemy, a FastAPI app, or a Django project.",
+)
 @click.pass_obj
-def init(env: Environment, directory: Path) -> None:
+def init(env: Environment, directory: Path, template: str) -> None:
     """Write a small project into DIRECTORY: a plan, its tests, a Makefile, a compose file."""
     if directory.exists() and not directory.is_dir():
         raise BadRequest("DIRECTORY", f"{directory} is a file: choose another name")
     if directory.exists() and any(directory.iterdir()):
         raise BadRequest("DIRECTORY", f"{directory} is not empty: choose a new one")
-    values = {"@NAME@": directory.resolve().name, "@BEATLESS@": requirement()}
+    values = {"@NAME@": directory.resolve().name, "@BEATLESS@": requirement(EXTRAS[template])}
     written = []
-    for template in sorted(TEMPLATES.rglob(f"*{SUFFIX}")):
-        path = template.relative_to(TEMPLATES)
-        path = path.with_name(path.name.removesuffix(SUFFIX))
-        text = template.read_text()
+    for source, path in files(template):
+        text = source.read_text()
         for name, value in values.items():
             text = text.replace(name, value)
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +51,17 @@ def init(env: Environment, directory: Path) -> None:
     env.note(f"now: cd {directory} && make test")
 
 
-def requirement() -> str:
+def files(template: str) -> list[tuple[Path, Path]]:
+    """The files of a template, and where each is in a project, by that place."""
+    found = [
+        (source, source.relative_to(folder).with_suffix(""))
+        for folder in (TEMPLATES / EVERY, TEMPLATES / template)
+        for source in folder.rglob(f"*{SUFFIX}")
+    ]
+    return sorted(found, key=lambda each: each[1])
+
+
+def requirement(extras: str) -> str:
     """The pip requirement of this beatless: by version, or by the path it was installed from."""
     distribution = metadata.distribution("beatless")
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -51,5 +70,5 @@ def requirement() -> str:
     elif "url" in origin:
         source = origin["url"]
     else:
-        return f"{NAME}=={distribution.version}"
-    return f"{NAME} @ {source}"
+        return f"beatless[{extras}]=={distribution.version}"
+    return f"beatless[{extras}] @ {source}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from beatless.cli import run
-from beatless.cli.init import TEMPLATES, requirement
+from beatless.cli.init import EXTRAS
 from beatless.testing.servers import Services
 
 ROOT = Path(__file__).parents[2]
@@ -21,44 +21,60 @@ ONLY_ITS_OWN = {
 """What the new project's own environment has, and not the plugins that ours has beside it."""
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["celery"])
+def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new project, of the template that a test names."""
     directory = tmp_path_factory.mktemp("init") / "my-shop"
-    assert run(["init", str(directory)]) == 0
+    assert run(["init", str(directory), "--template", request.param]) == 0
     return directory
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("services", ["embedded", pytest.param("external", marks=pytest.mark.long)])
-def test_the_tests_of_a_new_project_pass_in_parallel(
-    generated: Path, beatless_services: Services, services: str
-) -> None:
+of_each = pytest.mark.parametrize("generated", EXTRAS, indirect=True)
+
+
+def passing(generated: Path, servers: Services | None, *options: str) -> str:
+    """What pytest says of a new project; on servers of its own, or on these."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("BEATLESS", "PYTEST"))}
-    if services == "external":
-        environ["BEATLESS_DATABASE_URL"] = beatless_services.database_url
-        environ["BEATLESS_REDIS_URL"] = beatless_services.redis_url
-    for _ in range(2 if services == "external" else 1):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "pytest",
-                "-n",
-                "2",
-                "-q",
-                f"--beatless-services={services}",
-            ],
-            cwd=generated,
-            env=environ | ONLY_ITS_OWN | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "8 passed" in done.stdout
+    if servers is not None:
+        environ["BEATLESS_DATABASE_URL"] = servers.database_url
+        environ["BEATLESS_REDIS_URL"] = servers.redis_url
+    services = "embedded" if servers is None else "external"
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", f"--beatless-services={services}", *options],
+        cwd=generated,
+        env=environ | ONLY_ITS_OWN | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
+@pytest.mark.slow
+def test_the_tests_of_a_new_project_pass_in_parallel(generated: Path) -> None:
+    assert "8 passed" in passing(generated, None, "-n", "2")
+
+
+@pytest.mark.long
+def test_the_tests_of_a_new_project_pass_again_on_servers_that_are_there(
+    generated: Path, beatless_services: Services
+) -> None:
+    for _ in range(2):
+        assert "8 passed" in passing(generated, beatless_services, "-n", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generated", "passed"), [("fastapi", 7), ("django", 5)], indirect=["generated"]
+)
+def test_the_tests_of_a_new_project_of_a_framework_pass(
+    generated: Path, passed: int, beatless_services: Services
+) -> None:
+    assert f"{passed} passed" in passing(generated, beatless_services, "-n", "0")
+
+
+@of_each
 def test_a_new_project_is_formatted_and_has_everything_it_speaks_of(generated: Path) -> None:
     ruff = [sys.executable, "-m", "ruff"]
     subprocess.run([*ruff, "check", "--isolated", "-q", "."], cwd=generated, check=True)
@@ -69,17 +85,16 @@ def test_a_new_project_is_formatted_and_has_everything_it_speaks_of(generated: P
     )
     readme = (generated / "README.md").read_text()
     assert readme.startswith("# my-shop\n")
-    for name in ("shop/orders.py", "shop/app.py", "tests/test_orders.py", "docker-compose.yml"):
-        assert f"`{name}`" in readme
-        assert (generated / name).exists()
-    for template in TEMPLATES.rglob("*.template"):
-        text = (generated / template.relative_to(TEMPLATES).with_suffix("")).read_text()
-        assert "@NAME@" not in text
-        assert "@BEATLESS@" not in text
-    assert (generated / "requirements.txt").read_text() == f"{requirement()}\n"
+    names = re.findall(r"^\| `(\S+)` \|", readme, re.MULTILINE)
+    assert {"shop/orders.py", "tests/test_orders.py", "docker-compose.yml"} <= set(names)
+    for name in names:
+        assert (generated / name).exists(), name
+    for path in filter(Path.is_file, generated.rglob("*")):
+        assert not re.search(rb"@[A-Z]+@", path.read_bytes()), path
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("generated", ["celery", "fastapi"], indirect=True)  # Django has no types
 def test_a_new_project_and_the_example_of_the_readme_are_typed(
     generated: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +140,24 @@ def test_make_test_of_a_new_project_uses_what_is_installed_there(generated: Path
         check=True,
     )
     assert done.stdout == ".venv/bin/python -m pytest -n auto -q\n"
+
+
+def test_a_new_project_needs_this_beatless_with_what_its_framework_needs(tmp_path: Path) -> None:
+    wanted = {}
+    for template in EXTRAS:
+        assert run(["init", str(tmp_path / template), "--template", template]) == 0
+        wanted[template] = (tmp_path / template / "requirements.txt").read_text()
+    assert wanted["celery"] == wanted["fastapi"]
+    assert re.fullmatch(r"beatless\[dev,test\](==| @ )\S+\n", wanted["celery"])
+    assert wanted["django"] == wanted["celery"].replace("[dev,test]", "[dev,django,test]")
+
+
+def test_a_template_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["init", str(tmp_path / "new"), "--template", "rails"]) == 2
+    assert "'celery', 'fastapi', 'django'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_directory_with_something_in_it_is_refused_and_left_alone(
