@@ -48,6 +48,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return complete
 
 
+@pytest.mark.slow
 def test_bash_completes_commands_and_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("BEATLESS")]:
         monkeypatch.delenv(name)

@@ -208,6 +208,7 @@ os.execv(sys.executable, [sys.executable, "-m", "beatless", "top"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heeded")
 def test_the_screen_is_drawn_anew_until_ctrl_c_also_while_postgres_is_away(
     beatless: Kit, beatless_app: App, beatless_services: Services, terminal: Terminal
