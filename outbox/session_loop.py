@@ -261,6 +261,8 @@ class SessionLoop:
             return moved
         if not self.drain.complete:
             return moved + self._drain_all()
+        if ring is Ring.TIMES and not self.sessions.rung:
+            self._wait(self._config.linger)  # a claim, whose step may end soon
         if self.sessions.rung and ring is not Ring.ALL:
             # The look that follows deletes what this one has published.
             self.sessions.rung = max(self.sessions.rung, ring)

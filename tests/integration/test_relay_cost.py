@@ -140,6 +140,31 @@ def test_each_commit_of_a_run_costs_a_sleeping_relay_what_it_needs(
     assert pending(postgres) == 0
 
 
+def test_the_end_that_follows_a_claim_soon_deletes_for_both(
+    beatless: Kit,
+    beatless_app: App,
+    asleep: Asleep,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is awaited for a moment: here until it has rung, as it does while the relay waits."""
+    run = beatless.start_run("job")
+    asleep.answer()
+    lease = claimed(beatless_app, run.run_id)
+    wait = asleep.loop._wait
+
+    def met(_seconds: float) -> None:
+        monkeypatch.setattr(asleep.loop, "_wait", wait)
+        traced(beatless_app, lease)
+        until(lambda: asleep.loop.sessions.rung or asleep.loop.sessions.wait(1.0))
+
+    monkeypatch.setattr(asleep.loop, "_wait", met)
+    assert asleep.answer() == ["pick events"]
+    assert pending(postgres) == 2
+    assert asleep.answer() == ["forget", "pick events", "forget", "look ahead"]
+    assert pending(postgres) == 0
+
+
 class TestOneLookIsEnough:
     """Whatever comes behind it rings, has its time, or shows in the statements that follow."""
 
