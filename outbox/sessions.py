@@ -8,7 +8,6 @@ Statements that run there, or in a caller's transaction, depend on nothing of it
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -31,7 +30,9 @@ SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS s(n
  WHERE current_setting(name, true) IS NOT NULL
 """
 
-CHECK_CLIENT = f"SET client_connection_check_interval TO '{CLIENT_CHECK_INTERVAL}'"
+CLIENT_CHECK = "client_connection_check_interval"
+"""One that waits for a lock would else stay, with its snapshot, when we are gone. A platform that
+cannot look after its clients refuses it, and with it all that is set in its transaction."""
 
 KEEPALIVE = {
     "keepalives": 1,
@@ -88,18 +89,13 @@ def prepare_session(
     """
     kept, wanted = _of_url(options), _wanted(settings, options)
     try:
-        with connection.pipeline():
-            if "statement_timeout" in wanted:
-                # First, and by itself: the other statement could be too long already.
-                connection.execute(FIRST)
-            connection.execute(SET_ALL, (list(wanted), list(wanted.values())))
+        try:
+            _set_all(connection, wanted | {CLIENT_CHECK: client_check})
+        except psycopg.errors.InvalidParameterValue:
+            _set_all(connection, wanted)
         read_only = connection.pgconn.parameter_status(b"default_transaction_read_only")
         if read_only == b"on" and "default_transaction_read_only" not in kept:
             connection.execute(FOR_WRITING)
-        # One that waits for a lock would else stay, with its snapshot, when we are gone. Not every
-        # platform can look after its clients.
-        with suppress(psycopg.errors.InvalidParameterValue):
-            connection.execute(f"SET client_connection_check_interval TO '{client_check}'")
     except BaseException:
         connection.close()
         raise
@@ -111,18 +107,34 @@ async def prepare_async_session(
     """`prepare_session` of an asynchronous one."""
     kept, wanted = _of_url(options), _wanted(settings, options)
     try:
-        async with connection.pipeline():
-            if "statement_timeout" in wanted:
-                await connection.execute(FIRST)
-            await connection.execute(SET_ALL, (list(wanted), list(wanted.values())))
+        try:
+            await _set_all_async(connection, wanted | {CLIENT_CHECK: CLIENT_CHECK_INTERVAL})
+        except psycopg.errors.InvalidParameterValue:
+            await _set_all_async(connection, wanted)
         read_only = connection.pgconn.parameter_status(b"default_transaction_read_only")
         if read_only == b"on" and "default_transaction_read_only" not in kept:
             await connection.execute(FOR_WRITING)
-        with suppress(psycopg.errors.InvalidParameterValue):
-            await connection.execute(CHECK_CLIENT)
     except BaseException:
         await connection.close()
         raise
+
+
+def _set_all(connection: psycopg.Connection[Any], settings: Mapping[str, str]) -> None:
+    """Set these in one round trip and transaction."""
+    with connection.pipeline():
+        if "statement_timeout" in settings:
+            # First, and by itself: the other statement could be too long already.
+            connection.execute(FIRST)
+        connection.execute(SET_ALL, (list(settings), list(settings.values())))
+
+
+async def _set_all_async(
+    connection: psycopg.AsyncConnection[Any], settings: Mapping[str, str]
+) -> None:
+    async with connection.pipeline():
+        if "statement_timeout" in settings:
+            await connection.execute(FIRST)
+        await connection.execute(SET_ALL, (list(settings), list(settings.values())))
 
 
 def _of_url(options: str) -> set[str]:

@@ -1,5 +1,6 @@
 """What role, database, environment and callers say of sessions changes nothing of ours."""
 
+import asyncio
 import decimal
 import functools
 import inspect
@@ -8,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -37,7 +39,8 @@ from beatless import (
 )
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
-from beatless.outbox.sessions import OWN
+from beatless.outbox import sessions
+from beatless.outbox.sessions import OWN, prepare_session
 from beatless.postgres import engine as connect_engine
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
@@ -558,3 +561,39 @@ def test_a_connection_that_cannot_be_prepared_to_drain_is_closed(
         relay.drain_once()
     assert [connection.closed for connection in opened] == [True]
     relay.stop()
+
+
+def test_a_session_is_prepared_in_one_round_trip(beatless_app: App, tmp_path: Path) -> None:
+    """A worker opens one each ten seconds."""
+    url = libpq_url(beatless_app.settings.database_url)
+    with (
+        psycopg.connect(url, autocommit=True) as connection,
+        (tmp_path / "trace").open("w+") as file,
+    ):
+        connection.pgconn.trace(file.fileno())
+        prepare_session(connection)
+        connection.pgconn.untrace()
+        file.seek(0)
+        assert file.read().count("ReadyForQuery") == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_that_cannot_look_after_its_clients_has_the_other_settings(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    monkeypatch.setattr(sessions, "CLIENT_CHECK_INTERVAL", "never")  # refused, as it is there
+    url = libpq_url(beatless_app.settings.database_url)
+
+    async def prepared() -> str:
+        async with await psycopg.AsyncConnection.connect(url) as connection:
+            await connection.set_autocommit(True)
+            await sessions.prepare_async_session(connection, OWN, options="")
+            found = await (await connection.execute("SHOW tcp_user_timeout")).fetchone()
+            return str(found and found[0])
+
+    if asynchronous:
+        assert asyncio.run(prepared()) == "8000"
+        return
+    with psycopg.connect(url, autocommit=True) as connection:
+        prepare_session(connection, client_check="never")
+        assert connection.execute("SHOW tcp_user_timeout").fetchone() == ("8000",)
