@@ -20,6 +20,7 @@ from beatless.orchestrator.failure import is_a
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.sure_writer import AWAY
+from beatless.outbox.clock import monotonic
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -35,6 +36,9 @@ UNREACHABLE = (exc.DBAPIError, exc.TimeoutError, *AWAY)
 
 ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 """A statement is in flight."""
+
+CANCEL_AGAIN_S = 0.01
+"""Seconds between two cancels of one statement."""
 
 CANCEL_S = 5.0
 """Seconds for asking Postgres to end a statement."""
@@ -115,11 +119,14 @@ class _Asynchronous:
     async def close(self) -> None:
         """Take back what is not committed.
 
-        A statement of a task that the body has left behind is ended: it may wait for ever.
+        A statement of a task that the body has left behind is ended: it may wait for ever. A cancel
+        that reaches its backend before the statement does ends nothing, and is sent again.
         """
-        if self.busy:
+        begun = monotonic()
+        while self.busy and monotonic() - begun < CANCEL_S:
             with suppress(psycopg.Error):
                 await self._driver.cancel_safe(timeout=CANCEL_S)
+            await asyncio.sleep(CANCEL_AGAIN_S)  # its task takes the answer meanwhile
         await self.connection.close()
 
     def perform(self, act: Callable[[], Awaitable[Any]]) -> Any:

@@ -282,6 +282,41 @@ def test_a_statement_that_a_step_leaves_behind_does_not_hold_up_its_end(
     kit.verify()
 
 
+def test_a_cancel_that_comes_before_its_statement_is_sent_again(
+    make: Make, postgres: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend has not read the statement yet: it forgets the cancel, which no error tells."""
+    cancel = psycopg.AsyncConnection.cancel_safe
+
+    async def forgotten(_connection: psycopg.AsyncConnection, **_options: Any) -> None:
+        monkeypatch.setattr(psycopg.AsyncConnection, "cancel_safe", cancel)
+
+    async def leaves(ctx: AsyncStepContext) -> None:
+        pid = (await ctx.connection.exec_driver_sql("SELECT pg_backend_pid()")).scalar()
+        lock = ctx.connection.exec_driver_sql("SELECT pg_advisory_xact_lock(4713)")
+        LEFT.append(asyncio.ensure_future(lock))
+        LEFT[-1].add_done_callback(lambda task: task.exception())
+        await asyncio.to_thread(until_it_waits, postgres, pid)
+        raise ValueError("not this")
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "cancel_safe", forgotten)
+    kit = make(leaves)
+    run = kit.start_run("one")
+    with postgres.transaction():
+        postgres.execute("SELECT pg_advisory_xact_lock(4713)")
+        kit.work_until_idle()
+
+    assert "not this" in kit.client.get_run(run.run_id).error["message"]
+    assert psycopg.AsyncConnection.cancel_safe is cancel
+    kit.verify()
+
+
+def until_it_waits(postgres: psycopg.Connection, pid: int) -> None:
+    """Return when the statement of this backend waits for a lock."""
+    while not postgres.execute("SELECT pg_blocking_pids(%s) <> '{}'", (pid,)).fetchone()[0]:
+        pass
+
+
 async def goes_on(ctx: AsyncStepContext) -> None:
     try:
         await asyncio.wait_for(ctx.connection.exec_driver_sql("SELECT pg_sleep(3600)"), 0.01)
