@@ -5,6 +5,7 @@ It writes nothing. Of a plan that is a function it calls that function, and no s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import sqlalchemy
@@ -15,6 +16,7 @@ from beatless.orchestrator.dry_replay import dry_replay
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
+from beatless.orchestrator.odd_events import ODD, UnreadableEvent, folded
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.progress import (
@@ -137,7 +139,11 @@ def other_order(
 ) -> Mismatch | None:
     """Why an unfinished run, started with this version of a list, cannot go on in this order."""
     events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
-    progress, versions = fold(plan, [*events]), PlanVersions(journal.schema)
+    try:
+        progress = folded(partial(fold, plan), [*events])
+    except UnreadableEvent:
+        return None  # the run ends with this error
+    versions = PlanVersions(journal.schema)
     step = passed_by(plan, progress, lambda: versions.steps(connection, plan, version))
     if step is None or progress.place is None:
         return None
@@ -163,12 +169,15 @@ def mismatch(
     events = [*journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)]
     if any(event.type == EventType.UNDO_STARTED for event in events):
         return None
-    said = dry_replay(
-        plan,
-        journal.get_of_any_namespace(connection, run_id),
-        events,
-        lambda first, last: ChildRuns(journal).ends(connection, run_id, first, last),
-    )
+    try:
+        said = dry_replay(
+            plan,
+            journal.get_of_any_namespace(connection, run_id),
+            events,
+            lambda first, last: ChildRuns(journal).ends(connection, run_id, first, last),
+        )
+    except UnreadableEvent:
+        return None  # the run ends with this error
     return said if isinstance(said, Mismatch) else None
 
 
@@ -217,4 +226,6 @@ def _waits(plan: Plan | None, run: Unfinished) -> str | None:
         next_step(plan, run.place, undoing=run.undoing)
     except UnknownStep:
         return UNKNOWN_STEP
+    except ODD:
+        return None  # of an event that SQL has written: the run ends with this error
     return None

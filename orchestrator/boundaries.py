@@ -25,7 +25,7 @@ from beatless.orchestrator.errors import (
     Fatal,
     StepFailed,
 )
-from beatless.orchestrator.events import Event, EventType, NewEvent, encode
+from beatless.orchestrator.events import EventType, NewEvent, encode
 from beatless.orchestrator.failure import (
     MESSAGE_LIMIT,
     cancel_error,
@@ -309,9 +309,9 @@ class Boundaries:
         """No step shall get what stands for the run's input."""
         return self._ended(RunState.FAILED, [], UNREADABLE_INPUT)
 
-    def unreadable_event(self, event: Event) -> Settlement:
+    def unread(self, message: str) -> Settlement:
         """What the run has done is unknown: nothing more is done, also for a cancel."""
-        text = _failure_text(_facts_of_unreadable(event))
+        text = _failure_text({"type": "BadPayload", "message": message})
         failed, cancelled = (self._end_with(s, [], text) for s in ENDED_UNREAD)
         return Settlement(normal=failed, if_cancelled=cancelled)
 
@@ -507,15 +507,6 @@ class Boundaries:
 
 def _facts_of(error: Exception) -> Facts:
     return {"type": type(error).__name__, "message": str(error)}
-
-
-def _facts_of_unreadable(event: Event) -> Facts:
-    return {
-        "type": "BadPayload",
-        "message": f"the data of event {event.seq} ({event.type}) of the run's journal is no "
-        "object, is nested too deeply, or has a number that is too long, as SQL can write it: "
-        "what the run has done is unknown",
-    }
 
 
 def _last_attempt(progress: Progress) -> Progress:

@@ -76,8 +76,13 @@ class Children:
 
     @classmethod
     def from_event(cls, event: Event) -> Self:
-        """Of a ChildrenStarted, or the ChildrenFinished of a call that has started none."""
+        """Of a ChildrenStarted, or the ChildrenFinished of a call that has started none.
+
+        Raises LookupError and TypeError for one that only SQL can have written.
+        """
         data = event.data or {}
+        if not all(type(data[name]) is int for name in ("first", "count")):
+            raise TypeError("first and count are numbers")
         return cls(
             plan=data["plan"],
             first=data["first"],

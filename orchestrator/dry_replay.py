@@ -1,6 +1,7 @@
 """A replay of a stored run that executes no step and writes nothing: what the function says."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from beatless.orchestrator.child_calls import ReadEnds
 from beatless.orchestrator.errors import BadPayload
@@ -8,6 +9,7 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.function_call import Broken, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of
+from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Replay, departure, refused_input
 
@@ -16,9 +18,9 @@ def dry_replay(plan: FunctionPlan, run: Run, events: Iterable[Event], read_ends:
     """The first thing that the function says to which the journal has no answer.
 
     `read_ends` reads children of the run. It executes the code of the
-    function, and calls no body of a step. The run is not cancelled.
+    function, and calls no body of a step. The run is not cancelled. Raises UnreadableEvent.
     """
-    history = history_of(plan, events)
+    history = folded(partial(history_of, plan), [*events])
     run = history.as_given(run)
     if found := departure(plan, run.plan_version, history):
         return found

@@ -14,6 +14,7 @@ goes on after a time-out; both are written only if no signal has come meanwhile.
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 from beatless.orchestrator import long_history
@@ -21,6 +22,7 @@ from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion
 from beatless.orchestrator.errors import RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored, is_unreadable
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.odd_events import OddRow, Unread, UnreadableEvent, folded
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress, UnknownStep, fold
@@ -55,14 +57,6 @@ logger = logging.getLogger("beatless.orchestrator.executor")
 UNKNOWN_STEP_S = 1.0
 """Seconds that a run waits at first whose step this worker does not have: most workers of a
 rolling deploy have it, or none."""
-
-
-class UnreadableEvent(Exception):
-    """Nobody can read this event of the run."""
-
-    def __init__(self, event: Event) -> None:
-        super().__init__(event)
-        self.event = event
 
 
 class Execution:
@@ -101,8 +95,8 @@ class Execution:
         """
         try:
             yield from self._work()
-        except UnreadableEvent as error:
-            yield from self._settle(self._boundaries.unreadable_event(error.event))
+        except Unread as error:
+            yield from self._settle(self._boundaries.unread(str(error)))
 
     def _work(self) -> Requests:
         progress = yield from self._resume()
@@ -147,13 +141,15 @@ class Execution:
         events: list[Event] = []
         yield from self._read_pages(events.extend)
         self._read_events, self._last_ts_ms = len(events), events[-1].ts
-        return fold(self._plan, events)
+        return folded(partial(fold, self._plan), events)
 
     def _read_pages(self, take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
-        """Read the journal, a page at a time. Raises UnreadableEvent."""
+        """Read the journal, a page at a time. Raises UnreadableEvent and OddRow."""
         page: CheckpointPage | None = None
         while page is None or not page.last:
             page = yield ReadJournal(behind=page)
+            if page.odd:
+                raise OddRow(page.odd)
             for event in page.events:
                 if is_unreadable(event):
                     raise UnreadableEvent(event)

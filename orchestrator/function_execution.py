@@ -11,6 +11,7 @@ called again on what the journal has.
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from beatless.orchestrator import long_history
@@ -27,6 +28,7 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, fold_calls, history_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.long_history import HistoryTooLong
+from beatless.orchestrator.odd_events import ODD, UnreadableEvent, folded, problem_of
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
@@ -150,7 +152,12 @@ class FunctionExecution(Execution):
             nonlocal cancelled
             self._last_seq = self._told_seq = events[-1].seq
             cancelled |= any(event.type in ENDS_CALLS for event in events)
-            fold_calls(self._function, history, events)
+            before = history.events
+            try:
+                fold_calls(self._function, history, events)
+            except ODD as error:
+                odd = events[history.events - before - 1]
+                raise UnreadableEvent(odd, problem_of(error)) from error
 
         if self._last_seq > 1 or self._lease.run.retry_of is not None:
             yield from self._read_pages(take)
@@ -174,12 +181,13 @@ class FunctionExecution(Execution):
         yield from self._read_pages(events.extend)
         self._last_seq, self._last_ts_ms = events[-1].seq, events[-1].ts
         run = replace(self._lease.run, input=self._stored_input)
-        self._lease.run = history_of(self._function, events).as_given(run)
+        history = folded(partial(history_of, self._function), events)
+        self._lease.run = history.as_given(run)
         try:
             self._load_input()
         except BaseException as error:  # of an earlier version of the type: as it was stored
             raise_if_leaving(error, self._leaving)
-        progress = fold(self._plan, events)
+        progress = folded(partial(fold, self._plan), events)
         progress.results = with_results(progress.results, self._read_ends)
         return progress
 

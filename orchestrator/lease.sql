@@ -45,7 +45,7 @@ extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context
 -- as the snapshot has it, says whether the holder is known to be dead: `end` may be just before this.
 WITH u AS (
   UPDATE {schema}.runs r
-     SET state = 'running', attempt = attempt + 1, lease_token = %(token)s,
+     SET state = 'running', attempt = least(attempt, 2147483646) + 1, lease_token = %(token)s,
          dead_token = CASE WHEN state = 'running' AND dead_token IS DISTINCT FROM lease_token
                            THEN -1 END,
          lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s),

@@ -22,6 +22,7 @@ from beatless.orchestrator.lease import (
     Leases,
     LeaseStatus,
 )
+from beatless.orchestrator.odd_rows import odd_page
 from beatless.orchestrator.open_waits import DATA_BYTES
 from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
@@ -98,8 +99,8 @@ class LeasedWriter(SureWriter):
                     connection, self._run_id, names=FOLDED, rest=SNOOZED, behind=behind
                 )
             )
-        except RunNotFound as error:  # taken away by force
-            raise LeaseLost(self._run_id, self._lease.token) from error
+        except RunNotFound:  # taken away by force, or its row contradicts its journal
+            page = self.patiently(partial(odd_page, schema=self._journal.schema, lease=self._lease))
         self._last_seq = self._told_seq = page.events[-1].seq
         return page
 

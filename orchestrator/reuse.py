@@ -1,10 +1,12 @@
 """What the retry of an ended run takes over of it, folded from its events. Pure."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
+from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.open_waits import Received
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.progress import LAST, SIGNALS, WAS_UNDONE, first_name, fold
@@ -16,10 +18,10 @@ def reusable(plan: Plan, events: Sequence[Event], from_step: str | None) -> dict
 
     None if it begins at the beginning, as it does for a run that was undone, and only there.
     `from_step` is an occurrence, or a name for the last occurrence, as it is called now or was
-    before. Raises CannotRetry.
+    before. Raises CannotRetry and UnreadableEvent.
     """
     run_id = events[0].run_id
-    progress, first = fold(plan, events), None
+    progress, first = folded(partial(fold, plan), events), None
     if progress.undoing or (progress.begun_undos and any(map(_is_cancel, events))):
         if from_step is not None:
             raise CannotRetry(run_id, WAS_UNDONE)

@@ -321,16 +321,22 @@ def stands_at(events: Sequence[Event]) -> str | None:
         data = event.data or {}
         match event.type:
             case EventType.RUN_STARTED:
-                place = data.get("reused", {}).get("next")
+                reused = data.get("reused")
+                place = _name(reused.get("next")) if isinstance(reused, dict) else None
             case EventType.STEP_STARTED | EventType.WAIT_STARTED:
                 place, promised = event.step, None
             case EventType.CHILDREN_STARTED:
                 place = event.step
             case EventType.STEP_FINISHED | EventType.WAIT_FINISHED | EventType.CHILDREN_FINISHED:
-                place = data.get("next") or data.get(FOLLOWING) or event.step
+                place = _name(data.get("next")) or _name(data.get(FOLLOWING)) or event.step
             case EventType.CANCEL_REQUESTED:
-                promised = data.get(ON_CANCEL)
+                promised = _name(data.get(ON_CANCEL))
     return promised or place
+
+
+def _name(stored: object) -> str | None:
+    """None for anything but a name, as only SQL can have written it."""
+    return stored if isinstance(stored, str) else None
 
 
 def _worker(name: str | None) -> str:

@@ -12,6 +12,7 @@ else from being undone.
 import logging
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from beatless.orchestrator.boundaries import Conclusion
@@ -19,6 +20,7 @@ from beatless.orchestrator.child_calls import ReadEnds, Tends, with_results
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.progress import Progress, fold
 from beatless.orchestrator.requests import (
@@ -69,10 +71,12 @@ class UndoExecution(Execution):
         events: list[Event] = []
         yield from self._read_pages(events.extend)
         self._last_ts_ms = events[-1].ts
-        whole = fold(self._plan, events)
+        whole = folded(partial(fold, self._plan), events)
         self._has_children = whole.children_started > 0
         results = with_results(whole.results, self._read_ends)
-        self._boundaries.undos = undos_of(self._plan, self._run_id, events, results)
+        self._boundaries.undos = folded(
+            lambda found: undos_of(self._plan, self._run_id, found, results), events
+        )
         return self._place()
 
     @property

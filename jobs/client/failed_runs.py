@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from beatless.client.base import BaseClient
 from beatless.client.pages import RunPage, page_of
@@ -12,6 +13,7 @@ from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of, reusable_calls
+from beatless.orchestrator.odd_events import UnreadableEvent, folded
 from beatless.orchestrator.records import FailedRunFilter, NewRun, Place, Run, new_run_id
 from beatless.orchestrator.reuse import reusable
 from beatless.orchestrator.undos import deadline_of
@@ -196,7 +198,7 @@ class FailedRunCalls(BaseClient):
             plan = self._plans[run.plan]
             given = run.input
             if isinstance(plan, FunctionPlan):
-                given = history_of(plan, events).as_given(run).input
+                given = folded(partial(history_of, plan), events).as_given(run).input
             # Its options were checked when it was started, maybe by the rules of an older release.
             # Its input is not the plan's default of today if it is null.
             new = replace(
@@ -221,7 +223,12 @@ class FailedRunCalls(BaseClient):
                 new = replace(new, trace_context=carried)
                 return self._journal.create_runs(caller, [new])[0]
 
-        return self._in_transaction(connection, start)
+        try:
+            return self._in_transaction(connection, start)
+        except UnreadableEvent as error:
+            event = f"event {error.event.seq} ({error.event.type})"
+            problem = f"{event} of its journal cannot be read: {error.problem}; start a new run"
+            raise CannotRetry(run_id, problem) from error
 
     def _check_key_is_free(self, caller: Caller, run_id: str, new: NewRun) -> None:
         """Raises CannotRetry while another run with its dedupe key is unfinished."""

@@ -121,7 +121,7 @@ class SharedCounts:
                 written = name.encode()[:QUEUE_NAME_BYTES]
                 # The first byte marks a written name: a process killed before it leaves none.
                 self._names[at + 1 : at + len(written)] = written[1:]
-                self._names[at] = written[0]
+                self._names[at : at + 1] = written[:1] or b"\0"
                 self._slots[name] = len(self._slots)
             return self._slots[name]
         return self._slots[queue]

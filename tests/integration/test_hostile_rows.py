@@ -8,7 +8,19 @@ from typing import Any
 import psycopg
 import pytest
 
-from beatless import App, Plan, RunContext, Schedule, StepContext, Undone, plan, step
+from beatless import (
+    App,
+    CannotRetry,
+    Plan,
+    RunContext,
+    Schedule,
+    StepContext,
+    Undone,
+    plan,
+    retry,
+    step,
+    wait,
+)
 from beatless.auth import Scope, Tokens
 from beatless.doctor import Doctor
 from beatless.http import Client as HttpClient
@@ -275,6 +287,104 @@ def test_no_step_gets_what_stands_for_an_input_that_cannot_be_read(
         assert (run.state, run.error["type"]) == (RunState.FAILED, "BadPayload")
         assert "StepFinished" not in [event.type for event in kit.client.events(run_id)]
         kit.verify()
+
+
+ODD = {
+    "taken-over results that are a number": ("RunStarted", '{"reused": 7}'),
+    "taken-over results in a list": ("RunStarted", '{"reused": {"results": [1], "calls": [1]}}'),
+    "taken-over visits that are none": ("RunStarted", '{"reused": {"visits": {"one": "x"}}}'),
+    "a next step that is a number": ("StepFinished", '{"next": [7]}'),
+    "a following step that is none": ("StepFinished", '{"following": {}}'),
+    "a name that is a list": ("StepStarted", '{"renamed_from": []}'),
+    "a version that is text": ("StepStarted", '{"version": "x"}'),
+    "an error that is a number": ("StepFailed", '{"error": 7}'),
+    "a back-off that is text": ("StepFailed", '{"retry_in": "x"}'),
+    "a wait of no kind": ("WaitStarted", '{"names": 5}'),
+    "a signal without a name": ("SignalReceived", '{"name": [[]]}'),
+    "the end of no wait": ("WaitFinished", '{"outcome": {}, "seq": "x"}'),
+    "children that are no numbers": ("ChildrenStarted", '{"plan": "p", "first": "x", "count": []}'),
+    "children without an end": ("ChildrenFinished", "{}"),
+    "a trace with a name that is none": ("DebugTrace", '{"name": {}}'),
+    "a restart of nothing": ("RunRestarted", '{"children": {}}'),
+}
+"""Types of events, and data that the product never writes."""
+
+
+@step(retry=retry(max_attempts=3, jitter=0))
+def twice(ctx: StepContext) -> Any:
+    if ctx.attempt == 1:
+        raise ValueError("once more")
+    return ctx.attempt
+
+
+@plan("calls")
+def calls(run: RunContext) -> Any:
+    run.step(twice)
+    return run.wait("go", timeout=3600)
+
+
+@pytest.mark.parametrize("kind", [Plan("elements", [twice, wait("go", timeout=3600)]), calls])
+def test_a_run_whose_journal_has_a_value_of_another_type_goes_on_or_ends_and_never_loops(
+    beatless_app: App, postgres: psycopg.Connection, tmp_path: Path, kind: Plan
+) -> None:
+    ended = 0
+    app = App(beatless_app.settings, [kind])
+    with closing(app), closing(Kit(app, directory=tmp_path)) as kit:
+        for type, data in ODD.values():
+            run_id = kit.start_run(kind.name).run_id
+            kit.executor().execute(kind, run_id, 0)  # to its back-off
+            postgres.execute(
+                "UPDATE run_events SET type = %s, data = %s WHERE run_id = %s AND seq = "
+                "CASE WHEN %s = 'RunStarted' THEN 1 ELSE 3 END",
+                (type, data, run_id, type),
+            )
+            kit.advance(10)
+            list(places(app.engine, app.journal, app.plans))
+            assert kit.executor().execute(kind, run_id, 0), data
+            for _ in range(3):  # once more to its back-off, to its wait, and to its end
+                kit.advance(4000)
+                kit.executor().execute(kind, run_id, 0)
+            run = kit.client.get_run(run_id)
+            assert run.state.final, (type, data)
+            if run.state == "failed":
+                seq = 1 if type == "RunStarted" else 3
+                assert run.error["type"] == "BadPayload", run.error
+                assert (
+                    f"the data of event {seq} ({type}) of the run's journal" in run.error["message"]
+                )
+                with pytest.raises(CannotRetry):
+                    kit.client.retry_run(run_id)
+                ended += 1
+    assert ended > 3
+
+
+@pytest.mark.parametrize("change", ["2147483647", "last_seq + 5", "last_seq - 1"])
+@pytest.mark.parametrize("kind", [Plan("elements", [twice, wait("go", timeout=3600)]), calls])
+def test_a_run_whose_last_seq_is_none_of_its_journal_ends_and_names_the_column(
+    beatless_app: App, postgres: psycopg.Connection, tmp_path: Path, kind: Plan, change: str
+) -> None:
+    app = App(beatless_app.settings, [kind])
+    with closing(app), closing(Kit(app, directory=tmp_path)) as kit:
+        run_id = kit.start_run(kind.name).run_id
+        kit.executor().execute(kind, run_id, 0)
+        last = kit.client.get_run(run_id).last_seq
+        postgres.execute(f"UPDATE runs SET last_seq = {change}".encode())
+        kit.advance(10)
+        assert kit.executor().execute(kind, run_id, 0)
+        run = kit.client.get_run(run_id)
+        assert (run.state, run.last_seq, run.error["type"]) == ("failed", last + 1, "BadPayload")
+        assert "last_seq was" in run.error["message"]
+        kit.verify()
+
+
+def test_a_run_that_was_claimed_as_often_as_a_number_can_say_is_claimed_again(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    run = beatless.start_run("two_steps")
+    postgres.execute("UPDATE runs SET attempt = 2147483647, queue = ''")
+    beatless.work_until_idle()
+    found = beatless.client.get_run(run.run_id)
+    assert (found.state, found.attempt) == ("completed", 2147483647)
 
 
 LETTER = "INSERT INTO dead_letters (kind, run_id, reason, message) VALUES ('event', 'a', 'b', %s)"
