@@ -114,10 +114,11 @@ def places(
             stands = stands_at([run.place])
             at = None if stands is None else step_of(stands)
             if isinstance(plan, FunctionPlan):
-                told = mismatch(connection, journal, plan, run.place.run_id)
+                told, waits = mismatch(connection, journal, plan, run.place.run_id), None
             else:
                 told = other_order(connection, journal, plan, run.place.run_id, run.plan_version)
-            note(run, at, _waits(plan, run) if told is None else told.reason, told)
+                waits = _waits(plan, run)
+            note(run, at, waits if told is None else told.reason, told)
     return sorted(
         found.values(), key=lambda place: (place.waits is None, place.plan, place.step or "")
     )
