@@ -19,6 +19,7 @@ from beatless.outbox.observer import Signal
 from beatless.outbox.queries import execute
 from beatless.testing.broker_guard import Guard
 from beatless.testing.processes import MAX_LINE_CHARS, Processes
+from beatless.testing.replays import described
 
 
 class BaseKit:
@@ -72,6 +73,7 @@ class BaseKit:
                 {"run_id": run.run_id},
             )
         lines += [f"  dispatch {row}" for row in dispatch] or ["  no dispatch"]
+        lines += described(self.app, run.run_id)
         for kind, signal in self._last.copy().items():  # a relay in a thread may add to it
             name = re.sub(r"\B([A-Z])", r"_\1", kind.__name__).lower()
             told = {field.name: shown(getattr(signal, field.name)) for field in fields(signal)}

@@ -20,11 +20,12 @@ from beatless.client.requests import RunOptions, shows_run_options
 from beatless.local.child import Child, Launch, spawn
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.open_waits import OpenWait
+from beatless.orchestrator.plan import Plan
 from beatless.orchestrator.records import Run, SentDecision, SentSignal
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
 from beatless.testing.broker_guard import Guard
-from beatless.testing.replays import check_replay
+from beatless.testing.replays import check_goes_on, check_replay
 from beatless.testing.task_inbox import TaskInbox
 from beatless.testing.time_calls import TimeCalls
 from beatless.verify import PUBLISH_GRACE_S, verify
@@ -60,6 +61,8 @@ class Kit(TimeCalls):
         self.relay = app.relay(observer=self._observe)
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._executor: Executor | None = None
+        self._executed: dict[str, Plan | None] = {}
+        """The plan that has executed each run here; None if there were two."""
         self._inbox = TaskInbox(app)
         self._pid = os.getpid()
 
@@ -235,8 +238,9 @@ class Kit(TimeCalls):
         """
         client = self._client(run_id)
         plan = self.app.plans[client.get_run(run_id).plan]
-        executed = self.executor().execute(plan, client.get_run(run_id).run_id, 0, max_steps=1)
-        check_replay(client, plan, run_id)
+        run_id = client.get_run(run_id).run_id
+        executed = self.executor().execute(plan, run_id, 0, max_steps=1)
+        self._check_replay(plan, run_id, executed)
         return executed
 
     @contextmanager
@@ -369,7 +373,7 @@ class Kit(TimeCalls):
             self._inbox.acknowledge(message)
         try:
             executed = self.executor().execute(plan, run_id, dispatch)
-            check_replay(self._client(run_id), plan, run_id)
+            self._check_replay(plan, run_id, executed)
         except Exception:
             # Not so after a crash: the dead acknowledge nothing.
             if late:
@@ -378,3 +382,12 @@ class Kit(TimeCalls):
         if late:
             self._inbox.acknowledge(message)
         return executed
+
+    def _check_replay(self, plan: Plan, run_id: str, executed: bool) -> None:
+        """Raises AssertionError if the plan does not do the same when it is called again."""
+        first = run_id not in self._executed
+        if self._executed.setdefault(run_id, plan) is not plan:
+            self._executed[run_id] = None  # a deploy
+        elif executed and not first:
+            check_goes_on(self.app, plan, run_id)
+        check_replay(self._client(run_id), plan, run_id, first=first)

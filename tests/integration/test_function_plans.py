@@ -1,5 +1,6 @@
 """Plans that are functions, on Postgres: events, crashes, changed code, and what people see."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -385,6 +386,95 @@ def test_the_kit_notices_a_function_that_does_not_do_the_same_twice(beatless: Ki
     beatless.start_run("flaky_plan")
     with pytest.raises(AssertionError, match="does not do the same when it is called again"):
         beatless.work_until_idle()
+
+
+@step
+def noted(ctx: StepContext, what: int) -> int:
+    return what
+
+
+def clocked(asks: Callable[[RunContext[Any], int], Any]) -> Plan:
+    """A plan that gives a step another number at each call, and then asks for this."""
+    numbers = itertools.count(1)
+
+    @plan("clocked")
+    def function(run: RunContext[Any]) -> Any:
+        run.step(noted, number := next(numbers))
+        return asks(run, number)
+
+    return function
+
+
+def worked_twice(beatless: Kit) -> None:
+    beatless.work_until_idle()
+    beatless.advance(60)
+    beatless.work_until_idle()
+
+
+CLOCKS: dict[str, tuple[Callable[[RunContext[Any], int], Any], str]] = {
+    "an approval": (lambda run, _number: run.approve("go?"), "asks for noted with other arguments"),
+    "a time": (lambda run, _number: run.sleep(60), "asks for noted with other arguments"),
+    "a retry": (
+        lambda run, number: run.step(charge, 200 if number == 1 else 1),
+        "asks for noted with other arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize(("asks", "found"), CLOCKS.values(), ids=CLOCKS)
+def test_the_kit_notices_a_clock_in_the_arguments_before_the_run_has_ended(
+    beatless: Kit, asks: Callable[[RunContext[Any], int], Any], found: str
+) -> None:
+    beatless.app.plans["clocked"] = clocked(asks)
+    run = beatless.start_run("clocked")
+    with pytest.raises(AssertionError, match=found) as failed:
+        worked_twice(beatless)
+    assert "does not do the same when it is called again" in str(failed.value)
+    assert f"run {run.run_id}" in str(failed.value)
+    assert "Use run.now()" in str(failed.value)
+
+
+def test_the_kit_notices_what_has_changed_after_the_first_wait(beatless: Kit) -> None:
+    odd = itertools.chain([1, 1, 1], itertools.repeat(2))  # the second call is the kit's own
+
+    @plan("clocked")
+    def function(run: RunContext[Any]) -> None:
+        run.step(noted, next(odd))
+        run.wait("a")
+        run.wait("b")
+
+    beatless.app.plans["clocked"] = function
+    run = beatless.start_run("clocked")
+    beatless.work_until_idle()
+    beatless.signal(run.run_id, "a")
+    beatless.work_until_idle()
+    beatless.signal(run.run_id, "b")
+    with pytest.raises(AssertionError, match=r"other arguments.*\(changed_call\)\. Use run\.now"):
+        beatless.work_until_idle()
+    with pytest.raises(AssertionError, match="plan clocked asks for noted with other arguments"):
+        beatless.wait_for_run_completion(run.run_id, timeout=0.01)
+
+
+def test_a_deploy_in_a_test_leaves_a_run_to_the_plan_that_can_go_on(beatless: Kit) -> None:
+    """It is no fault of the function: another plan has executed the run before."""
+    former = plan("clocked")(lambda run: [run.step(noted, 1), run.wait("go").name])
+    other = plan("clocked")(lambda run: [run.step(noted, 2), run.wait("go").name])
+    beatless.app.plans["clocked"] = former
+    run = beatless.start_run("clocked")
+    beatless.work_until_idle()
+
+    beatless.app.plans["clocked"] = other
+    beatless.signal(run.run_id, "go")
+    beatless.work_until_idle()
+    assert "plan clocked asks for noted with other arguments" in beatless.describe(run.run_id)
+    beatless.advance(60)
+    beatless.work_until_idle()  # by the other one again
+
+    beatless.app.plans["clocked"] = former
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.COMPLETED
+    beatless.verify()
 
 
 @pytest.mark.slow
