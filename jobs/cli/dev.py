@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from beatless.cli.environment import Environment
+from beatless.cli.options import POOL
 from beatless.cli.stopping import stop_on_signals
 from beatless.declared import store_declared
 from beatless.demo import PLANS
@@ -29,6 +30,7 @@ from beatless.settings import Settings
 @click.option("--flower-port", type=click.IntRange(0, 65535), default=5555, show_default=True)
 @click.option("--no-flower", is_flag=True, help="Leave Flower out.")
 @click.option("--workers", type=click.IntRange(0, 64), default=1, show_default=True)
+@POOL
 @click.option("--ephemeral", is_flag=True, help="Keep nothing: the data goes when it stops.")
 @click.option(
     "--env-file", type=click.Path(path_type=Path, dir_okay=False), help="Write the settings here."
@@ -41,6 +43,7 @@ def dev(
     flower_port: int,
     no_flower: bool,
     workers: int,
+    pool: str | None,
     ephemeral: bool,
     env_file: Path | None,
 ) -> None:
@@ -52,6 +55,7 @@ def dev(
         ephemeral=ephemeral,
         app_name=env.app_name,
         workers=workers,
+        pool=pool,
         api_port=port,
         flower_port=None if no_flower else usable(context, "flower_port", flower_port),
     )

@@ -9,11 +9,18 @@ from click.shell_completion import CompletionItem
 
 from beatless.cli.environment import Environment
 from beatless.errors import BadRequest
-from beatless.namespaces import check_namespace
+from beatless.namespaces import DEFAULT_NAMESPACE, check_namespace
 from beatless.observe.logs import Format
 from beatless.observe.systemd import ServiceManager
 
 READY_FD = click.option("--ready-fd", type=int, hidden=True, help="Write a byte here when ready.")
+
+
+POOL = click.option(
+    "--pool",
+    type=click.Choice(["prefork", "threads", "solo", "async"]),
+    help="Of a worker; default: prefork. async: many runs in one process, for async def steps.",
+)
 
 
 def tell(ready_fd: int | None) -> None:
@@ -64,6 +71,11 @@ NAMESPACE = click.option(
     expose_value=False,
     help="Whose runs; default: those of the namespace default.",
 )
+
+
+def given_namespace(env: Environment) -> str:
+    """The option as a command has it that is printed; nothing for the namespace default."""
+    return "" if env.namespace == DEFAULT_NAMESPACE else f" --namespace {env.namespace}"
 
 
 def plan_names(

@@ -17,7 +17,7 @@ from kombu.exceptions import KombuError
 
 from beatless.app import REDIS_TIMEOUTS, App
 from beatless.cli.environment import Environment
-from beatless.cli.options import LOG_FORMAT, METRICS_PORT, READY_FD, check_url, tell
+from beatless.cli.options import LOG_FORMAT, METRICS_PORT, POOL, READY_FD, check_url, tell
 from beatless.cli.stopping import stop_on_signals
 from beatless.client.requests import QUEUE
 from beatless.errors import BadRequest, BadSetting, ExtraMissing, Unreachable
@@ -95,11 +95,7 @@ def check_rights(app: App) -> None:
     metavar="A,B",
     help="Only these queues, A=3,B=1 with weights; default: all of the app's plans.",
 )
-@click.option(
-    "--pool",
-    type=click.Choice(["prefork", "threads", "solo", "async"]),
-    help="Default: prefork. async: many runs in one process, for steps that are async def.",
-)
+@POOL
 @click.option(
     "--concurrency",
     type=click.IntRange(1),

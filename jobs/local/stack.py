@@ -35,6 +35,7 @@ class Stack:
         app_name: str = "",
         workers: int = 1,
         concurrency: int | None = None,
+        pool: str | None = None,
         api_port: int | None = None,
         flower_port: int | None = None,
         **settings: Any,
@@ -45,6 +46,7 @@ class Stack:
         self._app_name = app_name
         self._workers = workers
         self._concurrency = concurrency
+        self._pool = pool
         self._api_port = api_port
         self._flower_port = flower_port
         self._options = settings
@@ -104,6 +106,8 @@ class Stack:
         arguments = ["worker"]
         if self._concurrency is not None:
             arguments += ["--concurrency", str(self._concurrency)]
+        if self._pool is not None:
+            arguments += ["--pool", self._pool]
         self.workers = [
             self._child(f"worker-{place}", arguments) for place in range(1, self._workers + 1)
         ]

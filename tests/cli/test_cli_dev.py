@@ -114,7 +114,7 @@ def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
 
 def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     (tmp_path / "beatless.env").touch(0o644)
-    stack = dev("--ephemeral", "--workers", "2", "--env-file", "beatless.env")
+    stack = dev("--ephemeral", "--workers", "2", "--pool", "threads", "--env-file", "beatless.env")
 
     names = [line.split()[0] for line in stack.lines]
     parts = ["api", "flower", "worker", "worker", "relay"]
@@ -146,6 +146,9 @@ def test_dev_from_start_to_end(dev: Callable[..., Dev], tmp_path: Path) -> None:
     assert second.returncode == 1
     assert f"kill {stack.process.pid}" in second.stderr
     assert "--data-dir" in second.stderr
+
+    command_line = Path(f"/proc/{stack.pid_of('worker')}/cmdline").read_bytes().split(b"\0")
+    assert command_line[-3:] == [b"--pool", b"threads", b""]
 
     # A worker that is killed is replaced.
     os.kill(stack.pid_of("worker"), signal.SIGKILL)
