@@ -141,7 +141,9 @@ class Tokens:
         check_namespace(namespace)
         if Scope.QUEUES in scopes and namespace != DEFAULT_NAMESPACE:
             raise BadRequest(
-                "scope", f"queues is the whole fleet's: it belongs to namespace {DEFAULT_NAMESPACE}"
+                "scope",
+                f"queues is the whole fleet's: it belongs to namespace {DEFAULT_NAMESPACE}; "
+                f"the limits and groups of {namespace} are for its tokens with the scope admin",
             )
         if seconds is not None and (problem := problem_with_seconds(seconds)):
             raise BadRequest("expires", problem)

@@ -14,6 +14,7 @@ from beatless.api.problems import Problem
 from beatless.api.services import services_of
 from beatless.auth import Grant, Scope
 from beatless.client import Client
+from beatless.namespaces import DEFAULT_NAMESPACE
 
 _overrides: ContextVar[dict[Callable[..., Any], Callable[..., Any]]] = ContextVar("_overrides")
 
@@ -83,3 +84,13 @@ Reader = Annotated[Client, Depends(_client_for(Scope.RUNS_READ))]
 Writer = Annotated[Client, Depends(_client_for(Scope.RUNS_WRITE))]
 Operator = Annotated[Client, Depends(_client_for(Scope.QUEUES))]
 """Queues are the whole fleet's, for tokens of every namespace."""
+
+
+async def _client_of_shares(request: Request) -> Client:
+    grant = granted(request)
+    needed = Scope.QUEUES if grant.namespace == DEFAULT_NAMESPACE else Scope.ADMIN
+    return services_of(request).clients.of(granted_for(request, needed).namespace)
+
+
+SharesOperator = Annotated[Client, Depends(_client_of_shares)]
+"""Limits and groups are those of the caller's namespace, which its scope `admin` shares out."""

@@ -1,4 +1,4 @@
-"""Commands about groups of runs, for the whole fleet."""
+"""Commands about the groups of runs of a namespace, for the whole fleet."""
 
 from dataclasses import asdict
 
@@ -12,9 +12,10 @@ from beatless.orchestrator.groups import WEIGHTS
 
 
 @click.group(invoke_without_command=True)
+@NAMESPACE
 @click.pass_context
 def groups(context: click.Context) -> None:
-    """Groups of runs, as tenants: those of a queue take turns."""
+    """Groups of runs of a namespace, as tenants: those of a queue take turns."""
     if context.invoked_subcommand is None:
         context.invoke(ls)
 
@@ -45,6 +46,8 @@ def ls(env: Environment, queue: str | None = None) -> None:
     header = ("group", "queue", "weight", "running", "waiting", "oldest")
     for line in table(header, rows, numbers=numbers):
         env.out.print(line)
+    if not found:
+        env.note_other_namespaces("groups")
 
 
 @groups.command("set")
@@ -60,4 +63,4 @@ def ls(env: Environment, queue: str | None = None) -> None:
 def set_(env: Environment, group: str, weight: int) -> None:
     """Set the weight of GROUP, in all queues, from its next turn on."""
     env.client.set_group_weight(group, weight)
-    env.note(f"group {group} has the weight {weight}")
+    env.note(f"in namespace {env.namespace} group {group} has the weight {weight}")

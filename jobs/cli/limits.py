@@ -1,4 +1,4 @@
-"""Commands about limits, for the whole fleet."""
+"""Commands about the limits of a namespace, for the whole fleet."""
 
 from dataclasses import asdict
 
@@ -6,15 +6,16 @@ import click
 from rich.markup import escape
 
 from beatless.cli.environment import Environment
-from beatless.cli.options import NAMESPACE
+from beatless.cli.options import NAMESPACE, given_namespace
 from beatless.cli.render import age, table
 from beatless.orchestrator.limits import LimitState
 
 
 @click.group(invoke_without_command=True)
+@NAMESPACE
 @click.pass_context
 def limits(context: click.Context) -> None:
-    """Limits: how many runs with the same key hold a lease at once."""
+    """Limits of a namespace: how many runs with the same key hold a lease at once."""
     if context.invoked_subcommand is None:
         context.invoke(ls)
 
@@ -45,6 +46,8 @@ def ls(env: Environment) -> None:
     header = ("limit", "key", "lets", "", "running", "waiting", "oldest")
     for line in table(header, rows, numbers=numbers):
         env.out.print(line)
+    if not found:
+        env.note_other_namespaces("limits")
 
 
 @limits.command("set")
@@ -60,11 +63,15 @@ def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> 
     env.client.set_limit(name, at_once, rate=rate)
     if name not in known:
         env.note(
-            f"no plan of the App has a limit {name}, and no run that runs or waits: it is set for "
-            f"those that will; known are: {', '.join(sorted(known)) or 'none'}"
+            f"no plan of the App has a limit {name}, and no run of namespace {env.namespace} that "
+            "runs or waits: it is set for those that will; "
+            f"known are: {', '.join(sorted(known)) or 'none'}"
         )
     how = f"{rate} begin" if at_once is None else f"{at_once} run at once"
-    env.note(f"limit {name} lets {how}; `beatless limits release {name}` ends that")
+    env.note(
+        f"in namespace {env.namespace} limit {name} lets {how}; "
+        f"`beatless limits release {name}{given_namespace(env)}` ends that"
+    )
 
 
 @limits.command()
@@ -74,7 +81,8 @@ def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> 
 def release(env: Environment, name: str) -> None:
     """Let each run of NAME bring the number of its plan again."""
     was_set = env.client.release_limit(name)
-    env.note(f"limit {name} is that of its plans" if was_set else f"limit {name} was not set")
+    now = "is that of its plans" if was_set else "was not set"
+    env.note(f"in namespace {env.namespace} limit {name} {now}")
 
 
 def _rule_of(state: LimitState) -> str:

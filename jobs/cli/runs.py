@@ -15,7 +15,6 @@ from beatless.cli.environment import Environment, json_input, moment, pairs, sec
 from beatless.cli.options import NAMESPACE, plan_names
 from beatless.client.requests import OPTIONS, RunOptions, RunRequest, json_members
 from beatless.errors import BadRequest
-from beatless.namespaces import namespaces_beside
 from beatless.observe.export import export
 from beatless.orchestrator.child_calls import ChildrenWait
 from beatless.orchestrator.errors import RunNotFound
@@ -232,6 +231,8 @@ def waits(
     if not env.as_json:
         for line in render.table(("run", "wait", "waits for"), rows):
             env.out.print(line)
+    if not ids:
+        env.note_other_namespaces("waits")
 
 
 @click.command()
@@ -277,14 +278,7 @@ def runs(
         for line in render.run_table(found):
             env.out.print(line)
     if not found:
-        schema = env.app.settings.schema
-        with reaching_postgres(schema, env.app.engine), env.app.engine.connect() as connection:
-            others = namespaces_beside(connection, schema, env.namespace)
-        if others:
-            env.note(
-                f"these are the runs of namespace {env.namespace}; there are runs in others, as "
-                f"--namespace {others[0]}"
-            )
+        env.note_other_namespaces("runs")
 
 
 @click.command()

@@ -34,3 +34,15 @@ def test_groups_are_listed_and_get_weights(beatless: Kit, command: Command) -> N
 
     command("groups", "set", "tenant-7", "--weight", "0", status=2)
     assert "1<=x<=100" in command.error
+
+
+def test_groups_are_those_of_a_namespace(beatless: Kit, command: Command) -> None:
+    command("start", "two_steps", "--group", "tenant-7", "--namespace", "acme")
+    assert "tenant-7" not in command("groups")
+    assert "the groups of namespace default" in command.error
+    assert "tenant-7" in command("groups", "--namespace", "acme")
+    command("groups", "set", "tenant-7", "--weight", "3", "--namespace", "acme")
+    assert command.error == "in namespace acme group tenant-7 has the weight 3\n"
+    assert command.documents("groups") == []
+    [state] = command.documents("groups", "ls", "--namespace", "acme")
+    assert state["weight"] == 3

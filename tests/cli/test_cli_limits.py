@@ -73,3 +73,28 @@ def test_a_limit_that_nothing_has_is_set_and_the_known_ones_are_told(
     assert name in {state.name for state in beatless.client.limits() if state.is_set}
     command("limits", "set", name, "--at-once", "3")
     assert "known are" not in command.error  # it is set
+
+
+def test_limits_are_those_of_a_namespace(beatless: Kit, command: Command) -> None:
+    acme = beatless.app.client_for("acme")
+    acme.start_run("charge", {"account": "acct_7"})
+    acme.start_run("charge", {"account": "acct_7"})
+    assert "acct_7" not in command("limits")
+    assert "the limits of namespace default; there are runs in others, as --namespace acme" in (
+        " ".join(command.error.split())
+    )
+    assert "acct_7" in command("limits", "--namespace", "acme")
+    assert command.error == ""
+
+    command("limits", "set", "stripe", "--at-once", "2", "--namespace", "acme")
+    told = " ".join(command.error.split())
+    assert told == (
+        "in namespace acme limit stripe lets 2 run at once; "
+        "`beatless limits release stripe --namespace acme` ends that"
+    )
+    assert [(state.at_once, state.is_set) for state in acme.limits()] == [(2, True)]
+    assert beatless.client.limits() == []
+    command("limits", "release", "stripe")
+    assert "in namespace default limit stripe was not set" in command.error
+    command("limits", "release", "stripe", "--namespace", "acme")
+    assert [state.is_set for state in acme.limits()] == [False]

@@ -176,6 +176,37 @@ def test_queues_are_the_whole_fleets_and_no_tenants(
         made.create([Scope.QUEUES], namespace="acme")
 
 
+def test_limits_and_groups_are_a_tenants_own(
+    beatless: Kit, api: Api, tokens: dict[str, str]
+) -> None:
+    for client in clients(beatless.app):
+        client.start_run("two_steps", group="mine")
+    for name, number in (("default", 2), ("acme", 3)):
+        api.token = tokens[name]
+        assert api("PUT", "/v1/limits/llm", {"at_once": number}).status == 200
+        assert api("PUT", "/v1/groups", {"group": "mine", "weight": number}).status == 200
+    for name, number in (("default", 2), ("acme", 3)):
+        api.token = tokens[name]
+        [limit] = api("GET", "/v1/limits").json["limits"]
+        [group] = api("GET", "/v1/groups").json["groups"]
+        assert (limit["name"], limit["at_once"]) == ("llm", number)
+        assert (group["group"], group["weight"], group["waiting"]) == ("mine", number, 1)
+    assert api("DELETE", "/v1/limits/llm").json == {"limit": "llm", "was_set": True}
+    api.token = tokens["acme-2"]
+    assert api("GET", "/v1/limits").json == {"limits": []}
+    assert [state.at_once for state in beatless.client.limits()] == [2]
+
+    made = Tokens(beatless.app.engine, beatless.app.settings.schema)
+    for scope, namespace in ((Scope.RUNS_WRITE, "acme"), (Scope.RUNS_WRITE, "default")):
+        api.token = made.create([scope], namespace=namespace)[1]
+        for path in ("/v1/limits", "/v1/groups"):
+            answer = api("GET", path)
+            needed = "queues" if namespace == "default" else "admin"
+            assert (answer.status, needed in answer.json["detail"]) == (403, True)
+    with pytest.raises(BadRequest, match="limits and groups of acme are for its tokens with the"):
+        made.create([Scope.QUEUES], namespace="acme")
+
+
 def test_a_stream_token_of_a_tenant_is_for_its_run_alone(
     beatless: Kit, api: Api, tokens: dict[str, str]
 ) -> None:

@@ -1,11 +1,11 @@
-"""Limits of how many runs hold a lease at once, for the whole fleet."""
+"""Limits of how many runs hold a lease at once: those of the caller's namespace."""
 
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
 
-from beatless.api.access import GuardedRoute, Operator
+from beatless.api.access import GuardedRoute, SharesOperator
 from beatless.api.bodies import LimitBody
 from beatless.api.responses import refusals
 
@@ -13,19 +13,19 @@ router = APIRouter(route_class=GuardedRoute)
 
 
 @router.get("/v1/limits", responses=refusals())
-def list_limits(client: Operator) -> dict[str, Any]:
+def list_limits(client: SharesOperator) -> dict[str, Any]:
     """The limits that are in use, waited for or set, one for each key."""
     return {"limits": [asdict(state) for state in client.limits()]}
 
 
 @router.put("/v1/limits/{name}", responses=refusals())
-def set_limit(name: str, body: LimitBody, client: Operator) -> dict[str, Any]:
+def set_limit(name: str, body: LimitBody, client: SharesOperator) -> dict[str, Any]:
     """Let so many runs with the same key run at once, or begin, whatever plans say."""
     client.set_limit(name, body.at_once, rate=body.rate)
     return {"limit": name, "at_once": body.at_once, "rate": body.rate}
 
 
 @router.delete("/v1/limits/{name}", responses=refusals())
-def release_limit(name: str, client: Operator) -> dict[str, Any]:
+def release_limit(name: str, client: SharesOperator) -> dict[str, Any]:
     """Let each run bring the number of its plan again."""
     return {"limit": name, "was_set": client.release_limit(name)}
