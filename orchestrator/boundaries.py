@@ -15,7 +15,7 @@ A wait ends with WaitFinished, and the run goes on as after a step; or it leaves
 import json
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from beatless.orchestrator.errors import (
@@ -456,9 +456,13 @@ class Boundaries:
     def _given_up(self, progress: Progress, failed: NewEvent, facts: dict[str, Any]) -> Settlement:
         """The step has failed for good. A run whose `on_cancel` step fails is cancelled still."""
         if not progress.compensating:
+            final = self._failure(progress, facts, final=True)
             if self.undoes:  # the run goes on, and not with another attempt
-                failed = self._failure(progress, facts, final=True)
-            return self._ended(RunState.FAILED, [failed], facts)
+                return self._ended(RunState.FAILED, [final], facts)
+            ended = self._ended(RunState.FAILED, [failed], facts)
+            if self._plan.on_cancel is None:
+                return ended
+            return replace(ended, if_cancelled=self._cancelled([final]))  # goes on with that step
         error = cancel_error(None) | {"on_cancel": facts}
         return Settlement.ignoring_cancel(self._end(RunState.CANCELLED, [failed], error))
 

@@ -74,7 +74,8 @@ e AS (
          clock_timestamp(), x.type, 'worker', x.step, x.attempt,
          CASE WHEN x.type = 'StepFailed'
               THEN x.data::jsonb || jsonb_build_object(
-                     'retry_at', (extract(epoch FROM u.not_before) * 1000)::bigint)
+                     'retry_at', CASE WHEN NOT x.data::jsonb ? 'final'
+                                      THEN (extract(epoch FROM u.not_before) * 1000)::bigint END)
               WHEN x.type = 'WaitStarted' THEN {wait_started}
               WHEN x.type = 'UndoStarted' THEN x.data::jsonb || {taken_deadline}
               ELSE x.data::jsonb END

@@ -1,8 +1,22 @@
 """A cancel is stored first; it can come at any time."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from beatless import RunNotFound, RunState
+from beatless import (
+    Fatal,
+    Plan,
+    RunContext,
+    RunNotFound,
+    RunState,
+    StepFailed,
+    plan,
+    retry,
+    step,
+    wait,
+)
 from beatless.testing import Kit
 
 
@@ -127,3 +141,89 @@ def test_a_retried_run_that_is_cancelled_before_its_first_claim_ends(
     events = beatless.client.events(retried.run_id)
     assert [event.step for event in events if event.type == "StepFinished"] == executed
     beatless.verify()
+
+
+@step
+def undo(ctx: Any) -> None: ...
+
+
+@pytest.mark.parametrize(("undone", "state"), [(False, "cancelled"), (True, "queued")])
+def test_a_run_that_waits_is_given_back_as_it_is_after_the_cancel(
+    beatless: Kit, undone: bool, state: str
+) -> None:
+    options: dict[str, Any] = {"on_cancel": undo} if undone else {}
+    beatless.app.plans["waits"] = Plan("waits", [wait("paid")], **options)
+    run = beatless.start_run("waits")
+    beatless.work_until_idle()
+    found = beatless.client.cancel_run(run.run_id)
+    assert (found.state, found.cancel_requested_at is not None) == (state, True)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run.run_id).state is RunState.CANCELLED
+
+
+def listed(body: Any, **options: Any) -> Plan:
+    return Plan("fails", [step(name="body", retry=RETRY)(body)], **options)
+
+
+def asked(body: Any) -> Plan:
+    failing = step(name="body", retry=RETRY)(body)
+
+    @plan("fails")
+    def function(run: RunContext[Any]) -> str:
+        try:
+            run.step(failing)
+        except StepFailed:
+            return "went on"
+        return "never"
+
+    return function
+
+
+RETRY = retry(max_attempts=2, initial=10, jitter=0)
+
+FAILURES: dict[str, tuple[Callable[[Any], Plan], type[Exception], bool, bool]] = {
+    "cancelled": (lambda body: listed(body, on_cancel=undo), ValueError, True, True),
+    "cancelled, given up": (lambda body: listed(body, on_cancel=undo), Fatal, True, True),
+    "cancelled, of a function": (asked, ValueError, True, False),
+    "given up, of a function": (asked, Fatal, False, True),
+    "given up": (listed, Fatal, False, False),
+}
+
+
+@pytest.mark.parametrize(("made", "error", "cancels", "goes_on"), FAILURES.values(), ids=FAILURES)
+def test_a_failure_without_another_attempt_has_no_time_of_one(
+    beatless: Kit,
+    made: Callable[[Any], Plan],
+    error: type[Exception],
+    cancels: bool,
+    goes_on: bool,
+) -> None:
+    def body(ctx: Any) -> None:
+        if cancels:
+            beatless.client.cancel_run(ctx.run_id)
+        raise error("no")
+
+    beatless.app.plans["fails"] = made(body)
+    run = beatless.start_run("fails")
+    beatless.work_until_idle()
+    [failed] = [e for e in beatless.client.events(run.run_id) if e.type == "StepFailed"]
+    assert failed.data["retry_at"] is None
+    assert failed.data.get("final", False) is goes_on
+    assert beatless.client.get_run(run.run_id).state.final
+    beatless.verify()
+
+
+def test_a_failure_with_another_attempt_has_its_time(beatless: Kit) -> None:
+    def body(ctx: Any) -> None:
+        raise ValueError("no")
+
+    beatless.app.plans["fails"] = asked(body)
+    run = beatless.start_run("fails")
+    beatless.work_until_idle()
+    beatless.advance(10)
+    beatless.work_until_idle()
+    failures = [e.data for e in beatless.client.events(run.run_id) if e.type == "StepFailed"]
+    assert [(each["retry_at"] is None, each.get("final")) for each in failures] == [
+        (False, None),
+        (True, True),
+    ]
