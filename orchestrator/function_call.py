@@ -28,7 +28,6 @@ from beatless.orchestrator.plan_loop import ONLY_RUN, PlanLoop
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Again, Call, Mismatch, Outcome, PlanLeft, Replay, Several
 from beatless.orchestrator.run_context import (
-    NOT_AWAITED,
     Answered,
     Asked,
     AsyncRunContext,
@@ -311,8 +310,10 @@ class CoroutineCall:
                 del self._asked[future]  # its task was cancelled
             if self._main.done():
                 return self._end()
-            if self._run_context.forgotten:
-                return Broken(PlanError(NOT_AWAITED))
+            try:
+                self._run_context.check_forgotten()
+            except PlanError as forgotten:
+                return Broken(forgotten)
             if not self._asked:
                 return Broken(self._refused())
             found = _next(self._asked, self._replay)

@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import sys
 import uuid
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from beatless.orchestrator.child_calls import (
@@ -26,10 +28,9 @@ from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
 
 Input = TypeVar("Input")
 
-NOT_AWAITED = (
-    "a call of run was not awaited, or not before the use of its result: write await run.step(…), "
-    "also for run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and the result() "
-    "of a child, or give the calls to asyncio.gather"
+ALL_ARE_AWAITED = (
+    "so are run.step(…), run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and "
+    "the result() of a child, or give the calls to asyncio.gather"
 )
 
 NO_PARALLEL = (
@@ -427,9 +428,9 @@ class AsyncRunContext(RunContext[Input]):
     ) -> None:
         super().__init__(ask=_not_awaited, fork=_not_awaited, **options)
         self._answered = answered
-        self._unawaited = 0
-        self.forgotten = False
-        """Whether a call is gone that was not awaited."""
+        self._unawaited: dict[int, Place] = {}
+        self._made = 0
+        self._forgotten: Place | None = None
 
     def parallel(self, branches: Iterable[Callable[[], Any]], /) -> NoReturn:
         """Raises PlanError: this is for plans that are not async."""
@@ -437,18 +438,50 @@ class AsyncRunContext(RunContext[Input]):
         raise PlanError(NO_PARALLEL)
 
     def _answer(self, found: Outcome | Asked, made: Callable[[Any], Any] = _as_it_is) -> Any:
-        self._unawaited += 1
-        return Awaited(self, found, made)
+        made_by = caller = sys._getframe(1)
+        while caller.f_back is not None and caller.f_code.co_filename == __file__:
+            made_by, caller = caller, caller.f_back
+        self._made += 1
+        self._unawaited[self._made] = (
+            made_by.f_code.co_name,
+            self._replay.last_name,
+            caller.f_code.co_filename,
+            caller.f_lineno,
+        )
+        return Awaited(self, self._made, found, made)
 
-    def begin(self, found: Outcome | Asked) -> "Answered":
+    def begin(self, number: int, found: Outcome | Asked) -> "Answered":
         """A call is awaited: its answer, or the future that will have it."""
-        self._unawaited -= 1
+        self._unawaited.pop(number, None)
         return self._answered(found)
+
+    def forget(self, number: int) -> None:
+        """A call is gone that was not awaited."""
+        self._forgotten = self._forgotten or self._unawaited.get(number)
 
     def check_awaited(self) -> None:
         """Raises PlanError if a call was not awaited: it has done nothing."""
         if self._unawaited:
-            raise PlanError(NOT_AWAITED)
+            raise self._not_awaited(self._forgotten or next(iter(self._unawaited.values())))
+
+    def check_forgotten(self) -> None:
+        """Raises PlanError if a call is gone that was not awaited."""
+        if self._forgotten is not None:
+            raise self._not_awaited(self._forgotten)
+
+    def _not_awaited(self, place: "Place") -> PlanError:
+        call, occurrence, file, line = place
+        written = "the result() of a child" if call == "result" else f"run.{call}(…)"
+        called = "" if call == "result" else f", called {occurrence},"
+        return PlanError(
+            f"plan {self._replay.plan.name}: {written}{called} in line {line} of {Path(file).name} "
+            "was not awaited, or not before the use of its result: write await "
+            f"{'child.result()' if call == 'result' else written}; {ALL_ARE_AWAITED}"
+        )
+
+
+Place = tuple[str, str, str, int]
+"""The method that was called, the occurrence that it was given, and the call's file and line."""
 
 
 Answered = Outcome | asyncio.Future[Outcome]
@@ -459,23 +492,28 @@ class Awaited:
     """A call that an `async def` plan awaits, or hands to `asyncio.gather` and the like."""
 
     def __init__(
-        self, context: AsyncRunContext[Any], found: Outcome | Asked, made: Callable[[Any], Any]
+        self,
+        context: AsyncRunContext[Any],
+        number: int,
+        found: Outcome | Asked,
+        made: Callable[[Any], Any],
     ) -> None:
         self._context = context
+        self._number = number
         self._found = found
         self._made = made
         self._answer: Answered | None = None
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if self._answer is None:
-            self._answer = self._context.begin(self._found)
+            self._answer = self._context.begin(self._number, self._found)
         answer = self._answer
         outcome = answer if isinstance(answer, Outcome) else (yield from answer)
         return self._made(outcome.give())
 
     def __del__(self) -> None:
         if self._answer is None:
-            self._context.forgotten = True
+            self._context.forget(self._number)
 
 
 def _not_awaited(asked: object) -> NoReturn:

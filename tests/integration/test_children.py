@@ -960,3 +960,22 @@ def test_a_function_that_begins_again_numbers_its_children_on(beatless: Kit) -> 
     children = beatless.client.children(run.run_id)
     assert [child.input for child in children] == [3, 3, 2, 2, 1, 1, 0, 0]
     assert [child.child_no for child in children] == list(range(1, 9))
+
+
+def test_the_result_of_a_child_that_is_not_awaited_is_named_with_its_line(beatless: Kit) -> None:
+    @plan("forgets")
+    async def forgets(run: RunContext[Any]) -> Any:
+        child = await run.child(parcel, 1)
+        return child.result()
+
+    beatless.app.plans["forgets"] = forgets
+    run = beatless.start_run("forgets")
+    beatless.work_until_idle()
+    error = beatless.client.get_run(run.run_id).error
+    assert error is not None
+    line = forgets.function.__code__.co_firstlineno + 3
+    told = (
+        f"plan forgets: the result() of a child in line {line} of test_children.py was not awaited"
+    )
+    assert told in error["message"]
+    assert "write await child.result();" in error["message"]

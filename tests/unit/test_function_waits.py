@@ -369,8 +369,37 @@ def test_a_call_of_an_async_plan_that_is_not_awaited_is_named() -> None:
         error = outcome(finish(Journal(forgets)))
         assert error["type"] == PlanError.__name__
         assert "was not awaited" in error["message"]
-        assert "write await run." in error["message"]
+        assert "write await " in error["message"]
         assert "run.child(…), run.map(…) and the result() of a child" in error["message"]
+
+
+def test_a_call_that_is_not_awaited_is_named_with_its_line() -> None:
+    @plan("p")
+    async def a_step(run: RunContext) -> Any:
+        await run.step(double, 1)
+        run.step(double, 2)
+        await run.sleep(10)
+
+    @plan("p")
+    async def a_wait_that_is_kept(run: RunContext) -> Any:
+        paid = run.wait("paid")
+        return paid is not None
+
+    @plan("p")
+    async def the_second_of_two(run: RunContext) -> Any:
+        one, two = run.sleep(1), run.sleep(2)
+        del two
+        await one
+
+    named = {
+        a_step: ("run.step(…), called double#2,", 2),
+        a_wait_that_is_kept: ("run.wait(…), called paid,", 1),
+        the_second_of_two: ("run.sleep(…), called sleep#2,", 1),
+    }
+    for forgets, (call, line) in named.items():
+        error = outcome(finish(Journal(forgets)))
+        line += forgets.function.__code__.co_firstlineno + 1
+        assert f"plan p: {call} in line {line} of test_function_waits.py was" in error["message"]
 
 
 def test_an_error_behind_a_call_that_was_not_awaited_is_shown_as_its_cause() -> None:
