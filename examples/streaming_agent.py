@@ -2,16 +2,17 @@
 
     beatless --app streaming_agent:app dev     # then, in a second terminal in the same directory:
     beatless start refunds --input '{"order": 7}'     # prints the RUN
-    beatless signal RUN approved --data '{"by": "ann"}'; beatless events RUN --follow
+    beatless approve RUN payment --by ann@example.com --yes; beatless events RUN --follow
 
-Viewers see the text as it grows, in the terminal and on the run page. The model is a stand-in. The
-run holds no worker while it waits, for days if need be; who decided is in its journal.
+Viewers see the text as it grows, in the terminal and on the run page, where a person can decide too.
+The model is a stand-in. The run holds no worker while it waits, for days if need be; who decided is
+in its journal.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from beatless import App, RunContext, Settings, Signal, StepContext, days, plan, retry, step
+from beatless import App, RunContext, Settings, StepContext, days, plan, retry, step
 
 TURNS = 3
 PROPOSAL = "The parcel came {} days late. I propose to pay {} euros back."
@@ -43,11 +44,12 @@ def refunds(run: RunContext) -> dict[str, Any]:
     """Up to three proposals, until a person approves one."""
     for turn in range(TURNS):
         proposal: str = run.step(propose, turn)
-        decision: Signal | None = run.wait("approved", "refused", timeout=days(7))
+        # With a name: the title has the proposal in it, and may be reworded while runs wait.
+        decision = run.approve(f"Pay? {proposal}", name="payment", timeout=days(7))
         if decision is None:
             return {"paid": None, "reason": "nobody decided"}
-        if decision.name == "approved":
-            paid: dict[str, Any] = run.step(pay, proposal, decision.data["by"])
+        if decision.data.approved:
+            paid: dict[str, Any] = run.step(pay, proposal, decision.by)
             return paid
     return {"paid": None, "reason": f"refused {TURNS} times"}
 

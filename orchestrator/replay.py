@@ -23,7 +23,7 @@ from beatless.orchestrator.open_waits import Approval, Received, Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step, not_a_step, step_of
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress
-from beatless.orchestrator.waits import Wait
+from beatless.orchestrator.waits import Wait, WaitKind
 
 CALL_ID = re.compile(r"(?!\d+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Not only digits: those count the occurrences without an id."""
@@ -435,6 +435,11 @@ class Replay:
                 f"if {step_of(asked)} is new: `if run.version >= N`, with version=N in @plan(…); "
                 f'if it is another name: renamed={{"{stored}": "{step_of(asked)}"}}; {gone}'
             )
+            if self._is_approval(name):
+                advice = (
+                    f"if the title of the approval was reworded, which was its name as well: keep "
+                    f'this, as in run.approve(…, name="{stored}"); {advice}'
+                )
         return Mismatch(
             step=name,
             reason=UNKNOWN_STEP,
@@ -443,6 +448,13 @@ class Replay:
             instead=instead,
             detail=detail,
         )
+
+    def _is_approval(self, occurrence: str) -> bool:
+        """Whether the stored call is an approval, open or decided."""
+        wait = self.history.inbox.waits.get(occurrence)
+        if wait is not None:
+            return wait.kind is WaitKind.APPROVAL
+        return isinstance(self.history.calls[occurrence].result, Approval)
 
     def changed(self, name: str) -> Mismatch:
         """The mismatch of a call with other arguments, signals or inputs than are stored."""

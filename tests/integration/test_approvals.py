@@ -30,6 +30,7 @@ from beatless import (
     RunContext,
     RunEnded,
     RunNotFound,
+    RunState,
     StepContext,
     Verdict,
     approve,
@@ -453,7 +454,8 @@ def test_a_decision_that_a_changed_form_refuses_leaves_the_run_to_a_version_that
     form = REFUNDED.get("refund").form.type  # that of both: a form is made once for each type
     with monkeypatch.context() as patch:
         patch.setattr(type(form), "load", refuse)
-        beatless.work_once()
+        with pytest.raises(AssertionError, match=r"it is called again .* \(changed_call\)"):
+            beatless.work_once()  # the kit knows the plan, and of no other version
         found = beatless.client.get_run(run)
         assert (found.state, outcomes(beatless, run)) == ("queued", [])
     beatless.advance(60)
@@ -818,8 +820,41 @@ def test_the_function_of_the_documentation_does_what_it_says(beatless: Kit) -> N
     beatless.work_until_idle()
     beatless.signal(run, "complaint")
     beatless.work_until_idle()
-    beatless.approve(run, "Refund", {"approved": True, "comment": "late"}, by=ANN)
+    beatless.approve(run, "refund", {"approved": True, "comment": "late"}, by=ANN)
     beatless.work_until_idle()
     payment = "paid 30, paid back: late"
     assert beatless.client.get_run(run).result == {"payment": payment, "by": ANN}
+    beatless.verify()
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_who_rewords_a_title_that_is_the_name_is_told_so(beatless: Kit, decided: bool) -> None:
+    def reworded(title: str, **options: Any) -> Plan:
+        @plan("reworded")
+        def function(run: RunContext[Any]) -> None:
+            run.approve(title, **options)
+            run.wait("then")
+
+        return function
+
+    beatless.app.plans["reworded"] = reworded("Refund 7 euros?")
+    run = waiting(beatless, "reworded")
+    if decided:
+        beatless.approve(run, "Refund_7_euros")
+        beatless.work_until_idle()
+    beatless.app.plans["reworded"] = reworded("Refund 8 euros?")
+    if decided:
+        beatless.signal(run, "then")
+    else:
+        beatless.approve(run, "Refund_7_euros")
+    beatless.work_until_idle()
+    told = "plan reworded asks for Refund_8_euros where Refund_7_euros is stored: if the title of"
+    assert told in beatless.describe(run)
+    assert 'run.approve(…, name="Refund_7_euros")' in beatless.describe(run)
+
+    beatless.app.plans["reworded"] = reworded("Refund 8 euros?", name="Refund_7_euros")
+    beatless.signal(run, "then")
+    beatless.advance(60)
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run).state is RunState.COMPLETED
     beatless.verify()

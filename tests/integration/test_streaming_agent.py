@@ -35,9 +35,9 @@ def test_the_second_proposal_is_paid_after_a_kill_and_a_refusal(beatless: Kit) -
     first = "The parcel came 7 days late. I propose to pay 5 euros back. "
     assert shown(beatless, run.run_id, "propose") == first
 
-    beatless.signal(run.run_id, "refused")
+    beatless.approve(run.run_id, "payment", {"approved": False})
     beatless.work_until_idle()
-    beatless.signal(run.run_id, "approved", {"by": "ann"})
+    beatless.approve(run.run_id, "payment", by="ann")
     beatless.work_until_idle()
 
     second = "The parcel came 8 days late. I propose to pay 10 euros back. "
