@@ -4,7 +4,7 @@
     beatless start refunds --input '{"order": 7}'     # prints the RUN
     beatless approve RUN payment --by ann@example.com --yes; beatless events RUN --follow
 
-Viewers see the text as it grows, in the terminal and on the run page, where a person can decide too.
+Viewers see the text as it grows, in the terminal and on the run page, where people decide too.
 The model is a stand-in. The run holds no worker while it waits, for days if need be; who decided is
 in its journal.
 """

@@ -1,6 +1,7 @@
 """The fields of a form: read from a JSON Schema, written as HTML, and its answers as JSON."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def html_of(fields: Sequence[FormField], answers: Mapping[str, str] | None = Non
 
 def _row(each: FormField, answers: Mapping[str, str] | None) -> str:
     name = PREFIX + each.name
-    given = _text(each) if answers is None else answers.get(name, "")
+    given = _text(each) if answers is None else _given(answers, each) or ""
     about = f"<small>{escape(each.about)}</small>" if each.about else ""
     label = escape(each.title) + ("" if each.required else " <small>(optional)</small>")
     if each.kind == "boolean":
@@ -177,13 +178,27 @@ def decision_of(fields: Sequence[FormField], answers: Mapping[str, str]) -> Any:
     """
     found: dict[str, Any] = {}
     for each in fields:
-        text = answers.get(PREFIX + each.name)
+        text = _given(answers, each)
         if text is None or (not text.strip() and not (each.required and each.kind == "string")):
             continue
         found[each.name] = _value(each, text)
     if [each.name for each in fields] == [WHOLE] and fields[0].kind == "json":
         return found.get(WHOLE)
     return found
+
+
+def _given(answers: Mapping[str, str], each: FormField) -> str | None:
+    """The text of a field; who writes the request by hand may leave the prefix away."""
+    return answers.get(PREFIX + each.name, answers.get(each.name))
+
+
+def refused_field(fields: Sequence[FormField], where: str) -> str | None:
+    """The name of the field in which a value was refused, given the place of that value."""
+    if [each.name for each in fields] == [WHOLE]:
+        return PREFIX + WHOLE
+    names = (each.name for each in fields)
+    found = (name for name in names if re.match(rf"{DECISION}\.{re.escape(name)}(?!\w)", where))
+    return next((PREFIX + name for name in found), None)
 
 
 def _value(each: FormField, text: str) -> Any:

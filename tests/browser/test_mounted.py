@@ -136,6 +136,31 @@ def test_the_client_of_the_page_about_http_says_that_a_run_is_refused(
         page.close()
 
 
+def test_the_client_of_the_page_about_http_needs_no_token_where_a_cookie_is_enough(
+    beatless: Kit, open_page: Opener
+) -> None:
+    run = beatless.start_run("checkout", {"order": 1}).run_id
+    beatless.work_until_idle()
+    host = FastAPI()
+    host.mount(AT, create_api(beatless.app, authenticate=of_a_visitor))
+    host.get("/", response_class=HTMLResponse)(lambda: '<link rel="icon" href="data:,">')
+    follow = "follow(base, run, (event) => window.seen.push(event), forget, { cookies: true });"
+    with hosting(host) as api:
+        page = open_page(expected="40")
+        page.goto(f"{api.url}/")
+        with page.expect_console_message(lambda said: "not followed: HTTP 401" in said.text):
+            page.evaluate("([base, run]) => {" + CLIENT + follow + "}", [AT, run])
+        page.evaluate("document.cookie = 'visitor=ann'")
+        page.evaluate("([base, run]) => { window.seen = [];" + CLIENT + follow + "}", [AT, run])
+        page.wait_for_function("window.seen.at(-1)?.type === 'RunFinished'")
+        page.close()
+
+
+def of_a_visitor(request: Request) -> Grant | None:
+    """The authentication of the app in which the API is mounted."""
+    return Grant(scopes=[Right.RUNS_READ]) if request.cookies.get("visitor") == "ann" else None
+
+
 def test_the_client_of_the_page_about_http_goes_on_when_its_token_has_ended(
     beatless: Kit,
     open_page: Opener,

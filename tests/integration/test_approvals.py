@@ -594,6 +594,7 @@ def test_a_link_shows_the_form_and_decides_once_in_the_name_of_its_person(
     refused = post(api, link.path, amount="much", reason="<b>late</b>")
     assert refused.status == 422
     assert "the decision.amount" in refused.text
+    assert "(the field f.amount)" in refused.text
     assert "&lt;b&gt;late&lt;/b&gt;" in refused.text
     assert post(api, link.path, amount="7", reason="late").status == 200
     assert post(api, link.path, amount="8").status == 410

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from beatless import BadPayload, Goto, Verdict, approve
-from beatless.api.form_fields import decision_of, fields_of, html_of
+from beatless.api.form_fields import decision_of, fields_of, html_of, refused_field
 from beatless.orchestrator.forms import find_form, form_of
 from beatless.orchestrator.outcomes import PlanError
 
@@ -118,9 +118,24 @@ def test_a_verdict_is_asked_by_two_buttons() -> None:
     }
 
 
+def test_an_answer_that_is_written_by_hand_needs_no_prefix() -> None:
+    fields = fields_of(form_of(None).schema)
+    assert decision_of(fields, {"approved": "true"}) == {"approved": True}
+    assert decision_of(fields, {"approved": "true", "f.approved": "false"}) == {"approved": False}
+
+
+def test_the_field_in_which_a_value_was_refused_is_found() -> None:
+    fields = fields_of(FORM.schema)
+    for where in ("the decision.lines", "the decision.lines.0.text", "the decision.lines[1]"):
+        assert refused_field(fields, where) == "f.lines"
+    for where in ("the decision", "the decision.linesman", ""):
+        assert refused_field(fields, where) is None
+
+
 def test_a_schema_without_members_has_one_field_for_json() -> None:
     (only,) = fields_of(form_of(int).schema)
     assert only.kind == "json"
+    assert refused_field([only], "the decision") == "f.decision"
     assert decision_of([only], {"f.decision": "7"}) == 7
     assert fields_of({}) == [only]
 

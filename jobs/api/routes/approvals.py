@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from beatless.api import approval_page, responses
 from beatless.api.access import GuardedRoute, Reader, Writer, granted_for
 from beatless.api.bodies import ApprovalBody, ApprovalLinkBody, place_of
-from beatless.api.form_fields import decision_of, fields_of
+from beatless.api.form_fields import decision_of, fields_of, refused_field
 from beatless.api.gate import LINK_ROUTE
 from beatless.api.problems import Problem
 from beatless.api.responses import refusals
@@ -159,7 +159,9 @@ def _decide(token: str, given: dict[str, str], request: Request) -> Response:
             link, decision_of(fields, given)
         )
     except (BadPayload, BadRequest) as error:
-        return approval_page.question(link, opened, fields, answers=given, problem=str(error))
+        field = refused_field(fields, getattr(error, "where", ""))
+        problem = str(error) if field is None else f"{error} (the field {field})"
+        return approval_page.question(link, opened, fields, answers=given, problem=problem)
     except (AlreadyDecided, ApprovalNotOpen, RunEnded, RunNotFound):
         again, _ = _found(token, request)  # it was decided, or has ended, meanwhile
         return approval_page.refusal(again or link, _state(again or link))
