@@ -151,7 +151,10 @@ def other_order(
     return Mismatch(
         step=progress.place.step or "",
         reason=UNKNOWN_STEP,
-        message=f"the plan has {step} before it, which came later and was never executed",
+        message=(
+            f"the plan has {step} before {step_of(progress.place.step or '')}, behind which it "
+            "came when the run was started: the run would end without it"
+        ),
         advice=(
             "deploy the former order until they have ended, or say in the plan that they go on "
             f'without it: moved=["{step}"]'

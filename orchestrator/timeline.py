@@ -415,8 +415,10 @@ def _now(
             text += f"; for a worker whose version of plan {run.plan} makes the calls that are "
             text += "stored: those that took it do not (`beatless plan check` tells the difference)"
         elif reason == UNKNOWN_STEP:
-            text += f"; for a worker whose version of plan {run.plan} has step {place}, and before "
-            text += "it no step that came later: those that took it do not (`beatless plan check`)"
+            text += f"; for a worker whose version of plan {run.plan} has step {place}, and "
+            text += (
+                "leaves out none that is next: those that took it do not (`beatless plan check`)"
+            )
         if reason == CHANGED_CALL:
             text += f"; for a worker whose version of plan {run.plan} makes the same calls: those "
             text += "that took it give one of them other arguments (`beatless plan check`)"
