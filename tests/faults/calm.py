@@ -106,10 +106,10 @@ def drain(
 ) -> int | None:
     """Wait until this counts no run, and the outbox is empty; else how many rows are left in it.
 
-    No longer than so many seconds in which nothing moves: a slow machine is waited for. Meanwhile
-    `act` is called, again and again.
+    No longer than so many seconds in which nothing moves but the runs of schedules, which come for
+    ever: a slow machine is waited for. Meanwhile `act` is called, again and again.
     """
-    looked, left_s, rows, before = monotonic(), seconds, 0, ()
+    looked, left_s, rows, fewest, before = monotonic(), seconds, 0, 0, ()
 
     def look() -> bool:
         """Whether there is time left."""
@@ -123,14 +123,14 @@ def drain(
             while look():
                 now = session.execute(
                     f"SELECT ({left}), (SELECT count(*) FROM run_outbox),"
-                    " (SELECT sum(last_seq) FROM runs)"
+                    " (SELECT sum(last_seq) FROM runs WHERE schedule IS NULL)"
                 ).fetchone() or (0, 0, 0)
-                due, rows, _ = now
+                due, rows, written = now
                 act(session)
                 if not due and not rows:
                     return None
-                if now != before:
-                    left_s, before = seconds, now
+                if (due, written) != before or rows < fewest:
+                    left_s, fewest, before = seconds, rows, (due, written)
                 threading.Event().wait(0.02)
     return rows
 
