@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import groupby
+from math import inf
 from typing import Any
 
 import psycopg
@@ -83,10 +84,10 @@ class Line:
             "DELETE FROM dispatches WHERE run_id = ANY(%s)", ([each.run_id for each in first],)
         )
 
-    def serve(self, at_once: int) -> None:
-        """Claim so many and send others, until nothing waits."""
+    def serve(self, at_once: int, most: float = inf) -> None:
+        """Claim so many and send others, until nothing waits, or that many were claimed."""
         self.fill()
-        while self._claimed < len(self.door.messages):
+        while self._claimed < min(most, len(self.door.messages)):
             self.claim(at_once)
             self.fill()
 
@@ -111,23 +112,38 @@ def turns_of(sent: list[str | None], group: str | None) -> list[int]:
 
 
 @pytest.mark.parametrize("relays", [1, 2])
-@pytest.mark.parametrize("at_once", [7, WINDOW])
+@pytest.mark.parametrize(
+    ("at_once", "large", "tenants", "each"),
+    [
+        (7, 250, 5, 8),
+        (WINDOW, 250, 5, 8),
+        pytest.param(16, 20_000, 50, 10, marks=pytest.mark.long),
+    ],
+)
 def test_small_tenants_are_done_within_twice_their_time_alone(
-    beatless: Kit, line: Line, postgres: psycopg.Connection, relays: int, at_once: int
+    beatless: Kit,
+    line: Line,
+    postgres: psycopg.Connection,
+    relays: int,
+    at_once: int,
+    large: int,
+    tenants: int,
+    each: int,
 ) -> None:
     """Beside one whose runs were all started before."""
     line.hire(relays)
-    start(beatless, 250, group="big")
+    start(beatless, large, group="big")
     line.fill()
-    small = [f"small-{n}" for n in range(5)]
+    small = [f"small-{n}" for n in range(tenants)]
     for group in small:
-        start(beatless, 8, group=group)
-    line.serve(at_once)
+        start(beatless, each, group=group)
+    line.serve(at_once, most=3 * tenants * each + WINDOW)
 
     sent = line.groups(postgres)
-    assert Counter(sent) == {"big": 250} | dict.fromkeys(small, 8)
-    last = max(place for place, each in enumerate(sent) if each in small)
-    assert last - WINDOW < 2 * 8 * len(small)
+    counts = Counter(sent)
+    assert {group: counts[group] for group in small} == dict.fromkeys(small, each)
+    last = max(place for place, group in enumerate(sent) if group in small)
+    assert last - WINDOW < 2 * each * tenants
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
-"""A limit under load, while workers and relays are killed and frozen: by a log of all leases."""
+"""A limit under load, while workers and relays are killed and frozen.
 
+By a log of all leases, and by what the bodies have written down themselves.
+"""
+
+import json
 import os
 import random
 import signal
+import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,9 @@ from tests import limited
 from tests.valkeys import until
 
 APP = "tests.limited:app"
-RUNS = 500
-PROCESSES = 6
-FAULTS = 6
+RUNS = 2000
+WORKERS, PROCESSES = 4, 4
+FAULTS = 9
 
 
 @pytest.fixture
@@ -33,7 +39,8 @@ def beatless_plans() -> list[Plan]:
 
 
 LOG = """
-CREATE TABLE lease_log (id bigint GENERATED ALWAYS AS IDENTITY, run_id text, begins boolean);
+CREATE TABLE lease_log (id bigint GENERATED ALWAYS AS IDENTITY, run_id text, begins boolean,
+  at double precision DEFAULT extract(epoch FROM clock_timestamp()));
 CREATE FUNCTION log_lease() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
   PERFORM pg_advisory_xact_lock(4711);
@@ -59,6 +66,39 @@ def leases_at_once(log: Sequence[tuple[str, bool]]) -> list[int]:
     return counts
 
 
+def leases_of(log: Sequence[tuple[str, bool, float]]) -> dict[str, list[tuple[float, float]]]:
+    """The begin and the end of each lease, by its run."""
+    begun: dict[str, float] = {}
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for run_id, begins, at in log:
+        if begins:
+            begun[run_id] = at
+        else:
+            found[run_id].append((begun.pop(run_id), at))
+    return found
+
+
+def bodies_at_once(
+    ledger: Path, leases: dict[str, list[tuple[float, float]]]
+) -> Iterator[tuple[float, int]]:
+    """How many runs had a body at each time, of bodies that have begun and ended in a lease.
+
+    That of a frozen worker can outlive its lease, or be there beside that of who has taken the run
+    over. One at least of each run has begun and ended in a lease.
+    """
+    changes = []
+    for line in ledger.read_text().splitlines():
+        body = json.loads(line)
+        for begin, end in leases[body["run_id"]]:
+            if begin <= body["begin"] and body["end"] <= end:
+                changes += [(body["begin"], 1, body["run_id"]), (body["end"], -1, body["run_id"])]
+    assert {run_id for *_, run_id in changes} == leases.keys()
+    bodies: Counter[str] = Counter()
+    for at, change, run_id in sorted(changes):
+        bodies[run_id] += change
+        yield at, sum(count > 0 for count in bodies.values())
+
+
 LEASES_NOW = (
     "SELECT count(*) FILTER (WHERE begins) - count(*) FILTER (WHERE NOT begins) FROM lease_log"
 )
@@ -71,9 +111,9 @@ def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_fr
     postgres.execute(LOG.encode())
     rng, pause = random.Random(21), threading.Event()
     relays = [beatless.relay_process(APP) for _ in range(2)]
-    workers = [beatless.worker_process(APP, concurrency=PROCESSES) for _ in range(2)]
-    go = tmp_path / "go"
-    requests = [RunRequest(plan="limited", input={"go": str(go)})] * RUNS
+    workers = [beatless.worker_process(APP, concurrency=PROCESSES) for _ in range(WORKERS)]
+    go, ledger = tmp_path / "go", tmp_path / "ledger"
+    requests = [RunRequest(plan="limited", input={"go": str(go), "ledger": str(ledger)})] * RUNS
     runs = beatless.client.start_runs(requests[: RUNS // 2])
     runs += [beatless.client.start_run(each.plan, each.input) for each in requests[RUNS // 2 :]]
 
@@ -99,8 +139,14 @@ def test_a_limit_is_reached_and_never_passed_while_workers_and_relays_die_and_fr
     for run in runs:
         beatless.wait_for_run_completion(run.run_id, timeout=300)
 
-    log = postgres.execute("SELECT run_id, begins FROM lease_log ORDER BY id").fetchall()
-    assert max(leases_at_once(log)) == limited.AT_ONCE
+    log = postgres.execute("SELECT run_id, begins, at FROM lease_log ORDER BY id").fetchall()
+    counts = leases_at_once([(run_id, begins) for run_id, begins, _ in log])
+    assert max(counts) == limited.AT_ONCE
+    bodies = list(bodies_at_once(ledger, leases_of(log)))
+    most = max(now for _, now in bodies)
+    assert most <= limited.AT_ONCE
+    rate = RUNS / (bodies[-1][0] - bodies[0][0])
+    sys.stderr.write(f"{RUNS} runs, {FAULTS} faults: at most {most} at once, {rate:.0f} a second\n")
     assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
     assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
     beatless.verify()
