@@ -538,6 +538,33 @@ BUGS = {
         "        while self._open:\n",
         "        while self._open and all(call.error is None for call in self._calls.values()):\n",
     ),
+    "a slot is not freed": Bug(
+        "jobs/migrations/versions/0018_limits.pre.sql",
+        "WHEN (OLD.limits IS NOT NULL AND OLD.state <> NEW.state\n"
+        "        AND (OLD.state = 'running' OR NEW.finished_at IS NOT NULL))",
+        "WHEN (OLD.limits IS NOT NULL AND OLD.state <> NEW.state\n"
+        "        AND NEW.state = 'completed' AND OLD.attempt = 1)",
+    ),
+    "a slot is freed twice": Bug(
+        "jobs/migrations/versions/0025_kept_slots.pre.sql",
+        "DELETE FROM limit_slots s WHERE s.limit_id = each.limit_id AND s.n = each.n;\n",
+        "DELETE FROM limit_slots s\n"
+        "     WHERE s.limit_id = each.limit_id AND s.n IN (each.n, 3 - each.n);\n",
+    ),
+    "a limit is read before the lock": Bug(
+        "jobs/migrations/versions/0025_kept_slots.pre.sql",
+        "SELECT c.n INTO place FROM generate_series(1, each.at_once) c(n)\n"
+        "         WHERE NOT EXISTS (SELECT FROM limit_slots s"
+        " WHERE s.limit_id = each.id AND s.n = c.n)\n",
+        "SELECT c.n INTO place FROM (SELECT 1 + floor(random() * 1000000)::int AS n) c\n"
+        "         WHERE (SELECT count(*) FROM limit_slots s"
+        " WHERE s.limit_id = each.id) < each.at_once\n",
+    ),
+    "a group that has had a turn is passed by": Bug(
+        "jobs/migrations/versions/0023_age_after.pre.sql",
+        "      FROM lane l CROSS JOIN LATERAL (\n",
+        "      FROM (SELECT * FROM lane WHERE lane.finish IS NULL) l CROSS JOIN LATERAL (\n",
+    ),
     "a debounce loses the last input": Bug(
         "orchestrator/duplicates.sql",
         "SET input = %(input)s::jsonb, default_input",

@@ -33,7 +33,10 @@ FAR_S = 0.03
 """Requests of the API and of viewers beside it reach Redis so much later, as from far away."""
 REDISPATCH_S = 2.0
 GRACE_S = 5.0
-QUEUES = ("default", "calm")
+SHARED = "shared"
+"""The queue whose runs have groups: in the others workers claim further runs by themselves."""
+
+QUEUES = ("default", "calm", SHARED)
 PATIENCE_S = 120.0
 UNATTENDED = "nobody"
 """A queue that no worker consumes."""

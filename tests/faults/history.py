@@ -40,6 +40,7 @@ host. `kind` says what a record is:
 | | `retry_of`, `attended`: there are workers for its queue; of a child `parent_id`, `child_no`, |
 | | `detached`; of a tick `schedule`, `tick`; with a `dedupe_key` the `number` of its input |
 | `event` | `run_id`, `seq`, `ts`, `type`, `step`, `attempt`, `data`, `text`: as stored |
+| `slot` | `limit_id`, `run_id`: a slot of a limit that is held, of the moment of `run` |
 | `scheduled` | `name`, `every_s`, `first` (its first tick): a schedule was stored |
 | `schedule` | `name`, `state`, `reason`, `last_tick`, `until` (from then on it was paused) |
 | `outbox` | `rows`: what was left when all was over; without it the history is a part of one |
@@ -93,6 +94,7 @@ class History:
         self.events = self._by_run(by_kind["event"], "seq")
         self.effects = self._by_run(by_kind["effect"])
         self.rows = self._by_run(by_kind["row"])
+        self.slots = by_kind["slot"]
         self.log = self._by_run(by_kind["log"], "id")
         self.written = {
             (record["run_id"], event.get("seq")): event.get("statement_at", NEVER)

@@ -1,4 +1,4 @@
-"""The rule of limits: never more leases at once than a plan lets have one."""
+"""Rules of limits: never more leases at once than a plan lets have one, and no slot without one."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -37,4 +37,17 @@ def leases_are_within_limits(history: History) -> Iterator[Violation]:
                 yield Violation("I14", run_id, f"{held} slots of {plan} at {at:.3f}, not {most}")
 
 
-RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (leases_are_within_limits,)
+def slots_are_of_leases(history: History) -> Iterator[Violation]:
+    """The commit that ends a lease frees its slots."""
+    for slot in history.slots:
+        run = history.runs.get(slot["run_id"], {"state": "gone", "plan": None})
+        kept = run["state"] == "queued" and history.plan(run).get("kept")
+        if run["state"] != "running" and not kept:
+            told = f"is {run['state']}, and holds a slot of {slot['limit_id']}"
+            yield Violation("I14", slot["run_id"], told)
+
+
+RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
+    leases_are_within_limits,
+    slots_are_of_leases,
+)

@@ -23,7 +23,7 @@ from beatless.outbox.message import one_line
 from beatless.settings import engine_url
 from tests.faults import duplicates
 from tests.faults.browser import Frame, frames_of
-from tests.faults.fleet import LEASE_S, UNATTENDED, Fleet
+from tests.faults.fleet import LEASE_S, SHARED, UNATTENDED, Fleet
 from tests.faults.plans import WAITED
 from tests.faults.recorder import Recorder, text_of
 from tests.faults.senders import RolledBack, Senders
@@ -36,6 +36,10 @@ SCHEDULED_DEADLINE_S = 2.0
 AT_ONCE = Backoff(initial=0.01, cap=0.3)
 SHOWN_S = 300.0
 """A viewer that has got no end after this time is left behind: a violation, unless told to go."""
+
+
+AGE_AFTER_S = 2.0
+"""Runs with groups that wait for longer come before those of a higher priority."""
 
 
 class TooLate(Exception):
@@ -97,6 +101,7 @@ class Load:
             ("pause", self._called(self._pause), 2.0),
             *((f"view-{n}", self._view, 0.05) for n in range(6)),
         ]
+        self.fleet.app.client.set_age_after(SHARED, AGE_AFTER_S)
         self._schedule()
         for name, act, every in work:
             chance = random.Random(f"{self.seed}/{name}")
@@ -195,6 +200,10 @@ class Load:
             self.start([self.brief(chance, queue) for _ in range(8)], chance)
         elif chance.random() < 0.03:
             self.start(duplicates.batch(chance), chance)
+        elif chance.random() < 0.04:
+            self.start(self._of_groups(chance), chance)
+        elif chance.random() < 0.04:
+            self.start(self._due_together(chance), chance)
         else:
             self.start([self.wish(chance)], chance)
 
@@ -257,6 +266,20 @@ class Load:
         failures = chance.choice([0, 0, 0, 1, 2, 4])
         given = {"failures": failures, "seconds": 0.5 if chance.random() < 0.08 else 0}
         return {"plan": "brief", "queue": queue, "input": given}
+
+    def _of_groups(self, chance: random.Random) -> list[dict[str, Any]]:
+        """Runs of one queue whose groups, or none, take turns."""
+        return [
+            self.brief(chance, SHARED)
+            | {"group": chance.choice([None, "a", "b", "c"]), "priority": chance.randrange(3)}
+            for _ in range(8)
+        ]
+
+    def _due_together(self, chance: random.Random) -> list[dict[str, Any]]:
+        """More runs of a limit than it lets run, which no start has kept apart."""
+        delay = round(chance.uniform(0.2, 2), 2)
+        given = {"seconds": chance.choice([0.02, 0.3])}
+        return [{"plan": "limited", "delay": delay, "input": given} for _ in range(6)]
 
     def wish(self, chance: random.Random) -> dict[str, Any]:
         if self._keyed and chance.random() < 0.05:

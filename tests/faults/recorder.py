@@ -127,6 +127,8 @@ UNION ALL
 SELECT 'event', jsonb_build_object('run_id', run_id, 'seq', seq, 'ts', extract(epoch FROM ts),
   'ms', (date_part('epoch', ts) * 1000)::bigint, 'type', type, 'v', v, 'source', source,
   'step', step, 'attempt', attempt, 'data', data) FROM run_events
+UNION ALL
+SELECT 'slot', jsonb_build_object('limit_id', limit_id, 'run_id', run_id) FROM limit_slots
 UNION ALL SELECT 'log', to_jsonb(l) FROM chaos_log l
 UNION ALL SELECT 'look', to_jsonb(k) FROM chaos_looks k
 UNION ALL SELECT 'row', to_jsonb(r) FROM chaos_rows r

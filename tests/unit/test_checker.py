@@ -386,6 +386,10 @@ LIES: dict[str, tuple[str, Lie]] = {
         "I11",
         change({"kind": "event", "run_id": "r", "seq": 4}, data={"result": {"call": "a1"}}),
     ),
+    "a slot of a run that has ended": (
+        "I14",
+        add({"kind": "slot", "limit_id": "lim", "run_id": "l1"}),
+    ),
     "two leases where a limit lets have one": ("I14", add(*held("l3", 93, 120.5, 121.05))),
     "two runs where one keeps its slot": (
         "I14",
