@@ -86,7 +86,9 @@ class BaseClient:
         >>> client.get_run(run.run_id).state.value
         'queued'
         """
-        return self._in_transaction(connection, lambda caller: self._get(caller, run_id))
+        return self._in_transaction(
+            connection, lambda caller: self._get(caller, run_id), each_statement=True
+        )
 
     async def aget_run(self, run_id: str, *, connection: AsyncCaller | None = None) -> Run:
         """`get_run` in your asynchronous transaction: see `astart_run`."""
@@ -147,7 +149,7 @@ class BaseClient:
         """Act on the caller's connection, or on one of ours, in a transaction of its own.
 
         `by_driver` is for an act that does nothing but `execute`, which is faster so. Of such an
-        act `each_statement` commits each on one of ours, if it writes in one statement.
+        act `each_statement` commits each on one of ours, if it reads or writes in one statement.
         Everything here can be repeated: a start has its run id, a cancel is stored once.
         """
         if given is not None:
