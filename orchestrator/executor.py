@@ -496,12 +496,12 @@ class RunDriver:
     def _limited(self, request: RunBody) -> Attempt:
         """The attempt as the watchdog sees it."""
         step = request.step
-        ends_at = None if step.timeout is None else monotonic() + step.timeout
-        late: Exception = StepTimeout(request.occurrence, step.timeout or 0.0)
-        deadline = None if request.compensating else self._lease.deadline
-        if deadline is not None and (ends_at is None or deadline < ends_at):
-            ends_at, late = deadline, DeadlineExceeded(self._run_id)
-
+        ends: list[tuple[float, Exception]] = []
+        if step.timeout is not None:
+            ends.append((monotonic() + step.timeout, StepTimeout(request.occurrence, step.timeout)))
+        if self._lease.deadline is not None and not request.compensating:
+            ends.append((self._lease.deadline, DeadlineExceeded(self._run_id)))
+        ends_at, late = min(ends, key=lambda end: end[0], default=(None, None))
         return Attempt(
             lease=self._lease,
             ends_at=ends_at,

@@ -53,7 +53,7 @@ class Attempt:
     lease: Lease
     ends_at: float | None
     """By the monotonic clock."""
-    late: Exception
+    late: Exception | None
     """The reason for ending it then."""
     terminate_on_cancel: bool
     interruptible: bool
@@ -265,7 +265,7 @@ class Watchdog:
     def _attend(self, attempt: Attempt) -> None:
         now = monotonic()
         if attempt.reason is None:
-            if attempt.ends_at is not None and attempt.ends_at <= now:
+            if attempt.late is not None and attempt.ends_at is not None and attempt.ends_at <= now:
                 self._interrupt(attempt, attempt.late)
             else:
                 attempt.check_at = now + CANCEL_CHECK_INTERVAL_S
