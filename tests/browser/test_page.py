@@ -415,3 +415,12 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(
     beatless.work_until_idle()
     expect(page.locator("#state")).to_have_text("completed")
     assert seqs(page) == [event.seq for event in beatless.client.events(run_id)]
+
+
+def test_the_filters_of_runs_stand_in_one_line(url: str, open_page: Opener) -> None:
+    page = open_page(viewport={"width": 1000, "height": 700})
+    page.goto(url)
+    expect(page.locator("#tag")).to_be_visible()
+    boxes = [page.locator(f"#{name}").bounding_box() for name in ("plan", "queue", "tag")]
+    middles = [round(box["y"] + box["height"] / 2) for box in boxes]
+    assert max(middles) - min(middles) <= 2
