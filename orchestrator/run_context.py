@@ -29,7 +29,7 @@ from beatless.orchestrator.waits import approve, seconds_of_wait, sleep_of, wait
 Input = TypeVar("Input")
 
 ALL_ARE_AWAITED = (
-    "so are run.step(…), run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and "
+    "also for run.step(…), run.wait(…), run.approve(…), run.sleep(…), run.child(…), run.map(…) and "
     "the result() of a child, or give the calls to asyncio.gather"
 )
 
@@ -476,7 +476,7 @@ class AsyncRunContext(RunContext[Input]):
         return PlanError(
             f"plan {self._replay.plan.name}: {written}{called} in line {line} of {Path(file).name} "
             "was not awaited, or not before the use of its result: write await "
-            f"{'child.result()' if call == 'result' else written}; {ALL_ARE_AWAITED}"
+            f"{'child.result()' if call == 'result' else written}, {ALL_ARE_AWAITED}"
         )
 
 

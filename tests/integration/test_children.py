@@ -978,4 +978,4 @@ def test_the_result_of_a_child_that_is_not_awaited_is_named_with_its_line(beatle
         f"plan forgets: the result() of a child in line {line} of test_children.py was not awaited"
     )
     assert told in error["message"]
-    assert "write await child.result();" in error["message"]
+    assert "write await child.result(), also for run.step(…)," in error["message"]
