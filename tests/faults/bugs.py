@@ -61,8 +61,8 @@ BUGS = {
     ),
     "a claim keeps the token": Bug(
         "orchestrator/lease.sql",
-        "attempt = attempt + 1, lease_token = %(token)s,",
-        "attempt = attempt + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),",
+        "2147483646) + 1, lease_token = %(token)s,",
+        "2147483646) + 1, lease_token = greatest(lease_token, least(%(token)s, 7)),",
     ),
     "a lease is taken from a worker that lives": Bug(
         "orchestrator/lease.sql",
