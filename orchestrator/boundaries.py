@@ -320,18 +320,8 @@ class Boundaries:
         return self._ended(RunState.FAILED, events, _facts_of(DeadlineExceeded(self._run_id)))
 
     def broken(self, error: BaseException, events: Sequence[NewEvent]) -> Settlement:
-        """The function of a plan, or for the inputs of children, has raised: the run has failed.
-
-        To describe it never raises.
-        """
-        if type(error) is StepFailed:
-            facts = {"type": error.type, "message": error.message, "step": error.step}
-        elif type(error) is ChildFailed:
-            facts = {"type": "ChildFailed", "message": str(error), "child": error.run_id}
-        else:
-            facts = describe(error, "")
-            del facts["step"]
-        return self._ended(RunState.FAILED, events, facts)
+        """The function of a plan, or for the inputs of children, has raised: the run has failed."""
+        return self._ended(RunState.FAILED, events, _facts_of_broken(error))
 
     # The run is cancelled, or its worker stops
 
@@ -511,6 +501,17 @@ class Boundaries:
 
 def _facts_of(error: Exception) -> Facts:
     return {"type": type(error).__name__, "message": str(error)}
+
+
+def _facts_of_broken(error: BaseException) -> Facts:
+    """Never raises, whatever the error is."""
+    if type(error) is StepFailed:
+        return {"type": error.type, "message": error.message, "step": error.step}
+    if type(error) is ChildFailed:
+        return {"type": "ChildFailed", "message": str(error), "child": error.run_id}
+    facts = describe(error, "")
+    del facts["step"]
+    return facts
 
 
 def _last_attempt(progress: Progress) -> Progress:
