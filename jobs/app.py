@@ -160,7 +160,7 @@ class App:
             names = [plan.name for plan in plans]
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"two plans are called {', '.join(twice)}")
-        check_kinds((plan.name, limit) for plan in plans for limit in plan.limits)
+        check_kinds((plan.name, limit) for plan in plans for limit in plan.all_limits)
         for plan in plans:
             if isinstance(plan, FunctionPlan):
                 plan.check_children(self.plans)

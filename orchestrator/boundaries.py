@@ -347,14 +347,14 @@ class Boundaries:
         """The attempt has begun and its body has not: its process is busy with another run."""
         return self._uncounted(progress, "busy")
 
-    def unknown(
+    def released(
         self,
         progress: Progress,
         delay_s: float,
         reason: str = UNKNOWN_STEP,
         before: Sequence[NewEvent] = (),
     ) -> Settlement:
-        """The run stands at a step that this version of the plan lacks, or calls differently."""
+        """The run stands at a step without a slot, or that this version of the plan lacks."""
         return self._given_back(progress, reason, before, delay_s)
 
     # The transaction broke

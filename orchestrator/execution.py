@@ -19,21 +19,24 @@ from typing import Any
 
 from beatless.orchestrator import long_history
 from beatless.orchestrator.boundaries import MAX_LOSSES, Boundaries, Conclusion
-from beatless.orchestrator.errors import RunCancelled, WorkerStops
+from beatless.orchestrator.errors import BadPayload, RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored, is_unreadable
 from beatless.orchestrator.lease import Lease
+from beatless.orchestrator.limit import RunLimit, limits_of
 from beatless.orchestrator.odd_events import OddRow, Unread, UnreadableEvent, folded
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress, UnknownStep, fold
-from beatless.orchestrator.records import CheckpointPage
+from beatless.orchestrator.records import CheckpointPage, Run
 from beatless.orchestrator.requests import (
     Cancelled,
     Commit,
     CommitFailed,
     CommitIfQuiet,
     Committed,
+    CommitWithSlots,
     HandedBack,
+    NoSlot,
     Part,
     Raised,
     ReadJournal,
@@ -48,7 +51,7 @@ from beatless.orchestrator.requests import (
     TransactionLost,
     Unstorable,
 )
-from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.settlement import NEVER_S, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.waits import Wait
 
@@ -170,9 +173,38 @@ class Execution:
         if progress.is_deadly(progress.step.retry.max_crashes):
             yield from self._settle(self._boundaries.crashed(progress))
             return None
+        if progress.step.limits or self._lease.limited_step:
+            return (yield from self._begin_limited(progress, progress.step, before))
         progress.starts += 1
         started = yield from self._settle(self._boundaries.started(progress, before))
         return None if started.cancelled and not progress.compensating else progress
+
+    def _begin_limited(self, progress: Progress, step: Step, before: Sequence[NewEvent]) -> Part:
+        """Start an attempt with the slots of its limits; without one the run waits for it."""
+        try:
+            limits = _limits_of(self._lease.run, progress, step)
+        except BadPayload as error:
+            yield from self._settle(self._boundaries.broken(error, before))
+            return None
+        parked = self._boundaries.released(progress, NEVER_S, "limit", before)
+        progress.starts += 1
+        reply: Committed | NoSlot | Unstorable = yield CommitWithSlots(
+            settlement=self._boundaries.started(progress, before), limits=limits, parked=parked
+        )
+        if isinstance(reply, Unstorable):
+            raise reply
+        if isinstance(reply, NoSlot):
+            logger.info(
+                "run waits for a limit of its next step",
+                extra={
+                    "action": "limited",
+                    "run_id": self._run_id,
+                    "step": progress.occurrence,
+                    "limit": reply.limit,
+                },
+            )
+            return None
+        return None if reply.cancelled and not progress.compensating else progress
 
     def _begin_wait(self, progress: Progress, wait: Wait, before: Sequence[NewEvent]) -> Part:
         """Begin the wait at which the run is, unless it has begun."""
@@ -242,7 +274,7 @@ class Execution:
         progress.go_on(following)
         if isinstance(following, Wait):
             progress.begin_wait(following, begun.last_seq)
-        else:
+        elif following is None or not following.limits:
             progress.starts = 1
 
     def _released(
@@ -266,10 +298,12 @@ class Execution:
                 "reason": reason,
             },
         )
-        return self._boundaries.unknown(progress, delay, action, before)
+        return self._boundaries.released(progress, delay, action, before)
 
     def _take_storable_step(self, progress: Progress, step: Step) -> Part:
-        """`_take_step`, for any outcome or failure."""
+        """`_take_step`, for any outcome or failure; or begin it, if the last commit did not."""
+        if not progress.starts:
+            return (yield from self._begin_attempt(progress))
         try:
             return (yield from self._take_step(progress, step))
         except Unstorable as error:
@@ -424,3 +458,10 @@ class Execution:
         if isinstance(reply, Unstorable):
             raise reply
         return reply
+
+
+def _limits_of(run: Run, progress: Progress, step: Step) -> Sequence[RunLimit]:
+    """The limits of a step of a run, with those of its namespace. Raises BadPayload."""
+    namespace, mark, _ = run.run_id.rpartition("~")
+    prefix = f"{namespace}{mark}"
+    return limits_of(step.limits, run.input, prefix=prefix, step=progress.occurrence)

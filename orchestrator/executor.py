@@ -1,4 +1,7 @@
-"""Executes runs, one at a time: claims each, and performs the requests of its `Execution`."""
+"""Executes runs, one at a time: claims each, and performs the requests of its `Execution`.
+
+Long, because each kind of request is performed here.
+"""
 
 import logging
 import threading
@@ -26,7 +29,7 @@ from beatless.orchestrator.executions import requests_of
 from beatless.orchestrator.heartbeat import Heartbeat
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Connection, Lease, Leases
-from beatless.orchestrator.leased_writer import LeasedWriter
+from beatless.orchestrator.limited_writer import LimitedWriter
 from beatless.orchestrator.loop_thread import LoopThread
 from beatless.orchestrator.observer import Claimed, NotClaimed, StepCommitted, TakenOver
 from beatless.orchestrator.output_thread import OutputThread
@@ -42,6 +45,7 @@ from beatless.orchestrator.requests import (
     CommitFailed,
     CommitIfQuiet,
     Committed,
+    CommitWithSlots,
     EndBody,
     HandedBack,
     Raised,
@@ -270,7 +274,7 @@ class RunDriver:
         self._report = RunReport(
             plan, lease, observer=executor.observer, shown_error=executor.shown_error
         )
-        self._writer = LeasedWriter(
+        self._writer = LimitedWriter(
             lease,
             journal=executor.journal,
             children=executor.children,
@@ -335,6 +339,8 @@ class RunDriver:
                 return (yield from self._commit(request))
             case CommitIfQuiet():
                 return self._executor.aside(lambda: self._commit_if_quiet(request))
+            case CommitWithSlots():
+                return self._executor.aside(lambda: self._writer.begin_step(request))
             case AwaitBody(timeout_s=timeout_s):
                 return self._bodies.await_one(timeout_s)
             case EndBody(occurrence=occurrence):
@@ -376,7 +382,8 @@ class RunDriver:
         if beside:
             executor.faults.reach("beside.before")
         # While bodies run they write too, and each write must know of the one before: no proposal.
-        answer = None if self._bodies.running else (yield writer.proposal(settlement))
+        alone = self._bodies.running or self._lease.limited_step
+        answer = None if alone else (yield writer.proposal(settlement))
         if isinstance(answer, Appended):
             writer.confirm(settlement, answer)
             appended = answer

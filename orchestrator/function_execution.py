@@ -42,6 +42,7 @@ from beatless.orchestrator.replay import (
     Replay,
     Several,
     departure,
+    limited_beside,
     refused_input,
 )
 from beatless.orchestrator.requests import (
@@ -221,6 +222,10 @@ class FunctionExecution(Execution):
             raise self._replay.unread
         if isinstance(said, Call | Several) and self._events >= long_history.MAX_EVENTS:
             return Broken(HistoryTooLong(of_function=True))
+        if isinstance(said, Several):
+            for call in said.calls:
+                if _is_limited(call):
+                    return Broken(limited_beside(self._plan.name, call.named))
         return said
 
     @property
@@ -404,7 +409,7 @@ class FunctionExecution(Execution):
                 return self._boundaries.alone(progress, outcome, self._values(), said.calls[0])
             case Call() if self._stopping() or (is_step and self._steps_left == 1):
                 return self._boundaries.promised(progress, outcome, self._values(), said)
-            case Call() if isinstance(said.step, ChildCall):
+            case Call() if isinstance(said.step, ChildCall) or _is_limited(said):
                 values = self._values()
                 self._last_seq += 1 + len(values)
                 return self._boundaries.alone(progress, outcome, values, said)
@@ -456,3 +461,8 @@ class FunctionExecution(Execution):
         if isinstance(place.step, Wait) and not isinstance(place.step, ChildCall):
             place.begin_wait(place.step, end.last_seq)
         return place
+
+
+def _is_limited(call: Call) -> bool:
+    """Whether it is a step with limits: it begins in a commit of its own, with its slots."""
+    return isinstance(call.step, Step) and bool(call.step.limits)

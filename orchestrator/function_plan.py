@@ -51,7 +51,7 @@ class FunctionPlan(Plan):
             )
         self.name = name
         self.queue = queue
-        self.limits = checked_limits(name, limits)
+        self.limits = checked_limits(f"plan {name}", limits)
         self.function = function
         self.is_async = _check_function(name, function)
         self.number = version

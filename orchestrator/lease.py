@@ -6,6 +6,7 @@ seen again, not even after a failover that lost the claim it was drawn for. All 
 server's.
 """
 
+import json
 import logging
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import psycopg
 
 from beatless.orchestrator.inbox import Inbox
+from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.options import OPTION_SQL
 from beatless.orchestrator.progress import GIVEN_BACK, SUSPECT, UNCOUNTED
 from beatless.orchestrator.records import Run
@@ -23,7 +25,7 @@ from beatless.orchestrator.state import RunState
 from beatless.outbox.clock import monotonic
 from beatless.outbox.message import UNREADABLE, shard_of
 from beatless.outbox.pending import prepare_anew
-from beatless.outbox.queries import execute
+from beatless.outbox.queries import Caller, execute
 from beatless.outbox.statements import statements
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Lease:
     """Whether the input of the run is JSON that was written with SQL, and that nobody can read."""
     begun: bool = False
     """Whether the claim has started the first step, as it does for a run that was never claimed."""
+    limited_step: bool = False
+    """Whether the run has the limits of a step, which is to be begun or has begun."""
     trace_context: Mapping[str, str] | None = None
     """Of the trace that the run was started in: `traceparent`, as W3C Trace Context has it."""
     claimed_at: float = field(default_factory=monotonic)
@@ -239,6 +243,24 @@ class Leases:
             return []
         return [_lease(row) for rows in claimed for row in rows.fetchall()]
 
+    def take_slots_of_step(
+        self, connection: Connection, lease: Lease, limits: Sequence[RunLimit]
+    ) -> str | None:
+        """Take the slots of a step's limits, and a token of each rate; the limit that has none.
+
+        None also if the lease is gone, which a settlement in the same transaction finds out. With
+        one that has none, the lease is to end in it: see the function of this name.
+        """
+        given = json.dumps([each.to_dict() for each in limits])
+        parameters = {"run_id": lease.run.run_id, "token": lease.token, "limits": given}
+        ((missing,),) = execute(connection, self.sql["take_slots_of_step"], parameters)
+        return None if missing is None else str(missing)
+
+    def free_slots_of_step(self, caller: Caller, lease: Lease, *, ends: bool) -> None:
+        """Give back those of a step that `ends` here, or of a run that is cancelled."""
+        parameters = {"run_id": lease.run.run_id, "token": lease.token, "ends": ends}
+        execute(caller, self.sql["free_slots_of_step"], parameters)
+
     def extend(self, connection: Connection, leases: Sequence[Lease]) -> list[Lease]:
         """Keep leases for their full time from now; those that were not kept.
 
@@ -385,7 +407,7 @@ def new_token() -> int:
 
 def _lease(claimed: Sequence[Any]) -> Lease:
     """Of a row of a claim."""
-    *row, ran_out, token, left, waited, age, trace_context, begun, _ = claimed
+    *row, ran_out, token, left, waited, age, trace_context, limited_step, begun, _ = claimed
     run = Run.from_row(row)
     return Lease(
         run=run,
@@ -398,6 +420,7 @@ def _lease(claimed: Sequence[Any]) -> Lease:
         ran_out=ran_out,
         unreadable=run.input == UNREADABLE,
         begun=begun,
+        limited_step=limited_step,
     )
 
 

@@ -34,7 +34,8 @@ AND (deadline_at IS NULL OR deadline_at > clock_timestamp())
 extract(epoch FROM r.deadline_at - clock_timestamp())::float8,
 extract(epoch FROM clock_timestamp()
   - coalesce(was_due, CASE WHEN attempt = 1 THEN created_at END))::float8,
-extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context
+extract(epoch FROM clock_timestamp() - started_at)::float8, r.trace_context,
+coalesce(jsonb_path_exists(r.limits, '$[*].step'), false)
 
 -- name: claim
 -- Take the lease of a run that waits and is due, or whose lease has run out.
@@ -266,3 +267,13 @@ SELECT r.lease_token, r.last_seq, r.cancel_requested_at IS NOT NULL, r.state,
        EXISTS (SELECT FROM {schema}.run_events e WHERE e.run_id = r.run_id AND e.seq > %(after)s
                                               AND e.source = 'worker')
   FROM {schema}.runs r WHERE r.run_id = %(run_id)s
+
+-- name: take_slots_of_step
+-- Take the slots and tokens of the limits of a step that begins; the limit that has none.
+SELECT {schema}.take_slots_of_step(%(run_id)s::text, %(token)s::bigint, %(limits)s::jsonb)
+
+-- name: free_slots_of_step
+-- Give back those of a step that ends with this transaction, or does as its run is cancelled.
+UPDATE {schema}.runs SET limits = {schema}.limits_of_plan(limits)
+ WHERE run_id = %(run_id)s AND lease_token = %(token)s AND state = 'running'
+   AND (%(ends)s OR cancel_requested_at IS NOT NULL)

@@ -1,7 +1,7 @@
 """The declaration of a limit, and its key for one run. No I/O."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -110,12 +110,15 @@ class Limit:
         held = f", hold={self.hold!r}" if self.hold else ""
         return f"Limit({self.name!r}, {how}{held})"
 
-    def key_of(self, input: Any) -> str:
-        """The key of a run with this input, as JSON. Raises BadPayload, naming the limit."""
+    def key_of(self, *given: Any, **named: Any) -> str:
+        """The key of a run with this input, as JSON, or of a call of a step with these arguments.
+
+        Raises BadPayload, naming the limit.
+        """
         if not callable(self.key):
             return self.key or ""
         try:
-            found = self.key(input)
+            found = self.key(*given, **named)
         except Exception as error:
             raise BadPayload(
                 f"the key of limit {self.name}",
@@ -166,23 +169,21 @@ def _is_key(found: object) -> bool:
     return type(found) is int and abs(found) < 2**63
 
 
-def checked_limits(plan: str, limits: Iterable[Limit] | None) -> tuple[Limit, ...]:
-    """The limits of a plan. Raises PlanError, naming it."""
+def checked_limits(where: str, limits: Iterable[Limit] | None) -> tuple[Limit, ...]:
+    """The limits of a plan or step, which is named by `where`. Raises PlanError."""
     found: Any = () if limits is None else limits
     if isinstance(found, str | Limit) or not isinstance(found, Iterable):
         raise PlanError(
-            f'plan {plan}: limits is {found!r:.200}; give a list: limits=[Limit("llm", at_once=10)]'
+            f'{where}: limits is {found!r:.200}; give a list: limits=[Limit("llm", at_once=10)]'
         )
     given = tuple(found)
     for each in given:
         if not isinstance(each, Limit):
-            raise PlanError(
-                f'plan {plan}: {each!r:.200} is no limit; give Limit("llm", at_once=10)'
-            )
+            raise PlanError(f'{where}: {each!r:.200} is no limit; give Limit("llm", at_once=10)')
     if len({each.name for each in given}) < len(given):
-        raise PlanError(f"plan {plan} has two limits of one name: give one another name")
+        raise PlanError(f"{where} has two limits of one name: give one another name")
     if len(given) > MAX_LIMITS:
-        raise PlanError(f"plan {plan} has {len(given)} limits; {MAX_LIMITS} at most")
+        raise PlanError(f"{where} has {len(given)} limits; {MAX_LIMITS} at most")
     return given
 
 
@@ -205,6 +206,36 @@ def _kind(limit: Limit) -> str:
     return "at_once" if limit.rate is None else "a rate"
 
 
+def limits_of_step(step: str, limits: Iterable[Limit] | None) -> tuple[Limit, ...]:
+    """The limits of a step. Raises PlanError, naming it."""
+    found = checked_limits(f"step {step}", limits)
+    for each in found:
+        if each.hold is not None:
+            raise PlanError(
+                f"step {step}: limit {each.name} has hold={each.hold!r}, and a step keeps no slot "
+                "when it has ended: give the limit to the plan, or leave hold out"
+            )
+    return found
+
+
+def check_unlimited(where: str, limits: Sequence[Limit]) -> None:
+    """Raises PlanError for limits of a step that is called when its run is ending."""
+    if limits:
+        raise PlanError(
+            f"{where} has limits, and the end of a run waits for no slot: leave them out"
+        )
+
+
+def bound_limits(
+    limits: Sequence[Limit], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Limit, ...]:
+    """The limits of a step with their keys for a call with these arguments. Raises BadPayload."""
+    return tuple(
+        Limit(each.name, at_once=each.at_once, rate=each.rate, key=each.key_of(*args, **kwargs))
+        for each in limits
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLimit:
     """A limit of one run, as it is stored with it."""
@@ -216,25 +247,30 @@ class RunLimit:
     hold: str | None = None
     starts: int | None = None
     period_s: float | None = None
+    step: str | None = None
+    """The occurrence of the step that has it; None: it is the plan's."""
 
     def to_dict(self) -> dict[str, Any]:
         """The members that it has."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def limits_of(limits: Sequence[Limit], input: Any, *, prefix: str) -> tuple[RunLimit, ...]:
+def limits_of(
+    limits: Sequence[Limit], input: Any, *, prefix: str, step: str | None = None
+) -> tuple[RunLimit, ...]:
     """The limits of a run with this input, in the order in which they are taken.
 
-    `prefix` is that of the ids of its namespace. Raises BadPayload for an input without a key.
+    Or those of its `step`. `prefix` is that of the ids of its namespace. Raises BadPayload for an
+    input without a key.
     """
     if not limits:
         return ()
-    found = [_run_limit(each, f"{prefix}{each.name}:{each.key_of(input)}") for each in limits]
+    found = [_run_limit(each, f"{prefix}{each.name}:{each.key_of(input)}", step) for each in limits]
     return tuple(sorted(found, key=lambda each: each.id.encode()))
 
 
-def _run_limit(limit: Limit, id: str) -> RunLimit:
+def _run_limit(limit: Limit, id: str, step: str | None) -> RunLimit:
     if limit.rate is None:
-        return RunLimit(id=id, at_once=limit.at_once, hold=limit.hold)
+        return RunLimit(id=id, at_once=limit.at_once, hold=limit.hold, step=step)
     starts, period_s = starts_of(limit.rate)
-    return RunLimit(id=id, starts=starts, period_s=period_s)
+    return RunLimit(id=id, starts=starts, period_s=period_s, step=step)

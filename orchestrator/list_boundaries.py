@@ -1,4 +1,4 @@
-"""The commits of a run of a list of steps at elements that start children. Pure."""
+"""The commits of a run of a list of steps at children, and before steps with limits. Pure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from beatless.orchestrator.boundaries import Boundaries, Conclusion
 from beatless.orchestrator.child_calls import Children, failure_of
 from beatless.orchestrator.child_elements import ChildElement
 from beatless.orchestrator.events import NewEvent
-from beatless.orchestrator.plan import Element
+from beatless.orchestrator.plan import Element, Step
 from beatless.orchestrator.progress import Progress, following_name, known_step
 from beatless.orchestrator.settlement import Boundary, Settlement
 from beatless.orchestrator.state import RunState
@@ -59,7 +59,8 @@ class ListBoundaries(Boundaries):
     def _going_on(
         self, progress: Progress, finished: NewEvent, following: Element, visit: int
     ) -> Conclusion:
-        if not isinstance(following, ChildElement):
+        limited = isinstance(following, Step) and following.limits
+        if not (limited or isinstance(following, ChildElement)):
             return super()._going_on(progress, finished, following, visit)
         events: Sequence[NewEvent] = [finished]
         going_on = Boundary(events=events, state=RunState.RUNNING)

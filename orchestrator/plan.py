@@ -12,7 +12,7 @@ from beatless.orchestrator.celery_task import CeleryTask, call_task, is_celery_t
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.forms import Form, find_form
-from beatless.orchestrator.limit import Limit, checked_limits
+from beatless.orchestrator.limit import Limit, check_unlimited, checked_limits, limits_of_step
 from beatless.orchestrator.outcomes import STEP_NAME, Goto, PlanError
 from beatless.orchestrator.plan_options import checked_moved, checked_routes
 from beatless.orchestrator.retry import Retry
@@ -56,6 +56,7 @@ class Step:
     """The step that undoes this one when its run fails or is cancelled."""
     outcomes: frozenset[type] = frozenset()
     """Goto, Finish or Snooze, if the function is annotated to return nothing else."""
+    limits: tuple[Limit, ...] = ()
 
     @property
     def falls_through(self) -> bool:
@@ -93,6 +94,7 @@ def step(
     transactional: bool = False,
     terminate_on_cancel: bool = False,
     undo: Step | None = None,
+    limits: Iterable[Limit] | None = None,
 ) -> Callable[[Callable[..., Any]], Step]: ...
 
 
@@ -106,6 +108,7 @@ def step(
     transactional: bool = False,
     terminate_on_cancel: bool = False,
     undo: Step | None = None,
+    limits: Iterable[Limit] | None = None,
     **others: Any,
 ) -> Step | Callable[[Callable[..., Any]], Step]:
     """Make a function a step of plans. Its first argument is the StepContext.
@@ -119,8 +122,8 @@ def step(
     the run then fails or is cancelled; those of a run are called one by one, the last step first.
     A function that is `async def` gets an AsyncStepContext; it runs in an event loop that the
     process keeps, and is ended by a cancel of its task; if it is transactional, `ctx.connection` is
-    an AsyncConnection. Raises PlanError for a bad name, timeout or signature, and TypeError for
-    another option.
+    an AsyncConnection. A step with `limits` begins with a slot or token of each, or its run waits.
+    Raises PlanError for a bad name, timeout, signature or limit, and TypeError for another option.
 
     >>> from beatless import retry, step
     >>> @step
@@ -136,7 +139,7 @@ def step(
         raise TypeError(
             f"step has no option {', '.join(others)}: retry=retry(max_attempts=3) tries it again, "
             "the first attempt counts; it has: name, timeout, retry, transactional, "
-            "terminate_on_cancel, undo"
+            "terminate_on_cancel, undo, limits"
         )
 
     def decorate(function: Callable[..., Any]) -> Step:
@@ -169,6 +172,7 @@ def step(
             terminate_on_cancel=terminate_on_cancel,
             undo=undo,
             outcomes=outcomes_of(function),
+            limits=limits_of_step(label, limits),
         )
 
     return decorate if function is None else decorate(function)
@@ -183,6 +187,7 @@ def _check_undo(label: str, undo: Any) -> None:
             f"step {label}: its undo {undo.name} is called after the end of the others: it has no "
             "undo of its own, and no cancel ends it (terminate_on_cancel)"
         )
+    check_unlimited(f"step {label}: its undo {undo.name}", undo.limits)
     try:
         inspect.signature(undo.function).bind(None, None)
     except TypeError as error:
@@ -279,7 +284,7 @@ class Plan:
             raise PlanError(f"plan name {name!r:.200} must match {PLAN_NAME.pattern}")
         self.name = name
         self.queue = queue
-        self.limits = checked_limits(name, limits)
+        self.limits = checked_limits(f"plan {name}", limits)
         self.elements = _elements(name, steps)
         """Its steps and waits, in order."""
         self.steps = tuple(each for each in self.elements if isinstance(each, Step))
@@ -365,6 +370,7 @@ class Plan:
                 "it a name of its own"
             )
         step.check_arguments(f"plan {self.name}")
+        check_unlimited(f"plan {self.name}: its on_cancel step {step.name}", step.limits)
         if step.terminate_on_cancel:
             raise PlanError(
                 f"plan {self.name}: step {step.name} is called by a cancel and cannot also be "
@@ -488,9 +494,14 @@ class Plan:
 
     @property
     def first_step(self) -> str | None:
-        """The step that a claim begins; None before a wait, children, or a step with an undo."""
+        """The step that a claim begins; None before others, or one with an undo or limits."""
         first = self.first
-        return first.name if isinstance(first, Step) and first.undo is None else None
+        return first.name if isinstance(first, Step) and not (first.undo or first.limits) else None
+
+    @property
+    def all_limits(self) -> tuple[Limit, ...]:
+        """Its own, and those of the steps that are known."""
+        return (*self.limits, *(limit for step in self.steps for limit in step.limits))
 
     def get(self, name: str) -> Element | None:
         """The step of this name, now or formerly; None if another version of the plan has it."""

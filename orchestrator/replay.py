@@ -19,6 +19,7 @@ from beatless.orchestrator.failure import describe, line_of, text_of
 from beatless.orchestrator.forms import Form
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, StoredCall, result_of
+from beatless.orchestrator.limit import bound_limits
 from beatless.orchestrator.open_waits import Approval, Received, Signal
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Step, not_a_step, step_of
@@ -102,6 +103,15 @@ def departure(plan: FunctionPlan, stored_version: str, history: History) -> Mism
             f"{plan.number}"
         ),
         advice=f"deploy version {needed} of plan {plan.name}, or a higher one",
+    )
+
+
+def limited_beside(plan: str, named: str) -> PlanError:
+    """The error of a step with limits that is asked for while other calls are in hand."""
+    return PlanError(
+        f"plan {plan} asks for step {named}, which has limits, in a branch or beside one: a run "
+        "that waits for a slot leaves its worker, with all of its steps; ask for it alone, or "
+        "start children whose plan has the limits (run.map)"
     )
 
 
@@ -196,6 +206,8 @@ class Replay:
         """The answer of the history to a call. Raises PlanError, TypeError and BadPayload."""
         self._check(step, args, kwargs)
         name = self._named(step.name, id)
+        if step.limits and BRANCH.get(self.branch) is not self.branch:
+            raise limited_beside(self.plan.name, name)
         arguments = digest(step.name, args, kwargs) if id is None else None
         given = None if step.undo is None else as_json(step.name, args, kwargs)
         found = self._answer(
@@ -487,4 +499,8 @@ def _with_arguments(step: Step, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if not args and not kwargs:
         return step
     body = step.function
-    return replace(step, function=lambda context: body(context, *args, **kwargs))
+    return replace(
+        step,
+        function=lambda context: body(context, *args, **kwargs),
+        limits=bound_limits(step.limits, args, kwargs) if step.limits else (),
+    )

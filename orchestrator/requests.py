@@ -7,6 +7,7 @@ It yields requests and is sent their replies:
     Commit        → Committed, or Unstorable;
                     after Returned also Raised, TransactionLost or CommitFailed
     CommitIfQuiet → Committed, or Signalled
+    CommitWithSlots → Committed, NoSlot, or Unstorable
     Recover       → Recovered
     BeginBody     → None
     AwaitBody     → BodyEnded, or None after the time
@@ -23,6 +24,7 @@ from typing import Any, Self
 from beatless.orchestrator.boundaries import Conclusion, StepFailure
 from beatless.orchestrator.child_calls import ChildrenTurn, Tends
 from beatless.orchestrator.events import Event
+from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.plan import Step
 from beatless.orchestrator.progress import Progress
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
@@ -54,6 +56,17 @@ class CommitIfQuiet:
     waits: Sequence[int] = ()
     """The seqs of the open waits, when the run leaves the worker: it is due at the end of one."""
     tends: Sequence[Tends] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitWithSlots:
+    """Commit the start of a step with the slots of its limits, or have the run wait for one."""
+
+    settlement: Settlement
+    limits: Sequence[RunLimit]
+    """None: those of another step are given back."""
+    parked: Settlement
+    """Committed instead if a limit has no slot: the run leaves the worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +119,17 @@ class Recover:
     """Find out whether a commit in doubt happened, and keep it from happening later."""
 
 
-Request = ReadJournal | Commit | CommitIfQuiet | RunBody | BeginBody | AwaitBody | EndBody | Recover
+Request = (
+    ReadJournal
+    | Commit
+    | CommitIfQuiet
+    | CommitWithSlots
+    | RunBody
+    | BeginBody
+    | AwaitBody
+    | EndBody
+    | Recover
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +155,13 @@ class Signalled:
     """Their SignalReceived."""
     turns: Sequence[ChildrenTurn] = ()
     """Of the children that were to be tended, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoSlot:
+    """The run waits for a slot, or a token, of this limit, and is nobody's."""
+
+    limit: str
 
 
 class Unstorable(Exception):
@@ -212,6 +242,7 @@ Reply = (
     CheckpointPage
     | Committed
     | Signalled
+    | NoSlot
     | Unstorable
     | Returned
     | Raised

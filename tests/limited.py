@@ -31,6 +31,20 @@ def hold(ctx: StepContext) -> None:
             os.write(ledger.fileno(), json.dumps(line).encode() + b"\n")
 
 
+@step(limits=[Limit("narrow", at_once=2)])
+def narrow(ctx: StepContext) -> None:
+    """Takes a fiftieth of a second."""
+    threading.Event().wait(0.02)
+
+
+@step
+def brief(ctx: StepContext) -> None:
+    """Takes no time."""
+
+
+brief_after = step(name="brief_after")(brief.function)
+
+
 leaf = Plan("leaf", [hold], limits=[KEPT])
 
 app = App(
@@ -41,5 +55,6 @@ app = App(
         Plan("free", [hold]),
         Plan("kept", [hold, sleep(seconds=0.1), child("one", leaf)], limits=[KEPT]),
         leaf,
+        Plan("narrow", [brief, narrow, brief_after]),
     ],
 )

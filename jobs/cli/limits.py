@@ -59,7 +59,7 @@ def ls(env: Environment) -> None:
 def set_(env: Environment, name: str, at_once: int | None, rate: str | None) -> None:
     """Set what NAME lets run at once, or begin, whatever plans say, also after a deploy."""
     known = {state.name for state in env.client.limits()}
-    known.update(limit.name for plan in env.app.plans.values() for limit in plan.limits)
+    known.update(limit.name for plan in env.app.plans.values() for limit in plan.all_limits)
     env.client.set_limit(name, at_once, rate=rate)
     if name not in known:
         env.note(

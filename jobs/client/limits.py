@@ -48,7 +48,7 @@ class LimitCalls(BaseClient):
             found = [
                 each.rate
                 for plan in self._plans.values()
-                for each in plan.limits
+                for each in plan.all_limits
                 if each.name == name
             ]
             kinds = {each is not None for each in found} | statements.kinds(caller, stored)

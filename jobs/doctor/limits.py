@@ -18,7 +18,7 @@ MAX_NAMES = 5
 def limits(probe: Probe) -> Iterator[Verdict]:
     """Limits that are set without effect, slots that nothing frees, runs that wait for long."""
     sql = probe.sql(__file__, names=MAX_NAMES)
-    declared = {each.name: each for plan in probe.app.plans.values() for each in plan.limits}
+    declared = {each.name: each for plan in probe.app.plans.values() for each in plan.all_limits}
     useless = [
         f"{name} ({why})"
         for name, is_rate in probe.rows(sql["set"])

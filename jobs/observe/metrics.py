@@ -57,7 +57,7 @@ class Metrics:
             schema,
             plans=[plan.name for plan in plans],
             schedules=schedules,
-            limits=[each.name for plan in plans for each in plan.limits],
+            limits=[each.name for plan in plans for each in plan.all_limits],
             wanted=lambda: 0 in self.relay.shards,
         )
         self.relay.clock = self.postgres.now

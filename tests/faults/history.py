@@ -9,7 +9,7 @@ host. `kind` says what a record is:
 | | `name/outcome`, the start as "", the end as `END`), `cleanup` (may run after a cancel), |
 | | `retries`: of a step that fails, `error`, `attempts` and `delays_s` between them; |
 | | `at_once`: how many runs may have a lease at once, of a plan with a limit; `kept`: it is how |
-| | many may have begun and not ended |
+| | many may have begun and not ended; `step_at_once`: how many attempts of a step, by its name |
 | `call` | `op`, `begin`, `end`, `outcome` (`ok`, `failed`, `unknown`, `rolled_back`), and |
 | | of `start`: `run_id` (null: not known), `plan`, `key`, `delay_s`; with a dedupe key the |
 | | `number` of its input and `start`, its outcome as it was told; of `cancel`: `run_id`; |
@@ -145,7 +145,7 @@ class History:
                 due = due_after(event)
                 if due is not None and event["type"] in ("RunStarted", "InputReplaced"):
                     due = max(due, self.end_before(run))
-                of_a_limit = "at_once" in self.plan(run)
+                of_a_limit = "at_once" in self.plan(run) or self.plan(run).get("step_at_once")
                 if run["attended"] and not of_a_limit and due is not None and due < after:
                     yield "to go on", run_id, max(due, called if n == 0 else 0), after
                 heard = self.heard.get((run_id, event["seq"]), NEVER)

@@ -3,10 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
-from tests.faults.history import History, Violation
+from tests.faults.history import History, Record, Violation
 
 OF_A_LEASE = ("StepFinished", "StepFailed", "RunFinished")
 """The events with which the lease of a run of one step may end."""
+
+OF_AN_END = ("beatless.given_back", "beatless.connection_lost", "beatless.snoozed")
+"""The traces with which an attempt ends."""
 
 
 def leases_are_within_limits(history: History) -> Iterator[Violation]:
@@ -47,7 +50,36 @@ def slots_are_of_leases(history: History) -> Iterator[Violation]:
             yield Violation("I14", slot["run_id"], told)
 
 
+def attempts_are_within_limits(history: History) -> Iterator[Violation]:
+    """The start of a step with a limit has its slot, which is free after the event of its end."""
+    changes: dict[tuple[str, str], list[tuple[float, int, str]]] = defaultdict(list)
+    for run_id, run, events in history.each_run():
+        limited = history.plan(run).get("step_at_once", {})
+        begun: dict[str, float] = {}
+        for event in events if limited else ():
+            step = (event["step"] or "").partition("#")[0]
+            ends = [step] if step in begun and _ends_attempt(event) else []
+            for each in [*begun] if event["type"] == "RunFinished" else ends:
+                at = begun.pop(each)
+                changes[run["plan"], each] += [(at, 1, run_id), (event["ts"], -1, run_id)]
+            if event["type"] == "StepStarted" and step in limited:
+                begun[step] = event["ts"]
+    for (plan, step), found in changes.items():
+        held, most = 0, history.plans[plan]["step_at_once"][step]
+        for at, change, run_id in sorted(found):
+            held += change
+            if held > most:
+                yield Violation("I14", run_id, f"{held} slots of {step} at {at:.3f}, not {most}")
+
+
+def _ends_attempt(event: Record) -> bool:
+    if event["type"] == "DebugTrace":
+        return (event["data"] or {}).get("name") in OF_AN_END
+    return event["type"] in ("StepStarted", "StepFinished", "StepFailed")
+
+
 RULES: tuple[Callable[[History], Iterator[Violation]], ...] = (
     leases_are_within_limits,
     slots_are_of_leases,
+    attempts_are_within_limits,
 )

@@ -291,7 +291,7 @@ class Load:
         others = ["chain", "traced", "flaky", "stored", "stored", "snoozed", "cancelled"]
         others += ["stored_async"] * 2
         others += ["piece", "piece", "family", "deadly", "bought", "bought", "limited", "limited"]
-        others += ["kept"]
+        others += ["kept", "choked"]
         others += ["split", "gathered"] * 4
         plan = chance.choice([*others, *WAITED, *WAITED])
         given: dict[str, Any] = {"seconds": chance.choice([0, 0, 0, 0.02, 0.3, 1.0])}

@@ -67,14 +67,14 @@ def work(ctx: StepContext) -> None:
     threading.Event().wait((ctx.input or {}).get("seconds", 0))
 
 
-def plain(name: str) -> Any:
+def plain(name: str, **options: Any) -> Any:
     """A step that works and has its effect."""
 
     def body(ctx: StepContext) -> dict[str, str]:
         work(ctx)
         return effect(ctx, name)
 
-    return step(name=name)(body)
+    return step(name=name, **options)(body)
 
 
 @step(name="sync")
@@ -410,6 +410,10 @@ PLANS = [
     Plan("deadly", [deadly]),
     Plan("synced", [sync]),
     Plan("limited", [plain("hold")], limits=[Limit("hold", at_once=2)]),
+    Plan(
+        "choked",
+        [plain("one"), plain("choke", limits=[Limit("choke", at_once=2)]), plain("two")],
+    ),
     Plan(
         "kept",
         [plain("one"), sleep(seconds=0.3), plain("two")],

@@ -91,6 +91,11 @@ def plans() -> Iterator[Record]:
             "retries": retries,
             **({"at_once": min(each.at_once for each in plan.limits)} if plan.limits else {}),
             "kept": any(each.hold for each in plan.limits),
+            "step_at_once": {
+                each.name: min(limit.at_once for limit in each.limits)
+                for each in plan.steps
+                if each.limits
+            },
         }
 
 

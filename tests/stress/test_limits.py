@@ -185,3 +185,50 @@ def test_runs_that_keep_their_slots_are_never_too_many_while_workers_die(
     assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
     assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
     beatless.verify()
+
+
+STEP_LOG = """
+CREATE TABLE step_log (id bigint GENERATED ALWAYS AS IDENTITY, run_id text, begins boolean);
+CREATE FUNCTION log_step() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(4711);
+  INSERT INTO step_log (run_id, begins) VALUES (NEW.run_id, NEW.type = 'StepStarted');
+  RETURN NULL;
+END $$;
+CREATE TRIGGER zz_log_step AFTER INSERT ON run_events FOR EACH ROW
+  WHEN (NEW.step = 'narrow' AND (NEW.type IN ('StepStarted', 'StepFinished')
+                                 OR NEW.data ->> 'name' = 'beatless.given_back'))
+  EXECUTE FUNCTION log_step();
+"""
+"""A thread may give a run back whose step has begun, as another one lasts."""
+
+
+@pytest.mark.long
+def test_a_limit_of_a_step_is_never_passed_in_workers_of_any_kind_that_die(
+    beatless: Kit, postgres: psycopg.Connection[Any]
+) -> None:
+    """Processes, threads with groups of short steps, and a pool of runs in one process."""
+    postgres.execute(STEP_LOG.encode())
+    beatless.relay_process(APP)
+    kinds = [(), ("--pool", "threads"), ("--pool", "async")]
+    workers = [
+        beatless.worker_process(APP, concurrency=PROCESSES, arguments=each) for each in kinds
+    ]
+    runs = beatless.client.start_runs([RunRequest(plan="narrow")] * 150)
+    for number, kind in enumerate(kinds):
+        beatless.wait_for_run_completion(runs[40 * number].run_id, timeout=300)
+        workers[number].kill()
+        workers[number] = beatless.worker_process(APP, concurrency=PROCESSES, arguments=kind)
+    for run in runs:
+        beatless.wait_for_run_completion(run.run_id, timeout=300)
+
+    log = postgres.execute("SELECT run_id, begins FROM step_log ORDER BY id").fetchall()
+    held: set[str] = set()
+    for run_id, begins in log:
+        held = held | {run_id} if begins else held - {run_id}
+        assert len(held) <= 2
+    assert not held
+    assert {run_id for run_id, _ in log} == {run.run_id for run in runs}
+    assert {beatless.client.get_run(run.run_id).state for run in runs} == {RunState.COMPLETED}
+    assert postgres.execute("SELECT count(*) FROM limit_slots").fetchone() == (0,)
+    beatless.verify()

@@ -151,6 +151,10 @@ def honest() -> list[dict[str, Any]]:
         | {"cleanup": [], "retries": {}},
         *held("z1", 94, 130.0, 131.0, plan="kept"),
         *held("z2", 95, 131.1, 132.0, plan="kept"),
+        {"kind": "plan", "plan": "choked", "steps": ["a"], "step_at_once": {"a": 1}}
+        | {"cleanup": [], "retries": {}},
+        *held("z4", 97, 140.0, 141.0, plan="choked"),
+        *held("z5", 98, 141.1, 142.0, plan="choked"),
         {"kind": "outbox", "rows": 0},
     ]
 
@@ -394,6 +398,10 @@ LIES: dict[str, tuple[str, Lie]] = {
     "two runs where one keeps its slot": (
         "I14",
         add(*held("z3", 96, 130.5, 131.05, plan="kept")),
+    ),
+    "two steps where a limit lets one begin": (
+        "I14",
+        add(*held("z6", 99, 140.5, 141.05, plan="choked")),
     ),
     "a token that was there before": ("I11", change({"kind": "log", "id": 3}, claim={"token": 71})),
     "a lease without token": ("I11", change({"kind": "log", "id": 2}, claim={"token": 0})),

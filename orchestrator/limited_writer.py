@@ -1,0 +1,93 @@
+"""Writes the boundaries of a run whose steps have limits: with their slots, in one transaction."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+
+from beatless.orchestrator.events import EventType, as_stored
+from beatless.orchestrator.lease import Connection
+from beatless.orchestrator.leased_writer import LeasedWriter
+from beatless.orchestrator.limit import RunLimit
+from beatless.orchestrator.progress import FINAL
+from beatless.orchestrator.records import Appended
+from beatless.orchestrator.requests import Committed, CommitWithSlots, NoSlot, Unstorable
+from beatless.orchestrator.settlement import Settlement
+from beatless.orchestrator.state import RunState
+from beatless.outbox.queries import Caller
+
+
+class LimitedWriter(LeasedWriter):
+    """As `LeasedWriter`; a step with limits begins with their slots, and its end frees them."""
+
+    def __init__(
+        self, *args: Any, on_commit: Callable[[Settlement, Appended], None], **options: Any
+    ) -> None:
+        super().__init__(*args, on_commit=self._committed, **options)
+        self._announce_commit = on_commit
+
+    def begin_step(self, commit: CommitWithSlots) -> Committed | NoSlot | Unstorable:
+        """Commit the start of a step with its slots, or that the run waits. Raises LeaseLost."""
+        try:
+            appended, missing = self._settle_with_slots(
+                commit.settlement, commit.parked, commit.limits
+            )
+        except psycopg.DataError as error:
+            return Unstorable(str(error))
+        return Committed.of(appended) if missing is None else NoSlot(missing)
+
+    def _settle_with_slots(
+        self, settlement: Settlement, parked: Settlement, limits: Sequence[RunLimit]
+    ) -> tuple[Appended, str | None]:
+        missing: str | None = None
+        chosen = settlement
+
+        def write(connection: Connection) -> Appended | None:
+            nonlocal missing, chosen
+            with self._transaction(connection):
+                missing = self._leases.take_slots_of_step(connection, self._lease, limits)
+                chosen = settlement if missing is None else parked
+                return super(LimitedWriter, self)._settle(connection, chosen)
+
+        def find(connection: Connection) -> Appended | None:
+            return self._find_settled(chosen, connection)
+
+        with self._alone(settlement):
+            self._write_tried(settlement)
+            appended = self._write(write, RunState.RUNNING, what=settlement, find=find)
+        self._announce_commit(chosen, appended)
+        if missing is None:
+            self._lease.limited_step = bool(limits)
+            self._take_in(appended)
+        return appended, missing
+
+    @contextmanager
+    def _statement(self, connection: Connection) -> Iterator[None]:
+        """As there; what may end a step with limits frees their slots in the same transaction."""
+        together = self._transaction if self._lease.limited_step else super()._statement
+        with together(connection):
+            yield
+
+    def _settle(self, connection: Caller, settlement: Settlement) -> Appended | None:
+        if self._lease.limited_step:
+            self._leases.free_slots_of_step(connection, self._lease, ends=_ends_step(settlement))
+        return super()._settle(connection, settlement)
+
+    def _committed(self, settlement: Settlement, appended: Appended) -> None:
+        if self._lease.limited_step and _ends_step(settlement):
+            self._lease.limited_step = False
+        self._announce_commit(settlement, appended)
+
+
+def _ends_step(settlement: Settlement) -> bool:
+    """Whether the step of a boundary is not called again for this occurrence."""
+    boundary = settlement.normal
+    return any(
+        event.type is EventType.STEP_FINISHED
+        or (
+            event.type is EventType.STEP_FAILED
+            and (boundary.state is not RunState.QUEUED or FINAL in as_stored(event))
+        )
+        for event in boundary.events
+    )
