@@ -232,13 +232,16 @@ def test_the_screen_is_drawn_anew_until_ctrl_c_also_while_postgres_is_away(
         try:
             terminal.wait_for("parcels", pidfd)
             beatless.start_run("two_steps", queue="letters")
+            terminal.press(" ")  # looks at once, however long the looks before have taken
             terminal.wait_for("letters", pidfd)
             way.cut_after = lambda: 1  # of each answer one byte comes, and no more
             way.cut()
+            terminal.press(" ")
             terminal.wait_for("Postgres cannot be reached", pidfd)
             terminal.forget()
             way.cut_after = None
             beatless.start_run("two_steps", queue="cards")
+            terminal.press(" ")
             terminal.wait_for("cards", pidfd)
             terminal.press("\x03")
             terminal.wait_for(BACK)
