@@ -21,6 +21,7 @@ REASON = re.compile(r"\b(Long|Large)\b[^.]*\b(because|so that|for)\b")
 FOREIGN = {
     "_exit": "os",
     "_current_frames": "sys",
+    "_getframe": "sys",
     "_make": "a named tuple",
     "_name_": "an enumeration",
     "_value_": "an enumeration",
