@@ -28,6 +28,9 @@ NOTIFY_TIMEOUT_S = 2.0
 NOTIFY_QUEUE_WARNING, NOTIFY_QUEUE_PROBLEM = 0.01, 0.5
 """Shares of the queue of notifications that are in use."""
 
+IN_LINE_S = 180.0
+"""Seconds after which a session of ours that stands in line is a frozen one."""
+
 MAX_CONNECTIONS_USED = 0.8
 
 MAX_TRANSACTION_ID_AGE = 1_500_000_000
@@ -206,7 +209,7 @@ def durability(probe: Probe) -> Verdict:
 def transactions(probe: Probe) -> Iterator[Verdict]:
     """Transactions that are old, and those that were prepared and forgotten."""
     sql = probe.sql(__file__)
-    old = probe.rows(sql["old_transaction"], {"old": probe.old_transaction_s})
+    old = probe.rows(sql["old_transaction"], {"old": probe.old_transaction_s, "in_line": IN_LINE_S})
     prepared = probe.rows(sql["prepared_transactions"])[0][0]
     if prepared:
         yield warn(
@@ -217,7 +220,7 @@ def transactions(probe: Probe) -> Iterator[Verdict]:
         yield warn(
             f"{name} (pid {pid}) is {state} in a transaction for {age:.0f} s: what is "
             "deleted meanwhile cannot be vacuumed",
-            "see why its relay gets no further, above: it may be Redis or the broker"
+            "see why its relay gets no further (relays, below): it may be Redis or the broker"
             if name.startswith("beatless relay")
             else f"SELECT pg_terminate_backend({pid}), or shorten it",
         )

@@ -41,13 +41,16 @@ SELECT name
  WHERE current_setting(name) = 'off' ORDER BY place
 
 -- name: old_transaction
--- Find the client whose transaction is the oldest, if it is older than so many seconds.
+-- Find the client whose transaction is the oldest, if it is older than so many seconds. A session of ours
+-- that stands in line for a lock begins its wait anew about each minute: it may be older.
 SELECT pid, coalesce(nullif(application_name, ''), backend_type), state,
        extract(epoch FROM clock_timestamp() - xact_start)::float8
   FROM pg_stat_activity
  WHERE datname = current_database() AND pid <> pg_backend_pid()
    AND xact_start < clock_timestamp() - make_interval(secs => %(old)s)
    AND backend_type = 'client backend'
+   AND NOT (application_name LIKE 'beatless %%' AND wait_event_type = 'Lock' AND wait_event = 'advisory'
+            AND xact_start > clock_timestamp() - make_interval(secs => %(in_line)s))
  ORDER BY xact_start LIMIT 1
 
 -- name: prepared_transactions

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from sqlalchemy import make_url
 
 from beatless import App, Plan, StepContext, step
 from beatless.cli import run
-from beatless.doctor import Doctor, Finding, Status, probe
+from beatless.doctor import Doctor, Finding, Status, postgres, probe
 from beatless.doctor.doctor import CHECKS
 from beatless.doctor.probe import Probe
 from beatless.doctor.versions import REDIS, VALKEY, Fix, older_than
@@ -47,6 +47,7 @@ from beatless.outbox.sockets import readable
 from beatless.settings import libpq_url
 from beatless.system import look
 from beatless.testing import Kit
+from tests.valkeys import until
 
 APP = "tests.plans:app"
 
@@ -251,6 +252,29 @@ def test_a_transaction_that_stays_open(beatless_app: App) -> None:
         connection.execute("SELECT 1")
 
         only(examine(beatless_app, "transactions", old_transaction=0), Status.WARNING, "in a trans")
+
+
+def test_a_session_of_ours_that_stands_in_line_is_no_old_transaction(
+    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = libpq_url(beatless_app.settings.database_url)
+    with (
+        psycopg.connect(url, autocommit=True) as first,
+        closing(psycopg.connect(url, application_name="beatless relay 1")) as second,
+        psycopg.connect(url, autocommit=True) as watching,
+    ):
+        first.execute("SELECT pg_advisory_lock(424242)")
+        second.pgconn.send_query(b"SELECT pg_advisory_lock(424242)")
+        stands = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'advisory'"
+        until(lambda: bool(watching.execute(stands, [second.info.backend_pid]).fetchall()))
+
+        def named() -> bool:
+            found = examine(beatless_app, "transactions", old_transaction=0)
+            return f"(pid {second.info.backend_pid})" in str(found)
+
+        assert not named()
+        monkeypatch.setattr(postgres, "IN_LINE_S", 0.0)
+        assert named()
 
 
 def test_no_autovacuum_and_its_dead_rows(beatless_app: App) -> None:

@@ -23,6 +23,7 @@ from beatless.flower import Listener
 from beatless.local.valkey import EmbeddedValkey
 from beatless.outbox.errors import PublishRefused
 from beatless.streams.subscription import Subscription
+from beatless.system import look
 from beatless.testing import Kit
 from tests.integration.test_stream import streams
 from tests.valkeys import CERTIFICATES, Watched, behind_tls, cluster, until, watched
@@ -304,6 +305,7 @@ def test_the_documented_rights_are_enough_for_processes_and_viewers(
     assert viewer.app.celery.control.inspect(timeout=60, limit=1).ping()
     viewer.client.drain_queue("default")
     viewer.verify()
+    assert (look(viewer.app, viewer.app.engine).redis or "").startswith("Valkey ")
     with redis.Redis.from_url(valkey.url) as admin:
         assert admin.acl_log() == []
 
