@@ -89,6 +89,8 @@ def test_a_new_project_is_formatted_and_has_everything_it_speaks_of(generated: P
     assert {"shop/orders.py", "tests/test_orders.py", "docker-compose.yml"} <= set(names)
     for name in names:
         assert (generated / name).exists(), name
+    ignored = (generated / ".gitignore").read_text().split()
+    assert {".env", ".venv/"} <= {*ignored}  # the passwords of `make dev`
     for path in filter(Path.is_file, generated.rglob("*")):
         assert not re.search(rb"@[A-Z]+@", path.read_bytes()), path
 
