@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
 
 from beatless.orchestrator.events import EventType, as_stored
-from beatless.orchestrator.lease import Connection
+from beatless.orchestrator.lease import Connection, Lease
 from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.limit import RunLimit
 from beatless.orchestrator.progress import FINAL
@@ -22,9 +23,10 @@ class LimitedWriter(LeasedWriter):
     """As `LeasedWriter`; a step with limits begins with their slots, and its end frees them."""
 
     def __init__(
-        self, *args: Any, on_commit: Callable[[Settlement, Appended], None], **options: Any
+        self, lease: Lease, *, on_commit: Callable[[Settlement, Appended], None], **options: Any
     ) -> None:
-        super().__init__(*args, on_commit=self._committed, **options)
+        # Not a method: a writer that refers to itself is left to the garbage collector.
+        super().__init__(lease, on_commit=partial(_committed, lease, on_commit), **options)
         self._announce_commit = on_commit
 
     def begin_step(self, commit: CommitWithSlots) -> Committed | NoSlot | Unstorable:
@@ -74,10 +76,16 @@ class LimitedWriter(LeasedWriter):
             self._leases.free_slots_of_step(connection, self._lease, ends=_ends_step(settlement))
         return super()._settle(connection, settlement)
 
-    def _committed(self, settlement: Settlement, appended: Appended) -> None:
-        if self._lease.limited_step and _ends_step(settlement):
-            self._lease.limited_step = False
-        self._announce_commit(settlement, appended)
+
+def _committed(
+    lease: Lease,
+    announce: Callable[[Settlement, Appended], None],
+    settlement: Settlement,
+    appended: Appended,
+) -> None:
+    if lease.limited_step and _ends_step(settlement):
+        lease.limited_step = False
+    announce(settlement, appended)
 
 
 def _ends_step(settlement: Settlement) -> bool:
