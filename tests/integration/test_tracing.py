@@ -49,15 +49,18 @@ class Spans:
 
 
 @pytest.fixture(scope="module")
-def exporter() -> InMemorySpanExporter:
-    """OpenTelemetry takes one provider for the whole process, once."""
+def exporter() -> Iterator[InMemorySpanExporter]:
+    """OpenTelemetry takes one provider for the whole process, once.
+
+    It is taken away again: the tests behind these, whichever they are, would be traced too, and
+    those that count bytes and calls would count more.
+    """
     found = InMemorySpanExporter()
-    provider = trace.get_tracer_provider()
-    if not isinstance(provider, TracerProvider):
-        provider = TracerProvider(shutdown_on_exit=False)
-        trace.set_tracer_provider(provider)
+    provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(found))
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+        yield found
 
 
 @pytest.fixture
