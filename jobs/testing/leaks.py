@@ -6,7 +6,7 @@ that ran beside its own (ADR 0024). Data of others is never touched.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +15,7 @@ import sqlalchemy
 from sqlalchemy import make_url
 
 from beatless.auth import api_tokens
+from beatless.outbox.adapters import Cursor
 from beatless.testing.names import OF_A_KIT, WorkerName
 from beatless.testing.neighbours import Neighbours
 from beatless.testing.redis_stores import RedisStores
@@ -87,7 +88,8 @@ def objects(
 class ForeignWrites:
     """Writes of this process to the runs of another schema than the test's, as they happen.
 
-    Seen on the SQLAlchemy engines: rows have no author, and others write there meanwhile.
+    Seen on the SQLAlchemy engines and on our own cursors: rows have no author, and others write
+    there meanwhile.
     """
 
     def __init__(self, database_url: str, name: WorkerName) -> None:
@@ -96,6 +98,17 @@ class ForeignWrites:
         self._own_schema = ""
         self._found: set[str] = set()
         sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", self._look)
+
+        before = self._executes = Cursor.execute
+
+        def execute(cursor: Cursor, query: Any, *given: Any, **options: Any) -> Cursor:
+            before(cursor, query, *given, **options)
+            info = cursor.connection.info
+            statement = query.decode() if isinstance(query, bytes) else str(query)
+            self._note(statement, lambda: (info.host, info.port, info.dbname))
+            return cursor
+
+        Cursor.execute = execute  # type: ignore[method-assign, assignment]
 
     def begin(self) -> None:
         """A test begins, without a schema yet."""
@@ -112,6 +125,7 @@ class ForeignWrites:
     def close(self) -> None:
         """Look no more."""
         sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", self._look)
+        Cursor.execute = self._executes  # type: ignore[method-assign]
 
     def _look(
         self,
@@ -122,10 +136,14 @@ class ForeignWrites:
         _context: Any,
         _many: bool,
     ) -> None:
+        url = connection.engine.url
+        self._note(statement, lambda: (url.host, url.port, url.database))
+
+    def _note(self, statement: str, server: Callable[[], tuple[Any, ...]]) -> None:
         if not (found := WRITE.search(statement)) or found[1] == self._own_schema:
             return
-        url, here = connection.engine.url, self._url
-        if (url.host, url.port, url.database) != (here.host, here.port, here.database):
+        here = self._url
+        if server() != (here.host, here.port, here.database):
             return  # a server of the test's own
         if self._name.owns_schema(found[1]) or not OF_A_KIT.match(found[1]):
             self._found.add(f"a write to the runs in the schema {found[1]}")

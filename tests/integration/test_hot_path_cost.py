@@ -21,6 +21,7 @@ from beatless import App, Plan, StepContext, step
 from beatless.orchestrator import group as groups
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.scope import no_scope
+from beatless.outbox.adapters import Cursor
 from beatless.testing import Kit
 from tests.integration.test_groups import Together, be_patient
 from tests.integration.test_relay_cost import calls_of
@@ -122,6 +123,12 @@ def numbered(number: int) -> Any:
 def s1(ctx: StepContext) -> int:
     ctx.trace("seen", at=1)
     return 1
+
+
+@pytest.fixture(autouse=True)
+def _nobody_looks(beatless_app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit looks at each statement for writes to other schemas: calls that no process makes."""
+    monkeypatch.setattr(Cursor, "execute", psycopg.Cursor.execute)
 
 
 @pytest.fixture
