@@ -71,10 +71,10 @@ COMMANDS = {
         "resume": "Let the runs of queue Q start again.",
     },
     "beatless.cli.groups": {
-        "groups": "Groups of runs, as tenants: those of a queue take turns.",
+        "groups": "Groups of runs of a namespace, as tenants: those of a queue take turns.",
     },
     "beatless.cli.limits": {
-        "limits": "Limits: how many runs with the same key hold a lease at once.",
+        "limits": "Limits of a namespace: how many runs with the same key hold a lease at once.",
     },
     "beatless.cli.runs": {
         "cancel": "Ask RUN to stop.",
