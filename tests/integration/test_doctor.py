@@ -254,22 +254,24 @@ def test_a_transaction_that_stays_open(beatless_app: App) -> None:
         only(examine(beatless_app, "transactions", old_transaction=0), Status.WARNING, "in a trans")
 
 
+@pytest.mark.slow
 def test_a_session_of_ours_that_stands_in_line_is_no_old_transaction(
-    beatless_app: App, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, changed: Callable[..., App], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = libpq_url(beatless_app.settings.database_url)
     with (
-        psycopg.connect(url, autocommit=True) as first,
-        closing(psycopg.connect(url, application_name="beatless relay 1")) as second,
-        psycopg.connect(url, autocommit=True) as watching,
+        EmbeddedPostgres(tmp_path / "postgres", settings={"fsync": "off"}) as server,
+        psycopg.connect(server.url, autocommit=True) as first,
+        closing(psycopg.connect(server.url, application_name="beatless relay 1")) as second,
+        psycopg.connect(server.url, autocommit=True) as watching,
     ):
+        app = changed(database_url=server.url, listen_url="")
         first.execute("SELECT pg_advisory_lock(424242)")
         second.pgconn.send_query(b"SELECT pg_advisory_lock(424242)")
         stands = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'advisory'"
         until(lambda: bool(watching.execute(stands, [second.info.backend_pid]).fetchall()))
 
         def named() -> bool:
-            found = examine(beatless_app, "transactions", old_transaction=0)
+            found = examine(app, "transactions", old_transaction=0)
             return f"(pid {second.info.backend_pid})" in str(found)
 
         assert not named()
