@@ -114,7 +114,15 @@ def engine(
         connection.autocommit = False
         return connection
 
-    return sqlalchemy.create_engine(engine_url(url), creator=create, **options)
+    made = sqlalchemy.create_engine(engine_url(url), creator=create, **options)
+    sqlalchemy.event.listen(made, "reset", _end_autocommit)
+    return made
+
+
+def _end_autocommit(connection: psycopg.Connection[Any], _record: object, _state: object) -> None:
+    """The pool lends none in autocommit, wherever an exception has struck who used it so."""
+    if not connection.closed and connection.autocommit:
+        connection.autocommit = False
 
 
 def async_engine(

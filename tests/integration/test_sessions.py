@@ -5,6 +5,7 @@ import decimal
 import functools
 import inspect
 import json
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,16 +37,18 @@ from beatless import (
     TransactionConflict,
     WrongEncoding,
     step,
+    transactions,
 )
 from beatless.doctor import Doctor, Status
 from beatless.migrations import migrate
 from beatless.outbox import sessions
+from beatless.outbox.queries import execute
 from beatless.outbox.sessions import OWN, prepare_session
 from beatless.postgres import engine as connect_engine
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
 from beatless.testing.servers import Services
-from beatless.transactions import reaching_postgres, transact
+from beatless.transactions import reaching_postgres, transact, transact_by_driver
 from tests.serving import serving
 
 HOSTILE = {
@@ -597,3 +600,31 @@ def test_a_server_that_cannot_look_after_its_clients_has_the_other_settings(
     with psycopg.connect(url, autocommit=True) as connection:
         prepare_session(connection, client_check="never")
         assert connection.execute("SHOW tcp_user_timeout").fetchone() == ("8000",)
+
+
+def test_an_interrupt_leaves_no_connection_in_autocommit_in_the_pool(beatless_app: App) -> None:
+    """It strikes when the statement has ended, before the mode is set back."""
+    driver = inspect.unwrap(transactions._driver)
+    lines, first = inspect.getsourcelines(driver)
+    (at,) = (n for n, line in enumerate(lines, first) if "autocommit = False" in line)
+
+    def interrupt(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code is driver.__code__ and (event, frame.f_lineno) == ("line", at):
+            raise KeyboardInterrupt
+        return interrupt
+
+    engine = beatless_app.bounded_engine(lock_s=5, statement_s=5, pool_size=1, max_overflow=0)
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            transact_by_driver(
+                engine,
+                lambda caller: execute(caller, "SELECT 1", {}),
+                twice=True,
+                each_statement=True,
+            )
+    finally:
+        sys.settrace(before)
+    with engine.connect() as connection:
+        assert not connection.connection.driver_connection.autocommit
