@@ -129,6 +129,14 @@ def undone(ctx: StepContext) -> None:
     look(ctx)
 
 
+CALLS = Limit("two", rate="2/h")
+
+
+@step(limits=[CALLS])
+def counted(ctx: StepContext) -> None:
+    look(ctx)
+
+
 ENDS = Settlement.ignoring_cancel(Boundary(state=RunState.COMPLETED))
 PARKS = Settlement.ignoring_cancel(Boundary(state=RunState.QUEUED, delay_s=NEVER_S), "limit")
 
@@ -150,6 +158,7 @@ def beatless_plans() -> list[Plan]:
         parent,
         Plan("free", [before]),
         Plan("cleans", [before, dies], on_cancel=undone),
+        Plan("counted", [counted], limits=[CALLS]),
         function,
         catches,
         branches,
@@ -254,6 +263,12 @@ def test_a_limit_that_the_plan_has_as_well_is_taken_once(beatless: Kit) -> None:
     runs = [start(beatless, "same", {"account": "a"}) for _ in range(2)]
     finish(beatless, *runs)
     assert [[("stripe:a", run_id)] for run_id in runs] == HELD
+
+
+def test_a_rate_that_the_plan_has_as_well_is_taken_once(beatless: Kit) -> None:
+    runs = [start(beatless, "counted") for _ in range(2)]
+    beatless.work_until_idle()
+    assert [f"{run_id} counted" for run_id in runs] == BODIES
 
 
 @pytest.mark.parametrize("input", [None, "snooze"])

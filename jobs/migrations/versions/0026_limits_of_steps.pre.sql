@@ -142,7 +142,7 @@ BEGIN
   END IF;
   missing = missing_slot(claimed, wanted, of_tree);
   IF missing IS NULL THEN
-    missing = missing_token(asked);
+    missing = missing_token((SELECT jsonb_agg(l) FROM jsonb_array_elements(wanted) l WHERE l ? 'step'));
   END IF;
   IF missing IS NOT NULL THEN
     UPDATE dispatches d SET limit_id = missing, limit_since = since
