@@ -112,13 +112,12 @@ class Run(StoredOptions):
         That is `retried_by`, and whether the run waits for a signal or a time.
         """
         members = dict(zip(_ROW, row, strict=False))  # it may be shorter
-        if not members.pop("waits", False):
-            members["state"] = RunState(members["state"])
-            return cls(**members, start=start)
+        waits = members.pop("waits", False)
+        members["state"] = RunState.WAITING if waits else RunState(members["state"])
         due = members["not_before"]
-        if due is not None and due.year >= ENDLESS_YEAR:
+        # One that has begun may wait for a slot of its next step.
+        if due is not None and due.year >= ENDLESS_YEAR and (waits or members["attempt"]):
             members["not_before"] = None
-        members["state"] = RunState.WAITING
         return cls(**members, start=start)
 
     def require_events(self, after: int) -> None:

@@ -7,7 +7,7 @@ from typing import Self
 from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.state import RunState
 
-NEVER_S = 200_000_000_000.0
+NEVER_S = 240_000_000_000.0
 """Seconds until a time that never comes: whatever ends the wait makes the run due."""
 
 

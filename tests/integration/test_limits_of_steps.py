@@ -225,6 +225,7 @@ def test_a_run_waits_for_a_slot_of_its_step_outside_of_the_broker(
 
     assert parked(postgres) == sorted([second, other])
     assert [f"{other} before"] == BODIES
+    assert beatless.client.get_run(other).not_before is None
     told = " ".join(moment.text for moment in beatless.client.explain(other))
     assert f"waits for the limit stripe (key a): 1 of 1 in use by {first}" in told
     (state,) = beatless.client.limits()
