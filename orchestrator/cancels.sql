@@ -10,13 +10,15 @@ AND (attempt = 0 AND retry_of IS NULL
 
 -- name: cancel
 -- Store a cancel of unfinished runs, and end those that wait.
--- A run that has no number left must not keep the others.
+-- A run that has no number left must not keep the others. One that waits begins no step with limits any
+-- more, and waits for no slot of theirs.
 WITH u AS (
   UPDATE {schema}.runs r
      SET cancel_requested_at = clock_timestamp(),
          last_seq = last_seq + CASE WHEN {ends_at_once} THEN 2 ELSE 1 END,
          state = CASE WHEN {ends_at_once} THEN 'cancelled' ELSE state END,
          not_before = NULL,
+         limits = CASE WHEN state = 'queued' THEN {schema}.limits_of_plan(limits) ELSE limits END,
          error = CASE WHEN {ends_at_once} THEN %(error)s::jsonb ELSE error END,
          finished_at = CASE WHEN {ends_at_once} THEN clock_timestamp() END
     FROM unnest(%(run_ids)s::text[], %(shards)s::smallint[]) AS w(id, shard)

@@ -39,7 +39,10 @@ WITH due AS (
 ), gone AS (
   DELETE FROM {schema}.dispatches d USING u WHERE d.run_id = u.run_id
 ), free_to_go AS (
-  UPDATE {schema}.runs r SET not_before = NULL
+  -- Neither does it wait for a slot of a step that is not begun any more.
+  UPDATE {schema}.runs r
+     SET not_before = NULL,
+         limits = CASE WHEN state = 'queued' THEN {schema}.limits_of_plan(limits) ELSE limits END
     FROM free WHERE r.run_id = free.run_id AND free.undone
 ), due_to_undo AS (
   -- Once: the deadline of a dispatch is what this statement finds it by.

@@ -50,6 +50,8 @@ class LimitedWriter(LeasedWriter):
             with self._transaction(connection):
                 missing = self._leases.take_slots_of_step(connection, self._lease, limits)
                 chosen = settlement if missing is None else parked
+                if missing is not None:
+                    self._leases.free_slots_of_step(connection, self._lease, ends=False)
                 return super(LimitedWriter, self)._settle(connection, chosen)
 
         def find(connection: Connection) -> Appended | None:
@@ -92,7 +94,7 @@ def _ends_step(settlement: Settlement) -> bool:
     """Whether the step of a boundary is not called again for this occurrence."""
     boundary = settlement.normal
     return any(
-        event.type is EventType.STEP_FINISHED
+        event.type in (EventType.STEP_FINISHED, EventType.UNDO_STARTED)
         or (
             event.type is EventType.STEP_FAILED
             and (boundary.state is not RunState.QUEUED or FINAL in as_stored(event))

@@ -129,6 +129,16 @@ def undone(ctx: StepContext) -> None:
     look(ctx)
 
 
+@step
+def put_back(ctx: StepContext, taken: Any) -> None:
+    look(ctx)
+
+
+@step(undo=put_back)
+def take(ctx: StepContext) -> None:
+    look(ctx)
+
+
 CALLS = Limit("two", rate="2/h")
 
 
@@ -158,6 +168,7 @@ def beatless_plans() -> list[Plan]:
         parent,
         Plan("free", [before]),
         Plan("cleans", [before, dies], on_cancel=undone),
+        Plan("undoes", [take, dies]),
         Plan("counted", [counted], limits=[CALLS]),
         function,
         catches,
@@ -375,6 +386,56 @@ def test_a_cancelled_run_gives_the_slot_of_its_step_back(
     assert [each for each in BODIES if each.endswith("undone")]
     assert HELD[-1] == []
     assert_free(beatless)
+
+
+@pytest.mark.parametrize(
+    ("name", "bodies"), [("cleans", ["undone"]), ("undoes", ["put_back#undo:take"])]
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_end_of_a_run_waits_for_no_slot_of_a_step_that_will_not_begin(
+    beatless: Kit, postgres: psycopg.Connection, name: str, bodies: list[str], late: bool
+) -> None:
+    """After a cancel, and a deadline; the next one in line has its turn."""
+    holder = start(beatless, "dies")
+    with beatless.crash("step.effect_done"):
+        beatless.work_once()
+    run_id, waits = start(beatless, name, deadline=60), start(beatless, "dies")
+    beatless.work_until_idle()
+    assert parked(postgres) == sorted([run_id, waits])
+    BODIES.clear()
+    postgres.execute("UPDATE runs SET lease_expires_at = 'infinity' WHERE run_id = %s", (holder,))
+
+    if late:
+        beatless.advance(60)
+    else:
+        beatless.client.cancel_run(run_id)
+    beatless.work_until_idle()
+
+    ended = beatless.client.get_run(run_id)
+    assert ended.state is (RunState.FAILED if late else RunState.CANCELLED)
+    called = [] if late and name == "cleans" else bodies
+    assert [f"{run_id} {each}" for each in called] == BODIES
+    assert slots(postgres) == [holder]
+    assert parked(postgres) == [waits]
+
+
+def test_a_run_that_is_cancelled_in_its_turn_leaves_it_to_the_next(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    holder = start(beatless, "dies")
+    with beatless.crash("step.effect_done"):
+        beatless.work_once()
+    let_in, waits = start(beatless, "cleans"), start(beatless, "dies")
+    beatless.work_until_idle()
+    postgres.execute("DELETE FROM dispatches WHERE run_id = %s", (holder,))
+    postgres.execute("DELETE FROM runs WHERE run_id = %s", (holder,))
+    assert parked(postgres) == [waits]
+
+    beatless.client.cancel_run(let_in)
+    beatless.work_until_idle()
+
+    states = [beatless.client.get_run(each).state for each in (let_in, waits)]
+    assert states == [RunState.CANCELLED, RunState.COMPLETED]
 
 
 def test_a_step_with_limits_in_a_branch_is_refused(beatless: Kit) -> None:

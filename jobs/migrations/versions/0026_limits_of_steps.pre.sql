@@ -196,10 +196,11 @@ BEGIN
   RETURN NULL;
 END $$;
 
--- Frees the slots of a step that has ended, in the commit of its end. The run waits for its limits no
--- more, and has no turn of theirs.
+-- Frees the slots of a step that has ended, or that a run that waits will not begin, in the commit that
+-- says so. The run waits for its limits no more: the turn that it may have of theirs is to be another's.
 CREATE OR REPLACE FUNCTION free_slots_of_step() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
 DECLARE
+  bell integer = abs(mod(hashtext(OLD.run_id), 16));
   each record;
 BEGIN
   DELETE FROM limit_loans o
@@ -211,14 +212,20 @@ BEGIN
                                          @> jsonb_build_array(jsonb_build_object('id', s.limit_id))
      ORDER BY s.limit_id FOR UPDATE
   LOOP
-    PERFORM free_slot(each.limit_id, each.n, abs(mod(hashtext(OLD.run_id), 16)));
+    PERFORM free_slot(each.limit_id, each.n, bell);
   END LOOP;
   UPDATE dispatches d SET limit_id = NEW.limits -> 0 ->> 'id'
    WHERE d.run_id = OLD.run_id AND d.limit_id IS NOT NULL
      AND NOT coalesce(NEW.limits, '[]') @> jsonb_build_array(jsonb_build_object('id', d.limit_id));
+  IF OLD.state = 'queued' THEN
+    INSERT INTO limit_notes (shard, limit_id)
+    SELECT bell, l.id FROM all_limits_of(OLD.limits) l
+     WHERE NOT coalesce(NEW.limits, '[]') @> jsonb_build_array(jsonb_build_object('id', l.id));
+    PERFORM ring_relay(bell);
+  END IF;
   RETURN NULL;
 END $$;
 
 CREATE OR REPLACE TRIGGER runs_end_step AFTER UPDATE OF limits ON runs FOR EACH ROW
-  WHEN (OLD.limits IS NOT NULL AND OLD.state = 'running' AND OLD.limits IS DISTINCT FROM NEW.limits)
+  WHEN (OLD.limits IS NOT NULL AND NEW.finished_at IS NULL AND OLD.limits IS DISTINCT FROM NEW.limits)
   EXECUTE FUNCTION free_slots_of_step();
