@@ -21,6 +21,7 @@ from beatless.local.child import Child, Launch, spawn
 from beatless.orchestrator.executor import Executor
 from beatless.orchestrator.open_waits import OpenWait
 from beatless.orchestrator.plan import Plan
+from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.records import Run, SentDecision, SentSignal
 from beatless.outbox.faults import SimulatedCrash
 from beatless.outbox.queries import Caller
@@ -62,6 +63,7 @@ class Kit(TimeCalls):
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._executor: Executor | None = None
         self._executed: dict[str, Plan | None] = {}
+        self._begun: dict[str, Plan] = {}
         """The plan that has executed each run here; None if there were two."""
         self._inbox = TaskInbox(app)
         self._pid = os.getpid()
@@ -239,6 +241,7 @@ class Kit(TimeCalls):
         client = self._client(run_id)
         plan = self.app.plans[client.get_run(run_id).plan]
         run_id = client.get_run(run_id).run_id
+        self._store_former(plan, run_id)
         executed = self.executor().execute(plan, run_id, 0, max_steps=1)
         self._check_replay(plan, run_id, executed)
         return executed
@@ -371,6 +374,7 @@ class Kit(TimeCalls):
         late = self.app.celery.conf.task_acks_late
         if not late:
             self._inbox.acknowledge(message)
+        self._store_former(plan, run_id)
         try:
             executed = self.executor().execute(plan, run_id, dispatch)
             self._check_replay(plan, run_id, executed)
@@ -382,6 +386,17 @@ class Kit(TimeCalls):
         if late:
             self._inbox.acknowledge(message)
         return executed
+
+    def _store_former(self, plan: Plan, run_id: str) -> None:
+        """Store the order of the steps in the plan that the run was begun with, as its worker has.
+
+        No sooner than another plan has its place: few tests have such a deploy.
+        """
+        former = self._begun.setdefault(run_id, plan)
+        if former is not plan:
+            self._begun[run_id] = plan
+            with self.app.engine.begin() as connection:
+                PlanVersions(self.app.settings.schema).store(connection, [former])
 
     def _check_replay(self, plan: Plan, run_id: str, executed: bool) -> None:
         """Raises AssertionError if the plan does not do the same when it is called again."""

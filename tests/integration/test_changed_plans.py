@@ -220,6 +220,28 @@ def test_a_run_waits_for_the_former_order_if_the_new_one_would_leave_out_a_step_
     beatless.verify()
 
 
+@pytest.mark.parametrize("executed_by", ["work_until_idle", "step"])
+def test_a_test_whose_plan_changes_needs_no_deploy_to_see_that_a_run_waits(
+    version: Make, executed_by: str
+) -> None:
+    old, new = (version(names, obeys=True, deployed=False) for names in ("a b c", "b a c"))
+    kit = old.kit
+    run_id = kit.start_run("order", {"a": "snoozes"}).run_id
+    kit.work_until_idle()
+    kit.app.plans["order"] = new.plan
+    kit.advance(11)
+    if executed_by == "step":
+        kit.drain_outbox_once()
+        kit.step(run_id)
+    kit.work_until_idle()
+    assert new.ledger == []
+    assert 'moved=["b"]' in kit.describe(run_id)
+    kit.app.plans["order"] = old.plan
+    kit.advance(16)
+    kit.work_until_idle()
+    assert kit.client.get_run(run_id).state is RunState.COMPLETED
+
+
 def test_runs_go_on_without_a_step_that_the_plan_says_has_moved(
     beatless: Kit, version: Make
 ) -> None:
