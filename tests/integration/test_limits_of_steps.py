@@ -34,6 +34,9 @@ HELD: list[list[tuple[str, str]]] = []
 
 CONNECTION: list[psycopg.Connection[Any]] = []
 
+WHEN_ASKED: list[Callable[[], object]] = []
+"""Called with the key of `asked`: the last step has been committed, and this one has not begun."""
+
 
 def look(ctx: StepContext) -> None:
     BODIES.append(f"{ctx.run_id} {ctx.step}")
@@ -52,6 +55,17 @@ def before(ctx: StepContext) -> None:
 
 @step(limits=[STRIPE])
 def charge(ctx: StepContext) -> None:
+    look(ctx)
+
+
+def account_of(order: Any) -> str:
+    for each in WHEN_ASKED:
+        each()
+    return str(order["account"])
+
+
+@step(limits=[Limit("stripe", key=account_of, at_once=1)])
+def asked(ctx: StepContext) -> None:
     look(ctx)
 
 
@@ -169,6 +183,7 @@ def beatless_plans() -> list[Plan]:
         Plan("free", [before]),
         Plan("cleans", [before, dies], on_cancel=undone),
         Plan("undoes", [take, dies]),
+        Plan("asks", [before, asked], on_cancel=undone),
         Plan("counted", [counted], limits=[CALLS]),
         function,
         catches,
@@ -181,6 +196,7 @@ def _connection(postgres: psycopg.Connection) -> Iterator[None]:
     CONNECTION[:] = [postgres]
     yield
     CONNECTION.clear()
+    WHEN_ASKED.clear()
 
 
 def start(kit: Kit, plan: str, input: Any = None, **options: Any) -> str:
@@ -417,6 +433,21 @@ def test_the_end_of_a_run_waits_for_no_slot_of_a_step_that_will_not_begin(
     assert [f"{run_id} {each}" for each in called] == BODIES
     assert slots(postgres) == [holder]
     assert parked(postgres) == [waits]
+
+
+def test_a_run_that_is_cancelled_as_it_finds_no_slot_is_not_parked(
+    beatless: Kit, postgres: psycopg.Connection
+) -> None:
+    holder = start(beatless, "first", {"account": "a"})
+    with beatless.crash("step.before"):
+        beatless.work_once()
+    run_id = start(beatless, "asks", {"account": "a"})
+    WHEN_ASKED.append(lambda: beatless.client.cancel_run(run_id))
+    beatless.work_until_idle()
+    assert beatless.client.get_run(run_id).state is RunState.CANCELLED
+    assert [f"{run_id} before", f"{run_id} undone"] == BODIES
+    assert slots(postgres) == [holder]
+    assert parked(postgres) == []
 
 
 def test_a_run_that_is_cancelled_in_its_turn_leaves_it_to_the_next(
