@@ -22,10 +22,10 @@ NAMED = 10
 """Runs of one place that are named to a person."""
 
 KEEP = (
-    "keep the step until they have left it, or say what it is called now, as in "
-    'Plan(…, renamed={"charge": "pay"})'
+    "keep the step until they have left it (`beatless runs --step {step}`), or say what it is "
+    'called now: Plan(…, renamed={{"{step}": "its name now"}})'
 )
-"""The advice about a plan that is a list."""
+"""The advice about a plan that is a list, which lacks this step."""
 
 DEPLOY = (
     "the app of this command lacks the plan: deploy code that has it, or cancel its runs "
@@ -110,7 +110,8 @@ def advised(waiting: Sequence[Place]) -> Iterator[str]:
     """One line for each advice, which names its places where there are several."""
     alike: dict[str, list[Place]] = {}
     for place in waiting:
-        advice = place.advice or (DEPLOY if place.waits == UNKNOWN_PLAN else KEEP)
+        lacks = KEEP.format(step=place.step)
+        advice = place.advice or (DEPLOY if place.waits == UNKNOWN_PLAN else lacks)
         alike.setdefault(advice, []).append(place)
     for advice, found in alike.items():
         of = ", ".join(dict.fromkeys(f"{place.plan} {_where(place)}" for place in found))
