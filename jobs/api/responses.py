@@ -27,7 +27,7 @@ PROBLEM: dict[str, Any] = {
                     "status": {"type": "integer"},
                     "detail": {"type": "string"},
                     "error": {"type": "string"},
-                    "arguments": {"type": "array"},
+                    "arguments": {"type": "array", "items": {}},
                 },
             }
         }
