@@ -6,12 +6,18 @@ Run by `make check-deploy`, which chooses by the names of the tests and says whi
 import json
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from fastapi.testclient import TestClient
+
+from beatless.api import create_api
+from beatless.testing import Kit
+from tests.integration.test_metrics import APP, metrics_url
 
 DEPLOY = Path(__file__).parents[1]
 CERTIFICATES = DEPLOY.parent / "tests" / "certificates"
@@ -53,6 +59,24 @@ def dashboard_rules(directory: Path, *more: str) -> Path:
 
 def test_promtool_understands_what_every_panel_asks(tmp_path: Path) -> None:
     passes("promtool", "check", "rules", str(dashboard_rules(tmp_path)))
+
+
+def test_promtool_has_nothing_to_say_of_any_metric(beatless: Kit) -> None:
+    relay = beatless.relay_process(APP, metrics_port=0)
+    worker = beatless.worker_process(APP, concurrency=2, metrics_port=0)
+    for plan in ("two_steps", "fatally", "asks"):
+        beatless.start_run(plan)
+    beatless.wait_for_run_completion(beatless.start_run("two_steps").run_id)
+    pages = [urllib.request.urlopen(metrics_url(each.log), timeout=60) for each in (relay, worker)]
+    texts = [page.read().decode() for page in pages]
+    with TestClient(create_api(beatless.app, is_open=True)) as api:
+        texts.append(api.get("/metrics").text)
+    for text in texts:
+        assert text.count("# TYPE beatless_") > 5
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_promtool_refuses_what_it_does_not_understand(tmp_path: Path) -> None:
