@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -219,11 +220,11 @@ def run(arguments: list[str]) -> int:
         raise
     except Exception as error:
         # Imported after a failure: the errors of all libraries cost more than all of `--help`.
-        from beatless.cli.exit_status import exit_status
+        from beatless.cli.exit_status import UNREACHABLE_STATUS, exit_status
 
         known = exit_status(error)
         if known is not None:
-            return fail(said(error), known)
+            return fail(said(error) + (other_stack() if known == UNREACHABLE_STATUS else ""), known)
         if "--traceback" in arguments:
             traceback.print_exc()
         kind = type(error).__name__
@@ -235,6 +236,22 @@ def said(error: BaseException) -> str:
     """The first line of an error's message; the driver's rather than SQLAlchemy's."""
     cause = getattr(error, "orig", None) or error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+def other_stack() -> str:
+    """A sentence, if a `beatless dev` of this directory has not the servers that were asked."""
+    from beatless.local.stack_file import settings_of_ready
+
+    named = ("BEATLESS_DATABASE_URL", "BEATLESS_REDIS_URL")
+    found = settings_of_ready(Path.cwd())
+    others = [name for name in named if name in found and os.environ.get(name) != found[name]]
+    if not others:
+        return ""
+    names, are = " and ".join(others), "are" if len(others) > 1 else "is"
+    return (
+        f"; {names} of your environment {are} not of the `beatless dev` that runs in this "
+        "directory: read its --env-file again, or unset them"
+    )
 
 
 def fail(text: str, status: int) -> int:

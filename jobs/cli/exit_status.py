@@ -32,6 +32,7 @@ BAD_INPUT = (
     UnknownPlan,
 )
 UNREACHABLE = (PublishFailed, StatementTimeout, Unreachable)
+UNREACHABLE_STATUS = 3
 UNREACHABLE_ELSEWHERE = {
     "kombu.exceptions": ("OperationalError",),
     "psycopg": ("OperationalError",),
@@ -53,7 +54,7 @@ def exit_status(error: Exception) -> int | None:
     if isinstance(error, BAD_INPUT):
         return 2
     if isinstance(error, (*UNREACHABLE, *imported(UNREACHABLE_ELSEWHERE))):
-        return 3
+        return UNREACHABLE_STATUS
     return 1 if isinstance(error, (*FAILED, *imported(FAILED_ELSEWHERE))) else None
 
 

@@ -10,6 +10,7 @@ from beatless.cli.options import plan_names
 from beatless.errors import UnknownPlan
 from beatless.orchestrator.child_elements import ChildElement
 from beatless.orchestrator.function_plan import FunctionPlan
+from beatless.orchestrator.limit import Limit
 from beatless.orchestrator.outcomes import Goto
 from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import UNKNOWN_STEP
@@ -202,6 +203,7 @@ def notes(step: Element) -> str:
         found.append("transactional")
     if step.terminate_on_cancel:
         found.append("ended by a cancel")
+    found += rules_of(step.limits)
     if step.undo is not None:
         found.append(f"undone by {step.undo.name}")
     return ", ".join(found)
@@ -216,10 +218,16 @@ def ends(found: Plan, step: Element) -> bool:
     return step.outcomes != {Goto}
 
 
+def rules_of(limits: Sequence[Limit]) -> list[str]:
+    """The limits of a plan or a step, in short."""
+    return [f"limit {each.name}: {each.rate or f'{each.at_once} at once'}" for each in limits]
+
+
 def as_text(found: Plan) -> str:
     """One line for each step, with the routes that leave it."""
     kind = ", a function that names these steps" if isinstance(found, FunctionPlan) else ""
-    lines = [f"{found.name}  version {found.version}, queue {found.queue}{kind}", ""]
+    rules = "".join(f", {rule}" for rule in rules_of(found.limits))
+    lines = [f"{found.name}  version {found.version}, queue {found.queue}{rules}{kind}", ""]
     for step in found.elements:
         about = f"  ({notes(step)})" if notes(step) else ""
         lines.append(f"  {step.name}{about}")

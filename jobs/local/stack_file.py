@@ -34,8 +34,8 @@ def settings_of_running(here: Path, say: Callable[[str], None]) -> dict[str, str
         for directory in _data_directories(here):
             if not _runs_on(directory):
                 continue
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                return dict(json.loads((directory / STATE).read_text())["environ"])
+            if found := _environ(directory):
+                return found
             starting = True
         if not starting or monotonic() > deadline:
             return {}
@@ -43,6 +43,18 @@ def settings_of_running(here: Path, say: Callable[[str], None]) -> dict[str, str
             say("`beatless dev` is starting in this directory: waiting for it")
             told = True
         threading.Event().wait(LOOK_INTERVAL_S)  # it may end without a word
+
+
+def settings_of_ready(here: Path) -> dict[str, str]:
+    """The same of one that has started; nothing is waited for."""
+    running = (_environ(each) for each in _data_directories(here) if _runs_on(each))
+    return next((found for found in running if found), {})
+
+
+def _environ(directory: Path) -> dict[str, str] | None:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return dict(json.loads((directory / STATE).read_text())["environ"])
+    return None
 
 
 def _data_directories(here: Path) -> list[Path]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from beatless import App, Plan, RunContext, StepContext, plan, retry, step
+from beatless import App, Limit, Plan, RunContext, StepContext, plan, retry, step
 from beatless.cli import run
+from beatless.cli.plans import as_text
 from beatless.http import Client
 from beatless.places import places
 from beatless.testing import Kit
@@ -44,6 +45,15 @@ def test_plan_show_draws_steps_routes_and_what_a_cancel_does(command: Command) -
     ]
     assert "when cancelled: undo  (2 attempts)" in command("plan", "show", "compensated")
     assert "hangs  (0.5 s, 2 attempts)" in command("plan", "show", "limited")
+
+
+def test_plan_show_names_the_limits_of_a_plan_and_of_its_steps() -> None:
+    @step(limits=[Limit("bank", at_once=3)])
+    def pay(ctx: StepContext) -> None: ...
+
+    told = as_text(Plan("shop", [pay], limits=[Limit("llm", rate="100/min")])).splitlines()
+    assert told[0].endswith("queue default, limit llm: 100/min")
+    assert told[2] == "  pay  (limit bank: 3 at once)"
 
 
 def test_plan_show_makes_an_svg_that_is_well_formed_and_names_every_step(command: Command) -> None:

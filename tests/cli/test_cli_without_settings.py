@@ -154,3 +154,23 @@ def test_a_process_that_ends_before_it_was_ready_ends_the_wait_for_the_others(
         for child in (starting, broken):
             child.kill()
             child.reap(monotonic())
+
+
+def test_servers_that_are_not_those_of_the_stack_of_this_directory_are_told(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell has read the file of a stack that was started again since."""
+    monkeypatch.chdir(directory.parent)
+    monkeypatch.setenv("BEATLESS_DATABASE_URL", "postgresql://127.0.0.1:2/x")
+    monkeypatch.setenv("BEATLESS_REDIS_URL", "redis://127.0.0.1:2/0")
+    write_state(directory)
+    told = "BEATLESS_DATABASE_URL of your environment is not of the `beatless dev` that runs"
+    assert run(["runs"]) == 3
+    assert told not in capsys.readouterr().err  # it runs no more
+    with (directory / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(["runs"]) == 3
+        assert told in capsys.readouterr().err
+        monkeypatch.setenv("BEATLESS_DATABASE_URL", FOUND["BEATLESS_DATABASE_URL"])
+        assert run(["runs"]) == 3
+        assert told not in capsys.readouterr().err
