@@ -145,7 +145,7 @@ def keys() -> Iterator[Callable[[float], str]]:
     try:
         yield keys_within
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 def screen(found: Activity, *, width: int | None, height: int | None) -> list[str]:

@@ -155,7 +155,7 @@ def test_a_body_in_a_child_of_the_worker_may_use_multiprocessing(beatless: Kit) 
     beatless.relay_process(APP)
     beatless.worker_process(APP)
     run = beatless.start_run("multiplies")
-    found = beatless.wait_for_run_completion(run.run_id)
+    found = beatless.wait_for_run_completion(run.run_id, timeout=300)
     made = {method: [1, 2] for method in ("fork", "spawn", "forkserver")}
     assert found.result == made | {"executor": [3, 4], "manager": [5, 6]}, found.error
 
