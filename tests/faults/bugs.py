@@ -546,12 +546,12 @@ BUGS = {
         "        AND NEW.state = 'completed' AND OLD.attempt = 1)",
     ),
     "a slot is freed twice": Bug(
-        "jobs/migrations/versions/0026_limits_of_steps.pre.sql",
+        "jobs/migrations/versions/0025_kept_slots.pre.sql",
         "DELETE FROM limit_slots s WHERE s.limit_id = limited AND s.n = place;\n",
         "DELETE FROM limit_slots s\n   WHERE s.limit_id = limited AND s.n IN (place, 3 - place);\n",
     ),
     "a limit is read before the lock": Bug(
-        "jobs/migrations/versions/0026_limits_of_steps.pre.sql",
+        "jobs/migrations/versions/0025_kept_slots.pre.sql",
         "SELECT c.n INTO place FROM generate_series(1, each.at_once) c(n)\n"
         "         WHERE NOT EXISTS (SELECT FROM limit_slots s"
         " WHERE s.limit_id = each.id AND s.n = c.n)\n",

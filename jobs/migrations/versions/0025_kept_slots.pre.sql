@@ -74,33 +74,19 @@ BEGIN
   RETURN NEW;
 END $$;
 
--- See 0018. A child takes a loan in place of a slot that an ancestor keeps: the slot is locked until
--- the commit, and is the ancestor's then or is not lent. Who waits for another limit keeps what it
--- keeps, but for its first claim, and if it lacks one of those itself: so that nobody keeps one and waits
--- for another that is kept.
-CREATE OR REPLACE FUNCTION take_slots(claimed text) RETURNS boolean LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+-- Takes a slot of each of these limits that a run has none of, in the order of ids, or the loan of one;
+-- the limit that has none.
+CREATE OR REPLACE FUNCTION missing_slot(claimed text, wanted jsonb, of_tree boolean) RETURNS text LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
 DECLARE
-  wanted jsonb;
-  since timestamptz;
   place integer;
-  missing text;
-  bell integer;
-  begins boolean;
-  of_tree boolean;
   each record;
 BEGIN
-  SELECT r.limits, r.created_at, r.attempt = 0, r.root_id IS NOT NULL
-    INTO wanted, since, begins, of_tree FROM runs r
-   WHERE r.run_id = claimed AND r.state = 'queued'
-     AND coalesce(r.not_before <= clock_timestamp(), true) FOR NO KEY UPDATE;
-  IF NOT FOUND THEN
-    RETURN false;
-  END IF;
   FOR each IN
     SELECT l.id, l.at_once,
            EXISTS (SELECT FROM limit_slots s WHERE s.limit_id = l.id AND s.n > l.at_once) AS lowered
       FROM limits_of(wanted) l
      WHERE NOT EXISTS (SELECT FROM limit_slots s WHERE s.limit_id = l.id AND s.run_id = claimed)
+       AND NOT EXISTS (SELECT FROM limit_loans o WHERE o.limit_id = l.id AND o.run_id = claimed)
      ORDER BY l.id
   LOOP
     WHILE of_tree LOOP
@@ -134,31 +120,60 @@ BEGIN
       EXIT WHEN FOUND;
     END LOOP;
     IF place IS NULL THEN
-      missing = each.id;
-      EXIT;
+      RETURN each.id;
     END IF;
   END LOOP;
-  IF missing IS NULL AND begins THEN
-    FOR each IN SELECT * FROM rates_of(wanted) l ORDER BY l.id LOOP
-      LOOP
-        PERFORM FROM limit_rates r WHERE r.limit_id = each.id FOR NO KEY UPDATE;
-        EXIT WHEN FOUND;
-        INSERT INTO limit_rates (limit_id, full_at) VALUES (each.id, clock_timestamp())
-        ON CONFLICT DO NOTHING;
-      END LOOP;
-      IF tokens_of(each.id, each.starts, each.period_s) < 1 THEN
-        missing = each.id;
-        EXIT;
-      END IF;
+  RETURN NULL;
+END $$;
+
+-- Takes a token of each of these rates, or none; the rate that has none.
+CREATE OR REPLACE FUNCTION missing_token(wanted jsonb) RETURNS text LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+DECLARE
+  each record;
+BEGIN
+  FOR each IN SELECT * FROM rates_of(wanted) l ORDER BY l.id LOOP
+    LOOP
+      PERFORM FROM limit_rates r WHERE r.limit_id = each.id FOR NO KEY UPDATE;
+      EXIT WHEN FOUND;
+      INSERT INTO limit_rates (limit_id, full_at) VALUES (each.id, clock_timestamp())
+      ON CONFLICT DO NOTHING;
     END LOOP;
+    IF tokens_of(each.id, each.starts, each.period_s) < 1 THEN
+      RETURN each.id;
+    END IF;
+  END LOOP;
+  UPDATE limit_rates r
+     SET full_at = greatest(r.full_at, clock_timestamp())
+                   + make_interval(secs => l.period_s / l.starts)
+    FROM rates_of(wanted) l WHERE r.limit_id = l.id;
+  RETURN NULL;
+END $$;
+
+-- See 0018. A child takes a loan in place of a slot that an ancestor keeps: the slot is locked until
+-- the commit, and is the ancestor's then or is not lent. Who waits for another limit keeps what it
+-- keeps, but for its first claim, and if it lacks one of those itself: so that nobody keeps one and waits
+-- for another that is kept.
+CREATE OR REPLACE FUNCTION take_slots(claimed text) RETURNS boolean LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+DECLARE
+  wanted jsonb;
+  since timestamptz;
+  missing text;
+  bell integer;
+  begins boolean;
+  of_tree boolean;
+BEGIN
+  SELECT r.limits, r.created_at, r.attempt = 0, r.root_id IS NOT NULL
+    INTO wanted, since, begins, of_tree FROM runs r
+   WHERE r.run_id = claimed AND r.state = 'queued'
+     AND coalesce(r.not_before <= clock_timestamp(), true) FOR NO KEY UPDATE;
+  IF NOT FOUND THEN
+    RETURN false;
+  END IF;
+  missing = missing_slot(claimed, wanted, of_tree);
+  IF missing IS NULL AND begins THEN
+    missing = missing_token(wanted);
   END IF;
   IF missing IS NULL THEN
-    IF begins THEN
-      UPDATE limit_rates r
-         SET full_at = greatest(r.full_at, clock_timestamp())
-                       + make_interval(secs => l.period_s / l.starts)
-        FROM rates_of(wanted) l WHERE r.limit_id = l.id;
-    END IF;
     RETURN true;
   END IF;
   DELETE FROM limit_loans o WHERE o.run_id = claimed;
@@ -175,6 +190,25 @@ BEGIN
   RETURN false;
 END $$;
 
+-- Frees a slot, or leaves it to a child that has a lease by it.
+CREATE OR REPLACE FUNCTION free_slot(limited text, place integer, bell integer) RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_seqscan TO off AS $$
+DECLARE
+  heir text;
+BEGIN
+  WHILE EXISTS (SELECT FROM limit_loans o WHERE o.limit_id = limited AND o.n = place) LOOP
+    SELECT o.run_id INTO heir FROM limit_loans o
+     WHERE o.limit_id = limited AND o.n = place LIMIT 1 FOR UPDATE;
+    EXIT WHEN FOUND;
+  END LOOP;
+  IF heir IS NOT NULL THEN
+    DELETE FROM limit_loans o WHERE o.limit_id = limited AND o.run_id = heir;
+    UPDATE limit_slots s SET run_id = heir WHERE s.limit_id = limited AND s.n = place;
+    RETURN;
+  END IF;
+  DELETE FROM limit_slots s WHERE s.limit_id = limited AND s.n = place;
+  PERFORM pass_slot(limited, place, bell);
+END $$;
+
 -- Frees the slots of a run that does not run any more, whatever has ended its lease, but those that it
 -- keeps until its end. A slot that is lent then is that of a child that has a lease by it. The turn of
 -- one that ends while it waits is to be another's.
@@ -182,7 +216,6 @@ CREATE OR REPLACE FUNCTION free_slots() RETURNS trigger LANGUAGE plpgsql SET sea
 DECLARE
   bell integer = abs(mod(hashtext(OLD.run_id), 16));
   ends boolean = TG_OP = 'DELETE';
-  heir text;
   each record;
 BEGIN
   IF NOT ends THEN
@@ -194,19 +227,7 @@ BEGIN
      WHERE s.run_id = OLD.run_id AND (ends OR NOT keeps_slot(OLD.limits, s.limit_id))
      ORDER BY s.limit_id FOR UPDATE
   LOOP
-    heir = NULL;
-    WHILE EXISTS (SELECT FROM limit_loans o WHERE o.limit_id = each.limit_id AND o.n = each.n) LOOP
-      SELECT o.run_id INTO heir FROM limit_loans o
-       WHERE o.limit_id = each.limit_id AND o.n = each.n LIMIT 1 FOR UPDATE;
-      EXIT WHEN FOUND;
-    END LOOP;
-    IF heir IS NOT NULL THEN
-      DELETE FROM limit_loans o WHERE o.limit_id = each.limit_id AND o.run_id = heir;
-      UPDATE limit_slots s SET run_id = heir WHERE s.limit_id = each.limit_id AND s.n = each.n;
-      CONTINUE;
-    END IF;
-    DELETE FROM limit_slots s WHERE s.limit_id = each.limit_id AND s.n = each.n;
-    PERFORM pass_slot(each.limit_id, each.n, bell);
+    PERFORM free_slot(each.limit_id, each.n, bell);
   END LOOP;
   IF OLD.state = 'queued' THEN
     INSERT INTO limit_notes (shard, limit_id) SELECT bell, l.id FROM all_limits_of(OLD.limits) l;
