@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import httpx
 import httpx2
@@ -11,7 +12,7 @@ from fastapi.testclient import TestClient
 from httpx_sse import EventSource
 from sseclient import SSEClient
 
-from beatless import App, Plan, StepContext, step
+from beatless import Plan, StepContext, step
 from beatless.api import create_api
 from beatless.http.follower import RETRY, Follower
 from beatless.testing import Kit
@@ -106,17 +107,21 @@ def rewritten(stream: bytes) -> bytes:
     return lines.replace(b"\n", b"\r\n")
 
 
-def test_the_events_are_those_of_the_journal_wherever_the_stream_is_cut(
-    beatless: Kit, beatless_app: App
-) -> None:
+def told(beatless: Kit) -> tuple[bytes, list[tuple[str, str, dict[str, Any]]]]:
+    """The stream of a run of `tell`, and what the journal has: id, type and data of each event."""
     run_id = beatless.start_run("tell").run_id
     beatless.work_until_idle()
     events = beatless.client.events(run_id)
-    with TestClient(create_api(beatless_app, is_open=True)) as api:
+    with TestClient(create_api(beatless.app, is_open=True)) as api:
         stream = api.get(f"/v1/runs/{run_id}/stream").content
     epoch = stream.partition(b".")[0].removeprefix(b"id: ").decode()
     expected = [(f"{epoch}.{event.seq}", str(event.type), event.to_dict()) for event in events]
     assert [data["data"]["text"] for _, kind, data in expected if kind == "DebugTrace"] == TEXTS
+    return stream, expected
+
+
+def test_the_events_are_those_of_the_journal_wherever_the_stream_is_cut(beatless: Kit) -> None:
+    stream, expected = told(beatless)
     for sent in (stream, rewritten(stream)):
         for chunks in cuts(sent):
             for read in READERS:
