@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from beatless.orchestrator.errors import BadPayload
 from beatless.orchestrator.events import storable
@@ -131,6 +131,29 @@ class Limit:
                 "no whole number",
             )
         return str(found)
+
+
+class Rule(Protocol):
+    """What a limit says, as it is declared or as it is now."""
+
+    @property
+    def at_once(self) -> int | None: ...
+    @property
+    def rate(self) -> str | None: ...
+    @property
+    def hold(self) -> str | None: ...
+
+
+def rule_of(limit: Rule) -> str:
+    """The rule of a limit, for people.
+
+    >>> rule_of(Limit("gpu", at_once=2, hold="run")), rule_of(Limit("llm", rate="100/min"))
+    ('2 at once, held to the end', '100/min')
+    """
+    if limit.rate is not None:
+        return limit.rate
+    held = ", held to the end" if limit.hold else ""
+    return f"{limit.at_once} at once{held}"
 
 
 def problem_with_at_once(given: Any) -> str:

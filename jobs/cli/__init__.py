@@ -244,7 +244,7 @@ def other_stack() -> str:
 
     named = ("BEATLESS_DATABASE_URL", "BEATLESS_REDIS_URL")
     found = settings_of_ready(Path.cwd())
-    others = [name for name in named if name in found and os.environ.get(name) != found[name]]
+    others = [n for n in named if n in found and os.environ.get(n, found[n]) != found[n]]
     if not others:
         return ""
     names, are = " and ".join(others), "are" if len(others) > 1 else "is"

@@ -8,7 +8,7 @@ from rich.markup import escape
 from beatless.cli.environment import Environment
 from beatless.cli.options import NAMESPACE, given_namespace
 from beatless.cli.render import age, table
-from beatless.orchestrator.limits import LimitState
+from beatless.orchestrator.limit import rule_of
 
 
 @click.group(invoke_without_command=True)
@@ -34,7 +34,7 @@ def ls(env: Environment) -> None:
         (
             escape(state.name),
             escape(state.key or ""),
-            escape(_rule_of(state)),
+            escape(rule_of(state)),
             "[yellow]set[/]" if state.is_set else "",
             str(state.running),
             str(state.waiting),
@@ -83,10 +83,3 @@ def release(env: Environment, name: str) -> None:
     was_set = env.client.release_limit(name)
     now = "is that of its plans" if was_set else "was not set"
     env.note(f"in namespace {env.namespace} limit {name} {now}")
-
-
-def _rule_of(state: LimitState) -> str:
-    if state.rate is not None:
-        return state.rate
-    held = ", held to the end" if state.hold else ""
-    return f"{state.at_once} at once{held}"

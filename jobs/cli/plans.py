@@ -10,7 +10,7 @@ from beatless.cli.options import plan_names
 from beatless.errors import UnknownPlan
 from beatless.orchestrator.child_elements import ChildElement
 from beatless.orchestrator.function_plan import FunctionPlan
-from beatless.orchestrator.limit import Limit
+from beatless.orchestrator.limit import Limit, rule_of
 from beatless.orchestrator.outcomes import Goto
 from beatless.orchestrator.plan import Element, Plan
 from beatless.orchestrator.progress import UNKNOWN_STEP
@@ -220,7 +220,7 @@ def ends(found: Plan, step: Element) -> bool:
 
 def rules_of(limits: Sequence[Limit]) -> list[str]:
     """The limits of a plan or a step, in short."""
-    return [f"limit {each.name}: {each.rate or f'{each.at_once} at once'}" for each in limits]
+    return [f"limit {each.name}: {rule_of(each)}" for each in limits]
 
 
 def as_text(found: Plan) -> str:
