@@ -63,8 +63,9 @@ class Kit(TimeCalls):
         self._ids = (f"{run_prefix}-{number}" for number in itertools.count(1))
         self._executor: Executor | None = None
         self._executed: dict[str, Plan | None] = {}
-        self._begun: dict[str, Plan] = {}
         """The plan that has executed each run here; None if there were two."""
+        self._begun: dict[str, Plan] = {}
+        """The plan by which a worker here has begun or gone on with each run, the last one."""
         self._inbox = TaskInbox(app)
         self._pid = os.getpid()
 
