@@ -16,7 +16,6 @@ from beatless.orchestrator.dry_replay import dry_replay
 from beatless.orchestrator.events import EventType
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.journal import Journal
-from beatless.orchestrator.odd_events import ODD, UnreadableEvent, folded
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.plan_versions import PlanVersions
 from beatless.orchestrator.progress import (
@@ -32,6 +31,7 @@ from beatless.orchestrator.records import Unfinished
 from beatless.orchestrator.replay import Mismatch
 from beatless.orchestrator.step_order import changed_places, passed_by
 from beatless.orchestrator.timeline import stands_at, waits_for_children
+from beatless.orchestrator.unfit_events import UNFIT, UnreadableEvent, folded
 from beatless.outbox.queries import Caller, execute_lazily
 
 UNKNOWN_PLAN = "unknown_plan"
@@ -230,6 +230,6 @@ def _waits(plan: Plan | None, run: Unfinished) -> str | None:
         next_step(plan, run.place, undoing=run.undoing)
     except UnknownStep:
         return UNKNOWN_STEP
-    except ODD:
+    except UNFIT:
         return None  # of an event that SQL has written: the run ends with this error
     return None

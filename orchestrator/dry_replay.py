@@ -9,9 +9,9 @@ from beatless.orchestrator.events import Event
 from beatless.orchestrator.function_call import Broken, Said, call_function
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of
-from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.records import Run
 from beatless.orchestrator.replay import Replay, departure, refused_input
+from beatless.orchestrator.unfit_events import folded
 
 
 def dry_replay(plan: FunctionPlan, run: Run, events: Iterable[Event], read_ends: ReadEnds) -> Said:

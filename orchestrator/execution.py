@@ -23,7 +23,6 @@ from beatless.orchestrator.errors import BadPayload, RunCancelled, WorkerStops
 from beatless.orchestrator.events import Event, NewEvent, as_stored, is_unreadable
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.limit import RunLimit, limits_of
-from beatless.orchestrator.odd_events import OddRow, Unread, UnreadableEvent, folded
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.plan import Element, Plan, Step
 from beatless.orchestrator.progress import CHANGED_CALL, UNKNOWN_STEP, Progress, UnknownStep, fold
@@ -53,6 +52,7 @@ from beatless.orchestrator.requests import (
 )
 from beatless.orchestrator.settlement import NEVER_S, Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.unfit_events import UnfitRow, Unread, UnreadableEvent, folded
 from beatless.orchestrator.waits import Wait
 
 logger = logging.getLogger("beatless.orchestrator.executor")
@@ -147,12 +147,12 @@ class Execution:
         return folded(partial(fold, self._plan), events)
 
     def _read_pages(self, take: Callable[[Sequence[Event]], None]) -> Generator[Request, Any, None]:
-        """Read the journal, a page at a time. Raises UnreadableEvent and OddRow."""
+        """Read the journal, a page at a time. Raises UnreadableEvent and UnfitRow."""
         page: CheckpointPage | None = None
         while page is None or not page.last:
             page = yield ReadJournal(behind=page)
-            if page.odd:
-                raise OddRow(page.odd)
+            if page.unfit:
+                raise UnfitRow(page.unfit)
             for event in page.events:
                 if is_unreadable(event):
                     raise UnreadableEvent(event)

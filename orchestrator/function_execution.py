@@ -28,7 +28,6 @@ from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import History, fold_calls, history_of
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.long_history import HistoryTooLong
-from beatless.orchestrator.odd_events import ODD, UnreadableEvent, folded, problem_of
 from beatless.orchestrator.open_waits import OpenWait, Received
 from beatless.orchestrator.outcomes import PlanError
 from beatless.orchestrator.plan import Plan, Step
@@ -56,6 +55,7 @@ from beatless.orchestrator.requests import (
 )
 from beatless.orchestrator.settlement import Settlement
 from beatless.orchestrator.state import RunState
+from beatless.orchestrator.unfit_events import UNFIT, UnreadableEvent, folded, problem_of
 from beatless.orchestrator.waits import Wait
 
 ENDS_CALLS = (EventType.CANCEL_REQUESTED, EventType.UNDO_STARTED)
@@ -156,7 +156,7 @@ class FunctionExecution(Execution):
             before = history.events
             try:
                 fold_calls(self._function, history, events)
-            except ODD as error:
+            except UNFIT as error:
                 odd = events[history.events - before - 1]
                 raise UnreadableEvent(odd, problem_of(error)) from error
 

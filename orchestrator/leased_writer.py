@@ -22,7 +22,6 @@ from beatless.orchestrator.lease import (
     Leases,
     LeaseStatus,
 )
-from beatless.orchestrator.odd_rows import odd_page
 from beatless.orchestrator.open_waits import DATA_BYTES
 from beatless.orchestrator.progress import FOLDED, SNOOZED, SUSPECT
 from beatless.orchestrator.records import Appended, CheckpointPage, NewRun
@@ -30,6 +29,7 @@ from beatless.orchestrator.settlement import Proposal, Settlement
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.step_output import Portion, StepOutput
 from beatless.orchestrator.sure_writer import Find, SureWriter
+from beatless.orchestrator.unfit_run import unfit_page
 from beatless.orchestrator.watchdog import Attempt
 from beatless.outbox.clock import monotonic
 from beatless.outbox.queries import Caller
@@ -100,7 +100,7 @@ class LeasedWriter(SureWriter):
                 )
             )
         except RunNotFound:  # taken away by force, or its row contradicts its journal
-            page = self.patiently(partial(odd_page, schema=self._journal.schema, lease=self._lease))
+            page = self.patiently(partial(unfit_page, self._journal.schema, self._lease))
         self._last_seq = self._told_seq = page.events[-1].seq
         return page
 

@@ -457,7 +457,7 @@ class CheckpointPage:
     """The seq of the event by which the run's function has begun again; 0 if it has not."""
     last: bool
     """Its last event is that of the run."""
-    odd: str = ""
+    unfit: str = ""
     """How the run's row contradicts its journal, if it does: then only its last event is here."""
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from beatless.orchestrator.errors import CannotRetry
 from beatless.orchestrator.events import Event, EventType
-from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.open_waits import Received
 from beatless.orchestrator.plan import Plan, step_of
 from beatless.orchestrator.progress import LAST, SIGNALS, WAS_UNDONE, first_name, fold
+from beatless.orchestrator.unfit_events import folded
 from beatless.orchestrator.waits import Wait, WaitKind
 
 

@@ -20,7 +20,6 @@ from beatless.orchestrator.child_calls import ReadEnds, Tends, with_results
 from beatless.orchestrator.events import Event, NewEvent
 from beatless.orchestrator.execution import Execution
 from beatless.orchestrator.lease import Lease
-from beatless.orchestrator.odd_events import folded
 from beatless.orchestrator.plan import Plan, Step
 from beatless.orchestrator.progress import Progress, fold
 from beatless.orchestrator.requests import (
@@ -34,6 +33,7 @@ from beatless.orchestrator.requests import (
 from beatless.orchestrator.state import RunState
 from beatless.orchestrator.undo_boundaries import UndoBoundaries
 from beatless.orchestrator.undos import Undoing, Undos, undos_of
+from beatless.orchestrator.unfit_events import folded
 
 logger = logging.getLogger("beatless.orchestrator.executor")
 

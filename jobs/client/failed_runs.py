@@ -13,10 +13,10 @@ from beatless.orchestrator.errors import CannotRetry, OrchestratorError
 from beatless.orchestrator.events import encode
 from beatless.orchestrator.function_plan import FunctionPlan
 from beatless.orchestrator.history import history_of, reusable_calls
-from beatless.orchestrator.odd_events import UnreadableEvent, folded
 from beatless.orchestrator.records import FailedRunFilter, NewRun, Place, Run, new_run_id
 from beatless.orchestrator.reuse import reusable
 from beatless.orchestrator.undos import deadline_of
+from beatless.orchestrator.unfit_events import UnreadableEvent, folded
 from beatless.outbox.awaited import AsyncCaller
 from beatless.outbox.queries import Caller, execute_lazily
 

@@ -11,7 +11,7 @@ from beatless.orchestrator.events import Event
 
 T = TypeVar("T")
 
-ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What a fold raises on a value that beatless never writes."""
 
 
@@ -28,16 +28,16 @@ class UnreadableEvent(Unread):
         self.problem = problem
 
     def __str__(self) -> str:
-        odd = "is no object, is nested too deeply, or has a number that is too long"
+        why = "is no object, is nested too deeply, or has a number that is too long"
         if self.problem:
-            odd = f"has a member of another type or value ({self.problem})"
+            why = f"has a member of another type or value ({self.problem})"
         return (
-            f"the data of event {self.event.seq} ({self.event.type}) of the run's journal {odd}, "
+            f"the data of event {self.event.seq} ({self.event.type}) of the run's journal {why}, "
             "as SQL can write it: what the run has done is unknown"
         )
 
 
-class OddRow(Unread):
+class UnfitRow(Unread):
     """The row of a run contradicts its journal, in a column."""
 
     def __init__(self, problem: str) -> None:
@@ -52,8 +52,8 @@ def folded(fold: Callable[[Sequence[Event]], T], events: Sequence[Event]) -> T:
     """The fold of these events. Raises UnreadableEvent with the one that cannot be folded."""
     try:
         return fold(events)
-    except ODD as error:
-        raise UnreadableEvent(_odd_one(fold, events), problem_of(error)) from error
+    except UNFIT as error:
+        raise UnreadableEvent(_unfit_one(fold, events), problem_of(error)) from error
 
 
 def problem_of(error: Exception) -> str:
@@ -61,7 +61,7 @@ def problem_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _odd_one(fold: Callable[[Sequence[Event]], object], events: Sequence[Event]) -> Event:
+def _unfit_one(fold: Callable[[Sequence[Event]], object], events: Sequence[Event]) -> Event:
     """One with which the fold fails, and with those before it does not."""
     good, bad = 0, len(events)
     while bad - good > 1:
@@ -69,6 +69,6 @@ def _odd_one(fold: Callable[[Sequence[Event]], object], events: Sequence[Event])
         try:
             fold(events[:middle])
             good = middle
-        except ODD:
+        except UNFIT:
             bad = middle
     return events[bad - 1]

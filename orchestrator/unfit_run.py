@@ -11,7 +11,7 @@ from beatless.outbox.queries import execute
 from beatless.outbox.statements import statements
 
 
-def odd_page(connection: Connection, schema: str, lease: Lease) -> CheckpointPage:
+def unfit_page(schema: str, lease: Lease, connection: Connection) -> CheckpointPage:
     """Mend the `last_seq` of a run: a page that has its last event, and says so.
 
     Raises LeaseLost if the run is not under this lease any more, or has no event.
@@ -26,4 +26,4 @@ def odd_page(connection: Connection, schema: str, lease: Lease) -> CheckpointPag
         event = Event.from_json(last[0][0])
         execute(connection, sql["mend"], parameters | {"after": event.seq})
     problem = f"last_seq was {held[0][0]}, and its journal ends with event {event.seq}"
-    return CheckpointPage(events=[event], restarted_seq=0, last=True, odd=problem)
+    return CheckpointPage(events=[event], restarted_seq=0, last=True, unfit=problem)
