@@ -83,6 +83,13 @@ SELECT setval(seqrelid, seqstart, false) FROM pg_sequence JOIN pg_class ON oid =
 """Sequences begin anew; RESTART IDENTITY would take those of runs with them."""
 
 
+TRIES = 10
+"""How often a schema is emptied whose sessions wait for each other's locks.
+
+Each takes Postgres a second to see; the sessions that did not wait for us then have what they need.
+"""
+
+
 class SchemaPool:
     """The schemas of one xdist worker."""
 
@@ -175,18 +182,24 @@ class SchemaPool:
         own = own_tables(schema)
         same = all(found.get(name) == made[name] for name in (schema, VERSION_TABLE))
         kept = self._tables[schema] is not None and found.get(own) == made[own]
-        try:
-            if not same:
-                self._drop(schema)
-            elif kept or found.get(own) == made[own]:
-                self._empty(schema, own if kept else None)
-            else:
-                self._connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE'.encode())
-                self._empty(schema, None)
-                self._make_own(schema, None)
-        except psycopg.errors.LockNotAvailable:
-            self._abandoned.append(schema)
-            return self._holders(schema)
+        for tried in range(1, TRIES + 1):
+            try:
+                if not same:
+                    self._drop(schema)
+                elif kept or found.get(own) == made[own]:
+                    self._empty(schema, own if kept else None)
+                else:
+                    self._connection.execute(f'DROP SCHEMA IF EXISTS "{own}" CASCADE'.encode())
+                    self._empty(schema, None)
+                    self._make_own(schema, None)
+                break
+            except psycopg.errors.DeadlockDetected:
+                # With the last statement of a process that was killed within it: it ends now.
+                if tried == TRIES:
+                    raise
+            except psycopg.errors.LockNotAvailable:
+                self._abandoned.append(schema)
+                return self._holders(schema)
         if same:
             self._free.append(schema)
         return []
@@ -232,7 +245,7 @@ SELECT a.application_name, a.state, a.query FROM pg_stat_activity a
         """Drop the schemas, but for those in use."""
         for schema in (*self._free, *self._abandoned):
             # A locked schema may be so still; the next session drops it then.
-            with suppress(psycopg.errors.LockNotAvailable):
+            with suppress(psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                 self._drop(schema)
 
 

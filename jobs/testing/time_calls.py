@@ -7,6 +7,7 @@ from beatless.orchestrator.schedule import StoredSchedule
 from beatless.orchestrator.schedules import AppliedSchedules
 from beatless.testing.stored_time import check_seconds, move_into_past, next_tick_in_s
 from beatless.testing.waits import WaitCalls
+from beatless.transactions import transact
 
 
 class TimeCalls(WaitCalls):
@@ -78,8 +79,12 @@ class TimeCalls(WaitCalls):
         self._advanced_s += seconds
 
     def _move(self, seconds: float) -> None:
-        with self.app.engine.begin() as connection:
-            move_into_past(connection, self.app.settings.schema, self.app.queries.channel, seconds)
+        schema, channel = self.app.settings.schema, self.app.queries.channel
+        transact(
+            self.app.engine,
+            lambda connection: move_into_past(connection, schema, channel, seconds),
+            twice=False,
+        )
 
     def _next_tick_in_s(self) -> float | None:
         with self.app.engine.connect() as connection:

@@ -1,6 +1,7 @@
 """The test kit's isolation: what a test has for itself, and who is told of what it left."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import redis
 import sqlalchemy
 from sqlalchemy import make_url
 
+from beatless.auth import api_tokens
 from beatless.errors import BadSetting
 from beatless.local.valkey import EmbeddedValkey
 from beatless.settings import Settings, engine_url, libpq_url
@@ -21,6 +23,7 @@ from beatless.testing.fixtures import beatless_app, explanation
 from beatless.testing.isolation import Isolation
 from beatless.testing.schemas import search
 from beatless.testing.servers import Services
+from tests.valkeys import until
 
 
 def test_what_the_url_sets_for_its_sessions_stays(beatless_services: Services) -> None:
@@ -265,6 +268,42 @@ def test_a_set_up_that_fails_gives_back_what_it_took(beatless_services: Services
             assert app.settings.schema == f"s_{isolation.name.worker}_1"
             assert beside.neighbours.running() == ["test"]
         assert isolation.take() != isolation.take()  # one that did not fail gives it back once
+
+
+def test_a_session_that_ends_a_statement_in_the_schema_as_it_is_emptied_is_waited_for(
+    beatless_services: Services,
+) -> None:
+    """Its process was killed; each of the two holds a lock that the other wants."""
+    url = libpq_url(beatless_services.database_url)
+    with (
+        closing(Isolation(beatless_services, "ending")) as isolation,
+        psycopg.connect(url) as ending,
+        psycopg.connect(url) as gate,
+        psycopg.connect(url, autocommit=True) as postgres,
+        ThreadPoolExecutor(2) as beside,
+    ):
+
+        def wait_until_somebody_waits_for(blocker: psycopg.Connection) -> None:
+            waits = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+            pid = blocker.info.backend_pid
+            until(lambda: postgres.execute(waits, (pid,)).fetchone() is not None, 60)
+
+        emptier, schema = isolation.connection, isolation.schemas.take()
+        first, *others, last = (table.name for table in api_tokens.metadata.sorted_tables)
+        emptier.execute("SET deadlock_timeout TO '10ms'")
+        ending.execute("SET deadlock_timeout TO '1h'")
+        share = f"LOCK TABLE {schema}.{{}} IN ROW SHARE MODE"
+        ending.execute(share.format(last))
+        gate.execute(share.format(others[0]))
+        found = beside.submit(isolation.schemas.give_back, schema)
+        wait_until_somebody_waits_for(gate)
+        statement = beside.submit(ending.execute, f"{share.format(first)}; COMMIT")
+        wait_until_somebody_waits_for(emptier)
+        gate.rollback()
+
+        assert found.result(60) == []
+        statement.result(60)
+        assert isolation.schemas.take() == schema
 
 
 def test_a_leak_is_told_once_with_whom_else_it_may_be_of(private: Services) -> None:
