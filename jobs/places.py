@@ -23,13 +23,14 @@ from beatless.orchestrator.progress import (
     FOLDED,
     SNOOZED,
     UNKNOWN_STEP,
+    Progress,
     UnknownStep,
     fold,
     next_step,
 )
 from beatless.orchestrator.records import Unfinished
 from beatless.orchestrator.replay import Mismatch
-from beatless.orchestrator.step_order import changed_places, passed_by
+from beatless.orchestrator.step_order import changed_places, passed_by, removed
 from beatless.orchestrator.timeline import stands_at, waits_for_children
 from beatless.orchestrator.unfit_events import UNFIT, UnreadableEvent, folded
 from beatless.outbox.queries import Caller, execute_lazily
@@ -53,6 +54,8 @@ class Place:
     difference: str | None = None
     """What the function of the plan does instead, with the first of these runs."""
     advice: str | None = None
+    leaves_out: Sequence[str] = ()
+    """Steps that the runs were to do, and that this version of their plan does not have."""
     runs: int = 0
     run_ids: list[str] = field(default_factory=list)
 
@@ -64,6 +67,7 @@ class Place:
             "runs": self.runs,
             "waits": self.waits,
             **(told if self.difference is not None else {}),
+            **({"leaves_out": [*self.leaves_out]} if self.leaves_out else {}),
             "run_ids": self.run_ids,
         }
 
@@ -84,10 +88,16 @@ def places(
     called: list[tuple[Plan, Unfinished]] = []
 
     def note(
-        run: Unfinished, step: str | None, waits: str | None, told: Mismatch | None = None
+        run: Unfinished,
+        step: str | None,
+        waits: str | None,
+        told: Mismatch | None = None,
+        leaves_out: Sequence[str] = (),
     ) -> None:
-        key = (run.plan, step, waits, told and told.kind)
-        place = found.setdefault(key, Place(plan=run.plan, step=step, waits=waits))
+        key = (run.plan, step, waits, told and told.kind, *leaves_out)
+        place = found.setdefault(
+            key, Place(plan=run.plan, step=step, waits=waits, leaves_out=leaves_out)
+        )
         if told is not None and not place.runs:
             place.difference, place.advice = difference(told), told.advice
         place.runs += 1
@@ -95,7 +105,9 @@ def places(
             place.run_ids.append(run.place.run_id)
 
     with engine.begin() as connection:
-        reordered = _reordered(plans, PlanVersions(journal.schema).known(connection))
+        known = PlanVersions(journal.schema).known(connection)
+        reordered = _reordered(plans, known)
+        shortened = _shortened(plans, known) if reasons is None else {}
         for run in journal.unfinished(connection, reasons=reasons, read=execute_lazily):
             undoes = run.undo is not None and not run.undoing
             at = run.undo if undoes else stands_at([run.place])
@@ -106,7 +118,13 @@ def places(
                     called.append((plan, run))
                 else:
                     note(run, step, UNKNOWN_STEP)
-            elif plan and step and plan.name in reordered and not run.cancelled:
+            elif (
+                plan
+                and not run.cancelled
+                and (
+                    (step and plan.name in reordered) or (plan.name, run.plan_version) in shortened
+                )
+            ):
                 called.append((plan, run))
             else:
                 note(run, step, _waits(plan, run))
@@ -114,11 +132,17 @@ def places(
             stands = stands_at([run.place])
             at = None if stands is None else step_of(stands)
             if isinstance(plan, FunctionPlan):
-                told, waits = mismatch(connection, journal, plan, run.place.run_id), None
-            else:
-                told = other_order(connection, journal, plan, run.place.run_id, run.plan_version)
-                waits = _waits(plan, run)
-            note(run, at, waits if told is None else told.reason, told)
+                told = mismatch(connection, journal, plan, run.place.run_id)
+                note(run, at, None if told is None else told.reason, told)
+                continue
+            progress = _progress(connection, journal, plan, run.place.run_id)
+            told = _other_order(connection, journal, plan, progress, run.plan_version)
+            if told is not None:
+                note(run, at, told.reason, told)
+                continue
+            steps = shortened.get((plan.name, run.plan_version))
+            gone = removed(plan, progress, steps) if progress is not None and steps else ()
+            note(run, at, _waits(plan, run), leaves_out=gone)
     return sorted(
         found.values(), key=lambda place: (place.waits is None, place.plan, place.step or "")
     )
@@ -135,15 +159,33 @@ def _reordered(
     }
 
 
-def other_order(
-    connection: Caller, journal: Journal, plan: Plan, run_id: str, version: str
-) -> Mismatch | None:
-    """Why an unfinished run, started with this version of a list, cannot go on in this order."""
+def _shortened(
+    plans: Mapping[str, Plan], known: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[tuple[str, str], Sequence[str]]:
+    """The steps of the versions, by plan and hash, that have one which their plan lacks here."""
+    return {
+        (name, version): steps
+        for name, plan in plans.items()
+        for version, steps in known.get(name, {}).items()
+        if not {plan.current(each) for each in steps} <= {*plan.names}
+    }
+
+
+def _progress(connection: Caller, journal: Journal, plan: Plan, run_id: str) -> Progress | None:
+    """The place of an unfinished run of a list; None if it ends with an unreadable event."""
     events = journal.checkpoint_events(connection, run_id, names=FOLDED, rest=SNOOZED)
     try:
-        progress = folded(partial(fold, plan), [*events])
+        return folded(partial(fold, plan), [*events])
     except UnreadableEvent:
-        return None  # the run ends with this error
+        return None
+
+
+def _other_order(
+    connection: Caller, journal: Journal, plan: Plan, progress: Progress | None, version: str
+) -> Mismatch | None:
+    """Why an unfinished run, started with this version of a list, cannot go on in this order."""
+    if progress is None:
+        return None
     versions = PlanVersions(journal.schema)
     step = passed_by(plan, progress, lambda: versions.steps(connection, plan, version))
     if step is None or progress.place is None:
@@ -201,7 +243,8 @@ def why_it_waits(
             return None
         if isinstance(plan, FunctionPlan):
             return mismatch(connection, journal, plan, run_id)
-        return other_order(connection, journal, plan, run_id, run.plan_version)
+        progress = _progress(connection, journal, plan, run_id)
+        return _other_order(connection, journal, plan, progress, run.plan_version)
 
 
 def children_waited_for(

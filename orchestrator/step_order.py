@@ -51,15 +51,23 @@ def passed_by(
     stored = steps() if left else None
     if stored is None:
         return None
-    order = [plan.current(name) for name in stored]
-    stands = _stands_at(plan, order, progress)
-    if stands is None:
-        return None
-    at = order.index(stands)
-    straight = [order.index(name) for name in progress.straight if name in order]
-    begins = min([*straight, at])
-    due = [*order[begins:at], *_followed(plan, order[at:])]
-    return next((name for name in due if name in left), None)
+    return next((name for name in _due(plan, progress, stored) if name in left), None)
+
+
+def removed(plan: Plan, progress: Progress, steps: Sequence[str]) -> list[str]:
+    """The steps that a run goes on without, as this version of the plan does not have them.
+
+    They were to come by the order of the version that the run was started with; the run stands at
+    none of them, or it would wait. One that has not begun was to do all.
+    """
+    if progress.undoing or progress.compensating or progress.unknown is not None:
+        return []
+    if _has_begun(progress):
+        due = _due(plan, progress, steps)
+    else:
+        order = [plan.current(name) for name in steps]
+        due = [*order[:1], *_followed(plan, order)]
+    return [name for name in due if name not in plan.names and not progress.visits[name]]
 
 
 def changed_places(plan: Plan, steps: Sequence[str]) -> bool:
@@ -67,6 +75,26 @@ def changed_places(plan: Plan, steps: Sequence[str]) -> bool:
     names = plan.names
     both = [name for name in map(plan.current, steps) if name in names]
     return both != sorted(both, key=names.index)
+
+
+def _due(plan: Plan, progress: Progress, steps: Sequence[str]) -> Sequence[str]:
+    """Those that were to come in that order, or were stepped over on the straight way there."""
+    order = [plan.current(name) for name in steps]
+    stands = _stands_at(plan, order, progress)
+    if stands is None:
+        return []
+    at = order.index(stands)
+    straight = [order.index(name) for name in progress.straight if name in order]
+    begins = min([*straight, at])
+    return [*order[begins:at], *_followed(plan, order[at:])]
+
+
+def _has_begun(progress: Progress) -> bool:
+    """Whether the run has a place in its plan, which a retry has from the run before it."""
+    place = progress.place
+    if place is None or place.type != EventType.RUN_STARTED:
+        return place is not None
+    return (place.data or {}).get("reused", {}).get("next") is not None
 
 
 def _stands_at(plan: Plan, order: Sequence[str], progress: Progress) -> str | None:

@@ -34,6 +34,12 @@ DEPLOY = (
 )
 """The advice about a plan that this app does not have."""
 
+LEAVES_OUT = (
+    "will end without {steps}, which this version does not have: if they shall do it, keep it in "
+    "the list until they have ended, or give the new plan another name"
+)
+"""The advice about a plan that is a list, from which a step was removed ahead of its runs."""
+
 WIDTH, HEIGHT, GAP, LANE, MARGIN = 230, 44, 30, 26, 24
 
 
@@ -64,7 +70,8 @@ def check(env: Environment) -> None:
     """Whether every unfinished run can go on with the plans of this code.
 
     Run it with the code that is to be deployed. Exit status 1 if a run would wait, because it is in
-    a step, or of a plan, that this code does not have, or gives a stored step other arguments.
+    a step, or of a plan, that this code does not have, or gives a stored step other arguments. Runs
+    that would go on without a step that was removed ahead of them are told, and change no status.
     A plan that is a function is called on the stored results of each of its runs; no step is.
     """
     known = {**env.app.plans, canary.NAME: canary.canary(list(env.app.plans.values()))}
@@ -87,6 +94,9 @@ def check(env: Environment) -> None:
     if waiting:
         for text in advised([place for place in found if place.waits]):
             env.note(text)
+    for text in shortened(found):
+        env.note(text)
+    if waiting:
         raise click.exceptions.Exit(1)
 
 
@@ -120,6 +130,18 @@ def advised(waiting: Sequence[Place]) -> Iterator[str]:
         yield f"{runs}{f' ({of})' if len(alike) > 1 else ''} would wait: {advice}"
 
 
+def shortened(found: Sequence[Place]) -> Iterator[str]:
+    """One line for the steps that runs would end without, with the places of these runs."""
+    alike: dict[str, list[Place]] = {}
+    for place in found:
+        if place.leaves_out:
+            alike.setdefault(" and ".join(place.leaves_out), []).append(place)
+    for steps, where in alike.items():
+        of = ", ".join(f"{place.plan} {_where(place)}" for place in where)
+        runs = count(sum(place.runs for place in where), "run")
+        yield f"{runs} ({of}) {LEAVES_OUT.format(steps=steps)}"
+
+
 def _where(place: Place) -> str:
     return "not begun" if place.step is None else f"in {place.step}"
 
@@ -128,7 +150,8 @@ def place_line(place: Place) -> str:
     """Count the unfinished runs at each step of each plan; list those that cannot continue."""
     text = f"{place.plan}  {count(place.runs, 'run')} {_where(place)}"
     if place.waits is None:
-        return f"{text}: can go on"
+        without = f", without {' and '.join(place.leaves_out)}" if place.leaves_out else ""
+        return f"{text}: can go on{without}"
     lacks = "has no such step" if place.waits == UNKNOWN_STEP else "is not in this app"
     named = ", ".join(place.run_ids[:NAMED])
     more = place.runs - NAMED

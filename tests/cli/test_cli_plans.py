@@ -242,6 +242,33 @@ def test_plan_check_tells_who_would_wait_for_a_step_that_this_code_does_not_have
     ]
 
 
+def test_plan_check_tells_who_goes_on_without_a_step_that_was_removed(
+    command: Command, beatless: Kit, beatless_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = beatless_app.plans["two_steps"].steps
+    kept = Plan(
+        "two_steps",
+        [first, *(step(name=name)(lambda ctx: None) for name in ("pay", "mail")), second],
+    )
+    monkeypatch.setitem(beatless_app.plans, "two_steps", kept)
+    beatless.apply_plans()
+    for run_id in ("behind", "before", "unbegun"):
+        beatless.start_run("two_steps", run_id=run_id)
+    beatless.executor().execute(kept, "behind", 0, max_steps=3)
+    undone = step(name="first", retry=retry(max_attempts=2, initial=10))(lambda ctx: ctx.input["x"])
+    beatless.executor().execute(Plan("two_steps", [undone, *kept.steps[1:]]), "before", 0)
+
+    assert command("plan", "check").splitlines() == [
+        "two_steps  1 run not begun: can go on, without pay and mail",
+        "two_steps  1 run in first: can go on, without pay and mail",
+        "two_steps  1 run in second: can go on",
+    ]
+    told = command.error.replace("\n", " ")
+    assert "2 runs (two_steps not begun, two_steps in first) will end without pay and mail" in told
+    found = json.loads(command("--json", "plan", "check"))["places"]
+    assert [place.get("leaves_out") for place in found] == [["pay", "mail"], ["pay", "mail"], None]
+
+
 def test_plan_check_advises_for_each_difference_what_helps_there(
     command: Command, beatless: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from beatless import Goto, Plan, step
 from beatless.orchestrator.events import Event
 from beatless.orchestrator.progress import fold
-from beatless.orchestrator.step_order import changed_places, passed_by
+from beatless.orchestrator.step_order import changed_places, passed_by, removed
 
 BODY = step(name="body")(lambda ctx: None)
 
@@ -116,6 +116,45 @@ def test_a_run_that_is_undone_or_stands_at_an_unknown_step_is_not_asked_for() ->
     progress.compensate(undo)
     assert passed_by(now, progress, lambda: ["a", "b", "c"]) is None
     assert left_out(plan("b c"), "a!", ["a", "b", "c"]) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "told", "gone"),
+    [
+        # of runs that were started with "a b c d"
+        ("a b c d", "a", ""),
+        ("a c d", "", "b"),
+        ("b c", "", "a d"),
+        ("a c d", "a!", "b"),
+        ("a d", "a!", "b c"),
+        ("a x c", "a", "b d"),
+        ("a c d", "a b c!", ""),
+        ("a c d", "a c!", "b"),  # a worker with `a c d` has begun `c`
+        ("a d c", "a!", "b"),
+        ("x a d", "a x!", "b c"),
+    ],
+)
+def test_a_step_was_removed_that_came_later_and_is_in_the_plan_no_more(
+    now: str, told: str, gone: str
+) -> None:
+    old = ["a", "b", "c", "d"]
+    found = removed(plan(now), fold(plan(now), journal(told)), old)
+    assert found == gone.split()
+
+
+def test_no_step_was_removed_that_has_a_new_name_or_that_only_a_route_leads_to() -> None:
+    old = ["a", "b", "c"]
+    renamed = plan("a pay c", renamed={"b": "pay"})
+    assert removed(renamed, fold(renamed, journal("a!")), old) == []
+    chooses = plan("a c", choices="a", routes={"a": ["c"]})
+    assert removed(chooses, fold(chooses, journal("a!")), old) == []
+    assert removed(chooses, fold(chooses, journal("")), old) == []
+
+
+@pytest.mark.parametrize("told", ["a b!", "a b c>b b!"])
+def test_of_a_run_that_waits_for_a_step_nothing_else_was_removed(told: str) -> None:
+    now = plan("a c")
+    assert removed(now, fold(now, journal(told)), ["a", "b", "c", "d"]) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
