@@ -419,6 +419,23 @@ def test_a_key_with_another_content_is_a_conflict(
         start(session, beatless.app, "checkout", **second)
 
 
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("name", ["key", "dedupe_key", "run_id"])
+def test_a_start_that_does_not_see_the_run_with_its_key_is_to_be_tried_again(
+    beatless: Kit, session: psycopg.Connection, name: str, isolation: str
+) -> None:
+    session.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}".encode())
+    session.execute("SELECT count(*) FROM pg_class")  # its snapshot
+    there = beatless.start_run("checkout", {"n": 1}, **{name: "one"})
+
+    with pytest.raises(errors.SerializationFailure):
+        start(session, beatless.app, "checkout", {"n": 1}, **{name: "one"})
+
+    session.rollback()
+    again = start(session, beatless.app, "checkout", {"n": 1}, **{name: "one"})
+    assert again == there.run_id
+
+
 def test_a_deploy_that_changes_the_defaults_makes_no_conflict(
     beatless: Kit, session: psycopg.Connection
 ) -> None:
