@@ -32,6 +32,9 @@ STUCK_AFTER_S = 10.0
 
 NEVER = float("inf")
 
+HANDLED = (signal.SIGALRM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""The signals by which a worker and its watchdog end a body: their handlers are not a body's."""
+
 RETRY_INTERVAL_S = 1.0
 """Seconds until the next try to record an end, while Postgres is away."""
 
@@ -110,6 +113,9 @@ class Watchdog:
 
     `stop_all` ends every attempt in the same way, watched or not: the worker's grace has ended.
 
+    In a process of its own a body leaves neither a timer (`signal.alarm`) nor handlers of these
+    signals to the next one, which they would end.
+
     A body that holds the interpreter's lock for ever ends its process too, by a timer in C; that
     attempt counts as a crash.
     """
@@ -133,6 +139,8 @@ class Watchdog:
         self._stopping = False
         self._ending = False
         self._connection: Connection | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        """Those of signals in this process, before the first body."""
 
     def call(self, attempt: Attempt, body: Callable[[], Any]) -> Any:
         """Call the body and return its result.
@@ -142,7 +150,7 @@ class Watchdog:
         """
         outcome: Any = None
         error: BaseException | None = None
-        previous = self._begin(attempt)
+        alone = self._begin(attempt)
         try:
             try:
                 attempt.inside = True
@@ -152,7 +160,7 @@ class Watchdog:
         except BaseException as raised:
             error = raised
         finally:
-            self._end(attempt, previous)
+            self._end(attempt, alone=alone)
         if attempt.fenced:
             raise LeaseLost(attempt.lease.run.run_id, attempt.lease.token) from error
         if attempt.reason is not None and error is not attempt.reason:
@@ -181,15 +189,16 @@ class Watchdog:
         if self._thread is not None:
             self._thread.end()
 
-    def _begin(self, attempt: Attempt) -> Any:
+    def _begin(self, attempt: Attempt) -> bool:
+        """Have the attempt watched; whether signals of this process are handled in its thread."""
         attempt.thread = threading.get_ident()
         if attempt.watched or self._ending:
             with self._changed:
                 self._wake()  # before anything else: it may be that no thread can be started
-        previous = None
-        attempt.interruptible &= self._own_process and threading.current_thread() is (
-            threading.main_thread()
-        )
+        alone = self._own_process and threading.current_thread() is threading.main_thread()
+        if alone and not self._handlers:
+            self._handlers = {each: signal.getsignal(each) for each in HANDLED}
+        attempt.interruptible &= alone
         if attempt.interruptible:
 
             def interrupt(_number: int, _frame: Any) -> None:
@@ -197,7 +206,7 @@ class Watchdog:
                     attempt.interrupted = True
                     raise attempt.reason
 
-            previous = signal.signal(signal.SIGALRM, interrupt)
+            signal.signal(signal.SIGALRM, interrupt)
         if self._own_process and attempt.ends_at is not None:
             left = max(0.0, attempt.ends_at - monotonic())
             faulthandler.dump_traceback_later(
@@ -213,7 +222,7 @@ class Watchdog:
                 )
             if self._thread is not None and (attempt.watched or self._ending):
                 self._changed.notify()
-        return previous
+        return alone
 
     def _wake(self) -> None:
         if self._thread is None:
@@ -223,15 +232,18 @@ class Watchdog:
         else:
             self._changed.notify()
 
-    def _end(self, attempt: Attempt, previous: Any) -> None:
+    def _end(self, attempt: Attempt, *, alone: bool) -> None:
+        if alone:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # one of the body's would end the process later
         with attempt.mutex:  # waits for an end that is just being committed
             attempt.over = True
         with self._changed:
             self._attempts.remove(attempt)
         if self._own_process and attempt.ends_at is not None:
             faulthandler.cancel_dump_traceback_later()
-        if attempt.interruptible:
-            signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
+        for number, handler in self._handlers.items() if alone else ():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _run(self, thread: LastingThread) -> None:
         while True:

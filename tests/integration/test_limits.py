@@ -1,6 +1,7 @@
 """Steps and runs that take too long end, whatever their bodies do."""
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,7 +26,7 @@ from beatless import (
 from beatless.local.child import Child
 from beatless.orchestrator.lease import Lease
 from beatless.orchestrator.observer import Claimed
-from beatless.orchestrator.watchdog import Attempt, Watchdog
+from beatless.orchestrator.watchdog import HANDLED, Attempt, Watchdog
 from beatless.outbox.observer import Signal
 from beatless.testing import Kit
 from tests.plans import ALL, UNLIMITED
@@ -338,6 +339,40 @@ def test_an_attempt_that_has_just_ended_is_not_told_to_end(beatless: Kit) -> Non
 
     assert attempt.reason is None
     watchdog.stop()
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_body_leaves_neither_a_timer_nor_handlers_of_signals_to_the_next(
+    beatless: Kit, transactional: bool
+) -> None:
+    """In a process of its own, as this is taken for one: a timer would end it in the next run."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    watchdog = Watchdog(beatless.app.leases, beatless.app.executors.connect, own_process=True)
+
+    def body() -> str:
+        for number in HANDLED:
+            signal.signal(number, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 3600, 3600)
+        return "the outcome"
+
+    try:
+        for _ in range(2):
+            attempt = Attempt(
+                lease=Lease(run=None, token=1),
+                ends_at=None,
+                late=None,
+                terminate_on_cancel=False,
+                interruptible=not transactional,
+                settle=lambda _connection, _reason: True,
+            )
+            assert watchdog.call(attempt, body) == "the outcome"
+            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+            assert {number: signal.getsignal(number) for number in HANDLED} == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        watchdog.stop()
 
 
 def test_a_deadline_is_looked_at_before_a_run_is_begun(beatless: Kit) -> None:
