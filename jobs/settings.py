@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, Self
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -56,6 +57,12 @@ SOCKET_OR_HOST = re.compile(r"[/@][^,]*|[^:,/]+|[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9
 
 TARGETS = ("read-write", "primary", "any")
 """Of libpq's `target_session_attrs`: with another one nothing could be written."""
+
+FILES = re.compile(
+    "([?&](?:sslrootcert|sslcert|sslkey|sslcrl|sslcrldir|passfile|ssl_ca_certs|ssl_certfile|ssl_keyfile)=)"
+    "([^&;]+)"
+)
+"""Options of URLs that name a file, of libpq and of redis-py."""
 
 SEVERAL = "postgresql://user:password@one.example:5432,two.example:5432/app"
 
@@ -187,6 +194,8 @@ class Settings:
             CrashPoints(self.fault)
         except ValueError as error:
             self._refuse("fault", f"is wrong: {error}")
+        for name in ("database_url", "listen_url", "redis_url", "broker_url"):
+            object.__setattr__(self, name, _with_absolute_files(getattr(self, name)))
         object.__setattr__(self, "listen_url", self.listen_url or self.database_url)
         object.__setattr__(self, "broker_url", self.broker_url or self.redis_url)
 
@@ -362,6 +371,18 @@ def redact(value: Any) -> Any:
         value = re.sub(r"(://[^:/@;]*):[^;]*@", r"\1:***@", value)
         return re.sub(r"(password=)[^&;]*", r"\1***", value)
     return value
+
+
+def _with_absolute_files(url: str) -> str:
+    """The URL whose files are found from any directory: bodies of steps may change it."""
+
+    def absolute(option: re.Match[str]) -> str:
+        path = Path(unquote(option[2]))
+        if str(path) == "system":  # not a file, but its authorities
+            return option[0]
+        return option[1] + quote(str(path.absolute()))
+
+    return FILES.sub(absolute, url)
 
 
 def engine_url(url: str) -> URL:

@@ -141,8 +141,8 @@ class ReadyFile(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
 
     @classmethod
     def of(cls, path: Path) -> type[Self]:
-        """The step of one worker: Celery takes classes."""
-        return type(cls.__name__, (cls,), {"path": path})
+        """The step of one worker: Celery takes classes. Bodies may change the directory later."""
+        return type(cls.__name__, (cls,), {"path": path.absolute()})
 
     def start(self, worker: Any) -> None:
         self.path.unlink(missing_ok=True)  # of one that was killed

@@ -142,6 +142,14 @@ class TestReadyFile:
         step._touch()
         assert not file.exists()
 
+    def test_is_the_same_when_a_body_has_changed_the_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        step = ReadyFile.of(Path("ready"))(None)
+        monkeypatch.chdir("/")
+        assert step.path == tmp_path / "ready"
+
 
 class TestWeights:
     def test_busy_queues_get_their_shares_and_an_idle_one_saves_nothing_up(self) -> None:

@@ -153,6 +153,28 @@ def test_both_drivers_get_a_url_that_they_understand(scheme):
     assert libpq_url(url) == "postgresql://me:s%40cret@db:5433/app?sslmode=require"
 
 
+def test_files_of_urls_are_found_from_any_directory(tmp_path, monkeypatch):
+    """A step may change the directory of its process, which opens connections later too."""
+    (here := tmp_path / "here").mkdir()
+    for file in (here / "ca.pem", tmp_path / "k.pem", here / "c.pem"):
+        file.touch()
+    monkeypatch.chdir(here)
+    settings = Settings(
+        database_url="postgresql://db/app?sslmode=verify-full&sslrootcert=a%20b/ca.pem&sslkey=/k.pem",
+        listen_url="postgresql://direct/app?sslrootcert=system&passfile=pass",
+        redis_url="rediss://cache/0?ssl_ca_certs=ca.pem&ssl_keyfile=../k.pem",
+        broker_url="sentinel://a;sentinel://b?master_name=m&ssl_certfile=c.pem",
+    )
+    monkeypatch.chdir("/")
+    database, listen = map(conninfo_to_dict, (settings.database_url, settings.listen_url))
+    assert (database["sslrootcert"], database["sslkey"]) == (f"{here}/a b/ca.pem", "/k.pem")
+    assert (listen["sslrootcert"], listen["passfile"]) == ("system", f"{here}/pass")
+    assert f"ssl_ca_certs={here}/ca.pem" in settings.redis_url
+    assert f"ssl_keyfile={here}/../k.pem" in settings.redis_url
+    assert settings.broker_url.endswith(f"ssl_certfile={here}/c.pem")
+    assert dataclasses.replace(settings) == settings
+
+
 def test_spaces_of_a_database_url_reach_libpq():
     """As in options, of which there may be several."""
     url = "postgresql://me:a%20b+c@db/the%20app?options=-c%20geqo%3Doff%20-c%20jit%3Doff"
