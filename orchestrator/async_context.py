@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from beatless.orchestrator.context import StepContext, in_percent
-from beatless.orchestrator.errors import LeaseLost
 from beatless.orchestrator.events import NewEvent
 from beatless.orchestrator.loop_thread import WriteLane
 
@@ -72,8 +71,7 @@ class AsyncStepContext(StepContext):
         8,192 of a step that does not await; then the call blocks. A trace before it may come after
         it in the journal, unless that was awaited. Raises what it raises in any step.
         """
-        if self._lease.lost:
-            raise LeaseLost(self.run_id, self._lease.token)
+        self._speak()
         full = self._output.add(piece)
         if full >= BLOCKS_AT or (full and not _in_loop()):
             self._output.write()

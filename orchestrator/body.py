@@ -54,11 +54,13 @@ def call_body(
 
 def in_one_process(step: Step, context: StepContext) -> Any:
     """Call a body. A copy of the process that it forks ends with it: the run is not the copy's."""
-    pid = os.getpid()
+    pid, recursion = os.getpid(), sys.getrecursionlimit()
     with around_body():
         try:
             return step.function(context)
         finally:
+            if sys.getrecursionlimit() < recursion:  # too low for what comes next
+                sys.setrecursionlimit(recursion)
             if os.getpid() != pid:
                 leave_copy(sys.exception())
 

@@ -1,11 +1,12 @@
 """The argument of a step: input, earlier results, and calls for traces, progress and cancels."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy
 
-from beatless.orchestrator.errors import LeaseLost, RunCancelled
+from beatless.orchestrator.errors import LeaseLost, RunCancelled, StepEnded
 from beatless.orchestrator.events import EventType, NewEvent
 from beatless.orchestrator.journal import Journal
 from beatless.orchestrator.lease import Lease
@@ -68,6 +69,7 @@ class StepContext:
         """Results of finished steps: each occurrence's, and the latest under the step's name."""
         self.traceparent = traceparent
         """Of this attempt, as W3C Trace Context has it, for calls of others; None if untraced."""
+        self._pid = os.getpid()
         self._lease = lease
         self._journal = journal
         self._append = append
@@ -97,7 +99,8 @@ class StepContext:
     def trace(self, name: str, /, **data: Any) -> None:
         """Commit a DebugTrace event now. Threads of a step may trace at the same time.
 
-        Raises BadPayload, LeaseLost if the run was taken, StepEnded after the end of the step.
+        Raises BadPayload, LeaseLost if the run was taken, StepEnded after the end of the step and
+        in a copy of the process, which a body has forked.
         """
         self._append(self._trace_event(name, data))
 
@@ -119,8 +122,7 @@ class StepContext:
         ...     for token in ["Hel", "lo"]:
         ...         ctx.emit(token)
         """
-        if self._lease.lost:
-            raise LeaseLost(self.run_id, self._lease.token)
+        self._speak()
         if self._output.add(piece):
             self._output.write()
 
@@ -136,8 +138,7 @@ class StepContext:
         step. In a plan's `on_cancel` step the
         cancel is no news.
         """
-        if self._lease.lost:
-            raise LeaseLost(self.run_id, self._lease.token)
+        self._speak()
         if not self._cancellable:
             return
         now = monotonic()
@@ -150,7 +151,19 @@ class StepContext:
     def _look_for_cancel(self) -> None:
         self._lease.cancelled = self._check_cancel()
 
+    def _speak(self) -> None:
+        """Raise LeaseLost if the run is another worker's, StepEnded if it is another process's.
+
+        A copy that a body has forked has none of the threads by which its parent keeps the lease.
+        """
+        if os.getpid() != self._pid:
+            raise StepEnded(self.run_id, self.step, in_copy=True)
+        if self._lease.lost:
+            raise LeaseLost(self.run_id, self._lease.token)
+
     def _trace_event(self, name: str, data: Mapping[str, Any]) -> NewEvent:
+        if os.getpid() != self._pid:
+            raise StepEnded(self.run_id, self.step, in_copy=True)
         if "name" in data:
             raise TypeError("a trace has its name already: call the datum something else")
         return self._journal.new_event(

@@ -14,7 +14,7 @@ OrchestratorError
 ├── ScheduleConflict    the name belongs to another schedule, or to an app that declares it
 ├── CannotRetry         the run has not ended, or there is no such step to retry from
 ├── LeaseLost           another worker took the run over: nothing may be written any more
-├── StepEnded           a thread outlived its step and speaks through the context still
+├── StepEnded           a thread outlived its step, or a copy of its process speaks for it
 ├── RunCancelled        raised inside a step by ctx.raise_if_cancelled()
 ├── WorkerStops         the worker's grace has ended within a step: the run is given back
 ├── StepFailed          raised in a plan's function: the step has failed and is not tried again
@@ -207,14 +207,24 @@ class LeaseLost(OrchestratorError):
 
 
 class StepEnded(OrchestratorError):
-    """A step has ended, and one of its threads still speaks through its context."""
+    """A step has ended, and one of its threads still speaks through its context.
 
-    def __init__(self, run_id: str, step: str) -> None:
-        super().__init__(run_id, step)
+    `in_copy`: a copy of its process speaks, which the body has forked.
+    """
+
+    def __init__(self, run_id: str, step: str, in_copy: bool = False) -> None:
+        super().__init__(run_id, step, in_copy)
         self.run_id = run_id
         self.step = step
+        self.in_copy = in_copy
 
     def __str__(self) -> str:
+        if self.in_copy:
+            return (
+                f"step {self.step} of run {self.run_id} is executed by another process, of which "
+                "this is a copy: nothing was written. Let the copy hand over what it has to tell, "
+                "as by a pipe or multiprocessing, and the step itself speak"
+            )
         return (
             f"step {self.step} of run {self.run_id} has ended: nothing was written. "
             "Let a step wait for its threads before it returns"

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from beatless import Plan, StepContext, step
+from beatless import Plan, StepContext, StepEnded, step
 from beatless.testing import Kit
 from beatless.worker.child_signals import EVERY_CHILD, IgnoredSignal, TerminatedChildren
 from tests.child_logs import await_line
@@ -30,9 +31,51 @@ def forks(ctx: StepContext) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+SPEAK = {
+    "trace": lambda ctx: ctx.trace("of the copy"),
+    "emit": lambda ctx: ctx.emit("of the copy"),
+    "raise_if_cancelled": lambda ctx: ctx.raise_if_cancelled(),
+}
+
+
+@step
+def speaks_twice(ctx: StepContext) -> str:
+    """In a copy, which tells by a pipe what came of it, and by itself."""
+    told, tells = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(told)
+        try:
+            SPEAK[ctx.input](ctx)
+        except StepEnded as error:
+            os.write(tells, str(error).encode())
+        os._exit(0)
+    os.close(tells)
+    said = os.read(told, 1000).decode()
+    os.close(told)
+    os.waitpid(pid, 0)
+    SPEAK[ctx.input](ctx)
+    return said
+
+
+@step
+def returns_low(ctx: StepContext) -> str:
+    """Leaves hardly room for its own return: the call above it could make none."""
+    for limit in range(1, sys.getrecursionlimit()):
+        with suppress(RecursionError):  # fewer than there are calls now
+            sys.setrecursionlimit(limit)
+            break
+    return "low"
+
+
 @pytest.fixture
 def beatless_plans() -> list[Plan]:
-    return [*ALL, Plan("forks", [forks])]
+    return [
+        *ALL,
+        Plan("forks", [forks]),
+        Plan("speaks_twice", [speaks_twice]),
+        Plan("returns_low", [returns_low]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +191,30 @@ def test_a_copy_that_a_body_forks_ends_with_the_body_and_writes_nothing(
     types = ["RunStarted", "StepStarted", "StepFinished", "RunFinished"]
     assert beatless.event_types(run.run_id) == types
     beatless.verify()
+
+
+@pytest.mark.parametrize("call", SPEAK)
+def test_a_copy_that_a_body_forks_cannot_speak_for_it(beatless: Kit, call: str) -> None:
+    run = beatless.start_run("speaks_twice", call)
+    beatless.work_until_idle()
+    assert "executed by another process, of which this is a copy" in (
+        beatless.client.get_run(run.run_id).result
+    )
+    said = {"trace": ["DebugTrace"], "emit": ["StepOutput"], "raise_if_cancelled": []}[call]
+    types = ["RunStarted", "StepStarted", *said, "StepFinished", "RunFinished"]
+    assert beatless.event_types(run.run_id) == types
+    beatless.verify()
+
+
+def test_a_recursion_limit_that_a_body_has_lowered_ends_with_it(beatless: Kit) -> None:
+    before = sys.getrecursionlimit()
+    try:
+        run = beatless.start_run("returns_low")
+        beatless.work_until_idle()
+        assert sys.getrecursionlimit() == before
+    finally:
+        sys.setrecursionlimit(before)
+    assert beatless.client.get_run(run.run_id).result == "low"
 
 
 @pytest.mark.long
