@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
@@ -17,6 +18,7 @@ from beatless.api import create_api
 from beatless.observe.counts import LocalCounts, SharedCounts
 from beatless.observe.families import LEASE_LOST, MAX_QUEUE_SERIES, QUEUE_WAIT, RUN_DURATION
 from beatless.observe.gauges import CACHE_S, PostgresGauges
+from beatless.orchestrator.leased_writer import LeasedWriter
 from beatless.orchestrator.queues import Presence, QueueStatements
 from beatless.testing import Kit
 from tests.child_logs import await_line
@@ -176,6 +178,59 @@ def test_a_lost_lease_is_counted(beatless: Kit, beatless_app: App) -> None:
     assert found.value("beatless_lease_lost_total") == 1
     name = "beatless_runs_finished_total"
     assert found.value(name, plan="two_steps", outcome="completed") == 1
+
+
+@pytest.mark.parametrize("plan", ["two_steps", "transactional"])
+def test_what_is_committed_is_counted_though_its_answer_was_lost(
+    beatless: Kit,
+    beatless_app: App,
+    postgres: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: str,
+) -> None:
+    """Once each, as the journal has them: every boundary of the run, or of its transaction."""
+    postgres.execute("CREATE TABLE effects (key text)")
+    settle, within = beatless_app.journal.settle, LeasedWriter.settle_within
+    commit, losing, lost = psycopg.Connection.commit, [False], []
+
+    def unanswered(connection: Any, *arguments: Any) -> Any:
+        found = settle(connection, *arguments)
+        if not isinstance(connection, psycopg.Connection):
+            return found  # of a step's transaction: its commit is still to come
+        lost.append("boundary")
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    def in_transaction(*arguments: Any, **options: Any) -> Any:
+        losing[0] = True
+        return within(*arguments, **options)
+
+    def committed_and_lost(connection: psycopg.Connection) -> None:
+        commit(connection)
+        if losing[0]:
+            losing[0] = False
+            lost.append("transaction")
+            connection.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(beatless_app.journal, "settle", unanswered)
+    monkeypatch.setattr(LeasedWriter, "settle_within", in_transaction)
+    monkeypatch.setattr(psycopg.Connection, "commit", committed_and_lost)
+    run = beatless.start_run(plan, {"table": f"{beatless_app.settings.schema}.effects"})
+    beatless.work_until_idle()
+
+    assert ("transaction" if plan == "transactional" else "boundary") in lost
+    found = scrape(beatless_app.metrics.registry)
+    finished = Counter(
+        event.step for event in beatless.client.events(run.run_id) if event.type == "StepFinished"
+    )
+    assert set(finished.values()) == {1}
+    for step in finished:
+        name = "beatless_step_attempts_total"
+        assert found.value(name, plan=plan, step=step, outcome="finished") == 1
+        assert found.value("beatless_step_duration_seconds_count", plan=plan, step=step) == 1
+    name = "beatless_runs_finished_total"
+    assert found.value(name, plan=plan, outcome="completed") == 1
+    postgres.execute("DROP TABLE effects")
 
 
 def test_a_publisher_that_refuses_is_counted(beatless_app: App) -> None:

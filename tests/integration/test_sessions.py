@@ -44,6 +44,7 @@ from beatless.migrations import migrate
 from beatless.outbox import sessions
 from beatless.outbox.queries import execute
 from beatless.outbox.sessions import OWN, prepare_session
+from beatless.postgres import connect_directly
 from beatless.postgres import engine as connect_engine
 from beatless.settings import engine_url, libpq_url
 from beatless.testing import Kit
@@ -209,6 +210,41 @@ def test_the_environment_of_libpq_changes_nothing(
     monkeypatch.setenv("PGDATESTYLE", "German")
     monkeypatch.setenv("PGTZ", "Asia/Kathmandu")
     walk(settings, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["password file", "service", "service of the environment"])
+def test_passwords_and_services_are_found_where_libpq_has_them(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    url = make_url(settings.database_url)
+    file = tmp_path / "file"
+    if where == "password file":
+        file.write_text(f"{url.host}:{url.port}:*:{url.username}:{url.password}\n")
+        file.chmod(0o600)  # libpq reads no other
+        monkeypatch.setenv("PGPASSFILE", str(file))
+        text = f"postgresql://{url.username}@{url.host}:{url.port}/{url.database}"
+    else:
+        members = {"host": url.host, "port": url.port, "dbname": url.database, "user": url.username}
+        told = members | {"password": url.password}
+        file.write_text("[shop]\n" + "".join(f"{name}={told[name]}\n" for name in told))
+        monkeypatch.setenv("PGSERVICEFILE", str(file))
+        text = "postgresql:///"
+        if where == "service":
+            text += "?service=shop"
+        else:
+            monkeypatch.setenv("PGSERVICE", "shop")
+    app = App(replace(settings, database_url=text, listen_url=text), PLANS)
+    try:
+        with app.engine.connect() as ours:
+            assert ours.exec_driver_sql("SELECT current_user").scalar() == url.username
+        with (
+            app.executors.connect() as workers,
+            connect_directly(app.settings, "relay", psycopg.Connection) as relay,
+        ):
+            for connection in (workers, relay):
+                assert connection.execute("SELECT current_user").fetchone() == (url.username,)
+    finally:
+        app.close()
 
 
 def test_what_the_url_itself_sets_is_meant_for_us(settings: Settings) -> None:
